@@ -1,0 +1,30 @@
+"""luthier: turn a base model and your own data into a custom model you own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from luthier.sdk import Model, evaluate, load, tune
+    from luthier.recipe import Recipe
+
+__all__ = ["Model", "Recipe", "__version__", "evaluate", "load", "tune"]
+
+_HOMES = {
+    "Recipe": "luthier.recipe",
+    "Model": "luthier.sdk",
+    "evaluate": "luthier.sdk",
+    "load": "luthier.sdk",
+    "tune": "luthier.sdk",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that ``import luthier`` stays instant."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'luthier' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,59 @@
+"""Layer freezing: only some of the stacked layers move (Howard & Ruder 2018; Lee et al. 2019)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from luthier.adaptations.base import Adaptation
+from luthier.adaptations.targets import layer_names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Freeze(Adaptation):
+    """Keep a share of the layers as they are and train the rest."""
+
+    method: Literal["freeze"] = "freeze"
+    frozen: Literal["bottom", "top", "alternate"] = "bottom"
+    """Which layers stay: the ones next to the input, next to the output, or spread evenly."""
+    share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the layers that stays frozen."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Freeze the chosen layers, and the embeddings unless the bottom layers train.
+
+        What stands above the stack (final norm, output head) trains unless the top is frozen. A
+        head tied to the input embedding follows the embedding.
+        """
+        layers = layer_names(model)
+        frozen = {layers[index] for index in self._frozen(len(layers))}
+        stack = layers[0].rpartition(".")[0]
+        embeddings = {id(p) for p in _embedding(model).parameters()}
+        for name, weight in model.named_parameters():
+            if name.startswith(f"{stack}."):
+                layer = ".".join(name.split(".")[: stack.count(".") + 2])
+                weight.requires_grad_(layer not in frozen)
+            elif id(weight) in embeddings:
+                weight.requires_grad_(layers[0] not in frozen)
+            else:
+                weight.requires_grad_(layers[-1] not in frozen)
+
+    def learning_rate(self) -> tuple[float, str]:
+        """As for full fine-tuning: the layers that move are the network's own."""
+        return 5e-5, "the layers that train are the network's own: 5e-5, as for full fine-tuning"
+
+    def _frozen(self, count: int) -> list[int]:
+        size = min(max(1, round(self.share * count)), count - 1)
+        if self.frozen == "bottom":
+            return list(range(size))
+        if self.frozen == "top":
+            return list(range(count - size, count))
+        return sorted({index * count // size for index in range(size)})
+
+
+def _embedding(model: nn.Module) -> nn.Module:
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    return embedding

@@ -1,0 +1,74 @@
+"""The LoRA layer itself: one autograd node for the frozen product and its low-rank update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.models.rounding import round_to
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """``x W^T + b + s (x A^T) B^T`` for frozen ``W``; shapes ``x [N, in]``, ``A [r, in]``, ``B [out, r]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        z = torch.mm(x, a.t())
+        y = nn.functional.linear(x, weight, bias).addmm_(z, b.t(), alpha=scale)
+        ctx.save_for_backward(x, z, weight, a, b)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        x, z, weight, a, b = ctx.saved_tensors
+        dz = torch.mm(grad, b).mul_(ctx.scale)
+        db = torch.mm(grad.t(), z).mul_(ctx.scale)
+        da = torch.mm(dz.t(), x)
+        dx = torch.mm(grad, weight).addmm_(dz, a) if ctx.needs_input_grad[0] else None
+        return dx, None, None, da, db, None
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trained low-rank branch. Weight names are PEFT's."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.base_layer = base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **like)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **like)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        # Drawn in float32, as PEFT does, so that a seed gives the same start in every precision.
+        start = torch.empty(rank, base.in_features)
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+        with torch.no_grad():
+            self.lora_A.weight.copy_(start)
+            self.lora_B.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]``."""
+        a, b, base = self.lora_A.weight, self.lora_B.weight, self.base_layer
+        if self.training and self.dropout.p > 0:
+            low: Tensor = nn.functional.linear(nn.functional.linear(self.dropout(x), a), b)
+            plain: Tensor = base(x)
+            return plain + low * self.scale
+        flat = x.reshape(-1, x.shape[-1])
+        y = _LowRankLinear.apply(flat, base.weight, base.bias, a, b, self.scale)
+        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def merged(self, generator: torch.Generator) -> nn.Linear:
+        """The base layer with the branch added to its weight; ``generator`` rounds (see rounding)."""
+        with torch.no_grad():
+            update = self.lora_B.weight.float() @ self.lora_A.weight.float()
+            weight = self.base_layer.weight
+            weight.copy_(round_to(weight.float() + update * self.scale, weight.dtype, generator))
+        return self.base_layer

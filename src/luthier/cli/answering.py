@@ -1,0 +1,176 @@
+"""``luthier generate``, ``chat`` and ``evaluate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.cli.console import counting, print_json
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.types import Message
+
+
+def generate(
+    model_id: str,
+    prompt: str | None,
+    source: Path | None,
+    target: Path | None,
+    sampling: Mapping[str, Any],
+    as_json: bool,
+) -> None:
+    """Answer one prompt, streaming to standard output, or a file of them."""
+    from luthier.serving.generation import Generator, Sampling
+    from luthier.store.models import find
+
+    if (prompt is None) == (source is None):
+        raise RecipeError("give one prompt, or --input FILE with many")
+    if target is not None and source is None:
+        raise RecipeError("--output goes with --input")
+    chosen = Sampling(**sampling)
+    prompts = _read_prompts(source) if source else []
+    generator = Generator.open(find(model_id))
+    if source is not None:
+        _generate_file(generator, prompts, chosen, target, as_json)
+    elif as_json:
+        completion = "".join(generator.stream(prompt or "", chosen))
+        print_json({"model": model_id, "prompt": prompt, "completion": completion})
+    else:
+        for piece in generator.stream(prompt or "", chosen):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+def _generate_file(
+    generator: Any, prompts: Sequence[Any], sampling: Any, target: Path | None, as_json: bool
+) -> None:
+    from luthier.files import write_bytes
+
+    started = time.monotonic()
+    with counting(len(prompts), "generate") as done:
+        asked = [p if isinstance(p, str) else [Message(**turn) for turn in p] for p in prompts]
+        replies = generator.replies(asked, sampling, done=done)
+    lines = [
+        json.dumps({"prompt": prompt, "completion": reply}, ensure_ascii=False) + "\n"
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+    if target is not None:
+        write_bytes(target, "".join(lines).encode())
+    elif not as_json:
+        sys.stdout.write("".join(lines))
+    if as_json:
+        report: dict[str, Any] = {"rows": len(replies), "seconds": time.monotonic() - started}
+        report |= {"output": str(target)} if target else {"completions": replies}
+        print_json(report)
+
+
+def _read_prompts(source: Path) -> list[Any]:
+    """Prompts of a JSONL file: texts under ``prompt``, or lists of messages; other keys are free."""
+    from luthier.data.read import read_records
+
+    problems: list[Problem] = []
+    prompts: list[Any] = []
+
+    def refuse(line: int, rule: str, message: str, fix: str) -> None:
+        problems.append(Problem(str(source), line, rule, message, fix))
+
+    for line, record in read_records(source, problems):
+        prompt, messages = record.get("prompt"), record.get("messages")
+        if isinstance(prompt, str) and prompt.strip():
+            prompts.append(prompt)
+        elif isinstance(messages, list) and messages and all(map(_is_turn, messages)):
+            while messages and messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            prompts.append([{k: turn[k] for k in ("role", "content")} for turn in messages])
+        else:
+            refuse(
+                line,
+                "prompt.missing",
+                "the row has neither a text under `prompt` nor a list of `messages`.",
+                'Write {"prompt": "…"} on each line.',
+            )
+    if not prompts and not problems:
+        refuse(0, "file.empty", "the file has no rows.", "Give at least one prompt.")
+    if problems:
+        raise DataError(problems)
+    return prompts
+
+
+def _is_turn(turn: Any) -> bool:
+    return (
+        isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+    )
+
+
+def chat(model_id: str, sampling: Mapping[str, Any]) -> None:
+    """A conversation on the terminal."""
+    from luthier.serving.generation import Generator, Sampling
+    from luthier.store.models import find
+
+    chosen = Sampling(**sampling)
+    generator = Generator.open(find(model_id))
+    several = generator.chat.template == "chat"
+    sys.stdout.write(f"{model_id} is ready. An empty line starts anew, Ctrl-D ends.\n")
+    history: list[Message] = []
+    while True:
+        try:
+            text = input("\nyou > ")
+        except EOFError:
+            sys.stdout.write("\n")
+            return
+        if not text.strip():
+            history = []
+            continue
+        history = [*history, Message("user", text)] if several else [Message("user", text)]
+        reply = ""
+        for piece in generator.stream(history, chosen):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            reply += piece
+        sys.stdout.write("\n")
+        history.append(Message("assistant", reply))
+
+
+def evaluate(
+    model_id: str,
+    data: Path,
+    graders: Sequence[str],
+    max_tokens: int,
+    target: Path | None,
+    as_json: bool,
+) -> None:
+    """Grade a model's replies to held-out rows."""
+    from luthier.data.rows import load_rows
+    from luthier.evaluation.evaluate import grade, questions
+    from luthier.files import write_bytes
+    from luthier.graders import GRADERS
+    from luthier.serving.generation import Generator, Sampling
+    from luthier.store.models import find
+
+    unknown = [name for name in graders if name not in GRADERS]
+    if unknown:
+        raise RecipeError(f"unknown grader {unknown[0]!r}; there are {', '.join(GRADERS)}")
+    rows = load_rows(data)
+    asked, _ = questions(rows)
+    generator = Generator.open(find(model_id))
+    started = time.monotonic()
+    with counting(len(asked), "evaluate") as done:
+        replies = generator.replies(asked, Sampling(max_tokens=max_tokens), done=done)
+    result = grade(rows, replies, {name: GRADERS[name] for name in graders})
+    seconds = time.monotonic() - started
+    if target is not None:
+        fields = ("prompt", "reply", "expected", "scores")
+        lines = [{name: getattr(answer, name) for name in fields} for answer in result.answers]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_bytes(target, text.encode())
+    if as_json:
+        print_json({"model": model_id, **result.plain(), "seconds": seconds})
+    else:
+        for name, score in result.scores.items():
+            sys.stdout.write(f"{name}: {score:.2%} of {result.rows} rows ({seconds:.0f} s)\n")

@@ -1,0 +1,224 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 input refused, 130 stopped by the user.
+
+Nothing heavy is imported here, so that ``--help`` answers at once; each command imports what it
+needs when it runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="luthier",
+    help="Turn a base model and your own data into a custom model you own.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Base models and custom models.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from luthier import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Turn a base model and your own data into a custom model you own."""
+
+
+@app.command()
+def tune(
+    data: Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")],
+    validation: Annotated[Path | None, typer.Option(help="Rows to measure on.")] = None,
+    base: Annotated[str | None, typer.Option(help="Model to start from.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
+    objective: Annotated[str | None, typer.Option(help="sft or causal_lm.")] = None,
+    adaptation: Annotated[str | None, typer.Option(help="lora, full or freeze.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the rows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in one step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the row order and new weights.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. adaptation.rank=8."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    json_: Json = False,
+) -> None:
+    """Tune a model on your data and store the custom model."""
+    from luthier.cli import tuning
+    from luthier.cli.console import errors
+
+    flags: dict[str, Any] = {
+        "data.validation": validation and str(validation),
+        "base": base,
+        "name": name,
+        "objective.method": objective,
+        "adaptation.method": adaptation,
+        "training.epochs": epochs,
+        "training.batch_size": batch_size,
+        "training.learning_rate": learning_rate,
+        "training.seed": seed,
+    }
+    with errors(json_):
+        tuning.tune(data, flags, set_ or [], resume, json_)
+
+
+@app.command()
+def inspect(
+    data: Annotated[Path, typer.Argument(help="JSONL or text file.")],
+    base: Annotated[str, typer.Option(help="Model whose template is shown.")] = (
+        "smollm2-135m-instruct"
+    ),
+    objective: Annotated[str, typer.Option(help="sft or causal_lm.")] = "sft",
+    rows: Annotated[int, typer.Option(help="Rows to show.")] = 3,
+    json_: Json = False,
+) -> None:
+    """Check a data file and show which tokens a model would learn from it."""
+    from luthier.cli import tuning
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        tuning.inspect(data, base, objective, rows, json_)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    input_: Annotated[
+        Path | None, typer.Option("--input", help="JSONL of prompts or messages to answer.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL of prompt and completion.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Answer one prompt, streaming, or a file of prompts."""
+    from luthier.cli import answering
+    from luthier.cli.console import errors
+
+    sampling = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed
+    }  # fmt: skip
+    with errors(json_):
+        answering.generate(model, prompt, input_, output, sampling, json_)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+) -> None:
+    """Talk to a model. An empty line starts anew, Ctrl-D ends."""
+    from luthier.cli import answering
+    from luthier.cli.console import errors
+
+    with errors(False):
+        answering.chat(model, {"max_tokens": max_tokens, "temperature": temperature})
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
+    data: Annotated[Path, typer.Argument(help="JSONL of prompts and expected replies.")],
+    grader: Annotated[list[str] | None, typer.Option(help="exact or first_line.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
+    output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
+    json_: Json = False,
+) -> None:
+    """Let a model answer held-out rows and grade the replies."""
+    from luthier.cli import answering
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        answering.evaluate(model, data, grader or ["exact"], max_tokens, output, json_)
+
+
+@app.command()
+def demo(json_: Json = False) -> None:
+    """Tune the default model on the sample data and compare before and after."""
+    from luthier.cli import demonstration
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        demonstration.run(json_)
+
+
+@models_app.command("list")
+def models_list(json_: Json = False) -> None:
+    """List base models and custom models."""
+    from luthier.cli import inventory
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        inventory.list_models(json_)
+
+
+@models_app.command("show")
+def models_show(model: str, json_: Json = False) -> None:
+    """Show what a model is, where its files are, and that they are intact."""
+    from luthier.cli import inventory
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        inventory.show(model, json_)
+
+
+@models_app.command("pull")
+def models_pull(model: str, json_: Json = False) -> None:
+    """Fetch a base model."""
+    from luthier.cli import inventory
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        inventory.pull_model(model, json_)
+
+
+@models_app.command("export")
+def models_export(
+    model: str,
+    folder: Path,
+    merged: Annotated[bool, typer.Option("--merged", help="Fold the adapter in.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a model as a Hugging Face directory, or an adapter as PEFT's."""
+    from luthier.cli import inventory
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        inventory.export_model(model, folder, merged, json_)
+
+
+@models_app.command("remove")
+def models_remove(model: str, json_: Json = False) -> None:
+    """Delete a custom model and its run."""
+    from luthier.cli import inventory
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        inventory.remove(model, json_)
+
+
+def main() -> None:
+    """Entry point of the ``luthier`` command."""
+    app()

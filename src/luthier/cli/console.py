@@ -1,0 +1,145 @@
+"""How commands speak: results on standard output, progress on standard error, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+
+from luthier.engine.metrics import Reporter
+from luthier.errors import DataError, LuthierError
+
+
+def print_json(value: Any) -> None:
+    """The one object a command prints with ``--json``."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def errors(as_json: bool) -> Iterator[None]:
+    """Turn errors raised on purpose into a message and the exit code they carry."""
+    try:
+        yield
+    except LuthierError as error:
+        _fail(error, as_json)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped\n")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise typer.Exit(0) from None
+
+
+def _fail(error: LuthierError, as_json: bool) -> NoReturn:
+    if as_json:
+        body: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+        if isinstance(error, DataError):
+            fields = ("file", "line", "rule", "message", "fix")
+            body["count"] = len(error.problems)
+            body["problems"] = [
+                {name: getattr(problem, name) for name in fields} for problem in error.problems
+            ]
+        print_json({"error": body})
+    sys.stderr.write(f"luthier: {error}\n".encode("utf-8", "backslashreplace").decode())
+    raise typer.Exit(error.exit_code) from error
+
+
+class LiveReporter(Reporter):
+    """Draws a run on a terminal: a bar with loss, speed, memory and time left."""
+
+    def __init__(self, quiet: bool) -> None:
+        """``quiet`` keeps standard output free for the result (``--json``)."""
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+        self.quiet = quiet
+        self._progress: Any = None
+        self._task: Any = None
+        self._validation = ""
+
+    def stage(self, text: str) -> None:
+        """Name the part of the work that begins."""
+        self.close()
+        if self.console.is_terminal:
+            self.console.print(f"[bold]{text}[/bold] …", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Print a line worth knowing."""
+        if not self.quiet or self.console.is_terminal:
+            self.console.print(f"  {text}", highlight=False, markup=False)
+
+    def chosen(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+        """Print each setting that was chosen, and why."""
+        if self.quiet and not self.console.is_terminal:
+            return
+        from rich.table import Table
+
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        for name, value, reason in defaults:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            table.add_row(f"  {name}", f"[bold]{shown}[/bold]", f"[dim]{reason}[/dim]")
+        self.console.print("Chosen for this run (override with --set NAME=VALUE):")
+        self.console.print(table)
+
+    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        """Move the bar."""
+        if not self.console.is_terminal:
+            return
+        if self._progress is None:
+            self._open(steps)
+        if line["event"] == "validation":
+            self._validation = f"validation {line['loss']:.3f}"
+            best = "  best so far" if line["best_step"] == line["step"] else ""
+            self._progress.console.print(
+                f"  step {line['step']:>5}  validation loss {line['loss']:.4f}{best}", highlight=False
+            )
+            return
+        speed = line["tokens_per_second"]
+        text = f"loss {line['loss']:.3f}  {self._validation}  {speed:,.0f} tokens/s"
+        memory = f"{line['memory_bytes'] / 1e9:.1f} GB"
+        self._progress.update(self._task, completed=line["step"], text=f"{text}  {memory}")
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _open(self, steps: int) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(),
+            TextColumn("left  {task.fields[text]}"),
+            console=self.console,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("tune", total=steps, text="")
+
+
+@contextmanager
+def counting(total: int, text: str) -> Iterator[Any]:
+    """A bar for ``total`` things on a terminal; yields a function that takes how many are done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done: None
+        return
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda done: progress.update(task, completed=done)

@@ -1,0 +1,112 @@
+"""``luthier demo``: the main job on the sample data, with base and tuned replies side by side."""
+
+from __future__ import annotations
+
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.cli.console import LiveReporter, counting, print_json
+from luthier.cli.tuning import print_result
+
+if TYPE_CHECKING:
+    from luthier.evaluation.evaluate import Evaluation
+
+BASE = "smollm2-135m-instruct"
+SHOWN = 4
+
+
+def run(as_json: bool) -> None:
+    """Tune, measure before and after on unseen prompts, show, and say what to type next."""
+    from luthier.engine.runs import Run
+    from luthier.engine.train import train
+    from luthier.recipe import Recipe
+    from luthier.store.models import custom_folder
+
+    with as_file(files("luthier") / "demo") as folder:
+        number = 1
+        while custom_folder(BASE, f"support-v{number}").exists():
+            number += 1
+        name = f"support-v{number}"
+        recipe = Recipe.parse(
+            {
+                "base": BASE,
+                "name": name,
+                "data": {
+                    "train": str(folder / "train.jsonl"),
+                    "validation": str(folder / "validation.jsonl"),
+                },
+            }
+        )
+        reporter = LiveReporter(quiet=as_json)
+        try:
+            result = train(recipe, Run(BASE, name).folder.exists(), reporter)
+        finally:
+            reporter.close()
+        if not as_json:
+            print_result(result)
+        scores = {
+            label: _measure(model, folder / "test.jsonl", label)
+            for label, model in (("base", BASE), ("tuned", result.model_id))
+        }
+    report = {label: graded.scores for label, graded in scores.items()}
+    if as_json:
+        print_json({"model_id": result.model_id, "seconds": result.seconds, "scores": report})
+    else:
+        _show(result.model_id, scores)
+
+
+def _measure(model_id: str, test: Path, label: str) -> Evaluation:
+    from luthier.data.rows import load_rows
+    from luthier.evaluation.evaluate import grade, questions
+    from luthier.graders import first_line
+    from luthier.serving.generation import Generator, Sampling
+    from luthier.store.models import find
+
+    rows = load_rows(test)
+    asked, _ = questions(rows)
+    generator = Generator.open(find(model_id))
+    with counting(len(asked), f"asking the {label} model") as done:
+        replies = generator.replies(asked, Sampling(max_tokens=80), done=done)
+    return grade(rows, replies, {"routing label": first_line, "house style": _house_style})
+
+
+def _house_style(reply: str, expected: str) -> float:
+    """1 when the reply has a label line, and is signed as the sample's replies are."""
+    lines = reply.strip().split("\n")
+    labelled = lines[0].startswith("[route: ") and lines[0].endswith("]")
+    return float(labelled and lines[-1].strip() == expected.strip().split("\n")[-1])
+
+
+def _show(model_id: str, scores: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console(highlight=False)
+    out.print(f"\n[bold]Unseen customers, the same question to both[/bold]  ({time.strftime('%H:%M')})")
+    table = Table("customer", "base model", model_id, show_lines=True, expand=True)
+    for before, after in list(zip(scores["base"].answers, scores["tuned"].answers, strict=True))[
+        :SHOWN
+    ]:
+        table.add_row(before.prompt, before.reply, f"[green]{_plain(after.reply)}[/green]")
+    out.print(table)
+    table = Table(f"on {scores['base'].rows} unseen rows", "base", "tuned", box=None)
+    for name in scores["base"].scores:
+        values = [f"{scores[label].scores[name]:.0%}" for label in ("base", "tuned")]
+        table.add_row(name, values[0], f"[bold green]{values[1]}[/bold green]")
+    out.print(table)
+    out.print("\nNext:")
+    for text in (
+        f"luthier chat {model_id}",
+        f'luthier generate {model_id} "My front wheel wobbles"',
+        f"luthier models export {model_id} ./support --merged",
+        "luthier tune YOUR.jsonl --name my-first-model",
+    ):
+        out.print(f"  {text}", soft_wrap=True)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,183 @@
+"""``luthier models``: what is here, and what can be fetched, exported and removed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from luthier.cli.console import LiveReporter, print_json
+from luthier.errors import CorruptFile, RecipeError
+from luthier.models.catalog import CATALOG, MANIFEST
+from luthier.store.models import StoredModel, base_folder, custom_models, find
+
+
+def list_models(as_json: bool) -> None:
+    """Print base models and custom models."""
+    bases = [
+        {
+            "id": entry.id,
+            "kind": entry.kind,
+            "parameters": entry.parameters,
+            "context": entry.context,
+            "licence": entry.licence,
+            "here": (base_folder(entry.id) / MANIFEST).is_file(),
+            "about": entry.about,
+        }
+        for entry in CATALOG.values()
+    ]
+    custom = [
+        {
+            "id": model.id,
+            "parent": model.manifest["parent"],
+            "created": model.manifest["created"],
+            "objective": model.manifest["recipe"]["objective"]["method"],
+            "adaptation": model.manifest["recipe"]["adaptation"]["method"],
+            "validation_loss": model.manifest["metrics"]["validation_loss"],
+        }
+        for model in custom_models()
+    ]
+    if as_json:
+        print_json({"base": bases, "custom": custom})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("base model", "parameters", "context", "licence", "here", box=None)
+    for base in bases:
+        here = "yes" if base["here"] else "luthier models pull"
+        size = f"{base['parameters'] / 1e6:.0f} M"
+        table.add_row(str(base["id"]), size, str(base["context"]), str(base["licence"]), here)
+    out = Console()
+    out.print(table)
+    if custom:
+        table = Table("custom model", "learned", "weights", "validation loss", "created", box=None)
+        for model in custom:
+            loss = model["validation_loss"]
+            shown = "" if loss is None else f"{loss:.4f}"
+            names = (model["objective"], model["adaptation"])
+            table.add_row(model["id"], *names, shown, model["created"])
+        out.print()
+        out.print(table)
+    else:
+        out.print("\nNo custom models yet: luthier tune DATA makes one.", highlight=False)
+
+
+def show(model_id: str, as_json: bool) -> None:
+    """Print a model's manifest, its files with their hashes, and whether they are intact."""
+    model = find(model_id) if model_id not in CATALOG else _catalogued(model_id)
+    details = {
+        "id": model.id,
+        "folder": str(model.folder),
+        "lineage": _lineage(model),
+        **{key: value for key, value in model.manifest.items() if key != "files"},
+        "files": _files(model),
+    }
+    if as_json:
+        print_json(details)
+        return
+    from rich.console import Console
+    from rich.pretty import Pretty
+
+    Console().print(Pretty(details, expand_all=True))
+
+
+def _catalogued(model_id: str) -> StoredModel:
+    """A catalogue model, described without fetching it."""
+    folder = base_folder(model_id)
+    if (folder / MANIFEST).is_file():
+        return find(model_id)
+    entry = CATALOG[model_id]
+    manifest = {
+        "kind": entry.kind,
+        "source": f"pypi:{entry.package}",
+        "source_sha256": entry.sha256,
+        "licence": entry.licence,
+        "parameters": entry.parameters,
+        "context": entry.context,
+        "here": False,
+    }
+    return StoredModel(entry.id, folder, manifest)
+
+
+def _lineage(model: StoredModel) -> list[str]:
+    ids = [model.id]
+    while model.manifest.get("parent"):
+        try:
+            model = find(model.manifest["parent"])
+        except Exception:
+            ids.append(f"{model.manifest['parent']} (not here)")
+            break
+        ids.append(model.id)
+    return ids
+
+
+def _files(model: StoredModel) -> dict[str, dict[str, Any]]:
+    """Path, size, hash and state of each file."""
+    from luthier.files import hashes_of
+
+    if not model.folder.is_dir():
+        return {}
+    recorded = model.manifest.get("files", {})
+    found = hashes_of(model.folder, skip=(MANIFEST,))
+    return {
+        name: {
+            "path": str(model.folder / name),
+            "bytes": (model.folder / name).stat().st_size if name in found else 0,
+            "sha256": found.get(name),
+            "intact": found.get(name) == recorded[name] if name in recorded else None,
+        }
+        for name in sorted(found.keys() | recorded.keys())
+    }
+
+
+def pull_model(model_id: str, as_json: bool) -> None:
+    """Fetch a base model, or say that it is here and intact."""
+    from luthier.files import verify
+
+    reporter = LiveReporter(quiet=as_json)
+    model = find(model_id, reporter.stage)
+    try:
+        verify(model.folder, model.manifest.get("files", {}))
+    except CorruptFile:
+        if model_id not in CATALOG:
+            raise
+        reporter.note("a file was damaged; fetching it again")
+        shutil.rmtree(model.folder)
+        model = find(model_id, reporter.stage)
+    if as_json:
+        print_json({"id": model.id, "folder": str(model.folder)})
+    else:
+        print(f"{model.id} is in {model.folder}")
+
+
+def export_model(model_id: str, folder: Path, merged: bool, as_json: bool) -> None:
+    """Write a model for other software."""
+    from luthier.serving.export import export
+
+    target = export(find(model_id), folder, merged)
+    if as_json:
+        files = sorted(path.name for path in target.iterdir())
+        print_json({"id": model_id, "folder": str(target), "files": files})
+    else:
+        print(f"{model_id} was written to {target}")
+
+
+def remove(model_id: str, as_json: bool) -> None:
+    """Delete a custom model and the folder of its run; refuse while others build on it."""
+    from luthier.engine.runs import Run
+
+    base, colon, name = model_id.partition(":")
+    run = Run(base, name)
+    if not colon or not (run.folder.exists() or run.model_folder.exists()):
+        raise RecipeError(f"{model_id!r} is no custom model or run here; see `luthier models list`")
+    children = [m.id for m in custom_models() if m.manifest["parent"] == model_id]
+    if children:
+        raise RecipeError(f"{', '.join(children)} was made from {model_id}; remove it first")
+    with run.lock():
+        for folder in (run.model_folder, run.folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    if as_json:
+        print_json({"id": model_id, "removed": True})
+    else:
+        print(f"{model_id} is gone")

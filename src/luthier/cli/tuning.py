@@ -1,0 +1,86 @@
+"""``luthier tune`` and ``luthier inspect``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.cli.console import LiveReporter, print_json
+
+if TYPE_CHECKING:
+    from luthier.engine.runs import Result
+
+
+def tune(
+    data: Path, flags: Mapping[str, Any], settings: Sequence[str], resume: bool, as_json: bool
+) -> None:
+    """Build the recipe, run it, print the result."""
+    from luthier.engine.train import train
+    from luthier.recipe import Recipe, assign, read_toml, set_field
+
+    fields = read_toml(data) if data.suffix == ".toml" else {"data": {"train": str(data)}}
+    for key, value in flags.items():
+        if value is not None:
+            assign(fields, key.split("."), value)
+    for setting in settings:
+        set_field(fields, setting)
+    reporter = LiveReporter(quiet=as_json)
+    try:
+        result = train(Recipe.parse(fields), resume, reporter)
+    finally:
+        reporter.close()
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print_result(result)
+
+
+def print_result(result: Result) -> None:
+    """What a finished run came to, and what to type next."""
+    from rich.console import Console
+
+    held = "" if result.validation_loss is None else f", validation {result.validation_loss:.4f}"
+    out = Console(highlight=False)
+    out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
+    out.print(
+        f"  {result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s; "
+        f"loss {result.train_loss:.4f}{held}; peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+    )
+    out.print(f"  loss curve  {result.run_dir}/loss.png", soft_wrap=True)
+    out.print(f"  talk to it  luthier chat {result.model_id}", soft_wrap=True)
+
+
+def inspect(data: Path, base: str, objective: str, count: int, as_json: bool) -> None:
+    """Check a file against a model and show the learned tokens of its first rows."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from luthier.engine.dataset import prepare
+    from luthier.models.load import check_folder, context_length
+    from luthier.recipe import Recipe
+    from luthier.store.models import chat_format, find
+
+    fields = {"data": {"train": str(data), "validation_share": 0}, "objective": objective}
+    recipe = Recipe.parse(fields)
+    model = find(base)
+    chat = recipe.objective.format(chat_format(model))
+    context = context_length(check_folder(model.network_folder))
+    dataset = prepare(recipe.data, recipe.objective, chat, context, 0)
+    if as_json:
+        print_json({**dataset.counts, "longest": dataset.longest, "context": context})
+        return
+    out = Console(highlight=False)
+    out.print(
+        f"{dataset.counts['rows']:,} rows, {dataset.counts['tokens']:,} tokens, of which "
+        f"{dataset.counts['learned_tokens']:,} are learned; the longest has {dataset.longest} of "
+        f"{context} tokens. Learned tokens are green:"
+    )
+    for example in dataset.train[:count]:
+        text = Text()
+        for token, weight in zip(example.ids_T.tolist(), example.weight_T.tolist(), strict=True):
+            style = "bold green" if weight else "dim"
+            text.append(chat.tokenizer.decode([token]), style=style)
+        out.print(f"[bold]row {example.row + 1}[/bold]")
+        out.print(text)

@@ -1,0 +1,146 @@
+"""Conversations to token ids, with a mark on each token that is learned.
+
+The same object encodes training rows and serving prompts, and is stored with the custom model, so
+what is served is what was trained: template, tokenizer and stop tokens included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.errors import RecipeError
+from luthier.types import IntArray, Message
+
+Template = Literal["auto", "chat", "plain"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one row, and which of them are learned."""
+
+    ids_T: IntArray
+    learned_T: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How prompts and replies become tokens for one model.
+
+    ``template`` is ``chat`` (the tokenizer's own chat template) or ``plain`` (the texts as they
+    are, the end-of-text token after the reply).
+    """
+
+    tokenizer: Any
+    template: Literal["chat", "plain"]
+    stop_ids: tuple[int, ...]
+    """Tokens that end a reply; the first one is appended in the plain format."""
+
+    @staticmethod
+    def of(tokenizer: Any, template: Template = "auto", stop_ids: Sequence[int] = ()) -> ChatFormat:
+        """Choose the format: the model's chat template where it has one, plain text elsewhere."""
+        if template == "auto":
+            template = "chat" if tokenizer.chat_template else "plain"
+        if template == "chat" and not tokenizer.chat_template:
+            raise RecipeError(
+                "this model's tokenizer has no chat template. Use template=plain, or a model that "
+                "was tuned on conversations."
+            )
+        stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids])
+        stops.pop(None, None)
+        if not stops:
+            raise RecipeError("this model's tokenizer names no end-of-text token (eos_token)")
+        return ChatFormat(tokenizer, template, tuple(stops))
+
+    def encode_prompt(self, messages: Sequence[Message]) -> IntArray:
+        """Token ids that a reply to ``messages`` continues."""
+        if self.template == "plain":
+            return self._tokens(_joined(messages), first=True)
+        return self._tokens(self._render(messages, reply=True), first=False)
+
+    def encode_reply(self, messages: Sequence[Message]) -> Encoded:
+        """A conversation with every assistant turn learned, its end-of-turn token included.
+
+        What follows the last learned token (a newline, in many templates) is left out: nothing
+        would be learned from it.
+        """
+        if self.template == "plain":
+            return self._encode_plain(messages)
+        parts: list[IntArray] = []
+        learned: list[NDArray[np.bool_]] = []
+        done = ""
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before = self._render(messages[:index], reply=True)
+            after = self._render(messages[: index + 1], reply=False)
+            if not (before.startswith(done) and after.startswith(before)):
+                raise RecipeError(
+                    "the chat template rewrites earlier turns when a turn is added, so the learned "
+                    "tokens cannot be told apart. Use single-turn rows or template=plain."
+                )
+            prompt_T = self._tokens(before[len(done) :], first=False)
+            reply_T = self._tokens(after[len(before) :], first=False)
+            parts += [prompt_T, reply_T]
+            learned += [np.zeros(len(prompt_T), bool), self._up_to_stop(reply_T)]
+            done = after
+        ids_T, learned_T = np.concatenate(parts), np.concatenate(learned)
+        size = int(np.flatnonzero(learned_T)[-1]) + 1
+        return Encoded(ids_T[:size], learned_T[:size])
+
+    def encode_text(self, text: str) -> IntArray:
+        """Raw text followed by the end-of-text token, for language modelling."""
+        return np.append(self._tokens(text, first=True), self.stop_ids[0])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a reply, without stop tokens and other special tokens."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
+    def _encode_plain(self, messages: Sequence[Message]) -> Encoded:
+        if len(messages) != 2 or messages[1].role != "assistant":
+            raise RecipeError(
+                "the plain template holds one prompt and one completion; this row is a longer "
+                "conversation. Use template=chat with a model that has a chat template."
+            )
+        prompt_T = self._tokens(messages[0].content, first=True)
+        reply_T = np.append(self._tokens(messages[1].content, first=False), self.stop_ids[0])
+        learned_T = np.arange(len(prompt_T) + len(reply_T)) >= len(prompt_T)
+        return Encoded(np.concatenate([prompt_T, reply_T]), learned_T)
+
+    def _up_to_stop(self, reply_T: IntArray) -> NDArray[np.bool_]:
+        stops = np.flatnonzero(np.isin(reply_T, self.stop_ids))
+        if not len(stops):
+            raise RecipeError(
+                "the chat template ends an assistant turn without a stop token, so the model could "
+                "not learn to stop. Name the token with the tokenizer's eos_token."
+            )
+        return np.arange(len(reply_T)) <= stops[-1]
+
+    def _render(self, messages: Sequence[Message], *, reply: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        text: str = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=reply
+        )
+        return text
+
+    def _tokens(self, text: str, *, first: bool) -> IntArray:
+        ids = self.tokenizer.encode(text, add_special_tokens=first)
+        if first and len(ids) > 1 and ids[-1] in self.stop_ids:
+            # Some tokenizers close every text; a prompt is to be continued.
+            ids = ids[:-1]
+        return np.asarray(ids, dtype=np.int64)
+
+
+def _joined(messages: Sequence[Message]) -> str:
+    if len(messages) != 1:
+        raise RecipeError(
+            "this model was trained on plain text and has no chat template: it takes one prompt, "
+            "not a conversation"
+        )
+    return messages[0].content

@@ -1,0 +1,149 @@
+"""Checkpoints: atomic, hashed, read back, and enough of them to survive a corrupt one.
+
+``checkpoints/step-00000010/`` holds ``tensors.safetensors`` (masters, moments, random state, best
+weights so far) and ``state.json`` (progress, and the hash of the tensors). The newest that verifies
+is resumed from; the two newest are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from luthier.errors import CorruptFile
+from luthier.files import new_folder, read_json, sha256_of, sweep, write_json
+
+KEPT = 2
+FIRST_STEP = 10
+"""The first checkpoint is written no later than after this step, or after ``FIRST_SECONDS``."""
+FIRST_SECONDS = 45.0
+SHARE_OF_TIME = 0.02
+"""Later ones are spaced so that writing them takes at most this share of the time."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything but tensors that an exact resume needs."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens of the rows trained on, shared prefixes counted in each row."""
+    rows: int = 0
+    seconds: float = 0.0
+    """Training time so far, over all starts."""
+    first_loss: float | None = None
+    last_loss: float | None = None
+    best_loss: float | None = None
+    """Lowest validation loss so far."""
+    best_step: int | None = None
+    worse: int = 0
+    """Measurements in a row without a new best."""
+    validation_loss: float | None = None
+    metrics_lines: int = 0
+    """Lines of the metrics file that belong to this state; later ones are cut on resume."""
+    rng: dict[str, str] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in its folder ``checkpoints``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._last = time.monotonic()
+        self._cost: float | None = None
+        sweep(folder)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint should be written after ``step``."""
+        since = time.monotonic() - self._last
+        if self._cost is None:
+            return step >= FIRST_STEP or since >= FIRST_SECONDS
+        return since >= max(10.0, self._cost / SHARE_OF_TIME)
+
+    def write(self, progress: Progress, tensors: Mapping[str, Tensor]) -> Path:
+        """Write one checkpoint, read it back, and drop all but the newest two."""
+        started = time.monotonic()
+        path = self.folder / f"step-{progress.step:08d}"
+        with new_folder(path) as temporary:
+            file = temporary / "tensors.safetensors"
+            save_file({name: t.contiguous() for name, t in tensors.items()}, file)
+            write_json(
+                temporary / "state.json",
+                {"progress": asdict(progress), "sha256": {file.name: sha256_of(file)}},
+            )
+        if self._cost is None:
+            self._read(path)
+        for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
+            _remove(old)
+        self._cost, self._last = time.monotonic() - started, time.monotonic()
+        return path
+
+    def latest(self) -> tuple[Progress, dict[str, Tensor]] | None:
+        """The newest checkpoint that verifies, or ``None`` when there is none at all."""
+        paths = sorted(self.folder.glob("step-*"), reverse=True)
+        for path in paths:
+            try:
+                return self._read(path)
+            except CorruptFile as error:
+                log.warning("checkpoint %s is damaged and was skipped: %s", path.name, error)
+        if paths:
+            raise CorruptFile(f"none of the {len(paths)} checkpoints in {self.folder} can be read")
+        return None
+
+    @staticmethod
+    def _read(path: Path) -> tuple[Progress, dict[str, Tensor]]:
+        state: dict[str, Any] = read_json(path / "state.json")
+        try:
+            progress, hashes = Progress(**state["progress"]), state["sha256"]
+        except (KeyError, TypeError) as error:
+            raise CorruptFile(f"{path / 'state.json'} has not the fields of a checkpoint") from error
+        for name, expected in hashes.items():
+            if not (path / name).is_file() or sha256_of(path / name) != expected:
+                raise CorruptFile(f"{path / name} no longer has the bytes that were recorded")
+        return progress, load_file(path / "tensors.safetensors")
+
+
+def random_state() -> dict[str, str]:
+    """State of the random generators a run draws from, as text."""
+    state = {"cpu": bytes(torch.get_rng_state().tolist()).hex()}
+    if torch.cuda.is_available():
+        state["cuda"] = bytes(torch.cuda.get_rng_state().tolist()).hex()
+    return state
+
+
+def restore_random_state(state: Mapping[str, str]) -> None:
+    """Undo :func:`random_state`."""
+    if "cpu" in state:
+        torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["cpu"])), dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(list(bytes.fromhex(state["cuda"])), dtype=torch.uint8))
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of tensors: equal exactly when every bit is."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    import os
+    import shutil
+
+    doomed = path.with_name(f".tmp-{path.name}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

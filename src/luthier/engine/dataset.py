@@ -1,0 +1,163 @@
+"""From files to encoded rows: everything that can refuse the data, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from luthier.data.chat import ChatFormat
+from luthier.data.loader import hold_out, total_tokens
+from luthier.data.rows import load_rows
+from luthier.engine.defaults import Choice, validation_share
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.files import sha256_of
+from luthier.objectives.base import Objective
+from luthier.recipe import DataSpec
+from luthier.types import Example, Row
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Encoded rows of a run, and where they came from."""
+
+    train: list[Example]
+    validation: list[Example]
+    hashes: dict[str, str]
+    """SHA-256 of each file, by path."""
+    choices: list[Choice]
+    dropped: int = 0
+    truncated: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training row."""
+        return max(map(len, self.train))
+
+
+def prepare(
+    spec: DataSpec, objective: Objective, chat: ChatFormat, context: int, seed: int
+) -> Dataset:
+    """Read, check, split and encode the data of a recipe; :class:`DataError` lists what is wrong."""
+    rows = load_rows(spec.train)
+    held = load_rows(spec.validation) if spec.validation else []
+    _check_shapes([*rows, *held], objective)
+    choices: list[Choice] = []
+    if not spec.validation:
+        share, reason = spec.validation_share, ""
+        if share is None:
+            share, reason = validation_share(len(rows))
+            choices.append(("data.validation_share", round(share, 4), reason))
+        kept, out = hold_out(len(rows), share, seed)
+        rows, held = [rows[i] for i in kept], [rows[i] for i in out]
+    encoder = _Encoder(objective, objective.format(chat), context, spec.long_rows)
+    train, validation = encoder.encode(rows), encoder.encode(held)
+    if encoder.problems:
+        raise DataError(encoder.problems)
+    counts = {
+        "rows": len(rows),
+        "validation_rows": len(held),
+        "tokens": total_tokens(train),
+        "learned_tokens": int(sum(float(e.weight_T.sum()) for e in train)),
+    }
+    train = objective.arrange(train, context)
+    validation = objective.arrange(validation, context) if validation else []
+    if not train:
+        raise RecipeError(f"no row of {spec.train} is left to train on")
+    files = [path for path in (spec.train, spec.validation) if path]
+    return Dataset(
+        train=train,
+        validation=validation,
+        hashes={str(path): sha256_of(Path(path)) for path in files},
+        choices=choices,
+        dropped=encoder.dropped,
+        truncated=encoder.truncated,
+        counts={**counts, "examples": len(train)},
+    )
+
+
+def _check_shapes(rows: Sequence[Row], objective: Objective) -> None:
+    problems = []
+    for row in rows:
+        shape = "messages" if row.messages else "text" if row.text is not None else "prompt"
+        if shape not in objective.shapes:
+            other = "causal_lm" if shape == "text" else "sft"
+            problems.append(
+                Problem(
+                    row.file,
+                    row.line,
+                    "row.objective",
+                    f"objective {objective.method} learns from {_named(objective.shapes)}, "
+                    f"and this row is {_named([shape])}.",
+                    f"Use --objective {other}, or bring the rows into the other form.",
+                )
+            )
+    if problems:
+        raise DataError(problems)
+
+
+_SHAPES = {"prompt": "prompt and completion", "messages": "messages", "text": "raw text"}
+
+
+def _named(shapes: Sequence[str] | frozenset[str]) -> str:
+    return " or ".join(_SHAPES[shape] for shape in sorted(shapes))
+
+
+class _Encoder:
+    """Encodes rows and collects what is wrong with them."""
+
+    def __init__(self, objective: Objective, chat: ChatFormat, context: int, long_rows: str) -> None:
+        self.objective, self.chat, self.context = objective, chat, context
+        self.long_rows = long_rows
+        self.packs = "text" in objective.shapes
+        self.problems: list[Problem] = []
+        self.dropped = self.truncated = 0
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        examples = []
+        for index, row in enumerate(rows):
+            try:
+                example = self.objective.encode(row, index, self.chat)
+            except RecipeError as error:
+                self._problem(row, "row.template", str(error), "See the message.")
+                continue
+            if len(example) <= self.context or self.packs:
+                examples.append(example)
+            elif self.long_rows == "error":
+                self._too_long(row, example)
+            elif self.long_rows == "drop":
+                self.dropped += 1
+            else:
+                shorter = self._truncate(row, example)
+                examples += [shorter] if shorter else []
+        return examples
+
+    def _truncate(self, row: Row, example: Example) -> Example | None:
+        """Cut from the end; a row that loses all its learned tokens is a problem, not a row."""
+        weight_T = example.weight_T[: self.context]
+        if not np.any(weight_T):
+            self._problem(
+                row,
+                "row.nothing_learned",
+                f"cut to the context of {self.context} tokens, nothing of the reply is left.",
+                "Shorten the prompt, or use --set data.long_rows=drop.",
+            )
+            return None
+        self.truncated += 1
+        return Example(example.ids_T[: self.context], weight_T, example.row)
+
+    def _too_long(self, row: Row, example: Example) -> None:
+        lost = float(example.weight_T[self.context :].sum() / example.weight_T.sum())
+        self._problem(
+            row,
+            "row.too_long",
+            f"{len(example)} tokens are more than the model's context of {self.context}; cutting "
+            f"the row would lose {lost:.0%} of what it teaches.",
+            "Shorten the row, or choose --set data.long_rows=drop or truncate.",
+        )
+
+    def _problem(self, row: Row, rule: str, message: str, fix: str) -> None:
+        self.problems.append(Problem(row.file, row.line, rule, message, fix))

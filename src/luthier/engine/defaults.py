@@ -1,0 +1,87 @@
+"""Settings chosen from the data, the model and the machine, each with the reason it is printed with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.engine.estimate import MemoryEstimate
+from luthier.recipe import Recipe
+
+Choice = tuple[str, Any, str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choices depend on."""
+
+    rows: int
+    """Training rows after the validation rows were held out."""
+    longest: int
+    """Tokens of the longest training row."""
+    validation_rows: int
+
+
+def validation_share(rows: int) -> tuple[float, str]:
+    """How much to hold out when the user gave no validation file."""
+    if rows < 20:
+        return 0.0, f"{rows} rows are too few to hold any out; give --validation to measure"
+    share = min(0.1, 200 / rows)
+    return share, "no validation file was given: a tenth of the rows, at most 200, is held out"
+
+
+def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
+    """Fill each unset field of ``recipe.training`` but the token budget."""
+    training, choices = recipe.training, list[Choice]()
+
+    def fill(field: str, value: Any, reason: str) -> None:
+        nonlocal training
+        if getattr(training, field) is None:
+            training = training.model_copy(update={field: value})
+            choices.append((f"training.{field}", value, reason))
+
+    fill("batch_size", *_batch_size(facts.rows))
+    if training.max_steps is None:
+        fill("epochs", *_epochs(facts.rows, training.batch_size or 1))
+    fill("learning_rate", *recipe.adaptation.learning_rate())
+    steps = steps_of(recipe.model_copy(update={"training": training}), facts.rows)
+    if facts.validation_rows:
+        every = max(1, round(steps / 8))
+        fill("evaluate_every", every, f"about eight measurements in {steps} steps")
+    return recipe.model_copy(update={"training": training}), choices
+
+
+def token_budget(estimate: MemoryEstimate, longest: int, available: int) -> tuple[int, str]:
+    """Distinct tokens in one micro-batch: enough for full matmul speed, within half the memory."""
+    room = int((available * 0.5 - estimate.fixed) // max(1, estimate.per_token))
+    budget = max(longest, min(512, room))
+    if budget > 512:
+        return budget, f"the longest row has {longest} tokens"
+    if budget < 512:
+        return budget, "half of the free memory holds no more"
+    return budget, "larger micro-batches are not faster here, and take more memory"
+
+
+def steps_of(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    from luthier.data.loader import RowOrder
+
+    training = recipe.training
+    order = RowOrder(rows, training.batch_size or 1, training.seed)
+    steps = order.steps(training.epochs) if training.epochs else training.max_steps or 1
+    return min(steps, training.max_steps or steps)
+
+
+def _batch_size(rows: int) -> tuple[int, str]:
+    if rows >= 320:
+        return 16, "the usual batch for tuning; 20 steps or more in each epoch"
+    size = max(1, 1 << max(0, (rows // 20).bit_length() - 1))
+    return size, f"{rows} rows: small enough for about 20 steps in each epoch"
+
+
+def _epochs(rows: int, batch: int) -> tuple[float, str]:
+    per_epoch = -(-rows // batch)
+    epochs = min(5, max(1, -(-150 // per_epoch)))
+    if epochs == 1:
+        return 1.0, f"{rows} rows give {per_epoch} steps in one pass, enough to learn from"
+    return float(epochs), f"{per_epoch} steps in a pass: {epochs} passes, about 150 steps, at most 5"

@@ -1,0 +1,98 @@
+"""What this machine computes with: device, native number type, threads, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and in what type a run computes, and why."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Type of frozen weights, activations and matrix products."""
+    threads: int
+    reason: str
+
+
+def choose_machine(precision: Precision = "auto", threads: int | None = None) -> Machine:
+    """Pick the device and the widest type it multiplies natively; set the thread count.
+
+    bfloat16 is used where the processor has it in silicon (AVX512-BF16, AMX, ARM BF16, a GPU of
+    compute capability 8 or later) and float32 elsewhere, where emulation would be slower.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    count = torch.get_num_threads()
+    if torch.cuda.is_available():
+        device, name = torch.device("cuda"), torch.cuda.get_device_name()
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        device, name = torch.device("cpu"), f"{count} CPU threads"
+        native = _cpu_has_bfloat16()
+    if precision == "auto":
+        dtype = torch.bfloat16 if native else torch.float32
+        why = "multiplies bfloat16 natively" if native else "has no native bfloat16"
+        return Machine(device, dtype, count, f"{name}, which {why}")
+    if precision not in ("bfloat16", "float32"):
+        raise RecipeError(f"unknown precision {precision!r}; use auto, bfloat16 or float32")
+    return Machine(device, getattr(torch, precision), count, f"{name}; precision was asked for")
+
+
+def _cpu_has_bfloat16() -> bool:
+    if platform.system() == "Linux":
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+        flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+        return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep large freed blocks instead of returning them to the system.
+
+    Activations are allocated and freed at every step; by default each one above 32 MiB is mapped
+    and zeroed by the kernel again. Elsewhere than on glibc this does nothing.
+    """
+    if platform.libc_ver()[0] != "glibc" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    mmap_threshold, trim_threshold = -3, -1
+    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(trim_threshold, 1 << 30)
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: the machine's, or its control group's if that is less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file():
+        text = limit.read_text().strip()
+        if text.isdigit():
+            free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
+def peak_memory() -> int:
+    """Largest resident size this process has had, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

@@ -1,0 +1,69 @@
+"""How much memory and disk a run will take, before anything is loaded for it.
+
+Memory = the process itself + frozen weights + trained weights with their masters, moments and sums
++ activations of one micro-batch + one chunk of logits. The constants were fitted on this code's own
+runs (``docs/log.md``); the estimate errs upwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.errors import DoesNotFit
+
+PROCESS = 480_000_000
+"""Resident bytes of Python with PyTorch and transformers loaded."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes a run takes: ``fixed``, and ``per_token`` for each token of a micro-batch."""
+
+    fixed: int
+    per_token: int
+
+    def peak(self, tokens: int) -> int:
+        """Estimated peak in bytes with micro-batches of ``tokens`` tokens."""
+        return self.fixed + self.per_token * tokens
+
+
+def estimate_memory(model: Any, bytes_per_number: int) -> MemoryEstimate:
+    """Estimate for a network whose trained weights are marked (it may live on the meta device)."""
+    total = trained = 0
+    for weight in model.parameters():
+        total += weight.numel()
+        trained += weight.numel() if weight.requires_grad else 0
+    config = model.config
+    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    vocabulary = int(config.vocab_size)
+    # master, two moments, sum of gradients in float32; gradient and best copy in the working type
+    optimizer = trained * (16 + 2 * bytes_per_number)
+    logits = 128 * vocabulary * (8 + 2 * bytes_per_number)
+    weights = total * bytes_per_number
+    activations = layers * (11 * hidden + 4 * inner) * bytes_per_number
+    return MemoryEstimate(PROCESS + weights + optimizer + logits, activations)
+
+
+def check_memory(estimate: MemoryEstimate, tokens: int, available: int) -> None:
+    """Refuse a run whose estimated peak is more than what is free."""
+    peak = estimate.peak(tokens)
+    # What the process holds already is part of the estimate, not of what it may still take.
+    if peak - PROCESS > available:
+        raise DoesNotFit(
+            f"this run needs about {peak / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "
+            f"free ({estimate.fixed / 1e9:.1f} GB whatever the batch, "
+            f"{estimate.per_token * tokens / 1e9:.1f} GB for micro-batches of {tokens} tokens). "
+            "Use adaptation lora, a smaller base model, or shorter rows with a smaller "
+            "training.micro_batch_tokens."
+        )
+
+
+def disk_needed(model: Any, bytes_per_number: int) -> int:
+    """Bytes of two checkpoints and the custom model, with a tenth to spare."""
+    trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
+    total = sum(w.numel() for w in model.parameters())
+    saved = trained if trained < total // 10 else total
+    checkpoint = trained * (12 + bytes_per_number)
+    return int(1.1 * (3 * checkpoint + saved * bytes_per_number)) + 20_000_000

@@ -1,0 +1,219 @@
+"""The training loop. It knows batches, steps and time; not what is learned nor which weights move.
+
+One step: take the rows of the step, merge them into token trees of at most so many tokens, sum the
+objective's loss over the trees, divide once by the weight of the whole batch, move the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from luthier.data.loader import RowOrder
+from luthier.data.tree import build_tree, split_to_budget
+from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
+from luthier.engine.devices import peak_memory
+from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.engine.optimizers import MasterAdamW
+from luthier.engine.schedules import rate_factor
+from luthier.errors import Diverged, Interrupted
+from luthier.models.network import Network, TreeBatch
+from luthier.objectives.base import Objective
+from luthier.recipe import Training
+from luthier.types import Example
+
+_BEST = "best."
+
+
+@dataclass
+class Loop:
+    """One run of the engine over encoded rows. Every ``None`` of ``training`` is filled in."""
+
+    network: Network
+    objective: Objective
+    training: Training
+    examples: Sequence[Example]
+    validation: Sequence[Example]
+    steps: int
+    checkpoints: Checkpoints
+    metrics: MetricsFile
+    reporter: Reporter
+
+    def __post_init__(self) -> None:
+        """Set up what is derived: optimizer, row order, progress."""
+        training = self.training
+        assert training.batch_size and training.learning_rate and training.micro_batch_tokens
+        self.rate = training.learning_rate
+        self.budget = training.micro_batch_tokens
+        self.order = RowOrder(
+            len(self.examples), training.batch_size, training.seed, training.shuffle
+        )
+        self.optimizer = MasterAdamW(self.network.model.named_parameters(), training)
+        self.progress = Progress()
+        self.best: dict[str, torch.Tensor] = {}
+
+    def resume(self) -> bool:
+        """Go on from the newest good checkpoint; whether there was one."""
+        found = self.checkpoints.latest()
+        if found is None:
+            return False
+        self.progress, tensors = found
+        self.optimizer.restore(tensors)
+        self.best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
+        restore_random_state(self.progress.rng)
+        self.metrics.cut(self.progress.metrics_lines)
+        return True
+
+    def run(self) -> Progress:
+        """Train to the end, or until stopped early; the best weights are in the network after."""
+        if self.progress.step == 0:
+            self._evaluate()
+        with _stop_on_signal() as stopped:
+            while self.progress.step < self.steps and not self._patience_spent():
+                started = time.monotonic()
+                self._step()
+                self.progress.seconds += time.monotonic() - started
+                last = self.progress.step == self.steps
+                if last or self.progress.step % (self.training.evaluate_every or self.steps) == 0:
+                    self._evaluate()
+                if stopped():
+                    self._checkpoint()
+                    raise Interrupted(
+                        f"stopped after step {self.progress.step} of {self.steps}; "
+                        "the same command with --resume goes on"
+                    )
+                if self.checkpoints.due(self.progress.step):
+                    self._checkpoint()
+        self._use_best()
+        return self.progress
+
+    def _step(self) -> None:
+        self.network.model.train()
+        indices = self.order.batch(self.progress.step)
+        chosen = [self.examples[index] for index in indices]
+        started = time.monotonic()
+        rate = self.rate * rate_factor(
+            self.training.schedule, self.progress.step, self.steps, self.training.warmup_share
+        )
+        for batches in self.objective.turns(self._batches(chosen)):
+            loss, further = self._backward(batches)
+            norm = self.optimizer.step(rate)
+        tokens = sum(map(len, chosen))
+        progress = self.progress
+        progress.step += 1
+        progress.tokens += tokens
+        progress.rows += len(chosen)
+        progress.last_loss = loss
+        progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+        self._record(
+            "train",
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=tokens,
+            tokens_per_second=tokens / (time.monotonic() - started),
+            **further,
+        )
+
+    def _batches(self, examples: Sequence[Example]) -> list[TreeBatch]:
+        parts = split_to_budget(examples, self.budget)
+        batches = [self.network.batch(build_tree(part)) for part in parts]
+        with torch.no_grad():
+            return [self.objective.annotate(self.network, batch) for batch in batches]
+
+    def _backward(self, batches: Sequence[TreeBatch]) -> tuple[float, dict[str, float]]:
+        """Gradients of the mean loss over ``batches``; the mean, and the objective's metrics."""
+        weight = math.fsum(batch.weight for batch in batches)
+        total, further = 0.0, dict[str, float]()
+        for batch in batches:
+            loss = self.objective.loss(self.network, batch)
+            (loss.total / weight).backward()
+            self.optimizer.collect()
+            total += float(loss.total.detach())
+            for key, value in loss.metrics.items():
+                further[key] = further.get(key, 0.0) + value / weight
+        if not math.isfinite(total):
+            raise Diverged(
+                f"the loss of step {self.progress.step + 1} is {total}. Lower the learning rate "
+                f"(it was {self.rate:g} at its highest)."
+            )
+        return total / weight, further
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Measure on the validation rows, and keep the weights if they are the best so far."""
+        if not self.validation:
+            return
+        loss = mean_loss(self.network, self.objective, self.validation, self.budget)
+        progress = self.progress
+        progress.validation_loss = loss
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
+            self.best = {n: w.detach().clone() for n, w in self.optimizer.weights.items()}
+        else:
+            progress.worse += 1
+        self._record("validation", loss=loss, best=progress.best_loss, best_step=progress.best_step)
+
+    def _record(self, event: str, **values: Any) -> None:
+        line = {"event": event, "step": self.progress.step, **values}
+        line["memory_bytes"] = peak_memory()
+        self.progress.metrics_lines = self.metrics.append(line)
+        self.reporter.recorded(line, self.steps)
+
+    def _checkpoint(self) -> None:
+        self.progress.rng = random_state()
+        tensors = self.optimizer.state()
+        tensors |= {f"{_BEST}{name}": value for name, value in self.best.items()}
+        self.checkpoints.write(self.progress, tensors)
+
+    def _patience_spent(self) -> bool:
+        return 0 < self.training.patience <= self.progress.worse
+
+    def _use_best(self) -> None:
+        if self.best and self.progress.best_step != self.progress.step:
+            for name, weight in self.optimizer.weights.items():
+                weight.data.copy_(self.best[name])
+
+
+@torch.no_grad()
+def mean_loss(
+    network: Network, objective: Objective, examples: Sequence[Example], budget: int
+) -> float:
+    """The objective's loss on ``examples``, averaged over their weight."""
+    network.model.eval()
+    total = weight = 0.0
+    for part in split_to_budget(examples, budget):
+        batch = network.batch(build_tree(part))
+        batch = objective.annotate(network, batch)
+        total += float(objective.loss(network, batch).total)
+        weight += batch.weight
+    return total / weight
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and SIGTERM into a flag that is read between steps; a second one stops at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs us there has its own way to stop
+        before = {}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,134 @@
+"""The folder of one run: what was asked, what came out, and who works on it now."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import RunConflict
+from luthier.files import luthier_home, read_json, write_json
+from luthier.recipe import NAME_PATTERN, Recipe
+from luthier.store.models import MANIFEST, custom_folder, short_name
+
+_REQUEST, _RESULT = "request.json", "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run gives back."""
+
+    model_id: str
+    run_dir: str
+    model_dir: str
+    rows: int
+    """Rows trained on, each counted once."""
+    tokens: int
+    """Tokens trained on over all epochs, shared prefixes counted in each row."""
+    steps: int
+    train_loss: float
+    """Mean loss of the last step, in nats per learned token."""
+    validation_loss: float | None
+    """Loss of the stored weights on the validation rows."""
+    seconds: float
+    """Time spent in training steps, over all starts of the run."""
+    peak_memory_bytes: int
+
+
+class Run:
+    """One run in ``runs/<base>/<name>``."""
+
+    def __init__(self, base: str, name: str) -> None:
+        self.base, self.name = base, name
+        self.folder = luthier_home() / "runs" / short_name(base) / name
+        self.model_folder = custom_folder(base, name)
+        self.model_id = f"{short_name(base)}:{name}"
+
+    def begin(self, request: Mapping[str, Any], resume: bool) -> Result | None:
+        """Claim the name for ``request``; the result, where the run is already done.
+
+        Without ``resume`` the name must be free. With it, an unfinished run must have been asked
+        for in the same words; where there is none, the run simply starts.
+        """
+        before = read_json(self.folder / _REQUEST) if (self.folder / _REQUEST).is_file() else None
+        stored = (self.model_folder / MANIFEST).is_file()
+        if before is None and stored:
+            raise RunConflict(f"there is a model {self.model_id} already; choose another --name")
+        if before is None:
+            write_json(self.folder / _REQUEST, dict(request))
+            return None
+        if not resume:
+            done = "finished" if stored else "unfinished"
+            advice = "" if stored else " --resume goes on with it;"
+            raise RunConflict(
+                f"there is a {done} run {self.model_id} already.{advice} choose another --name, or "
+                f"remove it with `luthier models remove {self.model_id}`"
+            )
+        _same_request(before, request, self.model_id)
+        if stored and (self.folder / _RESULT).is_file():
+            return Result(**read_json(self.folder / _RESULT))
+        return None
+
+    def finish(self, result: Result) -> None:
+        """Record the result; only now is the run done. Its checkpoints are no longer needed."""
+        write_json(self.folder / _RESULT, asdict(result))
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second process from working on the same run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise RunConflict(f"another process is working on {self.model_id} now") from None
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def drop_if_empty(self) -> None:
+        """Forget a run that was refused before it trained anything."""
+        if not (self.folder / _REQUEST).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def free_name(recipe: Recipe) -> str:
+    """A name for a run that was given none: the data file's, with the first free number."""
+    import re
+
+    stem = re.sub(r"[^a-z0-9._-]+", "-", recipe.data.train.stem.lower()).strip("-._") or "model"
+    number = 1
+    while True:
+        name = f"{stem[:50]}-{number}"
+        assert NAME_PATTERN.fullmatch(name)
+        run = Run(recipe.base, name)
+        if not run.folder.exists() and not run.model_folder.exists():
+            return name
+        number += 1
+
+
+def _same_request(before: Mapping[str, Any], now: Mapping[str, Any], model_id: str) -> None:
+    old, new = dict(_flat(before)), dict(_flat(now))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed:
+        shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
+        raise RunConflict(
+            f"{model_id} cannot be resumed, because something else is asked for now: {shown}. "
+            "Repeat the first command exactly, or choose another --name."
+        )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item

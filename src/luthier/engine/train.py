@@ -1,0 +1,256 @@
+"""From a recipe to a custom model: everything a run does, in the order it does it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from luthier import __version__
+from luthier.data.chat import ChatFormat
+from luthier.engine import defaults
+from luthier.engine.checkpoints import Checkpoints, Progress, fingerprint
+from luthier.engine.dataset import Dataset, prepare
+from luthier.engine.devices import (
+    Machine,
+    available_memory,
+    choose_machine,
+    keep_freed_memory,
+    peak_memory,
+)
+from luthier.engine.estimate import check_memory, disk_needed, estimate_memory
+from luthier.engine.loop import Loop, mean_loss
+from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
+from luthier.engine.runs import Result, Run, free_name
+from luthier.errors import LuthierError
+from luthier.evaluation.parity import Parity
+from luthier.files import hashes_of, need_disk, new_folder, write_json
+from luthier.models.load import as_network, check_folder, context_length
+from luthier.models.network import Network
+from luthier.models.save import save_adapter, save_format, save_network, trained_weights
+from luthier.recipe import Recipe
+from luthier.store import models as store
+
+PARITY_ROWS = 16
+
+
+def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None) -> Result:
+    """Carry out ``recipe`` and return what came out; the model is stored and verified.
+
+    Raises:
+        RefusedInput: before any training, for data, recipe, model, memory, disk or name.
+        Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    reporter = reporter or Reporter()
+    keep_freed_memory()
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    base = store.find(recipe.base, reporter.stage)
+    name = recipe.name or free_name(recipe)
+    run = Run(recipe.base if base.id == recipe.base else base.id, name)
+    with run.lock():
+        try:
+            job = _prepare(recipe, base, machine, reporter)
+            request = {"recipe": recipe.plain(), "data": job.data.hashes, "luthier": __version__}
+            done = run.begin(request, resume)
+        except BaseException:
+            run.drop_if_empty()
+            raise
+        if done is not None:
+            reporter.note(f"{done.model_id} was already finished")
+            return done
+        return _Trainer(job, run, reporter).run(resume)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A recipe with nothing left to decide, and what it works on."""
+
+    recipe: Recipe
+    base: store.StoredModel
+    chat: ChatFormat
+    data: Dataset
+    machine: Machine
+    steps: int
+
+
+def _prepare(
+    recipe: Recipe, base: store.StoredModel, machine: Machine, reporter: Reporter
+) -> _Job:
+    """Check everything that can be checked before the weights are touched."""
+    reporter.stage("Checking the data")
+    config = check_folder(base.network_folder)
+    chat = store.chat_format(base)
+    context = context_length(config)
+    data = prepare(recipe.data, recipe.objective, chat, context, recipe.training.seed)
+    facts = defaults.Facts(len(data.train), data.longest, len(data.validation))
+    recipe, choices = defaults.choose(recipe, facts)
+    sketch = _sketch(base.network_folder, recipe)
+    width = machine.dtype.itemsize
+    estimate, available = estimate_memory(sketch, width), available_memory()
+    if recipe.training.micro_batch_tokens is None:
+        budget, reason = defaults.token_budget(estimate, data.longest, available)
+        training = recipe.training.model_copy(update={"micro_batch_tokens": budget})
+        recipe = recipe.model_copy(update={"training": training})
+        choices.append(("training.micro_batch_tokens", budget, reason))
+    check_memory(estimate, recipe.training.micro_batch_tokens or 0, available)
+    need_disk(store.base_folder("x"), disk_needed(sketch, width), "this run")
+    number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
+    reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
+    for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
+        if count:
+            reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
+    steps = defaults.steps_of(recipe, len(data.train))
+    return _Job(recipe, base, recipe.objective.format(chat), data, machine, steps)
+
+
+def _sketch(folder: Path, recipe: Recipe) -> nn.Module:
+    """The network without its numbers, adaptation attached: for counting, and for early refusals."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(folder))
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        recipe.adaptation.attach(model)
+    return model
+
+
+class _Trainer:
+    """Loads, trains, stores and verifies one job."""
+
+    def __init__(self, job: _Job, run: Run, reporter: Reporter) -> None:
+        self.job, self.run_folder, self.reporter = job, run, reporter
+        self.recipe, self.machine = job.recipe, job.machine
+
+    def run(self, resume: bool) -> Result:
+        """Everything after the last check."""
+        network = self._network()
+        loop = self._loop(network)
+        if resume:
+            going = loop.resume()
+            where = f"going on after step {loop.progress.step}" if going else "starting at step 1"
+            self.reporter.note(where)
+        elif loop.metrics.path.exists():
+            loop.metrics.cut(0)
+        progress = loop.run()
+        self.reporter.stage("Storing and verifying the model")
+        sample = [*self.job.data.validation, *self.job.data.train][:PARITY_ROWS]
+        trained = mean_loss(network, self.recipe.objective, sample, loop.budget)
+        validation = progress.best_loss
+        lines = loop.metrics.read()
+        del loop
+        result = self._store(network, progress, validation, trained, lines)
+        self.run_folder.finish(result)
+        return result
+
+    def _network(self) -> Network:
+        torch.manual_seed(self.recipe.training.seed)
+        self.reporter.stage(f"Loading {self.job.base.id}")
+        machine = self.machine
+        model = store.load(self.job.base, machine.dtype, machine.device)
+        if getattr(model.config, "attention_dropout", 0):
+            model.config.attention_dropout = 0.0  # type: ignore[union-attr]
+        network = as_network(model, machine.device, machine.dtype)
+        torch.manual_seed(self.recipe.training.seed)
+        self.recipe.adaptation.attach(model)
+        moved = sum(p.numel() for p in trained_weights(model).values())
+        total = sum(p.numel() for p in model.parameters())
+        self.reporter.note(f"{moved:,} of {total:,} weights train ({moved / total:.2%})")
+        return network
+
+    def _loop(self, network: Network) -> Loop:
+        folder = self.run_folder.folder
+        return Loop(
+            network=network,
+            objective=self.recipe.objective,
+            training=self.recipe.training,
+            examples=self.job.data.train,
+            validation=self.job.data.validation,
+            steps=self.job.steps,
+            checkpoints=Checkpoints(folder / "checkpoints"),
+            metrics=MetricsFile(folder / "metrics.jsonl"),
+            reporter=self.reporter,
+        )
+
+    def _store(
+        self,
+        network: Network,
+        progress: Progress,
+        validation: float | None,
+        trained: float,
+        lines: list[dict[str, Any]],
+    ) -> Result:
+        run, job = self.run_folder, self.job
+        draw_loss_curve(lines, run.folder, run.model_id)
+        model = network.model
+        kept = trained_weights(model)
+        adapter = self.recipe.adaptation.peft_config(model, str(job.base.folder))
+        result = Result(
+            model_id=run.model_id,
+            run_dir=str(run.folder),
+            model_dir=str(run.model_folder),
+            rows=job.data.counts["rows"],
+            tokens=progress.tokens,
+            steps=progress.step,
+            train_loss=float(progress.last_loss or 0.0),
+            validation_loss=validation,
+            seconds=round(progress.seconds, 3),
+            peak_memory_bytes=peak_memory(),
+        )
+        with new_folder(run.model_folder) as fresh:
+            for kind in ("svg", "png"):
+                (fresh / f"loss.{kind}").write_bytes((run.folder / f"loss.{kind}").read_bytes())
+            if adapter is not None:
+                save_adapter(model, adapter, fresh)
+                save_format(job.chat, fresh)
+            else:
+                save_network(model, job.chat, fresh)
+            manifest = self._manifest(result, adapter is not None, fingerprint(kept))
+            parity = self._parity(fresh, manifest, trained)
+            manifest["parity"] = asdict(parity)
+            manifest["files"] = hashes_of(fresh)
+            write_json(fresh / store.MANIFEST, manifest)
+        return result
+
+    def _manifest(self, result: Result, adapter: bool, weights: str) -> dict[str, Any]:
+        job = self.job
+        return {
+            "id": result.model_id,
+            "kind": "causal_lm",
+            "saved": "adapter" if adapter else "network",
+            "parent": job.base.id,
+            "root": job.base.root,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "luthier": __version__,
+            "torch": torch.__version__,
+            "precision": str(self.machine.dtype).removeprefix("torch."),
+            "recipe": self.recipe.plain(),
+            "data": {
+                "sha256": job.data.hashes,
+                "dropped": job.data.dropped,
+                "truncated": job.data.truncated,
+                **job.data.counts,
+            },
+            "metrics": {key: v for key, v in asdict(result).items() if not key.endswith("_dir")},
+            "trained_weights_sha256": weights,
+            "format": {"template": job.chat.template, "stop_ids": list(job.chat.stop_ids)},
+        }
+
+    def _parity(self, folder: Path, manifest: dict[str, Any], trained: float) -> Parity:
+        """Load what was written as serving will, and compare."""
+        parent = self.job.base if manifest["saved"] == "adapter" else None
+        stored = store.StoredModel(manifest["id"], folder, manifest, parent)
+        again = store.load(stored, self.machine.dtype, self.machine.device)
+        network = as_network(again, self.machine.device, self.machine.dtype)
+        budget = self.recipe.training.micro_batch_tokens or 512
+        sample = [*self.job.data.validation, *self.job.data.train][:PARITY_ROWS]
+        parity = Parity(
+            len(sample), trained, mean_loss(network, self.recipe.objective, sample, budget)
+        )
+        parity.check()
+        if store.chat_format(stored).stop_ids != self.job.chat.stop_ids:
+            raise LuthierError("the saved tokenizer has other stop tokens than the one trained with")
+        return parity

@@ -1,0 +1,102 @@
+"""One tree of errors. The command line turns each into its exit code.
+
+    LuthierError                exit 1: something failed while we worked
+    ├── RefusedInput            exit 2: refused before any work was done
+    │   ├── DataError           rows that would fail or mislead; carries each problem
+    │   ├── RecipeError         unknown option, impossible value, pair that cannot work
+    │   ├── UnknownModel        no such base or custom model
+    │   ├── DoesNotFit          not enough memory or disk for what was asked
+    │   └── RunConflict         the name is taken, or there is nothing to resume
+    ├── DownloadError           a source could not be read, or gave other bytes than pinned
+    ├── CorruptFile             a stored file no longer matches its recorded hash
+    ├── Diverged                the loss is no longer a finite number
+    └── Interrupted             exit 130: stopped by the user; the run can be resumed
+
+To add an error, subclass the nearest branch; the exit code is inherited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class LuthierError(Exception):
+    """Base of all errors raised on purpose. ``exit_code`` is what a command ends with."""
+
+    exit_code = 1
+
+
+class RefusedInput(LuthierError):
+    """The request was refused before any work; nothing was written."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with one row: where, which rule, and how to mend it."""
+
+    file: str
+    line: int
+    """1-based line in the file; 0 when the whole file is meant."""
+    rule: str
+    """Stable id of the rule, for example ``json.invalid``."""
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{where}: [{self.rule}] {self.message} Fix: {self.fix}"
+
+
+class DataError(RefusedInput):
+    """Data that would fail or mislead. All problems are kept, the first twenty are printed."""
+
+    shown = 20
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: Sequence[Problem] = tuple(problems)
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        count = len(self.problems)
+        lines = [f"{count} problem{'s' if count != 1 else ''} in the data; nothing was trained."]
+        lines += [f"  {problem}" for problem in self.problems[: self.shown]]
+        if count > self.shown:
+            lines.append(f"  … and {count - self.shown} more.")
+        return "\n".join(lines)
+
+
+class RecipeError(RefusedInput):
+    """A recipe that cannot be carried out: unknown option, impossible value or pair."""
+
+
+class UnknownModel(RefusedInput):
+    """No base or custom model answers to this id."""
+
+
+class DoesNotFit(RefusedInput):
+    """The estimate says that memory or disk would not be enough."""
+
+
+class RunConflict(RefusedInput):
+    """The name is taken by another run, or there is no run to resume."""
+
+
+class DownloadError(LuthierError):
+    """A source could not be read, or its bytes are not the pinned ones."""
+
+
+class CorruptFile(LuthierError):
+    """A stored file no longer matches the hash recorded beside it."""
+
+
+class Diverged(LuthierError):
+    """The loss or a gradient is no longer finite."""
+
+
+class Interrupted(LuthierError):
+    """Stopped by the user at a step boundary; a checkpoint was written."""
+
+    exit_code = 130

@@ -1,0 +1,161 @@
+"""Where things are kept, and how they are written: whole or not at all.
+
+Every file and folder of the store is first written beside its place under a temporary name, forced
+to disk, and then renamed. A process that dies in the middle leaves only a name that starts with
+``.tmp-``, which nothing reads and :func:`sweep` removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import CorruptFile, DoesNotFit, LuthierError
+
+_TEMPORARY = ".tmp-"
+
+
+def luthier_home() -> Path:
+    """Folder of the store: ``LUTHIER_HOME``, or ``~/.luthier``."""
+    return Path(os.environ.get("LUTHIER_HOME") or Path.home() / ".luthier").expanduser().absolute()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hashes_of(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
+    """SHA-256 of each file below ``folder``, by its path relative to it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: sha256_of(path) for name, path in names.items() if name not in skip}
+
+
+def verify(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Raise :class:`CorruptFile` unless each named file of ``folder`` has its recorded hash."""
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptFile(f"{path} is missing")
+        if sha256_of(path) != expected:
+            raise CorruptFile(f"{path} no longer has the bytes that were recorded (SHA-256 differs)")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` atomically and durably."""
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of the store; :class:`CorruptFile` if it is not one."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder; when the block ends well it becomes ``path``, else it is gone.
+
+    An existing ``path`` is replaced.
+    """
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+        try:
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    os.chmod(file, 0o644)
+                    _sync_file(file)
+            os.chmod(temporary, 0o755)
+            _sync_folder(temporary)
+            if path.exists():
+                doomed = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+                os.replace(path, doomed / "old")
+                os.replace(temporary, path)
+                shutil.rmtree(doomed, ignore_errors=True)
+            else:
+                os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left unfinished in ``folder``."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def need_disk(folder: Path, size: int, what: str) -> None:
+    """Refuse early when ``folder``'s disk has less than ``size`` bytes free."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise DoesNotFit(
+            f"{what} needs {size / 1e6:,.0f} MB on the disk of {existing}, and {free / 1e6:,.0f} MB "
+            "are free. Free some space, or set LUTHIER_HOME to a folder on a larger disk."
+        )
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DoesNotFit(f"the disk of {folder} is full; nothing was left half-written") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise LuthierError(f"{folder} cannot be written: {error.strerror}") from error
+        raise
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

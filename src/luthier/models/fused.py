@@ -1,0 +1,119 @@
+"""Exact replacements for modules whose plain form wastes memory traffic.
+
+``RMSNorm`` as transformers writes it makes eight passes and keeps two float32 copies of its input
+for the backward pass; here it keeps the input and one number a token. The SwiGLU product keeps its
+two inputs and not the activation between them. Both compute in float32 and round once, so results
+are those of the original to rounding; :func:`fuse` checks that on random numbers before it
+replaces anything, so a look-alike with other mathematics (Gemma adds 1 to the weight) stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
+        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        rstd = rstd.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight_H, rstd)
+        return x.float().mul_(rstd).mul_(weight_H).to(x.dtype) if x.dtype != torch.float32 else (
+            (x * rstd).mul_(weight_H)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight_H, rstd = ctx.saved_tensors
+        normed = x.float().mul(rstd)
+        scaled = grad.float().mul(weight_H)
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = (grad * normed).flatten(0, -2).sum(0).to(weight_H.dtype)
+        mean = (scaled * normed).mean(-1, keepdim=True)
+        dx = scaled.sub_(normed.mul_(mean)).mul_(rstd)
+        return dx.to(x.dtype), dweight, None
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / sqrt(mean(x^2) + epsilon)`` over the last dimension (Zhang & Sennrich 2019)."""
+
+    def __init__(self, weight_H: nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight = weight_H
+        self.variance_epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` of shape ``[..., H]``."""
+        return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return]
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate = torch.ops.aten.silu_backward(grad * up, gate)
+        return dgate, nn.functional.silu(gate).mul_(grad)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020), with the projections of the original."""
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj = gate_proj
+        self.up_proj = up_proj
+        self.down_proj = down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` of shape ``[..., H]`` to the same shape."""
+        down: Tensor = self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        return down
+
+
+def fuse(model: nn.Module) -> int:
+    """Replace in place what can be replaced exactly; return how many modules were."""
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            fused = _fused(child)
+            if fused is not None and _same(child, fused):
+                setattr(parent, name, fused)
+                count += 1
+    return count
+
+
+def _fused(module: nn.Module) -> nn.Module | None:
+    kind = type(module).__name__
+    if isinstance(module, RMSNorm | SwiGLU):
+        return None
+    if kind.endswith("RMSNorm") and isinstance(getattr(module, "variance_epsilon", None), float):
+        return RMSNorm(module.weight, module.variance_epsilon)  # type: ignore[arg-type]
+    activation = getattr(module, "act_fn", None)
+    if kind.endswith("MLP") and type(activation).__name__ in ("SiLU", "SiLUActivation"):
+        projections = [getattr(module, f"{part}_proj", None) for part in ("gate", "up", "down")]
+        if len(list(module.children())) == 4 and all(isinstance(p, nn.Linear) for p in projections):
+            return SwiGLU(*projections)  # type: ignore[arg-type]
+    return None
+
+
+def _same(original: nn.Module, fused: nn.Module) -> bool:
+    """Whether both give the same numbers on random input, to the rounding of their type."""
+    weight = next(original.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    tolerance = 1e-5 if weight.dtype == torch.float32 else 0.05
+    with torch.no_grad():
+        try:
+            expected, got = original(x).float(), fused(x).float()
+        except (RuntimeError, TypeError):
+            return False
+    return torch.allclose(expected, got, atol=tolerance * float(expected.abs().max()), rtol=tolerance)

@@ -1,0 +1,71 @@
+"""Saving what was trained: PEFT's adapter format, or a whole Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+
+from luthier.errors import CorruptFile
+from luthier.files import write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from luthier.adaptations.base import Adaptation
+    from luthier.data.chat import ChatFormat
+
+ADAPTER = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+"""What PEFT puts before the name of each weight."""
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that train, by name: all that an adapter consists of."""
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Write ``adapter_config.json`` and the trained weights as PEFT does."""
+    tensors = {f"{_PREFIX}{n}": t.contiguous().cpu() for n, t in trained_weights(model).items()}
+    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    write_bytes(folder / "adapter_config.json", text.encode())
+
+
+def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None:
+    """Attach ``adaptation`` to ``model`` and give it the weights saved in ``folder``."""
+    import torch
+
+    adaptation.attach(model)
+    saved = load_file(folder / ADAPTER)
+    weights = {f"{_PREFIX}{n}": p for n, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != weights.keys():
+        odd = sorted(saved.keys() ^ weights.keys())[:3]
+        raise CorruptFile(f"{folder / ADAPTER} does not fit the network: {', '.join(odd)} …")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(saved[name])
+
+
+def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
+    """Write a Hugging Face directory: weights, configuration, tokenizer, stop tokens."""
+    save_format(chat, folder)
+    stops = list(chat.stop_ids)
+    model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = stops[0]
+    model.save_pretrained(folder)
+
+
+def save_format(chat: ChatFormat, folder: Path) -> None:
+    """Write the tokenizer, with the chat template a plain-text model must not use left out."""
+    template = chat.tokenizer.chat_template
+    if chat.template == "plain":
+        chat.tokenizer.chat_template = None
+    try:
+        chat.tokenizer.save_pretrained(folder)
+    finally:
+        chat.tokenizer.chat_template = template

@@ -1,0 +1,59 @@
+"""The seam between what is learned and how it is trained.
+
+An objective is one frozen object: its fields are the hyper-parameters of its paper, with the
+vetted setting as default. The engine calls four methods and knows nothing else:
+
+    encode    rows to token ids with a loss weight for each token
+    annotate  all that takes no gradient: sampling, rewards, teacher or reference scores, noise
+    turns     the optimizer steps of one batch; one, unless the method says otherwise
+    loss      a **sum** over a micro-batch; only the engine divides, once, by the global weight
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+
+class Objective(BaseModel):
+    """Base of all objectives. Subclasses are final: one paper, one file, one class."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    method: str
+    """Name of the objective in recipes and on the command line."""
+
+    shapes: ClassVar[frozenset[str]]
+    """Row shapes it can learn from: ``prompt``, ``messages``, ``text``."""
+
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """The format rows are encoded with and the custom model is served with."""
+        return chat
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """Token ids and loss weights of one row; ``index`` becomes ``Example.row``."""
+        raise NotImplementedError
+
+    def arrange(self, examples: Sequence[Example], context: int) -> list[Example]:
+        """Regroup encoded rows, for objectives that pack them. ``context`` is the model's limit."""
+        return list(examples)
+
+    def annotate(self, network: Network, batch: TreeBatch) -> TreeBatch:
+        """Add to a batch what is computed without a gradient."""
+        return batch
+
+    def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
+        """Yield the micro-batches of each optimizer step that one batch of rows gives."""
+        yield batches
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed loss of one micro-batch."""
+        raise NotImplementedError

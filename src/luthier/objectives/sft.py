@@ -1,0 +1,52 @@
+"""Supervised fine-tuning: learn to give the replies of the data (Ouyang et al. 2022, section 3.5).
+
+Loss is the cross-entropy of the reply tokens given everything before them, averaged over all
+learned tokens of the global batch. Every assistant turn of a conversation is learned, and so is the
+token that ends it; prompts are not. Left out of the paper: the mix-in of pre-training text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+from luthier.objectives.base import Objective
+from luthier.types import Example, Loss, Message, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+
+class SFT(Objective):
+    """Supervised fine-tuning on prompt and completion pairs or conversations."""
+
+    method: Literal["sft"] = "sft"
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How a row becomes text: the model's chat template, or prompt and completion as they are."""
+
+    shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
+
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """Apply ``template``, keeping the base model's own choice for ``auto``."""
+        if self.template == "auto":
+            return chat
+        return type(chat).of(chat.tokenizer, self.template, chat.stop_ids)
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """Weight 1 on each token of each reply, 0 on the rest."""
+        messages = row.messages
+        if messages is None:
+            messages = (
+                Message("user", row.prompt or ""),
+                Message("assistant", row.completion or ""),
+            )
+        encoded = chat.encode_reply(messages)
+        return Example(encoded.ids_T, encoded.learned_T.astype(np.float32), index)
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed cross-entropy of the learned tokens."""
+        from luthier.objectives.logprobs import weighted_nll
+
+        return Loss(weighted_nll(network, batch))

@@ -1,0 +1,224 @@
+"""The recipe: base x data x objective x adaptation x optimizer x budget, as one frozen object.
+
+A recipe is what is asked for; a field that is ``None`` is chosen later from the data and the model
+and printed with its reason. The same object is read from TOML, from the command line and from
+Python, and is stored with the custom model.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+)
+
+from luthier.adaptations import ADAPTATIONS, Adaptation
+from luthier.errors import RecipeError
+from luthier.objectives import OBJECTIVES, Objective
+
+NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataSpec(_Part):
+    """Which rows are learned from and which are held out."""
+
+    train: Path
+    """File to learn from: JSONL of prompt and completion, messages, or text; or plain text."""
+    validation: Path | None = None
+    """File to measure on; without one, a part of the training rows is held out."""
+    validation_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the training rows to hold out when no validation file is given; 0 for none."""
+    long_rows: Literal["error", "drop", "truncate"] = "error"
+    """What to do with rows longer than the model's context."""
+
+
+class Training(_Part):
+    """Optimizer, schedule and budget. ``None`` is chosen from the data and the model."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps, whatever ``epochs`` says."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Rows in one optimizer step."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Highest learning rate of the schedule."""
+    schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
+    """How the rate falls after warm-up; ``step`` divides it by ten at each third of the run."""
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which the rate rises from zero."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to AdamW's denominator."""
+    max_gradient_norm: float = Field(default=1.0, ge=0)
+    """Gradients of a larger global norm are scaled down to it; 0 turns clipping off."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Distinct tokens computed at once; smaller takes less memory, the result is the same."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between measurements on the validation rows."""
+    patience: int = Field(default=3, ge=0)
+    """Stop after so many measurements without a better one; 0 never stops early."""
+    shuffle: bool = True
+    """Take the rows in a new random order each epoch; otherwise in the order of the file."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the row order, of new weights and of dropout."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number type of matrix products; ``auto`` is bfloat16 where the machine has it natively."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; all cores when not given."""
+
+
+class Recipe(_Part):
+    """Everything that decides what a custom model becomes."""
+
+    base: str = "smollm2-135m-instruct"
+    """Base model, custom model, local directory or hub id to start from."""
+    name: str | None = None
+    """Name of the custom model; its id is ``base:name``."""
+    data: DataSpec
+    """What is learned from."""
+    objective: SerializeAsAny[Objective] = Field(default_factory=lambda: OBJECTIVES["sft"](method="sft"))
+    """What is learned."""
+    adaptation: SerializeAsAny[Adaptation] = Field(
+        default_factory=lambda: ADAPTATIONS["lora"](method="lora")
+    )
+    """Which weights move."""
+    training: Training = Training()
+    """How it is trained."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str | None) -> str | None:
+        if name is not None and not NAME_PATTERN.fullmatch(name):
+            raise ValueError("use 1-63 lower-case letters, digits, '.', '_' and '-'")
+        return name
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective(cls, value: Any) -> Any:
+        return _from_table(value, OBJECTIVES, "objective")
+
+    @field_validator("adaptation", mode="before")
+    @classmethod
+    def _adaptation(cls, value: Any) -> Any:
+        return _from_table(value, ADAPTATIONS, "adaptation")
+
+    @staticmethod
+    def parse(fields: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from plain values; :class:`RecipeError` names each bad field."""
+        try:
+            return Recipe.model_validate(fields)
+        except ValidationError as error:
+            raise RecipeError(_explain(error)) from error
+
+    @staticmethod
+    def read(path: Path) -> Recipe:
+        """Read a TOML recipe; paths in it are relative to its folder."""
+        return Recipe.parse(read_toml(path))
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as JSON-ready values, unset fields left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Fields of a TOML recipe, with the paths under ``[data]`` made absolute."""
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} is not a readable TOML recipe: {error}") from error
+    data = fields.get("data")
+    for key in ("train", "validation"):
+        if isinstance(data, dict) and isinstance(data.get(key), str):
+            data[key] = str(path.parent / data[key])
+    return fields
+
+
+def set_field(fields: dict[str, Any], assignment: str) -> None:
+    """Apply one ``KEY=VALUE`` of the command line, for example ``adaptation.rank=8``.
+
+    The value is read as TOML where that works (numbers, true, lists) and as text elsewhere.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set takes KEY=VALUE, for example adaptation.rank=8; got {assignment!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    assign(fields, key.strip().split("."), value)
+
+
+def assign(fields: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set the field at ``path``, making groups on the way; ``lora`` grows to ``{method: lora}``."""
+    *groups, last = path
+    for group in groups:
+        child = fields.get(group)
+        if not isinstance(child, dict):
+            child = {"method": child} if isinstance(child, str) else {}
+            fields[group] = child
+        fields = child
+    fields[last] = value
+
+
+def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
+    if isinstance(value, str):
+        value = {"method": value}
+    if not isinstance(value, Mapping):
+        return value
+    method = value.get("method")
+    if method is None:
+        default = {"objective": "sft", "adaptation": "lora"}[kind]
+        value, method = {"method": default, **value}, default
+    if method not in table:
+        raise ValueError(f"unknown {kind} {method!r}; there are {', '.join(table)}")
+    return table[method].model_validate(value)
+
+
+def _explain(error: ValidationError) -> str:
+    lines = ["the recipe cannot be used:"]
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "there is no such field" + _near(where)
+        elif item["type"] == "missing":
+            message = "is required"
+        else:
+            message = f"{message[0].lower()}{message[1:]} (got {item['input']!r})"
+        lines.append(f"  {where}: {message}")
+    return "\n".join(lines)
+
+
+def _near(where: str) -> str:
+    import difflib
+
+    known: dict[str, list[str]] = {
+        "data": list(DataSpec.model_fields),
+        "training": list(Training.model_fields),
+        "objective": sorted({f for cls in OBJECTIVES.values() for f in cls.model_fields}),
+        "adaptation": sorted({f for cls in ADAPTATIONS.values() for f in cls.model_fields}),
+    }
+    group, _, field = where.rpartition(".")
+    names = known.get(group.split(".")[0], list(Recipe.model_fields))
+    close = difflib.get_close_matches(field or where, names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"

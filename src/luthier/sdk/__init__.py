@@ -1,0 +1,101 @@
+"""The Python face: ``luthier.tune``, ``luthier.load``, ``luthier.evaluate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+    from luthier.engine.runs import Result
+    from luthier.evaluation.evaluate import Evaluation
+    from luthier.recipe import Recipe
+    from luthier.types import Message
+
+
+def tune(
+    data: str | Path | Recipe,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> Result:
+    """Tune a base model and store the custom model.
+
+    Args:
+        data: a data file, a TOML recipe, or a :class:`~luthier.recipe.Recipe`.
+        resume: go on with an interrupted run of the same name and settings.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of the recipe by dotted name with ``__`` for the dot, for example
+            ``base="..."``, ``name="..."``, ``training__epochs=3``, ``adaptation__rank=8``.
+
+    Returns:
+        Model id, folders, losses, time and memory of the finished run.
+
+    Raises:
+        RefusedInput: before any training, for data or settings that cannot work.
+    """
+    from luthier.engine.train import train
+    from luthier.recipe import Recipe, assign, read_toml
+
+    if isinstance(data, Recipe):
+        if fields:
+            raise RecipeError("a Recipe is complete; give no further fields beside it")
+        return train(data, resume, reporter)
+    path = Path(data)
+    plain: dict[str, Any] = read_toml(path) if path.suffix == ".toml" else {"data": {"train": path}}
+    for key, value in fields.items():
+        assign(plain, key.split("__"), value)
+    return train(Recipe.parse(plain), resume, reporter)
+
+
+class Model:
+    """A model in memory: answers prompts and conversations."""
+
+    def __init__(self, model_id: str) -> None:
+        """Open a base or custom model by id; see :func:`load`."""
+        from luthier.serving.generation import Generator
+        from luthier.store.models import find
+
+        self.stored = find(model_id)
+        self._generator = Generator.open(self.stored)
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[Message]], **sampling: Any
+    ) -> list[str]:
+        """One reply to each prompt; keywords as :class:`luthier.serving.generation.Sampling`."""
+        from luthier.serving.generation import Sampling
+
+        return self._generator.replies(prompts, Sampling(**sampling))
+
+    def stream(self, prompt: str | Sequence[Message], **sampling: Any) -> Iterator[str]:
+        """The reply to one prompt in pieces, as it is decoded."""
+        from luthier.serving.generation import Sampling
+
+        return self._generator.stream(prompt, Sampling(**sampling))
+
+
+def load(model_id: str) -> Model:
+    """Load a model by id, local directory or hub id."""
+    return Model(model_id)
+
+
+def evaluate(
+    model: str | Model, data: str | Path, graders: Sequence[str] = ("exact",), max_tokens: int = 128
+) -> Evaluation:
+    """Let a model answer the prompts of a data file and grade the replies."""
+    from luthier.data.rows import load_rows
+    from luthier.evaluation.evaluate import grade, questions
+    from luthier.graders import GRADERS
+
+    unknown = [name for name in graders if name not in GRADERS]
+    if unknown:
+        raise RecipeError(f"unknown grader {unknown[0]!r}; there are {', '.join(GRADERS)}")
+    rows = load_rows(Path(data))
+    asked, _ = questions(rows)
+    opened = model if isinstance(model, Model) else load(model)
+    replies = opened.generate(asked, max_tokens=max_tokens)
+    return grade(rows, replies, {name: GRADERS[name] for name in graders})

@@ -1,0 +1,35 @@
+"""Writing a model as a directory that other software loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from luthier.errors import RunConflict
+from luthier.files import new_folder
+from luthier.models.save import ADAPTER, save_network
+from luthier.store.models import StoredModel, chat_format, load
+
+
+def export(stored: StoredModel, target: Path, merged: bool) -> Path:
+    """Write ``stored`` to the new folder ``target`` and return it.
+
+    With ``merged``, or for a model that is no adapter, this is a Hugging Face directory whose
+    weights are bit for bit those that luthier serves. Without it, an adapter is written in PEFT's
+    format, to be put on the base model named in ``adapter_config.json``.
+    """
+    target = target.expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunConflict(f"{target} exists already; name a folder that does not, or an empty one")
+    with new_folder(target) as fresh:
+        if stored.parent is not None and not merged:
+            for name in ("adapter_config.json", ADAPTER):
+                shutil.copy2(stored.folder / name, fresh / name)
+            chat_format(stored).tokenizer.save_pretrained(fresh)
+        else:
+            from luthier.engine.devices import choose_machine
+
+            machine = choose_machine()
+            model = load(stored, machine.dtype, machine.device)
+            save_network(model, chat_format(stored), fresh)
+    return target

@@ -1,0 +1,180 @@
+"""Answering with a model: the same weights, template and stop tokens it was trained with.
+
+A custom model is loaded with its adapters merged, exactly as ``models export --merged`` writes it,
+so serving and the exported directory give the same tokens. Decoding is transformers' own
+``generate``; prompts of a batch are sorted by length, so that little is spent on padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import RecipeError
+from luthier.types import Message
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.store.models import StoredModel
+    from luthier.types import IntArray
+
+Prompt = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_tokens: int = 256
+    """Tokens of the reply at most."""
+    temperature: float = 0.0
+    """0 takes the most likely token; higher draws more freely."""
+    top_p: float = 1.0
+    """Draw only from the most likely tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        if self.max_tokens < 1:
+            raise RecipeError("max-tokens must be at least 1")
+        if self.temperature < 0:
+            raise RecipeError("temperature must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise RecipeError("top-p must be above 0 and at most 1")
+
+
+class Generator:
+    """One model in memory, ready to answer."""
+
+    def __init__(self, model: Any, chat: ChatFormat, device: torch.device) -> None:
+        self.model, self.chat, self.device = model.eval(), chat, device
+        self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+
+    @staticmethod
+    def open(stored: StoredModel) -> Generator:
+        """Load ``stored`` on the best device of this machine."""
+        from luthier.engine.devices import choose_machine
+        from luthier.store.models import chat_format, load
+
+        machine = choose_machine()
+        model = load(stored, machine.dtype, machine.device)
+        return Generator(model, chat_format(stored), machine.device)
+
+    def replies(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        done: Callable[[int], None] = lambda count: None,
+    ) -> list[str]:
+        """One reply to each prompt, in the order given. ``done`` hears how many are finished."""
+        encoded = [self._encode(prompt, sampling, index) for index, prompt in enumerate(prompts)]
+        order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+        answers: list[str] = [""] * len(encoded)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            for index, reply in zip(
+                chosen, self._batch([encoded[i] for i in chosen], sampling), strict=True
+            ):
+                answers[index] = reply
+            done(start + len(chosen))
+        return answers
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+        """The reply to one prompt, in pieces as they are decoded.
+
+        A piece is given out once the text before it can no longer change, so characters of more
+        than one token arrive whole.
+        """
+        ids: list[int] = []
+        shown = ""
+        for token in self._tokens(self._encode(prompt, sampling, 0), sampling):
+            ids.append(token)
+            text = self.chat.decode(ids)
+            if not text.endswith("\ufffd"):
+                if text[len(shown) :]:
+                    yield text[len(shown) :]
+                shown = text
+
+    def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
+        messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
+        ids_T = self.chat.encode_prompt(messages)
+        if len(ids_T) + sampling.max_tokens > self.context:
+            raise RecipeError(
+                f"prompt {index + 1} has {len(ids_T)} tokens; with {sampling.max_tokens} for the "
+                f"reply that is more than the model's context of {self.context}. Shorten it, or "
+                "lower --max-tokens."
+            )
+        return ids_T
+
+    def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[str]:
+        import torch
+
+        width = max(map(len, prompts))
+        pad = self.chat.stop_ids[0]
+        ids_BT = torch.full((len(prompts), width), pad)
+        mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt)
+            mask_BT[row, width - len(prompt) :] = 1
+        with torch.inference_mode():
+            torch.manual_seed(sampling.seed)
+            out_BT = self.model.generate(
+                ids_BT.to(self.device),
+                attention_mask=mask_BT.to(self.device),
+                **self._settings(sampling),
+            )
+        return [self.chat.decode(self._reply(row[width:])) for row in out_BT]
+
+    def _reply(self, ids_T: Tensor) -> list[int]:
+        """Tokens before the first stop token."""
+        ids: list[int] = ids_T.tolist()
+        stops = [index for index, token in enumerate(ids) if token in self.chat.stop_ids]
+        return ids[: stops[0]] if stops else ids
+
+    def _settings(self, sampling: Sampling) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "max_new_tokens": sampling.max_tokens,
+            "do_sample": sampling.temperature > 0,
+            "eos_token_id": list(self.chat.stop_ids),
+            "pad_token_id": self.chat.stop_ids[0],
+        }
+        if sampling.temperature > 0:
+            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        return settings
+
+    def _tokens(self, prompt_T: IntArray, sampling: Sampling) -> Iterator[int]:
+        """Decode one token at a time with a key-value cache."""
+        import torch
+
+        generator = torch.Generator().manual_seed(sampling.seed)
+        ids = torch.from_numpy(prompt_T)[None].to(self.device)
+        cache = None
+        for _ in range(sampling.max_tokens):
+            with torch.inference_mode():
+                out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            token = _choose(out.logits[0, -1].float().cpu(), sampling, generator)
+            if token in self.chat.stop_ids:
+                return
+            yield token
+            ids = torch.tensor([[token]], device=self.device)
+
+
+def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    import torch
+
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    probability_V = torch.softmax(logits_V / sampling.temperature, -1)
+    if sampling.top_p < 1:
+        ordered, index = probability_V.sort(descending=True)
+        # The first token whose predecessors already reach top_p, and all after it, are left out.
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0.0
+        probability_V = torch.zeros_like(probability_V).scatter_(0, index, ordered)
+    return int(torch.multinomial(probability_V, 1, generator=generator))

@@ -1,0 +1,160 @@
+"""The models on this machine: base models, and the custom models made from them.
+
+    models/base/<id>/              a Hugging Face directory and ``luthier.json``
+    models/custom/<base>/<name>/   adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
+
+A custom model's id is ``base:name``. Local directories and hub ids are opened as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import DownloadError, RecipeError, UnknownModel
+from luthier.files import luthier_home, read_json
+from luthier.models.catalog import CATALOG, MANIFEST, pull
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from luthier.data.chat import ChatFormat
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model whose files are on this machine."""
+
+    id: str
+    folder: Path
+    manifest: dict[str, Any]
+    """``luthier.json``; empty for a directory that luthier did not write."""
+    parent: StoredModel | None = None
+    """What an adapter was trained on; ``None`` where the folder holds a whole network."""
+
+    @property
+    def network_folder(self) -> Path:
+        """The folder with the network's own weights, below any adapters."""
+        return self.parent.network_folder if self.parent else self.folder
+
+    @property
+    def root(self) -> str:
+        """Id of the base model at the bottom of the lineage."""
+        return str(self.manifest.get("root") or self.id)
+
+
+def base_folder(model_id: str) -> Path:
+    """Where the files of a catalogue model are kept."""
+    return luthier_home() / "models" / "base" / model_id
+
+
+def custom_folder(base: str, name: str) -> Path:
+    """Where a custom model is kept."""
+    return luthier_home() / "models" / "custom" / short_name(base) / name
+
+
+def short_name(base: str) -> str:
+    """Name of a base model inside ids: ``org/Name-1B`` and ``/some/where/Name-1B`` are ``name-1b``."""
+    last = Path(base).name if "/" in base else base
+    return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"
+
+
+def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> StoredModel:
+    """Open a model by id, fetching it first where it is a base model that is not here yet.
+
+    Looked up in this order: custom model (``base:name``), catalogue, local directory, hub id.
+    """
+    base, colon, name = model_id.partition(":")
+    if colon and not Path(model_id).exists():
+        return _find_custom(model_id, base, name)
+    if model_id in CATALOG:
+        folder = base_folder(model_id)
+        if not (folder / MANIFEST).is_file():
+            pull(CATALOG[model_id], folder, say)
+        return StoredModel(model_id, folder, read_json(folder / MANIFEST))
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return StoredModel(str(path.absolute()), path.absolute(), {})
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not model_id.startswith("."):
+        return StoredModel(model_id, _from_hub(model_id, say), {})
+    known = ", ".join([*CATALOG, *(m.id for m in custom_models())])
+    raise UnknownModel(
+        f"there is no model {model_id!r}. Known here: {known}. A local Hugging Face directory or a "
+        "hub id (organisation/name) works too."
+    )
+
+
+def custom_models() -> list[StoredModel]:
+    """All custom models of this store, oldest first."""
+    found = []
+    for path in (luthier_home() / "models" / "custom").glob(f"*/*/{MANIFEST}"):
+        if not path.parent.name.startswith("."):
+            manifest = read_json(path)
+            found.append(StoredModel(manifest["id"], path.parent, manifest))
+    return sorted(found, key=lambda model: (model.manifest.get("created", ""), model.id))
+
+
+def load(model: StoredModel, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The network of ``model`` with all adapters of its lineage merged in."""
+    from luthier.models.load import load_model
+
+    if model.parent is None:
+        return load_model(model.folder, dtype, device)
+    from luthier.models.save import load_adapter
+
+    network = load(model.parent, dtype, device)
+    load_adapter(network, adaptation_of(model), model.folder)
+    adaptation_of(model).merge(network)
+    return network
+
+
+def adaptation_of(model: StoredModel) -> Any:
+    """The adaptation a custom model was trained with."""
+    from luthier.adaptations import ADAPTATIONS
+
+    fields = model.manifest["recipe"]["adaptation"]
+    return ADAPTATIONS[fields["method"]].model_validate(fields)
+
+
+def chat_format(model: StoredModel) -> ChatFormat:
+    """Tokenizer, template and stop tokens that ``model`` was trained and is served with."""
+    from luthier.data.chat import ChatFormat
+    from luthier.models.load import load_chat_format, load_tokenizer
+
+    stored = model.manifest.get("format")
+    if stored is None:
+        return load_chat_format(model.folder)
+    return ChatFormat.of(load_tokenizer(model.folder), stored["template"], stored["stop_ids"])
+
+
+def _find_custom(model_id: str, base: str, name: str) -> StoredModel:
+    folder = custom_folder(base, name)
+    if not re.fullmatch(r"[\w.-]+", name) or not (folder / MANIFEST).is_file():
+        others = [model.id for model in custom_models()]
+        listed = f" There are: {', '.join(others)}." if others else " There are none yet."
+        raise UnknownModel(f"there is no custom model {model_id!r}.{listed}")
+    manifest = read_json(folder / MANIFEST)
+    parent = find(manifest["parent"]) if manifest["saved"] == "adapter" else None
+    return StoredModel(manifest["id"], folder, manifest, parent)
+
+
+def _from_hub(model_id: str, say: Callable[[str], None]) -> Path:
+    """Fetch a model of the Hugging Face hub into its own cache: safetensors and text files only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    say(f"Looking up {model_id} on the hub")
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DownloadError(
+            f"{model_id} is not on this machine and could not be fetched from the hub: {first}"
+        ) from error
+    except ValueError as error:
+        raise RecipeError(f"{model_id!r} is not a hub id: {error}") from error
