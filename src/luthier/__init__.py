@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from luthier.sdk import Model, evaluate, load, tune
     from luthier.recipe import Recipe
+    from luthier.sdk import Model, evaluate, load, tune
 
 __all__ = ["Model", "Recipe", "__version__", "evaluate", "load", "tune"]
 

@@ -51,7 +51,9 @@ def verify(folder: Path, hashes: Mapping[str, str]) -> None:
         if not path.is_file():
             raise CorruptFile(f"{path} is missing")
         if sha256_of(path) != expected:
-            raise CorruptFile(f"{path} no longer has the bytes that were recorded (SHA-256 differs)")
+            raise CorruptFile(
+                f"{path} no longer has the bytes that were recorded (SHA-256 differs)"
+            )
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -100,7 +102,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     os.chmod(file, 0o644)
                     _sync_file(file)
-            os.chmod(temporary, 0o755)
+            temporary.chmod(0o755)
             _sync_folder(temporary)
             if path.exists():
                 doomed = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
@@ -142,7 +144,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DoesNotFit(f"the disk of {folder} is full; nothing was left half-written") from error
+            raise DoesNotFit(
+                f"the disk of {folder} is full; nothing was left half-written"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise LuthierError(f"{folder} cannot be written: {error.strerror}") from error
         raise

@@ -96,7 +96,9 @@ class Recipe(_Part):
     """Name of the custom model; its id is ``base:name``."""
     data: DataSpec
     """What is learned from."""
-    objective: SerializeAsAny[Objective] = Field(default_factory=lambda: OBJECTIVES["sft"](method="sft"))
+    objective: SerializeAsAny[Objective] = Field(
+        default_factory=lambda: OBJECTIVES["sft"](method="sft")
+    )
     """What is learned."""
     adaptation: SerializeAsAny[Adaptation] = Field(
         default_factory=lambda: ADAPTATIONS["lora"](method="lora")
@@ -160,7 +162,9 @@ def set_field(fields: dict[str, Any], assignment: str) -> None:
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set takes KEY=VALUE, for example adaptation.rank=8; got {assignment!r}")
+        raise RecipeError(
+            f"--set takes KEY=VALUE, for example adaptation.rank=8; got {assignment!r}"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

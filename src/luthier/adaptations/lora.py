@@ -43,7 +43,9 @@ class LoRA(Adaptation):
         for name in names:
             parent, child = _parent(model, name)
             base = getattr(parent, child)
-            setattr(parent, child, LoRALinear(base, self.rank, self.alpha / self.rank, self.dropout))
+            setattr(
+                parent, child, LoRALinear(base, self.rank, self.alpha / self.rank, self.dropout)
+            )
 
     def merge(self, model: nn.Module) -> None:
         """Add ``(alpha / r) B A`` to each weight and take the wrappers away. Always the same bits."""

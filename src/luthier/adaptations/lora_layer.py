@@ -12,7 +12,7 @@ from luthier.models.rounding import round_to
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """``x W^T + b + s (x A^T) B^T`` for frozen ``W``; shapes ``x [N, in]``, ``A [r, in]``, ``B [out, r]``."""
+    """``x W^T + b + s (x A^T) B^T``, ``W`` frozen; ``x [N, in]``, ``A [r, in]``, ``B [out, r]``."""
 
     @staticmethod
     def forward(
@@ -25,9 +25,7 @@ class _LowRankLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         x, z, weight, a, b = ctx.saved_tensors
         dz = torch.mm(grad, b).mul_(ctx.scale)
         db = torch.mm(grad.t(), z).mul_(ctx.scale)
@@ -62,8 +60,8 @@ class LoRALinear(nn.Module):
             plain: Tensor = base(x)
             return plain + low * self.scale
         flat = x.reshape(-1, x.shape[-1])
-        y = _LowRankLinear.apply(flat, base.weight, base.bias, a, b, self.scale)
-        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        y: Tensor = _LowRankLinear.apply(flat, base.weight, base.bias, a, b, self.scale)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], -1)
 
     def merged(self, generator: torch.Generator) -> nn.Linear:
         """The base layer with the branch added to its weight; ``generator`` rounds (see rounding)."""

@@ -58,7 +58,9 @@ def tune(
         list[str] | None,
         typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. adaptation.rank=8."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Tune a model on your data and store the custom model."""

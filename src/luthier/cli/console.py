@@ -95,7 +95,8 @@ class LiveReporter(Reporter):
             self._validation = f"validation {line['loss']:.3f}"
             best = "  best so far" if line["best_step"] == line["step"] else ""
             self._progress.console.print(
-                f"  step {line['step']:>5}  validation loss {line['loss']:.4f}{best}", highlight=False
+                f"  step {line['step']:>5}  validation loss {line['loss']:.4f}{best}",
+                highlight=False,
             )
             return
         speed = line["tokens_per_second"]

@@ -37,6 +37,7 @@ def run(as_json: bool) -> None:
                     "train": str(folder / "train.jsonl"),
                     "validation": str(folder / "validation.jsonl"),
                 },
+                "training": {"epochs": 3},
             }
         )
         reporter = LiveReporter(quiet=as_json)
@@ -84,7 +85,9 @@ def _show(model_id: str, scores: dict[str, Any]) -> None:
     from rich.table import Table
 
     out = Console(highlight=False)
-    out.print(f"\n[bold]Unseen customers, the same question to both[/bold]  ({time.strftime('%H:%M')})")
+    out.print(
+        f"\n[bold]Unseen customers, the same question to both[/bold]  ({time.strftime('%H:%M')})"
+    )
     table = Table("customer", "base model", model_id, show_lines=True, expand=True)
     for before, after in list(zip(scores["base"].answers, scores["tuned"].answers, strict=True))[
         :SHOWN

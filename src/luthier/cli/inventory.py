@@ -14,7 +14,7 @@ from luthier.store.models import StoredModel, base_folder, custom_models, find
 
 def list_models(as_json: bool) -> None:
     """Print base models and custom models."""
-    bases = [
+    bases: list[dict[str, Any]] = [
         {
             "id": entry.id,
             "kind": entry.kind,

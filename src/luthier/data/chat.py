@@ -101,7 +101,6 @@ class ChatFormat:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-
     def _encode_plain(self, messages: Sequence[Message]) -> Encoded:
         if len(messages) != 2 or messages[1].role != "assistant":
             raise RecipeError(
@@ -120,7 +119,8 @@ class ChatFormat:
                 "the chat template ends an assistant turn without a stop token, so the model could "
                 "not learn to stop. Name the token with the tokenizer's eos_token."
             )
-        return np.arange(len(reply_T)) <= stops[-1]
+        learned_T: NDArray[np.bool_] = np.arange(len(reply_T)) <= stops[-1]
+        return learned_T
 
     def _render(self, messages: Sequence[Message], *, reply: bool) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -85,6 +86,25 @@ def build_tree(examples: Sequence[Example]) -> TokenTree:
     )
 
 
+def padded(tree: TokenTree, multiple: int) -> TokenTree:
+    """``tree`` with lone roots appended until its size is a multiple of ``multiple``.
+
+    Matrix kernels are made for one size each; rounding up keeps their number small.
+    """
+    size, extra = len(tree), -len(tree) % multiple
+    zeros = np.zeros(extra, dtype=np.int64)
+    return TokenTree(
+        ids_N=np.concatenate([tree.ids_N, zeros]),
+        depth_N=np.concatenate([tree.depth_N, zeros]),
+        parent_N=np.concatenate([tree.parent_N, zeros - 1]),
+        subtree_end_N=np.concatenate([tree.subtree_end_N, np.arange(size, size + extra) + 1]),
+        edge_child_E=tree.edge_child_E,
+        edge_weight_E=tree.edge_weight_E,
+        row_R=tree.row_R,
+        leaf_R=tree.leaf_R,
+    )
+
+
 def split_to_budget(examples: Sequence[Example], budget: int) -> list[list[Example]]:
     """Cut a batch into micro-batches of at most ``budget`` distinct tokens each.
 
@@ -124,7 +144,7 @@ def _sort_key(example: Example) -> tuple[bytes, int]:
 def _shared_prefixes(rows: Sequence[Example]) -> list[int]:
     """Length of the prefix that each sorted row shares with the row before it."""
     shared = [0]
-    for before, row in zip(rows, rows[1:], strict=False):
+    for before, row in pairwise(rows):
         width = min(len(before), len(row))
         differs = np.flatnonzero(before.ids_T[:width] != row.ids_T[:width])
         shared.append(int(differs[0]) if len(differs) else width)

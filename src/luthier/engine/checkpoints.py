@@ -108,7 +108,9 @@ class Checkpoints:
         try:
             progress, hashes = Progress(**state["progress"]), state["sha256"]
         except (KeyError, TypeError) as error:
-            raise CorruptFile(f"{path / 'state.json'} has not the fields of a checkpoint") from error
+            raise CorruptFile(
+                f"{path / 'state.json'} has not the fields of a checkpoint"
+            ) from error
         for name, expected in hashes.items():
             if not (path / name).is_file() or sha256_of(path / name) != expected:
                 raise CorruptFile(f"{path / name} no longer has the bytes that were recorded")
@@ -128,7 +130,9 @@ def restore_random_state(state: Mapping[str, str]) -> None:
     if "cpu" in state:
         torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["cpu"])), dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(list(bytes.fromhex(state["cuda"])), dtype=torch.uint8))
+        torch.cuda.set_rng_state(
+            torch.tensor(list(bytes.fromhex(state["cuda"])), dtype=torch.uint8)
+        )
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -109,7 +109,9 @@ def _named(shapes: Sequence[str] | frozenset[str]) -> str:
 class _Encoder:
     """Encodes rows and collects what is wrong with them."""
 
-    def __init__(self, objective: Objective, chat: ChatFormat, context: int, long_rows: str) -> None:
+    def __init__(
+        self, objective: Objective, chat: ChatFormat, context: int, long_rows: str
+    ) -> None:
         self.objective, self.chat, self.context = objective, chat, context
         self.long_rows = long_rows
         self.packs = "text" in objective.shapes

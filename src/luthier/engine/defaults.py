@@ -84,4 +84,6 @@ def _epochs(rows: int, batch: int) -> tuple[float, str]:
     epochs = min(5, max(1, -(-150 // per_epoch)))
     if epochs == 1:
         return 1.0, f"{rows} rows give {per_epoch} steps in one pass, enough to learn from"
-    return float(epochs), f"{per_epoch} steps in a pass: {epochs} passes, about 150 steps, at most 5"
+    return float(
+        epochs
+    ), f"{per_epoch} steps in a pass: {epochs} passes, about 150 steps, at most 5"

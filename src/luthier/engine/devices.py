@@ -56,7 +56,9 @@ def choose_machine(precision: Precision = "auto", threads: int | None = None) ->
 def _cpu_has_bfloat16() -> bool:
     if platform.system() == "Linux":
         text = Path("/proc/cpuinfo").read_text(errors="replace")
-        flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+        flags = next(
+            (line for line in text.splitlines() if line.startswith(("flags", "Features"))), ""
+        )
         return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 

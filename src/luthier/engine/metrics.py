@@ -85,7 +85,7 @@ def draw_loss_curve(lines: Sequence[Mapping[str, Any]], folder: Path, title: str
     pyplot.close(figure)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
     """Exponential moving average, corrected for its start."""
     smoothed: list[float] = []
     mean = 0.0

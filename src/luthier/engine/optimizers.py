@@ -9,7 +9,7 @@ float32 the weight is its own master.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class MasterAdamW:
             for name, weight in self.weights.items()
         }
         self._sums: dict[str, Tensor] = {}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [m for m in self.masters.values() if m.dim() > 1]},
             {"params": [m for m in self.masters.values() if m.dim() < 2], "weight_decay": 0.0},
         ]

@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from luthier.errors import RunConflict
 from luthier.files import luthier_home, read_json, write_json
+from luthier.models.catalog import MANIFEST
 from luthier.recipe import NAME_PATTERN, Recipe
-from luthier.store.models import MANIFEST, custom_folder, short_name
+from luthier.store.models import custom_folder, short_name
 
 _REQUEST, _RESULT = "request.json", "result.json"
 

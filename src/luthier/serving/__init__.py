@@ -1,0 +1,1 @@
+"""Answering with models, and writing them for other software."""

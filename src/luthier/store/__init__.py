@@ -1,0 +1,1 @@
+"""What this machine keeps: base models, custom models and their lineage."""

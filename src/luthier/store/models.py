@@ -148,7 +148,14 @@ def _from_hub(model_id: str, say: Callable[[str], None]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     say(f"Looking up {model_id} on the hub")
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = [
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+    ]
     try:
         return Path(snapshot_download(model_id, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
