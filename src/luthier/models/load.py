@@ -101,8 +101,8 @@ class _Probe:
     positions that are not depths. Better a refusal here than a model trained on other mathematics.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
         vocabulary = int(self.model.config.vocab_size)
         generator = torch.Generator().manual_seed(0)
         self.ids_2T = torch.randint(0, vocabulary, (2, 12), generator=generator)
