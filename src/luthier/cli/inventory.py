@@ -41,9 +41,8 @@ def list_models(as_json: bool) -> None:
         print_json({"base": bases, "custom": custom})
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("base model", "parameters", "context", "licence", "here", box=None)
+    table = _table("base model", "parameters", "context", "licence", "here")
     for base in bases:
         here = "yes" if base["here"] else "luthier models pull"
         size = f"{base['parameters'] / 1e6:.0f} M"
@@ -51,7 +50,7 @@ def list_models(as_json: bool) -> None:
     out = Console()
     out.print(table)
     if custom:
-        table = Table("custom model", "learned", "weights", "validation loss", "created", box=None)
+        table = _table("custom model", "learned", "weights", "validation loss", "created")
         for model in custom:
             loss = model["validation_loss"]
             shown = "" if loss is None else f"{loss:.4f}"
@@ -61,6 +60,17 @@ def list_models(as_json: bool) -> None:
         out.print(table)
     else:
         out.print("\nNo custom models yet: luthier tune DATA makes one.", highlight=False)
+
+
+def _table(*columns: str) -> Any:
+    """A borderless table whose first column, the id, is never cut."""
+    from rich.table import Table
+
+    table = Table(box=None)
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column)
+    return table
 
 
 def show(model_id: str, as_json: bool) -> None:

@@ -105,6 +105,7 @@ class Loop:
         for batches in self.objective.turns(self._batches(chosen)):
             loss, further = self._backward(batches)
             norm = self.optimizer.step(rate)
+        seconds = time.monotonic() - started
         tokens = sum(map(len, chosen))
         progress = self.progress
         progress.step += 1
@@ -118,7 +119,8 @@ class Loop:
             learning_rate=rate,
             gradient_norm=norm,
             tokens=tokens,
-            tokens_per_second=tokens / (time.monotonic() - started),
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
             **further,
         )
 

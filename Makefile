@@ -1,0 +1,48 @@
+# Two commands matter: `make demo` and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check format docs bench clean
+
+help:  ## list what can be done
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(INSTALLED)  ## virtual environment in .venv with the locked versions
+
+demo: $(INSTALLED)  ## tune SmolLM2 on the sample data and compare before and after
+	$(BIN)/luthier demo
+
+test: $(INSTALLED)  ## the test suite (about ten minutes on 2 cores)
+	$(BIN)/pytest -q
+
+test-slow: $(INSTALLED)  ## the tests that take minutes each
+	$(BIN)/pytest -q -m slow
+
+check: $(INSTALLED)  ## lint, types, import order, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+format: $(INSTALLED)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED)  ## write docs/reference.md from the code
+	$(BIN)/python docs/generate.py
+
+bench: $(INSTALLED)  ## speed and memory against TRL (needs DATA=…/banking77/train.jsonl)
+	$(BIN)/python benchmarks/sft_vs_trl.py $(DATA)
+
+clean:  ## remove the environment and caches; models in LUTHIER_HOME stay
+	rm -rf $(VENV) .venv-* build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""Running one side of a comparison as a process of its own, and reading what it took."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TRL = ["trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "datasets==5.2.0"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one process printed and took."""
+
+    report: dict[str, Any]
+    peak_bytes: int
+
+
+def run(command: list[str], env: dict[str, str] | None = None) -> Outcome:
+    """Run ``command``, whose last line of output is a JSON object; peak memory is the kernel's."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **(env or {})})
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        lines = [line for line in out.read().splitlines() if line.startswith("{")]
+        if child.returncode or not lines:
+            sys.exit(f"{' '.join(command)} failed:\n{err.read()[-3000:]}")
+    return Outcome(json.loads(lines[-1]), usage.ru_maxrss * 1024)
+
+
+def trl_python() -> str:
+    """Python of a virtual environment with TRL as published; made on first use."""
+    folder = Path(__file__).parent.parent / ".venv-trl"
+    python = folder / "bin" / "python"
+    if not (folder / ".installed").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "torch==2.13.0"], check=True)
+        subprocess.run([*pip, *TRL], check=True)
+        (folder / ".installed").touch()
+    return str(python)
+
+
+def steady_rate(seconds: list[float], each: int) -> float:
+    """Things per second over all steps but the first, which warms up."""
+    return each * (len(seconds) - 1) / sum(seconds[1:])
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

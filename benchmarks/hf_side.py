@@ -1,0 +1,76 @@
+"""The Hugging Face Trainer's side: continued pre-training at 512 tokens, every weight.
+
+Usage: python hf_side.py MODEL TEXT.jsonl STEPS RATE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+
+class Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_begin(self, *args: object, **kwargs: object) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+def main() -> None:
+    folder, source, steps, rate = sys.argv[1:5]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stream: list[int] = []
+    with open(source, encoding="utf-8") as file:
+        for line in file:
+            stream += [*tokenizer.encode(json.loads(line)["text"]), tokenizer.eos_token_id]
+    pieces = [stream[i : i + 512] for i in range(0, 512 * 4 * int(steps), 512)]
+    data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in pieces])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as scratch:
+        clock = Clock()
+        Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                max_steps=int(steps),
+                per_device_train_batch_size=4,
+                learning_rate=float(rate),
+                lr_scheduler_type="cosine",
+                warmup_steps=1,
+                logging_steps=1,
+                report_to=[],
+                save_strategy="no",
+                bf16=True,
+                use_cpu=True,
+                train_sampling_strategy="sequential",
+            ),
+            train_dataset=data,
+            data_collator=default_data_collator,
+            callbacks=[clock],
+        ).train()
+    print(json.dumps({"seconds": clock.seconds, "losses": clock.losses}))
+
+
+main()

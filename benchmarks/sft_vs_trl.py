@@ -1,0 +1,135 @@
+"""luthier against TRL 1.16 on the same Banking77 rows, in turns.
+
+    python benchmarks/sft_vs_trl.py BANKING77/train.jsonl [--steps 12] [--pairs 2] [--case NAME]
+
+SmolLM2-135M, batch 16, the rows in one fixed order, the same rate and cosine schedule, no validation.
+TRL runs in its own environment, with its defaults and with the best settings we found for it (weights
+loaded in bfloat16, four rows at a time, accumulated). Rows/s leave the first step out; memory is the
+largest resident size of the whole process, imports included. The two LoRA starts are random and
+differ, so the curves are compared over the last third of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from children import Outcome, run, steady_rate, table, trl_python
+
+BATCH = 16
+CASES = {
+    "short": ("short", "lora", 5e-4, ("lora-defaults", "lora-best")),
+    "intents": ("intents", "lora", 5e-4, ("lora-defaults", "lora-best")),
+    "full": ("short", "full", 5e-5, ("full-defaults",)),
+}
+
+
+def write_rows(source: Path, target: Path, prompt: str, count: int) -> None:
+    rows = [json.loads(line) for line in source.read_text().split("\n") if line]
+    labels = sorted({row["label"] for row in rows})
+    random.Random(0).shuffle(rows)
+    head = "Classify the customer's question into one banking intent.\n"
+    if prompt == "intents":
+        head += f"Intents: {', '.join(labels)}\n"
+    lines = [
+        {"prompt": f"{head}Question: {row['text']}\nIntent:", "completion": f" {row['label']}"}
+        for row in rows[:count]
+    ]
+    target.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def luthier(rows: Path, adaptation: str, rate: float, steps: int) -> tuple[Outcome, dict]:
+    with tempfile.TemporaryDirectory() as home:
+        from luthier.files import luthier_home
+
+        (Path(home) / "models").mkdir()
+        (Path(home) / "models" / "base").symlink_to(luthier_home() / "models" / "base")
+        command = [sys.executable, "-m", "luthier", "tune", str(rows), "--name", "bench", "--json"]
+        command += ["--adaptation", adaptation, "--batch-size", str(BATCH)]
+        command += ["--learning-rate", str(rate)]
+        for setting in (
+            f"training.max_steps={steps}",
+            f"training.warmup_share={1 / steps}",
+            "training.shuffle=false",
+            "data.validation_share=0",
+            "objective.template=plain",
+        ):
+            command += ["--set", setting]
+        outcome = run(command, {"LUTHIER_HOME": home})
+        lines = Path(outcome.report["run_dir"], "metrics.jsonl").read_text().splitlines()
+    steps_seen = [json.loads(line) for line in lines if '"train"' in line]
+    curve = {"seconds": [s["seconds"] for s in steps_seen], "losses": [s["loss"] for s in steps_seen]}
+    return outcome, curve
+
+
+def tail(losses: list[float]) -> float:
+    return statistics.fmean(losses[-max(1, len(losses) // 3) :])
+
+
+def compare(case: str, source: Path, steps: int, pairs: int, model: str) -> list[list[str]]:
+    prompt, adaptation, rate, settings = CASES[case]
+    out = []
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch) / "rows.jsonl"
+        write_rows(source, rows, prompt, BATCH * steps)
+        for setting in settings:
+            for pair in range(pairs):
+                peer = run(
+                    [trl_python(), "benchmarks/trl_side.py", model, str(rows)]
+                    + [str(steps), setting, str(rate)]
+                )
+                ours, curve = luthier(rows, adaptation, rate, steps)
+                theirs_rate = steady_rate(peer.report["seconds"], BATCH)
+                ours_rate = steady_rate(curve["seconds"], BATCH)
+                loss, other = tail(curve["losses"]), tail(peer.report["losses"])
+                print(
+                    json.dumps(
+                        {
+                            "case": case,
+                            "against": setting,
+                            "pair": pair,
+                            "luthier": {**curve, "peak_bytes": ours.peak_bytes},
+                            "trl": {**peer.report, "peak_bytes": peer.peak_bytes},
+                        }
+                    ),
+                    file=sys.stderr,
+                )
+                out.append(
+                    [
+                        case,
+                        setting,
+                        f"{ours_rate:.2f}",
+                        f"{theirs_rate:.2f}",
+                        f"**{ours_rate / theirs_rate:.1f}x**",
+                        f"{ours.peak_bytes / 1e9:.2f}",
+                        f"{peer.peak_bytes / 1e9:.2f}",
+                        f"1/{peer.peak_bytes / ours.peak_bytes:.1f}",
+                        f"{loss:.3f} / {other:.3f} ({loss / other - 1:+.1%})",
+                    ]
+                )
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--case", choices=CASES, action="append")
+    options = parser.parse_args()
+    from luthier.store.models import find
+
+    model = str(find("smollm2-135m-instruct", print).folder)
+    header = ["case", "TRL setting", "rows/s", "TRL", "ratio", "GB", "TRL", "ratio", "loss, last third"]
+    rows = []
+    for case in options.case or CASES:
+        rows += compare(case, options.data, options.steps, options.pairs, model)
+    print(table(header, rows))
+
+
+main()

@@ -1,0 +1,79 @@
+"""TRL's side of the comparison: SFTTrainer as published, run in its own environment.
+
+Usage: python trl_side.py MODEL ROWS.jsonl STEPS SETTING RATE
+where SETTING is lora-defaults, lora-best, full-defaults or full-best.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+class Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_begin(self, *args: object, **kwargs: object) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+def main() -> None:
+    folder, rows, steps, setting, rate = sys.argv[1:6]
+    adapt, kind = setting.split("-")
+    best = kind == "best"
+    torch.set_num_threads(torch.get_num_threads())
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if best else torch.float32
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    with open(rows, encoding="utf-8") as file:
+        data = Dataset.from_list([json.loads(line) for line in file])
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    with tempfile.TemporaryDirectory() as scratch:
+        config = SFTConfig(
+            output_dir=scratch,
+            max_steps=int(steps),
+            learning_rate=float(rate),
+            lr_scheduler_type="cosine",
+            warmup_steps=1,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            bf16=True,
+            use_cpu=True,
+            max_length=None,
+            seed=0,
+            train_sampling_strategy="sequential",
+            **(batches if best else {"per_device_train_batch_size": 16}),
+        )
+        clock = Clock()
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=data,
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            peft_config=lora if adapt == "lora" else None,
+            callbacks=[clock],
+        )
+        trainer.train()
+    print(json.dumps({"seconds": clock.seconds, "losses": clock.losses}))
+
+
+main()
