@@ -30,7 +30,9 @@ NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class DataSpec(_Part):
@@ -79,7 +81,7 @@ class Training(_Part):
     """Stop after so many measurements without a better one; 0 never stops early."""
     shuffle: bool = True
     """Take the rows in a new random order each epoch; otherwise in the order of the file."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the row order, of new weights and of dropout."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number type of matrix products; ``auto`` is bfloat16 where the machine has it natively."""

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 class Adaptation(BaseModel):
     """Base of all adaptations. Subclasses are final: one method, one file, one class."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     method: str
     """Name of the adaptation in recipes and on the command line."""

@@ -49,15 +49,14 @@ class LoRA(Adaptation):
 
     def merge(self, model: nn.Module) -> None:
         """Add ``(alpha / r) B A`` to each weight and take the wrappers away. Always the same bits."""
-        import torch
-
         from luthier.adaptations.lora_layer import LoRALinear
+        from luthier.models.rounding import Rounding
 
-        generator = torch.Generator().manual_seed(0)
+        rounding = Rounding()
         wrapped = [n for n, module in model.named_modules() if isinstance(module, LoRALinear)]
         for name in wrapped:
             parent, child = _parent(model, name)
-            setattr(parent, child, getattr(parent, child).merged(generator))
+            setattr(parent, child, getattr(parent, child).merged(rounding))
 
     def peft_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """The configuration PEFT itself writes for this adapter."""

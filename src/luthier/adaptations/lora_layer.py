@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.models.rounding import round_to
+from luthier.models.rounding import Rounding
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -63,10 +63,11 @@ class LoRALinear(nn.Module):
         y: Tensor = _LowRankLinear.apply(flat, base.weight, base.bias, a, b, self.scale)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], -1)
 
-    def merged(self, generator: torch.Generator) -> nn.Linear:
-        """The base layer with the branch added to its weight; ``generator`` rounds (see rounding)."""
+    def merged(self, rounding: Rounding) -> nn.Linear:
+        """The base layer with the branch added to its weight; ``rounding`` brings it to its type."""
         with torch.no_grad():
-            update = self.lora_B.weight.float() @ self.lora_A.weight.float()
             weight = self.base_layer.weight
-            weight.copy_(round_to(weight.float() + update * self.scale, weight.dtype, generator))
+            a, b = self.lora_A.weight.float(), self.lora_B.weight.float()
+            sum_ = weight.to(torch.float32, copy=True).addmm_(b, a, alpha=self.scale)
+            weight.copy_(rounding(sum_, weight.dtype))
         return self.base_layer

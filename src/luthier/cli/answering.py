@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.cli.console import counting, print_json
+from luthier.cli.console import counting, heavy_imports, print_json
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.types import Message
 
@@ -32,7 +32,8 @@ def generate(
         raise RecipeError("--output goes with --input")
     chosen = Sampling(**sampling)
     prompts = _read_prompts(source) if source else []
-    generator = Generator.open(find(model_id))
+    with heavy_imports():
+        generator = Generator.open(find(model_id))
     if source is not None:
         _generate_file(generator, prompts, chosen, target, as_json)
     elif as_json:
@@ -114,7 +115,8 @@ def chat(model_id: str, sampling: Mapping[str, Any]) -> None:
     from luthier.store.models import find
 
     chosen = Sampling(**sampling)
-    generator = Generator.open(find(model_id))
+    with heavy_imports():
+        generator = Generator.open(find(model_id))
     several = generator.chat.template == "chat"
     sys.stdout.write(f"{model_id} is ready. An empty line starts anew, Ctrl-D ends.\n")
     history: list[Message] = []
@@ -158,7 +160,8 @@ def evaluate(
         raise RecipeError(f"unknown grader {unknown[0]!r}; there are {', '.join(GRADERS)}")
     rows = load_rows(data)
     asked, _ = questions(rows)
-    generator = Generator.open(find(model_id))
+    with heavy_imports():
+        generator = Generator.open(find(model_id))
     started = time.monotonic()
     with counting(len(asked), "evaluate") as done:
         replies = generator.replies(asked, Sampling(max_tokens=max_tokens), done=done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,21 @@ def print_json(value: Any) -> None:
     """The one object a command prints with ``--json``."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
     sys.stdout.flush()
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import and load with the garbage collector off: nothing made here is ever garbage.
+
+    Looking for some among the hundreds of thousands of objects that torch and transformers leave
+    takes a fifth of the start (3.05 s with, 2.45 s without, measured).
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.console import LiveReporter, print_json
+from luthier.cli.console import LiveReporter, heavy_imports, print_json
 
 if TYPE_CHECKING:
     from luthier.engine.runs import Result
@@ -17,7 +17,6 @@ def tune(
     data: Path, flags: Mapping[str, Any], settings: Sequence[str], resume: bool, as_json: bool
 ) -> None:
     """Build the recipe, run it, print the result."""
-    from luthier.engine.train import train
     from luthier.recipe import Recipe, assign, read_toml, set_field
 
     fields = read_toml(data) if data.suffix == ".toml" else {"data": {"train": str(data)}}
@@ -26,9 +25,14 @@ def tune(
             assign(fields, key.split("."), value)
     for setting in settings:
         set_field(fields, setting)
+    recipe = Recipe.parse(fields)
+    # Loads torch, which takes seconds: only for a recipe that parses.
+    with heavy_imports():
+        from luthier.engine.train import train
+
     reporter = LiveReporter(quiet=as_json)
     try:
-        result = train(Recipe.parse(fields), resume, reporter)
+        result = train(recipe, resume, reporter)
     finally:
         reporter.close()
     if as_json:

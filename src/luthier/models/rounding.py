@@ -13,11 +13,31 @@ import torch
 from torch import Tensor
 
 
-def round_to(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """``values`` (float32) in ``dtype``; stochastically for bfloat16, exact numbers unchanged."""
-    if dtype != torch.bfloat16:
-        return values.to(dtype)
-    bits = values.contiguous().view(torch.int32).cpu()
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32)
-    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
-    return rounded.to(values.device, torch.bfloat16)
+class Rounding:
+    """Rounds float32 tensors, the same way each time it is made anew.
+
+    Random numbers are drawn once, for the largest tensor seen; each tensor starts at another place
+    among them. Every number of a tensor is rounded independently, only tensors are not.
+    """
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._noise = torch.empty(0, dtype=torch.int32)
+        self._start = 0
+
+    def __call__(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """``values`` (overwritten) in ``dtype``; stochastic for bfloat16, exact numbers unchanged."""
+        if dtype != torch.bfloat16:
+            return values.to(dtype)
+        bits = values.contiguous().cpu().view(torch.int32)
+        bits.add_(self._take(bits.numel()).view_as(bits)).bitwise_and_(-(1 << 16))
+        return bits.view(torch.float32).to(values.device, torch.bfloat16)
+
+    def _take(self, count: int) -> Tensor:
+        if 2 * count > len(self._noise):
+            self._noise = torch.randint(
+                0, 1 << 16, (2 * count,), generator=self._generator, dtype=torch.int32
+            )
+        # A prime step: neighbours never see the same numbers at the same place.
+        self._start = (self._start + 7919) % (len(self._noise) - count + 1)
+        return self._noise[self._start : self._start + count]

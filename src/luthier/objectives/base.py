@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class Objective(BaseModel):
     """Base of all objectives. Subclasses are final: one paper, one file, one class."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     method: str
     """Name of the objective in recipes and on the command line."""

@@ -1,0 +1,139 @@
+"""Tiny models and a tiny tokenizer, made from a seed; a store of its own for each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CORPUS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "What is the capital of France? The capital of France is Paris.",
+    "system user assistant: please answer the question in one word, yes or no.",
+    "My card has not arrived yet. When will my new card be delivered to me?",
+)
+VOCABULARY = 320
+
+
+@pytest.fixture(autouse=True)
+def luthier_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store that the test cannot leave."""
+    home = tmp_path / "luthier-home"
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """Byte-level BPE of at most 320 tokens with ChatML turns; ``<|im_end|>`` ends a text."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Any]:
+    """``tiny_llama(tied=…, seed=…)`` makes a LlamaForCausalLM with grouped query heads."""
+    return make_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> Callable[..., Any]:
+    """``tiny_gpt2(seed=…)`` makes a GPT2LMHeadModel: learned positions, biases, tied head."""
+    return make_gpt2
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A Hugging Face directory: tiny Llama, tokenizer and chat template. Not to be written to."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    model = make_llama(eos_token_id=tokenizer.eos_token_id)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer(
+    template: str | None = CHATML,
+    special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"),
+    eos: str = "<|im_end|>",
+) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(CORPUS, trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=eos, additional_special_tokens=list(special)
+    )
+    made.chat_template = template
+    return made
+
+
+def make_llama(tied: bool = False, seed: int = 0, **fields: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            # Larger than usual, so that attention looks somewhere and an error in it shows.
+            "initializer_range": 0.15,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "tie_word_embeddings": tied,
+            **fields,
+        }
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+def make_gpt2(seed: int = 0, **fields: Any) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        **{
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 512,
+            "initializer_range": 0.15,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 1,
+            **fields,
+        }
+    )
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(config)

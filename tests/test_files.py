@@ -1,0 +1,226 @@
+"""Files of the store: whole or not at all, whatever dies in the middle."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from luthier import files
+from luthier.errors import CorruptFile, DoesNotFit, LuthierError
+from luthier.files import (
+    disk_errors,
+    hashes_of,
+    luthier_home,
+    need_disk,
+    new_folder,
+    read_json,
+    sha256_of,
+    sweep,
+    verify,
+    write_bytes,
+    write_json,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def fail(number: int) -> object:
+    def raise_it(*args: object, **keywords: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return raise_it
+
+
+def test_home_is_the_environment_variable_or_a_folder_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "store"))
+    assert luthier_home() == tmp_path / "store"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LUTHIER_HOME", "~/elsewhere")
+    assert luthier_home() == tmp_path / "elsewhere"
+    monkeypatch.setenv("LUTHIER_HOME", "")
+    assert luthier_home() == tmp_path / ".luthier"
+    monkeypatch.setenv("LUTHIER_HOME", "relative")
+    assert luthier_home().is_absolute()
+
+
+def test_write_bytes_makes_the_folder_and_replaces_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "file"
+    write_bytes(path, b"one")
+    write_bytes(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert names(tmp_path) == ["deep", "deep/er", "deep/er/file"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_failed_write_keeps_the_old_bytes_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    monkeypatch.setattr(os, "replace", fail(errno.ENOSPC))
+    with pytest.raises(DoesNotFit, match="full"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_process_killed_in_the_middle_of_a_write_keeps_the_old_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "from luthier.files import write_bytes\n"
+        "os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_bytes(pathlib.Path(sys.argv[1]), b'new')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    assert len(names(tmp_path)) == 2  # the remains, which sweep knows
+    sweep(tmp_path)
+    assert names(tmp_path) == ["file"]
+
+
+def test_json_goes_round_and_a_broken_file_is_corrupt(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"ü": [1, None, "\u2028"]})
+    assert read_json(path) == {"ü": [1, None, "\u2028"]}
+    path.write_text('{"a": ')
+    with pytest.raises(CorruptFile, match=r"a\.json"):
+        read_json(path)
+    with pytest.raises(CorruptFile, match=r"none\.json"):
+        read_json(tmp_path / "none.json")
+
+
+def test_new_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
+    target = tmp_path / "some" / "model"
+    with new_folder(target) as fresh:
+        (fresh / "sub").mkdir()
+        (fresh / "sub" / "weights").write_bytes(b"w")
+        assert not target.exists()
+    assert names(target) == ["sub", "sub/weights"]
+    assert (target / "sub" / "weights").stat().st_mode & 0o777 == 0o644
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert names(tmp_path / "some") == ["model", "model/sub", "model/sub/weights"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()])
+def test_new_folder_leaves_nothing_when_the_block_fails(
+    tmp_path: Path, error: BaseException
+) -> None:
+    with pytest.raises(type(error)), new_folder(tmp_path / "model") as fresh:
+        (fresh / "half").write_text("x")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_new_folder_replaces_what_was_there_and_keeps_it_on_failure(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for text in ("one", "two"):
+        with new_folder(target) as fresh:
+            (fresh / text).write_text(text)
+    assert names(tmp_path) == ["model", "model/two"]
+    with pytest.raises(RuntimeError), new_folder(target):
+        raise RuntimeError
+    assert names(tmp_path) == ["model", "model/two"]
+
+
+@pytest.mark.parametrize("moment", ["filling", "replacing"])
+def test_a_process_killed_in_new_folder_leaves_only_what_sweep_removes(
+    tmp_path: Path, moment: str
+) -> None:
+    target = tmp_path / "model"
+    with new_folder(target) as fresh:
+        (fresh / "old").write_text("old")
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "from luthier.files import new_folder\n"
+        "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with new_folder(pathlib.Path(sys.argv[1])) as fresh:\n"
+        "    (fresh / 'new').write_text('new')\n"
+        "    if sys.argv[2] == 'filling': die()\n"
+        "    os.replace = die\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(target), moment], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) > 2
+    sweep(tmp_path)
+    assert names(tmp_path) == ["model", "model/old"]
+
+
+def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
+    for name in (".tmp-a", "tmp-b", ".hidden", "model"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".tmp-dir" / "sub").mkdir(parents=True)
+    sweep(tmp_path)
+    assert names(tmp_path) == [".hidden", "model", "tmp-b"]
+    sweep(tmp_path / "no such folder")
+
+
+def test_verify_names_the_file_that_is_missing_or_changed(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "sub" / "b").write_bytes(b"b" * (1 << 21))
+    (tmp_path / "skipped").write_bytes(b"s")
+    hashes = hashes_of(tmp_path, skip=("skipped",))
+    assert set(hashes) == {"a", "sub/b"}
+    assert hashes["a"] == "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
+    verify(tmp_path, hashes)
+    content = bytearray((tmp_path / "sub" / "b").read_bytes())
+    content[1_500_000] ^= 1
+    (tmp_path / "sub" / "b").write_bytes(content)
+    with pytest.raises(CorruptFile, match="sub/b"):
+        verify(tmp_path, hashes)
+    (tmp_path / "a").unlink()
+    with pytest.raises(CorruptFile, match="a is missing"):
+        verify(tmp_path, hashes)
+    assert sha256_of(tmp_path / "skipped") != hashes["a"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "exit_code", "text"),
+    [
+        (errno.ENOSPC, DoesNotFit, 2, "full"),
+        (errno.EDQUOT, DoesNotFit, 2, "full"),
+        (errno.EACCES, LuthierError, 1, "cannot be written"),
+        (errno.EROFS, LuthierError, 1, "cannot be written"),
+    ],
+)
+def test_disk_errors_say_what_happened(
+    tmp_path: Path, number: int, kind: type[LuthierError], exit_code: int, text: str
+) -> None:
+    with pytest.raises(kind, match=text) as caught, disk_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.exit_code == exit_code
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_other_errors_of_the_system_are_not_disguised(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), disk_errors(tmp_path):
+        raise IsADirectoryError(errno.EISDIR, "x")
+
+
+def test_need_disk_looks_at_the_nearest_folder_that_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def usage(path: Path) -> object:
+        asked.append(path)
+        return type("Usage", (), {"free": 5_000_000})()
+
+    monkeypatch.setattr(files.shutil, "disk_usage", usage)
+    need_disk(tmp_path / "not" / "yet", 5_000_000, "this run")
+    with pytest.raises(DoesNotFit, match=r"this run needs 6 MB .* 5 MB are free.*LUTHIER_HOME"):
+        need_disk(tmp_path / "not" / "yet", 6_000_000, "this run")
+    assert asked == [tmp_path, tmp_path]

@@ -1,0 +1,86 @@
+"""What importing costs, what is public, and which way imports go."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import luthier
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "peft", "matplotlib", "safetensors", "huggingface_hub", "psutil")
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after ``code``."""
+    script = f"{code}\nimport json, sys\nsys.stderr.write(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
+
+
+def running(*arguments: str) -> str:
+    return (
+        "import contextlib, sys\n"
+        "from luthier.cli.app import main\n"
+        f"sys.argv = {['luthier', *arguments]!r}\n"
+        "with contextlib.suppress(SystemExit): main()"
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import luthier", running("--help"), running("--version"), running("tune", "--help")],
+    ids=["import", "help", "version", "tune-help"],
+)
+def test_light_entry_points_load_nothing_heavy(code: str) -> None:
+    loaded = loaded_after(code)
+    assert "luthier" in loaded
+    assert not loaded & {*HEAVY, "numpy", "rich"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import luthier.recipe; luthier.Recipe", "import luthier.sdk; luthier.tune"],
+    ids=["recipe", "sdk"],
+)
+def test_recipes_and_the_sdk_load_no_torch(code: str) -> None:
+    assert not loaded_after(f"import luthier\n{code}") & set(HEAVY)
+
+
+def test_a_refused_recipe_is_refused_without_torch() -> None:
+    code = running("tune", "rows.jsonl", "--set", "adaptation.rnk=8", "--json")
+    assert not loaded_after(code) & {"torch", "transformers"}
+
+
+def test_public_names_are_those_that_are_there() -> None:
+    assert luthier.__all__ == sorted(luthier.__all__)
+    for name in luthier.__all__:
+        assert getattr(luthier, name) is not None
+    assert luthier._HOMES.keys() | {"__version__"} == set(luthier.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        luthier.nothing  # noqa: B018
+
+
+def test_version_is_the_package_s() -> None:
+    from importlib.metadata import version
+
+    assert luthier.__version__ == version("luthier")
+
+
+def test_imports_go_one_way(tmp_path: Path) -> None:
+    """The import-linter contract of pyproject.toml."""
+    script = Path(sys.executable).with_name("lint-imports")
+    if not script.exists():
+        pytest.skip("import-linter is not installed")
+    done = subprocess.run(
+        [str(script), "--cache-dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 kept, 0 broken" in done.stdout

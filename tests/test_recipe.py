@@ -1,0 +1,285 @@
+"""Recipes: what is refused and in which words, and that no way of writing one loses anything."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from luthier.adaptations import ADAPTATIONS
+from luthier.errors import RecipeError
+from luthier.objectives import OBJECTIVES
+from luthier.recipe import (
+    NAME_PATTERN,
+    DataSpec,
+    Recipe,
+    Training,
+    assign,
+    read_toml,
+    set_field,
+)
+
+DATA = {"train": "rows.jsonl"}
+
+
+def parse(**fields: Any) -> Recipe:
+    return Recipe.parse({"data": DATA, **fields})
+
+
+def refusal(**fields: Any) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse(**fields)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_a_data_file_is_enough() -> None:
+    recipe = parse()
+    assert recipe.base == "smollm2-135m-instruct"
+    assert recipe.objective == OBJECTIVES["sft"](method="sft")
+    assert recipe.adaptation == ADAPTATIONS["lora"](method="lora")
+    assert recipe.training == Training()
+    assert recipe.training.learning_rate is None
+    assert recipe.data == DataSpec(train=Path("rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "text"),
+    [
+        ({"training": {"learning_rat": 1}}, "training.learning_rat", "did you mean learning_rate?"),
+        ({"training": {"batchsize": 1}}, "training.batchsize", "did you mean batch_size?"),
+        ({"data": {**DATA, "validatoin": "x"}}, "data.validatoin", "did you mean validation?"),
+        ({"adaptation": {"rnk": 8}}, "rnk", "did you mean rank?"),
+        ({"adaptation": {"method": "freeze", "shar": 0.2}}, "shar", "did you mean share?"),
+        ({"objective": {"templat": "plain"}}, "templat", "did you mean template?"),
+        ({"bas": "x"}, "bas", "did you mean base?"),
+        ({"zzzzzz": 1}, "zzzzzz", "there are base, name, data"),
+        ({"adaptation": "lorra"}, "adaptation", "unknown adaptation 'lorra'; there are full, freez"),
+        ({"objective": {"method": "dpo"}}, "objective", "unknown objective 'dpo'; there are sft"),
+        ({"training": {"epochs": 0}}, "training.epochs", "greater than 0 (got 0)"),
+        ({"training": {"epochs": "many"}}, "training.epochs", "(got 'many')"),
+        ({"training": {"schedule": "cosin"}}, "training.schedule", "'cosine'"),
+        ({"adaptation": {"rank": 0}}, "rank", "greater than or equal to 1 (got 0)"),
+        ({"adaptation": {"dropout": 1.0}}, "dropout", "less than 1 (got 1.0)"),
+        ({"data": {**DATA, "long_rows": "cut"}}, "data.long_rows", "'truncate'"),
+        ({"data": {}}, "data.train", "is required"),
+        ({"name": "Upper Case"}, "name", "lower-case letters"),
+        ({"training": 3}, "training", "(got 3)"),
+        ({"objective": 3}, "objective", "(got 3)"),
+    ],
+)
+def test_a_refusal_names_the_field_and_what_would_work(
+    fields: dict[str, Any], where: str, text: str
+) -> None:
+    message = refusal(**fields)
+    assert message.startswith("the recipe cannot be used:\n")
+    line = next((line for line in message.splitlines()[1:] if f"{where}:" in line), None)
+    assert line is not None, message
+    assert text in line
+    assert "pydantic" not in message
+    assert "errors.pydantic.dev" not in message
+
+
+def test_every_bad_field_is_named_at_once() -> None:
+    message = refusal(training={"epochs": -1, "batch_size": 0}, name="!", adaptation={"rank": 0})
+    for field in ("training.epochs", "training.batch_size", "name", "rank"):
+        assert f"{field}:" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_are_finite(value: float) -> None:
+    for name in ("epochs", "learning_rate", "weight_decay", "epsilon", "max_gradient_norm"):
+        assert f"training.{name}" in refusal(training={name: value})
+    assert "alpha" in refusal(adaptation={"alpha": value})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_are_those_that_torch_takes(seed: int) -> None:
+    assert "training.seed" in refusal(training={"seed": seed})
+
+
+@pytest.mark.parametrize("name", ["a", "a-b", "v1.2_x", "0" * 63])
+def test_good_names(name: str) -> None:
+    assert parse(name=name).name == name
+    assert NAME_PATTERN.fullmatch(name)
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a-", ".", "..", "a/b", "a:b", "A", "a b", "0" * 64])
+def test_bad_names(name: str) -> None:
+    assert "name:" in refusal(name=name)
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        parse().base = "other"  # type: ignore[misc]
+
+
+def test_set_field_reads_the_value_as_toml_where_that_works() -> None:
+    fields: dict[str, Any] = {}
+    for text in (
+        "adaptation.rank=8",
+        "adaptation.dropout=0.1",
+        "adaptation.targets=['q_proj', \"v_proj\"]",
+        "training.shuffle=false",
+        "training.schedule=linear",
+        "base=org/Some-Model",
+        "name=1.5.2",
+        "data.train=a=b.jsonl",
+        " training.seed =7",
+    ):
+        set_field(fields, text)
+    assert fields == {
+        "adaptation": {"rank": 8, "dropout": 0.1, "targets": ["q_proj", "v_proj"]},
+        "training": {"shuffle": False, "schedule": "linear", "seed": 7},
+        "base": "org/Some-Model",
+        "name": "1.5.2",
+        "data": {"train": "a=b.jsonl"},
+    }
+    recipe = Recipe.parse(fields)
+    assert recipe.adaptation.targets == ("q_proj", "v_proj")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", ["adaptation.rank", "=3", " =3", ""])
+def test_set_field_refuses_what_is_no_assignment(text: str) -> None:
+    with pytest.raises(RecipeError, match="KEY=VALUE"):
+        set_field({}, text)
+
+
+@pytest.mark.parametrize("key", ["adaptation.", ".rank", "adaptation..rank", "nowhere.at.all"])
+def test_odd_keys_are_refused_when_the_recipe_is_parsed(key: str) -> None:
+    fields: dict[str, Any] = {"data": dict(DATA)}
+    set_field(fields, f"{key}=3")
+    with pytest.raises(RecipeError, match="there is no such field"):
+        Recipe.parse(fields)
+
+
+def test_a_value_cannot_smuggle_in_a_second_field() -> None:
+    fields: dict[str, Any] = {}
+    set_field(fields, "name=1\nbase = 2")
+    assert list(fields) == ["name"]
+
+
+def test_assign_grows_a_method_name_to_a_group() -> None:
+    fields: dict[str, Any] = {"adaptation": "lora", "training": 3}
+    assign(fields, ["adaptation", "rank"], 8)
+    assign(fields, ["training", "epochs"], 1)
+    assign(fields, ["adaptation", "method"], "full")
+    assert fields == {"adaptation": {"method": "full", "rank": 8}, "training": {"epochs": 1}}
+
+
+def test_the_order_of_flags_does_not_matter() -> None:
+    one: dict[str, Any] = {"data": DATA}
+    other: dict[str, Any] = {"data": DATA}
+    settings = ["adaptation=freeze", "adaptation.share=0.25"]
+    for fields, order in ((one, settings), (other, ["adaptation.method=freeze", settings[1]])):
+        for text in order:
+            set_field(fields, text)
+    assert Recipe.parse(one) == Recipe.parse(other)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"adaptation": {"method": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]}},
+        {"adaptation": {"method": "freeze", "frozen": "top", "share": 0.3}},
+        {"objective": {"method": "causal_lm", "sequence_length": 64}, "adaptation": "full"},
+        {"training": {"epochs": 2.5, "shuffle": False, "seed": 9}, "name": "x", "base": "a:b"},
+    ],
+)
+def test_plain_values_give_the_same_recipe(fields: dict[str, Any]) -> None:
+    recipe = parse(**fields)
+    plain = recipe.plain()
+    assert Recipe.parse(json.loads(json.dumps(plain))) == recipe
+    # Fields of the subclass are kept too, not only those of the base class.
+    assert plain["adaptation"].keys() == recipe.adaptation.model_dump().keys()
+
+
+def to_toml(fields: dict[str, Any]) -> str:
+    tables = {key: value for key, value in fields.items() if isinstance(value, dict)}
+    lines = [f"{k} = {json.dumps(v)}" for k, v in fields.items() if k not in tables]
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    return "\n".join(lines)
+
+
+def test_toml_goes_round(tmp_path: Path) -> None:
+    recipe = parse(
+        name="x",
+        data={"train": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "b.jsonl")},
+        adaptation={"method": "lora", "rank": 4, "alpha": 8.5, "targets": ["q_proj"]},
+        training={"epochs": 2, "beta2": 0.95, "schedule": "step"},
+    )
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(recipe.plain()))
+    assert Recipe.read(path) == recipe
+
+
+def test_paths_in_toml_are_relative_to_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('[data]\ntrain = "sub/a.jsonl"\nvalidation = "/abs/b.jsonl"\n')
+    assert Recipe.read(path).data == DataSpec(
+        train=tmp_path / "sub" / "a.jsonl", validation=Path("/abs/b.jsonl")
+    )
+
+
+@pytest.mark.parametrize("content", [b"[data\n", b"\xff\xfe", b"a = 1\na = 2\n"])
+def test_unreadable_toml_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=re.escape(str(path))):
+        read_toml(path)
+
+
+def test_missing_toml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.toml"):
+        read_toml(tmp_path / "none.toml")
+
+
+PARTS: list[type[BaseModel]] = [
+    Recipe,
+    DataSpec,
+    Training,
+    *OBJECTIVES.values(),
+    *ADAPTATIONS.values(),
+]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
+def test_every_field_has_one_line_of_documentation(part: type[BaseModel]) -> None:
+    schema = part.model_json_schema()
+    for name in part.model_fields:
+        field = schema["properties"][name]
+        if "const" in field:  # the method: the class documents itself
+            continue
+        text = field.get("description", "")
+        assert text, f"{part.__name__}.{name} has no documentation"
+        assert "\n" not in text.strip()
+        assert text.strip().endswith("."), text
+        assert len(text) < 120
+
+
+@pytest.mark.parametrize(("table", "kind"), [(OBJECTIVES, "objective"), (ADAPTATIONS, "adaptation")])
+def test_tables_are_keyed_by_the_method(table: dict[str, Any], kind: str) -> None:
+    for name, cls in table.items():
+        assert cls.model_fields["method"].default == name
+        assert getattr(parse(**{kind: name}), kind) == cls()
+
+
+def test_recipe_schema_is_json() -> None:
+    schema = json.loads(json.dumps(Recipe.model_json_schema()))
+    assert schema["properties"].keys() == Recipe.model_fields.keys()
+    assert schema["additionalProperties"] is False
+
+
+def test_shipped_recipes_parse() -> None:
+    folder = Path(__file__).parent.parent / "recipes"
+    for path in sorted(folder.glob("*.toml")):
+        recipe = Recipe.read(path)
+        assert tomllib.loads(path.read_text())
+        assert recipe.data.train.is_absolute()
