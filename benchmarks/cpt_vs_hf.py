@@ -58,7 +58,16 @@ def luthier(source: Path, steps: int, budget: int) -> tuple[dict, int]:
     with tempfile.TemporaryDirectory() as home:
         (Path(home) / "models").mkdir()
         (Path(home) / "models" / "base").symlink_to(luthier_home() / "models" / "base")
-        command = [sys.executable, "-m", "luthier", "tune", str(source), "--name", "bench", "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "luthier",
+            "tune",
+            str(source),
+            "--name",
+            "bench",
+            "--json",
+        ]
         command += ["--objective", "causal_lm", "--adaptation", "full", "--batch-size", str(BATCH)]
         command += ["--learning-rate", str(RATE)]
         for setting in (
@@ -112,7 +121,15 @@ def main() -> None:
                 f"{curve['losses'][-1]:.3f} / {peer.report['losses'][-1]:.3f}",
             ]
         )
-    header = ["tokens/s", "HF Trainer", "ratio", "matmul limit of a step", "reached", "GB", "last loss"]
+    header = [
+        "tokens/s",
+        "HF Trainer",
+        "ratio",
+        "matmul limit of a step",
+        "reached",
+        "GB",
+        "last loss",
+    ]
     print(table(header, rows))
 
 

@@ -63,7 +63,10 @@ def luthier(rows: Path, adaptation: str, rate: float, steps: int) -> tuple[Outco
         outcome = run(command, {"LUTHIER_HOME": home})
         lines = Path(outcome.report["run_dir"], "metrics.jsonl").read_text().splitlines()
     steps_seen = [json.loads(line) for line in lines if '"train"' in line]
-    curve = {"seconds": [s["seconds"] for s in steps_seen], "losses": [s["loss"] for s in steps_seen]}
+    curve = {
+        "seconds": [s["seconds"] for s in steps_seen],
+        "losses": [s["loss"] for s in steps_seen],
+    }
     return outcome, curve
 
 
@@ -125,7 +128,17 @@ def main() -> None:
     from luthier.store.models import find
 
     model = str(find("smollm2-135m-instruct", print).folder)
-    header = ["case", "TRL setting", "rows/s", "TRL", "ratio", "GB", "TRL", "ratio", "loss, last third"]
+    header = [
+        "case",
+        "TRL setting",
+        "rows/s",
+        "TRL",
+        "ratio",
+        "GB",
+        "TRL",
+        "ratio",
+        "loss, last third",
+    ]
     rows = []
     for case in options.case or CASES:
         rows += compare(case, options.data, options.steps, options.pairs, model)

@@ -44,6 +44,12 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
+def new_tokenizer() -> Callable[..., Any]:
+    """``new_tokenizer(template, special, eos)`` makes one with other turns and special tokens."""
+    return make_tokenizer
+
+
+@pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Any]:
     """``tiny_llama(tied=…, seed=…)`` makes a LlamaForCausalLM with grouped query heads."""
     return make_llama

@@ -59,7 +59,11 @@ def test_a_data_file_is_enough() -> None:
         ({"objective": {"templat": "plain"}}, "templat", "did you mean template?"),
         ({"bas": "x"}, "bas", "did you mean base?"),
         ({"zzzzzz": 1}, "zzzzzz", "there are base, name, data"),
-        ({"adaptation": "lorra"}, "adaptation", "unknown adaptation 'lorra'; there are full, freez"),
+        (
+            {"adaptation": "lorra"},
+            "adaptation",
+            "unknown adaptation 'lorra'; there are full, freez",
+        ),
         ({"objective": {"method": "dpo"}}, "objective", "unknown objective 'dpo'; there are sft"),
         ({"training": {"epochs": 0}}, "training.epochs", "greater than 0 (got 0)"),
         ({"training": {"epochs": "many"}}, "training.epochs", "(got 'many')"),
@@ -264,7 +268,9 @@ def test_every_field_has_one_line_of_documentation(part: type[BaseModel]) -> Non
         assert len(text) < 120
 
 
-@pytest.mark.parametrize(("table", "kind"), [(OBJECTIVES, "objective"), (ADAPTATIONS, "adaptation")])
+@pytest.mark.parametrize(
+    ("table", "kind"), [(OBJECTIVES, "objective"), (ADAPTATIONS, "adaptation")]
+)
 def test_tables_are_keyed_by_the_method(table: dict[str, Any], kind: str) -> None:
     for name, cls in table.items():
         assert cls.model_fields["method"].default == name

@@ -123,10 +123,17 @@ class ChatFormat:
         return learned_T
 
     def _render(self, messages: Sequence[Message], *, reply: bool) -> str:
+        from jinja2 import TemplateError
+
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        text: str = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=reply
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=reply
+            )
+        except TemplateError as error:
+            raise RecipeError(
+                f"the model's chat template refuses this conversation: {error}"
+            ) from error
         return text
 
     def _tokens(self, text: str, *, first: bool) -> IntArray:

@@ -18,6 +18,14 @@ from luthier.objectives.base import Objective
 from luthier.recipe import DataSpec
 from luthier.types import Example, Row
 
+RULES = {
+    "row.objective": "The row has a shape that the objective does not learn from.",
+    "row.template": "The row cannot be written in the model's template.",
+    "row.too_long": "The row has more tokens than the model's context.",
+    "row.nothing_learned": "Cut to the context, the row would have no learned token.",
+}
+"""Rules that need the model's tokenizer; those of the file alone are in ``data.rows``."""
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -11,7 +11,7 @@ from torch import nn
 
 from luthier.data.chat import ChatFormat, Template
 from luthier.data.tree import build_tree
-from luthier.errors import RecipeError, UnknownModel
+from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models.attention import NAME, register
 from luthier.models.fused import fuse
@@ -64,20 +64,33 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A causal language model with plain attention, as transformers serves it."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     config = check_folder(folder)
+    kind = config.get("model_type", "of unknown type")
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        kind = config.get("model_type", "of unknown type")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UnknownModel(
             f"the network in {folder} ({kind}) cannot be loaded as a causal language model: {error}"
         ) from error
+    except SafetensorError as error:
+        raise CorruptFile(f"the weights in {folder} cannot be read: {error}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        # transformers would draw them at random, with no more than a warning.
+        raise UnknownModel(
+            f"{folder} ({kind}) has not all weights of a causal language model: {len(missing)} are "
+            f"missing, {', '.join(missing[:3])} among them"
+        )
     on_device: nn.Module = model.to(device)
     return on_device
 

@@ -38,11 +38,15 @@ def save_adapter(model: nn.Module, config: dict[str, Any], folder: Path) -> None
 def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None:
     """Attach ``adaptation`` to ``model`` and give it the weights saved in ``folder``."""
     import torch
+    from safetensors import SafetensorError
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
         adaptation.attach(model)
-    saved = load_file(folder / ADAPTER)
+    try:
+        saved = load_file(folder / ADAPTER)
+    except (OSError, SafetensorError) as error:
+        raise CorruptFile(f"{folder / ADAPTER} cannot be read: {error}") from error
     weights = {f"{_PREFIX}{n}": p for n, p in model.named_parameters() if p.requires_grad}
     if saved.keys() != weights.keys():
         odd = sorted(saved.keys() ^ weights.keys())[:3]

@@ -77,7 +77,7 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
             pull(CATALOG[model_id], folder, say)
         return StoredModel(model_id, folder, read_json(folder / MANIFEST))
     path = Path(model_id).expanduser()
-    if path.is_dir():
+    if model_id and path.is_dir():
         return StoredModel(str(path.absolute()), path.absolute(), {})
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not model_id.startswith("."):
         return StoredModel(model_id, _from_hub(model_id, say), {})

@@ -1,0 +1,157 @@
+"""Write docs/reference.md from the code; with --check, fail when the file is not what it would write.
+
+python docs/generate.py [--check]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+
+from luthier.adaptations import ADAPTATIONS
+from luthier.cli.app import app
+from luthier.data.rows import RULES as ROW_RULES
+from luthier.engine.dataset import RULES as TOKEN_RULES
+from luthier.graders import GRADERS
+from luthier.models.catalog import CATALOG
+from luthier.objectives import OBJECTIVES
+from luthier.recipe import DataSpec, Recipe, Training
+
+TARGET = Path(__file__).parent / "reference.md"
+
+
+def main() -> int:
+    text = (
+        "\n".join([*_head(), *_commands(), *_recipe(), *_methods(), *_models(), *_rules()]) + "\n"
+    )
+    if "--check" in sys.argv:
+        if not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text:
+            print("docs/reference.md is not what the code says; run `make docs`", file=sys.stderr)
+            return 1
+        return 0
+    TARGET.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _head() -> list[str]:
+    return [
+        "# Reference",
+        "",
+        "Written by `make docs` from the code, and checked against it by `make check`.",
+        "",
+    ]
+
+
+def _commands() -> list[str]:
+    lines = [
+        "## Commands",
+        "",
+        "Exit codes: 0 done, 1 failed, 2 input refused, 130 stopped by the user. Each command takes",
+        "`--help`; those with `--json` print exactly one JSON object on standard output.",
+        "`LUTHIER_HOME` names the store (default `~/.luthier`).",
+        "",
+    ]
+    root = typer.main.get_command(app)
+    for path, command in _walk(root, "luthier"):
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        usage = " ".join([path, *(f"{p.name.upper()}" for p in arguments)])
+        lines += [f"### `{usage}`", "", (command.help or "").strip(), ""]
+        if options:
+            lines += ["| option | meaning |", "| --- | --- |"]
+            for option in options:
+                default = option.default
+                shown = (
+                    "" if default in (None, False, ()) or callable(default) else f" (`{default}`)"
+                )
+                lines.append(f"| `{option.opts[0]}` | {getattr(option, 'help', '') or ''}{shown} |")
+            lines.append("")
+    return lines
+
+
+def _walk(command: Any, path: str) -> list[tuple[str, Any]]:
+    children = getattr(command, "commands", None)
+    if not children:
+        return [(path, command)]
+    found = []
+    for name, child in children.items():
+        found += _walk(child, f"{path} {name}")
+    return found
+
+
+def _recipe() -> list[str]:
+    lines = [
+        "## Recipe",
+        "",
+        "Fields of a TOML recipe, of `--set NAME=VALUE` and of `luthier.tune(…)` (with `__` for the",
+        "dot). Where no default is given, the value is chosen from the data and the model and printed",
+        "with its reason.",
+        "",
+    ]
+    plain = {"base": Recipe, "name": Recipe}
+    rows = [_field("", name, cls) for name, cls in plain.items()]
+    for prefix, cls in (("data.", DataSpec), ("training.", Training)):
+        rows += [_field(prefix, name, cls) for name in cls.model_fields]
+    return [*lines, *_fields(rows)]
+
+
+def _methods() -> list[str]:
+    lines = []
+    for title, prefix, table in (
+        ("Objectives", "objective.", OBJECTIVES),
+        ("Adaptations", "adaptation.", ADAPTATIONS),
+    ):
+        lines += [f"## {title}", ""]
+        for name, cls in table.items():
+            lines += [f"### `{name}`", "", (cls.__doc__ or "").strip().splitlines()[0], ""]
+            rows = [_field(prefix, field, cls) for field in cls.model_fields if field != "method"]
+            lines += _fields(rows) if rows else []
+    lines += ["## Graders", ""]
+    for name, grader in GRADERS.items():
+        lines.append(f"- `{name}`: {(grader.__doc__ or '').strip().splitlines()[0]}")
+    return [*lines, ""]
+
+
+def _field(prefix: str, name: str, cls: type[BaseModel]) -> tuple[str, str, str, str]:
+    info = cls.model_fields[name]
+    schema = cls.model_json_schema()["properties"].get(name, {})
+    choices = schema.get("enum") or next(
+        (part["enum"] for part in schema.get("anyOf", []) if "enum" in part), None
+    )
+    kinds = [schema.get("type"), *(part.get("type") for part in schema.get("anyOf", []))]
+    kind = ", ".join(map(str, choices)) if choices else next((k for k in kinds if k), "text")
+    default = "" if info.is_required() or info.default is None else f"`{info.default}`"
+    return f"{prefix}{name}", kind, default, (info.description or "").replace("\n", " ")
+
+
+def _fields(rows: list[tuple[str, str, str, str]]) -> list[str]:
+    lines = ["| field | values | default | meaning |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{name}` | {kind} | {default} | {text} |" for name, kind, default, text in rows]
+    return [*lines, ""]
+
+
+def _models() -> list[str]:
+    lines = ["## Base models", "", "| id | parameters | context | licence | about |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for entry in CATALOG.values():
+        size = f"{entry.parameters / 1e6:.0f} M"
+        lines.append(
+            f"| `{entry.id}` | {size} | {entry.context} | {entry.licence} | {entry.about} |"
+        )
+    return [*lines, ""]
+
+
+def _rules() -> list[str]:
+    lines = ["## Rules a data file is checked by", "", "| rule | meaning |", "| --- | --- |"]
+    return [
+        *lines,
+        *(f"| `{rule}` | {text} |" for rule, text in {**ROW_RULES, **TOKEN_RULES}.items()),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

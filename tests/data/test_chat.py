@@ -1,0 +1,207 @@
+"""Which tokens are learned, shown as text: what stands between « and » is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from luthier.data.chat import ChatFormat, Encoded
+from luthier.errors import RecipeError
+from luthier.types import Message
+
+PROPERTY = settings(max_examples=80, deadline=None, database=None)
+
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
+    " + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA3_SPECIAL = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+MISTRAL = (
+    "{{ '<s>' }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}"
+    "{% endfor %}"
+)
+FORGETS_THOUGHTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and not loop.last %}"
+    "{{ m['content'].split('</think>')[-1] }}{% else %}{{ m['content'] }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NEVER_STOPS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+
+
+def conversation(*texts: str, system: str | None = None) -> list[Message]:
+    roles = ("user", "assistant") * len(texts)
+    turns = [Message(role, text) for role, text in zip(roles, texts, strict=False)]
+    return turns if system is None else [Message("system", system), *turns]
+
+
+def shown(encoded: Encoded, tokenizer: Any) -> str:
+    text, inside = "", False
+    for index, learned in enumerate(encoded.learned_T):
+        if learned != inside:
+            text += "«" if learned else "»"
+            inside = bool(learned)
+        text += tokenizer.decode([int(encoded.ids_T[index])])
+    return text + "»" * inside
+
+
+def test_chatml_reply(tokenizer: Any) -> None:
+    encoded = ChatFormat.of(tokenizer).encode_reply(conversation("What is it?", "A lazy dog ."))
+    assert shown(encoded, tokenizer) == (
+        "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n«A lazy dog .<|im_end|>»"
+    )
+
+
+def test_chatml_learns_every_assistant_turn(tokenizer: Any) -> None:
+    messages = conversation("Q1", "A1", "Q2", "A2", system="Be brief.")
+    encoded = ChatFormat.of(tokenizer).encode_reply(messages)
+    assert shown(encoded, tokenizer) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nQ1<|im_end|>\n"
+        "<|im_start|>assistant\n«A1<|im_end|>»\n"
+        "<|im_start|>user\nQ2<|im_end|>\n"
+        "<|im_start|>assistant\n«A2<|im_end|>»"
+    )
+
+
+def test_llama3_headers(new_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = new_tokenizer(LLAMA3, LLAMA3_SPECIAL, eos="<|end_of_text|>")
+    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
+    chat = ChatFormat.of(tokenizer, stop_ids=stops)
+    assert chat.stop_ids == tuple(stops)
+    encoded = chat.encode_reply(conversation("Hi", " Paris \n", "Why?", "Because.", system="S"))
+    assert shown(encoded, tokenizer) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Paris<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Because.<|eot_id|>»"
+    )
+
+
+def test_llama3_without_its_end_of_turn_is_refused(new_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = new_tokenizer(LLAMA3, LLAMA3_SPECIAL, eos="<|end_of_text|>")
+    with pytest.raises(RecipeError, match="without a stop token"):
+        ChatFormat.of(tokenizer).encode_reply(conversation("Hi", "Paris"))
+
+
+def test_mistral_instructions(new_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = new_tokenizer(MISTRAL, ("<s>", "</s>"), eos="</s>")
+    encoded = ChatFormat.of(tokenizer).encode_reply(conversation("Q1", "A1", "Q2", "A2"))
+    assert shown(encoded, tokenizer) == (
+        "<s>[INST] Q1 [/INST]« A1</s>»[INST] Q2 [/INST]« A2</s>»"
+    )
+
+
+def test_a_template_that_refuses_a_role_is_a_refusal_of_the_row(
+    new_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = new_tokenizer(MISTRAL, ("<s>", "</s>"), eos="</s>")
+    with pytest.raises(RecipeError, match="Only user and assistant roles are supported!"):
+        ChatFormat.of(tokenizer).encode_reply(conversation("Q", "A", system="Be brief."))
+
+
+def test_plain_text_learns_the_completion_and_its_end(tokenizer: Any) -> None:
+    chat = ChatFormat.of(tokenizer, "plain")
+    encoded = chat.encode_reply(conversation("The capital of France is", " Paris."))
+    assert shown(encoded, tokenizer) == "The capital of France is« Paris.<|im_end|>»"
+
+
+def test_the_format_follows_the_tokenizer(
+    tokenizer: Any, new_tokenizer: Callable[..., Any]
+) -> None:
+    assert ChatFormat.of(tokenizer).template == "chat"
+    assert ChatFormat.of(new_tokenizer(template=None)).template == "plain"
+    with pytest.raises(RecipeError, match="no chat template"):
+        ChatFormat.of(new_tokenizer(template=None), "chat")
+
+
+def test_stop_tokens_are_listed_once_the_tokenizers_own_first(tokenizer: Any) -> None:
+    assert tokenizer.eos_token_id == 1
+    assert ChatFormat.of(tokenizer, stop_ids=[5, 1, 5]).stop_ids == (1, 5)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(new_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = new_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(RecipeError, match="end-of-text"):
+        ChatFormat.of(tokenizer)
+
+
+def test_a_template_that_rewrites_history_is_refused(new_tokenizer: Callable[..., Any]) -> None:
+    chat = ChatFormat.of(new_tokenizer(FORGETS_THOUGHTS))
+    thought = "<think>hm</think>A1"
+    single = chat.encode_reply(conversation("Q1", thought))
+    assert shown(single, chat.tokenizer).endswith(f"«{thought}<|im_end|>»")
+    with pytest.raises(RecipeError, match="rewrites earlier turns"):
+        chat.encode_reply(conversation("Q1", thought, "Q2", "A2"))
+
+
+def test_a_template_without_a_stop_token_is_refused(new_tokenizer: Callable[..., Any]) -> None:
+    with pytest.raises(RecipeError, match="without a stop token"):
+        ChatFormat.of(new_tokenizer(NEVER_STOPS)).encode_reply(conversation("Q", "A"))
+
+
+def test_plain_text_takes_no_conversation(tokenizer: Any) -> None:
+    chat = ChatFormat.of(tokenizer, "plain")
+    with pytest.raises(RecipeError, match="longer conversation"):
+        chat.encode_reply(conversation("Q1", "A1", "Q2", "A2"))
+    with pytest.raises(RecipeError, match="takes one prompt"):
+        chat.encode_prompt(conversation("Q1", "A1", "Q2"))
+
+
+@PROPERTY
+@given(st.text(max_size=30), st.text(min_size=1, max_size=30), st.sampled_from(["chat", "plain"]))
+@example("ends with a new line\n", "\nstarts with one", "chat")
+@example("ends with a space ", " starts with one", "plain")
+def test_a_prompt_is_the_beginning_of_its_row(
+    tokenizer: Any, prompt: str, reply: str, template: Any
+) -> None:
+    chat = ChatFormat.of(tokenizer, template)
+    asked = chat.encode_prompt(conversation(prompt)).tolist()
+    encoded = chat.encode_reply(conversation(prompt, reply))
+    assert encoded.ids_T[: len(asked)].tolist() == asked
+    assert encoded.learned_T.tolist() == [False] * len(asked) + [True] * (
+        len(encoded.ids_T) - len(asked)
+    )
+    assert encoded.ids_T[-1] == tokenizer.eos_token_id
+    assert chat.decode(encoded.ids_T[len(asked) :]) == reply
+
+
+def test_raw_text_is_closed_once(tokenizer: Any) -> None:
+    ids = ChatFormat.of(tokenizer).encode_text("The dog.")
+    assert tokenizer.decode(ids) == "The dog.<|im_end|>"
+
+
+def test_a_tokenizer_that_closes_every_text_does_not_close_prompts(
+    new_tokenizer: Callable[..., Any],
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = new_tokenizer(template=None)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 0), ("<|im_end|>", 1)]
+    )
+    chat = ChatFormat.of(tokenizer)
+    assert tokenizer.decode(tokenizer.encode("Dog")) == "<|im_start|>Dog<|im_end|>"
+    assert tokenizer.decode(chat.encode_prompt(conversation("Dog"))) == "<|im_start|>Dog"
+    assert tokenizer.decode(chat.encode_text("Dog")) == "<|im_start|>Dog<|im_end|>"
+    encoded = chat.encode_reply(conversation("Dog", " bites"))
+    assert shown(encoded, tokenizer) == "<|im_start|>Dog« bites<|im_end|>»"

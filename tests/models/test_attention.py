@@ -1,0 +1,310 @@
+"""The token tree against one plain forward for each row, in the networks' own eager attention.
+
+Differences are measured as ``|a - b| / |b|`` in the Euclidean norm of the whole tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from luthier.data.tree import TokenTree, build_tree, padded
+from luthier.errors import RecipeError
+from luthier.models import attention
+from luthier.models.attention import _flex_mask, _TreeAttention, plan_attention
+from luthier.models.load import as_network
+from luthier.models.network import Network
+from luthier.objectives.logprobs import weighted_nll
+from luthier.types import Example
+
+CPU = torch.device("cpu")
+Gradients = dict[str, Tensor]
+
+SHAPES = {
+    # prefix lengths and, for each, the lengths of the rows' own ends
+    "short rows": [(0, [5, 9]), (6, [1, 1, 4]), (3, [12])],
+    "many tiles": [(70, [60, 90, 1, 45]), (150, [80, 33, 2])],
+    "one long prefix": [(300, [3, 150, 40]), (0, [200])],
+}
+
+
+def make_rows(shape: Sequence[tuple[int, list[int]]], vocabulary: int = 320) -> list[Example]:
+    """Rows that share prefixes; some tokens of the ends carry loss, with uneven weights."""
+    random = np.random.default_rng(7)
+    rows: list[Example] = []
+    for prefix_size, ends in shape:
+        prefix = random.integers(0, vocabulary, prefix_size)
+        for size in ends:
+            ids = np.concatenate([prefix, random.integers(0, vocabulary, size)])
+            weight = np.zeros(len(ids), dtype=np.float32)
+            weight[-size:] = random.choice([0.0, 0.5, 1.0, 2.0], size)
+            weight[0], weight[-1] = 0.0, 1.0
+            rows.append(Example(ids, weight, len(rows)))
+    again = rows[0]
+    return [*rows, Example(again.ids_T, again.weight_T, len(rows))]
+
+
+def each_row_alone(model: Any, rows: Sequence[Example]) -> tuple[list[Tensor], Tensor, Gradients]:
+    """Logits of each row, summed loss and gradients, with nothing of luthier in between."""
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("eager")
+    all_logits, total = [], torch.zeros(())
+    for row in rows:
+        ids = torch.from_numpy(row.ids_T)
+        logits = plain(input_ids=ids[None]).logits[0]
+        nll = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
+        total = total + (nll * torch.from_numpy(row.weight_T[1:])).sum()
+        all_logits.append(logits.detach())
+    total.backward()
+    return all_logits, total.detach(), gradients_of(plain)
+
+
+def as_one_tree(network: Network, rows: Sequence[Example]) -> tuple[list[Tensor], Tensor]:
+    tree = build_tree(rows)
+    batch = network.batch(tree)
+    with torch.no_grad():
+        logits_NV = network.hidden(batch) @ network.head_VH.t()
+    leaf_of = dict(zip(tree.row_R.tolist(), tree.leaf_R.tolist(), strict=True))
+    total = weighted_nll(network, batch)
+    total.backward()
+    return [logits_NV[torch.from_numpy(tree.path(leaf_of[row.row]))] for row in rows], total
+
+
+def gradients_of(model: Any) -> Gradients:
+    found = {name: weight.grad for name, weight in model.named_parameters()}
+    assert all(grad is not None for grad in found.values())
+    return found
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture(params=["llama", "tied llama", "gpt2"])
+def model(request: pytest.FixtureRequest, tiny_llama: Any, tiny_gpt2: Any) -> Any:
+    if request.param == "gpt2":
+        return tiny_gpt2()
+    return tiny_llama(tied=request.param == "tied llama")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_tree_gives_what_its_rows_give_alone(model: Any, shape: str) -> None:
+    rows = make_rows(SHAPES[shape])
+    expected_logits, expected_loss, expected = each_row_alone(model, rows)
+    logits, loss = as_one_tree(as_network(model, CPU, torch.float32), rows)
+    for mine, theirs in zip(logits, expected_logits, strict=True):
+        assert difference(mine, theirs) < 1e-5
+    assert difference(loss.detach(), expected_loss) < 1e-5
+    found = gradients_of(model)
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        assert difference(grad, expected[name]) < 1e-5, name
+
+
+def test_the_shapes_cover_several_tiles_and_paths_across_them() -> None:
+    sizes = {name: len(build_tree(make_rows(shape))) for name, shape in SHAPES.items()}
+    assert sizes["short rows"] < attention.TILE < 3 * attention.TILE < sizes["many tiles"]
+    tree = build_tree(make_rows(SHAPES["one long prefix"]))
+    tiles = {leaf: {int(node) // attention.TILE for node in tree.path(leaf)} for leaf in tree.leaf_R}
+    assert any(len(crossed) >= 3 for crossed in tiles.values())
+    assert any(
+        sorted(crossed) != list(range(min(crossed), max(crossed) + 1)) for crossed in tiles.values()
+    )
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_probabilities_are_kept_or_recomputed(
+    kept: bool, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(SHAPES["many tiles"])
+    model = tiny_llama()
+    _, _, expected = each_row_alone(model, rows)
+    network = as_network(model, CPU, torch.float32)
+    if not kept:
+        monkeypatch.setattr(attention, "KEPT_SCORES", 0)
+    calls = 0
+    original = attention._probabilities
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return original(*args)
+
+    monkeypatch.setattr(attention, "_probabilities", counted)
+    batch = network.batch(build_tree(rows))
+    weighted_nll(network, batch).backward()
+    groups, layers = len(batch.plan.groups), 4
+    assert groups > 1
+    assert calls == groups * layers * (1 if kept else 2)
+    for name, grad in gradients_of(model).items():
+        assert difference(grad, expected[name]) < 1e-5, name
+
+
+def small_tree() -> TokenTree:
+    rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7], [1, 2, 8, 9, 1], [4], [1, 2, 3, 4, 9]]
+    return padded(
+        build_tree(
+            [
+                Example(np.array(ids), np.zeros(len(ids), dtype=np.float32), index)
+                for index, ids in enumerate(rows)
+            ]
+        ),
+        5,
+    )
+
+
+def ancestors(tree: TokenTree) -> Tensor:
+    """Dense ``[query, key]`` relation, by walking up from each node."""
+    seen = torch.zeros(len(tree), len(tree), dtype=torch.bool)
+    for node in range(len(tree)):
+        above = node
+        while above >= 0:
+            seen[node, above] = True
+            above = int(tree.parent_N[above])
+    return seen
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "TILE", 4)
+    monkeypatch.setattr(attention, "KEY_STEP", 3)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
+def test_attention_is_the_masked_softmax(heads: tuple[int, int]) -> None:
+    tree = small_tree()
+    torch.manual_seed(0)
+    query = torch.randn(heads[0], len(tree), 5, dtype=torch.float64)
+    key = torch.randn(heads[1], len(tree), 5, dtype=torch.float64)
+    value = torch.randn(heads[1], len(tree), 6, dtype=torch.float64)
+    group = heads[0] // heads[1]
+    scores = torch.einsum("hqd,hkd->hqk", query, key.repeat_interleave(group, 0)) * 0.3
+    weights = scores.masked_fill(~ancestors(tree), float("-inf")).softmax(-1)
+    expected = torch.einsum("hqk,hkd->qhd", weights, value.repeat_interleave(group, 0))
+    plan = plan_attention(tree, CPU, torch.float64)
+    assert sum(len(part.start_B) for part in plan.groups) == 4
+    found = _TreeAttention.apply(query, key, value, plan, 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kept_scores", [0, 2**20])
+def test_gradients_of_attention_are_its_slopes(
+    kept_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "KEPT_SCORES", kept_scores)
+    tree = small_tree()
+    torch.manual_seed(1)
+    inputs = [
+        torch.randn(heads, len(tree), 3, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    plan = plan_attention(tree, CPU, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: _TreeAttention.apply(q, k, v, plan, 0.7), inputs, atol=1e-6, rtol=1e-6
+    )
+
+
+def test_bfloat16_is_near_float32(tiny_llama: Any) -> None:
+    rows = make_rows(SHAPES["many tiles"])
+    _, expected_loss, expected = each_row_alone(tiny_llama(), rows)
+    model = tiny_llama().to(torch.bfloat16)
+    _, loss = as_one_tree(as_network(model, CPU, torch.bfloat16), rows)
+    print(difference(loss.detach(), expected_loss))
+    print({name: round(difference(grad, expected[name]), 4) for name, grad in gradients_of(model).items()})
+    assert difference(loss.detach(), expected_loss) < 0.01
+    for name, grad in gradients_of(model).items():
+        assert difference(grad, expected[name]) < 0.1, name
+
+
+def tiny_mistral(window: int | None) -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=window,
+            initializer_range=0.15,
+        )
+    )
+
+
+def test_rows_up_to_the_sliding_window_are_exact() -> None:
+    rows = make_rows([(10, [4, 10]), (0, [20])])
+    model = tiny_mistral(window=20)
+    expected_logits, _, _ = each_row_alone(model, rows)
+    logits, _ = as_one_tree(as_network(model, CPU, torch.float32), rows)
+    for mine, theirs in zip(logits, expected_logits, strict=True):
+        assert difference(mine, theirs) < 1e-5
+
+
+def test_rows_beyond_the_sliding_window_are_refused() -> None:
+    network = as_network(tiny_mistral(window=20), CPU, torch.float32)
+    batch = network.batch(build_tree(make_rows([(10, [11])])))
+    with pytest.raises(RecipeError, match="21 tokens exceed the attention window of 20"):
+        network.hidden(batch)
+
+
+def test_a_network_with_other_mathematics_is_refused() -> None:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    model = GraniteForCausalLM(
+        GraniteConfig(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            logits_scaling=3.0,
+        )
+    )
+    with pytest.raises(RecipeError, match="networks of type granite cannot be trained here yet"):
+        as_network(model, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("shape", ["short rows", "many tiles"])
+def test_the_gpu_mask_is_the_ancestor_relation(shape: str) -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    tree = padded(build_tree(make_rows(SHAPES[shape])), 32)
+    block_mask = _flex_mask(torch.from_numpy(tree.subtree_end_N))
+    dense = create_mask(block_mask.mask_mod, None, None, len(tree), len(tree), device="cpu")
+    assert torch.equal(dense[0, 0], ancestors(tree))
+    blocks = block_mask.to_dense()[0, 0].bool()
+    tile = block_mask.BLOCK_SIZE[0]
+    for row, column in np.ndindex(*blocks.shape):
+        part = dense[0, 0, row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
+        assert bool(blocks[row, column]) == bool(part.any())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_tree_on_a_gpu_gives_what_its_rows_give_alone(
+    tiny_llama: Callable[..., Any], shape: str
+) -> None:
+    # FlexAttention wants heads of 16 or more.
+    model = tiny_llama(hidden_size=64)
+    rows = make_rows(SHAPES[shape])
+    expected_logits, expected_loss, expected = each_row_alone(model, rows)
+    cuda = torch.device("cuda")
+    logits, loss = as_one_tree(as_network(model.to(cuda), cuda, torch.float32), rows)
+    for mine, theirs in zip(logits, expected_logits, strict=True):
+        assert difference(mine.cpu(), theirs) < 1e-3
+    assert difference(loss.detach().cpu(), expected_loss) < 1e-3
+    for name, grad in gradients_of(model).items():
+        assert difference(grad.cpu(), expected[name]) < 1e-2, name

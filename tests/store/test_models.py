@@ -1,0 +1,283 @@
+"""Finding models by id: custom models, the catalogue, local directories, the hub's cache."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.errors import CorruptFile, DownloadError, RecipeError, UnknownModel
+from luthier.files import write_json
+from luthier.models.catalog import CATALOG, MANIFEST
+from luthier.models.load import check_folder, context_length
+from luthier.store import models as store
+from luthier.store.models import custom_folder, custom_models, find, load, short_name
+
+BASE = "smollm2-135m-instruct"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def make_custom(base: str, name: str, parent: str, saved: str = "network", **fields: Any) -> Path:
+    """A custom model as far as ``find`` looks."""
+    folder = custom_folder(base, name)
+    manifest = {"id": f"{short_name(base)}:{name}", "parent": parent, "saved": saved, **fields}
+    write_json(folder / MANIFEST, manifest)
+    return folder
+
+
+def make_base(model_id: str) -> Path:
+    folder = store.base_folder(model_id)
+    write_json(folder / MANIFEST, {"id": model_id, "kind": "causal_lm"})
+    return folder
+
+
+def hub_snapshot(cache: Path, model_id: str, source: Path) -> Path:
+    """Lay ``source`` out as huggingface_hub keeps a downloaded model."""
+    top = cache / f"models--{model_id.replace('/', '--')}"
+    (top / "refs").mkdir(parents=True)
+    (top / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(source, top / "snapshots" / COMMIT)
+    return top / "snapshots" / COMMIT
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ("org/Name-1B", "name-1b"),
+        ("/some/where/Name 1B", "name-1b"),
+        ("./Küche/", "k-che"),
+        ("/", "model"),
+        ("ÄÖ", "model"),
+        ("a/..", "model"),
+    ],
+)
+def test_short_names_are_safe_in_paths(base: str, name: str) -> None:
+    assert short_name(base) == name
+
+
+def test_a_custom_model_is_found_with_its_lineage() -> None:
+    base = make_base(BASE)
+    first = make_custom(BASE, "one", BASE, "adapter")
+    make_custom(BASE, "two", f"{BASE}:one", "adapter", root=BASE)
+    found = find(f"{BASE}:two")
+    assert found.parent is not None
+    assert (found.id, found.parent.id, found.parent.folder) == (
+        f"{BASE}:two", f"{BASE}:one", first
+    )  # fmt: skip
+    assert found.network_folder == base
+    assert found.root == BASE
+    assert found.parent.parent is not None
+    assert found.parent.parent.root == BASE
+
+
+def test_a_whole_network_needs_no_parent() -> None:
+    folder = make_custom(BASE, "one", "a model that is gone", "network")
+    found = find(f"{BASE}:one")
+    assert found.parent is None
+    assert found.network_folder == folder
+
+
+def test_custom_comes_before_catalogue_before_local_folder_before_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub: list[str] = []
+
+    def from_hub(model_id: str, say: Any) -> Path:
+        hub.append(model_id)
+        return tmp_path / "hub"
+
+    monkeypatch.setattr(store, "_from_hub", from_hub)
+    for name in (BASE, "org/name"):
+        (tmp_path / name).mkdir(parents=True)
+    base = make_base(BASE)
+    custom = make_custom(BASE, "x", BASE)
+    assert find(f"{BASE}:x").folder == custom
+    assert find(BASE).folder == base  # and not the folder of that name
+    assert find(f"./{BASE}").folder == tmp_path / BASE
+    assert find("org/name").folder == tmp_path / "org" / "name"
+    assert find("org/name").id == str(tmp_path / "org" / "name")
+    assert hub == []
+    assert find("org/other").folder == tmp_path / "hub"
+    assert find("org/other").id == "org/other"
+    assert hub == ["org/other", "org/other"]
+
+
+def test_a_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    assert find(str(tmp_path / "a:b")).folder == tmp_path / "a:b"
+
+
+def test_a_catalogue_model_that_is_not_here_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def pull(entry: Any, target: Path, say: Any) -> None:
+        fetched.append(entry.id)
+        write_json(target / MANIFEST, {"id": entry.id})
+
+    monkeypatch.setattr(store, "pull", pull)
+    assert find(BASE).folder == store.base_folder(BASE)
+    assert find(BASE).manifest == {"id": BASE}
+    assert fetched == [BASE]
+
+
+@pytest.mark.parametrize("model_id", ["smollm", "./no/where", "/no/where", "a/b/c", ""])
+def test_an_unknown_id_lists_what_is_known(model_id: str) -> None:
+    make_custom(BASE, "mine", BASE)
+    with pytest.raises(UnknownModel) as caught:
+        find(model_id)
+    message = str(caught.value)
+    assert repr(model_id) in message
+    for known in (*CATALOG, f"{BASE}:mine"):
+        assert known in message
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["none", "..", "../..", "a/b", "", "."])
+def test_an_unknown_custom_model_lists_those_there_are(name: str) -> None:
+    make_custom(BASE, "mine", BASE)
+    with pytest.raises(UnknownModel, match=f"There are: {BASE}:mine"):
+        find(f"{BASE}:{name}")
+
+
+def test_a_name_cannot_lead_out_of_the_store(luthier_home: Path) -> None:
+    write_json(luthier_home / "models" / "custom" / MANIFEST, {"id": "x", "saved": "network"})
+    with pytest.raises(UnknownModel, match="There are none yet"):
+        find(f"{BASE}:..")
+
+
+def test_custom_models_are_sorted_by_age_and_unfinished_ones_left_out(luthier_home: Path) -> None:
+    assert custom_models() == []
+    make_custom("b", "new", "b", created="2026-01-02")
+    make_custom("a", "old", "a", created="2026-01-01")
+    make_custom("a", ".tmp-x", "a", created="2026-01-01")
+    assert [model.id for model in custom_models()] == ["a:old", "b:new"]
+    (custom_folder("a", "old") / MANIFEST).write_text("{")
+    with pytest.raises(CorruptFile):
+        find("a:old")
+
+
+def test_the_hub_is_named_when_a_model_cannot_be_fetched(tmp_path: Path) -> None:
+    """The real client, told to stay offline."""
+    script = (
+        "import sys\n"
+        "from luthier.errors import LuthierError\n"
+        "from luthier.store.models import find\n"
+        "for model in sys.argv[1:]:\n"
+        "    try: print(find(model))\n"
+        "    except LuthierError as e: print(type(e).__name__, e.exit_code, e)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "luthier-tests/none", "a--b/c"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    missing, odd = done.stdout.splitlines()
+    assert missing.startswith("DownloadError 1 luthier-tests/none is not on this machine and could")
+    assert odd.startswith("RecipeError 2 'a--b/c' is not a hub id")
+    assert done.stderr == ""
+
+
+def test_a_model_in_the_hub_s_cache_is_found_and_loads(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = hub_snapshot(tmp_path / "hub", "luthier-tests/Tiny-Llama", tiny_model_folder)
+    said: list[str] = []
+    found = find("luthier-tests/Tiny-Llama", said.append)
+    assert found.folder == snapshot
+    assert said == ["Looking up luthier-tests/Tiny-Llama on the hub"]
+    assert short_name(found.id) == "tiny-llama"
+    network = load(found, torch.float32, torch.device("cpu"))
+    assert sum(weight.numel() for weight in network.parameters()) > 1000
+    with pytest.raises(DownloadError):
+        find("luthier-tests/Other")
+    with pytest.raises(RecipeError):
+        find("a--b/c")
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("exploded",))
+
+
+def test_pickled_weights_are_refused_and_not_opened(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "model.pt"):
+        (folder / name).write_bytes(pickle.dumps({"weight": Bomb()}))
+    with pytest.raises(UnknownModel, match="can run code"):
+        load(find(str(folder)), torch.float32, torch.device("cpu"))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_of_a_model_folder_is_never_run(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.files import read_json
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "custom"
+    shutil.copytree(tiny_model_folder, folder)
+    config = read_json(folder / "config.json")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    write_json(folder / "config.json", {**config, "model_type": "evil", "auto_map": auto_map})
+    (folder / "evil.py").write_text("import os; os.mkdir('exploded')")
+    with pytest.raises(UnknownModel, match=r"evil.* cannot be loaded"):
+        load(find(str(folder)), torch.float32, torch.device("cpu"))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_folder_that_is_no_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModel, match=r"no config\.json"):
+        check_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(CorruptFile):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "n_ctx"])
+def test_context_length(key: str) -> None:
+    assert context_length({key: 77}) == 77
+    with pytest.raises(RecipeError, match="context length"):
+        context_length({key: None})
+
+
+def test_broken_weights_are_an_error_and_not_a_crash(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises((UnknownModel, CorruptFile), match="broken"):
+        load(find(str(folder)), torch.float32, torch.device("cpu"))
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "headless"
+    shutil.copytree(tiny_model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnknownModel, match=r"missing, lm_head\.weight"):
+        load(find(str(folder)), torch.float32, torch.device("cpu"))
