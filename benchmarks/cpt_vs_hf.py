@@ -100,8 +100,14 @@ def main() -> None:
     rows = []
     for _ in range(options.pairs):
         peer = run(
-            [trl_python(), "benchmarks/hf_side.py", str(folder), str(options.data)]
-            + [str(options.steps), str(RATE)]
+            [
+                trl_python(),
+                "benchmarks/hf_side.py",
+                str(folder),
+                str(options.data),
+                str(options.steps),
+                str(RATE),
+            ]
         )
         rate = matmul_rate([(hidden, hidden), (hidden, inner), (inner, hidden)], BATCH * TOKENS)
         curve, peak = luthier(options.data, options.steps, options.budget)

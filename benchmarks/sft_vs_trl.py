@@ -83,8 +83,15 @@ def compare(case: str, source: Path, steps: int, pairs: int, model: str) -> list
         for setting in settings:
             for pair in range(pairs):
                 peer = run(
-                    [trl_python(), "benchmarks/trl_side.py", model, str(rows)]
-                    + [str(steps), setting, str(rate)]
+                    [
+                        trl_python(),
+                        "benchmarks/trl_side.py",
+                        model,
+                        str(rows),
+                        str(steps),
+                        setting,
+                        str(rate),
+                    ]
                 )
                 ours, curve = luthier(rows, adaptation, rate, steps)
                 theirs_rate = steady_rate(peer.report["seconds"], BATCH)

@@ -25,6 +25,7 @@ TARGET = Path(__file__).parent / "reference.md"
 
 
 def main() -> int:
+    """Write or check the file; the exit code."""
     text = (
         "\n".join([*_head(), *_commands(), *_recipe(), *_methods(), *_models(), *_rules()]) + "\n"
     )

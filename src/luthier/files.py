@@ -95,7 +95,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}~", dir=path.parent))
         try:
             yield temporary
             for file in sorted(temporary.rglob("*")):
@@ -105,7 +105,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.chmod(0o755)
             _sync_folder(temporary)
             if path.exists():
-                doomed = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+                doomed = Path(tempfile.mkdtemp(prefix=temporary.name, dir=path.parent))
                 os.replace(path, doomed / "old")
                 os.replace(temporary, path)
                 shutil.rmtree(doomed, ignore_errors=True)
@@ -117,9 +117,12 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left unfinished in ``folder``."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what a killed process left unfinished in ``folder``; of the folder ``name`` only, if given.
+
+    Only for who holds the lock on what is swept: another process may be writing there.
+    """
+    for path in folder.glob(f"{_TEMPORARY}{name}~*" if name else f"{_TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

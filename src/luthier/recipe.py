@@ -98,10 +98,8 @@ class Recipe(_Part):
     """Name of the custom model; its id is ``base:name``."""
     data: DataSpec
     """What is learned from."""
-    objective: SerializeAsAny[Objective] = Field(
-        default_factory=lambda: OBJECTIVES["sft"](method="sft")
-    )
-    """What is learned."""
+    objective: SerializeAsAny[Objective] | None = None
+    """What is learned; without one, the first objective that learns from rows of this shape."""
     adaptation: SerializeAsAny[Adaptation] = Field(
         default_factory=lambda: ADAPTATIONS["lora"](method="lora")
     )

@@ -105,9 +105,7 @@ def test_llama3_without_its_end_of_turn_is_refused(new_tokenizer: Callable[..., 
 def test_mistral_instructions(new_tokenizer: Callable[..., Any]) -> None:
     tokenizer = new_tokenizer(MISTRAL, ("<s>", "</s>"), eos="</s>")
     encoded = ChatFormat.of(tokenizer).encode_reply(conversation("Q1", "A1", "Q2", "A2"))
-    assert shown(encoded, tokenizer) == (
-        "<s>[INST] Q1 [/INST]« A1</s>»[INST] Q2 [/INST]« A2</s>»"
-    )
+    assert shown(encoded, tokenizer) == ("<s>[INST] Q1 [/INST]« A1</s>»[INST] Q2 [/INST]« A2</s>»")
 
 
 def test_a_template_that_refuses_a_role_is_a_refusal_of_the_row(

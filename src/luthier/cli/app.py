@@ -88,7 +88,7 @@ def inspect(
     base: Annotated[str, typer.Option(help="Model whose template is shown.")] = (
         "smollm2-135m-instruct"
     ),
-    objective: Annotated[str, typer.Option(help="sft or causal_lm.")] = "sft",
+    objective: Annotated[str | None, typer.Option(help="sft or causal_lm.")] = None,
     rows: Annotated[int, typer.Option(help="Rows to show.")] = 3,
     json_: Json = False,
 ) -> None:

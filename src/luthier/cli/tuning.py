@@ -56,7 +56,7 @@ def print_result(result: Result) -> None:
     out.print(f"  talk to it  luthier chat {result.model_id}", soft_wrap=True)
 
 
-def inspect(data: Path, base: str, objective: str, count: int, as_json: bool) -> None:
+def inspect(data: Path, base: str, objective: str | None, count: int, as_json: bool) -> None:
     """Check a file against a model and show the learned tokens of its first rows."""
     from rich.console import Console
     from rich.text import Text
@@ -66,10 +66,12 @@ def inspect(data: Path, base: str, objective: str, count: int, as_json: bool) ->
     from luthier.recipe import Recipe
     from luthier.store.models import chat_format, find
 
-    fields = {"data": {"train": str(data), "validation_share": 0}, "objective": objective}
+    fields: dict[str, Any] = {"data": {"train": str(data), "validation_share": 0}}
+    if objective is not None:
+        fields["objective"] = objective
     recipe = Recipe.parse(fields)
     model = find(base)
-    chat = recipe.objective.format(chat_format(model))
+    chat = chat_format(model)
     context = context_length(check_folder(model.network_folder))
     dataset = prepare(recipe.data, recipe.objective, chat, context, 0)
     if as_json:

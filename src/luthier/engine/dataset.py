@@ -14,11 +14,12 @@ from luthier.data.rows import load_rows
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.files import sha256_of
-from luthier.objectives.base import Objective
+from luthier.objectives import OBJECTIVES, Objective
 from luthier.recipe import DataSpec
 from luthier.types import Example, Row
 
 RULES = {
+    "rows.too_few": "A single labelled row is not enough to learn from.",
     "row.objective": "The row has a shape that the objective does not learn from.",
     "row.template": "The row cannot be written in the model's template.",
     "row.too_long": "The row has more tokens than the model's context.",
@@ -31,6 +32,8 @@ RULES = {
 class Dataset:
     """Encoded rows of a run, and where they came from."""
 
+    objective: Objective
+    """The objective asked for, or the one chosen for the shape of the rows."""
     train: list[Example]
     validation: list[Example]
     hashes: dict[str, str]
@@ -47,13 +50,16 @@ class Dataset:
 
 
 def prepare(
-    spec: DataSpec, objective: Objective, chat: ChatFormat, context: int, seed: int
+    spec: DataSpec, objective: Objective | None, chat: ChatFormat, context: int, seed: int
 ) -> Dataset:
     """Read, check, split and encode the data of a recipe; :class:`DataError` lists what is wrong."""
     rows = load_rows(spec.train)
     held = load_rows(spec.validation) if spec.validation else []
-    _check_shapes([*rows, *held], objective)
     choices: list[Choice] = []
+    if objective is None:
+        objective = _objective_for(rows[0])
+        choices.append(("objective", objective.method, f"the rows are {_named([_shape(rows[0])])}"))
+    _check_shapes(rows, held, objective)
     if not spec.validation:
         share, reason = spec.validation_share, ""
         if share is None:
@@ -77,6 +83,7 @@ def prepare(
         raise RecipeError(f"no row of {spec.train} is left to train on")
     files = [path for path in (spec.train, spec.validation) if path]
     return Dataset(
+        objective=objective,
         train=train,
         validation=validation,
         hashes={str(path): sha256_of(Path(path)) for path in files},
@@ -87,12 +94,32 @@ def prepare(
     )
 
 
-def _check_shapes(rows: Sequence[Row], objective: Objective) -> None:
+def _shape(row: Row) -> str:
+    return "messages" if row.messages else "text" if row.text is not None else "prompt"
+
+
+def _objective_for(row: Row) -> Objective:
+    """The first objective of the table that learns from rows of this shape."""
+    kind = next(kind for kind in OBJECTIVES.values() if _shape(row) in kind.shapes)
+    return kind.model_validate({})
+
+
+def _check_shapes(rows: Sequence[Row], held: Sequence[Row], objective: Objective) -> None:
     problems = []
-    for row in rows:
-        shape = "messages" if row.messages else "text" if row.text is not None else "prompt"
+    if len(rows) == 1 and _shape(rows[0]) != "text":
+        problems.append(
+            Problem(
+                rows[0].file,
+                rows[0].line,
+                "rows.too_few",
+                "this is the only row; one example cannot show what is to be learned.",
+                "Give at least two, better fifty or more; a single reply belongs in the prompt.",
+            )
+        )
+    for row in [*rows, *held]:
+        shape = _shape(row)
         if shape not in objective.shapes:
-            other = "causal_lm" if shape == "text" else "sft"
+            other = _objective_for(row).method
             problems.append(
                 Problem(
                     row.file,
@@ -122,7 +149,6 @@ class _Encoder:
     ) -> None:
         self.objective, self.chat, self.context = objective, chat, context
         self.long_rows = long_rows
-        self.packs = "text" in objective.shapes
         self.problems: list[Problem] = []
         self.dropped = self.truncated = 0
 
@@ -134,7 +160,7 @@ class _Encoder:
             except RecipeError as error:
                 self._problem(row, "row.template", str(error), "See the message.")
                 continue
-            if len(example) <= self.context or self.packs:
+            if len(example) <= self.context or self.objective.packs:
                 examples.append(example)
             elif self.long_rows == "error":
                 self._too_long(row, example)

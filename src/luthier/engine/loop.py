@@ -63,6 +63,7 @@ class Loop:
         """Go on from the newest good checkpoint; whether there was one."""
         found = self.checkpoints.latest()
         if found is None:
+            self.metrics.cut(0)
             return False
         self.progress, tensors = found
         self.optimizer.restore(tensors)

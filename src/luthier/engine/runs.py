@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from luthier.errors import RunConflict
-from luthier.files import luthier_home, read_json, write_json
+from luthier.files import luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
 from luthier.recipe import NAME_PATTERN, Recipe
 from luthier.store.models import custom_folder, short_name
 
-_REQUEST, _RESULT = "request.json", "result.json"
+_REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ class Run:
             return Result(**read_json(self.folder / _RESULT))
         return None
 
+    def recorded(self, field: str) -> Any:
+        """A field of the request this run began with; ``None`` where it has not begun."""
+        path = self.folder / _REQUEST
+        return read_json(path).get(field) if path.is_file() else None
+
     def finish(self, result: Result) -> None:
         """Record the result; only now is the run done. Its checkpoints are no longer needed."""
         write_json(self.folder / _RESULT, asdict(result))
@@ -90,13 +95,20 @@ class Run:
             os.close(handle)
             raise RunConflict(f"another process is working on {self.model_id} now") from None
         try:
+            sweep(self.folder)
+            sweep(self.model_folder.parent, self.name)
             yield
         finally:
             os.close(handle)
 
     def drop_if_empty(self) -> None:
-        """Forget a run that was refused before it trained anything."""
+        """Forget a run that was refused before it began."""
         if not (self.folder / _REQUEST).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def drop_if_untrained(self) -> None:
+        """Forget a run that was refused before it measured or trained anything."""
+        if not (self.folder / METRICS).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -25,8 +25,8 @@ from luthier.engine.devices import (
 from luthier.engine.estimate import check_memory, disk_needed, estimate_memory
 from luthier.engine.loop import Loop, mean_loss
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
-from luthier.engine.runs import Result, Run, free_name
-from luthier.errors import LuthierError
+from luthier.engine.runs import METRICS, Result, Run, free_name
+from luthier.errors import LuthierError, RefusedInput
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, need_disk, new_folder, write_json
 from luthier.models.catalog import MANIFEST
@@ -54,8 +54,15 @@ def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None
     run = Run(recipe.base if base.id == recipe.base else base.id, name)
     with run.lock():
         try:
-            job = _prepare(recipe, base, machine, reporter)
-            request = {"recipe": recipe.plain(), "data": job.data.hashes, "luthier": __version__}
+            # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
+            budget = run.recorded("micro_batch_tokens") if resume else None
+            job = _prepare(recipe, base, machine, reporter, budget)
+            request = {
+                "recipe": recipe.plain(),
+                "data": job.data.hashes,
+                "luthier": __version__,
+                "micro_batch_tokens": job.recipe.training.micro_batch_tokens,
+            }
             done = run.begin(request, resume)
         except BaseException:
             run.drop_if_empty()
@@ -63,7 +70,11 @@ def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None
         if done is not None:
             reporter.note(f"{done.model_id} was already finished")
             return done
-        return _Trainer(job, run, reporter).run(resume)
+        try:
+            return _Trainer(job, run, reporter).run(resume)
+        except RefusedInput:
+            run.drop_if_untrained()
+            raise
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,13 @@ class _Job:
     steps: int
 
 
-def _prepare(recipe: Recipe, base: store.StoredModel, machine: Machine, reporter: Reporter) -> _Job:
+def _prepare(
+    recipe: Recipe,
+    base: store.StoredModel,
+    machine: Machine,
+    reporter: Reporter,
+    began_with: int | None,
+) -> _Job:
     """Check everything that can be checked before the weights are touched."""
     reporter.stage("Checking the data")
     config = check_folder(base.network_folder)
@@ -86,12 +103,15 @@ def _prepare(recipe: Recipe, base: store.StoredModel, machine: Machine, reporter
     context = context_length(config)
     data = prepare(recipe.data, recipe.objective, chat, context, recipe.training.seed)
     facts = defaults.Facts(len(data.train), data.longest, len(data.validation))
+    recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
     sketch = _sketch(base.network_folder, recipe)
     width = machine.dtype.itemsize
     estimate, available = estimate_memory(sketch, width), available_memory()
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(estimate, data.longest, available)
+        if began_with is not None:
+            budget, reason = began_with, "as when the run began"
         training = recipe.training.model_copy(update={"micro_batch_tokens": budget})
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
@@ -103,7 +123,7 @@ def _prepare(recipe: Recipe, base: store.StoredModel, machine: Machine, reporter
         if count:
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
     steps = defaults.steps_of(recipe, len(data.train))
-    return _Job(recipe, base, recipe.objective.format(chat), data, machine, steps)
+    return _Job(recipe, base, data.objective.format(chat), data, machine, steps)
 
 
 def _sketch(folder: Path, recipe: Recipe) -> nn.Module:
@@ -137,7 +157,7 @@ class _Trainer:
         progress = loop.run()
         self.reporter.stage("Storing and verifying the model")
         sample = [*self.job.data.validation, *self.job.data.train][:PARITY_ROWS]
-        trained = mean_loss(network, self.recipe.objective, sample, loop.budget)
+        trained = mean_loss(network, self.job.data.objective, sample, loop.budget)
         validation = progress.best_loss
         lines = loop.metrics.read()
         del loop
@@ -164,13 +184,13 @@ class _Trainer:
         folder = self.run_folder.folder
         return Loop(
             network=network,
-            objective=self.recipe.objective,
+            objective=self.job.data.objective,
             training=self.recipe.training,
             examples=self.job.data.train,
             validation=self.job.data.validation,
             steps=self.job.steps,
             checkpoints=Checkpoints(folder / "checkpoints"),
-            metrics=MetricsFile(folder / "metrics.jsonl"),
+            metrics=MetricsFile(folder / METRICS),
             reporter=self.reporter,
         )
 
@@ -247,7 +267,7 @@ class _Trainer:
         budget = self.recipe.training.micro_batch_tokens or 512
         sample = [*self.job.data.validation, *self.job.data.train][:PARITY_ROWS]
         parity = Parity(
-            len(sample), trained, mean_loss(network, self.recipe.objective, sample, budget)
+            len(sample), trained, mean_loss(network, self.job.data.objective, sample, budget)
         )
         parity.check()
         if store.chat_format(stored).stop_ids != self.job.chat.stop_ids:

@@ -35,6 +35,8 @@ class Objective(BaseModel):
 
     shapes: ClassVar[frozenset[str]]
     """Row shapes it can learn from: ``prompt``, ``messages``, ``text``."""
+    packs: ClassVar[bool] = False
+    """Whether ``arrange`` cuts rows to size, so that no row is too long."""
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """The format rows are encoded with and the custom model is served with."""

@@ -29,6 +29,7 @@ class CausalLM(Objective):
     """Tokens in a packed sequence; at most the model's context."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
+    packs: ClassVar[bool] = True
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The document and its end-of-text token, all of weight 1 but the first."""
