@@ -118,7 +118,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what a killed process left unfinished in ``folder``; of the folder ``name`` only, if given.
+    """Remove what a killed process left unfinished in ``folder``; only of ``name``, if given.
 
     Only for who holds the lock on what is swept: another process may be writing there.
     """

@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from luthier.errors import RunConflict
 from luthier.files import luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
-from luthier.recipe import NAME_PATTERN, Recipe
+from luthier.recipe import NAME_PATTERN
 from luthier.store.models import custom_folder, short_name
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
@@ -112,16 +113,16 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def free_name(recipe: Recipe) -> str:
+def free_name(base: str, data: Path) -> str:
     """A name for a run that was given none: the data file's, with the first free number."""
     import re
 
-    stem = re.sub(r"[^a-z0-9._-]+", "-", recipe.data.train.stem.lower()).strip("-._") or "model"
+    stem = re.sub(r"[^a-z0-9._-]+", "-", data.stem.lower()).strip("-._") or "model"
     number = 1
     while True:
         name = f"{stem[:50]}-{number}"
         assert NAME_PATTERN.fullmatch(name)
-        run = Run(recipe.base, name)
+        run = Run(base, name)
         if not run.folder.exists() and not run.model_folder.exists():
             return name
         number += 1

@@ -50,8 +50,8 @@ def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None
     keep_freed_memory()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
-    name = recipe.name or free_name(recipe)
-    run = Run(recipe.base if base.id == recipe.base else base.id, name)
+    # A model tuned further keeps the name of the base model at the bottom of its lineage.
+    run = Run(base.root, recipe.name or free_name(base.root, recipe.data.train))
     with run.lock():
         try:
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.

@@ -72,13 +72,14 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     kind = config.get("model_type", "of unknown type")
     logging.disable_progress_bar()
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, loaded = found
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UnknownModel(
             f"the network in {folder} ({kind}) cannot be loaded as a causal language model: {error}"
