@@ -224,3 +224,13 @@ def test_need_disk_looks_at_the_nearest_folder_that_exists(
     with pytest.raises(DoesNotFit, match=r"this run needs 6 MB .* 5 MB are free.*LUTHIER_HOME"):
         need_disk(tmp_path / "not" / "yet", 6_000_000, "this run")
     assert asked == [tmp_path, tmp_path]
+
+
+def test_sweep_of_one_folder_leaves_its_neighbours_to_others(tmp_path: Path) -> None:
+    """Who sweeps ``x`` holds the lock on ``x``, and not on ``x-1``."""
+    with new_folder(tmp_path / "x-1") as other, new_folder(tmp_path / "x") as fresh:
+        sweep(tmp_path, "x")
+        assert not fresh.exists()
+        assert other.exists()
+        fresh.mkdir()
+    assert names(tmp_path) == ["x", "x-1"]

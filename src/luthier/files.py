@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -145,14 +146,23 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn a full or read-only disk into an error that says so."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = _system_error(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise DoesNotFit(
                 f"the disk of {folder} is full; nothing was left half-written"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise LuthierError(f"{folder} cannot be written: {error.strerror}") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise LuthierError(f"{folder} cannot be written: {os.strerror(number)}") from error
         raise
+
+
+def _system_error(error: Exception) -> int | None:
+    """Number of the system's error; safetensors wraps it in a class of its own, as text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found and type(error).__name__ == "SafetensorError" else None
 
 
 def _sync_file(path: Path) -> None:

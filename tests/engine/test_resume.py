@@ -76,6 +76,16 @@ def slow_append(self, values):
     return append(self, values)
 MetricsFile.append = slow_append
 """
+STOP_AT_5 = """
+import os, signal
+from luthier.engine.loop import Loop
+step = Loop._step
+def stop(self):
+    step(self)
+    if self.progress.step == 5:
+        os.kill(os.getpid(), signal.SIGINT)
+Loop._step = stop
+"""
 DIE = """
 import os, signal
 def die(*arguments, **keywords):
@@ -389,26 +399,27 @@ def test_killed_again_and_again(
     tmp_path: Path,
     adaptation: str,
 ) -> None:
-    lines = 4
-    job = forker.start(tmp_path, command(adaptation), OFTEN + SLOWLY)
-    for more in (9, 11, 2):  # the last kill comes before the next checkpoint
+    for more in (4, 9, 11, 2):  # the last kill comes before the next checkpoint
+        lines = recorded(tmp_path) + more
+        job = forker.start(tmp_path, command(adaptation, "--resume"), OFTEN + SLOWLY)
+        wait_for_cut(tmp_path, lines)
         wait_for_lines(tmp_path, lines)
         assert job.send(signal.SIGKILL) == -signal.SIGKILL
-        lines = (checkpoints(tmp_path) and _recorded(tmp_path)) + more
-        job = forker.start(tmp_path, command(adaptation, "--resume"), OFTEN + SLOWLY)
-        _wait_for_cut(tmp_path, lines)
-    job.result()
+    assert recorded(tmp_path) > 9
+    forker.start(tmp_path, command(adaptation, "--resume")).result()
     same(outcome(tmp_path), unbroken[adaptation])
     assert not leftovers(tmp_path)
 
 
-def _recorded(home: Path) -> int:
+def recorded(home: Path) -> int:
     """Lines that belong to the newest checkpoint."""
+    if not checkpoints(home):
+        return 0
     state = json.loads((checkpoints(home)[-1] / "state.json").read_text())
     return int(state["progress"]["metrics_lines"])
 
 
-def _wait_for_cut(home: Path, lines: int) -> None:
+def wait_for_cut(home: Path, lines: int) -> None:
     """Wait until the resumed run has cut the file, which may be longer than ``lines`` before."""
     end = time.monotonic() + 60
     while lines_of(home) >= lines and time.monotonic() < end:
@@ -540,6 +551,31 @@ def test_stopped_by_the_user(
     resumed = forker.start(tmp_path, command("lora", "--resume"))
     resumed.result()
     same(outcome(tmp_path), unbroken["lora"])
+
+
+def test_a_run_without_a_name_is_found_again(
+    forker: Forker,
+    command: Callable[..., list[str]],
+    unbroken: dict[str, Outcome],
+    rows: Path,
+    tmp_path: Path,
+) -> None:
+    """The same command with ``--resume`` goes on, as the message says."""
+    arguments = command("lora")
+    at = arguments.index("--name")
+    del arguments[at : at + 2]
+    arguments[1] = str(tmp_path / "My Rows.v2.jsonl")
+    Path(arguments[1]).write_bytes(rows.read_bytes())
+    home = tmp_path / "home"
+    runs = home / "runs" / "tiny-llama"
+    for taken in ("my-rows.v2-1", "my-rows.v2-2", "my-rows.v2-x", "my-rows-9"):
+        (runs / taken).mkdir(parents=True)
+    assert forker.start(home, arguments, SLOWLY + STOP_AT_5).wait() == 130
+    (runs / "my-rows.v2-1").rmdir()  # a gap is no reason to start anew
+    job = forker.start(home, [*arguments, "--resume"])
+    assert job.result()["model_id"] == "tiny-llama:my-rows.v2-3"
+    manifest = home / "models" / "custom" / "tiny-llama" / "my-rows.v2-3" / "luthier.json"
+    assert json.loads(manifest.read_text())["trained_weights_sha256"] == unbroken["lora"].weights
 
 
 def test_stopped_while_storing_leaves_no_half_model(

@@ -39,7 +39,8 @@ def llama_norm(size: int) -> LlamaRMSNorm:
 
 
 def llama_mlp() -> LlamaMLP:
-    return LlamaMLP(LlamaConfig(hidden_size=24, intermediate_size=40, mlp_bias=True))
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
+    return LlamaMLP(LlamaConfig(**sizes, mlp_bias=True))
 
 
 def swiglu_of(mlp: LlamaMLP) -> SwiGLU:

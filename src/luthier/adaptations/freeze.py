@@ -31,7 +31,7 @@ class Freeze(Adaptation):
         layers = layer_names(model)
         frozen = {layers[index] for index in self._frozen(len(layers))}
         stack = layers[0].rpartition(".")[0]
-        embeddings = {id(p) for p in _embedding(model).parameters()}
+        embeddings = _embeddings(model)
         for name, weight in model.named_parameters():
             if name.startswith(f"{stack}."):
                 layer = ".".join(name.split(".")[: stack.count(".") + 2])
@@ -54,6 +54,9 @@ class Freeze(Adaptation):
         return sorted({index * count // size for index in range(size)})
 
 
-def _embedding(model: nn.Module) -> nn.Module:
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    return embedding
+def _embeddings(model: nn.Module) -> set[int]:
+    """Identities of the weights of all embeddings: of tokens, and of positions where learned."""
+    from torch import nn
+
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return {id(weight) for table in tables for weight in table.parameters()}

@@ -72,8 +72,8 @@ def prepare(
     if encoder.problems:
         raise DataError(encoder.problems)
     counts = {
-        "rows": len(rows),
-        "validation_rows": len(held),
+        "rows": len(train),
+        "validation_rows": len(validation),
         "tokens": total_tokens(train),
         "learned_tokens": int(sum(float(e.weight_T.sum()) for e in train)),
     }

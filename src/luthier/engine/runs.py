@@ -113,14 +113,24 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def free_name(base: str, data: Path) -> str:
-    """A name for a run that was given none: the data file's, with the first free number."""
+def automatic_name(base: str, data: Path, resume: bool) -> str:
+    """A name for a run that was given none: the data file's, with the first free number.
+
+    With ``resume`` it is the last one that was given out, so that the same command goes on.
+    """
     import re
 
-    stem = re.sub(r"[^a-z0-9._-]+", "-", data.stem.lower()).strip("-._") or "model"
+    stem = re.sub(r"[^a-z0-9._-]+", "-", data.stem.lower()).strip("-._")[:50] or "model"
+    if resume:
+        matches = [
+            re.fullmatch(rf"{re.escape(stem)}-([0-9]+)", folder.name)
+            for folder in Run(base, stem).folder.parent.glob(f"{stem}-*")
+        ]
+        if taken := [int(match[1]) for match in matches if match]:
+            return f"{stem}-{max(taken)}"
     number = 1
     while True:
-        name = f"{stem[:50]}-{number}"
+        name = f"{stem}-{number}"
         assert NAME_PATTERN.fullmatch(name)
         run = Run(base, name)
         if not run.folder.exists() and not run.model_folder.exists():

@@ -25,8 +25,8 @@ from luthier.engine.devices import (
 from luthier.engine.estimate import check_memory, disk_needed, estimate_memory
 from luthier.engine.loop import Loop, mean_loss
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
-from luthier.engine.runs import METRICS, Result, Run, free_name
-from luthier.errors import LuthierError, RefusedInput
+from luthier.engine.runs import METRICS, Result, Run, automatic_name
+from luthier.errors import LuthierError, RefusedInput, UnknownModel
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, need_disk, new_folder, write_json
 from luthier.models.catalog import MANIFEST
@@ -51,7 +51,7 @@ def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
     # A model tuned further keeps the name of the base model at the bottom of its lineage.
-    run = Run(base.root, recipe.name or free_name(base.root, recipe.data.train))
+    run = Run(base.root, recipe.name or automatic_name(base.root, recipe.data.train, resume))
     with run.lock():
         try:
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
@@ -130,9 +130,15 @@ def _sketch(folder: Path, recipe: Recipe) -> nn.Module:
     """The network without its numbers, adaptation attached: for counting, and for early refusals."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(folder))
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnknownModel(
+            f"the network in {folder} is no causal language model that can be loaded: {error}"
+        ) from error
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
         recipe.adaptation.attach(model)
     return model
 

@@ -120,6 +120,8 @@ def _same(original: nn.Module, fused: nn.Module) -> bool:
             expected, got = original(x).float(), fused(x).float()
         except (RuntimeError, TypeError):
             return False
+    if not expected.isfinite().all():
+        return False
     return torch.allclose(
         expected, got, atol=tolerance * float(expected.abs().max()), rtol=tolerance
     )

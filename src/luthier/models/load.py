@@ -127,6 +127,10 @@ class _Probe:
     def plain(self) -> torch.Tensor:
         self.model.eval()
         logits_2TV: torch.Tensor = self.model(input_ids=self.ids_2T.to(self.device)).logits
+        if not logits_2TV.isfinite().all():
+            raise CorruptFile(
+                "the network answers with numbers that are not finite: its weights are damaged"
+            )
         return logits_2TV.float()
 
     @torch.no_grad()

@@ -1,0 +1,130 @@
+"""Which layers move when some are frozen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from luthier.adaptations import Freeze
+from luthier.adaptations.targets import layer_names
+from luthier.errors import RecipeError
+
+
+def moving(model: nn.Module) -> set[str]:
+    """``0`` … for layers that train whole, and the names of other weights that train."""
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    layers: dict[str, list[bool]] = {}
+    rest = set()
+    for name, weight in model.named_parameters():
+        inside = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
+        if inside:
+            layers.setdefault(inside[1], []).append(weight.requires_grad)
+        elif name in trained:
+            rest.add(name)
+    assert all(len(set(marks)) == 1 for marks in layers.values())
+    return rest | {number for number, marks in layers.items() if marks[0]}
+
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("frozen", "share", "expected"),
+    [
+        ("bottom", 0.5, {"2", "3", NORM, HEAD}),
+        ("bottom", 0.75, {"3", NORM, HEAD}),
+        ("bottom", 0.01, {"1", "2", "3", NORM, HEAD}),
+        ("bottom", 0.99, {"3", NORM, HEAD}),
+        ("top", 0.5, {"0", "1", EMBEDDING}),
+        ("top", 0.25, {"0", "1", "2", EMBEDDING}),
+        ("alternate", 0.5, {"1", "3", NORM, HEAD}),
+        ("alternate", 0.25, {"1", "2", "3", NORM, HEAD}),
+        ("alternate", 0.75, {"3", NORM, HEAD}),
+    ],
+)
+def test_the_chosen_layers_stay(
+    frozen: Any, share: float, expected: set[str], tiny_llama: Callable[..., Any]
+) -> None:
+    model = tiny_llama()
+    Freeze(frozen=frozen, share=share).attach(model)
+    assert moving(model) == expected
+
+
+def test_bottom_half_is_the_default(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    Freeze().attach(model)
+    assert moving(model) == {"2", "3", NORM, HEAD}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [("bottom", {"2", "3", NORM}), ("top", {"0", "1", EMBEDDING})],
+)
+def test_a_tied_head_follows_the_embedding(
+    frozen: Any, expected: set[str], tiny_llama: Callable[..., Any]
+) -> None:
+    model = tiny_llama(tied=True)
+    Freeze(frozen=frozen).attach(model)
+    assert moving(model) == expected
+    assert model.lm_head.weight.requires_grad == (frozen == "top")
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [
+        ("bottom", {"2", "3", "transformer.ln_f.weight", "transformer.ln_f.bias"}),
+        ("top", {"0", "1", "transformer.wte.weight", "transformer.wpe.weight"}),
+    ],
+)
+def test_learned_positions_are_embeddings_too(
+    frozen: Any, expected: set[str], tiny_gpt2: Callable[..., Any]
+) -> None:
+    model = tiny_gpt2(n_layer=4)
+    Freeze(frozen=frozen).attach(model)
+    assert moving(model) == expected
+
+
+def test_a_mark_left_from_before_is_overwritten(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    model.requires_grad_(False)
+    Freeze(frozen="bottom").attach(model)
+    assert moving(model) == {"2", "3", NORM, HEAD}
+
+
+def test_the_stack_of_layers_is_found(
+    tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]
+) -> None:
+    assert layer_names(tiny_llama()) == [f"model.layers.{index}" for index in range(4)]
+    assert layer_names(tiny_gpt2()) == [f"transformer.h.{index}" for index in range(3)]
+
+
+def test_the_largest_stack_is_taken_and_stacks_inside_layers_are_not() -> None:
+    inner = nn.ModuleList(nn.Linear(50, 50) for _ in range(3))
+    layers = nn.ModuleList(nn.ModuleDict({"experts": inner}) for _ in range(2))
+    model = nn.ModuleDict({"heads": nn.ModuleList([nn.Linear(2, 2)] * 9), "blocks": layers})
+    assert layer_names(model) == ["blocks.0", "blocks.1"]
+
+
+def test_a_network_without_layers_is_refused() -> None:
+    with pytest.raises(RecipeError, match="no stack of layers"):
+        layer_names(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_all_or_nothing_is_no_share(share: float) -> None:
+    with pytest.raises(ValidationError):
+        Freeze(share=share)
+
+
+def test_frozen_bottom_layers_get_no_gradient(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    Freeze(frozen="bottom").attach(model)
+    model(input_ids=torch.arange(6)[None]).logits.square().sum().backward()
+    with_gradient = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert with_gradient == {name for name, w in model.named_parameters() if w.requires_grad}

@@ -1,0 +1,209 @@
+"""AdamW over float32 masters, against the AdamW of PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from luthier.engine.optimizers import MasterAdamW
+from luthier.errors import Diverged
+from luthier.recipe import Training
+
+RATE = 1e-2
+
+
+def make_weights(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    shapes = {"matrix": (5, 4), "bias": (5,), "cube": (2, 3, 2)}
+    return {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+
+
+def gradients(step: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    torch.manual_seed(100 + step)
+    return {n: torch.randn(w.shape).to(dtype) * 3 for n, w in make_weights().items()}
+
+
+def give(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.grad = values[name].clone()
+
+
+def train(
+    optimizer: MasterAdamW, weights: dict[str, nn.Parameter], steps: range, dtype: Any
+) -> None:
+    for step in steps:
+        give(weights, gradients(step, dtype))
+        optimizer.collect()
+        optimizer.step(RATE / (1 + step))
+
+
+def test_in_float32_it_is_adamw_with_decay_on_matrices_and_clipping() -> None:
+    mine, theirs = make_weights(), make_weights()
+    training = Training(learning_rate=RATE, weight_decay=0.1, beta2=0.95, max_gradient_norm=2.0)
+    optimizer = MasterAdamW(mine.items(), training)
+    groups = [
+        {"params": [theirs["matrix"], theirs["cube"]], "weight_decay": 0.1},
+        {"params": [theirs["bias"]], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    for step in range(6):
+        give(mine, gradients(step))
+        give(theirs, gradients(step))
+        optimizer.collect()
+        norm = optimizer.step(RATE / (1 + step))
+        expected = nn.utils.clip_grad_norm_(
+            [theirs["matrix"], theirs["cube"], theirs["bias"]], 2.0, foreach=True
+        )
+        for group in adamw.param_groups:
+            group["lr"] = RATE / (1 + step)
+        adamw.step()
+        assert norm == pytest.approx(float(expected), rel=1e-6) and norm > 2.0
+        for name, weight in mine.items():
+            torch.testing.assert_close(weight, theirs[name], rtol=1e-6, atol=1e-7)
+
+
+def test_in_float32_without_clipping_it_is_adamw_to_the_bit() -> None:
+    mine, theirs = make_weights(), make_weights()
+    optimizer = MasterAdamW(mine.items(), Training(learning_rate=RATE, max_gradient_norm=0.0))
+    adamw = torch.optim.AdamW(theirs.values(), weight_decay=0.0, fused=True)
+    for step in range(6):
+        give(mine, gradients(step))
+        give(theirs, gradients(step))
+        optimizer.collect()
+        optimizer.step(RATE / (1 + step))
+        adamw.param_groups[0]["lr"] = RATE / (1 + step)
+        adamw.step()
+    for name, weight in mine.items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+def test_two_steps_by_the_formula() -> None:
+    weight = nn.Parameter(torch.tensor([[2.0]]))
+    training = Training(learning_rate=0.1, weight_decay=0.5, epsilon=0.1, max_gradient_norm=0.0)
+    optimizer = MasterAdamW([("w", weight)], training)
+    value, mean, square = 2.0, 0.0, 0.0
+    for step, slope in enumerate((0.3, -0.2), start=1):
+        weight.grad = torch.tensor([[slope]])
+        optimizer.collect()
+        assert optimizer.step(0.1) == pytest.approx(abs(slope))
+        mean = 0.9 * mean + 0.1 * slope
+        square = 0.999 * square + 0.001 * slope**2
+        value -= 0.1 * 0.5 * value
+        value -= 0.1 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)) ** 0.5 + 0.1)
+        assert weight.item() == pytest.approx(value, rel=1e-6)
+
+
+def test_gradients_of_micro_batches_are_summed_and_freed() -> None:
+    weights = make_weights()
+    alone = make_weights()
+    training = Training(learning_rate=RATE, max_gradient_norm=0.0)
+    optimizer, once = MasterAdamW(weights.items(), training), MasterAdamW(alone.items(), training)
+    parts = [gradients(step) for step in range(3)]
+    for part in parts:
+        give(weights, part)
+        optimizer.collect()
+        assert all(weight.grad is None for weight in weights.values())
+    give(alone, {name: parts[0][name] + parts[1][name] + parts[2][name] for name in weights})
+    once.collect()
+    assert optimizer.step(RATE) == once.step(RATE)
+    for name, weight in weights.items():
+        assert torch.equal(weight, alone[name])
+
+
+def test_sums_of_micro_batches_are_kept_in_float32() -> None:
+    weight = nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([("w", weight)], Training(learning_rate=RATE, max_gradient_norm=0.0))
+    for value in [1.0] + [2**-10] * 1024:
+        weight.grad = torch.tensor([[value]], dtype=torch.bfloat16)
+        optimizer.collect()
+    assert optimizer.step(RATE) == 2.0
+
+
+def test_steps_too_small_for_bfloat16_add_up_in_the_masters() -> None:
+    mine, theirs = (nn.Parameter(torch.ones(3, 3, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = MasterAdamW([("w", mine)], Training(learning_rate=1e-4))
+    adamw = torch.optim.AdamW([theirs], lr=1e-4, weight_decay=0.0)
+    for _ in range(100):
+        for weight in (mine, theirs):
+            weight.grad = torch.ones_like(weight)
+        optimizer.collect()
+        optimizer.step(1e-4)
+        adamw.step()
+    assert set(theirs.flatten().tolist()) == {1.0}
+    assert optimizer.masters["w"].flatten().tolist() == pytest.approx([0.99] * 9, abs=1e-5)
+    # 253/256 is the bfloat16 number nearest to 0.99.
+    assert set(mine.flatten().tolist()) == {253 / 256}
+
+
+def test_what_is_frozen_has_no_state_and_does_not_move() -> None:
+    weights = make_weights()
+    weights["cube"].requires_grad_(False)
+    before = weights["cube"].clone()
+    optimizer = MasterAdamW(weights.items(), Training(learning_rate=RATE, weight_decay=0.1))
+    give({n: w for n, w in weights.items() if n != "cube"}, gradients(0))
+    optimizer.collect()
+    optimizer.step(RATE)
+    assert torch.equal(weights["cube"], before)
+    assert {name.partition(".")[2] for name in optimizer.state()} == {"matrix", "bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_optimizer_goes_on_with_the_same_bits(dtype: torch.dtype) -> None:
+    training = Training(learning_rate=RATE, weight_decay=0.1)
+    straight = make_weights(dtype)
+    optimizer = MasterAdamW(straight.items(), training)
+    train(optimizer, straight, range(3), dtype)
+    saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    train(optimizer, straight, range(3, 6), dtype)
+
+    resumed = make_weights(dtype)
+    for weight in resumed.values():
+        weight.data.zero_()
+    again = MasterAdamW(resumed.items(), training)
+    again.restore(saved)
+    train(again, resumed, range(3, 6), dtype)
+    for name, weight in straight.items():
+        assert weight.dtype == dtype and torch.equal(resumed[name], weight), name
+    first, second = optimizer.state(), again.state()
+    assert first.keys() == second.keys() and len(first) == 3 * 4
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_restoring_sets_the_weights_of_the_network() -> None:
+    weights = make_weights(torch.bfloat16)
+    optimizer = MasterAdamW(weights.items(), Training(learning_rate=RATE))
+    train(optimizer, weights, range(1), torch.bfloat16)
+    saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    expected = {name: weight.detach().clone() for name, weight in weights.items()}
+    train(optimizer, weights, range(1, 3), torch.bfloat16)
+    optimizer.restore(saved)
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name])
+
+
+def test_a_state_from_before_the_first_step_can_be_restored() -> None:
+    weights, other = make_weights(), make_weights()
+    training = Training(learning_rate=RATE)
+    fresh = MasterAdamW(weights.items(), training)
+    again = MasterAdamW(other.items(), training)
+    again.restore({name: tensor.clone() for name, tensor in fresh.state().items()})
+    train(fresh, weights, range(2), torch.float32)
+    train(again, other, range(2), torch.float32)
+    assert all(torch.equal(weights[name], other[name]) for name in weights)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_anything_moves(bad: float) -> None:
+    weights = make_weights()
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    optimizer = MasterAdamW(weights.items(), Training(learning_rate=RATE))
+    values = gradients(0)
+    values["bias"][2] = bad
+    give(weights, values)
+    optimizer.collect()
+    with pytest.raises(Diverged, match="no longer finite"):
+        optimizer.step(RATE)
+    assert all(torch.equal(weights[name], before[name]) for name in weights)

@@ -1,0 +1,145 @@
+"""The chunked loss against log-softmax written out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from luthier.objectives import logprobs
+from luthier.objectives.logprobs import weighted_nll
+
+Edges = Sequence[tuple[int, int, float]]
+"""Parent, token that follows it, weight; ordered by parent."""
+
+
+@dataclass
+class Head:
+    """A network that is nothing but its last hidden states and its output head."""
+
+    hidden_NH: Tensor
+    head_VH: Tensor
+
+    def hidden(self, batch: Any) -> Tensor:
+        return self.hidden_NH
+
+
+def batch_of(edges: Edges, fill: int = 0) -> Any:
+    parents = sorted({parent for parent, _, _ in edges})
+    return SimpleNamespace(
+        source_S=torch.tensor(parents + [0] * fill),
+        edge_source_E=torch.tensor([parents.index(parent) for parent, _, _ in edges]),
+        target_E=torch.tensor([target for _, target, _ in edges]),
+        weight_E=torch.tensor([weight for _, _, weight in edges]),
+    )
+
+
+def written_out(hidden_NH: Tensor, head_VH: Tensor, edges: Edges) -> Tensor:
+    logits_NV = (hidden_NH @ head_VH.t()).double()
+    return -sum(
+        weight * (logits_NV[parent, target] - logits_NV[parent].logsumexp(0))
+        for parent, target, weight in edges
+    )
+
+
+def random_edges(nodes: int, vocabulary: int) -> Edges:
+    torch.manual_seed(3)
+    edges = []
+    for parent in range(0, nodes, 2):
+        for _ in range(1 + parent % 3):
+            target = int(torch.randint(vocabulary, ()))
+            edges.append((parent, target, float(torch.randn(()))))
+    return edges
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+@pytest.mark.parametrize("fill", [0, 5])
+def test_loss_and_gradients_are_those_of_the_formula(
+    chunk: int, fill: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    edges = random_edges(nodes=24, vocabulary=11)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(24, 6), torch.randn(11, 6)
+    mine = Head(hidden.clone().requires_grad_(), head.clone().requires_grad_())
+    loss = weighted_nll(mine, batch_of(edges, fill))  # type: ignore[arg-type]
+    (loss * 0.25).backward()
+    hidden.requires_grad_(), head.requires_grad_()
+    expected = written_out(hidden, head, edges)
+    (expected * 0.25).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mine.hidden_NH.grad, hidden.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine.head_VH.grad, head.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_two_choices_of_equal_logit_cost_ln_two() -> None:
+    network = Head(torch.zeros(1, 3), torch.randn(2, 3))
+    loss = weighted_nll(network, batch_of([(0, 1, 1.0), (0, 0, 2.0)]))  # type: ignore[arg-type]
+    assert float(loss) == pytest.approx(3 * 0.6931472, rel=1e-6)
+
+
+@pytest.mark.parametrize("frozen", ["head", "hidden"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    edges = random_edges(nodes=24, vocabulary=11)
+    torch.manual_seed(0)
+    hidden = torch.randn(24, 6, requires_grad=frozen != "hidden")
+    head = torch.randn(11, 6, requires_grad=frozen != "head")
+    weighted_nll(Head(hidden, head), batch_of(edges)).backward()  # type: ignore[arg-type]
+    moving, still = (hidden, head) if frozen == "head" else (head, hidden)
+    (expected,) = torch.autograd.grad(written_out(hidden, head, edges), moving)
+    torch.testing.assert_close(moving.grad, expected, rtol=1e-5, atol=1e-6)
+    assert still.grad is None
+
+
+def test_a_batch_without_loss_is_worth_nothing() -> None:
+    hidden = torch.randn(4, 6, requires_grad=True)
+    batch = SimpleNamespace(
+        source_S=torch.zeros(0, dtype=torch.int64),
+        edge_source_E=torch.zeros(0, dtype=torch.int64),
+        target_E=torch.zeros(0, dtype=torch.int64),
+        weight_E=torch.zeros(0),
+    )
+    loss = weighted_nll(Head(hidden, torch.randn(11, 6)), batch)  # type: ignore[arg-type]
+    loss.backward()
+    assert loss.item() == 0.0 and not hidden.grad.any()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operation for the largest first dimension beside one of vocabulary size."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and tensor.dim() == 2:
+                rows, columns = tensor.shape
+                if columns == self.vocabulary:
+                    self.rows = max(self.rows, rows)
+        return made
+
+
+def test_logits_exist_for_one_chunk_at_a_time() -> None:
+    edges = [(parent, parent % 50, 1.0) for parent in range(1000)]
+    network = Head(
+        torch.randn(1000, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
+    )
+    with LargestTensor(vocabulary=50) as seen:
+        weighted_nll(network, batch_of(edges)).backward()  # type: ignore[arg-type]
+    assert seen.rows == logprobs.CHUNK == 128
+
+
+def test_many_small_terms_are_not_lost_in_the_sum() -> None:
+    # In float32, adding 0.25 to 2**23 and more gives back the same number.
+    network = Head(torch.zeros(2, 1), torch.zeros(2, 1))
+    edges = [(0, 0, 2.0**24), *[(1, 0, 0.25)] * 4096]
+    loss = weighted_nll(network, batch_of(edges))  # type: ignore[arg-type]
+    assert float(loss) == pytest.approx((2**24 + 1024) * 0.69314718056, rel=1e-7)
