@@ -22,6 +22,9 @@ from typing import Any
 from luthier.errors import CorruptFile, DoesNotFit, LuthierError
 
 _TEMPORARY = ".tmp-"
+_UNWRITABLE = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST
+)  # fmt: skip
 
 
 def luthier_home() -> Path:
@@ -152,7 +155,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise DoesNotFit(
                 f"the disk of {folder} is full; nothing was left half-written"
             ) from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if number in _UNWRITABLE:
             raise LuthierError(f"{folder} cannot be written: {os.strerror(number)}") from error
         raise
 

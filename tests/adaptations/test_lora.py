@@ -119,9 +119,7 @@ def train_with_peft(model: Any, rows: list[Example]) -> list[float]:
 
 
 def peft_model(base: Any) -> Any:
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(base, config)
 
 

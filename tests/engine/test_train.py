@@ -41,6 +41,7 @@ from luthier.files import read_json, verify, write_json
 from luthier.models.load import as_network
 from luthier.recipe import Recipe
 from luthier.store.models import chat_format, find, load
+from luthier.types import Example
 
 CPU = torch.device("cpu")
 WORDS = "the quick brown fox jumps over a lazy dog and my new card".split()
@@ -362,12 +363,22 @@ def test_each_adaptation_has_its_own_rate() -> None:
     assert rates == {"lora": 5e-4, "full": 5e-5, "freeze": 5e-5}
 
 
+def test_the_token_budget_grows_when_micro_batches_would_repeat_a_long_prefix() -> None:
+    estimate = MemoryEstimate(fixed=1000, per_token=10)
+    ends = np.arange(16)[:, None] + 1000
+    rows = [np.concatenate([np.arange(400), np.repeat(end, 40)]) for end in ends]
+    batch = [Example(ids, np.zeros(len(ids), np.float32), i) for i, ids in enumerate(rows)]
+    # one tree has 400 + 16 x 40 = 1,040 nodes; at 512 the prefix would be computed eight times
+    assert token_budget(estimate, [batch], 440, 1 << 30)[0] == 2048
+    assert token_budget(estimate, [batch], 440, 2 * (1000 + 1024 * 10))[0] == 1024
+
+
 def test_the_token_budget_fits_the_memory_and_the_longest_row() -> None:
     estimate = MemoryEstimate(fixed=1000, per_token=10)
-    assert token_budget(estimate, 100, 1 << 30)[0] == 512
-    assert token_budget(estimate, 600, 1 << 30)[0] == 600
-    assert token_budget(estimate, 100, 2 * (1000 + 300 * 10))[0] == 300
-    assert token_budget(estimate, 100, 0)[0] == 100  # less is not possible; check_memory refuses
+    assert token_budget(estimate, [], 100, 1 << 30)[0] == 512
+    assert token_budget(estimate, [], 600, 1 << 30)[0] == 600
+    assert token_budget(estimate, [], 100, 2 * (1000 + 300 * 10))[0] == 300
+    assert token_budget(estimate, [], 100, 0)[0] == 100  # less is not possible; check_memory refuses
 
 
 def test_choices_are_told_with_their_reasons(recipe: Callable[..., Recipe]) -> None:

@@ -100,7 +100,7 @@ def test_gradients_of_swiglu_are_its_slopes() -> None:
 def test_fuse_replaces_norms_and_mlps_of_llama(tiny_llama: Callable[..., Any]) -> None:
     model = tiny_llama()
     names = list(model.state_dict())
-    weights = {name: weight for name, weight in model.named_parameters()}
+    weights = dict(model.named_parameters())
     assert fuse(model) == 4 * (2 + 1) + 1
     assert isinstance(model.model.norm, RMSNorm)
     assert isinstance(model.model.layers[3].mlp, SwiGLU)

@@ -129,9 +129,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_logits_exist_for_one_chunk_at_a_time() -> None:
     edges = [(parent, parent % 50, 1.0) for parent in range(1000)]
-    network = Head(
-        torch.randn(1000, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
-    )
+    network = Head(torch.randn(1000, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True))
     with LargestTensor(vocabulary=50) as seen:
         weighted_nll(network, batch_of(edges)).backward()  # type: ignore[arg-type]
     assert seen.rows == logprobs.CHUNK == 128

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from luthier.cli.console import counting, heavy_imports, print_json
 from luthier.errors import DataError, Problem, RecipeError
@@ -31,6 +31,7 @@ def generate(
     if target is not None and source is None:
         raise RecipeError("--output goes with --input")
     chosen = Sampling(**sampling)
+    _check_output(target)
     prompts = _read_prompts(source) if source else []
     with heavy_imports():
         generator = Generator.open(find(model_id))
@@ -83,8 +84,8 @@ def _read_prompts(source: Path) -> list[Any]:
         prompt, messages = record.get("prompt"), record.get("messages")
         if isinstance(prompt, str) and prompt.strip():
             prompts.append(prompt)
-        elif isinstance(messages, list) and messages and all(map(_is_turn, messages)):
-            while messages and messages[-1]["role"] == "assistant":
+        elif _asks(messages):
+            while messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
             prompts.append([{k: turn[k] for k in ("role", "content")} for turn in messages])
         else:
@@ -99,6 +100,26 @@ def _read_prompts(source: Path) -> list[Any]:
     if problems:
         raise DataError(problems)
     return prompts
+
+
+def _asks(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether these are turns, one of them at least not the assistant's."""
+    return (
+        isinstance(messages, list)
+        and all(map(_is_turn, messages))
+        and any(turn["role"] != "assistant" for turn in messages)
+    )
+
+
+def _check_output(target: Path | None) -> None:
+    """Refuse a file that cannot be written before the work is done."""
+    if target is None:
+        return
+    if target.is_dir():
+        raise RecipeError(f"{target} is a folder; --output names a file")
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise RecipeError(f"{target} cannot be written: {parent} is not a folder")
 
 
 def _is_turn(turn: Any) -> bool:
@@ -158,6 +179,7 @@ def evaluate(
     unknown = [name for name in graders if name not in GRADERS]
     if unknown:
         raise RecipeError(f"unknown grader {unknown[0]!r}; there are {', '.join(GRADERS)}")
+    _check_output(target)
     rows = load_rows(data)
     asked, _ = questions(rows)
     with heavy_imports():

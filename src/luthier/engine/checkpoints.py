@@ -85,8 +85,12 @@ class Checkpoints:
             )
         if self._cost is None:
             self._read(path)
-        for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
-            _remove(old)
+        # What is newer was damaged, or this run would have gone on from it.
+        present = sorted(self.folder.glob("step-*"))
+        kept = [other for other in present if other <= path][-KEPT:]
+        for other in present:
+            if other not in kept:
+                _remove(other)
         self._cost, self._last = time.monotonic() - started, time.monotonic()
         return path
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from luthier.data.loader import RowOrder
+from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.estimate import MemoryEstimate
 from luthier.recipe import Recipe
+from luthier.types import Example
 
 Choice = tuple[str, Any, str]
+
+SMALLEST_BUDGET = 512
+"""Distinct tokens that reach full matmul speed on the machines measured."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +58,35 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     return recipe.model_copy(update={"training": training}), choices
 
 
-def token_budget(estimate: MemoryEstimate, longest: int, available: int) -> tuple[int, str]:
-    """Distinct tokens in one micro-batch: enough for full matmul speed, within half the memory."""
+def token_budget(
+    estimate: MemoryEstimate, batches: Sequence[Sequence[Example]], longest: int, available: int
+) -> tuple[int, str]:
+    """Distinct tokens in one micro-batch, from a few batches of the run.
+
+    512 reach full matmul speed. Where rows share long prefixes, each further micro-batch computes
+    them again: the budget doubles until that costs less than a tenth. Half of the free memory is
+    the limit, and the longest row must fit.
+    """
     room = int((available * 0.5 - estimate.fixed) // max(1, estimate.per_token))
-    budget = max(longest, min(512, room))
-    if budget > 512:
-        return budget, f"the longest row has {longest} tokens"
-    if budget < 512:
-        return budget, "half of the free memory holds no more"
-    return budget, "larger micro-batches are not faster here, and take more memory"
+    budget, reason = SMALLEST_BUDGET, "full matmul speed; more would only take more memory"
+    least = _computed(batches, 1 << 30)
+    while _computed(batches, budget) > 1.1 * least and 2 * budget <= room:
+        budget, reason = 2 * budget, "rows share prefixes, which smaller micro-batches would repeat"
+    if longest > budget:
+        return longest, f"the longest row has {longest} tokens"
+    if room < budget:
+        return max(longest, room), "half of the free memory holds no more"
+    return budget, reason
+
+
+def _computed(batches: Sequence[Sequence[Example]], budget: int) -> int:
+    """Tokens computed for ``batches`` when micro-batches hold at most ``budget``."""
+    parts = [part for batch in batches for part in split_to_budget(batch, budget)]
+    return sum(len(build_tree(part)) for part in parts)
 
 
 def steps_of(recipe: Recipe, rows: int) -> int:
     """Optimizer steps of the whole run."""
-    from luthier.data.loader import RowOrder
-
     training = recipe.training
     order = RowOrder(rows, training.batch_size or 1, training.seed)
     steps = order.steps(training.epochs) if training.epochs else training.max_steps or 1

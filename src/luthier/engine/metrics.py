@@ -51,7 +51,8 @@ class MetricsFile:
         """All complete lines."""
         if not self.path.is_file():
             return []
-        return [json.loads(line) for line in self.path.read_bytes().split(b"\n") if line]
+        # What follows the last line end was cut short by a kill, or is being written now.
+        return [json.loads(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
 
 
 def draw_loss_curve(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> None:

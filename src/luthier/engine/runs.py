@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import RunConflict
-from luthier.files import luthier_home, read_json, sweep, write_json
+from luthier.files import disk_errors, luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
 from luthier.recipe import NAME_PATTERN
 from luthier.store.models import custom_folder, short_name
@@ -88,8 +88,9 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep a second process from working on the same run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

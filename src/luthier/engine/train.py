@@ -12,6 +12,7 @@ from torch import nn
 
 from luthier import __version__
 from luthier.data.chat import ChatFormat
+from luthier.data.loader import RowOrder
 from luthier.engine import defaults
 from luthier.engine.checkpoints import Checkpoints, Progress, fingerprint
 from luthier.engine.dataset import Dataset, prepare
@@ -35,6 +36,7 @@ from luthier.models.network import Network
 from luthier.models.save import save_adapter, save_format, save_network, trained_weights
 from luthier.recipe import Recipe
 from luthier.store import models as store
+from luthier.types import Example
 
 PARITY_ROWS = 16
 
@@ -109,7 +111,9 @@ def _prepare(
     width = machine.dtype.itemsize
     estimate, available = estimate_memory(sketch, width), available_memory()
     if recipe.training.micro_batch_tokens is None:
-        budget, reason = defaults.token_budget(estimate, data.longest, available)
+        budget, reason = defaults.token_budget(
+            estimate, _first_batches(recipe, data), data.longest, available
+        )
         if began_with is not None:
             budget, reason = began_with, "as when the run began"
         training = recipe.training.model_copy(update={"micro_batch_tokens": budget})
@@ -124,6 +128,14 @@ def _prepare(
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
     steps = defaults.steps_of(recipe, len(data.train))
     return _Job(recipe, base, data.objective.format(chat), data, machine, steps)
+
+
+def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:
+    """Rows of the run's first steps, to choose settings by."""
+    training = recipe.training
+    order = RowOrder(len(data.train), training.batch_size or 1, training.seed, training.shuffle)
+    steps = range(min(count, order.steps_per_epoch))
+    return [[data.train[index] for index in order.batch(step)] for step in steps]
 
 
 def _sketch(folder: Path, recipe: Recipe) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from luthier.errors import RunConflict
+from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
 from luthier.models.save import ADAPTER, save_network
 from luthier.store.models import StoredModel, chat_format, load
@@ -18,6 +18,11 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
     weights are bit for bit those that luthier serves. Without it, an adapter is written in PEFT's
     format, to be put on the base model named in ``adapter_config.json``.
     """
+    if stored.parent is not None and stored.parent.parent is not None and not merged:
+        raise RecipeError(
+            f"{stored.id} is an adapter on the adapter {stored.parent.id}, and PEFT does not put one "
+            "on another; use --merged"
+        )
     target = target.expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunConflict(f"{target} exists already; name a folder that does not, or an empty one")

@@ -7,6 +7,7 @@ so serving and the exported directory give the same tokens. Decoding is transfor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,17 +43,23 @@ class Sampling:
         """Refuse values that mean nothing."""
         if self.max_tokens < 1:
             raise RecipeError("max-tokens must be at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise RecipeError("temperature must be 0 or more")
         if not 0 < self.top_p <= 1:
             raise RecipeError("top-p must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise RecipeError("seed must be 0 or more, and below 2**63")
 
 
 class Generator:
     """One model in memory, ready to answer."""
 
     def __init__(self, model: Any, chat: ChatFormat, device: torch.device) -> None:
+        from transformers import GenerationConfig
+
         self.model, self.chat, self.device = model.eval(), chat, device
+        # Penalties and the like of the base model's own file would apply to batches only.
+        self.model.generation_config = GenerationConfig()
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
 
     @staticmethod
@@ -92,7 +99,7 @@ class Generator:
         than one token arrive whole.
         """
         ids: list[int] = []
-        shown = ""
+        shown = text = ""
         for token in self._tokens(self._encode(prompt, sampling, 0), sampling):
             ids.append(token)
             text = self.chat.decode(ids)
@@ -100,6 +107,8 @@ class Generator:
                 if text[len(shown) :]:
                     yield text[len(shown) :]
                 shown = text
+        if text[len(shown) :]:
+            yield text[len(shown) :]
 
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt

@@ -1,0 +1,198 @@
+"""Exported folders, opened by the software they are meant for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from luthier.engine import devices
+from luthier.engine.devices import Machine
+from luthier.engine.train import train
+from luthier.errors import LuthierError, RecipeError, RunConflict
+from luthier.recipe import Recipe
+from luthier.serving.export import export
+from luthier.serving.generation import Generator, Sampling
+from luthier.store.models import chat_format, find, load
+
+CPU = torch.device("cpu")
+PROMPTS = ["say fox", "The quick brown", "What is the capital of France?"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Path]:
+    """A store with models tuned in float32: ``adapter``, ``whole``, ``plain``, ``stacked``."""
+    home = tmp_path_factory.mktemp("home")
+    data = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"say {word}", "completion": word.upper()} for word in ("fox", "dog", "cat")]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_HOME", str(home))
+        for name, base, adaptation, template in (
+            ("adapter", str(tiny_model_folder), {"method": "lora", "rank": 4, "alpha": 9.5}, "auto"),
+            ("whole", str(tiny_model_folder), "full", "auto"),
+            ("plain", str(tiny_model_folder), "full", "plain"),
+            ("stacked", "tiny-llama:adapter", {"method": "lora", "rank": 2}, "auto"),
+        ):
+            fields = {
+                "base": base, "name": name, "data": {"train": str(data), "validation_share": 0},
+                "adaptation": adaptation, "objective": {"method": "sft", "template": template},
+                "training": {
+                    "max_steps": 5, "learning_rate": 0.02, "precision": "float32", "threads": 1
+                },
+            }  # fmt: skip
+            train(Recipe.parse(fields))
+    torch.set_num_threads(threads)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    machine = Machine(CPU, torch.float32, 1, "a test")
+    monkeypatch.setattr(devices, "choose_machine", lambda *arguments: machine)
+
+
+def greedy(folder: Path, prompt: str, tokens: int = 16) -> list[int]:
+    """As someone with nothing but transformers would ask."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**encoded, max_new_tokens=tokens, do_sample=False)
+    return list(out[0, encoded["input_ids"].shape[1] :].tolist())
+
+
+def text(folder: Path, ids: list[int]) -> str:
+    from transformers import AutoTokenizer
+
+    return str(AutoTokenizer.from_pretrained(folder).decode(ids, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("name", ["adapter", "stacked", "whole", "plain"])
+def test_merged_exports_give_the_same_tokens_in_transformers(name: str, tmp_path: Path) -> None:
+    stored = find(f"tiny-llama:{name}")
+    folder = export(stored, tmp_path / "out", merged=True)
+    weights = load_file(folder / "model.safetensors")
+    served = load(stored, torch.float32, CPU).state_dict()
+    assert weights.keys() <= served.keys()
+    assert all(torch.equal(weights[key], served[key]) for key in weights)
+    generator = Generator.open(stored)
+    for prompt in PROMPTS:
+        served_text = generator.replies([prompt], Sampling(max_tokens=16))[0]
+        assert text(folder, greedy(folder, prompt)) == served_text
+    base = Generator.open(find(str(stored.root)))
+    assert base.replies(PROMPTS, Sampling(max_tokens=16)) != generator.replies(
+        PROMPTS, Sampling(max_tokens=16)
+    )
+
+
+def test_the_exported_model_stops_where_the_served_one_does(tmp_path: Path) -> None:
+    """``fox`` was learned with its end-of-turn token."""
+    folder = export(find("tiny-llama:whole"), tmp_path / "out", merged=True)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == chat_format(find("tiny-llama:whole")).stop_ids[0]
+    assert settings["pad_token_id"] is not None
+
+
+def test_an_adapter_loads_with_peft(tmp_path: Path, tiny_model_folder: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stored = find("tiny-llama:adapter")
+    folder = export(stored, tmp_path / "out", merged=False)
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert "model.safetensors" not in names
+    assert "luthier.json" not in names
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model_folder)
+    assert (config["r"], config["lora_alpha"]) == (4, 9.5)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    model: Any = PeftModel.from_pretrained(base, folder).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(PROMPTS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        ours = load(stored, torch.float32, CPU).eval()(ids).logits
+        theirs = model(ids).logits
+        with model.disable_adapter():
+            plain = model(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+
+
+def test_an_adapter_on_an_adapter_is_exported_merged_only(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="tiny-llama:stacked is an adapter on the adapter"):
+        export(find("tiny-llama:stacked"), tmp_path / "out", merged=False)
+    assert list(tmp_path.glob("*out*")) == []
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_base_model_is_exported_as_it_is(
+    tmp_path: Path, tiny_model_folder: Path, merged: bool
+) -> None:
+    folder = export(find(str(tiny_model_folder)), tmp_path / "out", merged)
+    before, after = (load_file(f / "model.safetensors") for f in (tiny_model_folder, folder))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert greedy(folder, PROMPTS[0]) == greedy(tiny_model_folder, PROMPTS[0])
+
+
+def test_the_plain_format_goes_along(tmp_path: Path) -> None:
+    """Trained without the chat template, exported without it, so nobody applies it by mistake."""
+    folder = export(find("tiny-llama:plain"), tmp_path / "out", merged=False)
+    from transformers import AutoTokenizer
+
+    assert not AutoTokenizer.from_pretrained(folder).chat_template
+    assert AutoTokenizer.from_pretrained(
+        export(find("tiny-llama:whole"), tmp_path / "other", merged=False)
+    ).chat_template
+
+
+def test_an_export_can_be_tuned_and_served_as_a_local_model(tmp_path: Path) -> None:
+    folder = export(find("tiny-llama:adapter"), tmp_path / "out", merged=True)
+    sampling = Sampling(max_tokens=12)
+    again = Generator.open(find(str(folder))).replies(PROMPTS, sampling)
+    assert again == Generator.open(find("tiny-llama:adapter")).replies(PROMPTS, sampling)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    stored = find("tiny-llama:adapter")
+    full, file, empty = tmp_path / "full", tmp_path / "file", tmp_path / "empty"
+    full.mkdir()
+    (full / "mine").write_text("x")
+    file.write_text("x")
+    empty.mkdir()
+    for target in (full, file):
+        with pytest.raises(RunConflict, match="exists already"):
+            export(stored, target, merged=False)
+    with pytest.raises(LuthierError, match="cannot be written"):
+        export(stored, file / "below", merged=False)
+    assert export(stored, empty, merged=False) == empty
+    assert (empty / "adapter_config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+    assert [path.name for path in full.iterdir()] == ["mine"]
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from luthier.serving import export as module
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(module, "save_network", fail)
+    with pytest.raises(RuntimeError):
+        export(find("tiny-llama:adapter"), tmp_path / "out", merged=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "luthier-home"] or not list(tmp_path.iterdir())

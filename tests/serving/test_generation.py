@@ -1,0 +1,302 @@
+"""Answers: streamed or in batches they are the same, whole, and end where the model ends them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.data.chat import ChatFormat
+from luthier.errors import RecipeError
+from luthier.serving.generation import Generator, Sampling, _choose
+from luthier.store.models import chat_format, find, load
+from luthier.types import Message
+
+CPU = torch.device("cpu")
+PROMPTS = [
+    "Hi",
+    "What is the capital of France? " * 6,
+    "a",
+    "My card has not arrived yet. When will my new card be delivered to me?",
+    "ü日本👋",
+    "The quick brown fox",
+    "x" * 90,
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_model_folder: Path) -> Generator:
+    """The tiny network in float32."""
+    return open_float32(tiny_model_folder)
+
+
+def open_float32(folder: Path) -> Generator:
+    stored = find(str(folder))
+    return Generator(load(stored, torch.float32, CPU), chat_format(stored), CPU)
+
+
+def stopping(generator: Generator, *stops: int) -> Generator:
+    """The same network with further stop tokens."""
+    chat = generator.chat
+    return Generator(
+        generator.model, ChatFormat(chat.tokenizer, chat.template, (*chat.stop_ids, *stops)), CPU
+    )
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_streamed_pieces_joined_are_the_batch_s_reply(generator: Generator, prompt: str) -> None:
+    sampling = Sampling(max_tokens=24)
+    pieces = list(generator.stream(prompt, sampling))
+    assert all(pieces)
+    assert len(pieces) > 1
+    assert "".join(pieces) == generator.replies([prompt], sampling)[0]
+
+
+def test_a_reply_that_ends_within_a_character_is_shown_alike(
+    tokenizer: Any, generator: Generator
+) -> None:
+    """Cut off by max_tokens, what is left decodes to U+FFFD in both."""
+    scripted = script(tokenizer, tokenizer.encode("日", add_special_tokens=False)[:2])
+    pieces = list(scripted.stream("x", Sampling(max_tokens=2)))
+    assert "".join(pieces) == tokenizer.decode(scripted.model.ids)
+    assert "\ufffd" in "".join(pieces)
+
+
+def test_padding_does_not_change_replies(generator: Generator) -> None:
+    """A batch of mixed lengths gives what each prompt gives alone."""
+    sampling = Sampling(max_tokens=20)
+    alone = [generator.replies([prompt], sampling)[0] for prompt in PROMPTS]
+    assert generator.replies(PROMPTS, sampling) == alone
+    assert len(set(alone)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_order_is_kept_whatever_the_batch(generator: Generator, batch_size: int) -> None:
+    sampling = Sampling(max_tokens=6)
+    counts: list[int] = []
+    replies = generator.replies(PROMPTS, sampling, batch_size, counts.append)
+    assert replies == generator.replies(PROMPTS, sampling)
+    assert counts == sorted({*range(batch_size, len(PROMPTS), batch_size), len(PROMPTS)})
+    assert generator.replies(PROMPTS[::-1], sampling, batch_size) == replies[::-1]
+    assert generator.replies([], sampling) == []
+
+
+def first_tokens(generator: Generator, prompt: str, count: int) -> list[int]:
+    ids = generator._encode(prompt, Sampling(max_tokens=count), 0)
+    return list(generator._tokens(ids, Sampling(max_tokens=count)))
+
+
+def test_stop_tokens_end_a_reply_and_are_never_shown(generator: Generator) -> None:
+    """Every stop token ends it, also in a batch where other replies go on."""
+    for prompt in PROMPTS[:3]:
+        tokens = first_tokens(generator, prompt, 12)
+        stop = next(token for token in tokens[2:] if token not in tokens[:2])
+        at = tokens.index(stop)
+        expected = generator.chat.decode(tokens[:at])
+        ending = stopping(generator, stop)
+        sampling = Sampling(max_tokens=12)
+        assert "".join(ending.stream(prompt, sampling)) == expected
+        batch = ending.replies([prompt, *PROMPTS], sampling)
+        assert batch[0] == expected
+        assert ending.replies([prompt], sampling) == [expected]
+        assert any(len(reply) > len(expected) for reply in batch)
+
+
+def test_a_reply_of_nothing_is_empty(generator: Generator) -> None:
+    ending = stopping(generator, first_tokens(generator, "Hi", 1)[0])
+    assert list(ending.stream("Hi", Sampling(max_tokens=5))) == []
+    assert ending.replies(["Hi"], Sampling(max_tokens=5)) == [""]
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_replies_have_at_most_so_many_tokens(generator: Generator, count: int) -> None:
+    reply = generator.replies(["Hi"], Sampling(max_tokens=count))[0]
+    assert reply == generator.chat.decode(first_tokens(generator, "Hi", 12)[:count])
+
+
+class Scripted(torch.nn.Module):
+    """A network that answers with given tokens, whatever it is asked, one a call."""
+
+    def __init__(self, ids: Sequence[int], vocabulary: int) -> None:
+        super().__init__()
+        self.ids, self.vocabulary, self.calls = list(ids), vocabulary, 0
+        self.config = SimpleNamespace(max_position_embeddings=512)
+
+    def forward(self, ids: Any, past_key_values: Any, **keywords: Any) -> Any:
+        assert (past_key_values is None) == (self.calls == 0)
+        logits = torch.zeros(1, 1, self.vocabulary)
+        logits[0, 0, self.ids[self.calls]] = 9.0
+        self.calls += 1
+        return SimpleNamespace(logits=logits, past_key_values=object())
+
+
+def script(tokenizer: Any, ids: Sequence[int]) -> Generator:
+    return Generator(Scripted(ids, len(tokenizer)), ChatFormat.of(tokenizer), CPU)
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語", "👋🏽 hi 👩‍👩‍👧", "a\u2028b", "\n\n  x \n"])
+def test_characters_of_several_tokens_arrive_whole(tokenizer: Any, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    scripted = script(tokenizer, [*ids, tokenizer.eos_token_id, *ids])
+    pieces = list(scripted.stream("x", Sampling(max_tokens=100)))
+    assert "".join(pieces) == text
+    assert not [piece for piece in pieces if "\ufffd" in piece or not piece]
+    assert scripted.model.calls == len(ids) + 1  # nothing is computed after the stop token
+
+
+def test_pieces_come_as_they_are_made(tokenizer: Any) -> None:
+    ids = tokenizer.encode("one two three", add_special_tokens=False)
+    scripted = script(tokenizer, [*ids, tokenizer.eos_token_id])
+    stream = scripted.stream("x", Sampling())
+    assert next(stream) == tokenizer.decode(ids[:1])
+    assert scripted.model.calls == 1
+
+
+def test_special_tokens_within_a_reply_are_not_shown(tokenizer: Any) -> None:
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    ids = tokenizer.encode("ab", add_special_tokens=False)
+    scripted = script(tokenizer, [*ids, start, *ids, tokenizer.eos_token_id])
+    assert "".join(scripted.stream("x", Sampling())) == "abab"
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(generator: Generator) -> None:
+    prompts = ["short", "x" * 2000]
+    with pytest.raises(RecipeError, match=r"prompt 2 has 2\d\d\d tokens; with 10 for the reply"):
+        generator.replies(prompts, Sampling(max_tokens=10))
+    with pytest.raises(RecipeError, match="context of 1024"):
+        next(generator.stream(prompts[1], Sampling(max_tokens=10)))
+    with pytest.raises(RecipeError, match="lower --max-tokens"):
+        next(generator.stream("short", Sampling(max_tokens=1024)))
+    size = len(generator._encode("short", Sampling(max_tokens=1), 0))
+    generator._encode("short", Sampling(max_tokens=1024 - size), 0)
+    with pytest.raises(RecipeError):
+        generator._encode("short", Sampling(max_tokens=1025 - size), 0)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_the_seed_decides_the_draws(generator: Generator, streamed: bool) -> None:
+    def answer(**fields: Any) -> str:
+        sampling = Sampling(max_tokens=16, **fields)
+        if streamed:
+            return "".join(generator.stream("Hi", sampling))
+        return generator.replies(["Hi"], sampling)[0]
+
+    greedy = answer()
+    torch.manual_seed(99)
+    first = answer(temperature=1.0, seed=3)
+    torch.manual_seed(100)
+    assert answer(temperature=1.0, seed=3) == first != greedy
+    assert answer(temperature=1.0, seed=4) != first
+    assert answer(temperature=1.0, top_p=1e-6, seed=5) == greedy
+    assert answer(temperature=1e-4, seed=5) == greedy
+    assert answer() == greedy
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.log(torch.tensor([0.1, 0.5, 0.3, 0.1]))
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**fields: float) -> list[float]:
+        sampling = Sampling(**{"temperature": 1.0, **fields})  # type: ignore[arg-type]
+        drawn = [_choose(logits, sampling, generator) for _ in range(3000)]
+        return [drawn.count(token) / 3000 for token in range(4)]
+
+    def near(expected: Sequence[float]) -> Callable[[Sequence[float]], bool]:
+        return lambda got: all(abs(a - b) < 0.04 for a, b in zip(got, expected, strict=True))
+
+    assert near([0.1, 0.5, 0.3, 0.1])(frequencies())
+    nucleus = frequencies(top_p=0.75)
+    assert near([0, 0.625, 0.375, 0])(nucleus)
+    assert nucleus[0] == nucleus[3] == 0
+    assert frequencies(top_p=0.4) == [0, 1, 0, 0]
+    squares = [0.01, 0.25, 0.09, 0.01]
+    assert near([s / sum(squares) for s in squares])(frequencies(temperature=0.5))
+    assert _choose(logits, Sampling(), generator) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"max_tokens": 0}, "max-tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"top_p": 0.0}, "top-p"),
+        ({"top_p": 1.1}, "top-p"),
+        ({"top_p": math.nan}, "top-p"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+    ],
+)
+def test_settings_without_meaning_are_refused(fields: dict[str, Any], name: str) -> None:
+    with pytest.raises(RecipeError, match=name):
+        Sampling(**fields)
+
+
+def test_the_base_s_own_generation_settings_do_not_interfere(
+    generator: Generator, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """They would hold for batches and not for streams, and differ from what was measured."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings |= {"do_sample": True, "temperature": 0.7, "top_k": 3, "repetition_penalty": 1.9}
+    settings |= {"no_repeat_ngram_size": 1, "max_new_tokens": 3}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    other = open_float32(folder)
+    sampling = Sampling(max_tokens=20)
+    assert other.replies(PROMPTS, sampling) == generator.replies(PROMPTS, sampling)
+    assert "".join(other.stream("Hi", sampling)) == generator.replies(["Hi"], sampling)[0]
+    drawn = Sampling(max_tokens=20, temperature=1.3, seed=1)
+    assert other.replies(PROMPTS, drawn) == generator.replies(PROMPTS, drawn)
+
+
+def test_further_stop_tokens_of_the_base_are_honoured(
+    generator: Generator, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    tokens = first_tokens(generator, "Hi", 8)
+    at = next(i for i, token in enumerate(tokens) if i and token not in tokens[:i])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, tokens[at]]}))
+    other = open_float32(folder)
+    assert other.chat.stop_ids == (1, tokens[at])
+    expected = [generator.chat.decode(tokens[:at])]
+    assert other.replies(["Hi"], Sampling(max_tokens=8)) == expected
+
+
+def test_a_conversation_is_rendered_with_its_roles(generator: Generator) -> None:
+    turns = [Message("system", "Be brief."), Message("user", "Hi")]
+    sampling = Sampling(max_tokens=10)
+    reply = generator.replies([turns], sampling)[0]
+    assert reply != generator.replies(["Hi"], sampling)[0]
+    assert generator.replies([[Message("user", "Hi")]], sampling) == generator.replies(
+        ["Hi"], sampling
+    )
+    assert "".join(generator.stream(turns, sampling)) == reply
+    text = generator.chat.tokenizer.decode(generator._encode(turns, sampling, 0))
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_answering_needs_no_gradients_and_no_dropout(generator: Generator) -> None:
+    assert not generator.model.training
+    for weight in generator.model.parameters():
+        assert weight.grad is None
