@@ -118,9 +118,13 @@ def test_new_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> Non
 def test_new_folder_leaves_nothing_when_the_block_fails(
     tmp_path: Path, error: BaseException
 ) -> None:
-    with pytest.raises(type(error)), new_folder(tmp_path / "model") as fresh:
-        (fresh / "half").write_text("x")
-        raise error
+    def fill() -> None:
+        with new_folder(tmp_path / "model") as fresh:
+            (fresh / "half").write_text("x")
+            raise error
+
+    with pytest.raises(type(error)):
+        fill()
     assert names(tmp_path) == []
 
 
@@ -194,6 +198,8 @@ def test_verify_names_the_file_that_is_missing_or_changed(tmp_path: Path) -> Non
         (errno.EDQUOT, DoesNotFit, 2, "full"),
         (errno.EACCES, LuthierError, 1, "cannot be written"),
         (errno.EROFS, LuthierError, 1, "cannot be written"),
+        (errno.ENOTDIR, LuthierError, 1, "cannot be written"),
+        (errno.EISDIR, LuthierError, 1, "cannot be written"),
     ],
 )
 def test_disk_errors_say_what_happened(
@@ -205,9 +211,22 @@ def test_disk_errors_say_what_happened(
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_full_disk_is_known_by_what_safetensors_makes_of_it(tmp_path: Path) -> None:
+    """``save_file`` on a full tmpfs raised this; it is no OSError."""
+    from safetensors import SafetensorError
+
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(DoesNotFit, match="full"), disk_errors(tmp_path):
+        raise SafetensorError(text)
+    with pytest.raises(SafetensorError, match="header"), disk_errors(tmp_path):
+        raise SafetensorError("invalid header")
+
+
 def test_other_errors_of_the_system_are_not_disguised(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError), disk_errors(tmp_path):
-        raise IsADirectoryError(errno.EISDIR, "x")
+    with pytest.raises(ConnectionResetError), disk_errors(tmp_path):
+        raise ConnectionResetError(errno.ECONNRESET, "x")
+    with pytest.raises(ValueError, match="28"), disk_errors(tmp_path):
+        raise ValueError("no matter what it says (os error 28)")
 
 
 def test_need_disk_looks_at_the_nearest_folder_that_exists(

@@ -41,7 +41,7 @@ def refusal(**fields: Any) -> str:
 def test_a_data_file_is_enough() -> None:
     recipe = parse()
     assert recipe.base == "smollm2-135m-instruct"
-    assert recipe.objective == OBJECTIVES["sft"](method="sft")
+    assert recipe.objective is None
     assert recipe.adaptation == ADAPTATIONS["lora"](method="lora")
     assert recipe.training == Training()
     assert recipe.training.learning_rate is None

@@ -3,7 +3,7 @@
 Runs are processes of their own and die by a real SIGKILL: sent from here when ``metrics.jsonl`` has
 so many lines, or by the process to itself at a named point in the code. One pair of runs is
 ``python -m luthier``; the others are forked from a process that has imported everything and has
-computed nothing, which saves the seconds of importing torch for each.
+computed nothing with it, which saves the seconds of importing torch for each.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ PICTURES = ("loss.svg", "loss.png")  # a drawing names its date
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 FORKER = """
-import json, os, sys, traceback
+import json, os, pathlib, sys, tempfile, traceback
 import luthier.cli.tuning, luthier.engine.train, luthier.models.load, luthier.store.models
 import matplotlib.pyplot, peft, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from luthier.cli.app import main
+from luthier.engine.metrics import draw_loss_curve
+with tempfile.TemporaryDirectory() as folder:  # loads fonts
+    draw_loss_curve([{"event": "train", "step": 1, "loss": 1.0}], pathlib.Path(folder), "x")
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -205,7 +208,21 @@ def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of very different lengths, so that order and batches matter."""
-    words = "the quick brown fox jumps over a lazy dog and my new card".split()
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "and",
+        "my",
+        "new",
+        "card",
+    ]
     lines = []
     for index in range(40):
         said = " ".join(words[(index * 7 + k) % len(words)] for k in range(1 + index % 9))
@@ -217,7 +234,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(rows: Path, tiny_model_folder: Path) -> Callable[..., list[str]]:
-    """``command("lora")`` is the command line of a run, with dropout where there is any."""
+    """``command("lora")`` is the command line of a run, with dropout where there is any.
+
+    ``bfloat16`` is full tuning in that type, where weights and their masters are two things.
+    """
 
     def build(adaptation: str, *more: str) -> list[str]:
         settings = {
@@ -227,6 +247,8 @@ def command(rows: Path, tiny_model_folder: Path) -> Callable[..., list[str]]:
             "training.precision": "float32",
             "training.weight_decay": 0.1,
         }
+        if adaptation == "bfloat16":
+            settings["training.precision"], adaptation = "bfloat16", "full"
         if adaptation == "lora":
             settings |= {"adaptation.rank": 4, "adaptation.dropout": 0.2}
         arguments = ["tune", str(rows), "--base", str(tiny_model_folder), "--name", "x", "--json"]
@@ -322,9 +344,10 @@ def unbroken(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Outcome]:
     """What runs leave that are not interrupted."""
-    homes = {name: tmp_path_factory.mktemp(name) for name in ("lora", "full")}
+    homes = {name: tmp_path_factory.mktemp(name) for name in ("lora", "full", "bfloat16")}
     process = real(homes["lora"])
-    forker.start(homes["full"], command("full")).result()
+    for name in ("full", "bfloat16"):
+        forker.start(homes[name], command(name)).result()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert json.loads(out)["steps"] == STEPS
@@ -332,7 +355,7 @@ def unbroken(
     for name, home in homes.items():
         assert not leftovers(home)
         assert len(made[name].metrics) == LINES
-    assert made["lora"].weights != made["full"].weights
+    assert len({one.weights for one in made.values()}) == 3
     return made
 
 
@@ -370,8 +393,10 @@ def test_the_module_killed_and_resumed(
     assert not leftovers(tmp_path)
 
 
-@pytest.mark.parametrize("adaptation", ["lora", "full"])
-@pytest.mark.parametrize("lines", [1, 5, 17])
+@pytest.mark.parametrize(
+    ("adaptation", "lines"),
+    [("lora", 1), ("lora", 5), ("lora", 17), ("full", 5), ("full", 17), ("bfloat16", 17)],
+)
 def test_killed_from_outside(
     forker: Forker,
     command: Callable[..., list[str]],

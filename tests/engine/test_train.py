@@ -44,7 +44,21 @@ from luthier.store.models import chat_format, find, load
 from luthier.types import Example
 
 CPU = torch.device("cpu")
-WORDS = "the quick brown fox jumps over a lazy dog and my new card".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "my",
+    "new",
+    "card",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +185,18 @@ def test_a_run_learns_and_stores_what_it_learned(
     assert result.seconds > 0
 
 
+def test_the_objective_follows_from_the_rows(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(WORDS * 100))
+    for name, data in (("text", text), ("pairs", recipe().data.train)):
+        reporter = Notes()
+        result = train.train(recipe(name=name, data={"train": str(data)}), reporter=reporter)
+        method, reason = reporter.choices["objective"]
+        assert method == ("causal_lm" if name == "text" else "sft")
+        assert reason
+        assert manifest_of(result)["recipe"]["objective"]["method"] == method
+
+
 def test_early_stopping_stops_and_the_best_weights_are_stored(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -195,7 +221,9 @@ def test_early_stopping_stops_and_the_best_weights_are_stored(
     on = train.train(recipe({**training, "patience": 0, "max_steps": 12}, name="on", **fields))
     assert on.steps == 12
     assert on.validation_loss == result.validation_loss
-    assert manifest_of(on)["trained_weights_sha256"] == manifest_of(result)["trained_weights_sha256"]
+    assert (
+        manifest_of(on)["trained_weights_sha256"] == manifest_of(result)["trained_weights_sha256"]
+    )
 
 
 def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
@@ -378,7 +406,9 @@ def test_the_token_budget_fits_the_memory_and_the_longest_row() -> None:
     assert token_budget(estimate, [], 100, 1 << 30)[0] == 512
     assert token_budget(estimate, [], 600, 1 << 30)[0] == 600
     assert token_budget(estimate, [], 100, 2 * (1000 + 300 * 10))[0] == 300
-    assert token_budget(estimate, [], 100, 0)[0] == 100  # less is not possible; check_memory refuses
+    assert (
+        token_budget(estimate, [], 100, 0)[0] == 100
+    )  # less is not possible; check_memory refuses
 
 
 def test_choices_are_told_with_their_reasons(recipe: Callable[..., Recipe]) -> None:

@@ -35,7 +35,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(home))
         for name, base, adaptation, template in (
-            ("adapter", str(tiny_model_folder), {"method": "lora", "rank": 4, "alpha": 9.5}, "auto"),
+            (
+                "adapter",
+                str(tiny_model_folder),
+                {"method": "lora", "rank": 4, "alpha": 9.5},
+                "auto",
+            ),
             ("whole", str(tiny_model_folder), "full", "auto"),
             ("plain", str(tiny_model_folder), "full", "plain"),
             ("stacked", "tiny-llama:adapter", {"method": "lora", "rank": 2}, "auto"),

@@ -149,7 +149,9 @@ def script(tokenizer: Any, ids: Sequence[int]) -> Generator:
     return Generator(Scripted(ids, len(tokenizer)), ChatFormat.of(tokenizer), CPU)
 
 
-@pytest.mark.parametrize("text", ["naïve café", "日本語", "👋🏽 hi 👩‍👩‍👧", "a\u2028b", "\n\n  x \n"])
+@pytest.mark.parametrize(
+    "text", ["naïve café", "日本語", "👋🏽 hi 👩‍👩‍👧", "a\u2028b", "\n\n  x \n"]
+)
 def test_characters_of_several_tokens_arrive_whole(tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     scripted = script(tokenizer, [*ids, tokenizer.eos_token_id, *ids])

@@ -176,10 +176,13 @@ def export_model(model_id: str, folder: Path, merged: bool, as_json: bool) -> No
 def remove(model_id: str, as_json: bool) -> None:
     """Delete a custom model and the folder of its run; refuse while others build on it."""
     from luthier.engine.runs import Run
+    from luthier.recipe import NAME_PATTERN
 
-    base, colon, name = model_id.partition(":")
+    base, _, name = model_id.partition(":")
     run = Run(base, name)
-    if not colon or not (run.folder.exists() or run.model_folder.exists()):
+    # An empty name, or `..`, would take the models beside it, too.
+    known = NAME_PATTERN.fullmatch(name) and (run.folder.exists() or run.model_folder.exists())
+    if not known:
         raise RecipeError(f"{model_id!r} is no custom model or run here; see `luthier models list`")
     children = [m.id for m in custom_models() if m.manifest["parent"] == model_id]
     if children:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
+from luthier.models.catalog import MANIFEST
 from luthier.models.save import ADAPTER, save_network
 from luthier.store.models import StoredModel, chat_format, load
 
@@ -27,14 +28,25 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunConflict(f"{target} exists already; name a folder that does not, or an empty one")
     with new_folder(target) as fresh:
-        if stored.parent is not None and not merged:
-            for name in ("adapter_config.json", ADAPTER):
-                shutil.copy2(stored.folder / name, fresh / name)
-            chat_format(stored).tokenizer.save_pretrained(fresh)
-        else:
+        if stored.parent is None:
+            _copy(stored.folder, fresh)
+        elif merged:
             from luthier.engine.devices import choose_machine
 
             machine = choose_machine()
             model = load(stored, machine.dtype, machine.device)
             save_network(model, chat_format(stored), fresh)
+        else:
+            for name in ("adapter_config.json", ADAPTER):
+                shutil.copy2(stored.folder / name, fresh / name)
+            chat_format(stored).tokenizer.save_pretrained(fresh)
     return target
+
+
+def _copy(source: Path, target: Path) -> None:
+    """All files of a whole network but luthier's own."""
+    for path in source.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        elif path.name != MANIFEST and path.stem != "loss":
+            shutil.copy2(path, target / path.name)

@@ -1,0 +1,123 @@
+"""Grading: what is asked, what is compared, what the scores are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import luthier
+from luthier.data.rows import load_rows
+from luthier.errors import DataError, RecipeError, UnknownModel
+from luthier.evaluation.evaluate import grade, questions
+from luthier.evaluation.parity import Parity
+from luthier.graders import GRADERS, exact, first_line
+from luthier.types import Message, Row
+
+PAIR = Row("f", 1, prompt="What?", completion="That.")
+CHAT = Row(
+    "f",
+    2,
+    messages=(
+        Message("system", "Be brief."),
+        Message("user", "One?"),
+        Message("assistant", "1"),
+        Message("user", "Two?"),
+        Message("assistant", "2"),
+    ),
+)
+TEXT = Row("data.jsonl", 3, text="raw")
+
+
+def test_everything_before_the_last_reply_is_asked() -> None:
+    asked, expected = questions([PAIR, CHAT])
+    assert list(asked[0]) == [Message("user", "What?")]
+    assert [turn.content for turn in asked[1]] == ["Be brief.", "One?", "1", "Two?"]
+    assert expected == ["That.", "2"]
+
+
+def test_raw_text_has_no_reply() -> None:
+    with pytest.raises(DataError, match=r"data\.jsonl:3: \[row\.no_reply\]"):
+        questions([PAIR, TEXT])
+
+
+def test_scores_are_means_and_every_answer_is_kept() -> None:
+    rows = [PAIR, CHAT, Row("f", 3, prompt="x", completion="A\nB")]
+    result = grade(rows, ["That.", "3", "A\nC"], {"exact": exact, "first_line": first_line})
+    assert result.rows == 3
+    assert result.scores == {"exact": pytest.approx(1 / 3), "first_line": pytest.approx(2 / 3)}
+    assert [answer.scores["exact"] for answer in result.answers] == [1.0, 0.0, 0.0]
+    assert [answer.prompt for answer in result.answers] == ["What?", "Two?", "x"]
+    assert [answer.reply for answer in result.answers] == ["That.", "3", "A\nC"]
+    assert [answer.expected for answer in result.answers] == ["That.", "2", "A\nB"]
+    assert result.plain() == {"rows": 3, "scores": result.scores}
+    json.dumps(result.plain())
+
+
+def test_any_function_of_two_texts_grades() -> None:
+    result = grade([PAIR], ["abc"], {"length": lambda reply, expected: len(reply) / 10})
+    assert result.scores == {"length": pytest.approx(0.3)}
+
+
+def test_there_must_be_a_reply_for_each_row() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        grade([PAIR, CHAT], ["one"], GRADERS)
+
+
+def test_a_model_is_asked_and_graded(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """The expected replies are the model's own, but for one."""
+    model = luthier.load(str(tiny_model_folder))
+    prompts = ["say fox", "say dog", "say cat"]
+    replies = model.generate(prompts, max_tokens=8)
+    assert all(reply.strip() for reply in replies)
+    expected = [replies[0], "something else", replies[2]]
+    data = tmp_path / "held.jsonl"
+    lines = [
+        json.dumps({"prompt": p, "completion": e}) for p, e in zip(prompts, expected, strict=True)
+    ]
+    data.write_text("\n".join(lines))
+    result = luthier.evaluate(model, data, graders=["exact", "first_line"], max_tokens=8)
+    assert result.scores["exact"] == pytest.approx(2 / 3)
+    assert [answer.reply for answer in result.answers] == replies
+    by_id = luthier.evaluate(str(tiny_model_folder), data, max_tokens=8)
+    assert by_id.scores == {"exact": result.scores["exact"]}
+    assert len(load_rows(data)) == result.rows
+
+
+def test_what_cannot_be_graded_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "held.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}')
+    with pytest.raises(RecipeError, match="unknown grader 'rouge'; there are exact, first_line"):
+        luthier.evaluate("no model", data, graders=["rouge"])
+    with pytest.raises(UnknownModel):
+        luthier.evaluate("no model", data)
+    with pytest.raises(DataError, match=r"file\.missing"):
+        luthier.evaluate("no model", tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("trained", "reloaded", "good"),
+    [
+        (2.0, 2.0, True),
+        (2.0, 2.039, True),
+        (2.0, 2.041, False),
+        (2.0, 1.959, False),
+        (0.1, 0.119, True),
+        (0.1, 0.121, False),
+        (2.0, float("nan"), False),
+        (2.0, float("inf"), False),
+        (float("nan"), float("nan"), False),
+    ],
+)
+def test_the_parity_gate(trained: float, reloaded: float, good: bool) -> None:
+    from luthier.errors import LuthierError
+
+    gate: Any = Parity(16, trained, reloaded)
+    if good:
+        gate.check()
+    else:
+        with pytest.raises(LuthierError, match="not the trained one") as caught:
+            gate.check()
+        assert caught.value.exit_code == 1

@@ -1,0 +1,209 @@
+"""What the documents say to type exists; what the README promises first is done for real (slow)."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import luthier
+from luthier.cli.app import app
+from luthier.data.rows import load_rows
+from luthier.recipe import Recipe, set_field
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "src" / "luthier" / "demo" / "README.md",
+]
+HOLES = re.compile(r"[A-Z_]{3,}|…|\.\.\.|[\[\]<>|]")
+"""Marks of a synopsis (``luthier tune DATA``), which is not something to type as it is."""
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [body for language, body in found if language in languages]
+
+
+def commands(text: str, program: str) -> Iterator[str]:
+    """Commands of ``program`` in shell blocks and in `inline code`."""
+    lines = [line for body in blocks(text, "sh", "console", "bash") for line in body.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(r"`([^`\n]+)`", prose)
+    for line in lines:
+        for part in line.removeprefix("$ ").split("&&"):
+            command = part.partition("  #")[0].strip()
+            if command.split(" ")[0] == program:
+                yield command
+
+
+def all_commands(program: str) -> list[Any]:
+    return [
+        pytest.param(command, id=f"{document.stem}: {command[:60]}")
+        for document in DOCUMENTS
+        if document.exists()
+        for command in dict.fromkeys(commands(document.read_text(), program))
+    ]
+
+
+def check(command: str) -> None:
+    """Follow a command down the tree of commands; each option must be there and take its value."""
+    words = shlex.split(command)[1:]
+    node: Any = typer.main.get_command(app)
+    while words and hasattr(node, "commands"):
+        if words[0].startswith("-"):
+            break
+        assert words[0] in node.commands, f"there is no command {words[0]!r}"
+        node = node.commands[words.pop(0)]
+    options = {
+        name: param for param in node.params for name in (*param.opts, *param.secondary_opts)
+    }
+    places = [param for param in node.params if param.param_type_name == "argument"]
+    given = []
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if not word.startswith("-"):
+            given.append(word)
+        elif name != "--help":
+            assert name in options, f"`luthier {node.name}` has no option {name}"
+            if not getattr(options[name], "is_flag", False) and not equals:
+                assert words, f"{name} needs a value"
+                value = words.pop(0)
+                if name == "--set" and not HOLES.search(value):
+                    fields: dict[str, Any] = {"data": {"train": "x"}}
+                    set_field(fields, value)
+                    Recipe.parse(fields)
+    assert len(given) <= len(places), f"{given} are too many arguments"
+    if given or not HOLES.search(command):
+        required = [param for param in places if param.required]
+        assert len(given) >= len(required) or "--help" in command or not given, command
+
+
+def test_the_check_itself_can_fail() -> None:
+    check("luthier tune my.jsonl --set adaptation.rank=8 --name x")
+    for wrong in (
+        "luthier tume my.jsonl",
+        "luthier tune my.jsonl --nam x",
+        "luthier models delete x",
+        "luthier models list x",
+        "luthier tune my.jsonl --name",
+    ):
+        with pytest.raises(AssertionError):
+            check(wrong)
+    from luthier.errors import RecipeError
+
+    with pytest.raises(RecipeError):
+        check("luthier tune my.jsonl --set adaptation.rnk=8")
+
+
+@pytest.mark.parametrize("command", all_commands("luthier"))
+def test_commands_in_the_documents_exist(command: str) -> None:
+    check(command)
+
+
+def test_the_readme_shows_the_main_commands() -> None:
+    """So that the test above cannot pass by finding nothing."""
+    text = (ROOT / "README.md").read_text()
+    shown = {" ".join(command.split()[:2]) for command in commands(text, "luthier")}
+    for name in ("tune", "chat", "generate", "evaluate", "inspect", "models"):
+        assert f"luthier {name}" in shown
+
+
+@pytest.mark.parametrize("command", all_commands("make"))
+def test_make_targets_in_the_documents_exist(command: str) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for word in shlex.split(command)[1:]:
+        assert "=" in word or word in targets, f"make has no target {word}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    if not document.exists():
+        pytest.skip("not written yet")
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not re.match(r"[a-z]+:", target):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_recipes_named_in_the_documents_are_there() -> None:
+    for document in DOCUMENTS:
+        if document.exists():
+            for path in re.findall(r"\brecipes/[a-z0-9.-]+\.toml", document.read_text()):
+                Recipe.read(ROOT / path)
+
+
+def test_python_in_the_readme_uses_what_is_public() -> None:
+    for body in blocks((ROOT / "README.md").read_text(), "python"):
+        for node in ast.walk(ast.parse(body)):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "luthier"
+            ):
+                assert node.attr in luthier.__all__
+
+
+def test_rows_in_the_readme_are_rows(tmp_path: Path) -> None:
+    lines = [
+        line
+        for body in blocks((ROOT / "README.md").read_text(), "json")
+        for line in body.splitlines()
+    ]
+    assert len(lines) >= 3
+    for line in lines:
+        path = tmp_path / "row.jsonl"
+        path.write_text(line)
+        assert len(load_rows(path)) == 1
+
+
+def test_the_demo_s_data_is_what_its_page_says() -> None:
+    folder = ROOT / "src" / "luthier" / "demo"
+    prompts: dict[str, set[str | None]] = {}
+    for name in ("train", "validation", "test"):
+        rows = load_rows(folder / f"{name}.jsonl")
+        prompts[name] = {row.prompt for row in rows}
+        assert len(prompts[name]) == len(rows)
+        assert all(row.completion and row.completion.startswith("[route: ") for row in rows)
+    assert not prompts["train"] & (prompts["validation"] | prompts["test"])
+    assert not prompts["validation"] & prompts["test"]
+
+
+@pytest.mark.slow
+def test_the_demo_does_what_it_promises(tmp_path: Path) -> None:
+    """``make demo``: fetches the base model, tunes it, measures before and after."""
+    done = subprocess.run(
+        [sys.executable, "-m", "luthier", "demo", "--json"],
+        env={
+            **{key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"},
+            "LUTHIER_HOME": str(tmp_path),
+        },
+        capture_output=True, text=True, check=False, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["model_id"] == "smollm2-135m-instruct:support-v1"
+    base, tuned = report["scores"]["base"], report["scores"]["tuned"]
+    assert tuned["routing label"] >= 0.6
+    assert tuned["house style"] >= 0.9
+    assert base["routing label"] <= 0.1
+    assert base["house style"] <= 0.1
+    listed = subprocess.run(
+        [sys.executable, "-m", "luthier", "models", "list", "--json"],
+        env={**os.environ, "LUTHIER_HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert [model["id"] for model in json.loads(listed.stdout)["custom"]] == [report["model_id"]]
