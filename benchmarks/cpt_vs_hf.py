@@ -72,7 +72,7 @@ def luthier(source: Path, steps: int, budget: int) -> tuple[dict, int]:
         command += ["--learning-rate", str(RATE)]
         for setting in (
             f"training.max_steps={steps}",
-            f"training.warmup_share={1 / steps}",
+            "training.warmup_share=0",
             f"training.micro_batch_tokens={budget}",
             "training.shuffle=false",
             "data.validation_share=0",

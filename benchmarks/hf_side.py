@@ -58,7 +58,7 @@ def main() -> None:
                 per_device_train_batch_size=4,
                 learning_rate=float(rate),
                 lr_scheduler_type="cosine",
-                warmup_steps=1,
+                warmup_steps=0,
                 logging_steps=1,
                 report_to=[],
                 save_strategy="no",

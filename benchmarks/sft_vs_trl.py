@@ -54,7 +54,7 @@ def luthier(rows: Path, adaptation: str, rate: float, steps: int) -> tuple[Outco
         command += ["--learning-rate", str(rate)]
         for setting in (
             f"training.max_steps={steps}",
-            f"training.warmup_share={1 / steps}",
+            "training.warmup_share=0",
             "training.shuffle=false",
             "data.validation_share=0",
             "objective.template=plain",

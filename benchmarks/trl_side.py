@@ -52,7 +52,7 @@ def main() -> None:
             max_steps=int(steps),
             learning_rate=float(rate),
             lr_scheduler_type="cosine",
-            warmup_steps=1,
+            warmup_steps=0,
             logging_steps=1,
             report_to=[],
             save_strategy="no",

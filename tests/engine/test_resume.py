@@ -451,6 +451,36 @@ def wait_for_cut(home: Path, lines: int) -> None:
         time.sleep(0.002)
 
 
+def test_the_best_weights_and_the_patience_survive_a_kill(
+    forker: Forker, command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Killed after the best measurement, the run still ends where it would have, with those weights."""
+    arguments = command(
+        "full", "--set", "training.evaluate_every=1", "--set", "training.patience=7"
+    )
+    for letter in "AB":
+        row = {"prompt": "say", "completion": f"{letter} " * 4}
+        (tmp_path / f"{letter}.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    arguments[1] = str(tmp_path / "A.jsonl")
+    arguments += ["--validation", str(tmp_path / "B.jsonl")]
+    arguments[arguments.index("--learning-rate") + 1] = "0.05"
+    arguments += ["--set", "training.schedule=constant", "--set", "training.warmup_share=0"]
+    forker.start(tmp_path / "one", arguments).result()
+    one = outcome(tmp_path / "one")
+    best = one.metrics[-1]["best_step"]
+    assert 0 < best < 25
+    assert one.result["steps"] == best + 7
+    home = tmp_path / "two"
+    every_step = "from luthier.engine import checkpoints\n"
+    every_step += "checkpoints.Checkpoints.due = lambda self, step: True\n"
+    job = forker.start(home, arguments, every_step + SLOWLY.replace("0.01", "0.05"))
+    wait_for_lines(home, 1 + 2 * (best + 4))
+    job.send(signal.SIGKILL)
+    assert best < int(checkpoints(home)[-1].name.removeprefix("step-")) < best + 7
+    forker.start(home, [*arguments, "--resume"]).result()
+    same(outcome(home), one)
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at(
     forker: Forker,

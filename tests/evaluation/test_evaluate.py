@@ -98,23 +98,25 @@ def test_what_cannot_be_graded_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained", "reloaded", "good"),
+    ("trained", "reloaded", "rounded", "good"),
     [
-        (2.0, 2.0, True),
-        (2.0, 2.039, True),
-        (2.0, 2.041, False),
-        (2.0, 1.959, False),
-        (0.1, 0.119, True),
-        (0.1, 0.121, False),
-        (2.0, float("nan"), False),
-        (2.0, float("inf"), False),
-        (float("nan"), float("nan"), False),
+        (2.0, 2.0, False, True),
+        (2.0, 2.009, False, True),
+        (2.0, 2.011, False, False),
+        (2.0, 1.989, False, False),
+        (0.1, 0.1049, False, True),
+        (0.1, 0.1051, False, False),
+        (2.0, 2.299, True, True),
+        (2.0, 2.301, True, False),
+        (2.0, float("nan"), True, False),
+        (2.0, float("inf"), True, False),
+        (float("nan"), float("nan"), True, False),
     ],
 )
-def test_the_parity_gate(trained: float, reloaded: float, good: bool) -> None:
+def test_the_parity_gate(trained: float, reloaded: float, rounded: bool, good: bool) -> None:
     from luthier.errors import LuthierError
 
-    gate: Any = Parity(16, trained, reloaded)
+    gate: Any = Parity(16, trained, reloaded, rounded)
     if good:
         gate.check()
     else:

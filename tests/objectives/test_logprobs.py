@@ -63,7 +63,7 @@ def random_edges(nodes: int, vocabulary: int) -> Edges:
 def test_loss_and_gradients_are_those_of_the_formula(
     chunk: int, fill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    monkeypatch.setattr(logprobs, "CHUNK_TRAINED", chunk)
     edges = random_edges(nodes=24, vocabulary=11)
     torch.manual_seed(0)
     hidden, head = torch.randn(24, 6), torch.randn(11, 6)
@@ -127,12 +127,14 @@ class LargestTensor(TorchDispatchMode):
         return made
 
 
-def test_logits_exist_for_one_chunk_at_a_time() -> None:
+@pytest.mark.parametrize(("trained", "rows"), [(False, 128), (True, 512)])
+def test_logits_exist_for_one_chunk_at_a_time(trained: bool, rows: int) -> None:
     edges = [(parent, parent % 50, 1.0) for parent in range(1000)]
-    network = Head(torch.randn(1000, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True))
+    head = torch.randn(50, 6, requires_grad=trained)
+    network = Head(torch.randn(1000, 6, requires_grad=True), head)
     with LargestTensor(vocabulary=50) as seen:
         weighted_nll(network, batch_of(edges)).backward()  # type: ignore[arg-type]
-    assert seen.rows == logprobs.CHUNK == 128
+    assert seen.rows == rows
 
 
 def test_small_terms_are_not_lost_beside_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:

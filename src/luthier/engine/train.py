@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +34,13 @@ from luthier.files import hashes_of, need_disk, new_folder, write_json
 from luthier.models.catalog import MANIFEST
 from luthier.models.load import as_network, check_folder, context_length
 from luthier.models.network import Network
-from luthier.models.save import save_adapter, save_format, save_network, trained_weights
+from luthier.models.save import (
+    read_adapter,
+    save_adapter,
+    save_format,
+    save_network,
+    trained_weights,
+)
 from luthier.recipe import Recipe
 from luthier.store import models as store
 from luthier.types import Example
@@ -174,12 +181,9 @@ class _Trainer:
             loop.metrics.cut(0)
         progress = loop.run()
         self.reporter.stage("Storing and verifying the model")
-        sample = [*self.job.data.validation, *self.job.data.train][:PARITY_ROWS]
-        trained = mean_loss(network, self.job.data.objective, sample, loop.budget)
-        validation = progress.best_loss
         lines = loop.metrics.read()
-        del loop
-        result = self._store(network, progress, validation, trained, lines)
+        del loop  # the optimizer's memory is needed for the second copy of the network
+        result = self._store(network, progress, lines)
         self.run_folder.finish(result)
         return result
 
@@ -212,52 +216,38 @@ class _Trainer:
             reporter=self.reporter,
         )
 
-    def _store(
-        self,
-        network: Network,
-        progress: Progress,
-        validation: float | None,
-        trained: float,
-        lines: list[dict[str, Any]],
-    ) -> Result:
-        run, job = self.run_folder, self.job
-        draw_loss_curve(lines, run.folder, run.model_id)
-        model = network.model
-        kept = trained_weights(model)
-        adapter = self.recipe.adaptation.peft_config(model, str(job.base.folder))
-        result = Result(
-            model_id=run.model_id,
-            run_dir=str(run.folder),
-            model_dir=str(run.model_folder),
-            rows=job.data.counts["rows"],
-            tokens=progress.tokens,
-            steps=progress.step,
-            train_loss=float(progress.last_loss or 0.0),
-            validation_loss=validation,
-            seconds=round(progress.seconds, 3),
-            peak_memory_bytes=peak_memory(),
-        )
+    def _store(self, network: Network, progress: Progress, lines: list[dict[str, Any]]) -> Result:
+        """Save, let go of the network, load what was saved, compare, and only then make it a model."""
+        run = self.run_folder
+        trained = self._loss(network)
         with new_folder(run.model_folder) as fresh:
-            for kind in ("svg", "png"):
-                (fresh / f"loss.{kind}").write_bytes((run.folder / f"loss.{kind}").read_bytes())
-            if adapter is not None:
-                save_adapter(model, adapter, fresh)
-                save_format(job.chat, fresh)
-            else:
-                save_network(model, job.chat, fresh)
-            manifest = self._manifest(result, adapter is not None, fingerprint(kept))
-            parity = self._parity(fresh, manifest, trained)
-            manifest["parity"] = asdict(parity)
+            manifest = self._save(network, fresh)
+            network.close()
+            manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
+            draw_loss_curve(lines, fresh, run.model_id)
+            result = self._result(progress)
+            metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
+            manifest["metrics"] = metrics
             manifest["files"] = hashes_of(fresh)
             write_json(fresh / MANIFEST, manifest)
+        for kind in ("svg", "png"):
+            shutil.copyfile(run.model_folder / f"loss.{kind}", run.folder / f"loss.{kind}")
         return result
 
-    def _manifest(self, result: Result, adapter: bool, weights: str) -> dict[str, Any]:
-        job = self.job
+    def _save(self, network: Network, folder: Path) -> dict[str, Any]:
+        """Write weights and tokenizer; what the manifest says of them and of where they came from."""
+        job, model = self.job, network.model
+        adapter = self.recipe.adaptation.peft_config(model, str(job.base.folder))
+        weights = fingerprint(trained_weights(model))
+        if adapter is not None:
+            save_adapter(model, adapter, folder)
+            save_format(job.chat, folder)
+        else:
+            save_network(model, job.chat, folder)
         return {
-            "id": result.model_id,
+            "id": self.run_folder.model_id,
             "kind": "causal_lm",
-            "saved": "adapter" if adapter else "network",
+            "saved": "network" if adapter is None else "adapter",
             "parent": job.base.id,
             "root": job.base.root,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -271,22 +261,43 @@ class _Trainer:
                 "truncated": job.data.truncated,
                 **job.data.counts,
             },
-            "metrics": {key: v for key, v in asdict(result).items() if not key.endswith("_dir")},
             "trained_weights_sha256": weights,
             "format": {"template": job.chat.template, "stop_ids": list(job.chat.stop_ids)},
         }
 
+    def _result(self, progress: Progress) -> Result:
+        run = self.run_folder
+        return Result(
+            model_id=run.model_id,
+            run_dir=str(run.folder),
+            model_dir=str(run.model_folder),
+            rows=self.job.data.counts["rows"],
+            tokens=progress.tokens,
+            steps=progress.step,
+            train_loss=float(progress.last_loss or 0.0),
+            validation_loss=progress.best_loss,
+            seconds=round(progress.seconds, 3),
+            peak_memory_bytes=peak_memory(),
+        )
+
+    def _sample(self) -> list[Example]:
+        """The rows that parity is measured on, held-out ones first."""
+        return [*self.job.data.validation, *self.job.data.train][:PARITY_ROWS]
+
+    def _loss(self, network: Network) -> float:
+        budget = self.recipe.training.micro_batch_tokens or 1
+        return mean_loss(network, self.job.data.objective, self._sample(), budget)
+
     def _parity(self, folder: Path, manifest: dict[str, Any], trained: float) -> Parity:
         """Load what was written as serving will, and compare."""
         parent = self.job.base if manifest["saved"] == "adapter" else None
+        if parent and fingerprint(read_adapter(folder)) != manifest["trained_weights_sha256"]:
+            raise LuthierError("the saved adapter has not the bits of the trained one")
         stored = store.StoredModel(manifest["id"], folder, manifest, parent)
         again = store.load(stored, self.machine.dtype, self.machine.device)
         network = as_network(again, self.machine.device, self.machine.dtype)
-        budget = self.recipe.training.micro_batch_tokens or 512
-        sample = [*self.job.data.validation, *self.job.data.train][:PARITY_ROWS]
-        parity = Parity(
-            len(sample), trained, mean_loss(network, self.job.data.objective, sample, budget)
-        )
+        rounded = parent is not None and self.machine.dtype != torch.float32
+        parity = Parity(len(self._sample()), trained, self._loss(network), rounded)
         parity.check()
         if store.chat_format(stored).stop_ids != self.job.chat.stop_ids:
             raise LuthierError(

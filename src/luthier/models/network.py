@@ -96,6 +96,11 @@ class Network:
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
+    def close(self) -> None:
+        """Let go of the weights, so that their memory can be used again."""
+        self.model = None
+        self.__dict__.pop("_backbone", None)
+
     def batch(self, tree: TokenTree) -> TreeBatch:
         """``tree`` on this network's device."""
         return TreeBatch.of(tree, self.device, self.dtype)

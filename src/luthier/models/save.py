@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from luthier.errors import CorruptFile
@@ -35,19 +36,24 @@ def save_adapter(model: nn.Module, config: dict[str, Any], folder: Path) -> None
     write_bytes(folder / "adapter_config.json", text.encode())
 
 
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The weights of a saved adapter, by the names they have in the network."""
+    try:
+        saved: dict[str, Tensor] = load_file(folder / ADAPTER)
+    except (OSError, SafetensorError) as error:
+        raise CorruptFile(f"{folder / ADAPTER} cannot be read: {error}") from error
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
+
+
 def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None:
     """Attach ``adaptation`` to ``model`` and give it the weights saved in ``folder``."""
     import torch
-    from safetensors import SafetensorError
     from transformers.initialization import no_init_weights
 
+    saved = read_adapter(folder)
     with no_init_weights():
         adaptation.attach(model)
-    try:
-        saved = load_file(folder / ADAPTER)
-    except (OSError, SafetensorError) as error:
-        raise CorruptFile(f"{folder / ADAPTER} cannot be read: {error}") from error
-    weights = {f"{_PREFIX}{n}": p for n, p in model.named_parameters() if p.requires_grad}
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if saved.keys() != weights.keys():
         odd = sorted(saved.keys() ^ weights.keys())[:3]
         raise CorruptFile(f"{folder / ADAPTER} does not fit the network: {', '.join(odd)} …")

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 CHUNK = 128
-"""Positions whose logits exist at once."""
+"""Positions whose logits exist at once while the output head is frozen."""
+CHUNK_TRAINED = 512
+"""The same while the head trains: each chunk adds to its whole gradient, so fewer are better."""
 
 
 class _WeightedNLL(torch.autograd.Function):
@@ -35,12 +37,13 @@ class _WeightedNLL(torch.autograd.Function):
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         dhidden_SH = torch.empty_like(hidden_SH) if needs_hidden else None
         dhead_VH = torch.zeros(head_VH.shape, device=head_VH.device) if needs_head else None
+        chunk = CHUNK_TRAINED if needs_head else CHUNK
         total = torch.zeros((), dtype=torch.float64, device=hidden_SH.device)
-        bounds = torch.arange(0, len(hidden_SH) + CHUNK, CHUNK, device=source_E.device)
+        bounds = torch.arange(0, len(hidden_SH) + chunk, chunk, device=source_E.device)
         edges = torch.searchsorted(source_E, bounds).tolist()
-        for index, start in enumerate(range(0, len(hidden_SH), CHUNK)):
+        for index, start in enumerate(range(0, len(hidden_SH), chunk)):
             first, last = edges[index], edges[index + 1]
-            h_CH = hidden_SH[start : start + CHUNK]
+            h_CH = hidden_SH[start : start + chunk]
             position, target = source_E[first:last] - start, target_E[first:last]
             weight = weight_E[first:last]
             logits_CV = torch.mm(h_CH, head_VH.t()).float()
@@ -54,7 +57,7 @@ class _WeightedNLL(torch.autograd.Function):
             grad_CV.index_put_((position, target), -weight, accumulate=True)
             grad_CV = grad_CV.to(head_VH.dtype)
             if dhidden_SH is not None:
-                torch.mm(grad_CV, head_VH, out=dhidden_SH[start : start + CHUNK])
+                torch.mm(grad_CV, head_VH, out=dhidden_SH[start : start + chunk])
             if dhead_VH is not None:
                 dhead_VH += torch.mm(grad_CV.t(), h_CH)
         ctx.save_for_backward(dhidden_SH, dhead_VH)
