@@ -108,7 +108,7 @@ class LiveReporter(Reporter):
         if self._progress is None:
             self._open(steps)
         if line["event"] == "validation":
-            self._validation = f"validation {line['loss']:.3f}"
+            self._validation = f"val {line['loss']:.3f}  "
             best = "  best so far" if line["best_step"] == line["step"] else ""
             self._progress.console.print(
                 f"  step {line['step']:>5}  validation loss {line['loss']:.4f}{best}",
@@ -116,7 +116,7 @@ class LiveReporter(Reporter):
             )
             return
         speed = line["tokens_per_second"]
-        text = f"loss {line['loss']:.3f}  {self._validation}  {speed:,.0f} tokens/s"
+        text = f"loss {line['loss']:.3f}  {self._validation}{speed:,.0f} tok/s"
         memory = f"{line['memory_bytes'] / 1e9:.1f} GB"
         self._progress.update(self._task, completed=line["step"], text=f"{text}  {memory}")
 
@@ -134,13 +134,14 @@ class LiveReporter(Reporter):
             TextColumn,
             TimeRemainingColumn,
         )
+        from rich.table import Column
 
         self._progress = Progress(
-            TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TimeRemainingColumn(),
-            TextColumn("left  {task.fields[text]}"),
+            # Short enough for 80 columns.
+            TextColumn("left  {task.fields[text]}", table_column=Column(no_wrap=True)),
             console=self.console,
         )
         self._progress.start()
