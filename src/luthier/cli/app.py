@@ -6,6 +6,7 @@ needs when it runs.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -223,4 +224,7 @@ def models_remove(model: str, json_: Json = False) -> None:
 
 def main() -> None:
     """Entry point of the ``luthier`` command."""
+    # OpenMP threads spin for milliseconds while they wait. Beside another busy process that made a
+    # step take 55 s for 1; a tenth of a millisecond costs nothing. Read once, when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     app()
