@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 
 import torch
 from datasets import Dataset
@@ -16,26 +15,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
 
-
-class Clock(TrainerCallback):
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-
-    def on_step_begin(self, *args: object, **kwargs: object) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(self, *args: object, **kwargs: object) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+from clock import Clock
 
 
 def main() -> None:

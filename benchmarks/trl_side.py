@@ -9,36 +9,20 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-
-class Clock(TrainerCallback):
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-
-    def on_step_begin(self, *args: object, **kwargs: object) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(self, *args: object, **kwargs: object) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+from clock import Clock
 
 
 def main() -> None:
     folder, rows, steps, setting, rate = sys.argv[1:6]
     adapt, kind = setting.split("-")
     best = kind == "best"
-    torch.set_num_threads(torch.get_num_threads())
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16 if best else torch.float32
     )

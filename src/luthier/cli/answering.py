@@ -172,13 +172,11 @@ def evaluate(
     from luthier.data.rows import load_rows
     from luthier.evaluation.evaluate import grade, questions
     from luthier.files import write_bytes
-    from luthier.graders import GRADERS
+    from luthier.graders import graders_named
     from luthier.serving.generation import Generator, Sampling
     from luthier.store.models import find
 
-    unknown = [name for name in graders if name not in GRADERS]
-    if unknown:
-        raise RecipeError(f"unknown grader {unknown[0]!r}; there are {', '.join(GRADERS)}")
+    chosen = graders_named(graders)
     _check_output(target)
     rows = load_rows(data)
     asked, _ = questions(rows)
@@ -187,7 +185,7 @@ def evaluate(
     started = time.monotonic()
     with counting(len(asked), "evaluate") as done:
         replies = generator.replies(asked, Sampling(max_tokens=max_tokens), done=done)
-    result = grade(rows, replies, {name: GRADERS[name] for name in graders})
+    result = grade(rows, replies, chosen)
     seconds = time.monotonic() - started
     if target is not None:
         fields = ("prompt", "reply", "expected", "scores")

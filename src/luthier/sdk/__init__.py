@@ -87,13 +87,11 @@ def evaluate(
     """Let a model answer the prompts of a data file and grade the replies."""
     from luthier.data.rows import load_rows
     from luthier.evaluation.evaluate import grade, questions
-    from luthier.graders import GRADERS
+    from luthier.graders import graders_named
 
-    unknown = [name for name in graders if name not in GRADERS]
-    if unknown:
-        raise RecipeError(f"unknown grader {unknown[0]!r}; there are {', '.join(GRADERS)}")
+    chosen = graders_named(graders)
     rows = load_rows(Path(data))
     asked, _ = questions(rows)
     opened = model if isinstance(model, Model) else load(model)
     replies = opened.generate(asked, max_tokens=max_tokens)
-    return grade(rows, replies, {name: GRADERS[name] for name in graders})
+    return grade(rows, replies, chosen)
