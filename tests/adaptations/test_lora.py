@@ -255,6 +255,31 @@ def test_the_layer_and_its_gradients_are_those_of_the_formula(bias: bool) -> Non
     assert torch.autograd.gradcheck(layer, (x, a, b))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-6])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_small_update_is_not_lost_beside_a_large_output(bias: bool, dropout: float) -> None:
+    """In bfloat16 the update is below half the spacing of most outputs; on average all of it counts."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(576, 576, bias=bias).bfloat16(), 16, scale=2.0, dropout=dropout)
+    nn.init.normal_(layer.base_layer.weight, std=576**-0.5)
+    nn.init.normal_(layer.lora_B.weight, std=2e-4)
+    layer.requires_grad_(False)
+    x = torch.randn(512, 576).bfloat16()
+    found = layer(x)
+    a, b = layer.lora_A.weight.double(), layer.lora_B.weight.double()
+    update = 2.0 * (x.double() @ a.t()).bfloat16().double() @ b.t()
+    base = F.linear(x.double(), *(p.double() for p in layer.base_layer.parameters()))
+
+    def kept(y: Tensor) -> float:
+        """Share of the update that is in ``y``, by projection."""
+        return float(((y.double() - base) * update).sum() / update.square().sum())
+
+    assert kept(found) == pytest.approx(1.0, abs=0.02)
+    if not bias:  # what this test is there to catch: the update added to a rounded output
+        twice = F.linear(x, layer.base_layer.weight) + update.bfloat16()
+        assert kept(twice) - kept(F.linear(x, layer.base_layer.weight)) < 0.9
+
+
 def test_dropout_falls_on_the_input_of_the_branch() -> None:
     layer = LoRALinear(nn.Linear(64, 5), rank=3, scale=2.0, dropout=0.5)
     nn.init.normal_(layer.lora_B.weight)
