@@ -21,6 +21,11 @@ TRL = [
 ]
 
 
+Curve = dict[str, list[float]]
+"""``seconds`` and ``losses``, one entry for each step."""
+_CURVE = {"seconds": "seconds", "losses": "loss"}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one process printed and took."""
@@ -41,6 +46,31 @@ def run(command: list[str], env: dict[str, str] | None = None) -> Outcome:
         if child.returncode or not lines:
             sys.exit(f"{' '.join(command)} failed:\n{err.read()[-3000:]}")
     return Outcome(json.loads(lines[-1]), usage.ru_maxrss * 1024)
+
+
+def tune(rows: Path, flags: dict[str, str], settings: dict[str, str]) -> tuple[Outcome, Curve]:
+    """``luthier tune`` in a home of its own that shares the base models; rows in the file's order.
+
+    No warm-up and no validation, so that the steps are the same as a peer's.
+    """
+    from luthier.files import luthier_home
+
+    settings = {
+        "training.warmup_share": "0",
+        "training.shuffle": "false",
+        "data.validation_share": "0",
+        **settings,
+    }
+    command = [sys.executable, "-m", "luthier", "tune", str(rows), "--name", "bench", "--json"]
+    command += [part for name, value in flags.items() for part in (f"--{name}", value)]
+    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    with tempfile.TemporaryDirectory() as home:
+        (Path(home) / "models").mkdir()
+        (Path(home) / "models" / "base").symlink_to(luthier_home() / "models" / "base")
+        outcome = run(command, {"LUTHIER_HOME": home})
+        lines = Path(outcome.report["run_dir"], "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines if '"train"' in line]
+    return outcome, {key: [step[name] for step in steps] for key, name in _CURVE.items()}
 
 
 def trl_python() -> str:

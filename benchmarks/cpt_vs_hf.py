@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from children import run, table, trl_python
+from children import Curve, Outcome, run, table, trl_python, tune
 
 TOKENS, BATCH, RATE = 512, 4, 5e-5
 
@@ -52,37 +51,15 @@ def step_flops(config: dict) -> float:
     return BATCH * TOKENS * (6.0 * (layers * linear + head) + attention)
 
 
-def luthier(source: Path, steps: int, budget: int) -> tuple[dict, int]:
-    from luthier.files import luthier_home
-
-    with tempfile.TemporaryDirectory() as home:
-        (Path(home) / "models").mkdir()
-        (Path(home) / "models" / "base").symlink_to(luthier_home() / "models" / "base")
-        command = [
-            sys.executable,
-            "-m",
-            "luthier",
-            "tune",
-            str(source),
-            "--name",
-            "bench",
-            "--json",
-        ]
-        command += ["--objective", "causal_lm", "--adaptation", "full", "--batch-size", str(BATCH)]
-        command += ["--learning-rate", str(RATE)]
-        for setting in (
-            f"training.max_steps={steps}",
-            "training.warmup_share=0",
-            f"training.micro_batch_tokens={budget}",
-            "training.shuffle=false",
-            "data.validation_share=0",
-        ):
-            command += ["--set", setting]
-        outcome = run(command, {"LUTHIER_HOME": home})
-        lines = Path(outcome.report["run_dir"], "metrics.jsonl").read_text().splitlines()
-    seen = [json.loads(line) for line in lines if '"train"' in line]
-    curve = {"seconds": [s["seconds"] for s in seen], "losses": [s["loss"] for s in seen]}
-    return curve, outcome.peak_bytes
+def luthier(source: Path, steps: int, budget: int) -> tuple[Outcome, Curve]:
+    flags = {
+        "objective": "causal_lm",
+        "adaptation": "full",
+        "batch-size": str(BATCH),
+        "learning-rate": str(RATE),
+    }
+    settings = {"training.max_steps": str(steps), "training.micro_batch_tokens": str(budget)}
+    return tune(source, flags, settings)
 
 
 def main() -> None:
@@ -110,7 +87,7 @@ def main() -> None:
             ]
         )
         rate = matmul_rate([(hidden, hidden), (hidden, inner), (inner, hidden)], BATCH * TOKENS)
-        curve, peak = luthier(options.data, options.steps, options.budget)
+        ours_run, curve = luthier(options.data, options.steps, options.budget)
         print(json.dumps({"luthier": curve, "hf": peer.report, "rate": rate}), file=sys.stderr)
         # the first two steps grow the heap; both sides are judged after them
         ours = min(curve["seconds"][2:]), sum(curve["seconds"][2:]) / len(curve["seconds"][2:])
@@ -123,7 +100,7 @@ def main() -> None:
                 f"**{theirs / ours[1]:.1f}x**",
                 f"{limit:.2f} s at {rate / 1e9:.0f} GFLOP/s",
                 f"{limit / ours[1]:.0%} (best step {limit / ours[0]:.0%})",
-                f"{peak / 1e9:.2f} / {peer.peak_bytes / 1e9:.2f}",
+                f"{ours_run.peak_bytes / 1e9:.2f} / {peer.peak_bytes / 1e9:.2f}",
                 f"{curve['losses'][-1]:.3f} / {peer.report['losses'][-1]:.3f}",
             ]
         )
@@ -139,4 +116,5 @@ def main() -> None:
     print(table(header, rows))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from children import Outcome, run, steady_rate, table, trl_python
+from children import Curve, Outcome, run, steady_rate, table, trl_python, tune
 
 BATCH = 16
 CASES = {
@@ -43,44 +43,25 @@ def write_rows(source: Path, target: Path, prompt: str, count: int) -> None:
     target.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def luthier(rows: Path, adaptation: str, rate: float, steps: int) -> tuple[Outcome, dict]:
-    with tempfile.TemporaryDirectory() as home:
-        from luthier.files import luthier_home
-
-        (Path(home) / "models").mkdir()
-        (Path(home) / "models" / "base").symlink_to(luthier_home() / "models" / "base")
-        command = [sys.executable, "-m", "luthier", "tune", str(rows), "--name", "bench", "--json"]
-        command += ["--adaptation", adaptation, "--batch-size", str(BATCH)]
-        command += ["--learning-rate", str(rate)]
-        for setting in (
-            f"training.max_steps={steps}",
-            "training.warmup_share=0",
-            "training.shuffle=false",
-            "data.validation_share=0",
-            "objective.template=plain",
-        ):
-            command += ["--set", setting]
-        outcome = run(command, {"LUTHIER_HOME": home})
-        lines = Path(outcome.report["run_dir"], "metrics.jsonl").read_text().splitlines()
-    steps_seen = [json.loads(line) for line in lines if '"train"' in line]
-    curve = {
-        "seconds": [s["seconds"] for s in steps_seen],
-        "losses": [s["loss"] for s in steps_seen],
-    }
-    return outcome, curve
+def luthier(rows: Path, adaptation: str, rate: float, steps: int) -> tuple[Outcome, Curve]:
+    flags = {"adaptation": adaptation, "batch-size": str(BATCH), "learning-rate": str(rate)}
+    settings = {"training.max_steps": str(steps), "objective.template": "plain"}
+    return tune(rows, flags, settings)
 
 
 def tail(losses: list[float]) -> float:
     return statistics.fmean(losses[-max(1, len(losses) // 3) :])
 
 
-def compare(case: str, source: Path, steps: int, pairs: int, model: str) -> list[list[str]]:
+def compare(
+    case: str, source: Path, steps: int, pairs: int, model: str, against: str | None
+) -> list[list[str]]:
     prompt, adaptation, rate, settings = CASES[case]
     out = []
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"
         write_rows(source, rows, prompt, BATCH * steps)
-        for setting in settings:
+        for setting in (s for s in settings if against in (None, s)):
             for pair in range(pairs):
                 peer = run(
                     [
@@ -131,6 +112,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--against", help="only this TRL setting, such as lora-best")
     options = parser.parse_args()
     from luthier.store.models import find
 
@@ -148,8 +130,9 @@ def main() -> None:
     ]
     rows = []
     for case in options.case or CASES:
-        rows += compare(case, options.data, options.steps, options.pairs, model)
+        rows += compare(case, options.data, options.steps, options.pairs, model, options.against)
     print(table(header, rows))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -578,6 +578,17 @@ def test_list_of_an_empty_store_says_what_to_do() -> None:
     assert Answer("models", "list", "--json").good().json()["custom"] == []
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"id": "tiny-llama:colours"}'])
+def test_one_damaged_model_does_not_hide_the_others(own_home: Path, text: str) -> None:
+    folder = own_home / "models" / "custom" / "tiny-llama"
+    (folder / "broken").mkdir()
+    (folder / "broken" / "luthier.json").write_text(text)
+    listed = Answer("models", "list", "--json").good().json()["custom"]
+    assert sum("damaged" in model for model in listed) == 1
+    assert MODEL in [model["id"] for model in listed if "damaged" not in model]
+    assert "damaged" in Answer("models", "list").good().out
+
+
 def test_show_tells_files_hashes_and_whether_they_are_intact(
     own_home: Path, tiny_model_folder: Path
 ) -> None:

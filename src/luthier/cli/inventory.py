@@ -26,17 +26,7 @@ def list_models(as_json: bool) -> None:
         }
         for entry in CATALOG.values()
     ]
-    custom = [
-        {
-            "id": model.id,
-            "parent": model.manifest["parent"],
-            "created": model.manifest["created"],
-            "objective": model.manifest["recipe"]["objective"]["method"],
-            "adaptation": model.manifest["recipe"]["adaptation"]["method"],
-            "validation_loss": model.manifest["metrics"]["validation_loss"],
-        }
-        for model in custom_models()
-    ]
+    custom = [_listed(model) for model in custom_models()]
     if as_json:
         print_json({"base": bases, "custom": custom})
         return
@@ -52,14 +42,34 @@ def list_models(as_json: bool) -> None:
     if custom:
         table = _table("custom model", "learned", "weights", "validation loss", "created")
         for model in custom:
-            loss = model["validation_loss"]
+            loss = model.get("validation_loss")
             shown = "" if loss is None else f"{loss:.4f}"
-            names = (model["objective"], model["adaptation"])
-            table.add_row(model["id"], *names, shown, model["created"])
+            if "damaged" in model:
+                table.add_row(model["id"], "[red]damaged[/red]", "", "", "")
+            else:
+                names = (model["objective"], model["adaptation"])
+                table.add_row(model["id"], *names, shown, model["created"])
         out.print()
         out.print(table)
     else:
         out.print("\nNo custom models yet: luthier tune DATA makes one.", highlight=False)
+
+
+def _listed(model: StoredModel) -> dict[str, Any]:
+    """One line of the list of custom models."""
+    manifest = model.manifest
+    try:
+        return {
+            "id": model.id,
+            "parent": manifest["parent"],
+            "created": manifest["created"],
+            "objective": manifest["recipe"]["objective"]["method"],
+            "adaptation": manifest["recipe"]["adaptation"]["method"],
+            "validation_loss": manifest["metrics"]["validation_loss"],
+        }
+    except (KeyError, TypeError) as error:
+        reason = manifest.get("damaged") or f"{MANIFEST} has no {error}"
+        return {"id": model.id, "damaged": reason}
 
 
 def _table(*columns: str) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import RunConflict
-from luthier.files import disk_errors, luthier_home, read_json, sweep, write_json
+from luthier.files import lock, luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
 from luthier.recipe import NAME_PATTERN
 from luthier.store.models import custom_folder, short_name
@@ -88,20 +86,12 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep a second process from working on the same run."""
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise RunConflict(f"another process is working on {self.model_id} now") from None
-        try:
+        with lock(self.folder / ".lock") as free:
+            if not free:
+                raise RunConflict(f"another process is working on {self.model_id} now")
             sweep(self.folder)
             sweep(self.model_folder.parent, self.name)
             yield
-        finally:
-            os.close(handle)
 
     def drop_if_empty(self) -> None:
         """Forget a run that was refused before it began."""

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luthier.errors import DownloadError
-from luthier.files import hashes_of, need_disk, new_folder, sha256_of, write_json
+from luthier.files import (
+    hashes_of,
+    lock,
+    need_disk,
+    new_folder,
+    sha256_of,
+    sweep,
+    write_json,
+)
 
 MANIFEST = "luthier.json"
 
@@ -83,8 +91,19 @@ CATALOG: dict[str, CatalogEntry] = {
 
 
 def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
-    """Fetch ``entry`` into the folder ``target``, or leave nothing behind."""
+    """Fetch ``entry`` into the folder ``target``, or leave nothing behind.
+
+    A second process that wants the same model waits for the first one's.
+    """
     need_disk(target, entry.disk_bytes, f"fetching {entry.id}")
+    again = (target / MANIFEST).is_file()
+    with lock(target.parent / f".{target.name}.lock", wait=True):
+        sweep(target.parent, target.name)
+        if again or not (target / MANIFEST).is_file():
+            _fetch(entry, target, say)
+
+
+def _fetch(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
     with (
         tempfile.TemporaryDirectory(prefix="luthier-pull-") as scratch,
         new_folder(target) as fresh,

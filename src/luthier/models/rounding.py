@@ -9,6 +9,8 @@ validation loss 2.710 unmerged, 2.787 merged to nearest, 2.694-2.722 merged stoc
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -30,8 +32,11 @@ class Rounding:
         if dtype != torch.bfloat16:
             return values.to(dtype)
         bits = values.contiguous().cpu().view(torch.int32)
-        bits.add_(self._take(bits.numel()).view_as(bits)).bitwise_and_(-(1 << 16))
-        return bits.view(torch.float32).to(values.device, torch.bfloat16)
+        bits.add_(self._take(bits.numel()).view_as(bits))
+        # A bfloat16 is the upper half of a float32.
+        upper = 1 if sys.byteorder == "little" else 0
+        cut = bits.view(torch.int16)[..., upper::2].view(torch.bfloat16)
+        return cut.contiguous().to(values.device)
 
     def _take(self, count: int) -> Tensor:
         if 2 * count > len(self._noise):

@@ -61,19 +61,19 @@ class Model:
         from luthier.store.models import find
 
         self.stored = find(model_id)
-        self._generator = Generator.open(self.stored)
+        self.generator = Generator.open(self.stored)
 
     def generate(self, prompts: Sequence[str | Sequence[Message]], **sampling: Any) -> list[str]:
         """One reply to each prompt; keywords as :class:`luthier.serving.generation.Sampling`."""
         from luthier.serving.generation import Sampling
 
-        return self._generator.replies(prompts, Sampling(**sampling))
+        return self.generator.replies(prompts, Sampling(**sampling))
 
     def stream(self, prompt: str | Sequence[Message], **sampling: Any) -> Iterator[str]:
         """The reply to one prompt in pieces, as it is decoded."""
         from luthier.serving.generation import Sampling
 
-        return self._generator.stream(prompt, Sampling(**sampling))
+        return self.generator.stream(prompt, Sampling(**sampling))
 
 
 def load(model_id: str) -> Model:
@@ -86,12 +86,10 @@ def evaluate(
 ) -> Evaluation:
     """Let a model answer the prompts of a data file and grade the replies."""
     from luthier.data.rows import load_rows
-    from luthier.evaluation.evaluate import grade, questions
     from luthier.graders import graders_named
+    from luthier.serving.measuring import measure
 
     chosen = graders_named(graders)
     rows = load_rows(Path(data))
-    asked, _ = questions(rows)
     opened = model if isinstance(model, Model) else load(model)
-    replies = opened.generate(asked, max_tokens=max_tokens)
-    return grade(rows, replies, chosen)
+    return measure(opened.generator, rows, chosen, max_tokens)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import DownloadError, RecipeError, UnknownModel
+from luthier.errors import CorruptFile, DownloadError, RecipeError, UnknownModel
 from luthier.files import luthier_home, read_json
 from luthier.models.catalog import CATALOG, MANIFEST, pull
 
@@ -89,12 +89,20 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
 
 
 def custom_models() -> list[StoredModel]:
-    """All custom models of this store, oldest first."""
+    """All custom models of this store, oldest first.
+
+    One whose manifest cannot be read has the reason under ``damaged``, and nothing else.
+    """
     found = []
     for path in (luthier_home() / "models" / "custom").glob(f"*/*/{MANIFEST}"):
         if not path.parent.name.startswith("."):
-            manifest = read_json(path)
-            found.append(StoredModel(manifest["id"], path.parent, manifest))
+            model_id = f"{path.parent.parent.name}:{path.parent.name}"
+            try:
+                manifest = read_json(path)
+                model_id = manifest["id"]
+            except (CorruptFile, KeyError, TypeError) as error:
+                manifest = {"damaged": str(error)}
+            found.append(StoredModel(model_id, path.parent, manifest))
     return sorted(found, key=lambda model: (model.manifest.get("created", ""), model.id))
 
 
