@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.models.rounding import Rounding
+from luthier.models.rounding import CHUNK, Rounding
 
 ABOVE_ONE = 1 + 2**-7
 """The bfloat16 number next to 1."""
@@ -45,6 +45,15 @@ def test_small_steps_survive_as_a_sum() -> None:
     assert abs(float(rounded.mean()) - step) < 0.05 * step
 
 
+def test_long_tensors_are_rounded_in_parts_of_their_own() -> None:
+    half_way = torch.full((3 * CHUNK,), 1 + 0.5 * 2**-7)
+    kept = half_way.clone()
+    ups = (to_bfloat16(half_way) == ABOVE_ONE).view(3, CHUNK)
+    assert torch.equal(half_way, kept)
+    assert abs(float(ups.float().mean()) - 0.5) < 0.002
+    assert 0.45 < float((ups[0] == ups[1]).float().mean()) < 0.55
+
+
 def test_every_run_gives_the_same_bits() -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(5))
     sizes = (1000, 10, 400)
@@ -78,4 +87,7 @@ def test_other_types_are_rounded_to_nearest() -> None:
 
 def test_a_transposed_tensor_keeps_its_shape() -> None:
     values = torch.arange(24.0).view(4, 6).t()
+    target = torch.zeros(4, 6, dtype=torch.bfloat16).t()
+    Rounding().into(target, values)
+    assert torch.equal(target.float(), values)
     assert torch.equal(to_bfloat16(values).float(), values)

@@ -79,5 +79,5 @@ class LoRALinear(nn.Module):
             weight = self.base_layer.weight
             a, b = self.lora_A.weight.float(), self.lora_B.weight.float()
             sum_ = weight.to(torch.float32, copy=True).addmm_(b, a, alpha=self.scale)
-            weight.copy_(rounding(sum_, weight.dtype))
+            rounding.into(weight, sum_)
         return self.base_layer

@@ -2,8 +2,9 @@
 
 A trained weight lives twice: in the type the network computes with, and as a float32 master that
 the optimizer moves. Updates of 1e-5 vanish in bfloat16, whose next number after 1 is 1.0078; trained
-without masters, full fine-tuning ends at a visibly worse loss. Where the network computes in
-float32 the weight is its own master.
+without masters, full fine-tuning ends at a visibly worse loss. The copy is rounded stochastically: to
+nearest, it would stay at the base weight until the master has moved by half a spacing. Where the
+network computes in float32 the weight is its own master.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import Diverged
+from luthier.models.rounding import Rounding
 
 if TYPE_CHECKING:
     from luthier.recipe import Training
@@ -101,6 +103,7 @@ class MasterAdamW:
         self._publish()
 
     def _publish(self) -> None:
+        rounding = Rounding()
         for name, weight in self.weights.items():
             if weight.dtype != torch.float32:
-                weight.data.copy_(self.masters[name])
+                rounding.into(weight.data, self.masters[name])
