@@ -27,7 +27,18 @@ TARGET = Path(__file__).parent / "reference.md"
 def main() -> int:
     """Write or check the file; the exit code."""
     text = (
-        "\n".join([*_head(), *_commands(), *_recipe(), *_methods(), *_models(), *_rules()]) + "\n"
+        "\n".join(
+            [
+                *_head(),
+                *_commands(),
+                *_recipe(),
+                *_methods(),
+                *_support(),
+                *_models(),
+                *_rules(),
+            ]
+        )
+        + "\n"
     )
     if "--check" in sys.argv:
         if not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text:
@@ -115,6 +126,61 @@ def _methods() -> list[str]:
     for name, grader in GRADERS.items():
         lines.append(f"- `{name}`: {(grader.__doc__ or '').strip().splitlines()[0]}")
     return [*lines, ""]
+
+
+FAMILIES = {
+    "Llama": "LlamaConfig",
+    "GPT-2": "GPT2Config",
+    "BERT": "BertConfig",
+    "RoBERTa": "RobertaConfig",
+    "ALBERT": "AlbertConfig",
+    "T5": "T5Config",
+    "XLNet": "XLNetConfig",
+}
+
+
+def _support() -> list[str]:
+    """Which objective goes with which family of networks, and with which adaptations not."""
+    lines = [
+        "## What goes with what",
+        "",
+        "Objectives by families of networks: every adaptation, or every one but those named. A dash",
+        "means that the objective is refused. `tests/test_pairs.py` trains each pair that is not.",
+        "",
+        f"| objective | {' | '.join(FAMILIES)} |",
+        "| --- |" + " --- |" * len(FAMILIES),
+    ]
+    reasons: dict[str, None] = {}
+    for name, objective in OBJECTIVES.items():
+        cells = [_cell(objective.task, config, reasons) for config in FAMILIES.values()]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += ["", "Reasons given:", "", *(f"- {reason}" for reason in reasons), ""]
+    return lines
+
+
+def _cell(task: Any, config: str, reasons: dict[str, None]) -> str:
+    import torch
+    import transformers
+
+    from luthier.errors import RecipeError
+    from luthier.models.heads import Head
+    from luthier.models.load import sketch_of
+
+    refused = []
+    for name, adaptation in ADAPTATIONS.items():
+        head = Head(task, () if task in ("causal_lm", "masked_lm") else ("a", "b"))
+        try:
+            model = sketch_of(getattr(transformers, config)(), head)
+        except RecipeError as error:
+            reasons[str(error)] = None
+            return "-"
+        try:
+            with torch.device("meta"):
+                adaptation.model_validate({}).attach(model)
+        except RecipeError as error:
+            reasons[str(error)] = None
+            refused.append(f"`{name}`")
+    return f"all but {', '.join(refused)}" if refused else "all"
 
 
 def _field(prefix: str, name: str, cls: type[BaseModel]) -> tuple[str, str, str, str]:

@@ -74,6 +74,78 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) 
     return folder
 
 
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``family_folder(name)``: a Hugging Face directory of a tiny pre-trained network of a family."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("families") / name
+            tokenizer = make_wordpiece() if name in ENCODERS else make_tokenizer()
+            make_family(name, tokenizer).save_pretrained(made[name])
+            tokenizer.save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+ENCODERS = ("bert", "roberta", "albert")
+FAMILIES = ("llama", "gpt2", *ENCODERS)
+
+
+def make_wordpiece() -> Any:
+    """Lower-case word pieces between [CLS] and [SEP], as BERT has them."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=160, special_tokens=special, show_progress=False)
+    core.train_from_iterator(CORPUS, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def make_family(name: str, tokenizer: Any) -> Any:
+    """A tiny network of a family with its pre-training head."""
+    import transformers
+
+    if name == "llama":
+        return make_llama(eos_token_id=tokenizer.eos_token_id)
+    if name == "gpt2":
+        return make_gpt2(eos_token_id=tokenizer.eos_token_id)
+    fields: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.15,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+    }
+    kinds = {"bert": "Bert", "roberta": "Roberta", "albert": "Albert"}
+    if name == "albert":
+        fields["embedding_size"] = 16
+    config = getattr(transformers, f"{kinds[name]}Config")(**fields)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kinds[name]}ForMaskedLM")(config)
+
+
 def make_tokenizer(
     template: str | None = CHATML,
     special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"),

@@ -3,6 +3,7 @@
     LuthierError                exit 1: something failed while we worked
     ├── RefusedInput            exit 2: refused before any work was done
     │   ├── DataError           rows that would fail or mislead; carries each problem
+    │   ├── RowRefused          one such row, on its way to a DataError
     │   ├── RecipeError         unknown option, impossible value, pair that cannot work
     │   ├── UnknownModel        no such base or custom model
     │   ├── DoesNotFit          not enough memory or disk for what was asked
@@ -31,6 +32,18 @@ class RefusedInput(LuthierError):
     """The request was refused before any work; nothing was written."""
 
     exit_code = 2
+
+
+class RowRefused(RefusedInput):
+    """One row cannot be used: rule, message and fix. Where file and line are known, a `Problem`."""
+
+    def __init__(self, rule: str, message: str, fix: str) -> None:
+        super().__init__(f"[{rule}] {message} Fix: {fix}")
+        self.rule, self.message, self.fix = rule, message, fix
+
+    def at(self, file: str, line: int) -> Problem:
+        """The same as a problem of a file; line 0 is the file as a whole."""
+        return Problem(file, line, self.rule, self.message, self.fix)
 
 
 @dataclass(frozen=True, slots=True)

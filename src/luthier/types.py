@@ -24,10 +24,9 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a data set, checked and in one of three shapes.
+    """One row of a data set, checked and in one of the shapes of ``luthier.data.rows``.
 
-    ``messages`` is set for chat rows, ``prompt`` and ``completion`` for pairs, ``text`` for raw
-    text; the other fields are ``None``.
+    The fields of its shape are set; the others are ``None``.
     """
 
     file: str
@@ -37,23 +36,38 @@ class Row:
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    label: str | tuple[str, ...] | None = None
+    """Class of ``text``; several where it may have more than one, also none at all."""
+    rating: float | None = None
+    """Number that belongs to ``text``."""
+    tokens: tuple[str, ...] | None = None
+    """Words of a sentence, each with one of ``tags``."""
+    tags: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """A row as token ids, with how much each token counts in the loss.
 
-    ``weight_T[t]`` is the weight of predicting ``ids_T[t]`` from ``ids_T[:t]``. The first token
-    has nothing before it, so ``weight_T[0]`` is always 0.
+    Where ``target`` is ``None`` the tokens are their own target: ``weight_T[t]`` is the weight of
+    predicting ``ids_T[t]`` from ``ids_T[:t]``, and ``weight_T[0]`` is 0, as the first token has
+    nothing before it. Elsewhere the objective says what ``target`` holds; ``weight_T`` is the weight
+    of each token's own target, or stands at the last token where the row has one target.
     """
 
     ids_T: IntArray
     weight_T: FloatArray
     row: int
     """Index of the row in the data set, for messages and caching."""
+    target: NDArray[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.ids_T)
+
+    @property
+    def weight(self) -> float:
+        """How much the row counts in a mean over rows or tokens."""
+        return float(self.weight_T.sum(dtype=np.float64))
 
 
 @dataclass(frozen=True, slots=True)

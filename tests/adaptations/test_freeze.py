@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from luthier.adaptations import Freeze
-from luthier.adaptations.targets import layer_names
 from luthier.errors import RecipeError
+from luthier.models.layers import layer_names
 
 
 def moving(model: nn.Module) -> set[str]:

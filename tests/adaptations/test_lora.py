@@ -187,7 +187,7 @@ def test_peft_loads_what_is_saved(
     base, network, _ = trained
     folder = tmp_path / "adapter"
     folder.mkdir()
-    save_adapter(network.model, LORA.peft_config(network.model, "some/base"), folder)
+    save_adapter(network.model, LORA, LORA.adapter_config(network.model, "some/base"), folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ENDS)
     assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "some/base")
@@ -345,7 +345,7 @@ def test_layers_are_chosen_by_the_end_of_their_name(
     model, lora = tiny_llama(), LoRA(rank=2, targets=targets)
     lora.attach(model)
     assert adapted(model) == expected
-    config = peft.LoraConfig(**lora.peft_config(model, "") | {"base_model_name_or_path": None})
+    config = peft.LoraConfig(**lora.adapter_config(model, "") | {"base_model_name_or_path": None})
     theirs = peft.get_peft_model(tiny_llama(), config)
     assert adapter_of(theirs).keys() == adapter_of(model).keys()
 
@@ -361,13 +361,50 @@ def test_an_unknown_layer_is_refused_with_those_there_are(
     assert all(weight.requires_grad for weight in model.parameters())
 
 
-def test_a_network_without_linear_layers_is_refused(tiny_gpt2: Callable[..., Any]) -> None:
+def test_a_network_without_linear_layers_is_refused() -> None:
     with pytest.raises(RecipeError, match="no linear layers to adapt"):
-        LORA.attach(tiny_gpt2())
+        LORA.attach(nn.Sequential(nn.LayerNorm(3)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "fields", [{"rslora": True}, {"dora": True}, {"dora": True, "rslora": True}, {}]
+)
+def test_variants_and_families_train_as_in_peft(
+    fields: dict[str, bool],
+    family: str,
+    tiny_llama: Callable[..., Any],
+    tiny_gpt2: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    base = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]()
+    lora = LoRA(rank=4, alpha=8, **fields)
+    model = copy.deepcopy(base)
+    network = as_network(model, CPU, torch.float32)
+    torch.manual_seed(5)
+    lora.attach(model)
+    losses = train_here(network, make_rows(), tmp_path)
+    torch.manual_seed(5)
+    config = lora.adapter_config(model, "") | {
+        "base_model_name_or_path": None,
+        "inference_mode": False,
+    }
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))
+    assert losses == pytest.approx(train_with_peft(theirs, make_rows()), rel=1e-4)
+
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(model, lora, lora.adapter_config(model, "some/base"), folder)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+    row = make_rows()[1]
+    before = tree_logits(network, row)
+    assert_near(row_logits(again, row), before)
+    lora.merge(model)
+    assert_near(tree_logits(network, row), before)
 
 
 def test_a_fractional_alpha_survives_the_configuration(tiny_llama: Callable[..., Any]) -> None:
     model, lora = tiny_llama(), LoRA(rank=8, alpha=12.5)
     lora.attach(model)
-    assert lora.peft_config(model, "base")["lora_alpha"] == 12.5
+    assert lora.adapter_config(model, "base")["lora_alpha"] == 12.5
     assert model.model.layers[0].mlp.up_proj.scale == 12.5 / 8

@@ -299,7 +299,11 @@ def test_many_problems_are_counted_and_the_first_twenty_shown(
         (["--base", "tiny-llama:none"], "UnknownModel", "no custom model"),
         (["--set", "adaptation.rnk=8"], "RecipeError", "did you mean rank?"),
         (["--set", "nonsense"], "RecipeError", "KEY=VALUE"),
-        (["--adaptation", "lorra"], "RecipeError", "there are full, freeze, lora"),
+        (
+            ["--adaptation", "lorra"],
+            "RecipeError",
+            "there are full, freeze, feature_extraction, lora",
+        ),
         (["--epochs", "0"], "RecipeError", "training.epochs"),
         (["--epochs", "inf"], "RecipeError", "training.epochs"),
         (["--name", "No Good"], "RecipeError", "lower-case"),

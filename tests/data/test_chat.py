@@ -139,8 +139,13 @@ def test_stop_tokens_are_listed_once_the_tokenizers_own_first(tokenizer: Any) ->
 def test_a_tokenizer_without_an_end_of_text_is_refused(new_tokenizer: Callable[..., Any]) -> None:
     tokenizer = new_tokenizer()
     tokenizer.eos_token = None
+    chat = ChatFormat.of(tokenizer, "plain")
+    assert chat.stop_ids == ()
+    assert len(chat.encode_whole("yes"))  # encoders need none
     with pytest.raises(RecipeError, match="end-of-text"):
-        ChatFormat.of(tokenizer)
+        chat.encode_text("yes")
+    with pytest.raises(RecipeError, match="end-of-text"):
+        chat.encode_reply(conversation("Q", "A"))
 
 
 def test_a_template_that_rewrites_history_is_refused(new_tokenizer: Callable[..., Any]) -> None:
@@ -203,3 +208,18 @@ def test_a_tokenizer_that_closes_every_text_does_not_close_prompts(
     assert tokenizer.decode(chat.encode_text("Dog")) == "<|im_start|>Dog<|im_end|>"
     encoded = chat.encode_reply(conversation("Dog", " bites"))
     assert shown(encoded, tokenizer) == "<|im_start|>Dog« bites<|im_end|>»"
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_text_of_each_token(family: str, family_folder: Callable[[str], Any]) -> None:
+    from luthier.models.load import load_chat_format
+
+    chat = load_chat_format(family_folder(family))
+    ids = chat.encode_whole("the quick brown dog jumps")
+    assert (
+        "".join(chat.pieces(ids))
+        .strip()
+        .endswith(
+            "the quick brown dog jumps [SEP]" if family == "bert" else "the quick brown dog jumps"
+        )
+    )

@@ -8,12 +8,13 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from luthier.data import read, rows
+from luthier.data import labels, read, rows
 from luthier.data.rows import RULES, load_rows
 from luthier.errors import DataError, Problem
 from luthier.types import Message, Row
@@ -343,6 +344,27 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
     ("json.too_deep", [TEXT, b"[" * 100_000], 2, "nested", "Flatten"),
     ("file.empty", [], 0, "is empty", "Add rows"),
     ("file.binary", [b"\0"], 0, "binary data", ".jsonl"),
+    ("label.type", [{"text": "x", "label": 1.5}], 1, "but is a number", '"label": "name"'),
+    ("label.type", [{"text": "x", "label": True}], 1, "true or false", '"label": "name"'),
+    ("label.type", [{"text": "x", "label": " "}], 1, "but is empty", '"label": "name"'),
+    ("label.type", [{"text": "x", "label": ["a", None]}], 1, "but is null", '["a", "b"]'),
+    ("label.duplicate", [{"text": "x", "label": ["a", "a"]}], 1, '"a" is named twice', "Keep one"),
+    ("rating.type", [{"text": "x", "rating": "4"}], 1, "but is a string", "without quotes"),
+    ("rating.type", [{"text": "x", "rating": True}], 1, "true or false", "without quotes"),
+    ("tags.type", [{"tokens": ["a"]}], 1, '"tags" must be', '"tags": ["B-person", "O"]'),
+    ("tags.type", [{"tokens": "a b", "tags": ["O"]}], 1, "but is a string", '"tokens": ["Rita"'),
+    ("tags.type", [{"tokens": ["a", ""], "tags": ["O", "O"]}], 1, "something else", "Rita"),
+    ("tags.type", [{"tokens": [], "tags": []}], 1, "an empty one", "Rita"),
+    ("tags.length", [{"tokens": ["a", "b"], "tags": ["O"]}], 1, "2 tokens and 1 tags", "one tag"),
+    ("tags.bio", [{"tokens": ["a"], "tags": ["person"]}], 1, 'Tag 1 is "person"', "B-name"),
+    ("field.missing", [{"label": "a"}], 1, '"text" is missing', '"text"'),
+    (
+        "row.ambiguous",
+        [{"text": "x", "label": "a", "rating": 1}],
+        1,
+        '"label", "rating"',
+        "one shape",
+    ),
 ]
 WHOLE_FILE = {"file.missing", "file.directory", "file.unreadable", "file.unknown_format"}
 
@@ -368,9 +390,30 @@ def test_paths_that_cannot_be_read_are_data_errors(folder: Path) -> None:
         assert f"file.{rule}" in WHOLE_FILE
 
 
+@pytest.mark.parametrize(
+    ("record", "fields"),
+    [
+        ({"text": "x", "label": "a"}, {"text": "x", "label": "a"}),
+        ({"text": "x", "label": 3}, {"text": "x", "label": "3"}),
+        ({"text": "x", "label": ["b", "a"]}, {"text": "x", "label": ("b", "a")}),
+        ({"text": "x", "label": []}, {"text": "x", "label": ()}),
+        ({"text": "x", "rating": 4}, {"text": "x", "rating": 4.0}),
+        (
+            {"tokens": ["a", "b"], "tags": ["O", "B-x"]},
+            {"tokens": ("a", "b"), "tags": ("O", "B-x")},
+        ),
+        ({"prompt": "p", "completion": "c", "label": "a"}, {"prompt": "p", "completion": "c"}),
+        ({"text": "x", "tags": ["news"]}, {"text": "x"}),
+    ],
+)
+def test_annotated_rows(folder: Path, record: dict[str, Any], fields: dict[str, Any]) -> None:
+    (row,) = load_rows(write(folder, record))
+    assert row == Row(row.file, 1, **fields)
+
+
 def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
     used = set()
-    for module in (read, rows):
+    for module in (read, rows, labels):
         assert module.__file__ is not None
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         for node in tree.body:

@@ -26,8 +26,13 @@ class Head:
     hidden_NH: Tensor
     head_VH: Tensor
 
+    head_bias_V: Tensor | None = None
+
     def hidden(self, batch: Any) -> Tensor:
         return self.hidden_NH
+
+    def before_vocabulary(self, hidden_SH: Tensor) -> Tensor:
+        return hidden_SH
 
 
 def batch_of(edges: Edges, fill: int = 0) -> Any:
@@ -76,6 +81,23 @@ def test_loss_and_gradients_are_those_of_the_formula(
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(mine.hidden_NH.grad, hidden.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mine.head_VH.grad, head.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+def test_a_bias_of_the_head_counts_and_learns(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_TRAINED", chunk)
+    edges = random_edges(nodes=24, vocabulary=11)
+    torch.manual_seed(0)
+    hidden, head, bias = torch.randn(24, 6), torch.randn(11, 6), torch.randn(11)
+    mine = Head(hidden, head.clone().requires_grad_(), bias.clone().requires_grad_())
+    weighted_nll(mine, batch_of(edges)).backward()  # type: ignore[arg-type]
+    # A bias is the weight of a state that is always 1.
+    wide_hidden = torch.cat([hidden, torch.ones(24, 1)], 1)
+    wide_head = torch.cat([head, bias[:, None]], 1).requires_grad_()
+    written_out(wide_hidden, wide_head, edges).backward()
+    assert mine.head_bias_V is not None
+    torch.testing.assert_close(mine.head_bias_V.grad, wide_head.grad[:, -1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine.head_VH.grad, wide_head.grad[:, :-1], rtol=1e-5, atol=1e-6)
 
 
 def test_two_choices_of_equal_logit_cost_ln_two() -> None:

@@ -137,6 +137,9 @@ class Scripted(torch.nn.Module):
         self.ids, self.vocabulary, self.calls = list(ids), vocabulary, 0
         self.config = SimpleNamespace(max_position_embeddings=512)
 
+    def get_input_embeddings(self) -> Any:
+        return None
+
     def forward(self, ids: Any, past_key_values: Any, **keywords: Any) -> Any:
         assert (past_key_values is None) == (self.calls == 0)
         logits = torch.zeros(1, 1, self.vocabulary)

@@ -1,14 +1,32 @@
 """Which weights move. One file for each adaptation; this table is the map of the package."""
 
+from luthier.adaptations.adapters import Adapters
 from luthier.adaptations.base import Adaptation
+from luthier.adaptations.bitfit import BitFit
+from luthier.adaptations.feature_extraction import FeatureExtraction
 from luthier.adaptations.freeze import Freeze
 from luthier.adaptations.full import Full
 from luthier.adaptations.lora import LoRA
+from luthier.adaptations.prompt import Prompt
 
 ADAPTATIONS: dict[str, type[Adaptation]] = {
     "full": Full,
     "freeze": Freeze,
+    "feature_extraction": FeatureExtraction,
     "lora": LoRA,
+    "bitfit": BitFit,
+    "adapters": Adapters,
+    "prompt": Prompt,
 }
 
-__all__ = ["ADAPTATIONS", "Adaptation", "Freeze", "Full", "LoRA"]
+__all__ = [
+    "ADAPTATIONS",
+    "Adaptation",
+    "Adapters",
+    "BitFit",
+    "FeatureExtraction",
+    "Freeze",
+    "Full",
+    "LoRA",
+    "Prompt",
+]

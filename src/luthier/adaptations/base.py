@@ -6,7 +6,7 @@ else follows from that mark: what gets an optimizer state, what a checkpoint hol
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -24,20 +24,46 @@ class Adaptation(BaseModel):
     method: str
     """Name of the adaptation in recipes and on the command line."""
 
+    mergeable: ClassVar[bool] = True
+    """Whether :meth:`merge` leaves a plain network; otherwise what was added stays in it."""
+
+    @property
+    def added_tokens(self) -> int:
+        """Tokens that every row grows by, out of the model's context."""
+        return 0
+
     def attach(self, model: nn.Module) -> None:
-        """Add what is added and set ``requires_grad`` on every weight of ``model``."""
+        """Add what is added, and mark what trains by ``requires_grad``.
+
+        A head that belongs to the task trains whatever the adaptation.
+        """
+        from luthier.models.heads import head_weights
+
+        self.adapt(model)
+        new = head_weights(model)
+        for name, weight in model.named_parameters():
+            if name in new:
+                weight.requires_grad_(True)
+
+    def adapt(self, model: nn.Module) -> None:
+        """What :meth:`attach` does to the network below the head."""
         raise NotImplementedError
 
     def merge(self, model: nn.Module) -> None:
         """Fold what was added into the network's own weights, so that it is plain again."""
 
-    def peft_config(self, model: nn.Module, base: str) -> dict[str, Any] | None:
-        """PEFT's ``adapter_config.json`` where the added weights are an adapter, else ``None``.
+    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any] | None:
+        """``adapter_config.json`` where only the weights that train are stored, else ``None``.
 
-        ``None`` means that the network's own weights moved, and the whole network is saved.
+        PEFT's own configuration where PEFT has the method. ``None`` means that the whole network is
+        stored.
         """
         return None
 
-    def learning_rate(self) -> tuple[float, str]:
-        """Default rate and the reason for it."""
+    def stored_name(self, name: str) -> str:
+        """Name in ``adapter_model.safetensors`` of the weight called ``name`` in the network."""
+        return f"base_model.model.{name}"
+
+    def learning_rate(self, hidden: int) -> tuple[float, str]:
+        """Default rate and the reason for it; ``hidden`` is the width of the network."""
         raise NotImplementedError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from luthier.adaptations.base import Adaptation
-from luthier.adaptations.targets import layer_names
+from luthier.models.layers import layer_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,26 +22,25 @@ class Freeze(Adaptation):
     share: float = Field(default=0.5, gt=0, lt=1)
     """Share of the layers that stays frozen."""
 
-    def attach(self, model: nn.Module) -> None:
-        """Freeze the chosen layers, and the embeddings unless the bottom layers train.
+    def adapt(self, model: nn.Module) -> None:
+        """Freeze the chosen layers, and what is below the stack unless the bottom layers train.
 
-        What stands above the stack (final norm, output head) trains unless the top is frozen. A
-        head tied to the input embedding follows the embedding.
+        What stands above it (final norm, output head) trains unless the top is frozen. A head tied
+        to the input embedding follows the embedding.
         """
         layers = layer_names(model)
         frozen = {layers[index] for index in self._frozen(len(layers))}
         stack = layers[0].rpartition(".")[0]
-        embeddings = _embeddings(model)
+        below = True  # a network names its weights in the order it uses them
         for name, weight in model.named_parameters():
             if name.startswith(f"{stack}."):
+                below = False
                 layer = ".".join(name.split(".")[: stack.count(".") + 2])
                 weight.requires_grad_(layer not in frozen)
-            elif id(weight) in embeddings:
-                weight.requires_grad_(layers[0] not in frozen)
             else:
-                weight.requires_grad_(layers[-1] not in frozen)
+                weight.requires_grad_(layers[0 if below else -1] not in frozen)
 
-    def learning_rate(self) -> tuple[float, str]:
+    def learning_rate(self, hidden: int) -> tuple[float, str]:
         """As for full fine-tuning: the layers that move are the network's own."""
         return 5e-5, "the layers that train are the network's own: 5e-5, as for full fine-tuning"
 
@@ -52,11 +51,3 @@ class Freeze(Adaptation):
         if self.frozen == "top":
             return list(range(count - size, count))
         return sorted({index * count // size for index in range(size)})
-
-
-def _embeddings(model: nn.Module) -> set[int]:
-    """Identities of the weights of all embeddings: of tokens, and of positions where learned."""
-    from torch import nn
-
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    return {id(weight) for table in tables for weight in table.parameters()}

@@ -15,10 +15,10 @@ class Full(Adaptation):
 
     method: Literal["full"] = "full"
 
-    def attach(self, model: nn.Module) -> None:
+    def adapt(self, model: nn.Module) -> None:
         """Mark every weight as trained."""
         model.requires_grad_(True)
 
-    def learning_rate(self) -> tuple[float, str]:
+    def learning_rate(self, hidden: int) -> tuple[float, str]:
         """5e-5, the middle of the range that Devlin et al. (2019) and Touvron et al. (2023) tune in."""
         return 5e-5, "every weight moves: 5e-5, the usual rate for full fine-tuning"

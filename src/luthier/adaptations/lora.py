@@ -5,6 +5,10 @@ Gaussian-like and ``B`` zero at the start; only ``A`` and ``B`` move. The produc
 are one autograd node that keeps ``x`` and ``x A^T``: written as separate modules, as PEFT does,
 the same layer keeps three more tensors and adds about 20 small operations. Weights, names and
 ``adapter_config.json`` are PEFT's, so PEFT loads the result unchanged. Left out: per-layer ranks.
+
+``rslora`` scales by ``alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv:2312.03732), so that large ranks
+learn as fast as small ones. ``dora`` trains the length of each row of ``W`` apart from its
+direction (Liu et al. 2024, arXiv:2402.09353).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from pydantic import Field
 
 from luthier.adaptations.base import Adaptation
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
+from luthier.models.layers import parent_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,23 +34,30 @@ class LoRA(Adaptation):
     """Columns of the two added matrices, ``r`` in the paper."""
     alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by ``alpha / rank``."""
+    rslora: bool = False
+    """Scale by ``alpha / sqrt(rank)``, which suits ranks above 32."""
+    dora: bool = False
+    """Train magnitudes and directions apart; slower, often better at small ranks."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the inputs of the added branch that is dropped in training."""
     targets: str | tuple[str, ...] = ALL_LINEAR
     """Linear layers to adapt: ``all-linear``, or ends of their names such as ``q_proj``."""
 
-    def attach(self, model: nn.Module) -> None:
+    def adapt(self, model: nn.Module) -> None:
         """Wrap the chosen layers; freeze everything else."""
-        from luthier.adaptations.lora_layer import LoRALinear
+        from luthier.adaptations.lora_layer import DoRALinear, LoRALinear
 
         names = linear_targets(model, self.targets)
+        kind = DoRALinear if self.dora else LoRALinear
         model.requires_grad_(False)
         for name in names:
-            parent, child = _parent(model, name)
+            parent, child = parent_of(model, name)
             base = getattr(parent, child)
-            setattr(
-                parent, child, LoRALinear(base, self.rank, self.alpha / self.rank, self.dropout)
-            )
+            setattr(parent, child, kind(base, self.rank, self._scale, self.dropout))
+
+    @property
+    def _scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def merge(self, model: nn.Module) -> None:
         """Add ``(alpha / r) B A`` to each weight and take the wrappers away. Always the same bits."""
@@ -55,12 +67,14 @@ class LoRA(Adaptation):
         rounding = Rounding()
         wrapped = [n for n, module in model.named_modules() if isinstance(module, LoRALinear)]
         for name in wrapped:
-            parent, child = _parent(model, name)
+            parent, child = parent_of(model, name)
             setattr(parent, child, getattr(parent, child).merged(rounding))
 
-    def peft_config(self, model: nn.Module, base: str) -> dict[str, Any]:
+    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """The configuration PEFT itself writes for this adapter."""
         from peft import LoraConfig
+
+        from luthier.models.heads import head_modules, peft_task
 
         ends = {name.rpartition(".")[2] for name in linear_targets_attached(model)}
         config = LoraConfig(
@@ -68,17 +82,27 @@ class LoRA(Adaptation):
             # PEFT types this as a whole number, but takes and stores any.
             lora_alpha=int(self.alpha) if self.alpha == math.floor(self.alpha) else self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            fan_in_fan_out=model.config.model_type == "gpt2",  # type: ignore[union-attr]
             target_modules=sorted(ends if self.targets == ALL_LINEAR else _ends(self.targets)),
-            task_type="CAUSAL_LM",
+            task_type=peft_task(model),
+            modules_to_save=head_modules(model) or None,
             base_model_name_or_path=base,
             inference_mode=True,
         )
         plain = config.to_dict()
         return {key: sorted(v) if isinstance(v, set) else v for key, v in plain.items()}
 
-    def learning_rate(self) -> tuple[float, str]:
-        """Ten times the full rate (Schulman et al. 2025, "LoRA Without Regret")."""
-        return 5e-4, "LoRA learns best at about ten times the rate of full fine-tuning (5e-5)"
+    def learning_rate(self, hidden: int) -> tuple[float, str]:
+        """``5e-5 * 10 * (2000 / hidden) ** 0.781``, at most 2e-3.
+
+        Schulman et al. 2025, "LoRA Without Regret": ten times the rate of full fine-tuning, and the
+        exponent they fitted over Llama models of all sizes.
+        """
+        rate = min(2e-3, 5e-4 * (2000 / hidden) ** 0.781)
+        reason = f"ten times that of full fine-tuning, more for small networks (width {hidden})"
+        return float(f"{rate:.1e}"), reason
 
 
 def linear_targets_attached(model: nn.Module) -> list[str]:
@@ -90,8 +114,3 @@ def linear_targets_attached(model: nn.Module) -> list[str]:
 
 def _ends(targets: str | tuple[str, ...]) -> tuple[str, ...]:
     return (targets,) if isinstance(targets, str) else targets
-
-
-def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, child = name.rpartition(".")
-    return model.get_submodule(path), child

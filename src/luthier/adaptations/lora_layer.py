@@ -46,40 +46,92 @@ class _LowRankLinear(torch.autograd.Function):
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank branch. Weight names are PEFT's."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, base: Any, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.base_layer = base
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **like)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **like)
+        outputs, inputs = self.weight_OI.shape
+        self.lora_A = nn.Linear(inputs, rank, bias=False, **like)
+        self.lora_B = nn.Linear(rank, outputs, bias=False, **like)
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
         # Drawn in float32, as PEFT does, so that a seed gives the same start in every precision.
-        start = torch.empty(rank, base.in_features)
+        start = torch.empty(rank, inputs)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5))
         with torch.no_grad():
             self.lora_A.weight.copy_(start)
             self.lora_B.weight.zero_()
 
+    @property
+    def weight_OI(self) -> Tensor:
+        """The frozen weight as ``[out, in]``; GPT-2's ``Conv1D`` keeps it the other way round."""
+        weight: Tensor = self.base_layer.weight
+        return weight if isinstance(self.base_layer, nn.Linear) else weight.t()
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
-        a, b, base = self.lora_A.weight, self.lora_B.weight, self.base_layer
-        flat = x.reshape(-1, x.shape[-1])
-        if self.training and self.dropout.p > 0:
-            z = nn.functional.linear(self.dropout(flat), a) * self.scale
-            y = torch.addmm(torch.mm(z, b.t()), flat, base.weight.t())
-            y = y if base.bias is None else y + base.bias
-        else:
-            y = _LowRankLinear.apply(flat, base.weight, base.bias, a, b, self.scale)  # type: ignore[no-untyped-call]
+        y = self._product(x.reshape(-1, x.shape[-1]), self.base_layer.bias)
         return y.view(*x.shape[:-1], -1)
 
-    def merged(self, rounding: Rounding) -> nn.Linear:
+    def _product(self, flat: Tensor, bias: Tensor | None) -> Tensor:
+        """``[N, in]`` to ``[N, out]``, the update first (see the top of this file)."""
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if not (self.training and self.dropout.p > 0):
+            y: Tensor = _LowRankLinear.apply(flat, self.weight_OI, bias, a, b, self.scale)  # type: ignore[no-untyped-call]
+            return y
+        z = nn.functional.linear(self.dropout(flat), a) * self.scale
+        y = torch.addmm(torch.mm(z, b.t()), flat, self.weight_OI.t())
+        return y if bias is None else y + bias
+
+    def merged(self, rounding: Rounding) -> nn.Module:
         """The base layer with the branch added to its weight; ``rounding`` brings it to its type."""
         with torch.no_grad():
-            weight = self.base_layer.weight
-            a, b = self.lora_A.weight.float(), self.lora_B.weight.float()
-            sum_ = weight.to(torch.float32, copy=True).addmm_(b, a, alpha=self.scale)
+            merged_OI = rounding(self._merged_OI(), self.weight_OI.dtype)
             # New memory: writing into weights that are mapped from their file costs a page fault
             # and a copy for each 4 kB, half a second for SmolLM2-135M.
-            self.base_layer.weight.data = rounding(sum_, weight.dtype)
-        return self.base_layer
+            straight = isinstance(self.base_layer, nn.Linear)
+            self.base_layer.weight.data = merged_OI if straight else merged_OI.t().contiguous()
+        base: nn.Module = self.base_layer
+        return base
+
+    def _merged_OI(self) -> Tensor:
+        """Weight plus update in float32."""
+        a, b = self.lora_A.weight.float(), self.lora_B.weight.float()
+        return self.weight_OI.to(torch.float32, copy=True).addmm_(b, a, alpha=self.scale)
+
+
+class DoRALinear(LoRALinear):
+    """``y = m / |W + s B A| (W + s B A) x``, lengths taken by rows; ``m`` trains beside ``A`` and
+    ``B``.
+
+    The paper's section 4.3 takes the length for a constant in the gradient, and so does this. ``m`` and
+    the quotient stay in float32: bfloat16 has no number between 1 and 1.0078.
+    """
+
+    def __init__(self, base: Any, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(base, rank, scale, dropout)
+        # B is zero: the lengths of the rows of W.
+        length_O = torch.linalg.vector_norm(self.weight_OI, dim=1, dtype=torch.float32)
+        self.lora_magnitude_vector = nn.Parameter(length_O)
+        self._square_O: Tensor
+        self.register_buffer("_square_O", length_O.square(), persistent=False)
+
+    def _product(self, flat: Tensor, bias: Tensor | None) -> Tensor:
+        y = super()._product(flat, None) * (self.lora_magnitude_vector / self._length_O())
+        return (y if bias is None else y + bias).to(flat.dtype)
+
+    @torch.no_grad()
+    def _length_O(self) -> Tensor:
+        """Lengths of the rows of ``W + s B A``, without building that matrix."""
+        a, b = self.lora_A.weight, self.lora_B.weight.float()
+        cross_Or = torch.mm(self.weight_OI, a.t()).float()
+        gram_rr = torch.mm(a.float(), a.float().t())
+        square_O = (2 * self.scale) * (cross_Or * b).sum(1)
+        square_O += self.scale**2 * (torch.mm(b, gram_rr) * b).sum(1)
+        length_O: Tensor = (square_O + self._square_O).sqrt()
+        return length_O
+
+    def _merged_OI(self) -> Tensor:
+        whole_OI = super()._merged_OI()
+        length_O = torch.linalg.vector_norm(whole_OI, dim=1)
+        return whole_OI.mul_((self.lora_magnitude_vector.float() / length_O)[:, None])

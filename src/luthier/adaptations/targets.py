@@ -1,11 +1,11 @@
-"""One way to name weights: which modules an adaptation works on, and which layers exist."""
+"""One way to name weights: which linear layers an adaptation works on."""
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError
+from luthier.models.heads import head_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,12 +20,16 @@ def linear_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[str
     is the last part of a module's name (``q_proj``) or a dotted end of it (``mlp.up_proj``).
     """
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    of_task = tuple(head_modules(model))
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and not any(name == own or name.startswith(f"{own}.") for own in of_task)
     ]
     if targets == ALL_LINEAR:
         found = names
@@ -42,23 +46,3 @@ def linear_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[str
     if not found:
         raise RecipeError("this network has no linear layers to adapt")
     return found
-
-
-def layer_names(model: nn.Module) -> list[str]:
-    """Names of the repeated blocks of a network from bottom to top (``model.layers.0`` …)."""
-    from torch import nn
-
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1
-    ]
-    outer = [
-        (name, module)
-        for name, module in lists
-        if not any(re.match(rf"{re.escape(other)}\.", name) for other, _ in lists)
-    ]
-    if not outer:
-        raise RecipeError("this network has no stack of layers to choose from")
-    name, module = max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return [f"{name}.{index}" for index in range(len(module))]

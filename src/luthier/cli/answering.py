@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from luthier.cli.console import counting, heavy_imports, print_json
+from luthier.cli.console import check_output, counting, heavy_imports, print_json
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.types import Message
 
@@ -31,7 +31,7 @@ def generate(
     if target is not None and source is None:
         raise RecipeError("--output goes with --input")
     chosen = Sampling(**sampling)
-    _check_output(target)
+    check_output(target)
     prompts = _read_prompts(source) if source else []
     with heavy_imports():
         generator = Generator.open(find(model_id))
@@ -111,17 +111,6 @@ def _asks(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
     )
 
 
-def _check_output(target: Path | None) -> None:
-    """Refuse a file that cannot be written before the work is done."""
-    if target is None:
-        return
-    if target.is_dir():
-        raise RecipeError(f"{target} is a folder; --output names a file")
-    parent = next(path for path in target.absolute().parents if path.exists())
-    if not parent.is_dir():
-        raise RecipeError(f"{target} cannot be written: {parent} is not a folder")
-
-
 def _is_turn(turn: Any) -> bool:
     return (
         isinstance(turn, dict)
@@ -169,20 +158,25 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Grade a model's replies to held-out rows."""
+    from luthier.cli import predicting
     from luthier.data.rows import load_rows
     from luthier.evaluation.evaluate import questions
     from luthier.files import write_bytes
     from luthier.graders import graders_named
     from luthier.serving.generation import Generator
     from luthier.serving.measuring import measure
-    from luthier.store.models import find
+    from luthier.store.models import find, objective_of
 
     chosen = graders_named(graders)
-    _check_output(target)
+    check_output(target)
     rows = load_rows(data)
+    stored = find(model_id)
+    if objective_of(stored).reads:
+        predicting.evaluate(stored, data, rows, target, as_json)
+        return
     questions(rows)  # refuses rows without a reply before the model is loaded
     with heavy_imports():
-        generator = Generator.open(find(model_id))
+        generator = Generator.open(stored)
     started = time.monotonic()
     with counting(len(rows), "evaluate") as done:
         result = measure(generator, rows, chosen, max_tokens, done)

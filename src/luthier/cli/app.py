@@ -23,6 +23,11 @@ app = typer.Typer(
 models_app = typer.Typer(help="Base models and custom models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
+_OBJECTIVES = (
+    "sft, causal_lm, masked_lm, classification, regression or token_classification; "
+    "chosen by the rows when not given."
+)
+_ADAPTATIONS = "lora, full, freeze, feature_extraction, bitfit, adapters or prompt."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
@@ -49,8 +54,8 @@ def tune(
     validation: Annotated[Path | None, typer.Option(help="Rows to measure on.")] = None,
     base: Annotated[str | None, typer.Option(help="Model to start from.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
-    objective: Annotated[str | None, typer.Option(help="sft or causal_lm.")] = None,
-    adaptation: Annotated[str | None, typer.Option(help="lora, full or freeze.")] = None,
+    objective: Annotated[str | None, typer.Option(help=_OBJECTIVES)] = None,
+    adaptation: Annotated[str | None, typer.Option(help=_ADAPTATIONS)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the rows.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in one step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
@@ -89,7 +94,7 @@ def inspect(
     base: Annotated[str, typer.Option(help="Model whose template is shown.")] = (
         "smollm2-135m-instruct"
     ),
-    objective: Annotated[str | None, typer.Option(help="sft or causal_lm.")] = None,
+    objective: Annotated[str | None, typer.Option(help=_OBJECTIVES)] = None,
     rows: Annotated[int, typer.Option(help="Rows to show.")] = 3,
     json_: Json = False,
 ) -> None:
@@ -141,15 +146,33 @@ def chat(
 
 
 @app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Custom model that gives labels.")],
+    text: Annotated[str | None, typer.Argument(help="What to label.")] = None,
+    input_: Annotated[Path | None, typer.Option("--input", help="JSONL of texts.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL of texts and answers.")] = None,
+    json_: Json = False,
+) -> None:
+    """Label, rate or tag one text, or a file of texts."""
+    from luthier.cli import predicting
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        predicting.predict(model, text, input_, output, json_)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
-    data: Annotated[Path, typer.Argument(help="JSONL of prompts and expected replies.")],
+    data: Annotated[
+        Path, typer.Argument(help="JSONL of prompts and replies, or of labelled texts.")
+    ],
     grader: Annotated[list[str] | None, typer.Option(help="exact or first_line.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
     json_: Json = False,
 ) -> None:
-    """Let a model answer held-out rows and grade the replies."""
+    """Let a model answer held-out rows and grade the replies, or compare its labels with theirs."""
     from luthier.cli import answering
     from luthier.cli.console import errors
 

@@ -7,12 +7,13 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
 from luthier.engine.metrics import Reporter
-from luthier.errors import DataError, LuthierError
+from luthier.errors import DataError, LuthierError, RecipeError
 
 
 def print_json(value: Any) -> None:
@@ -161,3 +162,14 @@ def counting(total: int, text: str) -> Iterator[Any]:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(text, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+def check_output(target: Path | None) -> None:
+    """Refuse a file that cannot be written before the work is done."""
+    if target is None:
+        return
+    if target.is_dir():
+        raise RecipeError(f"{target} is a folder; --output names a file")
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise RecipeError(f"{target} cannot be written: {parent} is not a folder")

@@ -45,6 +45,8 @@ def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
     from rich.console import Console
 
+    from luthier.store.models import find, objective_of
+
     held = "" if result.validation_loss is None else f", validation {result.validation_loss:.4f}"
     out = Console(highlight=False)
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
@@ -53,7 +55,8 @@ def print_result(result: Result) -> None:
         f"loss {result.train_loss:.4f}{held}; peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
     out.print(f"  loss curve  {result.run_dir}/loss.png", soft_wrap=True)
-    out.print(f"  talk to it  luthier chat {result.model_id}", soft_wrap=True)
+    verb = 'predict {} "some text"' if objective_of(find(result.model_id)).reads else "chat {}"
+    out.print(f"  use it      luthier {verb.format(result.model_id)}", soft_wrap=True)
 
 
 def inspect(data: Path, base: str, objective: str | None, count: int, as_json: bool) -> None:
@@ -81,12 +84,17 @@ def inspect(data: Path, base: str, objective: str | None, count: int, as_json: b
     out.print(
         f"{dataset.counts['rows']:,} rows, {dataset.counts['tokens']:,} tokens, of which "
         f"{dataset.counts['learned_tokens']:,} are learned; the longest has {dataset.longest} of "
-        f"{context} tokens. Learned tokens are green:"
+        f"{context} tokens. What is learned is green:"
     )
     for example in dataset.train[:count]:
         text = Text()
-        for token, weight in zip(example.ids_T.tolist(), example.weight_T.tolist(), strict=True):
-            style = "bold green" if weight else "dim"
-            text.append(chat.tokenizer.decode([token]), style=style)
+        pieces = chat.pieces(example.ids_T.tolist())
+        for piece, weight in zip(pieces, example.weight_T.tolist(), strict=True):
+            # One target a row is shown below it, not at the token that carries its weight.
+            learned = weight and (example.target is None or len(example.target) == len(example))
+            style = "bold green" if learned else "dim"
+            text.append(piece, style=style)
         out.print(f"[bold]row {example.row + 1}[/bold]")
         out.print(text)
+        if taught := dataset.objective.described(example):
+            out.print(f"  [bold green]{taught}[/bold green]")

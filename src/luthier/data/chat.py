@@ -38,7 +38,7 @@ class ChatFormat:
     tokenizer: Any
     template: Literal["chat", "plain"]
     stop_ids: tuple[int, ...]
-    """Tokens that end a reply; the first one is appended in the plain format."""
+    """Tokens that end a reply; encoders have none."""
 
     @staticmethod
     def of(tokenizer: Any, template: Template = "auto", stop_ids: Sequence[int] = ()) -> ChatFormat:
@@ -52,8 +52,6 @@ class ChatFormat:
             )
         stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids])
         stops.pop(None, None)
-        if not stops:
-            raise RecipeError("this model's tokenizer names no end-of-text token (eos_token)")
         return ChatFormat(tokenizer, template, tuple(stops))
 
     def encode_prompt(self, messages: Sequence[Message]) -> IntArray:
@@ -94,12 +92,31 @@ class ChatFormat:
 
     def encode_text(self, text: str) -> IntArray:
         """Raw text followed by the end-of-text token, for language modelling."""
-        return np.append(self._tokens(text, first=True), self.stop_ids[0])
+        return np.append(self._tokens(text, first=True), self.end_id)
+
+    def encode_whole(self, text: str) -> IntArray:
+        """Text with whatever special tokens the model puts around it, for reading as a whole."""
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=True), dtype=np.int64)
+
+    @property
+    def end_id(self) -> int:
+        """The token appended to texts and plain replies."""
+        if not self.stop_ids:
+            raise RecipeError("this model's tokenizer names no end-of-text token (eos_token)")
+        return self.stop_ids[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a reply, without stop tokens and other special tokens."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token, for showing them one after the other."""
+        names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
+        if any(name.startswith("##") for name in self.tokenizer.get_vocab()):
+            # Word pieces carry no spaces: a piece that continues a word is marked instead.
+            return [name[2:] if name.startswith("##") else f" {name}" for name in names]
+        return [str(self.tokenizer.decode([int(i)])) for i in ids]
 
     def _encode_plain(self, messages: Sequence[Message]) -> Encoded:
         if len(messages) != 2 or messages[1].role != "assistant":
@@ -108,7 +125,7 @@ class ChatFormat:
                 "conversation. Use template=chat with a model that has a chat template."
             )
         prompt_T = self._tokens(messages[0].content, first=True)
-        reply_T = np.append(self._tokens(messages[1].content, first=False), self.stop_ids[0])
+        reply_T = np.append(self._tokens(messages[1].content, first=False), self.end_id)
         learned_T = np.arange(len(prompt_T) + len(reply_T)) >= len(prompt_T)
         return Encoded(np.concatenate([prompt_T, reply_T]), learned_T)
 

@@ -1,6 +1,7 @@
-"""Records to checked rows: three shapes, told apart by their keys.
+"""Records to checked rows: six shapes, told apart by their keys.
 
-``{"prompt", "completion"}``, ``{"messages": [{"role", "content"}, ...]}`` or ``{"text"}``. Text is
+``{"prompt", "completion"}``, ``{"messages": [{"role", "content"}, ...]}``, ``{"text"}``, and text
+with what it means: ``{"text", "label"}``, ``{"text", "rating"}``, ``{"tokens", "tags"}``. Text is
 never altered. A file with anything wrong in it is refused as a whole, with every problem.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from luthier.data import labels
 from luthier.data.read import Record, json_kind, read_records, shown
-from luthier.errors import DataError, Problem
+from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Message, Row
 
 RULES: Mapping[str, str] = {
@@ -28,7 +30,7 @@ RULES: Mapping[str, str] = {
     "json.duplicate_key": "One object has the same key twice, so one value would be lost.",
     "json.not_finite": "A number is NaN, infinite or too large to hold.",
     "json.too_deep": "Arrays or objects are nested too deeply to be read.",
-    "row.unknown_shape": "A row has the keys of none of the three shapes.",
+    "row.unknown_shape": "A row has the keys of none of the shapes.",
     "row.ambiguous": "A row has keys of more than one shape.",
     "row.mixed_shapes": "A row has another shape than the first row of the file.",
     "field.missing": "A field that the shape needs is not there.",
@@ -40,6 +42,12 @@ RULES: Mapping[str, str] = {
     "message.role": "A role is none of system, user and assistant.",
     "message.order": "Messages do not alternate: system (optional), user, assistant, user, ...",
     "message.last": "The last message is not from the assistant, so its turn has no target.",
+    "label.type": "A label is neither a string, a whole number, nor an array of them.",
+    "label.duplicate": "One row names the same label twice.",
+    "rating.type": "A rating is not a finite number.",
+    "tags.length": "A row has more tokens than tags, or fewer.",
+    "tags.type": "The tokens or tags are not an array of strings, or a token is empty.",
+    "tags.bio": "A tag is none of O, B-name and I-name.",
     "message.tool_calls": "A message calls a tool, which cannot be learned yet.",
 }
 """Every rule of reading and checking, with what it refuses; the reference is generated from it."""
@@ -48,8 +56,11 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
     '{"prompt", "completion"}': ("prompt", "completion"),
     '{"messages"}': ("messages",),
     '{"text"}': ("text",),
+    '{"text", "label"}': ("label",),
+    '{"text", "rating"}': ("rating",),
+    '{"tokens", "tags"}': ("tokens",),
 }
-_PAIR, _CHAT, _TEXT = _SHAPES
+_PAIR, _CHAT, _TEXT, _LABEL, _RATING, _TAGS = _SHAPES
 _ALL_SHAPES = ", ".join(_SHAPES)
 _RENAMES: Mapping[str, str] = {
     "instruction": "prompt",
@@ -109,11 +120,27 @@ class _Checker:
         if shape == _TEXT:
             text = self.text(record, "text", target=True)
             return Row(self.file, line, text=text)
+        if shape in (_LABEL, _RATING, _TAGS):
+            return self.annotated(shape, record)
         if shape == _PAIR:
             prompt = self.text(record, "prompt")
             completion = self.text(record, "completion", target=True)
             return Row(self.file, line, prompt=prompt, completion=completion)
         return None
+
+    def annotated(self, shape: str, record: Record) -> Row | None:
+        """A text with its label or rating, or words with their tags."""
+        try:
+            if shape == _TAGS:
+                tokens, tags = labels.tagged(record.get("tokens"), record.get("tags"))
+                return Row(self.file, self.line, tokens=tokens, tags=tags)
+            text = self.text(record, "text")
+            if shape == _LABEL:
+                return Row(self.file, self.line, text=text, label=labels.label(record["label"]))
+            return Row(self.file, self.line, text=text, rating=labels.rating(record["rating"]))
+        except RowRefused as bad:
+            self.report(bad.rule, bad.message, bad.fix)
+            return None
 
     def check_id(self, value: object) -> None:
         # By exact type: True is an int in Python and would collide with 1.
@@ -128,6 +155,11 @@ class _Checker:
     def shape_of(self, record: Record) -> str | None:
         """Name the shape by its keys, or report why there is not exactly one."""
         found = [shape for shape, keys in _SHAPES.items() if any(key in record for key in keys)]
+        if _PAIR in found or _CHAT in found:
+            # What else the row says of itself, its tags or rating, is no shape of its own.
+            found = [shape for shape in found if shape in (_PAIR, _CHAT, _TEXT)]
+        elif len(found) > 1 and _TEXT in found:
+            found.remove(_TEXT)  # the text of what is labelled
         if not found:
             self.report_unknown(record)
             return None
@@ -150,7 +182,7 @@ class _Checker:
 
     def report_unknown(self, record: Record) -> None:
         has = f"it has the keys {_listed(record)}" if record else "it has no keys"
-        message = f"The row has none of the three shapes {_ALL_SHAPES}: {has}."
+        message = f"The row has none of the shapes {_ALL_SHAPES}: {has}."
         fix = _rename_fix(record, ("messages",)) or _rename_fix(record, ("prompt", "completion"))
         fix = fix or _rename_fix(record, ("text",))
         fix = fix or f"Rename the keys so that the row has one of the shapes {_ALL_SHAPES}."

@@ -7,16 +7,22 @@ subtree is a contiguous range, "``a`` is an ancestor of ``q`` or ``q`` itself" i
 
 Loss lives on *edges* ``parent -> child``. Rows that share an edge add their weights, so gradients
 are those of the padded computation; only dropout differs, since shared nodes share their mask.
+
+Networks that look both ways cannot share prefixes. For them the same layout holds a chain for each
+row (``share=False``): flat, without padding, each row seeing all of itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luthier.types import Example, FloatArray, IntArray
 
@@ -40,14 +46,30 @@ class TokenTree:
     """Data-set index of each row, in the order of the tree."""
     leaf_R: IntArray
     """Flat index of the last token of each row, in the same order."""
+    node_M: IntArray
+    """Flat index of every token of every row, one row after the other in the order of the tree."""
+    examples: tuple[Example, ...] = ()
+    """The rows themselves, in the order of the tree."""
 
     def __len__(self) -> int:
         return len(self.ids_N)
 
     @cached_property
     def weight(self) -> float:
-        """Sum of all edge weights: what the engine divides by."""
-        return float(self.edge_weight_E.sum(dtype=np.float64))
+        """Sum of the weights of all rows: what the engine divides by."""
+        return math.fsum(example.weight for example in self.examples)
+
+    @cached_property
+    def root_R(self) -> IntArray:
+        """Flat index of the first token of each row."""
+        lengths = np.array([len(example) for example in self.examples], dtype=np.int64)
+        first: IntArray = self.node_M[np.cumsum(lengths) - lengths]
+        return first
+
+    @property
+    def targets(self) -> list[NDArray[Any]]:
+        """What the rows are to give, in the order of the tree."""
+        return [e.target for e in self.examples if e.target is not None]
 
     def path(self, node: int) -> IntArray:
         """Flat indices from the root down to ``node``, itself included."""
@@ -58,10 +80,17 @@ class TokenTree:
         return path
 
 
-def build_tree(examples: Sequence[Example]) -> TokenTree:
-    """Merge ``examples`` (at least one, none empty) into one token tree."""
-    rows = sorted(examples, key=_sort_key)
-    shared_R = _shared_prefixes(rows)
+def build_tree(
+    examples: Sequence[Example], share: bool = True, before: tuple[int, ...] = ()
+) -> TokenTree:
+    """Merge ``examples`` (at least one, none empty) into one token tree.
+
+    Edges carry the weights of rows whose target is their next token; other rows have none. ``before``
+    are ids put in front of every row: a soft prompt. They are part of no row.
+    """
+    given = tuple(sorted(examples, key=_sort_key))
+    rows = [_behind(example, before) for example in given] if before else list(given)
+    shared_R = _shared_prefixes(rows, share)
     kept = [example.ids_T[shared:] for example, shared in zip(rows, shared_R, strict=True)]
     ids_N = np.concatenate(kept).astype(np.int64)
     depth_N = np.concatenate(
@@ -70,7 +99,8 @@ def build_tree(examples: Sequence[Example]) -> TokenTree:
     parent_N, node_of = _link(rows, shared_R, len(ids_N))
     weight_N = np.zeros(len(ids_N), dtype=np.float64)
     for example, nodes_T in zip(rows, node_of, strict=True):
-        np.add.at(weight_N, nodes_T, example.weight_T)
+        if example.target is None and share:
+            np.add.at(weight_N, nodes_T, example.weight_T)
     edge_child_E = np.flatnonzero(weight_N)
     if len(edge_child_E) and depth_N[edge_child_E].min() == 0:
         raise ValueError("the first token of a row has nothing before it and cannot carry loss")
@@ -83,7 +113,16 @@ def build_tree(examples: Sequence[Example]) -> TokenTree:
         edge_weight_E=weight_N[edge_child_E].astype(np.float32),
         row_R=np.array([example.row for example in rows], dtype=np.int64),
         leaf_R=np.array([nodes_T[-1] for nodes_T in node_of], dtype=np.int64),
+        node_M=np.concatenate([nodes_T[len(before) :] for nodes_T in node_of]),
+        examples=given,
     )
+
+
+def _behind(example: Example, before: tuple[int, ...]) -> Example:
+    """``example`` with the ids ``before`` in front, of no weight."""
+    ids_T = np.concatenate([np.array(before, dtype=np.int64), example.ids_T])
+    weight_T = np.concatenate([np.zeros(len(before), dtype=np.float32), example.weight_T])
+    return replace(example, ids_T=ids_T, weight_T=weight_T)
 
 
 def padded(tree: TokenTree, multiple: int) -> TokenTree:
@@ -93,26 +132,25 @@ def padded(tree: TokenTree, multiple: int) -> TokenTree:
     """
     size, extra = len(tree), -len(tree) % multiple
     zeros = np.zeros(extra, dtype=np.int64)
-    return TokenTree(
+    return replace(
+        tree,
         ids_N=np.concatenate([tree.ids_N, zeros]),
         depth_N=np.concatenate([tree.depth_N, zeros]),
         parent_N=np.concatenate([tree.parent_N, zeros - 1]),
         subtree_end_N=np.concatenate([tree.subtree_end_N, np.arange(size, size + extra) + 1]),
-        edge_child_E=tree.edge_child_E,
-        edge_weight_E=tree.edge_weight_E,
-        row_R=tree.row_R,
-        leaf_R=tree.leaf_R,
     )
 
 
-def split_to_budget(examples: Sequence[Example], budget: int) -> list[list[Example]]:
+def split_to_budget(
+    examples: Sequence[Example], budget: int, share: bool = True
+) -> list[list[Example]]:
     """Cut a batch into micro-batches of at most ``budget`` distinct tokens each.
 
     Rows are sorted first, so neighbours share their prefixes; a row longer than the budget gets a
     micro-batch of its own. The pieces are evened out, as the largest decides the peak memory.
     """
     rows = sorted(examples, key=_sort_key)
-    shared_R = _shared_prefixes(rows)
+    shared_R = _shared_prefixes(rows, share)
     parts = _fill(rows, shared_R, budget)
     even = sum(map(len, rows)) - sum(shared_R)
     for step in range(8):
@@ -141,8 +179,10 @@ def _sort_key(example: Example) -> tuple[bytes, int]:
     return example.ids_T.astype(">u4").tobytes(), example.row
 
 
-def _shared_prefixes(rows: Sequence[Example]) -> list[int]:
-    """Length of the prefix that each sorted row shares with the row before it."""
+def _shared_prefixes(rows: Sequence[Example], share: bool) -> list[int]:
+    """Length of the prefix that each sorted row shares with the row before it; 0 without sharing."""
+    if not share:
+        return [0] * len(rows)
     shared = [0]
     for before, row in pairwise(rows):
         width = min(len(before), len(row))

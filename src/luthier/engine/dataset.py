@@ -12,7 +12,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.loader import hold_out, total_tokens
 from luthier.data.rows import load_rows
 from luthier.engine.defaults import Choice, validation_share
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import sha256_of
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.recipe import DataSpec
@@ -20,6 +20,11 @@ from luthier.types import Example, Row
 
 RULES = {
     "rows.too_few": "A single labelled row is not enough to learn from.",
+    "label.one_class": "All rows have the same label, so there is nothing to tell apart.",
+    "label.unseen": "A label of the validation rows is in none of the training rows.",
+    "label.mixed": "Some rows have one label and others an array of them.",
+    "rating.constant": "All rows have the same rating.",
+    "row.empty": "The tokenizer makes nothing of the text.",
     "row.objective": "The row has a shape that the objective does not learn from.",
     "row.template": "The row cannot be written in the model's template.",
     "row.too_long": "The row has more tokens than the model's context.",
@@ -57,9 +62,9 @@ def prepare(
     held = load_rows(spec.validation) if spec.validation else []
     choices: list[Choice] = []
     if objective is None:
-        objective = _objective_for(rows[0])
+        objective = _objective_for(rows[0], chat)
         choices.append(("objective", objective.method, f"the rows are {_named([_shape(rows[0])])}"))
-    _check_shapes(rows, held, objective)
+    _check_shapes(rows, held, objective, chat)
     if not spec.validation:
         share, reason = spec.validation_share, ""
         if share is None:
@@ -67,6 +72,10 @@ def prepare(
             choices.append(("data.validation_share", round(share, 4), reason))
         kept, out = hold_out(len(rows), share, seed)
         rows, held = [rows[i] for i in kept], [rows[i] for i in out]
+    try:
+        objective = objective.fit(rows, chat)
+    except RowRefused as bad:
+        raise DataError([bad.at(str(spec.train), 0)]) from bad
     encoder = _Encoder(objective, objective.format(chat), context, spec.long_rows)
     train, validation = encoder.encode(rows), encoder.encode(held)
     if encoder.problems:
@@ -95,16 +104,24 @@ def prepare(
 
 
 def _shape(row: Row) -> str:
-    return "messages" if row.messages else "text" if row.text is not None else "prompt"
+    for name, shape in _FIELDS.items():
+        if getattr(row, name) is not None:
+            return shape
+    raise ValueError("a row of no shape")
 
 
-def _objective_for(row: Row) -> Objective:
-    """The first objective of the table that learns from rows of this shape."""
-    kind = next(kind for kind in OBJECTIVES.values() if _shape(row) in kind.shapes)
+def _objective_for(row: Row, chat: ChatFormat) -> Objective:
+    """The first objective of the table that learns from rows of this shape, on this tokenizer."""
+    masks = chat.tokenizer.mask_token_id is not None
+    tasks = ("masked_lm", "causal_lm") if masks else ("causal_lm", "masked_lm")
+    kinds = [kind for kind in OBJECTIVES.values() if _shape(row) in kind.shapes]
+    kind = min(kinds, key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
     return kind.model_validate({})
 
 
-def _check_shapes(rows: Sequence[Row], held: Sequence[Row], objective: Objective) -> None:
+def _check_shapes(
+    rows: Sequence[Row], held: Sequence[Row], objective: Objective, chat: ChatFormat
+) -> None:
     problems = []
     if len(rows) == 1 and _shape(rows[0]) != "text":
         problems.append(
@@ -119,7 +136,7 @@ def _check_shapes(rows: Sequence[Row], held: Sequence[Row], objective: Objective
     for row in [*rows, *held]:
         shape = _shape(row)
         if shape not in objective.shapes:
-            other = _objective_for(row).method
+            other = _objective_for(row, chat).method
             problems.append(
                 Problem(
                     row.file,
@@ -134,7 +151,24 @@ def _check_shapes(rows: Sequence[Row], held: Sequence[Row], objective: Objective
         raise DataError(problems)
 
 
-_SHAPES = {"prompt": "prompt and completion", "messages": "messages", "text": "raw text"}
+_FIELDS = {
+    "messages": "messages",
+    "prompt": "prompt",
+    "completion": "prompt",
+    "label": "label",
+    "rating": "rating",
+    "tags": "tags",
+    "text": "text",
+}
+"""What tells the shape of a row, in the order it is asked."""
+_SHAPES = {
+    "prompt": "prompt and completion",
+    "messages": "messages",
+    "text": "raw text",
+    "label": "text with labels",
+    "rating": "text with ratings",
+    "tags": "tokens with tags",
+}
 
 
 def _named(shapes: Sequence[str] | frozenset[str]) -> str:
@@ -157,6 +191,9 @@ class _Encoder:
         for index, row in enumerate(rows):
             try:
                 example = self.objective.encode(row, index, self.chat)
+            except RowRefused as bad:
+                self.problems.append(bad.at(row.file, row.line))
+                continue
             except RecipeError as error:
                 self._problem(row, "row.template", str(error), "See the message.")
                 continue
@@ -173,8 +210,8 @@ class _Encoder:
 
     def _truncate(self, row: Row, example: Example) -> Example | None:
         """Cut from the end; a row that loses all its learned tokens is a problem, not a row."""
-        weight_T = example.weight_T[: self.context]
-        if not np.any(weight_T):
+        shorter = self.objective.cut(example, self.context)
+        if not np.any(shorter.weight_T):
             self._problem(
                 row,
                 "row.nothing_learned",
@@ -183,7 +220,7 @@ class _Encoder:
             )
             return None
         self.truncated += 1
-        return Example(example.ids_T[: self.context], weight_T, example.row)
+        return shorter
 
     def _too_long(self, row: Row, example: Example) -> None:
         lost = float(example.weight_T[self.context :].sum() / example.weight_T.sum())

@@ -27,6 +27,8 @@ class Facts:
     longest: int
     """Tokens of the longest training row."""
     validation_rows: int
+    hidden: int
+    """Width of the network."""
 
 
 def validation_share(rows: int) -> tuple[float, str]:
@@ -50,7 +52,7 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     fill("batch_size", *_batch_size(facts.rows))
     if training.max_steps is None:
         fill("epochs", *_epochs(facts.rows, training.batch_size or 1))
-    fill("learning_rate", *recipe.adaptation.learning_rate())
+    fill("learning_rate", *recipe.adaptation.learning_rate(facts.hidden))
     steps = steps_of(recipe.model_copy(update={"training": training}), facts.rows)
     if facts.validation_rows:
         every = max(1, round(steps / 8))

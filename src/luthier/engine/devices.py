@@ -42,7 +42,7 @@ def choose_machine(precision: Precision = "auto", threads: int | None = None) ->
         device, name = torch.device("cuda"), torch.cuda.get_device_name()
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        device, name = torch.device("cpu"), f"{count} CPU threads"
+        device, name = torch.device("cpu"), f"{count} CPU thread{'s' * (count != 1)}"
         native = _cpu_has_bfloat16()
     if precision == "auto":
         dtype = torch.bfloat16 if native else torch.float32

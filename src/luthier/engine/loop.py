@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from luthier.data.loader import RowOrder
-from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
 from luthier.engine.devices import peak_memory
 from luthier.engine.metrics import MetricsFile, Reporter
@@ -126,8 +125,7 @@ class Loop:
         )
 
     def _batches(self, examples: Sequence[Example]) -> list[TreeBatch]:
-        parts = split_to_budget(examples, self.budget)
-        batches = [self.network.batch(build_tree(part)) for part in parts]
+        batches = self.network.batches(examples, self.budget)
         with torch.no_grad():
             return [self.objective.annotate(self.network, batch) for batch in batches]
 
@@ -192,8 +190,7 @@ def mean_loss(
     """The objective's loss on ``examples``, averaged over their weight."""
     network.model.eval()
     total = weight = 0.0
-    for part in split_to_budget(examples, budget):
-        batch = network.batch(build_tree(part))
+    for batch in network.batches(examples, budget):
         batch = objective.annotate(network, batch)
         total += float(objective.loss(network, batch).total)
         weight += batch.weight

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from luthier import __version__
 from luthier.data.chat import ChatFormat
@@ -28,11 +27,12 @@ from luthier.engine.estimate import check_memory, disk_needed, estimate_memory
 from luthier.engine.loop import Loop, mean_loss
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
 from luthier.engine.runs import METRICS, Result, Run, automatic_name
-from luthier.errors import LuthierError, RefusedInput, UnknownModel
+from luthier.errors import LuthierError, RecipeError, RefusedInput
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, need_disk, new_folder, write_json
+from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.catalog import MANIFEST
-from luthier.models.load import as_network, check_folder, context_length
+from luthier.models.load import as_network, check_folder, context_length, sketch
 from luthier.models.network import Network
 from luthier.models.save import (
     read_adapter,
@@ -110,13 +110,22 @@ def _prepare(
     config = check_folder(base.network_folder)
     chat = store.chat_format(base)
     context = context_length(config)
-    data = prepare(recipe.data, recipe.objective, chat, context, recipe.training.seed)
-    facts = defaults.Facts(len(data.train), data.longest, len(data.validation))
+    room = context - recipe.adaptation.added_tokens
+    if room < 1:
+        raise RecipeError(
+            f"{recipe.adaptation.added_tokens} added tokens leave no room in the model's context of "
+            f"{context}; use fewer"
+        )
+    data = prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
+    model = sketch(base.network_folder, data.objective.head())
+    with torch.device("meta"):
+        recipe.adaptation.attach(model)
+    width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+    facts = defaults.Facts(len(data.train), data.longest, len(data.validation), width)
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
-    sketch = _sketch(base.network_folder, recipe)
-    width = machine.dtype.itemsize
-    estimate, available = estimate_memory(sketch, width), available_memory()
+    size = machine.dtype.itemsize
+    estimate, available = estimate_memory(model, size), available_memory()
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(
             estimate, _first_batches(recipe, data), data.longest, available
@@ -127,7 +136,7 @@ def _prepare(
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
     check_memory(estimate, recipe.training.micro_batch_tokens or 0, available)
-    need_disk(store.base_folder("x"), disk_needed(sketch, width), "this run")
+    need_disk(store.base_folder("x"), disk_needed(model, size), "this run")
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
@@ -145,23 +154,6 @@ def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[E
     return [[data.train[index] for index in order.batch(step)] for step in steps]
 
 
-def _sketch(folder: Path, recipe: Recipe) -> nn.Module:
-    """The network without its numbers, adaptation attached: for counting, and for early refusals."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnknownModel(
-            f"the network in {folder} is no causal language model that can be loaded: {error}"
-        ) from error
-    with torch.device("meta"):
-        recipe.adaptation.attach(model)
-    return model
-
-
 class _Trainer:
     """Loads, trains, stores and verifies one job."""
 
@@ -172,6 +164,7 @@ class _Trainer:
     def run(self, resume: bool) -> Result:
         """Everything after the last check."""
         network = self._network()
+        self._remember(network)
         loop = self._loop(network)
         if resume:
             going = loop.resume()
@@ -182,6 +175,8 @@ class _Trainer:
         progress = loop.run()
         self.reporter.stage("Storing and verifying the model")
         lines = loop.metrics.read()
+        network.bottom = None
+        self._activations.unlink(missing_ok=True)
         del loop  # the optimizer's memory is needed for the second copy of the network
         result = self._store(network, progress, lines)
         self.run_folder.finish(result)
@@ -191,7 +186,8 @@ class _Trainer:
         torch.manual_seed(self.recipe.training.seed)
         self.reporter.stage(f"Loading {self.job.base.id}")
         machine = self.machine
-        model = store.load(self.job.base, machine.dtype, machine.device)
+        head = self.job.data.objective.head()
+        model = store.load(self.job.base, machine.dtype, machine.device, head)
         if getattr(model.config, "attention_dropout", 0):
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, machine.device, machine.dtype)
@@ -201,6 +197,31 @@ class _Trainer:
         total = sum(p.numel() for p in model.parameters())
         self.reporter.note(f"{moved:,} of {total:,} weights train ({moved / total:.2%})")
         return network
+
+    def _remember(self, network: Network) -> None:
+        """Where the bottom is frozen and rows come more than once, compute it ahead for all rows."""
+        data = self.job.data
+        count = frozen_layers(network.model)
+        seen = self.job.steps * (self.recipe.training.batch_size or 1)
+        if not count or not data.objective.fixed or seen < 2 * len(data.train):
+            return
+        rows = [*data.train, *data.validation]
+        size = sum(map(len, rows)) * network.width * network.dtype.itemsize
+        file = None
+        if size > available_memory() // 4:
+            need_disk(self.run_folder.folder, size, "keeping the activations of the frozen layers")
+            file = self._activations
+        self.reporter.stage(f"Computing the {count} frozen layers once for {len(rows):,} rows")
+        budget = self.recipe.training.micro_batch_tokens or 1
+        network.bottom = Bottom.of(network, count, rows, max(budget, 2048), file)
+        self.reporter.note(
+            f"{size / 1e6:,.0f} MB of activations are kept {'on disk' if file else 'in memory'}; each "
+            f"epoch starts at layer {count + 1}"
+        )
+
+    @property
+    def _activations(self) -> Path:
+        return self.run_folder.folder / "activations.bin"
 
     def _loop(self, network: Network) -> Loop:
         folder = self.run_folder.folder
@@ -237,16 +258,20 @@ class _Trainer:
     def _save(self, network: Network, folder: Path) -> dict[str, Any]:
         """Write weights and tokenizer; what the manifest says of them and of where they came from."""
         job, model = self.job, network.model
-        adapter = self.recipe.adaptation.peft_config(model, str(job.base.folder))
-        weights = fingerprint(trained_weights(model))
+        adaptation = self.recipe.adaptation
+        adapter = adaptation.adapter_config(model, str(job.base.folder))
+        trained = trained_weights(model)
+        weights = fingerprint(
+            {self.recipe.adaptation.stored_name(n): w for n, w in trained.items()}
+        )
         if adapter is not None:
-            save_adapter(model, adapter, folder)
+            save_adapter(model, adaptation, adapter, folder)
             save_format(job.chat, folder)
         else:
             save_network(model, job.chat, folder)
         return {
             "id": self.run_folder.model_id,
-            "kind": "causal_lm",
+            "kind": self.job.data.objective.task,
             "saved": "network" if adapter is None else "adapter",
             "parent": job.base.id,
             "root": job.base.root,
@@ -294,7 +319,8 @@ class _Trainer:
         if parent and fingerprint(read_adapter(folder)) != manifest["trained_weights_sha256"]:
             raise LuthierError("the saved adapter has not the bits of the trained one")
         stored = store.StoredModel(manifest["id"], folder, manifest, parent)
-        again = store.load(stored, self.machine.dtype, self.machine.device)
+        head = self.job.data.objective.head()
+        again = store.load(stored, self.machine.dtype, self.machine.device, head)
         network = as_network(again, self.machine.device, self.machine.dtype)
         rounded = parent is not None and self.machine.dtype != torch.float32
         parity = Parity(len(self._sample()), trained, self._loss(network), rounded)

@@ -58,33 +58,56 @@ class AttentionPlan:
     """FlexAttention's mask, on a GPU."""
 
 
-def plan_attention(tree: TokenTree, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
-    """Cut ``tree`` into tiles, or build the block mask where the device is a GPU."""
+def plan_attention(
+    tree: TokenTree, device: torch.device, dtype: torch.dtype, both_ways: bool = False
+) -> AttentionPlan:
+    """Cut ``tree`` into tiles, or build the block mask where the device is a GPU.
+
+    ``both_ways`` is for a forest of chains: each node sees the whole of its row.
+    """
     longest = int(tree.depth_N.max()) + 1
+    # A query sees the keys from ``first`` to itself (or to the end of its row) that are no cousins.
+    first_N = _row_starts(tree) if both_ways else None
     if device.type != "cpu":
-        end_N = torch.from_numpy(tree.subtree_end_N).to(device)
-        return AttentionPlan((), longest, _flex_mask(end_N))
+        seen = tree.subtree_end_N if first_N is None else first_N
+        mask = _flex_mask(torch.from_numpy(seen).to(device), both_ways)
+        return AttentionPlan((), longest, mask)
     shapes: dict[tuple[int, int], list[tuple[int, IntArray]]] = {}
     for start in range(0, len(tree), TILE):
         stop = min(start + TILE, len(tree))
-        keys_K = np.concatenate([tree.path(start)[:-1], np.arange(start, stop)])
+        if first_N is None:
+            keys_K = np.concatenate([tree.path(start)[:-1], np.arange(start, stop)])
+        else:
+            keys_K = np.arange(first_N[start], tree.subtree_end_N[first_N[stop - 1]])
         size = -(-len(keys_K) // KEY_STEP) * KEY_STEP
         shapes.setdefault((stop - start, size), []).append((start, keys_K))
-    groups = tuple(_group(tree, *shape, tiles, dtype) for shape, tiles in shapes.items())
+    groups = tuple(_group(tree, *shape, tiles, dtype, first_N) for shape, tiles in shapes.items())
     return AttentionPlan(groups, longest)
 
 
+def _row_starts(tree: TokenTree) -> IntArray:
+    """For each node of a forest of chains, the first node of its row."""
+    return np.arange(len(tree)) - tree.depth_N
+
+
 def _group(
-    tree: TokenTree, queries: int, size: int, tiles: list[tuple[int, IntArray]], dtype: torch.dtype
+    tree: TokenTree,
+    queries: int,
+    size: int,
+    tiles: list[tuple[int, IntArray]],
+    dtype: torch.dtype,
+    first_N: IntArray | None,
 ) -> TileGroup:
     key_BK = np.zeros((len(tiles), size), dtype=np.int64)
     sees_BQK = np.zeros((len(tiles), queries, size), dtype=bool)
     for tile, (start, keys_K) in enumerate(tiles):
         key_BK[tile, : len(keys_K)] = keys_K
         query_Q = np.arange(start, start + queries)[:, None]
-        sees_BQK[tile, :, : len(keys_K)] = (keys_K <= query_Q) & (
-            query_Q < tree.subtree_end_N[keys_K]
-        )
+        if first_N is None:
+            seen_QK = (keys_K <= query_Q) & (query_Q < tree.subtree_end_N[keys_K])
+        else:
+            seen_QK = first_N[keys_K] == first_N[query_Q]
+        sees_BQK[tile, :, : len(keys_K)] = seen_QK
     mask_BQK = torch.zeros(sees_BQK.shape, dtype=dtype)
     mask_BQK.masked_fill_(~torch.from_numpy(sees_BQK), float("-inf"))
     starts = tuple(start for start, _ in tiles)
@@ -164,14 +187,19 @@ def _accumulate(sum_HND: Tensor, group: TileGroup, part: Tensor) -> None:
         sum_HND.index_add_(1, key_K, part_BHKD[tile].float())
 
 
-def _flex_mask(end_N: Tensor) -> Any:
+def _flex_mask(seen_N: Tensor, both_ways: bool) -> Any:
+    """``seen_N`` is the end of each node's subtree, or the start of its row."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def ancestor(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < end_N[key])
+        return (key <= query) & (query < seen_N[key])
 
-    size = len(end_N)
-    return create_block_mask(ancestor, None, None, size, size, device=end_N.device)
+    def same_row(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return seen_N[key] == seen_N[query]
+
+    size = len(seen_N)
+    mask = same_row if both_ways else ancestor
+    return create_block_mask(mask, None, None, size, size, device=seen_N.device)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:

@@ -15,8 +15,11 @@ from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models.attention import NAME, register
 from luthier.models.fused import fuse
-from luthier.models.network import Network
+from luthier.models.heads import CAUSAL_LM, Head, auto_class, head_weights, mark, task_of
+from luthier.models.network import Network, TreeBatch
 from luthier.types import Example
+
+_OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -36,7 +39,11 @@ def context_length(config: dict[str, Any]) -> int:
     """Longest input in tokens that the configuration names."""
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         if isinstance(config.get(key), int):
-            return int(config[key])
+            # RoBERTa's family starts counting behind its padding index.
+            skipped = (
+                config.get("pad_token_id", 1) + 1 if config.get("model_type") in _OFFSET else 0
+            )
+            return int(config[key]) - skipped
     raise RecipeError("config.json names no context length (max_position_embeddings)")
 
 
@@ -62,18 +69,53 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     return ChatFormat.of(tokenizer, template, listed)
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A causal language model with plain attention, as transformers serves it."""
+def read_config(folder: Path, head: Head) -> Any:
+    """transformers' configuration of the network in ``folder``, set up for ``head``."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        kind = check_folder(folder).get("model_type", "of unknown type")
+        raise UnknownModel(f"the network in {folder} ({kind}) cannot be loaded: {error}") from error
+    for key, value in head.settings().items():
+        setattr(config, key, value)
+    return config
+
+
+def sketch(folder: Path, head: Head) -> nn.Module:
+    """The network without its numbers, for counting and for early refusals."""
+    return sketch_of(read_config(folder, head), head)
+
+
+def sketch_of(config: Any, head: Head) -> nn.Module:
+    """The same from a configuration of transformers."""
+    kind = auto_class(config, head.task)
+    with torch.device("meta"):
+        model: nn.Module = kind.from_config(config, trust_remote_code=False)
+    mark(model, head.task)
+    return model
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, head: Head = CAUSAL_LM
+) -> nn.Module:
+    """A network with the head asked for and plain attention, as transformers serves it.
+
+    A head that the folder does not hold is drawn anew; any other missing weight is an error.
+    """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    config = check_folder(folder)
-    kind = config.get("model_type", "of unknown type")
+    kind = check_folder(folder).get("model_type", "of unknown type")
+    config = read_config(folder, head)
     logging.disable_progress_bar()
+    quiet = logging.get_verbosity()
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        logging.set_verbosity_error()  # transformers reports a new head as a defect
+        found: Any = auto_class(config, head.task).from_pretrained(
             str(folder),
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -81,16 +123,17 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
         )
         model, loaded = found
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UnknownModel(
-            f"the network in {folder} ({kind}) cannot be loaded as a causal language model: {error}"
-        ) from error
+        raise UnknownModel(f"the network in {folder} ({kind}) cannot be loaded: {error}") from error
     except SafetensorError as error:
         raise CorruptFile(f"the weights in {folder} cannot be read: {error}") from error
-    if missing := sorted(loaded["missing_keys"]):
+    finally:
+        logging.set_verbosity(quiet)
+    mark(model, head.task)
+    if missing := sorted(set(loaded["missing_keys"]) - head_weights(model)):
         # transformers would draw them at random, with no more than a warning.
         raise UnknownModel(
-            f"{folder} ({kind}) has not all weights of a causal language model: {len(missing)} are "
-            f"missing, {', '.join(missing[:3])} among them"
+            f"{folder} ({kind}) has not all weights of the network: {len(missing)} are missing, "
+            f"{', '.join(missing[:3])} among them"
         )
     on_device: nn.Module = model.to(device)
     return on_device
@@ -101,7 +144,7 @@ def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Ne
     register()
     probe = _Probe(model, device)
     expected = probe.plain()
-    network = Network(model, device, dtype)
+    network = Network(model, device, dtype, probe.sees_ahead())
     network.model.set_attn_implementation(NAME)
     fuse(model)
     probe.check(network, expected)
@@ -119,35 +162,62 @@ class _Probe:
         self.model = model
         vocabulary = int(self.model.config.vocab_size)
         generator = torch.Generator().manual_seed(0)
-        self.ids_2T = torch.randint(0, vocabulary, (2, 12), generator=generator)
+        # Low ids may be padding, which some networks do not count.
+        self.ids_2T = torch.randint(vocabulary // 2, vocabulary, (2, 12), generator=generator)
         self.ids_2T[1, :6] = self.ids_2T[0, :6]
         self.device = device
 
     @torch.no_grad()
     def plain(self) -> torch.Tensor:
+        """What the network's own forward gives for each row: logits, or the scores of its head."""
         self.model.eval()
-        logits_2TV: torch.Tensor = self.model(input_ids=self.ids_2T.to(self.device)).logits
-        if not logits_2TV.isfinite().all():
+        rows = [self.model(input_ids=ids_1T.to(self.device)) for ids_1T in self.ids_2T.split(1)]
+        out = torch.cat([row.logits for row in rows])
+        if not out.isfinite().all():
             raise CorruptFile(
                 "the network answers with numbers that are not finite: its weights are damaged"
             )
-        return logits_2TV.float()
+        return out.float()
 
     @torch.no_grad()
-    def check(self, network: Network, expected_2TV: torch.Tensor) -> None:
+    def sees_ahead(self) -> bool:
+        """Whether the first token's state depends on later ones; where not, its bits are the same."""
+        states = []
+        for ids_T in (self.ids_2T[0], self.ids_2T[0].flip(0)):
+            ids_T[0] = self.ids_2T[0, 0]
+            found = self.model.base_model(input_ids=ids_T[None].to(self.device))
+            states.append(found.last_hidden_state[0, 0])
+        return not torch.equal(*states)
+
+    @torch.no_grad()
+    def check(self, network: Network, expected: torch.Tensor) -> None:
+        """Compare with the flat layout."""
         rows = [
             Example(ids.numpy(), np.zeros(len(ids), dtype=np.float32), index)
             for index, ids in enumerate(self.ids_2T)
         ]
-        tree = build_tree(rows)
-        logits_NV = (network.hidden(network.batch(tree)) @ network.head_VH.t()).float()
-        nodes = np.stack([tree.path(leaf) for leaf in tree.leaf_R])
-        got_2TV = logits_NV[torch.from_numpy(nodes).to(self.device)]
-        expected_2TV = expected_2TV[torch.from_numpy(tree.row_R).to(self.device)]
-        error = float((got_2TV - expected_2TV).norm() / expected_2TV.norm())
+        tree = build_tree(rows, share=not network.both_ways)
+        try:
+            got = self._ours(network, network.batch(tree)).float().view_as(expected)
+            expected = expected[torch.from_numpy(tree.row_R).to(self.device)]
+            error = float((got - expected).norm() / expected.norm())
+        except (AttributeError, TypeError) as missing:  # a head of another build
+            raise RecipeError(
+                f"networks of type {self.model.config.model_type} cannot be trained for this yet: "
+                f"their head is not known here ({missing})"
+            ) from missing
         if not error < (0.1 if network.dtype == torch.bfloat16 else 1e-3):
             raise RecipeError(
                 f"networks of type {self.model.config.model_type} cannot be trained here yet: on a "
-                "probe, the token tree gave other logits than the network's own forward (relative "
+                "probe, the flat layout gave other numbers than the network's own forward (relative "
                 f"error {error:.2g})."
             )
+
+    def _ours(self, network: Network, batch: TreeBatch) -> torch.Tensor:
+        nodes = torch.from_numpy(batch.tree.node_M).to(self.device)
+        task = task_of(self.model)
+        if task == "sequence_classification":
+            return network.row_scores(batch)
+        if task == "token_classification":
+            return network.token_scores(batch, nodes)
+        return network.logits(network.hidden(batch)[nodes])

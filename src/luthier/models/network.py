@@ -1,11 +1,12 @@
-"""A causal language model run over token trees.
+"""A network of transformers run over token trees.
 
 :class:`Network` hides which class of transformers is inside: objectives ask it for hidden states
-and for the output head, and never see padding, masks or a ``[B, T, V]`` tensor.
+and for what the heads make of them, and never see padding, masks or a ``[B, T, V]`` tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.data.tree import TokenTree, padded
+from luthier.data.tree import TokenTree, build_tree, padded, split_to_budget
+from luthier.models import heads
 from luthier.models.attention import AttentionPlan, plan_attention
+from luthier.models.bottom import Bottom
+from luthier.types import Example
 
 SIZE_STEP = 32
 """Nodes and loss positions of a micro-batch are rounded up to a multiple of this."""
@@ -35,14 +39,15 @@ class TreeBatch:
     """For each edge, the index of its parent in ``source_S``, ascending."""
     target_E: Tensor
     weight_E: Tensor
-
-    @property
-    def weight(self) -> float:
-        """Sum of all edge weights."""
-        return self.tree.weight
+    weight: float
+    """Sum of all weights: this batch's part of what the engine divides by."""
+    as_given: bool = True
+    """Whether ``ids_N`` are the rows' own, and not changed by the objective."""
 
     @staticmethod
-    def of(tree: TokenTree, device: torch.device, dtype: torch.dtype) -> TreeBatch:
+    def of(
+        tree: TokenTree, device: torch.device, dtype: torch.dtype, both_ways: bool = False
+    ) -> TreeBatch:
         """Put ``tree`` on ``device`` and plan its attention for ``dtype``."""
         tree = padded(tree, SIZE_STEP)
         parent_E = tree.parent_N[tree.edge_child_E]
@@ -59,31 +64,61 @@ class TreeBatch:
             tree=tree,
             ids_N=put(tree.ids_N),
             depth_N=put(tree.depth_N),
-            plan=plan_attention(tree, device, dtype),
+            plan=plan_attention(tree, device, dtype, both_ways),
             source_S=put(source_S),
             edge_source_E=put(edge_source_E),
             target_E=put(tree.ids_N[child_E]),
             weight_E=put(tree.edge_weight_E[order]),
+            weight=tree.weight,
         )
 
 
 class Network:
-    """A causal language model of transformers on the flat layout."""
+    """A network of transformers on the flat layout.
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    ``both_ways`` networks (encoders) see each row whole; the others see what came before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        both_ways: bool = False,
+    ) -> None:
         self.model: Any = model
         self.device = device
         self.dtype = dtype
+        self.both_ways = both_ways
+        self._first_position = heads.first_position(model)
+        self.bottom: Bottom | None = None
+        """What the frozen bottom gives for each row, where that was computed ahead."""
 
     @cached_property
     def _backbone(self) -> Any:
         return self.model.base_model
 
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Ids of a soft prompt that stands before every row; none without one."""
+        return heads.prompt_ids(self.model)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a hidden state, ``H``."""
+        return int(self.model.config.hidden_size)
+
     def hidden(self, batch: TreeBatch) -> Tensor:
         """Last hidden states ``[N, H]``, one for each node of the tree."""
+        if self.bottom is None or not batch.as_given:
+            return self._run(batch)
+        with self.bottom.instead(batch):
+            return self._run(batch)
+
+    def _run(self, batch: TreeBatch) -> Tensor:
         output = self._backbone(
             input_ids=batch.ids_N[None],
-            position_ids=batch.depth_N[None],
+            position_ids=batch.depth_N[None] + self._first_position,
             tree=batch.plan,
             use_cache=False,
         )
@@ -96,6 +131,33 @@ class Network:
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
+    def row_scores(self, batch: TreeBatch) -> Tensor:
+        """What the head of a sequence classifier says of each row, ``[R, C]``, in tree order."""
+        tree = batch.tree
+        nodes = tree.root_R if self.both_ways else tree.leaf_R
+        chosen_RH = self.hidden(batch)[torch.from_numpy(nodes).to(self.device)]
+        return heads.row_scores(self.model, chosen_RH)
+
+    def token_scores(self, batch: TreeBatch, nodes: Tensor) -> Tensor:
+        """What the head of a token classifier says of the nodes ``[K]``: ``[K, C]``."""
+        return heads.token_scores(self.model, self.hidden(batch)[nodes])
+
+    def logits(self, hidden_SH: Tensor) -> Tensor:
+        """Scores of every token of the vocabulary, ``[S, V]``. For a few positions only."""
+        return nn.functional.linear(
+            self.before_vocabulary(hidden_SH), self.head_VH, self.head_bias_V
+        )
+
+    def before_vocabulary(self, hidden_SH: Tensor) -> Tensor:
+        """Hidden states as the output head takes them; encoders transform them first."""
+        return heads.before_vocabulary(self.model, hidden_SH)
+
+    @property
+    def head_bias_V(self) -> Tensor | None:
+        """Bias of the output head, ``[V]``, where it has one."""
+        bias: Tensor | None = self.model.get_output_embeddings().bias
+        return bias
+
     def close(self) -> None:
         """Let go of the weights, so that their memory can be used again."""
         self.model = None
@@ -103,4 +165,10 @@ class Network:
 
     def batch(self, tree: TokenTree) -> TreeBatch:
         """``tree`` on this network's device."""
-        return TreeBatch.of(tree, self.device, self.dtype)
+        return TreeBatch.of(tree, self.device, self.dtype, self.both_ways)
+
+    def batches(self, examples: Sequence[Example], budget: int) -> list[TreeBatch]:
+        """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer)."""
+        share = not self.both_ways
+        parts = split_to_budget(examples, budget, share)
+        return [self.batch(build_tree(part, share, self.prompt_ids)) for part in parts]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from luthier.errors import CorruptFile
 from luthier.files import write_bytes
+from luthier.models.heads import head_weights, task_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
 ADAPTER = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-"""What PEFT puts before the name of each weight."""
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -28,21 +27,24 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def save_adapter(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    """Write ``adapter_config.json`` and the trained weights as PEFT does."""
-    tensors = {f"{_PREFIX}{n}": t.contiguous().cpu() for n, t in trained_weights(model).items()}
+def save_adapter(
+    model: nn.Module, adaptation: Adaptation, config: dict[str, Any], folder: Path
+) -> None:
+    """Write ``adapter_config.json`` and the trained weights, as PEFT does where it has the method."""
+    weights = trained_weights(model).items()
+    tensors = {adaptation.stored_name(n): t.contiguous().cpu() for n, t in weights}
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     write_bytes(folder / "adapter_config.json", text.encode())
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The weights of a saved adapter, by the names they have in the network."""
+    """The weights of a saved adapter, by the names they have in the file."""
     try:
         saved: dict[str, Tensor] = load_file(folder / ADAPTER)
     except (OSError, SafetensorError) as error:
         raise CorruptFile(f"{folder / ADAPTER} cannot be read: {error}") from error
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
+    return saved
 
 
 def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None:
@@ -53,7 +55,16 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     saved = read_adapter(folder)
     with no_init_weights():
         adaptation.attach(model)
-    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    new = head_weights(model)
+    weights = {
+        adaptation.stored_name(n): p
+        for n, p in model.named_parameters()
+        # An adapter of another task does not hold the head of this one.
+        if p.requires_grad and (n not in new or adaptation.stored_name(n) in saved)
+    }
+    inside = adaptation.stored_name(getattr(model, "base_model_prefix", ""))
+    # ... and brings the head of its own, which this one has no place for.
+    saved = {n: w for n, w in saved.items() if n in weights or n.startswith(inside)}
     if saved.keys() != weights.keys():
         odd = sorted(saved.keys() ^ weights.keys())[:3]
         raise CorruptFile(f"{folder / ADAPTER} does not fit the network: {', '.join(odd)} …")
@@ -66,9 +77,13 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
     """Write a Hugging Face directory: weights, configuration, tokenizer, stop tokens."""
     save_format(chat, folder)
     stops = list(chat.stop_ids)
-    model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = stops[0]
+    if stops and task_of(model) == "causal_lm":
+        model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
+        if model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = stops[0]
+    if stops and model.config.pad_token_id is None:
+        # transformers finds the last token of each row of a batch by it.
+        model.config.pad_token_id = stops[0]
     model.save_pretrained(folder)
 
 

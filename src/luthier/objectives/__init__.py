@@ -2,11 +2,28 @@
 
 from luthier.objectives.base import Objective
 from luthier.objectives.causal_lm import CausalLM
+from luthier.objectives.classification import Classification
+from luthier.objectives.masked_lm import MaskedLM
+from luthier.objectives.regression import Regression
 from luthier.objectives.sft import SFT
+from luthier.objectives.token_classification import TokenClassification
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": SFT,
     "causal_lm": CausalLM,
+    "masked_lm": MaskedLM,
+    "classification": Classification,
+    "regression": Regression,
+    "token_classification": TokenClassification,
 }
 
-__all__ = ["OBJECTIVES", "SFT", "CausalLM", "Objective"]
+__all__ = [
+    "OBJECTIVES",
+    "SFT",
+    "CausalLM",
+    "Classification",
+    "MaskedLM",
+    "Objective",
+    "Regression",
+    "TokenClassification",
+]

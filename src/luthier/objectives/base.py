@@ -1,8 +1,9 @@
 """The seam between what is learned and how it is trained.
 
 An objective is one frozen object: its fields are the hyper-parameters of its paper, with the
-vetted setting as default. The engine calls four methods and knows nothing else:
+vetted setting as default. The engine calls five methods and knows nothing else:
 
+    fit       what it must know of all rows: the classes there are
     encode    rows to token ids with a loss weight for each token
     annotate  all that takes no gradient: sampling, rewards, teacher or reference scores, noise
     turns     the optimizer steps of one batch; one, unless the method says otherwise
@@ -12,10 +13,12 @@ vetted setting as default. The engine calls four methods and knows nothing else:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from luthier.models.heads import Head, Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -33,10 +36,28 @@ class Objective(BaseModel):
     method: str
     """Name of the objective in recipes and on the command line."""
 
+    task: ClassVar[Task] = "causal_lm"
+    """What the head of the network is for."""
     shapes: ClassVar[frozenset[str]]
-    """Row shapes it can learn from: ``prompt``, ``messages``, ``text``."""
+    """Row shapes it can learn from, by the names of ``luthier.engine.dataset``."""
+    reads: ClassVar[bool] = False
+    """Whether its models answer with labels (:meth:`answers`); the others write text."""
+    fixed: ClassVar[bool] = True
+    """Whether the network sees the same tokens of a row in every epoch."""
     packs: ClassVar[bool] = False
     """Whether ``arrange`` cuts rows to size, so that no row is too long."""
+
+    def head(self) -> Head:
+        """The head the network needs; complete after :meth:`fit`."""
+        return Head(self.task)
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """This objective with what it learns from all training rows filled in.
+
+        Raises:
+            RowRefused: when the rows together cannot teach it anything.
+        """
+        return self
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """The format rows are encoded with and the custom model is served with."""
@@ -58,6 +79,18 @@ class Objective(BaseModel):
         """Yield the micro-batches of each optimizer step that one batch of rows gives."""
         yield batches
 
+    def cut(self, example: Example, context: int) -> Example:
+        """``example`` with at most ``context`` tokens, its end cut off."""
+        return replace(example, ids_T=example.ids_T[:context], weight_T=example.weight_T[:context])
+
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss of one micro-batch."""
+        raise NotImplementedError
+
+    def described(self, example: Example) -> str:
+        """What one row teaches beside its tokens, for people; empty where tokens are all."""
+        return ""
+
+    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """What a trained network says of each row of the batch, in the order of its tree."""
         raise NotImplementedError

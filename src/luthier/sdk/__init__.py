@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from luthier.engine.runs import Result
     from luthier.evaluation.evaluate import Evaluation
     from luthier.recipe import Recipe
+    from luthier.serving.generation import Generator
     from luthier.types import Message
 
 
@@ -58,10 +59,22 @@ class Model:
     def __init__(self, model_id: str) -> None:
         """Open a base or custom model by id; see :func:`load`."""
         from luthier.serving.generation import Generator
-        from luthier.store.models import find
+        from luthier.serving.prediction import Predictor
+        from luthier.store.models import find, objective_of
 
         self.stored = find(model_id)
-        self.generator = Generator.open(self.stored)
+        self.reads = objective_of(self.stored).reads
+        """Whether it answers with labels (:meth:`predict`) or writes (:meth:`generate`)."""
+        self.opened = (Predictor if self.reads else Generator).open(self.stored)
+
+    @property
+    def generator(self) -> Generator:
+        """What writes; refuses models that read."""
+        from luthier.serving.generation import Generator
+
+        if not isinstance(self.opened, Generator):
+            raise RecipeError(f"{self.stored.id} gives labels; use predict()")
+        return self.opened
 
     def generate(self, prompts: Sequence[str | Sequence[Message]], **sampling: Any) -> list[str]:
         """One reply to each prompt; keywords as :class:`luthier.serving.generation.Sampling`."""
@@ -74,6 +87,20 @@ class Model:
         from luthier.serving.generation import Sampling
 
         return self.generator.stream(prompt, Sampling(**sampling))
+
+    def predict(self, texts: Sequence[str | Sequence[str]]) -> list[dict[str, Any]]:
+        """For each text (or list of words): ``label`` and ``scores``, ``rating``, or ``tags``."""
+        from luthier.serving.prediction import Predictor
+        from luthier.types import Row
+
+        if not isinstance(self.opened, Predictor):
+            raise RecipeError(f"{self.stored.id} writes text; use generate()")
+        rows = []
+        for index, text in enumerate(texts, 1):
+            words = tuple(text.split() if isinstance(text, str) else text)
+            whole = text if isinstance(text, str) else " ".join(text)
+            rows.append(Row("predict()", index, text=whole, tokens=words))
+        return self.opened.answers(rows)
 
 
 def load(model_id: str) -> Model:

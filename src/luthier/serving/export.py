@@ -9,7 +9,7 @@ from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
 from luthier.models.catalog import MANIFEST
 from luthier.models.save import ADAPTER, save_network
-from luthier.store.models import StoredModel, chat_format, load
+from luthier.store.models import StoredModel, adaptation_of, chat_format, load
 
 
 def export(stored: StoredModel, target: Path, merged: bool) -> Path:
@@ -31,6 +31,11 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
         if stored.parent is None:
             _copy(stored.folder, fresh)
         elif merged:
+            if not adaptation_of(stored).mergeable:
+                raise RecipeError(
+                    f"{adaptation_of(stored).method} cannot be merged into the network's own weights; "
+                    "export it without --merged"
+                )
             from luthier.engine.devices import choose_machine
 
             machine = choose_machine()

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from luthier.errors import RecipeError
+from luthier.models.heads import prompt_ids
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -60,14 +63,21 @@ class Generator:
         self.model, self.chat, self.device = model.eval(), chat, device
         # Penalties and the like of the base model's own file would apply to batches only.
         self.model.generation_config = GenerationConfig()
+        self.prompt_ids = np.array(prompt_ids(model), dtype=np.int64)
+        """A soft prompt that stands before every prompt."""
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
 
     @staticmethod
     def open(stored: StoredModel) -> Generator:
         """Load ``stored`` on the best device of this machine."""
         from luthier.engine.devices import choose_machine
-        from luthier.store.models import chat_format, load
+        from luthier.store.models import chat_format, load, objective_of
 
+        if objective_of(stored).task != "causal_lm":
+            raise RecipeError(
+                f"{stored.id} does not write text: it was trained for "
+                f"{objective_of(stored).method}. Use luthier predict."
+            )
         machine = choose_machine()
         model = load(stored, machine.dtype, machine.device)
         return Generator(model, chat_format(stored), machine.device)
@@ -112,7 +122,7 @@ class Generator:
 
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        ids_T = self.chat.encode_prompt(messages)
+        ids_T = np.concatenate([self.prompt_ids, self.chat.encode_prompt(messages)])
         if len(ids_T) + sampling.max_tokens > self.context:
             raise RecipeError(
                 f"prompt {index + 1} has {len(ids_T)} tokens; with {sampling.max_tokens} for the "

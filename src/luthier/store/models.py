@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from luthier.data.chat import ChatFormat
+    from luthier.models.heads import Head
+    from luthier.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,21 @@ def custom_models() -> list[StoredModel]:
     return sorted(found, key=lambda model: (model.manifest.get("created", ""), model.id))
 
 
-def load(model: StoredModel, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The network of ``model`` with all adapters of its lineage merged in."""
+def load(
+    model: StoredModel, dtype: torch.dtype, device: torch.device, head: Head | None = None
+) -> nn.Module:
+    """The network of ``model`` with all adapters of its lineage merged in.
+
+    ``head`` is what it is loaded for: its own task when not given.
+    """
     from luthier.models.load import load_model
 
+    head = head or objective_of(model).head()
     if model.parent is None:
-        return load_model(model.folder, dtype, device)
+        return load_model(model.folder, dtype, device, head)
     from luthier.models.save import load_adapter
 
-    network = load(model.parent, dtype, device)
+    network = load(model.parent, dtype, device, head)
     load_adapter(network, adaptation_of(model), model.folder)
     adaptation_of(model).merge(network)
     return network
@@ -126,6 +134,16 @@ def adaptation_of(model: StoredModel) -> Any:
 
     fields = model.manifest["recipe"]["adaptation"]
     return ADAPTATIONS[fields["method"]].model_validate(fields)
+
+
+def objective_of(model: StoredModel) -> Objective:
+    """The objective a custom model was trained with; for a base model, what its kind is made for."""
+    from luthier.objectives import OBJECTIVES
+
+    fields = model.manifest.get("recipe", {}).get("objective")
+    if fields is None:
+        return OBJECTIVES["causal_lm"].model_validate({})
+    return OBJECTIVES[fields["method"]].model_validate(fields)
 
 
 def chat_format(model: StoredModel) -> ChatFormat:

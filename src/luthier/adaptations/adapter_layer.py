@@ -1,0 +1,35 @@
+"""The bottleneck of the adapters method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Bottleneck(nn.Module):
+    """A frozen projection and the residual bottleneck after it; ``[..., in]`` to ``[..., hidden]``."""
+
+    def __init__(self, base: nn.Module, hidden: int, width: int, activation: str) -> None:
+        super().__init__()
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        self.base_layer = base
+        self.adapter_down = nn.Linear(hidden, width, **like)
+        self.adapter_up = nn.Linear(width, hidden, **like)
+        self.activation = nn.GELU() if activation == "gelu" else nn.ReLU()
+        # Drawn in float32, so that a seed gives the same start in every precision.
+        start = torch.empty(width, hidden).normal_(std=0.02)
+        with torch.no_grad():
+            self.adapter_down.weight.copy_(start)
+            self.adapter_down.bias.zero_()
+            self.adapter_up.weight.zero_()
+            self.adapter_up.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The projection of ``x`` plus the bottleneck of it."""
+        y: Tensor = self.base_layer(x)
+        narrow = self.activation(self.adapter_down(y))
+        widened: Tensor = self.adapter_up(narrow)
+        return y + widened

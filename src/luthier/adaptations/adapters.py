@@ -1,0 +1,70 @@
+"""Adapters: small bottlenecks inside a frozen network (Houlsby et al. 2019, arXiv:1902.00751).
+
+A bottleneck ``y + up(act(down(y)))`` follows the last projection of each sublayer. ``houlsby`` puts
+one after attention and one after the feed-forward part of each layer, ``pfeiffer`` (Pfeiffer et al.
+2021, arXiv:2005.00247) only the latter. ``up`` is zero at the start, so that training begins at the
+base model. Being non-linear they cannot be merged: served and exported models keep them. Left out:
+training the layer norms beside them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from luthier.adaptations.base import Adaptation
+from luthier.errors import RecipeError
+from luthier.models.layers import parent_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_ATTENTION = re.compile(r"(o_proj|attention\.output\.dense|attn\.c_proj|attention\.dense)$")
+_FEED_FORWARD = re.compile(r"(down_proj|(?<!attention\.)output\.dense|mlp\.c_proj|ffn_output)$")
+
+
+class Adapters(Adaptation):
+    """Train a bottleneck after the sublayers of each layer."""
+
+    method: Literal["adapters"] = "adapters"
+    placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
+    """After attention and feed-forward, or after feed-forward only."""
+    reduction_factor: float = Field(default=16.0, gt=0)
+    """The bottleneck is so many times narrower than the network."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """What bends the bottleneck."""
+
+    mergeable: ClassVar[bool] = False
+
+    def adapt(self, model: nn.Module) -> None:
+        """Wrap the last projection of each sublayer; freeze everything else."""
+        from luthier.adaptations.adapter_layer import Bottleneck
+
+        kinds = [_FEED_FORWARD, *([_ATTENTION] if self.placement == "houlsby" else [])]
+        names = [n for n, _ in model.named_modules() if any(kind.search(n) for kind in kinds)]
+        if not names:
+            kind = getattr(getattr(model, "config", None), "model_type", "this type")
+            raise RecipeError(
+                f"adapters do not know where the sublayers of networks of type {kind} end. Use lora."
+            )
+        model.requires_grad_(False)
+        hidden = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        width = max(1, round(hidden / self.reduction_factor))
+        for name in names:
+            parent, child = parent_of(model, name)
+            setattr(
+                parent, child, Bottleneck(getattr(parent, child), hidden, width, self.activation)
+            )
+
+    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
+        """Only the bottlenecks are stored; PEFT has no such method, so the file is luthier's own."""
+        return {"luthier": self.model_dump(mode="json"), "base_model_name_or_path": base}
+
+    def learning_rate(self, hidden: int) -> tuple[float, str]:
+        """As Pfeiffer et al. (2021) and the adapters library use."""
+        return (
+            5e-4,
+            "new bottlenecks learn faster than tuned weights: 5e-4 (Pfeiffer et al.: 1e-4 to 1e-3)",
+        )

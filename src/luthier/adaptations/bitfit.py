@@ -1,0 +1,44 @@
+"""BitFit: only the biases move (Ben Zaken, Goldberg & Ravfogel 2022, arXiv:2106.10199)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.adaptations.base import Adaptation
+from luthier.errors import RecipeError
+from luthier.models.heads import head_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class BitFit(Adaptation):
+    """Train the biases of the network, about a thousandth of its weights."""
+
+    method: Literal["bitfit"] = "bitfit"
+
+    def adapt(self, model: nn.Module) -> None:
+        """Freeze everything but the biases of linear layers and norms."""
+        model.requires_grad_(False)
+        new = head_weights(model)
+        biases = [
+            weight
+            for name, weight in model.named_parameters()
+            if name.rpartition(".")[2] == "bias" and name not in new
+        ]
+        if not biases:
+            kind = getattr(getattr(model, "config", None), "model_type", "this type")
+            raise RecipeError(
+                f"bitfit trains biases, and networks of type {kind} have none. Use lora, which adds "
+                "about as few weights."
+            )
+        for bias in biases:
+            bias.requires_grad_(True)
+
+    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
+        """Only the biases are stored; PEFT has no such method, so the file is luthier's own."""
+        return {"luthier": self.model_dump(mode="json"), "base_model_name_or_path": base}
+
+    def learning_rate(self, hidden: int) -> tuple[float, str]:
+        """Inside the paper's search range of 1e-4 to 1e-3."""
+        return 7e-4, "biases alone learn at 1e-4 to 1e-3 (Ben Zaken et al. 2022)"

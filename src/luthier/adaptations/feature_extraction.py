@@ -1,0 +1,44 @@
+"""Feature extraction: the network stays as it is, only a head is trained on what it gives.
+
+(Peters, Ruder & Smith 2019, "To Tune or Not to Tune?".) The engine computes the network's states once
+for each row, so that epochs after that cost the head alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.adaptations.base import Adaptation
+from luthier.errors import RecipeError
+from luthier.models.heads import head_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class FeatureExtraction(Adaptation):
+    """Train the head alone."""
+
+    method: Literal["feature_extraction"] = "feature_extraction"
+
+    def adapt(self, model: nn.Module) -> None:
+        """Freeze the network. A language model trains its output head, if that is its own."""
+        model.requires_grad_(False)
+        if head_weights(model):
+            return
+        network: Any = model
+        head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+        if head is None or head.weight is embedding.weight:
+            raise RecipeError(
+                "feature_extraction trains the output head, and this network's is tied to its input "
+                "embedding, which is frozen. Use lora, or freeze the bottom layers."
+            )
+        head.requires_grad_(True)
+
+    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
+        """Only the head is stored; PEFT has no such method, so the file is luthier's own."""
+        return {"luthier": self.model_dump(mode="json"), "base_model_name_or_path": base}
+
+    def learning_rate(self, hidden: int) -> tuple[float, str]:
+        """The upper end of what Peters et al. (2019) search for heads on fixed features."""
+        return 1e-3, "a new head on fixed features: 1e-3 (Peters et al. 2019)"

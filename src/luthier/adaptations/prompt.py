@@ -1,0 +1,68 @@
+"""Prompt tuning: learned vectors before every row, the network untouched (Lester et al. 2021).
+
+The soft prompt is the root of the token tree: ``virtual_tokens`` ids behind the vocabulary whose
+embeddings are the prompt, so a micro-batch computes it once for all its rows. The prompt starts as the
+embeddings of tokens drawn from the vocabulary (the paper's section 3.2). It is stored in PEFT's format
+and cannot be merged. arXiv:2104.08691.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from luthier.adaptations.base import Adaptation
+from luthier.models.layers import parent_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Prompt(Adaptation):
+    """Train a prompt of vectors."""
+
+    method: Literal["prompt"] = "prompt"
+    virtual_tokens: int = Field(default=20, ge=1)
+    """Vectors in the prompt; they take room in the context."""
+
+    mergeable: ClassVar[bool] = False
+
+    @property
+    def added_tokens(self) -> int:
+        """Tokens that each row grows by."""
+        return self.virtual_tokens
+
+    def adapt(self, model: nn.Module) -> None:
+        """Put the prompt behind the vocabulary of the input embedding; freeze everything else."""
+        from luthier.adaptations.prompt_layer import PromptEmbedding
+
+        model.requires_grad_(False)
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        name = next(n for n, module in model.named_modules() if module is embedding)
+        parent, child = parent_of(model, name)
+        setattr(parent, child, PromptEmbedding(embedding, self.virtual_tokens))
+
+    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
+        """The configuration PEFT itself writes for this prompt."""
+        from peft import PromptTuningConfig
+
+        from luthier.models.heads import head_modules, peft_task
+
+        config = PromptTuningConfig(
+            num_virtual_tokens=self.virtual_tokens,
+            task_type=peft_task(model),
+            modules_to_save=head_modules(model) or None,
+            base_model_name_or_path=base,
+            inference_mode=True,
+        )
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+
+    def stored_name(self, name: str) -> str:
+        """PEFT keeps the prompt under one name of its own."""
+        end = name.rpartition(".")[2]
+        return end if end == "prompt_embeddings" else super().stored_name(name)
+
+    def learning_rate(self, hidden: int) -> tuple[float, str]:
+        """Far above other methods, as in the paper; AdamW moves each number by the rate."""
+        return 1e-2, "a prompt is a few vectors, which need large steps (Lester et al. 2021)"

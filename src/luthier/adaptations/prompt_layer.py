@@ -1,0 +1,37 @@
+"""The input embedding with a soft prompt behind its vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PromptEmbedding(nn.Module):
+    """Ids below the vocabulary's size are its tokens, those from there on the prompt's vectors."""
+
+    def __init__(self, base: nn.Embedding, count: int) -> None:
+        super().__init__()
+        self.base_layer = base
+        vocabulary, hidden = base.weight.shape
+        self.prompt_ids = tuple(range(vocabulary, vocabulary + count))
+        """What :class:`luthier.models.network.Network` puts before each row."""
+        self.prompt_embeddings = nn.Parameter(base.weight.new_empty(count, hidden))
+        if not base.weight.is_meta:
+            drawn = torch.randint(vocabulary, (count,))
+            with torch.no_grad():
+                self.prompt_embeddings.copy_(base.weight[drawn.to(base.weight.device)])
+
+    @property
+    def weight(self) -> Tensor:
+        """The vocabulary's own embeddings, to which an output head may be tied."""
+        return self.base_layer.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings ``[..., H]`` of ``ids [...]``."""
+        vocabulary = len(self.base_layer.weight)
+        known: Tensor = self.base_layer(ids.clamp(max=vocabulary - 1))
+        virtual = ids >= vocabulary
+        if not virtual.any():
+            return known
+        prompt = self.prompt_embeddings[(ids - vocabulary).clamp(min=0)]
+        return torch.where(virtual[..., None], prompt, known)

@@ -1,0 +1,139 @@
+"""``luthier predict``, and ``luthier evaluate`` for models that read."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.cli.console import check_output, counting, heavy_imports, print_json
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.types import Row
+
+if TYPE_CHECKING:
+    from luthier.store.models import StoredModel
+
+
+def predict(
+    model_id: str, text: str | None, source: Path | None, target: Path | None, as_json: bool
+) -> None:
+    """Label one text, or a file of them."""
+    from luthier.files import write_bytes
+    from luthier.serving.prediction import Predictor
+    from luthier.store.models import find
+
+    if (text is None) == (source is None):
+        raise RecipeError("give one text, or --input FILE with many")
+    if target is not None and source is None:
+        raise RecipeError("--output goes with --input")
+    check_output(target)
+    rows = read_inputs(source) if source else [_row("the command line", 1, text or "")]
+    with heavy_imports():
+        predictor = Predictor.open(find(model_id))
+    started = time.monotonic()
+    with counting(len(rows), "predict") as done:
+        answers = predictor.answers(rows, done)
+    lines = [
+        json.dumps({**_given(row), **answer}, ensure_ascii=False) + "\n"
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    if target is not None:
+        write_bytes(target, "".join(lines).encode())
+    if as_json:
+        seconds = time.monotonic() - started
+        report: dict[str, Any] = {"model": model_id, "rows": len(rows), "seconds": seconds}
+        print_json(report | ({"output": str(target)} if target else {"answers": answers}))
+    elif source is None:
+        sys.stdout.write(_shown(_given(rows[0]), answers[0]))
+    elif target is None:
+        sys.stdout.write("".join(lines))
+
+
+def evaluate(
+    stored: StoredModel, data: Path, rows: Sequence[Row], target: Path | None, as_json: bool
+) -> None:
+    """Compare a model's labels with those of held-out rows."""
+    from luthier.evaluation.labels import scores
+    from luthier.files import write_bytes
+    from luthier.serving.prediction import Predictor
+
+    with heavy_imports():
+        predictor = Predictor.open(stored)
+    started = time.monotonic()
+    with counting(len(rows), "evaluate") as done:
+        answers = predictor.answers(rows, done)
+    found = scores(rows, answers)
+    seconds = time.monotonic() - started
+    if target is not None:
+        lines = [
+            json.dumps({**_given(row), "expected": _truth(row), **answer}, ensure_ascii=False)
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        write_bytes(target, "".join(f"{line}\n" for line in lines).encode())
+    if as_json:
+        print_json({"model": stored.id, "rows": len(rows), "scores": found, "seconds": seconds})
+        return
+    for name, score in found.items():
+        sys.stdout.write(f"{name}: {score:.4f}\n")
+    sys.stdout.write(f"{len(rows)} rows of {data} in {seconds:.0f} s\n")
+
+
+def read_inputs(source: Path) -> list[Row]:
+    """Rows of a JSONL file with ``text`` or ``tokens``; labels and other keys are passed over."""
+    from luthier.data.read import read_records
+
+    problems: list[Problem] = []
+    rows: list[Row] = []
+    for line, record in read_records(source, problems):
+        text, tokens = record.get("text"), record.get("tokens")
+        if isinstance(text, str) and text.strip():
+            rows.append(_row(str(source), line, text))
+        elif (
+            isinstance(tokens, list)
+            and tokens
+            and all(isinstance(t, str) and t.strip() for t in tokens)
+        ):
+            rows.append(Row(str(source), line, text=" ".join(tokens), tokens=tuple(tokens)))
+        else:
+            problems.append(
+                Problem(
+                    str(source),
+                    line,
+                    "text.missing",
+                    "the row has neither a text under `text` nor a list of words under `tokens`.",
+                    'Write {"text": "…"} on each line.',
+                )
+            )
+    if problems:
+        raise DataError(problems)
+    return rows
+
+
+def _row(file: str, line: int, text: str) -> Row:
+    """A text, also as words for models that tag them."""
+    if not text.strip():
+        raise RecipeError("the text is empty")
+    return Row(file, line, text=text, tokens=tuple(text.split()))
+
+
+def _given(row: Row) -> dict[str, Any]:
+    return {"tokens": list(row.tokens or ())} if row.text is None else {"text": row.text}
+
+
+def _truth(row: Row) -> Any:
+    tags = None if row.tags is None else list(row.tags)
+    return tags if tags is not None else row.rating if row.label is None else row.label
+
+
+def _shown(given: dict[str, Any], answer: dict[str, Any]) -> str:
+    """One answer for a person: the label with the likeliest others, the rating, or tagged words."""
+    if "tags" in answer:
+        words = zip(given["text"].split(), answer["tags"], strict=True)
+        return " ".join(w if tag == "O" else f"{w}[{tag}]" for w, tag in words) + "\n"
+    if "rating" in answer:
+        return f"{answer['rating']:.3f}\n"
+    best = sorted(answer["scores"].items(), key=lambda item: -item[1])[:5]
+    return "".join(f"{p:6.1%}  {name}\n" for name, p in best)

@@ -1,0 +1,199 @@
+"""What stands on top of a network, where transformers' families differ.
+
+A *task* is what a network's head is for; transformers has one class for each task and family, and
+those are used as they are, so that what is saved loads there unchanged. The engine's flat layout has
+no ``[B, T, H]`` tensor, so heads are called on the hidden states of the nodes they need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Task = Literal["causal_lm", "masked_lm", "sequence_classification", "token_classification"]
+_CLASSES: dict[Task, str] = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+}
+_WORDS: dict[Task, str] = {
+    "causal_lm": "a causal language model",
+    "masked_lm": "a masked language model",
+    "sequence_classification": "a classifier of texts",
+    "token_classification": "a classifier of tokens",
+}
+_PEFT: dict[Task, str] = {
+    "causal_lm": "CAUSAL_LM",
+    "masked_lm": "FEATURE_EXTRACTION",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a network is to give: the task, and the classes where there are some."""
+
+    task: Task
+    labels: tuple[str, ...] = ()
+    problem: Literal["single_label_classification", "multi_label_classification", "regression"] = (
+        "single_label_classification"
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of transformers' configuration that say so."""
+        if self.task in ("causal_lm", "masked_lm"):
+            return {}
+        names = dict(enumerate(self.labels))
+        return {
+            "num_labels": len(self.labels),
+            "id2label": names,
+            "label2id": {name: index for index, name in names.items()},
+            "problem_type": self.problem if self.task == "sequence_classification" else None,
+        }
+
+
+CAUSAL_LM = Head("causal_lm")
+
+
+def auto_class(config: Any, task: Task) -> Any:
+    """transformers' automatic class for ``task``; refuses families that have no such head."""
+    import transformers
+
+    plain: Any = transformers.AutoModel._model_mapping.get(type(config), None)
+    if plain is not None and not plain._supports_attention_backend:
+        raise RecipeError(
+            f"networks of type {config.model_type} cannot be tuned here yet: transformers gives no "
+            "way to put another attention into them."
+        )
+    chosen = getattr(transformers, _CLASSES[task])
+    # transformers would read BERT as a language model that sees what it is to predict.
+    ahead = (
+        task == "causal_lm"
+        and _has(config, _CLASSES["masked_lm"])
+        and not getattr(config, "is_decoder", False)
+    )
+    if ahead or type(config) not in chosen._model_mapping:
+        able = [
+            _WORDS[other]
+            for other, name in _CLASSES.items()
+            if other != task and _has(config, name)
+        ]
+        raise RecipeError(
+            f"a network of type {config.model_type} cannot be {_WORDS[task]}; it can be "
+            f"{', '.join(able) or 'none of what can be tuned here'}."
+        )
+    return chosen
+
+
+def _has(config: Any, name: str) -> bool:
+    import transformers
+
+    return type(config) in getattr(transformers, name)._model_mapping
+
+
+def mark(model: nn.Module, task: Task) -> None:
+    """Write down on ``model`` what its head is for."""
+    model.luthier_task = task  # type: ignore[assignment]
+
+
+def task_of(model: nn.Module) -> Task:
+    """What the head of ``model`` is for."""
+    task: Task = getattr(model, "luthier_task", "causal_lm")
+    return task
+
+
+def peft_task(model: nn.Module) -> str:
+    """PEFT's name of the task of ``model``."""
+    return _PEFT[task_of(model)]
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Modules that belong to the task and not to the pre-trained network, by full name.
+
+    They train and are saved whatever the adaptation. A causal language model has none: its head was
+    trained with it. A classifier that reads the first token reads it through the pooler.
+    """
+    from torch import nn
+
+    if task_of(model) == "causal_lm":
+        return []
+    prefix = getattr(model, "base_model_prefix", "")
+    heads = [n for n, child in model.named_children() if n != prefix and _own(child, model)]
+    pooler = getattr(model.base_model, "pooler", None)
+    if task_of(model) == "sequence_classification" and isinstance(pooler, nn.Module):
+        heads.append(f"{prefix}.pooler")
+    return heads
+
+
+def _own(module: nn.Module, model: Any) -> bool:
+    shared = {id(weight) for weight in model.base_model.parameters()}
+    return any(id(weight) not in shared for weight in module.parameters())
+
+
+def head_weights(model: nn.Module) -> set[str]:
+    """Names of the weights of :func:`head_modules`, those shared with the network left out."""
+    modules = tuple(f"{name}." for name in head_modules(model))
+    return {n for n, _ in model.named_parameters() if modules and n.startswith(modules)}
+
+
+def first_position(model: Any) -> int:
+    """Position of the first token: 0, but RoBERTa's family counts on from its padding index."""
+    embeddings: Any = getattr(model.base_model, "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return int(embeddings.padding_idx) + 1
+    return 0
+
+
+def prompt_ids(model: Any) -> tuple[int, ...]:
+    """Ids of the soft prompt that stands before every row; none without one."""
+    ids: tuple[int, ...] = getattr(model.get_input_embeddings(), "prompt_ids", ())
+    return ids
+
+
+def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
+    """Scores ``[R, C]`` from the hidden state that stands for each row."""
+    from torch import nn
+
+    if hasattr(model, "score"):  # decoders: the last token, no bias
+        scores: Tensor = model.score(chosen_RH)
+        return scores
+    as_sequences = chosen_RH[:, None]
+    pooler = getattr(model.base_model, "pooler", None)
+    if pooler is None:  # RoBERTa: the head takes the first token itself
+        into_head = as_sequences
+    elif isinstance(pooler, nn.Linear):  # ALBERT
+        into_head = model.dropout(model.base_model.pooler_activation(pooler(chosen_RH)))
+    else:
+        into_head = model.dropout(pooler(as_sequences))
+    from_head: Tensor = model.classifier(into_head)
+    return from_head
+
+
+def token_scores(model: Any, hidden_KH: Tensor) -> Tensor:
+    """Scores ``[K, C]`` of a token classifier."""
+    dropped = model.dropout(hidden_KH)
+    head = model.score if hasattr(model, "score") else model.classifier
+    scores: Tensor = head(dropped)
+    return scores
+
+
+def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
+    """Hidden states ``[S, H]`` as the output embedding takes them."""
+    from torch.nn.functional import gelu
+
+    if hasattr(model, "cls"):  # BERT
+        hidden_SH = model.cls.predictions.transform(hidden_SH)
+    elif hasattr(model, "predictions"):  # ALBERT
+        head = model.predictions
+        hidden_SH = head.LayerNorm(head.activation(head.dense(hidden_SH)))
+    elif hasattr(getattr(model, "lm_head", None), "layer_norm"):  # RoBERTa
+        head = model.lm_head
+        hidden_SH = head.layer_norm(gelu(head.dense(hidden_SH)))
+    return hidden_SH

@@ -1,0 +1,150 @@
+"""Text classification: a linear head on the state of one token (Devlin et al. 2019, section 4.1).
+
+Encoders are read at their first token, decoders at their last. One label a row gives softmax and
+cross-entropy; rows with arrays of labels give a sigmoid for each class. Heads are transformers' own,
+so the custom model loads there as ``AutoModelForSequenceClassification``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from luthier.errors import RowRefused
+from luthier.models.heads import Head, Task
+from luthier.objectives.base import Objective
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+
+class Classification(Objective):
+    """Which class, or which classes, a text belongs to."""
+
+    method: Literal["classification"] = "classification"
+    labels: tuple[str, ...] | None = None
+    """The classes in the order of the head; from the training rows when not given."""
+    multi_label: bool | None = None
+    """Whether a text may have several labels, or none; from the training rows when not given."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target that is spread over all classes (Szegedy et al. 2016); one label only."""
+
+    task: ClassVar[Task] = "sequence_classification"
+    reads: ClassVar[bool] = True
+    shapes: ClassVar[frozenset[str]] = frozenset({"label"})
+
+    def head(self) -> Head:
+        """One score for each class."""
+        kind: Literal["multi_label_classification", "single_label_classification"] = (
+            "multi_label_classification" if self.multi_label else "single_label_classification"
+        )
+        return Head(self.task, self.labels or (), kind)
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Read the classes and whether rows have several."""
+        several = any(isinstance(row.label, tuple) for row in rows)
+        multi = several if self.multi_label is None else self.multi_label
+        found = self.labels or tuple(sorted({n for row in rows for n in names_of(row.label)}))
+        if len(found) < (1 if multi else 2):
+            raise RowRefused(
+                "label.one_class",
+                f"{len(rows)} rows have {len(found)} label{'s' * (len(found) != 1)} between them.",
+                "Add rows of at least one other class.",
+            )
+        return self.model_copy(update={"labels": found, "multi_label": multi})
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The whole text; the row's weight stands at its last token."""
+        example = encode_text(row.text or "", index, chat)
+        if row.label is None:
+            return example
+        if isinstance(row.label, tuple) and not self.multi_label:
+            raise RowRefused(
+                "label.mixed",
+                "the row has an array of labels, and the objective takes one label a row.",
+                "Write one label, or use --set objective.multi_label=true.",
+            )
+        return replace(example, target=self._target(names_of(row.label)))
+
+    def _target(self, names: Sequence[str]) -> np.ndarray[Any, Any]:
+        """The class as ``[1]``, or a 0/1 for each class as ``[C]``."""
+        labels = self.labels or ()
+        unseen = [name for name in names if name not in labels]
+        if unseen:
+            raise RowRefused(
+                "label.unseen",
+                f"the label {unseen[0]!r} is in none of the training rows.",
+                "Add training rows of that class, or remove the row.",
+            )
+        if not self.multi_label:
+            return np.array([labels.index(names[0])])
+        return np.array([float(label in names) for label in labels], dtype=np.float32)
+
+    def cut(self, example: Example, context: int) -> Example:
+        """Keep the start and the closing token, and the weight."""
+        return cut_text(example, context)
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed cross-entropy; with several labels a row, its mean over the classes."""
+        import torch
+        from torch.nn import functional as F
+
+        scores_RC = network.row_scores(batch).float()
+        target = torch.from_numpy(np.stack(batch.tree.targets)).to(scores_RC.device)
+        if self.multi_label:
+            each_RC = F.binary_cross_entropy_with_logits(scores_RC, target, reduction="none")
+            right_R = ((scores_RC > 0) == (target > 0.5)).all(-1)
+            return Loss(each_RC.mean(-1).sum(), {"accuracy": float(right_R.sum())})
+        total = F.cross_entropy(
+            scores_RC, target[:, 0], reduction="sum", label_smoothing=self.label_smoothing
+        )
+        right_R = scores_RC.argmax(-1) == target[:, 0]
+        return Loss(total, {"accuracy": float(right_R.sum())})
+
+    def described(self, example: Example) -> str:
+        """The labels of the row."""
+        target = np.asarray(example.target)
+        chosen = np.flatnonzero(target) if self.multi_label else target
+        return ", ".join((self.labels or ())[int(index)] for index in chosen)
+
+    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """For each row in the order of the tree: label (or labels) and a probability for each class."""
+        scores_RC = network.row_scores(batch).float()
+        return [self._answer(scores_C) for scores_C in scores_RC]
+
+    def _answer(self, scores_C: Tensor) -> dict[str, Any]:
+        labels = self.labels or ()
+        p_C = scores_C.sigmoid() if self.multi_label else scores_C.softmax(-1)
+        scores = dict(zip(labels, p_C.tolist(), strict=True))
+        if self.multi_label:
+            return {"label": [name for name, p in scores.items() if p > 0.5], "scores": scores}
+        return {"label": max(scores, key=scores.__getitem__), "scores": scores}
+
+
+def names_of(label: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Labels of one row as a tuple."""
+    return () if label is None else (label,) if isinstance(label, str) else label
+
+
+def encode_text(text: str, index: int, chat: ChatFormat) -> Example:
+    """A text read as a whole, of weight 1 in all."""
+    ids_T = chat.encode_whole(text)
+    if not len(ids_T):
+        raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
+    weight_T = np.zeros(len(ids_T), dtype=np.float32)
+    weight_T[-1] = 1.0
+    return Example(ids_T, weight_T, index, target=np.zeros(0))
+
+
+def cut_text(example: Example, context: int) -> Example:
+    """Keep the first ``context - 1`` tokens and the last, which closes the text for encoders."""
+    kept = np.r_[0 : context - 1, len(example) - 1]
+    return replace(example, ids_T=example.ids_T[kept], weight_T=example.weight_T[kept])

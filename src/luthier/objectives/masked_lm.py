@@ -1,0 +1,153 @@
+"""Masked language modelling: learn to fill in hidden tokens (Devlin et al. 2019, section 3.1).
+
+A share of the tokens is chosen anew each time a row is seen (Liu et al. 2019); of the chosen, 80 % are
+hidden behind the mask token, 10 % replaced by a random one, 10 % left. ``whole_word`` hides all pieces
+of a word together. Validation rows are always hidden the same way, so that losses compare. Left out:
+next-sentence prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.models.heads import Task
+from luthier.objectives.base import Objective
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    import torch
+
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+HIDDEN, RANDOM = 0.8, 0.1
+"""Shares of the chosen tokens that become the mask token, and a random token."""
+
+
+class MaskedLM(Objective):
+    """Filling in hidden tokens of raw text, for encoders."""
+
+    method: Literal["masked_lm"] = "masked_lm"
+    mask_share: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the tokens that is chosen."""
+    whole_word: bool = False
+    """Choose words, not word pieces."""
+    sequence_length: int = Field(default=128, ge=8)
+    """Longest piece a document is cut into, special tokens included; at most the model's context."""
+    mask_id: int | None = None
+    """The tokenizer's mask token; found when not given."""
+    vocabulary: int | None = None
+    """Random tokens are drawn below this id; found when not given."""
+
+    task: ClassVar[Task] = "masked_lm"
+    shapes: ClassVar[frozenset[str]] = frozenset({"text"})
+    packs: ClassVar[bool] = True
+    fixed: ClassVar[bool] = False
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Find the mask token."""
+        if chat.tokenizer.mask_token_id is None:
+            raise RecipeError(
+                "this model's tokenizer has no mask token, so it cannot learn to fill one in. Use "
+                "objective causal_lm, or an encoder such as all-minilm-l6-v2."
+            )
+        found = {"mask_id": chat.tokenizer.mask_token_id, "vocabulary": len(chat.tokenizer)}
+        return self.model_copy(update=found)
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The document; ``target`` is the number of each token's word, -1 for special tokens."""
+        encoded = chat.tokenizer(row.text or "", add_special_tokens=True, truncation=False)
+        ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
+        words = [-1 if word is None else word for word in encoded.word_ids()]
+        word_T = np.asarray(words, dtype=np.int64)
+        return Example(ids_T, (word_T >= 0).astype(np.float32), index, target=word_T)
+
+    def arrange(self, examples: Sequence[Example], context: int) -> list[Example]:
+        """Cut each document into pieces, each between the special tokens the tokenizer puts around."""
+        size = min(self.sequence_length, context)
+        pieces = [piece for example in examples for piece in _pieces(example, size)]
+        return [replace(piece, row=number) for number, piece in enumerate(pieces)]
+
+    def annotate(self, network: Network, batch: TreeBatch) -> TreeBatch:
+        """Choose what is hidden; the chosen tokens become the targets."""
+        import torch
+
+        # In training the global generator, whose state checkpoints keep.
+        seed = None if network.model.training else torch.Generator().manual_seed(0)
+        word_M = np.concatenate(batch.tree.targets)
+        lengths = [len(example) for example in batch.tree.examples]
+        unit_M = self._units(word_M, lengths)
+        chosen_M = np.concatenate(
+            [self._choose(units, seed) for units in np.split(unit_M, np.cumsum(lengths)[:-1])]
+        )
+        node_K = torch.from_numpy(np.sort(batch.tree.node_M[chosen_M]))
+        ids_N = batch.ids_N.clone()
+        target_K = ids_N[node_K.to(ids_N.device)]
+        fate_K = torch.rand(len(node_K), generator=seed)
+        random_K = torch.randint(self.vocabulary or 1, (len(node_K),), generator=seed)
+        hidden = node_K[fate_K < HIDDEN].to(ids_N.device)
+        swapped = (fate_K >= HIDDEN) & (fate_K < HIDDEN + RANDOM)
+        ids_N[hidden] = int(self.mask_id or 0)
+        ids_N[node_K[swapped].to(ids_N.device)] = random_K[swapped].to(ids_N.device)
+        return replace(
+            batch,
+            ids_N=ids_N,
+            source_S=node_K.to(ids_N.device),
+            edge_source_E=torch.arange(len(node_K), device=ids_N.device),
+            target_E=target_K,
+            weight_E=torch.ones(len(node_K), device=ids_N.device),
+            weight=float(len(node_K)),
+            as_given=False,
+        )
+
+    def _units(self, word_M: np.ndarray[Any, Any], lengths: Sequence[int]) -> np.ndarray[Any, Any]:
+        """What is chosen together: words, or single tokens; -1 is never chosen."""
+        if self.whole_word:
+            return word_M
+        return np.where(word_M < 0, -1, np.arange(len(word_M)))
+
+    def _choose(
+        self, unit_T: np.ndarray[Any, Any], seed: torch.Generator | None
+    ) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which tokens of one row are chosen; at least one unit."""
+        import torch
+
+        units = np.unique(unit_T[unit_T >= 0])
+        count = max(1, round(self.mask_share * len(units)))
+        picked = units[torch.randperm(len(units), generator=seed)[:count].numpy()]
+        return np.isin(unit_T, picked)
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed cross-entropy of the chosen tokens."""
+        from luthier.objectives.logprobs import weighted_nll
+
+        return Loss(weighted_nll(network, batch))
+
+
+def _pieces(example: Example, size: int) -> list[Example]:
+    """``example`` cut to ``size`` tokens, its special tokens around every piece."""
+    words = example.target
+    assert words is not None
+    inside = np.flatnonzero(words >= 0)
+    if not len(inside):
+        return []
+    before, after = np.arange(inside[0]), np.arange(inside[-1] + 1, len(example))
+    step = size - len(before) - len(after)
+    pieces = []
+    for start in range(inside[0], inside[-1] + 1, step):
+        kept = np.concatenate([before, np.arange(start, min(start + step, inside[-1] + 1)), after])
+        pieces.append(
+            replace(
+                example,
+                ids_T=example.ids_T[kept],
+                weight_T=example.weight_T[kept],
+                target=words[kept],
+            )
+        )
+    return pieces

@@ -1,0 +1,89 @@
+"""Regression: a number for each text, such as a rating or a similarity (Devlin et al. 2019, STS-B).
+
+One output of the sequence classification head, squared error. Ratings are brought to mean 0 and
+standard deviation 1 for training; both numbers are kept with the model, and answers are given in the
+user's own scale. (A directory that transformers loads gives the standardized number.)
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+
+from luthier.errors import RowRefused
+from luthier.models.heads import Head, Task
+from luthier.objectives.base import Objective
+from luthier.objectives.classification import cut_text, encode_text
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+
+class Regression(Objective):
+    """Which number belongs to a text."""
+
+    method: Literal["regression"] = "regression"
+    center: float | None = None
+    """Mean rating, from the training rows when not given."""
+    scale: float | None = None
+    """Standard deviation of the ratings, from the training rows when not given."""
+
+    task: ClassVar[Task] = "sequence_classification"
+    reads: ClassVar[bool] = True
+    shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
+
+    def head(self) -> Head:
+        """One output."""
+        return Head(self.task, ("rating",), "regression")
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Measure mean and spread of the ratings."""
+        ratings = [row.rating for row in rows if row.rating is not None]
+        center = statistics.fmean(ratings) if self.center is None else self.center
+        scale = statistics.pstdev(ratings) if self.scale is None else self.scale
+        if not (scale > 0 and math.isfinite(scale)):
+            raise RowRefused(
+                "rating.constant",
+                f"all {len(rows)} rows have the rating {ratings[0]:g}.",
+                "Add rows with other ratings.",
+            )
+        return self.model_copy(update={"center": center, "scale": scale})
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The whole text; the row's weight stands at its last token."""
+        example = encode_text(row.text or "", index, chat)
+        if row.rating is None:
+            return example
+        standard = (row.rating - (self.center or 0.0)) / (self.scale or 1.0)
+        return replace(example, target=np.array([standard], dtype=np.float32))
+
+    def cut(self, example: Example, context: int) -> Example:
+        """Keep the start and the closing token, and the weight."""
+        return cut_text(example, context)
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed squared error of the standardized ratings."""
+        import torch
+
+        scores_R = network.row_scores(batch).float()[:, 0]
+        error_R = scores_R - torch.from_numpy(np.concatenate(batch.tree.targets)).to(
+            scores_R.device
+        )
+        absolute = float(error_R.detach().abs().sum()) * (self.scale or 1.0)
+        return Loss(error_R.square().sum(), {"absolute_error": absolute})
+
+    def described(self, example: Example) -> str:
+        """The rating of the row."""
+        return f"{float(np.asarray(example.target)[0]) * (self.scale or 1) + (self.center or 0):g}"
+
+    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """For each row in the order of the tree: the rating, in the scale of the data."""
+        scores = network.row_scores(batch).float()[:, 0].tolist()
+        return [{"rating": s * (self.scale or 1.0) + (self.center or 0.0)} for s in scores]

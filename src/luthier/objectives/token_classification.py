@@ -1,0 +1,136 @@
+"""Token classification: a tag for each word, as in named-entity recognition (Devlin et al. 2019, 5.3).
+
+Words come tokenized and tagged (BIO). Each word's tag is learned and read at its first word piece;
+its other pieces carry no loss. Left out: a conditional random field over the tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+
+from luthier.errors import RowRefused
+from luthier.models.heads import Head, Task
+from luthier.objectives.base import Objective
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+
+class TokenClassification(Objective):
+    """Which tag each word of a sentence has."""
+
+    method: Literal["token_classification"] = "token_classification"
+    labels: tuple[str, ...] | None = None
+    """The tags in the order of the head; from the training rows when not given."""
+
+    task: ClassVar[Task] = "token_classification"
+    reads: ClassVar[bool] = True
+    shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
+
+    def head(self) -> Head:
+        """One score for each tag."""
+        return Head(self.task, self.labels or ())
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Read the tags; both B- and I- of each entity get a place, also where one never occurs."""
+        seen = {tag for row in rows for tag in row.tags or ()}
+        kinds = sorted({tag[2:] for tag in seen if tag != "O"})
+        if self.labels is None and not kinds:
+            raise RowRefused(
+                "label.one_class",
+                f"all words of {len(rows)} rows have the tag O.",
+                "Add rows with entities in them.",
+            )
+        found = ("O", *(f"{edge}-{kind}" for kind in kinds for edge in "BI"))
+        return self.model_copy(update={"labels": self.labels or found})
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The words as one text; weight 1 on the first piece of each word."""
+        words = list(row.tokens or ())
+        encoded = chat.tokenizer(words, is_split_into_words=True, add_special_tokens=True)
+        ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
+        first_T = np.zeros(len(ids_T), dtype=bool)
+        target_T = np.full(len(ids_T), -1, dtype=np.int64)
+        seen = -1
+        for position, word in enumerate(encoded.word_ids()):
+            if word is not None and word != seen:
+                first_T[position], seen = True, word
+                target_T[position] = 0 if row.tags is None else self._index(row.tags[word])
+        if first_T.sum() != len(words):
+            # A word of characters that the tokenizer drops would shift every tag behind it.
+            missing = sorted(set(range(len(words))) - set(encoded.word_ids()))
+            raise RowRefused(
+                "row.empty",
+                f"the tokenizer makes nothing of token {missing[0] + 1}, {words[missing[0]]!r}.",
+                "Remove the token and its tag.",
+            )
+        return Example(ids_T, first_T.astype(np.float32), index, target=target_T)
+
+    def _index(self, tag: str) -> int:
+        if tag not in (self.labels or ()):
+            raise RowRefused(
+                "label.unseen",
+                f"the tag {tag!r} is in none of the training rows.",
+                "Add training rows with that entity, or remove the row.",
+            )
+        return (self.labels or ()).index(tag)
+
+    def cut(self, example: Example, context: int) -> Example:
+        """Keep the start and the closing token; the words behind lose their tags."""
+        kept = np.r_[0 : context - 1, len(example) - 1]
+        target = None if example.target is None else example.target[kept]
+        return replace(
+            example,
+            ids_T=example.ids_T[kept],
+            weight_T=example.weight_T[kept],
+            target=target,
+        )
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed cross-entropy over the first pieces of all words."""
+        import torch
+        from torch.nn import functional as F
+
+        scores_KC = self._scores(network, batch)
+        first_M = _first_pieces(batch)
+        target_M = np.concatenate(batch.tree.targets)
+        target_K = torch.from_numpy(target_M[first_M]).to(scores_KC.device)
+        total = F.cross_entropy(scores_KC, target_K, reduction="sum")
+        right = (scores_KC.argmax(-1) == target_K).sum()
+        return Loss(total, {"accuracy": float(right)})
+
+    def described(self, example: Example) -> str:
+        """The tags of the words, in order."""
+        target_T = np.asarray(example.target)
+        return " ".join((self.labels or ())[int(index)] for index in target_T[target_T >= 0])
+
+    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """For each row in the order of the tree: the tags of its words."""
+        best_K = self._scores(network, batch).argmax(-1).tolist()
+        names = [(self.labels or ())[index] for index in best_K]
+        answers = []
+        for example in batch.tree.examples:
+            count = int(np.count_nonzero(example.weight_T))
+            answers.append({"tags": names[:count]})
+            names = names[count:]
+        return answers
+
+    def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
+        import torch
+
+        nodes = torch.from_numpy(batch.tree.node_M[_first_pieces(batch)])
+        return network.token_scores(batch, nodes.to(network.device)).float()
+
+
+def _first_pieces(batch: TreeBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which of all tokens of all rows are read."""
+    weights: np.ndarray[Any, Any] = np.concatenate([e.weight_T for e in batch.tree.examples])
+    return weights > 0

@@ -1,0 +1,75 @@
+"""Reading with a model: labels, ratings and tags for texts, on the flat layout it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import RecipeError
+from luthier.types import Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network
+    from luthier.objectives import Objective
+    from luthier.store.models import StoredModel
+
+BUDGET = 2048
+"""Tokens read at once."""
+
+
+class Predictor:
+    """One model in memory that answers with labels, ratings or tags."""
+
+    def __init__(
+        self, network: Network, objective: Objective, chat: ChatFormat, context: int
+    ) -> None:
+        self.network, self.objective, self.chat, self.context = network, objective, chat, context
+        network.model.eval()
+
+    @staticmethod
+    def open(stored: StoredModel) -> Predictor:
+        """Load ``stored`` on the best device of this machine."""
+        from luthier.engine.devices import choose_machine
+        from luthier.models.load import as_network, check_folder, context_length
+        from luthier.store.models import chat_format, load, objective_of
+
+        objective = objective_of(stored)
+        if not objective.reads:
+            raise RecipeError(
+                f"{stored.id} writes text, it was not trained to give labels. Use luthier generate."
+            )
+        machine = choose_machine()
+        model = load(stored, machine.dtype, machine.device)
+        network = as_network(model, machine.device, machine.dtype)
+        context = context_length(check_folder(stored.network_folder))
+        return Predictor(network, objective, chat_format(stored), context)
+
+    def answers(
+        self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
+    ) -> list[dict[str, Any]]:
+        """What the model says of each row, in the order given; what rows say themselves is not read."""
+        import torch
+
+        examples = [self._encode(row, index) for index, row in enumerate(rows)]
+        answers: list[dict[str, Any]] = [{} for _ in rows]
+        finished = 0
+        with torch.inference_mode():
+            for batch in self.network.batches(examples, BUDGET):
+                found = self.objective.answers(self.network, batch)
+                for example, answer in zip(batch.tree.examples, found, strict=True):
+                    answers[example.row] = answer
+                finished += len(found)
+                done(finished)
+        return answers
+
+    def _encode(self, row: Row, index: int) -> Any:
+        plain = replace(row, label=None, rating=None, tags=None)
+        example = self.objective.encode(plain, index, self.chat)
+        if len(example) > self.context:
+            raise RecipeError(
+                f"row {index + 1} has {len(example)} tokens, more than the model's context of "
+                f"{self.context}. Shorten it."
+            )
+        return example

@@ -1,0 +1,74 @@
+"""Scores of labels against scikit-learn and seqeval, and by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from luthier.errors import DataError
+from luthier.evaluation.labels import entities, scores
+from luthier.types import Row
+
+
+def test_accuracy_and_f1_are_scikit_learn_s() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    draw = random.Random(0)
+    truth = [draw.choice("abcd") for _ in range(200)]
+    given = [t if draw.random() < 0.6 else draw.choice("abcde") for t in truth]
+    rows = [Row("f", n, text="x", label=t) for n, t in enumerate(truth)]
+    found = scores(rows, [{"label": g} for g in given])
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(truth, given))
+    macro = metrics.f1_score(truth, given, average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx(macro)
+
+
+def test_several_labels_a_row() -> None:
+    rows = [Row("f", 1, text="x", label=("a", "b")), Row("f", 2, text="y", label=())]
+    found = scores(rows, [{"label": ["a"]}, {"label": []}])
+    assert found["accuracy"] == 0.5
+    assert found["micro_f1"] == pytest.approx(2 / 3)
+    assert found["macro_f1"] == pytest.approx(0.5)
+
+
+def test_entities_are_seqeval_s() -> None:
+    sequence = pytest.importorskip("seqeval.metrics.sequence_labeling")
+    draw = random.Random(1)
+    tags = ["O", "B-a", "I-a", "B-b", "I-b"]
+    truth = [[draw.choice(tags) for _ in range(draw.randint(1, 12))] for _ in range(100)]
+    given = [[t if draw.random() < 0.7 else draw.choice(tags) for t in row] for row in truth]
+    rows = [Row("f", n, tokens=("w",) * len(t), tags=tuple(t)) for n, t in enumerate(truth)]
+    found = scores(rows, [{"tags": g} for g in given])
+    assert found["entity_f1"] == pytest.approx(sequence.f1_score(truth, given))
+    assert found["entity_precision"] == pytest.approx(sequence.precision_score(truth, given))
+    assert found["entity_recall"] == pytest.approx(sequence.recall_score(truth, given))
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        (["O", "O"], set()),
+        (["B-a"], {("a", 0, 0)}),
+        (["B-a", "I-a", "O", "B-b"], {("a", 0, 1), ("b", 3, 3)}),
+        (["B-a", "B-a"], {("a", 0, 0), ("a", 1, 1)}),
+        (["I-a", "I-a"], {("a", 0, 1)}),
+        (["B-a", "I-b"], {("a", 0, 0), ("b", 1, 1)}),
+        (["B-a", "I-b", "I-a"], {("a", 0, 0), ("b", 1, 1), ("a", 2, 2)}),
+        (["B-a-b", "I-a-b"], {("a-b", 0, 1)}),
+    ],
+)
+def test_where_entities_begin_and_end(tags: list[str], expected: set[tuple[str, int, int]]) -> None:
+    assert entities(tags) == expected
+
+
+def test_ratings() -> None:
+    rows = [Row("f", n, text="x", rating=float(n)) for n in range(4)]
+    found = scores(rows, [{"rating": 2.0 * n + 1} for n in range(4)])
+    assert found["mean_absolute_error"] == pytest.approx(2.5)
+    assert found["pearson"] == pytest.approx(1.0)
+    assert "pearson" not in scores(rows, [{"rating": 1.0}] * 4)
+
+
+def test_rows_without_the_truth_are_refused() -> None:
+    with pytest.raises(DataError, match="nothing to compare"):
+        scores([Row("f", 3, text="x")], [{"label": "a"}])

@@ -1,0 +1,182 @@
+"""Models that read: from rows to answers, and into other software."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import luthier
+from luthier.cli.app import app
+from luthier.errors import DataError, RecipeError
+
+WORDS = ("fox", "dog", "card", "capital", "question", "answer")
+LABELLED = [
+    {"text": f"the {word} is {'here' if n % 2 else 'not here, no'}", "label": f"side {n % 2}"}
+    for n, word in enumerate(WORDS * 6)
+]
+RATED = [{"text": row["text"], "rating": 10 + 50 * (row["label"] == "side 1")} for row in LABELLED]
+SEVERAL = [
+    {"text": row["text"], "label": [row["label"], "odd"] if n % 3 else []}
+    for n, row in enumerate(LABELLED)
+]
+TAGGED = [
+    {"tokens": ["the", word, "is", "here"], "tags": ["O", "B-thing", "I-thing", "O"]}
+    for word in WORDS * 6
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[..., tuple[str, Path]]:
+    def tune(rows: list[dict[str, Any]], family: str = "bert", **fields: Any) -> tuple[str, Path]:
+        data = write(tmp_path / "rows.jsonl", rows)
+        result = luthier.tune(
+            data,
+            base=str(family_folder(family)),
+            name="x",
+            training__learning_rate=3e-3,
+            training__epochs=10,
+            training__precision="float32",
+            **fields,
+        )
+        return result.model_id, data
+
+    return tune
+
+
+def command(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout) if "--json" in arguments else result.output
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora", "feature_extraction"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "llama", "gpt2"])
+def test_a_classifier_learns_and_answers(
+    family: str, adaptation: str, tuned: Callable[..., tuple[str, Path]]
+) -> None:
+    model_id, data = tuned(LABELLED, family, adaptation=adaptation)
+    report = command("evaluate", model_id, data, "--json")
+    assert report["rows"] == len(LABELLED)
+    if adaptation != "feature_extraction":
+        assert report["scores"]["accuracy"] > 0.9
+    answers = luthier.load(model_id).predict([row["text"] for row in LABELLED[:3]])
+    for answer in answers:
+        assert set(answer["scores"]) == {"side 0", "side 1"}
+        assert sum(answer["scores"].values()) == pytest.approx(1.0, abs=1e-5)
+        assert answer["label"] == max(answer["scores"], key=answer["scores"].__getitem__)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "llama", "gpt2"])
+def test_transformers_and_peft_give_the_same_scores(
+    family: str,
+    tuned: Callable[..., tuple[str, Path]],
+    tmp_path: Path,
+    family_folder: Callable[[str], Path],
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model_id, _ = tuned(LABELLED, family, adaptation="lora")
+    command("models", "export", model_id, tmp_path / "merged", "--merged")
+    command("models", "export", model_id, tmp_path / "adapter")
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert whole.config.id2label == {0: "side 0", 1: "side 1"}
+    base = AutoModelForSequenceClassification.from_pretrained(family_folder(family), num_labels=2)
+    with_adapter = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    texts = [row["text"] for row in LABELLED[:4]]
+    answers = luthier.load(model_id).predict(texts)
+    for text, answer in zip(texts, answers, strict=True):
+        ids = torch.tensor([tokenizer.encode(text)])
+        for other in (whole.eval(), with_adapter.eval()):
+            expected = other(input_ids=ids).logits[0].float().softmax(-1).tolist()
+            assert list(answer["scores"].values()) == pytest.approx(expected, abs=2e-2)
+
+
+def test_ratings_come_back_in_their_own_scale(tuned: Callable[..., tuple[str, Path]]) -> None:
+    model_id, data = tuned(RATED, adaptation="full")
+    scores = command("evaluate", model_id, data, "--json")["scores"]
+    assert scores["pearson"] > 0.8 and scores["mean_absolute_error"] < 15
+    (answer,) = luthier.load(model_id).predict([RATED[0]["text"]])
+    assert -20 < answer["rating"] < 90
+
+
+def test_several_labels_and_none(tuned: Callable[..., tuple[str, Path]]) -> None:
+    model_id, data = tuned(SEVERAL, adaptation="full")
+    assert command("evaluate", model_id, data, "--json")["scores"]["micro_f1"] > 0.6
+    (answer,) = luthier.load(model_id).predict(["the fox is here"])
+    assert set(answer["label"]) == {name for name, p in answer["scores"].items() if p > 0.5}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_words_get_tags(
+    family: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
+) -> None:
+    model_id, data = tuned(TAGGED, family, adaptation="full")
+    assert command("evaluate", model_id, data, "--json")["scores"]["entity_f1"] > 0.9
+    output = tmp_path / "out.jsonl"
+    command("predict", model_id, "--input", data, "--output", output)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["tags"] for line in lines] == [row["tags"] for row in TAGGED]
+    assert "fox[B-thing] is[I-thing]" in command("predict", model_id, "the fox is here")
+
+
+def test_what_reads_does_not_write_and_the_other_way_round(
+    tuned: Callable[..., tuple[str, Path]], tiny_model_folder: Path
+) -> None:
+    model_id, _ = tuned(LABELLED, adaptation="lora")
+    assert "Use luthier predict" in command("generate", model_id, "hello", code=2)
+    assert "Use luthier generate" in command("predict", tiny_model_folder, "hello", code=2)
+    with pytest.raises(RecipeError, match="use predict"):
+        luthier.load(model_id).generate(["x"])
+    with pytest.raises(RecipeError, match="use generate"):
+        luthier.load(str(tiny_model_folder)).predict(["x"])
+
+
+def test_bad_labels_are_refused_with_line_and_rule(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    base = str(family_folder("bert"))
+
+    def problems(rows: list[dict[str, Any]], held: list[dict[str, Any]] | None = None) -> Any:
+        fields: dict[str, Any] = {}
+        if held is not None:
+            fields["data__validation"] = str(write(tmp_path / "held.jsonl", held))
+        with pytest.raises(DataError) as caught:
+            luthier.tune(write(tmp_path / "bad.jsonl", rows), base=base, name="x", **fields)
+        return [(problem.rule, problem.line) for problem in caught.value.problems]
+
+    same = [{"text": row["text"], "label": "a"} for row in LABELLED]
+    assert problems(same) == [("label.one_class", 0)]
+    unseen = [{"text": "the fox", "label": "side 0"}, {"text": "the dog", "label": "side 9"}]
+    assert problems(LABELLED, unseen) == [("label.unseen", 2)]
+    constant = [{"text": row["text"], "rating": 3} for row in LABELLED]
+    assert problems(constant) == [("rating.constant", 0)]
+    nothing = [{"tokens": row["tokens"], "tags": ["O"] * 4} for row in TAGGED]
+    assert problems(nothing) == [("label.one_class", 0)]
+    other = [{"tokens": ["the", "fox"], "tags": ["B-other", "O"]}]
+    assert problems(TAGGED, other) == [("label.unseen", 1)]
+    rows = [*LABELLED, {"text": "many " * 200, "label": "side 0"}]
+    assert problems(rows) == [("row.too_long", len(rows))]
+
+
+def test_a_classifier_goes_on_from_a_custom_model(
+    tuned: Callable[..., tuple[str, Path]], tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    text = write(tmp_path / "text.jsonl", [{"text": row["text"]} for row in LABELLED])
+    first = luthier.tune(text, base=str(family_folder("bert")), name="read", training__epochs=1)
+    result = luthier.tune(
+        write(tmp_path / "rows.jsonl", LABELLED), base=first.model_id, name="label"
+    )
+    assert "label" in luthier.load(result.model_id).predict(["the fox is here"])[0]

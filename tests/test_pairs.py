@@ -1,0 +1,192 @@
+"""Every objective with every adaptation on every family: it trains, or is refused with the reason."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.adaptations import ADAPTATIONS, Adaptation
+from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.loop import Loop, mean_loss
+from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.errors import RecipeError
+from luthier.models.load import as_network, load_chat_format, load_model, sketch
+from luthier.models.network import Network
+from luthier.models.save import save_adapter, save_format, save_network
+from luthier.objectives import OBJECTIVES, Objective
+from luthier.recipe import Training
+from luthier.store import models as store
+from luthier.types import Example, Message, Row
+
+CPU = torch.device("cpu")
+FAMILIES = ("llama", "gpt2", "bert", "roberta", "albert")
+WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
+TEXTS = [f"One word, please: {word}" for word in WORDS]
+ROWS = {
+    "prompt": [Row("f", n, prompt="One word, please:", completion=w) for n, w in enumerate(WORDS)],
+    "messages": [
+        Row("f", n, messages=(Message("user", "One word, please:"), Message("assistant", word)))
+        for n, word in enumerate(WORDS)
+    ],
+    "text": [Row("f", n, text=text) for n, text in enumerate(TEXTS)],
+    "label": [Row("f", n, text=text, label=f"class {n % 2}") for n, text in enumerate(TEXTS)],
+    "rating": [Row("f", n, text=text, rating=1.5 * n) for n, text in enumerate(TEXTS)],
+    "tags": [
+        Row("f", n, tokens=tuple(t.split()), tags=("B-x", "I-x", *"O" * (len(t.split()) - 2)))
+        for n, t in enumerate(TEXTS)
+    ],
+}
+TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
+REFUSED = {
+    **{(o, f): "cannot be a causal" for o in ("sft", "causal_lm") for f in FAMILIES[2:]},
+    **{("masked_lm", f): "no mask token|cannot be a masked" for f in FAMILIES[:2]},
+}
+"""Objectives that a family cannot learn, and what the refusal says."""
+
+
+def train_two_steps(
+    network: Network, objective: Objective, examples: list[Example], folder: Path
+) -> list[float]:
+    training = Training(
+        batch_size=max(1, len(examples) // 2),
+        learning_rate=1e-2,
+        warmup_share=0.0,
+        micro_batch_tokens=24,
+    )
+    loop = Loop(
+        network=network,
+        objective=objective,
+        training=training,
+        examples=examples,
+        validation=[],
+        steps=2,
+        checkpoints=Checkpoints(folder / "checkpoints"),
+        metrics=MetricsFile(folder / "metrics.jsonl"),
+        reporter=Reporter(),
+    )
+    assert loop.run().step == 2
+    return [line["loss"] for line in loop.metrics.read()]
+
+
+def save(model: Any, adaptation: Adaptation, chat: Any, base: Path, folder: Path) -> None:
+    config = adaptation.adapter_config(model, str(base))
+    folder.mkdir()
+    if config is None:
+        save_network(model, chat, folder)
+    else:
+        save_adapter(model, adaptation, config, folder)
+        save_format(chat, folder)
+
+
+def reload(adaptation: Adaptation, objective: Objective, base: Path, folder: Path) -> Network:
+    """As serving does: the base with the adapter merged in, or the whole network."""
+    whole = (folder / "config.json").is_file()
+    recipe = {"adaptation": adaptation.model_dump(), "objective": objective.model_dump()}
+    parent = None if whole else store.StoredModel("base", base, {})
+    stored = store.StoredModel("base:custom", folder, {"recipe": recipe}, parent)
+    return as_network(store.load(stored, torch.float32, CPU), CPU, torch.float32)
+
+
+def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
+    """Why a triple is refused before any weight is loaded; empty where it is not."""
+    try:
+        chat = objective.format(load_chat_format(folder))
+        fitted = objective.fit(ROWS[min(objective.shapes)], chat)
+        model = sketch(folder, fitted.head())
+        with torch.device("meta"):
+            adaptation.attach(model)
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("method", "name", "family"), TRIPLES)
+def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
+    method: str, name: str, family: str, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    objective, adaptation = OBJECTIVES[method](), ADAPTATIONS[name]()
+    folder = family_folder(family)
+    reason = refusal(objective, adaptation, folder)
+    wanted = REFUSED.get((method, family)) or adaptation_refusals().get((name, family))
+    wanted = wanted or refusals_of_both().get((method, name, family))
+    if wanted:
+        assert re.search(wanted, reason), reason
+        return
+    assert not reason
+    chat = objective.format(load_chat_format(folder))
+    rows = ROWS[min(objective.shapes)]
+    objective = objective.fit(rows, chat)
+    encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
+    examples = objective.arrange(encoded, context=30)
+    torch.manual_seed(0)
+    model = load_model(folder, torch.float32, CPU, objective.head())
+    network = as_network(model, CPU, torch.float32)
+    adaptation.attach(model)
+
+    def loss_of(network: Network) -> float:
+        return mean_loss(network, objective, examples, 1000)
+
+    untrained = loss_of(network)
+    before = {n: (w.requires_grad, w.detach().clone()) for n, w in model.named_parameters()}
+
+    losses = train_two_steps(network, objective, examples, tmp_path)
+
+    assert len(losses) == 2 and all(math.isfinite(loss) and loss > 0 for loss in losses)
+    moved = set()
+    for weight_name, weight in model.named_parameters():
+        trains, start = before[weight_name]
+        assert weight.requires_grad == trains, weight_name
+        if not torch.equal(weight, start):
+            assert trains, f"{weight_name} is frozen and moved"
+            moved.add(weight_name)
+    assert moved
+    trained = loss_of(network)
+    assert abs(trained - untrained) > 1e-4 * untrained
+
+    save(model, adaptation, chat, folder, tmp_path / "custom")
+    again = reload(adaptation, objective, folder, tmp_path / "custom")
+    assert loss_of(again) == pytest.approx(trained, rel=1e-5)
+
+    merged = copy.deepcopy(network)
+    adaptation.merge(merged.model)
+    assert loss_of(merged) == pytest.approx(trained, rel=1e-5)
+    if not adaptation.mergeable:
+        return
+    plain = load_model(folder, torch.float32, CPU, objective.head())
+    assert merged.model.state_dict().keys() == plain.state_dict().keys()
+
+
+def adaptation_refusals() -> dict[tuple[str, str], str]:
+    """Adaptations that a family cannot take, and what the refusal says."""
+    return {
+        ("bitfit", "llama"): "bitfit trains biases, and networks of type llama have none. Use lora",
+        ("freeze", "albert"): "no stack of layers",
+    }
+
+
+def refusals_of_both() -> dict[tuple[str, str, str], str]:
+    """Refusals that take all three."""
+    return {(o, "feature_extraction", "gpt2"): "output head.* tied" for o in ("sft", "causal_lm")}
+
+
+@pytest.mark.parametrize("name", ADAPTATIONS)
+def test_an_adaptation_names_itself_and_its_learning_rate(name: str) -> None:
+    adaptation = ADAPTATIONS[name]()
+    assert adaptation.method == name
+    rate, reason = adaptation.learning_rate(576)
+    assert 0 < rate < 0.1 and reason
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_names_itself_and_what_it_learns_from(name: str) -> None:
+    objective = OBJECTIVES[name]()
+    assert objective.method == name
+    assert objective.shapes and objective.shapes <= ROWS.keys()
