@@ -51,7 +51,8 @@ def run(command: list[str], env: dict[str, str] | None = None) -> Outcome:
 def tune(rows: Path, flags: dict[str, str], settings: dict[str, str]) -> tuple[Outcome, Curve]:
     """``luthier tune`` in a home of its own that shares the base models; rows in the file's order.
 
-    No warm-up and no validation, so that the steps are the same as a peer's.
+    No warm-up and no validation, so that the steps are the same as a peer's. ``ahead`` is added to
+    the report: seconds spent on frozen layers before the first step.
     """
     from luthier.files import luthier_home
 
@@ -69,7 +70,10 @@ def tune(rows: Path, flags: dict[str, str], settings: dict[str, str]) -> tuple[O
         (Path(home) / "models" / "base").symlink_to(luthier_home() / "models" / "base")
         outcome = run(command, {"LUTHIER_HOME": home})
         lines = Path(outcome.report["run_dir"], "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines if '"train"' in line]
+    events = [json.loads(line) for line in lines]
+    steps = [event for event in events if event["event"] == "train"]
+    ahead = [event["seconds"] for event in events if event["event"] == "frozen_layers"]
+    outcome.report["ahead"] = sum(ahead)
     return outcome, {key: [step[name] for step in steps] for key, name in _CURVE.items()}
 
 

@@ -116,6 +116,8 @@ class LiveReporter(Reporter):
                 highlight=False,
             )
             return
+        if line["event"] != "train":
+            return
         speed = line["tokens_per_second"]
         text = f"loss {line['loss']:.3f}  {self._validation}{speed:,.0f} tok/s"
         memory = f"{line['memory_bytes'] / 1e9:.1f} GB"

@@ -113,7 +113,7 @@ class Loop:
         progress.rows += len(chosen)
         progress.last_loss = loss
         progress.first_loss = loss if progress.first_loss is None else progress.first_loss
-        self._record(
+        self.record(
             "train",
             loss=loss,
             learning_rate=rate,
@@ -160,9 +160,10 @@ class Loop:
             self.best = {n: w.detach().clone() for n, w in self.optimizer.weights.items()}
         else:
             progress.worse += 1
-        self._record("validation", loss=loss, best=progress.best_loss, best_step=progress.best_step)
+        self.record("validation", loss=loss, best=progress.best_loss, best_step=progress.best_step)
 
-    def _record(self, event: str, **values: Any) -> None:
+    def record(self, event: str, **values: Any) -> None:
+        """Add a line to the metrics and tell the reporter."""
         line = {"event": event, "step": self.progress.step, **values}
         line["memory_bytes"] = peak_memory()
         self.progress.metrics_lines = self.metrics.append(line)

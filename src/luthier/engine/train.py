@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -164,7 +165,8 @@ class _Trainer:
     def run(self, resume: bool) -> Result:
         """Everything after the last check."""
         network = self._network()
-        self._remember(network)
+        started = time.monotonic()
+        ahead = self._remember(network)
         loop = self._loop(network)
         if resume:
             going = loop.resume()
@@ -172,6 +174,8 @@ class _Trainer:
             self.reporter.note(where)
         elif loop.metrics.path.exists():
             loop.metrics.cut(0)
+        if ahead and loop.progress.step == 0:
+            loop.record("frozen_layers", layers=ahead, seconds=time.monotonic() - started)
         progress = loop.run()
         self.reporter.stage("Storing and verifying the model")
         lines = loop.metrics.read()
@@ -198,13 +202,16 @@ class _Trainer:
         self.reporter.note(f"{moved:,} of {total:,} weights train ({moved / total:.2%})")
         return network
 
-    def _remember(self, network: Network) -> None:
-        """Where the bottom is frozen and rows come more than once, compute it ahead for all rows."""
+    def _remember(self, network: Network) -> int:
+        """Where the bottom is frozen and rows come more than once, compute it ahead for all rows.
+
+        Returns how many layers that are.
+        """
         data = self.job.data
         count = frozen_layers(network.model)
         seen = self.job.steps * (self.recipe.training.batch_size or 1)
         if not count or not data.objective.fixed or seen < 2 * len(data.train):
-            return
+            return 0
         rows = [*data.train, *data.validation]
         size = sum(map(len, rows)) * network.width * network.dtype.itemsize
         file = None
@@ -218,6 +225,7 @@ class _Trainer:
             f"{size / 1e6:,.0f} MB of activations are kept {'on disk' if file else 'in memory'}; each "
             f"epoch starts at layer {count + 1}"
         )
+        return count
 
     @property
     def _activations(self) -> Path:

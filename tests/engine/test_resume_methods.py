@@ -1,0 +1,96 @@
+"""Resume is exact for methods that keep more than weights: random masks, frozen bottoms, prompts.
+
+The run ends by an exception in the middle of a step, which leaves what a kill leaves (kills
+themselves are in ``test_resume.py``); then it is resumed and compared with one that was never
+broken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.metrics import Reporter
+from luthier.engine.train import train
+from luthier.recipe import Recipe
+
+TEXTS = [f"the {word} is {place}" for word in ("fox", "dog", "card") for place in ("here", "lazy")]
+CASES = {
+    "masks are drawn anew": ("bert", "masked_lm", "full", {"mask_share": 0.4}),
+    "dropout above a frozen bottom": ("bert", "classification", "freeze", {}),
+    "features computed ahead": ("roberta", "classification", "feature_extraction", {}),
+    "a soft prompt": ("llama", "sft", "prompt", {}),
+    "magnitudes": ("llama", "sft", "lora", {}),
+}
+
+
+class Broken(Exception):
+    """What ends the first run."""
+
+
+class BreakingReporter(Reporter):
+    """Raises in the middle of the run."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        """Break after the line of the step was written, before its checkpoint."""
+        if line["event"] == "train" and line["step"] == self.step:
+            raise Broken
+
+
+def rows_for(objective: str, path: Path) -> Path:
+    rows: list[dict[str, Any]] = [{"text": text} for text in TEXTS]
+    if objective == "classification":
+        rows = [{"text": text, "label": str(n % 2)} for n, text in enumerate(TEXTS)]
+    if objective == "sft":
+        rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
+    case: str,
+    family_folder: Callable[[str], Path],
+    tmp_path: Path,
+    luthier_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family, objective, adaptation, fields = CASES[case]
+    data = rows_for(objective, tmp_path / "rows.jsonl")
+    further = {"dora": True} if case == "magnitudes" else {}
+    monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 3 == 0)
+
+    def recipe(name: str) -> Recipe:
+        return Recipe.parse(
+            {
+                "base": str(family_folder(family)),
+                "name": name,
+                "data": {"train": data, "validation": data},
+                "objective": {"method": objective, **fields},
+                "adaptation": {"method": adaptation, **further},
+                "training": {"max_steps": 11, "epochs": 9, "batch_size": 2, "patience": 0},
+            }
+        )
+
+    whole = train(recipe("whole"))
+    with pytest.raises(Broken):
+        train(recipe("broken"), reporter=BreakingReporter(8))
+    run = luthier_home / "runs" / family / "broken"
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    again = train(recipe("broken"), resume=True)
+    assert (whole.steps, again.steps) == (11, 11)
+    assert again.validation_loss == whole.validation_loss
+    for path in Path(whole.model_dir).glob("*.safetensors"):
+        one, other = load_file(path), load_file(Path(again.model_dir) / path.name)
+        assert one.keys() == other.keys()
+        assert all(one[name].equal(other[name]) for name in one)
+    assert not (run / "activations.bin").exists()
