@@ -39,6 +39,9 @@ ROWS = {
     "text": [Row("f", n, text=text) for n, text in enumerate(TEXTS)],
     "label": [Row("f", n, text=text, label=f"class {n % 2}") for n, text in enumerate(TEXTS)],
     "rating": [Row("f", n, text=text, rating=1.5 * n) for n, text in enumerate(TEXTS)],
+    "pair": [
+        Row("f", n, text=text, positive=f"{WORDS[n]} is the word") for n, text in enumerate(TEXTS)
+    ],
     "tags": [
         Row("f", n, tokens=tuple(t.split()), tags=("B-x", "I-x", *"O" * (len(t.split()) - 2)))
         for n, t in enumerate(TEXTS)
@@ -174,7 +177,9 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
 
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
-    return {(o, "feature_extraction", "gpt2"): "output head.* tied" for o in ("sft", "causal_lm")}
+    tied = {(o, "feature_extraction", "gpt2"): "output head.* tied" for o in ("sft", "causal_lm")}
+    none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}
+    return tied | none
 
 
 @pytest.mark.parametrize("name", ADAPTATIONS)

@@ -38,6 +38,8 @@ class Row:
     text: str | None = None
     label: str | tuple[str, ...] | None = None
     """Class of ``text``; several where it may have more than one, also none at all."""
+    positive: str | None = None
+    """Partner of ``text`` in a pair."""
     rating: float | None = None
     """Number that belongs to ``text``."""
     tokens: tuple[str, ...] | None = None

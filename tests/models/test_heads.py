@@ -124,7 +124,7 @@ def test_a_masked_language_model_is_transformers_own(
     network = as_network(ours, CPU, torch.float32)
     network.model.eval()
     (batch,) = network.batches(examples, 1000)
-    batch = objective.annotate(network, batch)
+    (batch,) = objective.annotate(network, [batch])
     total = objective.loss(network, batch).total
     total.backward()
     expected = torch.zeros(())

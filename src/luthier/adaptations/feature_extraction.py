@@ -28,7 +28,12 @@ class FeatureExtraction(Adaptation):
             return
         network: Any = model
         head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
-        if head is None or head.weight is embedding.weight:
+        if head is None:
+            raise RecipeError(
+                "feature_extraction trains a head, and for this objective the network has none. Use "
+                "lora, or freeze the bottom layers."
+            )
+        if head.weight is embedding.weight:
             raise RecipeError(
                 "feature_extraction trains the output head, and this network's is tied to its input "
                 "embedding, which is frozen. Use lora, or freeze the bottom layers."

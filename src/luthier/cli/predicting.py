@@ -56,7 +56,6 @@ def evaluate(
     stored: StoredModel, data: Path, rows: Sequence[Row], target: Path | None, as_json: bool
 ) -> None:
     """Compare a model's labels with those of held-out rows."""
-    from luthier.evaluation.labels import scores
     from luthier.files import write_bytes
     from luthier.serving.prediction import Predictor
 
@@ -64,8 +63,7 @@ def evaluate(
         predictor = Predictor.open(stored)
     started = time.monotonic()
     with counting(len(rows), "evaluate") as done:
-        answers = predictor.answers(rows, done)
-    found = scores(rows, answers)
+        found, answers = predictor.scores(rows, done)
     seconds = time.monotonic() - started
     if target is not None:
         lines = [
@@ -125,7 +123,8 @@ def _given(row: Row) -> dict[str, Any]:
 
 def _truth(row: Row) -> Any:
     tags = None if row.tags is None else list(row.tags)
-    return tags if tags is not None else row.rating if row.label is None else row.label
+    given = (tags, row.rating, row.label, row.positive)
+    return next((truth for truth in given if truth is not None), None)
 
 
 def _shown(given: dict[str, Any], answer: dict[str, Any]) -> str:
@@ -133,6 +132,8 @@ def _shown(given: dict[str, Any], answer: dict[str, Any]) -> str:
     if "tags" in answer:
         words = zip(given["text"].split(), answer["tags"], strict=True)
         return " ".join(w if tag == "O" else f"{w}[{tag}]" for w, tag in words) + "\n"
+    if "embedding" in answer:
+        return json.dumps(answer["embedding"]) + "\n"
     if "rating" in answer:
         return f"{answer['rating']:.3f}\n"
     best = sorted(answer["scores"].items(), key=lambda item: -item[1])[:5]

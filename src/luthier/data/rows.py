@@ -1,8 +1,9 @@
-"""Records to checked rows: six shapes, told apart by their keys.
+"""Records to checked rows: seven shapes, told apart by their keys.
 
 ``{"prompt", "completion"}``, ``{"messages": [{"role", "content"}, ...]}``, ``{"text"}``, and text
-with what it means: ``{"text", "label"}``, ``{"text", "rating"}``, ``{"tokens", "tags"}``. Text is
-never altered. A file with anything wrong in it is refused as a whole, with every problem.
+with what it means: ``{"text", "label"}``, ``{"text", "rating"}``, ``{"tokens", "tags"}``,
+``{"anchor", "positive"}``. Text is never altered. A file with anything wrong in it is refused as a
+whole, with every problem.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
     '{"text", "label"}': ("label",),
     '{"text", "rating"}': ("rating",),
     '{"tokens", "tags"}': ("tokens",),
+    '{"anchor", "positive"}': ("anchor", "positive"),
 }
-_PAIR, _CHAT, _TEXT, _LABEL, _RATING, _TAGS = _SHAPES
+_PAIR, _CHAT, _TEXT, _LABEL, _RATING, _TAGS, _PARTNERS = _SHAPES
 _ALL_SHAPES = ", ".join(_SHAPES)
 _RENAMES: Mapping[str, str] = {
     "instruction": "prompt",
@@ -122,6 +124,9 @@ class _Checker:
             return Row(self.file, line, text=text)
         if shape in (_LABEL, _RATING, _TAGS):
             return self.annotated(shape, record)
+        if shape == _PARTNERS:
+            anchor, positive = self.text(record, "anchor"), self.text(record, "positive")
+            return Row(self.file, line, text=anchor, positive=positive)
         if shape == _PAIR:
             prompt = self.text(record, "prompt")
             completion = self.text(record, "completion", target=True)

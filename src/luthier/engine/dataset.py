@@ -158,6 +158,7 @@ _FIELDS = {
     "label": "label",
     "rating": "rating",
     "tags": "tags",
+    "positive": "pair",
     "text": "text",
 }
 """What tells the shape of a row, in the order it is asked."""
@@ -168,6 +169,7 @@ _SHAPES = {
     "label": "text with labels",
     "rating": "text with ratings",
     "tags": "tokens with tags",
+    "pair": "pairs of anchor and positive",
 }
 
 
@@ -197,10 +199,11 @@ class _Encoder:
             except RecipeError as error:
                 self._problem(row, "row.template", str(error), "See the message.")
                 continue
-            if len(example) <= self.context or self.objective.packs:
+            longest = max(map(len, self.objective.views(example)))
+            if longest <= self.context or self.objective.packs:
                 examples.append(example)
             elif self.long_rows == "error":
-                self._too_long(row, example)
+                self._too_long(row, example, longest)
             elif self.long_rows == "drop":
                 self.dropped += 1
             else:
@@ -222,12 +225,12 @@ class _Encoder:
         self.truncated += 1
         return shorter
 
-    def _too_long(self, row: Row, example: Example) -> None:
+    def _too_long(self, row: Row, example: Example, longest: int) -> None:
         lost = float(example.weight_T[self.context :].sum() / example.weight_T.sum())
         self._problem(
             row,
             "row.too_long",
-            f"{len(example)} tokens are more than the model's context of {self.context}; cutting "
+            f"{longest} tokens are more than the model's context of {self.context}; cutting "
             f"the row would lose {lost:.0%} of what it teaches.",
             "Shorten the row, or choose --set data.long_rows=drop or truncate.",
         )

@@ -49,6 +49,9 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
             training = training.model_copy(update={field: value})
             choices.append((f"training.{field}", value, reason))
 
+    if recipe.objective is not None and recipe.objective.together:
+        reason = "each row is told from the others of its batch, so more of them teach more"
+        fill("batch_size", min(64, max(2, facts.rows)), reason)
     fill("batch_size", *_batch_size(facts.rows))
     if training.max_steps is None:
         fill("epochs", *_epochs(facts.rows, training.batch_size or 1))

@@ -125,9 +125,10 @@ class Loop:
         )
 
     def _batches(self, examples: Sequence[Example]) -> list[TreeBatch]:
-        batches = self.network.batches(examples, self.budget)
+        views = [view for example in examples for view in self.objective.views(example)]
+        batches = self.network.batches(views, self.budget)
         with torch.no_grad():
-            return [self.objective.annotate(self.network, batch) for batch in batches]
+            return self.objective.annotate(self.network, batches)
 
     def _backward(self, batches: Sequence[TreeBatch]) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over ``batches``; the mean, and the objective's metrics."""
@@ -191,8 +192,8 @@ def mean_loss(
     """The objective's loss on ``examples``, averaged over their weight."""
     network.model.eval()
     total = weight = 0.0
-    for batch in network.batches(examples, budget):
-        batch = objective.annotate(network, batch)
+    views = [view for example in examples for view in objective.views(example)]
+    for batch in objective.annotate(network, network.batches(views, budget)):
         total += float(objective.loss(network, batch).total)
         weight += batch.weight
     return total / weight

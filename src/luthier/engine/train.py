@@ -212,7 +212,8 @@ class _Trainer:
         seen = self.job.steps * (self.recipe.training.batch_size or 1)
         if not count or not data.objective.fixed or seen < 2 * len(data.train):
             return 0
-        rows = [*data.train, *data.validation]
+        given = [*data.train, *data.validation]
+        rows = [view for example in given for view in data.objective.views(example)]
         size = sum(map(len, rows)) * network.width * network.dtype.itemsize
         file = None
         if size > available_memory() // 4:

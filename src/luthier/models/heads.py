@@ -15,24 +15,29 @@ from luthier.errors import RecipeError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Task = Literal["causal_lm", "masked_lm", "sequence_classification", "token_classification"]
+Task = Literal[
+    "causal_lm", "masked_lm", "sequence_classification", "token_classification", "embedding"
+]
 _CLASSES: dict[Task, str] = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
     "sequence_classification": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
+    "embedding": "AutoModel",
 }
 _WORDS: dict[Task, str] = {
     "causal_lm": "a causal language model",
     "masked_lm": "a masked language model",
     "sequence_classification": "a classifier of texts",
     "token_classification": "a classifier of tokens",
+    "embedding": "an encoder of texts",
 }
 _PEFT: dict[Task, str] = {
     "causal_lm": "CAUSAL_LM",
     "masked_lm": "FEATURE_EXTRACTION",
     "sequence_classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
+    "embedding": "FEATURE_EXTRACTION",
 }
 
 
@@ -48,7 +53,7 @@ class Head:
 
     def settings(self) -> dict[str, Any]:
         """Fields of transformers' configuration that say so."""
-        if self.task in ("causal_lm", "masked_lm"):
+        if self.task in ("causal_lm", "masked_lm", "embedding"):
             return {}
         names = dict(enumerate(self.labels))
         return {
@@ -122,7 +127,7 @@ def head_modules(model: nn.Module) -> list[str]:
     """
     from torch import nn
 
-    if task_of(model) == "causal_lm":
+    if task_of(model) in ("causal_lm", "embedding"):
         return []
     prefix = getattr(model, "base_model_prefix", "")
     heads = [n for n, child in model.named_children() if n != prefix and _own(child, model)]

@@ -129,7 +129,9 @@ def load_model(
     finally:
         logging.set_verbosity(quiet)
     mark(model, head.task)
-    if missing := sorted(set(loaded["missing_keys"]) - head_weights(model)):
+    # An embedding does not look at the pooler.
+    unused = {n for n in loaded["missing_keys"] if head.task == "embedding" and "pooler." in n}
+    if missing := sorted(set(loaded["missing_keys"]) - head_weights(model) - unused):
         # transformers would draw them at random, with no more than a warning.
         raise UnknownModel(
             f"{folder} ({kind}) has not all weights of the network: {len(missing)} are missing, "
@@ -172,7 +174,8 @@ class _Probe:
         """What the network's own forward gives for each row: logits, or the scores of its head."""
         self.model.eval()
         rows = [self.model(input_ids=ids_1T.to(self.device)) for ids_1T in self.ids_2T.split(1)]
-        out = torch.cat([row.logits for row in rows])
+        states = task_of(self.model) == "embedding"
+        out = torch.cat([row.last_hidden_state if states else row.logits for row in rows])
         if not out.isfinite().all():
             raise CorruptFile(
                 "the network answers with numbers that are not finite: its weights are damaged"
@@ -220,4 +223,6 @@ class _Probe:
             return network.row_scores(batch)
         if task == "token_classification":
             return network.token_scores(batch, nodes)
+        if task == "embedding":
+            return network.hidden(batch)[nodes]
         return network.logits(network.hidden(batch)[nodes])

@@ -41,6 +41,8 @@ class TreeBatch:
     weight_E: Tensor
     weight: float
     """Sum of all weights: this batch's part of what the engine divides by."""
+    extra: Any = None
+    """What the objective adds to it."""
     as_given: bool = True
     """Whether ``ids_N`` are the rows' own, and not changed by the objective."""
 
@@ -131,11 +133,21 @@ class Network:
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
+    def row_states(self, batch: TreeBatch, pooling: str) -> Tensor:
+        """What stands for each row, ``[R, H]``: ``mean``, ``first`` or ``last`` of its states."""
+        tree, hidden_NH = batch.tree, self.hidden(batch)
+        if pooling != "mean":
+            nodes = tree.root_R if pooling == "first" else tree.leaf_R
+            return hidden_NH[torch.from_numpy(nodes).to(self.device)]
+        lengths = np.array([len(example) for example in tree.examples])
+        row_M = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device)
+        states_MH = hidden_NH[torch.from_numpy(tree.node_M).to(self.device)].float()
+        sum_RH = states_MH.new_zeros(len(lengths), self.width).index_add_(0, row_M, states_MH)
+        return sum_RH / torch.from_numpy(lengths).to(self.device)[:, None]
+
     def row_scores(self, batch: TreeBatch) -> Tensor:
         """What the head of a sequence classifier says of each row, ``[R, C]``, in tree order."""
-        tree = batch.tree
-        nodes = tree.root_R if self.both_ways else tree.leaf_R
-        chosen_RH = self.hidden(batch)[torch.from_numpy(nodes).to(self.device)]
+        chosen_RH = self.row_states(batch, "first" if self.both_ways else "last")
         return heads.row_scores(self.model, chosen_RH)
 
     def token_scores(self, batch: TreeBatch, nodes: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from luthier.objectives.base import Objective
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
+from luthier.objectives.contrastive import Contrastive
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.regression import Regression
 from luthier.objectives.sft import SFT
@@ -15,6 +16,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "classification": Classification,
     "regression": Regression,
     "token_classification": TokenClassification,
+    "contrastive": Contrastive,
 }
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "SFT",
     "CausalLM",
     "Classification",
+    "Contrastive",
     "MaskedLM",
     "Objective",
     "Regression",

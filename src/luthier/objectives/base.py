@@ -44,6 +44,8 @@ class Objective(BaseModel):
     """Whether its models answer with labels (:meth:`answers`); the others write text."""
     fixed: ClassVar[bool] = True
     """Whether the network sees the same tokens of a row in every epoch."""
+    together: ClassVar[bool] = False
+    """Whether the rows of a batch are learned against each other, so that its size matters."""
     packs: ClassVar[bool] = False
     """Whether ``arrange`` cuts rows to size, so that no row is too long."""
 
@@ -71,9 +73,13 @@ class Objective(BaseModel):
         """Regroup encoded rows, for objectives that pack them. ``context`` is the model's limit."""
         return list(examples)
 
-    def annotate(self, network: Network, batch: TreeBatch) -> TreeBatch:
-        """Add to a batch what is computed without a gradient."""
-        return batch
+    def views(self, example: Example) -> list[Example]:
+        """The rows the network is to see for one example: itself, unless the method says otherwise."""
+        return [example]
+
+    def annotate(self, network: Network, batches: Sequence[TreeBatch]) -> list[TreeBatch]:
+        """Add to the micro-batches of a batch what is computed without a gradient."""
+        return list(batches)
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
         """Yield the micro-batches of each optimizer step that one batch of rows gives."""

@@ -74,8 +74,11 @@ class MaskedLM(Objective):
         pieces = [piece for example in examples for piece in _pieces(example, size)]
         return [replace(piece, row=number) for number, piece in enumerate(pieces)]
 
-    def annotate(self, network: Network, batch: TreeBatch) -> TreeBatch:
+    def annotate(self, network: Network, batches: Sequence[TreeBatch]) -> list[TreeBatch]:
         """Choose what is hidden; the chosen tokens become the targets."""
+        return [self._hide(network, batch) for batch in batches]
+
+    def _hide(self, network: Network, batch: TreeBatch) -> TreeBatch:
         import torch
 
         # In training the global generator, whose state checkpoints keep.

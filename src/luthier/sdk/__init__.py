@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
     from luthier.evaluation.evaluate import Evaluation
@@ -101,6 +104,15 @@ class Model:
             whole = text if isinstance(text, str) else " ".join(text)
             rows.append(Row("predict()", index, text=whole, tokens=words))
         return self.opened.answers(rows)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embeddings ``[R, H]`` of length 1, from a model of objective ``contrastive``."""
+        import numpy as np
+
+        answers = self.predict(texts)
+        if answers and "embedding" not in answers[0]:
+            raise RecipeError(f"{self.stored.id} gives labels; use predict()")
+        return np.array([answer["embedding"] for answer in answers], dtype=np.float32)
 
 
 def load(model_id: str) -> Model:

@@ -64,8 +64,22 @@ class Predictor:
                 done(finished)
         return answers
 
+    def scores(
+        self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Answers to ``rows``, and how good they are by what the rows say."""
+        from luthier.evaluation.labels import scores
+        from luthier.evaluation.retrieval import retrieval_scores
+
+        answers = self.answers(rows, done)
+        if not rows or rows[0].positive is None:
+            return scores(rows, answers), answers
+        partners = self.answers([replace(row, text=row.positive) for row in rows])
+        found = [answer["embedding"] for answer in answers]
+        return retrieval_scores(found, [answer["embedding"] for answer in partners]), answers
+
     def _encode(self, row: Row, index: int) -> Any:
-        plain = replace(row, label=None, rating=None, tags=None)
+        plain = replace(row, label=None, rating=None, tags=None, positive=None)
         example = self.objective.encode(plain, index, self.chat)
         if len(example) > self.context:
             raise RecipeError(

@@ -141,6 +141,8 @@ def objective_of(model: StoredModel) -> Objective:
     from luthier.objectives import OBJECTIVES
 
     fields = model.manifest.get("recipe", {}).get("objective")
+    if fields is None and model.manifest.get("kind") == "encoder":
+        return OBJECTIVES["contrastive"].model_validate({})
     if fields is None:
         return OBJECTIVES["causal_lm"].model_validate({})
     return OBJECTIVES[fields["method"]].model_validate(fields)

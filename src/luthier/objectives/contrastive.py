@@ -1,0 +1,187 @@
+"""Contrastive learning of embeddings: a text near its partner, far from the others of the batch.
+
+InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) on the cosines of all pairs of a batch. With
+pairs of texts the partner is given; with single texts it is the same text under other dropout
+(SimCSE, Gao et al. 2021, arXiv:2104.08821). A batch larger than memory is computed in
+micro-batches: embeddings first without gradient, then the gradient of each embedding, then each
+micro-batch again with that gradient (gradient caching, Gao et al. 2021, arXiv:2101.06983), so that
+the loss is that of the whole batch. Left out: hard negatives, and SimCSE's extra layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.models.heads import Task
+from luthier.objectives.base import Objective
+from luthier.objectives.classification import cut_text, encode_text
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """What the second pass over a micro-batch needs of the first."""
+
+    gradient_RH: Tensor
+    """Gradient of the loss by the embeddings."""
+    loss: float
+    """The part of the loss that is counted with this micro-batch."""
+    random: Any
+    """State of the random numbers before the first pass: dropout must fall alike."""
+
+
+class Contrastive(Objective):
+    """Embeddings that bring partners together."""
+
+    method: Literal["contrastive"] = "contrastive"
+    temperature: float = Field(default=0.05, gt=0)
+    """Cosines are divided by it; smaller presses harder on the nearest others."""
+    symmetric: bool = True
+    """Look for the partner in both directions."""
+    pooling: Literal["auto", "mean", "first", "last"] = "auto"
+    """What stands for a text: the mean of its tokens, its first or its last; ``auto`` is the mean for
+    networks that see both ways, the last token for the others."""
+
+    task: ClassVar[Task] = "embedding"
+    shapes: ClassVar[frozenset[str]] = frozenset({"pair", "text"})
+    reads: ClassVar[bool] = True
+    together: ClassVar[bool] = True
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Check that single texts can have two views."""
+        if any(row.positive is None for row in rows) and chat.tokenizer.mask_token_id is None:
+            raise RecipeError(
+                "single texts are learned from two views under dropout, which this kind of network "
+                'has none of. Give pairs: {"anchor": "...", "positive": "..."}.'
+            )
+        return self
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The anchor; ``target`` holds the ids of its partner."""
+        example = encode_text(row.text or "", index, chat)
+        partner = row.text if row.positive is None else row.positive
+        return replace(example, target=encode_text(partner or "", index, chat).ids_T)
+
+    def cut(self, example: Example, context: int) -> Example:
+        """Keep start and closing token of both sides."""
+        anchor, partner = (
+            cut_text(side, context) if len(side) > context else side for side in self.views(example)
+        )
+        return replace(anchor, row=example.row, target=partner.ids_T)
+
+    def views(self, example: Example) -> list[Example]:
+        """Both sides as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
+        assert example.target is not None
+        ids_T, empty = np.asarray(example.target, dtype=np.int64), np.zeros(0)
+        nothing = np.zeros(len(ids_T), dtype=np.float32)
+        return [
+            replace(example, row=2 * example.row, target=empty),
+            Example(ids_T, nothing, 2 * example.row + 1, target=empty),
+        ]
+
+    def annotate(self, network: Network, batches: Sequence[TreeBatch]) -> list[TreeBatch]:
+        """For batches of several micro-batches: all embeddings, and the gradient of each."""
+        import torch
+
+        if len(batches) == 1:
+            return list(batches)
+        states, parts = [], []
+        for batch in batches:
+            states.append(_random_state(network))
+            parts.append(self.embed(network, batch))
+        with torch.enable_grad():
+            all_RH = torch.cat(parts).detach().requires_grad_()
+            order = [e.row for batch in batches for e in batch.tree.examples]
+            total, _ = self._info_nce(all_RH, order)
+            (gradient_RH,) = torch.autograd.grad(total, all_RH)
+        share = float(total.detach()) / len(order)
+        split = gradient_RH.split([len(part) for part in parts])
+        return [
+            replace(batch, extra=_Cached(gradient, share * len(gradient), state))
+            for batch, gradient, state in zip(batches, split, states, strict=True)
+        ]
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed InfoNCE over the anchors of the batch."""
+        cached = batch.extra
+        if cached is None:
+            embeddings_RH = self.embed(network, batch)
+            total, right = self._info_nce(embeddings_RH, [e.row for e in batch.tree.examples])
+            return Loss(total, {"accuracy": right})
+        with _random_numbers(network, cached.random):
+            embeddings_RH = self.embed(network, batch)
+        product = (embeddings_RH * cached.gradient_RH).sum()
+        # The value is the loss, the gradient that of the embeddings.
+        return Loss(product + (cached.loss - product.detach()))
+
+    def embed(self, network: Network, batch: TreeBatch) -> Tensor:
+        """Embeddings ``[R, H]`` of length 1 in float32, in the order of the tree."""
+        from torch.nn.functional import normalize
+
+        pooling = self.pooling
+        if pooling == "auto":
+            pooling = "mean" if network.both_ways else "last"
+        return normalize(network.row_states(batch, pooling).float(), dim=-1)
+
+    def _info_nce(self, embeddings_RH: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
+        """Summed loss over the pairs, and how many anchors are nearest to their own partner."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        place = {row: index for index, row in enumerate(rows)}
+        anchors = sorted(row for row in rows if row % 2 == 0)
+        anchor_PH = embeddings_RH[[place[row] for row in anchors]]
+        partner_PH = embeddings_RH[[place[row + 1] for row in anchors]]
+        scores_PP = anchor_PH @ partner_PH.t() / self.temperature
+        own_P = torch.arange(len(anchors), device=scores_PP.device)
+        total = cross_entropy(scores_PP, own_P, reduction="sum")
+        if self.symmetric:
+            total = (total + cross_entropy(scores_PP.t(), own_P, reduction="sum")) / 2
+        return total, float((scores_PP.argmax(-1) == own_P).sum())
+
+    def described(self, example: Example) -> str:
+        """How long the partner is; its text is in the file."""
+        return f"with a partner of {len(np.asarray(example.target))} tokens"
+
+    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """For each row in the order of the tree: its embedding."""
+        return [{"embedding": row.tolist()} for row in self.embed(network, batch)]
+
+
+def _random_state(network: Network) -> Any:
+    import torch
+
+    cuda = torch.cuda.get_rng_state(network.device) if network.device.type == "cuda" else None
+    return torch.get_rng_state(), cuda
+
+
+@contextmanager
+def _random_numbers(network: Network, state: Any) -> Iterator[None]:
+    """Draw again what was drawn after ``state``; what follows is drawn as without this."""
+    after = _random_state(network)
+    _restore(network, state)
+    try:
+        yield
+    finally:
+        _restore(network, after)
+
+
+def _restore(network: Network, state: Any) -> None:
+    import torch
+
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], network.device)
