@@ -52,9 +52,12 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UnknownModel(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    # Rows that are too long are refused with line and fix; its own warning would only come before.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
