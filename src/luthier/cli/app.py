@@ -24,7 +24,7 @@ models_app = typer.Typer(help="Base models and custom models.", no_args_is_help=
 app.add_typer(models_app, name="models")
 
 _OBJECTIVES = (
-    "sft, causal_lm, masked_lm, classification, regression or token_classification; "
+    "sft, causal_lm, masked_lm, classification, regression, token_classification or contrastive; "
     "chosen by the rows when not given."
 )
 _ADAPTATIONS = "lora, full, freeze, feature_extraction, bitfit, adapters or prompt."
