@@ -52,8 +52,7 @@ class Contrastive(Objective):
     symmetric: bool = True
     """Look for the partner in both directions."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
-    """What stands for a text: the mean of its tokens, its first or its last; ``auto`` is the mean for
-    networks that see both ways, the last token for the others."""
+    """What stands for a text; ``auto``: the mean if the network sees both ways, else the last token."""
 
     task: ClassVar[Task] = "embedding"
     shapes: ClassVar[frozenset[str]] = frozenset({"pair", "text"})
