@@ -61,10 +61,9 @@ class Training(_Part):
     learning_rate: float | None = Field(default=None, gt=0)
     """Highest learning rate of the schedule."""
     schedule: Literal["cosine", "linear", "constant", "step", "one_cycle"] = "cosine"
-    """How the rate falls after warm-up; ``step`` divides it by ten at each third of the run,
-    ``one_cycle`` rises and falls for equally long and ends near zero."""
+    """How the rate falls after warm-up; ``step``: a tenth after each third; ``one_cycle``: up, down."""
     warmup_share: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the steps in which the rate rises; when not given 0.05, or 0.45 for ``one_cycle``."""
+    """Share of the steps in which the rate rises: 0.05 when not given, 0.45 for ``one_cycle``."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the rate from each layer to the one below; heads have the full rate, 1 is off."""
     weight_decay: float = Field(default=0.0, ge=0)
