@@ -207,14 +207,6 @@ def test_plain_values_give_the_same_recipe(fields: dict[str, Any]) -> None:
     assert plain["adaptation"].keys() == recipe.adaptation.model_dump().keys()
 
 
-def to_toml(fields: dict[str, Any]) -> str:
-    tables = {key: value for key, value in fields.items() if isinstance(value, dict)}
-    lines = [f"{k} = {json.dumps(v)}" for k, v in fields.items() if k not in tables]
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    return "\n".join(lines)
-
-
 def test_toml_goes_round(tmp_path: Path) -> None:
     recipe = parse(
         name="x",

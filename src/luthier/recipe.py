@@ -60,8 +60,8 @@ class Training(_Part):
     """Rows in one optimizer step."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Highest learning rate of the schedule."""
-    schedule: Literal["cosine", "linear", "constant", "step", "one_cycle"] = "cosine"
-    """How the rate falls after warm-up; ``step``: a tenth after each third; ``one_cycle``: up, down."""
+    schedule: Literal["cosine", "linear", "constant", "step", "one_cycle", "exponential"] = "cosine"
+    """How the rate goes after warm-up; ``one_cycle`` rises and falls, ``exponential`` only rises."""
     warmup_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the rate rises: 0.05 when not given, 0.45 for ``one_cycle``."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)

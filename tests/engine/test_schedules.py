@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,7 +92,7 @@ def test_without_a_share_each_schedule_takes_its_own() -> None:
 def test_exponential_rises_a_millionfold_to_the_full_rate() -> None:
     found = [rate_factor("exponential", step, 100) for step in range(100)]
     assert found[-1] == 1.0 and found[49] == pytest.approx(1e-3)
-    ratios = [after / before for before, after in zip(found, found[1:], strict=False)]
+    ratios = [after / before for before, after in pairwise(found)]
     assert ratios == pytest.approx([10**0.06] * 99)
 
 

@@ -110,6 +110,9 @@ def search(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted search.")
     ] = False,
+    range_test: Annotated[
+        bool, typer.Option("--range-test", help="Only try 100 growing rates in one short run.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Try settings, stop hopeless trials early, and store the best as a custom model."""
@@ -124,7 +127,10 @@ def search(
         "adaptation.method": adaptation,
     }
     with errors(json_):
-        searching.search(data, flags, set_ or [], trials, space or [], resume, json_)
+        if range_test:
+            searching.range_test(data, flags, set_ or [], json_)
+        else:
+            searching.search(data, flags, set_ or [], trials, space or [], resume, json_)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""``luthier search``."""
+"""``luthier search`` and its range test."""
 
 from __future__ import annotations
 
@@ -40,6 +40,39 @@ def search(
         print_json({**asdict(found), "model_id": found.result.model_id})
     else:
         _print(found)
+
+
+def range_test(
+    data: Path, flags: Mapping[str, Any], settings: Sequence[str], as_json: bool
+) -> None:
+    """Run a range test of the learning rate, print what it suggests."""
+    recipe = recipe_of(data, flags, settings)
+    with heavy_imports():
+        from luthier.engine.range_test import range_test as find_rate
+
+    reporter = LiveReporter(quiet=as_json)
+    try:
+        found = find_rate(recipe, reporter)
+    finally:
+        reporter.close()
+    if as_json:
+        print_json(asdict(found))
+        return
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    out.print(f"learning rate [bold green]{found.suggested:.1e}[/bold green] is suggested")
+    out.print(
+        f"  the loss falls fastest at {found.steepest:.1e}; a tenth of the rate of the lowest loss "
+        f"is {found.tenth:.1e}"
+    )
+    low, high = found.suggested / 4, found.suggested * 4
+    out.print(f"  plot     {found.picture}", soft_wrap=True)
+    out.print(
+        f"  use it   luthier tune {data} --learning-rate {found.suggested:.1e}", soft_wrap=True
+    )
+    space = f"training.learning_rate={low:.1e}..{high:.1e}"
+    out.print(f"  or       luthier search {data} --space {space}", soft_wrap=True)
 
 
 def _print(found: Found) -> None:

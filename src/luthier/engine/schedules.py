@@ -8,7 +8,7 @@ WARMUP_SHARE = 0.05
 RISE_SHARE = 0.45
 """Part of a ``one_cycle`` run in which the rate rises; it falls for as long, a tenth is left."""
 CYCLE_START = 1 / 25
-"""Factor at both ends of the cycle; the paper takes a tenth to a twentieth and less."""
+"""Factor at both ends of the cycle, as in fastai and PyTorch."""
 
 
 def rate_factor(schedule: str, step: int, steps: int, warmup_share: float | None = None) -> float:
@@ -16,8 +16,8 @@ def rate_factor(schedule: str, step: int, steps: int, warmup_share: float | None
 
     Linear warm-up over ``warmup_share`` of the steps, then ``cosine`` or ``linear`` to zero at the
     end, ``constant``, or ``step``: divided by ten after each third of the steps. ``one_cycle`` is
-    below, and ``exponential``, which no recipe can ask for, is the range test's: it rises a
-    millionfold to 1. ``None`` takes the schedule's own share.
+    below; ``exponential`` is the range test's and rises a millionfold to 1. Without a share each takes
+    its own: ``WARMUP_SHARE`` or ``RISE_SHARE``.
     """
     if schedule == "one_cycle":
         return _one_cycle(step / steps, RISE_SHARE if warmup_share is None else warmup_share)
