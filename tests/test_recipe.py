@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from luthier.adaptations import ADAPTATIONS
@@ -22,6 +24,7 @@ from luthier.recipe import (
     assign,
     read_toml,
     set_field,
+    to_toml,
 )
 
 DATA = {"train": "rows.jsonl"}
@@ -204,14 +207,6 @@ def test_plain_values_give_the_same_recipe(fields: dict[str, Any]) -> None:
     assert plain["adaptation"].keys() == recipe.adaptation.model_dump().keys()
 
 
-def to_toml(fields: dict[str, Any]) -> str:
-    tables = {key: value for key, value in fields.items() if isinstance(value, dict)}
-    lines = [f"{k} = {json.dumps(v)}" for k, v in fields.items() if k not in tables]
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    return "\n".join(lines)
-
-
 def test_toml_goes_round(tmp_path: Path) -> None:
     recipe = parse(
         name="x",
@@ -281,6 +276,36 @@ def test_recipe_schema_is_json() -> None:
     schema = json.loads(json.dumps(Recipe.model_json_schema()))
     assert schema["properties"].keys() == Recipe.model_fields.keys()
     assert schema["additionalProperties"] is False
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(
+    st.recursive(
+        st.text()
+        | st.booleans()
+        | st.integers(-(2**63), 2**63 - 1)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.lists(st.integers(0, 9) | st.text(), max_size=3),
+        lambda inner: st.dictionaries(
+            st.text("abcxyz_", min_size=1, max_size=4), inner, max_size=4
+        ),
+        max_leaves=12,
+    ).filter(lambda value: isinstance(value, dict))
+)
+def test_what_is_written_as_toml_is_read_back(fields: Any) -> None:
+    found = tomllib.loads(to_toml(fields))
+    assert found == fields
+
+
+def test_a_recipe_survives_toml(tmp_path: Path) -> None:
+    recipe = parse(
+        base="org/name",
+        data={"train": str(tmp_path / 'a "quoted" ü\u2028 name.jsonl')},
+        adaptation={"method": "lora", "targets": ("q_proj", "v_proj"), "rslora": True},
+        training={"learning_rate": 1.2345678901234567e-5, "epochs": 2},
+    )
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe.plain()), encoding="utf-8")
+    assert Recipe.read(tmp_path / "recipe.toml") == recipe
 
 
 def test_shipped_recipes_parse() -> None:

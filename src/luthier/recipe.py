@@ -7,6 +7,7 @@ Python, and is stored with the custom model.
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -59,10 +60,12 @@ class Training(_Part):
     """Rows in one optimizer step."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Highest learning rate of the schedule."""
-    schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
-    """How the rate falls after warm-up; ``step`` divides it by ten at each third of the run."""
-    warmup_share: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps in which the rate rises from zero."""
+    schedule: Literal["cosine", "linear", "constant", "step", "one_cycle", "exponential"] = "cosine"
+    """How the rate goes after warm-up; ``one_cycle`` rises and falls, ``exponential`` only rises."""
+    warmup_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps in which the rate rises: 0.05 when not given, 0.45 for ``one_cycle``."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor of the rate from each layer to the one below; heads have the full rate, 1 is off."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, on matrices only."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -165,11 +168,39 @@ def set_field(fields: dict[str, Any], assignment: str) -> None:
         raise RecipeError(
             f"--set takes KEY=VALUE, for example adaptation.rank=8; got {assignment!r}"
         )
+    assign(fields, key.strip().split("."), toml_value(text))
+
+
+def toml_value(text: str) -> Any:
+    """What ``text`` is in TOML (a number, true, a list); the text itself where it is nothing there."""
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
-    assign(fields, key.strip().split("."), value)
+        return text
+
+
+def to_toml(fields: Mapping[str, Any]) -> str:
+    """Plain values as TOML that :func:`read_toml` reads back: first the values, then the groups."""
+    return "\n".join(_toml_lines(fields, ())) + "\n"
+
+
+def _toml_lines(fields: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
+    groups = {key: value for key, value in fields.items() if isinstance(value, Mapping)}
+    lines = [f"{k} = {_toml_literal(v)}" for k, v in fields.items() if k not in groups]
+    if path and (lines or not groups):
+        lines = ["", f"[{'.'.join(path)}]", *lines]
+    for key, value in groups.items():
+        lines += _toml_lines(value, (*path, key))
+    return lines
+
+
+def _toml_literal(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_literal, value))}]"
+    if isinstance(value, float):
+        return repr(value)
+    # JSON writes strings, whole numbers and truth values as TOML does, but for this one character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def assign(fields: dict[str, Any], path: Sequence[str], value: Any) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from luthier.engine.optimizers import MasterAdamW
+from luthier.engine.optimizers import MasterAdamW, rate_shares
 from luthier.errors import Diverged
+from luthier.models.layers import layer_names
 from luthier.recipe import Training
 
 RATE = 1e-2
@@ -183,6 +186,110 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(dtype: torch.dtype) -> 
     first, second = optimizer.state(), again.state()
     assert first.keys() == second.keys() and len(first) == 3 * 4
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+LAYERED = {
+    "embed.weight": 0.5**4,
+    "embed.norm": 0.5**4,
+    "body.layer.0.matrix": 0.5**3,
+    "body.layer.0.bias": 0.5**3,
+    "body.layer.1.matrix": 0.5**2,
+    "body.layer.2.matrix": 0.5,
+    "body.norm": 1.0,
+    "score.weight": 1.0,
+}
+STACK = ["body.layer.0", "body.layer.1", "body.layer.2"]
+
+
+def make_layered(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    torch.manual_seed(1)
+    names = list(LAYERED)
+    shape = {name: (4,) if name.endswith(("norm", "bias")) else (3, 4) for name in names}
+    return {name: nn.Parameter(torch.randn(shape[name]).to(dtype)) for name in names}
+
+
+def push(optimizer: MasterAdamW, weights: dict[str, nn.Parameter], step: int) -> None:
+    torch.manual_seed(step)
+    for weight in weights.values():
+        weight.grad = torch.randn(weight.shape).to(weight.dtype)
+    optimizer.collect()
+    optimizer.step(RATE)
+
+
+def test_each_layer_learns_at_a_share_of_the_rate_of_the_one_above() -> None:
+    """By AdamW's first step, which moves a weight by the rate whatever its gradient is."""
+    weights = make_layered()
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    training = Training(learning_rate=RATE, layer_decay=0.5, max_gradient_norm=0.0)
+    optimizer = MasterAdamW(weights.items(), training, STACK)
+    push(optimizer, weights, 0)
+    for name, weight in weights.items():
+        moved = (weight.detach() - before[name]).abs()
+        assert torch.allclose(moved, torch.full_like(moved, RATE * LAYERED[name]), rtol=1e-3), name
+
+
+def test_shares_of_the_rate_by_name() -> None:
+    names = list(LAYERED)
+    assert rate_shares(names, STACK, 0.5) == LAYERED
+    assert set(rate_shares(names, STACK, 1.0).values()) == {1.0}
+    eleven = [f"h.{index}" for index in range(11)]
+    found = rate_shares(["e", *(f"{name}.w" for name in eleven), "top"], eleven, 0.9)
+    assert [found[f"h.{index}.w"] for index in (0, 1, 10)] == [0.9**11, 0.9**10, 0.9]
+    assert (found["e"], found["top"]) == (0.9**12, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "below", "above"),
+    [
+        ("llama", "model.embed_tokens.weight", {"model.norm.weight", "lm_head.weight"}),
+        ("gpt2", "transformer.wpe.weight", {"transformer.ln_f.weight", "transformer.ln_f.bias"}),
+        ("bert", "bert.embeddings.LayerNorm.weight", {"cls.predictions.bias"}),
+        ("roberta", "roberta.embeddings.word_embeddings.weight", {"lm_head.dense.weight"}),
+    ],
+)
+def test_what_stands_below_and_above_the_layers_of_real_networks(
+    family: str, below: str, above: set[str], family_folder: Callable[[str], Path]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    kind = AutoModelForMaskedLM if family in ("bert", "roberta") else AutoModelForCausalLM
+    model = kind.from_pretrained(family_folder(family))
+    layers = layer_names(model)
+    shares = rate_shares([name for name, _ in model.named_parameters()], layers, 0.5)
+    assert shares[below] == min(shares.values()) == 0.5 ** (len(layers) + 1)
+    assert above <= {name for name, share in shares.items() if share == 1.0}
+    for depth, layer in enumerate(reversed(layers), start=1):
+        assert {s for n, s in shares.items() if n.startswith(f"{layer}.")} == {0.5**depth}
+
+
+def test_a_frozen_bottom_does_not_change_what_is_above_it() -> None:
+    weights = make_layered()
+    for name in ("embed.weight", "embed.norm", *(n for n in weights if ".layer." in n)):
+        weights[name].requires_grad_(False)
+    before = weights["score.weight"].detach().clone()
+    training = Training(learning_rate=RATE, layer_decay=0.5, max_gradient_norm=0.0)
+    optimizer = MasterAdamW(weights.items(), training, STACK)
+    push(optimizer, weights, 0)
+    moved = (weights["score.weight"].detach() - before).abs()
+    assert torch.allclose(moved, torch.full_like(moved, RATE), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_wise_rates_go_on_with_the_same_bits(dtype: torch.dtype) -> None:
+    training = Training(learning_rate=RATE, layer_decay=0.7, weight_decay=0.1)
+    straight = make_layered(dtype)
+    optimizer = MasterAdamW(straight.items(), training, STACK)
+    for step in range(3):
+        push(optimizer, straight, step)
+    saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    for step in range(3, 6):
+        push(optimizer, straight, step)
+    resumed = make_layered(dtype)
+    again = MasterAdamW(resumed.items(), training, STACK)
+    again.restore(saved)
+    for step in range(3, 6):
+        push(again, resumed, step)
+    assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
 
 
 def test_restoring_sets_the_weights_of_the_network() -> None:

@@ -27,6 +27,7 @@ CASES = {
     "features computed ahead": ("roberta", "classification", "feature_extraction", {}),
     "a soft prompt": ("llama", "sft", "prompt", {}),
     "magnitudes": ("llama", "sft", "lora", {}),
+    "layer-wise rates": ("gpt2", "sft", "full", {}),
 }
 
 
@@ -67,6 +68,7 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
     family, objective, adaptation, fields = CASES[case]
     data = rows_for(objective, tmp_path / "rows.jsonl")
     further = {"dora": True} if case == "magnitudes" else {}
+    rates = {"layer_decay": 0.8} if case == "layer-wise rates" else {}
     monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 3 == 0)
 
     def recipe(name: str) -> Recipe:
@@ -77,7 +79,7 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
                 "data": {"train": data, "validation": data},
                 "objective": {"method": objective, **fields},
                 "adaptation": {"method": adaptation, **further},
-                "training": {"max_steps": 11, "epochs": 9, "batch_size": 2, "patience": 0},
+                "training": {"max_steps": 11, "epochs": 9, "batch_size": 2, "patience": 0, **rates},
             }
         )
 

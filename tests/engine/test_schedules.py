@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from luthier.engine.schedules import rate_factor
 
 PROPERTY = settings(max_examples=80, deadline=None, database=None)
 NAMES = ("cosine", "linear", "constant", "step")
+EVERY = (*NAMES, "one_cycle")
 
 
 @pytest.mark.parametrize("schedule", NAMES)
@@ -51,7 +54,7 @@ def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
 
 
 @PROPERTY
-@given(st.sampled_from(NAMES), st.integers(1, 300), st.floats(0, 0.99))
+@given(st.sampled_from(EVERY), st.integers(1, 300), st.floats(0, 0.99))
 def test_the_factor_is_a_share_that_rises_once_and_falls_once(
     schedule: str, steps: int, warmup: float
 ) -> None:
@@ -60,6 +63,37 @@ def test_the_factor_is_a_share_that_rises_once_and_falls_once(
     peak = found.index(max(found))
     assert found[: peak + 1] == sorted(found[: peak + 1])
     assert found[peak:] == sorted(found[peak:], reverse=True)
+
+
+def test_one_cycle_rises_and_falls_for_equally_long_and_ends_near_nothing() -> None:
+    found = [rate_factor("one_cycle", step, 1000) for step in range(1001)]
+    assert found[0] == found[900] == pytest.approx(0.04)
+    assert found.index(max(found)) == 450 and found[450] == 1.0
+    assert found[225] == found[675] == pytest.approx(0.52)
+    for before, after, slope in ((0, 450, 0.96 / 450), (450, 900, -0.96 / 450), (900, 1000, -4e-4)):
+        steps = [found[n + 1] - found[n] for n in range(before, after)]
+        assert steps == pytest.approx([slope] * len(steps), abs=1e-12)
+    assert 0 < found[999] < 1e-3 and found[1000] == 0
+
+
+@pytest.mark.parametrize(("rise", "falls_until"), [(0.1, 90), (0.6, 90), (0.86, 93)])
+def test_one_cycle_takes_another_share_for_the_rise(rise: float, falls_until: int) -> None:
+    found = [rate_factor("one_cycle", step, 100, rise) for step in range(100)]
+    assert found[round(100 * rise)] == pytest.approx(1.0) == max(found)
+    assert found[falls_until] == pytest.approx(0.04)
+
+
+def test_without_a_share_each_schedule_takes_its_own() -> None:
+    for name in NAMES:
+        assert all(rate_factor(name, n, 60) == rate_factor(name, n, 60, 0.05) for n in range(60))
+    assert rate_factor("one_cycle", 9, 20) == rate_factor("one_cycle", 9, 20, 0.45) == 1.0
+
+
+def test_exponential_rises_a_millionfold_to_the_full_rate() -> None:
+    found = [rate_factor("exponential", step, 100) for step in range(100)]
+    assert found[-1] == 1.0 and found[49] == pytest.approx(1e-3)
+    ratios = [after / before for before, after in pairwise(found)]
+    assert ratios == pytest.approx([10**0.06] * 99)
 
 
 def test_an_unknown_schedule_is_an_error() -> None:

@@ -89,6 +89,51 @@ def tune(
 
 
 @app.command()
+def search(
+    data: Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")],
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = 12,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Field to search: KEY=LOW..HIGH or KEY=a,b,c; the rate if none is given."
+        ),
+    ] = None,
+    validation: Annotated[Path | None, typer.Option(help="Rows to measure on.")] = None,
+    base: Annotated[str | None, typer.Option(help="Model to start from.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of search and custom model.")] = None,
+    objective: Annotated[str | None, typer.Option(help=_OBJECTIVES)] = None,
+    adaptation: Annotated[str | None, typer.Option(help=_ADAPTATIONS)] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. training.epochs=2."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted search.")
+    ] = False,
+    range_test: Annotated[
+        bool, typer.Option("--range-test", help="Only try 100 growing rates in one short run.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Try settings, stop hopeless trials early, and store the best as a custom model."""
+    from luthier.cli import searching
+    from luthier.cli.console import errors
+
+    flags: dict[str, Any] = {
+        "data.validation": validation and str(validation),
+        "base": base,
+        "name": name,
+        "objective.method": objective,
+        "adaptation.method": adaptation,
+    }
+    with errors(json_):
+        if range_test:
+            searching.range_test(data, flags, set_ or [], json_)
+        else:
+            searching.search(data, flags, set_ or [], trials, space or [], resume, json_)
+
+
+@app.command()
 def inspect(
     data: Annotated[Path, typer.Argument(help="JSONL or text file.")],
     base: Annotated[str, typer.Option(help="Model whose template is shown.")] = (

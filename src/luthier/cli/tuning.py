@@ -11,21 +11,14 @@ from luthier.cli.console import LiveReporter, heavy_imports, print_json
 
 if TYPE_CHECKING:
     from luthier.engine.runs import Result
+    from luthier.recipe import Recipe
 
 
 def tune(
     data: Path, flags: Mapping[str, Any], settings: Sequence[str], resume: bool, as_json: bool
 ) -> None:
     """Build the recipe, run it, print the result."""
-    from luthier.recipe import Recipe, assign, read_toml, set_field
-
-    fields = read_toml(data) if data.suffix == ".toml" else {"data": {"train": str(data)}}
-    for key, value in flags.items():
-        if value is not None:
-            assign(fields, key.split("."), value)
-    for setting in settings:
-        set_field(fields, setting)
-    recipe = Recipe.parse(fields)
+    recipe = recipe_of(data, flags, settings)
     # Loads torch, which takes seconds: only for a recipe that parses.
     with heavy_imports():
         from luthier.engine.train import train
@@ -39,6 +32,19 @@ def tune(
         print_json(asdict(result))
     else:
         print_result(result)
+
+
+def recipe_of(data: Path, flags: Mapping[str, Any], settings: Sequence[str]) -> Recipe:
+    """The recipe of a data file or a TOML file, with flags and ``--set`` applied in this order."""
+    from luthier.recipe import Recipe, assign, read_toml, set_field
+
+    fields = read_toml(data) if data.suffix == ".toml" else {"data": {"train": str(data)}}
+    for key, value in flags.items():
+        if value is not None:
+            assign(fields, key.split("."), value)
+    for setting in settings:
+        set_field(fields, setting)
+    return Recipe.parse(fields)
 
 
 def print_result(result: Result) -> None:

@@ -23,6 +23,7 @@ from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.optimizers import MasterAdamW
 from luthier.engine.schedules import rate_factor
 from luthier.errors import Diverged, Interrupted
+from luthier.models.layers import layer_names
 from luthier.models.network import Network, TreeBatch
 from luthier.objectives.base import Objective
 from luthier.recipe import Training
@@ -54,7 +55,9 @@ class Loop:
         self.order = RowOrder(
             len(self.examples), training.batch_size, training.seed, training.shuffle
         )
-        self.optimizer = MasterAdamW(self.network.model.named_parameters(), training)
+        model = self.network.model
+        layers = layer_names(model) if training.layer_decay < 1 else []
+        self.optimizer = MasterAdamW(model.named_parameters(), training, layers)
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
 

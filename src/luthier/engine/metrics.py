@@ -68,7 +68,7 @@ def draw_loss_curve(lines: Sequence[Mapping[str, Any]], folder: Path, title: str
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="#b8c4d6", linewidth=1, label="training, each step")
-        axes.plot(steps, _smooth(losses), color="#2f5d9b", linewidth=2, label="training, smoothed")
+        axes.plot(steps, smooth(losses), color="#2f5d9b", linewidth=2, label="training, smoothed")
     if held:
         steps, losses = zip(*held, strict=True)
         axes.plot(steps, losses, "o-", color="#c8553d", linewidth=1.5, label="validation")
@@ -86,7 +86,7 @@ def draw_loss_curve(lines: Sequence[Mapping[str, Any]], folder: Path, title: str
     pyplot.close(figure)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
     """Exponential moving average, corrected for its start."""
     smoothed: list[float] = []
     mean = 0.0

@@ -9,7 +9,8 @@ network computes in float32 the weight is its own master.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,26 +26,29 @@ if TYPE_CHECKING:
 class MasterAdamW:
     """AdamW (Loshchilov & Hutter 2019) over float32 masters of the weights that train.
 
-    Weight decay applies to matrices only, not to norms and biases.
+    Weight decay applies to matrices only, not to norms and biases. Where ``training.layer_decay``
+    is below 1, ``layers`` names the network's blocks from bottom to top (see :func:`rate_shares`).
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], training: Training) -> None:
-        self.weights = {name: weight for name, weight in named if weight.requires_grad}
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        training: Training,
+        layers: Sequence[str] = (),
+    ) -> None:
+        everything = dict(named)
+        self.weights = {n: weight for n, weight in everything.items() if weight.requires_grad}
         self.masters = {
             name: weight.data if weight.dtype == torch.float32 else weight.data.float()
             for name, weight in self.weights.items()
         }
         self._sums: dict[str, Tensor] = {}
-        groups: list[dict[str, Any]] = [
-            {"params": [m for m in self.masters.values() if m.dim() > 1]},
-            {"params": [m for m in self.masters.values() if m.dim() < 2], "weight_decay": 0.0},
-        ]
+        shares = rate_shares(everything, layers, training.layer_decay)
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            _groups(self.masters, shares, training.weight_decay),
             lr=training.learning_rate or 0.0,
             betas=(training.beta1, training.beta2),
             eps=training.epsilon,
-            weight_decay=training.weight_decay,
             fused=True,
         )
         self._max_norm = training.max_gradient_norm
@@ -76,7 +80,7 @@ class MasterAdamW:
                 "extreme content; the last checkpoint is from before this step."
             )
         for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["share"]
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         self._sums.clear()
@@ -107,3 +111,41 @@ class MasterAdamW:
         for name, weight in self.weights.items():
             if weight.dtype != torch.float32:
                 rounding.into(weight.data, self.masters[name])
+
+
+def rate_shares(names: Iterable[str], layers: Sequence[str], decay: float) -> dict[str, float]:
+    """Factor of the learning rate of each weight: layer-wise decay.
+
+    Heads, and whatever else stands above the layers (the last norm), learn at the full rate, layer
+    ``i`` counted from the top (1 is the highest) at ``decay ** i``, and what stands below all ``L``
+    layers (the embeddings) at ``decay ** (L + 1)``: lower layers hold what is general and need to
+    move less. Howard & Ruder 2018, arXiv:1801.06146 (a layer at 1/2.6 of the one above it); Clark
+    et al. 2020, arXiv:2003.10555, appendix B (0.8 and 0.9). An output head that is the embedding
+    itself learns as the embedding. ``names`` are all weights of the network in their own order,
+    frozen ones too: what comes before the first layer is below it.
+    """
+    if decay == 1 or not layers:
+        return dict.fromkeys(names, 1.0)
+    depth = {layer: len(layers) - index for index, layer in enumerate(layers)}
+    stack, power = layers[0].rpartition(".")[0], len(layers) + 1
+    shares = {}
+    for name in names:
+        found = re.match(rf"{re.escape(stack)}\.\d+", name)
+        if found:
+            shares[name], power = decay ** depth[found[0]], 0
+        else:
+            shares[name] = decay**power
+    return shares
+
+
+def _groups(
+    masters: Mapping[str, Tensor], shares: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Masters by whether they decay and by their share of the rate."""
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    for name, master in masters.items():
+        groups.setdefault((master.dim() < 2, shares[name]), []).append(master)
+    return [
+        {"params": params, "share": share, "weight_decay": 0.0 if vector else weight_decay}
+        for (vector, share), params in sorted(groups.items(), key=lambda item: item[0])
+    ]

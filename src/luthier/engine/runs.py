@@ -16,6 +16,7 @@ from luthier.recipe import NAME_PATTERN
 from luthier.store.models import custom_folder, short_name
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
+ACTIVATIONS = "activations.bin"
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Result:
 
 
 class Run:
-    """One run in ``runs/<base>/<name>``."""
+    """One run in ``runs/<base>/<name>``; a rehearsal has a folder elsewhere, and makes no model."""
 
-    def __init__(self, base: str, name: str) -> None:
+    def __init__(self, base: str, name: str, rehearsal: Path | None = None) -> None:
         self.base, self.name = base, name
-        self.folder = luthier_home() / "runs" / short_name(base) / name
-        self.model_folder = custom_folder(base, name)
+        self.folder = rehearsal or luthier_home() / "runs" / short_name(base) / name
+        self.model_folder = rehearsal / "model" if rehearsal else custom_folder(base, name)
         self.model_id = f"{short_name(base)}:{name}"
 
     def begin(self, request: Mapping[str, Any], resume: bool) -> Result | None:
@@ -68,7 +69,7 @@ class Run:
                 f"there is a {done} run {self.model_id} already.{advice} choose another --name, or "
                 f"remove it with `luthier models remove {self.model_id}`"
             )
-        _same_request(before, request, self.model_id)
+        same_request(before, request, self.model_id)
         if stored and (self.folder / _RESULT).is_file():
             return Result(**read_json(self.folder / _RESULT))
         return None
@@ -81,7 +82,12 @@ class Run:
     def finish(self, result: Result) -> None:
         """Record the result; only now is the run done. Its checkpoints are no longer needed."""
         write_json(self.folder / _RESULT, asdict(result))
+        self.drop_working_files()
+
+    def drop_working_files(self) -> None:
+        """Free the disk of what only a resume would need."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        (self.folder / ACTIVATIONS).unlink(missing_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -104,18 +110,20 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def automatic_name(base: str, data: Path, resume: bool) -> str:
+def automatic_name(base: str, data: Path, resume: bool, parent: Path | None = None) -> str:
     """A name for a run that was given none: the data file's, with the first free number.
 
     With ``resume`` it is the last one that was given out, so that the same command goes on.
+    ``parent`` is the folder whose names are looked at: that of the runs, if not another.
     """
     import re
 
     stem = re.sub(r"[^a-z0-9._-]+", "-", data.stem.lower()).strip("-._")[:50] or "model"
+    parent = parent or Run(base, stem).folder.parent
     if resume:
         matches = [
             re.fullmatch(rf"{re.escape(stem)}-([0-9]+)", folder.name)
-            for folder in Run(base, stem).folder.parent.glob(f"{stem}-*")
+            for folder in parent.glob(f"{stem}-*")
         ]
         if taken := [int(match[1]) for match in matches if match]:
             return f"{stem}-{max(taken)}"
@@ -124,18 +132,19 @@ def automatic_name(base: str, data: Path, resume: bool) -> str:
         name = f"{stem}-{number}"
         assert NAME_PATTERN.fullmatch(name)
         run = Run(base, name)
-        if not run.folder.exists() and not run.model_folder.exists():
+        if not any(path.exists() for path in (parent / name, run.folder, run.model_folder)):
             return name
         number += 1
 
 
-def _same_request(before: Mapping[str, Any], now: Mapping[str, Any], model_id: str) -> None:
+def same_request(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Raise :class:`RunConflict` where ``now`` asks for something else than ``before`` did."""
     old, new = dict(_flat(before)), dict(_flat(now))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
         raise RunConflict(
-            f"{model_id} cannot be resumed, because something else is asked for now: {shown}. "
+            f"{what} cannot be resumed, because something else is asked for now: {shown}. "
             "Repeat the first command exactly, or choose another --name."
         )
 

@@ -27,12 +27,13 @@ from luthier.engine.devices import (
 from luthier.engine.estimate import check_memory, disk_needed, estimate_memory
 from luthier.engine.loop import Loop, mean_loss
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
-from luthier.engine.runs import METRICS, Result, Run, automatic_name
+from luthier.engine.runs import ACTIVATIONS, METRICS, Result, Run, automatic_name
 from luthier.errors import LuthierError, RecipeError, RefusedInput
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, need_disk, new_folder, write_json
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.catalog import MANIFEST
+from luthier.models.layers import layer_names
 from luthier.models.load import as_network, check_folder, context_length, sketch
 from luthier.models.network import Network
 from luthier.models.save import (
@@ -67,13 +68,7 @@ def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
             budget = run.recorded("micro_batch_tokens") if resume else None
             job = _prepare(recipe, base, machine, reporter, budget)
-            request = {
-                "recipe": recipe.plain(),
-                "data": job.data.hashes,
-                "luthier": __version__,
-                "micro_batch_tokens": job.recipe.training.micro_batch_tokens,
-            }
-            done = run.begin(request, resume)
+            done = run.begin(_request(recipe, job), resume)
         except BaseException:
             run.drop_if_empty()
             raise
@@ -85,6 +80,41 @@ def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None
         except RefusedInput:
             run.drop_if_untrained()
             raise
+
+
+def rehearse(
+    recipe: Recipe, folder: Path, reporter: Reporter | None = None, measured: bool = True
+) -> Progress:
+    """Train and measure as :func:`train` does, in ``folder``, and store no model.
+
+    Whoever calls holds the only hand on ``folder``. A rehearsal that was cut short in it goes on from
+    its last checkpoint, to the same bits. ``measured`` refuses a recipe without validation rows.
+
+    Raises:
+        RefusedInput, Interrupted: as :func:`train` does; and what ``reporter`` raises to stop it.
+    """
+    reporter = reporter or Reporter()
+    keep_freed_memory()
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    base = store.find(recipe.base, reporter.stage)
+    run = Run(base.root, folder.name, rehearsal=folder)
+    job = _prepare(recipe, base, machine, reporter, run.recorded("micro_batch_tokens"))
+    if measured and not job.data.validation:
+        raise RecipeError(
+            "trials are compared on validation rows, and there are none; give --validation FILE, or "
+            "at least 20 rows, of which some are held out"
+        )
+    run.begin(_request(recipe, job), resume=True)
+    return _Trainer(job, run, reporter).learn(resume=True)[1]
+
+
+def _request(recipe: Recipe, job: _Job) -> dict[str, Any]:
+    return {
+        "recipe": recipe.plain(),
+        "data": job.data.hashes,
+        "luthier": __version__,
+        "micro_batch_tokens": job.recipe.training.micro_batch_tokens,
+    }
 
 
 @dataclass(frozen=True)
@@ -121,6 +151,8 @@ def _prepare(
     model = sketch(base.network_folder, data.objective.head())
     with torch.device("meta"):
         recipe.adaptation.attach(model)
+    if recipe.training.layer_decay < 1:
+        layer_names(model)  # refuses a network without layers to tell apart
     width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
     facts = defaults.Facts(len(data.train), data.longest, len(data.validation), width)
     recipe = recipe.model_copy(update={"objective": data.objective})
@@ -164,6 +196,17 @@ class _Trainer:
 
     def run(self, resume: bool) -> Result:
         """Everything after the last check."""
+        network, progress, lines = self.learn(resume)
+        self.reporter.stage("Storing and verifying the model")
+        result = self._store(network, progress, lines)
+        self.run_folder.finish(result)
+        return result
+
+    def learn(self, resume: bool) -> tuple[Network, Progress, list[dict[str, Any]]]:
+        """Train; the network with its best weights, how far it came, and the lines of the metrics.
+
+        The memory of the optimizer is free again after, which a second copy of the network needs.
+        """
         network = self._network()
         started = time.monotonic()
         ahead = self._remember(network)
@@ -177,14 +220,9 @@ class _Trainer:
         if ahead and loop.progress.step == 0:
             loop.record("frozen_layers", layers=ahead, seconds=time.monotonic() - started)
         progress = loop.run()
-        self.reporter.stage("Storing and verifying the model")
-        lines = loop.metrics.read()
         network.bottom = None
         self._activations.unlink(missing_ok=True)
-        del loop  # the optimizer's memory is needed for the second copy of the network
-        result = self._store(network, progress, lines)
-        self.run_folder.finish(result)
-        return result
+        return network, progress, loop.metrics.read()
 
     def _network(self) -> Network:
         torch.manual_seed(self.recipe.training.seed)
@@ -230,7 +268,7 @@ class _Trainer:
 
     @property
     def _activations(self) -> Path:
-        return self.run_folder.folder / "activations.bin"
+        return self.run_folder.folder / ACTIVATIONS
 
     def _loop(self, network: Network) -> Loop:
         folder = self.run_folder.folder

@@ -1,0 +1,364 @@
+"""Search for settings: trials of a recipe, compared on the same validation rows; the best is stored.
+
+Optuna (Akiba et al. 2019, arXiv:1907.10902) proposes the settings and stops hopeless trials; the
+engine that runs them does not know it. What a search needs to go on after a kill lies in
+``searches/NAME``:
+
+    search.json      what was asked for
+    study.journal    Optuna's journal of trials, append-only
+    trials/001/      metrics of each trial; its checkpoints while it runs
+    best.toml        the recipe found
+
+A trial's settings follow from the seed, its place and the trials finished before it, never from a
+random state that a kill would lose: each place has a sampler of its own. So a search that was killed
+and resumed makes the trials of one that was not.
+
+The custom model is one more ordinary run of the recipe found, not the weights of the best trial: it
+costs one run more, and keeps no second way to store, verify and resume models, nor a copy of the
+weights of every trial that led for a while. The engine being exact, its loss is the trial's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from luthier import __version__
+from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.engine.runs import METRICS, Result, Run, automatic_name, same_request
+from luthier.engine.space import (
+    Dimension,
+    default_space,
+    parse_space,
+    start_of,
+    with_settings,
+)
+from luthier.engine.train import rehearse, train
+from luthier.errors import Diverged, RefusedInput, RunConflict
+from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
+from luthier.models.heads import CAUSAL_LM
+from luthier.models.load import read_config
+from luthier.recipe import Recipe, to_toml
+from luthier.store.models import StoredModel, find
+
+if TYPE_CHECKING:
+    import optuna
+
+RANDOM_TRIALS = 5
+"""Trials before the sampler begins to learn from them; the first is the recipe as it stands."""
+TRIALS_BEFORE_PRUNING = 3
+"""The median of fewer says little."""
+MEASUREMENTS_BEFORE_PRUNING = 2
+"""Of about eight in a run. At the first the rate has hardly left its warm-up."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial that ended."""
+
+    number: int
+    """Place in the search, from 1."""
+    settings: dict[str, Any]
+    value: float | None
+    """Validation loss: of its best weights, or the last one measured where it was pruned."""
+    state: Literal["complete", "pruned", "failed"]
+    reason: str = ""
+    """Why it failed."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a finished search gives back."""
+
+    name: str
+    folder: str
+    trials: list[Trial]
+    """Best first: complete ones by their loss, then those pruned, then those that failed."""
+    recipe: str
+    """TOML file of the recipe found, without a name."""
+    result: Result
+    """The run of the recipe found, whose model is stored."""
+
+
+def search(
+    recipe: Recipe,
+    trials: int = 12,
+    space: Sequence[str] = (),
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> Found:
+    """Try ``trials`` settings of ``recipe`` and store the best as a custom model.
+
+    ``space`` holds texts for :func:`~luthier.engine.space.parse_space`; when empty, the learning rate
+    is searched and, for LoRA, the rank. The recipe as it stands is the first trial wherever it lies in
+    the space, so what is found is at least as good.
+
+    Raises:
+        RefusedInput: before any training, for space, data, recipe or name.
+        Interrupted: on Ctrl-C or SIGTERM; with ``resume`` the same call goes on.
+    """
+    reporter = reporter or Reporter()
+    need_optuna()
+    dimensions = parse_space(space, recipe)
+    base = find(recipe.base, reporter.stage)
+    parent = luthier_home() / "searches"
+    name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
+    recipe = recipe.model_copy(update={"name": name})
+    work = _Search(recipe, base, dimensions, trials, parent / name, reporter)
+    with lock(work.folder / ".lock") as free:
+        if not free:
+            raise RunConflict(f"another process is working on the search {name} now")
+        try:
+            work.begin(resume)
+            return work.run()
+        except RefusedInput:
+            # Refused before the first trial began: nothing is there that could be resumed.
+            if not (work.folder / "trials").exists():
+                shutil.rmtree(work.folder, ignore_errors=True)
+            raise
+
+
+def need_optuna() -> None:
+    """Refuse with what to install where Optuna is missing."""
+    if importlib.util.find_spec("optuna") is None:
+        raise RefusedInput("a search needs Optuna: pip install 'luthier[search]'")
+
+
+class _Search:
+    """One search in its folder."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: StoredModel,
+        dimensions: Sequence[Dimension],
+        count: int,
+        folder: Path,
+        reporter: Reporter,
+    ) -> None:
+        hidden = int(read_config(base.network_folder, CAUSAL_LM).hidden_size)
+        self.recipe, self.base, self.count, self.folder = recipe, base, count, folder
+        self.dimensions = list(dimensions) or default_space(recipe, hidden)
+        self.reporter = reporter
+        self.run_folder = Run(base.root, str(recipe.name))
+        starts = {d.key: start_of(d.key, recipe, hidden) for d in self.dimensions}
+        self.start = {d.key: starts[d.key] for d in self.dimensions if starts[d.key] in d}
+
+    def begin(self, resume: bool) -> None:
+        """Claim the name of search and model, or check that the same is asked for again."""
+        request = self._request()
+        path = self.folder / "search.json"
+        before = read_json(path) if path.is_file() else None
+        started = self.run_folder.folder.exists() or self.run_folder.model_folder.exists()
+        if before is None and started:
+            raise RunConflict(
+                f"there is a run or a model {self.run_folder.model_id} already, and the best of the "
+                "trials would be stored there; choose another --name"
+            )
+        if before is not None:
+            if not resume:
+                raise RunConflict(
+                    f"there is a search {self.recipe.name} already. --resume goes on with it; choose "
+                    f"another --name, or remove {self.folder}"
+                )
+            fixed = {**before, "trials": request["trials"]}
+            # More trials may be added until their best is on its way to a model.
+            same_request(before if started else fixed, request, f"the search {self.recipe.name}")
+        write_json(path, request)
+
+    def run(self) -> Found:
+        """All trials that are left, and the run of the best."""
+        for dimension in self.dimensions:
+            self.reporter.note(f"search {dimension.key}: {dimension} ({dimension.reason})")
+        study = self._study()
+        while len(_ended(study)) < self.count:
+            self._next(study)
+        trials = _table(_ended(study))
+        best = trials[0]
+        if best.value is None or best.state != "complete":
+            raise Diverged(
+                f"none of the {len(trials)} trials came to its end; the first failed because "
+                f"{trials[0].reason}"
+            )
+        recipe = with_settings(self.recipe, best.settings)
+        file = self._write_recipe(recipe, best)
+        self.reporter.note(f"best is trial {best.number}: {best.value:.4f} with {_said(best)}")
+        result = train(recipe, resume=True, reporter=self.reporter)
+        return Found(str(recipe.name), str(self.folder), trials, str(file), result)
+
+    def _request(self) -> dict[str, Any]:
+        data = self.recipe.data
+        files = [path for path in (data.train, data.validation) if path and path.is_file()]
+        return {
+            "recipe": self.recipe.plain(),
+            "space": {dimension.key: str(dimension) for dimension in self.dimensions},
+            "trials": self.count,
+            "data": {str(path): sha256_of(path) for path in files},
+            "luthier": __version__,
+        }
+
+    def _study(self) -> optuna.Study:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = optuna.storages.JournalStorage(_journal(self.folder / "study.journal"))
+        study = optuna.create_study(
+            study_name="search",
+            storage=storage,
+            direction="minimize",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(
+                TRIALS_BEFORE_PRUNING, n_warmup_steps=MEASUREMENTS_BEFORE_PRUNING + 1
+            ),
+        )
+        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            # Cut short; its place is free, and the next trial there gets the same settings.
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        return study
+
+    def _next(self, study: optuna.Study) -> None:
+        """One trial, from its settings to its place in the study."""
+        import optuna
+
+        place = len(_ended(study))
+        study.sampler = optuna.samplers.TPESampler(
+            n_startup_trials=RANDOM_TRIALS,
+            seed=_seed(self.recipe.training.seed, place),
+            constant_liar=False,
+        )
+        waiting = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
+        if place == 0 and self.start and not waiting:
+            study.enqueue_trial(self.start)
+        asked = study.ask({d.key: _distribution(d) for d in self.dimensions})
+        trial = Trial(place + 1, dict(asked.params), None, "failed")
+        folder = self.folder / "trials" / f"{trial.number:03d}"
+        self.reporter.stage(f"Trial {trial.number} of {self.count}: {_said(trial)}")
+        watch = _Watch(self.reporter, asked, folder / METRICS)
+        pruned = optuna.trial.TrialState.PRUNED
+        try:
+            progress = rehearse(with_settings(self.recipe, trial.settings), folder, watch)
+        except optuna.TrialPruned:
+            study.tell(asked, state=pruned)
+        except (Diverged, RefusedInput) as error:
+            if place == 0 and isinstance(error, RefusedInput):
+                raise
+            asked.set_user_attr("reason", str(error))
+            study.tell(asked, state=pruned)
+        else:
+            watch.report()
+            study.tell(asked, progress.best_loss)
+        Run(self.base.root, folder.name, rehearsal=folder).drop_working_files()
+        ended = _trial(trial.number, _ended(study)[place])
+        value = "" if ended.value is None else f", validation loss {ended.value:.4f}"
+        self.reporter.note(f"trial {ended.number} of {self.count} {ended.state}{value}")
+
+    def _write_recipe(self, recipe: Recipe, best: Trial) -> Path:
+        """``best.toml``: no name, so that it can be tuned again as it is; paths that work anywhere."""
+        data = recipe.data.model_copy(
+            update={
+                key: path.absolute()
+                for key in ("train", "validation")
+                if (path := getattr(recipe.data, key)) is not None
+            }
+        )
+        found = recipe.model_copy(update={"data": data, "base": self.base.id})
+        fields = found.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        fields.pop("name", None)
+        head = (
+            f"# Found by `luthier search`: trial {best.number} of {self.count}, validation loss "
+            f"{best.value:.4f}.\n\n"
+        )
+        path = self.folder / "best.toml"
+        write_bytes(path, (head + to_toml(fields)).encode())
+        return path
+
+
+class _Watch(Reporter):
+    """Hands each validation loss of a trial to the study, and stops the trial when that says so."""
+
+    def __init__(self, outer: Reporter, trial: optuna.Trial, metrics: Path) -> None:
+        self.outer, self.trial, self.metrics = outer, trial, MetricsFile(metrics)
+        self.told = 0
+
+    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        """Report by the number of the measurement: trials may have different numbers of steps.
+
+        The metrics file has those of before a kill, too. Without them, a resumed trial would be
+        judged by other losses than one that was never cut short.
+        """
+        self.outer.recorded(line, steps)
+        if line["event"] != "validation":
+            return
+        self.report()
+        if line["step"] < steps and self.trial.should_prune():
+            import optuna
+
+            raise optuna.TrialPruned
+
+    def report(self) -> None:
+        """Tell the study what it does not know yet."""
+        measured = [line for line in self.metrics.read() if line["event"] == "validation"]
+        for number, line in enumerate(measured[self.told :], start=self.told):
+            self.trial.report(line["loss"], number)
+        self.told = len(measured)
+
+
+def _journal(path: Path) -> Any:
+    """Optuna's journal file; what a kill left in it is put right first.
+
+    Only for who holds the lock of the search: then a lock on the journal is a dead process's, which
+    Optuna would wait 30 s for, and a last line without an end is one that was cut short.
+    """
+    from optuna.storages.journal import JournalFileBackend
+
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+    if path.is_file():
+        whole, _, rest = path.read_bytes().rpartition(b"\n")
+        if rest:
+            write_bytes(path, whole + b"\n" if whole else b"")
+    return JournalFileBackend(str(path))
+
+
+def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if dimension.choices:
+        return CategoricalDistribution(dimension.choices)
+    if dimension.whole:
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def _seed(seed: int, place: int) -> int:
+    return int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
+
+
+def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that hold a place, in order; those cut short do not."""
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def _trial(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
+    reason = frozen.user_attrs.get("reason", "")
+    complete = frozen.state.name == "COMPLETE"
+    state: Any = "failed" if reason else "complete" if complete else "pruned"
+    return Trial(number, dict(frozen.params), None if reason else frozen.value, state, reason)
+
+
+def _table(frozen: Sequence[optuna.trial.FrozenTrial]) -> list[Trial]:
+    order = ("complete", "pruned", "failed")
+    trials = [_trial(number, trial) for number, trial in enumerate(frozen, start=1)]
+    return sorted(trials, key=lambda trial: (order.index(trial.state), trial.value or 0.0))
+
+
+def _said(trial: Trial) -> str:
+    shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in trial.settings.items()}
+    return ", ".join(f"{key}={value}" for key, value in shown.items())

@@ -1,0 +1,364 @@
+"""Searches that really train: what is compared, stopped, stored, and how a broken one goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.engine import search as searching
+from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.engine.search import Found, search
+from luthier.engine.train import train
+from luthier.errors import DataError, Diverged, RecipeError, RefusedInput, RunConflict
+from luthier.files import lock, read_json, write_json
+from luthier.recipe import Recipe
+from luthier.store.models import custom_models
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "my", "card"]
+RATES = "training.learning_rate=1e-6..3e-1"
+RANKS = "adaptation.rank=2,4"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = []
+    for index in range(30):
+        said = " ".join(WORDS[(index * 7 + k) % len(WORDS)] for k in range(2 + index % 4))
+        lines.append(json.dumps({"prompt": f"say {said}", "completion": said.upper()}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def recipe(rows: Path, tiny_model_folder: Path) -> Callable[..., Recipe]:
+    def build(name: str = "x", share: float = 0.2, **training: Any) -> Recipe:
+        settings = {"max_steps": 8, "batch_size": 8, "precision": "float32", "threads": 1}
+        return Recipe.parse(
+            {
+                "base": str(tiny_model_folder),
+                "name": name,
+                "data": {"train": str(rows), "validation_share": share},
+                "training": {**settings, **training},
+            }
+        )
+
+    return build
+
+
+class Broken(Exception):
+    """What ends a search in the middle."""
+
+
+class BreakingReporter(Reporter):
+    """Raises after so many lines of metrics, over all trials."""
+
+    def __init__(self, lines: int) -> None:
+        self.lines = lines
+
+    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        """Count one line down."""
+        self.lines -= 1
+        if not self.lines:
+            raise Broken
+
+
+def folder_of(found: Found, number: int) -> Path:
+    return Path(found.folder) / "trials" / f"{number:03d}"
+
+
+def measured(folder: Path) -> list[float]:
+    lines = MetricsFile(folder / "metrics.jsonl").read()
+    return [line["loss"] for line in lines if line["event"] == "validation"]
+
+
+def reported(found: Found) -> list[tuple[str, Any, Any, Any]]:
+    """State, settings, value and measurements of each trial that holds a place, from the journal."""
+    import optuna
+
+    backend = optuna.storages.journal.JournalFileBackend(f"{found.folder}/study.journal")
+    study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
+    return [
+        (trial.state.name, trial.params, trial.value, trial.intermediate_values)
+        for trial in study.trials
+        if trial.state.name != "FAIL"
+    ]
+
+
+def weights(found: Found) -> str:
+    return str(read_json(Path(found.result.model_dir) / "luthier.json")["trained_weights_sha256"])
+
+
+def test_the_best_trial_is_stored_and_hopeless_ones_are_stopped(
+    recipe: Callable[..., Recipe], luthier_home: Path
+) -> None:
+    found = search(recipe(), 7, [RATES, RANKS])
+    states = {trial.number: trial.state for trial in found.trials}
+    assert sorted(states) == [1, 2, 3, 4, 5, 6, 7]
+    assert [states[number] for number in (1, 2, 3)] == ["complete"] * 3
+    stopped = [number for number, state in states.items() if state == "pruned"]
+    assert stopped
+    whole = len(measured(folder_of(found, 1)))
+    assert all(4 <= len(measured(folder_of(found, number))) < whole for number in stopped)
+
+    complete = [trial for trial in found.trials if trial.state == "complete"]
+    assert found.trials[: len(complete)] == sorted(complete, key=lambda trial: trial.value or 9)
+    best = found.trials[0]
+    assert best.value == min(min(measured(folder_of(found, t.number))) for t in complete)
+    assert found.result.validation_loss == best.value
+    assert found.result.model_id == "tiny-llama:x"
+
+    assert [model.id for model in custom_models()] == ["tiny-llama:x"]
+    stored = custom_models()[0].manifest["recipe"]
+    assert stored["training"]["learning_rate"] == best.settings["training.learning_rate"]
+    assert stored["adaptation"]["rank"] == best.settings["adaptation.rank"]
+    assert not list((luthier_home / "searches").rglob("*.safetensors"))
+    assert [path.name for path in (luthier_home / "runs" / "tiny-llama").iterdir()] == ["x"]
+
+
+def test_trials_are_measured_on_the_same_rows_from_the_same_start(
+    recipe: Callable[..., Recipe],
+) -> None:
+    found = search(recipe(), 3, ["training.batch_size=2,4,8", "adaptation.rank=2,4"])
+    starts = {measured(folder_of(found, number))[0] for number in (1, 2, 3)}
+    assert len(starts) == 1
+    assert len({str(trial.settings) for trial in found.trials}) > 1
+
+
+def test_the_recipe_as_it_stands_is_the_first_trial(recipe: Callable[..., Recipe]) -> None:
+    mine = recipe(learning_rate=0.01)
+    found = search(mine, 1)
+    assert found.trials[0].settings == {"training.learning_rate": 0.01, "adaptation.rank": 16}
+    alone = train(recipe("alone", learning_rate=0.01))
+    assert found.trials[0].value == alone.validation_loss
+
+
+def test_the_seed_decides_what_is_tried(recipe: Callable[..., Recipe]) -> None:
+    short = {"max_steps": 1}
+    one = search(recipe("one", **short), 3, [RATES])
+    again = search(recipe("again", **short), 3, [RATES])
+    other = search(recipe("other", seed=1, **short), 3, [RATES])
+    by_number = [sorted(f.trials, key=lambda trial: trial.number) for f in (one, again, other)]
+    assert by_number[0] == by_number[1]
+    assert by_number[0][1].settings != by_number[2][1].settings
+
+
+# A trial that is not stopped writes 8 lines of steps and 9 of validation.
+@pytest.mark.parametrize(
+    ("lines", "often"),
+    [(5, False), (17 * 3 + 3, False), (30, True), (17 * 3 + 40, True)],
+    ids=["first", "fourth", "second, from a checkpoint", "a late one, from a checkpoint"],
+)
+def test_a_broken_search_goes_on_as_if_it_had_not_been(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, lines: int, often: bool
+) -> None:
+    monkeypatch.setattr(searching, "RANDOM_TRIALS", 2)  # so that the sampler learns from trials
+    if often:
+        monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 3 == 0)
+    whole = search(recipe("whole"), 6, [RATES, RANKS])
+    with pytest.raises(Broken):
+        search(recipe("broken"), 6, [RATES, RANKS], reporter=BreakingReporter(lines))
+    again = search(recipe("broken"), 6, [RATES, RANKS], resume=True)
+    assert again.trials == whole.trials
+    assert reported(again) == reported(whole)
+    assert weights(again) == weights(whole)
+
+
+def test_a_search_broken_while_the_best_is_trained_goes_on_with_that(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 3 == 0)
+    whole = search(recipe("whole"), 2, [RATES])
+    with pytest.raises(Broken):
+        search(recipe("broken"), 2, [RATES], reporter=BreakingReporter(17 * 2 + 10))
+    assert [model.id for model in custom_models()] == ["tiny-llama:whole"]
+    monkeypatch.setattr(searching, "rehearse", None)  # no trial is run again
+    again = search(recipe("broken"), 2, [RATES], resume=True)
+    assert again.trials == whole.trials and weights(again) == weights(whole)
+    finished = search(recipe("broken"), 2, [RATES], resume=True)
+    assert finished == again
+
+
+def test_a_journal_cut_short_by_a_kill_is_put_right(recipe: Callable[..., Recipe]) -> None:
+    whole = search(recipe("whole"), 3, [RATES])
+    with pytest.raises(Broken):
+        search(recipe("broken"), 3, [RATES], reporter=BreakingReporter(25))
+    journal = Path(whole.folder).parent / "broken" / "study.journal"
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":6,"worker')
+    journal.with_name("study.journal.lock").symlink_to(journal)
+    started = time.monotonic()
+    again = search(recipe("broken"), 3, [RATES], resume=True)
+    assert again.trials == whole.trials
+    assert time.monotonic() - started < 25  # Optuna alone waits 30 s for the lock
+
+
+def test_trials_can_be_added_until_the_best_is_stored(recipe: Callable[..., Recipe]) -> None:
+    whole = search(recipe("whole"), 4, [RATES])
+    with pytest.raises(Broken):
+        search(recipe("more"), 2, [RATES], reporter=BreakingReporter(30))
+    more = search(recipe("more"), 4, [RATES], resume=True)
+    assert more.trials == whole.trials
+    with pytest.raises(RunConflict, match="trials was 4, is 5"):
+        search(recipe("more"), 5, [RATES], resume=True)
+
+
+def test_a_trial_that_diverges_fails_with_its_reason(recipe: Callable[..., Recipe]) -> None:
+    mine = recipe(learning_rate=0.001, warmup_share=0.0, max_steps=6)
+    found = search(mine, 4, ["training.learning_rate=0.001,1e30"])
+    bad = [t for t in found.trials if t.settings["training.learning_rate"] == 1e30]
+    assert bad and {trial.state for trial in bad} == {"failed"}
+    assert all(trial.value is None and "Lower the learning rate" in trial.reason for trial in bad)
+    assert found.trials[-len(bad) :] == bad
+    assert found.trials[0].settings["training.learning_rate"] == 0.001
+
+
+def test_a_search_in_which_all_diverge_says_so(recipe: Callable[..., Recipe]) -> None:
+    mine = recipe(warmup_share=0.0)
+    with pytest.raises(Diverged, match="none of the 2 trials came to its end"):
+        search(mine, 2, ["training.learning_rate=1e30,1e31"])
+    assert custom_models() == []
+
+
+def test_without_validation_rows_nothing_begins(
+    recipe: Callable[..., Recipe], luthier_home: Path
+) -> None:
+    with pytest.raises(RecipeError, match="trials are compared on validation rows"):
+        search(recipe(share=0.0), 2)
+    assert list((luthier_home / "searches").iterdir()) == []
+
+
+def test_bad_data_is_refused_before_the_first_trial(
+    recipe: Callable[..., Recipe], tmp_path: Path, luthier_home: Path
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "x"}\n' * 30)
+    plain = recipe().plain()
+    bad = Recipe.parse({**plain, "data": {**plain["data"], "train": str(path)}})
+    with pytest.raises(DataError):
+        search(bad, 2)
+    assert list((luthier_home / "searches").iterdir()) == []
+
+
+def test_names_that_are_taken_are_refused(recipe: Callable[..., Recipe]) -> None:
+    train(recipe("taken", max_steps=1))
+    with pytest.raises(RunConflict, match="tiny-llama:taken already"):
+        search(recipe("taken"), 2)
+    with pytest.raises(Broken):
+        search(recipe("begun"), 2, [RATES], reporter=BreakingReporter(5))
+    with pytest.raises(RunConflict, match="--resume goes on with it"):
+        search(recipe("begun"), 2, [RATES])
+    with pytest.raises(RunConflict, match=r"space.training.learning_rate was .* is None"):
+        search(recipe("begun"), 2, [RANKS], resume=True)
+
+
+def test_a_search_without_a_name_is_found_again(recipe: Callable[..., Recipe]) -> None:
+    mine = recipe(max_steps=2).model_copy(update={"name": None})
+    with pytest.raises(Broken):
+        search(mine, 2, [RATES], reporter=BreakingReporter(5))
+    first = search(mine, 2, [RATES], resume=True)
+    second = search(mine, 1, [RATES])
+    assert (first.name, second.name) == ("rows-1", "rows-2")
+    assert first.result.model_id == "tiny-llama:rows-1"
+
+
+def test_two_processes_do_not_work_on_one_search(
+    recipe: Callable[..., Recipe], luthier_home: Path
+) -> None:
+    folder = luthier_home / "searches" / "x"
+    with lock(folder / ".lock"), pytest.raises(RunConflict, match="another process"):
+        search(recipe(), 1)
+    assert folder.exists()
+
+
+def test_settings_that_do_not_fit_fail_alone(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal of the first trial is the search's; later ones are the trial's."""
+    honest = searching.rehearse
+
+    def rehearse(mine: Recipe, folder: Path, reporter: Reporter) -> Any:
+        if mine.adaptation.rank == 4:  # type: ignore[attr-defined]
+            raise RefusedInput("needs more memory than there is")
+        return honest(mine, folder, reporter)
+
+    monkeypatch.setattr(searching, "rehearse", rehearse)
+    plain = recipe().plain()
+    mine = Recipe.parse({**plain, "adaptation": {"method": "lora", "rank": 2}})
+    found = search(mine, 4, [RANKS])
+    refused = [t for t in found.trials if t.settings["adaptation.rank"] == 4]
+    assert refused and {t.reason for t in refused} == {"needs more memory than there is"}
+    other = mine.model_copy(update={"name": "other"})
+    with pytest.raises(RefusedInput, match="more memory"):
+        search(
+            Recipe.parse({**other.plain(), "adaptation": {"method": "lora", "rank": 4}}), 4, [RANKS]
+        )
+
+
+def test_the_recipe_found_is_a_recipe(recipe: Callable[..., Recipe]) -> None:
+    found = search(recipe(), 2, [RATES, RANKS])
+    again = Recipe.read(Path(found.recipe))
+    assert again.name is None and again.data.train.is_absolute()
+    best = found.trials[0]
+    assert again.training.learning_rate == best.settings["training.learning_rate"]
+    result = train(again)
+    assert result.validation_loss == best.value
+
+
+def test_without_optuna_it_says_what_to_install(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, luthier_home: Path
+) -> None:
+    find_spec = searching.importlib.util.find_spec
+
+    def missing(name: str, *rest: Any) -> Any:
+        return None if name == "optuna" else find_spec(name, *rest)
+
+    monkeypatch.setattr(searching.importlib.util, "find_spec", missing)
+    with pytest.raises(RefusedInput, match=r"pip install 'luthier\[search\]'"):
+        search(recipe(), 2)
+    assert not luthier_home.exists()
+
+
+def test_what_is_said_on_the_way(recipe: Callable[..., Recipe]) -> None:
+    said: list[str] = []
+
+    class Listening(Reporter):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+        def chosen(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+            said.append("chosen")
+
+    search(recipe(max_steps=2), 2, reporter=Listening())
+    assert said[0].startswith(
+        "search training.learning_rate: 0.0004 to 0.01, by orders of magnitude"
+    )
+    assert said[1] == "search adaptation.rank: 8, 16, 32 (how much LoRA can take up)"
+    assert said[2].startswith("trial 1 of 2 complete, validation loss ")
+    assert said.count("chosen") == 1  # by the run of the best, not by each trial
+
+
+def test_metrics_of_a_rehearsal_are_no_run(
+    recipe: Callable[..., Recipe], luthier_home: Path
+) -> None:
+    progress = searching.rehearse(recipe(max_steps=2), luthier_home / "here")
+    assert progress.step == 2 and progress.best_loss == min(measured(luthier_home / "here"))
+    assert not (luthier_home / "runs").exists() and not (luthier_home / "models").exists()
+    write_json(luthier_home / "here" / "request.json", {"recipe": {}})
+    with pytest.raises(RunConflict):
+        searching.rehearse(recipe(max_steps=2), luthier_home / "here")

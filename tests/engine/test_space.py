@@ -1,0 +1,144 @@
+"""The space of a search: what is read, what is refused, and what is searched when nothing is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from luthier.engine.space import (
+    Dimension,
+    default_space,
+    parse_space,
+    searchable,
+    start_of,
+    with_settings,
+)
+from luthier.errors import RecipeError
+from luthier.recipe import Recipe
+
+
+def recipe(**fields: Any) -> Recipe:
+    return Recipe.parse({"data": {"train": "rows.jsonl"}, **fields})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training.learning_rate=1e-5..1e-3", {"low": 1e-5, "high": 1e-3, "log": True}),
+        ("training.weight_decay=0..0.1", {"low": 0, "high": 0.1, "log": False}),
+        ("training.weight_decay=0.1..0.9", {"low": 0.1, "high": 0.9, "log": False}),
+        ("training.batch_size=4..32", {"low": 4, "high": 32, "log": False}),
+        ("adaptation.rank = 4 .. 64", {"low": 4, "high": 64, "log": True}),
+        ("adaptation.rank=4,8,4,32", {"choices": (4, 8, 32)}),
+        ("training.schedule=cosine, linear", {"choices": ("cosine", "linear")}),
+        ("training.shuffle=true,false", {"choices": (True, False)}),
+    ],
+)
+def test_ranges_and_lists_are_read(text: str, expected: dict[str, Any]) -> None:
+    [found] = parse_space([text], recipe())
+    assert found == Dimension(text.partition("=")[0].strip(), **expected)
+    assert found.whole == (isinstance(expected.get("high"), int) or "choices" in expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("training.learning_rate", "takes KEY=LOW..HIGH or KEY=a,b,c"),
+        ("training.learning_rate=", "takes KEY=LOW..HIGH or KEY=a,b,c"),
+        ("training.learning_rate=0.1", "one value only; fix it with --set"),
+        ("training.learning_rate=low..high", "'low' is not a number"),
+        ("training.learning_rate=true..2", "True is not a number"),
+        ("training.epochs=3..3", "3 is not below 3"),
+        ("training.epochs=0..3", "training.epochs: input should be greater than 0"),
+        ("training.batch_size=1.0..8.0", "valid integer"),
+        ("training.schedule=cosine,sawtooth", "training.schedule: input should be"),
+        ("adaptation.dropout=0.5..1.5", "adaptation.dropout: input should be less than 1"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(text: str, part: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_space([text], recipe())
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "training.learning_rte",
+        "training.seed",
+        "training.evaluate_every",
+        "data.validation_share",
+        "objective.method",
+        "base",
+        "adaptation.layers",
+    ],
+)
+def test_a_field_that_is_not_there_names_those_that_are(key: str) -> None:
+    with pytest.raises(RecipeError, match=r"there are training\.epochs") as caught:
+        parse_space([f"{key}=1,2"], recipe())
+    assert f"--space {key}: " in str(caught.value) and "adaptation.rank" in str(caught.value)
+
+
+def test_the_fields_of_another_adaptation_are_its_own() -> None:
+    other = recipe(adaptation="freeze")
+    assert "adaptation.rank" not in searchable(other)
+    assert set(searchable(other)) > {"adaptation.method", "training.layer_decay"}
+
+
+def test_a_key_comes_once_and_a_method_without_its_fields() -> None:
+    with pytest.raises(RecipeError, match="given twice"):
+        parse_space(["training.epochs=1,2", "training.epochs=1..3"], recipe())
+    with pytest.raises(RecipeError, match="Search each method by itself"):
+        parse_space(["adaptation.method=lora,full", "adaptation.rank=4,8"], recipe())
+
+
+def test_another_method_does_not_inherit_the_fields_of_the_first() -> None:
+    [dimension] = parse_space(["adaptation.method=lora,full"], recipe(training={"epochs": 2}))
+    found = with_settings(recipe(training={"epochs": 2}), {dimension.key: "full"})
+    assert (found.adaptation.method, found.training.epochs) == ("full", 2)
+    with pytest.raises(RecipeError, match=r"adaptation\.rank"):
+        parse_space(["adaptation.method=lora,full"], recipe(adaptation={"rank": 4}))
+
+
+def test_settings_replace_fields_and_nothing_else() -> None:
+    before = recipe(name="x", adaptation={"method": "lora", "alpha": 8.0})
+    after = with_settings(before, {"adaptation.rank": 4, "training.learning_rate": 0.25})
+    assert after.plain() == {
+        **before.plain(),
+        "adaptation": {**before.plain()["adaptation"], "rank": 4},
+        "training": {**before.plain()["training"], "learning_rate": 0.25},
+    }
+
+
+def test_by_default_the_rate_and_the_rank_are_searched() -> None:
+    rate, rank = default_space(recipe(), 576)
+    default = recipe().adaptation.learning_rate(576)[0]
+    assert rate.log and rate.low == pytest.approx(default / 5) and rate.high == default * 5
+    assert "the default" in rate.reason
+    assert (rank.key, rank.choices) == ("adaptation.rank", (8, 16, 32))
+
+
+def test_the_default_space_lies_around_the_recipe_s_own_values() -> None:
+    own = recipe(training={"learning_rate": 0.02}, adaptation={"rank": 12})
+    rate, rank = default_space(own, 576)
+    assert (rate.low, rate.high) == (0.004, 0.1) and "the recipe's" in rate.reason
+    assert rank.choices == (8, 12, 16, 32)
+
+
+def test_only_lora_has_a_rank_to_search() -> None:
+    [rate] = default_space(recipe(adaptation="full"), 576)
+    assert rate.key == "training.learning_rate"
+    assert rate.low < recipe(adaptation="full").adaptation.learning_rate(576)[0] < rate.high
+
+
+def test_where_a_search_starts() -> None:
+    assert (
+        start_of("training.learning_rate", recipe(), 576)
+        == recipe().adaptation.learning_rate(576)[0]
+    )
+    assert start_of("training.learning_rate", recipe(training={"learning_rate": 0.5}), 576) == 0.5
+    assert start_of("adaptation.rank", recipe(), 576) == 16
+    assert start_of("training.epochs", recipe(), 576) is None
+    around = Dimension("training.epochs", low=1, high=3)
+    assert 1 in around and 3 in around and 4 not in around and None not in around
