@@ -8,12 +8,14 @@ from luthier.adaptations.freeze import Freeze
 from luthier.adaptations.full import Full
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.prompt import Prompt
+from luthier.adaptations.qlora import QLoRA
 
 ADAPTATIONS: dict[str, type[Adaptation]] = {
     "full": Full,
     "freeze": Freeze,
     "feature_extraction": FeatureExtraction,
     "lora": LoRA,
+    "qlora": QLoRA,
     "bitfit": BitFit,
     "adapters": Adapters,
     "prompt": Prompt,
@@ -29,4 +31,5 @@ __all__ = [
     "Full",
     "LoRA",
     "Prompt",
+    "QLoRA",
 ]

@@ -24,7 +24,7 @@ from luthier.engine.devices import (
     keep_freed_memory,
     peak_memory,
 )
-from luthier.engine.estimate import check_memory, disk_needed, estimate_memory
+from luthier.engine.estimate import check_memory, disk_needed, estimate_memory, weight_bytes
 from luthier.engine.loop import Loop, mean_loss
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
 from luthier.engine.runs import METRICS, Result, Run, automatic_name
@@ -119,14 +119,15 @@ def _prepare(
         )
     data = prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
     model = sketch(base.network_folder, data.objective.head())
+    size = machine.dtype.itemsize
+    plain = weight_bytes(model, size)
     with torch.device("meta"):
         recipe.adaptation.attach(model)
     width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
     facts = defaults.Facts(len(data.train), data.longest, len(data.validation), width)
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
-    size = machine.dtype.itemsize
-    estimate, available = estimate_memory(model, size), available_memory()
+    estimate, available = estimate_memory(model, size, plain), available_memory()
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(
             estimate, _first_batches(recipe, data), data.longest, available
@@ -196,9 +197,11 @@ class _Trainer:
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, machine.device, machine.dtype)
         torch.manual_seed(self.recipe.training.seed)
+        before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
         moved = sum(p.numel() for p in trained_weights(model).values())
-        total = sum(p.numel() for p in model.parameters())
+        # Weights that were quantized are parameters no longer.
+        total = max(before, sum(p.numel() for p in model.parameters()))
         self.reporter.note(f"{moved:,} of {total:,} weights train ({moved / total:.2%})")
         return network
 
