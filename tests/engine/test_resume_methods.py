@@ -27,6 +27,7 @@ CASES = {
     "features computed ahead": ("roberta", "classification", "feature_extraction", {}),
     "a soft prompt": ("llama", "sft", "prompt", {}),
     "magnitudes": ("llama", "sft", "lora", {}),
+    "a packed base": ("llama", "sft", "qlora", {}),
 }
 
 

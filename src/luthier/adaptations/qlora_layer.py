@@ -59,6 +59,7 @@ class QuantizedLinear(nn.Module):
     the sizes are right.
     """
 
+    bias: nn.Parameter | None
     packed: Tensor
     scales: Tensor
     scales_of_scales: Tensor
@@ -127,17 +128,20 @@ class QuantizedLinear(nn.Module):
             )
             scales += self.mean_scale
         even = packing.kind == "int8"
+        # One row for each block: on the processor, bitsandbytes 0.50 mixes up the scales of blocks that
+        # begin in one row of the matrix and end in the next.
+        count, size = self.shape.numel(), packing.block_size
         state = bnb.QuantState(
             absmax=scales,
-            shape=self.shape,
+            shape=(count // size, size) if count % size == 0 else (count,),
             code=_even_levels() if even else None,
-            blocksize=packing.block_size,
+            blocksize=size,
             quant_type=None if even else packing.kind,
             dtype=self.dtype,
         )
         dequantize = bnb.dequantize_blockwise if even else bnb.dequantize_4bit
-        weight_OI: Tensor = dequantize(self.packed, state)
-        return weight_OI
+        values: Tensor = dequantize(self.packed, state)
+        return values.view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
@@ -175,7 +179,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class _LowRankProduct(torch.autograd.Function):
-    """``x W^T + b + s (x A^T) B^T`` over a packed ``W``; ``x [N, in]``, ``A [r, in]``, ``B [out, r]``."""
+    """``x W^T + b + s (x A^T) B^T``, ``W`` packed; ``x [N, in]``, ``A [r, in]``, ``B [out, r]``."""
 
     @staticmethod
     def forward(
