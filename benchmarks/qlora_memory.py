@@ -3,9 +3,9 @@
     python benchmarks/qlora_memory.py [--steps 4] [--base smollm2-135m-instruct]
 
 Each line is one adaptation on the demo's rows, micro-batches of 512 tokens. The first figures are
-counted in the network as it trains: weights of its linear layers, and of all of the base. The peak is
-the kernel's for the whole process of `luthier tune`, imports, loading and the parity check included;
-`training` is the largest resident size at a step's end, mapped files counted.
+counted in the network as it trains: weights of its linear layers, and of all of the base. The peaks are
+the kernel's for the process of `luthier tune`, imports, loading and mapped files included: up to the
+last step, and to the end, with the parity check, which loads the base again and merges.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ ROWS = Path(__file__).parent.parent / "src" / "luthier" / "demo" / "train.jsonl"
 
 
 def count(base: str, method: str, fields: dict[str, str]) -> dict[str, int]:
-    """Bytes of the base's weights after attaching, and what the process holds before and after."""
-    import psutil
+    """Bytes of the base's weights after attaching."""
     import torch
 
     from luthier.adaptations import ADAPTATIONS
@@ -44,7 +43,6 @@ def count(base: str, method: str, fields: dict[str, str]) -> dict[str, int]:
     return {
         "linear": sum(size for name, size in stored.items() if name.startswith(names)),
         "base": sum(stored.values()),
-        "resident": psutil.Process().memory_info().rss,
     }
 
 
@@ -73,14 +71,15 @@ def main() -> None:
                 f"{counted['linear'] / 1e6:.1f}",
                 f"{counted['linear'] / plain:.3f}",
                 f"{counted['base'] / 1e6:.1f}",
+                f"{curve['memory'][-1] / 1e6:.0f}",
                 f"{outcome.peak_bytes / 1e6:.0f}",
                 f"{statistics.median(curve['seconds'][1:]):.2f}",
                 f"{curve['losses'][-1]:.3f}",
             ]
         )
         print(json.dumps({"case": case, **counted, "peak": outcome.peak_bytes}), file=sys.stderr)
-    header = ["adaptation", "linear layers, MB", "of lora", "base, MB", "peak of a run, MB"]
-    print(table([*header, "s/step", "last loss"], lines))
+    header = ["adaptation", "linear layers, MB", "of lora", "base, MB", "peak of training, MB"]
+    print(table([*header, "of the run, MB", "s/step", "last loss"], lines))
 
 
 if __name__ == "__main__":

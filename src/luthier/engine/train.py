@@ -23,6 +23,7 @@ from luthier.engine.devices import (
     choose_machine,
     keep_freed_memory,
     peak_memory,
+    return_freed_memory,
 )
 from luthier.engine.estimate import check_memory, disk_needed, estimate_memory, weight_bytes
 from luthier.engine.loop import Loop, mean_loss
@@ -255,6 +256,7 @@ class _Trainer:
         with new_folder(run.model_folder) as fresh:
             manifest = self._save(network, fresh)
             network.close()
+            return_freed_memory()  # of the activations, before a second network is loaded
             manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
             draw_loss_curve(lines, fresh, run.model_id)
             result = self._result(progress)
