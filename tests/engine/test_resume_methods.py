@@ -28,6 +28,7 @@ CASES = {
     "a soft prompt": ("llama", "sft", "prompt", {}),
     "magnitudes": ("llama", "sft", "lora", {}),
     "a packed base": ("llama", "sft", "qlora", {}),
+    "a few weights of each layer": ("llama", "sft", "sparse", {}),
 }
 
 

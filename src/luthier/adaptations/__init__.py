@@ -9,6 +9,7 @@ from luthier.adaptations.full import Full
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.prompt import Prompt
 from luthier.adaptations.qlora import QLoRA
+from luthier.adaptations.sparse import Sparse
 
 ADAPTATIONS: dict[str, type[Adaptation]] = {
     "full": Full,
@@ -19,6 +20,7 @@ ADAPTATIONS: dict[str, type[Adaptation]] = {
     "bitfit": BitFit,
     "adapters": Adapters,
     "prompt": Prompt,
+    "sparse": Sparse,
 }
 
 __all__ = [
@@ -32,4 +34,5 @@ __all__ = [
     "LoRA",
     "Prompt",
     "QLoRA",
+    "Sparse",
 ]

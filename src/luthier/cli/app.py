@@ -28,7 +28,7 @@ _OBJECTIVES = (
     "sft, causal_lm, masked_lm, classification, regression or token_classification; "
     "chosen by the rows when not given."
 )
-_ADAPTATIONS = "lora, qlora, full, freeze, feature_extraction, bitfit, adapters or prompt."
+_ADAPTATIONS = "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters or prompt."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 

@@ -37,6 +37,7 @@ from luthier.models.catalog import MANIFEST
 from luthier.models.load import as_network, check_folder, context_length, sketch
 from luthier.models.network import Network
 from luthier.models.save import (
+    adapter_tensors,
     read_adapter,
     save_adapter,
     save_format,
@@ -273,10 +274,8 @@ class _Trainer:
         job, model = self.job, network.model
         adaptation = self.recipe.adaptation
         adapter = adaptation.adapter_config(model, str(job.base.folder))
-        trained = trained_weights(model)
-        weights = fingerprint(
-            {self.recipe.adaptation.stored_name(n): w for n, w in trained.items()}
-        )
+        trained = adapter_tensors(model)
+        weights = fingerprint({adaptation.stored_name(n): w for n, w in trained.items()})
         if adapter is not None:
             save_adapter(model, adaptation, adapter, folder)
             save_format(job.chat, folder)
