@@ -23,6 +23,9 @@ from luthier.models.rounding import Rounding
 SCALES_IN_BLOCK = 256
 """Scales that share a scale of their own in double quantization, as in the paper."""
 
+CHUNK = 1 << 18
+"""Weights packed at once, whole blocks: bitsandbytes makes some 20 bytes for each on the way."""
+
 
 @cache
 def _bitsandbytes() -> Any:
@@ -78,25 +81,29 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, part)
 
     def _pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        bnb, packing = _bitsandbytes(), self.packing
-        if packing.kind == "int8":
-            packed, state = bnb.quantize_blockwise(
-                weight_OI, code=_even_levels(), blocksize=packing.block_size
-            )
-        else:
-            packed, state = bnb.quantize_4bit(
-                weight_OI, blocksize=packing.block_size, quant_type=packing.kind
-            )
-        if not packing.double:
-            return {"packed": packed, "scales": state.absmax}
-        mean = state.absmax.mean()
-        scales, outer = bnb.quantize_blockwise(state.absmax - mean, blocksize=SCALES_IN_BLOCK)
+        parts = [self._pack_part(part) for part in weight_OI.view(-1).split(CHUNK)]
+        packed, largest = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not self.packing.double:
+            return {"packed": packed, "scales": largest}
+        mean = largest.mean()
+        scales, outer = _bitsandbytes().quantize_blockwise(
+            largest - mean, blocksize=SCALES_IN_BLOCK
+        )
         return {
             "packed": packed,
             "scales": scales,
             "scales_of_scales": outer.absmax,
             "mean_scale": mean,
         }
+
+    def _pack_part(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole blocks: the packed numbers, and the largest magnitude of each block."""
+        bnb, size = _bitsandbytes(), self.packing.block_size
+        if self.packing.kind == "int8":
+            packed, state = bnb.quantize_blockwise(values, code=_even_levels(), blocksize=size)
+        else:
+            packed, state = bnb.quantize_4bit(values, blocksize=size, quant_type=self.packing.kind)
+        return packed.view(-1), state.absmax
 
     def _sizes(self, weight_OI: Tensor) -> dict[str, Tensor]:
         def empty(count: int, dtype: torch.dtype) -> Tensor:

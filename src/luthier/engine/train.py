@@ -201,6 +201,7 @@ class _Trainer:
         torch.manual_seed(self.recipe.training.seed)
         before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
+        return_freed_memory()  # of what loading and attaching made on the way
         moved = sum(p.numel() for p in trained_weights(model).values())
         # Weights that were quantized are parameters no longer.
         total = max(before, sum(p.numel() for p in model.parameters()))
