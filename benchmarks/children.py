@@ -22,8 +22,8 @@ TRL = [
 
 
 Curve = dict[str, list[float]]
-"""``seconds`` and ``losses``, one entry for each step."""
-_CURVE = {"seconds": "seconds", "losses": "loss"}
+"""``seconds``, ``losses`` and ``memory`` (the peak so far), one entry for each step."""
+_CURVE = {"seconds": "seconds", "losses": "loss", "memory": "memory_bytes"}
 
 
 @dataclass(frozen=True)

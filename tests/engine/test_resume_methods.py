@@ -28,6 +28,8 @@ CASES = {
     "a soft prompt": ("llama", "sft", "prompt", {}),
     "magnitudes": ("llama", "sft", "lora", {}),
     "layer-wise rates": ("gpt2", "sft", "full", {}),
+    "a packed base": ("llama", "sft", "qlora", {}),
+    "a few weights of each layer": ("llama", "sft", "sparse", {}),
 }
 
 

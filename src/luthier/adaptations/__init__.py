@@ -8,15 +8,19 @@ from luthier.adaptations.freeze import Freeze
 from luthier.adaptations.full import Full
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.prompt import Prompt
+from luthier.adaptations.qlora import QLoRA
+from luthier.adaptations.sparse import Sparse
 
 ADAPTATIONS: dict[str, type[Adaptation]] = {
     "full": Full,
     "freeze": Freeze,
     "feature_extraction": FeatureExtraction,
     "lora": LoRA,
+    "qlora": QLoRA,
     "bitfit": BitFit,
     "adapters": Adapters,
     "prompt": Prompt,
+    "sparse": Sparse,
 }
 
 __all__ = [
@@ -29,4 +33,6 @@ __all__ = [
     "Full",
     "LoRA",
     "Prompt",
+    "QLoRA",
+    "Sparse",
 ]

@@ -53,10 +53,11 @@ class LoRA(Adaptation):
         for name in names:
             parent, child = parent_of(model, name)
             base = getattr(parent, child)
-            setattr(parent, child, kind(base, self.rank, self._scale, self.dropout))
+            setattr(parent, child, kind(base, self.rank, self.scale, self.dropout))
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
+        """What the update is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def merge(self, model: nn.Module) -> None:

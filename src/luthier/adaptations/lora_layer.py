@@ -48,9 +48,10 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: Any, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
-        like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.base_layer = base
-        outputs, inputs = self.weight_OI.shape
+        weight_OI = self.weight_OI
+        like: dict[str, Any] = {"dtype": weight_OI.dtype, "device": weight_OI.device}
+        outputs, inputs = weight_OI.shape
         self.lora_A = nn.Linear(inputs, rank, bias=False, **like)
         self.lora_B = nn.Linear(rank, outputs, bias=False, **like)
         self.scale = scale

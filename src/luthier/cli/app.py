@@ -6,6 +6,7 @@ needs when it runs.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ _OBJECTIVES = (
     "sft, causal_lm, masked_lm, classification, regression, token_classification or contrastive; "
     "chosen by the rows when not given."
 )
-_ADAPTATIONS = "lora, full, freeze, feature_extraction, bitfit, adapters or prompt."
+_ADAPTATIONS = "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters or prompt."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
@@ -295,4 +296,6 @@ def main() -> None:
     # OpenMP threads spin for milliseconds while they wait. Beside another busy process that made a
     # step take 55 s for 1; a tenth of a millisecond costs nothing. Read once, when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # Where it is installed, PEFT imports it, and it logs advice about a kernel that is not used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app()

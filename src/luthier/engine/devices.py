@@ -79,6 +79,15 @@ def keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, 1 << 30)
 
 
+def return_freed_memory() -> None:
+    """Give back to the system what :func:`keep_freed_memory` kept. Elsewhere than on glibc, nothing."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    import ctypes
+
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def available_memory() -> int:
     """Bytes this process may still take: the machine's, or its control group's if that is less."""
     import psutil

@@ -1,7 +1,8 @@
 """How much memory and disk a run will take, before anything is loaded for it.
 
 Memory = the process itself + frozen weights + trained weights with their masters, moments and sums
-+ activations of one micro-batch + one chunk of logits. The constants were fitted on this code's own
++ activations of one micro-batch + one chunk of logits. It is never less than the plain network takes,
+which is loaded first, and again to check what was saved. The constants were fitted on this code's own
 runs (``docs/log.md``); the estimate errs upwards.
 """
 
@@ -22,18 +23,29 @@ class MemoryEstimate:
 
     fixed: int
     per_token: int
+    least: int = 0
+    """What loading and checking take, whatever is trained."""
 
     def peak(self, tokens: int) -> int:
         """Estimated peak in bytes with micro-batches of ``tokens`` tokens."""
-        return self.fixed + self.per_token * tokens
+        return max(self.least, self.fixed + self.per_token * tokens)
 
 
-def estimate_memory(model: Any, bytes_per_number: int) -> MemoryEstimate:
-    """Estimate for a network whose trained weights are marked (it may live on the meta device)."""
-    total = trained = 0
-    for weight in model.parameters():
-        total += weight.numel()
-        trained += weight.numel() if weight.requires_grad else 0
+def weight_bytes(model: Any, bytes_per_number: int) -> int:
+    """Bytes of a network: weights in the working type, buffers in their own.
+
+    Buffers are what no precision applies to: tables of positions, and weights that are quantized.
+    """
+    weights = sum(weight.numel() for weight in model.parameters()) * bytes_per_number
+    return int(weights + sum(buffer.nbytes for buffer in model.buffers()))
+
+
+def estimate_memory(model: Any, bytes_per_number: int, plain: int = 0) -> MemoryEstimate:
+    """Estimate for a network whose trained weights are marked (it may live on the meta device).
+
+    ``plain`` is what :func:`weight_bytes` gave for it before anything was attached.
+    """
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     config = model.config
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
@@ -41,9 +53,9 @@ def estimate_memory(model: Any, bytes_per_number: int) -> MemoryEstimate:
     # master, two moments, sum of gradients in float32; gradient and best copy in the working type
     optimizer = trained * (16 + 2 * bytes_per_number)
     logits = 128 * vocabulary * (8 + 2 * bytes_per_number)
-    weights = total * bytes_per_number
+    weights = weight_bytes(model, bytes_per_number)
     activations = layers * (11 * hidden + 4 * inner) * bytes_per_number
-    return MemoryEstimate(PROCESS + weights + optimizer + logits, activations)
+    return MemoryEstimate(PROCESS + weights + optimizer + logits, activations, PROCESS + plain)
 
 
 def check_memory(estimate: MemoryEstimate, tokens: int, available: int) -> None:
@@ -53,7 +65,7 @@ def check_memory(estimate: MemoryEstimate, tokens: int, available: int) -> None:
     if peak - PROCESS > available:
         raise DoesNotFit(
             f"this run needs about {peak / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "
-            f"free ({estimate.fixed / 1e9:.1f} GB whatever the batch, "
+            f"free ({max(estimate.fixed, estimate.least) / 1e9:.1f} GB whatever the batch, "
             f"{estimate.per_token * tokens / 1e9:.1f} GB for micro-batches of {tokens} tokens). "
             "Use adaptation lora, a smaller base model, or shorter rows with a smaller "
             "training.micro_batch_tokens."

@@ -23,8 +23,9 @@ from luthier.engine.devices import (
     choose_machine,
     keep_freed_memory,
     peak_memory,
+    return_freed_memory,
 )
-from luthier.engine.estimate import check_memory, disk_needed, estimate_memory
+from luthier.engine.estimate import check_memory, disk_needed, estimate_memory, weight_bytes
 from luthier.engine.loop import Loop, mean_loss
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
 from luthier.engine.runs import ACTIVATIONS, METRICS, Result, Run, automatic_name
@@ -37,6 +38,7 @@ from luthier.models.layers import layer_names
 from luthier.models.load import as_network, check_folder, context_length, sketch
 from luthier.models.network import Network
 from luthier.models.save import (
+    adapter_tensors,
     read_adapter,
     save_adapter,
     save_format,
@@ -149,6 +151,8 @@ def _prepare(
         )
     data = prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
     model = sketch(base.network_folder, data.objective.head())
+    size = machine.dtype.itemsize
+    plain = weight_bytes(model, size)
     with torch.device("meta"):
         recipe.adaptation.attach(model)
     if recipe.training.layer_decay < 1:
@@ -157,8 +161,7 @@ def _prepare(
     facts = defaults.Facts(len(data.train), data.longest, len(data.validation), width)
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
-    size = machine.dtype.itemsize
-    estimate, available = estimate_memory(model, size), available_memory()
+    estimate, available = estimate_memory(model, size, plain), available_memory()
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(
             estimate, _first_batches(recipe, data), data.longest, available
@@ -234,9 +237,12 @@ class _Trainer:
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, machine.device, machine.dtype)
         torch.manual_seed(self.recipe.training.seed)
+        before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
+        return_freed_memory()  # of what loading and attaching made on the way
         moved = sum(p.numel() for p in trained_weights(model).values())
-        total = sum(p.numel() for p in model.parameters())
+        # Weights that were quantized are parameters no longer.
+        total = max(before, sum(p.numel() for p in model.parameters()))
         self.reporter.note(f"{moved:,} of {total:,} weights train ({moved / total:.2%})")
         return network
 
@@ -291,6 +297,7 @@ class _Trainer:
         with new_folder(run.model_folder) as fresh:
             manifest = self._save(network, fresh)
             network.close()
+            return_freed_memory()  # of the activations, before a second network is loaded
             manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
             draw_loss_curve(lines, fresh, run.model_id)
             result = self._result(progress)
@@ -307,10 +314,8 @@ class _Trainer:
         job, model = self.job, network.model
         adaptation = self.recipe.adaptation
         adapter = adaptation.adapter_config(model, str(job.base.folder))
-        trained = trained_weights(model)
-        weights = fingerprint(
-            {self.recipe.adaptation.stored_name(n): w for n, w in trained.items()}
-        )
+        trained = adapter_tensors(model)
+        weights = fingerprint({adaptation.stored_name(n): w for n, w in trained.items()})
         if adapter is not None:
             save_adapter(model, adaptation, adapter, folder)
             save_format(job.chat, folder)

@@ -23,16 +23,29 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that train, by name: all that an adapter consists of."""
+    """The weights that train, by name."""
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that an adapter consists of: the weights that train, and what their modules keep with them.
+
+    That is, the persistent buffers of modules that own a weight that trains.
+    """
+    tensors, persistent = trained_weights(model), model.state_dict().keys()
+    for path, module in model.named_modules():
+        if any(weight.requires_grad for weight in module.parameters(recurse=False)):
+            buffers = {f"{path}.{name}": b for name, b in module.named_buffers(recurse=False)}
+            tensors |= {name: buffer for name, buffer in buffers.items() if name in persistent}
+    return tensors
 
 
 def save_adapter(
     model: nn.Module, adaptation: Adaptation, config: dict[str, Any], folder: Path
 ) -> None:
-    """Write ``adapter_config.json`` and the trained weights, as PEFT does where it has the method."""
-    weights = trained_weights(model).items()
-    tensors = {adaptation.stored_name(n): t.contiguous().cpu() for n, t in weights}
+    """Write ``adapter_config.json`` and what was trained, as PEFT does where it has the method."""
+    kept = adapter_tensors(model).items()
+    tensors = {adaptation.stored_name(n): t.contiguous().cpu() for n, t in kept}
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     write_bytes(folder / "adapter_config.json", text.encode())
@@ -58,15 +71,17 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     new = head_weights(model)
     weights = {
         adaptation.stored_name(n): p
-        for n, p in model.named_parameters()
+        for n, p in adapter_tensors(model).items()
         # An adapter of another task does not hold the head of this one.
-        if p.requires_grad and (n not in new or adaptation.stored_name(n) in saved)
+        if n not in new or adaptation.stored_name(n) in saved
     }
     inside = adaptation.stored_name(getattr(model, "base_model_prefix", ""))
     # ... and brings the head of its own, which this one has no place for.
     saved = {n: w for n, w in saved.items() if n in weights or n.startswith(inside)}
-    if saved.keys() != weights.keys():
-        odd = sorted(saved.keys() ^ weights.keys())[:3]
+    odd = sorted(saved.keys() ^ weights.keys())
+    odd = odd or [n for n, weight in weights.items() if weight.shape != saved[n].shape]
+    if odd:
+        odd = odd[:3]
         raise CorruptFile(f"{folder / ADAPTER} does not fit the network: {', '.join(odd)} …")
     with torch.no_grad():
         for name, weight in weights.items():

@@ -1,0 +1,110 @@
+"""QLoRA: LoRA on a base that is stored in 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
+
+Every linear layer but the output head is quantized in blocks, to NF4 (sixteen quantiles of the normal
+distribution, section 3 of the paper), FP4 or INT8, and its plain weight is let go of, layer by layer. A
+block's scale is a float32; ``double_quantization`` stores the scales in 8 bits too. Products are taken
+with the dequantized weight in the network's type, made anew in each pass. Embeddings, norms, biases and
+the output head stay as they are.
+
+What was trained is the update beside the *quantized* base. So a custom model is loaded by quantizing
+its base again, and merging dequantizes, adds and rounds as LoRA does: the network is as large as the
+plain one then. The adapter file is LoRA's; put on the plain base, PEFT gives slightly other numbers.
+
+Left out: paged optimizers (the masters of a LoRA are small), DoRA. Needs the extra ``qlora``.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from luthier.adaptations.base import Adaptation
+from luthier.adaptations.lora import LoRA
+from luthier.adaptations.targets import ALL_LINEAR, linear_targets
+from luthier.errors import RecipeError
+from luthier.models.layers import parent_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class QLoRA(Adaptation):
+    """Train two thin matrices beside linear layers whose own weights are quantized."""
+
+    method: Literal["qlora"] = "qlora"
+    quantization: Literal["nf4", "fp4", "int8"] = "nf4"
+    """How the base is stored: 4 bits with normal or floating-point levels, or 8 with even ones."""
+    block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
+    """Weights that share one scale."""
+    double_quantization: bool = True
+    """Store the scales in 8 bits too: 0.37 bits a weight less at blocks of 64."""
+    rank: int = Field(default=16, ge=1)
+    """Columns of the two added matrices, ``r`` in the paper."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by ``alpha / rank``."""
+    rslora: bool = False
+    """Scale by ``alpha / sqrt(rank)``, which suits ranks above 32."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the inputs of the added branch that is dropped in training."""
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    """Linear layers that get a branch: ``all-linear``, or ends of their names. All are quantized."""
+
+    @property
+    def lora(self) -> LoRA:
+        """The same branches beside a plain base."""
+        return LoRA(
+            rank=self.rank,
+            alpha=self.alpha,
+            rslora=self.rslora,
+            dropout=self.dropout,
+            targets=self.targets,
+        )
+
+    def adapt(self, model: nn.Module) -> None:
+        """Quantize the linear layers, wrap the chosen ones, freeze everything else.
+
+        Raises:
+            RecipeError: bitsandbytes is not installed, or ``targets`` names no layer.
+        """
+        if find_spec("bitsandbytes") is None:
+            raise RecipeError(
+                "qlora stores the base model in 4 or 8 bits with bitsandbytes, which is not "
+                "installed: pip install 'luthier[qlora]'. Or use lora."
+            )
+        from luthier.adaptations.qlora_layer import Packing, QLoRALinear, QuantizedLinear
+
+        branched = linear_targets(model, self.targets)
+        model.requires_grad_(False)
+        packing = Packing(self.quantization, self.block_size, self.double_quantization)
+        for name in linear_targets(model, ALL_LINEAR):
+            parent, child = parent_of(model, name)
+            setattr(parent, child, QuantizedLinear(getattr(parent, child), packing))
+        for weight in model.parameters():
+            # Weights loaded from one file are views of its mapping: while one of them is used, all of
+            # the file counts as this process's memory.
+            weight.data = weight.data.clone()
+        for name in branched:
+            parent, child = parent_of(model, name)
+            base = getattr(parent, child)
+            setattr(parent, child, QLoRALinear(base, self.rank, self.lora.scale, self.dropout))
+
+    def merge(self, model: nn.Module) -> None:
+        """Dequantize, add ``(alpha / r) B A``, put plain layers back. Always the same bits."""
+        from luthier.adaptations.qlora_layer import QuantizedLinear
+
+        self.lora.merge(model)
+        rest = [n for n, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+        for name in rest:
+            parent, child = parent_of(model, name)
+            layer: QuantizedLinear = getattr(parent, child)
+            setattr(parent, child, layer.plain(layer.weight_OI))
+
+    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
+        """LoRA's: PEFT's format does not say how the base is stored."""
+        return self.lora.adapter_config(model, base)
+
+    def learning_rate(self, hidden: int) -> tuple[float, str]:
+        """LoRA's; the paper finds that its settings carry over to a 4-bit base."""
+        return self.lora.learning_rate(hidden)

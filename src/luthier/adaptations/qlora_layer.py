@@ -1,0 +1,238 @@
+"""Linear layers whose frozen weight is stored in 4 or 8 bits, and LoRA's branch beside them.
+
+bitsandbytes quantizes and dequantizes, on the processor and on GPUs; the products are PyTorch's, in the
+network's type. A dequantized weight lives for one product: the backward pass makes it again, since
+keeping it would keep the plain network in memory. As in ``lora_layer.py``, the update comes first and
+the frozen product is added to it, so that bfloat16 rounds once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.adaptations.lora_layer import LoRALinear
+from luthier.models.rounding import Rounding
+
+SCALES_IN_BLOCK = 256
+"""Scales that share a scale of their own in double quantization, as in the paper."""
+
+CHUNK = 1 << 18
+"""Weights packed at once, whole blocks: bitsandbytes makes some 20 bytes for each on the way."""
+
+
+@cache
+def _bitsandbytes() -> Any:
+    """``bitsandbytes.functional``, without the advice it logs when imported (about 2 s)."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes import functional
+
+    return functional
+
+
+@cache
+def _even_levels() -> Tensor:
+    """The 255 levels ``-1, -126/127 .. 1`` of INT8, as bitsandbytes wants them: 256, sorted."""
+    levels: Tensor = _bitsandbytes().create_linear_map(signed=True, total_bits=8)
+    return levels
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How weights are stored."""
+
+    kind: str
+    """``nf4``, ``fp4`` or ``int8``."""
+    block_size: int
+    """Consecutive weights of ``[out, in]`` that share a scale, their largest magnitude."""
+    double: bool
+    """Whether scales are stored in 8 bits, minus their mean, in blocks of ``SCALES_IN_BLOCK``."""
+
+
+class QuantizedLinear(nn.Module):
+    """``x W^T + b`` with ``W [out, in]`` packed into ``uint8``; stands in for a frozen linear layer.
+
+    GPT-2's ``Conv1D`` is packed as ``[out, in]`` too, as transformers does. On the meta device only
+    the sizes are right.
+    """
+
+    bias: nn.Parameter | None
+    packed: Tensor
+    scales: Tensor
+    scales_of_scales: Tensor
+    mean_scale: Tensor
+
+    def __init__(self, base: Any, packing: Packing) -> None:
+        super().__init__()
+        self.packing = packing
+        self.transposed = not isinstance(base, nn.Linear)
+        weight_OI = base.weight.detach()
+        weight_OI = (weight_OI.t() if self.transposed else weight_OI).contiguous()
+        self.shape, self.dtype = weight_OI.shape, weight_OI.dtype
+        self.register_parameter("bias", base.bias)
+        parts = self._sizes(weight_OI) if weight_OI.is_meta else self._pack(weight_OI)
+        for name, part in parts.items():
+            self.register_buffer(name, part)
+
+    def _pack(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        parts = [self._pack_part(part) for part in weight_OI.view(-1).split(CHUNK)]
+        packed, largest = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not self.packing.double:
+            return {"packed": packed, "scales": largest}
+        mean = largest.mean()
+        scales, outer = _bitsandbytes().quantize_blockwise(
+            largest - mean, blocksize=SCALES_IN_BLOCK
+        )
+        return {
+            "packed": packed,
+            "scales": scales,
+            "scales_of_scales": outer.absmax,
+            "mean_scale": mean,
+        }
+
+    def _pack_part(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole blocks: the packed numbers, and the largest magnitude of each block."""
+        bnb, size = _bitsandbytes(), self.packing.block_size
+        if self.packing.kind == "int8":
+            packed, state = bnb.quantize_blockwise(values, code=_even_levels(), blocksize=size)
+        else:
+            packed, state = bnb.quantize_4bit(values, blocksize=size, quant_type=self.packing.kind)
+        return packed.view(-1), state.absmax
+
+    def _sizes(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        def empty(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(count, dtype=dtype, device="meta")
+
+        packing, count = self.packing, weight_OI.numel()
+        size = count if packing.kind == "int8" else math.ceil(count / 2)
+        blocks = math.ceil(count / packing.block_size)
+        packed = empty(size, torch.uint8)
+        if not packing.double:
+            return {"packed": packed, "scales": empty(blocks, torch.float32)}
+        return {
+            "packed": packed,
+            "scales": empty(blocks, torch.uint8),
+            "scales_of_scales": empty(math.ceil(blocks / SCALES_IN_BLOCK), torch.float32),
+            "mean_scale": empty(1, torch.float32),
+        }
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The weight ``[out, in]`` in the network's type, dequantized anew at each use."""
+        if self.packed.is_meta:
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
+        bnb, packing = _bitsandbytes(), self.packing
+        scales = self.scales
+        if packing.double:
+            scales = bnb.dequantize_blockwise(
+                scales, absmax=self.scales_of_scales, blocksize=SCALES_IN_BLOCK
+            )
+            scales += self.mean_scale
+        even = packing.kind == "int8"
+        # One row for each block: on the processor, bitsandbytes 0.50 mixes up the scales of blocks that
+        # begin in one row of the matrix and end in the next.
+        count, size = self.shape.numel(), packing.block_size
+        state = bnb.QuantState(
+            absmax=scales,
+            shape=(count // size, size) if count % size == 0 else (count,),
+            code=_even_levels() if even else None,
+            blocksize=size,
+            quant_type=None if even else packing.kind,
+            dtype=self.dtype,
+        )
+        dequantize = bnb.dequantize_blockwise if even else bnb.dequantize_4bit
+        values: Tensor = dequantize(self.packed, state)
+        return values.view(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]``."""
+        y: Tensor = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), self, None)  # type: ignore[no-untyped-call]
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+    def plain(self, weight_OI: Tensor) -> nn.Module:
+        """A frozen layer of the kind this one stands in for, with ``weight_OI`` and the same bias."""
+        from transformers.pytorch_utils import Conv1D
+
+        outputs, inputs = self.shape
+        with torch.device("meta"):
+            layer: Any = Conv1D(outputs, inputs) if self.transposed else nn.Linear(inputs, outputs)
+        weight = weight_OI.t().contiguous() if self.transposed else weight_OI
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = self.bias
+        plain: nn.Module = layer.train(self.training)
+        return plain
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """``x W^T``, added to ``onto [N, out]`` where that is given, rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, onto: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        weight_IO = layer.weight_OI.t()
+        return torch.mm(x, weight_IO) if onto is None else torch.addmm(onto, x, weight_IO)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        dx = torch.mm(grad, ctx.layer.weight_OI) if ctx.needs_input_grad[0] else None
+        return dx, None, grad if ctx.needs_input_grad[2] else None
+
+
+class _LowRankProduct(torch.autograd.Function):
+    """``x W^T + b + s (x A^T) B^T``, ``W`` packed; ``x [N, in]``, ``A [r, in]``, ``B [out, r]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: QuantizedLinear, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        z = torch.mm(x, a.t())
+        y = torch.mm(z * scale, b.t()).addmm_(x, layer.weight_OI.t())
+        if layer.bias is not None:
+            y += layer.bias
+        ctx.save_for_backward(x, z, a, b)
+        ctx.layer, ctx.scale = layer, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
+        x, z, a, b = ctx.saved_tensors
+        dz = torch.mm(grad, b).mul_(ctx.scale)
+        db = torch.mm(grad.t(), z).mul_(ctx.scale)
+        da = torch.mm(dz.t(), x)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dz, a).addmm_(grad, ctx.layer.weight_OI)
+        return dx, None, da, db, None
+
+
+class QLoRALinear(LoRALinear):
+    """LoRA's branch beside a :class:`QuantizedLinear`. Weight names are PEFT's."""
+
+    base_layer: QuantizedLinear
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The frozen weight as ``[out, in]``, dequantized anew at each use."""
+        return self.base_layer.weight_OI
+
+    def _product(self, flat: Tensor, bias: Tensor | None) -> Tensor:
+        layer, a, b = self.base_layer, self.lora_A.weight, self.lora_B.weight
+        y: Tensor
+        if not (self.training and self.dropout.p > 0):
+            y = _LowRankProduct.apply(flat, layer, a, b, self.scale)  # type: ignore[no-untyped-call]
+            return y
+        z = nn.functional.linear(self.dropout(flat), a) * self.scale
+        y = _FrozenProduct.apply(flat, layer, torch.mm(z, b.t()))  # type: ignore[no-untyped-call]
+        return y if bias is None else y + bias
+
+    def merged(self, rounding: Rounding) -> nn.Module:
+        """A plain layer with the dequantized weight and the branch in one."""
+        with torch.no_grad():
+            return self.base_layer.plain(rounding(self._merged_OI(), self.base_layer.dtype))

@@ -1,0 +1,105 @@
+"""Sparse tuning: which weights move, with which gradients, and what is stored of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from luthier.adaptations import Sparse
+from luthier.adaptations.sparse_layer import SparseLinear
+from luthier.errors import CorruptFile
+from luthier.models.save import load_adapter, save_adapter
+
+SPARSE = Sparse(share=0.02)
+
+
+def moved(model: Any) -> Any:
+    """Attach, and change each trained value as a step would."""
+    SPARSE.attach(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_only_the_largest_weights_of_each_layer_change(
+    family: str, tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]
+) -> None:
+    base = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]()
+    model = moved(copy.deepcopy(base))
+    wrapped = [n for n, module in model.named_modules() if isinstance(module, SparseLinear)]
+    assert len(wrapped) == {"llama": 28, "gpt2": 12}[family]
+    SPARSE.merge(model)
+    after = model.state_dict()
+    for name, weight in base.state_dict().items():
+        changed = weight != after[name]
+        if name.removesuffix(".weight") not in wrapped or name.endswith("bias"):
+            assert not changed.any(), name
+            continue
+        assert int(changed.sum()) == round(0.02 * weight.numel()), name
+        assert weight.abs()[changed].min() >= weight.abs()[~changed].max(), name
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_layer_and_its_gradients_are_those_of_autograd_on_the_whole_weight(
+    transposed: bool,
+) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    base: Any = Conv1D(5, 6) if transposed else nn.Linear(6, 5)
+    layer = SparseLinear(base.double().requires_grad_(False), share=0.3)
+    nn.init.normal_(layer.values)
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 4, 5, dtype=torch.float64)
+    found = layer(x)
+    found.backward(grad)
+    again, weight = x.detach().clone().requires_grad_(), base.weight.clone()
+    weight.view(-1)[layer.places.long()] = layer.values.detach()
+    weight.requires_grad_()
+    expected = F.linear(again, weight.t() if transposed else weight, base.bias)
+    expected.backward(grad)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(x.grad, again.grad)
+    assert weight.grad is not None and layer.values.grad is not None
+    torch.testing.assert_close(layer.values.grad, weight.grad.view(-1)[layer.places.long()])
+    assert len(layer.places) == 9 and not base.weight.requires_grad
+
+
+def test_places_and_values_are_all_that_is_stored(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = tiny_llama()
+    model = moved(copy.deepcopy(base))
+    save_adapter(model, SPARSE, SPARSE.adapter_config(model, "some/base"), tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.rpartition(".")[2] for name in stored} == {"places", "values"}
+    weights = sum(w.numel() for n, w in base.named_parameters() if "_proj" in n)
+    assert sum(t.nbytes for t in stored.values()) < 8.1 * 0.02 * weights
+
+    # In bfloat16 many weights are as large as each other: the places come from the file.
+    for dtype in (torch.float32, torch.bfloat16):
+        again, wanted = copy.deepcopy(base).to(dtype), copy.deepcopy(model).to(dtype)
+        load_adapter(again, SPARSE, tmp_path)
+        SPARSE.merge(again)
+        SPARSE.merge(wanted)
+        theirs = wanted.state_dict()
+        assert all(torch.equal(w, theirs[n]) for n, w in again.state_dict().items())
+
+
+def test_a_file_of_another_share_is_refused(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    model = moved(tiny_llama())
+    save_adapter(model, SPARSE, SPARSE.adapter_config(model, "some/base"), tmp_path)
+    with pytest.raises(CorruptFile, match="does not fit the network"):
+        load_adapter(tiny_llama(), Sparse(share=0.1), tmp_path)
