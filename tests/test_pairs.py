@@ -152,7 +152,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
             moved.add(weight_name)
     assert moved
     trained = loss_of(network)
-    assert abs(trained - untrained) > 1e-4 * untrained
+    assert abs(trained - untrained) > 2e-5 * untrained  # twice what the comparisons below allow
 
     save(model, adaptation, chat, folder, tmp_path / "custom")
     again = reload(adaptation, objective, folder, tmp_path / "custom")

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from luthier.engine.metrics import MetricsFile, _smooth, draw_loss_curve
+from luthier.engine.metrics import MetricsFile, smooth, draw_loss_curve
 
 
 def line(step: int, loss: float, event: str = "train") -> dict[str, Any]:
@@ -93,5 +93,5 @@ def test_a_curve_without_validation_has_no_best(tmp_path: Path) -> None:
 
 
 def test_smoothing_is_a_moving_average_without_a_start_from_zero() -> None:
-    assert _smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
-    assert _smooth([1.0, 3.0]) == pytest.approx([1.0, (0.8 * 0.2 * 1 + 0.2 * 3) / 0.36])
+    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert smooth([1.0, 3.0]) == pytest.approx([1.0, (0.8 * 0.2 * 1 + 0.2 * 3) / 0.36])
