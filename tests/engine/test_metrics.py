@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from luthier.engine.metrics import MetricsFile, smooth, draw_loss_curve
+from luthier.engine.metrics import MetricsFile, draw_loss_curve, smooth
 
 
 def line(step: int, loss: float, event: str = "train") -> dict[str, Any]:
