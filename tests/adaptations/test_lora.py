@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,7 +249,8 @@ def test_the_layer_and_its_gradients_are_those_of_the_formula(bias: bool) -> Non
         tensor.requires_grad_()
 
     def layer(x: Tensor, a: Tensor, b: Tensor) -> Any:
-        return _LowRankLinear.apply(x, weight, added, a, b, 0.7)
+        frozen = SimpleNamespace(weight_OI=weight)
+        return _LowRankLinear.apply(x, frozen, added, a, b, 0.7)
 
     expected = x @ (weight + 0.7 * b @ a).t() + (0 if added is None else added)
     torch.testing.assert_close(layer(x, a, b), expected, rtol=1e-12, atol=1e-12)

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from luthier.adaptations.base import Adaptation
 from luthier.errors import RecipeError
-from luthier.models.layers import parent_of
+from luthier.models.layers import replace_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,15 +52,11 @@ class Adapters(Adaptation):
         model.requires_grad_(False)
         hidden = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
         width = max(1, round(hidden / self.reduction_factor))
-        for name in names:
-            parent, child = parent_of(model, name)
-            setattr(
-                parent, child, Bottleneck(getattr(parent, child), hidden, width, self.activation)
-            )
+        replace_modules(model, names, lambda base: Bottleneck(base, hidden, width, self.activation))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """Only the bottlenecks are stored; PEFT has no such method, so the file is luthier's own."""
-        return {"luthier": self.model_dump(mode="json"), "base_model_name_or_path": base}
+        return self.own_config(base)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """As Pfeiffer et al. (2021) and the adapters library use."""

@@ -60,6 +60,10 @@ class Adaptation(BaseModel):
         """
         return None
 
+    def own_config(self, base: str) -> dict[str, Any]:
+        """``adapter_config.json`` of a method that PEFT does not have: a file of luthier's own."""
+        return {"luthier": self.model_dump(mode="json"), "base_model_name_or_path": base}
+
     def stored_name(self, name: str) -> str:
         """Name in ``adapter_model.safetensors`` of the weight called ``name`` in the network."""
         return f"base_model.model.{name}"

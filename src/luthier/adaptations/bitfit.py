@@ -37,7 +37,7 @@ class BitFit(Adaptation):
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """Only the biases are stored; PEFT has no such method, so the file is luthier's own."""
-        return {"luthier": self.model_dump(mode="json"), "base_model_name_or_path": base}
+        return self.own_config(base)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Inside the paper's search range of 1e-4 to 1e-3."""

@@ -42,7 +42,7 @@ class FeatureExtraction(Adaptation):
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """Only the head is stored; PEFT has no such method, so the file is luthier's own."""
-        return {"luthier": self.model_dump(mode="json"), "base_model_name_or_path": base}
+        return self.own_config(base)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """The upper end of what Peters et al. (2019) search for heads on fixed features."""

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from luthier.adaptations.base import Adaptation
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
-from luthier.models.layers import parent_of
+from luthier.models.layers import modules_of, replace_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,10 +50,7 @@ class LoRA(Adaptation):
         names = linear_targets(model, self.targets)
         kind = DoRALinear if self.dora else LoRALinear
         model.requires_grad_(False)
-        for name in names:
-            parent, child = parent_of(model, name)
-            base = getattr(parent, child)
-            setattr(parent, child, kind(base, self.rank, self.scale, self.dropout))
+        replace_modules(model, names, lambda base: kind(base, self.rank, self.scale, self.dropout))
 
     @property
     def scale(self) -> float:
@@ -66,18 +63,16 @@ class LoRA(Adaptation):
         from luthier.models.rounding import Rounding
 
         rounding = Rounding()
-        wrapped = [n for n, module in model.named_modules() if isinstance(module, LoRALinear)]
-        for name in wrapped:
-            parent, child = parent_of(model, name)
-            setattr(parent, child, getattr(parent, child).merged(rounding))
+        replace_modules(model, modules_of(model, LoRALinear), lambda layer: layer.merged(rounding))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """The configuration PEFT itself writes for this adapter."""
         from peft import LoraConfig
 
+        from luthier.adaptations.lora_layer import LoRALinear
         from luthier.models.heads import head_modules, peft_task
 
-        ends = {name.rpartition(".")[2] for name in linear_targets_attached(model)}
+        ends = {name.rpartition(".")[2] for name in modules_of(model, LoRALinear)}
         config = LoraConfig(
             r=self.rank,
             # PEFT types this as a whole number, but takes and stores any.
@@ -104,13 +99,6 @@ class LoRA(Adaptation):
         rate = min(2e-3, 5e-4 * (2000 / hidden) ** 0.781)
         reason = f"ten times that of full fine-tuning, more for small networks (width {hidden})"
         return float(f"{rate:.1e}"), reason
-
-
-def linear_targets_attached(model: nn.Module) -> list[str]:
-    """Names of the layers that carry a LoRA branch."""
-    from luthier.adaptations.lora_layer import LoRALinear
-
-    return [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
 
 
 def _ends(targets: str | tuple[str, ...]) -> tuple[str, ...]:

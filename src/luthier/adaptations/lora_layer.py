@@ -10,7 +10,7 @@ matrix product, and rounded once. Same cost.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +18,69 @@ from torch import Tensor, nn
 from luthier.models.rounding import Rounding
 
 
+class FrozenWeight(Protocol):
+    """A layer whose weight does not train; a packed one makes ``weight_OI`` anew at each use."""
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The weight, ``[out, in]``."""
+        ...
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """``x W^T``, added to ``onto [N, out]`` where that is given, rounded once.
+
+    The layer is kept for the backward pass, not its weight, which may be packed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenWeight, onto: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        weight_IO = layer.weight_OI.t()
+        return torch.mm(x, weight_IO) if onto is None else torch.addmm(onto, x, weight_IO)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        dx = torch.mm(grad, ctx.layer.weight_OI) if ctx.needs_input_grad[0] else None
+        return dx, None, grad if ctx.needs_input_grad[2] else None
+
+
+def frozen_product(x: Tensor, layer: FrozenWeight, onto: Tensor | None = None) -> Tensor:
+    """``x [N, in]`` times the transposed weight of ``layer``, added to ``onto [N, out]``."""
+    y: Tensor = _FrozenProduct.apply(x, layer, onto)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _LowRankLinear(torch.autograd.Function):
     """``x W^T + b + s (x A^T) B^T``, ``W`` frozen; ``x [N, in]``, ``A [r, in]``, ``B [out, r]``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        layer: FrozenWeight,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
     ) -> Tensor:
         z = torch.mm(x, a.t())
-        y = torch.mm(z * scale, b.t()).addmm_(x, weight.t())
+        y = torch.mm(z * scale, b.t()).addmm_(x, layer.weight_OI.t())
         if bias is not None:
             y += bias
-        ctx.save_for_backward(x, z, weight, a, b)
-        ctx.scale = scale
+        ctx.save_for_backward(x, z, a, b)
+        ctx.layer, ctx.scale = layer, scale
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        x, z, weight, a, b = ctx.saved_tensors
+        x, z, a, b = ctx.saved_tensors
         dz = torch.mm(grad, b).mul_(ctx.scale)
         db = torch.mm(grad.t(), z).mul_(ctx.scale)
         da = torch.mm(dz.t(), x)
-        dx = torch.mm(dz, a).addmm_(grad, weight) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dz, a).addmm_(grad, ctx.layer.weight_OI)
         return dx, None, None, da, db, None
 
 
@@ -78,10 +119,10 @@ class LoRALinear(nn.Module):
         """``[N, in]`` to ``[N, out]``, the update first (see the top of this file)."""
         a, b = self.lora_A.weight, self.lora_B.weight
         if not (self.training and self.dropout.p > 0):
-            y: Tensor = _LowRankLinear.apply(flat, self.weight_OI, bias, a, b, self.scale)  # type: ignore[no-untyped-call]
+            y: Tensor = _LowRankLinear.apply(flat, self, bias, a, b, self.scale)  # type: ignore[no-untyped-call]
             return y
         z = nn.functional.linear(self.dropout(flat), a) * self.scale
-        y = torch.addmm(torch.mm(z, b.t()), flat, self.weight_OI.t())
+        y = frozen_product(flat, self, torch.mm(z, b.t()))
         return y if bias is None else y + bias
 
     def merged(self, rounding: Rounding) -> nn.Module:

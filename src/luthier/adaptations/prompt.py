@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier.adaptations.base import Adaptation
-from luthier.models.layers import parent_of
+from luthier.models.layers import replace_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,8 +40,7 @@ class Prompt(Adaptation):
         model.requires_grad_(False)
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         name = next(n for n, module in model.named_modules() if module is embedding)
-        parent, child = parent_of(model, name)
-        setattr(parent, child, PromptEmbedding(embedding, self.virtual_tokens))
+        replace_modules(model, [name], lambda base: PromptEmbedding(base, self.virtual_tokens))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """The configuration PEFT itself writes for this prompt."""

@@ -24,7 +24,7 @@ from luthier.adaptations.base import Adaptation
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
 from luthier.errors import RecipeError
-from luthier.models.layers import parent_of
+from luthier.models.layers import modules_of, replace_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,28 +78,24 @@ class QLoRA(Adaptation):
         branched = linear_targets(model, self.targets)
         model.requires_grad_(False)
         packing = Packing(self.quantization, self.block_size, self.double_quantization)
-        for name in linear_targets(model, ALL_LINEAR):
-            parent, child = parent_of(model, name)
-            setattr(parent, child, QuantizedLinear(getattr(parent, child), packing))
+        every = linear_targets(model, ALL_LINEAR)
+        replace_modules(model, every, lambda base: QuantizedLinear(base, packing))
         for weight in model.parameters():
             # Weights loaded from one file are views of its mapping: while one of them is used, all of
             # the file counts as this process's memory.
             weight.data = weight.data.clone()
-        for name in branched:
-            parent, child = parent_of(model, name)
-            base = getattr(parent, child)
-            setattr(parent, child, QLoRALinear(base, self.rank, self.lora.scale, self.dropout))
+        scale = self.lora.scale
+        replace_modules(
+            model, branched, lambda base: QLoRALinear(base, self.rank, scale, self.dropout)
+        )
 
     def merge(self, model: nn.Module) -> None:
         """Dequantize, add ``(alpha / r) B A``, put plain layers back. Always the same bits."""
         from luthier.adaptations.qlora_layer import QuantizedLinear
 
         self.lora.merge(model)
-        rest = [n for n, module in model.named_modules() if isinstance(module, QuantizedLinear)]
-        for name in rest:
-            parent, child = parent_of(model, name)
-            layer: QuantizedLinear = getattr(parent, child)
-            setattr(parent, child, layer.plain(layer.weight_OI))
+        rest = modules_of(model, QuantizedLinear)
+        replace_modules(model, rest, lambda layer: layer.plain(layer.weight_OI))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """LoRA's: PEFT's format does not say how the base is stored."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.adaptations.lora_layer import LoRALinear
+from luthier.adaptations.lora_layer import LoRALinear, frozen_product
 from luthier.models.rounding import Rounding
 
 SCALES_IN_BLOCK = 256
@@ -152,8 +152,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
-        y: Tensor = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), self, None)  # type: ignore[no-untyped-call]
-        y = y.view(*x.shape[:-1], -1)
+        y = frozen_product(x.reshape(-1, x.shape[-1]), self).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     def plain(self, weight_OI: Tensor) -> nn.Module:
@@ -170,48 +169,6 @@ class QuantizedLinear(nn.Module):
         return plain
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """``x W^T``, added to ``onto [N, out]`` where that is given, rounded once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, onto: Tensor | None) -> Tensor:
-        ctx.layer = layer
-        weight_IO = layer.weight_OI.t()
-        return torch.mm(x, weight_IO) if onto is None else torch.addmm(onto, x, weight_IO)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        dx = torch.mm(grad, ctx.layer.weight_OI) if ctx.needs_input_grad[0] else None
-        return dx, None, grad if ctx.needs_input_grad[2] else None
-
-
-class _LowRankProduct(torch.autograd.Function):
-    """``x W^T + b + s (x A^T) B^T``, ``W`` packed; ``x [N, in]``, ``A [r, in]``, ``B [out, r]``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layer: QuantizedLinear, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        z = torch.mm(x, a.t())
-        y = torch.mm(z * scale, b.t()).addmm_(x, layer.weight_OI.t())
-        if layer.bias is not None:
-            y += layer.bias
-        ctx.save_for_backward(x, z, a, b)
-        ctx.layer, ctx.scale = layer, scale
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
-        x, z, a, b = ctx.saved_tensors
-        dz = torch.mm(grad, b).mul_(ctx.scale)
-        db = torch.mm(grad.t(), z).mul_(ctx.scale)
-        da = torch.mm(dz.t(), x)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.mm(dz, a).addmm_(grad, ctx.layer.weight_OI)
-        return dx, None, da, db, None
-
-
 class QLoRALinear(LoRALinear):
     """LoRA's branch beside a :class:`QuantizedLinear`. Weight names are PEFT's."""
 
@@ -221,16 +178,6 @@ class QLoRALinear(LoRALinear):
     def weight_OI(self) -> Tensor:
         """The frozen weight as ``[out, in]``, dequantized anew at each use."""
         return self.base_layer.weight_OI
-
-    def _product(self, flat: Tensor, bias: Tensor | None) -> Tensor:
-        layer, a, b = self.base_layer, self.lora_A.weight, self.lora_B.weight
-        y: Tensor
-        if not (self.training and self.dropout.p > 0):
-            y = _LowRankProduct.apply(flat, layer, a, b, self.scale)  # type: ignore[no-untyped-call]
-            return y
-        z = nn.functional.linear(self.dropout(flat), a) * self.scale
-        y = _FrozenProduct.apply(flat, layer, torch.mm(z, b.t()))  # type: ignore[no-untyped-call]
-        return y if bias is None else y + bias
 
     def merged(self, rounding: Rounding) -> nn.Module:
         """A plain layer with the dequantized weight and the branch in one."""

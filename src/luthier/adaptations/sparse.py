@@ -17,7 +17,7 @@ from pydantic import Field
 
 from luthier.adaptations.base import Adaptation
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
-from luthier.models.layers import parent_of
+from luthier.models.layers import modules_of, replace_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,22 +38,17 @@ class Sparse(Adaptation):
 
         names = linear_targets(model, self.targets)
         model.requires_grad_(False)
-        for name in names:
-            parent, child = parent_of(model, name)
-            setattr(parent, child, SparseLinear(getattr(parent, child), self.share))
+        replace_modules(model, names, lambda base: SparseLinear(base, self.share))
 
     def merge(self, model: nn.Module) -> None:
         """Put the trained weights in their places and take the wrappers away."""
         from luthier.adaptations.sparse_layer import SparseLinear
 
-        wrapped = [n for n, module in model.named_modules() if isinstance(module, SparseLinear)]
-        for name in wrapped:
-            parent, child = parent_of(model, name)
-            setattr(parent, child, getattr(parent, child).merged())
+        replace_modules(model, modules_of(model, SparseLinear), SparseLinear.merged)
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """Places and values are stored; PEFT has no such method, so the file is luthier's own."""
-        return {"luthier": self.model_dump(mode="json"), "base_model_name_or_path": base}
+        return self.own_config(base)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Ten times that of full fine-tuning, not fitted."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
 
@@ -15,6 +16,20 @@ def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds the module ``name``, and the name it has there."""
     path, _, child = name.rpartition(".")
     return model.get_submodule(path), child
+
+
+def modules_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """Names of all modules of a class."""
+    return [name for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def replace_modules(
+    model: nn.Module, names: Iterable[str], make: Callable[[Any], nn.Module]
+) -> None:
+    """Put ``make(module)`` in the place of each module named; one at a time, the old one let go of."""
+    for name in names:
+        parent, child = parent_of(model, name)
+        setattr(parent, child, make(getattr(parent, child)))
 
 
 def layer_names(model: nn.Module) -> list[str]:
