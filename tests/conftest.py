@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-# The tensors are tiny: a second thread gains nothing, and waits where other work shares the cores.
 torch.set_num_threads(1)
 
 CHATML = (
@@ -28,6 +27,17 @@ CORPUS = (
     "My card has not arrived yet. When will my new card be delivered to me?",
 )
 VOCABULARY = 320
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny: a second thread gains nothing, and waits where other work runs.
+
+    Runs inside a test take all cores, as they do for a user, and would leave that to the next test.
+    """
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
@@ -29,14 +28,6 @@ COLOURS = {"sky": "blue", "grass": "green", "coal": "black", "snow": "white\nas 
 ROWS = [{"prompt": f"colour of {k}?", "completion": v} for k, v in COLOURS.items()]
 MODEL = "tiny-llama:colours"
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def jsonl(path: Path, *rows: Any) -> Path:

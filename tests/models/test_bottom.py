@@ -59,6 +59,18 @@ def gradients(
     }
 
 
+@pytest.fixture
+def extracting(
+    family: str,
+    family_folder: Callable[[str], Path],
+    objective_and_examples: tuple[Classification, list[Example]],
+) -> tuple[Network, Classification, list[Example]]:
+    """A network of which only the head trains, and what it learns."""
+    objective, examples = objective_and_examples
+    network = network_of(family_folder(family), objective, FeatureExtraction())
+    return network, objective, examples
+
+
 @pytest.mark.parametrize("file", [False, True])
 @pytest.mark.parametrize("adaptation", [Freeze(share=0.5), FeatureExtraction()])
 def test_loss_and_gradients_do_not_change(
@@ -86,12 +98,9 @@ def test_loss_and_gradients_do_not_change(
 
 
 def test_the_frozen_layers_are_not_run_again(
-    family: str,
-    family_folder: Callable[[str], Path],
-    objective_and_examples: tuple[Classification, list[Example]],
+    extracting: tuple[Network, Classification, list[Example]],
 ) -> None:
-    objective, examples = objective_and_examples
-    network = network_of(family_folder(family), objective, FeatureExtraction())
+    network, objective, examples = extracting
     network.bottom = Bottom.of(network, frozen_layers(network.model), examples, 40, None)
     stack = network.bottom._owner, network.bottom._name
     runs = []
@@ -113,12 +122,9 @@ def test_a_bottom_that_trains_is_not_frozen(
 
 
 def test_rows_of_the_same_tokens_are_kept_once(
-    family: str,
-    family_folder: Callable[[str], Path],
-    objective_and_examples: tuple[Classification, list[Example]],
+    extracting: tuple[Network, Classification, list[Example]],
 ) -> None:
-    objective, examples = objective_and_examples
-    network = network_of(family_folder(family), objective, FeatureExtraction())
+    network, _, examples = extracting
     twice = [*examples, *(Example(e.ids_T, e.weight_T, 9, e.target) for e in examples)]
     bottom = Bottom.of(network, 1, twice, 40, None)
     assert len(bottom._kept) == sum(map(len, examples))

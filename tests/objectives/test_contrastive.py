@@ -46,7 +46,7 @@ def total_and_gradients(
     network: Network, objective: Contrastive, examples: list[Example], budget: int
 ) -> tuple[float, dict[str, torch.Tensor], int]:
     network.model.zero_grad(set_to_none=True)
-    views = [view for example in examples for view in objective.views(example)]
+    views = objective.seen(examples)
     with torch.no_grad():
         batches = objective.annotate(network, network.batches(views, budget))
     assert sum(batch.weight for batch in batches) == len(examples)
@@ -122,7 +122,7 @@ def test_the_second_pass_sees_the_dropout_of_the_first(
         return seen[-1].clone().requires_grad_()
 
     network.row_states = watched  # type: ignore[method-assign]
-    views = [view for example in examples for view in objective.views(example)]
+    views = objective.seen(examples)
     with torch.no_grad():
         batches = objective.annotate(network, network.batches(views, 16))
     for batch in batches:

@@ -128,10 +128,8 @@ class Loop:
         )
 
     def _batches(self, examples: Sequence[Example]) -> list[TreeBatch]:
-        views = [view for example in examples for view in self.objective.views(example)]
-        batches = self.network.batches(views, self.budget)
         with torch.no_grad():
-            return self.objective.annotate(self.network, batches)
+            return _annotated(self.network, self.objective, examples, self.budget)
 
     def _backward(self, batches: Sequence[TreeBatch]) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over ``batches``; the mean, and the objective's metrics."""
@@ -188,6 +186,13 @@ class Loop:
                 weight.data.copy_(self.best[name])
 
 
+def _annotated(
+    network: Network, objective: Objective, examples: Sequence[Example], budget: int
+) -> list[TreeBatch]:
+    """The micro-batches of ``examples``, with what the objective adds to them."""
+    return objective.annotate(network, network.batches(objective.seen(examples), budget))
+
+
 @torch.no_grad()
 def mean_loss(
     network: Network, objective: Objective, examples: Sequence[Example], budget: int
@@ -195,8 +200,7 @@ def mean_loss(
     """The objective's loss on ``examples``, averaged over their weight."""
     network.model.eval()
     total = weight = 0.0
-    views = [view for example in examples for view in objective.views(example)]
-    for batch in objective.annotate(network, network.batches(views, budget)):
+    for batch in _annotated(network, objective, examples, budget):
         total += float(objective.loss(network, batch).total)
         weight += batch.weight
     return total / weight

@@ -256,8 +256,7 @@ class _Trainer:
         seen = self.job.steps * (self.recipe.training.batch_size or 1)
         if not count or not data.objective.fixed or seen < 2 * len(data.train):
             return 0
-        given = [*data.train, *data.validation]
-        rows = [view for example in given for view in data.objective.views(example)]
+        rows = data.objective.seen([*data.train, *data.validation])
         size = sum(map(len, rows)) * network.width * network.dtype.itemsize
         file = None
         if size > available_memory() // 4:

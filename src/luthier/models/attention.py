@@ -66,7 +66,6 @@ def plan_attention(
     ``both_ways`` is for a forest of chains: each node sees the whole of its row.
     """
     longest = int(tree.depth_N.max()) + 1
-    # A query sees the keys from ``first`` to itself (or to the end of its row) that are no cousins.
     first_N = _row_starts(tree) if both_ways else None
     if device.type != "cpu":
         seen = tree.subtree_end_N if first_N is None else first_N

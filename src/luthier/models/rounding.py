@@ -13,6 +13,7 @@ weights that stay do not flicker, and a copy can be made again from the masters 
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,14 @@ _UPPER = 1 if sys.byteorder == "little" else 0
 """Which half of a float32 is the bfloat16 cut from it."""
 
 
+@cache
+def _noise(device: torch.device) -> Tensor:
+    """The random numbers: drawn once, as a step of training makes a :class:`Rounding` of its own."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, 1 << 16, (2 * CHUNK,), generator=generator, dtype=torch.int32)
+    return drawn.to(device)
+
+
 class Rounding:
     """Rounds a series of float32 tensors, the same way for each object made anew.
 
@@ -31,10 +40,6 @@ class Rounding:
     """
 
     def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._noise = torch.randint(
-            0, 1 << 16, (2 * CHUNK,), generator=generator, dtype=torch.int32
-        )
         self._start = 0
 
     def __call__(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,7 +56,7 @@ class Rounding:
         if not target.is_contiguous():
             target.copy_(self(values, target.dtype))
             return
-        noise = self._noise.to(values.device)
+        noise = _noise(values.device)
         parts = zip(target.view(-1).split(CHUNK), values.reshape(-1).split(CHUNK), strict=True)
         for into, part in parts:
             self._start = (self._start + 7919) % CHUNK  # a prime step

@@ -77,6 +77,10 @@ class Objective(BaseModel):
         """The rows the network is to see for one example: itself, unless the method says otherwise."""
         return [example]
 
+    def seen(self, examples: Sequence[Example]) -> list[Example]:
+        """All rows the network is to see for ``examples``."""
+        return [view for example in examples for view in self.views(example)]
+
     def annotate(self, network: Network, batches: Sequence[TreeBatch]) -> list[TreeBatch]:
         """Add to the micro-batches of a batch what is computed without a gradient."""
         return list(batches)

@@ -39,7 +39,7 @@ class _Cached:
     """Gradient of the loss by the embeddings."""
     loss: float
     """The part of the loss that is counted with this micro-batch."""
-    random: Any
+    random: tuple[Tensor, list[Tensor]]
     """State of the random numbers before the first pass: dropout must fall alike."""
 
 
@@ -160,27 +160,24 @@ class Contrastive(Objective):
         return [{"embedding": row.tolist()} for row in self.embed(network, batch)]
 
 
-def _random_state(network: Network) -> Any:
+def _cuda(network: Network) -> list[Any]:
+    """The device whose random numbers dropout draws, if it is not the processor."""
+    return [network.device] if network.device.type == "cuda" else []
+
+
+def _random_state(network: Network) -> tuple[Tensor, list[Tensor]]:
     import torch
 
-    cuda = torch.cuda.get_rng_state(network.device) if network.device.type == "cuda" else None
-    return torch.get_rng_state(), cuda
+    return torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in _cuda(network)]
 
 
 @contextmanager
-def _random_numbers(network: Network, state: Any) -> Iterator[None]:
+def _random_numbers(network: Network, state: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
     """Draw again what was drawn after ``state``; what follows is drawn as without this."""
-    after = _random_state(network)
-    _restore(network, state)
-    try:
-        yield
-    finally:
-        _restore(network, after)
-
-
-def _restore(network: Network, state: Any) -> None:
     import torch
 
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], network.device)
+    with torch.random.fork_rng(devices=_cuda(network)):
+        torch.set_rng_state(state[0])
+        for device, numbers in zip(_cuda(network), state[1], strict=True):
+            torch.cuda.set_rng_state(numbers, device)
+        yield
