@@ -29,7 +29,29 @@ _OBJECTIVES = (
     "chosen by the rows when not given."
 )
 _ADAPTATIONS = "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters or prompt."
+Data = Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")]
+Validation = Annotated[Path | None, typer.Option(help="Rows to measure on.")]
+Base = Annotated[str | None, typer.Option(help="Model to start from.")]
+Objective = Annotated[str | None, typer.Option(help=_OBJECTIVES)]
+Adaptation = Annotated[str | None, typer.Option(help=_ADAPTATIONS)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def _named(
+    validation: Path | None,
+    base: str | None,
+    name: str | None,
+    objective: str | None,
+    adaptation: str | None,
+) -> dict[str, Any]:
+    """Fields of the recipe by the options that name them."""
+    return {
+        "data.validation": validation and str(validation),
+        "base": base,
+        "name": name,
+        "objective.method": objective,
+        "adaptation.method": adaptation,
+    }
 
 
 def _version(value: bool) -> None:
@@ -51,12 +73,12 @@ def root(
 
 @app.command()
 def tune(
-    data: Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")],
-    validation: Annotated[Path | None, typer.Option(help="Rows to measure on.")] = None,
-    base: Annotated[str | None, typer.Option(help="Model to start from.")] = None,
+    data: Data,
+    validation: Validation = None,
+    base: Base = None,
     name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
-    objective: Annotated[str | None, typer.Option(help=_OBJECTIVES)] = None,
-    adaptation: Annotated[str | None, typer.Option(help=_ADAPTATIONS)] = None,
+    objective: Objective = None,
+    adaptation: Adaptation = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the rows.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in one step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
@@ -74,12 +96,7 @@ def tune(
     from luthier.cli import tuning
     from luthier.cli.console import errors
 
-    flags: dict[str, Any] = {
-        "data.validation": validation and str(validation),
-        "base": base,
-        "name": name,
-        "objective.method": objective,
-        "adaptation.method": adaptation,
+    flags = _named(validation, base, name, objective, adaptation) | {
         "training.epochs": epochs,
         "training.batch_size": batch_size,
         "training.learning_rate": learning_rate,
@@ -91,7 +108,7 @@ def tune(
 
 @app.command()
 def search(
-    data: Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")],
+    data: Data,
     trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = 12,
     space: Annotated[
         list[str] | None,
@@ -99,11 +116,11 @@ def search(
             help="Field to search: KEY=LOW..HIGH or KEY=a,b,c; the rate if none is given."
         ),
     ] = None,
-    validation: Annotated[Path | None, typer.Option(help="Rows to measure on.")] = None,
-    base: Annotated[str | None, typer.Option(help="Model to start from.")] = None,
+    validation: Validation = None,
+    base: Base = None,
     name: Annotated[str | None, typer.Option(help="Name of search and custom model.")] = None,
-    objective: Annotated[str | None, typer.Option(help=_OBJECTIVES)] = None,
-    adaptation: Annotated[str | None, typer.Option(help=_ADAPTATIONS)] = None,
+    objective: Objective = None,
+    adaptation: Adaptation = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. training.epochs=2."),
@@ -120,13 +137,7 @@ def search(
     from luthier.cli import searching
     from luthier.cli.console import errors
 
-    flags: dict[str, Any] = {
-        "data.validation": validation and str(validation),
-        "base": base,
-        "name": name,
-        "objective.method": objective,
-        "adaptation.method": adaptation,
-    }
+    flags = _named(validation, base, name, objective, adaptation)
     with errors(json_):
         if range_test:
             searching.range_test(data, flags, set_ or [], json_)
@@ -140,7 +151,7 @@ def inspect(
     base: Annotated[str, typer.Option(help="Model whose template is shown.")] = (
         "smollm2-135m-instruct"
     ),
-    objective: Annotated[str | None, typer.Option(help=_OBJECTIVES)] = None,
+    objective: Objective = None,
     rows: Annotated[int, typer.Option(help="Rows to show.")] = 3,
     json_: Json = False,
 ) -> None:
