@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from clock import Clock
+from peer import SETTINGS, Clock
 
 
 def main() -> None:
@@ -48,14 +48,7 @@ def main() -> None:
                 num_train_epochs=float(epochs),
                 per_device_train_batch_size=16,
                 learning_rate=float(rate),
-                lr_scheduler_type="cosine",
-                warmup_steps=0,
-                logging_steps=1,
-                report_to=[],
-                save_strategy="no",
-                bf16=True,
-                use_cpu=True,
-                train_sampling_strategy="sequential",
+                **SETTINGS,
             ),
             train_dataset=data,
             data_collator=DataCollatorWithPadding(tokenizer),

@@ -19,7 +19,7 @@ from transformers import (
     default_data_collator,
 )
 
-from clock import Clock
+from peer import SETTINGS, Clock
 
 
 def main() -> None:
@@ -41,14 +41,7 @@ def main() -> None:
                 max_steps=int(steps),
                 per_device_train_batch_size=4,
                 learning_rate=float(rate),
-                lr_scheduler_type="cosine",
-                warmup_steps=0,
-                logging_steps=1,
-                report_to=[],
-                save_strategy="no",
-                bf16=True,
-                use_cpu=True,
-                train_sampling_strategy="sequential",
+                **SETTINGS,
             ),
             train_dataset=data,
             data_collator=default_data_collator,

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from clock import Clock
+from peer import SETTINGS, Clock
 
 
 def main() -> None:
@@ -35,16 +35,9 @@ def main() -> None:
             output_dir=scratch,
             max_steps=int(steps),
             learning_rate=float(rate),
-            lr_scheduler_type="cosine",
-            warmup_steps=0,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            bf16=True,
-            use_cpu=True,
             max_length=None,
             seed=0,
-            train_sampling_strategy="sequential",
+            **SETTINGS,
             **(batches if best else {"per_device_train_batch_size": 16}),
         )
         clock = Clock()

@@ -1,10 +1,23 @@
-"""Step times and losses of a run of transformers' Trainer; imported by both peers' sides."""
+"""What all peers' sides share: the settings of transformers' Trainer, step times and losses."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from transformers import TrainerCallback
+
+SETTINGS: dict[str, Any] = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "bf16": True,
+    "use_cpu": True,
+    "train_sampling_strategy": "sequential",
+}
+"""bfloat16 autocast on the processor, rows in the order of the file, nothing saved or reported."""
 
 
 class Clock(TrainerCallback):
