@@ -190,7 +190,8 @@ def _annotated(
     network: Network, objective: Objective, examples: Sequence[Example], budget: int
 ) -> list[TreeBatch]:
     """The micro-batches of ``examples``, with what the objective adds to them."""
-    return objective.annotate(network, network.batches(objective.seen(examples), budget))
+    rows = objective.seen(examples, training=network.model.training)
+    return objective.annotate(network, network.batches(rows, budget))
 
 
 @torch.no_grad()

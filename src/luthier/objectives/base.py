@@ -77,8 +77,12 @@ class Objective(BaseModel):
         """The rows the network is to see for one example: itself, unless the method says otherwise."""
         return [example]
 
-    def seen(self, examples: Sequence[Example]) -> list[Example]:
-        """All rows the network is to see for ``examples``."""
+    def seen(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
+        """All rows the network is to see for ``examples`` in one step.
+
+        A method that draws them anew each time (noise, augmentation) draws from torch's global
+        generator while ``training``, as checkpoints keep its state, and else always the same.
+        """
         return [view for example in examples for view in self.views(example)]
 
     def annotate(self, network: Network, batches: Sequence[TreeBatch]) -> list[TreeBatch]:
