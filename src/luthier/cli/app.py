@@ -125,6 +125,9 @@ def search(
         list[str] | None,
         typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. training.epochs=2."),
     ] = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, help="Trials at once, each with a share of the cores.")
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted search.")
     ] = False,
@@ -142,7 +145,7 @@ def search(
         if range_test:
             searching.range_test(data, flags, set_ or [], json_)
         else:
-            searching.search(data, flags, set_ or [], trials, space or [], resume, json_)
+            searching.search(data, flags, set_ or [], trials, space or [], parallel, resume, json_)
 
 
 @app.command()
