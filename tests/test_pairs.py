@@ -27,7 +27,8 @@ from luthier.store import models as store
 from luthier.types import Example, Message, Row
 
 CPU = torch.device("cpu")
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "albert")
+DECODERS, ENCODERS = ("llama", "gpt2", "palm"), ("bert", "roberta", "albert")
+FAMILIES = (*DECODERS, *ENCODERS)
 WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
 TEXTS = [f"One word, please: {word}" for word in WORDS]
 ROWS = {
@@ -49,8 +50,8 @@ ROWS = {
 }
 TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
-    **{(o, f): "cannot be a causal" for o in ("sft", "causal_lm") for f in FAMILIES[2:]},
-    **{("masked_lm", f): "no mask token|cannot be a masked" for f in FAMILIES[:2]},
+    **{(o, f): "cannot be a causal" for o in ("sft", "causal_lm") for f in ENCODERS},
+    **{("masked_lm", f): "no mask token|cannot be a masked" for f in DECODERS},
 }
 """Objectives that a family cannot learn, and what the refusal says."""
 
@@ -170,14 +171,21 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
 def adaptation_refusals() -> dict[tuple[str, str], str]:
     """Adaptations that a family cannot take, and what the refusal says."""
     return {
-        ("bitfit", "llama"): "bitfit trains biases, and networks of type llama have none. Use lora",
+        **{
+            ("bitfit", f): f"bitfit trains biases, and networks of type {f} have none. Use lora"
+            for f in ("llama", "palm")
+        },
         ("freeze", "albert"): "no stack of layers",
     }
 
 
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
-    tied = {(o, "feature_extraction", "gpt2"): "output head.* tied" for o in ("sft", "causal_lm")}
+    tied = {
+        (o, "feature_extraction", f): "output head.* tied"
+        for o in ("sft", "causal_lm")
+        for f in ("gpt2", "palm")
+    }
     none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}
     return tied | none
 

@@ -13,6 +13,7 @@ from luthier.data.chat import ChatFormat, Template
 from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import read_json
+from luthier.models import nets
 from luthier.models.attention import NAME, register
 from luthier.models.fused import fuse
 from luthier.models.heads import CAUSAL_LM, Head, auto_class, head_weights, mark, task_of
@@ -76,6 +77,7 @@ def read_config(folder: Path, head: Head) -> Any:
     """transformers' configuration of the network in ``folder``, set up for ``head``."""
     from transformers import AutoConfig
 
+    nets.register(check_folder(folder).get("model_type"))
     try:
         config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
