@@ -2,7 +2,8 @@
 
     python benchmarks/pretrain_memory.py DATA/tinyshakespeare/train.jsonl --megabytes 50 1000
 
-Each corpus is the text of the rows again and again, every line with a number, in one plain-text file.
+Each corpus is the text of the rows again and again, each time under a heading of its own, in one
+plain-text file.
 It is checked, a tokenizer is trained, all of it is written as tokens, and two steps are taken.
 """
 
@@ -39,13 +40,12 @@ print(json.dumps({"stages": rows, "tokens": result.tokens, "peak": peak_memory()
 def corpus(rows: Path, size: int, target: Path) -> None:
     """Write ``size`` bytes of text."""
     texts = [json.loads(line)["text"] for line in rows.read_text().split("\n") if line]
-    lines = "\n".join(texts).split("\n")
+    text = "\n".join(texts)
     written = number = 0
     with target.open("w") as file:
         while written < size:
-            for line in lines:
-                number += 1
-                written += file.write(f"{line} {number}\n")
+            number += 1
+            written += file.write(f"Copy {number}\n\n{text}\n\n")
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from luthier.data.read import last_cut
-from luthier.data.rows import stream_texts
+from luthier.data.rows import stream_rows
 from luthier.errors import DataError, Problem
+from luthier.types import Row
 
 PIECE = 1 << 16
 """Characters in a piece of text at most, where it has white space to be cut at."""
@@ -50,13 +51,30 @@ def pieces(paths: Sequence[Path]) -> Iterator[Piece]:
     problems = _Few()
     document = start = 0
     for path in paths:
-        for text, ends in stream_texts(path, problems):
-            for part, last in _parts(text):
+        for row, ends in stream_rows(path, problems):
+            if not _is_raw(row):
+                problems.append(_not_raw(row))
+            for part, last in _parts(row.text or ""):
                 yield Piece(part, document, start, ends and last)
                 start += len(part)
             document += ends
     if problems:
         raise DataError(problems)
+
+
+def _is_raw(row: Row) -> bool:
+    others = (row.messages, row.prompt, row.completion, row.label, row.rating, row.tokens)
+    return row.positive is None and all(other is None for other in others)
+
+
+def _not_raw(row: Row) -> Problem:
+    return Problem(
+        row.file,
+        row.line,
+        "row.objective",
+        "The row is more than a text; this learns from raw text only.",
+        'Rewrite the row as {"text"}.',
+    )
 
 
 class _Few(list[Problem]):
