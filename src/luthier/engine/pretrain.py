@@ -101,31 +101,62 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
     start = _start(recipe, run, found, reporter)
     chat = store.chat_format(start)
     context = context_length(check_folder(start.folder))
-    facts = _tokens(recipe, run, found, chat, reporter)
-    train = TokenFile.open(run.folder / TOKENS / "train.bin", facts["train"], context)
-    held = TokenFile.open(run.folder / TOKENS / "validation.bin", facts["validation"], context)
+    data = _dataset(recipe, run, found, chat, context, reporter)
+    weights, embedding = _count(start)
+    facts = NetworkFacts(weights, embedding, context, data.counts["tokens"])
+    training, more = choose(recipe.training, facts)
+    if note := shortage(facts, training):
+        reporter.note(note)
+    choices += [("weights", f"{weights:,}", f"and {context} tokens of context"), *more]
+    whole = Recipe(
+        base=start.id,
+        data=DataSpec(train=run.folder / TOKENS / "train.bin"),
+        objective=data.objective,
+        adaptation=Full(),
+        training=training,
+    )
+    settled = read_json(run.folder / SETTLED) if (run.folder / SETTLED).is_file() else {}
+    job = settle(
+        whole,
+        start,
+        chat,
+        replace(data, choices=choices),
+        machine,
+        reporter,
+        settled.get("micro_batch_tokens"),
+    )
+    # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
+    budget = job.recipe.training.micro_batch_tokens
+    write_json(run.folder / SETTLED, {"micro_batch_tokens": budget})
+    chosen = job.recipe.plain()
+    filled = {"training": chosen["training"], "objective": chosen["objective"]}
+    origin = {"recipe": recipe.plain() | filled, "parameters": weights, "context": context}
+    return replace(job, origin=origin)
+
+
+def _dataset(
+    recipe: PretrainRecipe,
+    run: BaseRun,
+    found: Survey,
+    chat: ChatFormat,
+    context: int,
+    reporter: Reporter,
+) -> Dataset:
+    """The token file as sequences to learn from and to measure on."""
+    folder, facts = run.folder / TOKENS, _tokens(recipe, run, found, chat, reporter)
+    train = TokenFile.open(folder / "train.bin", facts["train"], context)
+    held = TokenFile.open(folder / "validation.bin", facts["validation"], context)
     if not train:
         raise RecipeError(
             f"{train.tokens} tokens are left to train on; give more text, or a smaller validation share"
         )
-    weights, embedding = _count(start)
-    network = NetworkFacts(weights, embedding, context, train.tokens)
-    training, more = choose(recipe.training, network)
-    objective = recipe.objective(context)
-    whole = Recipe(
-        base=start.id,
-        data=DataSpec(train=train.path),
-        objective=objective,
-        adaptation=Full(),
-        training=training,
-    )
-    data = Dataset(
-        objective=objective,
+    return Dataset(
+        objective=recipe.objective(context),
         train=train,
         validation=_spread(held),
         longest=train.longest,
         hashes=run.recorded("data"),
-        choices=[*choices, ("weights", f"{weights:,}", f"{context} tokens of context"), *more],
+        choices=[],
         counts={
             "rows": found.documents,
             "validation_rows": len(held),
@@ -134,22 +165,6 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
             "examples": len(train),
         },
     )
-    if note := shortage(network, training):
-        reporter.note(note)
-    settled = read_json(run.folder / SETTLED) if (run.folder / SETTLED).is_file() else {}
-    job = settle(whole, start, chat, data, machine, reporter, settled.get("micro_batch_tokens"))
-    budget = job.recipe.training.micro_batch_tokens
-    write_json(run.folder / SETTLED, {"micro_batch_tokens": budget})
-    origin = {
-        "recipe": recipe.plain()
-        | {
-            "training": job.recipe.plain()["training"],
-            "objective": job.recipe.plain()["objective"],
-        },
-        "parameters": weights,
-        "context": context,
-    }
-    return replace(job, origin=origin)
 
 
 def _survey(recipe: PretrainRecipe, run: BaseRun, reporter: Reporter) -> Survey:
@@ -185,7 +200,7 @@ def _start(
         with new_folder(folder) as fresh:
             build(fields, recipe.training.seed, fresh)
             tokenizer.save_pretrained(fresh)
-    return store.StoredModel(str(folder), folder, {"kind": "causal_lm"})
+    return store.StoredModel("a new network", folder, {"kind": "causal_lm"})
 
 
 def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
