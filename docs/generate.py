@@ -20,7 +20,15 @@ from luthier.data.rows import RULES as ROW_RULES
 from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.graders import GRADERS
 from luthier.models.catalog import CATALOG
+from luthier.models.presets import SHAPES
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.pretraining import (
+    Corpus,
+    NewNetwork,
+    NewTokenizer,
+    PretrainRecipe,
+    PretrainTraining,
+)
 from luthier.recipe import DataSpec, Recipe, Training
 
 TARGET = Path(__file__).parent / "reference.md"
@@ -34,6 +42,7 @@ def main() -> int:
                 *_head(),
                 *_commands(),
                 *_recipe(),
+                *_pretraining(),
                 *_methods(),
                 *_support(),
                 *_models(),
@@ -113,6 +122,31 @@ def _recipe() -> list[str]:
     return [*lines, *_fields(rows)]
 
 
+def _pretraining() -> list[str]:
+    lines = [
+        "## Recipe of a pre-training",
+        "",
+        "Fields of a TOML recipe for `luthier pretrain`, of its `--set NAME=VALUE` and of",
+        "`luthier.pretrain(…)`. Fields of `training.` that are not here are those above.",
+        "",
+    ]
+    rows = [_field("", "name", PretrainRecipe)]
+    for prefix, cls in (("data.", Corpus), ("network.", NewNetwork), ("tokenizer.", NewTokenizer)):
+        rows += [_field(prefix, name, cls) for name in cls.model_fields]
+    own = PretrainTraining.__annotations__
+    rows += [_field("training.", name, PretrainTraining) for name in own]
+    sizes = [
+        "Width, layers, heads and context of the sizes:",
+        "",
+        f"| family | {' | '.join(SHAPES['llama'])} |",
+        "| --- |" + " --- |" * len(SHAPES["llama"]),
+    ]
+    for family, shapes in SHAPES.items():
+        cells = [f"{s.hidden}, {s.layers}, {s.heads}, {s.context}" for s in shapes.values()]
+        sizes.append(f"| `{family}` | {' | '.join(cells)} |")
+    return [*lines, *_fields(rows), *sizes, ""]
+
+
 def _methods() -> list[str]:
     lines = []
     for title, prefix, table in (
@@ -131,13 +165,14 @@ def _methods() -> list[str]:
 
 
 FAMILIES = {
-    "Llama": "LlamaConfig",
-    "GPT-2": "GPT2Config",
-    "BERT": "BertConfig",
-    "RoBERTa": "RobertaConfig",
-    "ALBERT": "AlbertConfig",
-    "T5": "T5Config",
-    "XLNet": "XLNetConfig",
+    "Llama": "llama",
+    "GPT-2": "gpt2",
+    "PaLM": "palm",
+    "BERT": "bert",
+    "RoBERTa": "roberta",
+    "ALBERT": "albert",
+    "T5": "t5",
+    "XLNet": "xlnet",
 }
 
 
@@ -154,22 +189,24 @@ def _support() -> list[str]:
     ]
     reasons: dict[str, None] = {}
     for name, objective in OBJECTIVES.items():
-        cells = [_cell(objective, config, reasons) for config in FAMILIES.values()]
+        cells = [_cell(objective, family, reasons) for family in FAMILIES.values()]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     lines += ["", "Reasons given:", "", *(f"- {reason}" for reason in reasons), ""]
     return lines
 
 
-def _cell(objective: type[Objective], config: str, reasons: dict[str, None]) -> str:
+def _cell(objective: type[Objective], family: str, reasons: dict[str, None]) -> str:
     import torch
-    import transformers
+    from transformers import AutoConfig
 
     from luthier.errors import RecipeError
+    from luthier.models import nets
     from luthier.models.heads import Head
     from luthier.models.load import sketch_of
 
     task, refused = objective.task, []
-    settings: Any = getattr(transformers, config)()
+    nets.register(family)
+    settings: Any = AutoConfig.for_model(family)
     for name, adaptation in ADAPTATIONS.items():
         head = Head(task, () if task in ("causal_lm", "masked_lm") else ("a", "b"))
         try:

@@ -46,8 +46,12 @@ def test_light_entry_points_load_nothing_heavy(code: str) -> None:
 
 @pytest.mark.parametrize(
     "code",
-    ["import luthier.recipe; luthier.Recipe", "import luthier.sdk; luthier.tune"],
-    ids=["recipe", "sdk"],
+    [
+        "import luthier.recipe; luthier.Recipe",
+        "import luthier.pretraining",
+        "import luthier.sdk; luthier.tune",
+    ],
+    ids=["recipe", "pretraining", "sdk"],
 )
 def test_recipes_and_the_sdk_load_no_torch(code: str) -> None:
     assert not loaded_after(f"import luthier\n{code}") & set(HEAVY)

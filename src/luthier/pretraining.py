@@ -48,7 +48,7 @@ class NewTokenizer(Part):
 
     vocabulary: int | None = Field(default=None, ge=SMALLEST)
     """Tokens at most; 256 bytes and the end-of-text token are the least."""
-    sample: int = Field(default=100_000_000, ge=1)
+    sample: int = Field(default=50_000_000, ge=1)
     """Characters of the text it is trained on at most, spread over all of it."""
 
 

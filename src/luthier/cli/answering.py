@@ -7,11 +7,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from luthier.cli.console import check_output, counting, heavy_imports, print_json
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.types import Message
+
+if TYPE_CHECKING:
+    from luthier.store.models import StoredModel
+    from luthier.types import Row
 
 
 def generate(
@@ -174,6 +178,9 @@ def evaluate(
     if objective_of(stored).reads:
         predicting.evaluate(stored, data, rows, target, as_json)
         return
+    if target is None and all(row.text is not None for row in rows):
+        _perplexity(stored, rows, as_json)
+        return
     questions(rows)  # refuses rows without a reply before the model is loaded
     with heavy_imports():
         generator = Generator.open(stored)
@@ -191,3 +198,19 @@ def evaluate(
     else:
         for name, score in result.scores.items():
             sys.stdout.write(f"{name}: {score:.2%} of {result.rows} rows ({seconds:.0f} s)\n")
+
+
+def _perplexity(stored: StoredModel, rows: Sequence[Row], as_json: bool) -> None:
+    """Raw text has no replies to grade: how well is each token predicted?"""
+    from luthier.serving.measuring import perplexity
+
+    started = time.monotonic()
+    with heavy_imports():
+        found = perplexity(stored, rows).plain()
+    seconds = time.monotonic() - started
+    if as_json:
+        print_json({"model": stored.id, "rows": len(rows), **found, "seconds": seconds})
+        return
+    for name, score in found["scores"].items():
+        sys.stdout.write(f"{name}: {score:.4f}\n")
+    sys.stdout.write(f"{found['tokens']:,} tokens of {len(rows)} texts in {seconds:.0f} s\n")

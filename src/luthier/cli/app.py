@@ -276,14 +276,14 @@ def predict(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
     data: Annotated[
-        Path, typer.Argument(help="JSONL of prompts and replies, or of labelled texts.")
+        Path, typer.Argument(help="JSONL of prompts and replies, of labelled texts, or raw text.")
     ],
     grader: Annotated[list[str] | None, typer.Option(help="exact or first_line.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
     json_: Json = False,
 ) -> None:
-    """Let a model answer held-out rows and grade the replies, or compare its labels with theirs."""
+    """Grade a model's replies to held-out rows, or its labels; perplexity where they are raw text."""
     from luthier.cli import answering
     from luthier.cli.console import errors
 
@@ -348,7 +348,7 @@ def models_export(
 
 @models_app.command("remove")
 def models_remove(model: str, json_: Json = False) -> None:
-    """Delete a custom model and its run."""
+    """Delete a custom model, or a base model made here, and its run."""
     from luthier.cli import inventory
     from luthier.cli.console import errors
 

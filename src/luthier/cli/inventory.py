@@ -9,7 +9,13 @@ from typing import Any
 from luthier.cli.console import LiveReporter, print_json
 from luthier.errors import CorruptFile, RecipeError
 from luthier.models.catalog import CATALOG, MANIFEST
-from luthier.store.models import StoredModel, base_folder, custom_models, find
+from luthier.store.models import (
+    StoredModel,
+    base_folder,
+    custom_models,
+    find,
+    pretrained_models,
+)
 
 
 def list_models(as_json: bool) -> None:
@@ -25,7 +31,7 @@ def list_models(as_json: bool) -> None:
             "about": entry.about,
         }
         for entry in CATALOG.values()
-    ]
+    ] + [_made_here(model) for model in pretrained_models()]
     custom = [_listed(model) for model in custom_models()]
     if as_json:
         print_json({"base": bases, "custom": custom})
@@ -35,6 +41,9 @@ def list_models(as_json: bool) -> None:
     table = _table("base model", "parameters", "context", "licence", "here")
     for base in bases:
         here = "yes" if base["here"] else "luthier models pull"
+        if "damaged" in base:
+            table.add_row(str(base["id"]), "", "", "", "[red]damaged[/red]")
+            continue
         size = f"{base['parameters'] / 1e6:.0f} M"
         table.add_row(str(base["id"]), size, str(base["context"]), str(base["licence"]), here)
     out = Console()
@@ -53,6 +62,26 @@ def list_models(as_json: bool) -> None:
         out.print(table)
     else:
         out.print("\nNo custom models yet: luthier tune DATA makes one.", highlight=False)
+
+
+def _made_here(model: StoredModel) -> dict[str, Any]:
+    """One line of the list of base models, for one that was pre-trained in this store."""
+    manifest = model.manifest
+    try:
+        network = manifest["recipe"]["network"]
+        about = f"pre-trained here: {network['family']}"
+        return {
+            "id": model.id,
+            "kind": manifest["kind"],
+            "parameters": manifest["parameters"],
+            "context": manifest["context"],
+            "licence": "your own",
+            "here": True,
+            "about": about,
+        }
+    except (KeyError, TypeError) as error:
+        reason = manifest.get("damaged") or f"{MANIFEST} has no {error}"
+        return {"id": model.id, "here": True, "damaged": reason}
 
 
 def _listed(model: StoredModel) -> dict[str, Any]:
@@ -184,17 +213,22 @@ def export_model(model_id: str, folder: Path, merged: bool, as_json: bool) -> No
 
 
 def remove(model_id: str, as_json: bool) -> None:
-    """Delete a custom model and the folder of its run; refuse while others build on it."""
-    from luthier.engine.runs import Run
+    """Delete a model made here and the folder of its run; refuse while others build on it."""
+    from luthier.engine.runs import BaseRun, Run
     from luthier.recipe import NAME_PATTERN
 
-    base, _, name = model_id.partition(":")
-    run = Run(base, name)
+    base, colon, name = model_id.partition(":")
+    made_here = not colon and model_id not in CATALOG
+    run = BaseRun(base) if made_here else Run(base, name)
     # An empty name, or `..`, would take the models beside it, too.
-    known = NAME_PATTERN.fullmatch(name) and (run.folder.exists() or run.model_folder.exists())
+    known = NAME_PATTERN.fullmatch(run.name) and (run.folder.exists() or run.model_folder.exists())
     if not known:
-        raise RecipeError(f"{model_id!r} is no custom model or run here; see `luthier models list`")
-    children = [m.id for m in custom_models() if m.manifest["parent"] == model_id]
+        raise RecipeError(
+            f"{model_id!r} is no model that was made here, and no run; see `luthier models list`"
+        )
+    children = [
+        m.id for m in custom_models() if model_id in (m.manifest["parent"], made_here and m.root)
+    ]
     if children:
         raise RecipeError(f"{', '.join(children)} was made from {model_id}; remove it first")
     with run.lock():

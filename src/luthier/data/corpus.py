@@ -8,13 +8,14 @@ file, or a plain-text file.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from luthier.data.read import last_cut
-from luthier.data.rows import stream_texts
+from luthier.data.rows import stream_rows
 from luthier.errors import DataError, Problem
+from luthier.types import Row
 
 PIECE = 1 << 16
 """Characters in a piece of text at most, where it has white space to be cut at."""
@@ -50,13 +51,30 @@ def pieces(paths: Sequence[Path]) -> Iterator[Piece]:
     problems = _Few()
     document = start = 0
     for path in paths:
-        for text, ends in stream_texts(path, problems):
-            for part, last in _parts(text):
+        for row, ends in stream_rows(path, problems):
+            if not _is_raw(row):
+                problems.append(_not_raw(row))
+            for part, last in _parts(row.text or ""):
                 yield Piece(part, document, start, ends and last)
                 start += len(part)
             document += ends
     if problems:
         raise DataError(problems)
+
+
+def _is_raw(row: Row) -> bool:
+    others = (row.messages, row.prompt, row.completion, row.label, row.rating, row.tokens)
+    return row.positive is None and all(other is None for other in others)
+
+
+def _not_raw(row: Row) -> Problem:
+    return Problem(
+        row.file,
+        row.line,
+        "row.objective",
+        "The row is more than a text; this learns from raw text only.",
+        'Rewrite the row as {"text"}.',
+    )
 
 
 class _Few(list[Problem]):
@@ -100,7 +118,7 @@ def sample(paths: Sequence[Path], size: int, characters: int) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Which pieces are measured on and not learned from.
+    """Which part of the text is measured on and not learned from.
 
     Whole documents, drawn by seed and number alone; the end of the text where those would be few.
     """
@@ -109,11 +127,17 @@ class HeldOut:
     seed: int
     survey: Survey
 
-    def __contains__(self, piece: Piece) -> bool:
-        """Whether ``piece`` is held out."""
-        if not self.share:
-            return False
-        if self.share * self.survey.documents >= ENOUGH_DOCUMENTS:
-            drawn = zlib.crc32(b"%d %d" % (self.seed, piece.document))
-            return drawn < self.share * 2**32
-        return piece.start >= (1 - self.share) * self.survey.characters
+    def parts(self, text: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
+        """The same text, and of each piece whether it is held out."""
+        drawn = self.share * self.survey.documents >= ENOUGH_DOCUMENTS
+        edge = int((1 - self.share) * self.survey.characters)
+        for piece in text:
+            cut = last_cut(piece.text[: max(0, edge - piece.start)])
+            if drawn:
+                number = zlib.crc32(b"%d %d" % (self.seed, piece.document))
+                yield piece, number < self.share * 2**32
+            elif self.share and cut and piece.start + len(piece.text) > edge:
+                yield replace(piece, text=piece.text[:cut], ends=False), False
+                yield replace(piece, text=piece.text[cut:], start=piece.start + cut), True
+            else:
+                yield piece, bool(self.share) and piece.start >= edge

@@ -98,33 +98,30 @@ def load_rows(path: Path) -> list[Row]:
     return [row for row in rows if row is not None]
 
 
-def stream_texts(path: Path, problems: list[Problem]) -> Iterator[tuple[str, bool]]:
-    """Texts of raw-text rows, one after the other and never all in memory, and which end a document.
+def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool]]:
+    """Rows one after the other, never all in memory, and whether each ends a document.
 
-    A plain-text file comes in many pieces and is one document. Rows of other shapes are problems, as
-    is all that :func:`load_rows` refuses but for repeated ids, which would have to be remembered.
+    A plain-text file is one document and comes as many rows (see ``read_records``). Checked is all
+    that :func:`load_rows` checks but for repeated ids, which would have to be remembered.
     """
     checker = _Checker(str(path), problems)
     in_pieces = path.suffix.lower() in PLAIN_TEXT
     blank = True
     for line, record in read_records(path, problems, whole=False):
-        record.pop("id", None)
         if in_pieces:
             text = str(record["text"])
             blank = blank and text.isspace()
-            yield text, False
+            yield Row(str(path), line, text=text), False
             continue
+        record.pop("id", None)
         row = checker.row(line, record)
-        if row is not None and checker.first is not None and checker.first[0] != _TEXT:
-            message = f"The row is {checker.first[0]}; this learns from raw text only."
-            checker.report("row.objective", message, f"Rewrite the row as {_TEXT}.")
-        elif row is not None and row.text is not None:
-            yield row.text, True
+        if row is not None:
+            yield row, True
     if in_pieces and blank and not problems:
         checker.line = 1
         checker.text({"text": " "}, "text", target=True)
     if in_pieces:
-        yield "", True
+        yield Row(str(path), 1, text=""), True
 
 
 class _Checker:

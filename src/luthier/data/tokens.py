@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
 
@@ -34,6 +34,13 @@ class TokenWriter:
     def __init__(self, path: Path, kind: str) -> None:
         self.path, self.kind, self.count = path, kind, 0
         self._file, self._digest = path.open("wb"), hashlib.sha256()
+
+    def __enter__(self) -> Self:
+        """The file is closed when the block ends, however it ends."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def append(self, ids: Iterable[int]) -> None:
         """Add ``ids``, all of which the type holds."""
@@ -93,7 +100,7 @@ class TokenFile(Sequence[Example]):
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return min(self.length, self.tokens)
+        return self._start(1)
 
     def _start(self, index: int) -> int:
         start = min(index * self.length, self.tokens)

@@ -11,7 +11,6 @@ the engine that tunes: the network of random weights is its base, every weight m
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -29,11 +28,10 @@ from luthier.engine.devices import Machine, choose_machine, keep_freed_memory
 from luthier.engine.job import Job, settle
 from luthier.engine.metrics import Reporter
 from luthier.engine.pretrain_defaults import NetworkFacts, choose, plan, shortage
-from luthier.engine.runs import Result, Run
+from luthier.engine.runs import START, TOKENS, BaseRun, Result
 from luthier.engine.train import Trainer
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.files import (
-    luthier_home,
     need_disk,
     new_folder,
     read_json,
@@ -49,26 +47,11 @@ from luthier.recipe import DataSpec, Recipe
 from luthier.store import models as store
 from luthier.types import Example
 
-SURVEY, START, TOKENS, SETTLED = "survey.json", "start", "tokens", "settled.json"
+SURVEY, SETTLED = "survey.json", "settled.json"
 MOST_VALIDATION = 400
 """Sequences measured on; of a longer validation text, so many spread over it."""
 BATCH = 16
 """Pieces of text that are encoded at once, about a megabyte."""
-
-
-class BaseRun(Run):
-    """The run of a new base model, in ``pretraining/<name>``."""
-
-    def __init__(self, name: str) -> None:
-        self.base, self.name, self.model_id = name, name, name
-        self.folder = luthier_home() / "pretraining" / name
-        self.model_folder = store.base_folder(name)
-
-    def drop_working_files(self) -> None:
-        """Free the disk of what only a resume would need."""
-        super().drop_working_files()
-        for part in (START, TOKENS):
-            shutil.rmtree(self.folder / part, ignore_errors=True)
 
 
 def pretrain(
@@ -118,31 +101,62 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
     start = _start(recipe, run, found, reporter)
     chat = store.chat_format(start)
     context = context_length(check_folder(start.folder))
-    facts = _tokens(recipe, run, found, chat, reporter)
-    train = TokenFile.open(run.folder / TOKENS / "train.bin", facts["train"], context)
-    held = TokenFile.open(run.folder / TOKENS / "validation.bin", facts["validation"], context)
+    data = _dataset(recipe, run, found, chat, context, reporter)
+    weights, embedding = _count(start)
+    facts = NetworkFacts(weights, embedding, context, data.counts["tokens"])
+    training, more = choose(recipe.training, facts)
+    if note := shortage(facts, training):
+        reporter.note(note)
+    choices += [("weights", f"{weights:,}", f"and {context} tokens of context"), *more]
+    whole = Recipe(
+        base=start.id,
+        data=DataSpec(train=run.folder / TOKENS / "train.bin"),
+        objective=data.objective,
+        adaptation=Full(),
+        training=training,
+    )
+    settled = read_json(run.folder / SETTLED) if (run.folder / SETTLED).is_file() else {}
+    job = settle(
+        whole,
+        start,
+        chat,
+        replace(data, choices=choices),
+        machine,
+        reporter,
+        settled.get("micro_batch_tokens"),
+    )
+    # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
+    budget = job.recipe.training.micro_batch_tokens
+    write_json(run.folder / SETTLED, {"micro_batch_tokens": budget})
+    chosen = job.recipe.plain()
+    filled = {"training": chosen["training"], "objective": chosen["objective"]}
+    origin = {"recipe": recipe.plain() | filled, "parameters": weights, "context": context}
+    return replace(job, origin=origin)
+
+
+def _dataset(
+    recipe: PretrainRecipe,
+    run: BaseRun,
+    found: Survey,
+    chat: ChatFormat,
+    context: int,
+    reporter: Reporter,
+) -> Dataset:
+    """The token file as sequences to learn from and to measure on."""
+    folder, facts = run.folder / TOKENS, _tokens(recipe, run, found, chat, reporter)
+    train = TokenFile.open(folder / "train.bin", facts["train"], context)
+    held = TokenFile.open(folder / "validation.bin", facts["validation"], context)
     if not train:
         raise RecipeError(
             f"{train.tokens} tokens are left to train on; give more text, or a smaller validation share"
         )
-    weights, embedding = _count(start)
-    network = NetworkFacts(weights, embedding, context, train.tokens)
-    training, more = choose(recipe.training, network)
-    objective = recipe.objective(context)
-    whole = Recipe(
-        base=start.id,
-        data=DataSpec(train=train.path),
-        objective=objective,
-        adaptation=Full(),
-        training=training,
-    )
-    data = Dataset(
-        objective=objective,
+    return Dataset(
+        objective=recipe.objective(context),
         train=train,
         validation=_spread(held),
         longest=train.longest,
         hashes=run.recorded("data"),
-        choices=[*choices, ("weights", f"{weights:,}", f"{context} tokens of context"), *more],
+        choices=[],
         counts={
             "rows": found.documents,
             "validation_rows": len(held),
@@ -151,22 +165,6 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
             "examples": len(train),
         },
     )
-    if note := shortage(network, training):
-        reporter.note(note)
-    settled = read_json(run.folder / SETTLED) if (run.folder / SETTLED).is_file() else {}
-    job = settle(whole, start, chat, data, machine, reporter, settled.get("micro_batch_tokens"))
-    budget = job.recipe.training.micro_batch_tokens
-    write_json(run.folder / SETTLED, {"micro_batch_tokens": budget})
-    origin = {
-        "recipe": recipe.plain()
-        | {
-            "training": job.recipe.plain()["training"],
-            "objective": job.recipe.plain()["objective"],
-        },
-        "parameters": weights,
-        "context": context,
-    }
-    return replace(job, origin=origin)
 
 
 def _survey(recipe: PretrainRecipe, run: BaseRun, reporter: Reporter) -> Survey:
@@ -202,7 +200,7 @@ def _start(
         with new_folder(folder) as fresh:
             build(fields, recipe.training.seed, fresh)
             tokenizer.save_pretrained(fresh)
-    return store.StoredModel(str(folder), folder, {"kind": "causal_lm"})
+    return store.StoredModel("a new network", folder, {"kind": "causal_lm"})
 
 
 def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
@@ -237,23 +235,28 @@ def _tokens(
         bytes_at_most = 2 * found.characters * int(kind[-1])
         need_disk(run.folder, bytes_at_most, "the text as tokens")
         out = HeldOut(recipe.data.validation_share or 0.0, recipe.training.seed, found)
-        with new_folder(folder) as fresh:
-            train = TokenWriter(fresh / "train.bin", kind)
-            held = TokenWriter(fresh / "validation.bin", kind)
+        with (
+            new_folder(folder) as fresh,
+            TokenWriter(fresh / "train.bin", kind) as train,
+            TokenWriter(fresh / "validation.bin", kind) as held,
+        ):
             text = _told(pieces(recipe.data.train), found.characters, reporter)
-            _encode(text, chat, lambda piece: held if piece in out else train)
-            _encode(pieces(recipe.data.validation), chat, lambda piece: held)
+            _encode(out.parts(text), chat, train, held)
+            _encode(((piece, True) for piece in pieces(recipe.data.validation)), chat, train, held)
             facts = {"train": train.close(), "validation": held.close()}
             write_json(fresh / "tokens.json", facts)
     facts = read_json(folder / "tokens.json")
     return dict(facts)
 
 
-def _encode(text: Iterator[Piece], chat: ChatFormat, writer: Any) -> None:
+def _encode(
+    text: Iterator[tuple[Piece, bool]], chat: ChatFormat, train: TokenWriter, held: TokenWriter
+) -> None:
+    """Append each piece to one of two files, and an end-of-text token behind each document."""
     while batch := list(islice(text, BATCH)):
-        encoded = bpe.encode(chat.tokenizer, [piece.text for piece in batch])
-        for piece, ids in zip(batch, encoded, strict=True):
-            writer(piece).append([*ids, chat.end_id] if piece.ends else ids)
+        encoded = bpe.encode(chat.tokenizer, [piece.text for piece, _ in batch])
+        for (piece, out), ids in zip(batch, encoded, strict=True):
+            (held if out else train).append([*ids, chat.end_id] if piece.ends else ids)
 
 
 def _told(text: Iterator[Piece], characters: int, reporter: Reporter) -> Iterator[Piece]:

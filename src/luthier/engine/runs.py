@@ -13,10 +13,12 @@ from luthier.errors import RunConflict
 from luthier.files import lock, luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
 from luthier.recipe import NAME_PATTERN
-from luthier.store.models import custom_folder, short_name
+from luthier.store.models import base_folder, custom_folder, short_name
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
 ACTIVATIONS = "activations.bin"
+START, TOKENS = "start", "tokens"
+"""Of a pre-training: the network before its first step, and the text as token ids."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,21 @@ class Run:
         """Forget a run that was refused before it measured or trained anything."""
         if not (self.folder / METRICS).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class BaseRun(Run):
+    """The run of a new base model, in ``pretraining/<name>``."""
+
+    def __init__(self, name: str) -> None:
+        self.base, self.name, self.model_id = name, name, name
+        self.folder = luthier_home() / "pretraining" / name
+        self.model_folder = base_folder(name)
+
+    def drop_working_files(self) -> None:
+        """Free the disk of what only a resume would need."""
+        super().drop_working_files()
+        for part in (START, TOKENS):
+            shutil.rmtree(self.folder / part, ignore_errors=True)
 
 
 def automatic_name(base: str, data: Path, resume: bool, parent: Path | None = None) -> str:

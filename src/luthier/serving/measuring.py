@@ -1,16 +1,23 @@
-"""Measuring a generating model on held-out rows: ask each prompt, grade each answer."""
+"""Measuring a generating model on held-out rows: grade its answers, or its surprise at raw text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from luthier.errors import RecipeError
 from luthier.evaluation.evaluate import Evaluation, grade, questions
 
 if TYPE_CHECKING:
     from luthier.graders import Grader
     from luthier.serving.generation import Generator
-    from luthier.types import Row
+    from luthier.store.models import StoredModel
+    from luthier.types import Example, Row
+
+BUDGET = 2048
+"""Tokens computed at once."""
 
 
 def measure(
@@ -26,3 +33,47 @@ def measure(
     asked, _ = questions(rows)
     replies = generator.replies(asked, Sampling(max_tokens=max_tokens), done=done)
     return grade(rows, replies, graders)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts raw text."""
+
+    loss: float
+    """Nats a token, the first of each sequence left out."""
+    tokens: int
+    """Tokens predicted."""
+    characters: int
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, with what compares models of different tokenizers: bits for each character."""
+        bits = self.loss * self.tokens / math.log(2) / max(1, self.characters)
+        scores = {"perplexity": math.exp(self.loss), "loss": self.loss, "bits_per_character": bits}
+        return {"scores": scores, "tokens": self.tokens}
+
+
+def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
+    """Loss of a causal language model on raw text, packed as it was trained (512 tokens elsewhere)."""
+    from luthier.engine.devices import choose_machine
+    from luthier.engine.loop import mean_loss
+    from luthier.models.load import as_network, check_folder, context_length
+    from luthier.objectives import CausalLM
+    from luthier.store import models as store
+
+    trained = store.objective_of(stored)
+    objective = trained if isinstance(trained, CausalLM) else CausalLM()
+    if trained.task != "causal_lm":
+        raise RecipeError(f"{stored.id} is no causal language model, so raw text has no perplexity")
+    chat = store.chat_format(stored)
+    context = context_length(check_folder(stored.network_folder))
+    encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
+    sequences = objective.arrange(encoded, context)
+    machine = choose_machine()
+    model = store.load(stored, machine.dtype, machine.device)
+    network = as_network(model, machine.device, machine.dtype)
+    groups: list[list[Example]] = [sequences[i : i + 64] for i in range(0, len(sequences), 64)]
+    weights = [sum(example.weight for example in group) for group in groups]
+    losses = [mean_loss(network, objective, group, BUDGET) for group in groups]
+    total = math.fsum(loss * weight for loss, weight in zip(losses, weights, strict=True))
+    characters = sum(len(row.text or "") for row in rows)
+    return Perplexity(total / sum(weights), int(sum(weights)), characters)

@@ -1,0 +1,94 @@
+"""``luthier pretrain`` as it is typed, and what the other commands make of its model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from luthier.cli.app import app
+from luthier.cli.pretraining import recipe_of
+
+TEXT = "The quick brown fox jumps over the lazy dog. My card has not arrived yet. " * 80
+SHORT = ["--size", "tiny", "--context", "32", "--vocabulary", "300", "--batch-size", "2",
+         "--set", "training.max_steps=3", "--set", "training.precision=float32"]  # fmt: skip
+
+
+def run(*arguments: str, code: int = 0) -> Any:
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return done
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "my text.md"
+    path.write_text(TEXT)
+    return path
+
+
+def test_a_model_is_made_listed_measured_used_and_removed(text: Path, tmp_path: Path) -> None:
+    made = json.loads(run("pretrain", str(text), "--name", "mine", *SHORT, "--json").stdout)
+    assert made["model_id"] == "mine" and made["steps"] == 3
+    assert made["perplexity"] == pytest.approx(math.exp(made["validation_loss"]))
+    listed = json.loads(run("models", "list", "--json").stdout)["base"]
+    mine = next(model for model in listed if model["id"] == "mine")
+    assert mine["here"] and mine["context"] == 32 and mine["parameters"] > 500_000
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": TEXT[:500]}) + "\n")
+    scores = json.loads(run("evaluate", "mine", str(rows), "--json").stdout)["scores"]
+    assert 1 < scores["perplexity"] < 320
+    told = json.loads(run("generate", "mine", "The", "--max-tokens", "4", "--json").stdout)
+    assert told["completion"]
+    shown = json.loads(run("models", "show", "mine", "--json").stdout)
+    assert shown["lineage"] == ["mine"]
+    assert all(file["intact"] for file in shown["files"].values())
+    assert "mine" in run("models", "list").stdout
+    run("models", "remove", "mine")
+    assert "mine" not in run("models", "list").stdout
+
+
+def test_what_came_out_is_printed(text: Path) -> None:
+    shown = run("pretrain", str(text), "--name", "mine", *SHORT).stdout
+    for words in ("mine is a base model", "3 steps", "perplexity", "luthier generate mine"):
+        assert words in " ".join(shown.split())
+
+
+def test_options_and_settings_reach_the_recipe(tmp_path: Path) -> None:
+    recipe = recipe_of(
+        [tmp_path / "a.txt", tmp_path / "b.txt"],
+        {"name": "x", "network.family": "palm", "training.seed": None},
+        ["training.beta2=0.99"],
+    )
+    assert [path.name for path in recipe.data.train] == ["a.txt", "b.txt"]
+    assert recipe.network.family == "palm"
+    assert recipe.training.beta2 == 0.99 and recipe.training.weight_decay == 0.1
+
+
+def test_a_recipe_file_names_texts_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "x"\n[data]\ntrain = ["a.txt", "b.md"]\nvalidation = ["c.txt"]\n')
+    recipe = recipe_of([path], {}, [])
+    assert recipe.data.train == (tmp_path / "a.txt", tmp_path / "b.md")
+    assert recipe.data.validation == (tmp_path / "c.txt",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name: is required"),
+        (["--name", "x", "--vocabulary", "100"], "greater than or equal to 257"),
+        (["--name", "x", "--size", "7b"], "network.size"),
+        (["--name", "x", "--family", "rwkv"], "network.family"),
+        (["--name", "x", "--config", "c.json", "--size", "tiny"], "--config, or --family and"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_made(
+    arguments: list[str], said: str, text: Path, luthier_home: Path
+) -> None:
+    assert said in run("pretrain", str(text), *arguments, code=2).output
+    assert not luthier_home.exists()

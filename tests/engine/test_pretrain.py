@@ -1,0 +1,379 @@
+"""From raw text to a base model: what is made, refused, cut short, gone on with, and used."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import luthier
+from luthier.cli.inventory import remove
+from luthier.data.corpus import Survey
+from luthier.engine import pretrain as engine
+from luthier.engine import pretrain_defaults as defaults
+from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.metrics import Reporter
+from luthier.engine.pretrain_defaults import NetworkFacts
+from luthier.errors import DataError, LuthierError, RecipeError, RunConflict, UnknownModel
+from luthier.files import read_json
+from luthier.pretraining import PretrainRecipe
+from luthier.store.models import find, objective_of
+
+SENTENCES = [
+    f"{who} {does} {what} {when}."
+    for who in ("The fox", "A dog", "My card", "The bike")
+    for does in ("sees", "finds", "leaves", "brings")
+    for what in ("the river", "a house", "old bread", "new cards")
+    for when in ("today", "at night")
+]
+SMALL = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": True,
+    "vocab_size": 300,
+}  # fmt: skip
+TRAINING = {"max_steps": 6, "batch_size": 4, "learning_rate": 5e-3, "precision": "float32",
+            "threads": 1, "evaluate_every": 3}  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(SENTENCES * 6))
+    return path
+
+
+@pytest.fixture
+def fields(text: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+
+    def build(training: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        plain = {
+            "name": "mine",
+            "data": {"train": [str(text)], "validation_share": 0.1},
+            "network": {"config": str(tmp_path / "config.json")},
+            "training": {**TRAINING, **(training or {})},
+        }
+        return {**plain, **more}
+
+    return build
+
+
+def made(fields: dict[str, Any], resume: bool = False, reporter: Reporter | None = None) -> Any:
+    return engine.pretrain(PretrainRecipe.parse(fields), resume, reporter)
+
+
+class Heard(Reporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.choices: dict[str, tuple[Any, str]] = {}
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def chosen(self, defaults: Any) -> None:
+        self.choices |= {name: (value, reason) for name, value, reason in defaults}
+
+
+def weights_of(model_id: str) -> str:
+    return str(find(model_id).manifest["trained_weights_sha256"])
+
+
+def test_a_base_model_comes_out_that_everything_else_takes(
+    fields: Callable[..., dict[str, Any]], tmp_path: Path, luthier_home: Path
+) -> None:
+    result = made(fields({"max_steps": 40}))
+
+    assert result.model_id == "mine" and result.steps == 40
+    lines = [
+        json.loads(s) for s in (Path(result.run_dir) / "metrics.jsonl").read_text().split("\n")[:-1]
+    ]
+    held = [line["loss"] for line in lines if line["event"] == "validation"]
+    assert held[0] == pytest.approx(math.log(300), rel=0.1)  # random weights know nothing
+    assert result.validation_loss < 0.75 * held[0]
+    # What only a resume would need is gone.
+    assert (
+        not (Path(result.run_dir) / "tokens").exists()
+        and not (Path(result.run_dir) / "start").exists()
+    )
+
+    stored = find("mine")
+    assert stored.root == "mine" and objective_of(stored).method == "causal_lm"
+    assert stored.manifest["parameters"] == 300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 64) + 32
+    reply = luthier.load("mine").generate(["The fox sees"], max_tokens=8)[0]
+    assert reply.strip()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from luthier.serving.export import export
+
+    folder = export(stored, tmp_path / "out", merged=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The fox sees", return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(out, skip_special_tokens=True) == reply
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "The fox", "completion": " runs"}\n' * 2)
+    tuned = luthier.tune(
+        rows, base="mine", name="more", training__max_steps=1, data__validation_share=0
+    )
+    assert tuned.model_id == "mine:more"
+    with pytest.raises(RecipeError, match="mine:more was made from mine"):
+        remove("mine", as_json=False)
+    remove("mine:more", as_json=False)
+    remove("mine", as_json=False)
+    with pytest.raises(UnknownModel):
+        find("mine")
+    assert not any((luthier_home / "pretraining").glob("mine"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "palm"])
+def test_the_other_families_train_too(family: str, fields: Callable[..., dict[str, Any]]) -> None:
+    result = luthier.pretrain(
+        fields()["data"]["train"],
+        name="mine",
+        network={"family": family, "size": "tiny", "context": 32},
+        training=TRAINING,
+        data__validation_share=0.1,
+    )
+    model = luthier.load("mine").generator.model
+    assert model.config.model_type == family and model.config.max_position_embeddings == 32
+    assert result.validation_loss < math.log(512)
+
+
+@pytest.mark.parametrize("stage", ["build", "_encode", "step"])
+def test_what_was_cut_short_ends_at_the_same_bits(
+    stage: str,
+    fields: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made(fields(name="whole"))
+
+    def die(*_: Any, **__: Any) -> None:
+        raise OSError("cut short")
+
+    with monkeypatch.context() as patch:
+        if stage == "step":
+            patch.setattr(Checkpoints, "due", lambda self, step: step == 3)
+            patch.setattr(engine.Trainer, "_store", die)
+        else:
+            patch.setattr(engine, stage, die)
+        with pytest.raises((OSError, LuthierError)):
+            made(fields(name="cut"))
+    with pytest.raises(RunConflict, match="--resume goes on"):
+        made(fields(name="cut"))
+    heard = Heard()
+    result = made(fields(name="cut"), resume=True, reporter=heard)
+    assert weights_of("cut") == weights_of("whole")
+    assert result.steps == 6
+    if stage == "step":
+        assert "going on after step 3" in heard.notes
+    assert made(fields(name="cut"), resume=True) == result  # finished runs are not run again
+
+
+KILLED = """
+import os, signal, sys
+from luthier.engine import checkpoints, pretrain
+from luthier.pretraining import PretrainRecipe
+import json
+where, fields = sys.argv[1], json.loads(sys.argv[2])
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+if where == "tokens":
+    close = pretrain.TokenWriter.close
+    def half(self):
+        close(self)
+        die()
+    pretrain.TokenWriter.close = half
+elif where == "training":
+    checkpoints.Checkpoints.due = lambda self, step: step == 3
+    pretrain.Trainer._store = die
+pretrain.pretrain(PretrainRecipe.parse(fields), resume=where != "tokens")
+"""
+
+
+def test_a_killed_run_ends_at_the_same_bits(fields: Callable[..., dict[str, Any]]) -> None:
+    """kill -9 in the middle of the token file, again before the model is stored, then to the end."""
+    made(fields(name="whole"))
+    for where in ("tokens", "training", "nowhere"):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, where, json.dumps(fields(name="killed"))],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        wanted = 0 if where == "nowhere" else -signal.SIGKILL
+        assert done.returncode == wanted, done.stderr
+    assert weights_of("killed") == weights_of("whole")
+
+
+def test_the_text_is_not_held_in_memory(
+    fields: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more of it than a few sequences at a time is read while training."""
+    from luthier.data.tokens import TokenFile
+
+    read: list[int] = []
+    item = TokenFile.__getitem__
+
+    def counted(self: TokenFile, index: Any) -> Any:
+        if isinstance(index, int):
+            read.append(index)
+        return item(self, index)
+
+    monkeypatch.setattr(TokenFile, "__getitem__", counted)
+    made(fields({"max_steps": 2, "batch_size": 2}))
+    assert 0 < len(set(read)) < 60
+    assert len(find("mine").manifest["data"]) and find("mine").manifest["data"]["examples"] > 60
+
+
+def test_everything_left_open_is_chosen_with_a_reason(
+    fields: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.Trainer, "run", lambda self, resume: self)
+    heard = Heard()
+    plain = fields(network={"context": 32})
+    plain["training"] = {"precision": "float32"}
+    plain["data"].pop("validation_share")
+    trainer = made(plain, reporter=heard)
+    assert all(reason for _, reason in heard.choices.values())
+    assert heard.choices["network.size"][0] == "tiny"
+    assert heard.choices["tokenizer.vocabulary"][0] == 512
+    assert heard.choices["training.epochs"][0] == 4.0
+    assert "Kaplan" in heard.choices["training.learning_rate"][1]
+    assert any("about 20 are best" in note for note in heard.notes)
+    training = trainer.recipe.training
+    assert training.weight_decay == 0.1 and training.beta2 == 0.95
+
+
+def test_validation_files_are_measured_on_and_nothing_is_held_out(
+    fields: Callable[..., dict[str, Any]], text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(SENTENCES[:20]))
+    made(fields(data={"train": [str(text)], "validation": [str(other)]}))
+    data = find("mine").manifest["data"]
+    assert set(data["sha256"]) == {str(text), str(other)}
+    assert data["tokens"] > 5 * data["validation_rows"] * 64
+
+
+def test_problems_in_the_text_leave_nothing_behind(
+    fields: Callable[..., dict[str, Any]], tmp_path: Path, luthier_home: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": 3}\n')
+    with pytest.raises(DataError, match=r"bad.jsonl:2: \[field.type\]"):
+        made(fields(data={"train": [str(bad)]}))
+    with pytest.raises(DataError, match=r"file.missing"):
+        made(fields(data={"train": [str(tmp_path / "nowhere.txt")]}))
+    assert not list((luthier_home / "pretraining").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokenizer": {"vocabulary": 256}}, "greater than or equal to 257"),
+        ({"name": "all-minilm-l6-v2"}, "catalogue"),
+        ({"name": "Not/good"}, "lower-case"),
+        ({"data": {"train": []}}, "at least 1"),
+        ({"network": {"config": "x", "size": "tiny"}}, "give --config, or --family and --size"),
+        ({"network": {"famly": "palm"}}, "did you mean family"),
+        ({"network": {"size": "7b"}}, "tiny"),
+    ],
+)
+def test_recipes_that_cannot_be_carried_out_are_refused(
+    change: dict[str, Any], said: str, fields: Callable[..., dict[str, Any]]
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        PretrainRecipe.parse({**fields(), **change})
+
+
+@pytest.mark.parametrize("size", [None, 100, "many"])
+def test_a_configuration_with_too_small_a_vocabulary_is_refused(
+    size: Any, fields: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "vocab_size": size}))
+    with pytest.raises(RecipeError, match="too small: 256 bytes"):
+        made(fields())
+    made(fields(tokenizer={"vocabulary": 280}))
+    assert find("mine").manifest["recipe"]["tokenizer"]["vocabulary"] == 280
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    fields: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    made(fields())
+    made(fields(name="wide", tokenizer={"vocabulary": 320}))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(find("wide").folder / file, find("mine").folder / file)
+    with pytest.raises(RecipeError, match="tokenizer of mine does not belong to its network"):
+        luthier.tune(fields()["data"]["train"][0], base="mine", name="x")
+
+
+def test_a_name_that_is_taken_is_not_overwritten(fields: Callable[..., dict[str, Any]]) -> None:
+    made(fields())
+    before = weights_of("mine")
+    with pytest.raises(RunConflict, match="finished run mine"):
+        made(fields({"seed": 1}))
+    with pytest.raises(RunConflict, match=r"training.seed was 0, is 1"):
+        made(fields({"seed": 1}), resume=True)
+    assert weights_of("mine") == before
+
+
+def test_the_rate_is_that_of_the_paper() -> None:
+    """Kaplan et al. 2020, D.1; Brown et al. 2020 used 6e-4 for 125 million (85 beside embeddings)."""
+    assert defaults.learning_rate(85_000_000)[0] == pytest.approx(
+        0.003239 - 0.0001395 * math.log(85_000_000), rel=0.01
+    )
+    assert 5e-4 < defaults.learning_rate(85_000_000)[0] < 8e-4
+    assert defaults.learning_rate(10**13)[0] >= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "passes"), [(20_000_000, 1.0), (19_999_999, 2.0), (7_000_000, 3.0), (1000, 4.0)]
+)
+def test_short_text_is_passed_over_more_often(tokens: int, passes: float) -> None:
+    facts = NetworkFacts(weights=1_000_000, embedding=0, context=128, tokens=tokens)
+    training, _ = defaults.choose(PretrainRecipe.model_fields["training"].default, facts)
+    assert training.epochs == passes
+    batch = (training.batch_size or 0) * 128
+    assert defaults.SMALLEST_BATCH <= batch <= defaults.LARGEST_BATCH
+    assert bool(defaults.shortage(facts, training)) == (tokens == 1000)
+
+
+def test_the_size_grows_with_the_text() -> None:
+    recipe = PretrainRecipe.parse({"name": "x", "data": {"train": ["a"]}})
+    found = {
+        characters: defaults.plan(recipe, Survey(1, characters))[0]
+        for characters in (1000, 10**6, 10**8, 10**9, 10**12)
+    }
+    assert [r.network.size for r in found.values()] == ["tiny", "tiny", "3m", "30m", "30m"]
+    assert [r.tokenizer.vocabulary for r in found.values()] == [512, 2048, 4096, 16384, 16384]
+    shares = [r.data.validation_share or 0 for r in found.values()]
+    assert shares[0] == 0 and shares[1] == 0.1 and shares[1:] == sorted(shares[1:], reverse=True)
+
+
+def test_its_loss_on_text_is_told_by_evaluate(
+    fields: Callable[..., dict[str, Any]], text: Path
+) -> None:
+    from luthier.data.rows import load_rows
+    from luthier.serving.measuring import perplexity
+
+    made(fields({"max_steps": 20}, data={"train": [str(text)], "validation": [str(text)]}))
+    found = perplexity(find("mine"), load_rows(text))
+    expected = read_json(find("mine").folder / "luthier.json")["metrics"]["validation_loss"]
+    assert found.loss == pytest.approx(expected, rel=0.02)
+    assert found.plain()["scores"]["perplexity"] == pytest.approx(math.exp(found.loss))
+    characters = len(text.read_text())
+    assert found.plain()["scores"]["bits_per_character"] == pytest.approx(
+        found.loss / math.log(2) * found.tokens / characters
+    )

@@ -1,0 +1,38 @@
+"""A tokenizer of one's own: any text in it and back, the same from the same text."""
+
+from __future__ import annotations
+
+import pytest
+
+from luthier.models.bpe import END_OF_TEXT, SMALLEST, encode, train_bpe
+
+TEXTS = ["low lower lowest, new newer newest\n"] * 5 + ["widest wide width"] * 3
+
+
+def test_any_text_comes_back_byte_for_byte() -> None:
+    tokenizer = train_bpe(TEXTS, 300)
+    for text in ("lower", "  two spaces\n\n\ttab", "Žluťoučký 漢字 😀", "don ' t , stop ."):
+        assert tokenizer.decode(encode(tokenizer, [text])[0]) == text
+
+
+def test_merges_follow_the_counts() -> None:
+    """Sennrich et al. 2016, algorithm 1, by hand: which pair is merged first."""
+    tokenizer = train_bpe(["ab ab ab ac"], SMALLEST + 1)
+    assert tokenizer.convert_ids_to_tokens(SMALLEST) == "ab"
+
+
+def test_the_vocabulary_is_no_larger_than_asked_for_and_ends_texts() -> None:
+    tokenizer = train_bpe(TEXTS, 270)
+    assert len(tokenizer) == 270
+    assert tokenizer.eos_token == END_OF_TEXT and tokenizer.eos_token_id == 0
+    assert len(train_bpe(["a"], 5000)) == SMALLEST
+
+
+def test_the_same_text_gives_the_same_tokenizer() -> None:
+    first, second = (train_bpe(iter(TEXTS), 290).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("text", ["", "x"])
+def test_nothing_is_put_around_a_text(text: str) -> None:
+    assert len(encode(train_bpe(TEXTS, 260), [text])[0]) == len(text)
