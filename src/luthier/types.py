@@ -62,6 +62,8 @@ class Example:
     row: int
     """Index of the row in the data set, for messages and caching."""
     target: NDArray[Any] | None = None
+    word_T: IntArray | None = None
+    """Number of the word each token belongs to, -1 for tokens around the text; where it is known."""
 
     def __len__(self) -> int:
         return len(self.ids_T)

@@ -7,23 +7,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from luthier.types import Example
+from luthier.types import Example, IntArray
+
+_PLACES, _FURTHER = 2, 3
+"""Last numbers of seeds, which keep draws for different ends apart."""
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A further set of rows, of which each pass over the main set takes a part."""
+
+    rows: int
+    """Rows of the set."""
+    drawn: int
+    """Rows of it in one pass over the main set; more than there are come more than once."""
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Batches of row indices for ``rows`` rows; an epoch's last batch may be smaller."""
+    """Batches of row indices; an epoch's last batch may be smaller.
+
+    An epoch is one pass over the ``rows`` of the main set, with ``drawn`` rows of each further set
+    spread evenly among them, so that every batch holds the sets in proportion, to a row or two. A
+    further set is used up, in a random order, before any of its rows comes again, also over the end of
+    an epoch. Indices count through the main set and then through the others.
+    """
 
     rows: int
     batch_size: int
     seed: int
     shuffle: bool = True
+    mixed: tuple[Mixed, ...] = ()
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows in one pass, those of further sets included."""
+        return self.rows + sum(each.drawn for each in self.mixed)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the rows."""
-        return math.ceil(self.rows / self.batch_size)
+        return math.ceil(self.rows_per_epoch / self.batch_size)
 
     def steps(self, epochs: float) -> int:
         """Optimizer steps in ``epochs`` passes, at least one."""
@@ -33,12 +59,43 @@ class RowOrder:
         """Indices of the rows of step ``step`` (0-based)."""
         epoch, index = divmod(step, self.steps_per_epoch)
         start = index * self.batch_size
-        return self._permutation(epoch)[start : start + self.batch_size]
+        return self._epoch(epoch)[start : start + self.batch_size]
 
-    def _permutation(self, epoch: int) -> list[int]:
+    def _epoch(self, epoch: int) -> list[int]:
+        main = self._permutation(self.rows, epoch)
+        if not self.mixed:
+            return main
+        indices, places = [np.array(main)], [self._places(self.rows, epoch, 0)]
+        first = self.rows
+        for number, each in enumerate(self.mixed, 1):
+            indices.append(first + self._drawn(each, epoch, number))
+            places.append(self._places(each.drawn, epoch, number))
+            first += each.rows
+        order = np.argsort(np.concatenate(places), kind="stable")
+        spread: list[int] = np.concatenate(indices)[order].tolist()
+        return spread
+
+    def _drawn(self, each: Mixed, epoch: int, number: int) -> IntArray:
+        """Rows of a further set in this epoch: a stretch of one random pass over it after the other."""
+        start, end = epoch * each.drawn, (epoch + 1) * each.drawn
+        passes = range(start // each.rows, -(-end // each.rows))
+        rows = [i for turn in passes for i in self._permutation(each.rows, turn, number)]
+        skipped = passes.start * each.rows
+        return np.array(rows[start - skipped : end - skipped], dtype=np.int64)
+
+    def _places(self, rows: int, epoch: int, number: int) -> NDArray[np.float64]:
+        """Where in the epoch (0 to 1) the rows of a set stand: one in each of ``rows`` even parts."""
         if not self.shuffle:
-            return list(range(self.rows))
-        order: list[int] = np.random.default_rng([self.seed, epoch]).permutation(self.rows).tolist()
+            return (np.arange(rows) + 0.5) / max(1, rows)
+        jitter = np.random.default_rng([self.seed, epoch, number, _PLACES]).random(rows)
+        return (np.arange(rows) + jitter) / max(1, rows)
+
+    def _permutation(self, rows: int, turn: int, number: int = 0) -> list[int]:
+        """One pass over ``rows`` rows; ``number`` is that of a further set, 0 for the main one."""
+        if not self.shuffle:
+            return list(range(rows))
+        key = [self.seed, turn, number, _FURTHER] if number else [self.seed, turn]
+        order: list[int] = np.random.default_rng(key).permutation(rows).tolist()
         return order
 
 

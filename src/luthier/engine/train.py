@@ -158,7 +158,7 @@ def _prepare(
     if recipe.training.layer_decay < 1:
         layer_names(model)  # refuses a network without layers to tell apart
     width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
-    facts = defaults.Facts(len(data.train), data.longest, len(data.validation), width)
+    facts = defaults.Facts(data.main, data.longest, len(data.validation), width, data.mixed)
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
     estimate, available = estimate_memory(model, size, plain), available_memory()
@@ -178,14 +178,15 @@ def _prepare(
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
-    steps = defaults.steps_of(recipe, len(data.train))
+    steps = defaults.steps_of(recipe, data.main, data.mixed)
     return _Job(recipe, base, data.objective.format(chat), data, machine, steps)
 
 
 def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:
     """Rows of the run's first steps, to choose settings by."""
     training = recipe.training
-    order = RowOrder(len(data.train), training.batch_size or 1, training.seed, training.shuffle)
+    size = training.batch_size or 1
+    order = RowOrder(data.main, size, training.seed, training.shuffle, data.mixed)
     steps = range(min(count, order.steps_per_epoch))
     return [[data.train[index] for index in order.batch(step)] for step in steps]
 
@@ -254,7 +255,8 @@ class _Trainer:
         data = self.job.data
         count = frozen_layers(network.model)
         seen = self.job.steps * (self.recipe.training.batch_size or 1)
-        if not count or not data.objective.fixed or seen < 2 * len(data.train):
+        fixed = data.objective.fixed and not self.recipe.data.augmentation
+        if not count or not fixed or seen < 2 * len(data.train):
             return 0
         rows = data.objective.seen([*data.train, *data.validation])
         size = sum(map(len, rows)) * network.width * network.dtype.itemsize
@@ -287,6 +289,8 @@ class _Trainer:
             checkpoints=Checkpoints(folder / "checkpoints"),
             metrics=MetricsFile(folder / METRICS),
             reporter=self.reporter,
+            mixed=self.job.data.mixed,
+            augmentation=self.recipe.data.augmentation,
         )
 
     def _store(self, network: Network, progress: Progress, lines: list[dict[str, Any]]) -> Result:
@@ -336,6 +340,7 @@ class _Trainer:
                 "dropped": job.data.dropped,
                 "truncated": job.data.truncated,
                 **job.data.counts,
+                "mix": [asdict(each) for each in job.data.mixed],
             },
             "trained_weights_sha256": weights,
             "format": {"template": job.chat.template, "stop_ids": list(job.chat.stop_ids)},

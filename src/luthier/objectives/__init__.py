@@ -6,6 +6,7 @@ from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.regression import Regression
+from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
 from luthier.objectives.token_classification import TokenClassification
 
@@ -14,6 +15,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
     "classification": Classification,
+    "semi_supervised": SemiSupervised,
     "regression": Regression,
     "token_classification": TokenClassification,
     "contrastive": Contrastive,
@@ -28,5 +30,6 @@ __all__ = [
     "MaskedLM",
     "Objective",
     "Regression",
+    "SemiSupervised",
     "TokenClassification",
 ]
