@@ -109,7 +109,7 @@ class Training(_Part):
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to AdamW's denominator."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
-    """Share dropped wherever the network drops hidden states; its own when not given."""
+    """Share dropped wherever the network drops hidden states; the network's own when not given."""
     max_gradient_norm: float = Field(default=1.0, ge=0)
     """Gradients of a larger global norm are scaled down to it; 0 turns clipping off."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)

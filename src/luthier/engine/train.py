@@ -34,6 +34,7 @@ from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, need_disk, new_folder, write_json
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.catalog import MANIFEST
+from luthier.models.dropout import check_dropout, set_dropout
 from luthier.models.layers import layer_names
 from luthier.models.load import as_network, check_folder, context_length, sketch
 from luthier.models.network import Network
@@ -155,6 +156,8 @@ def _prepare(
     plain = weight_bytes(model, size)
     with torch.device("meta"):
         recipe.adaptation.attach(model)
+    if recipe.training.dropout is not None:
+        check_dropout(model)
     if recipe.training.layer_decay < 1:
         layer_names(model)  # refuses a network without layers to tell apart
     width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
@@ -237,6 +240,11 @@ class _Trainer:
         if getattr(model.config, "attention_dropout", 0):
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, machine.device, machine.dtype)
+        if (dropout := self.recipe.training.dropout) is not None:
+            places = ", ".join(set_dropout(network, dropout))
+            self.reporter.note(
+                f"dropout {dropout:g} in {places}; attention weights are not dropped"
+            )
         torch.manual_seed(self.recipe.training.seed)
         before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
