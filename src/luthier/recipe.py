@@ -59,9 +59,9 @@ class DataSpec(_Part):
     long_rows: Literal["error", "drop", "truncate"] = "error"
     """What to do with rows longer than the model's context."""
     mix: tuple[MixSpec, ...] = ()
-    """Further files, each with ``train`` and a ``weight``: its rows for each row of the main file."""
+    """Further files to learn from, each with its ``train`` and ``weight``."""
     augmentation: Augmentation = Augmentation()
-    """Random changes to the words of training rows, drawn anew each time; ``{}`` is none."""
+    """Random changes to the words of training rows, drawn anew each time; off when not given."""
 
     @property
     def files(self) -> list[Path]:

@@ -191,7 +191,7 @@ def test_from_two_files_to_a_model_that_answers(
     )
     assert result.rows == 13
     manifest = json.loads((Path(result.model_dir) / "luthier.json").read_text())
-    assert manifest["data"]["mix"] == [{"rows": 5, "drawn": 16}]
+    assert manifest["data"]["mix"] == [{"train": str(texts), "weight": 2.0, "rows": 5, "drawn": 16}]
     assert set(manifest["data"]["sha256"]) == {str(labelled), str(texts)}
     lines = (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
     shares = [json.loads(line).get("pseudo_labelled") for line in lines]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,11 @@ class Dataset:
         """Training examples of the main file."""
         return len(self.train) - sum(each.rows for each in self.mixed)
 
+    def mix_record(self, spec: DataSpec) -> list[dict[str, Any]]:
+        """What the manifest says of the further sets: file, weight, rows, and rows in each pass."""
+        pairs = zip(spec.mix, self.mixed, strict=True)
+        return [{**each.model_dump(mode="json"), **asdict(sizes)} for each, sizes in pairs]
+
     @property
     def longest(self) -> int:
         """Tokens of the longest training row."""
@@ -73,15 +79,10 @@ def prepare(
         objective = _objective_for(rows[0], chat)
         choices.append(("objective", objective.method, f"the rows are {_named([_shape(rows[0])])}"))
     _check_shapes(rows, held, objective, chat)
-    _check_shapes((), [row for rows in further for row in rows], objective, chat, beside=True)
+    _check_shapes((), [*chain(*further)], objective, chat, beside=True)
     _check_augmentation(spec, objective)
     if not spec.validation:
-        share, reason = spec.validation_share, ""
-        if share is None:
-            share, reason = validation_share(len(rows))
-            choices.append(("data.validation_share", round(share, 4), reason))
-        kept, out = hold_out(len(rows), share, seed)
-        rows, held = [rows[i] for i in kept], [rows[i] for i in out]
+        rows, held = _split(spec, rows, seed, choices)
     try:
         objective = objective.fit([*rows, *chain(*further)], chat)
     except RowRefused as bad:
@@ -111,6 +112,18 @@ def prepare(
         counts={**counts, "examples": len(train)},
         mixed=mixed,
     )
+
+
+def _split(
+    spec: DataSpec, rows: Sequence[Row], seed: int, choices: list[Choice]
+) -> tuple[list[Row], list[Row]]:
+    """Rows to learn from and rows to measure on; a share that is chosen here joins ``choices``."""
+    share, reason = spec.validation_share, ""
+    if share is None:
+        share, reason = validation_share(len(rows))
+        choices.append(("data.validation_share", round(share, 4), reason))
+    kept, out = hold_out(len(rows), share, seed)
+    return [rows[i] for i in kept], [rows[i] for i in out]
 
 
 def _mix(spec: DataSpec, sets: Sequence[list[Example]]) -> tuple[list[Example], tuple[Mixed, ...]]:

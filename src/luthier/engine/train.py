@@ -348,7 +348,7 @@ class _Trainer:
                 "dropped": job.data.dropped,
                 "truncated": job.data.truncated,
                 **job.data.counts,
-                "mix": [asdict(each) for each in job.data.mixed],
+                "mix": job.data.mix_record(self.recipe.data),
             },
             "trained_weights_sha256": weights,
             "format": {"template": job.chat.template, "stop_ids": list(job.chat.stop_ids)},
