@@ -66,7 +66,9 @@ def main() -> None:
                 labelled,
                 base=base,
                 name=f"{name}-{case}",
-                objective="semi_supervised" if semi else "classification",
+                objective={"method": "semi_supervised", "unlabelled_weight": 1.0}
+                if semi
+                else "classification",
                 data__mix=mix,
                 data__validation_share=0,
                 training__epochs=epochs,

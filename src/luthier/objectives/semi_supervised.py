@@ -47,8 +47,8 @@ class SemiSupervised(Objective):
     """The classes in the order of the head; from the labelled training rows when not given."""
     threshold: float = Field(default=0.95, ge=0, le=1)
     """Probability from which the network's own label is learned from, tau in the paper."""
-    unlabelled_weight: float = Field(default=1.0, gt=0)
-    """What one unlabelled row counts beside a labelled one; in the paper 1/7, as seven come with it."""
+    unlabelled_weight: float = Field(default=0.14, gt=0)
+    """What an unlabelled row counts beside a labelled one; in the paper 1/7, as seven come with it."""
     strong: Augmentation = Augmentation(delete=0.2, swap=0.1)
     """How the view is changed in which the network must find its own label again."""
 
