@@ -117,7 +117,9 @@ def test_a_batch_in_parts_is_the_whole_batch(
 def test_a_step_that_is_sure_of_nothing_moves_nothing(
     family_folder: Callable[[str], Path],
 ) -> None:
-    network, objective, examples = ready(family_folder("bert"), SemiSupervised(threshold=1.0))
+    network, objective, examples = ready(
+        family_folder("bert"), SemiSupervised(threshold=1.0, unlabelled_weight=1.0)
+    )
     views = objective.seen(examples[len(LABELLED) :], training=True)
     total, weight, gradients, _ = total_and_gradients(network, objective, views, 40)
     assert (total, weight) == (0.0, 5.0)
