@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from luthier.adaptations import ADAPTATIONS
 from luthier.cli.app import app
+from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.rows import RULES as ROW_RULES
 from luthier.engine.dataset import RULES as TOKEN_RULES
@@ -29,7 +30,7 @@ from luthier.pretraining import (
     PretrainRecipe,
     PretrainTraining,
 )
-from luthier.recipe import DataSpec, Recipe, Training
+from luthier.recipe import DataSpec, MixSpec, Recipe, Training
 
 TARGET = Path(__file__).parent / "reference.md"
 
@@ -117,7 +118,13 @@ def _recipe() -> list[str]:
     ]
     plain = {"base": Recipe, "name": Recipe}
     rows = [_field("", name, cls) for name, cls in plain.items()]
-    for prefix, cls in (("data.", DataSpec), ("training.", Training)):
+    groups: tuple[tuple[str, type[BaseModel]], ...] = (
+        ("data.", DataSpec),
+        ("data.mix.", MixSpec),
+        ("data.augmentation.", Augmentation),
+        ("training.", Training),
+    )
+    for prefix, cls in groups:
         rows += [_field(prefix, name, cls) for name in cls.model_fields]
     return [*lines, *_fields(rows)]
 

@@ -48,6 +48,14 @@ ROWS = {
         for n, t in enumerate(TEXTS)
     ],
 }
+
+
+def rows_of(objective: Objective) -> list[Row]:
+    """Rows it learns from, those that come from further files included."""
+    further = objective.beside - objective.shapes
+    return [row for shape in [min(objective.shapes), *sorted(further)] for row in ROWS[shape]]
+
+
 TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
     **{(o, f): "cannot be a causal" for o in ("sft", "causal_lm") for f in (*ENCODERS, "xlnet")},
@@ -106,7 +114,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
     try:
         chat = objective.format(load_chat_format(folder))
         objective.check(chat)
-        fitted = objective.fit(ROWS[min(objective.shapes)], chat)
+        fitted = objective.fit(rows_of(objective), chat)
         model = sketch(folder, fitted.head())
         with torch.device("meta"):
             adaptation.attach(model)
@@ -129,7 +137,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
         return
     assert not reason
     chat = objective.format(load_chat_format(folder))
-    rows = ROWS[min(objective.shapes)]
+    rows = rows_of(objective)
     objective = objective.fit(rows, chat)
     encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
     examples = objective.arrange(encoded, context=30)

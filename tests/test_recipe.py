@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from luthier.adaptations import ADAPTATIONS
+from luthier.data.augmentation import Augmentation
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import (
     NAME_PATTERN,
     DataSpec,
+    MixSpec,
     Recipe,
     Training,
     assign,
@@ -227,6 +229,23 @@ def test_paths_in_toml_are_relative_to_its_folder(tmp_path: Path) -> None:
     )
 
 
+def test_further_files_in_toml_are_relative_too(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    lines = '[data]\ntrain = "a"\n[[data.mix]]\ntrain = "old.jsonl"\nweight = 0.5\n'
+    path.write_text(lines)
+    recipe = Recipe.read(path)
+    assert recipe.data.mix[0].train == tmp_path / "old.jsonl"
+    assert recipe.data.files == [tmp_path / "a", tmp_path / "old.jsonl"]
+
+
+@pytest.mark.parametrize("mix", ['"old.jsonl"', "[1]", '{ train = "b" }', '[{ train = "b" }]'])
+def test_further_files_of_another_form_are_refused(mix: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'[data]\ntrain = "a"\nmix = {mix}\n')
+    with pytest.raises(RecipeError, match=r"data\.mix"):
+        Recipe.read(path)
+
+
 @pytest.mark.parametrize("content", [b"[data\n", b"\xff\xfe", b"a = 1\na = 2\n"])
 def test_unreadable_toml_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "recipe.toml"
@@ -243,6 +262,8 @@ def test_missing_toml_is_refused(tmp_path: Path) -> None:
 PARTS: list[type[BaseModel]] = [
     Recipe,
     DataSpec,
+    MixSpec,
+    Augmentation,
     Training,
     *OBJECTIVES.values(),
     *ADAPTATIONS.values(),
@@ -300,7 +321,11 @@ def test_what_is_written_as_toml_is_read_back(fields: Any) -> None:
 def test_a_recipe_survives_toml(tmp_path: Path) -> None:
     recipe = parse(
         base="org/name",
-        data={"train": str(tmp_path / 'a "quoted" ü\u2028 name.jsonl')},
+        data={
+            "train": str(tmp_path / 'a "quoted" ü\u2028 name.jsonl'),
+            "mix": [{"train": str(tmp_path / "b.jsonl"), "weight": 0.25}],
+            "augmentation": {"delete": 0.1},
+        },
         adaptation={"method": "lora", "targets": ("q_proj", "v_proj"), "rslora": True},
         training={"learning_rate": 1.2345678901234567e-5, "epochs": 2},
     )

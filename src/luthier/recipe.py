@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -21,9 +21,11 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
+from luthier.data.augmentation import Augmentation
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES, Objective
 
@@ -39,6 +41,15 @@ class Part(BaseModel):
     )
 
 
+class MixSpec(Part):
+    """A further file to learn from beside the main one, and how much of it."""
+
+    train: Path
+    """File of rows; all of it is for learning, nothing is held out."""
+    weight: float = Field(gt=0)
+    """Rows drawn from it for each row of the main file."""
+
+
 class DataSpec(Part):
     """Which rows are learned from and which are held out."""
 
@@ -50,6 +61,29 @@ class DataSpec(Part):
     """Share of the training rows to hold out when no validation file is given; 0 for none."""
     long_rows: Literal["error", "drop", "truncate"] = "error"
     """What to do with rows longer than the model's context."""
+    mix: tuple[MixSpec, ...] = ()
+    """Further files to learn from, each with its ``train`` and ``weight``."""
+    augmentation: Augmentation = Augmentation()
+    """Random changes to the words of training rows, drawn anew each time; off when not given."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that is read."""
+        return [
+            path for path in (self.train, self.validation, *(m.train for m in self.mix)) if path
+        ]
+
+    @model_validator(mode="after")
+    def _each_file_once(self) -> Self:
+        seen = {path.resolve() for path in (self.train, self.validation) if path}
+        for each in self.mix:
+            if each.train.resolve() in seen:
+                raise ValueError(
+                    f"{each.train} is named twice. Rows that are learned from or measured on already "
+                    "cannot be mixed in; give another file"
+                )
+            seen.add(each.train.resolve())
+        return self
 
 
 class Training(Part):
@@ -77,6 +111,8 @@ class Training(Part):
     """Decay of AdamW's mean of squared gradients."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to AdamW's denominator."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Share dropped wherever the network drops hidden states; the network's own when not given."""
     max_gradient_norm: float = Field(default=1.0, ge=0)
     """Gradients of a larger global norm are scaled down to it; 0 turns clipping off."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
@@ -160,13 +196,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path} is not a readable TOML recipe: {error}") from error
     data = fields.get("data")
-    data = data if isinstance(data, dict) else {}
-    for key in ("train", "validation"):
-        value = data.get(key)
-        if isinstance(value, str):
-            data[key] = str(path.parent / value)
-        elif isinstance(value, list):
-            data[key] = [str(path.parent / str(each)) for each in value]
+    mixed = data.get("mix", []) if isinstance(data, dict) else []
+    for group in (data, *(mixed if isinstance(mixed, list) else [])):
+        for key in ("train", "validation") if isinstance(group, dict) else ():
+            value = group.get(key)
+            if isinstance(value, str):
+                group[key] = str(path.parent / value)
+            elif isinstance(value, list):
+                group[key] = [str(path.parent / str(each)) for each in value]
     return fields
 
 
@@ -181,6 +218,21 @@ def set_field(fields: dict[str, Any], assignment: str) -> None:
             f"--set takes KEY=VALUE, for example adaptation.rank=8; got {assignment!r}"
         )
     assign(fields, key.strip().split("."), toml_value(text))
+
+
+def parse_mix(text: str) -> dict[str, Any]:
+    """An entry of ``data.mix`` from ``FILE=RATIO`` of the command line."""
+    file, _, ratio = text.rpartition("=")
+    try:
+        weight = float(ratio)
+    except ValueError:
+        file = ""
+    if not file:
+        raise RecipeError(
+            "--mix takes FILE=RATIO, for example old.jsonl=0.25 for one row of old.jsonl with every "
+            f"four rows of the data; got {text!r}"
+        )
+    return {"train": file, "weight": weight}
 
 
 def toml_value(text: str) -> Any:
@@ -209,6 +261,9 @@ def _toml_lines(fields: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
 def _toml_literal(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml_literal, value))}]"
+    if isinstance(value, Mapping):  # in a list
+        inside = ", ".join(f"{key} = {_toml_literal(item)}" for key, item in value.items())
+        return f"{{ {inside} }}"
     if isinstance(value, float):
         return repr(value)
     # JSON writes strings, whole numbers and truth values as TOML does, but for this one character.

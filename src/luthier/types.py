@@ -64,6 +64,8 @@ class Example:
     target: NDArray[Any] | None = None
     source_T: IntArray | None = None
     """What the encoder of an encoder-decoder reads; ``ids_T`` is then the decoder's."""
+    word_T: IntArray | None = None
+    """Number of the word each token belongs to, -1 for tokens around the text; where it is known."""
 
     def __len__(self) -> int:
         return len(self.ids_T)

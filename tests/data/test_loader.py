@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data.loader import RowOrder, hold_out
+from luthier.data.loader import Mixed, RowOrder, hold_out
 
 PROPERTY = settings(max_examples=60, deadline=None, database=None)
 rows = st.integers(1, 40)
@@ -79,3 +82,61 @@ def test_what_is_held_out_depends_on_the_seed() -> None:
 def test_nothing_is_held_out_when_nothing_is_asked_or_one_row_is_all() -> None:
     assert hold_out(3, 0.0, seed=0) == ([0, 1, 2], [])
     assert hold_out(1, 0.5, seed=0) == ([0], [])
+
+
+mixed = st.lists(st.builds(Mixed, rows=st.integers(1, 30), drawn=st.integers(1, 50)), max_size=3)
+
+
+def epoch_of(order: RowOrder, epoch: int) -> list[int]:
+    first = epoch * order.steps_per_epoch
+    return [i for step in range(order.steps_per_epoch) for i in order.batch(first + step)]
+
+
+@PROPERTY
+@given(rows, batch_size, seed, mixed, st.integers(0, 3), st.booleans())
+def test_an_epoch_holds_the_main_rows_once_and_what_is_drawn_of_others(
+    rows: int, batch_size: int, seed: int, mixed: list[Mixed], epoch: int, shuffle: bool
+) -> None:
+    order = RowOrder(rows, batch_size, seed, shuffle, tuple(mixed))
+    found = epoch_of(order, epoch)
+    assert sorted(i for i in found if i < rows) == list(range(rows))
+    first = rows
+    for each in mixed:
+        assert sum(first <= i < first + each.rows for i in found) == each.drawn
+        first += each.rows
+    assert max(found) < first
+
+
+@PROPERTY
+@given(seed, st.integers(1, 20), st.integers(1, 30), st.booleans())
+def test_a_further_set_is_used_up_before_a_row_comes_again(
+    seed: int, size: int, drawn: int, shuffle: bool
+) -> None:
+    order = RowOrder(5, 3, seed, shuffle, (Mixed(size, drawn),))
+    counts = Counter[int]()
+    for epoch in range(4):
+        counts.update(i for i in epoch_of(order, epoch) if i >= 5)
+        seen = [counts[5 + row] for row in range(size)]
+        assert max(seen) - min(seen) <= 1
+
+
+@PROPERTY
+@given(seed, st.integers(20, 60), st.integers(1, 4), st.booleans())
+def test_every_batch_holds_the_sets_in_proportion(
+    seed: int, rows: int, ratio: int, shuffle: bool
+) -> None:
+    order = RowOrder(rows, 4 * (1 + ratio), seed, shuffle, (Mixed(17, ratio * rows),))
+    for step in range(order.steps_per_epoch - 1):
+        main = sum(i < rows for i in order.batch(step))
+        assert abs(main - 4) <= 2
+
+
+def test_without_further_sets_the_order_is_that_of_the_seed() -> None:
+    order = RowOrder(50, 50, seed=3)
+    assert order.batch(1) == np.random.default_rng([3, 1]).permutation(50).tolist()
+
+
+def test_main_rows_keep_their_order_when_others_come_between() -> None:
+    plain, with_others = RowOrder(30, 30, 4), RowOrder(30, 45, 4, mixed=(Mixed(100, 15),))
+    assert [i for i in with_others.batch(0) if i < 30] == plain.batch(0)
+    assert with_others.steps(2) == 2

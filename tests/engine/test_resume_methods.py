@@ -30,6 +30,9 @@ CASES = {
     "layer-wise rates": ("gpt2", "sft", "full", {}),
     "a packed base": ("llama", "sft", "qlora", {}),
     "a few weights of each layer": ("llama", "sft", "sparse", {}),
+    "further rows and changed words": ("bert", "classification", "full", {}),
+    "own labels on strong views": ("bert", "semi_supervised", "full", {"threshold": 0.5}),
+    "a dropout that was asked for": ("gpt2", "classification", "lora", {}),
 }
 
 
@@ -51,7 +54,7 @@ class BreakingReporter(Reporter):
 
 def rows_for(objective: str, path: Path) -> Path:
     rows: list[dict[str, Any]] = [{"text": text} for text in TEXTS]
-    if objective == "classification":
+    if objective in ("classification", "semi_supervised"):
         rows = [{"text": text, "label": str(n % 2)} for n, text in enumerate(TEXTS)]
     if objective == "sft":
         rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
@@ -71,6 +74,16 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
     data = rows_for(objective, tmp_path / "rows.jsonl")
     further = {"dora": True} if case == "magnitudes" else {}
     rates = {"layer_decay": 0.8} if case == "layer-wise rates" else {}
+    rates |= {"dropout": 0.3} if case == "a dropout that was asked for" else {}
+    more: dict[str, Any] = {}
+    if case == "further rows and changed words":
+        other = rows_for("classification", tmp_path / "more.jsonl")
+        more = {
+            "mix": [{"train": other, "weight": 0.7}],
+            "augmentation": {"delete": 0.2, "swap": 0.2},
+        }
+    if objective == "semi_supervised":
+        more = {"mix": [{"train": rows_for("", tmp_path / "texts.jsonl"), "weight": 2}]}
     monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 3 == 0)
 
     def recipe(name: str) -> Recipe:
@@ -78,7 +91,7 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
             {
                 "base": str(family_folder(family)),
                 "name": name,
-                "data": {"train": data, "validation": data},
+                "data": {"train": data, "validation": data, **more},
                 "objective": {"method": objective, **fields},
                 "adaptation": {"method": adaptation, **further},
                 "training": {"max_steps": 11, "epochs": 9, "batch_size": 2, "patience": 0, **rates},

@@ -25,12 +25,17 @@ models_app = typer.Typer(help="Base models and custom models.", no_args_is_help=
 app.add_typer(models_app, name="models")
 
 _OBJECTIVES = (
-    "sft, causal_lm, masked_lm, span_corruption, classification, regression, token_classification or "
+    "sft, causal_lm, masked_lm, span_corruption, classification, semi_supervised, regression, "
+    "token_classification or "
     "contrastive; chosen by the rows when not given."
 )
 _ADAPTATIONS = "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters or prompt."
 Data = Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")]
 Validation = Annotated[Path | None, typer.Option(help="Rows to measure on.")]
+Mix = Annotated[
+    list[str] | None,
+    typer.Option(help="Further rows: FILE=RATIO, so many for each row of the main file."),
+]
 Base = Annotated[str | None, typer.Option(help="Model to start from.")]
 Objective = Annotated[str | None, typer.Option(help=_OBJECTIVES)]
 Adaptation = Annotated[str | None, typer.Option(help=_ADAPTATIONS)]
@@ -43,10 +48,12 @@ def _named(
     name: str | None,
     objective: str | None,
     adaptation: str | None,
+    mix: list[str] | None,
 ) -> dict[str, Any]:
     """Fields of the recipe by the options that name them."""
     return {
         "data.validation": validation and str(validation),
+        "data.mix": mix,
         "base": base,
         "name": name,
         "objective.method": objective,
@@ -75,6 +82,7 @@ def root(
 def tune(
     data: Data,
     validation: Validation = None,
+    mix: Mix = None,
     base: Base = None,
     name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
     objective: Objective = None,
@@ -96,7 +104,7 @@ def tune(
     from luthier.cli import tuning
     from luthier.cli.console import errors
 
-    flags = _named(validation, base, name, objective, adaptation) | {
+    flags = _named(validation, base, name, objective, adaptation, mix) | {
         "training.epochs": epochs,
         "training.batch_size": batch_size,
         "training.learning_rate": learning_rate,
@@ -168,6 +176,7 @@ def search(
         ),
     ] = None,
     validation: Validation = None,
+    mix: Mix = None,
     base: Base = None,
     name: Annotated[str | None, typer.Option(help="Name of search and custom model.")] = None,
     objective: Objective = None,
@@ -191,7 +200,7 @@ def search(
     from luthier.cli import searching
     from luthier.cli.console import errors
 
-    flags = _named(validation, base, name, objective, adaptation)
+    flags = _named(validation, base, name, objective, adaptation, mix)
     with errors(json_):
         if range_test:
             searching.range_test(data, flags, set_ or [], json_)

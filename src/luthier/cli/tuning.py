@@ -36,12 +36,13 @@ def tune(
 
 def recipe_of(data: Path, flags: Mapping[str, Any], settings: Sequence[str]) -> Recipe:
     """The recipe of a data file or a TOML file, with flags and ``--set`` applied in this order."""
-    from luthier.recipe import Recipe, assign, read_toml, set_field
+    from luthier.recipe import Recipe, assign, parse_mix, read_toml, set_field
 
     fields = read_toml(data) if data.suffix == ".toml" else {"data": {"train": str(data)}}
     for key, value in flags.items():
         if value is not None:
-            assign(fields, key.split("."), value)
+            given = [parse_mix(text) for text in value] if key == "data.mix" else value
+            assign(fields, key.split("."), given)
     for setting in settings:
         set_field(fields, setting)
     return Recipe.parse(fields)

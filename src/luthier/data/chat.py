@@ -109,7 +109,14 @@ class ChatFormat:
 
     def encode_whole(self, text: str) -> IntArray:
         """Text with whatever special tokens the model puts around it, for reading as a whole."""
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=True), dtype=np.int64)
+        return self.encode_words(text)[0]
+
+    def encode_words(self, text: str) -> tuple[IntArray, IntArray]:
+        """The same, and the number of each token's word; -1 for the special tokens around the text."""
+        encoded = self.tokenizer(text, add_special_tokens=True, truncation=False)
+        words = [-1 if word is None else word for word in encoded.word_ids()]
+        ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
+        return ids_T, np.asarray(words, dtype=np.int64)
 
     @property
     def end_id(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from luthier.data.chat import ChatFormat
-from luthier.data.loader import hold_out, total_tokens
+from luthier.data.loader import Mixed, hold_out, total_tokens
 from luthier.data.rows import load_rows
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
@@ -49,6 +50,18 @@ class Dataset:
     dropped: int = 0
     truncated: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    mixed: tuple[Mixed, ...] = ()
+    """Further sets, whose examples stand behind those of the main one in ``train``."""
+
+    @property
+    def main(self) -> int:
+        """Training examples of the main file."""
+        return len(self.train) - sum(each.rows for each in self.mixed)
+
+    def mix_record(self, spec: DataSpec) -> list[dict[str, Any]]:
+        """What the manifest says of the further sets: file, weight, rows, and rows in each pass."""
+        pairs = zip(spec.mix, self.mixed, strict=True)
+        return [{**each.model_dump(mode="json"), **asdict(sizes)} for each, sizes in pairs]
 
 
 def prepare(
@@ -57,49 +70,100 @@ def prepare(
     """Read, check, split and encode the data of a recipe; :class:`DataError` lists what is wrong."""
     rows = load_rows(spec.train)
     held = load_rows(spec.validation) if spec.validation else []
+    further = [load_rows(each.train) for each in spec.mix]
     choices: list[Choice] = []
     if objective is None:
         objective = _objective_for(rows[0], chat)
         choices.append(("objective", objective.method, f"the rows are {_named([_shape(rows[0])])}"))
     objective.check(chat)
     _check_shapes(rows, held, objective, chat)
+    _check_shapes((), [*chain(*further)], objective, chat, beside=True)
+    _check_augmentation(spec, objective)
     if not spec.validation:
-        share, reason = spec.validation_share, ""
-        if share is None:
-            share, reason = validation_share(len(rows))
-            choices.append(("data.validation_share", round(share, 4), reason))
-        kept, out = hold_out(len(rows), share, seed)
-        rows, held = [rows[i] for i in kept], [rows[i] for i in out]
+        rows, held = _split(spec, rows, seed, choices)
     try:
-        objective = objective.fit(rows, chat)
+        objective = objective.fit([*rows, *chain(*further)], chat)
     except RowRefused as bad:
         raise DataError([bad.at(str(spec.train), 0)]) from bad
     encoder = _Encoder(objective, objective.format(chat), context, spec.long_rows)
-    train, validation = encoder.encode(rows), encoder.encode(held)
+    sets, validation = [encoder.encode(each) for each in (rows, *further)], encoder.encode(held)
     if encoder.problems:
         raise DataError(encoder.problems)
+    encoded = [*chain(*sets)]
     counts = {
-        "rows": len(train),
+        "rows": len(encoded),
         "validation_rows": len(validation),
-        "tokens": total_tokens(train),
-        "learned_tokens": int(sum(float(e.weight_T.sum()) for e in train)),
+        "tokens": total_tokens(encoded),
+        "learned_tokens": int(sum(float(e.weight_T.sum()) for e in encoded)),
     }
-    train = objective.arrange(train, context)
+    train, mixed = _mix(spec, [objective.arrange(each, context) if each else [] for each in sets])
+    choices += _shares(spec, mixed, len(train) - sum(each.rows for each in mixed))
     validation = objective.arrange(validation, context) if validation else []
-    if not train:
-        raise RecipeError(f"no row of {spec.train} is left to train on")
-    files = [path for path in (spec.train, spec.validation) if path]
     return Dataset(
         objective=objective,
         train=train,
         validation=validation,
         longest=max(example.tokens for example in train),
-        hashes={str(path): sha256_of(Path(path)) for path in files},
+        hashes={str(path): sha256_of(path) for path in spec.files},
         choices=choices,
         dropped=encoder.dropped,
         truncated=encoder.truncated,
         counts={**counts, "examples": len(train)},
+        mixed=mixed,
     )
+
+
+def _split(
+    spec: DataSpec, rows: Sequence[Row], seed: int, choices: list[Choice]
+) -> tuple[list[Row], list[Row]]:
+    """Rows to learn from and rows to measure on; a share that is chosen here joins ``choices``."""
+    share, reason = spec.validation_share, ""
+    if share is None:
+        share, reason = validation_share(len(rows))
+        choices.append(("data.validation_share", round(share, 4), reason))
+    kept, out = hold_out(len(rows), share, seed)
+    return [rows[i] for i in kept], [rows[i] for i in out]
+
+
+def _mix(spec: DataSpec, sets: Sequence[list[Example]]) -> tuple[list[Example], tuple[Mixed, ...]]:
+    """All examples, those of the main set first, and how many of each further set a pass takes."""
+    files = [spec.train, *(each.train for each in spec.mix)]
+    for path, examples in zip(files, sets, strict=True):
+        if not examples:
+            raise RecipeError(f"no row of {path} is left to train on")
+    train, mixed = list(sets[0]), list[Mixed]()
+    for each, examples in zip(spec.mix, sets[1:], strict=True):
+        drawn = round(each.weight * len(sets[0]))
+        if not drawn:
+            raise RecipeError(
+                f"data.mix: a weight of {each.weight:g} takes less than one row of {each.train} in a "
+                f"pass over the {len(sets[0])} of {spec.train}; use {1 / len(sets[0]):.2g} or more"
+            )
+        mixed.append(Mixed(len(examples), drawn))
+        after = max(example.row for example in train) + 1
+        train += [replace(example, row=after + number) for number, example in enumerate(examples)]
+    return train, tuple(mixed)
+
+
+def _shares(spec: DataSpec, mixed: Sequence[Mixed], main: int) -> list[Choice]:
+    """What mixing comes to, for people."""
+    return [
+        (
+            f"data.mix {each.train.name}",
+            f"{sizes.drawn} of {sizes.rows}",
+            f"rows beside each pass over the {main} of {spec.train.name}: {each.weight:g} for each",
+        )
+        for each, sizes in zip(spec.mix, mixed, strict=True)
+    ]
+
+
+def _check_augmentation(spec: DataSpec, objective: Objective) -> None:
+    if spec.augmentation and not objective.augments:
+        able = [name for name, kind in OBJECTIVES.items() if kind.augments]
+        raise RecipeError(
+            f"data.augmentation changes the words of a row, and {objective.method} learns the words "
+            f"themselves. It goes with {', '.join(able)}; leave it out here"
+        )
 
 
 def _shape(row: Row) -> str:
@@ -128,9 +192,15 @@ def _suits(objective: Objective, chat: ChatFormat) -> bool:
 
 
 def _check_shapes(
-    rows: Sequence[Row], held: Sequence[Row], objective: Objective, chat: ChatFormat
+    rows: Sequence[Row],
+    held: Sequence[Row],
+    objective: Objective,
+    chat: ChatFormat,
+    beside: bool = False,
 ) -> None:
+    """Every row must be of a shape that is learned; ``beside`` those of the main file, more may be."""
     problems = []
+    shapes = objective.shapes | (objective.beside if beside else frozenset())
     if len(rows) == 1 and _shape(rows[0]) != "text":
         problems.append(
             Problem(
@@ -143,16 +213,21 @@ def _check_shapes(
         )
     for row in [*rows, *held]:
         shape = _shape(row)
-        if shape not in objective.shapes:
+        if shape not in shapes:
             other = _objective_for(row, chat).method
+            fix = f"Use --objective {other}, or bring the rows into the other form."
+            if beside:
+                fix = f"Bring the rows into the form of {_named(shapes)}, or leave the file out."
+            elif shape in objective.beside:
+                fix = f"Such rows are for a file of --mix; {_named(objective.shapes)} goes here."
             problems.append(
                 Problem(
                     row.file,
                     row.line,
                     "row.objective",
-                    f"objective {objective.method} learns from {_named(objective.shapes)}, "
+                    f"objective {objective.method} learns from {_named(shapes)}, "
                     f"and this row is {_named([shape])}.",
-                    f"Use --objective {other}, or bring the rows into the other form.",
+                    fix,
                 )
             )
     if problems:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.data.loader import RowOrder
+from luthier.data.loader import Mixed, RowOrder
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.estimate import MemoryEstimate
 from luthier.recipe import Recipe
@@ -23,12 +23,19 @@ class Facts:
     """What the choices depend on."""
 
     rows: int
-    """Training rows after the validation rows were held out."""
+    """Training rows of the main set after the validation rows were held out."""
     longest: int
     """Tokens of the longest training row."""
     validation_rows: int
     hidden: int
     """Width of the network."""
+    mixed: tuple[Mixed, ...] = ()
+    """Further sets of rows; ``rows`` are those of the main one."""
+
+    @property
+    def drawn(self) -> float:
+        """Rows of all sets for each row of the main one."""
+        return 1 + sum(each.drawn for each in self.mixed) / self.rows
 
 
 def validation_share(rows: int) -> tuple[float, str]:
@@ -51,12 +58,14 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
 
     if recipe.objective is not None and recipe.objective.together:
         reason = "each row is told from the others of its batch, so more of them teach more"
-        fill("batch_size", min(64, max(2, facts.rows)), reason)
-    fill("batch_size", *_batch_size(facts.rows))
+        fill("batch_size", *_with_mixed(min(64, max(2, facts.rows)), reason, facts))
+    fill("batch_size", *_with_mixed(*_batch_size(facts.rows), facts))
     if training.max_steps is None:
-        fill("epochs", *_epochs(facts.rows, training.batch_size or 1))
+        fill(
+            "epochs", *_epochs(facts.rows, max(1, round((training.batch_size or 1) / facts.drawn)))
+        )
     fill("learning_rate", *recipe.adaptation.learning_rate(facts.hidden))
-    steps = steps_of(recipe.model_copy(update={"training": training}), facts.rows)
+    steps = steps_of(recipe.model_copy(update={"training": training}), facts.rows, facts.mixed)
     if facts.validation_rows:
         every = max(1, round(steps / 8))
         fill("evaluate_every", every, f"about eight measurements in {steps} steps")
@@ -90,10 +99,10 @@ def _computed(batches: Sequence[Sequence[Example]], budget: int) -> int:
     return sum(len(build_tree(part)) for part in parts)
 
 
-def steps_of(recipe: Recipe, rows: int) -> int:
-    """Optimizer steps of the whole run."""
+def steps_of(recipe: Recipe, rows: int, mixed: tuple[Mixed, ...] = ()) -> int:
+    """Optimizer steps of the whole run over ``rows`` of the main set and those of further sets."""
     training = recipe.training
-    order = RowOrder(rows, training.batch_size or 1, training.seed)
+    order = RowOrder(rows, training.batch_size or 1, training.seed, mixed=mixed)
     steps = order.steps(training.epochs) if training.epochs else training.max_steps or 1
     return min(steps, training.max_steps or steps)
 
@@ -103,6 +112,13 @@ def _batch_size(rows: int) -> tuple[int, str]:
         return 16, "the usual batch for tuning; 20 steps or more in each epoch"
     size = max(1, 1 << max(0, (rows // 20).bit_length() - 1))
     return size, f"{rows} rows: small enough for about 20 steps in each epoch"
+
+
+def _with_mixed(size: int, reason: str, facts: Facts) -> tuple[int, str]:
+    """``size`` rows of the main set, and the share of the further sets that comes with them."""
+    if not facts.mixed:
+        return size, reason
+    return round(size * facts.drawn), f"{reason}; {size} of the main file, the others beside them"
 
 
 def _epochs(rows: int, batch: int) -> tuple[float, str]:

@@ -16,6 +16,7 @@ from luthier.engine.devices import Machine, available_memory
 from luthier.engine.estimate import check_memory, disk_needed, estimate_memory, weight_bytes
 from luthier.engine.metrics import Reporter
 from luthier.files import need_disk
+from luthier.models.dropout import check_dropout
 from luthier.models.layers import layer_names
 from luthier.models.load import sketch
 from luthier.recipe import Recipe
@@ -55,10 +56,12 @@ def settle(
     plain = weight_bytes(model, size)
     with torch.device("meta"):
         recipe.adaptation.attach(model)
+    if recipe.training.dropout is not None:
+        check_dropout(model)
     if recipe.training.layer_decay < 1:
         layer_names(model)  # refuses a network without layers to tell apart
     width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
-    facts = defaults.Facts(len(data.train), data.longest, len(data.validation), width)
+    facts = defaults.Facts(data.main, data.longest, len(data.validation), width, data.mixed)
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
     estimate, available = estimate_memory(model, size, plain), available_memory()
@@ -75,13 +78,14 @@ def settle(
     need_disk(store.base_folder("x"), disk_needed(model, size), "this run")
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
-    steps = defaults.steps_of(recipe, len(data.train))
+    steps = defaults.steps_of(recipe, data.main, data.mixed)
     return Job(recipe, base, data.objective.format(chat), data, machine, steps)
 
 
 def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:
     """Rows of the run's first steps, to choose settings by."""
     training = recipe.training
-    order = RowOrder(len(data.train), training.batch_size or 1, training.seed, training.shuffle)
+    size = training.batch_size or 1
+    order = RowOrder(data.main, size, training.seed, training.shuffle, data.mixed)
     steps = range(min(count, order.steps_per_epoch))
     return [[data.train[index] for index in order.batch(step)] for step in steps]

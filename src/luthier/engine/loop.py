@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from luthier.data.loader import RowOrder, total_tokens
+from luthier.data.augmentation import Augmentation
+from luthier.data.loader import Mixed, RowOrder, total_tokens
 from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
 from luthier.engine.devices import peak_memory
 from luthier.engine.metrics import MetricsFile, Reporter
@@ -45,6 +47,9 @@ class Loop:
     checkpoints: Checkpoints
     metrics: MetricsFile
     reporter: Reporter
+    mixed: tuple[Mixed, ...] = ()
+    """Further sets of rows, which stand behind the main one in ``examples``."""
+    augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         """Set up what is derived: optimizer, row order, progress."""
@@ -52,8 +57,9 @@ class Loop:
         assert training.batch_size and training.learning_rate and training.micro_batch_tokens
         self.rate = training.learning_rate
         self.budget = training.micro_batch_tokens
+        main = len(self.examples) - sum(each.rows for each in self.mixed)
         self.order = RowOrder(
-            len(self.examples), training.batch_size, training.seed, training.shuffle
+            main, training.batch_size, training.seed, training.shuffle, self.mixed
         )
         model = self.network.model
         layers = layer_names(model) if training.layer_decay < 1 else []
@@ -99,8 +105,7 @@ class Loop:
 
     def _step(self) -> None:
         self.network.model.train()
-        indices = self.order.batch(self.progress.step)
-        chosen = [self.examples[index] for index in indices]
+        chosen = self._rows()
         started = time.monotonic()
         rate = self.rate * rate_factor(
             self.training.schedule, self.progress.step, self.steps, self.training.warmup_share
@@ -126,6 +131,17 @@ class Loop:
             tokens_per_second=tokens / seconds,
             **further,
         )
+
+    def _rows(self) -> list[Example]:
+        """The rows of the step to come, changed as asked for: a function of seed and step alone."""
+        step, seed = self.progress.step, self.training.seed
+        chosen = [self.examples[index] for index in self.order.batch(step)]
+        if not self.augmentation:
+            return chosen
+        return [
+            self.augmentation.changed(example, np.random.default_rng([seed, step, place]))
+            for place, example in enumerate(chosen)
+        ]
 
     def _batches(self, examples: Sequence[Example]) -> list[TreeBatch]:
         with torch.no_grad():

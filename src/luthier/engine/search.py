@@ -193,7 +193,7 @@ class _Search:
 
     def _request(self) -> dict[str, Any]:
         data = self.recipe.data
-        files = [path for path in (data.train, data.validation) if path and path.is_file()]
+        files = [path for path in data.files if path.is_file()]
         return {
             "recipe": self.recipe.plain(),
             "space": {dimension.key: str(dimension) for dimension in self.dimensions},

@@ -32,6 +32,7 @@ from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, need_disk, new_folder, write_json
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.catalog import MANIFEST
+from luthier.models.dropout import set_dropout
 from luthier.models.load import as_network, check_folder, check_vocabulary, context_length
 from luthier.models.network import Network
 from luthier.models.save import (
@@ -190,6 +191,11 @@ class Trainer:
         if getattr(model.config, "attention_dropout", 0):
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, machine.device, machine.dtype)
+        if (dropout := self.recipe.training.dropout) is not None:
+            places = ", ".join(set_dropout(network, dropout))
+            self.reporter.note(
+                f"dropout {dropout:g} in {places}; attention weights are not dropped"
+            )
         torch.manual_seed(self.recipe.training.seed)
         before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
@@ -208,7 +214,8 @@ class Trainer:
         data = self.job.data
         count = frozen_layers(network.model) if network.layout.flat else 0
         seen = self.job.steps * (self.recipe.training.batch_size or 1)
-        if not count or not data.objective.fixed or seen < 2 * len(data.train):
+        fixed = data.objective.fixed and not self.recipe.data.augmentation
+        if not count or not fixed or seen < 2 * len(data.train):
             return 0
         rows = data.objective.seen([*data.train, *data.validation])
         size = sum(map(len, rows)) * network.width * network.dtype.itemsize
@@ -241,6 +248,8 @@ class Trainer:
             checkpoints=Checkpoints(folder / "checkpoints"),
             metrics=MetricsFile(folder / METRICS),
             reporter=self.reporter,
+            mixed=self.job.data.mixed,
+            augmentation=self.recipe.data.augmentation,
         )
 
     def _store(self, network: Network, progress: Progress, lines: list[dict[str, Any]]) -> Result:
@@ -288,6 +297,7 @@ class Trainer:
                 "dropped": job.data.dropped,
                 "truncated": job.data.truncated,
                 **job.data.counts,
+                "mix": job.data.mix_record(self.recipe.data),
             },
             "trained_weights_sha256": weights,
             "format": {

@@ -193,6 +193,13 @@ def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Ne
     return network
 
 
+@torch.no_grad()
+def run_probe(network: Network) -> None:
+    """Send a few tokens through the layout and the head, to see which modules work there."""
+    probe = _Probe(network.model, network.device)
+    probe.ours(network)
+
+
 class _Probe:
     """A few tokens through the network's own forward and through its layout here.
 
@@ -244,20 +251,11 @@ class _Probe:
 
     @torch.no_grad()
     def check(self, network: Network, expected: torch.Tensor) -> None:
-        """Compare with the flat layout."""
-        rows = [
-            Example(
-                ids,
-                np.zeros(len(ids), dtype=np.float32),
-                index,
-                source_T=ids if self.writes else None,
-            )
-            for index, ids in enumerate(self.ids_2T.numpy())
-        ]
-        tree = build_tree(rows, share=network.shares)
+        """Compare with the layout here."""
         try:
-            got = self._ours(network, network.batch(tree)).float().view_as(expected)
-            expected = expected[torch.from_numpy(tree.row_R).to(self.device)]
+            got, row_R = self.ours(network)
+            got = got.float().view_as(expected)
+            expected = expected[row_R]
             error = float((got - expected).norm() / expected.norm())
         except (AttributeError, TypeError) as missing:  # a head of another build
             raise RecipeError(
@@ -271,7 +269,22 @@ class _Probe:
                 f"error {error:.2g})."
             )
 
-    def _ours(self, network: Network, batch: TreeBatch) -> torch.Tensor:
+    def ours(self, network: Network) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layout here gives, and which row of the probe each part of it is."""
+        rows = [
+            Example(
+                ids,
+                np.zeros(len(ids), dtype=np.float32),
+                index,
+                source_T=ids if self.writes else None,
+            )
+            for index, ids in enumerate(self.ids_2T.numpy())
+        ]
+        tree = build_tree(rows, share=network.shares)
+        given = self._head(network, network.batch(tree))
+        return given, torch.from_numpy(tree.row_R).to(self.device)
+
+    def _head(self, network: Network, batch: TreeBatch) -> torch.Tensor:
         nodes = torch.from_numpy(batch.tree.node_M).to(self.device)
         task = task_of(self.model)
         if task == "sequence_classification":

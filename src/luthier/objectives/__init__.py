@@ -6,6 +6,7 @@ from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.regression import Regression
+from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
 from luthier.objectives.span_corruption import SpanCorruption
 from luthier.objectives.token_classification import TokenClassification
@@ -16,6 +17,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "masked_lm": MaskedLM,
     "span_corruption": SpanCorruption,
     "classification": Classification,
+    "semi_supervised": SemiSupervised,
     "regression": Regression,
     "token_classification": TokenClassification,
     "contrastive": Contrastive,
@@ -30,6 +32,7 @@ __all__ = [
     "MaskedLM",
     "Objective",
     "Regression",
+    "SemiSupervised",
     "SpanCorruption",
     "TokenClassification",
 ]

@@ -42,12 +42,16 @@ class Objective(BaseModel):
     """What the head of the network is for."""
     shapes: ClassVar[frozenset[str]]
     """Row shapes it can learn from, by the names of ``luthier.engine.dataset``."""
+    beside: ClassVar[frozenset[str]] = frozenset()
+    """Further row shapes that the sets of ``data.mix`` may have."""
     reads: ClassVar[bool] = False
     """Whether its models answer with labels (:meth:`answers`); the others write text."""
     fixed: ClassVar[bool] = True
     """Whether the network sees the same tokens of a row in every epoch."""
     together: ClassVar[bool] = False
     """Whether the rows of a batch are learned against each other, so that its size matters."""
+    augments: ClassVar[bool] = False
+    """Whether words of a row may move or fall away without changing what it teaches."""
     packs: ClassVar[bool] = False
     """Whether ``arrange`` cuts rows to size, so that no row is too long."""
 

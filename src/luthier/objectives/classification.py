@@ -40,6 +40,7 @@ class Classification(Objective):
     task: ClassVar[Task] = "sequence_classification"
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"label"})
+    augments: ClassVar[bool] = True
 
     def head(self) -> Head:
         """One score for each class."""
@@ -136,15 +137,20 @@ def names_of(label: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def encode_text(text: str, index: int, chat: ChatFormat) -> Example:
     """A text read as a whole, of weight 1 in all."""
-    ids_T = chat.encode_whole(text)
+    ids_T, word_T = chat.encode_words(text)
     if not len(ids_T):
         raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
     weight_T = np.zeros(len(ids_T), dtype=np.float32)
     weight_T[-1] = 1.0
-    return Example(ids_T, weight_T, index, target=np.zeros(0))
+    return Example(ids_T, weight_T, index, target=np.zeros(0), word_T=word_T)
 
 
 def cut_text(example: Example, context: int) -> Example:
     """Keep the first ``context - 1`` tokens and the last, which closes the text for encoders."""
     kept = np.r_[0 : context - 1, len(example) - 1]
-    return replace(example, ids_T=example.ids_T[kept], weight_T=example.weight_T[kept])
+    return replace(
+        example,
+        ids_T=example.ids_T[kept],
+        weight_T=example.weight_T[kept],
+        word_T=None if example.word_T is None else example.word_T[kept],
+    )

@@ -58,6 +58,7 @@ class Contrastive(Objective):
     shapes: ClassVar[frozenset[str]] = frozenset({"pair", "text"})
     reads: ClassVar[bool] = True
     together: ClassVar[bool] = True
+    augments: ClassVar[bool] = True
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Check that single texts can have two views."""

@@ -38,6 +38,7 @@ class Regression(Objective):
     task: ClassVar[Task] = "sequence_classification"
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
+    augments: ClassVar[bool] = True
 
     def head(self) -> Head:
         """One output."""

@@ -1,0 +1,77 @@
+"""Setting how much a network drops in training (Srivastava et al. 2014, JMLR 15).
+
+transformers builds ``nn.Dropout`` modules from fields of the configuration that each family names
+otherwise (``hidden_dropout_prob``, ``resid_pdrop``, ``embd_pdrop``, ``classifier_dropout``, ...). A run
+changes the modules and leaves the configuration, which is stored with the model, as it was. Attention
+weights are not dropped on the flat layout, so their modules are left alone and not counted.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from luthier.models.network import Network
+
+
+def check_dropout(model: Any) -> None:
+    """Refuse a network without any dropout; works on a sketch.
+
+    Raises:
+        RecipeError: with what to use instead.
+    """
+    from torch import nn
+
+    if not any(isinstance(module, nn.Dropout) for module in model.modules()):
+        raise _nowhere(model)
+
+
+def set_dropout(network: Network, share: float) -> list[str]:
+    """Drop ``share`` of the hidden states in training wherever ``network`` has a dropout for them.
+
+    Which they are is found by a few tokens sent through the network. To be called before an adaptation
+    adds its own.
+
+    Returns:
+        The places, by name, ``*`` for the number of the layer.
+
+    Raises:
+        RecipeError: where there is no such place.
+    """
+    from torch import nn
+
+    from luthier.models.load import run_probe
+
+    called: list[nn.Module] = []
+    dropouts = {n: m for n, m in network.model.named_modules() if isinstance(m, nn.Dropout)}
+    hooks = [
+        module.register_forward_hook(lambda module, *_: called.append(module))
+        for module in dropouts.values()
+    ]
+    network.model.eval()
+    try:
+        run_probe(network)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    places: dict[str, None] = {}
+    for name, module in dropouts.items():
+        if any(module is other for other in called):
+            module.p = share
+            places[re.sub(r"\.\d+(?=\.|$)", ".*", name)] = None
+    if not places:
+        raise _nowhere(network.model)
+    return list(places)
+
+
+def _nowhere(model: Any) -> RecipeError:
+    return RecipeError(
+        f"networks of type {model.config.model_type} drop nothing but attention weights, and those are "
+        "not dropped here: training.dropout would do nothing. Leave it out; LoRA has a dropout of its "
+        "own (--set adaptation.dropout=0.1)"
+    )
