@@ -15,7 +15,7 @@ import torch
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.engine.checkpoints import Checkpoints
-from luthier.engine.loop import Loop, mean_loss
+from luthier.engine.loop import Loop, mean_loss, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_chat_format, load_model, sketch
@@ -55,15 +55,19 @@ REFUSED = {
 """Objectives that a family cannot learn, and what the refusal says."""
 
 
-def train_two_steps(
-    network: Network, objective: Objective, examples: list[Example], folder: Path
-) -> list[float]:
-    training = Training(
+def training_of(examples: list[Example]) -> Training:
+    return Training(
         batch_size=max(1, len(examples) // 2),
         learning_rate=1e-2,
         warmup_share=0.0,
         micro_batch_tokens=24,
     )
+
+
+def train_two_steps(
+    network: Network, objective: Objective, examples: list[Example], folder: Path
+) -> list[float]:
+    training = training_of(examples)
     loop = Loop(
         network=network,
         objective=objective,
@@ -80,12 +84,11 @@ def train_two_steps(
 
 
 def save(model: Any, adaptation: Adaptation, chat: Any, base: Path, folder: Path) -> None:
-    config = adaptation.adapter_config(model, str(base))
     folder.mkdir()
-    if config is None:
+    if adaptation.stores_network:
         save_network(model, chat, folder)
     else:
-        save_adapter(model, adaptation, config, folder)
+        save_adapter(model, adaptation, adaptation.adapter_config(model, str(base)), folder)
         save_format(chat, folder)
 
 
@@ -137,6 +140,10 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     def loss_of(network: Network) -> float:
         return mean_loss(network, objective, examples, 1000)
 
+    adaptation.calibrate(
+        network, row_gradients(network, objective, examples, training_of(examples))
+    )
+    assert all(weight.grad is None for weight in model.parameters())
     untrained = loss_of(network)
     before = {n: (w.requires_grad, w.detach().clone()) for n, w in model.named_parameters()}
 
@@ -172,6 +179,7 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
     return {
         ("bitfit", "llama"): "bitfit trains biases, and networks of type llama have none. Use lora",
         ("freeze", "albert"): "no stack of layers",
+        ("prefix", "albert"): "networks of type albert have no place for them. Use prompt",
     }
 
 

@@ -30,6 +30,7 @@ CASES = {
     "layer-wise rates": ("gpt2", "sft", "full", {}),
     "a packed base": ("llama", "sft", "qlora", {}),
     "a few weights of each layer": ("llama", "sft", "sparse", {}),
+    "keys and values": ("gpt2", "sft", "prefix", {}),
 }
 
 

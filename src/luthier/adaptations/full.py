@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from luthier.adaptations.base import Adaptation
 
@@ -14,6 +14,8 @@ class Full(Adaptation):
     """Train every weight."""
 
     method: Literal["full"] = "full"
+
+    stores_network: ClassVar[bool] = True
 
     def adapt(self, model: nn.Module) -> None:
         """Mark every weight as trained."""

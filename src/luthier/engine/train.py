@@ -13,7 +13,6 @@ import torch
 
 from luthier import __version__
 from luthier.data.chat import ChatFormat
-from luthier.data.loader import RowOrder
 from luthier.engine import defaults
 from luthier.engine.checkpoints import Checkpoints, Progress, fingerprint
 from luthier.engine.dataset import Dataset, prepare
@@ -26,7 +25,7 @@ from luthier.engine.devices import (
     return_freed_memory,
 )
 from luthier.engine.estimate import check_memory, disk_needed, estimate_memory, weight_bytes
-from luthier.engine.loop import Loop, mean_loss
+from luthier.engine.loop import Loop, mean_loss, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
 from luthier.engine.runs import ACTIVATIONS, METRICS, Result, Run, automatic_name
 from luthier.errors import LuthierError, RecipeError, RefusedInput
@@ -43,6 +42,7 @@ from luthier.models.save import (
     save_adapter,
     save_format,
     save_network,
+    stored_bytes,
     trained_weights,
 )
 from luthier.recipe import Recipe
@@ -161,10 +161,11 @@ def _prepare(
     facts = defaults.Facts(len(data.train), data.longest, len(data.validation), width)
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
-    estimate, available = estimate_memory(model, size, plain), available_memory()
+    calibration = recipe.adaptation.calibration_bytes(model)
+    estimate, available = estimate_memory(model, size, plain, calibration), available_memory()
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(
-            estimate, _first_batches(recipe, data), data.longest, available
+            estimate, defaults.first_batches(recipe, data.train), data.longest, available
         )
         if began_with is not None:
             budget, reason = began_with, "as when the run began"
@@ -172,7 +173,7 @@ def _prepare(
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
     check_memory(estimate, recipe.training.micro_batch_tokens or 0, available)
-    need_disk(store.base_folder("x"), disk_needed(model, size), "this run")
+    need_disk(store.base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
@@ -180,14 +181,6 @@ def _prepare(
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
     steps = defaults.steps_of(recipe, len(data.train))
     return _Job(recipe, base, data.objective.format(chat), data, machine, steps)
-
-
-def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:
-    """Rows of the run's first steps, to choose settings by."""
-    training = recipe.training
-    order = RowOrder(len(data.train), training.batch_size or 1, training.seed, training.shuffle)
-    steps = range(min(count, order.steps_per_epoch))
-    return [[data.train[index] for index in order.batch(step)] for step in steps]
 
 
 class _Trainer:
@@ -211,15 +204,24 @@ class _Trainer:
         The memory of the optimizer is free again after, which a second copy of the network needs.
         """
         network = self._network()
+        checkpoints = Checkpoints(self.run_folder.folder / "checkpoints")
+        found = checkpoints.latest() if resume else None
+        if found is None:
+            gradients = row_gradients(
+                network, self.job.data.objective, self.job.data.train, self.recipe.training
+            )
+            self.recipe.adaptation.calibrate(network, gradients)
+            return_freed_memory()
         started = time.monotonic()
         ahead = self._remember(network)
-        loop = self._loop(network)
-        if resume:
-            going = loop.resume()
-            where = f"going on after step {loop.progress.step}" if going else "starting at step 1"
-            self.reporter.note(where)
+        loop = self._loop(network, checkpoints)
+        if found is not None:
+            loop.resume(*found)
         elif loop.metrics.path.exists():
             loop.metrics.cut(0)
+        if resume:
+            step = loop.progress.step
+            self.reporter.note(f"going on after step {step}" if found else "starting at step 1")
         if ahead and loop.progress.step == 0:
             loop.record("frozen_layers", layers=ahead, seconds=time.monotonic() - started)
         progress = loop.run()
@@ -240,10 +242,14 @@ class _Trainer:
         before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
         return_freed_memory()  # of what loading and attaching made on the way
-        moved = sum(p.numel() for p in trained_weights(model).values())
+        self.trained = sum(p.numel() for p in trained_weights(model).values())
         # Weights that were quantized are parameters no longer.
-        total = max(before, sum(p.numel() for p in model.parameters()))
-        self.reporter.note(f"{moved:,} of {total:,} weights train ({moved / total:.2%})")
+        self.weights = max(before, sum(p.numel() for p in model.parameters()))
+        size = stored_bytes(model, self.recipe.adaptation)
+        self.reporter.note(
+            f"{self.trained:,} of {self.weights:,} weights train ({self.trained / self.weights:.2%}); "
+            f"the model will be stored in {size / 1e6:,.2f} MB"
+        )
         return network
 
     def _remember(self, network: Network) -> int:
@@ -275,8 +281,7 @@ class _Trainer:
     def _activations(self) -> Path:
         return self.run_folder.folder / ACTIVATIONS
 
-    def _loop(self, network: Network) -> Loop:
-        folder = self.run_folder.folder
+    def _loop(self, network: Network, checkpoints: Checkpoints) -> Loop:
         return Loop(
             network=network,
             objective=self.job.data.objective,
@@ -284,8 +289,8 @@ class _Trainer:
             examples=self.job.data.train,
             validation=self.job.data.validation,
             steps=self.job.steps,
-            checkpoints=Checkpoints(folder / "checkpoints"),
-            metrics=MetricsFile(folder / METRICS),
+            checkpoints=checkpoints,
+            metrics=MetricsFile(self.run_folder.folder / METRICS),
             reporter=self.reporter,
         )
 
@@ -299,7 +304,7 @@ class _Trainer:
             return_freed_memory()  # of the activations, before a second network is loaded
             manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
             draw_loss_curve(lines, fresh, run.model_id)
-            result = self._result(progress)
+            result = self._result(progress, fresh)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
             manifest["metrics"] = metrics
             manifest["files"] = hashes_of(fresh)
@@ -312,18 +317,18 @@ class _Trainer:
         """Write weights and tokenizer; what the manifest says of them and of where they came from."""
         job, model = self.job, network.model
         adaptation = self.recipe.adaptation
-        adapter = adaptation.adapter_config(model, str(job.base.folder))
         trained = adapter_tensors(model)
         weights = fingerprint({adaptation.stored_name(n): w for n, w in trained.items()})
-        if adapter is not None:
-            save_adapter(model, adaptation, adapter, folder)
-            save_format(job.chat, folder)
-        else:
+        if adaptation.stores_network:
             save_network(model, job.chat, folder)
+        else:
+            config = adaptation.adapter_config(model, str(job.base.folder))
+            save_adapter(model, adaptation, config, folder)
+            save_format(job.chat, folder)
         return {
             "id": self.run_folder.model_id,
             "kind": self.job.data.objective.task,
-            "saved": "network" if adapter is None else "adapter",
+            "saved": "network" if adaptation.stores_network else "adapter",
             "parent": job.base.id,
             "root": job.base.root,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -341,7 +346,7 @@ class _Trainer:
             "format": {"template": job.chat.template, "stop_ids": list(job.chat.stop_ids)},
         }
 
-    def _result(self, progress: Progress) -> Result:
+    def _result(self, progress: Progress, stored: Path) -> Result:
         run = self.run_folder
         return Result(
             model_id=run.model_id,
@@ -354,6 +359,9 @@ class _Trainer:
             validation_loss=progress.best_loss,
             seconds=round(progress.seconds, 3),
             peak_memory_bytes=peak_memory(),
+            trained_weights=self.trained,
+            weights=self.weights,
+            saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
         )
 
     def _sample(self) -> list[Example]:

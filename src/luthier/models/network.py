@@ -19,6 +19,7 @@ from luthier.data.tree import TokenTree, build_tree, padded, split_to_budget
 from luthier.models import heads
 from luthier.models.attention import AttentionPlan, plan_attention
 from luthier.models.bottom import Bottom
+from luthier.models.prefix import prefix_tokens
 from luthier.types import Example
 
 SIZE_STEP = 32
@@ -48,9 +49,13 @@ class TreeBatch:
 
     @staticmethod
     def of(
-        tree: TokenTree, device: torch.device, dtype: torch.dtype, both_ways: bool = False
+        tree: TokenTree,
+        device: torch.device,
+        dtype: torch.dtype,
+        both_ways: bool = False,
+        before: int = 0,
     ) -> TreeBatch:
-        """Put ``tree`` on ``device`` and plan its attention for ``dtype``."""
+        """Put ``tree`` on ``device`` and plan its attention for ``dtype``, behind a prefix."""
         tree = padded(tree, SIZE_STEP)
         parent_E = tree.parent_N[tree.edge_child_E]
         # Children of one parent are not neighbours in depth-first order.
@@ -66,7 +71,7 @@ class TreeBatch:
             tree=tree,
             ids_N=put(tree.ids_N),
             depth_N=put(tree.depth_N),
-            plan=plan_attention(tree, device, dtype, both_ways),
+            plan=plan_attention(tree, device, dtype, both_ways, before),
             source_S=put(source_S),
             edge_source_E=put(edge_source_E),
             target_E=put(tree.ids_N[child_E]),
@@ -120,7 +125,7 @@ class Network:
     def _run(self, batch: TreeBatch) -> Tensor:
         output = self._backbone(
             input_ids=batch.ids_N[None],
-            position_ids=batch.depth_N[None] + self._first_position,
+            position_ids=batch.depth_N[None] + self._first_position + batch.plan.before,
             tree=batch.plan,
             use_cache=False,
         )
@@ -175,9 +180,10 @@ class Network:
         self.model = None
         self.__dict__.pop("_backbone", None)
 
-    def batch(self, tree: TokenTree) -> TreeBatch:
-        """``tree`` on this network's device."""
-        return TreeBatch.of(tree, self.device, self.dtype, self.both_ways)
+    def batch(self, tree: TokenTree, prefix: bool = True) -> TreeBatch:
+        """``tree`` on this network's device, behind the network's prefix if it has one."""
+        before = prefix_tokens(self.model) if prefix else 0
+        return TreeBatch.of(tree, self.device, self.dtype, self.both_ways, before)
 
     def batches(self, examples: Sequence[Example], budget: int) -> list[TreeBatch]:
         """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer)."""
