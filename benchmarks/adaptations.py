@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -37,14 +38,14 @@ CASES = [
 ]
 
 
-def measured(case: str, data: Path, base: str, epochs: float) -> dict[str, Any]:
+def measured(case: str, train: Path, test: Path, base: str, epochs: float) -> dict[str, Any]:
     """Tune, then evaluate, in processes of their own and a home that is thrown away."""
     from luthier.files import luthier_home
 
     words, _, rate = case.partition("@")
     method, *settings = words.split(",")
     luthier = [sys.executable, "-m", "luthier"]
-    command = [*luthier, "tune", str(data / "train.jsonl"), "--base", base, "--name", "x", "--json"]
+    command = [*luthier, "tune", str(train), "--base", base, "--name", "x", "--json"]
     command += ["--adaptation", method, "--epochs", str(epochs)]
     command += ["--learning-rate", rate] if rate else []
     given = ["data.validation_share=0", "training.threads=1"]
@@ -59,34 +60,41 @@ def measured(case: str, data: Path, base: str, epochs: float) -> dict[str, Any]:
         rates = [
             event["learning_rate"] for event in map(json.loads, lines) if "learning_rate" in event
         ]
-        test = [*luthier, "evaluate", tuned["model_id"], str(data / "test.jsonl"), "--json"]
-        scored = run(test, env).report
+        scored = run([*luthier, "evaluate", tuned["model_id"], str(test), "--json"], env).report
     return {"case": case, "rate": max(rates), **tuned, "accuracy": scored["scores"]["accuracy"]}
+
+
+def line_of(found: dict[str, Any]) -> list[str]:
+    return [
+        found["case"].partition("@")[0],
+        f"{found['rate']:.1e}",
+        f"{found['accuracy']:.1%}",
+        f"{found['trained_weights']:,}",
+        f"{found['trained_weights'] / found['weights']:.2%}",
+        f"{found['saved_bytes'] / 1e6:.2f}",
+        f"{found['train_loss']:.3f}",
+        f"{found['seconds']:.0f}",
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--base", default="all-minilm-l6-v2")
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--case", action="append")
     options = parser.parse_args()
+    lines = [line for line in (options.data / "train.jsonl").read_text().split("\n") if line]
+    random.Random(0).shuffle(lines)
     out = []
-    for case in options.case or CASES:
-        found = measured(case, options.data, options.base, options.epochs)
-        print(json.dumps(found), file=sys.stderr, flush=True)
-        out.append(
-            [
-                case.partition("@")[0],
-                f"{found['rate']:.1e}",
-                f"{found['accuracy']:.1%}",
-                f"{found['trained_weights']:,}",
-                f"{found['trained_weights'] / found['weights']:.2%}",
-                f"{found['saved_bytes'] / 1e6:.2f}",
-                f"{found['train_loss']:.3f}",
-                f"{found['seconds']:.0f}",
-            ]
-        )
+    with tempfile.TemporaryDirectory() as scratch:
+        train, test = Path(scratch) / "train.jsonl", options.data / "test.jsonl"
+        train.write_text("\n".join(lines[: options.rows]) + "\n")
+        for case in options.case or CASES:
+            found = measured(case, train, test, options.base, options.epochs)
+            print(json.dumps(found), file=sys.stderr, flush=True)
+            out.append(line_of(found))
     header = ["adaptation", "rate", "accuracy", "weights", "share", "MB saved", "last loss", "s"]
     print(table(header, out))
 
