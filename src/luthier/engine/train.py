@@ -143,11 +143,11 @@ def _prepare(
     config = check_folder(base.network_folder)
     chat = store.chat_format(base)
     context = context_length(config)
-    room = context - recipe.adaptation.added_tokens
+    added = recipe.adaptation.added_tokens + store.added_tokens(base)
+    room = context - added
     if room < 1:
         raise RecipeError(
-            f"{recipe.adaptation.added_tokens} added tokens leave no room in the model's context of "
-            f"{context}; use fewer"
+            f"{added} added tokens leave no room in the model's context of {context}; use fewer"
         )
     data = prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
     model = sketch(base.network_folder, data.objective.head())

@@ -52,8 +52,14 @@ def add_prefix(model: Any, places: int) -> None:
     """Give each layer's attention a prefix of ``places`` zeros.
 
     Raises:
-        RecipeError: where layers share their weights, or the network takes no keys from before.
+        RecipeError: where layers share their weights, where the network takes no keys from before, or
+            where it has a prefix already.
     """
+    if prefix_tokens(model):
+        raise RecipeError(
+            "the model to start from has a prefix already, which a second one would replace. Train "
+            "lora on it, or a prefix on the model below it."
+        )
     config = model.config
     layers = _attentions(model)
     indices = [int(module.layer_idx) for module in layers]
