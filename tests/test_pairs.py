@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.engine.checkpoints import Checkpoints
@@ -20,7 +21,7 @@ from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_chat_format, load_model, sketch
 from luthier.models.network import Network
-from luthier.models.save import save_adapter, save_format, save_network
+from luthier.models.save import save_adapter, save_format, save_network, stored_bytes
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.recipe import Training
 from luthier.store import models as store
@@ -141,7 +142,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
         return mean_loss(network, objective, examples, 1000)
 
     adaptation.calibrate(
-        network, row_gradients(network, objective, examples, training_of(examples))
+        network, row_gradients(network, objective, examples, training_of(examples), Reporter())
     )
     assert all(weight.grad is None for weight in model.parameters())
     untrained = loss_of(network)
@@ -161,7 +162,10 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     trained = loss_of(network)
     assert abs(trained - untrained) > 2e-5 * untrained  # twice what the comparisons below allow
 
+    promised = stored_bytes(model, adaptation)
     save(model, adaptation, chat, folder, tmp_path / "custom")
+    stored = load_file(next((tmp_path / "custom").glob("*.safetensors")))
+    assert sum(tensor.nbytes for tensor in stored.values()) == promised
     again = reload(adaptation, objective, folder, tmp_path / "custom")
     assert loss_of(again) == pytest.approx(trained, rel=1e-5)
 

@@ -18,6 +18,7 @@ from luthier.adaptations import Sparse
 from luthier.adaptations.sparse_layer import SparseLinear
 from luthier.engine.estimate import estimate_memory
 from luthier.engine.loop import row_gradients
+from luthier.engine.metrics import Reporter
 from luthier.errors import CorruptFile
 from luthier.models.load import as_network
 from luthier.models.save import load_adapter, save_adapter
@@ -97,7 +98,7 @@ def network_and_rows(model: Any) -> tuple[Any, Any, list[Example]]:
     network = as_network(model, torch.device("cpu"), torch.float32)
     FISHER.attach(model)
     training = Training(batch_size=2, micro_batch_tokens=8, shuffle=False)
-    return network, row_gradients(network, SFT(), examples, training), examples
+    return network, row_gradients(network, SFT(), examples, training, Reporter()), examples
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -22,6 +22,15 @@ each other). Each time it yields, weights that require a gradient hold that of t
 ``grad``; it is gone when the next row is asked for."""
 
 
+def full_rate(hidden: int) -> float:
+    """Learning rate for all weights of a network of width ``hidden``: ``5e-5 (2000 / hidden)^0.781``.
+
+    5e-5 is the middle of the range that Devlin et al. (2019) tune in; the exponent is what Schulman et
+    al. (2025, "LoRA Without Regret") fitted over Llama models of all sizes. At most 2e-4.
+    """
+    return min(2e-4, 5e-5 * (2000 / hidden) ** 0.781)
+
+
 class Adaptation(BaseModel):
     """Base of all adaptations. Subclasses are final: one method, one file, one class."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier.adaptations.base import Adaptation
+from luthier.adaptations.base import Adaptation, full_rate
 from luthier.errors import RecipeError
 from luthier.models.layers import layer_names
 
@@ -51,7 +51,8 @@ class Freeze(Adaptation):
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """As for full fine-tuning: the layers that move are the network's own."""
-        return 5e-5, "the layers that train are the network's own: 5e-5, as for full fine-tuning"
+        reason = f"the layers that train are the network's own: as for full tuning (width {hidden})"
+        return float(f"{full_rate(hidden):.1e}"), reason
 
     def _frozen(self, count: int) -> list[int]:
         size = min(max(1, round(self.share * count)), count - 1)

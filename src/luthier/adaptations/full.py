@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from luthier.adaptations.base import Adaptation
+from luthier.adaptations.base import Adaptation, full_rate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,5 +22,6 @@ class Full(Adaptation):
         model.requires_grad_(True)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """5e-5, the middle of the range that Devlin et al. (2019) and Touvron et al. (2023) tune in."""
-        return 5e-5, "every weight moves: 5e-5, the usual rate for full fine-tuning"
+        """:func:`~luthier.adaptations.base.full_rate`."""
+        reason = f"every weight moves: 5e-5, more for small networks (width {hidden})"
+        return float(f"{full_rate(hidden):.1e}"), reason

@@ -199,6 +199,7 @@ def row_gradients(
     objective: Objective,
     examples: Sequence[Example],
     training: Training,
+    reporter: Reporter,
 ) -> Callable[[int], Iterator[None]]:
     """What an adaptation calibrates itself by: gradients of single rows, in the order of the run.
 
@@ -212,7 +213,9 @@ def row_gradients(
     def gradients(rows: int) -> Iterator[None]:
         network.model.eval()
         chosen = [examples[i] for step in range(order.steps_per_epoch) for i in order.batch(step)]
-        for start in range(0, min(rows, len(chosen)), size):
+        rows = min(rows, len(chosen))
+        reporter.stage(f"Reading gradients of {rows:,} rows, to choose the weights that train")
+        for start in range(0, rows, size):
             with torch.no_grad():
                 batches = _annotated(network, objective, chosen[start : start + size], budget)
             for turn in objective.turns(batches):

@@ -208,7 +208,11 @@ class _Trainer:
         found = checkpoints.latest() if resume else None
         if found is None:
             gradients = row_gradients(
-                network, self.job.data.objective, self.job.data.train, self.recipe.training
+                network,
+                self.job.data.objective,
+                self.job.data.train,
+                self.recipe.training,
+                self.reporter,
             )
             self.recipe.adaptation.calibrate(network, gradients)
             return_freed_memory()
