@@ -6,6 +6,7 @@ else follows from that mark: what gets an optimizer state, what a checkpoint hol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +29,7 @@ def full_rate(hidden: int) -> float:
     5e-5 is the middle of the range that Devlin et al. (2019) tune in; the exponent is what Schulman et
     al. (2025, "LoRA Without Regret") fitted over Llama models of all sizes. At most 2e-4.
     """
-    return min(2e-4, 5e-5 * (2000 / hidden) ** 0.781)
+    return min(2e-4, 5e-5 * math.pow(2000 / hidden, 0.781))
 
 
 class Adaptation(BaseModel):
