@@ -17,6 +17,7 @@ from luthier.data.tree import build_tree
 from luthier.errors import RecipeError
 from luthier.models import attention
 from luthier.models.attention import _flex_mask, plan_attention
+from luthier.models.bottom import frozen_layers
 from luthier.models.load import as_network, load_chat_format, load_model
 from luthier.models.network import Network
 from luthier.models.prefix import prefix_cache, prefix_tokens
@@ -214,6 +215,7 @@ def test_one_weight_is_trained_and_stored(model: Any) -> None:
     assert PREFIX.stored_name(trained[0][0]) == "prompt_embeddings"
     assert prefix_tokens(model) == len(trained[0][1]) == 5
     assert prefix_tokens(copy.deepcopy(model)) == 5
+    assert frozen_layers(model) == 0  # nothing of it can be computed ahead
 
 
 def test_networks_whose_layers_share_their_weights_are_refused(
