@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import typer
@@ -14,11 +15,12 @@ from pydantic import BaseModel
 
 from luthier.adaptations import ADAPTATIONS
 from luthier.cli.app import app
+from luthier.data.chat import ChatFormat
 from luthier.data.rows import RULES as ROW_RULES
 from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.graders import GRADERS
 from luthier.models.catalog import CATALOG
-from luthier.objectives import OBJECTIVES
+from luthier.objectives import OBJECTIVES, Objective
 from luthier.recipe import DataSpec, Recipe, Training
 
 TARGET = Path(__file__).parent / "reference.md"
@@ -152,13 +154,13 @@ def _support() -> list[str]:
     ]
     reasons: dict[str, None] = {}
     for name, objective in OBJECTIVES.items():
-        cells = [_cell(objective.task, config, reasons) for config in FAMILIES.values()]
+        cells = [_cell(objective, config, reasons) for config in FAMILIES.values()]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     lines += ["", "Reasons given:", "", *(f"- {reason}" for reason in reasons), ""]
     return lines
 
 
-def _cell(task: Any, config: str, reasons: dict[str, None]) -> str:
+def _cell(objective: type[Objective], config: str, reasons: dict[str, None]) -> str:
     import torch
     import transformers
 
@@ -166,11 +168,13 @@ def _cell(task: Any, config: str, reasons: dict[str, None]) -> str:
     from luthier.models.heads import Head
     from luthier.models.load import sketch_of
 
-    refused = []
+    task, refused = objective.task, []
+    settings: Any = getattr(transformers, config)()
     for name, adaptation in ADAPTATIONS.items():
         head = Head(task, () if task in ("causal_lm", "masked_lm") else ("a", "b"))
         try:
-            model = sketch_of(getattr(transformers, config)(), head)
+            model = sketch_of(settings, head)
+            objective.model_validate({}).check(_format_of(settings))
         except RecipeError as error:
             reasons[str(error)] = None
             return "-"
@@ -181,6 +185,14 @@ def _cell(task: Any, config: str, reasons: dict[str, None]) -> str:
             reasons[str(error)] = None
             refused.append(f"`{name}`")
     return f"all but {', '.join(refused)}" if refused else "all"
+
+
+def _format_of(settings: Any) -> ChatFormat:
+    """The format of a family, with a tokenizer of which only what objectives ask for is there."""
+    beside = settings.is_encoder_decoder
+    vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if beside else {}
+    words = SimpleNamespace(mask_token_id=0, get_vocab=lambda: vocabulary)
+    return ChatFormat(words, "plain", (1,), 0 if beside else None)
 
 
 def _field(prefix: str, name: str, cls: type[BaseModel]) -> tuple[str, str, str, str]:

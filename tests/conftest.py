@@ -92,7 +92,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp("families") / name
-            tokenizer = make_wordpiece() if name in ENCODERS else make_tokenizer()
+            tokenizer = TOKENIZERS.get(name, make_tokenizer)()
             make_family(name, tokenizer).save_pretrained(made[name])
             tokenizer.save_pretrained(made[name])
         return made[name]
@@ -101,7 +101,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 ENCODERS = ("bert", "roberta", "albert")
-FAMILIES = ("llama", "gpt2", *ENCODERS)
+FAMILIES = ("llama", "gpt2", *ENCODERS, "t5", "xlnet")
 
 
 def make_wordpiece() -> Any:
@@ -136,6 +136,8 @@ def make_family(name: str, tokenizer: Any) -> Any:
         return make_llama(eos_token_id=tokenizer.eos_token_id)
     if name == "gpt2":
         return make_gpt2(eos_token_id=tokenizer.eos_token_id)
+    if name in ("t5", "xlnet"):
+        return make_padded(name, tokenizer)
     fields: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -154,6 +156,61 @@ def make_family(name: str, tokenizer: Any) -> Any:
     config = getattr(transformers, f"{kinds[name]}Config")(**fields)
     torch.manual_seed(0)
     return getattr(transformers, f"{kinds[name]}ForMaskedLM")(config)
+
+
+def make_padded(name: str, tokenizer: Any) -> Any:
+    """Networks whose attention has relative positions of its own."""
+    import transformers
+
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    fields: dict[str, Any] = {"vocab_size": len(tokenizer), "d_model": 32, **ids}
+    torch.manual_seed(0)
+    if name == "xlnet":
+        sizes = {"n_layer": 3, "n_head": 4, "d_inner": 64, "initializer_range": 0.15}
+        config: Any = transformers.XLNetConfig(**fields, **sizes)
+        return transformers.XLNetLMHeadModel(config)
+    config = transformers.T5Config(
+        **fields,
+        d_kv=8,
+        d_ff=64,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def make_t5_tokenizer() -> Any:
+    """Byte-level pieces closed by ``</s>``, with sentinels for spans, as T5 has them."""
+    from tokenizers import processors
+
+    sentinels = tuple(f"<extra_id_{n}>" for n in range(20))
+    made = make_tokenizer(None, ("<pad>", "</s>", *sentinels), "</s>")
+    made.pad_token = "<pad>"
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", made.eos_token_id)]
+    )
+    return made
+
+
+def make_xlnet_tokenizer() -> Any:
+    """Byte-level pieces closed by ``<sep><cls>``, as XLNet has them."""
+    from tokenizers import processors
+
+    special = ("<pad>", "<sep>", "<cls>", "<mask>")
+    made = make_tokenizer(None, special, "<sep>")
+    made.pad_token, made.cls_token, made.sep_token, made.mask_token = (
+        "<pad>",
+        "<cls>",
+        "<sep>",
+        "<mask>",
+    )
+    closing = [(name, made.convert_tokens_to_ids(name)) for name in ("<sep>", "<cls>")]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <sep> <cls>", special_tokens=closing
+    )
+    return made
 
 
 def make_tokenizer(
@@ -226,3 +283,10 @@ def make_gpt2(seed: int = 0, **fields: Any) -> Any:
     )
     torch.manual_seed(seed)
     return GPT2LMHeadModel(config)
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    **dict.fromkeys(ENCODERS, make_wordpiece),
+    "t5": make_t5_tokenizer,
+    "xlnet": make_xlnet_tokenizer,
+}

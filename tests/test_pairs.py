@@ -28,7 +28,7 @@ from luthier.store import models as store
 from luthier.types import Example, Message, Row
 
 CPU = torch.device("cpu")
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "albert")
+FAMILIES = ("llama", "gpt2", "bert", "roberta", "albert", "t5", "xlnet")
 WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
 TEXTS = [f"One word, please: {word}" for word in WORDS]
 ROWS = {
@@ -50,8 +50,17 @@ ROWS = {
 }
 TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
-    **{(o, f): "cannot be a causal" for o in ("sft", "causal_lm") for f in FAMILIES[2:]},
-    **{("masked_lm", f): "no mask token|cannot be a masked" for f in FAMILIES[:2]},
+    **{
+        (o, f): "cannot be a causal"
+        for o in ("sft", "causal_lm")
+        for f in ("bert", "roberta", "albert", "xlnet")
+    },
+    ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",
+    **{
+        ("masked_lm", f): "no mask token|cannot be a masked"
+        for f in ("llama", "gpt2", "t5", "xlnet")
+    },
+    **{("span_corruption", f): "for encoder-decoders" for f in FAMILIES if f != "t5"},
 }
 """Objectives that a family cannot learn, and what the refusal says."""
 
@@ -106,6 +115,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
     """Why a triple is refused before any weight is loaded; empty where it is not."""
     try:
         chat = objective.format(load_chat_format(folder))
+        objective.check(chat)
         fitted = objective.fit(ROWS[min(objective.shapes)], chat)
         model = sketch(folder, fitted.head())
         with torch.device("meta"):
@@ -181,15 +191,22 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
 def adaptation_refusals() -> dict[tuple[str, str], str]:
     """Adaptations that a family cannot take, and what the refusal says."""
     return {
-        ("bitfit", "llama"): "bitfit trains biases, and networks of type llama have none. Use lora",
+        **{
+            ("bitfit", f): f"bitfit trains biases, and networks of type {f} have none. Use lora"
+            for f in ("llama", "t5")
+        },
         ("freeze", "albert"): "no stack of layers",
-        ("prefix", "albert"): "networks of type albert have no place for them. Use prompt",
+        **{
+            ("prefix", f): f"networks of type {f} have no place for them. Use prompt"
+            for f in ("albert", "t5", "xlnet")
+        },
     }
 
 
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
-    tied = {(o, "feature_extraction", "gpt2"): "output head.* tied" for o in ("sft", "causal_lm")}
+    written = (("sft", "gpt2"), ("causal_lm", "gpt2"), ("sft", "t5"), ("span_corruption", "t5"))
+    tied = {(o, "feature_extraction", f): "output head.* tied" for o, f in written}
     none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}
     return tied | none
 

@@ -62,9 +62,23 @@ class Example:
     row: int
     """Index of the row in the data set, for messages and caching."""
     target: NDArray[Any] | None = None
+    source_T: IntArray | None = None
+    """What the encoder of an encoder-decoder reads; ``ids_T`` is then the decoder's."""
 
     def __len__(self) -> int:
         return len(self.ids_T)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the network reads, the encoder's included."""
+        return len(self.ids_T) + (0 if self.source_T is None else len(self.source_T))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of both sides: what must fit into the context."""
+        return (
+            len(self.ids_T) if self.source_T is None else max(len(self.ids_T), len(self.source_T))
+        )
 
     @property
     def weight(self) -> float:

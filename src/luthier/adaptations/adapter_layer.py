@@ -27,6 +27,12 @@ class Bottleneck(nn.Module):
             self.adapter_up.weight.zero_()
             self.adapter_up.bias.zero_()
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen projection's weight, for networks that ask for its type (T5)."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         """The projection of ``x`` plus the bottleneck of it."""
         y: Tensor = self.base_layer(x)

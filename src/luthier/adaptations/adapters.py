@@ -21,8 +21,12 @@ from luthier.models.layers import replace_modules
 if TYPE_CHECKING:
     from torch import nn
 
-_ATTENTION = re.compile(r"(o_proj|attention\.output\.dense|attn\.c_proj|attention\.dense)$")
-_FEED_FORWARD = re.compile(r"(down_proj|(?<!attention\.)output\.dense|mlp\.c_proj|ffn_output)$")
+_ATTENTION = re.compile(
+    r"(o_proj|attention\.output\.dense|attn\.c_proj|attention\.dense|Attention\.o)$"
+)
+_FEED_FORWARD = re.compile(
+    r"(down_proj|(?<!attention\.)output\.dense|mlp\.c_proj|ffn_output|DenseReluDense\.wo|ff\.layer_2)$"
+)
 
 
 class Adapters(Adaptation):
@@ -43,12 +47,15 @@ class Adapters(Adaptation):
         from luthier.adaptations.adapter_layer import Bottleneck
 
         kinds = [_FEED_FORWARD, *([_ATTENTION] if self.placement == "houlsby" else [])]
-        names = [n for n, _ in model.named_modules() if any(kind.search(n) for kind in kinds)]
-        if not names:
-            kind = getattr(getattr(model, "config", None), "model_type", "this type")
+        found = [[n for n, _ in model.named_modules() if kind.search(n)] for kind in kinds]
+        if not all(found):
+            family = getattr(getattr(model, "config", None), "model_type", "this type")
+            other = "placement=pfeiffer or lora" if found[0] else "lora"
             raise RecipeError(
-                f"adapters do not know where the sublayers of networks of type {kind} end. Use lora."
+                f"{self.placement} adapters do not know where the sublayers of networks of type "
+                f"{family} end. Use {other}."
             )
+        names = [name for names in found for name in names]
         model.requires_grad_(False)
         hidden = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
         width = max(1, round(hidden / self.reduction_factor))

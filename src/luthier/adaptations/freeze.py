@@ -14,7 +14,7 @@ from pydantic import Field
 
 from luthier.adaptations.base import Adaptation, full_rate
 from luthier.errors import RecipeError
-from luthier.models.layers import layer_names
+from luthier.models.layers import layer_names, layer_positions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,16 +38,10 @@ class Freeze(Adaptation):
         to the input embedding follows the embedding.
         """
         layers = layer_names(model)
-        frozen = {layers[index] for index in self._frozen(len(layers))}
-        stack = layers[0].rpartition(".")[0]
-        below = True  # a network names its weights in the order it uses them
-        for name, weight in model.named_parameters():
-            if name.startswith(f"{stack}."):
-                below = False
-                layer = ".".join(name.split(".")[: stack.count(".") + 2])
-                weight.requires_grad_(layer not in frozen)
-            else:
-                weight.requires_grad_(layers[0 if below else -1] not in frozen)
+        frozen = {index + 1 for index in self._frozen(len(layers))}
+        weights = dict(model.named_parameters())
+        for name, position in layer_positions(weights, layers).items():
+            weights[name].requires_grad_(min(max(position, 1), len(layers)) not in frozen)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """As for full fine-tuning: the layers that move are the network's own."""

@@ -110,6 +110,12 @@ class LoRALinear(nn.Module):
         weight: Tensor = self.base_layer.weight
         return weight if isinstance(self.base_layer, nn.Linear) else weight.t()
 
+    @property
+    def weight(self) -> Tensor | None:
+        """The frozen weight as the layer keeps it, for networks that ask for its type (T5)."""
+        weight: Tensor | None = self.base_layer.weight
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
         y = self._product(x.reshape(-1, x.shape[-1]), self.base_layer.bias)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def _same(module: nn.Module, embedding: nn.Embedding) -> bool:
+    return isinstance(module, type(embedding)) and module.weight is embedding.weight
+
+
 class Prompt(Adaptation):
     """Train a prompt of vectors."""
 
@@ -46,8 +50,14 @@ class Prompt(Adaptation):
             )
         model.requires_grad_(False)
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        name = next(n for n, module in model.named_modules() if module is embedding)
-        replace_modules(model, [name], lambda base: PromptEmbedding(base, self.virtual_tokens))
+        # An encoder-decoder has one for each side, of the same weight.
+        names = [
+            n
+            for n, module in model.named_modules(remove_duplicate=False)
+            if _same(module, embedding)
+        ]
+        prompt = PromptEmbedding(embedding, self.virtual_tokens)
+        replace_modules(model, names, lambda _: prompt)
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """The configuration PEFT itself writes for this prompt."""
@@ -58,6 +68,7 @@ class Prompt(Adaptation):
         config = PromptTuningConfig(
             num_virtual_tokens=self.virtual_tokens,
             task_type=peft_task(model),
+            num_transformer_submodules=1,  # of an encoder-decoder, the encoder's
             modules_to_save=head_modules(model) or None,
             base_model_name_or_path=base,
             inference_mode=True,

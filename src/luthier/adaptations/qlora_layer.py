@@ -122,6 +122,9 @@ class QuantizedLinear(nn.Module):
             "mean_scale": empty(1, torch.float32),
         }
 
+    weight = None
+    """What networks ask for that want to know its type: there is no plain weight."""
+
     @property
     def weight_OI(self) -> Tensor:
         """The weight ``[out, in]`` in the network's type, dequantized anew at each use."""

@@ -97,8 +97,12 @@ def inspect(data: Path, base: str, objective: str | None, count: int, as_json: b
         f"{dataset.counts['learned_tokens']:,} are learned; the longest has {dataset.longest} of "
         f"{context} tokens. What is learned is green:"
     )
-    for example in dataset.train[:count]:
+    rows = dataset.train[:count]
+    for example in rows if dataset.objective.fixed else dataset.objective.seen(rows):
         text = Text()
+        if example.source_T is not None:
+            text.append("".join(chat.pieces(example.source_T.tolist())), style="dim")
+            text.append("\n→ ")
         pieces = chat.pieces(example.ids_T.tolist())
         for piece, weight in zip(pieces, example.weight_T.tolist(), strict=True):
             # One target a row is shown below it, not at the token that carries its weight.

@@ -25,6 +25,8 @@ class Encoded:
 
     ids_T: IntArray
     learned_T: NDArray[np.bool_]
+    source_T: IntArray | None = None
+    """What an encoder reads; ``ids_T`` is then the reply alone, behind the decoder's first token."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,16 @@ class ChatFormat:
     template: Literal["chat", "plain"]
     stop_ids: tuple[int, ...]
     """Tokens that end a reply; encoders have none."""
+    start_id: int | None = None
+    """First token of the decoder where the network has an encoder of its own for the prompt."""
 
     @staticmethod
-    def of(tokenizer: Any, template: Template = "auto", stop_ids: Sequence[int] = ()) -> ChatFormat:
+    def of(
+        tokenizer: Any,
+        template: Template = "auto",
+        stop_ids: Sequence[int] = (),
+        start_id: int | None = None,
+    ) -> ChatFormat:
         """Choose the format: the model's chat template where it has one, plain text elsewhere."""
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "plain"
@@ -52,10 +61,12 @@ class ChatFormat:
             )
         stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids])
         stops.pop(None, None)
-        return ChatFormat(tokenizer, template, tuple(stops))
+        return ChatFormat(tokenizer, template, tuple(stops), start_id)
 
     def encode_prompt(self, messages: Sequence[Message]) -> IntArray:
-        """Token ids that a reply to ``messages`` continues."""
+        """Token ids that a reply to ``messages`` continues, or that the encoder reads."""
+        if self.start_id is not None:
+            return self.encode_whole(_joined(messages))
         if self.template == "plain":
             return self._tokens(_joined(messages), first=True)
         return self._tokens(self._render(messages, reply=True), first=False)
@@ -66,6 +77,8 @@ class ChatFormat:
         What follows the last learned token (a newline, in many templates) is left out: nothing
         would be learned from it.
         """
+        if self.start_id is not None:
+            return self._encode_sides(messages)
         if self.template == "plain":
             return self._encode_plain(messages)
         parts: list[IntArray] = []
@@ -118,12 +131,19 @@ class ChatFormat:
             return [name[2:] if name.startswith("##") else f" {name}" for name in names]
         return [str(self.tokenizer.decode([int(i)])) for i in ids]
 
+    def decoded(self, ids_T: IntArray) -> IntArray:
+        """What the decoder is to write, behind the token it starts with and up to its last."""
+        start_id, end_id = self.start_id, self.end_id
+        assert start_id is not None
+        return np.concatenate([[start_id], ids_T, [end_id]]).astype(np.int64)
+
+    def _encode_sides(self, messages: Sequence[Message]) -> Encoded:
+        _check_single(messages)
+        ids_T = self.decoded(self._tokens(messages[1].content, first=False))
+        return Encoded(ids_T, np.arange(len(ids_T)) > 0, self.encode_prompt(messages[:1]))
+
     def _encode_plain(self, messages: Sequence[Message]) -> Encoded:
-        if len(messages) != 2 or messages[1].role != "assistant":
-            raise RecipeError(
-                "the plain template holds one prompt and one completion; this row is a longer "
-                "conversation. Use template=chat with a model that has a chat template."
-            )
+        _check_single(messages)
         prompt_T = self._tokens(messages[0].content, first=True)
         reply_T = np.append(self._tokens(messages[1].content, first=False), self.end_id)
         learned_T = np.arange(len(prompt_T) + len(reply_T)) >= len(prompt_T)
@@ -159,6 +179,14 @@ class ChatFormat:
             # Some tokenizers close every text; a prompt is to be continued.
             ids = ids[:-1]
         return np.asarray(ids, dtype=np.int64)
+
+
+def _check_single(messages: Sequence[Message]) -> None:
+    if len(messages) != 2 or messages[1].role != "assistant":
+        raise RecipeError(
+            "the plain template holds one prompt and one completion; this row is a longer "
+            "conversation. Use template=chat with a model that has a chat template."
+        )
 
 
 def _joined(messages: Sequence[Message]) -> str:

@@ -57,4 +57,4 @@ def hold_out(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
 
 def total_tokens(examples: Sequence[Example]) -> int:
     """Tokens of all examples, shared prefixes counted in each."""
-    return sum(len(example) for example in examples)
+    return sum(example.tokens for example in examples)

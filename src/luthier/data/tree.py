@@ -50,6 +50,8 @@ class TokenTree:
     """Flat index of every token of every row, one row after the other in the order of the tree."""
     examples: tuple[Example, ...] = ()
     """The rows themselves, in the order of the tree."""
+    source_before: tuple[int, ...] = ()
+    """Ids put in front of what an encoder reads: a soft prompt. They are part of no row."""
 
     def __len__(self) -> int:
         return len(self.ids_N)
@@ -99,7 +101,7 @@ def build_tree(
     parent_N, node_of = _link(rows, shared_R, len(ids_N))
     weight_N = np.zeros(len(ids_N), dtype=np.float64)
     for example, nodes_T in zip(rows, node_of, strict=True):
-        if example.target is None and share:
+        if example.target is None:
             np.add.at(weight_N, nodes_T, example.weight_T)
     edge_child_E = np.flatnonzero(weight_N)
     if len(edge_child_E) and depth_N[edge_child_E].min() == 0:
@@ -152,7 +154,7 @@ def split_to_budget(
     rows = sorted(examples, key=_sort_key)
     shared_R = _shared_prefixes(rows, share)
     parts = _fill(rows, shared_R, budget)
-    even = sum(map(len, rows)) - sum(shared_R)
+    even = sum(row.tokens for row in rows) - sum(shared_R)
     for step in range(8):
         smaller = even // len(parts) + (budget - even // len(parts)) * step // 8
         candidate = _fill(rows, shared_R, smaller)
@@ -165,10 +167,10 @@ def _fill(rows: Sequence[Example], shared_R: Sequence[int], budget: int) -> list
     parts: list[list[Example]] = []
     used = 0
     for row, shared in zip(rows, shared_R, strict=True):
-        added = len(row) - shared
+        added = row.tokens - shared
         if not parts or used + added > budget:
             parts.append([])
-            used, added = 0, len(row)
+            used, added = 0, row.tokens
         parts[-1].append(row)
         used += added
     return parts
@@ -176,7 +178,8 @@ def _fill(rows: Sequence[Example], shared_R: Sequence[int], budget: int) -> list
 
 def _sort_key(example: Example) -> tuple[bytes, int]:
     # Big-endian bytes sort as the numbers do, and far faster than a tuple of them.
-    return example.ids_T.astype(">u4").tobytes(), example.row
+    source = b"" if example.source_T is None else example.source_T.astype(">u4").tobytes()
+    return source + example.ids_T.astype(">u4").tobytes(), example.row
 
 
 def _shared_prefixes(rows: Sequence[Example], share: bool) -> list[int]:

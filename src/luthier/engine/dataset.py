@@ -51,7 +51,7 @@ class Dataset:
     @property
     def longest(self) -> int:
         """Tokens of the longest training row."""
-        return max(map(len, self.train))
+        return max(example.tokens for example in self.train)
 
 
 def prepare(
@@ -64,6 +64,7 @@ def prepare(
     if objective is None:
         objective = _objective_for(rows[0], chat)
         choices.append(("objective", objective.method, f"the rows are {_named([_shape(rows[0])])}"))
+    objective.check(chat)
     _check_shapes(rows, held, objective, chat)
     if not spec.validation:
         share, reason = spec.validation_share, ""
@@ -115,8 +116,17 @@ def _objective_for(row: Row, chat: ChatFormat) -> Objective:
     masks = chat.tokenizer.mask_token_id is not None
     tasks = ("masked_lm", "causal_lm") if masks else ("causal_lm", "masked_lm")
     kinds = [kind for kind in OBJECTIVES.values() if _shape(row) in kind.shapes]
-    kind = min(kinds, key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
-    return kind.model_validate({})
+    kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
+    able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]
+    return able[0] if able else kinds[0].model_validate({})
+
+
+def _suits(objective: Objective, chat: ChatFormat) -> bool:
+    try:
+        objective.check(chat)
+    except RecipeError:
+        return False
+    return True
 
 
 def _check_shapes(
@@ -199,7 +209,7 @@ class _Encoder:
             except RecipeError as error:
                 self._problem(row, "row.template", str(error), "See the message.")
                 continue
-            longest = max(map(len, self.objective.views(example)))
+            longest = max(view.longest for view in self.objective.views(example))
             if longest <= self.context or self.objective.packs:
                 examples.append(example)
             elif self.long_rows == "error":
@@ -227,11 +237,13 @@ class _Encoder:
 
     def _too_long(self, row: Row, example: Example, longest: int) -> None:
         lost = float(example.weight_T[self.context :].sum() / example.weight_T.sum())
+        cost = f"cutting the row would lose {lost:.0%} of what it teaches"
+        if example.source_T is not None and len(example.source_T) == longest:
+            cost = f"cutting the prompt would lose {1 - self.context / longest:.0%} of it"
         self._problem(
             row,
             "row.too_long",
-            f"{longest} tokens are more than the model's context of {self.context}; cutting "
-            f"the row would lose {lost:.0%} of what it teaches.",
+            f"{longest} tokens are more than the model's context of {self.context}; {cost}.",
             "Shorten the row, or choose --set data.long_rows=drop or truncate.",
         )
 

@@ -51,7 +51,8 @@ def estimate_memory(
     """
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     config = model.config
-    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    hidden = int(config.hidden_size)
+    layers = int(config.num_hidden_layers) + int(getattr(config, "num_decoder_layers", None) or 0)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     vocabulary = int(config.vocab_size)
     # master, two moments, sum of gradients in float32; gradient and best copy in the working type

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from luthier.data.loader import RowOrder
+from luthier.data.loader import RowOrder, total_tokens
 from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
 from luthier.engine.devices import peak_memory
 from luthier.engine.metrics import MetricsFile, Reporter
@@ -107,7 +107,7 @@ class Loop:
             loss, further = self._backward(batches)
             norm = self.optimizer.step(rate)
         seconds = time.monotonic() - started
-        tokens = sum(map(len, chosen))
+        tokens = total_tokens(chosen)
         progress = self.progress
         progress.step += 1
         progress.tokens += tokens

@@ -9,7 +9,6 @@ network computes in float32 the weight is its own master.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import Diverged
+from luthier.models.layers import layer_positions
 from luthier.models.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -126,16 +126,8 @@ def rate_shares(names: Iterable[str], layers: Sequence[str], decay: float) -> di
     """
     if decay == 1 or not layers:
         return dict.fromkeys(names, 1.0)
-    depth = {layer: len(layers) - index for index, layer in enumerate(layers)}
-    stack, power = layers[0].rpartition(".")[0], len(layers) + 1
-    shares = {}
-    for name in names:
-        found = re.match(rf"{re.escape(stack)}\.\d+", name)
-        if found:
-            shares[name], power = decay ** depth[found[0]], 0
-        else:
-            shares[name] = decay**power
-    return shares
+    top = len(layers) + 1
+    return {name: decay ** (top - at) for name, at in layer_positions(names, layers).items()}
 
 
 def _groups(

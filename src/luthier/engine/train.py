@@ -262,7 +262,7 @@ class _Trainer:
         Returns how many layers that are.
         """
         data = self.job.data
-        count = frozen_layers(network.model)
+        count = frozen_layers(network.model) if network.layout.flat else 0
         seen = self.job.steps * (self.recipe.training.batch_size or 1)
         if not count or not data.objective.fixed or seen < 2 * len(data.train):
             return 0
@@ -347,7 +347,11 @@ class _Trainer:
                 **job.data.counts,
             },
             "trained_weights_sha256": weights,
-            "format": {"template": job.chat.template, "stop_ids": list(job.chat.stop_ids)},
+            "format": {
+                "template": job.chat.template,
+                "stop_ids": list(job.chat.stop_ids),
+                "start_id": job.chat.start_id,
+            },
         }
 
     def _result(self, progress: Progress, stored: Path) -> Result:

@@ -32,6 +32,9 @@ _WORDS: dict[Task, str] = {
     "token_classification": "a classifier of tokens",
     "embedding": "an encoder of texts",
 }
+_PERMUTED = frozenset({"xlnet"})
+"""Trained to predict tokens in any order, which is another objective than the next token."""
+_SEQ2SEQ = "AutoModelForSeq2SeqLM"
 _PEFT: dict[Task, str] = {
     "causal_lm": "CAUSAL_LM",
     "masked_lm": "FEATURE_EXTRACTION",
@@ -71,30 +74,28 @@ def auto_class(config: Any, task: Task) -> Any:
     """transformers' automatic class for ``task``; refuses families that have no such head."""
     import transformers
 
-    plain: Any = transformers.AutoModel._model_mapping.get(type(config), None)
-    if plain is not None and not plain._supports_attention_backend:
-        raise RecipeError(
-            f"networks of type {config.model_type} cannot be tuned here yet: transformers gives no "
-            "way to put another attention into them."
-        )
-    chosen = getattr(transformers, _CLASSES[task])
-    # transformers would read BERT as a language model that sees what it is to predict.
-    ahead = (
-        task == "causal_lm"
-        and _has(config, _CLASSES["masked_lm"])
-        and not getattr(config, "is_decoder", False)
-    )
-    if ahead or type(config) not in chosen._model_mapping:
-        able = [
-            _WORDS[other]
-            for other, name in _CLASSES.items()
-            if other != task and _has(config, name)
-        ]
+    name = _class_name(config, task)
+    if not name:
+        able = [_WORDS[other] for other in _CLASSES if other != task and _class_name(config, other)]
         raise RecipeError(
             f"a network of type {config.model_type} cannot be {_WORDS[task]}; it can be "
             f"{', '.join(able) or 'none of what can be tuned here'}."
         )
-    return chosen
+    return getattr(transformers, name)
+
+
+def _class_name(config: Any, task: Task) -> str:
+    """transformers' automatic class for the task on this family; empty where there is none."""
+    name = _CLASSES[task]
+    if _has(config, _SEQ2SEQ):
+        # The encoder alone reads a text; the decoder is for writing.
+        name = {"causal_lm": _SEQ2SEQ, "embedding": "AutoModelForTextEncoding"}.get(task, name)
+        return name if _has(config, name) else ""
+    # transformers would take these for language models; they see what they are to predict.
+    ahead = config.model_type in _PERMUTED or _has(config, _CLASSES["masked_lm"])
+    if task == "causal_lm" and ahead and not getattr(config, "is_decoder", False):
+        return ""
+    return name if _has(config, name) else ""
 
 
 def _has(config: Any, name: str) -> bool:
@@ -116,7 +117,8 @@ def task_of(model: nn.Module) -> Task:
 
 def peft_task(model: nn.Module) -> str:
     """PEFT's name of the task of ``model``."""
-    return _PEFT[task_of(model)]
+    task = task_of(model)
+    return "SEQ_2_SEQ_LM" if task == "causal_lm" and decoder_of(model) else _PEFT[task]
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -156,6 +158,34 @@ def first_position(model: Any) -> int:
     return 0
 
 
+def decoder_of(model: Any) -> nn.Module | None:
+    """The decoder of an encoder-decoder; ``None`` for other networks."""
+    backbone = model.base_model
+    if getattr(backbone, "encoder", None) is None:
+        return None
+    decoder: nn.Module | None = getattr(backbone, "decoder", None)
+    return decoder
+
+
+def decoder_start(model: Any) -> int:
+    """The token that an encoder-decoder starts to write from."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    return int(model.config.pad_token_id if start is None else start)
+
+
+def filling_id(model: Any) -> int:
+    """The token that rows of a rectangle are filled up with; masked, so any will do."""
+    return int(getattr(model.config, "pad_token_id", None) or 0)
+
+
+def row_pooling(model: Any, both_ways: bool) -> Literal["first", "last"]:
+    """Which token's state the classifier of a row reads in this family."""
+    summary = getattr(model, "sequence_summary", None)
+    if summary is not None and summary.summary_type == "last":  # XLNet closes a text with [CLS]
+        return "last"
+    return "first" if both_ways else "last"
+
+
 def prompt_ids(model: Any) -> tuple[int, ...]:
     """Ids of the soft prompt that stands before every row; none without one."""
     ids: tuple[int, ...] = getattr(model.get_input_embeddings(), "prompt_ids", ())
@@ -169,7 +199,13 @@ def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
     if hasattr(model, "score"):  # decoders: the last token, no bias
         scores: Tensor = model.score(chosen_RH)
         return scores
+    if hasattr(model, "classification_head"):  # T5, BART
+        from_decoder: Tensor = model.classification_head(chosen_RH)
+        return from_decoder
     as_sequences = chosen_RH[:, None]
+    if hasattr(model, "logits_proj"):  # XLNet
+        from_summary: Tensor = model.logits_proj(model.sequence_summary(as_sequences))
+        return from_summary
     pooler = getattr(model.base_model, "pooler", None)
     if pooler is None:  # RoBERTa: the head takes the first token itself
         into_head = as_sequences
@@ -183,7 +219,7 @@ def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
 
 def token_scores(model: Any, hidden_KH: Tensor) -> Tensor:
     """Scores ``[K, C]`` of a token classifier."""
-    dropped = model.dropout(hidden_KH)
+    dropped = model.dropout(hidden_KH) if hasattr(model, "dropout") else hidden_KH
     head = model.score if hasattr(model, "score") else model.classifier
     scores: Tensor = head(dropped)
     return scores
@@ -193,7 +229,9 @@ def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
     """Hidden states ``[S, H]`` as the output embedding takes them."""
     from torch.nn.functional import gelu
 
-    if hasattr(model, "cls"):  # BERT
+    if getattr(model.config, "scale_decoder_outputs", False):  # T5 with a tied head
+        hidden_SH = hidden_SH * model.model_dim**-0.5
+    elif hasattr(model, "cls"):  # BERT
         hidden_SH = model.cls.predictions.transform(hidden_SH)
     elif hasattr(model, "predictions"):  # ALBERT
         head = model.predictions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
@@ -33,7 +33,10 @@ def replace_modules(
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Names of the repeated blocks of a network from bottom to top (``model.layers.0`` …)."""
+    """Names of the repeated blocks of a network from bottom to top (``model.layers.0`` …).
+
+    Of an encoder-decoder those of the encoder come first.
+    """
     from torch import nn
 
     lists = [
@@ -48,5 +51,25 @@ def layer_names(model: nn.Module) -> list[str]:
     ]
     if not outer:
         raise RecipeError("this network has no stack of layers to choose from")
-    name, module = max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return [f"{name}.{index}" for index in range(len(module))]
+    _, largest = max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    stacks = [(name, stack) for name, stack in outer if type(stack[0]) is type(largest[0])]
+    return [f"{name}.{index}" for name, stack in stacks for index in range(len(stack))]
+
+
+def layer_positions(names: Iterable[str], layers: Sequence[str]) -> dict[str, int]:
+    """For each weight the number of its layer, from 1; 0 below all ``layers``, and one more above.
+
+    ``names`` are all weights of the network in its own order, which is that of the forward pass. What
+    stands between two stacks (the last norm of an encoder) counts as the layer before it.
+    """
+    number = {layer: index + 1 for index, layer in enumerate(layers)}
+    stacks = {layer.rpartition(".")[0] for layer in layers}
+    last, found = 0, dict[str, int]()
+    for name in names:
+        inside = next((stack for stack in stacks if name.startswith(f"{stack}.")), None)
+        if inside is None:
+            found[name] = last + (last == len(layers))
+            continue
+        index = name[len(inside) + 1 :].partition(".")[0]
+        found[name] = last = number[f"{inside}.{index}"]
+    return found

@@ -13,12 +13,22 @@ from luthier.data.chat import ChatFormat, Template
 from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import read_json
-from luthier.models.attention import NAME, register
 from luthier.models.fused import fuse
-from luthier.models.heads import CAUSAL_LM, Head, auto_class, head_weights, mark, task_of
+from luthier.models.heads import (
+    CAUSAL_LM,
+    Head,
+    auto_class,
+    decoder_of,
+    head_weights,
+    mark,
+    task_of,
+)
 from luthier.models.network import Network, TreeBatch
 from luthier.types import Example
 
+_RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "xlnet"})
+RELATIVE_CONTEXT = 4096
+"""Longest row for networks of relative positions, which have no limit but memory."""
 _OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
 
 
@@ -37,6 +47,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 def context_length(config: dict[str, Any]) -> int:
     """Longest input in tokens that the configuration names."""
+    if config.get("model_type") in _RELATIVE:
+        return RELATIVE_CONTEXT
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         if isinstance(config.get(key), int):
             # RoBERTa's family starts counting behind its padding index.
@@ -69,7 +81,17 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     path = folder / "generation_config.json"
     stops = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    return ChatFormat.of(tokenizer, template, listed)
+    return ChatFormat.of(tokenizer, template, listed, _start_id(folder))
+
+
+def _start_id(folder: Path) -> int | None:
+    """First token of the decoder of an encoder-decoder; ``None`` for other networks."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if not config.get("is_encoder_decoder"):
+        return None
+    start: int | None = config.get("decoder_start_token_id")
+    return config.get("pad_token_id") if start is None else start
 
 
 def read_config(folder: Path, head: Head) -> Any:
@@ -145,19 +167,17 @@ def load_model(
 
 
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
-    """Put a model of transformers on the flat layout, and check that it gives the same numbers."""
-    register()
+    """Put a model of transformers on its layout, and check that it gives the same numbers."""
     probe = _Probe(model, device)
     expected = probe.plain()
     network = Network(model, device, dtype, probe.sees_ahead())
-    network.model.set_attn_implementation(NAME)
     fuse(model)
     probe.check(network, expected)
     return network
 
 
 class _Probe:
-    """A few tokens through the network's own forward and through the flat layout.
+    """A few tokens through the network's own forward and through its layout here.
 
     It catches what the flat layout does not do: scaled or capped logits, attention of another kind,
     positions that are not depths. Better a refusal here than a model trained on other mathematics.
@@ -170,13 +190,17 @@ class _Probe:
         # Low ids may be padding, which some networks do not count.
         self.ids_2T = torch.randint(vocabulary // 2, vocabulary, (2, 12), generator=generator)
         self.ids_2T[1, :6] = self.ids_2T[0, :6]
+        beside = decoder_of(model) is not None
+        self.writes = beside and task_of(model) == "causal_lm"
+        if beside:
+            self.ids_2T[:, -1] = self.model.config.eos_token_id  # T5's classifier looks for it
         self.device = device
 
     @torch.no_grad()
     def plain(self) -> torch.Tensor:
         """What the network's own forward gives for each row: logits, or the scores of its head."""
         self.model.eval()
-        rows = [self.model(input_ids=ids_1T.to(self.device)) for ids_1T in self.ids_2T.split(1)]
+        rows = [self._own(ids_1T.to(self.device)) for ids_1T in self.ids_2T.split(1)]
         states = task_of(self.model) == "embedding"
         out = torch.cat([row.last_hidden_state if states else row.logits for row in rows])
         if not out.isfinite().all():
@@ -185,9 +209,15 @@ class _Probe:
             )
         return out.float()
 
+    def _own(self, ids_1T: torch.Tensor) -> Any:
+        further = {"decoder_input_ids": ids_1T} if self.writes else {}
+        return self.model(input_ids=ids_1T, **further)
+
     @torch.no_grad()
     def sees_ahead(self) -> bool:
         """Whether the first token's state depends on later ones; where not, its bits are the same."""
+        if decoder_of(self.model) is not None:
+            return False
         states = []
         for ids_T in (self.ids_2T[0], self.ids_2T[0].flip(0)):
             ids_T[0] = self.ids_2T[0, 0]
@@ -199,10 +229,15 @@ class _Probe:
     def check(self, network: Network, expected: torch.Tensor) -> None:
         """Compare with the flat layout."""
         rows = [
-            Example(ids.numpy(), np.zeros(len(ids), dtype=np.float32), index)
-            for index, ids in enumerate(self.ids_2T)
+            Example(
+                ids,
+                np.zeros(len(ids), dtype=np.float32),
+                index,
+                source_T=ids if self.writes else None,
+            )
+            for index, ids in enumerate(self.ids_2T.numpy())
         ]
-        tree = build_tree(rows, share=not network.both_ways)
+        tree = build_tree(rows, share=network.shares)
         try:
             got = self._ours(network, network.batch(tree, prefix=False)).float().view_as(expected)
             expected = expected[torch.from_numpy(tree.row_R).to(self.device)]
@@ -215,7 +250,7 @@ class _Probe:
         if not error < (0.1 if network.dtype == torch.bfloat16 else 1e-3):
             raise RecipeError(
                 f"networks of type {self.model.config.model_type} cannot be trained here yet: on a "
-                "probe, the flat layout gave other numbers than the network's own forward (relative "
+                "probe, luthier's forward gave other numbers than the network's own forward (relative "
                 f"error {error:.2g})."
             )
 

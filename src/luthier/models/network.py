@@ -1,13 +1,14 @@
 """A network of transformers run over token trees.
 
-:class:`Network` hides which class of transformers is inside: objectives ask it for hidden states
-and for what the heads make of them, and never see padding, masks or a ``[B, T, V]`` tensor.
+:class:`Network` hides which class of transformers is inside and how rows are laid out:
+objectives ask it for hidden states and for what the heads make of them, and never see padding, masks
+or a ``[B, T, V]`` tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from luthier.data.tree import TokenTree, build_tree, padded, split_to_budget
 from luthier.models import heads
-from luthier.models.attention import AttentionPlan, plan_attention
 from luthier.models.bottom import Bottom
+from luthier.models.layouts import Layout, layout_of
 from luthier.models.prefix import prefix_tokens
 from luthier.types import Example
 
@@ -33,7 +34,8 @@ class TreeBatch:
     tree: TokenTree
     ids_N: Tensor
     depth_N: Tensor
-    plan: AttentionPlan
+    plan: Any
+    """What the network's layout made of the tree."""
     source_S: Tensor
     """Flat index of each node whose next token carries loss, ascending; padded with index 0."""
     edge_source_E: Tensor
@@ -52,10 +54,13 @@ class TreeBatch:
         tree: TokenTree,
         device: torch.device,
         dtype: torch.dtype,
-        both_ways: bool = False,
+        layout: Layout,
         before: int = 0,
     ) -> TreeBatch:
-        """Put ``tree`` on ``device`` and plan its attention for ``dtype``, behind a prefix."""
+        """Put ``tree`` on ``device`` and lay it out for a network of type ``dtype``.
+
+        ``before`` is the length of the network's prefix.
+        """
         tree = padded(tree, SIZE_STEP)
         parent_E = tree.parent_N[tree.edge_child_E]
         # Children of one parent are not neighbours in depth-first order.
@@ -71,7 +76,7 @@ class TreeBatch:
             tree=tree,
             ids_N=put(tree.ids_N),
             depth_N=put(tree.depth_N),
-            plan=plan_attention(tree, device, dtype, both_ways, before),
+            plan=layout.plan(tree, device, dtype, before),
             source_S=put(source_S),
             edge_source_E=put(edge_source_E),
             target_E=put(tree.ids_N[child_E]),
@@ -81,7 +86,7 @@ class TreeBatch:
 
 
 class Network:
-    """A network of transformers on the flat layout.
+    """A network of transformers, on the layout it can take.
 
     ``both_ways`` networks (encoders) see each row whole; the others see what came before.
     """
@@ -97,18 +102,13 @@ class Network:
         self.device = device
         self.dtype = dtype
         self.both_ways = both_ways
-        self._first_position = heads.first_position(model)
+        self.layout = layout_of(model, both_ways)
         self.bottom: Bottom | None = None
         """What the frozen bottom gives for each row, where that was computed ahead."""
 
     @cached_property
     def _backbone(self) -> Any:
         return self.model.base_model
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        """Ids of a soft prompt that stands before every row; none without one."""
-        return heads.prompt_ids(self.model)
 
     @property
     def width(self) -> int:
@@ -118,19 +118,9 @@ class Network:
     def hidden(self, batch: TreeBatch) -> Tensor:
         """Last hidden states ``[N, H]``, one for each node of the tree."""
         if self.bottom is None or not batch.as_given:
-            return self._run(batch)
+            return self.layout.run(self._backbone, batch)
         with self.bottom.instead(batch):
-            return self._run(batch)
-
-    def _run(self, batch: TreeBatch) -> Tensor:
-        output = self._backbone(
-            input_ids=batch.ids_N[None],
-            position_ids=batch.depth_N[None] + self._first_position + batch.plan.before,
-            tree=batch.plan,
-            use_cache=False,
-        )
-        hidden_NH: Tensor = output.last_hidden_state[0]
-        return hidden_NH
+            return self.layout.run(self._backbone, batch)
 
     @property
     def head_VH(self) -> Tensor:
@@ -152,8 +142,8 @@ class Network:
 
     def row_scores(self, batch: TreeBatch) -> Tensor:
         """What the head of a sequence classifier says of each row, ``[R, C]``, in tree order."""
-        chosen_RH = self.row_states(batch, "first" if self.both_ways else "last")
-        return heads.row_scores(self.model, chosen_RH)
+        pooling = heads.row_pooling(self.model, self.both_ways)
+        return heads.row_scores(self.model, self.row_states(batch, pooling))
 
     def token_scores(self, batch: TreeBatch, nodes: Tensor) -> Tensor:
         """What the head of a token classifier says of the nodes ``[K]``: ``[K, C]``."""
@@ -180,13 +170,24 @@ class Network:
         self.model = None
         self.__dict__.pop("_backbone", None)
 
+    @property
+    def shares(self) -> bool:
+        """Whether rows with the same beginning can share it."""
+        return self.layout.flat and not self.both_ways
+
     def batch(self, tree: TokenTree, prefix: bool = True) -> TreeBatch:
         """``tree`` on this network's device, behind the network's prefix if it has one."""
         before = prefix_tokens(self.model) if prefix else 0
-        return TreeBatch.of(tree, self.device, self.dtype, self.both_ways, before)
+        return TreeBatch.of(tree, self.device, self.dtype, self.layout, before)
 
     def batches(self, examples: Sequence[Example], budget: int) -> list[TreeBatch]:
         """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer)."""
-        share = not self.both_ways
-        parts = split_to_budget(examples, budget, share)
-        return [self.batch(build_tree(part, share, self.prompt_ids)) for part in parts]
+        parts = split_to_budget(examples, budget, self.shares)
+        return [self.batch(self._tree(part)) for part in parts]
+
+    def _tree(self, rows: Sequence[Example]) -> TokenTree:
+        """The rows behind the soft prompt, where there is one."""
+        prompt = heads.prompt_ids(self.model)
+        if heads.decoder_of(self.model) is None:
+            return build_tree(rows, self.shares, prompt)
+        return replace(build_tree(rows, self.shares), source_before=prompt)

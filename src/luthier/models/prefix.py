@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
+from luthier.models.heads import decoder_of
 
 if TYPE_CHECKING:
     from luthier.models.network import Network
@@ -63,7 +64,11 @@ def add_prefix(model: Any, places: int) -> None:
     config = model.config
     layers = _attentions(model)
     indices = [int(module.layer_idx) for module in layers]
-    takes = "past_key_values" in inspect.signature(model.base_model.forward).parameters
+    takes = (
+        model._supports_attention_backend
+        and decoder_of(model) is None
+        and "past_key_values" in inspect.signature(model.base_model.forward).parameters
+    )
     if not takes or indices != list(range(config.num_hidden_layers)):
         raise RecipeError(
             f"a prefix is keys and values for each layer, and networks of type {config.model_type} "

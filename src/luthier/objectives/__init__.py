@@ -7,12 +7,14 @@ from luthier.objectives.contrastive import Contrastive
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.regression import Regression
 from luthier.objectives.sft import SFT
+from luthier.objectives.span_corruption import SpanCorruption
 from luthier.objectives.token_classification import TokenClassification
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": SFT,
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
+    "span_corruption": SpanCorruption,
     "classification": Classification,
     "regression": Regression,
     "token_classification": TokenClassification,
@@ -28,5 +30,6 @@ __all__ = [
     "MaskedLM",
     "Objective",
     "Regression",
+    "SpanCorruption",
     "TokenClassification",
 ]

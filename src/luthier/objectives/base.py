@@ -1,8 +1,9 @@
 """The seam between what is learned and how it is trained.
 
 An objective is one frozen object: its fields are the hyper-parameters of its paper, with the
-vetted setting as default. The engine calls five methods and knows nothing else:
+vetted setting as default. The engine calls six methods and knows nothing else:
 
+    check     whether it suits the network at all
     fit       what it must know of all rows: the classes there are
     encode    rows to token ids with a loss weight for each token
     annotate  all that takes no gradient: sampling, rewards, teacher or reference scores, noise
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from luthier.models.heads import Head, Task
@@ -52,6 +54,13 @@ class Objective(BaseModel):
     def head(self) -> Head:
         """The head the network needs; complete after :meth:`fit`."""
         return Head(self.task)
+
+    def check(self, chat: ChatFormat) -> None:
+        """Refuse networks that cannot learn this, as far as their tokenizer and format tell.
+
+        Raises:
+            RecipeError: with the reason, and what to use.
+        """
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """This objective with what it learns from all training rows filled in.
@@ -94,8 +103,15 @@ class Objective(BaseModel):
         yield batches
 
     def cut(self, example: Example, context: int) -> Example:
-        """``example`` with at most ``context`` tokens, its end cut off."""
-        return replace(example, ids_T=example.ids_T[:context], weight_T=example.weight_T[:context])
+        """``example`` with at most ``context`` tokens, its end cut off.
+
+        What an encoder reads keeps its closing token.
+        """
+        source_T = example.source_T
+        if source_T is not None and len(source_T) > context:
+            source_T = np.append(source_T[: context - 1], source_T[-1])
+        ids_T, weight_T = example.ids_T[:context], example.weight_T[:context]
+        return replace(example, ids_T=ids_T, weight_T=weight_T, source_T=source_T)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss of one micro-batch."""

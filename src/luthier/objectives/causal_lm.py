@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from luthier.errors import RecipeError
 from luthier.objectives.base import Objective
 from luthier.types import Example, Loss, Row
 
@@ -30,6 +31,14 @@ class CausalLM(Objective):
 
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
     packs: ClassVar[bool] = True
+
+    def check(self, chat: ChatFormat) -> None:
+        """Refuse encoder-decoders, whose decoder would have nothing to read."""
+        if chat.start_id is not None:
+            raise RecipeError(
+                "causal_lm is for networks that go on with a text, and this one answers what its "
+                "encoder reads. Use span_corruption for raw text, or sft for prompts with replies."
+            )
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The document and its end-of-text token, all of weight 1 but the first."""

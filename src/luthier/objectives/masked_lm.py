@@ -50,13 +50,16 @@ class MaskedLM(Objective):
     packs: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
 
-    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Find the mask token."""
+    def check(self, chat: ChatFormat) -> None:
+        """Refuse tokenizers without a mask token."""
         if chat.tokenizer.mask_token_id is None:
             raise RecipeError(
                 "this model's tokenizer has no mask token, so it cannot learn to fill one in. Use "
                 "objective causal_lm, or an encoder such as all-minilm-l6-v2."
             )
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Find the mask token."""
         found = {"mask_id": chat.tokenizer.mask_token_id, "vocabulary": len(chat.tokenizer)}
         return self.model_copy(update=found)
 

@@ -32,7 +32,7 @@ class SFT(Objective):
         """Apply ``template``, keeping the base model's own choice for ``auto``."""
         if self.template == "auto":
             return chat
-        return type(chat).of(chat.tokenizer, self.template, chat.stop_ids)
+        return type(chat).of(chat.tokenizer, self.template, chat.stop_ids, chat.start_id)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight 1 on each token of each reply, 0 on the rest."""
@@ -43,7 +43,8 @@ class SFT(Objective):
                 Message("assistant", row.completion or ""),
             )
         encoded = chat.encode_reply(messages)
-        return Example(encoded.ids_T, encoded.learned_T.astype(np.float32), index)
+        weight_T = encoded.learned_T.astype(np.float32)
+        return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed cross-entropy of the learned tokens."""

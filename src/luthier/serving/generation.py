@@ -126,7 +126,9 @@ class Generator:
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
         ids_T = np.concatenate([self.prompt_ids, self.chat.encode_prompt(messages)])
-        if self.prefix + len(ids_T) + sampling.max_tokens > self.context:
+        beside = self.chat.start_id is not None  # the encoder's prompt takes no room of the reply
+        sizes = [self.prefix + len(ids_T), sampling.max_tokens]
+        if (max(sizes) if beside else sum(sizes)) > self.context:
             raise RecipeError(
                 f"prompt {index + 1} has {len(ids_T)} tokens; with {sampling.max_tokens} for the "
                 f"reply that is more than the model's context of {self.context}. Shorten it, or "
@@ -154,7 +156,9 @@ class Generator:
                 past_key_values=prefix_cache(self.model, len(prompts)),
                 **self._settings(sampling),
             )
-        return [self.chat.decode(self._reply(row[width:])) for row in out_BT]
+        # An encoder-decoder gives its reply alone, behind the token it starts from.
+        first = width if self.chat.start_id is None else 1
+        return [self.chat.decode(self._reply(row[first:])) for row in out_BT]
 
     def _reply(self, ids_T: Tensor) -> list[int]:
         """Tokens before the first stop token."""
@@ -164,6 +168,7 @@ class Generator:
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         settings: dict[str, Any] = {
+            "decoder_start_token_id": self.chat.start_id,
             "max_new_tokens": sampling.max_tokens,
             "do_sample": sampling.temperature > 0,
             "eos_token_id": list(self.chat.stop_ids),
@@ -179,10 +184,20 @@ class Generator:
 
         generator = torch.Generator().manual_seed(sampling.seed)
         ids = torch.from_numpy(prompt_T)[None].to(self.device)
-        cache = prefix_cache(self.model, rows=1)
-        for _ in range(sampling.max_tokens):
+        cache, further = prefix_cache(self.model, rows=1), dict[str, Any]()
+        if beside := self.chat.start_id is not None:
             with torch.inference_mode():
-                out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                further["encoder_outputs"] = self.model.get_encoder()(input_ids=ids)
+            ids = torch.tensor([[self.chat.start_id]], device=self.device)
+        else:
+            further["logits_to_keep"] = 1
+        for _ in range(sampling.max_tokens):
+            if beside:
+                further["decoder_input_ids"] = ids
+            with torch.inference_mode():
+                out = self.model(
+                    None if beside else ids, past_key_values=cache, use_cache=True, **further
+                )
             cache = out.past_key_values
             token = _choose(out.logits[0, -1].float().cpu(), sampling, generator)
             if token in self.chat.stop_ids:

@@ -163,7 +163,8 @@ def chat_format(model: StoredModel) -> ChatFormat:
     stored = model.manifest.get("format")
     if stored is None:
         return load_chat_format(model.folder)
-    return ChatFormat.of(load_tokenizer(model.folder), stored["template"], stored["stop_ids"])
+    tokenizer, start_id = load_tokenizer(model.folder), stored.get("start_id")
+    return ChatFormat.of(tokenizer, stored["template"], stored["stop_ids"], start_id)
 
 
 def _find_custom(model_id: str, base: str, name: str) -> StoredModel:

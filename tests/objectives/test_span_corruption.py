@@ -1,0 +1,113 @@
+"""Span corruption against the paper's figure 2 and section 3.1.4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.errors import RecipeError
+from luthier.models.load import load_chat_format
+from luthier.objectives import SpanCorruption
+from luthier.types import Example, Row
+
+SENTINELS = tuple(range(900, 940))
+START, END = 0, 1
+
+
+def objective(**fields: Any) -> SpanCorruption:
+    given = {"sentinels": SENTINELS, "start_id": START, "end_id": END, **fields}
+    return SpanCorruption.model_validate(given)
+
+
+def restored(example: Example) -> list[int]:
+    """The text that source and target give when the spans are put back."""
+    assert example.source_T is not None
+    spans: dict[int, list[int]] = {}
+    for token in example.ids_T.tolist()[1:-1]:
+        if token in SENTINELS:
+            spans[token] = span = []
+        else:
+            span.append(token)
+    assert spans.pop(token) == []  # the last sentinel closes the last span
+    out: list[int] = []
+    for token in example.source_T.tolist()[:-1]:
+        out += spans.pop(token) if token in spans else [token]
+    assert not spans
+    return out
+
+
+def pieces(size: int, count: int = 1, **fields: Any) -> tuple[SpanCorruption, list[Example]]:
+    chosen = objective(sequence_length=size, **fields)
+    ids_T = np.arange(100, 100 + size * count)
+    return chosen, chosen.arrange([Example(ids_T, np.ones(len(ids_T), np.float32), 0)], 4096)
+
+
+@pytest.mark.parametrize("size", [4, 5, 20, 128, 200])
+def test_source_and_target_hold_the_whole_text(size: int) -> None:
+    chosen, (example,) = pieces(size)
+    torch.manual_seed(size)
+    (seen,) = chosen.seen([example], training=True)
+    assert restored(seen) == example.ids_T.tolist()
+    assert seen.ids_T[0] == START and seen.ids_T[-1] == seen.source_T[-1] == END  # type: ignore[index]
+    assert seen.weight_T.tolist() == [0.0] + [1.0] * (len(seen) - 1)
+    assert seen.weight == example.weight  # what the engine counts before spans are drawn
+
+
+def test_share_and_length_of_spans_are_those_asked_for() -> None:
+    chosen, (example,) = pieces(200, noise_density=0.15, mean_span_length=3.0)
+    (seen,) = chosen.seen([example], training=True)
+    taken = [token for token in seen.ids_T[1:-1].tolist() if token not in SENTINELS]
+    marks = [token for token in seen.source_T.tolist() if token in SENTINELS]  # type: ignore[union-attr]
+    assert len(taken) == 30 and marks == list(SENTINELS[:10])
+
+
+def test_spans_are_drawn_anew_in_training_and_never_for_measuring() -> None:
+    chosen, examples = pieces(64, count=3)
+    torch.manual_seed(1)
+    first, second = (chosen.seen(examples, training=True) for _ in range(2))
+    assert any(
+        a.source_T.tolist() != b.source_T.tolist() for a, b in zip(first, second, strict=True)
+    )  # type: ignore[union-attr]
+    torch.manual_seed(1)
+    again = chosen.seen(examples, training=True)
+    assert [e.ids_T.tolist() for e in again] == [e.ids_T.tolist() for e in first]
+    state = torch.get_rng_state()
+    fixed = [[e.ids_T.tolist() for e in chosen.seen(examples)] for _ in range(2)]
+    assert fixed[0] == fixed[1] and torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_token_is_taken_out_equally_often_away_from_the_edges() -> None:
+    chosen, (example,) = pieces(60)
+    torch.manual_seed(0)
+    counts = np.zeros(60)
+    for _ in range(1500):
+        (seen,) = chosen.seen([example], training=True)
+        taken = [t - 100 for t in seen.ids_T.tolist() if t not in (*SENTINELS, START, END)]
+        counts[taken] += 1
+    # The authors' partitions begin with text and end with a span: 2 of the 3 spans lie inside.
+    inner = counts[10:50] / 1500
+    assert inner.mean() == pytest.approx(6 / 54, abs=0.01) and np.ptp(inner) < 0.06
+
+
+def test_pieces_with_more_spans_than_sentinels_are_refused() -> None:
+    with pytest.raises(
+        RecipeError, match=r"have 20 spans, which take 21 sentinels, and there are 5"
+    ):
+        pieces(400, sentinels=SENTINELS[:5])
+
+
+def test_sentinels_come_from_the_tokenizer_and_other_networks_are_refused(
+    family_folder: Callable[[str], Path],
+) -> None:
+    chat = load_chat_format(family_folder("t5"))
+    fitted = SpanCorruption().fit([Row("f", 1, text="a")], chat)
+    names = chat.tokenizer.convert_ids_to_tokens(list(fitted.sentinels or ()))
+    assert names == [f"<extra_id_{n}>" for n in range(20)]
+    assert fitted.start_id == chat.tokenizer.pad_token_id
+    with pytest.raises(RecipeError, match="for encoder-decoders such as T5"):
+        SpanCorruption().check(load_chat_format(family_folder("gpt2")))
