@@ -4,7 +4,7 @@
 
 all-MiniLM-L6-v2 learns the 77 intents of Banking77 from rows of `train.jsonl`, one run after another,
 at the default rate or at the rate behind `@`; settings of the adaptation follow after commas
-(`sparse,mask=magnitude@5e-3`). Accuracy is that of the stored model on all rows of `test.jsonl`. One
+(`sparse,mask=fisher@5e-3`). Accuracy is that of the stored model on all rows of `test.jsonl`. One
 thread, so that runs on a shared machine can be compared.
 """
 
@@ -32,7 +32,7 @@ CASES = [
     "adapters",
     "adapters,placement=houlsby",
     "sparse",
-    "sparse,mask=magnitude",
+    "sparse,mask=fisher",
     "prompt",
     "prefix",
 ]

@@ -48,6 +48,8 @@ ROWS = {
         for n, t in enumerate(TEXTS)
     ],
 }
+SETTINGS: dict[str, dict[str, Any]] = {"sparse": {"mask": "fisher", "fisher_rows": 3}}
+"""Where the defaults would leave out what has to be tried."""
 TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
     **{
@@ -129,7 +131,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
 def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     method: str, name: str, family: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    objective, adaptation = OBJECTIVES[method](), ADAPTATIONS[name]()
+    objective, adaptation = OBJECTIVES[method](), ADAPTATIONS[name](**SETTINGS.get(name, {}))
     folder = family_folder(family)
     reason = refusal(objective, adaptation, folder)
     wanted = REFUSED.get((method, family)) or adaptation_refusals().get((name, family))

@@ -25,8 +25,8 @@ from luthier.models.save import load_adapter, save_adapter
 from luthier.recipe import Training
 from luthier.types import Example
 
-SPARSE = Sparse(share=0.02, mask="magnitude")
-FISHER = Sparse(share=0.02, fisher_rows=3)
+SPARSE = Sparse(share=0.02)
+FISHER = Sparse(share=0.02, mask="fisher", fisher_rows=3)
 
 
 def moved(model: Any) -> Any:

@@ -30,6 +30,7 @@ CASES = {
     "layer-wise rates": ("gpt2", "sft", "full", {}),
     "a packed base": ("llama", "sft", "qlora", {}),
     "a few weights of each layer": ("llama", "sft", "sparse", {}),
+    "weights that matter": ("llama", "sft", "sparse", {}),
     "keys and values": ("gpt2", "sft", "prefix", {}),
 }
 
@@ -70,7 +71,9 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
 ) -> None:
     family, objective, adaptation, fields = CASES[case]
     data = rows_for(objective, tmp_path / "rows.jsonl")
-    further = {"dora": True} if case == "magnitudes" else {}
+    further = {"magnitudes": {"dora": True}, "weights that matter": {"mask": "fisher"}}.get(
+        case, {}
+    )
     rates = {"layer_decay": 0.8} if case == "layer-wise rates" else {}
     monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 3 == 0)
 

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 class Sparse(Adaptation):
-    """Train the few weights of each chosen linear layer that matter most."""
+    """Train a few weights of each chosen linear layer, the largest or those that matter most."""
 
     method: Literal["sparse"] = "sparse"
     share: float = Field(default=0.005, gt=0, le=1)
     """Share of the weights of each layer that trains; at least one."""
-    mask: Literal["fisher", "magnitude"] = "fisher"
-    """Which weights train: those of the largest Fisher information on the data, or the largest."""
+    mask: Literal["magnitude", "fisher"] = "magnitude"
+    """Which weights train: the largest, or those of the largest Fisher information on the data."""
     fisher_rows: int = Field(default=256, ge=1)
     """Training rows that Fisher information is estimated from."""
     targets: str | tuple[str, ...] = ALL_LINEAR

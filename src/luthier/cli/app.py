@@ -28,7 +28,9 @@ _OBJECTIVES = (
     "sft, causal_lm, masked_lm, span_corruption, classification, regression, token_classification or "
     "contrastive; chosen by the rows when not given."
 )
-_ADAPTATIONS = "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters, prompt or prefix."
+_ADAPTATIONS = (
+    "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters, prompt or prefix."
+)
 Data = Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")]
 Validation = Annotated[Path | None, typer.Option(help="Rows to measure on.")]
 Base = Annotated[str | None, typer.Option(help="Model to start from.")]
