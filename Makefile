@@ -21,7 +21,7 @@ demo: $(INSTALLED)  ## tune SmolLM2 on the sample data and compare before and af
 	$(BIN)/luthier demo
 
 test: $(INSTALLED)  ## the test suite (about ten minutes on 2 cores)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(BIN)/pytest -q -m slow

@@ -73,6 +73,12 @@ def tiny_gpt2() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_palm() -> Callable[..., Any]:
+    """``tiny_palm(seed=…)`` makes a PalmForCausalLM: parallel layers, one key head, tied head."""
+    return make_palm
+
+
+@pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A Hugging Face directory: tiny Llama, tokenizer and chat template. Not to be written to."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
@@ -101,7 +107,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 ENCODERS = ("bert", "roberta", "albert")
-FAMILIES = ("llama", "gpt2", *ENCODERS, "t5", "xlnet")
+FAMILIES = ("llama", "gpt2", "palm", *ENCODERS, "t5", "xlnet")
 
 
 def make_wordpiece() -> Any:
@@ -138,6 +144,8 @@ def make_family(name: str, tokenizer: Any) -> Any:
         return make_gpt2(eos_token_id=tokenizer.eos_token_id)
     if name in ("t5", "xlnet"):
         return make_padded(name, tokenizer)
+    if name == "palm":
+        return make_palm(eos_token_id=tokenizer.eos_token_id)
     fields: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -283,6 +291,26 @@ def make_gpt2(seed: int = 0, **fields: Any) -> Any:
     )
     torch.manual_seed(seed)
     return GPT2LMHeadModel(config)
+
+
+def make_palm(seed: int = 0, **fields: Any) -> Any:
+    from luthier.models.nets.palm import PalmConfig, PalmForCausalLM
+
+    config = PalmConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            **fields,
+        }
+    )
+    torch.manual_seed(seed)
+    return PalmForCausalLM(config)
 
 
 TOKENIZERS: dict[str, Callable[[], Any]] = {

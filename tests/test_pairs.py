@@ -28,7 +28,8 @@ from luthier.store import models as store
 from luthier.types import Example, Message, Row
 
 CPU = torch.device("cpu")
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "albert", "t5", "xlnet")
+DECODERS, ENCODERS = ("llama", "gpt2", "palm"), ("bert", "roberta", "albert")
+FAMILIES = (*DECODERS, *ENCODERS, "t5", "xlnet")
 WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
 TEXTS = [f"One word, please: {word}" for word in WORDS]
 ROWS = {
@@ -52,16 +53,9 @@ SETTINGS: dict[str, dict[str, Any]] = {"sparse": {"mask": "fisher", "fisher_rows
 """Where the defaults would leave out what has to be tried."""
 TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
-    **{
-        (o, f): "cannot be a causal"
-        for o in ("sft", "causal_lm")
-        for f in ("bert", "roberta", "albert", "xlnet")
-    },
+    **{(o, f): "cannot be a causal" for o in ("sft", "causal_lm") for f in (*ENCODERS, "xlnet")},
     ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",
-    **{
-        ("masked_lm", f): "no mask token|cannot be a masked"
-        for f in ("llama", "gpt2", "t5", "xlnet")
-    },
+    **{("masked_lm", f): "no mask token|cannot be a masked" for f in (*DECODERS, "t5", "xlnet")},
     **{("span_corruption", f): "for encoder-decoders" for f in FAMILIES if f != "t5"},
 }
 """Objectives that a family cannot learn, and what the refusal says."""
@@ -195,7 +189,7 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
     return {
         **{
             ("bitfit", f): f"bitfit trains biases, and networks of type {f} have none. Use lora"
-            for f in ("llama", "t5")
+            for f in ("llama", "palm", "t5")
         },
         ("freeze", "albert"): "no stack of layers",
         **{
@@ -207,7 +201,8 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
 
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
-    written = (("sft", "gpt2"), ("causal_lm", "gpt2"), ("sft", "t5"), ("span_corruption", "t5"))
+    written = [(o, f) for o in ("sft", "causal_lm") for f in ("gpt2", "palm")]
+    written += [("sft", "t5"), ("span_corruption", "t5")]
     tied = {(o, "feature_extraction", f): "output head.* tied" for o, f in written}
     none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}
     return tied | none

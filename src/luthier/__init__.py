@@ -8,15 +8,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
-    from luthier.sdk import Model, evaluate, load, tune
+    from luthier.sdk import Model, evaluate, load, pretrain, tune
 
-__all__ = ["Model", "Recipe", "__version__", "evaluate", "load", "tune"]
+__all__ = ["Model", "Recipe", "__version__", "evaluate", "load", "pretrain", "tune"]
 
 _HOMES = {
     "Recipe": "luthier.recipe",
     "Model": "luthier.sdk",
     "evaluate": "luthier.sdk",
     "load": "luthier.sdk",
+    "pretrain": "luthier.sdk",
     "tune": "luthier.sdk",
 }
 

@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -27,16 +27,19 @@ from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES, Objective
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A group of fields: frozen, and strict about their names."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
 
-class DataSpec(_Part):
+class DataSpec(Part):
     """Which rows are learned from and which are held out."""
 
     train: Path
@@ -49,7 +52,7 @@ class DataSpec(_Part):
     """What to do with rows longer than the model's context."""
 
 
-class Training(_Part):
+class Training(Part):
     """Optimizer, schedule and budget. ``None`` is chosen from the data and the model."""
 
     epochs: float | None = Field(default=None, gt=0)
@@ -92,7 +95,7 @@ class Training(_Part):
     """CPU threads; all cores when not given."""
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """Everything that decides what a custom model becomes."""
 
     base: str = "smollm2-135m-instruct"
@@ -130,10 +133,7 @@ class Recipe(_Part):
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Recipe:
         """Build a recipe from plain values; :class:`RecipeError` names each bad field."""
-        try:
-            return Recipe.model_validate(fields)
-        except ValidationError as error:
-            raise RecipeError(_explain(error)) from error
+        return parse(Recipe, fields)
 
     @staticmethod
     def read(path: Path) -> Recipe:
@@ -145,6 +145,14 @@ class Recipe(_Part):
         return self.model_dump(mode="json", exclude_none=True)
 
 
+def parse(kind: type[Parsed], fields: Mapping[str, Any]) -> Parsed:
+    """A recipe of ``kind`` from plain values; :class:`RecipeError` names each bad field."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, kind)) from error
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Fields of a TOML recipe, with the paths under ``[data]`` made absolute."""
     try:
@@ -152,9 +160,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path} is not a readable TOML recipe: {error}") from error
     data = fields.get("data")
+    data = data if isinstance(data, dict) else {}
     for key in ("train", "validation"):
-        if isinstance(data, dict) and isinstance(data.get(key), str):
-            data[key] = str(path.parent / data[key])
+        value = data.get(key)
+        if isinstance(value, str):
+            data[key] = str(path.parent / value)
+        elif isinstance(value, list):
+            data[key] = [str(path.parent / str(each)) for each in value]
     return fields
 
 
@@ -229,13 +241,13 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
     return table[method].model_validate(value)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     lines = ["the recipe cannot be used:"]
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "recipe"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = "there is no such field" + _near(where)
+            message = "there is no such field" + _near(where, kind)
         elif item["type"] == "missing":
             message = "is required"
         else:
@@ -244,16 +256,18 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _near(where: str) -> str:
+def _near(where: str, kind: type[BaseModel]) -> str:
     import difflib
 
     known: dict[str, list[str]] = {
-        "data": list(DataSpec.model_fields),
-        "training": list(Training.model_fields),
+        name: list(info.annotation.model_fields)
+        for name, info in kind.model_fields.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+    } | {
         "objective": sorted({f for cls in OBJECTIVES.values() for f in cls.model_fields}),
         "adaptation": sorted({f for cls in ADAPTATIONS.values() for f in cls.model_fields}),
     }
     group, _, field = where.rpartition(".")
-    names = known.get(group.split(".")[0], list(Recipe.model_fields))
+    names = known.get(group.split(".")[0], list(kind.model_fields))
     close = difflib.get_close_matches(field or where, names, n=1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from luthier.engine import search as searching
+from luthier.engine import trials
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.search import Found, search
@@ -178,7 +181,7 @@ def test_a_search_broken_while_the_best_is_trained_goes_on_with_that(
     with pytest.raises(Broken):
         search(recipe("broken"), 2, [RATES], reporter=BreakingReporter(17 * 2 + 10))
     assert [model.id for model in custom_models()] == ["tiny-llama:whole"]
-    monkeypatch.setattr(searching, "rehearse", None)  # no trial is run again
+    monkeypatch.setattr(trials, "rehearse", None)  # no trial is run again
     again = search(recipe("broken"), 2, [RATES], resume=True)
     assert again.trials == whole.trials and weights(again) == weights(whole)
     finished = search(recipe("broken"), 2, [RATES], resume=True)
@@ -281,14 +284,14 @@ def test_settings_that_do_not_fit_fail_alone(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A refusal of the first trial is the search's; later ones are the trial's."""
-    honest = searching.rehearse
+    honest = trials.rehearse
 
     def rehearse(mine: Recipe, folder: Path, reporter: Reporter) -> Any:
         if mine.adaptation.rank == 4:  # type: ignore[attr-defined]
             raise RefusedInput("needs more memory than there is")
         return honest(mine, folder, reporter)
 
-    monkeypatch.setattr(searching, "rehearse", rehearse)
+    monkeypatch.setattr(trials, "rehearse", rehearse)
     plain = recipe().plain()
     mine = Recipe.parse({**plain, "adaptation": {"method": "lora", "rank": 2}})
     found = search(mine, 4, [RANKS])
@@ -347,9 +350,39 @@ def test_what_is_said_on_the_way(recipe: Callable[..., Recipe]) -> None:
 def test_metrics_of_a_rehearsal_are_no_run(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
-    progress = searching.rehearse(recipe(max_steps=2), luthier_home / "here")
+    progress = trials.rehearse(recipe(max_steps=2), luthier_home / "here")
     assert progress.step == 2 and progress.best_loss == min(measured(luthier_home / "here"))
     assert not (luthier_home / "runs").exists() and not (luthier_home / "models").exists()
     write_json(luthier_home / "here" / "request.json", {"recipe": {}})
     with pytest.raises(RunConflict):
-        searching.rehearse(recipe(max_steps=2), luthier_home / "here")
+        trials.rehearse(recipe(max_steps=2), luthier_home / "here")
+
+
+def test_trials_run_side_by_side_and_a_killed_search_goes_on(
+    recipe: Callable[..., Recipe], luthier_home: Path
+) -> None:
+    """Also by what they measured: a trial that had ended is not done again."""
+    unbroken = search(recipe("whole"), 5, [RATES, RANKS], parallel=2)
+    assert next(trial.state for trial in unbroken.trials if trial.number == 1) == "complete"
+    assert not list(Path(unbroken.folder).rglob("*.safetensors"))
+
+    script = (
+        "import sys, json; from luthier.recipe import Recipe; "
+        "from luthier.engine.search import search; "
+        "search(Recipe.parse(json.loads(sys.argv[1])), 5, sys.argv[2:], resume=True, parallel=2)"
+    )
+    fields = recipe("killed").model_dump(mode="json", exclude_unset=True)
+    fields["data"]["train"] = str(fields["data"]["train"])
+    command = [sys.executable, "-c", script, json.dumps(fields), RATES, RANKS]
+    third = luthier_home / "searches" / "killed" / "trials" / "003"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (third / "metrics.jsonl").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+
+    found = search(recipe("killed"), 5, [RATES, RANKS], resume=True, parallel=2)
+    assert reported(found) == reported(unbroken)
+    assert weights(found) == weights(unbroken)

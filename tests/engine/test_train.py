@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.cli.inventory import _lineage, remove
-from luthier.engine import defaults, train
+from luthier.engine import defaults, job, train
 from luthier.engine.dataset import prepare
 from luthier.engine.defaults import Facts, choose, steps_of, token_budget, validation_share
 from luthier.engine.estimate import MemoryEstimate
@@ -450,7 +450,7 @@ def refused(recipe: Recipe, kind: type[LuthierError], match: str, home: Path) ->
 def test_too_little_memory_is_refused(
     recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(job, "available_memory", lambda: 100_000)
     refused(recipe(), DoesNotFit, r"needs about 0\.\d GB of memory and 0\.0 GB are", luthier_home)
 
 
@@ -466,7 +466,7 @@ def test_full_tuning_needs_more_disk_than_lora(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed: list[int] = []
-    monkeypatch.setattr(train, "need_disk", lambda folder, size, what: needed.append(size))
+    monkeypatch.setattr(job, "need_disk", lambda folder, size, what: needed.append(size))
     for adaptation in ("lora", "full"):
         train.train(recipe({"max_steps": 1}, adaptation=adaptation, name=adaptation))
     stored = sum(p.stat().st_size for p in Path(find("tiny-llama:full").folder).rglob("*.safet*"))

@@ -109,6 +109,57 @@ def tune(
 
 
 @app.command()
+def pretrain(
+    data: Annotated[
+        list[Path],
+        typer.Argument(help="Files of raw text (.txt, .md, JSONL), or a recipe (.toml)."),
+    ],
+    name: Annotated[str | None, typer.Option(help="Id of the new base model.")] = None,
+    size: Annotated[str | None, typer.Option(help="tiny, 3m, 10m, 30m or 135m weights.")] = None,
+    family: Annotated[str | None, typer.Option(help="llama, gpt2 or palm.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A config.json to build from, instead of size and family.")
+    ] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="Tokens of the tokenizer.")] = None,
+    context: Annotated[int | None, typer.Option(help="Longest input in tokens.")] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="Raw text to measure on; may be repeated.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the text.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in one step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the weights and of the order.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. training.beta2=0.99."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Train a new base model from random weights on raw text, with a tokenizer of its own."""
+    from luthier.cli import pretraining
+    from luthier.cli.console import errors
+
+    flags = {
+        "name": name,
+        "network.size": size,
+        "network.family": family,
+        "network.config": config and str(config),
+        "network.context": context,
+        "tokenizer.vocabulary": vocabulary,
+        "data.validation": [str(path) for path in validation] if validation else None,
+        "training.epochs": epochs,
+        "training.batch_size": batch_size,
+        "training.learning_rate": learning_rate,
+        "training.seed": seed,
+    }
+    with errors(json_):
+        pretraining.pretrain(data, flags, set_ or [], resume, json_)
+
+
+@app.command()
 def search(
     data: Data,
     trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = 12,
@@ -127,6 +178,9 @@ def search(
         list[str] | None,
         typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. training.epochs=2."),
     ] = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, help="Trials at once, each with a share of the cores.")
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted search.")
     ] = False,
@@ -144,7 +198,7 @@ def search(
         if range_test:
             searching.range_test(data, flags, set_ or [], json_)
         else:
-            searching.search(data, flags, set_ or [], trials, space or [], resume, json_)
+            searching.search(data, flags, set_ or [], trials, space or [], parallel, resume, json_)
 
 
 @app.command()

@@ -11,7 +11,8 @@ from luthier.cli.console import LiveReporter, heavy_imports, print_json
 from luthier.cli.tuning import print_result, recipe_of
 
 if TYPE_CHECKING:
-    from luthier.engine.search import Found, Trial
+    from luthier.engine.search import Found
+    from luthier.engine.trials import Trial
 
 
 def search(
@@ -20,6 +21,7 @@ def search(
     settings: Sequence[str],
     trials: int,
     space: Sequence[str],
+    parallel: int,
     resume: bool,
     as_json: bool,
 ) -> None:
@@ -33,7 +35,7 @@ def search(
 
     reporter = LiveReporter(quiet=as_json)
     try:
-        found = find_settings(recipe, trials, space, resume, reporter)
+        found = find_settings(recipe, trials, space, resume, reporter, parallel)
     finally:
         reporter.close()
     if as_json:

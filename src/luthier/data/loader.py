@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from luthier.types import Example
+from luthier.types import Example, IntArray
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,17 @@ class RowOrder:
         """Indices of the rows of step ``step`` (0-based)."""
         epoch, index = divmod(step, self.steps_per_epoch)
         start = index * self.batch_size
-        return self._permutation(epoch)[start : start + self.batch_size]
-
-    def _permutation(self, epoch: int) -> list[int]:
+        stop = min(start + self.batch_size, self.rows)
         if not self.shuffle:
-            return list(range(self.rows))
-        order: list[int] = np.random.default_rng([self.seed, epoch]).permutation(self.rows).tolist()
-        return order
+            return list(range(start, stop))
+        chosen: list[int] = _permutation(self.seed, epoch, self.rows)[start:stop].tolist()
+        return chosen
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, rows: int) -> IntArray:
+    """The rows in the order of one epoch; kept, as each of its steps asks for a part of it."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def hold_out(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:

@@ -10,6 +10,7 @@ Lines end at ``\\n`` and nowhere else: text written by people holds U+2028 and U
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -61,15 +62,21 @@ class _Bad(Exception):
         return Problem(file, line, self.rule, self.message, self.fix)
 
 
-def read_records(path: Path, problems: list[Problem]) -> Iterator[tuple[int, Record]]:
+def read_records(
+    path: Path, problems: list[Problem], whole: bool = True
+) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for each readable record; append to ``problems`` for the others.
 
-    Lines count from 1; a plain-text file is one record at line 1. No error is raised for anything
-    that the file holds. ``problems`` is complete only when the iterator is exhausted.
+    Lines count from 1; a plain-text file is one record at line 1, or without ``whole`` many, of some
+    64 KiB each, whose texts follow each other: a file may then be larger than memory. No error is
+    raised for anything that the file holds. ``problems`` is complete only when the iterator is
+    exhausted.
     """
     file = str(path)
     try:
         reader = _reader_for(path)
+        if reader is _read_text and not whole:
+            reader = _read_pieces
         with path.open("rb") as stream:
             _refuse_binary(stream.read(_HEAD_BYTES))
             stream.seek(0)
@@ -81,6 +88,14 @@ def read_records(path: Path, problems: list[Problem]) -> Iterator[tuple[int, Rec
         fix = "Check the permissions of the file and of its folder, and the disk."
         problem = _Bad("file.unreadable", f"The file could not be read: {reason}.", fix)
         problems.append(problem.at(file, 0))
+
+
+def check_file(path: Path, problems: list[Problem]) -> None:
+    """Append a problem where ``path`` is no file of a known format; its content is not looked at."""
+    try:
+        _reader_for(path)
+    except _Bad as bad:
+        problems.append(bad.at(str(path), bad.line))
 
 
 def json_kind(value: object) -> str:
@@ -148,6 +163,51 @@ def _read_text(
     if not text:
         raise _empty("is empty")
     yield 1, {"text": text}
+
+
+def _read_pieces(
+    stream: BinaryIO, file: str, problems: list[Problem]
+) -> Iterator[tuple[int, Record]]:
+    """A plain-text file, cut before white space (:func:`last_cut`)."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    lines, text = 1, ""
+    first = empty = True
+    while data := stream.read(_CHUNK_BYTES):
+        if b"\0" in data:
+            _refuse_binary(data)
+        before = decoder.getstate()[0]
+        try:
+            decoded = decoder.decode(data)
+        except UnicodeDecodeError:
+            _decode(before + data, lines)  # says where
+            raise
+        lines += data.count(b"\n")
+        text += decoded.removeprefix("\ufeff") if first else decoded
+        first = False
+        # A run without white space is cut where the longest line would be refused.
+        cut = last_cut(text) or (len(text) if len(text) > MAX_LINE_BYTES else 0)
+        if cut:
+            yield 1, {"text": text[:cut]}
+            text, empty = text[cut:], False
+    if decoder.getstate()[0]:
+        _decode(decoder.getstate()[0], lines)
+    if text:
+        yield 1, {"text": text}
+    elif empty:
+        raise _empty("is empty")
+
+
+def last_cut(text: str) -> int:
+    """The last place where ``text`` can be cut in two without another reading of either part.
+
+    That is before white space that follows something else: tokenizers split words there, and look
+    ahead from white space, never back at it. 0 where there is no such place.
+    """
+    end = len(text)
+    while (end := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) > 0:
+        if not text[end - 1].isspace():
+            return end
+    return 0
 
 
 def _read_lines(

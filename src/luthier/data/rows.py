@@ -8,11 +8,11 @@ whole, with every problem.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from luthier.data import labels
-from luthier.data.read import Record, json_kind, read_records, shown
+from luthier.data.read import PLAIN_TEXT, Record, json_kind, read_records, shown
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Message, Row
 
@@ -96,6 +96,35 @@ def load_rows(path: Path) -> list[Row]:
     if problems:
         raise DataError(problems)
     return [row for row in rows if row is not None]
+
+
+def stream_texts(path: Path, problems: list[Problem]) -> Iterator[tuple[str, bool]]:
+    """Texts of raw-text rows, one after the other and never all in memory, and which end a document.
+
+    A plain-text file comes in many pieces and is one document. Rows of other shapes are problems, as
+    is all that :func:`load_rows` refuses but for repeated ids, which would have to be remembered.
+    """
+    checker = _Checker(str(path), problems)
+    in_pieces = path.suffix.lower() in PLAIN_TEXT
+    blank = True
+    for line, record in read_records(path, problems, whole=False):
+        record.pop("id", None)
+        if in_pieces:
+            text = str(record["text"])
+            blank = blank and text.isspace()
+            yield text, False
+            continue
+        row = checker.row(line, record)
+        if row is not None and checker.first is not None and checker.first[0] != _TEXT:
+            message = f"The row is {checker.first[0]}; this learns from raw text only."
+            checker.report("row.objective", message, f"Rewrite the row as {_TEXT}.")
+        elif row is not None and row.text is not None:
+            yield row.text, True
+    if in_pieces and blank and not problems:
+        checker.line = 1
+        checker.text({"text": " "}, "text", target=True)
+    if in_pieces:
+        yield "", True
 
 
 class _Checker:

@@ -39,19 +39,16 @@ class Dataset:
 
     objective: Objective
     """The objective asked for, or the one chosen for the shape of the rows."""
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    longest: int
+    """Tokens of the longest training row."""
     hashes: dict[str, str]
     """SHA-256 of each file, by path."""
     choices: list[Choice]
     dropped: int = 0
     truncated: int = 0
     counts: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest training row."""
-        return max(example.tokens for example in self.train)
 
 
 def prepare(
@@ -96,6 +93,7 @@ def prepare(
         objective=objective,
         train=train,
         validation=validation,
+        longest=max(example.tokens for example in train),
         hashes={str(path): sha256_of(Path(path)) for path in files},
         choices=choices,
         dropped=encoder.dropped,

@@ -63,16 +63,6 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     return recipe.model_copy(update={"training": training}), choices
 
 
-def first_batches(
-    recipe: Recipe, examples: Sequence[Example], count: int = 4
-) -> list[list[Example]]:
-    """Rows of the run's first steps, to choose settings by."""
-    training = recipe.training
-    order = RowOrder(len(examples), training.batch_size or 1, training.seed, training.shuffle)
-    steps = range(min(count, order.steps_per_epoch))
-    return [[examples[index] for index in order.batch(step)] for step in steps]
-
-
 def token_budget(
     estimate: MemoryEstimate, batches: Sequence[Sequence[Example]], longest: int, available: int
 ) -> tuple[int, str]:

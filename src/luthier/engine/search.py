@@ -21,17 +21,18 @@ weights of every trial that led for a while. The engine being exact, its loss is
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from luthier import __version__
-from luthier.engine.metrics import MetricsFile, Reporter
-from luthier.engine.runs import METRICS, Result, Run, automatic_name, same_request
+from luthier.engine.metrics import Reporter
+from luthier.engine.runs import Result, Run, automatic_name, same_request
 from luthier.engine.space import (
     Dimension,
     default_space,
@@ -39,7 +40,20 @@ from luthier.engine.space import (
     start_of,
     with_settings,
 )
-from luthier.engine.train import rehearse, train
+from luthier.engine.train import train
+from luthier.engine.trials import (
+    PLACE,
+    Outcome,
+    Trial,
+    carry_out,
+    ended,
+    finished,
+    pruner,
+    repaired_journal,
+    said,
+    side_by_side,
+    trial_folder,
+)
 from luthier.errors import Diverged, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
 from luthier.models.heads import CAUSAL_LM
@@ -52,24 +66,6 @@ if TYPE_CHECKING:
 
 RANDOM_TRIALS = 5
 """Trials before the sampler begins to learn from them; the first is the recipe as it stands."""
-TRIALS_BEFORE_PRUNING = 3
-"""The median of fewer says little."""
-MEASUREMENTS_BEFORE_PRUNING = 2
-"""Of about eight in a run. At the first the rate has hardly left its warm-up."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial that ended."""
-
-    number: int
-    """Place in the search, from 1."""
-    settings: dict[str, Any]
-    value: float | None
-    """Validation loss: of its best weights, or the last one measured where it was pruned."""
-    state: Literal["complete", "pruned", "failed"]
-    reason: str = ""
-    """Why it failed."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,14 @@ def search(
     space: Sequence[str] = (),
     resume: bool = False,
     reporter: Reporter | None = None,
+    parallel: int = 1,
 ) -> Found:
     """Try ``trials`` settings of ``recipe`` and store the best as a custom model.
 
     ``space`` holds texts for :func:`~luthier.engine.space.parse_space`; when empty, the learning rate
     is searched and, for LoRA, the rank. The recipe as it stands is the first trial wherever it lies in
-    the space, so what is found is at least as good.
+    the space, so what is found is at least as good. ``parallel`` trials run at once, each in a process
+    with its share of the cores; those of a round know only of the rounds before.
 
     Raises:
         RefusedInput: before any training, for space, data, recipe or name.
@@ -110,7 +108,7 @@ def search(
     parent = luthier_home() / "searches"
     name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
     recipe = recipe.model_copy(update={"name": name})
-    work = _Search(recipe, base, dimensions, trials, parent / name, reporter)
+    work = _Search(recipe, base, dimensions, trials, parent / name, reporter, parallel)
     with lock(work.folder / ".lock") as free:
         if not free:
             raise RunConflict(f"another process is working on the search {name} now")
@@ -141,11 +139,12 @@ class _Search:
         count: int,
         folder: Path,
         reporter: Reporter,
+        parallel: int,
     ) -> None:
         hidden = int(read_config(base.network_folder, CAUSAL_LM).hidden_size)
         self.recipe, self.base, self.count, self.folder = recipe, base, count, folder
         self.dimensions = list(dimensions) or default_space(recipe, hidden)
-        self.reporter = reporter
+        self.reporter, self.parallel = reporter, parallel
         self.run_folder = Run(base.root, str(recipe.name))
         starts = {d.key: start_of(d.key, recipe, hidden) for d in self.dimensions}
         self.start = {d.key: starts[d.key] for d in self.dimensions if starts[d.key] in d}
@@ -177,9 +176,9 @@ class _Search:
         for dimension in self.dimensions:
             self.reporter.note(f"search {dimension.key}: {dimension} ({dimension.reason})")
         study = self._study()
-        while len(_ended(study)) < self.count:
-            self._next(study)
-        trials = _table(_ended(study))
+        while len(ended(study)) < self.count:
+            self._round(study)
+        trials = _table(ended(study))
         best = trials[0]
         if best.value is None or best.state != "complete":
             raise Diverged(
@@ -188,7 +187,7 @@ class _Search:
             )
         recipe = with_settings(self.recipe, best.settings)
         file = self._write_recipe(recipe, best)
-        self.reporter.note(f"best is trial {best.number}: {best.value:.4f} with {_said(best)}")
+        self.reporter.note(f"best is trial {best.number}: {best.value:.4f} with {said(best)}")
         result = train(recipe, resume=True, reporter=self.reporter)
         return Found(str(recipe.name), str(self.folder), trials, str(file), result)
 
@@ -199,6 +198,7 @@ class _Search:
             "recipe": self.recipe.plain(),
             "space": {dimension.key: str(dimension) for dimension in self.dimensions},
             "trials": self.count,
+            "parallel": self.parallel,
             "data": {str(path): sha256_of(path) for path in files},
             "luthier": __version__,
         }
@@ -207,26 +207,57 @@ class _Search:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = optuna.storages.JournalStorage(_journal(self.folder / "study.journal"))
+        for folder in (self.folder / "trials").glob("*"):
+            with lock(folder / ".lock", wait=True):  # one left over by a kill is about to stop
+                pass
+        storage = optuna.storages.JournalStorage(repaired_journal(self.folder / "study.journal"))
         study = optuna.create_study(
             study_name="search",
             storage=storage,
             direction="minimize",
             load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(
-                TRIALS_BEFORE_PRUNING, n_warmup_steps=MEASUREMENTS_BEFORE_PRUNING + 1
-            ),
+            pruner=pruner(),
         )
         for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
             # Cut short; its place is free, and the next trial there gets the same settings.
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         return study
 
-    def _next(self, study: optuna.Study) -> None:
-        """One trial, from its settings to its place in the study."""
+    def _round(self, study: optuna.Study) -> None:
+        """The next trials that run at once. The first of all runs alone: it may be refused."""
+        first = len(ended(study))
+        # Rounds begin where they would have begun had the search not been cut short.
+        size = self.parallel - (first - 1) % self.parallel if first else 1
+        asked = [self._ask(study, first + index) for index in range(min(size, self.count - first))]
+        trials = [
+            Trial(first + index + 1, dict(a.params), None, "failed")
+            for index, a in enumerate(asked)
+        ]
+        for trial in trials:
+            self.reporter.stage(f"Trial {trial.number} of {self.count}: {said(trial)}")
+        if len(asked) > 1:
+            outcomes = side_by_side(self.folder, self._with_threads(), asked)
+        else:
+            recipe = with_settings(self.recipe, trials[0].settings)
+            folder = trial_folder(self.folder, first + 1)
+            outcomes = [carry_out(recipe, folder, asked[0], self.reporter)]
+        if first == 0 and outcomes[0].state == "refused":
+            raise RefusedInput(outcomes[0].reason)
+        for trial, each, outcome in zip(trials, asked, outcomes, strict=True):
+            self._tell(study, trial, each, outcome)
+
+    def _with_threads(self) -> Recipe:
+        """The recipe for one of several trials at once, which share the cores."""
+        cores = self.recipe.training.threads or os.cpu_count() or 1
+        training = self.recipe.training.model_copy(
+            update={"threads": max(1, cores // self.parallel)}
+        )
+        return self.recipe.model_copy(update={"training": training})
+
+    def _ask(self, study: optuna.Study, place: int) -> optuna.Trial:
+        """Settings for the trial at ``place``, which follow from it and the trials before its round."""
         import optuna
 
-        place = len(_ended(study))
         study.sampler = optuna.samplers.TPESampler(
             n_startup_trials=RANDOM_TRIALS,
             seed=_seed(self.recipe.training.seed, place),
@@ -236,27 +267,26 @@ class _Search:
         if place == 0 and self.start and not waiting:
             study.enqueue_trial(self.start)
         asked = study.ask({d.key: _distribution(d) for d in self.dimensions})
-        trial = Trial(place + 1, dict(asked.params), None, "failed")
-        folder = self.folder / "trials" / f"{trial.number:03d}"
-        self.reporter.stage(f"Trial {trial.number} of {self.count}: {_said(trial)}")
-        watch = _Watch(self.reporter, asked, folder / METRICS)
-        pruned = optuna.trial.TrialState.PRUNED
-        try:
-            progress = rehearse(with_settings(self.recipe, trial.settings), folder, watch)
-        except optuna.TrialPruned:
-            study.tell(asked, state=pruned)
-        except (Diverged, RefusedInput) as error:
-            if place == 0 and isinstance(error, RefusedInput):
-                raise
-            asked.set_user_attr("reason", str(error))
-            study.tell(asked, state=pruned)
+        asked.set_user_attr(PLACE, place)
+        return asked
+
+    def _tell(
+        self, study: optuna.Study, trial: Trial, asked: optuna.Trial, outcome: Outcome
+    ) -> None:
+        """Give the trial its place in the study, and let go of its checkpoints."""
+        import optuna
+
+        if outcome.state == "complete":
+            study.tell(asked, outcome.value)
         else:
-            watch.report()
-            study.tell(asked, progress.best_loss)
+            if outcome.reason:
+                asked.set_user_attr("reason", outcome.reason)
+            study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+        folder = trial_folder(self.folder, trial.number)
         Run(self.base.root, folder.name, rehearsal=folder).drop_working_files()
-        ended = _trial(trial.number, _ended(study)[place])
-        value = "" if ended.value is None else f", validation loss {ended.value:.4f}"
-        self.reporter.note(f"trial {ended.number} of {self.count} {ended.state}{value}")
+        done = finished(trial.number, ended(study)[trial.number - 1])
+        value = "" if done.value is None else f", validation loss {done.value:.4f}"
+        self.reporter.note(f"trial {done.number} of {self.count} {done.state}{value}")
 
     def _write_recipe(self, recipe: Recipe, best: Trial) -> Path:
         """``best.toml``: no name, so that it can be tuned again as it is; paths that work anywhere."""
@@ -279,52 +309,6 @@ class _Search:
         return path
 
 
-class _Watch(Reporter):
-    """Hands each validation loss of a trial to the study, and stops the trial when that says so."""
-
-    def __init__(self, outer: Reporter, trial: optuna.Trial, metrics: Path) -> None:
-        self.outer, self.trial, self.metrics = outer, trial, MetricsFile(metrics)
-        self.told = 0
-
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
-        """Report by the number of the measurement: trials may have different numbers of steps.
-
-        The metrics file has those of before a kill, too. Without them, a resumed trial would be
-        judged by other losses than one that was never cut short.
-        """
-        self.outer.recorded(line, steps)
-        if line["event"] != "validation":
-            return
-        self.report()
-        if line["step"] < steps and self.trial.should_prune():
-            import optuna
-
-            raise optuna.TrialPruned
-
-    def report(self) -> None:
-        """Tell the study what it does not know yet."""
-        measured = [line for line in self.metrics.read() if line["event"] == "validation"]
-        for number, line in enumerate(measured[self.told :], start=self.told):
-            self.trial.report(line["loss"], number)
-        self.told = len(measured)
-
-
-def _journal(path: Path) -> Any:
-    """Optuna's journal file; what a kill left in it is put right first.
-
-    Only for who holds the lock of the search: then a lock on the journal is a dead process's, which
-    Optuna would wait 30 s for, and a last line without an end is one that was cut short.
-    """
-    from optuna.storages.journal import JournalFileBackend
-
-    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
-    if path.is_file():
-        whole, _, rest = path.read_bytes().rpartition(b"\n")
-        if rest:
-            write_bytes(path, whole + b"\n" if whole else b"")
-    return JournalFileBackend(str(path))
-
-
 def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -339,26 +323,7 @@ def _seed(seed: int, place: int) -> int:
     return int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
 
 
-def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Trials that hold a place, in order; those cut short do not."""
-    from optuna.trial import TrialState
-
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-
-
-def _trial(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
-    reason = frozen.user_attrs.get("reason", "")
-    complete = frozen.state.name == "COMPLETE"
-    state: Any = "failed" if reason else "complete" if complete else "pruned"
-    return Trial(number, dict(frozen.params), None if reason else frozen.value, state, reason)
-
-
 def _table(frozen: Sequence[optuna.trial.FrozenTrial]) -> list[Trial]:
     order = ("complete", "pruned", "failed")
-    trials = [_trial(number, trial) for number, trial in enumerate(frozen, start=1)]
+    trials = [finished(number, trial) for number, trial in enumerate(frozen, start=1)]
     return sorted(trials, key=lambda trial: (order.index(trial.state), trial.value or 0.0))
-
-
-def _said(trial: Trial) -> str:
-    shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in trial.settings.items()}
-    return ", ".join(f"{key}={value}" for key, value in shown.items())

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from luthier import __version__
-from luthier.data.chat import ChatFormat
-from luthier.engine import defaults
 from luthier.engine.checkpoints import Checkpoints, Progress, fingerprint
-from luthier.engine.dataset import Dataset, prepare
+from luthier.engine.dataset import prepare
 from luthier.engine.devices import (
     Machine,
     available_memory,
@@ -24,7 +23,7 @@ from luthier.engine.devices import (
     peak_memory,
     return_freed_memory,
 )
-from luthier.engine.estimate import check_memory, disk_needed, estimate_memory, weight_bytes
+from luthier.engine.job import Job, settle
 from luthier.engine.loop import Loop, mean_loss, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
 from luthier.engine.runs import ACTIVATIONS, METRICS, Result, Run, automatic_name
@@ -33,8 +32,7 @@ from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, need_disk, new_folder, write_json
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.catalog import MANIFEST
-from luthier.models.layers import layer_names
-from luthier.models.load import as_network, check_folder, context_length, sketch
+from luthier.models.load import as_network, check_folder, check_vocabulary, context_length
 from luthier.models.network import Network
 from luthier.models.save import (
     adapter_tensors,
@@ -78,7 +76,7 @@ def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None
             reporter.note(f"{done.model_id} was already finished")
             return done
         try:
-            return _Trainer(job, run, reporter).run(resume)
+            return Trainer(job, run, reporter).run(resume)
         except RefusedInput:
             run.drop_if_untrained()
             raise
@@ -107,10 +105,10 @@ def rehearse(
             "at least 20 rows, of which some are held out"
         )
     run.begin(_request(recipe, job), resume=True)
-    return _Trainer(job, run, reporter).learn(resume=True)[1]
+    return Trainer(job, run, reporter).learn(resume=True)[1]
 
 
-def _request(recipe: Recipe, job: _Job) -> dict[str, Any]:
+def _request(recipe: Recipe, job: Job) -> dict[str, Any]:
     return {
         "recipe": recipe.plain(),
         "data": job.data.hashes,
@@ -119,29 +117,18 @@ def _request(recipe: Recipe, job: _Job) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A recipe with nothing left to decide, and what it works on."""
-
-    recipe: Recipe
-    base: store.StoredModel
-    chat: ChatFormat
-    data: Dataset
-    machine: Machine
-    steps: int
-
-
 def _prepare(
     recipe: Recipe,
     base: store.StoredModel,
     machine: Machine,
     reporter: Reporter,
     began_with: int | None,
-) -> _Job:
-    """Check everything that can be checked before the weights are touched."""
+) -> Job:
+    """Check the data against the model, then the rest."""
     reporter.stage("Checking the data")
     config = check_folder(base.network_folder)
     chat = store.chat_format(base)
+    check_vocabulary(chat, config, base.id)
     context = context_length(config)
     added = recipe.adaptation.added_tokens + store.added_tokens(base)
     room = context - added
@@ -150,43 +137,18 @@ def _prepare(
             f"{added} added tokens leave no room in the model's context of {context}; use fewer"
         )
     data = prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
-    model = sketch(base.network_folder, data.objective.head())
-    size = machine.dtype.itemsize
-    plain = weight_bytes(model, size)
-    with torch.device("meta"):
-        recipe.adaptation.attach(model)
-    if recipe.training.layer_decay < 1:
-        layer_names(model)  # refuses a network without layers to tell apart
-    width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
-    facts = defaults.Facts(len(data.train), data.longest, len(data.validation), width)
-    recipe = recipe.model_copy(update={"objective": data.objective})
-    recipe, choices = defaults.choose(recipe, facts)
-    calibration = recipe.adaptation.calibration_bytes(model)
-    estimate, available = estimate_memory(model, size, plain, calibration), available_memory()
-    if recipe.training.micro_batch_tokens is None:
-        budget, reason = defaults.token_budget(
-            estimate, defaults.first_batches(recipe, data.train), data.longest, available
-        )
-        if began_with is not None:
-            budget, reason = began_with, "as when the run began"
-        training = recipe.training.model_copy(update={"micro_batch_tokens": budget})
-        recipe = recipe.model_copy(update={"training": training})
-        choices.append(("training.micro_batch_tokens", budget, reason))
-    check_memory(estimate, recipe.training.micro_batch_tokens or 0, available)
-    need_disk(store.base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")
-    number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
-    reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
-    steps = defaults.steps_of(recipe, len(data.train))
-    return _Job(recipe, base, data.objective.format(chat), data, machine, steps)
+    job = settle(recipe, base, chat, data, machine, reporter, began_with)
+    origin = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
+    return replace(job, origin=origin)
 
 
-class _Trainer:
+class Trainer:
     """Loads, trains, stores and verifies one job."""
 
-    def __init__(self, job: _Job, run: Run, reporter: Reporter) -> None:
+    def __init__(self, job: Job, run: Run, reporter: Reporter) -> None:
         self.job, self.run_folder, self.reporter = job, run, reporter
         self.recipe, self.machine = job.recipe, job.machine
 
@@ -333,13 +295,11 @@ class _Trainer:
             "id": self.run_folder.model_id,
             "kind": self.job.data.objective.task,
             "saved": "network" if adaptation.stores_network else "adapter",
-            "parent": job.base.id,
-            "root": job.base.root,
+            **job.origin,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "luthier": __version__,
             "torch": torch.__version__,
             "precision": str(self.machine.dtype).removeprefix("torch."),
-            "recipe": self.recipe.plain(),
             "data": {
                 "sha256": job.data.hashes,
                 "dropped": job.data.dropped,
@@ -374,7 +334,7 @@ class _Trainer:
 
     def _sample(self) -> list[Example]:
         """The rows that parity is measured on, held-out ones first."""
-        return [*self.job.data.validation, *self.job.data.train][:PARITY_ROWS]
+        return list(islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS))
 
     def _loss(self, network: Network) -> float:
         budget = self.recipe.training.micro_batch_tokens or 1

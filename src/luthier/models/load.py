@@ -13,6 +13,7 @@ from luthier.data.chat import ChatFormat, Template
 from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import read_json
+from luthier.models import nets
 from luthier.models.fused import fuse
 from luthier.models.heads import (
     CAUSAL_LM,
@@ -72,6 +73,21 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def check_vocabulary(chat: ChatFormat, config: dict[str, Any], model_id: str) -> None:
+    """Refuse a tokenizer that gives ids the network has no embedding for.
+
+    Tokens added to a tokenizer and used by no row are let be; many published models have some.
+    """
+    size = config.get("vocab_size")
+    known = max([chat.tokenizer.vocab_size, *(stop + 1 for stop in chat.stop_ids)])
+    if isinstance(size, int) and known > size:
+        raise RecipeError(
+            f"the tokenizer of {model_id} does not belong to its network: it gives ids up to "
+            f"{known - 1:,}, and the network has embeddings for {size:,}. Put the tokenizer files of "
+            "the network's own model into the folder."
+        )
+
+
 def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     """Tokenizer, template and stop tokens of a model folder.
 
@@ -98,6 +114,7 @@ def read_config(folder: Path, head: Head) -> Any:
     """transformers' configuration of the network in ``folder``, set up for ``head``."""
     from transformers import AutoConfig
 
+    nets.register(check_folder(folder).get("model_type"))
     try:
         config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

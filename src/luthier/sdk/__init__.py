@@ -1,4 +1,4 @@
-"""The Python face: ``luthier.tune``, ``luthier.load``, ``luthier.evaluate``."""
+"""The Python face: ``luthier.tune``, ``luthier.pretrain``, ``luthier.load``, ``luthier.evaluate``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,40 @@ def tune(
     for key, value in fields.items():
         assign(plain, key.split("__"), value)
     return train(Recipe.parse(plain), resume, reporter)
+
+
+def pretrain(
+    data: str | Path | Sequence[str | Path],
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> Result:
+    """Train a tokenizer and a network from random weights on raw text; the result is a base model.
+
+    Args:
+        data: one file of raw text, several, or a TOML recipe.
+        resume: go on with an interrupted run of the same name and settings.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of :class:`luthier.pretraining.PretrainRecipe` with ``__`` for the dot, for
+            example ``name="..."`` (which it needs), ``network__size="10m"``, ``training__epochs=1``.
+
+    Returns:
+        Model id, folders, losses, time and memory of the finished run.
+
+    Raises:
+        RefusedInput: before any training, for text or settings that cannot work.
+    """
+    from luthier.engine.pretrain import pretrain as run
+    from luthier.pretraining import PretrainRecipe
+    from luthier.recipe import assign, read_toml
+
+    paths = [Path(data)] if isinstance(data, str | Path) else [Path(path) for path in data]
+    one = len(paths) == 1 and paths[0].suffix == ".toml"
+    plain: dict[str, Any] = read_toml(paths[0]) if one else {"data": {"train": paths}}
+    for key, value in fields.items():
+        assign(plain, key.split("__"), value)
+    return run(PretrainRecipe.parse(plain), resume, reporter)
 
 
 class Model:

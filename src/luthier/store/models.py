@@ -50,7 +50,7 @@ class StoredModel:
 
 
 def base_folder(model_id: str) -> Path:
-    """Where the files of a catalogue model are kept."""
+    """Where the files of a base model are kept: one of the catalogue, or one made here."""
     return luthier_home() / "models" / "base" / model_id
 
 
@@ -68,7 +68,8 @@ def short_name(base: str) -> str:
 def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> StoredModel:
     """Open a model by id, fetching it first where it is a base model that is not here yet.
 
-    Looked up in this order: custom model (``base:name``), catalogue, local directory, hub id.
+    Looked up in this order: custom model (``base:name``), catalogue, base model made here, local
+    directory, hub id.
     """
     base, colon, name = model_id.partition(":")
     if colon and not Path(model_id).exists():
@@ -78,16 +79,26 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
         if not (folder / MANIFEST).is_file():
             pull(CATALOG[model_id], folder, say)
         return StoredModel(model_id, folder, read_json(folder / MANIFEST))
+    if re.fullmatch(r"[\w.-]+", model_id) and (base_folder(model_id) / MANIFEST).is_file():
+        return StoredModel(
+            model_id, base_folder(model_id), read_json(base_folder(model_id) / MANIFEST)
+        )
     path = Path(model_id).expanduser()
     if model_id and path.is_dir():
         return StoredModel(str(path.absolute()), path.absolute(), {})
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not model_id.startswith("."):
         return StoredModel(model_id, _from_hub(model_id, say), {})
-    known = ", ".join([*CATALOG, *(m.id for m in custom_models())])
+    known = ", ".join([*CATALOG, *(m.id for m in (*pretrained_models(), *custom_models()))])
     raise UnknownModel(
         f"there is no model {model_id!r}. Known here: {known}. A local Hugging Face directory or a "
         "hub id (organisation/name) works too."
     )
+
+
+def pretrained_models() -> list[StoredModel]:
+    """Base models that were made in this store, oldest first; see :func:`custom_models`."""
+    found = _manifests("base/*")
+    return [model for model in found if model.id not in CATALOG]
 
 
 def custom_models() -> list[StoredModel]:
@@ -95,16 +106,22 @@ def custom_models() -> list[StoredModel]:
 
     One whose manifest cannot be read has the reason under ``damaged``, and nothing else.
     """
+    return _manifests("custom/*/*")
+
+
+def _manifests(pattern: str) -> list[StoredModel]:
     found = []
-    for path in (luthier_home() / "models" / "custom").glob(f"*/*/{MANIFEST}"):
-        if not path.parent.name.startswith("."):
-            model_id = f"{path.parent.parent.name}:{path.parent.name}"
-            try:
-                manifest = read_json(path)
-                model_id = manifest["id"]
-            except (CorruptFile, KeyError, TypeError) as error:
-                manifest = {"damaged": str(error)}
-            found.append(StoredModel(model_id, path.parent, manifest))
+    for path in (luthier_home() / "models").glob(f"{pattern}/{MANIFEST}"):
+        if path.parent.name.startswith("."):
+            continue
+        base, name = path.parent.parent.name, path.parent.name
+        model_id = f"{base}:{name}" if pattern.startswith("custom") else name
+        try:
+            manifest = read_json(path)
+            model_id = manifest["id"]
+        except (CorruptFile, KeyError, TypeError) as error:
+            manifest = {"damaged": str(error)}
+        found.append(StoredModel(model_id, path.parent, manifest))
     return sorted(found, key=lambda model: (model.manifest.get("created", ""), model.id))
 
 

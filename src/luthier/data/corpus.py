@@ -1,0 +1,119 @@
+"""Raw text for pre-training, read in memory that does not grow with its size.
+
+Files are read one after the other, in pieces of some 64 KiB, as often as they are needed: once to
+check and count them, once for the tokenizer, once for the tokens. A document is a row of a JSONL
+file, or a plain-text file.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from luthier.data.read import last_cut
+from luthier.data.rows import stream_texts
+from luthier.errors import DataError, Problem
+
+PIECE = 1 << 16
+"""Characters in a piece of text at most, where it has white space to be cut at."""
+MOST_PROBLEMS = 100
+"""Reading stops after so many: a file of another format may hold millions."""
+ENOUGH_DOCUMENTS = 20
+"""Documents to hold out; where the share asked for is fewer, the end of the text is held out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a document, in the order of the files."""
+
+    text: str
+    document: int
+    """Number of its document, from 0."""
+    start: int
+    """Characters of all files before it."""
+    ends: bool
+    """Whether its document ends with it."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over all files found."""
+
+    documents: int
+    characters: int
+
+
+def pieces(paths: Sequence[Path]) -> Iterator[Piece]:
+    """All text of ``paths``; :class:`DataError` where a file cannot be read as raw text."""
+    problems = _Few()
+    document = start = 0
+    for path in paths:
+        for text, ends in stream_texts(path, problems):
+            for part, last in _parts(text):
+                yield Piece(part, document, start, ends and last)
+                start += len(part)
+            document += ends
+    if problems:
+        raise DataError(problems)
+
+
+class _Few(list[Problem]):
+    """Problems of files that may hold millions: full, it refuses them all."""
+
+    def append(self, problem: Problem) -> None:
+        """Add ``problem``, and raise where no more fit."""
+        super().append(problem)
+        if len(self) >= MOST_PROBLEMS:
+            raise DataError(self)
+
+
+def _parts(text: str) -> Iterator[tuple[str, bool]]:
+    """``text`` in parts that can be read alone, and whether each is the last."""
+    begin = 0
+    while len(text) - begin > PIECE:
+        cut = last_cut(text[begin : begin + PIECE])
+        if not cut:
+            break
+        yield text[begin : begin + cut], False
+        begin += cut
+    yield text[begin:], True
+
+
+def survey(paths: Sequence[Path]) -> Survey:
+    """Check and count everything; :class:`DataError` names each problem."""
+    documents = characters = 0
+    for piece in pieces(paths):
+        documents += piece.ends
+        characters += len(piece.text)
+    return Survey(documents, characters)
+
+
+def sample(paths: Sequence[Path], size: int, characters: int) -> Iterator[str]:
+    """Every so many pieces of the text, of about ``size`` of its ``characters`` in all."""
+    stride = max(1, -(-characters // size))
+    for number, piece in enumerate(pieces(paths)):
+        if number % stride == 0:
+            yield piece.text
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which pieces are measured on and not learned from.
+
+    Whole documents, drawn by seed and number alone; the end of the text where those would be few.
+    """
+
+    share: float
+    seed: int
+    survey: Survey
+
+    def __contains__(self, piece: Piece) -> bool:
+        """Whether ``piece`` is held out."""
+        if not self.share:
+            return False
+        if self.share * self.survey.documents >= ENOUGH_DOCUMENTS:
+            drawn = zlib.crc32(b"%d %d" % (self.seed, piece.document))
+            return drawn < self.share * 2**32
+        return piece.start >= (1 - self.share) * self.survey.characters

@@ -1,0 +1,102 @@
+"""Token ids in a file, and the sequences that training reads from it.
+
+    tokens/train.bin, tokens/validation.bin    little-endian ids of 16 or 32 bits, one after the other
+    tokens/tokens.json                         how many, of what size, and the hash of each file
+
+A sequence is read when it is asked for and let go of after, so memory does not grow with the file.
+It is read, not mapped: mapped pages stay in the process for as long as the system likes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from luthier.errors import CorruptFile
+from luthier.types import Example
+
+SMALL, LARGE = "<u2", "<u4"
+
+
+def id_type(vocabulary: int) -> str:
+    """The smallest type that holds the ids of ``vocabulary`` tokens."""
+    return SMALL if vocabulary <= 1 << 16 else LARGE
+
+
+class TokenWriter:
+    """Appends token ids to a new file."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path, self.kind, self.count = path, kind, 0
+        self._file, self._digest = path.open("wb"), hashlib.sha256()
+
+    def append(self, ids: Iterable[int]) -> None:
+        """Add ``ids``, all of which the type holds."""
+        array = np.fromiter(ids, dtype=np.int64).astype(self.kind)
+        self._file.write(data := array.tobytes())
+        self._digest.update(data)
+        self.count += len(array)
+
+    def close(self) -> dict[str, Any]:
+        """Finish the file; what :func:`open_sequences` needs to know of it."""
+        self._file.close()
+        return {"type": self.kind, "tokens": self.count, "sha256": self._digest.hexdigest()}
+
+
+@dataclass(frozen=True)
+class TokenFile(Sequence[Example]):
+    """The tokens of a file as sequences of ``length``; the last is what is left, two at least.
+
+    Every token of a sequence but its first is learned, as :class:`~luthier.objectives.CausalLM` has it.
+    """
+
+    path: Path
+    kind: str
+    tokens: int
+    """How many there are."""
+    length: int
+
+    @staticmethod
+    def open(path: Path, facts: dict[str, Any], length: int) -> TokenFile:
+        """Open what :meth:`TokenWriter.close` described; its size is checked."""
+        size = facts["tokens"] * np.dtype(facts["type"]).itemsize
+        if not path.is_file() or path.stat().st_size != size:
+            raise CorruptFile(f"{path} has not the {size:,} bytes that were written")
+        return TokenFile(path, facts["type"], facts["tokens"], length)
+
+    def __len__(self) -> int:
+        return -(-self.tokens // self.length) if self.tokens > 1 else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        """Sequence ``index``, read from the file."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index += len(self) if index < 0 else 0
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, stop = self._start(index), self._start(index + 1)
+        size = np.dtype(self.kind).itemsize
+        ids_T = np.fromfile(self.path, self.kind, stop - start, offset=start * size)
+        weight_T = np.ones(len(ids_T), dtype=np.float32)
+        weight_T[0] = 0.0
+        return Example(ids_T.astype(np.int64), weight_T, index)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return min(self.length, self.tokens)
+
+    def _start(self, index: int) -> int:
+        start = min(index * self.length, self.tokens)
+        # One token alone has nothing before it to be predicted from: it takes its neighbour along.
+        lone = index == len(self) - 1 and self.tokens - start == 1 and index > 0
+        return start - 1 if lone else start

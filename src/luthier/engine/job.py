@@ -1,0 +1,88 @@
+"""A job: a recipe with its data, and nothing left to decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from luthier.data.chat import ChatFormat
+from luthier.data.loader import RowOrder
+from luthier.engine import defaults
+from luthier.engine.dataset import Dataset
+from luthier.engine.devices import Machine, available_memory
+from luthier.engine.estimate import check_memory, disk_needed, estimate_memory, weight_bytes
+from luthier.engine.metrics import Reporter
+from luthier.files import need_disk
+from luthier.models.layers import layer_names
+from luthier.models.load import sketch
+from luthier.recipe import Recipe
+from luthier.store import models as store
+from luthier.types import Example
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with nothing left to decide, and what it works on."""
+
+    recipe: Recipe
+    base: store.StoredModel
+    chat: ChatFormat
+    data: Dataset
+    machine: Machine
+    steps: int
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest says of where the model comes from."""
+
+
+def settle(
+    recipe: Recipe,
+    base: store.StoredModel,
+    chat: ChatFormat,
+    data: Dataset,
+    machine: Machine,
+    reporter: Reporter,
+    began_with: int | None,
+) -> Job:
+    """Decide what is left open, and check everything else before the weights are touched.
+
+    ``began_with`` is the token budget of the run that is resumed.
+    """
+    model = sketch(base.network_folder, data.objective.head())
+    size = machine.dtype.itemsize
+    plain = weight_bytes(model, size)
+    with torch.device("meta"):
+        recipe.adaptation.attach(model)
+    if recipe.training.layer_decay < 1:
+        layer_names(model)  # refuses a network without layers to tell apart
+    width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+    facts = defaults.Facts(len(data.train), data.longest, len(data.validation), width)
+    recipe = recipe.model_copy(update={"objective": data.objective})
+    recipe, choices = defaults.choose(recipe, facts)
+    calibration = recipe.adaptation.calibration_bytes(model)
+    estimate, available = estimate_memory(model, size, plain, calibration), available_memory()
+    if recipe.training.micro_batch_tokens is None:
+        budget, reason = defaults.token_budget(
+            estimate, _first_batches(recipe, data), data.longest, available
+        )
+        if began_with is not None:
+            budget, reason = began_with, "as when the run began"
+        training = recipe.training.model_copy(update={"micro_batch_tokens": budget})
+        recipe = recipe.model_copy(update={"training": training})
+        choices.append(("training.micro_batch_tokens", budget, reason))
+    check_memory(estimate, recipe.training.micro_batch_tokens or 0, available)
+    need_disk(store.base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")
+    number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
+    reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
+    steps = defaults.steps_of(recipe, len(data.train))
+    return Job(recipe, base, data.objective.format(chat), data, machine, steps)
+
+
+def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:
+    """Rows of the run's first steps, to choose settings by."""
+    training = recipe.training
+    order = RowOrder(len(data.train), training.batch_size or 1, training.seed, training.shuffle)
+    steps = range(min(count, order.steps_per_epoch))
+    return [[data.train[index] for index in order.batch(step)] for step in steps]

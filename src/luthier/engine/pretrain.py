@@ -1,0 +1,285 @@
+"""From raw text to a new base model: tokenizer, network, token file, training, store.
+
+Everything up to the training is made once, in the run's folder, each part whole or not at all and
+from the request alone: a run that was killed goes on where it was, to the same bits. What trains is
+the engine that tunes: the network of random weights is its base, every weight moves.
+
+    pretraining/<name>/survey.json   what the files hold
+    pretraining/<name>/start/        tokenizer, configuration and random weights
+    pretraining/<name>/tokens/       the text as token ids
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from typing import Any
+
+from luthier import __version__
+from luthier.adaptations.full import Full
+from luthier.data.chat import ChatFormat
+from luthier.data.corpus import HeldOut, Piece, Survey, pieces, sample, survey
+from luthier.data.read import check_file
+from luthier.data.tokens import TokenFile, TokenWriter, id_type
+from luthier.engine.dataset import Dataset
+from luthier.engine.devices import Machine, choose_machine, keep_freed_memory
+from luthier.engine.job import Job, settle
+from luthier.engine.metrics import Reporter
+from luthier.engine.pretrain_defaults import NetworkFacts, choose, plan, shortage
+from luthier.engine.runs import Result, Run
+from luthier.engine.train import Trainer
+from luthier.errors import DataError, Problem, RecipeError, RefusedInput
+from luthier.files import (
+    luthier_home,
+    need_disk,
+    new_folder,
+    read_json,
+    sha256_of,
+    write_json,
+)
+from luthier.models import bpe
+from luthier.models.build import build, read_configuration
+from luthier.models.load import check_folder, context_length, sketch
+from luthier.models.presets import SHAPES, configuration
+from luthier.pretraining import PretrainRecipe
+from luthier.recipe import DataSpec, Recipe
+from luthier.store import models as store
+from luthier.types import Example
+
+SURVEY, START, TOKENS, SETTLED = "survey.json", "start", "tokens", "settled.json"
+MOST_VALIDATION = 400
+"""Sequences measured on; of a longer validation text, so many spread over it."""
+BATCH = 16
+"""Pieces of text that are encoded at once, about a megabyte."""
+
+
+class BaseRun(Run):
+    """The run of a new base model, in ``pretraining/<name>``."""
+
+    def __init__(self, name: str) -> None:
+        self.base, self.name, self.model_id = name, name, name
+        self.folder = luthier_home() / "pretraining" / name
+        self.model_folder = store.base_folder(name)
+
+    def drop_working_files(self) -> None:
+        """Free the disk of what only a resume would need."""
+        super().drop_working_files()
+        for part in (START, TOKENS):
+            shutil.rmtree(self.folder / part, ignore_errors=True)
+
+
+def pretrain(
+    recipe: PretrainRecipe, resume: bool = False, reporter: Reporter | None = None
+) -> Result:
+    """Carry out ``recipe``; the base model is stored under its name and verified.
+
+    Raises:
+        RefusedInput: before any training, for text, recipe, memory, disk or name.
+        Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    reporter = reporter or Reporter()
+    keep_freed_memory()
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    run = BaseRun(recipe.name)
+    with run.lock():
+        try:
+            done = run.begin(_request(recipe), resume)
+        except BaseException:
+            run.drop_if_empty()
+            raise
+        if done is not None:
+            reporter.note(f"{done.model_id} was already finished")
+            return done
+        try:
+            return Trainer(_job(recipe, run, machine, reporter), run, reporter).run(resume)
+        except RefusedInput:
+            run.drop_if_untrained()
+            raise
+
+
+def _request(recipe: PretrainRecipe) -> dict[str, Any]:
+    files = [*recipe.data.train, *recipe.data.validation]
+    problems: list[Problem] = []
+    for path in files:
+        check_file(path, problems)
+    if problems:
+        raise DataError(problems)
+    hashes = {str(path): sha256_of(path) for path in files}
+    return {"recipe": recipe.plain(), "data": hashes, "luthier": __version__}
+
+
+def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Reporter) -> Job:
+    """Make or find everything that is trained with, and decide what is left open."""
+    found = _survey(recipe, run, reporter)
+    recipe, choices = plan(recipe, found)
+    start = _start(recipe, run, found, reporter)
+    chat = store.chat_format(start)
+    context = context_length(check_folder(start.folder))
+    facts = _tokens(recipe, run, found, chat, reporter)
+    train = TokenFile.open(run.folder / TOKENS / "train.bin", facts["train"], context)
+    held = TokenFile.open(run.folder / TOKENS / "validation.bin", facts["validation"], context)
+    if not train:
+        raise RecipeError(
+            f"{train.tokens} tokens are left to train on; give more text, or a smaller validation share"
+        )
+    weights, embedding = _count(start)
+    network = NetworkFacts(weights, embedding, context, train.tokens)
+    training, more = choose(recipe.training, network)
+    objective = recipe.objective(context)
+    whole = Recipe(
+        base=start.id,
+        data=DataSpec(train=train.path),
+        objective=objective,
+        adaptation=Full(),
+        training=training,
+    )
+    data = Dataset(
+        objective=objective,
+        train=train,
+        validation=_spread(held),
+        longest=train.longest,
+        hashes=run.recorded("data"),
+        choices=[*choices, ("weights", f"{weights:,}", f"{context} tokens of context"), *more],
+        counts={
+            "rows": found.documents,
+            "validation_rows": len(held),
+            "tokens": train.tokens,
+            "learned_tokens": train.tokens - len(train),
+            "examples": len(train),
+        },
+    )
+    if note := shortage(network, training):
+        reporter.note(note)
+    settled = read_json(run.folder / SETTLED) if (run.folder / SETTLED).is_file() else {}
+    job = settle(whole, start, chat, data, machine, reporter, settled.get("micro_batch_tokens"))
+    budget = job.recipe.training.micro_batch_tokens
+    write_json(run.folder / SETTLED, {"micro_batch_tokens": budget})
+    origin = {
+        "recipe": recipe.plain()
+        | {
+            "training": job.recipe.plain()["training"],
+            "objective": job.recipe.plain()["objective"],
+        },
+        "parameters": weights,
+        "context": context,
+    }
+    return replace(job, origin=origin)
+
+
+def _survey(recipe: PretrainRecipe, run: BaseRun, reporter: Reporter) -> Survey:
+    path = run.folder / SURVEY
+    if not path.is_file():
+        reporter.stage("Checking the text")
+        if recipe.data.validation:
+            survey(recipe.data.validation)
+        write_json(path, asdict(survey(recipe.data.train)))
+    return Survey(**read_json(path))
+
+
+def _start(
+    recipe: PretrainRecipe, run: BaseRun, found: Survey, reporter: Reporter
+) -> store.StoredModel:
+    """Tokenizer and network before the first step."""
+    folder = run.folder / START
+    if not folder.is_dir():
+        fields, vocabulary = _network(recipe)
+        reporter.stage(f"Training a tokenizer of {vocabulary:,} tokens")
+        size = recipe.tokenizer.sample
+        texts = sample(recipe.data.train, size, found.characters)
+        if found.characters > size:
+            reporter.note(f"the tokenizer learns from {size:,} of {found.characters:,} characters")
+        tokenizer = bpe.train_bpe(texts, vocabulary)
+        if len(tokenizer) < vocabulary:
+            reporter.note(
+                f"no more than {len(tokenizer):,} tokens occur in the text; the vocabulary is as large"
+            )
+        end = tokenizer.eos_token_id
+        fields |= {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end}
+        fields.pop("pad_token_id", None)
+        with new_folder(folder) as fresh:
+            build(fields, recipe.training.seed, fresh)
+            tokenizer.save_pretrained(fresh)
+    return store.StoredModel(str(folder), folder, {"kind": "causal_lm"})
+
+
+def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
+    """Configuration of the network, and how many tokens its tokenizer is to have."""
+    network, vocabulary = recipe.network, recipe.tokenizer.vocabulary
+    if network.config is None:
+        assert network.size is not None and vocabulary is not None
+        shape = SHAPES[network.family][network.size]
+        shape = replace(shape, context=network.context or shape.context, vocabulary=vocabulary)
+        return configuration(network.family, shape, 0), vocabulary
+    fields = read_configuration(network.config)
+    vocabulary = vocabulary or fields.get("vocab_size")
+    if not isinstance(vocabulary, int) or vocabulary < bpe.SMALLEST:
+        raise RecipeError(
+            f"a vocabulary of {vocabulary} is too small: 256 bytes and the end-of-text token are "
+            f"the least. Set vocab_size in {network.config} to {bpe.SMALLEST} or more, or give "
+            "--vocabulary."
+        )
+    if network.context is not None:
+        fields.pop("n_positions", None)
+        fields["max_position_embeddings"] = network.context
+    return fields, vocabulary
+
+
+def _tokens(
+    recipe: PretrainRecipe, run: BaseRun, found: Survey, chat: ChatFormat, reporter: Reporter
+) -> dict[str, Any]:
+    """Write the text as tokens, once; what ``tokens.json`` says of them."""
+    folder = run.folder / TOKENS
+    if not folder.is_dir():
+        kind = id_type(len(chat.tokenizer))
+        bytes_at_most = 2 * found.characters * int(kind[-1])
+        need_disk(run.folder, bytes_at_most, "the text as tokens")
+        out = HeldOut(recipe.data.validation_share or 0.0, recipe.training.seed, found)
+        with new_folder(folder) as fresh:
+            train = TokenWriter(fresh / "train.bin", kind)
+            held = TokenWriter(fresh / "validation.bin", kind)
+            text = _told(pieces(recipe.data.train), found.characters, reporter)
+            _encode(text, chat, lambda piece: held if piece in out else train)
+            _encode(pieces(recipe.data.validation), chat, lambda piece: held)
+            facts = {"train": train.close(), "validation": held.close()}
+            write_json(fresh / "tokens.json", facts)
+    facts = read_json(folder / "tokens.json")
+    return dict(facts)
+
+
+def _encode(text: Iterator[Piece], chat: ChatFormat, writer: Any) -> None:
+    while batch := list(islice(text, BATCH)):
+        encoded = bpe.encode(chat.tokenizer, [piece.text for piece in batch])
+        for piece, ids in zip(batch, encoded, strict=True):
+            writer(piece).append([*ids, chat.end_id] if piece.ends else ids)
+
+
+def _told(text: Iterator[Piece], characters: int, reporter: Reporter) -> Iterator[Piece]:
+    """The same pieces; the reporter hears how far they are, a few times."""
+    started, told = time.monotonic(), 0.0
+    reporter.stage(f"Writing {characters / 1e6:,.1f} million characters as tokens")
+    for piece in text:
+        yield piece
+        now, share = time.monotonic() - started, piece.start / max(1, characters)
+        if now - told > 15 and share > 0:
+            told = now
+            reporter.stage(f"Writing tokens: {share:.0%}, {now / share - now:,.0f} s left")
+
+
+def _count(start: store.StoredModel) -> tuple[int, int]:
+    """Weights of the network, and those of its embedding tables."""
+    model: Any = sketch(start.folder, store.objective_of(start).head())
+    tables = {
+        id(m.weight): m.weight
+        for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    embedding = sum(weight.numel() for weight in tables.values())
+    return sum(weight.numel() for weight in model.parameters()), embedding
+
+
+def _spread(held: TokenFile) -> Sequence[Example]:
+    """Validation sequences, evenly spaced where there are more than are measured on."""
+    stride = max(1, -(-len(held) // MOST_VALIDATION))
+    return held[::stride]

@@ -1,0 +1,262 @@
+"""Trials of a search: where they are kept, one carried out, several side by side.
+
+Side by side, each trial is a process of its own with a share of the cores (``python -m
+luthier.engine.trials FOLDER NUMBER``). It holds the lock of its folder, so that one left over by a
+killed search ends before the next begins there, and it stops at a checkpoint when the process that
+started it is gone. How it ended it writes to ``outcome.json``; only the search itself tells the study.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.engine.runs import METRICS
+from luthier.engine.space import with_settings
+from luthier.engine.train import rehearse
+from luthier.errors import Diverged, Interrupted, LuthierError, RefusedInput
+from luthier.files import lock, read_json, write_bytes, write_json
+from luthier.recipe import Recipe
+
+if TYPE_CHECKING:
+    import optuna
+
+TRIALS_BEFORE_PRUNING = 3
+"""The median of fewer says little."""
+MEASUREMENTS_BEFORE_PRUNING = 2
+"""Of about eight in a run. At the first the rate has hardly left its warm-up."""
+OUTCOME, ERRORS = "outcome.json", "errors.txt"
+PLACE = "place"
+"""Attribute of a trial in the study: its place in the search, from 0."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial that ended."""
+
+    number: int
+    """Place in the search, from 1."""
+    settings: dict[str, Any]
+    value: float | None
+    """Validation loss: of its best weights, or the last one measured where it was pruned."""
+    state: Literal["complete", "pruned", "failed"]
+    reason: str = ""
+    """Why it failed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended."""
+
+    state: Literal["complete", "pruned", "failed", "refused"]
+    value: float | None = None
+    """Validation loss of its best weights, where it is complete."""
+    reason: str = ""
+    """Why it failed, or was refused before its first step."""
+
+
+def open_study(folder: Path) -> optuna.Study:
+    """The study in ``folder``, as another process may have it open too."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
+    return optuna.load_study(
+        study_name="search",
+        storage=optuna.storages.JournalStorage(backend),
+        pruner=pruner(),
+    )
+
+
+def pruner() -> optuna.pruners.BasePruner:
+    """Stops trials that are worse than the median of those that came to their end."""
+    import optuna
+
+    return optuna.pruners.MedianPruner(
+        TRIALS_BEFORE_PRUNING, n_warmup_steps=MEASUREMENTS_BEFORE_PRUNING + 1
+    )
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    """Where trial ``number`` (from 1) of the search in ``folder`` works."""
+    return folder / "trials" / f"{number:03d}"
+
+
+def carry_out(recipe: Recipe, folder: Path, asked: optuna.Trial, reporter: Reporter) -> Outcome:
+    """Rehearse ``recipe`` in ``folder``, as one trial of a study."""
+    import optuna
+
+    watch = Watch(reporter, asked, folder / METRICS)
+    try:
+        progress = rehearse(recipe, folder, watch)
+    except optuna.TrialPruned:
+        return Outcome("pruned")
+    except Diverged as error:
+        return Outcome("failed", reason=str(error))
+    except RefusedInput as error:
+        return Outcome("refused", reason=str(error))
+    watch.report()
+    return Outcome("complete", progress.best_loss)
+
+
+def side_by_side(folder: Path, recipe: Recipe, asked: Sequence[optuna.Trial]) -> list[Outcome]:
+    """Carry out trials at once, each in a process of its own; how they ended, in the same order.
+
+    Raises:
+        Interrupted: on Ctrl-C or SIGTERM, after each of them wrote a checkpoint.
+    """
+    fields = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    write_json(folder / "trials.json", {"recipe": fields})
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(_start(folder, trial)) for trial in asked]
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGTERM, _as_interrupt)
+            codes = [process.wait() for process in started]
+        except KeyboardInterrupt:
+            # Leaving the block closes what they listen to, and waits for them.
+            raise Interrupted(
+                "stopped; the same command with --resume goes on with the trials that were running"
+            ) from None
+        finally:
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGTERM, before)
+    return [
+        _outcome(_folder(folder, trial), code) for trial, code in zip(asked, codes, strict=True)
+    ]
+
+
+def _start(folder: Path, asked: optuna.Trial) -> subprocess.Popen[bytes]:
+    work = _folder(folder, asked)
+    work.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "luthier.engine.trials", str(folder)]
+    with (work / ERRORS).open("wb") as errors:
+        return subprocess.Popen(
+            [*command, str(asked.number)],
+            stdin=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,  # Ctrl-C goes to the search, which lets them finish their step
+        )
+
+
+def _folder(folder: Path, asked: optuna.Trial | optuna.trial.FrozenTrial) -> Path:
+    return trial_folder(folder, int(asked.user_attrs[PLACE]) + 1)
+
+
+def _outcome(work: Path, code: int) -> Outcome:
+    if code or not (work / OUTCOME).is_file():
+        said = (work / ERRORS).read_text(errors="replace").strip().splitlines()
+        raise LuthierError(
+            f"{work.name} ended without an outcome: {said[-1] if said else f'exit status {code}'}"
+        )
+    return Outcome(**read_json(work / OUTCOME))
+
+
+def _as_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(folder: Path, number: int) -> None:
+    """Carry out trial ``number`` of the study in ``folder``."""
+    import optuna
+
+    threading.Thread(target=_stop_when_alone, daemon=True).start()
+    study = open_study(folder)
+    frozen = study.trials[number]
+    work = _folder(folder, frozen)
+    with lock(work / ".lock", wait=True):
+        asked = optuna.Trial(study, frozen._trial_id)
+        if (work / OUTCOME).is_file():  # it ended before a kill, and the study does not know
+            Watch(Reporter(), asked, work / METRICS).report()
+            return
+        recipe = Recipe.parse(read_json(folder / "trials.json")["recipe"])
+        outcome = carry_out(with_settings(recipe, frozen.params), work, asked, Reporter())
+        write_json(work / OUTCOME, asdict(outcome))
+
+
+def _stop_when_alone() -> None:
+    """Ask this process to stop as soon as nothing holds the other end of its standard input."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Watch(Reporter):
+    """Hands each validation loss of a trial to the study, and stops the trial when that says so."""
+
+    def __init__(self, outer: Reporter, trial: optuna.Trial, metrics: Path) -> None:
+        self.outer, self.trial, self.metrics = outer, trial, MetricsFile(metrics)
+        self.told = 0
+
+    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        """Report by the number of the measurement: trials may have different numbers of steps.
+
+        The metrics file has those of before a kill, too. Without them, a resumed trial would be
+        judged by other losses than one that was never cut short.
+        """
+        self.outer.recorded(line, steps)
+        if line["event"] != "validation":
+            return
+        self.report()
+        if line["step"] < steps and self.trial.should_prune():
+            import optuna
+
+            raise optuna.TrialPruned
+
+    def report(self) -> None:
+        """Tell the study what it does not know yet."""
+        measured = [line for line in self.metrics.read() if line["event"] == "validation"]
+        for number, line in enumerate(measured[self.told :], start=self.told):
+            self.trial.report(line["loss"], number)
+        self.told = len(measured)
+
+
+def repaired_journal(path: Path) -> Any:
+    """Optuna's journal file; what a kill left in it is put right first.
+
+    Only for who holds the lock of the search: then a lock on the journal is a dead process's, which
+    Optuna would wait 30 s for, and a last line without an end is one that was cut short.
+    """
+    from optuna.storages.journal import JournalFileBackend
+
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+    if path.is_file():
+        whole, _, rest = path.read_bytes().rpartition(b"\n")
+        if rest:
+            write_bytes(path, whole + b"\n" if whole else b"")
+    return JournalFileBackend(str(path))
+
+
+def ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that hold a place, in order; those cut short do not."""
+    from optuna.trial import TrialState
+
+    found = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return sorted(found, key=lambda trial: int(trial.user_attrs[PLACE]))
+
+
+def finished(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
+    """What the study knows of a trial that ended."""
+    reason = frozen.user_attrs.get("reason", "")
+    complete = frozen.state.name == "COMPLETE"
+    state: Any = "failed" if reason else "complete" if complete else "pruned"
+    return Trial(number, dict(frozen.params), None if reason else frozen.value, state, reason)
+
+
+def said(trial: Trial) -> str:
+    """The settings of a trial, for people."""
+    shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in trial.settings.items()}
+    return ", ".join(f"{key}={value}" for key, value in shown.items())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

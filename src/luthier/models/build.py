@@ -1,0 +1,55 @@
+"""New networks with random weights, written as a Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import CorruptFile, RecipeError
+from luthier.files import read_json
+from luthier.models import nets
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """Fields of a ``config.json`` to build from; refuses what is not one of a known network."""
+    if not path.is_file():
+        raise RecipeError(f"there is no configuration file {path}; --config names a config.json")
+    try:
+        fields = read_json(path)
+    except CorruptFile as error:
+        raise RecipeError(f"{path} is not a configuration in JSON: {error}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise RecipeError(
+            f"{path} names no model_type, such as llama or gpt2, so it is not the config.json of a "
+            "network"
+        )
+    return {key: value for key, value in fields.items() if not key.startswith("_")}
+
+
+def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
+    """Write a causal language model of these fields with weights drawn from ``seed``, in float32.
+
+    They start as transformers starts the family: ``N(0, 0.02)``, for GPT-2 divided by the root of
+    twice the layers where a sublayer ends (Radford et al. 2019, section 2.3); for PaLM see its module.
+
+    Raises:
+        RecipeError: for fields that make no network, or one that cannot be trained here.
+    """
+    import torch
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    from luthier.models.heads import auto_class
+
+    nets.register(fields["model_type"])
+    try:
+        config: Any = AutoConfig.for_model(**fields)
+        kind = auto_class(config, "causal_lm")
+        torch.manual_seed(seed)
+        model = kind.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise RecipeError(
+            f"no network of type {fields['model_type']} can be built from this configuration: {error}"
+        ) from error
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)

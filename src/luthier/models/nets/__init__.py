@@ -1,0 +1,33 @@
+"""Networks that transformers does not have, as its own kind of classes.
+
+Each is a module of its own whose ``CLASSES`` says which automatic class of transformers finds which
+of its models. Once registered, a folder of one loads like any other: no code comes from the folder.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+NETS = {
+    "palm": "luthier.models.nets.palm",
+}
+"""Module of each network by its ``model_type`` in config.json."""
+
+
+def register(model_type: str | None = None) -> None:
+    """Make the networks here known to transformers' automatic classes; safe to call again.
+
+    Only the one of ``model_type`` where it is given, and none where that is transformers' own.
+    """
+    for name, home in NETS.items():
+        if model_type in (None, name):
+            _register(name, import_module(home))
+
+
+def _register(name: str, net: Any) -> None:
+    import transformers
+
+    transformers.AutoConfig.register(name, net.Config, exist_ok=True)
+    for automatic, model in net.CLASSES.items():
+        getattr(transformers, automatic).register(net.Config, model, exist_ok=True)

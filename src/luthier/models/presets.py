@@ -1,0 +1,91 @@
+"""Shapes of new networks, by family and size. No weights and no heavy imports.
+
+``135m`` of the Llama family is SmolLM2-135M (Allal et al. 2025, arXiv:2502.02737), deep and narrow as
+Liu et al. 2024 (arXiv:2402.14905) found best below a billion weights; of GPT-2 it is the smallest of
+Radford et al. 2019. The smaller ones keep heads of 32 or 64 numbers and inner widths of the family: 4
+widths for GPT-2 and PaLM, 8/3 for Llama, whose feed-forward part has a third matrix (Shazeer 2020).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Family = Literal["llama", "gpt2", "palm"]
+Size = Literal["tiny", "3m", "10m", "30m", "135m"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a network is built from."""
+
+    hidden: int
+    layers: int
+    heads: int
+    inner: int
+    context: int
+    """Longest input in tokens."""
+    vocabulary: int
+    """Tokens of its tokenizer, where the text is long enough to learn so many."""
+    key_heads: int | None = None
+    """Key and value heads, where query heads share them."""
+
+
+SHAPES: dict[Family, dict[Size, Shape]] = {
+    "llama": {
+        "tiny": Shape(128, 4, 4, 352, 256, 4096),
+        "3m": Shape(192, 5, 6, 512, 256, 4096),
+        "10m": Shape(320, 7, 5, 864, 512, 8192),
+        "30m": Shape(512, 8, 8, 1376, 512, 16384),
+        "135m": Shape(576, 30, 9, 1536, 1024, 49152, key_heads=3),
+    },
+    "gpt2": {
+        "tiny": Shape(128, 4, 4, 512, 256, 4096),
+        "3m": Shape(192, 5, 6, 768, 256, 4096),
+        "10m": Shape(320, 7, 5, 1280, 512, 8192),
+        "30m": Shape(512, 8, 8, 2048, 512, 16384),
+        "135m": Shape(768, 12, 12, 3072, 1024, 49152),
+    },
+    "palm": {
+        "tiny": Shape(128, 3, 4, 512, 256, 4096),
+        "3m": Shape(192, 4, 6, 768, 256, 4096),
+        "10m": Shape(320, 6, 5, 1280, 512, 8192),
+        "30m": Shape(512, 7, 8, 2048, 512, 16384),
+        "135m": Shape(768, 12, 12, 3072, 1024, 49152),
+    },
+}
+
+
+def configuration(family: Family, shape: Shape, end_id: int) -> dict[str, Any]:
+    """Fields of transformers' configuration for a network of ``shape``.
+
+    Embeddings are shared, as in all small models of late: for 10 million weights and 8192 tokens a
+    second table would take a quarter of them. There is no dropout: a text is passed over a few times
+    only (Chowdhery et al. 2022, section 5).
+    """
+    common = {
+        "model_type": family,
+        "vocab_size": shape.vocabulary,
+        "bos_token_id": end_id,
+        "eos_token_id": end_id,
+        "tie_word_embeddings": True,
+    }
+    if family == "gpt2":
+        return common | {
+            "n_embd": shape.hidden,
+            "n_layer": shape.layers,
+            "n_head": shape.heads,
+            "n_inner": shape.inner,
+            "n_positions": shape.context,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
+    return common | {
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": 1 if family == "palm" else shape.key_heads or shape.heads,
+        "intermediate_size": shape.inner,
+        "max_position_embeddings": shape.context,
+    }

@@ -1,0 +1,107 @@
+"""What a base model is made from: text, a network of random weights, a tokenizer, and a training.
+
+The counterpart of :class:`luthier.recipe.Recipe` for ``luthier pretrain``: read from TOML, from the
+command line and from Python, and stored with the base model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from luthier.errors import RecipeError
+from luthier.models.bpe import SMALLEST
+from luthier.models.catalog import CATALOG
+from luthier.models.presets import Family, Size
+from luthier.objectives.causal_lm import CausalLM
+from luthier.recipe import NAME_PATTERN, Part, Training, parse
+
+
+class Corpus(Part):
+    """Which text is learned from and which is held out."""
+
+    train: tuple[Path, ...] = Field(min_length=1)
+    """Files of raw text: .txt, .md, or JSONL with a text in each row. They may exceed the memory."""
+    validation: tuple[Path, ...] = ()
+    """Files to measure on; without any, a part of the documents or the end of the text is held out."""
+    validation_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the text to hold out when no validation file is given; 0 for none."""
+
+
+class NewNetwork(Part):
+    """The network that is built."""
+
+    family: Family = "llama"
+    """Kind of network; ``palm`` has parallel layers and one key head (Chowdhery et al. 2022)."""
+    size: Size | None = None
+    """Its size, about so many weights; chosen by the text when not given."""
+    config: Path | None = None
+    """A config.json to build from instead of family and size."""
+    context: int | None = Field(default=None, ge=8)
+    """Longest input in tokens, and the length of the sequences it is trained on."""
+
+
+class NewTokenizer(Part):
+    """The tokenizer that is trained."""
+
+    vocabulary: int | None = Field(default=None, ge=SMALLEST)
+    """Tokens at most; 256 bytes and the end-of-text token are the least."""
+    sample: int = Field(default=100_000_000, ge=1)
+    """Characters of the text it is trained on at most, spread over all of it."""
+
+
+class PretrainTraining(Training):
+    """The settings of :class:`~luthier.recipe.Training` with the defaults of pre-training."""
+
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay, on matrices only (0.1 as in Brown et al. 2020, appendix B)."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients (0.95 as in Brown et al. 2020, appendix B)."""
+
+
+class PretrainRecipe(Part):
+    """Everything that decides what a new base model becomes."""
+
+    name: str
+    """Id of the base model."""
+    data: Corpus
+    """What is learned from."""
+    network: NewNetwork = NewNetwork()
+    """What is built."""
+    tokenizer: NewTokenizer = NewTokenizer()
+    """How text becomes tokens."""
+    training: PretrainTraining = PretrainTraining()
+    """How it is trained."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError("use 1-63 lower-case letters, digits, '.', '_' and '-'")
+        if name in CATALOG:
+            raise ValueError("this is a base model of the catalogue; choose another name")
+        return name
+
+    @staticmethod
+    def parse(fields: dict[str, Any]) -> PretrainRecipe:
+        """Build one from plain values; :class:`RecipeError` names each bad field."""
+        network = fields.get("network")
+        if (
+            isinstance(network, dict)
+            and "config" in network
+            and network.keys() & {"family", "size"}
+        ):
+            raise RecipeError(
+                "a config.json says family and size itself: give --config, or --family and --size"
+            )
+        return parse(PretrainRecipe, fields)
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as JSON-ready values, unset fields left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def objective(self, context: int) -> CausalLM:
+        """What is learned: each token from those before it, in sequences of ``context`` tokens."""
+        return CausalLM(sequence_length=context)
