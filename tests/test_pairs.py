@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.engine.checkpoints import Checkpoints
-from luthier.engine.loop import Loop, mean_loss
+from luthier.engine.loop import Loop, mean_loss, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_chat_format, load_model, sketch
 from luthier.models.network import Network
-from luthier.models.save import save_adapter, save_format, save_network
+from luthier.models.save import save_adapter, save_format, save_network, stored_bytes
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.recipe import Training
 from luthier.store import models as store
@@ -48,6 +49,8 @@ ROWS = {
         for n, t in enumerate(TEXTS)
     ],
 }
+SETTINGS: dict[str, dict[str, Any]] = {"sparse": {"mask": "fisher", "fisher_rows": 3}}
+"""Where the defaults would leave out what has to be tried."""
 
 
 def rows_of(objective: Objective) -> list[Row]:
@@ -66,15 +69,19 @@ REFUSED = {
 """Objectives that a family cannot learn, and what the refusal says."""
 
 
-def train_two_steps(
-    network: Network, objective: Objective, examples: list[Example], folder: Path
-) -> list[float]:
-    training = Training(
+def training_of(examples: list[Example]) -> Training:
+    return Training(
         batch_size=max(1, len(examples) // 2),
         learning_rate=1e-2,
         warmup_share=0.0,
         micro_batch_tokens=24,
     )
+
+
+def train_two_steps(
+    network: Network, objective: Objective, examples: list[Example], folder: Path
+) -> list[float]:
+    training = training_of(examples)
     loop = Loop(
         network=network,
         objective=objective,
@@ -91,12 +98,11 @@ def train_two_steps(
 
 
 def save(model: Any, adaptation: Adaptation, chat: Any, base: Path, folder: Path) -> None:
-    config = adaptation.adapter_config(model, str(base))
     folder.mkdir()
-    if config is None:
+    if adaptation.stores_network:
         save_network(model, chat, folder)
     else:
-        save_adapter(model, adaptation, config, folder)
+        save_adapter(model, adaptation, adaptation.adapter_config(model, str(base)), folder)
         save_format(chat, folder)
 
 
@@ -127,7 +133,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
 def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     method: str, name: str, family: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    objective, adaptation = OBJECTIVES[method](), ADAPTATIONS[name]()
+    objective, adaptation = OBJECTIVES[method](), ADAPTATIONS[name](**SETTINGS.get(name, {}))
     folder = family_folder(family)
     reason = refusal(objective, adaptation, folder)
     wanted = REFUSED.get((method, family)) or adaptation_refusals().get((name, family))
@@ -149,6 +155,10 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     def loss_of(network: Network) -> float:
         return mean_loss(network, objective, examples, 1000)
 
+    adaptation.calibrate(
+        network, row_gradients(network, objective, examples, training_of(examples), Reporter())
+    )
+    assert all(weight.grad is None for weight in model.parameters())
     untrained = loss_of(network)
     before = {n: (w.requires_grad, w.detach().clone()) for n, w in model.named_parameters()}
 
@@ -166,7 +176,10 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     trained = loss_of(network)
     assert abs(trained - untrained) > 2e-5 * untrained  # twice what the comparisons below allow
 
+    promised = stored_bytes(model, adaptation)
     save(model, adaptation, chat, folder, tmp_path / "custom")
+    stored = load_file(next((tmp_path / "custom").glob("*.safetensors")))
+    assert sum(tensor.nbytes for tensor in stored.values()) == promised
     again = reload(adaptation, objective, folder, tmp_path / "custom")
     assert loss_of(again) == pytest.approx(trained, rel=1e-5)
 
@@ -187,6 +200,10 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
             for f in ("llama", "palm", "t5")
         },
         ("freeze", "albert"): "no stack of layers",
+        **{
+            ("prefix", f): f"networks of type {f} have no place for them. Use prompt"
+            for f in ("albert", "t5", "xlnet")
+        },
     }
 
 

@@ -46,6 +46,8 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
         ("alternate", 0.5, {"1", "3", NORM, HEAD}),
         ("alternate", 0.25, {"1", "2", "3", NORM, HEAD}),
         ("alternate", 0.75, {"3", NORM, HEAD}),
+        ("interval", 0.5, {"1", "3", NORM, HEAD}),
+        ("interval", 0.75, {"3", NORM, HEAD}),
     ],
 )
 def test_the_chosen_layers_stay(
@@ -54,6 +56,30 @@ def test_the_chosen_layers_stay(
     model = tiny_llama()
     Freeze(frozen=frozen, share=share).attach(model)
     assert moving(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    [
+        (12, 0.5, [1, 3, 5, 7, 9, 11]),
+        (12, 2 / 3, [2, 5, 8, 11]),
+        (12, 0.75, [3, 7, 11]),
+        (12, 0.9, [11]),
+        (30, 0.75, [1, 5, 9, 13, 17, 21, 25, 29]),  # a half more than 7.5
+        (7, 0.6, [0, 3, 6]),
+    ],
+)
+def test_every_nth_layer_trains(count: int, share: float, expected: list[int]) -> None:
+    frozen = Freeze(frozen="interval", share=share)._frozen(count)
+    assert sorted({*range(count)} - set(frozen)) == expected
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_a_share_that_no_interval_gives_is_refused(share: float) -> None:
+    with pytest.raises(
+        RecipeError, match=r"12 layers freezes a share of 0\.5, 0\.667, .* not of 0"
+    ):
+        Freeze(frozen="interval", share=share)._frozen(12)
 
 
 def test_bottom_half_is_the_default(tiny_llama: Callable[..., Any]) -> None:

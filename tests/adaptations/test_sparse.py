@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,10 +16,17 @@ from torch.nn import functional as F
 
 from luthier.adaptations import Sparse
 from luthier.adaptations.sparse_layer import SparseLinear
+from luthier.engine.estimate import estimate_memory
+from luthier.engine.loop import row_gradients
+from luthier.engine.metrics import Reporter
 from luthier.errors import CorruptFile
+from luthier.models.load import as_network
 from luthier.models.save import load_adapter, save_adapter
+from luthier.recipe import Training
+from luthier.types import Example
 
 SPARSE = Sparse(share=0.02)
+FISHER = Sparse(share=0.02, mask="fisher", fisher_rows=3)
 
 
 def moved(model: Any) -> Any:
@@ -75,6 +83,63 @@ def test_the_layer_and_its_gradients_are_those_of_autograd_on_the_whole_weight(
     assert weight.grad is not None and layer.values.grad is not None
     torch.testing.assert_close(layer.values.grad, weight.grad.view(-1)[layer.places.long()])
     assert len(layer.places) == 9 and not base.weight.requires_grad
+
+
+def network_and_rows(model: Any) -> tuple[Any, Any, list[Example]]:
+    """A network with ``FISHER`` attached, and what gives it the gradients of its rows, and the rows."""
+    from luthier.objectives import SFT
+
+    draw = np.random.default_rng(0)
+    examples = []
+    for row in range(5):
+        ids = np.concatenate([[7, 8, 9], draw.integers(10, 60, 3 + row)])
+        weight = (np.arange(len(ids)) > 2).astype(np.float32)
+        examples.append(Example(ids, weight, row))
+    network = as_network(model, torch.device("cpu"), torch.float32)
+    FISHER.attach(model)
+    training = Training(batch_size=2, micro_batch_tokens=8, shuffle=False)
+    return network, row_gradients(network, SFT(), examples, training, Reporter()), examples
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fisher_information_is_the_sum_of_squared_gradients_of_rows(
+    family: str, tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]
+) -> None:
+    model = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]()
+    plain = copy.deepcopy(model).eval()
+    network, gradients, examples = network_and_rows(model)
+    FISHER.calibrate(network, gradients)
+    scores = {name: torch.zeros_like(weight) for name, weight in plain.named_parameters()}
+    for example in examples[:3]:
+        ids = torch.from_numpy(example.ids_T)
+        logp_TV = plain(input_ids=ids[None]).logits[0].log_softmax(-1)
+        plain.zero_grad()
+        logp_TV[torch.arange(2, len(ids) - 1), ids[3:]].sum().backward()
+        for name, weight in plain.named_parameters():
+            scores[name] += weight.grad.square()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    assert len(layers) == {"llama": 28, "gpt2": 12}[family]
+    for name, layer in layers.items():
+        score = scores[f"{name}.weight"].view(-1)
+        expected = torch.topk(score, round(0.02 * len(score))).indices.sort().values
+        assert torch.equal(layer.places.long(), expected), name
+        assert torch.equal(layer.values, layer.base_layer.weight.view(-1)[expected])
+        largest = SparseLinear(layer.base_layer, 0.02).places
+        assert not torch.equal(layer.places, largest), name
+    trained = {n for n, w in model.named_parameters() if w.requires_grad}
+    assert trained == {f"{name}.values" for name in layers}
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_the_memory_of_scoring_is_part_of_the_estimate(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+    FISHER.attach(model)
+    SPARSE.attach(other := tiny_llama())
+    linear = sum(w.numel() for n, w in tiny_llama().named_parameters() if "_proj" in n)
+    assert FISHER.calibration_bytes(model) == 8 * linear
+    assert SPARSE.calibration_bytes(other) == 0
+    estimate, bare = estimate_memory(model, 4, 0, 10**9), estimate_memory(model, 4)
+    assert estimate.fixed == bare.fixed and estimate.least > 10**9 > bare.least
 
 
 def test_places_and_values_are_all_that_is_stored(

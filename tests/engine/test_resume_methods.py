@@ -33,6 +33,8 @@ CASES = {
     "further rows and changed words": ("bert", "classification", "full", {}),
     "own labels on strong views": ("bert", "semi_supervised", "full", {"threshold": 0.5}),
     "a dropout that was asked for": ("gpt2", "classification", "lora", {}),
+    "weights that matter": ("llama", "sft", "sparse", {}),
+    "keys and values": ("gpt2", "sft", "prefix", {}),
 }
 
 
@@ -72,7 +74,9 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
 ) -> None:
     family, objective, adaptation, fields = CASES[case]
     data = rows_for(objective, tmp_path / "rows.jsonl")
-    further = {"dora": True} if case == "magnitudes" else {}
+    further = {"magnitudes": {"dora": True}, "weights that matter": {"mask": "fisher"}}.get(
+        case, {}
+    )
     rates = {"layer_decay": 0.8} if case == "layer-wise rates" else {}
     rates |= {"dropout": 0.3} if case == "a dropout that was asked for" else {}
     more: dict[str, Any] = {}

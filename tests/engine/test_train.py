@@ -384,7 +384,8 @@ def test_each_adaptation_has_its_own_rate() -> None:
     assert rates == {
         ("lora", 576): 1.3e-3,
         ("lora", 2000): 5e-4,
-        **{(name, width): 5e-5 for name in ("full", "freeze") for width in (576, 2000)},
+        **{(name, 576): 1.3e-4 for name in ("full", "freeze")},
+        **{(name, 2000): 5e-5 for name in ("full", "freeze")},
     }
 
 
@@ -421,7 +422,17 @@ def test_choices_are_told_with_their_reasons(recipe: Callable[..., Recipe]) -> N
     stored = manifest_of(result)["recipe"]["training"]
     for name in ("batch_size", "learning_rate", "evaluate_every", "micro_batch_tokens"):
         assert stored[name] == reporter.choices[f"training.{name}"][0]
-    assert any("weights train" in note for note in reporter.notes)
+    (said,) = [note for note in reporter.notes if "weights train" in note]
+    share = f"{result.trained_weights / result.weights:.2%}"
+    assert said.startswith(
+        f"{result.trained_weights:,} of {result.weights:,} weights train ({share})"
+    )
+    adapter = Path(result.model_dir, "adapter_model.safetensors")
+    tensors = load_file(adapter).values()
+    assert said.endswith(f"stored in {sum(tensor.nbytes for tensor in tensors) / 1e6:,.2f} MB")
+    assert sum(tensor.numel() for tensor in tensors) == result.trained_weights
+    metrics = manifest_of(result)["metrics"]
+    assert metrics["saved_bytes"] == result.saved_bytes == adapter.stat().st_size
 
 
 # --- what is refused before any work ------------------------------------------------------------

@@ -11,14 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import luthier.cli.inventory
 from luthier.engine import devices
 from luthier.engine.devices import Machine
 from luthier.engine.train import train
 from luthier.errors import LuthierError, RecipeError, RunConflict
+from luthier.models.heads import prompt_ids
+from luthier.models.prefix import prefix_tokens
 from luthier.recipe import Recipe
 from luthier.serving.export import export
 from luthier.serving.generation import Generator, Sampling
-from luthier.store.models import chat_format, find, load
+from luthier.store.models import added_tokens, chat_format, find, load
 
 CPU = torch.device("cpu")
 PROMPTS = ["say fox", "The quick brown", "What is the capital of France?"]
@@ -26,7 +29,8 @@ PROMPTS = ["say fox", "The quick brown", "What is the capital of France?"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Path]:
-    """A store with models tuned in float32: ``adapter``, ``whole``, ``plain``, ``stacked``."""
+    """A store with models tuned in float32: ``adapter``, ``whole``, ``plain``, ``stacked``, and two
+    whose rows all stand behind something: ``prefix`` and ``prompt``."""
     home = tmp_path_factory.mktemp("home")
     data = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [{"prompt": f"say {word}", "completion": word.upper()} for word in ("fox", "dog", "cat")]
@@ -44,6 +48,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> I
             ("whole", str(tiny_model_folder), "full", "auto"),
             ("plain", str(tiny_model_folder), "full", "plain"),
             ("stacked", "tiny-llama:adapter", {"method": "lora", "rank": 2}, "auto"),
+            ("prefix", str(tiny_model_folder), {"method": "prefix", "virtual_tokens": 7}, "auto"),
+            ("prompt", str(tiny_model_folder), {"method": "prompt", "virtual_tokens": 7}, "auto"),
         ):
             fields = {
                 "base": base, "name": name, "data": {"train": str(data), "validation_share": 0},
@@ -136,6 +142,52 @@ def test_an_adapter_loads_with_peft(tmp_path: Path, tiny_model_folder: Path) -> 
             plain = model(ids).logits
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, plain, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_what_stands_before_every_row_goes_into_peft(
+    name: str, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    stored = find(f"tiny-llama:{name}")
+    with pytest.raises(RecipeError, match="cannot be merged"):
+        export(stored, tmp_path / "merged", merged=True)
+    folder = export(stored, tmp_path / "out", merged=False)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    model: Any = PeftModel.from_pretrained(base, folder).eval()
+    generator, sampling = Generator.open(stored), Sampling(max_tokens=12)
+    plain = Generator.open(find(str(stored.root))).replies(PROMPTS, sampling)
+    replies = generator.replies(PROMPTS, sampling)
+    assert replies != plain
+    for prompt, reply in zip(PROMPTS, replies, strict=True):
+        ids = torch.from_numpy(generator._encode(prompt, sampling, 0))[None]
+        ids = ids[:, len(generator.prompt_ids) :]
+        settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        assert reply == generator.chat.decode(generator._reply(out[0, ids.shape[1] :]))
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_a_second_one_before_every_row_is_refused(name: str, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "say fox", "completion": "FOX"}\n' * 3)
+    fields = {
+        "base": f"tiny-llama:{name}", "name": "again", "data": {"train": str(data)},
+        "adaptation": name, "training": {"max_steps": 2, "precision": "float32", "threads": 1},
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match="already, which a second one would replace"):
+        train(Recipe.parse(fields))
+    assert added_tokens(find(f"tiny-llama:{name}")) == 7
+    further = Recipe.parse({**fields, "adaptation": {"method": "lora", "rank": 2}})
+    train(further)
+    both = find("tiny-llama:again")
+    assert added_tokens(both) == 7
+    model: Any = load(both, torch.float32, CPU)
+    assert len(prompt_ids(model)) + prefix_tokens(model) == 7
+    luthier.cli.inventory.remove("tiny-llama:again", as_json=True)
 
 
 def test_an_adapter_on_an_adapter_is_exported_merged_only(tmp_path: Path) -> None:

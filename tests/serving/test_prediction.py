@@ -60,6 +60,19 @@ def command(*arguments: object, code: int = 0) -> Any:
     return json.loads(result.stdout) if "--json" in arguments else result.output
 
 
+@pytest.mark.parametrize("adaptation", ["prompt", "prefix"])
+def test_what_stands_before_a_text_takes_room_in_the_context(
+    adaptation: str, tuned: Callable[..., tuple[str, Path]]
+) -> None:
+    model_id, _ = tuned(LABELLED, "roberta", adaptation=adaptation)
+    model = luthier.load(model_id)
+    config = model.opened.network.model.config  # type: ignore[union-attr]
+    most = config.max_position_embeddings - config.pad_token_id - 1 - 20
+    assert len(model.predict(["fox " * (most - 2)])) == 1
+    with pytest.raises(RecipeError, match=f"{most + 1} tokens, more than the model's context"):
+        model.predict(["fox " * (most - 1)])
+
+
 @pytest.mark.parametrize("adaptation", ["full", "lora", "feature_extraction"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "albert", "llama", "gpt2"])
 def test_a_classifier_learns_and_answers(

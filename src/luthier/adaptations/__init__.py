@@ -7,6 +7,7 @@ from luthier.adaptations.feature_extraction import FeatureExtraction
 from luthier.adaptations.freeze import Freeze
 from luthier.adaptations.full import Full
 from luthier.adaptations.lora import LoRA
+from luthier.adaptations.prefix import Prefix
 from luthier.adaptations.prompt import Prompt
 from luthier.adaptations.qlora import QLoRA
 from luthier.adaptations.sparse import Sparse
@@ -20,6 +21,7 @@ ADAPTATIONS: dict[str, type[Adaptation]] = {
     "bitfit": BitFit,
     "adapters": Adapters,
     "prompt": Prompt,
+    "prefix": Prefix,
     "sparse": Sparse,
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "Freeze",
     "Full",
     "LoRA",
+    "Prefix",
     "Prompt",
     "QLoRA",
     "Sparse",

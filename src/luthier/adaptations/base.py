@@ -6,12 +6,30 @@ else follows from that mark: what gets an optimizer state, what a checkpoint hol
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from luthier.models.network import Network
+
+Gradients = Callable[[int], Iterator[None]]
+"""Goes through so many training rows, one at a time (batch by batch, where rows are learned against
+each other). Each time it yields, weights that require a gradient hold that of the row's summed loss in
+``grad``; it is gone when the next row is asked for."""
+
+
+def full_rate(hidden: int) -> float:
+    """Learning rate for all weights of a network of width ``hidden``: ``5e-5 (2000 / hidden)^0.781``.
+
+    5e-5 is the middle of the range that Devlin et al. (2019) tune in; the exponent is what Schulman et
+    al. (2025, "LoRA Without Regret") fitted over Llama models of all sizes. At most 2e-4.
+    """
+    return min(2e-4, 5e-5 * math.pow(2000 / hidden, 0.781))
 
 
 class Adaptation(BaseModel):
@@ -26,6 +44,8 @@ class Adaptation(BaseModel):
 
     mergeable: ClassVar[bool] = True
     """Whether :meth:`merge` leaves a plain network; otherwise what was added stays in it."""
+    stores_network: ClassVar[bool] = False
+    """Whether a custom model is the whole network; otherwise it is what trains, as an adapter."""
 
     @property
     def added_tokens(self) -> int:
@@ -49,16 +69,26 @@ class Adaptation(BaseModel):
         """What :meth:`attach` does to the network below the head."""
         raise NotImplementedError
 
+    def calibrate(self, network: Network, gradients: Gradients) -> None:
+        """Set what has to be computed with the network or learned from the rows, after :meth:`attach`.
+
+        Called once, when a run begins; a resumed run has the outcome in its checkpoint. Weights may get
+        other values here, and buffers beside them, but no other shapes.
+        """
+
+    def calibration_bytes(self, model: nn.Module) -> int:
+        """Memory that :meth:`calibrate` takes beside the network, which may be on the meta device."""
+        return 0
+
     def merge(self, model: nn.Module) -> None:
         """Fold what was added into the network's own weights, so that it is plain again."""
 
-    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any] | None:
-        """``adapter_config.json`` where only the weights that train are stored, else ``None``.
+    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
+        """``adapter_config.json``, unless the whole network is stored.
 
-        PEFT's own configuration where PEFT has the method. ``None`` means that the whole network is
-        stored.
+        PEFT's own configuration where PEFT has the method.
         """
-        return None
+        raise NotImplementedError
 
     def own_config(self, base: str) -> dict[str, Any]:
         """``adapter_config.json`` of a method that PEFT does not have: a file of luthier's own."""

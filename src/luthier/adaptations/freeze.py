@@ -1,12 +1,19 @@
-"""Layer freezing: only some of the stacked layers move (Howard & Ruder 2018; Lee et al. 2019)."""
+"""Layer freezing: only some of the stacked layers move (Howard & Ruder 2018; Lee et al. 2019).
+
+``interval`` trains every ``n``-th layer, the last one among them, so that those which move lie at one
+distance from each other; ``n`` follows from the share. Not every share can be had so: what a network of
+so many layers allows is said when it is refused. ``alternate`` takes any share and spreads the *frozen*
+layers instead, at distances that differ by one.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier.adaptations.base import Adaptation
+from luthier.adaptations.base import Adaptation, full_rate
+from luthier.errors import RecipeError
 from luthier.models.layers import layer_names, layer_positions
 
 if TYPE_CHECKING:
@@ -17,10 +24,12 @@ class Freeze(Adaptation):
     """Keep a share of the layers as they are and train the rest."""
 
     method: Literal["freeze"] = "freeze"
-    frozen: Literal["bottom", "top", "alternate"] = "bottom"
-    """Which layers stay: the ones next to the input, next to the output, or spread evenly."""
+    frozen: Literal["bottom", "top", "alternate", "interval"] = "bottom"
+    """Which layers stay: next to the input or the output, spread evenly, or all but every n-th."""
     share: float = Field(default=0.5, gt=0, lt=1)
     """Share of the layers that stays frozen."""
+
+    stores_network: ClassVar[bool] = True
 
     def adapt(self, model: nn.Module) -> None:
         """Freeze the chosen layers, and what is below the stack unless the bottom layers train.
@@ -36,7 +45,8 @@ class Freeze(Adaptation):
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """As for full fine-tuning: the layers that move are the network's own."""
-        return 5e-5, "the layers that train are the network's own: 5e-5, as for full fine-tuning"
+        reason = f"the layers that train are the network's own: as for full tuning (width {hidden})"
+        return float(f"{full_rate(hidden):.1e}"), reason
 
     def _frozen(self, count: int) -> list[int]:
         size = min(max(1, round(self.share * count)), count - 1)
@@ -44,4 +54,26 @@ class Freeze(Adaptation):
             return list(range(size))
         if self.frozen == "top":
             return list(range(count - size, count))
-        return sorted({index * count // size for index in range(size)})
+        if self.frozen == "alternate":
+            return sorted({index * count // size for index in range(size)})
+        trained = _every(count, self._interval(count))
+        return [index for index in range(count) if index not in trained]
+
+    def _interval(self, count: int) -> int:
+        """The ``n`` that leaves the share asked for to half a layer; refuses where there is none."""
+        steps = range(2, count + 1)
+        missed = {n: abs(count - len(_every(count, n)) - self.share * count) for n in steps}
+        best = min(steps, key=missed.__getitem__)
+        if missed[best] > 0.5:
+            shares = dict.fromkeys(1 - len(_every(count, n)) / count for n in steps)
+            raise RecipeError(
+                f"training every n-th of {count} layers freezes a share of "
+                f"{', '.join(f'{share:.3g}' for share in shares)}, and not of {self.share:g}. Take "
+                "one of these, or frozen=alternate, which takes any."
+            )
+        return best
+
+
+def _every(count: int, step: int) -> range:
+    """Every ``step``-th of ``count`` layers, counted from the last."""
+    return range((count - 1) % step, count, step)

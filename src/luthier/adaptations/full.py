@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from luthier.adaptations.base import Adaptation
+from luthier.adaptations.base import Adaptation, full_rate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,10 +15,13 @@ class Full(Adaptation):
 
     method: Literal["full"] = "full"
 
+    stores_network: ClassVar[bool] = True
+
     def adapt(self, model: nn.Module) -> None:
         """Mark every weight as trained."""
         model.requires_grad_(True)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """5e-5, the middle of the range that Devlin et al. (2019) and Touvron et al. (2023) tune in."""
-        return 5e-5, "every weight moves: 5e-5, the usual rate for full fine-tuning"
+        """:func:`~luthier.adaptations.base.full_rate`."""
+        reason = f"every weight moves: 5e-5, more for small networks (width {hidden})"
+        return float(f"{full_rate(hidden):.1e}"), reason

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from luthier.adaptations.base import Adaptation
+from luthier.adaptations.base import Adaptation, full_rate
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
 from luthier.models.layers import modules_of, replace_modules
 
@@ -91,12 +91,8 @@ class LoRA(Adaptation):
         return {key: sorted(v) if isinstance(v, set) else v for key, v in plain.items()}
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """``5e-5 * 10 * (2000 / hidden) ** 0.781``, at most 2e-3.
-
-        Schulman et al. 2025, "LoRA Without Regret": ten times the rate of full fine-tuning, and the
-        exponent they fitted over Llama models of all sizes.
-        """
-        rate = min(2e-3, 5e-4 * (2000 / hidden) ** 0.781)
+        """Ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret")."""
+        rate = 10 * full_rate(hidden)
         reason = f"ten times that of full fine-tuning, more for small networks (width {hidden})"
         return float(f"{rate:.1e}"), reason
 

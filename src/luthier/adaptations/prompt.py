@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier.adaptations.base import Adaptation
+from luthier.errors import RecipeError
+from luthier.models.heads import prompt_ids
 from luthier.models.layers import replace_modules
 
 if TYPE_CHECKING:
@@ -41,6 +43,11 @@ class Prompt(Adaptation):
         """Put the prompt behind the vocabulary of the input embedding; freeze everything else."""
         from luthier.adaptations.prompt_layer import PromptEmbedding
 
+        if prompt_ids(model):
+            raise RecipeError(
+                "the model to start from has a soft prompt already, which a second one would replace. "
+                "Train lora on it, or a prompt on the model below it."
+            )
         model.requires_grad_(False)
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         # An encoder-decoder has one for each side, of the same weight.

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 class SparseLinear(nn.Module):
     """``x W^T + b``, where the weights at ``places [k]`` are ``values [k]`` and train.
 
-    Places count through the base layer's weight as it lies in memory, ascending. They are kept beside
-    the values, since which weights are largest depends on the type a base is loaded in.
+    Places count through the base layer's weight as it lies in memory, ascending: those of the largest
+    magnitude, until :meth:`choose` is given other scores. They are kept beside the values, since which
+    weights are largest depends on the type a base is loaded in, and on rows that are not at hand later.
     """
 
     places: Tensor
@@ -26,13 +27,20 @@ class SparseLinear(nn.Module):
     def __init__(self, base: Any, share: float) -> None:
         super().__init__()
         self.base_layer = base
-        flat = base.weight.detach().reshape(-1)
-        count = max(1, round(share * len(flat)))
-        chosen = torch.topk(flat.abs(), count).indices.sort().values
-        self.values = nn.Parameter(flat[chosen])
-        self.register_buffer("places", chosen.to(torch.int32))
+        weight = base.weight.detach()
+        count = max(1, round(share * weight.numel()))
+        self.values = nn.Parameter(weight.new_empty(count))
+        self.register_buffer("places", torch.empty(count, dtype=torch.int32, device=weight.device))
+        self.choose(weight.abs())
         # GPT-2's Conv1D keeps its weight as [in, out].
         self.transposed = not isinstance(base, nn.Linear)
+
+    @torch.no_grad()
+    def choose(self, score: Tensor) -> None:
+        """Train the weights of the highest ``score``, of the base layer's shape, from its values."""
+        chosen = torch.topk(score.reshape(-1), len(self.places)).indices.sort().values
+        self.places.copy_(chosen)
+        self.values.copy_(self.base_layer.weight.detach().reshape(-1)[chosen])
 
     def weight(self) -> Tensor:
         """A new copy of the base layer's weight with the values in their places."""
@@ -44,6 +52,9 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
+        if self.base_layer.weight.requires_grad:  # all weights are being scored
+            whole: Tensor = self.base_layer(x)
+            return whole
         flat = x.reshape(-1, x.shape[-1])
         y: Tensor = _SparseProduct.apply(flat, self.values, self)  # type: ignore[no-untyped-call]
         if self.base_layer.bias is not None:

@@ -29,7 +29,9 @@ _OBJECTIVES = (
     "token_classification or "
     "contrastive; chosen by the rows when not given."
 )
-_ADAPTATIONS = "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters or prompt."
+_ADAPTATIONS = (
+    "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters, prompt or prefix."
+)
 Data = Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")]
 Validation = Annotated[Path | None, typer.Option(help="Rows to measure on.")]
 Mix = Annotated[

@@ -61,6 +61,11 @@ def print_result(result: Result) -> None:
         f"  {result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s; "
         f"loss {result.train_loss:.4f}{held}; peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
+    out.print(
+        f"  {result.trained_weights:,} of {result.weights:,} weights "
+        f"({result.trained_weights / result.weights:.2%}) learned it, stored in "
+        f"{result.saved_bytes / 1e6:,.2f} MB"
+    )
     out.print(f"  loss curve  {result.run_dir}/loss.png", soft_wrap=True)
     verb = 'predict {} "some text"' if objective_of(find(result.model_id)).reads else "chat {}"
     out.print(f"  use it      luthier {verb.format(result.model_id)}", soft_wrap=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from luthier.adaptations import Adaptation
 from luthier.errors import DoesNotFit
 
 PROCESS = 480_000_000
@@ -40,10 +41,13 @@ def weight_bytes(model: Any, bytes_per_number: int) -> int:
     return int(weights + sum(buffer.nbytes for buffer in model.buffers()))
 
 
-def estimate_memory(model: Any, bytes_per_number: int, plain: int = 0) -> MemoryEstimate:
+def estimate_memory(
+    model: Any, bytes_per_number: int, plain: int = 0, calibration: int = 0
+) -> MemoryEstimate:
     """Estimate for a network whose trained weights are marked (it may live on the meta device).
 
-    ``plain`` is what :func:`weight_bytes` gave for it before anything was attached.
+    ``plain`` is what :func:`weight_bytes` gave for it before anything was attached, ``calibration``
+    what the adaptation takes beside the network before the optimizer is made.
     """
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     config = model.config
@@ -56,7 +60,8 @@ def estimate_memory(model: Any, bytes_per_number: int, plain: int = 0) -> Memory
     logits = 128 * vocabulary * (8 + 2 * bytes_per_number)
     weights = weight_bytes(model, bytes_per_number)
     activations = layers * (11 * hidden + 4 * inner) * bytes_per_number
-    return MemoryEstimate(PROCESS + weights + optimizer + logits, activations, PROCESS + plain)
+    least = PROCESS + max(plain, weights + calibration if calibration else 0)
+    return MemoryEstimate(PROCESS + weights + optimizer + logits, activations, least)
 
 
 def check_memory(estimate: MemoryEstimate, tokens: int, available: int) -> None:
@@ -73,10 +78,10 @@ def check_memory(estimate: MemoryEstimate, tokens: int, available: int) -> None:
         )
 
 
-def disk_needed(model: Any, bytes_per_number: int) -> int:
+def disk_needed(model: Any, bytes_per_number: int, adaptation: Adaptation) -> int:
     """Bytes of two checkpoints and the custom model, with a tenth to spare."""
     trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
     total = sum(w.numel() for w in model.parameters())
-    saved = trained if trained < total // 10 else total
+    saved = total if adaptation.stores_network else trained
     checkpoint = trained * (12 + bytes_per_number)
     return int(1.1 * (3 * checkpoint + saved * bytes_per_number)) + 20_000_000

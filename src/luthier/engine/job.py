@@ -64,7 +64,8 @@ def settle(
     facts = defaults.Facts(data.main, data.longest, len(data.validation), width, data.mixed)
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
-    estimate, available = estimate_memory(model, size, plain), available_memory()
+    calibration = recipe.adaptation.calibration_bytes(model)
+    estimate, available = estimate_memory(model, size, plain, calibration), available_memory()
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(
             estimate, _first_batches(recipe, data), data.longest, available
@@ -75,7 +76,7 @@ def settle(
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
     check_memory(estimate, recipe.training.micro_batch_tokens or 0, available)
-    need_disk(store.base_folder("x"), disk_needed(model, size), "this run")
+    need_disk(store.base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
     steps = defaults.steps_of(recipe, data.main, data.mixed)

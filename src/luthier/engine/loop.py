@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +27,12 @@ from luthier.engine.schedules import rate_factor
 from luthier.errors import Diverged, Interrupted
 from luthier.models.layers import layer_names
 from luthier.models.network import Network, TreeBatch
+from luthier.models.save import adapter_buffers
 from luthier.objectives.base import Objective
 from luthier.recipe import Training
 from luthier.types import Example
 
-_BEST = "best."
+_BEST, _KEPT = "best.", "kept."
 
 
 @dataclass
@@ -67,18 +68,15 @@ class Loop:
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
 
-    def resume(self) -> bool:
-        """Go on from the newest good checkpoint; whether there was one."""
-        found = self.checkpoints.latest()
-        if found is None:
-            self.metrics.cut(0)
-            return False
-        self.progress, tensors = found
+    def resume(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what :meth:`Checkpoints.latest` gave."""
+        self.progress = progress
         self.optimizer.restore(tensors)
+        for name, kept in adapter_buffers(self.network.model).items():
+            kept.copy_(tensors[f"{_KEPT}{name}"])
         self.best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
-        restore_random_state(self.progress.rng)
-        self.metrics.cut(self.progress.metrics_lines)
-        return True
+        restore_random_state(progress.rng)
+        self.metrics.cut(progress.metrics_lines)
 
     def run(self) -> Progress:
         """Train to the end, or until stopped early; the best weights are in the network after."""
@@ -191,6 +189,8 @@ class Loop:
         self.progress.rng = random_state()
         tensors = self.optimizer.state()
         tensors |= {f"{_BEST}{name}": value for name, value in self.best.items()}
+        kept = adapter_buffers(self.network.model)
+        tensors |= {f"{_KEPT}{name}": value for name, value in kept.items()}
         self.checkpoints.write(self.progress, tensors)
 
     def _patience_spent(self) -> bool:
@@ -208,6 +208,39 @@ def _annotated(
     """The micro-batches of ``examples``, with what the objective adds to them."""
     rows = objective.seen(examples, training=network.model.training)
     return objective.annotate(network, network.batches(rows, budget))
+
+
+def row_gradients(
+    network: Network,
+    objective: Objective,
+    examples: Sequence[Example],
+    training: Training,
+    reporter: Reporter,
+) -> Callable[[int], Iterator[None]]:
+    """What an adaptation calibrates itself by: gradients of single rows, in the order of the run.
+
+    Rows that are learned against each other come a batch at a time. Nothing is drawn at random.
+    """
+
+    assert training.batch_size and training.micro_batch_tokens
+    budget, size = training.micro_batch_tokens, training.batch_size if objective.together else 1
+    order = RowOrder(len(examples), training.batch_size, training.seed, training.shuffle)
+
+    def gradients(rows: int) -> Iterator[None]:
+        network.model.eval()
+        chosen = [examples[i] for step in range(order.steps_per_epoch) for i in order.batch(step)]
+        rows = min(rows, len(chosen))
+        reporter.stage(f"Reading gradients of {rows:,} rows, to choose the weights that train")
+        for start in range(0, rows, size):
+            with torch.no_grad():
+                batches = _annotated(network, objective, chosen[start : start + size], budget)
+            for turn in objective.turns(batches):
+                for batch in turn:
+                    objective.loss(network, batch).total.backward()
+            yield
+            network.model.zero_grad(set_to_none=True)
+
+    return gradients
 
 
 @torch.no_grad()

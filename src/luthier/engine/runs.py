@@ -40,6 +40,12 @@ class Result:
     seconds: float
     """Time spent in training steps, over all starts of the run."""
     peak_memory_bytes: int
+    trained_weights: int
+    """How many weights moved."""
+    weights: int
+    """How many there are in all."""
+    saved_bytes: int
+    """Size of the custom model's weights on disk."""
 
 
 class Run:

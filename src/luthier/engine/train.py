@@ -24,7 +24,7 @@ from luthier.engine.devices import (
     return_freed_memory,
 )
 from luthier.engine.job import Job, settle
-from luthier.engine.loop import Loop, mean_loss
+from luthier.engine.loop import Loop, mean_loss, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
 from luthier.engine.runs import ACTIVATIONS, METRICS, Result, Run, automatic_name
 from luthier.errors import LuthierError, RecipeError, RefusedInput
@@ -41,6 +41,7 @@ from luthier.models.save import (
     save_adapter,
     save_format,
     save_network,
+    stored_bytes,
     trained_weights,
 )
 from luthier.recipe import Recipe
@@ -130,11 +131,11 @@ def _prepare(
     chat = store.chat_format(base)
     check_vocabulary(chat, config, base.id)
     context = context_length(config)
-    room = context - recipe.adaptation.added_tokens
+    added = recipe.adaptation.added_tokens + store.added_tokens(base)
+    room = context - added
     if room < 1:
         raise RecipeError(
-            f"{recipe.adaptation.added_tokens} added tokens leave no room in the model's context of "
-            f"{context}; use fewer"
+            f"{added} added tokens leave no room in the model's context of {context}; use fewer"
         )
     data = prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
@@ -166,15 +167,28 @@ class Trainer:
         The memory of the optimizer is free again after, which a second copy of the network needs.
         """
         network = self._network()
+        checkpoints = Checkpoints(self.run_folder.folder / "checkpoints")
+        found = checkpoints.latest() if resume else None
+        if found is None:
+            gradients = row_gradients(
+                network,
+                self.job.data.objective,
+                self.job.data.train,
+                self.recipe.training,
+                self.reporter,
+            )
+            self.recipe.adaptation.calibrate(network, gradients)
+            return_freed_memory()
         started = time.monotonic()
         ahead = self._remember(network)
-        loop = self._loop(network)
-        if resume:
-            going = loop.resume()
-            where = f"going on after step {loop.progress.step}" if going else "starting at step 1"
-            self.reporter.note(where)
+        loop = self._loop(network, checkpoints)
+        if found is not None:
+            loop.resume(*found)
         elif loop.metrics.path.exists():
             loop.metrics.cut(0)
+        if resume:
+            step = loop.progress.step
+            self.reporter.note(f"going on after step {step}" if found else "starting at step 1")
         if ahead and loop.progress.step == 0:
             loop.record("frozen_layers", layers=ahead, seconds=time.monotonic() - started)
         progress = loop.run()
@@ -200,10 +214,14 @@ class Trainer:
         before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
         return_freed_memory()  # of what loading and attaching made on the way
-        moved = sum(p.numel() for p in trained_weights(model).values())
+        self.trained = sum(p.numel() for p in trained_weights(model).values())
         # Weights that were quantized are parameters no longer.
-        total = max(before, sum(p.numel() for p in model.parameters()))
-        self.reporter.note(f"{moved:,} of {total:,} weights train ({moved / total:.2%})")
+        self.weights = max(before, sum(p.numel() for p in model.parameters()))
+        size = stored_bytes(model, self.recipe.adaptation)
+        self.reporter.note(
+            f"{self.trained:,} of {self.weights:,} weights train ({self.trained / self.weights:.2%}); "
+            f"the model will be stored in {size / 1e6:,.2f} MB"
+        )
         return network
 
     def _remember(self, network: Network) -> int:
@@ -236,8 +254,7 @@ class Trainer:
     def _activations(self) -> Path:
         return self.run_folder.folder / ACTIVATIONS
 
-    def _loop(self, network: Network) -> Loop:
-        folder = self.run_folder.folder
+    def _loop(self, network: Network, checkpoints: Checkpoints) -> Loop:
         return Loop(
             network=network,
             objective=self.job.data.objective,
@@ -245,8 +262,8 @@ class Trainer:
             examples=self.job.data.train,
             validation=self.job.data.validation,
             steps=self.job.steps,
-            checkpoints=Checkpoints(folder / "checkpoints"),
-            metrics=MetricsFile(folder / METRICS),
+            checkpoints=checkpoints,
+            metrics=MetricsFile(self.run_folder.folder / METRICS),
             reporter=self.reporter,
             mixed=self.job.data.mixed,
             augmentation=self.recipe.data.augmentation,
@@ -262,7 +279,7 @@ class Trainer:
             return_freed_memory()  # of the activations, before a second network is loaded
             manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
             draw_loss_curve(lines, fresh, run.model_id)
-            result = self._result(progress)
+            result = self._result(progress, fresh)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
             manifest["metrics"] = metrics
             manifest["files"] = hashes_of(fresh)
@@ -275,18 +292,18 @@ class Trainer:
         """Write weights and tokenizer; what the manifest says of them and of where they came from."""
         job, model = self.job, network.model
         adaptation = self.recipe.adaptation
-        adapter = adaptation.adapter_config(model, str(job.base.folder))
         trained = adapter_tensors(model)
         weights = fingerprint({adaptation.stored_name(n): w for n, w in trained.items()})
-        if adapter is not None:
-            save_adapter(model, adaptation, adapter, folder)
-            save_format(job.chat, folder)
-        else:
+        if adaptation.stores_network:
             save_network(model, job.chat, folder)
+        else:
+            config = adaptation.adapter_config(model, str(job.base.folder))
+            save_adapter(model, adaptation, config, folder)
+            save_format(job.chat, folder)
         return {
             "id": self.run_folder.model_id,
             "kind": self.job.data.objective.task,
-            "saved": "network" if adapter is None else "adapter",
+            "saved": "network" if adaptation.stores_network else "adapter",
             **job.origin,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "luthier": __version__,
@@ -307,7 +324,7 @@ class Trainer:
             },
         }
 
-    def _result(self, progress: Progress) -> Result:
+    def _result(self, progress: Progress, stored: Path) -> Result:
         run = self.run_folder
         return Result(
             model_id=run.model_id,
@@ -320,6 +337,9 @@ class Trainer:
             validation_loss=progress.best_loss,
             seconds=round(progress.seconds, 3),
             peak_memory_bytes=peak_memory(),
+            trained_weights=self.trained,
+            weights=self.weights,
+            saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
         )
 
     def _sample(self) -> list[Example]:

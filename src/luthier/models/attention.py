@@ -54,23 +54,30 @@ class AttentionPlan:
     groups: tuple[TileGroup, ...]
     longest: int
     """Length of the longest path, for networks whose attention has a window."""
+    before: int = 0
+    """Keys and values of a layer's own that stand before the tree's, and that every node sees."""
     block_mask: Any = None
     """FlexAttention's mask, on a GPU."""
 
 
 def plan_attention(
-    tree: TokenTree, device: torch.device, dtype: torch.dtype, both_ways: bool = False
+    tree: TokenTree,
+    device: torch.device,
+    dtype: torch.dtype,
+    both_ways: bool = False,
+    before: int = 0,
 ) -> AttentionPlan:
     """Cut ``tree`` into tiles, or build the block mask where the device is a GPU.
 
-    ``both_ways`` is for a forest of chains: each node sees the whole of its row.
+    ``both_ways`` is for a forest of chains: each node sees the whole of its row. ``before`` keys of a
+    prefix stand before those of the tree.
     """
-    longest = int(tree.depth_N.max()) + 1
+    longest = before + int(tree.depth_N.max()) + 1
     first_N = _row_starts(tree) if both_ways else None
     if device.type != "cpu":
         seen = tree.subtree_end_N if first_N is None else first_N
-        mask = _flex_mask(torch.from_numpy(seen).to(device), both_ways)
-        return AttentionPlan((), longest, mask)
+        mask = _flex_mask(torch.from_numpy(seen).to(device), both_ways, before)
+        return AttentionPlan((), longest, before, mask)
     shapes: dict[tuple[int, int], list[tuple[int, IntArray]]] = {}
     for start in range(0, len(tree), TILE):
         stop = min(start + TILE, len(tree))
@@ -78,10 +85,12 @@ def plan_attention(
             keys_K = np.concatenate([tree.path(start)[:-1], np.arange(start, stop)])
         else:
             keys_K = np.arange(first_N[start], tree.subtree_end_N[first_N[stop - 1]])
-        size = -(-len(keys_K) // KEY_STEP) * KEY_STEP
+        size = -(-(before + len(keys_K)) // KEY_STEP) * KEY_STEP
         shapes.setdefault((stop - start, size), []).append((start, keys_K))
-    groups = tuple(_group(tree, *shape, tiles, dtype, first_N) for shape, tiles in shapes.items())
-    return AttentionPlan(groups, longest)
+    groups = tuple(
+        _group(tree, *shape, tiles, dtype, first_N, before) for shape, tiles in shapes.items()
+    )
+    return AttentionPlan(groups, longest, before)
 
 
 def _row_starts(tree: TokenTree) -> IntArray:
@@ -96,17 +105,20 @@ def _group(
     tiles: list[tuple[int, IntArray]],
     dtype: torch.dtype,
     first_N: IntArray | None,
+    before: int,
 ) -> TileGroup:
     key_BK = np.zeros((len(tiles), size), dtype=np.int64)
     sees_BQK = np.zeros((len(tiles), queries, size), dtype=bool)
     for tile, (start, keys_K) in enumerate(tiles):
-        key_BK[tile, : len(keys_K)] = keys_K
+        end = before + len(keys_K)
+        key_BK[tile, :end] = np.concatenate([np.arange(before), before + keys_K])
         query_Q = np.arange(start, start + queries)[:, None]
         if first_N is None:
             seen_QK = (keys_K <= query_Q) & (query_Q < tree.subtree_end_N[keys_K])
         else:
             seen_QK = first_N[keys_K] == first_N[query_Q]
-        sees_BQK[tile, :, : len(keys_K)] = seen_QK
+        sees_BQK[tile, :, :before] = True
+        sees_BQK[tile, :, before:end] = seen_QK
     mask_BQK = torch.zeros(sees_BQK.shape, dtype=dtype)
     mask_BQK.masked_fill_(~torch.from_numpy(sees_BQK), float("-inf"))
     starts = tuple(start for start, _ in tiles)
@@ -114,7 +126,7 @@ def _group(
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Exact attention tile by tile. Shapes: q ``[Hq, N, D]``, k and v ``[Hk, N, D]``.
+    """Exact attention tile by tile. Shapes: q ``[Hq, N, D]``, k and v ``[Hk, before + N, D]``.
 
     Probabilities are computed again in the backward pass: keeping them is 1-2 % faster and takes
     350 MB for four sequences of 512 tokens in SmolLM2-135M.
@@ -186,7 +198,7 @@ def _accumulate(sum_HND: Tensor, group: TileGroup, part: Tensor) -> None:
         sum_HND.index_add_(1, key_K, part_BHKD[tile].float())
 
 
-def _flex_mask(seen_N: Tensor, both_ways: bool) -> Any:
+def _flex_mask(seen_N: Tensor, both_ways: bool, before: int = 0) -> Any:
     """``seen_N`` is the end of each node's subtree, or the start of its row."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -196,9 +208,13 @@ def _flex_mask(seen_N: Tensor, both_ways: bool) -> Any:
     def same_row(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return seen_N[key] == seen_N[query]
 
+    def behind_prefix(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key < before) | tree_mask(_b, _h, query, (key - before).clamp(min=0))
+
     size = len(seen_N)
-    mask = same_row if both_ways else ancestor
-    return create_block_mask(mask, None, None, size, size, device=seen_N.device)
+    tree_mask = same_row if both_ways else ancestor
+    mask = behind_prefix if before else tree_mask
+    return create_block_mask(mask, None, None, size, before + size, device=seen_N.device)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
@@ -234,6 +250,8 @@ def tree_attention(
             f"rows of {tree.longest} tokens exceed the attention window of {sliding_window} tokens "
             "of this network; the token tree has no sliding window yet. Shorten the rows."
         )
+    if tree.before:
+        key, value = module.key_value_prefix(key, value)  # type: ignore[operator]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if tree.block_mask is not None:
         return _flex(query, key, value, tree, scale), None

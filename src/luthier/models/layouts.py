@@ -32,8 +32,13 @@ class Layout(Protocol):
         """Whether nodes run as one sequence: layers can be computed ahead, prefixes be shared."""
         ...
 
-    def plan(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Any:
-        """What :meth:`run` needs of ``tree``, made once for each micro-batch."""
+    def plan(
+        self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
+    ) -> Any:
+        """What :meth:`run` needs of ``tree``, made once for each micro-batch.
+
+        ``before`` is the length of a prefix of keys and values, which only the flat layout can have.
+        """
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """Last hidden states ``[N, H]`` of the nodes of ``batch``."""
@@ -58,15 +63,17 @@ class Flat:
     both_ways: bool
     flat: ClassVar[bool] = True
 
-    def plan(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
+    def plan(
+        self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
+    ) -> AttentionPlan:
         """The attention over ``tree``."""
-        return plan_attention(tree, device, dtype, self.both_ways)
+        return plan_attention(tree, device, dtype, self.both_ways, before)
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """One forward pass over the flat sequence."""
         output = backbone(
             input_ids=batch.ids_N[None],
-            position_ids=batch.depth_N[None] + self.first_position,
+            position_ids=batch.depth_N[None] + self.first_position + batch.plan.before,
             tree=batch.plan,
             use_cache=False,
         )
@@ -107,7 +114,9 @@ class Padded:
     def __init__(self, model: Any) -> None:
         self.fill = heads.filling_id(model)
 
-    def plan(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Rectangle:
+    def plan(
+        self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
+    ) -> Rectangle:
         """Where the nodes of ``tree`` (chains only) go."""
         mask_RT, slot_M = _rectangle(tree)
         none = torch.empty(len(mask_RT), 0, dtype=torch.int64, device=device)
@@ -133,12 +142,14 @@ class EncoderDecoder(Padded):
         super().__init__(model)
         self.start = heads.decoder_start(model)
 
-    def plan(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Rectangle:
+    def plan(
+        self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
+    ) -> Rectangle:
         """Where the nodes go, and what the encoder reads."""
         sides = super().plan(tree, device, dtype)
-        before = np.array(tree.source_before, dtype=np.int64)
+        prompt = np.array(tree.source_before, dtype=np.int64)
         sources = [
-            np.concatenate([before, e.ids_T if e.source_T is None else e.source_T])
+            np.concatenate([prompt, e.ids_T if e.source_T is None else e.source_T])
             for e in tree.examples
         ]
         longest = max(map(len, sources))

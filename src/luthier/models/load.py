@@ -281,7 +281,7 @@ class _Probe:
             for index, ids in enumerate(self.ids_2T.numpy())
         ]
         tree = build_tree(rows, share=network.shares)
-        given = self._head(network, network.batch(tree))
+        given = self._head(network, network.batch(tree, prefix=False))
         return given, torch.from_numpy(tree.row_R).to(self.device)
 
     def _head(self, network: Network, batch: TreeBatch) -> torch.Tensor:

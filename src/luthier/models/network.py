@@ -20,6 +20,7 @@ from luthier.data.tree import TokenTree, build_tree, padded, split_to_budget
 from luthier.models import heads
 from luthier.models.bottom import Bottom
 from luthier.models.layouts import Layout, layout_of
+from luthier.models.prefix import prefix_tokens
 from luthier.types import Example
 
 SIZE_STEP = 32
@@ -49,8 +50,17 @@ class TreeBatch:
     """Whether ``ids_N`` are the rows' own, and not changed by the objective."""
 
     @staticmethod
-    def of(tree: TokenTree, device: torch.device, dtype: torch.dtype, layout: Layout) -> TreeBatch:
-        """Put ``tree`` on ``device`` and lay it out for a network of type ``dtype``."""
+    def of(
+        tree: TokenTree,
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: Layout,
+        before: int = 0,
+    ) -> TreeBatch:
+        """Put ``tree`` on ``device`` and lay it out for a network of type ``dtype``.
+
+        ``before`` is the length of the network's prefix.
+        """
         tree = padded(tree, SIZE_STEP)
         parent_E = tree.parent_N[tree.edge_child_E]
         # Children of one parent are not neighbours in depth-first order.
@@ -66,7 +76,7 @@ class TreeBatch:
             tree=tree,
             ids_N=put(tree.ids_N),
             depth_N=put(tree.depth_N),
-            plan=layout.plan(tree, device, dtype),
+            plan=layout.plan(tree, device, dtype, before),
             source_S=put(source_S),
             edge_source_E=put(edge_source_E),
             target_E=put(tree.ids_N[child_E]),
@@ -165,9 +175,10 @@ class Network:
         """Whether rows with the same beginning can share it."""
         return self.layout.flat and not self.both_ways
 
-    def batch(self, tree: TokenTree) -> TreeBatch:
-        """``tree`` on this network's device."""
-        return TreeBatch.of(tree, self.device, self.dtype, self.layout)
+    def batch(self, tree: TokenTree, prefix: bool = True) -> TreeBatch:
+        """``tree`` on this network's device, behind the network's prefix if it has one."""
+        before = prefix_tokens(self.model) if prefix else 0
+        return TreeBatch.of(tree, self.device, self.dtype, self.layout, before)
 
     def batches(self, examples: Sequence[Example], budget: int) -> list[TreeBatch]:
         """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer)."""

@@ -28,16 +28,26 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All that an adapter consists of: the weights that train, and what their modules keep with them.
+    """All that an adapter consists of: weights that train, and what their modules keep with them."""
+    return trained_weights(model) | adapter_buffers(model)
 
-    That is, the persistent buffers of modules that own a weight that trains.
-    """
-    tensors, persistent = trained_weights(model), model.state_dict().keys()
+
+def adapter_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers of modules that own a weight that trains, by name."""
+    tensors: dict[str, Tensor] = {}
+    persistent = model.state_dict().keys()
     for path, module in model.named_modules():
         if any(weight.requires_grad for weight in module.parameters(recurse=False)):
             buffers = {f"{path}.{name}": b for name, b in module.named_buffers(recurse=False)}
             tensors |= {name: buffer for name, buffer in buffers.items() if name in persistent}
     return tensors
+
+
+def stored_bytes(model: nn.Module, adaptation: Adaptation) -> int:
+    """Bytes of the tensors that a custom model made of ``model`` will consist of."""
+    if adaptation.stores_network:
+        return sum(weight.nbytes for weight in model.parameters())
+    return sum(tensor.nbytes for tensor in adapter_tensors(model).values())
 
 
 def save_adapter(

@@ -16,6 +16,7 @@ import numpy as np
 
 from luthier.errors import RecipeError
 from luthier.models.heads import prompt_ids
+from luthier.models.prefix import prefix_cache, prefix_tokens
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Generator:
         self.model.generation_config = GenerationConfig()
         self.prompt_ids = np.array(prompt_ids(model), dtype=np.int64)
         """A soft prompt that stands before every prompt."""
+        self.prefix = prefix_tokens(model)
+        """Keys and values that stand before both; 0 without a prefix."""
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
 
     @staticmethod
@@ -124,7 +127,7 @@ class Generator:
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
         ids_T = np.concatenate([self.prompt_ids, self.chat.encode_prompt(messages)])
         beside = self.chat.start_id is not None  # the encoder's prompt takes no room of the reply
-        sizes = [len(ids_T), sampling.max_tokens]
+        sizes = [self.prefix + len(ids_T), sampling.max_tokens]
         if (max(sizes) if beside else sum(sizes)) > self.context:
             raise RecipeError(
                 f"prompt {index + 1} has {len(ids_T)} tokens; with {sampling.max_tokens} for the "
@@ -136,10 +139,12 @@ class Generator:
     def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[str]:
         import torch
 
-        width = max(map(len, prompts))
+        # Ids of what the cache holds are never looked at: any will do.
+        width = self.prefix + max(map(len, prompts))
         pad = self.chat.stop_ids[0]
         ids_BT = torch.full((len(prompts), width), pad)
         mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+        mask_BT[:, : self.prefix] = 1
         for row, prompt in enumerate(prompts):
             ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt)
             mask_BT[row, width - len(prompt) :] = 1
@@ -148,6 +153,7 @@ class Generator:
             out_BT = self.model.generate(
                 ids_BT.to(self.device),
                 attention_mask=mask_BT.to(self.device),
+                past_key_values=prefix_cache(self.model, len(prompts)),
                 **self._settings(sampling),
             )
         # An encoder-decoder gives its reply alone, behind the token it starts from.
@@ -178,7 +184,7 @@ class Generator:
 
         generator = torch.Generator().manual_seed(sampling.seed)
         ids = torch.from_numpy(prompt_T)[None].to(self.device)
-        cache, further = None, dict[str, Any]()
+        cache, further = prefix_cache(self.model, rows=1), dict[str, Any]()
         if beside := self.chat.start_id is not None:
             with torch.inference_mode():
                 further["encoder_outputs"] = self.model.get_encoder()(input_ids=ids)

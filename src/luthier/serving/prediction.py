@@ -33,7 +33,7 @@ class Predictor:
         """Load ``stored`` on the best device of this machine."""
         from luthier.engine.devices import choose_machine
         from luthier.models.load import as_network, check_folder, context_length
-        from luthier.store.models import chat_format, load, objective_of
+        from luthier.store.models import added_tokens, chat_format, load, objective_of
 
         objective = objective_of(stored)
         if not objective.reads:
@@ -43,7 +43,7 @@ class Predictor:
         machine = choose_machine()
         model = load(stored, machine.dtype, machine.device)
         network = as_network(model, machine.device, machine.dtype)
-        context = context_length(check_folder(stored.network_folder))
+        context = context_length(check_folder(stored.network_folder)) - added_tokens(stored)
         return Predictor(network, objective, chat_format(stored), context)
 
     def answers(

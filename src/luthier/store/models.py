@@ -145,6 +145,13 @@ def load(
     return network
 
 
+def added_tokens(model: StoredModel) -> int:
+    """Positions that the adapters of the lineage of ``model`` take of its context, for every row."""
+    if model.parent is None:
+        return 0
+    return int(adaptation_of(model).added_tokens) + added_tokens(model.parent)
+
+
 def adaptation_of(model: StoredModel) -> Any:
     """The adaptation a custom model was trained with."""
     from luthier.adaptations import ADAPTATIONS

@@ -1,0 +1,84 @@
+"""Prefix tuning: learned keys and values before every row, in every layer (Li & Liang 2021).
+
+arXiv:2101.00190. The network stays as it is; each layer's attention sees ``virtual_tokens`` keys and
+values more, which are what trains. They start as those that tokens drawn from the vocabulary have in
+the network (the paper's section 7.4: far better on few rows than random numbers). The file and the
+numbers are PEFT's; it cannot be merged. Left out: computing the prefix from a smaller one by a network
+of two layers while training (the paper's section 4.3; Liu et al. 2022, arXiv:2110.07602, find that it
+helps some tasks and harms others), and PEFT's random start.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from luthier.adaptations.base import Adaptation, Gradients
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from luthier.models.network import Network
+
+
+class Prefix(Adaptation):
+    """Train keys and values that every layer sees before each row."""
+
+    method: Literal["prefix"] = "prefix"
+    virtual_tokens: int = Field(default=20, ge=1)
+    """Keys and values in each layer; they take room in the context."""
+
+    mergeable: ClassVar[bool] = False
+
+    @property
+    def added_tokens(self) -> int:
+        """Positions that the prefix takes of the context."""
+        return self.virtual_tokens
+
+    def adapt(self, model: nn.Module) -> None:
+        """Put a prefix of zeros into each layer; freeze everything else."""
+        from luthier.models.prefix import add_prefix
+
+        model.requires_grad_(False)
+        add_prefix(model, self.virtual_tokens)
+
+    def calibrate(self, network: Network, gradients: Gradients) -> None:
+        """Start from the keys and values of tokens drawn from the vocabulary."""
+        import torch
+
+        from luthier.models.prefix import fill_from_tokens
+
+        vocabulary = int(network.model.config.vocab_size)
+        fill_from_tokens(network, torch.randint(vocabulary, (self.virtual_tokens,)))
+
+    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
+        """The configuration PEFT itself writes for this prefix."""
+        from peft import PrefixTuningConfig
+
+        from luthier.models.heads import head_modules, peft_task
+        from luthier.models.prefix import KeyValuePrefix
+
+        prefix = next(m for m in model.modules() if isinstance(m, KeyValuePrefix))
+        layers, heads, size = prefix.shape
+        config = PrefixTuningConfig(
+            num_virtual_tokens=self.virtual_tokens,
+            num_layers=layers,
+            num_attention_heads=heads,
+            token_dim=heads * size,
+            encoder_hidden_size=heads * size,
+            num_transformer_submodules=1,
+            task_type=peft_task(model),
+            modules_to_save=head_modules(model) or None,
+            base_model_name_or_path=base,
+            inference_mode=True,
+        )
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+
+    def stored_name(self, name: str) -> str:
+        """PEFT keeps the prefix under one name of its own."""
+        return "prompt_embeddings" if ".key_value_prefix." in name else super().stored_name(name)
+
+    def learning_rate(self, hidden: int) -> tuple[float, str]:
+        """The upper end of what Liu et al. (2022) search, as there is no network that computes it."""
+        return 1e-2, "a prefix is a few vectors, which need large steps (Liu et al. 2022)"

@@ -1,0 +1,138 @@
+"""Keys and values of a layer's own that stand before those of every row's first token.
+
+A prefix has no tokens: it is what a layer would have kept of tokens that were there. On the flat layout
+it is put in front of the tree's keys (:mod:`luthier.models.attention`); transformers' own forward takes
+it as a filled cache, as PEFT hands it over. In both, the first token has the position behind it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import RecipeError
+from luthier.models.heads import decoder_of
+
+if TYPE_CHECKING:
+    from luthier.models.network import Network
+
+_NAME = "key_value_prefix"
+
+
+class KeyValuePrefix(nn.Module):
+    """The prefix of one layer: a part of ``weight [P, L * 2 * Hk * D]``, which all layers share.
+
+    ``P`` places, ``L`` layers, ``Hk`` key heads of ``D`` numbers. For each place the keys and then the
+    values of each layer, as PEFT stores them.
+    """
+
+    def __init__(self, weight: nn.Parameter, layer: int, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.weight = weight
+        self.layer = layer
+        self.shape = shape
+        """``L, Hk, D``."""
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """What this layer sees, ``[Hk, P, D]`` each."""
+        layers, heads, size = self.shape
+        pair_P2HD = self.weight.view(-1, layers, 2, heads, size)[:, self.layer]
+        key_HPD, value_HPD = pair_P2HD.permute(1, 2, 0, 3)
+        return key_HPD, value_HPD
+
+    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Both ``[1, Hk, N, D]`` with the prefix in front, ``[1, Hk, P + N, D]``."""
+        key_HPD, value_HPD = self.keys_and_values()
+        return torch.cat([key_HPD[None], key], 2), torch.cat([value_HPD[None], value], 2)
+
+
+def add_prefix(model: Any, places: int) -> None:
+    """Give each layer's attention a prefix of ``places`` zeros.
+
+    Raises:
+        RecipeError: where layers share their weights, where the network takes no keys from before, or
+            where it has a prefix already.
+    """
+    if prefix_tokens(model):
+        raise RecipeError(
+            "the model to start from has a prefix already, which a second one would replace. Train "
+            "lora on it, or a prefix on the model below it."
+        )
+    config = model.config
+    layers = _attentions(model)
+    indices = [int(module.layer_idx) for module in layers]
+    takes = (
+        model._supports_attention_backend
+        and decoder_of(model) is None
+        and "past_key_values" in inspect.signature(model.base_model.forward).parameters
+    )
+    if not takes or indices != list(range(config.num_hidden_layers)):
+        raise RecipeError(
+            f"a prefix is keys and values for each layer, and networks of type {config.model_type} "
+            "have no place for them. Use prompt, which is tokens for the lowest one."
+        )
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    size = int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    like = next(model.parameters())
+    weight = nn.Parameter(like.new_zeros(places, len(layers) * 2 * heads * size))
+    for module in layers:
+        prefix = KeyValuePrefix(weight, int(module.layer_idx), (len(layers), heads, size))
+        module.add_module(_NAME, prefix)
+
+
+def _attentions(model: nn.Module) -> list[Any]:
+    """The modules that call transformers' attention, which reads ``is_causal``, in order."""
+    found = [
+        module
+        for module in model.modules()
+        if hasattr(module, "is_causal") and isinstance(getattr(module, "layer_idx", None), int)
+    ]
+    return sorted(found, key=lambda module: int(module.layer_idx))
+
+
+def _prefixes(model: nn.Module) -> list[KeyValuePrefix]:
+    """Of all layers, in order."""
+    found = [module for module in model.modules() if isinstance(module, KeyValuePrefix)]
+    return sorted(found, key=lambda prefix: prefix.layer)
+
+
+def prefix_tokens(model: nn.Module) -> int:
+    """Places of the prefix of ``model``; 0 without one."""
+    return next(
+        (len(module.weight) for module in model.modules() if isinstance(module, KeyValuePrefix)), 0
+    )
+
+
+def prefix_cache(model: nn.Module, rows: int) -> Any:
+    """The prefix as a cache of transformers that ``rows`` rows go on from; ``None`` without one."""
+    from transformers import DynamicCache
+
+    layers = [
+        tuple(part[None].expand(rows, -1, -1, -1) for part in prefix.keys_and_values())
+        for prefix in _prefixes(model)
+    ]
+    return DynamicCache(layers) if layers else None
+
+
+@torch.no_grad()
+def fill_from_tokens(network: Network, ids_P: Tensor) -> None:
+    """Set the prefix to the keys and values that the tokens ``ids_P`` have in the network."""
+    from transformers import DynamicCache
+
+    model = network.model.eval()
+    cache = DynamicCache()
+    flat = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        model.base_model(input_ids=ids_P[None].to(network.device), past_key_values=cache)
+    finally:
+        model.set_attn_implementation(flat)
+    layers: list[Any] = cache.layers
+    for prefix, kept in zip(_prefixes(model), layers, strict=True):
+        for part, given in zip(prefix.keys_and_values(), (kept.keys, kept.values), strict=True):
+            part.copy_(given[0])
