@@ -126,7 +126,7 @@ def test_mixing_adds_rows_to_each_step_and_not_steps() -> None:
     recipe = Recipe.parse({"data": {"train": "x"}})
     plain, _ = choose(recipe, Facts(320, 50, 0, 64))
     mixed = (Mixed(1000, 960),)
-    more, choices = choose(recipe, Facts(320, 50, 0, 64, mixed))
+    more, choices = choose(recipe, Facts(320, 50, 0, 64, mixed=mixed))
     assert (plain.training.batch_size, more.training.batch_size) == (16, 64)
     assert plain.training.epochs == more.training.epochs
     assert steps_of(plain, 320) == steps_of(more, 320, mixed)

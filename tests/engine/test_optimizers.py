@@ -327,3 +327,17 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(bad: float) -
     with pytest.raises(Diverged, match="no longer finite"):
         optimizer.step(RATE)
     assert all(torch.equal(weights[name], before[name]) for name in weights)
+
+
+def test_a_head_learns_at_its_own_rate() -> None:
+    """One step of Adam moves each weight by its rate, whatever the gradient."""
+    weights = {name: nn.Parameter(torch.ones(3)) for name in ("body", "head")}
+    training = Training(learning_rate=RATE, head_rate=10.0, max_gradient_norm=0.0)
+    optimizer = MasterAdamW(weights.items(), training, heads={"head"})
+    for weight in weights.values():
+        weight.grad = torch.tensor([1.0, 2.0, 3.0])
+    optimizer.collect()
+    optimizer.step(RATE)
+    moved = {name: 1 - weight.detach() for name, weight in weights.items()}
+    assert torch.allclose(moved["head"], 10 * moved["body"], rtol=1e-4)
+    assert torch.allclose(moved["body"], torch.full((3,), RATE), rtol=1e-3)

@@ -389,6 +389,19 @@ def test_each_adaptation_has_its_own_rate() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("adaptation", "new", "rate", "told"),
+    [("full", True, 10.0, True), ("full", False, 1.0, False), ("lora", True, 1.0, False)],
+)
+def test_a_new_head_on_weights_that_move_learns_faster(
+    adaptation: str, new: bool, rate: float, told: bool
+) -> None:
+    recipe = Recipe.parse({"data": {"train": "x"}, "adaptation": adaptation})
+    chosen, choices = choose(recipe, Facts(100, 100, 0, 576, new))
+    assert chosen.training.head_rate == rate
+    assert told == any(name == "training.head_rate" for name, _, _ in choices)
+
+
 def test_the_token_budget_grows_when_micro_batches_would_repeat_a_long_prefix() -> None:
     estimate = MemoryEstimate(fixed=1000, per_token=10)
     ends = np.arange(16)[:, None] + 1000

@@ -42,6 +42,8 @@ class Adaptation(BaseModel):
     method: str
     """Name of the adaptation in recipes and on the command line."""
 
+    new_head_rate: ClassVar[float] = 1.0
+    """How many times faster than the other weights a head learns that starts from random numbers."""
     mergeable: ClassVar[bool] = True
     """Whether :meth:`merge` leaves a plain network; otherwise what was added stays in it."""
     stores_network: ClassVar[bool] = False

@@ -30,6 +30,7 @@ class Freeze(Adaptation):
     """Share of the layers that stays frozen."""
 
     stores_network: ClassVar[bool] = True
+    new_head_rate: ClassVar[float] = 10.0
 
     def adapt(self, model: nn.Module) -> None:
         """Freeze the chosen layers, and what is below the stack unless the bottom layers train.

@@ -16,6 +16,7 @@ class Full(Adaptation):
     method: Literal["full"] = "full"
 
     stores_network: ClassVar[bool] = True
+    new_head_rate: ClassVar[float] = 10.0
 
     def adapt(self, model: nn.Module) -> None:
         """Mark every weight as trained."""

@@ -29,6 +29,8 @@ class Facts:
     validation_rows: int
     hidden: int
     """Width of the network."""
+    new_head: bool = False
+    """Whether a head starts from random numbers."""
     mixed: tuple[Mixed, ...] = ()
     """Further sets of rows; ``rows`` are those of the main one."""
 
@@ -65,6 +67,11 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
             "epochs", *_epochs(facts.rows, max(1, round((training.batch_size or 1) / facts.drawn)))
         )
     fill("learning_rate", *recipe.adaptation.learning_rate(facts.hidden))
+    factor = recipe.adaptation.new_head_rate if facts.new_head else 1.0
+    if factor == 1:  # nothing to tell
+        training = training.model_copy(update={"head_rate": training.head_rate or 1.0})
+    reason = "the new head starts from random numbers, the weights below it from learned ones"
+    fill("head_rate", factor, reason)
     steps = steps_of(recipe.model_copy(update={"training": training}), facts.rows, facts.mixed)
     if facts.validation_rows:
         every = max(1, round(steps / 8))

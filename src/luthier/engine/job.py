@@ -17,6 +17,7 @@ from luthier.engine.estimate import check_memory, disk_needed, estimate_memory, 
 from luthier.engine.metrics import Reporter
 from luthier.files import need_disk
 from luthier.models.dropout import check_dropout
+from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
 from luthier.models.load import sketch
 from luthier.recipe import Recipe
@@ -61,7 +62,9 @@ def settle(
     if recipe.training.layer_decay < 1:
         layer_names(model)  # refuses a network without layers to tell apart
     width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
-    facts = defaults.Facts(data.main, data.longest, len(data.validation), width, data.mixed)
+    # A custom model of the same task brings its head along.
+    new = bool(head_weights(model)) and base.manifest.get("kind") != data.objective.task
+    facts = defaults.Facts(data.main, data.longest, len(data.validation), width, new, data.mixed)
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
     calibration = recipe.adaptation.calibration_bytes(model)

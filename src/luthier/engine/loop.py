@@ -25,6 +25,7 @@ from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.optimizers import MasterAdamW
 from luthier.engine.schedules import rate_factor
 from luthier.errors import Diverged, Interrupted
+from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
 from luthier.models.network import Network, TreeBatch
 from luthier.models.save import adapter_buffers
@@ -64,7 +65,9 @@ class Loop:
         )
         model = self.network.model
         layers = layer_names(model) if training.layer_decay < 1 else []
-        self.optimizer = MasterAdamW(model.named_parameters(), training, layers)
+        self.optimizer = MasterAdamW(
+            model.named_parameters(), training, layers, head_weights(model)
+        )
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
 

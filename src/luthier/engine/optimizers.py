@@ -9,7 +9,7 @@ network computes in float32 the weight is its own master.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,8 @@ class MasterAdamW:
     """AdamW (Loshchilov & Hutter 2019) over float32 masters of the weights that train.
 
     Weight decay applies to matrices only, not to norms and biases. Where ``training.layer_decay``
-    is below 1, ``layers`` names the network's blocks from bottom to top (see :func:`rate_shares`).
+    is below 1, ``layers`` names the network's blocks from bottom to top (see :func:`rate_shares`);
+    the weights named by ``heads`` learn at ``training.head_rate`` times the rate.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class MasterAdamW:
         named: Iterable[tuple[str, nn.Parameter]],
         training: Training,
         layers: Sequence[str] = (),
+        heads: Collection[str] = (),
     ) -> None:
         everything = dict(named)
         self.weights = {n: weight for n, weight in everything.items() if weight.requires_grad}
@@ -44,6 +46,7 @@ class MasterAdamW:
         }
         self._sums: dict[str, Tensor] = {}
         shares = rate_shares(everything, layers, training.layer_decay)
+        shares |= {n: shares[n] * (training.head_rate or 1.0) for n in heads if n in shares}
         self._adamw = torch.optim.AdamW(
             _groups(self.masters, shares, training.weight_decay),
             lr=training.learning_rate or 0.0,

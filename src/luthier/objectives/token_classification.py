@@ -53,9 +53,18 @@ class TokenClassification(Objective):
         return self.model_copy(update={"labels": self.labels or found})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The words as one text; weight 1 on the first piece of each word."""
+        """The words as one text; weight 1 on the first piece of each word.
+
+        A word of characters that the tokenizer drops (a lone variation selector, say) is an unknown
+        token: without it, every tag behind would shift.
+        """
         words = list(row.tokens or ())
-        encoded = chat.tokenizer(words, is_split_into_words=True, add_special_tokens=True)
+        encoded = _encoded(words, chat.tokenizer)
+        read = set(encoded.word_ids())
+        if chat.tokenizer.unk_token and not read.issuperset(range(len(words))):
+            unknown = chat.tokenizer.unk_token
+            words = [word if index in read else unknown for index, word in enumerate(words)]
+            encoded = _encoded(words, chat.tokenizer)
         ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
         first_T = np.zeros(len(ids_T), dtype=bool)
         target_T = np.full(len(ids_T), -1, dtype=np.int64)
@@ -65,7 +74,6 @@ class TokenClassification(Objective):
                 first_T[position], seen = True, word
                 target_T[position] = 0 if row.tags is None else self._index(row.tags[word])
         if first_T.sum() != len(words):
-            # A word of characters that the tokenizer drops would shift every tag behind it.
             missing = sorted(set(range(len(words))) - set(encoded.word_ids()))
             raise RowRefused(
                 "row.empty",
@@ -128,6 +136,10 @@ class TokenClassification(Objective):
 
         nodes = torch.from_numpy(batch.tree.node_M[_first_pieces(batch)])
         return network.token_scores(batch, nodes.to(network.device)).float()
+
+
+def _encoded(words: list[str], tokenizer: Any) -> Any:
+    return tokenizer(words, is_split_into_words=True, add_special_tokens=True)
 
 
 def _first_pieces(batch: TreeBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -1,0 +1,41 @@
+"""Tags on words: which piece carries them, also where the tokenizer drops a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from luthier.errors import RowRefused
+from luthier.models.load import load_chat_format
+from luthier.objectives import TokenClassification
+from luthier.types import Row
+
+WORDS = ("the", "\ufe0f", "lazy", "dog")
+TAGS = ("O", "O", "B-kind", "I-kind")
+ROW = Row("f", 1, tokens=WORDS, tags=TAGS)
+
+
+def test_a_word_that_the_tokenizer_drops_is_unknown_and_tags_stay_in_place(
+    family_folder: Callable[[str], Path],
+) -> None:
+    chat = load_chat_format(family_folder("bert"))
+    assert chat.tokenizer.encode(WORDS[1], add_special_tokens=False) == []
+    objective = TokenClassification().fit([ROW], chat)
+    example = objective.encode(ROW, 0, chat)
+    first = example.weight_T > 0
+    assert example.target is not None and first.sum() == len(WORDS)
+    assert example.ids_T[first][1] == chat.tokenizer.unk_token_id
+    names = [(objective.labels or ())[index] for index in example.target[first]]
+    assert tuple(names) == TAGS
+
+
+def test_without_an_unknown_token_the_word_is_refused(
+    family_folder: Callable[[str], Path],
+) -> None:
+    chat = load_chat_format(family_folder("bert"))
+    chat.tokenizer.unk_token = None
+    objective = TokenClassification().fit([ROW], chat)
+    with pytest.raises(RowRefused, match="makes nothing of token 2"):
+        objective.encode(ROW, 0, chat)
