@@ -86,7 +86,8 @@ def check(command: str) -> None:
                     fields: dict[str, Any] = {"data": {"train": "x"}}
                     set_field(fields, value)
                     Recipe.parse(fields)
-    assert len(given) <= len(places), f"{given} are too many arguments"
+    many = any(param.nargs == -1 for param in places)
+    assert many or len(given) <= len(places), f"{given} are too many arguments"
     if given or not HOLES.search(command):
         required = [param for param in places if param.required]
         assert len(given) >= len(required) or "--help" in command or not given, command

@@ -295,6 +295,7 @@ def test_cli_toml_recipe_and_sdk_give_the_same_weights(
     for manifest in manifests:
         data = manifest["recipe"]["data"]
         assert Path(data.pop("train")).resolve() == rows.resolve()
+        assert data.pop("augmentation") == {"delete": 0.0, "swap": 0.0} and not data.pop("mix")
         assert data == {"validation_share": 0.2, "long_rows": "error"}
         assert {**manifest["recipe"], "name": ""} == {**manifests[0]["recipe"], "name": ""}
     # The stored recipe holds every choice, and gives the same weights again.
@@ -519,7 +520,7 @@ def test_a_network_that_the_token_tree_does_not_fit_is_refused(
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("kind", ["unknown", "encoder-decoder"])
+@pytest.mark.parametrize("kind", ["unknown", "encoder"])
 def test_a_base_that_is_no_causal_language_model_is_refused(
     recipe: Callable[..., Recipe],
     tiny_model_folder: Path,
@@ -530,7 +531,7 @@ def test_a_base_that_is_no_causal_language_model_is_refused(
     folder = tmp_path / "base"
     shutil.copytree(tiny_model_folder, folder)
     config = read_json(folder / "config.json")
-    other = "evil" if kind == "unknown" else "t5"
+    other = "evil" if kind == "unknown" else "bert"
     auto_map = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
     write_json(folder / "config.json", {**config, "model_type": other, "auto_map": auto_map})
     (folder / "evil.py").write_text("import os; os.mkdir('exploded')")

@@ -70,7 +70,7 @@ def test_gpt2_starts_as_its_paper_says(tmp_path: Path) -> None:
         ({**SMALL, "n_head": 5}, "no network of type gpt2 can be built"),
         ({"model_type": "nothing"}, "no network of type nothing"),
         ({"model_type": "bert", "vocab_size": 300}, "cannot be a causal language model"),
-        ({"model_type": "xlnet", "vocab_size": 300}, "cannot be tuned here yet"),
+        ({"model_type": "xlnet", "vocab_size": 300}, "cannot be a causal language model"),
     ],
 )
 def test_what_cannot_be_built_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def _annotated(
 ) -> list[TreeBatch]:
     """The micro-batches of ``examples``, with what the objective adds to them."""
     rows = objective.seen(examples, training=network.model.training)
-    return objective.annotate(network, network.batches(rows, budget))
+    return objective.annotate(network, network.batches(rows, budget)) if rows else []
 
 
 def row_gradients(
@@ -240,7 +240,8 @@ def row_gradients(
             for turn in objective.turns(batches):
                 for batch in turn:
                     objective.loss(network, batch).total.backward()
-            yield
+            if batches:  # a row without a label teaches nothing by itself
+                yield
             network.model.zero_grad(set_to_none=True)
 
     return gradients

@@ -241,8 +241,6 @@ class _Search:
             recipe = with_settings(self.recipe, trials[0].settings)
             folder = trial_folder(self.folder, first + 1)
             outcomes = [carry_out(recipe, folder, asked[0], self.reporter)]
-        if first == 0 and outcomes[0].state == "refused":
-            raise RefusedInput(outcomes[0].reason)
         for trial, each, outcome in zip(trials, asked, outcomes, strict=True):
             self._tell(study, trial, each, outcome)
 

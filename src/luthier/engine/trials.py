@@ -57,11 +57,11 @@ class Trial:
 class Outcome:
     """How a trial ended."""
 
-    state: Literal["complete", "pruned", "failed", "refused"]
+    state: Literal["complete", "pruned", "failed"]
     value: float | None = None
     """Validation loss of its best weights, where it is complete."""
     reason: str = ""
-    """Why it failed, or was refused before its first step."""
+    """Why it failed."""
 
 
 def open_study(folder: Path) -> optuna.Study:
@@ -92,7 +92,11 @@ def trial_folder(folder: Path, number: int) -> Path:
 
 
 def carry_out(recipe: Recipe, folder: Path, asked: optuna.Trial, reporter: Reporter) -> Outcome:
-    """Rehearse ``recipe`` in ``folder``, as one trial of a study."""
+    """Rehearse ``recipe`` in ``folder``, as one trial of a study.
+
+    Raises:
+        RefusedInput: by the first trial, whose settings are the recipe's own.
+    """
     import optuna
 
     watch = Watch(reporter, asked, folder / METRICS)
@@ -100,10 +104,10 @@ def carry_out(recipe: Recipe, folder: Path, asked: optuna.Trial, reporter: Repor
         progress = rehearse(recipe, folder, watch)
     except optuna.TrialPruned:
         return Outcome("pruned")
-    except Diverged as error:
+    except (Diverged, RefusedInput) as error:
+        if isinstance(error, RefusedInput) and asked.user_attrs[PLACE] == 0:
+            raise
         return Outcome("failed", reason=str(error))
-    except RefusedInput as error:
-        return Outcome("refused", reason=str(error))
     watch.report()
     return Outcome("complete", progress.best_loss)
 
