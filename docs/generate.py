@@ -131,13 +131,15 @@ def _methods() -> list[str]:
 
 
 FAMILIES = {
-    "Llama": "LlamaConfig",
-    "GPT-2": "GPT2Config",
-    "BERT": "BertConfig",
-    "RoBERTa": "RobertaConfig",
-    "ALBERT": "AlbertConfig",
-    "T5": "T5Config",
-    "XLNet": "XLNetConfig",
+    "Llama": "llama",
+    "GPT-2": "gpt2",
+    "PaLM": "palm",
+    "Transformer-XL": "transfo_xl",
+    "BERT": "bert",
+    "RoBERTa": "roberta",
+    "ALBERT": "albert",
+    "T5": "t5",
+    "XLNet": "xlnet",
 }
 
 
@@ -154,22 +156,24 @@ def _support() -> list[str]:
     ]
     reasons: dict[str, None] = {}
     for name, objective in OBJECTIVES.items():
-        cells = [_cell(objective, config, reasons) for config in FAMILIES.values()]
+        cells = [_cell(objective, kind, reasons) for kind in FAMILIES.values()]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     lines += ["", "Reasons given:", "", *(f"- {reason}" for reason in reasons), ""]
     return lines
 
 
-def _cell(objective: type[Objective], config: str, reasons: dict[str, None]) -> str:
+def _cell(objective: type[Objective], kind: str, reasons: dict[str, None]) -> str:
     import torch
-    import transformers
+    from transformers import AutoConfig
 
     from luthier.errors import RecipeError
+    from luthier.models import nets
     from luthier.models.heads import Head
     from luthier.models.load import sketch_of
 
     task, refused = objective.task, []
-    settings: Any = getattr(transformers, config)()
+    nets.register(kind)
+    settings: Any = AutoConfig.for_model(kind)
     for name, adaptation in ADAPTATIONS.items():
         head = Head(task, () if task in ("causal_lm", "masked_lm") else ("a", "b"))
         try:

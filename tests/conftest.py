@@ -79,6 +79,12 @@ def tiny_palm() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_transfo_xl() -> Callable[..., Any]:
+    """``tiny_transfo_xl(seed=…)`` makes a TransfoXLForCausalLM with segments of 8 tokens."""
+    return make_transfo_xl
+
+
+@pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A Hugging Face directory: tiny Llama, tokenizer and chat template. Not to be written to."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
@@ -107,7 +113,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 ENCODERS = ("bert", "roberta", "albert")
-FAMILIES = ("llama", "gpt2", "palm", *ENCODERS, "t5", "xlnet")
+FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet")
 
 
 def make_wordpiece() -> Any:
@@ -146,6 +152,8 @@ def make_family(name: str, tokenizer: Any) -> Any:
         return make_padded(name, tokenizer)
     if name == "palm":
         return make_palm(eos_token_id=tokenizer.eos_token_id)
+    if name == "transfo_xl":
+        return make_transfo_xl(eos_token_id=tokenizer.eos_token_id)
     fields: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -311,6 +319,28 @@ def make_palm(seed: int = 0, **fields: Any) -> Any:
     )
     torch.manual_seed(seed)
     return PalmForCausalLM(config)
+
+
+def make_transfo_xl(seed: int = 0, **fields: Any) -> Any:
+    from luthier.models.nets.transfo_xl import TransfoXLConfig, TransfoXLForCausalLM
+
+    config = TransfoXLConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "segment_length": 8,
+            "memory_length": 6,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.15,
+            "eos_token_id": 1,
+            **fields,
+        }
+    )
+    torch.manual_seed(seed)
+    return TransfoXLForCausalLM(config)
 
 
 TOKENIZERS: dict[str, Callable[[], Any]] = {

@@ -27,7 +27,7 @@ from luthier.store import models as store
 from luthier.types import Example, Message, Row
 
 CPU = torch.device("cpu")
-DECODERS, ENCODERS = ("llama", "gpt2", "palm"), ("bert", "roberta", "albert")
+DECODERS, ENCODERS = ("llama", "gpt2", "palm", "transfo_xl"), ("bert", "roberta", "albert")
 FAMILIES = (*DECODERS, *ENCODERS, "t5", "xlnet")
 WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
 TEXTS = [f"One word, please: {word}" for word in WORDS]
@@ -179,12 +179,13 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
             for f in ("llama", "palm", "t5")
         },
         ("freeze", "albert"): "no stack of layers",
+        ("prompt", "transfo_xl"): "no gradient flows back over the borders of segments",
     }
 
 
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
-    written = [(o, f) for o in ("sft", "causal_lm") for f in ("gpt2", "palm")]
+    written = [(o, f) for o in ("sft", "causal_lm") for f in ("gpt2", "palm", "transfo_xl")]
     written += [("sft", "t5"), ("span_corruption", "t5")]
     tied = {(o, "feature_extraction", f): "output head.* tied" for o, f in written}
     none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}

@@ -19,7 +19,7 @@ from luthier.objectives import OBJECTIVES, Objective
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "albert", "t5", "xlnet")
+FAMILIES = ("llama", "gpt2", "transfo_xl", "bert", "roberta", "albert", "t5", "xlnet")
 ENCODERS = ("bert", "roberta", "albert")
 TEXTS = ("The quick brown fox", "My card has not arrived yet.", "yes", "The quick brown dog jumps")
 TAGS = ("O", "B-animal", "I-animal", "O", "O", "B-thing")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier.adaptations.base import Adaptation
+from luthier.errors import RecipeError
 from luthier.models.layers import replace_modules
 
 if TYPE_CHECKING:
@@ -40,7 +41,15 @@ class Prompt(Adaptation):
     def adapt(self, model: nn.Module) -> None:
         """Put the prompt behind the vocabulary of the input embedding; freeze everything else."""
         from luthier.adaptations.prompt_layer import PromptEmbedding
+        from luthier.models.heads import gradient_reach
 
+        if (reach := gradient_reach(model)) is not None:
+            kind = model.config.model_type  # type: ignore[union-attr]
+            raise RecipeError(
+                "a soft prompt stands at the beginning of a row, and in networks of type "
+                f"{kind} no gradient flows back over the borders of segments, here of {reach} "
+                "tokens: what is learned behind the first would not teach it. Use lora."
+            )
         model.requires_grad_(False)
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         # An encoder-decoder has one for each side, of the same weight.

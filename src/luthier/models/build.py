@@ -36,6 +36,7 @@ def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
         RecipeError: for fields that make no network, or one that cannot be trained here.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -47,7 +48,14 @@ def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
         kind = auto_class(config, "causal_lm")
         torch.manual_seed(seed)
         model = kind.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ZeroDivisionError,
+        StrictDataclassError,
+    ) as error:
         raise RecipeError(
             f"no network of type {fields['model_type']} can be built from this configuration: {error}"
         ) from error

@@ -186,6 +186,12 @@ def row_pooling(model: Any, both_ways: bool) -> Literal["first", "last"]:
     return "first" if both_ways else "last"
 
 
+def gradient_reach(model: Any) -> int | None:
+    """Tokens of a row that a gradient flows back over; ``None`` where it reaches all of them."""
+    reach: int | None = getattr(model.config, "segment_length", None)  # Transformer-XL
+    return reach
+
+
 def prompt_ids(model: Any) -> tuple[int, ...]:
     """Ids of the soft prompt that stands before every row; none without one."""
     ids: tuple[int, ...] = getattr(model.get_input_embeddings(), "prompt_ids", ())
