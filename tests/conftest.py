@@ -85,6 +85,12 @@ def tiny_transfo_xl() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_elmo() -> Callable[..., Any]:
+    """``tiny_elmo(kind=…, seed=…)`` makes a network of ELMo's family, by the name of its class."""
+    return make_elmo
+
+
+@pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A Hugging Face directory: tiny Llama, tokenizer and chat template. Not to be written to."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
@@ -113,7 +119,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 ENCODERS = ("bert", "roberta", "albert")
-FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet")
+FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 
 
 def make_wordpiece() -> Any:
@@ -152,6 +158,8 @@ def make_family(name: str, tokenizer: Any) -> Any:
         return make_padded(name, tokenizer)
     if name == "palm":
         return make_palm(eos_token_id=tokenizer.eos_token_id)
+    if name == "elmo":
+        return make_elmo()
     if name == "transfo_xl":
         return make_transfo_xl(eos_token_id=tokenizer.eos_token_id)
     fields: dict[str, Any] = {
@@ -343,8 +351,34 @@ def make_transfo_xl(seed: int = 0, **fields: Any) -> Any:
     return TransfoXLForCausalLM(config)
 
 
+def make_elmo(seed: int = 0, kind: str = "ElmoForPreTraining", **fields: Any) -> Any:
+    from luthier.models.nets import elmo
+
+    config = elmo.ElmoConfig(
+        **{
+            "character_size": 8,
+            "filters": [[1, 4], [2, 8], [3, 12]],
+            "projection_size": 16,
+            "cell_size": 32,
+            "max_characters_per_token": 12,
+            "max_position_embeddings": 512,
+            "num_labels": 5,
+            **fields,
+        }
+    )
+    torch.manual_seed(seed)
+    return getattr(elmo, kind)(config)
+
+
+def make_character_tokenizer() -> Any:
+    from luthier.models.characters import character_tokenizer
+
+    return character_tokenizer()
+
+
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(ENCODERS, make_wordpiece),
     "t5": make_t5_tokenizer,
     "xlnet": make_xlnet_tokenizer,
+    "elmo": make_character_tokenizer,
 }

@@ -28,7 +28,8 @@ from luthier.types import Example, Message, Row
 
 CPU = torch.device("cpu")
 DECODERS, ENCODERS = ("llama", "gpt2", "palm", "transfo_xl"), ("bert", "roberta", "albert")
-FAMILIES = (*DECODERS, *ENCODERS, "t5", "xlnet")
+READERS, MASKLESS = (*ENCODERS, "xlnet", "elmo"), (*DECODERS, "t5", "xlnet", "elmo")
+FAMILIES = (*DECODERS, *ENCODERS, "t5", "xlnet", "elmo")
 WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
 TEXTS = [f"One word, please: {word}" for word in WORDS]
 ROWS = {
@@ -50,9 +51,17 @@ ROWS = {
 }
 TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
-    **{(o, f): "cannot be a causal" for o in ("sft", "causal_lm") for f in (*ENCODERS, "xlnet")},
+    **{
+        (o, f): "cannot be a causal"
+        for o in ("sft", "causal_lm")
+        for f in (*ENCODERS, "xlnet", "elmo")
+    },
     ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",
-    **{("masked_lm", f): "no mask token|cannot be a masked" for f in (*DECODERS, "t5", "xlnet")},
+    **{
+        ("masked_lm", f): "no mask token|cannot be a masked"
+        for f in (*DECODERS, "t5", "xlnet", "elmo")
+    },
+    **{("bilm", f): "does not mark where they begin" for f in FAMILIES if f != "elmo"},
     **{("span_corruption", f): "for encoder-decoders" for f in FAMILIES if f != "t5"},
 }
 """Objectives that a family cannot learn, and what the refusal says."""
@@ -179,6 +188,7 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
             for f in ("llama", "palm", "t5")
         },
         ("freeze", "albert"): "no stack of layers",
+        ("adapters", "elmo"): "do not know where the sublayers of networks of type elmo end",
         ("prompt", "transfo_xl"): "no gradient flows back over the borders of segments",
     }
 

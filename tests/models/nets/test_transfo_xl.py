@@ -250,6 +250,16 @@ def test_training_lowers_the_loss(tiny_transfo_xl: Callable[..., Any]) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_it_starts_as_the_authors_code_does(tiny_transfo_xl: Callable[..., Any]) -> None:
+    model = tiny_transfo_xl(hidden_size=256, initializer_range=0.02)
+    for weight in (
+        model.model.attention_biases,
+        model.model.embed_tokens.weight,
+        model.model.layers[2].self_attn.r_proj.weight,
+    ):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_a_saved_network_comes_back_with_the_same_bits(
     tiny_transfo_xl: Callable[..., Any], tmp_path: Path
 ) -> None:
