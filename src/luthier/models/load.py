@@ -64,6 +64,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder."""
     from transformers import AutoTokenizer
 
+    if (folder / "config.json").is_file():  # transformers looks up the network's type there
+        nets.register(read_json(folder / "config.json").get("model_type", ""))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
