@@ -185,6 +185,8 @@ def test_heads_and_the_sum_of_layers_belong_to_the_task(
     assert head_weights(model) == (own if labels else set())
     network = as_network(model, CPU, torch.float32)
     assert network.both_ways and not network.layout.flat
+    half = load_model(tmp_path, torch.bfloat16, CPU, Head(task, labels))
+    as_network(half, CPU, torch.bfloat16)  # compares with the network's own forward
 
 
 def test_a_saved_network_comes_back_with_the_same_bits(

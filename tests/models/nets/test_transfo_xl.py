@@ -280,7 +280,8 @@ def test_other_heads_are_put_on_it(
 ) -> None:
     tiny_transfo_xl().save_pretrained(tmp_path)
     labels = () if task == "embedding" else ("a", "b")
-    as_network(load_model(tmp_path, torch.float32, CPU, Head(task, labels)), CPU, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        as_network(load_model(tmp_path, dtype, CPU, Head(task, labels)), CPU, dtype)
 
 
 @pytest.mark.parametrize(
