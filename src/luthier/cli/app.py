@@ -124,7 +124,7 @@ def pretrain(
     ],
     name: Annotated[str | None, typer.Option(help="Id of the new base model.")] = None,
     size: Annotated[str | None, typer.Option(help="tiny, 3m, 10m, 30m or 135m weights.")] = None,
-    family: Annotated[str | None, typer.Option(help="llama, gpt2 or palm.")] = None,
+    family: Annotated[str | None, typer.Option(help="llama, gpt2, palm or transfo_xl.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="A config.json to build from, instead of size and family.")
     ] = None,
