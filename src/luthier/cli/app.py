@@ -25,8 +25,8 @@ models_app = typer.Typer(help="Base models and custom models.", no_args_is_help=
 app.add_typer(models_app, name="models")
 
 _OBJECTIVES = (
-    "sft, causal_lm, masked_lm, span_corruption, classification, regression, token_classification or "
-    "contrastive; chosen by the rows when not given."
+    "sft, causal_lm, masked_lm, span_corruption, bilm, classification, regression, "
+    "token_classification or contrastive; chosen by the rows when not given."
 )
 _ADAPTATIONS = "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters or prompt."
 Data = Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")]
