@@ -25,9 +25,8 @@ models_app = typer.Typer(help="Base models and custom models.", no_args_is_help=
 app.add_typer(models_app, name="models")
 
 _OBJECTIVES = (
-    "sft, causal_lm, masked_lm, span_corruption, classification, semi_supervised, regression, "
-    "token_classification or "
-    "contrastive; chosen by the rows when not given."
+    "sft, causal_lm, masked_lm, span_corruption, bilm, classification, semi_supervised, regression, "
+    "token_classification or contrastive; chosen by the rows when not given."
 )
 _ADAPTATIONS = (
     "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters, prompt or prefix."
