@@ -21,6 +21,7 @@ from luthier.data.rows import RULES as ROW_RULES
 from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.graders import GRADERS
 from luthier.models.catalog import CATALOG
+from luthier.models.characters import character_tokenizer
 from luthier.models.presets import SHAPES
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.pretraining import (
@@ -175,11 +176,13 @@ FAMILIES = {
     "Llama": "llama",
     "GPT-2": "gpt2",
     "PaLM": "palm",
+    "Transformer-XL": "transfo_xl",
     "BERT": "bert",
     "RoBERTa": "roberta",
     "ALBERT": "albert",
     "T5": "t5",
     "XLNet": "xlnet",
+    "ELMo": "elmo",
 }
 
 
@@ -235,6 +238,8 @@ def _format_of(settings: Any) -> ChatFormat:
     """The format of a family, with a tokenizer of which only what objectives ask for is there."""
     beside = settings.is_encoder_decoder
     vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if beside else {}
+    if settings.model_type == "elmo":
+        vocabulary = character_tokenizer().get_vocab()
     words = SimpleNamespace(mask_token_id=0, get_vocab=lambda: vocabulary)
     return ChatFormat(words, "plain", (1,), 0 if beside else None)
 

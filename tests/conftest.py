@@ -79,6 +79,18 @@ def tiny_palm() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_transfo_xl() -> Callable[..., Any]:
+    """``tiny_transfo_xl(seed=…)`` makes a TransfoXLForCausalLM with segments of 8 tokens."""
+    return make_transfo_xl
+
+
+@pytest.fixture(scope="session")
+def tiny_elmo() -> Callable[..., Any]:
+    """``tiny_elmo(kind=…, seed=…)`` makes a network of ELMo's family, by the name of its class."""
+    return make_elmo
+
+
+@pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A Hugging Face directory: tiny Llama, tokenizer and chat template. Not to be written to."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
@@ -107,7 +119,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 ENCODERS = ("bert", "roberta", "albert")
-FAMILIES = ("llama", "gpt2", "palm", *ENCODERS, "t5", "xlnet")
+FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 
 
 def make_wordpiece() -> Any:
@@ -146,6 +158,10 @@ def make_family(name: str, tokenizer: Any) -> Any:
         return make_padded(name, tokenizer)
     if name == "palm":
         return make_palm(eos_token_id=tokenizer.eos_token_id)
+    if name == "elmo":
+        return make_elmo()
+    if name == "transfo_xl":
+        return make_transfo_xl(eos_token_id=tokenizer.eos_token_id)
     fields: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -313,8 +329,56 @@ def make_palm(seed: int = 0, **fields: Any) -> Any:
     return PalmForCausalLM(config)
 
 
+def make_transfo_xl(seed: int = 0, **fields: Any) -> Any:
+    from luthier.models.nets.transfo_xl import TransfoXLConfig, TransfoXLForCausalLM
+
+    config = TransfoXLConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "segment_length": 8,
+            "memory_length": 6,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.15,
+            "eos_token_id": 1,
+            **fields,
+        }
+    )
+    torch.manual_seed(seed)
+    return TransfoXLForCausalLM(config)
+
+
+def make_elmo(seed: int = 0, kind: str = "ElmoForPreTraining", **fields: Any) -> Any:
+    from luthier.models.nets import elmo
+
+    config = elmo.ElmoConfig(
+        **{
+            "character_size": 8,
+            "filters": [[1, 4], [2, 8], [3, 12]],
+            "projection_size": 16,
+            "cell_size": 32,
+            "max_characters_per_token": 12,
+            "max_position_embeddings": 512,
+            "num_labels": 5,
+            **fields,
+        }
+    )
+    torch.manual_seed(seed)
+    return getattr(elmo, kind)(config)
+
+
+def make_character_tokenizer() -> Any:
+    from luthier.models.characters import character_tokenizer
+
+    return character_tokenizer()
+
+
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(ENCODERS, make_wordpiece),
     "t5": make_t5_tokenizer,
     "xlnet": make_xlnet_tokenizer,
+    "elmo": make_character_tokenizer,
 }

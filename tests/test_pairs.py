@@ -28,8 +28,9 @@ from luthier.store import models as store
 from luthier.types import Example, Message, Row
 
 CPU = torch.device("cpu")
-DECODERS, ENCODERS = ("llama", "gpt2", "palm"), ("bert", "roberta", "albert")
-FAMILIES = (*DECODERS, *ENCODERS, "t5", "xlnet")
+DECODERS, ENCODERS = ("llama", "gpt2", "palm", "transfo_xl"), ("bert", "roberta", "albert")
+READERS, MASKLESS = (*ENCODERS, "xlnet", "elmo"), (*DECODERS, "t5", "xlnet", "elmo")
+FAMILIES = (*DECODERS, *ENCODERS, "t5", "xlnet", "elmo")
 WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
 TEXTS = [f"One word, please: {word}" for word in WORDS]
 ROWS = {
@@ -61,9 +62,17 @@ def rows_of(objective: Objective) -> list[Row]:
 
 TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
-    **{(o, f): "cannot be a causal" for o in ("sft", "causal_lm") for f in (*ENCODERS, "xlnet")},
+    **{
+        (o, f): "cannot be a causal"
+        for o in ("sft", "causal_lm")
+        for f in (*ENCODERS, "xlnet", "elmo")
+    },
     ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",
-    **{("masked_lm", f): "no mask token|cannot be a masked" for f in (*DECODERS, "t5", "xlnet")},
+    **{
+        ("masked_lm", f): "no mask token|cannot be a masked"
+        for f in (*DECODERS, "t5", "xlnet", "elmo")
+    },
+    **{("bilm", f): "does not mark where they begin" for f in FAMILIES if f != "elmo"},
     **{("span_corruption", f): "for encoder-decoders" for f in FAMILIES if f != "t5"},
 }
 """Objectives that a family cannot learn, and what the refusal says."""
@@ -202,14 +211,16 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
         ("freeze", "albert"): "no stack of layers",
         **{
             ("prefix", f): f"networks of type {f} have no place for them. Use prompt"
-            for f in ("albert", "t5", "xlnet")
+            for f in ("albert", "t5", "xlnet", "transfo_xl", "elmo")
         },
+        ("adapters", "elmo"): "do not know where the sublayers of networks of type elmo end",
+        ("prompt", "transfo_xl"): "no gradient flows back over the borders of segments",
     }
 
 
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
-    written = [(o, f) for o in ("sft", "causal_lm") for f in ("gpt2", "palm")]
+    written = [(o, f) for o in ("sft", "causal_lm") for f in ("gpt2", "palm", "transfo_xl")]
     written += [("sft", "t5"), ("span_corruption", "t5")]
     tied = {(o, "feature_extraction", f): "output head.* tied" for o, f in written}
     none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}

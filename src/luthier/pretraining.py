@@ -34,7 +34,8 @@ class NewNetwork(Part):
     """The network that is built."""
 
     family: Family = "llama"
-    """Kind of network; ``palm`` has parallel layers and one key head (Chowdhery et al. 2022)."""
+    """Kind of network; ``palm`` has parallel layers and one key head (Chowdhery et al. 2022),
+    ``transfo_xl`` segments that remember (Dai et al. 2019)."""
     size: Size | None = None
     """Its size, about so many weights; chosen by the text when not given."""
     config: Path | None = None

@@ -253,3 +253,18 @@ def test_a_fingerprint_is_of_names_and_bits() -> None:
     assert len({fingerprint(tensors) for tensors in [one, *others]}) == 5
     negative_zero = {"a": torch.tensor([-0.0])}
     assert fingerprint(negative_zero) != fingerprint({"a": torch.tensor([0.0])})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_is_of_every_bit_also_of_a_single_number(dtype: torch.dtype) -> None:
+    weights = {
+        "gamma": torch.ones((), dtype=dtype),
+        "w": torch.arange(6, dtype=dtype).view(2, 3).t(),
+    }
+    same = {
+        name: weight.clone(memory_format=torch.contiguous_format)
+        for name, weight in weights.items()
+    }
+    assert fingerprint(weights) == fingerprint(same)
+    same["gamma"] += 2**-7
+    assert fingerprint(weights) != fingerprint(same)

@@ -19,7 +19,7 @@ from luthier.objectives import OBJECTIVES, Objective
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")
-FAMILIES = ("llama", "gpt2", "bert", "roberta", "albert", "t5", "xlnet")
+FAMILIES = ("llama", "gpt2", "transfo_xl", "bert", "roberta", "albert", "t5", "xlnet", "elmo")
 ENCODERS = ("bert", "roberta", "albert")
 TEXTS = ("The quick brown fox", "My card has not arrived yet.", "yes", "The quick brown dog jumps")
 TAGS = ("O", "B-animal", "I-animal", "O", "O", "B-thing")
@@ -92,7 +92,10 @@ def test_loss_and_gradients_are_those_of_transformers(
     expected.backward()
     network = as_network(ours, CPU, torch.float32)
     # Of T5 only the encoder reads words; texts as a whole are read by the decoder.
-    reads = family in (*ENCODERS, "xlnet") or (family, name) == ("t5", "token_classification")
+    reads = family in (*ENCODERS, "xlnet", "elmo") or (family, name) == (
+        "t5",
+        "token_classification",
+    )
     assert network.both_ways == reads
     total = torch.zeros(())
     for batch in network.batches(examples, 20):
@@ -154,7 +157,9 @@ def test_a_new_head_is_not_part_of_the_network(
     names = head_weights(model)
     assert names
     prefix = model.base_model_prefix
-    assert all(not name.startswith(f"{prefix}.") or ".pooler" in name for name in names)
+    assert all(
+        not name.startswith(f"{prefix}.") or ".pooler" in name or ".mix." in name for name in names
+    )
     assert not any("layers.0" in name or ".h.0" in name for name in names)
     assert head_modules(sketch(family_folder("llama"), Head("causal_lm"))) == []
 

@@ -42,11 +42,19 @@ class Prompt(Adaptation):
     def adapt(self, model: nn.Module) -> None:
         """Put the prompt behind the vocabulary of the input embedding; freeze everything else."""
         from luthier.adaptations.prompt_layer import PromptEmbedding
+        from luthier.models.heads import gradient_reach
 
         if prompt_ids(model):
             raise RecipeError(
                 "the model to start from has a soft prompt already, which a second one would replace. "
                 "Train lora on it, or a prompt on the model below it."
+            )
+        if (reach := gradient_reach(model)) is not None:
+            kind = model.config.model_type  # type: ignore[union-attr]
+            raise RecipeError(
+                "a soft prompt stands at the beginning of a row, and in networks of type "
+                f"{kind} no gradient flows back over the borders of segments, here of {reach} "
+                "tokens: what is learned behind the first would not teach it. Use lora."
             )
         model.requires_grad_(False)
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]

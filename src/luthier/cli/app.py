@@ -25,9 +25,8 @@ models_app = typer.Typer(help="Base models and custom models.", no_args_is_help=
 app.add_typer(models_app, name="models")
 
 _OBJECTIVES = (
-    "sft, causal_lm, masked_lm, span_corruption, classification, semi_supervised, regression, "
-    "token_classification or "
-    "contrastive; chosen by the rows when not given."
+    "sft, causal_lm, masked_lm, span_corruption, bilm, classification, semi_supervised, regression, "
+    "token_classification or contrastive; chosen by the rows when not given."
 )
 _ADAPTATIONS = (
     "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters, prompt or prefix."
@@ -124,7 +123,7 @@ def pretrain(
     ],
     name: Annotated[str | None, typer.Option(help="Id of the new base model.")] = None,
     size: Annotated[str | None, typer.Option(help="tiny, 3m, 10m, 30m or 135m weights.")] = None,
-    family: Annotated[str | None, typer.Option(help="llama, gpt2 or palm.")] = None,
+    family: Annotated[str | None, typer.Option(help="llama, gpt2, palm or transfo_xl.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="A config.json to build from, instead of size and family.")
     ] = None,

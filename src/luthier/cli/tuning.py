@@ -67,7 +67,9 @@ def print_result(result: Result) -> None:
         f"{result.saved_bytes / 1e6:,.2f} MB"
     )
     out.print(f"  loss curve  {result.run_dir}/loss.png", soft_wrap=True)
-    verb = 'predict {} "some text"' if objective_of(find(result.model_id)).reads else "chat {}"
+    objective = objective_of(find(result.model_id))
+    verb = "chat {}" if objective.task == "causal_lm" else "tune DATA --base {}"
+    verb = 'predict {} "some text"' if objective.reads else verb
     out.print(f"  use it      luthier {verb.format(result.model_id)}", soft_wrap=True)
 
 

@@ -144,7 +144,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        flat = tensors[name].detach().flatten().cpu()  # a single number has no bytes to be seen as
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

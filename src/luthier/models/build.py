@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import read_json
 from luthier.models import nets
+from luthier.models.characters import character_tokenizer, token_ids
+
+if TYPE_CHECKING:
+    from luthier.models.heads import Task
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
@@ -30,12 +34,31 @@ def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
     """Write a causal language model of these fields with weights drawn from ``seed``, in float32.
 
     They start as transformers starts the family: ``N(0, 0.02)``, for GPT-2 divided by the root of
-    twice the layers where a sublayer ends (Radford et al. 2019, section 2.3); for PaLM see its module.
+    twice the layers where a sublayer ends (Radford et al. 2019, section 2.3); for the networks of
+    :mod:`luthier.models.nets` see their modules.
 
     Raises:
         RecipeError: for fields that make no network, or one that cannot be trained here.
     """
+    _drawn(fields, "causal_lm", seed).save_pretrained(folder)
+
+
+def build_elmo(fields: dict[str, Any], seed: int, folder: Path) -> None:
+    """Write an ELMo with weights drawn from ``seed``, and its tokenizer: a base for objective ``bilm``.
+
+    ``fields`` are those of :class:`~luthier.models.nets.elmo.ElmoConfig`; those of the paper where not
+    given.
+    """
+    tokenizer = character_tokenizer()
+    _drawn(
+        {"model_type": "elmo"} | token_ids(tokenizer) | fields, "embedding", seed
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _drawn(fields: dict[str, Any], task: Task, seed: int) -> Any:
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -44,12 +67,19 @@ def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
     nets.register(fields["model_type"])
     try:
         config: Any = AutoConfig.for_model(**fields)
-        kind = auto_class(config, "causal_lm")
+        kind = auto_class(config, task)
         torch.manual_seed(seed)
         model = kind.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ZeroDivisionError,
+        StrictDataclassError,
+    ) as error:
         raise RecipeError(
             f"no network of type {fields['model_type']} can be built from this configuration: {error}"
         ) from error
     logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    return model

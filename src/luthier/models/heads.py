@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Task = Literal[
-    "causal_lm", "masked_lm", "sequence_classification", "token_classification", "embedding"
+    "causal_lm",
+    "masked_lm",
+    "bidirectional_lm",
+    "sequence_classification",
+    "token_classification",
+    "embedding",
 ]
 _CLASSES: dict[Task, str] = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
+    "bidirectional_lm": "AutoModelForPreTraining",
     "sequence_classification": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
@@ -28,16 +34,20 @@ _CLASSES: dict[Task, str] = {
 _WORDS: dict[Task, str] = {
     "causal_lm": "a causal language model",
     "masked_lm": "a masked language model",
+    "bidirectional_lm": "a bidirectional language model",
     "sequence_classification": "a classifier of texts",
     "token_classification": "a classifier of tokens",
     "embedding": "an encoder of texts",
 }
 _PERMUTED = frozenset({"xlnet"})
 """Trained to predict tokens in any order, which is another objective than the next token."""
+_FROM_BOTH_SIDES = frozenset({"elmo"})
+"""Pre-trained by predicting words from either side; other families are by something else."""
 _SEQ2SEQ = "AutoModelForSeq2SeqLM"
 _PEFT: dict[Task, str] = {
     "causal_lm": "CAUSAL_LM",
     "masked_lm": "FEATURE_EXTRACTION",
+    "bidirectional_lm": "FEATURE_EXTRACTION",
     "sequence_classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
     "embedding": "FEATURE_EXTRACTION",
@@ -87,6 +97,8 @@ def auto_class(config: Any, task: Task) -> Any:
 def _class_name(config: Any, task: Task) -> str:
     """transformers' automatic class for the task on this family; empty where there is none."""
     name = _CLASSES[task]
+    if task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES:
+        return ""
     if _has(config, _SEQ2SEQ):
         # The encoder alone reads a text; the decoder is for writing.
         name = {"causal_lm": _SEQ2SEQ, "embedding": "AutoModelForTextEncoding"}.get(task, name)
@@ -136,6 +148,9 @@ def head_modules(model: nn.Module) -> list[str]:
     pooler = getattr(model.base_model, "pooler", None)
     if task_of(model) == "sequence_classification" and isinstance(pooler, nn.Module):
         heads.append(f"{prefix}.pooler")
+    mix = getattr(model.base_model, "mix", None)  # ELMo's sum of layers
+    if task_of(model) != "bidirectional_lm" and isinstance(mix, nn.Module):
+        heads.append(f"{prefix}.mix")
     return heads
 
 
@@ -178,12 +193,21 @@ def filling_id(model: Any) -> int:
     return int(getattr(model.config, "pad_token_id", None) or 0)
 
 
-def row_pooling(model: Any, both_ways: bool) -> Literal["first", "last"]:
-    """Which token's state the classifier of a row reads in this family."""
+def row_pooling(model: Any, both_ways: bool) -> Literal["first", "last", "mean"]:
+    """Which token's state the classifier of a row reads in this family; ``mean`` of all."""
+    own: Literal["mean"] | None = getattr(model, "row_pooling", None)  # ELMo
+    if own is not None:
+        return own
     summary = getattr(model, "sequence_summary", None)
     if summary is not None and summary.summary_type == "last":  # XLNet closes a text with [CLS]
         return "last"
     return "first" if both_ways else "last"
+
+
+def gradient_reach(model: Any) -> int | None:
+    """Tokens of a row that a gradient flows back over; ``None`` where it reaches all of them."""
+    reach: int | None = getattr(model.config, "segment_length", None)  # Transformer-XL
+    return reach
 
 
 def prompt_ids(model: Any) -> tuple[int, ...]:
@@ -226,10 +250,15 @@ def token_scores(model: Any, hidden_KH: Tensor) -> Tensor:
 
 
 def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
-    """Hidden states ``[S, H]`` as the output embedding takes them."""
+    """Hidden states ``[S, H]`` as the output embedding takes them.
+
+    A bidirectional language model predicts from each half of them, ``[S, 2, H / 2]``.
+    """
     from torch.nn.functional import gelu
 
-    if getattr(model.config, "scale_decoder_outputs", False):  # T5 with a tied head
+    if task_of(model) == "bidirectional_lm":
+        hidden_SH = hidden_SH.unflatten(-1, (2, -1))
+    elif getattr(model.config, "scale_decoder_outputs", False):  # T5 with a tied head
         hidden_SH = hidden_SH * model.model_dim**-0.5
     elif hasattr(model, "cls"):  # BERT
         hidden_SH = model.cls.predictions.transform(hidden_SH)

@@ -64,6 +64,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder."""
     from transformers import AutoTokenizer
 
+    if (folder / "config.json").is_file():  # transformers looks up the network's type there
+        nets.register(read_json(folder / "config.json").get("model_type", ""))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -144,7 +146,8 @@ def load_model(
 ) -> nn.Module:
     """A network with the head asked for and plain attention, as transformers serves it.
 
-    A head that the folder does not hold is drawn anew; any other missing weight is an error.
+    A head that the folder does not hold, or for other classes, is drawn anew; any other weight that is
+    missing is an error.
     """
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -162,6 +165,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         model, loaded = found
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -173,11 +177,12 @@ def load_model(
     mark(model, head.task)
     # An embedding does not look at the pooler.
     unused = {n for n in loaded["missing_keys"] if head.task == "embedding" and "pooler." in n}
-    if missing := sorted(set(loaded["missing_keys"]) - head_weights(model) - unused):
+    other = {name for name, *_ in loaded["mismatched_keys"]}
+    if missing := sorted((set(loaded["missing_keys"]) | other) - head_weights(model) - unused):
         # transformers would draw them at random, with no more than a warning.
         raise UnknownModel(
-            f"{folder} ({kind}) has not all weights of the network: {len(missing)} are missing, "
-            f"{', '.join(missing[:3])} among them"
+            f"{folder} ({kind}) has not all weights of the network: {len(missing)} are missing or "
+            f"of another shape, {', '.join(missing[:3])} among them"
         )
     on_device: nn.Module = model.to(device)
     return on_device

@@ -143,7 +143,8 @@ class Network:
     def row_scores(self, batch: TreeBatch) -> Tensor:
         """What the head of a sequence classifier says of each row, ``[R, C]``, in tree order."""
         pooling = heads.row_pooling(self.model, self.both_ways)
-        return heads.row_scores(self.model, self.row_states(batch, pooling))
+        states_RH = self.row_states(batch, pooling).to(self.dtype)  # a mean is float32
+        return heads.row_scores(self.model, states_RH)
 
     def token_scores(self, batch: TreeBatch, nodes: Tensor) -> Tensor:
         """What the head of a token classifier says of the nodes ``[K]``: ``[K, C]``."""

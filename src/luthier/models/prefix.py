@@ -72,7 +72,7 @@ def add_prefix(model: Any, places: int) -> None:
     if not takes or indices != list(range(config.num_hidden_layers)):
         raise RecipeError(
             f"a prefix is keys and values for each layer, and networks of type {config.model_type} "
-            "have no place for them. Use prompt, which is tokens for the lowest one."
+            "have no place for them. Use prompt, which is tokens for the lowest one, or lora."
         )
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     size = int(

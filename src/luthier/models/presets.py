@@ -3,7 +3,8 @@
 ``135m`` of the Llama family is SmolLM2-135M (Allal et al. 2025, arXiv:2502.02737), deep and narrow as
 Liu et al. 2024 (arXiv:2402.14905) found best below a billion weights; of GPT-2 it is the smallest of
 Radford et al. 2019. The smaller ones keep heads of 32 or 64 numbers and inner widths of the family: 4
-widths for GPT-2 and PaLM, 8/3 for Llama, whose feed-forward part has a third matrix (Shazeer 2020).
+widths for GPT-2, PaLM and Transformer-XL, 8/3 for Llama, whose feed-forward part has a third matrix
+(Shazeer 2020). A Transformer-XL learns from longer rows, each of four segments.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Family = Literal["llama", "gpt2", "palm"]
+Family = Literal["llama", "gpt2", "palm", "transfo_xl"]
 Size = Literal["tiny", "3m", "10m", "30m", "135m"]
 
 
@@ -53,7 +54,16 @@ SHAPES: dict[Family, dict[Size, Shape]] = {
         "30m": Shape(512, 7, 8, 2048, 512, 16384),
         "135m": Shape(768, 12, 12, 3072, 1024, 49152),
     },
+    "transfo_xl": {
+        "tiny": Shape(128, 3, 4, 512, 512, 4096),
+        "3m": Shape(192, 4, 6, 768, 512, 4096),
+        "10m": Shape(320, 6, 5, 1280, 1024, 8192),
+        "30m": Shape(512, 6, 8, 2048, 1024, 16384),
+        "135m": Shape(768, 12, 12, 3072, 2048, 49152),
+    },
 }
+SEGMENTS = 4
+"""Segments in a row of a Transformer-XL."""
 
 
 def configuration(family: Family, shape: Shape, end_id: int) -> dict[str, Any]:
@@ -63,7 +73,7 @@ def configuration(family: Family, shape: Shape, end_id: int) -> dict[str, Any]:
     second table would take a quarter of them. There is no dropout: a text is passed over a few times
     only (Chowdhery et al. 2022, section 5).
     """
-    common = {
+    common: dict[str, Any] = {
         "model_type": family,
         "vocab_size": shape.vocabulary,
         "bos_token_id": end_id,
@@ -81,11 +91,19 @@ def configuration(family: Family, shape: Shape, end_id: int) -> dict[str, Any]:
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
         }
-    return common | {
+    common |= {
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
-        "num_key_value_heads": 1 if family == "palm" else shape.key_heads or shape.heads,
         "intermediate_size": shape.inner,
         "max_position_embeddings": shape.context,
     }
+    if family == "transfo_xl":
+        segment = -(-shape.context // SEGMENTS)
+        return common | {
+            "segment_length": segment,
+            "memory_length": segment,
+            "hidden_dropout": 0.0,
+        }
+    key_heads = 1 if family == "palm" else shape.key_heads or shape.heads
+    return common | {"num_key_value_heads": key_heads}

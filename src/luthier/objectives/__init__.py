@@ -1,6 +1,7 @@
 """What can be learned. One file for each objective; this table is the map of the package."""
 
 from luthier.objectives.base import Objective
+from luthier.objectives.bilm import BiLM
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
@@ -16,6 +17,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
     "span_corruption": SpanCorruption,
+    "bilm": BiLM,
     "classification": Classification,
     "semi_supervised": SemiSupervised,
     "regression": Regression,
@@ -26,6 +28,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 __all__ = [
     "OBJECTIVES",
     "SFT",
+    "BiLM",
     "CausalLM",
     "Classification",
     "Contrastive",

@@ -87,6 +87,7 @@ def weighted_nll(network: Network, batch: TreeBatch) -> Tensor:
     The total is accumulated in float64 and returned in float32.
     """
     hidden_SH = network.before_vocabulary(network.hidden(batch)[batch.source_S])
+    hidden_SH = hidden_SH.flatten(0, -2)  # several predictions from one state, one after the other
     total: Tensor = _WeightedNLL.apply(  # type: ignore[no-untyped-call]
         hidden_SH,
         network.head_VH,

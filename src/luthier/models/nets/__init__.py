@@ -11,6 +11,8 @@ from typing import Any
 
 NETS = {
     "palm": "luthier.models.nets.palm",
+    "elmo": "luthier.models.nets.elmo",
+    "transfo_xl": "luthier.models.nets.transfo_xl",
 }
 """Module of each network by its ``model_type`` in config.json."""
 

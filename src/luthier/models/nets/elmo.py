@@ -1,0 +1,388 @@
+"""ELMo (Peters et al. 2018, arXiv:1802.05365): words by their spelling, read from both sides.
+
+Input are characters (:mod:`luthier.models.characters`); the network groups them into words:
+
+- a word's vector is made from its characters by convolutions of several widths, each followed by its
+  maximum over the word and ``relu``, two highway layers and a projection (Kim et al. 2016,
+  arXiv:1508.06615; sizes as in the paper's section 3.4);
+- two layers of LSTMs with projections (Sak et al. 2014) read the words, one pair forwards and one
+  backwards, apart from each other, with a residual connection around the second layer;
+- each word is represented by ``gamma * sum_j s_j h_j`` (formula 1), ``s`` a softmax, ``h_0`` the word's
+  vector twice, ``h_j`` both directions of layer ``j``. ``gamma`` and ``s`` belong to the task: they
+  train with its head.
+
+Every character has the state of its word, so that the first character of a word stands for it. A
+classifier of texts reads the mean of the states of all characters; longer words weigh more.
+
+Left out: the norm before the sum, L2 on its weights, clipping of cells and states, states kept from one
+sentence to the next, samples of the vocabulary in the softmax. Windows of a convolution begin at
+characters of the word only, and each distinct word of a batch is computed once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GenericForTokenClassification
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.utils.generic import ModelOutput
+
+FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
+"""Width and number of the filters of each convolution in the authors' code."""
+
+
+@strict
+class ElmoConfig(PreTrainedConfig):
+    """Sizes of an ELMo; as they stand, the paper's (93.6 million weights without a head)."""
+
+    model_type = "elmo"
+
+    vocab_size: int = 260
+    special_tokens: int = 4
+    """Ids below are words of their own."""
+    word_start_id: int = 224
+    """The character that begins a word."""
+    word_end_id: int = 3
+    """The character that the network puts behind each word."""
+    max_characters_per_token: int = 50
+    """Characters of a word that are read, both marks included."""
+    character_size: int = 16
+    filters: list[list[int]] = field(default_factory=lambda: [list(pair) for pair in FILTERS])
+    """Width and number of the filters of each convolution."""
+    num_highway_layers: int = 2
+    projection_size: int = 512
+    cell_size: int = 4096
+    """Cells of each LSTM."""
+    num_hidden_layers: int = 2
+    hidden_dropout: float = 0.1
+    """Share dropped of what goes into and comes out of each LSTM."""
+    max_position_embeddings: int = 4096
+    """Longest row in characters; the network itself has no limit."""
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in the state of a word: both directions."""
+        return 2 * self.projection_size
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that make no network."""
+        if not self.filters or any(len(pair) != 2 or min(pair) < 1 for pair in self.filters):
+            raise ValueError("filters must be pairs of a width and a number of filters")
+        if self.projection_size >= self.cell_size:
+            raise ValueError("projection_size must be smaller than cell_size")
+        if self.max_characters_per_token < 3:
+            raise ValueError("max_characters_per_token must be 3 or more")
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a batch of rows of characters."""
+
+    character_UC: Tensor
+    """The distinct words, filled up with -1."""
+    distinct_RW: Tensor
+    """Which of them each word is; any where a row has fewer words."""
+    length_R: Tensor
+    """Words of each row."""
+    word_RT: Tensor
+    """The word each character belongs to; any where the row is filled up."""
+
+
+class CharacterCNN(nn.Module):
+    """Vectors of words from their characters."""
+
+    def __init__(self, config: ElmoConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.character_size)
+        self.convolutions = nn.ModuleList(
+            [nn.Conv1d(config.character_size, count, width) for width, count in config.filters]
+        )
+        total = sum(count for _, count in config.filters)
+        layers = range(config.num_highway_layers)
+        self.highways = nn.ModuleList([Highway(total) for _ in layers])
+        self.projection = nn.Linear(total, config.projection_size)
+
+    def forward(self, character_UC: Tensor) -> Tensor:
+        """``[U, P]`` of words ``[U, C]`` filled up with -1."""
+        real_UC = character_UC >= 0
+        embedded_UEC = self.embed_tokens(character_UC.clamp(min=0)).transpose(1, 2)
+        embedded_UEC = embedded_UEC * real_UC[:, None]
+        largest = []
+        for convolution in self.convolutions:
+            width: int = convolution.kernel_size[0]  # type: ignore[index,assignment]
+            behind = F.pad(embedded_UEC, (0, width - 1))
+            found_UFC = convolution(behind).masked_fill(~real_UC[:, None], -torch.inf)
+            largest.append(F.relu(found_UFC.amax(2)))
+        word = torch.cat(largest, 1)
+        for highway in self.highways:
+            word = highway(word)
+        projected_UP: Tensor = self.projection(word)
+        return projected_UP
+
+
+class GateLinear(nn.Linear):
+    """A linear layer whose bias starts at numbers other than 0, one for each equal part of it."""
+
+    def __init__(self, inputs: int, outputs: int, first: tuple[float, ...]) -> None:
+        super().__init__(inputs, outputs)
+        self.first = first
+
+
+class Highway(nn.Module):
+    """``t * relu(W x + b) + (1 - t) * x``, ``t = sigmoid(W_t x + b_t)`` (Kim et al., section 2.3)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.gate = GateLinear(width, width, (-2.0,))  # a word passes unchanged at first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., F]`` to the same shape."""
+        gate = torch.sigmoid(self.gate(x))
+        return gate * F.relu(self.transform(x)) + (1 - gate) * x
+
+
+class ProjectedLSTM(nn.Module):
+    """LSTM whose state is a projection of what its cells give (Sak et al. 2014, arXiv:1402.1128).
+
+    torch's own keeps its matrices to itself; here they are linear layers, which adaptations can take.
+    Left out: connections from cells to gates, and the part of the state that does not recur.
+    """
+
+    def __init__(self, size: int, cells: int) -> None:
+        super().__init__()
+        self.cells = cells
+        # What enters the cells, what they keep (all at first), what is new, what they give.
+        self.inputs = GateLinear(size, 4 * cells, (0.0, 1.0, 0.0, 0.0))
+        self.recurrent = nn.Linear(size, 4 * cells, bias=False)
+        self.projection = nn.Linear(cells, size, bias=False)
+
+    def forward(self, x_RWP: Tensor) -> Tensor:
+        """The state at each word, ``[R, W, P]``. Cells are kept in float32 at least."""
+        wide = torch.promote_types(x_RWP.dtype, torch.float32)
+        state_RP = x_RWP.new_zeros(len(x_RWP), x_RWP.shape[2])
+        cell_RC = x_RWP.new_zeros(len(x_RWP), self.cells, dtype=wide)
+        states = []
+        for given_RG in self.inputs(x_RWP).unbind(1):
+            gates = (given_RG + self.recurrent(state_RP)).to(wide).chunk(4, 1)
+            enter, keep, give = (torch.sigmoid(gates[index]) for index in (0, 1, 3))
+            cell_RC = keep * cell_RC + enter * torch.tanh(gates[2])
+            state_RP = self.projection((give * torch.tanh(cell_RC)).to(x_RWP.dtype))
+            states.append(state_RP)
+        return torch.stack(states, 1)
+
+
+class TwoWayLayer(nn.Module):
+    """One LSTM for each direction, neither of which sees the other."""
+
+    def __init__(self, config: ElmoConfig, residual: bool) -> None:
+        super().__init__()
+        size, cells = config.projection_size, config.cell_size
+        self.forwards = ProjectedLSTM(size, cells)
+        self.backwards = ProjectedLSTM(size, cells)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.residual = residual
+
+    def forward(self, ahead_RWP: Tensor, back_RWP: Tensor) -> tuple[Tensor, Tensor]:
+        """Both directions, ``[R, W, P]`` each; the words of ``back_RWP`` stand last word first."""
+        outputs = []
+        for lstm, given in ((self.forwards, ahead_RWP), (self.backwards, back_RWP)):
+            out = self.dropout(lstm(given))
+            outputs.append(out + given if self.residual else out)
+        return outputs[0], outputs[1]
+
+
+class Mix(nn.Module):
+    """``gamma * sum_j softmax(s)_j h_j`` (formula 1)."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(()))
+        self.weights = nn.Parameter(torch.zeros(layers))
+        """``s`` before its softmax."""
+
+    def forward(self, layers: list[Tensor]) -> Tensor:
+        """The sum of ``layers``, in their shape."""
+        share_L = torch.softmax(self.weights, 0)
+        mixed: Tensor = sum(share * layer for share, layer in zip(share_L, layers, strict=True))
+        return self.gamma * mixed
+
+
+class ElmoPreTrainedModel(PreTrainedModel):
+    """What all heads share: configuration and first weights, those of the authors' code."""
+
+    config: ElmoConfig
+    config_class = ElmoConfig
+    base_model_prefix = "model"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+            if isinstance(module, GateLinear):
+                first_L = torch.tensor(module.first, device=module.bias.device)
+                init.copy_(module.bias, first_L.repeat_interleave(len(module.bias) // len(first_L)))
+        elif isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, -1.0, 1.0)
+        elif isinstance(module, nn.Conv1d):
+            init.uniform_(module.weight, -0.05, 0.05)
+        elif isinstance(module, Mix):
+            init.ones_(module.gamma)
+            init.zeros_(module.weights)
+
+
+class ElmoModel(ElmoPreTrainedModel):
+    """The network without a head; ``mixed=False`` gives its top layer in place of the sum."""
+
+    def __init__(self, config: ElmoConfig, mixed: bool = True) -> None:
+        super().__init__(config)
+        self.characters = CharacterCNN(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList([TwoWayLayer(config, residual=index > 0) for index in layers])
+        self.mix = Mix(config.num_hidden_layers + 1)
+        self.mixed = mixed
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of characters."""
+        embedding: nn.Module = self.characters.embed_tokens
+        return embedding
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Put another in its place."""
+        self.characters.embed_tokens = value
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutput:
+        """State ``[R, T, H]`` of the word of each character ``[R, T]``.
+
+        Rows may be filled up before or behind, where ``attention_mask`` is 0.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        words = self._words(input_ids, attention_mask.bool())
+        vector_UP = self.characters(words.character_UC)
+        word_RWP = self.dropout(vector_UP[words.distinct_RW])
+        turned_RW = _turned(words.length_R, word_RWP.shape[1])
+        ahead, back = word_RWP, _picked(word_RWP, turned_RW)
+        layers = [torch.cat([word_RWP, word_RWP], 2)]
+        for layer in self.layers:
+            ahead, back = layer(ahead, back)
+            layers.append(torch.cat([ahead, _picked(back, turned_RW)], 2))
+        state_RWH = self.mix(layers) if self.mixed else layers[-1]
+        return BaseModelOutput(last_hidden_state=_picked(state_RWH, words.word_RT))
+
+    @torch.no_grad()
+    def _words(self, ids_RT: Tensor, mask_RT: Tensor) -> Words:
+        """Words begin at their mark, at special tokens and behind them, and where a row begins."""
+        config = self.config
+        # Ids behind the vocabulary are those of a soft prompt.
+        special_RT = (ids_RT < config.special_tokens) | (ids_RT >= config.vocab_size)
+        start_RT = special_RT | (ids_RT == config.word_start_id)
+        start_RT[:, 1:] |= special_RT[:, :-1] | ~mask_RT[:, :-1]
+        start_RT[:, 0] = True
+        start_RT &= mask_RT
+        word_RT = (start_RT.cumsum(1) - 1).clamp(min=0)
+        length_R = start_RT.sum(1)
+        place_T = torch.arange(ids_RT.shape[1], device=ids_RT.device)
+        inside_RT = place_T - torch.where(start_RT, place_T, 0).cummax(1).values
+        most = config.max_characters_per_token
+        kept_RT = mask_RT & (inside_RT < most - 1)
+        longest = int((inside_RT * kept_RT).max()) + 2
+        row_R = torch.arange(len(ids_RT), device=ids_RT.device)[:, None]
+        character_RWC = ids_RT.new_full((len(ids_RT), int(length_R.max()), longest), -1)
+        place = (row_R.expand_as(ids_RT)[kept_RT], word_RT[kept_RT], inside_RT[kept_RT])
+        character_RWC[place] = ids_RT[kept_RT]
+        ends_RW = (character_RWC >= 0).sum(2, keepdim=True)
+        character_RWC.scatter_(2, ends_RW, config.word_end_id)
+        found = torch.unique(character_RWC.flatten(0, 1), dim=0, return_inverse=True)
+        return Words(found[0], found[1].view(ends_RW.shape[:2]), length_R, word_RT)
+
+
+def _turned(length_R: Tensor, size: int) -> Tensor:
+    """Indices ``[R, W]`` that turn the words of each row around, and again back."""
+    place_W = torch.arange(size, device=length_R.device)
+    turned_RW = length_R[:, None] - 1 - place_W
+    return torch.where(turned_RW >= 0, turned_RW, place_W)
+
+
+def _picked(states_RWH: Tensor, index_RT: Tensor) -> Tensor:
+    """``[R, T, H]``: of each row the states that ``index_RT`` names."""
+    return states_RWH.gather(1, index_RT[..., None].expand(-1, -1, states_RWH.shape[-1]))
+
+
+class ElmoForSequenceClassification(ElmoPreTrainedModel):
+    """A classifier that reads the mean of all characters' states."""
+
+    row_pooling = "mean"
+
+    def __init__(self, config: ElmoConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ElmoModel(config)
+        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Scores ``[R, C]``."""
+        state_RTH = self.model(input_ids, attention_mask).last_hidden_state
+        mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        total_RH = (state_RTH.float() * mask_RT[..., None]).sum(1)
+        mean_RH = total_RH / mask_RT.sum(1, keepdim=True)
+        logits = self.score(mean_RH.to(state_RTH.dtype))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config
+            )
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class ElmoForTokenClassification(GenericForTokenClassification, ElmoPreTrainedModel):
+    """A classifier of words, read at any of their characters."""
+
+
+class ElmoForPreTraining(ElmoPreTrainedModel):
+    """The bidirectional language model (section 3.1): one softmax over words for both directions."""
+
+    def __init__(self, config: ElmoConfig) -> None:
+        super().__init__(config)
+        self.model = ElmoModel(config, mixed=False)
+        self.lm_head = nn.Linear(config.projection_size, int(config.num_labels or 0))
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> ModelOutput:
+        """Logits ``[R, T, 2, V]`` of the word behind each character's word, and of the one before."""
+        state_RTH = self.model(input_ids, attention_mask).last_hidden_state
+        return ModelOutput(logits=self.lm_head(state_RTH.unflatten(-1, (2, -1))))
+
+
+Config = ElmoConfig
+CLASSES = {
+    "AutoModel": ElmoModel,
+    "AutoModelForPreTraining": ElmoForPreTraining,
+    "AutoModelForSequenceClassification": ElmoForSequenceClassification,
+    "AutoModelForTokenClassification": ElmoForTokenClassification,
+}
+"""Model of each automatic class of transformers."""

@@ -1,0 +1,48 @@
+"""Networks that cannot be built are refused in words, also by the checks of other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.errors import RecipeError
+from luthier.models.build import build, build_elmo
+from luthier.models.load import load_tokenizer
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "llama", "hidden_size": 33},
+        {"model_type": "llama", "hidden_size": "wide"},
+        {"model_type": "transfo_xl", "segment_length": 0},
+    ],
+)
+def test_sizes_that_make_no_network_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=f"no network of type {fields['model_type']} can be built"
+    ):
+        build(fields, 0, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_elmo_s_tokenizer_is_found_without_a_word_about_its_type(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    sizes = {"filters": [[1, 4]], "projection_size": 8, "cell_size": 16}
+    build_elmo(sizes, 0, tmp_path)
+    # As in a process that has not loaded one yet.
+    CONFIG_MAPPING._extra_content.pop("elmo")
+    logging.enable_propagation()
+    try:
+        assert load_tokenizer(tmp_path).encode("a")[1:-1] == [224, 68]
+    finally:
+        logging.disable_propagation()
+    assert not caplog.records
+    with pytest.raises(RecipeError, match="no network of type elmo can be built"):
+        build_elmo({"filters": []}, 0, tmp_path)
