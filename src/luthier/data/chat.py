@@ -111,9 +111,14 @@ class ChatFormat:
         """Text with whatever special tokens the model puts around it, for reading as a whole."""
         return self.encode_words(text)[0]
 
-    def encode_words(self, text: str) -> tuple[IntArray, IntArray]:
-        """The same, and the number of each token's word; -1 for the special tokens around the text."""
+    def encode_words(self, text: str) -> tuple[IntArray, IntArray | None]:
+        """The same, and the number of each token's word; -1 for the special tokens around the text.
+
+        Tokenizers that are written in Python do not know the words.
+        """
         encoded = self.tokenizer(text, add_special_tokens=True, truncation=False)
+        if not encoded.is_fast:
+            return np.asarray(encoded["input_ids"], dtype=np.int64), None
         words = [-1 if word is None else word for word in encoded.word_ids()]
         ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
         return ids_T, np.asarray(words, dtype=np.int64)

@@ -78,7 +78,7 @@ def prepare(
     objective.check(chat)
     _check_shapes(rows, held, objective, chat)
     _check_shapes((), [*chain(*further)], objective, chat, beside=True)
-    _check_augmentation(spec, objective)
+    _check_augmentation(spec, objective, chat)
     if not spec.validation:
         rows, held = _split(spec, rows, seed, choices)
     try:
@@ -157,12 +157,17 @@ def _shares(spec: DataSpec, mixed: Sequence[Mixed], main: int) -> list[Choice]:
     ]
 
 
-def _check_augmentation(spec: DataSpec, objective: Objective) -> None:
+def _check_augmentation(spec: DataSpec, objective: Objective, chat: ChatFormat) -> None:
     if spec.augmentation and not objective.augments:
         able = [name for name, kind in OBJECTIVES.items() if kind.augments]
         raise RecipeError(
             f"data.augmentation changes the words of a row, and {objective.method} learns the words "
             f"themselves. It goes with {', '.join(able)}; leave it out here"
+        )
+    if spec.augmentation and not chat.tokenizer.is_fast:
+        raise RecipeError(
+            "data.augmentation moves whole words, and this model's tokenizer does not say which tokens "
+            "make a word. Leave it out here"
         )
 
 
