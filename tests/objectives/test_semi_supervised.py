@@ -103,10 +103,11 @@ def test_labels_spread_as_by_the_inverse(
         assert place < 2 or label == -1 or limit[place]
 
 
+@pytest.mark.parametrize("family", ["bert", "albert", "llama", "t5", "xlnet"])
 def test_labels_are_those_of_the_texts_however_they_are_read(
-    family_folder: Callable[[str], Path],
+    family: str, family_folder: Callable[[str], Path]
 ) -> None:
-    network, objective, examples = ready(family_folder("bert"), SemiSupervised(threshold=0.0))
+    network, objective, examples = ready(family_folder(family), SemiSupervised(threshold=0.0))
     state = torch.get_rng_state()
     whole = begun(network, objective, examples)
     assert whole == begun(network, objective, examples) == begun(network, objective, examples, 12)

@@ -22,6 +22,8 @@ POWER = 3
 """gamma of Iscen et al."""
 LEFT = 1e-3
 """The iteration ends when at most this share of the sum is missing."""
+HOPS = 20
+"""Iterations at least: a label reaches no farther, and what far points get is scaled up."""
 CHUNK = 1024
 """Points whose similarities to all others exist at once."""
 
@@ -68,6 +70,6 @@ def propagate(graph_NN: Tensor, known_N: Tensor, classes: int, alpha: float) -> 
     some_N = known_N >= 0
     known_NC[some_N, known_N[some_N]] = 1.0
     spread_NC = known_NC
-    for _ in range(math.ceil(math.log(LEFT) / math.log(alpha))):
+    for _ in range(max(HOPS, math.ceil(math.log(LEFT) / math.log(alpha)))):
         spread_NC = alpha * torch.sparse.mm(graph_NN, spread_NC) + known_NC
     return spread_NC / spread_NC.sum(-1, keepdim=True).clamp(min=1e-12)
