@@ -31,7 +31,7 @@ CASES = {
     "a packed base": ("llama", "sft", "qlora", {}),
     "a few weights of each layer": ("llama", "sft", "sparse", {}),
     "further rows and changed words": ("bert", "classification", "full", {}),
-    "own labels on strong views": ("bert", "semi_supervised", "full", {"threshold": 0.5}),
+    "labels that spread": ("bert", "semi_supervised", "full", {"neighbours": 3}),
     "a dropout that was asked for": ("gpt2", "classification", "lora", {}),
     "weights that matter": ("llama", "sft", "sparse", {}),
     "keys and values": ("gpt2", "sft", "prefix", {}),

@@ -1,9 +1,10 @@
-"""FixMatch by its formula, whole and in parts, and from files to a model that is used."""
+"""Labels that spread, the loss of a step whole and in parts, and from files to a model that is used."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 import torch
 
 import luthier
-from luthier.data.augmentation import Augmentation
 from luthier.errors import DataError, RecipeError
 from luthier.models.load import as_network, load_chat_format, load_model
 from luthier.models.network import Network
@@ -40,16 +40,90 @@ def ready(folder: Path, objective: SemiSupervised) -> tuple[Network, SemiSupervi
     torch.manual_seed(2)
     model = load_model(folder, torch.float32, CPU, objective.head())
     network = as_network(model, CPU, torch.float32)
-    network.model.train()
-    return network, objective, [objective.encode(row, n, chat) for n, row in enumerate(rows())]
+    network.model.eval()
+    examples = [objective.encode(row, n, chat) for n, row in enumerate(rows())]
+    return network, objective, examples
+
+
+def begun(
+    network: Network, objective: SemiSupervised, examples: list[Example], budget: int = 1000
+) -> tuple[list[int], list[str]]:
+    """The label of each row after the network has read all of them, and what was said."""
+    notes: list[str] = []
+    with torch.no_grad():
+        after = objective.begin(network, examples, budget, notes.append)
+    assert [(e.row, e.weight) for e in after] == [(e.row, e.weight) for e in examples]
+    return [int(example.target[0]) for example in after if example.target is not None], notes
+
+
+def shares(network: Network, examples: list[Example], neighbours: int, alpha: float) -> np.ndarray:
+    """Row by row and by an inverse: mean states, the graph of the nearest, and labels on it."""
+    with torch.no_grad():
+        states = [network.hidden(network.batches([e], 1000)[0])[: len(e)] for e in examples]
+    points = np.array([state.double().mean(0).numpy() for state in states])
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    cosine = points @ points.T
+    np.fill_diagonal(cosine, -np.inf)
+    ties = np.zeros_like(cosine)
+    for one, row in enumerate(cosine):
+        for other in np.argsort(-row)[:neighbours]:
+            ties[one, other] = max(0.0, row[other]) ** 3
+    ties += ties.T
+    scale = np.diag(ties.sum(1) ** -0.5)
+    known = np.zeros((len(examples), 2))
+    known[[0, 1], [int(e.target[0]) for e in examples[:2] if e.target is not None]] = 1
+    spread = np.linalg.inv(np.eye(len(examples)) - alpha * scale @ ties @ scale) @ known
+    return np.asarray(spread / np.maximum(spread.sum(1, keepdims=True), 1e-12))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize(("neighbours", "alpha"), [(1, 0.5), (2, 0.9), (50, 0.9)])
+def test_labels_spread_as_by_the_inverse(
+    family: str, neighbours: int, alpha: float, family_folder: Callable[[str], Path]
+) -> None:
+    objective = SemiSupervised(neighbours=neighbours, alpha=alpha, threshold=0.0)
+    network, objective, examples = ready(family_folder(family), objective)
+    expected = shares(network, examples, neighbours, alpha)
+    reached = expected.sum(1) > 0.5
+    assert reached[2:].any()
+    found, notes = begun(network, objective, examples)
+    assert found[:2] == [0, 1]
+    gap = np.abs(expected[:, 0] - expected[:, 1])
+    for label, share, seen, clear in zip(found, expected, reached, gap > 1e-2, strict=True):
+        if not seen:
+            assert label == -1
+        elif clear:
+            assert label == share.argmax()
+    assert f"{int(reached[2:].sum())} of 5 texts have a label of 0 or more" in notes[0]
+    highest = expected[2:].max()
+    sure = objective.model_copy(update={"threshold": float(highest) - 5e-3})
+    limit = expected.max(1) >= highest - 1e-2
+    assert [place for place, label in enumerate(begun(network, sure, examples)[0]) if label >= 0]
+    for place, label in enumerate(begun(network, sure, examples)[0]):
+        assert place < 2 or label == -1 or limit[place]
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "llama", "t5", "xlnet"])
+def test_labels_are_those_of_the_texts_however_they_are_read(
+    family: str, family_folder: Callable[[str], Path]
+) -> None:
+    network, objective, examples = ready(family_folder(family), SemiSupervised(threshold=0.0))
+    state = torch.get_rng_state()
+    whole = begun(network, objective, examples)
+    assert whole == begun(network, objective, examples) == begun(network, objective, examples, 12)
+    assert torch.equal(state, torch.get_rng_state())
+    order = [4, 0, 6, 2, 1, 5, 3]
+    turned, _ = begun(network, objective, [examples[place] for place in order])
+    assert turned == [whole[0][place] for place in order]
 
 
 def total_and_gradients(
-    network: Network, objective: SemiSupervised, views: list[Example], budget: int
+    network: Network, objective: SemiSupervised, examples: list[Example], budget: int
 ) -> tuple[float, float, dict[str, torch.Tensor], int]:
     network.model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        batches = objective.annotate(network, network.batches(views, budget))
+    batches = objective.annotate(
+        network, network.batches(objective.seen(examples, training=True), budget)
+    )
     total = 0.0
     for batch in batches:
         loss = objective.loss(network, batch).total
@@ -61,52 +135,29 @@ def total_and_gradients(
     return total, sum(batch.weight for batch in batches), gradients, len(batches)
 
 
-def log_probabilities(network: Network, example: Example) -> np.ndarray:
-    """Of one row by itself, through transformers' own forward."""
-    with torch.no_grad():
-        scores_C = network.row_scores(network.batches([example], 1000)[0])[0]
-    return scores_C.double().log_softmax(-1).numpy()
+def labelled(examples: list[Example], labels: list[int]) -> list[Example]:
+    return [replace(e, target=np.array([label])) for e, label in zip(examples, labels, strict=True)]
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.6, 1.0])
-def test_the_loss_is_that_of_fixmatch(
-    threshold: float, family_folder: Callable[[str], Path]
-) -> None:
-    objective = SemiSupervised(threshold=threshold, unlabelled_weight=0.4)
-    network, objective, examples = ready(family_folder("gpt2"), objective)  # it has no dropout
-    torch.manual_seed(9)
-    views = objective.seen(examples, training=True)
-    assert len(views) == len(LABELLED) + 2 * len(TEXTS)
-    plain = {view.row: view for view in views}
-    expected, sure = 0.0, 0
-    for place, example in enumerate(examples):
-        log_p = log_probabilities(network, plain[2 * place + 1])
-        if place < len(LABELLED):
-            assert example.target is not None
-            expected -= log_p[int(example.target[0])]
-            continue
-        q = np.exp(log_probabilities(network, plain[2 * place]))
-        if q.max() >= threshold:
-            sure += 1
-            expected -= 0.4 * log_p[q.argmax()]
-    assert {0.0: sure == 5, 0.6: 0 < sure < 5, 1.0: sure == 0}[threshold]
-    total, weight, _, _ = total_and_gradients(network, objective, views, 1000)
-    assert total == pytest.approx(expected, rel=1e-5)
-    assert weight == pytest.approx(2 + 0.4 * 5)
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_batch_in_parts_is_the_whole_batch(
-    family: str, threshold: float, family_folder: Callable[[str], Path]
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_the_loss_of_a_step_whole_and_in_parts(
+    family: str, family_folder: Callable[[str], Path]
 ) -> None:
     network, objective, examples = ready(
-        family_folder(family), SemiSupervised(threshold=threshold, unlabelled_weight=0.3)
+        family_folder(family), SemiSupervised(unlabelled_weight=0.3)
     )
-    views = objective.seen(examples, training=True)
-    total, weight, wanted, count = total_and_gradients(network, objective, views, 10_000)
+    examples = labelled(examples, [0, 1, -1, 1, 0, -1, 1])
+    expected = 0.0
+    for example, weight in zip(examples, [1, 1, 0, 0.3, 0.3, 0, 0.3], strict=True):
+        with torch.no_grad():
+            scores_C = network.row_scores(network.batches([example], 1000)[0])[0]
+        assert example.target is not None
+        expected -= weight * float(scores_C.double().log_softmax(-1)[int(example.target[0])])
+    total, weight, wanted, count = total_and_gradients(network, objective, examples, 10_000)
     assert count == 1
-    parts, part_weight, found, count = total_and_gradients(network, objective, views, 30)
+    assert total == pytest.approx(expected, rel=1e-5)
+    assert weight == pytest.approx(2 + 3 * 0.3)
+    parts, part_weight, found, count = total_and_gradients(network, objective, examples, 20)
     assert count > 1
     assert (parts, part_weight) == pytest.approx((total, weight), rel=1e-5)
     assert found.keys() == wanted.keys()
@@ -114,47 +165,18 @@ def test_a_batch_in_parts_is_the_whole_batch(
         assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
-def test_a_step_that_is_sure_of_nothing_moves_nothing(
-    family_folder: Callable[[str], Path],
-) -> None:
-    network, objective, examples = ready(
-        family_folder("bert"), SemiSupervised(threshold=1.0, unlabelled_weight=1.0)
-    )
-    views = objective.seen(examples[len(LABELLED) :], training=True)
-    total, weight, gradients, _ = total_and_gradients(network, objective, views, 40)
-    assert (total, weight) == (0.0, 5.0)
+def test_a_step_without_any_label_moves_nothing(family_folder: Callable[[str], Path]) -> None:
+    network, objective, examples = ready(family_folder("bert"), SemiSupervised())
+    bare = examples[len(LABELLED) :]
+    total, weight, gradients, _ = total_and_gradients(network, objective, bare, 40)
+    assert (total, weight) == (0.0, 1.0)
     assert all(not gradient.any() for gradient in gradients.values())
-
-
-def test_own_labels_are_given_without_dropout_and_views_drawn_anew(
-    family_folder: Callable[[str], Path],
-) -> None:
-    network, objective, examples = ready(family_folder("bert"), SemiSupervised(threshold=0.0))
-    torch.manual_seed(1)
-    first, second = (objective.seen(examples, training=True) for _ in range(2))
-    torch.manual_seed(1)
-    again = objective.seen(examples, training=True)
-
-    def ids(views: list[Example]) -> list[list[int]]:
-        return [view.ids_T.tolist() for view in views]
-
-    assert ids(first) == ids(again) != ids(second)
-    own = [objective._own_labels(network, network.batches(first, 60)) for _ in range(5)]
-    assert all(labels == own[0] for labels in own)
-    assert network.model.training
+    assert objective.seen(bare) == []
 
 
 def test_only_labelled_rows_are_measured(family_folder: Callable[[str], Path]) -> None:
-    network, objective, examples = ready(family_folder("bert"), SemiSupervised())
-    network.model.eval()
-    measured = objective.seen(examples)
-    assert [example.row for example in measured] == [0, 1]
-    batches = objective.annotate(network, network.batches(measured, 1000))
-    loss = objective.loss(network, batches[0])
-    plain = [
-        -log_probabilities(network, e)[int(e.target[0])] for e in measured if e.target is not None
-    ]
-    assert float(loss.total.detach()) == pytest.approx(sum(plain), rel=1e-5)
+    _, objective, examples = ready(family_folder("bert"), SemiSupervised())
+    assert [example.row for example in objective.seen(examples)] == [0, 1]
     assert objective.described(examples[0]) == "animal"
     assert objective.described(examples[3]) == "without a label"
 
@@ -183,7 +205,7 @@ def test_from_two_files_to_a_model_that_answers(
         labelled,
         base=str(family_folder("bert")),
         name="semi",
-        objective={"method": "semi_supervised", "threshold": 0.6, "strong": {"delete": 0.3}},
+        objective={"method": "semi_supervised", "neighbours": 2},
         adaptation="full",
         data__mix=[{"train": texts, "weight": 2}],
         data__validation=labelled,
@@ -195,9 +217,6 @@ def test_from_two_files_to_a_model_that_answers(
     manifest = json.loads((Path(result.model_dir) / "luthier.json").read_text())
     assert manifest["data"]["mix"] == [{"train": str(texts), "weight": 2.0, "rows": 5, "drawn": 16}]
     assert set(manifest["data"]["sha256"]) == {str(labelled), str(texts)}
-    lines = (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
-    shares = [json.loads(line).get("pseudo_labelled") for line in lines]
-    assert any(share for share in shares) and all(0 <= share <= 1 for share in shares if share)
     model = luthier.load(result.model_id)
     answers = model.predict([text for text, _ in LABELLED])
     assert [answer["label"] for answer in answers] == ["animal", "bank"]
@@ -209,7 +228,7 @@ def test_what_it_cannot_learn_from_is_refused(
     labelled, texts = files
     base = str(family_folder("bert"))
     fields = {"base": base, "name": "no", "objective": "semi_supervised"}
-    with pytest.raises(RecipeError, match=r"all 8 rows have labels.*--mix FILE=7"):
+    with pytest.raises(RecipeError, match=r"all 8 rows have labels.*--mix FILE=10"):
         luthier.tune(labelled, data__validation_share=0, **fields)
     with pytest.raises(DataError) as caught:
         luthier.tune(texts, data__mix=[{"train": labelled, "weight": 1}], **fields)
@@ -218,8 +237,3 @@ def test_what_it_cannot_learn_from_is_refused(
     with pytest.raises(DataError) as caught:
         luthier.tune(several, data__mix=[{"train": texts, "weight": 1}], **fields)
     assert caught.value.problems[0].rule == "label.mixed"
-
-
-def test_the_strong_view_is_a_setting() -> None:
-    objective = SemiSupervised.model_validate({"strong": {"delete": 0.4}})
-    assert objective.strong == Augmentation(delete=0.4)

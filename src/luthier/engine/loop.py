@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -231,10 +232,14 @@ def row_gradients(
 
     def gradients(rows: int) -> Iterator[None]:
         network.model.eval()
-        chosen = [examples[i] for step in range(order.steps_per_epoch) for i in order.batch(step)]
-        rows = min(rows, len(chosen))
-        reporter.stage(f"Reading gradients of {rows:,} rows, to choose the weights that train")
-        for start in range(0, rows, size):
+        steps = range(order.steps_per_epoch)
+        whole = (examples[index] for step in steps for index in order.batch(step))
+        # A row may teach nothing by itself: a text whose label nobody knows.
+        chosen = list(islice((row for row in whole if objective.seen([row])), rows))
+        reporter.stage(
+            f"Reading gradients of {len(chosen):,} rows, to choose the weights that train"
+        )
+        for start in range(0, len(chosen), size):
             with torch.no_grad():
                 batches = _annotated(network, objective, chosen[start : start + size], budget)
             for turn in objective.turns(batches):

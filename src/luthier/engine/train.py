@@ -167,6 +167,7 @@ class Trainer:
         The memory of the optimizer is free again after, which a second copy of the network needs.
         """
         network = self._network()
+        self._begin(network)
         checkpoints = Checkpoints(self.run_folder.folder / "checkpoints")
         found = checkpoints.latest() if resume else None
         if found is None:
@@ -223,6 +224,14 @@ class Trainer:
             f"the model will be stored in {size / 1e6:,.2f} MB"
         )
         return network
+
+    @torch.no_grad()
+    def _begin(self, network: Network) -> None:
+        """Let the objective add to the rows what the network says of them before it is trained."""
+        data, budget = self.job.data, self.recipe.training.micro_batch_tokens or 1
+        network.model.eval()
+        train = data.objective.begin(network, data.train, max(budget, 2048), self.reporter.note)
+        self.job = replace(self.job, data=replace(data, train=train))
 
     def _remember(self, network: Network) -> int:
         """Where the bottom is frozen and rows come more than once, compute it ahead for all rows.

@@ -1,11 +1,12 @@
 """The seam between what is learned and how it is trained.
 
 An objective is one frozen object: its fields are the hyper-parameters of its paper, with the
-vetted setting as default. The engine calls six methods and knows nothing else:
+vetted setting as default. The engine calls seven methods and knows nothing else:
 
     check     whether it suits the network at all
     fit       what it must know of all rows: the classes there are
     encode    rows to token ids with a loss weight for each token
+    begin     what the network, as it is before the first step, adds to the rows
     annotate  all that takes no gradient: sampling, rewards, teacher or reference scores, noise
     turns     the optimizer steps of one batch; one, unless the method says otherwise
     loss      a **sum** over a micro-batch; only the engine divides, once, by the global weight
@@ -13,7 +14,7 @@ vetted setting as default. The engine calls six methods and knows nothing else:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -84,6 +85,21 @@ class Objective(BaseModel):
 
     def arrange(self, examples: Sequence[Example], context: int) -> list[Example]:
         """Regroup encoded rows, for objectives that pack them. ``context`` is the model's limit."""
+        return list(examples)
+
+    def begin(
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        budget: int,
+        note: Callable[[str], None],
+    ) -> list[Example]:
+        """The training rows, with what the network at its starting weights adds to them.
+
+        Called without a gradient or dropout, once for each start of a run. A run that goes on calls it
+        again before its weights are restored, so it must draw nothing at random and keep the number
+        and order of the rows. ``budget`` is the tokens read at once; ``note`` tells people something.
+        """
         return list(examples)
 
     def views(self, example: Example) -> list[Example]:
