@@ -211,7 +211,7 @@ def _annotated(
 ) -> list[TreeBatch]:
     """The micro-batches of ``examples``, with what the objective adds to them."""
     rows = objective.seen(examples, training=network.model.training)
-    return objective.annotate(network, network.batches(rows, budget)) if rows else []
+    return objective.annotate(network, network.batches(rows, budget))
 
 
 def row_gradients(
@@ -245,8 +245,7 @@ def row_gradients(
             for turn in objective.turns(batches):
                 for batch in turn:
                     objective.loss(network, batch).total.backward()
-            if batches:  # a row without a label teaches nothing by itself
-                yield
+            yield
             network.model.zero_grad(set_to_none=True)
 
     return gradients
