@@ -104,7 +104,7 @@ class Training(Part):
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the rate from each layer to the one below; heads have the full rate, 1 is off."""
     head_rate: float | None = Field(default=None, gt=0)
-    """Factor of the rate for a head; more than 1 where a new one stands on weights that move."""
+    """Factor of the rate for a head. Without a rate: 10 where a new one stands on weights that move."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, on matrices only."""
     beta1: float = Field(default=0.9, ge=0, lt=1)

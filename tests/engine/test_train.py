@@ -39,7 +39,7 @@ from luthier.errors import (
 )
 from luthier.files import read_json, verify, write_json
 from luthier.models.load import as_network
-from luthier.recipe import Recipe
+from luthier.recipe import Recipe, Training
 from luthier.store.models import chat_format, find, load
 from luthier.types import Example
 
@@ -400,6 +400,8 @@ def test_a_new_head_on_weights_that_move_learns_faster(
     recipe = Recipe.parse({"data": {"train": "x"}, "adaptation": adaptation})
     chosen, choices = choose(recipe, Facts(100, 100, 0, 576, new))
     assert chosen.training.head_rate == rate
+    given = recipe.model_copy(update={"training": Training(learning_rate=1e-3)})
+    assert choose(given, Facts(100, 100, 0, 576, new))[0].training.head_rate == 1.0
     assert told == any(name == "training.head_rate" for name, _, _ in choices)
 
 

@@ -66,8 +66,10 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
         fill(
             "epochs", *_epochs(facts.rows, max(1, round((training.batch_size or 1) / facts.drawn)))
         )
+    # A rate that was given is meant for all weights.
+    apart = facts.new_head and training.learning_rate is None
     fill("learning_rate", *recipe.adaptation.learning_rate(facts.hidden))
-    factor = recipe.adaptation.new_head_rate if facts.new_head else 1.0
+    factor = recipe.adaptation.new_head_rate if apart else 1.0
     if factor == 1:  # nothing to tell
         training = training.model_copy(update={"head_rate": training.head_rate or 1.0})
     reason = "the new head starts from random numbers, the weights below it from learned ones"
