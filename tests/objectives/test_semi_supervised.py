@@ -85,7 +85,6 @@ def test_labels_spread_as_by_the_inverse(
     network, objective, examples = ready(family_folder(family), objective)
     expected = shares(network, examples, neighbours, alpha)
     reached = expected.sum(1) > 0.5
-    assert reached[2:].any()
     found, notes = begun(network, objective, examples)
     assert found[:2] == [0, 1]
     gap = np.abs(expected[:, 0] - expected[:, 1])
@@ -95,6 +94,9 @@ def test_labels_spread_as_by_the_inverse(
         elif clear:
             assert label == share.argmax()
     assert f"{int(reached[2:].sum())} of 5 texts have a label of 0 or more" in notes[0]
+    if not reached[2:].any():  # with few neighbours, the others may be among themselves
+        assert neighbours < len(examples) - 1
+        return
     highest = expected[2:].max()
     sure = objective.model_copy(update={"threshold": float(highest) - 5e-3})
     limit = expected.max(1) >= highest - 1e-2

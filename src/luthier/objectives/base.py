@@ -93,14 +93,14 @@ class Objective(BaseModel):
         examples: Sequence[Example],
         budget: int,
         note: Callable[[str], None],
-    ) -> list[Example]:
+    ) -> Sequence[Example]:
         """The training rows, with what the network at its starting weights adds to them.
 
         Called without a gradient or dropout, once for each start of a run. A run that goes on calls it
         again before its weights are restored, so it must draw nothing at random and keep the number
         and order of the rows. ``budget`` is the tokens read at once; ``note`` tells people something.
         """
-        return list(examples)
+        return examples
 
     def views(self, example: Example) -> list[Example]:
         """The rows the network is to see for one example: itself, unless the method says otherwise."""
