@@ -33,8 +33,10 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
+
+from luthier.models.nets.tied import TiedCausalLM
 
 
 @strict
@@ -339,40 +341,14 @@ def _ordered(hidden_BTH: Tensor, order_BT: Tensor) -> Tensor:
     return hidden_BTH.gather(1, order_BT[..., None].expand_as(hidden_BTH))
 
 
-class TransfoXLForCausalLM(TransfoXLPreTrainedModel, GenerationMixin):
+class TransfoXLForCausalLM(TiedCausalLM, TransfoXLPreTrainedModel, GenerationMixin):
     """The network with the input embedding as its output head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-
-    def __init__(self, config: TransfoXLConfig) -> None:
-        super().__init__(config)
-        self.model = TransfoXLModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    backbone = TransfoXLModel
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # generate() is to take the memory of the first call
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, V]``, of the last ``logits_to_keep`` tokens where that is not 0."""
-        out = self.model(input_ids, **kwargs)
-        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-        )
 
 
 class TransfoXLForSequenceClassification(
