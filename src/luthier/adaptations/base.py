@@ -23,6 +23,11 @@ each other). Each time it yields, weights that require a gradient hold that of t
 ``grad``; it is gone when the next row is asked for."""
 
 
+def plain_config(config: Any) -> dict[str, Any]:
+    """A configuration of PEFT as JSON holds it: sets as sorted lists."""
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+
+
 def full_rate(hidden: int) -> float:
     """Learning rate for all weights of a network of width ``hidden``: ``5e-5 (2000 / hidden)^0.781``.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from luthier.adaptations.base import Adaptation, full_rate
+from luthier.adaptations.base import Adaptation, full_rate, plain_config
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
 from luthier.models.layers import modules_of, replace_modules
 
@@ -87,8 +87,7 @@ class LoRA(Adaptation):
             base_model_name_or_path=base,
             inference_mode=True,
         )
-        plain = config.to_dict()
-        return {key: sorted(v) if isinstance(v, set) else v for key, v in plain.items()}
+        return plain_config(config)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret")."""

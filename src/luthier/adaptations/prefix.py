@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier.adaptations.base import Adaptation, Gradients
+from luthier.adaptations.base import Adaptation, Gradients, plain_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +73,7 @@ class Prefix(Adaptation):
             base_model_name_or_path=base,
             inference_mode=True,
         )
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        return plain_config(config)
 
     def stored_name(self, name: str) -> str:
         """PEFT keeps the prefix under one name of its own."""

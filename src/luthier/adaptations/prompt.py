@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier.adaptations.base import Adaptation
+from luthier.adaptations.base import Adaptation, plain_config
 from luthier.errors import RecipeError
 from luthier.models.heads import prompt_ids
 from luthier.models.layers import replace_modules
@@ -81,7 +81,7 @@ class Prompt(Adaptation):
             base_model_name_or_path=base,
             inference_mode=True,
         )
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        return plain_config(config)
 
     def stored_name(self, name: str) -> str:
         """PEFT keeps the prompt under one name of its own."""

@@ -101,9 +101,8 @@ class Rectangle:
 
     def nodes(self, states_RTH: Tensor, count: int) -> Tensor:
         """``states_RTH`` in the order of ``count`` nodes, ``[N, H]``; 0 for those that fill up."""
-        hidden_NH = states_RTH.new_zeros(count, states_RTH.shape[-1])
         real_MH = states_RTH.flatten(0, 1)[self.slot_M]
-        return torch.cat([real_MH, hidden_NH[len(real_MH) :]])
+        return torch.nn.functional.pad(real_MH, (0, 0, 0, count - len(real_MH)))
 
 
 class Padded:
