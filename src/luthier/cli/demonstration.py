@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +42,8 @@ def run(as_json: bool) -> None:
                 "training": {"epochs": 3, "learning_rate": 5e-4},
             }
         )
-        reporter = LiveReporter(quiet=as_json)
-        try:
+        with closing(LiveReporter(quiet=as_json)) as reporter:
             result = train(recipe, Run(BASE, name).folder.exists(), reporter)
-        finally:
-            reporter.close()
         if not as_json:
             print_result(result)
         scores = {

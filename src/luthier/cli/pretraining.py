@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,8 @@ def pretrain(
     with heavy_imports():
         from luthier.engine.pretrain import pretrain as run
 
-    reporter = LiveReporter(quiet=as_json)
-    try:
+    with closing(LiveReporter(quiet=as_json)) as reporter:
         result = run(recipe, resume, reporter)
-    finally:
-        reporter.close()
     if as_json:
         print_json(asdict(result) | {"perplexity": perplexity(result)})
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +34,8 @@ def search(
     with heavy_imports():
         from luthier.engine.search import search as find_settings
 
-    reporter = LiveReporter(quiet=as_json)
-    try:
+    with closing(LiveReporter(quiet=as_json)) as reporter:
         found = find_settings(recipe, trials, space, resume, reporter, parallel)
-    finally:
-        reporter.close()
     if as_json:
         print_json({**asdict(found), "model_id": found.result.model_id})
     else:
@@ -52,11 +50,8 @@ def range_test(
     with heavy_imports():
         from luthier.engine.range_test import range_test as find_rate
 
-    reporter = LiveReporter(quiet=as_json)
-    try:
+    with closing(LiveReporter(quiet=as_json)) as reporter:
         found = find_rate(recipe, reporter)
-    finally:
-        reporter.close()
     if as_json:
         print_json(asdict(found))
         return

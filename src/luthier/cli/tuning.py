@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,8 @@ def tune(
     with heavy_imports():
         from luthier.engine.train import train
 
-    reporter = LiveReporter(quiet=as_json)
-    try:
+    with closing(LiveReporter(quiet=as_json)) as reporter:
         result = train(recipe, resume, reporter)
-    finally:
-        reporter.close()
     if as_json:
         print_json(asdict(result))
     else:
