@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.engine.checkpoints import Checkpoints
-from luthier.engine.loop import Loop, mean_loss, row_gradients
+from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_chat_format, load_model, sketch
@@ -162,7 +162,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     adaptation.attach(model)
 
     def loss_of(network: Network) -> float:
-        return mean_loss(network, objective, examples, 1000)
+        return objective.mean_loss(network, examples, 1000)
 
     adaptation.calibrate(
         network, row_gradients(network, objective, examples, training_of(examples), Reporter())

@@ -66,6 +66,10 @@ class Example:
     """What the encoder of an encoder-decoder reads; ``ids_T`` is then the decoder's."""
     word_T: IntArray | None = None
     """Number of the word each token belongs to, -1 for tokens around the text; where it is known."""
+    partner: Example | None = None
+    """The other text of the row, where a row is two: what was rejected, beside what was chosen."""
+    group: int | None = None
+    """Rows with the same number are computed in one micro-batch, as their loss needs all of them."""
 
     def __len__(self) -> int:
         return len(self.ids_T)

@@ -179,3 +179,24 @@ def test_rows_with_one_prompt_share_a_micro_batch() -> None:
     rows = [((*prompts[i % 2], 200 + i), (0.0,) * 20 + (1.0,)) for i in range(8)]
     parts = split_to_budget(examples_of(rows), 24)
     assert sorted(sorted(e.row for e in part) for part in parts) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_a_group_is_never_parted() -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(12):
+        ids_T = rng.integers(3, 9, size=int(rng.integers(2, 9)))
+        weight_T = np.ones(len(ids_T), dtype=np.float32)
+        rows.append(Example(ids_T, weight_T, number, group=number // 2 if number < 10 else None))
+    for budget in (1, 9, 16, 40, 1000):
+        parts = split_to_budget(rows, budget)
+        assert sorted(row.row for part in parts for row in part) == list(range(12))
+        homes = [{row.group for row in part} - {None} for part in parts]
+        assert sum(map(len, homes)) == 5
+        for part in parts:
+            alone = len({row.group for row in part}) == 1 and part[0].group is not None
+            assert alone or len(part) == 1 or distinct_tokens(part) <= budget
+
+
+def distinct_tokens(rows: list[Example]) -> int:
+    return len({tuple(row.ids_T[: size + 1]) for row in rows for size in range(len(row))})

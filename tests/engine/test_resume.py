@@ -122,7 +122,7 @@ def half(*arguments):
     die()
 train.save_adapter = half
 """,
-    "in the parity gate": "train.mean_loss = train.Parity = die",
+    "in the parity gate": "train.Parity = die",
     "after storing, before the result is recorded": "train.Run.finish = die",
     "after the result is recorded": """
 from luthier.engine import runs

@@ -25,7 +25,6 @@ from luthier.engine import defaults, job, train
 from luthier.engine.dataset import prepare
 from luthier.engine.defaults import Facts, choose, steps_of, token_budget, validation_share
 from luthier.engine.estimate import MemoryEstimate
-from luthier.engine.loop import mean_loss
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result
 from luthier.errors import (
@@ -118,7 +117,7 @@ def stored_loss(model_id: str, data: Path) -> float:
     network = as_network(load(stored, torch.float32, CPU), CPU, torch.float32)
     spec = Recipe.parse({"data": {"train": str(data), "validation_share": 0}})
     dataset = prepare(spec.data, None, chat_format(stored), 1024, 0)
-    return mean_loss(network, dataset.objective, dataset.train, 512)
+    return dataset.objective.mean_loss(network, dataset.train, 512)
 
 
 class Notes(Reporter):

@@ -128,8 +128,7 @@ def test_a_masked_language_model_is_transformers_own(
     ours = copy.deepcopy(model)
     network = as_network(ours, CPU, torch.float32)
     network.model.eval()
-    (batch,) = network.batches(examples, 1000)
-    (batch,) = objective.annotate(network, [batch])
+    (batch,) = objective.annotate(network, examples, 1000)
     total = objective.loss(network, batch).total
     total.backward()
     expected = torch.zeros(())

@@ -85,7 +85,7 @@ def test_loss_and_gradients_are_those_of_the_network_s_own_logits(
     theirs = copy.deepcopy(model)
     network = as_network(model, CPU, torch.float32)
     examples = [objective.encode(row, row.line, chat) for row in ROWS]
-    batches = objective.annotate(network, network.batches(examples, 40))
+    batches = objective.annotate(network, examples, 40)
     assert len(batches) > 1
     total = sum((objective.loss(network, batch).total for batch in batches), torch.zeros(()))
     assert sum(batch.weight for batch in batches) == sum(example.weight for example in examples)
@@ -126,7 +126,7 @@ def test_a_network_from_random_weights_learns_to_predict_words(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
-        (batch,) = objective.annotate(network, network.batches(examples, 1000))
+        (batch,) = objective.annotate(network, examples, 1000)
         loss = objective.loss(network, batch).total / batch.weight
         optimizer.zero_grad()
         loss.backward()

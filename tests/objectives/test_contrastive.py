@@ -46,9 +46,8 @@ def total_and_gradients(
     network: Network, objective: Contrastive, examples: list[Example], budget: int
 ) -> tuple[float, dict[str, torch.Tensor], int]:
     network.model.zero_grad(set_to_none=True)
-    views = objective.seen(examples)
     with torch.no_grad():
-        batches = objective.annotate(network, network.batches(views, budget))
+        batches = objective.annotate(network, examples, budget)
     assert sum(batch.weight for batch in batches) == len(examples)
     total = 0.0
     for batch in batches:
@@ -122,9 +121,8 @@ def test_the_second_pass_sees_the_dropout_of_the_first(
         return seen[-1].clone().requires_grad_()
 
     network.row_states = watched  # type: ignore[method-assign]
-    views = objective.seen(examples)
     with torch.no_grad():
-        batches = objective.annotate(network, network.batches(views, 16))
+        batches = objective.annotate(network, examples, 16)
     for batch in batches:
         objective.loss(network, batch)
     first, second = seen[: len(batches)], seen[len(batches) :]

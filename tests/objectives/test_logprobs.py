@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from luthier.objectives import logprobs
-from luthier.objectives.logprobs import weighted_nll
+from luthier.objectives.logprobs import row_sums, token_logps, weighted_nll
 
 Edges = Sequence[tuple[int, int, float]]
 """Parent, token that follows it, weight; ordered by parent."""
@@ -165,3 +165,41 @@ def test_small_terms_are_not_lost_beside_a_large_one(monkeypatch: pytest.MonkeyP
     edges = [(0, 0, 2.0**24), *[(parent, 0, 0.25) for parent in range(1, 401)]]
     loss = weighted_nll(Head(torch.zeros(401, 1), torch.zeros(2, 1)), batch_of(edges))  # type: ignore[arg-type]
     assert float(loss) == pytest.approx((2**24 + 100) * 0.69314718056, rel=1e-7)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+def test_each_token_has_its_log_probability_and_gradient(
+    chunk: int, temperature: float, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    monkeypatch.setattr(logprobs, "CHUNK_TRAINED", chunk)
+    edges = random_edges(nodes=24, vocabulary=11)
+    torch.manual_seed(0)
+    hidden, head, bias = torch.randn(24, 6), torch.randn(11, 6), torch.randn(11)
+    mine = Head(
+        hidden.clone().requires_grad_(),
+        head.clone().requires_grad_(trained),
+        bias.clone().requires_grad_(trained),
+    )
+    order = torch.randperm(len(edges))
+    row_M = torch.randint(3, (len(edges),)).sort().values
+    batch = batch_of(edges, fill=5)
+    batch.learned = (row_M, order)
+    batch.tree = SimpleNamespace(examples=range(3))
+    logp_M = token_logps(mine, batch, temperature)  # type: ignore[arg-type]
+    factor_R = torch.tensor([0.3, -2.0, 1.1])
+    (row_sums(batch, logp_M).square() * factor_R).sum().backward()
+
+    leaves = [each.double().requires_grad_() for each in (hidden, head, bias)]
+    logits_NV = (leaves[0] @ leaves[1].t() + leaves[2]) / temperature
+    full_NV = logits_NV.log_softmax(-1)
+    expected_M = torch.stack([full_NV[edges[e][0], edges[e][1]] for e in order])
+    sums_R = torch.stack([expected_M[row_M == row].sum() for row in range(3)])
+    (sums_R.square() * factor_R).sum().backward()
+    torch.testing.assert_close(logp_M.double(), expected_M, rtol=1e-5, atol=1e-6)
+    for given, wanted in zip((mine.hidden_NH, mine.head_VH, mine.head_bias_V), leaves, strict=True):
+        if given is None or not given.requires_grad:
+            continue
+        torch.testing.assert_close(given.grad.double(), wanted.grad, rtol=1e-3, atol=1e-4)

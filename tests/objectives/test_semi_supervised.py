@@ -123,9 +123,7 @@ def total_and_gradients(
     network: Network, objective: SemiSupervised, examples: list[Example], budget: int
 ) -> tuple[float, float, dict[str, torch.Tensor], int]:
     network.model.zero_grad(set_to_none=True)
-    batches = objective.annotate(
-        network, network.batches(objective.seen(examples, training=True), budget)
-    )
+    batches = network.batches(objective.seen(examples, training=True), budget)
     total = 0.0
     for batch in batches:
         loss = objective.loss(network, batch).total

@@ -16,7 +16,7 @@ from luthier.adaptations import Full
 from luthier.data.chat import ChatFormat
 from luthier.data.tree import build_tree
 from luthier.engine.checkpoints import Checkpoints
-from luthier.engine.loop import Loop, mean_loss
+from luthier.engine.loop import Loop
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.models.load import as_network
 from luthier.objectives import SFT
@@ -92,7 +92,7 @@ def test_the_loss_is_a_sum_over_learned_tokens(
     assert float(SFT().loss(network, batch).total.detach()) == pytest.approx(expected, rel=1e-5)
     learned = sum(int(e.weight_T.sum()) for e in examples)
     assert batch.weight == learned
-    assert mean_loss(network, SFT(), examples, 40) == pytest.approx(expected / learned, rel=1e-5)
+    assert SFT().mean_loss(network, examples, 40) == pytest.approx(expected / learned, rel=1e-5)
 
 
 def train_one_step(

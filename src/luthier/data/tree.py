@@ -149,9 +149,10 @@ def split_to_budget(
     """Cut a batch into micro-batches of at most ``budget`` distinct tokens each.
 
     Rows are sorted first, so neighbours share their prefixes; a row longer than the budget gets a
-    micro-batch of its own. The pieces are evened out, as the largest decides the peak memory.
+    micro-batch of its own, and so does a group (``Example.group``), which is never parted. The pieces
+    are evened out, as the largest decides the peak memory.
     """
-    rows = sorted(examples, key=_sort_key)
+    rows = _by_group(sorted(examples, key=_sort_key))
     shared_R = _shared_prefixes(rows, share)
     parts = _fill(rows, shared_R, budget)
     even = sum(row.tokens for row in rows) - sum(shared_R)
@@ -166,14 +167,39 @@ def split_to_budget(
 def _fill(rows: Sequence[Example], shared_R: Sequence[int], budget: int) -> list[list[Example]]:
     parts: list[list[Example]] = []
     used = 0
-    for row, shared in zip(rows, shared_R, strict=True):
-        added = row.tokens - shared
+    for unit in _units(rows):
+        # Behind the micro-batch before it, the first row of a unit shares its beginning; alone, not.
+        further = sum(rows[at].tokens - shared_R[at] for at in unit[1:])
+        added = rows[unit[0]].tokens - shared_R[unit[0]] + further
         if not parts or used + added > budget:
             parts.append([])
-            used, added = 0, row.tokens
-        parts[-1].append(row)
+            used, added = 0, rows[unit[0]].tokens + further
+        parts[-1] += [rows[at] for at in unit]
         used += added
     return parts
+
+
+def _by_group(rows: list[Example]) -> list[Example]:
+    """Sorted rows, each group moved to the place of its first row."""
+    if all(row.group is None for row in rows):
+        return rows
+    first: dict[int, int] = {}
+    for place, row in enumerate(rows):
+        if row.group is not None:
+            first.setdefault(row.group, place)
+    places = [place if r.group is None else first[r.group] for place, r in enumerate(rows)]
+    return [rows[at] for at in sorted(range(len(rows)), key=places.__getitem__)]
+
+
+def _units(rows: Sequence[Example]) -> list[list[int]]:
+    """Places of the rows that stay together; a row of no group is alone."""
+    units: list[list[int]] = []
+    for place, row in enumerate(rows):
+        if row.group is not None and place and rows[place - 1].group == row.group:
+            units[-1].append(place)
+        else:
+            units.append([place])
+    return units
 
 
 def _sort_key(example: Example) -> tuple[bytes, int]:

@@ -53,6 +53,8 @@ class Progress:
     validation_loss: float | None = None
     metrics_lines: int = 0
     """Lines of the metrics file that belong to this state; later ones are cut on resume."""
+    sample_lines: int = 0
+    """The same of the file of samples."""
     rng: dict[str, str] = field(default_factory=dict)
 
 

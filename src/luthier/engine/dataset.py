@@ -103,7 +103,7 @@ def prepare(
         objective=objective,
         train=train,
         validation=validation,
-        longest=max(example.tokens for example in train),
+        longest=max(v.tokens for e in train for v in objective.views(e)),
         hashes={str(path): sha256_of(path) for path in spec.files},
         choices=choices,
         dropped=encoder.dropped,

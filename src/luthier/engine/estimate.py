@@ -8,7 +8,7 @@ runs (``docs/log.md``); the estimate errs upwards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.adaptations import Adaptation
@@ -27,6 +27,10 @@ class MemoryEstimate:
     least: int = 0
     """What loading and checking take, whatever is trained."""
 
+    def beside(self, further: int) -> MemoryEstimate:
+        """The same with ``further`` bytes that are held from the first step to the last."""
+        return replace(self, fixed=self.fixed + further)
+
     def peak(self, tokens: int) -> int:
         """Estimated peak in bytes with micro-batches of ``tokens`` tokens."""
         return max(self.least, self.fixed + self.per_token * tokens)
@@ -41,6 +45,11 @@ def weight_bytes(model: Any, bytes_per_number: int) -> int:
     return int(weights + sum(buffer.nbytes for buffer in model.buffers()))
 
 
+def trained_numbers(model: Any) -> int:
+    """How many numbers of a network train."""
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
 def estimate_memory(
     model: Any, bytes_per_number: int, plain: int = 0, calibration: int = 0
 ) -> MemoryEstimate:
@@ -49,7 +58,7 @@ def estimate_memory(
     ``plain`` is what :func:`weight_bytes` gave for it before anything was attached, ``calibration``
     what the adaptation takes beside the network before the optimizer is made.
     """
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    trained = trained_numbers(model)
     config = model.config
     hidden = int(config.hidden_size)
     layers = int(config.num_hidden_layers) + int(getattr(config, "num_decoder_layers", None) or 0)
@@ -80,7 +89,7 @@ def check_memory(estimate: MemoryEstimate, tokens: int, available: int) -> None:
 
 def disk_needed(model: Any, bytes_per_number: int, adaptation: Adaptation) -> int:
     """Bytes of two checkpoints and the custom model, with a tenth to spare."""
-    trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
+    trained = trained_numbers(model)
     total = sum(w.numel() for w in model.parameters())
     saved = total if adaptation.stores_network else trained
     checkpoint = trained * (12 + bytes_per_number)

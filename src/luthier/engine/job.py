@@ -13,13 +13,20 @@ from luthier.data.loader import RowOrder
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset
 from luthier.engine.devices import Machine, available_memory
-from luthier.engine.estimate import check_memory, disk_needed, estimate_memory, weight_bytes
+from luthier.engine.estimate import (
+    check_memory,
+    disk_needed,
+    estimate_memory,
+    trained_numbers,
+    weight_bytes,
+)
 from luthier.engine.metrics import Reporter
 from luthier.files import need_disk
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
 from luthier.models.load import sketch
+from luthier.objectives import Objective
 from luthier.recipe import Recipe
 from luthier.store import models as store
 from luthier.types import Example
@@ -37,6 +44,8 @@ class Job:
     steps: int
     origin: Mapping[str, Any] = field(default_factory=dict)
     """What the manifest says of where the model comes from."""
+    others: Mapping[str, store.StoredModel] = field(default_factory=dict)
+    """Further models that the objective asked for."""
 
 
 def settle(
@@ -57,6 +66,8 @@ def settle(
     plain = weight_bytes(model, size)
     with torch.device("meta"):
         recipe.adaptation.attach(model)
+        data.objective.extend(model)
+    others = _others(data.objective, chat, reporter)
     if recipe.training.dropout is not None:
         check_dropout(model)
     if recipe.training.layer_decay < 1:
@@ -68,7 +79,13 @@ def settle(
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
     calibration = recipe.adaptation.calibration_bytes(model)
-    estimate, available = estimate_memory(model, size, plain, calibration), available_memory()
+    beside = trained_numbers(model) * size if data.objective.refers else 0
+    beside += sum(
+        weight_bytes(sketch(o.network_folder, store.objective_of(o).head()), size)
+        for o in others.values()
+    )
+    estimate = estimate_memory(model, size, plain, calibration).beside(beside)
+    available = available_memory()
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(
             estimate, _first_batches(recipe, data), data.longest, available
@@ -83,7 +100,18 @@ def settle(
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
     steps = defaults.steps_of(recipe, data.main, data.mixed)
-    return Job(recipe, base, data.objective.format(chat), data, machine, steps)
+    chat = data.objective.format(chat)
+    return Job(recipe, base, chat, data, machine, steps, others=others)
+
+
+def _others(
+    objective: Objective, chat: ChatFormat, reporter: Reporter
+) -> dict[str, store.StoredModel]:
+    """The further models of the objective, each checked against the format of the one that trains."""
+    found = {name: store.find(each, reporter.stage) for name, each in objective.others.items()}
+    for name, other in found.items():
+        objective.check_other(name, store.chat_format(other), objective.format(chat))
+    return found
 
 
 def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:
@@ -92,4 +120,5 @@ def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[E
     size = training.batch_size or 1
     order = RowOrder(data.main, size, training.seed, training.shuffle, data.mixed)
     steps = range(min(count, order.steps_per_epoch))
-    return [[data.train[index] for index in order.batch(step)] for step in steps]
+    chosen = [[data.train[index] for index in order.batch(step)] for step in steps]
+    return [data.objective.seen(batch) or batch for batch in chosen]

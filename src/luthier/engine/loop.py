@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from luthier.data.augmentation import Augmentation
-from luthier.data.loader import Mixed, RowOrder, total_tokens
+from luthier.data.loader import Mixed, RowOrder
 from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
 from luthier.engine.devices import peak_memory
 from luthier.engine.metrics import MetricsFile, Reporter
@@ -53,6 +53,8 @@ class Loop:
     mixed: tuple[Mixed, ...] = ()
     """Further sets of rows, which stand behind the main one in ``examples``."""
     augmentation: Augmentation | None = None
+    samples: MetricsFile | None = None
+    """Where texts are kept that the network writes in training."""
 
     def __post_init__(self) -> None:
         """Set up what is derived: optimizer, row order, progress."""
@@ -69,6 +71,8 @@ class Loop:
         self.optimizer = MasterAdamW(
             model.named_parameters(), training, layers, head_weights(model)
         )
+        if self.objective.refers:
+            self.network.remember_start()
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
 
@@ -80,7 +84,17 @@ class Loop:
             kept.copy_(tensors[f"{_KEPT}{name}"])
         self.best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
         restore_random_state(progress.rng)
-        self.metrics.cut(progress.metrics_lines)
+        self.cut_lines()
+
+    def cut_lines(self) -> None:
+        """Forget what was written after the state the run goes on from: it will be written again."""
+        progress = self.progress
+        for file, lines in (
+            (self.metrics, progress.metrics_lines),
+            (self.samples, progress.sample_lines),
+        ):
+            if file is not None and (lines or file.path.exists()):
+                file.cut(lines)
 
     def run(self) -> Progress:
         """Train to the end, or until stopped early; the best weights are in the network after."""
@@ -112,11 +126,12 @@ class Loop:
         rate = self.rate * rate_factor(
             self.training.schedule, self.progress.step, self.steps, self.training.warmup_share
         )
-        for batches in self.objective.turns(self._batches(chosen)):
-            loss, further = self._backward(batches)
+        batches = self._batches(chosen)
+        for turn in self.objective.turns(batches):
+            loss, further = self._backward(turn)
             norm = self.optimizer.step(rate)
         seconds = time.monotonic() - started
-        tokens = total_tokens(chosen)
+        tokens = sum(row.tokens for batch in batches for row in batch.tree.examples)
         progress = self.progress
         progress.step += 1
         progress.tokens += tokens
@@ -132,7 +147,15 @@ class Loop:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             **further,
+            **self.objective.report(batches),
         )
+        self._keep_samples(batches)
+
+    def _keep_samples(self, batches: Sequence[TreeBatch]) -> None:
+        if self.samples is not None:
+            for record in self.objective.samples(batches):
+                line = {"step": self.progress.step, **record}
+                self.progress.sample_lines = self.samples.append(line)
 
     def _rows(self) -> list[Example]:
         """The rows of the step to come, changed as asked for: a function of seed and step alone."""
@@ -147,7 +170,7 @@ class Loop:
 
     def _batches(self, examples: Sequence[Example]) -> list[TreeBatch]:
         with torch.no_grad():
-            return _annotated(self.network, self.objective, examples, self.budget)
+            return self.objective.annotate(self.network, examples, self.budget)
 
     def _backward(self, batches: Sequence[TreeBatch]) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over ``batches``; the mean, and the objective's metrics."""
@@ -172,7 +195,8 @@ class Loop:
         """Measure on the validation rows, and keep the weights if they are the best so far."""
         if not self.validation:
             return
-        loss = mean_loss(self.network, self.objective, self.validation, self.budget)
+        self.network.model.eval()
+        loss = self.objective.validation_loss(self.network, self.validation, self.budget)
         progress = self.progress
         progress.validation_loss = loss
         if progress.best_loss is None or loss < progress.best_loss:
@@ -206,14 +230,6 @@ class Loop:
                 weight.data.copy_(self.best[name])
 
 
-def _annotated(
-    network: Network, objective: Objective, examples: Sequence[Example], budget: int
-) -> list[TreeBatch]:
-    """The micro-batches of ``examples``, with what the objective adds to them."""
-    rows = objective.seen(examples, training=network.model.training)
-    return objective.annotate(network, network.batches(rows, budget))
-
-
 def row_gradients(
     network: Network,
     objective: Objective,
@@ -241,7 +257,7 @@ def row_gradients(
         )
         for start in range(0, len(chosen), size):
             with torch.no_grad():
-                batches = _annotated(network, objective, chosen[start : start + size], budget)
+                batches = objective.annotate(network, chosen[start : start + size], budget)
             for turn in objective.turns(batches):
                 for batch in turn:
                     objective.loss(network, batch).total.backward()
@@ -249,19 +265,6 @@ def row_gradients(
             network.model.zero_grad(set_to_none=True)
 
     return gradients
-
-
-@torch.no_grad()
-def mean_loss(
-    network: Network, objective: Objective, examples: Sequence[Example], budget: int
-) -> float:
-    """The objective's loss on ``examples``, averaged over their weight."""
-    network.model.eval()
-    total = weight = 0.0
-    for batch in _annotated(network, objective, examples, budget):
-        total += float(objective.loss(network, batch).total)
-        weight += batch.weight
-    return total / weight
 
 
 @contextmanager

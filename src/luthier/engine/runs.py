@@ -16,6 +16,8 @@ from luthier.recipe import NAME_PATTERN
 from luthier.store.models import base_folder, custom_folder, short_name
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+"""Texts that the network wrote in training, with what they were worth."""
 ACTIVATIONS = "activations.bin"
 START, TOKENS = "start", "tokens"
 """Of a pre-training: the network before its first step, and the text as token ids."""

@@ -24,9 +24,9 @@ from luthier.engine.devices import (
     return_freed_memory,
 )
 from luthier.engine.job import Job, settle
-from luthier.engine.loop import Loop, mean_loss, row_gradients
+from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
-from luthier.engine.runs import ACTIVATIONS, METRICS, Result, Run, automatic_name
+from luthier.engine.runs import ACTIVATIONS, METRICS, SAMPLES, Result, Run, automatic_name
 from luthier.errors import LuthierError, RecipeError, RefusedInput
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, need_disk, new_folder, write_json
@@ -142,7 +142,9 @@ def _prepare(
         if count:
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
     job = settle(recipe, base, chat, data, machine, reporter, began_with)
-    origin = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
+    origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
+    if job.others:
+        origin["others"] = {name: other.id for name, other in job.others.items()}
     return replace(job, origin=origin)
 
 
@@ -170,7 +172,8 @@ class Trainer:
         self._begin(network)
         checkpoints = Checkpoints(self.run_folder.folder / "checkpoints")
         found = checkpoints.latest() if resume else None
-        if found is None:
+        # What is calibrated comes with a checkpoint, but the starting weights do not.
+        if found is None or self.job.data.objective.refers:
             gradients = row_gradients(
                 network,
                 self.job.data.objective,
@@ -185,15 +188,16 @@ class Trainer:
         loop = self._loop(network, checkpoints)
         if found is not None:
             loop.resume(*found)
-        elif loop.metrics.path.exists():
-            loop.metrics.cut(0)
+        else:
+            loop.cut_lines()
         if resume:
             step = loop.progress.step
             self.reporter.note(f"going on after step {step}" if found else "starting at step 1")
         if ahead and loop.progress.step == 0:
             loop.record("frozen_layers", layers=ahead, seconds=time.monotonic() - started)
         progress = loop.run()
-        network.bottom = None
+        network.bottom, network.others = None, {}
+        self.job.data.objective.strip(network.model)
         self._activations.unlink(missing_ok=True)
         return network, progress, loop.metrics.read()
 
@@ -214,6 +218,7 @@ class Trainer:
         torch.manual_seed(self.recipe.training.seed)
         before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
+        self.job.data.objective.extend(model)
         return_freed_memory()  # of what loading and attaching made on the way
         self.trained = sum(p.numel() for p in trained_weights(model).values())
         # Weights that were quantized are parameters no longer.
@@ -223,7 +228,15 @@ class Trainer:
             f"{self.trained:,} of {self.weights:,} weights train ({self.trained / self.weights:.2%}); "
             f"the model will be stored in {size / 1e6:,.2f} MB"
         )
+        network.others = {name: self._other(other) for name, other in self.job.others.items()}
         return network
+
+    def _other(self, stored: store.StoredModel) -> Network:
+        """A model that helps to train: as it is served, frozen."""
+        self.reporter.stage(f"Loading {stored.id}")
+        model = store.load(stored, self.machine.dtype, self.machine.device)
+        model.requires_grad_(False).eval()
+        return as_network(model, self.machine.device, self.machine.dtype)
 
     @torch.no_grad()
     def _begin(self, network: Network) -> None:
@@ -276,6 +289,7 @@ class Trainer:
             reporter=self.reporter,
             mixed=self.job.data.mixed,
             augmentation=self.recipe.data.augmentation,
+            samples=MetricsFile(self.run_folder.folder / SAMPLES),
         )
 
     def _store(self, network: Network, progress: Progress, lines: list[dict[str, Any]]) -> Result:
@@ -357,7 +371,8 @@ class Trainer:
 
     def _loss(self, network: Network) -> float:
         budget = self.recipe.training.micro_batch_tokens or 1
-        return mean_loss(network, self.job.data.objective, self._sample(), budget)
+        with torch.no_grad():
+            return self.job.data.objective.parity_loss(network, self._sample(), budget)
 
     def _parity(self, folder: Path, manifest: dict[str, Any], trained: float) -> Parity:
         """Load what was written as serving will, and compare."""

@@ -7,7 +7,8 @@ or a ``[B, T, V]`` tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,7 @@ from luthier.models import heads
 from luthier.models.bottom import Bottom
 from luthier.models.layouts import Layout, layout_of
 from luthier.models.prefix import prefix_tokens
-from luthier.types import Example
+from luthier.types import Example, IntArray
 
 SIZE_STEP = 32
 """Nodes and loss positions of a micro-batch are rounded up to a multiple of this."""
@@ -44,6 +45,8 @@ class TreeBatch:
     weight_E: Tensor
     weight: float
     """Sum of all weights: this batch's part of what the engine divides by."""
+    child_E: IntArray
+    """Flat index of the token each edge predicts."""
     extra: Any = None
     """What the objective adds to it."""
     as_given: bool = True
@@ -82,7 +85,22 @@ class TreeBatch:
             target_E=put(tree.ids_N[child_E]),
             weight_E=put(tree.edge_weight_E[order]),
             weight=tree.weight,
+            child_E=child_E,
         )
+
+    @cached_property
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """For every token with a weight, one row after the other: its row and its edge, ``[M]`` each.
+
+        Rows are counted in the order of the tree. Rows that share a token share its edge.
+        """
+        rows = self.tree.examples
+        kept_M = np.concatenate([row.weight_T for row in rows]) != 0
+        row_M = np.repeat(np.arange(len(rows)), [len(row) for row in rows])[kept_M]
+        order = np.argsort(self.child_E)
+        places_M = np.searchsorted(self.child_E, self.tree.node_M[kept_M], sorter=order)
+        device = self.target_E.device
+        return torch.from_numpy(row_M).to(device), torch.from_numpy(order[places_M]).to(device)
 
 
 class Network:
@@ -105,6 +123,9 @@ class Network:
         self.layout = layout_of(model, both_ways)
         self.bottom: Bottom | None = None
         """What the frozen bottom gives for each row, where that was computed ahead."""
+        self.others: dict[str, Network] = {}
+        """Further networks the objective asked for, by the name it gave them: a teacher, a judge."""
+        self._start: list[tuple[nn.Parameter, Tensor]] = []
 
     @cached_property
     def _backbone(self) -> Any:
@@ -166,9 +187,35 @@ class Network:
         bias: Tensor | None = self.model.get_output_embeddings().bias
         return bias
 
+    def remember_start(self) -> None:
+        """Keep a copy of the weights that train, for :meth:`at_start`."""
+        trained = (weight for weight in self.model.parameters() if weight.requires_grad)
+        self._start = [(weight, weight.detach().clone()) for weight in trained]
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Run as the *reference model*: at the starting values of what trains, without a gradient.
+
+        No second network is held, and no adapter has to know how to be switched off. Before
+        :meth:`remember_start` the network is at its start.
+        """
+        now = [weight.data for weight, _ in self._start]
+        training = self.model.training
+        for weight, start in self._start:
+            weight.data = start
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for (weight, _), data in zip(self._start, now, strict=True):
+                weight.data = data
+            self.model.train(training)
+
     def close(self) -> None:
         """Let go of the weights, so that their memory can be used again."""
         self.model = None
+        self._start, self.others = [], {}
         self.__dict__.pop("_backbone", None)
 
     @property

@@ -1,7 +1,7 @@
 """The seam between what is learned and how it is trained.
 
 An objective is one frozen object: its fields are the hyper-parameters of its paper, with the
-vetted setting as default. The engine calls seven methods and knows nothing else:
+vetted setting as default. The engine calls these methods and knows nothing else:
 
     check     whether it suits the network at all
     fit       what it must know of all rows: the classes there are
@@ -10,11 +10,16 @@ vetted setting as default. The engine calls seven methods and knows nothing else
     annotate  all that takes no gradient: sampling, rewards, teacher or reference scores, noise
     turns     the optimizer steps of one batch; one, unless the method says otherwise
     loss      a **sum** over a micro-batch; only the engine divides, once, by the global weight
+
+Methods that need more than the network that trains say so: ``refers`` for its starting weights
+(the reference model), ``others`` for further models (a teacher), ``extend`` for weights that only
+training needs (a value head). What is measured on held-out rows and compared after saving is the
+loss, unless ``validation_loss`` and ``parity_loss`` say otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -25,6 +30,8 @@ from luthier.models.heads import Head, Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
 
@@ -55,6 +62,13 @@ class Objective(BaseModel):
     """Whether words of a row may move or fall away without changing what it teaches."""
     packs: ClassVar[bool] = False
     """Whether ``arrange`` cuts rows to size, so that no row is too long."""
+    refers: ClassVar[bool] = False
+    """Whether it runs the network at its starting weights, ``network.at_start()``."""
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """Ids of further models it needs, by the name they have in ``network.others``."""
+        return {}
 
     def head(self) -> Head:
         """The head the network needs; complete after :meth:`fit`."""
@@ -66,6 +80,22 @@ class Objective(BaseModel):
         Raises:
             RecipeError: with the reason, and what to use.
         """
+
+    def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
+        """Refuse a model of :attr:`others` that does not go with the network of format ``chat``.
+
+        Raises:
+            RecipeError: with the reason, and what to use.
+        """
+
+    def extend(self, model: nn.Module) -> None:
+        """Add weights to the network that are trained with it and not part of the custom model.
+
+        Called after the adaptation was attached; ``model`` may be on the meta device.
+        """
+
+    def strip(self, model: nn.Module) -> None:
+        """Take away what :meth:`extend` added, before the model is stored."""
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """This objective with what it learns from all training rows filled in.
@@ -114,13 +144,27 @@ class Objective(BaseModel):
         """
         return [view for example in examples for view in self.views(example)]
 
-    def annotate(self, network: Network, batches: Sequence[TreeBatch]) -> list[TreeBatch]:
-        """Add to the micro-batches of a batch what is computed without a gradient."""
-        return list(batches)
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """The micro-batches of a batch of rows, with what is computed without a gradient.
+
+        Each holds at most ``budget`` tokens. ``network.model.training`` tells whether it is for a step
+        or for a measurement.
+        """
+        return network.batches(self.seen(examples, network.model.training), budget)
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
         """Yield the micro-batches of each optimizer step that one batch of rows gives."""
         yield batches
+
+    def report(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
+        """What :meth:`annotate` found out about a batch, for the metrics: means, by name."""
+        return {}
+
+    def samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
+        """What the network wrote in a step, one record for each text, to be looked at later."""
+        return []
 
     def cut(self, example: Example, context: int) -> Example:
         """``example`` with at most ``context`` tokens, its end cut off.
@@ -136,6 +180,26 @@ class Objective(BaseModel):
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss of one micro-batch."""
         raise NotImplementedError
+
+    def mean_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """The loss on ``examples`` without dropout or a gradient, averaged over their weight."""
+        import torch
+
+        network.model.eval()
+        total = weight = 0.0
+        with torch.no_grad():
+            for batch in self.annotate(network, examples, budget):
+                total += float(self.loss(network, batch).total)
+                weight += batch.weight
+        return total / weight
+
+    def validation_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """What is measured on held-out rows; the weights with the lowest are kept."""
+        return self.mean_loss(network, examples, budget)
+
+    def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """What must be the same before and after saving: a function of network and rows alone."""
+        return self.mean_loss(network, examples, budget)
 
     def described(self, example: Example) -> str:
         """What one row teaches beside its tokens, for people; empty where tokens are all."""

@@ -96,9 +96,11 @@ class BiLM(Objective):
         pieces = [piece for example in examples for piece in _pieces(example, size)]
         return [replace(piece, row=number) for number, piece in enumerate(pieces)]
 
-    def annotate(self, network: Network, batches: Sequence[TreeBatch]) -> list[TreeBatch]:
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
         """Make the words beside each word its targets."""
-        return [self._aim(batch) for batch in batches]
+        return [self._aim(batch) for batch in super().annotate(network, examples, budget)]
 
     def _aim(self, batch: TreeBatch) -> TreeBatch:
         import torch

@@ -92,12 +92,15 @@ class Contrastive(Objective):
             Example(ids_T, nothing, 2 * example.row + 1, target=empty),
         ]
 
-    def annotate(self, network: Network, batches: Sequence[TreeBatch]) -> list[TreeBatch]:
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
         """For batches of several micro-batches: all embeddings, and the gradient of each."""
         import torch
 
+        batches = super().annotate(network, examples, budget)
         if len(batches) == 1:
-            return list(batches)
+            return batches
         states, parts = [], []
         for batch in batches:
             states.append(_random_state(network))

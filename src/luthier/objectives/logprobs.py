@@ -4,6 +4,10 @@ Logits exist only for the positions that carry loss, ``CHUNK`` positions at a ti
 the softmax. The weights of the loss are known before the forward pass, so the gradient of each
 chunk is computed while its logits are there: one product for the logits and one for the gradient,
 and nothing of vocabulary size is kept for the backward pass.
+
+Where the loss is no weighted sum known ahead (preferences, policy gradients), :func:`token_logps`
+gives the log-probability of each token by itself. Of its gradient by a hidden state, ``W[target] -
+p W``, the second part is kept while the head is frozen; while it trains, logits are computed again.
 """
 
 from __future__ import annotations
@@ -14,7 +18,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from luthier.models.network import Network, TreeBatch
+    from luthier.types import Example
 
 CHUNK = 128
 """Positions whose logits exist at once while the output head is frozen."""
@@ -41,16 +48,10 @@ class _WeightedNLL(torch.autograd.Function):
         dbias_V = torch.zeros(len(head_VH), device=head_VH.device) if needs_bias else None
         chunk = CHUNK_TRAINED if needs_head else CHUNK
         total = torch.zeros((), dtype=torch.float64, device=hidden_SH.device)
-        bounds = torch.arange(0, len(hidden_SH) + chunk, chunk, device=source_E.device)
-        edges = torch.searchsorted(source_E, bounds).tolist()
-        for index, start in enumerate(range(0, len(hidden_SH), chunk)):
-            first, last = edges[index], edges[index + 1]
-            h_CH = hidden_SH[start : start + chunk]
-            position, target = source_E[first:last] - start, target_E[first:last]
-            weight = weight_E[first:last]
-            logits_CV = torch.mm(h_CH, head_VH.t()).float()
-            if bias_V is not None:
-                logits_CV += bias_V
+        for rows, edges in _chunks(len(hidden_SH), source_E, chunk):
+            position, target = source_E[edges] - rows.start, target_E[edges]
+            weight = weight_E[edges]
+            logits_CV = _scores(hidden_SH[rows], head_VH, bias_V)
             lse_C = torch.logsumexp(logits_CV, -1)
             nll = lse_C[position] - logits_CV[position, target]
             total += (nll * weight).sum(dtype=torch.float64)
@@ -63,9 +64,9 @@ class _WeightedNLL(torch.autograd.Function):
                 dbias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(head_VH.dtype)
             if dhidden_SH is not None:
-                torch.mm(grad_CV, head_VH, out=dhidden_SH[start : start + chunk])
+                torch.mm(grad_CV, head_VH, out=dhidden_SH[rows])
             if dhead_VH is not None:
-                dhead_VH += torch.mm(grad_CV.t(), h_CH)
+                dhead_VH += torch.mm(grad_CV.t(), hidden_SH[rows])
         ctx.save_for_backward(dhidden_SH, dhead_VH, dbias_V)
         ctx.head_dtype = head_VH.dtype
         return total.float()
@@ -97,3 +98,131 @@ def weighted_nll(network: Network, batch: TreeBatch) -> Tensor:
         batch.weight_E,
     )
     return total
+
+
+class _TokenLogps(torch.autograd.Function):
+    """``log p(target_e | h[source_e])`` for each edge, ``[E]`` in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_SH: Tensor,
+        head_VH: Tensor,
+        bias_V: Tensor | None,
+        source_E: Tensor,
+        target_E: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        trained = any(ctx.needs_input_grad[1:3])
+        kept_SH = None
+        if ctx.needs_input_grad[0] and not trained:
+            kept_SH = torch.empty_like(hidden_SH)
+        logp_E = torch.empty(len(source_E), device=hidden_SH.device)
+        for rows, edges in _chunks(len(hidden_SH), source_E, CHUNK):
+            logits_CV = _scores(hidden_SH[rows], head_VH, bias_V, temperature)
+            lse_C = torch.logsumexp(logits_CV, -1)
+            position, target = source_E[edges] - rows.start, target_E[edges]
+            logp_E[edges] = logits_CV[position, target] - lse_C[position]
+            if kept_SH is not None:
+                p_CV = logits_CV.sub_(lse_C[:, None]).exp_().to(head_VH.dtype)
+                torch.mm(p_CV, head_VH, out=kept_SH[rows])
+        ctx.save_for_backward(hidden_SH, head_VH, bias_V, source_E, target_E, kept_SH)
+        ctx.temperature = temperature
+        return logp_E
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_E: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        hidden_SH, head_VH, _, source_E, target_E, kept_SH = ctx.saved_tensors
+        grad_E = grad_E / ctx.temperature
+        if kept_SH is None:
+            return *_again(ctx, grad_E), None, None, None
+        sum_S = grad_E.new_zeros(len(hidden_SH)).index_add_(0, source_E, grad_E)
+        dhidden_SH = kept_SH.float() * -sum_S[:, None]
+        dhidden_SH.index_add_(0, source_E, head_VH[target_E].float() * grad_E[:, None])
+        return dhidden_SH.to(hidden_SH.dtype), None, None, None, None, None
+
+
+def _again(ctx: Any, grad_E: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by hidden states, head and bias, from logits that are computed once more."""
+    hidden_SH, head_VH, bias_V, source_E, target_E, _ = ctx.saved_tensors
+    needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
+    dhidden_SH = torch.empty_like(hidden_SH) if needs_hidden else None
+    dhead_VH = torch.zeros(head_VH.shape, device=head_VH.device) if needs_head else None
+    dbias_V = torch.zeros(len(head_VH), device=head_VH.device) if needs_bias else None
+    for rows, edges in _chunks(len(hidden_SH), source_E, CHUNK_TRAINED):
+        logits_CV = _scores(hidden_SH[rows], head_VH, bias_V, ctx.temperature)
+        position, part_E = source_E[edges] - rows.start, grad_E[edges]
+        sum_C = part_E.new_zeros(len(logits_CV)).index_add_(0, position, part_E)
+        grad_CV = torch.softmax(logits_CV, -1).mul_(-sum_C[:, None])
+        grad_CV.index_put_((position, target_E[edges]), part_E, accumulate=True)
+        if dbias_V is not None:
+            dbias_V += grad_CV.sum(0)
+        grad_CV = grad_CV.to(head_VH.dtype)
+        if dhidden_SH is not None:
+            torch.mm(grad_CV, head_VH, out=dhidden_SH[rows])
+        if dhead_VH is not None:
+            dhead_VH += torch.mm(grad_CV.t(), hidden_SH[rows])
+    dtype = head_VH.dtype
+    return (
+        dhidden_SH,
+        None if dhead_VH is None else dhead_VH.to(dtype),
+        None if dbias_V is None else dbias_V.to(dtype),
+    )
+
+
+def _scores(
+    hidden_CH: Tensor, head_VH: Tensor, bias_V: Tensor | None, temperature: float = 1.0
+) -> Tensor:
+    """Logits ``[C, V]`` in float32, divided by ``temperature``."""
+    logits_CV = torch.mm(hidden_CH, head_VH.t()).float()
+    if bias_V is not None:
+        logits_CV += bias_V
+    return logits_CV if temperature == 1 else logits_CV.div_(temperature)
+
+
+def _chunks(positions: int, source_E: Tensor, size: int) -> list[tuple[slice, slice]]:
+    """Slices of the positions, ``size`` at a time, and of the edges (ascending) that start there."""
+    starts = range(0, positions, size)
+    bounds = torch.tensor([*starts, positions], device=source_E.device)
+    edges = torch.searchsorted(source_E, bounds).tolist()
+    return [
+        (slice(start, min(start + size, positions)), slice(edges[index], edges[index + 1]))
+        for index, start in enumerate(starts)
+    ]
+
+
+def token_logps(network: Network, batch: TreeBatch, temperature: float = 1.0) -> Tensor:
+    """Log-probability of every learned token, ``[M]`` in float32, one row after the other.
+
+    Tokens are those with a weight, in the order of ``batch.learned``; weights do not enter. Logits are
+    divided by ``temperature`` first.
+    """
+    hidden_SH = network.before_vocabulary(network.hidden(batch)[batch.source_S])
+    logp_E: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
+        hidden_SH.flatten(0, -2),
+        network.head_VH,
+        network.head_bias_V,
+        batch.edge_source_E,
+        batch.target_E,
+        temperature,
+    )
+    return logp_E[batch.learned[1]]
+
+
+def row_sums(batch: TreeBatch, value_M: Tensor) -> Tensor:
+    """Sums ``[R]`` over the learned tokens of each row, rows in the order of the tree."""
+    row_M = batch.learned[0]
+    return value_M.new_zeros(len(batch.tree.examples)).index_add(0, row_M, value_M)
+
+
+def mean_nll(network: Network, examples: Sequence[Example], budget: int) -> float:
+    """Mean negative log-likelihood of the learned tokens by their weight, without a gradient."""
+    network.model.eval()
+    total = weight = 0.0
+    with torch.no_grad():
+        for batch in network.batches(examples, budget):
+            total += float(weighted_nll(network, batch))
+            weight += batch.weight
+    return total / weight

@@ -77,9 +77,11 @@ class MaskedLM(Objective):
         pieces = [piece for example in examples for piece in _pieces(example, size)]
         return [replace(piece, row=number) for number, piece in enumerate(pieces)]
 
-    def annotate(self, network: Network, batches: Sequence[TreeBatch]) -> list[TreeBatch]:
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
         """Choose what is hidden; the chosen tokens become the targets."""
-        return [self._hide(network, batch) for batch in batches]
+        return [self._hide(network, batch) for batch in super().annotate(network, examples, budget)]
 
     def _hide(self, network: Network, batch: TreeBatch) -> TreeBatch:
         import torch

@@ -55,7 +55,6 @@ class Perplexity:
 def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
     """Loss of a causal language model on raw text, packed as it was trained (512 tokens elsewhere)."""
     from luthier.engine.devices import choose_machine
-    from luthier.engine.loop import mean_loss
     from luthier.models.load import as_network, check_folder, context_length
     from luthier.objectives import CausalLM
     from luthier.store import models as store
@@ -73,7 +72,7 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
     network = as_network(model, machine.device, machine.dtype)
     groups: list[list[Example]] = [sequences[i : i + 64] for i in range(0, len(sequences), 64)]
     weights = [sum(example.weight for example in group) for group in groups]
-    losses = [mean_loss(network, objective, group, BUDGET) for group in groups]
+    losses = [objective.mean_loss(network, group, BUDGET) for group in groups]
     total = math.fsum(loss * weight for loss, weight in zip(losses, weights, strict=True))
     characters = sum(len(row.text or "") for row in rows)
     return Perplexity(total / sum(weights), int(sum(weights)), characters)
