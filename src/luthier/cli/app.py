@@ -116,6 +116,20 @@ def tune(
 
 
 @app.command()
+def pipeline(
+    file: Annotated[Path, typer.Argument(help="TOML file with the stages.")],
+    check: Annotated[bool, typer.Option("--check", help="Check all stages, train none.")] = False,
+    json_: Json = False,
+) -> None:
+    """Run several tunings as one, each from a model of an earlier one; done stages are not repeated."""
+    from luthier.cli import pipelining
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        pipelining.pipeline(file, check, json_)
+
+
+@app.command()
 def pretrain(
     data: Annotated[
         list[Path],
