@@ -103,14 +103,14 @@ def head_in(config: Any) -> Head:
     import transformers
 
     named = next(iter(getattr(config, "architectures", None) or ()), "")
-    able = {task: name for task in _CLASSES if (name := _class_name(config, task))}
-    classes = {
+    able: dict[Task, str] = {task: name for task in _CLASSES if (name := _class_name(config, task))}
+    classes: dict[Task, Any] = {
         task: getattr(transformers, name)._model_mapping[type(config)]
         for task, name in able.items()
     }
-    found = [task for task, kind in classes.items() if getattr(kind, "__name__", "") == named]
+    named_so = [task for task, kind in classes.items() if getattr(kind, "__name__", "") == named]
     plain: tuple[Task, ...] = ("causal_lm", "masked_lm", "embedding")
-    task = next(iter([*found, *(task for task in plain if task in able)]), "embedding")
+    task = [*named_so, *(task for task in plain if task in able), plain[-1]][0]
     if task not in ("sequence_classification", "token_classification"):
         return Head(task)
     labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))

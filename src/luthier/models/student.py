@@ -3,8 +3,8 @@
 *Depth.* The layers that stay are spread evenly and hold the first and the last: of 12 layers 6 are
 0, 2, 4, 7, 9 and 11. These are the layers of DistilBERT's code (Sanh et al. 2019, arXiv:1910.01108,
 section 3, "one layer out of two") and of "shrink and fine-tune" (Shleifer and Rush 2020,
-arXiv:2010.13002), whose table differs by one layer at some counts. Of an encoder-decoder both stacks are
-cut in the same way.
+arXiv:2010.13002), whose table differs by one layer at some counts. Of an encoder-decoder both stacks
+are cut in the same way.
 
 *Width.* See :mod:`luthier.models.width`.
 
