@@ -26,7 +26,9 @@ class Exact(Grader):
 
     def _plain(self, text: str) -> str:
         text = text.casefold() if self.ignore_case else text
-        return " ".join(without_punctuation(text).split()) if self.ignore_punctuation else text.strip()
+        return (
+            " ".join(without_punctuation(text).split()) if self.ignore_punctuation else text.strip()
+        )
 
 
 class FirstLine(Exact):

@@ -34,12 +34,12 @@ class Judge(Grader):
     """How good a language model finds the reply by a rubric: from 1 to 10, here from 0 to 1.
 
     Single-answer grading, with the expected text as a reference where there is one (Zheng et al. 2023,
-    "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", section 3.1). What that paper warns of holds
-    here too: judges favour long replies and their own, and are weak at sums. A reply can try to
+    "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", section 3.1). What that paper warns of
+    holds here too: judges favour long replies and their own, and are weak at sums. A reply can try to
     talk the judge into a high score; it is quoted, not trusted, but watch for it in training.
 
-    The model is given from Python: ``Judge(writer=...)``, or ``judge.model_copy(update={"writer": ...})``
-    for one from a recipe. A verdict without a score is an error, never a guess.
+    The model is given from Python: ``Judge(writer=...)``, or, to one from a recipe,
+    ``judge.model_copy(update={"writer": ...})``. A verdict without a score is an error, never a guess.
     """
 
     method: Literal["judge"] = "judge"
@@ -101,10 +101,8 @@ class Judge(Grader):
 
 def parse_verdict(text: str) -> int | None:
     """The whole number from 1 to 10 after the last ``Score:``, or nothing."""
-    last = None
-    for last in _VERDICT.finditer(text):
-        pass
-    return int(last[1]) if last else None
+    found = [match[1] for match in _VERDICT.finditer(text)]
+    return int(found[-1]) if found else None
 
 
 def _tagged(name: str, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from typing import Literal, NamedTuple
 
@@ -78,10 +79,8 @@ def last_number(text: str) -> Found | None:
     _, marker, tail = text.rpartition(MARKER)
     if marker and (first := _NUMBER.search(tail)):
         return _found(first)
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
-    return _found(last) if last else None
+    found = deque(_NUMBER.finditer(text), maxlen=1)
+    return _found(found[0]) if found else None
 
 
 def _found(match: re.Match[str]) -> Found:

@@ -10,9 +10,9 @@ What this does not protect from: errors of the kernel, which it shares (a virtua
 reading other programs' secrets from the processor's caches. It may use a core until its time is over.
 What the code says of itself cannot be trusted either: it runs in the process that reports the verdict.
 
-Without namespaces (macOS; containers and systems that forbid them), where that is allowed: the limits
-and the empty environment remain, but the code reads all that the user may read, writes what the user may
-write, reaches the network, and a process that leaves its group may outlive the time limit.
+Without namespaces (macOS; containers and systems that forbid them), where that was waived: the limits
+and the empty environment remain, but the code reads and writes what the user may, reaches the network,
+and a process of it that leaves its group may outlive the time limit.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def passes(code: str, tests: str, limits: Limits) -> bool:
     wanted = {"token": token, "code": code, "tests": tests}
     verdict, writes = os.pipe()
     try:
-        with tempfile.TemporaryDirectory(prefix="luthier-code-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix="luthier-code-", ignore_cleanup_errors=True
+        ) as folder:
             _run(json.dumps(wanted).encode(), writes, folder, limits)
         os.set_blocking(verdict, False)
         with suppress(BlockingIOError):

@@ -1,8 +1,8 @@
 """Builds the sandbox around itself, then becomes the program in it. Runs as ``python -c``, alone.
 
-Three processes: this one waits; ``guard`` is the first of its process namespace and keeps the time; the
-third is the code. When ``guard`` ends, the kernel kills whatever is left in the namespace. Whatever goes
-wrong before the code runs is written to standard error, which the code itself does not have.
+Three processes: this one waits; ``guard`` is the first of its process namespace and keeps the time;
+the third is the code. When ``guard`` ends, the kernel kills whatever is left in the namespace. Whatever
+goes wrong before the code runs is written to standard error, which the code itself does not have.
 """
 
 import ctypes
@@ -84,7 +84,7 @@ def become(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-a
             resource.setrlimit(kind, (most, most))
         python = settings["python"]
         writes = str(settings["writes"])
-        os.execve(python, [python, "-I", "-S", "-c", settings["harness"], writes], {})
+        os.execve(python, [python, "-I", "-S", "-c", settings["harness"], writes], {})  # noqa: S606
     except OSError as error:
         os.write(said, f"cannot start {settings['python']}: {error}".encode())
         os._exit(1)
@@ -149,4 +149,5 @@ def fail(text: str) -> None:
     os._exit(1)
 
 
-main()
+if __name__ == "__main__":
+    main()

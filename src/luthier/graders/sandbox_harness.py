@@ -15,4 +15,5 @@ def main(writes: int) -> None:
     os._exit(0)
 
 
-main(int(sys.argv[1]))
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
