@@ -543,7 +543,7 @@ def test_evaluate_grades_and_writes_every_answer(home: Path, data: Path, tmp_pat
 
 
 def test_graders_take_fields_from_the_command_line_and_from_files(
-    tuned: tuple[Path, dict[str, Any], str, str], tmp_path: Path
+    home: Path, tmp_path: Path
 ) -> None:
     held = jsonl(tmp_path / "held.jsonl", {"prompt": "colour of coal?", "completion": "BLACK"})
     fields = ["--grader", "exact", "--set", "exact.ignore_case=true"]

@@ -107,10 +107,10 @@ def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
         pass_fds=(writes,),
         start_new_session=True,
     )
-    said = b""
     try:
-        with suppress(subprocess.TimeoutExpired):
-            _, said = process.communicate(wanted, timeout=limits.seconds + START_S)
+        _, said = process.communicate(wanted, timeout=limits.seconds + START_S)
+    except subprocess.TimeoutExpired:
+        said = f"it was not built in {START_S:g} s; the machine may be overloaded".encode()
     finally:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
