@@ -177,8 +177,8 @@ ABOUT = {
     "Graders": [
         "Each gives a reply a score, from 0 to 1 unless it says otherwise. On the command line:",
         "`luthier evaluate MODEL DATA --grader number --set number.tolerance=0.01`, or",
-        "`--grader FILE.toml` with a table for each grader, under a name of your own, with its `method`",
-        'and fields. In Python: `graders=[{"method": "number", "tolerance": 0.01}]`, or the objects.',
+        "`--grader FILE.toml` with a table for each grader, under a name of your own, with its",
+        '`method` and fields. In Python: `graders=[{"method": "number", "tolerance": 0.01}]`, or the objects.',
         "",
     ]
 }

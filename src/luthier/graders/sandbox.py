@@ -12,7 +12,7 @@ What the code says of itself cannot be trusted either: it runs in the process th
 
 Without namespaces (macOS; containers and systems that forbid them), where that was waived: the limits
 and the empty environment remain, but the code reads and writes what the user may, reaches the network,
-and a process of it that leaves its group may outlive the time limit.
+can kill the user's other processes, and one of its own that leaves its group may outlive the limit.
 """
 
 from __future__ import annotations
