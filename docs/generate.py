@@ -178,7 +178,8 @@ ABOUT = {
         "Each gives a reply a score, from 0 to 1 unless it says otherwise. On the command line:",
         "`luthier evaluate MODEL DATA --grader number --set number.tolerance=0.01`, or",
         "`--grader FILE.toml` with a table for each grader, under a name of your own, with its",
-        '`method` and fields. In Python: `graders=[{"method": "number", "tolerance": 0.01}]`, or the objects.',
+        '`method` and fields. In Python: `graders=[{"method": "number", "tolerance": 0.01}]`, or',
+        "objects.",
         "",
     ]
 }
