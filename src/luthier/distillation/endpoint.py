@@ -94,7 +94,7 @@ class _Session:
         ) as client:
             await self._round(client, range(len(self.questions)))
             if self.failed:
-                self.note(f"{len(self.failed)} prompts without an answer are asked once more")
+                self.note(f"asking once more what got no answer: {len(self.failed)}")
                 again, self.failed = sorted(self.failed), {}
                 self.in_a_row = -len(again)  # they may all fail
                 await self._round(client, again)
@@ -127,10 +127,10 @@ class _Session:
             return
         self.in_a_row += 1
         self.failed[index] = outcome
-        if self.in_a_row >= IN_A_ROW:
+        if self.in_a_row >= IN_A_ROW and self.fatal is None:
             self.fatal = LuthierError(
-                f"{self.in_a_row} prompts in a row got no answer of {self.spec.model}; of the last, "
-                f"{outcome.reason}. {_KEPT}, perhaps with a longer teacher.timeout"
+                f"{self.in_a_row} prompts in a row got no answer of {self.spec.model} "
+                f"({outcome.reason}). {_KEPT}, perhaps with a longer teacher.timeout"
             )
 
     async def _one(

@@ -88,7 +88,8 @@ def _read(path: Path) -> dict[str, Reply]:
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            replies[record.pop("key")] = Reply(**record)
+            key = str(record.pop("key"))
+            replies[key] = Reply(**record)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptFile(
                 f"{path}:{number} is no answer of a teacher. Remove that line: its prompt is asked anew"

@@ -229,8 +229,8 @@ class _Responses:
         advice = [fixes[rule] for rule in found.rules if rule in fixes]
         counts = ", ".join(f"{count} {rule}" for rule, count in found.rules.items())
         raise RefusedInput(
-            f"only {found.accepted} of {found.prompts} prompts are accepted, of at least {least}: {counts}. "
-            f"{self.folder / INSIGHTS} has the reason for each. Give "
+            f"only {found.accepted} of {found.prompts} prompts are accepted, and {least} are needed: "
+            f"{counts}. {self.folder / INSIGHTS} has the reason for each. Give "
             f"{', or '.join(['more prompts', *advice, '--set insights.minimum'])}. The answers "
             "are kept and will not be asked for again"
         )
