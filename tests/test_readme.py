@@ -19,6 +19,7 @@ import typer
 import luthier
 from luthier.cli.app import app
 from luthier.data.rows import load_rows
+from luthier.distillation.recipe import DistilRecipe
 from luthier.recipe import Recipe, set_field
 
 ROOT = Path(__file__).parent.parent
@@ -84,8 +85,10 @@ def check(command: str) -> None:
                 value = words.pop(0)
                 if name == "--set" and not HOLES.search(value):
                     fields: dict[str, Any] = {"data": {"train": "x"}}
+                    if node.name == "distil":
+                        fields["teacher"] = {"model": "x"}
                     set_field(fields, value)
-                    Recipe.parse(fields)
+                    (DistilRecipe if node.name == "distil" else Recipe).parse(fields)
     many = any(param.nargs == -1 for param in places)
     assert many or len(given) <= len(places), f"{given} are too many arguments"
     if given or not HOLES.search(command):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -88,10 +89,8 @@ class Endpoint:
                 pass
 
             def handle(self) -> None:
-                try:
+                with suppress(ConnectionError):  # whoever asked was killed
                     super().handle()
-                except ConnectionError:
-                    pass  # whoever asked was killed
 
         return Handler
 

@@ -97,7 +97,7 @@ def test_a_long_retry_after_is_waited_for(endpoint: Any, monkeypatch: pytest.Mon
 
 def test_a_rate_limit_that_lasts_ends_the_run(endpoint: Any, key: str) -> None:
     endpoint.actions["a"] = [(429, {"retry-after": "7200"})]
-    with pytest.raises(LuthierError, match="still limits the rate.*--resume") as caught:
+    with pytest.raises(LuthierError, match=r"still limits the rate.*--resume") as caught:
         ask(endpoint.url, "a")
     assert endpoint.asked["a"] == 1
     assert key not in str(caught.value)
@@ -169,7 +169,7 @@ def test_a_server_that_is_down_ends_the_run() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(LuthierError, match="cannot be reached.*--resume"):
+    with pytest.raises(LuthierError, match=r"cannot be reached.*--resume"):
         ask(f"http://127.0.0.1:{port}/v1", "a", retries=1)
 
 

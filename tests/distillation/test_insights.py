@@ -20,6 +20,7 @@ from luthier.distillation.journal import Reply
 from luthier.distillation.recipe import InsightSpec
 from luthier.distillation.teachers import Failure
 from luthier.errors import DataError, RecipeError
+from luthier.graders import GRADERS
 from luthier.types import Message, Row
 
 
@@ -110,9 +111,7 @@ def test_a_grader_without_anything_to_compare_with_is_refused() -> None:
 
 
 def test_a_score_that_is_not_a_number_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        __import__("luthier.graders").graders.GRADERS, "exact", lambda a, b: float("nan")
-    )
+    monkeypatch.setitem(GRADERS, "exact", lambda reply, expected: float("nan"))
     assert rule_of(stop("a"), "a", grader="exact", threshold=0.0) == "grader.score"
 
 

@@ -14,6 +14,7 @@ from luthier.types import Message, Row
 RULES: Mapping[str, str] = {
     "prompt.shape": "Prompts are asked for, and the row has neither a prompt nor messages.",
     "prompt.mixed": "Some rows are prompts and others conversations.",
+    "grader.no_reference": "A grader is to compare with the row's own reply, and there is none.",
     "prompt.unasked": "Without its last assistant turn, a conversation asks nothing.",
 }
 """Rules of prompts; those of reading and of the texts themselves are in ``data.rows``."""
