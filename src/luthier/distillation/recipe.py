@@ -99,7 +99,7 @@ class DistilRecipe(Recipe):
     """Everything that decides what a student becomes: ``base`` is the student, ``data.train`` asks."""
 
     method: str = "responses"
-    """How the student learns; see ``luthier.distillation.methods``."""
+    """How the student learns; ``responses`` tunes it on what the teacher answers."""
     teacher: TeacherSpec
     """Who answers."""
     sampling: Asking = Asking()
