@@ -17,7 +17,10 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
+from luthier.data.prompts import RULES as PROMPT_RULES
 from luthier.data.rows import RULES as ROW_RULES
+from luthier.distillation.insights import RULES as INSIGHT_RULES
+from luthier.distillation.recipe import Asking, DistilRecipe, InsightSpec, TeacherSpec
 from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.graders import GRADERS
 from luthier.models.catalog import CATALOG
@@ -44,6 +47,7 @@ def main() -> int:
                 *_head(),
                 *_commands(),
                 *_recipe(),
+                *_distillation(),
                 *_pretraining(),
                 *_methods(),
                 *_support(),
@@ -128,6 +132,27 @@ def _recipe() -> list[str]:
     for prefix, cls in groups:
         rows += [_field(prefix, name, cls) for name in cls.model_fields]
     return [*lines, *_fields(rows)]
+
+
+def _distillation() -> list[str]:
+    lines = [
+        "## Recipe of a distillation",
+        "",
+        "Fields of a TOML recipe for `luthier distil`, of its `--set NAME=VALUE` and of",
+        "`luthier.distil(…)`, beside those above: `base` is the student, `data.train` the prompts.",
+        "",
+    ]
+    rows = [_field("", "method", DistilRecipe)]
+    groups: tuple[tuple[str, type[BaseModel]], ...] = (
+        ("teacher.", TeacherSpec),
+        ("sampling.", Asking),
+        ("insights.", InsightSpec),
+    )
+    for prefix, cls in groups:
+        rows += [_field(prefix, name, cls) for name in cls.model_fields]
+    rules = ["Prompts and answers are rejected by these rules:", "", "| rule | meaning |"]
+    rules += ["| --- | --- |", *(f"| `{rule}` | {text} |" for rule, text in INSIGHT_RULES.items())]
+    return [*lines, *_fields(rows), *rules, ""]
 
 
 def _pretraining() -> list[str]:
@@ -289,10 +314,8 @@ def _models() -> list[str]:
 
 def _rules() -> list[str]:
     lines = ["## Rules a data file is checked by", "", "| rule | meaning |", "| --- | --- |"]
-    return [
-        *lines,
-        *(f"| `{rule}` | {text} |" for rule, text in {**ROW_RULES, **TOKEN_RULES}.items()),
-    ]
+    rules = {**ROW_RULES, **PROMPT_RULES, **TOKEN_RULES}
+    return [*lines, *(f"| `{rule}` | {text} |" for rule, text in rules.items())]
 
 
 if __name__ == "__main__":
