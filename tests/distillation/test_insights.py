@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from pydantic import ValidationError
 
 from luthier.data.prompts import messages_of
 from luthier.distillation.insights import (
@@ -19,8 +20,8 @@ from luthier.distillation.insights import (
 from luthier.distillation.journal import Reply
 from luthier.distillation.recipe import InsightSpec
 from luthier.distillation.teachers import Failure
-from luthier.errors import DataError, RecipeError
-from luthier.graders import GRADERS
+from luthier.errors import DataError
+from luthier.graders import Answer, Grader
 from luthier.types import Message, Row
 
 
@@ -104,15 +105,24 @@ def test_a_grader_compares_with_the_row_s_own_reply() -> None:
 def test_a_grader_without_anything_to_compare_with_is_refused() -> None:
     rows = [row(1, expected="a"), row(2)]
     check_grader(rows, InsightSpec())
-    with pytest.raises(DataError, match=r"f\.jsonl:2: \[grader\.no_reference\]"):
+    with pytest.raises(DataError, match=r"f\.jsonl:2: \[grader\.no_expected\]"):
         check_grader(rows, InsightSpec(grader="exact"))
-    with pytest.raises(RecipeError, match="unknown grader"):
-        check_grader(rows, InsightSpec(grader="vibes"))
+    with pytest.raises(ValidationError, match="unknown grader"):
+        InsightSpec(grader="vibes")
 
 
-def test_a_score_that_is_not_a_number_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRADERS, "exact", lambda reply, expected: float("nan"))
-    assert rule_of(stop("a"), "a", grader="exact", threshold=0.0) == "grader.score"
+class Broken(Grader):
+    """A grader that gives no number."""
+
+    method: Literal["broken"] = "broken"
+
+    def score(self, answer: Answer) -> float:
+        """Nothing to say."""
+        return float("nan")
+
+
+def test_a_score_that_is_not_a_number_is_rejected() -> None:
+    assert rule_of(stop("a"), "a", grader=Broken(), threshold=0.0) == "grader.failed"
 
 
 def test_copies_and_long_prompts_are_not_asked() -> None:

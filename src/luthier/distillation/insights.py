@@ -6,7 +6,6 @@ be repeated by eye; ``answer.refusal`` is a heuristic on English phrases, and mi
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,7 @@ from luthier.data.prompts import messages_of
 from luthier.distillation.journal import Reply
 from luthier.distillation.recipe import InsightSpec
 from luthier.distillation.teachers import Failure
-from luthier.errors import DataError, Problem
-from luthier.graders import graders_named
+from luthier.graders import Answer, check_rows, graded
 from luthier.types import Row
 
 RULES: Mapping[str, str] = {
@@ -33,6 +31,7 @@ RULES: Mapping[str, str] = {
     "answer.too_long": "The answer has more characters than `insights.longest_answer`.",
     "answer.refusal": "The answer begins like a refusal (English phrases, a heuristic).",
     "answer.context": "Prompt and answer have more tokens than the student's context.",
+    "grader.failed": "The grader has no score for the answer: it raised, hung or gave no number.",
     "grader.score": "The grader gives the answer less than `insights.threshold`.",
 }
 """Why a prompt is rejected."""
@@ -96,17 +95,13 @@ class Summary:
 
 
 def check_grader(rows: Sequence[Row], spec: InsightSpec) -> None:
-    """Refuse an unknown grader, and rows it has nothing to compare with."""
-    if spec.grader is None:
-        return
-    graders_named([spec.grader])
-    fix = 'Add "expected" (or "completion") to each row, or leave the grader out.'
-    message = f"The grader {spec.grader} compares with a reply, and the row has none."
-    bare = [row for row in rows if row.expected is None]
-    if bare:
-        raise DataError(
-            Problem(row.file, row.line, "grader.no_reference", message, fix) for row in bare
-        )
+    """Refuse a grader that lacks something, and rows it has nothing to compare with."""
+    if spec.grader is not None:
+        check_rows([spec.grader], [_answer(row, "") for row in rows])
+
+
+def _answer(row: Row, reply: str) -> Answer:
+    return Answer(messages_of(row), reply, row.expected, row)
 
 
 def unasked(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]:
@@ -136,9 +131,13 @@ def judged(
         rule = "answer.context"
     score = None
     if rule is None and spec.grader is not None:
-        score = float(graders_named([spec.grader])[spec.grader](answer, row.expected or ""))
-        if math.isnan(score) or score < spec.threshold:
-            rule, reason = "grader.score", f"{spec.grader} {score:g}, {spec.threshold:g} is needed"
+        grades = graded(spec.grader, [_answer(row, answer)], on_error="zero")
+        (score,) = grades.scores
+        if grades.problems:
+            rule, reason = "grader.failed", grades.problems[0].message
+        elif score < spec.threshold:
+            name = spec.grader.method
+            rule, reason = "grader.score", f"{name} {score:g}, {spec.threshold:g} is needed"
     return Insight(row, answer, rule, reason, score)
 
 

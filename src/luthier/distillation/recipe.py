@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from luthier.graders import AnyGrader
 from luthier.recipe import Part, Recipe, parse
 
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
@@ -87,7 +88,7 @@ class InsightSpec(Part):
     """Characters of an answer at most."""
     refusals: bool = True
     """Reject answers that begin like a refusal: English phrases, a heuristic."""
-    grader: str | None = None
+    grader: AnyGrader | None = None
     """Grader that compares the answers with the rows' own replies."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Score that an answer needs with ``grader``."""
