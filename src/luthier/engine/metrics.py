@@ -11,6 +11,10 @@ from typing import Any
 from luthier.files import disk_errors, write_bytes
 
 
+LEAST_GAIN = 0.02
+"""Share of the validation loss below which a run is said to have learned nothing."""
+
+
 class Reporter:
     """Receives what a run has to say. This base says nothing; the command line draws it."""
 
@@ -53,6 +57,18 @@ class MetricsFile:
             return []
         # What follows the last line end was cut short by a kill, or is being written now.
         return [json.loads(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
+
+
+def learned_nothing(lines: Sequence[Mapping[str, Any]], rate: float) -> str | None:
+    """What to say where training hardly lowered the validation loss, by the lines of a run's metrics."""
+    held = [line["loss"] for line in lines if line["event"] == "validation"]
+    if not held or held[0] - min(held) >= LEAST_GAIN * abs(held[0]):
+        return None
+    return (
+        f"next to nothing was learned: the validation loss was {held[0]:.4f} before the first step and "
+        f"{min(held):.4f} at its best. A rate that is too high for the data is the usual reason: try "
+        f"--learning-rate {rate / 4:.1e} (it was {rate:.1e}), or find one with `luthier search`"
+    )
 
 
 def draw_loss_curve(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> None:
