@@ -10,7 +10,6 @@ from typing import Any
 
 from luthier.files import disk_errors, write_bytes
 
-
 LEAST_GAIN = 0.02
 """Share of the validation loss below which a run is said to have learned nothing."""
 
@@ -60,14 +59,15 @@ class MetricsFile:
 
 
 def learned_nothing(lines: Sequence[Mapping[str, Any]], rate: float) -> str | None:
-    """What to say where training hardly lowered the validation loss, by the lines of a run's metrics."""
+    """What to say of a run whose validation loss hardly fell, by the lines of its metrics."""
     held = [line["loss"] for line in lines if line["event"] == "validation"]
     if not held or held[0] - min(held) >= LEAST_GAIN * abs(held[0]):
         return None
     return (
         f"next to nothing was learned: the validation loss was {held[0]:.4f} before the first step and "
-        f"{min(held):.4f} at its best. A rate that is too high for the data is the usual reason: try "
-        f"--learning-rate {rate / 4:.1e} (it was {rate:.1e}), or find one with `luthier search`"
+        f"{min(held):.4f} at its best. Unless the model knew the data already, the rate is too high for "
+        f"it, or far too low: try --learning-rate {rate / 4:.1e} (it was {rate:.1e}), or let `luthier "
+        "search` find one"
     )
 
 

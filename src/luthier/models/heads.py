@@ -169,7 +169,10 @@ def head_weights(model: nn.Module) -> set[str]:
 
 
 def start_bias(model: nn.Module, bias: Sequence[float], new: Collection[str]) -> None:
-    """Set the bias of the scores of classes, if it is among the ``new`` weights; some heads have none."""
+    """Set the bias behind the scores of classes, if it is one of the ``new`` weights.
+
+    Heads of decoders that classify rows have none.
+    """
     import torch
 
     own = head_weights(model) & set(new)
