@@ -65,9 +65,9 @@ def learned_nothing(lines: Sequence[Mapping[str, Any]], rate: float) -> str | No
         return None
     return (
         f"next to nothing was learned: the validation loss was {held[0]:.4f} before the first step and "
-        f"{min(held):.4f} at its best. Unless the model knew the data already, the rate is too high for "
-        f"it, or far too low: try --learning-rate {rate / 4:.1e} (it was {rate:.1e}), or let `luthier "
-        "search` find one"
+        f"{min(held):.4f} at its best. Unless the model knew the data already, the rate is too high "
+        f"for it, or far too low: try --learning-rate {rate / 4:.1e} (it was {rate:.1e}), or let "
+        "`luthier search` find one"
     )
 
 
