@@ -21,6 +21,8 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
+from luthier.cli.tuning import print_result
+from luthier.engine.runs import Result
 from luthier.files import read_json, sha256_of, write_json
 from luthier.models.catalog import CATALOG, MANIFEST
 
@@ -181,6 +183,14 @@ def test_tune_prints_one_object_and_nothing_else(
     assert manifest["data"]["sha256"] == {str(data): sha256_of(data)}
     for name in ("loss.svg", "loss.png"):
         assert (Path(result["run_dir"]) / name).stat().st_size > 1000
+
+
+def test_what_a_result_warns_of_is_printed(
+    tuned: tuple[Path, dict[str, Any], str, str], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tuned[1]["warnings"] == []
+    print_result(Result(**{**tuned[1], "warnings": ("nothing [of that] was learned",)}))
+    assert "nothing [of that] was learned" in capsys.readouterr().out
 
 
 def test_tune_without_json_tells_choices_and_next_steps(

@@ -71,6 +71,8 @@ def print_result(result: Result) -> None:
         f"({result.trained_weights / result.weights:.2%}) learned it, stored in "
         f"{result.saved_bytes / 1e6:,.2f} MB"
     )
+    for warning in result.warnings:
+        out.print(f"  {warning}", style="bold yellow", markup=False, soft_wrap=True)
     out.print(f"  loss curve  {result.run_dir}/loss.png", soft_wrap=True)
     objective = objective_of(find(result.model_id))
     verb = "chat {}" if objective.task == "causal_lm" else "tune DATA --base {}"

@@ -48,6 +48,8 @@ class Result:
     """How many there are in all."""
     saved_bytes: int
     """Size of the custom model's weights on disk."""
+    warnings: tuple[str, ...] = ()
+    """What to know before the model is used."""
 
 
 class Run:

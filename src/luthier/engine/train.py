@@ -26,7 +26,7 @@ from luthier.engine.devices import (
 )
 from luthier.engine.job import Job, settle
 from luthier.engine.loop import Loop, row_gradients
-from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
+from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve, learned_nothing
 from luthier.engine.runs import ACTIVATIONS, METRICS, SAMPLES, Result, Run, automatic_name
 from luthier.errors import LuthierError, RecipeError, RefusedInput
 from luthier.evaluation.parity import Parity
@@ -311,7 +311,7 @@ class Trainer:
             return_freed_memory()  # of the activations, before a second network is loaded
             manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
             draw_loss_curve(lines, fresh, run.model_id)
-            result = self._result(progress, fresh)
+            result = self._result(progress, fresh, lines)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
             manifest["metrics"] = metrics
             manifest["files"] = hashes_of(fresh)
@@ -356,8 +356,9 @@ class Trainer:
             },
         }
 
-    def _result(self, progress: Progress, stored: Path) -> Result:
+    def _result(self, progress: Progress, stored: Path, lines: list[dict[str, Any]]) -> Result:
         run = self.run_folder
+        warning = learned_nothing(lines, self.recipe.training.learning_rate or 0.0)
         return Result(
             model_id=run.model_id,
             run_dir=str(run.folder),
@@ -372,6 +373,7 @@ class Trainer:
             trained_weights=self.trained,
             weights=self.weights,
             saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
+            warnings=(warning,) if warning else (),
         )
 
     def _sample(self) -> list[Example]:
