@@ -373,7 +373,7 @@ class Trainer:
             trained_weights=self.trained,
             weights=self.weights,
             saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
-            warnings=(warning,) if warning else (),
+            warnings=[warning] if warning else [],
         )
 
     def _sample(self) -> list[Example]:
