@@ -223,7 +223,7 @@ def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
     training = {"max_steps": 12, "learning_rate": 0.05, "evaluate_every": 1, "warmup_share": 0.0}
     data = {"train": str(held), "validation": str(held)}
     good = train.train(recipe(training, data=data, name="good"))
-    assert good.warnings == ()
+    assert good.warnings == []
     base = good.model_id
     data = {"train": str(recipe().data.train), "validation": str(held)}
     result = train.train(recipe(training, data=data, base=base))
