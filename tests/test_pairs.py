@@ -52,6 +52,8 @@ ROWS = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {"sparse": {"mask": "fisher", "fisher_rows": 3}}
 """Where the defaults would leave out what has to be tried."""
+OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {"logit_distillation": {"teacher": "teacher"}}
+"""What has no default: the ids of further models."""
 
 
 def rows_of(objective: Objective) -> list[Row]:
@@ -64,7 +66,7 @@ TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
     **{
         (o, f): "cannot be a causal"
-        for o in ("sft", "causal_lm")
+        for o in ("sft", "causal_lm", "logit_distillation")
         for f in (*ENCODERS, "xlnet", "elmo")
     },
     ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",
@@ -124,6 +126,17 @@ def reload(adaptation: Adaptation, objective: Objective, base: Path, folder: Pat
     return as_network(store.load(stored, torch.float32, CPU), CPU, torch.float32)
 
 
+def join_others(network: Network, objective: Objective, folder: Path) -> None:
+    """Give the network the further models it asks for: of its own family, and of other weights."""
+    for name in objective.others:
+        torch.manual_seed(7)
+        other = load_model(folder, torch.float32, CPU, objective.head())
+        for weight in other.parameters():
+            weight.data += 0.2 * weight.abs().mean() * torch.randn_like(weight)
+        other.requires_grad_(False).eval()
+        network.others[name] = as_network(other, CPU, torch.float32)
+
+
 def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
     """Why a triple is refused before any weight is loaded; empty where it is not."""
     try:
@@ -142,7 +155,8 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
 def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     method: str, name: str, family: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    objective, adaptation = OBJECTIVES[method](), ADAPTATIONS[name](**SETTINGS.get(name, {}))
+    objective = OBJECTIVES[method](**OBJECTIVE_SETTINGS.get(method, {}))
+    adaptation = ADAPTATIONS[name](**SETTINGS.get(name, {}))
     folder = family_folder(family)
     reason = refusal(objective, adaptation, folder)
     wanted = REFUSED.get((method, family)) or adaptation_refusals().get((name, family))
@@ -160,6 +174,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     model = load_model(folder, torch.float32, CPU, objective.head())
     network = as_network(model, CPU, torch.float32)
     adaptation.attach(model)
+    join_others(network, objective, folder)
 
     def loss_of(network: Network) -> float:
         return objective.mean_loss(network, examples, 1000)
@@ -190,6 +205,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     stored = load_file(next((tmp_path / "custom").glob("*.safetensors")))
     assert sum(tensor.nbytes for tensor in stored.values()) == promised
     again = reload(adaptation, objective, folder, tmp_path / "custom")
+    join_others(again, objective, folder)
     assert loss_of(again) == pytest.approx(trained, rel=1e-5)
 
     merged = copy.deepcopy(network)
@@ -220,8 +236,9 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
 
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
-    written = [(o, f) for o in ("sft", "causal_lm") for f in ("gpt2", "palm", "transfo_xl")]
-    written += [("sft", "t5"), ("span_corruption", "t5")]
+    kinds = ("sft", "causal_lm", "logit_distillation")
+    written = [(o, f) for o in kinds for f in ("gpt2", "palm", "transfo_xl")]
+    written += [("sft", "t5"), ("logit_distillation", "t5"), ("span_corruption", "t5")]
     tied = {(o, "feature_extraction", f): "output head.* tied" for o, f in written}
     none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}
     return tied | none

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,15 @@ def settle(
     steps = defaults.steps_of(recipe, data.main, data.mixed)
     chat = data.objective.format(chat)
     return Job(recipe, base, chat, data, machine, steps, others=others)
+
+
+def acquainted(objective: Objective | None, say: Callable[[str], None]) -> Objective | None:
+    """``objective`` with what the further models it asks for were trained for taken in."""
+    if objective is None:
+        return None
+    for name, each in objective.others.items():
+        objective = objective.meet(name, store.objective_of(store.find(each, say)))
+    return objective
 
 
 def _others(

@@ -23,7 +23,7 @@ from luthier.engine.devices import (
     peak_memory,
     return_freed_memory,
 )
-from luthier.engine.job import Job, settle
+from luthier.engine.job import Job, acquainted, settle
 from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
 from luthier.engine.runs import ACTIVATIONS, METRICS, SAMPLES, Result, Run, automatic_name
@@ -137,7 +137,8 @@ def _prepare(
         raise RecipeError(
             f"{added} added tokens leave no room in the model's context of {context}; use fewer"
         )
-    data = prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
+    objective = acquainted(recipe.objective, reporter.stage)
+    data = prepare(recipe.data, objective, chat, room, recipe.training.seed)
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")

@@ -5,6 +5,7 @@ from luthier.objectives.bilm import BiLM
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
+from luthier.objectives.logit_distillation import LogitDistillation
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.regression import Regression
 from luthier.objectives.semi_supervised import SemiSupervised
@@ -23,6 +24,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "regression": Regression,
     "token_classification": TokenClassification,
     "contrastive": Contrastive,
+    "logit_distillation": LogitDistillation,
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Contrastive",
+    "LogitDistillation",
     "MaskedLM",
     "Objective",
     "Regression",

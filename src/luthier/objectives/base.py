@@ -4,6 +4,7 @@ An objective is one frozen object: its fields are the hyper-parameters of its pa
 vetted setting as default. The engine calls these methods and knows nothing else:
 
     check     whether it suits the network at all
+    meet      what the further models it asks for were trained for
     fit       what it must know of all rows: the classes there are
     encode    rows to token ids with a loss weight for each token
     begin     what the network, as it is before the first step, adds to the rows
@@ -80,6 +81,16 @@ class Objective(BaseModel):
         Raises:
             RecipeError: with the reason, and what to use.
         """
+
+    def meet(self, name: str, other: Objective) -> Self:
+        """This objective with what a model of :attr:`others` was trained for taken in.
+
+        Called before :meth:`fit` with the objective of the model ``name``: a teacher brings its classes.
+
+        Raises:
+            RecipeError: where the model is for something else, with what to use.
+        """
+        return self
 
     def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
         """Refuse a model of :attr:`others` that does not go with the network of format ``chat``.
