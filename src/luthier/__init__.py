@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
-    from luthier.sdk import Model, evaluate, load, pretrain, tune
+    from luthier.sdk import Model, evaluate, load, pretrain, student, tune
 
-__all__ = ["Model", "Recipe", "__version__", "evaluate", "load", "pretrain", "tune"]
+__all__ = ["Model", "Recipe", "__version__", "evaluate", "load", "pretrain", "student", "tune"]
 
 _HOMES = {
     "Recipe": "luthier.recipe",
@@ -18,6 +18,7 @@ _HOMES = {
     "evaluate": "luthier.sdk",
     "load": "luthier.sdk",
     "pretrain": "luthier.sdk",
+    "student": "luthier.sdk",
     "tune": "luthier.sdk",
 }
 

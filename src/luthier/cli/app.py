@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from luthier.cli.shrinking import student
+
 app = typer.Typer(
     name="luthier",
     help="Turn a base model and your own data into a custom model you own.",
@@ -164,6 +166,9 @@ def pretrain(
     }
     with errors(json_):
         pretraining.pretrain(data, flags, set_ or [], resume, json_)
+
+
+app.command()(student)
 
 
 @app.command()

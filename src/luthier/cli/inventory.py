@@ -88,6 +88,16 @@ def _listed(model: StoredModel) -> dict[str, Any]:
     """One line of the list of custom models."""
     manifest = model.manifest
     try:
+        if cut := manifest.get("student"):
+            return {
+                "id": model.id,
+                "parent": manifest["parent"],
+                "created": manifest["created"],
+                "objective": manifest.get("recipe", {}).get("objective", {}).get("method", ""),
+                "adaptation": f"student, {cut['layers']} of {cut['teacher_layers']} layers",
+                "validation_loss": None,
+                "parameters": manifest["parameters"],
+            }
         return {
             "id": model.id,
             "parent": manifest["parent"],

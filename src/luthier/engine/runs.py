@@ -65,24 +65,28 @@ class Run:
         Without ``resume`` the name must be free. With it, an unfinished run must have been asked
         for in the same words; where there is none, the run simply starts.
         """
-        before = read_json(self.folder / _REQUEST) if (self.folder / _REQUEST).is_file() else None
-        stored = (self.model_folder / MANIFEST).is_file()
-        if before is None and stored:
-            raise RunConflict(f"there is a model {self.model_id} already; choose another --name")
-        if before is None:
+        begun = (self.folder / _REQUEST).is_file()
+        if not (begun and resume):
+            self.check_free()
             write_json(self.folder / _REQUEST, dict(request))
             return None
-        if not resume:
+        same_request(read_json(self.folder / _REQUEST), request, self.model_id)
+        if (self.model_folder / MANIFEST).is_file() and (self.folder / _RESULT).is_file():
+            return Result(**read_json(self.folder / _RESULT))
+        return None
+
+    def check_free(self) -> None:
+        """Raise :class:`RunConflict` where a model or a run has the name already."""
+        stored = (self.model_folder / MANIFEST).is_file()
+        if (self.folder / _REQUEST).is_file():
             done = "finished" if stored else "unfinished"
             advice = "" if stored else " --resume goes on with it;"
             raise RunConflict(
                 f"there is a {done} run {self.model_id} already.{advice} choose another --name, or "
                 f"remove it with `luthier models remove {self.model_id}`"
             )
-        same_request(before, request, self.model_id)
-        if stored and (self.folder / _RESULT).is_file():
-            return Result(**read_json(self.folder / _RESULT))
-        return None
+        if stored:
+            raise RunConflict(f"there is a model {self.model_id} already; choose another --name")
 
     def recorded(self, field: str) -> Any:
         """A field of the request this run began with; ``None`` where it has not begun."""

@@ -94,6 +94,29 @@ def auto_class(config: Any, task: Task) -> Any:
     return getattr(transformers, name)
 
 
+def head_in(config: Any) -> Head:
+    """The head that a stored network has: that of the class which its configuration names.
+
+    Where it names another (``GPT2Model``, ``BertForPreTraining``), the first of a causal language
+    model, a masked one and none that the family has.
+    """
+    import transformers
+
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    able: dict[Task, str] = {task: name for task in _CLASSES if (name := _class_name(config, task))}
+    classes: dict[Task, Any] = {
+        task: getattr(transformers, name)._model_mapping[type(config)]
+        for task, name in able.items()
+    }
+    named_so = [task for task, kind in classes.items() if getattr(kind, "__name__", "") == named]
+    plain: tuple[Task, ...] = ("causal_lm", "masked_lm", "embedding")
+    task = [*named_so, *(task for task in plain if task in able), plain[-1]][0]
+    if task not in ("sequence_classification", "token_classification"):
+        return Head(task)
+    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    return Head(task, labels, config.problem_type or Head(task).problem)
+
+
 def _class_name(config: Any, task: Task) -> str:
     """transformers' automatic class for the task on this family; empty where there is none."""
     name = _CLASSES[task]

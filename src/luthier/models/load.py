@@ -127,6 +127,23 @@ def read_config(folder: Path, head: Head) -> Any:
     return config
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision of the weights in ``folder``, the widest where there are several."""
+    from safetensors import SafetensorError, safe_open
+
+    path = sorted(folder.glob("*.safetensors"))[0]
+    try:
+        with safe_open(path, framework="pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
+    # Norms may be kept in float32 beside weights of fewer bits; none may lose some.
+    for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
+        if name in kinds:
+            return dtype
+    return torch.float32
+
+
 def sketch(folder: Path, head: Head) -> nn.Module:
     """The network without its numbers, for counting and for early refusals."""
     return sketch_of(read_config(folder, head), head)

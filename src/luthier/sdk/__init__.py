@@ -1,4 +1,4 @@
-"""The Python face: ``luthier.tune``, ``luthier.pretrain``, ``luthier.load``, ``luthier.evaluate``."""
+"""The Python face: ``luthier.tune``, ``pretrain``, ``student``, ``load``, ``evaluate``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
+    from luthier.engine.student import Student
     from luthier.evaluation.evaluate import Evaluation
     from luthier.recipe import Recipe
     from luthier.serving.generation import Generator
@@ -88,6 +89,37 @@ def pretrain(
     for key, value in fields.items():
         assign(plain, key.split("__"), value)
     return run(PretrainRecipe.parse(plain), resume, reporter)
+
+
+def student(
+    teacher: str,
+    *,
+    name: str,
+    layers: int | None = None,
+    keep: Sequence[int] | None = None,
+    heads: int | None = None,
+    intermediate: int | None = None,
+    hidden: int | None = None,
+    reporter: Reporter | None = None,
+) -> Student:
+    """Make a smaller model of a teacher's own weights and store it; it has yet to be tuned.
+
+    Args:
+        teacher: id, local directory or hub id.
+        name: of the new custom model.
+        layers: how many, spread evenly over the teacher's; or ``keep``, their numbers from 0.
+        heads, intermediate, hidden: widths; see :class:`luthier.models.student.StudentShape`.
+        reporter: receives what will be cut; nothing is printed without one.
+
+    Raises:
+        RefusedInput: before any weight is read, for sizes, family, name or disk.
+    """
+    from luthier.engine.student import make_student
+    from luthier.models.student import StudentShape
+
+    kept = None if keep is None else tuple(keep)
+    shape = StudentShape(layers, kept, heads, intermediate, hidden)
+    return make_student(teacher, name, shape, reporter)
 
 
 class Model:

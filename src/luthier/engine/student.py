@@ -1,0 +1,226 @@
+"""From a teacher to a student in the store: planned, cut, saved, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier import __version__
+from luthier.engine.metrics import Reporter
+from luthier.engine.runs import Run
+from luthier.errors import LuthierError, RecipeError
+from luthier.files import hashes_of, need_disk, new_folder, sha256_of, write_json
+from luthier.models.catalog import MANIFEST
+from luthier.models.heads import Head, head_in
+from luthier.models.load import (
+    check_folder,
+    check_vocabulary,
+    context_length,
+    read_config,
+    sketch_of,
+    stored_dtype,
+)
+from luthier.models.save import save_network
+from luthier.models.student import StudentPlan, StudentShape, plan, shrink
+from luthier.recipe import NAME_PATTERN
+from luthier.store import models as store
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Student:
+    """What was made."""
+
+    model_id: str
+    model_dir: str
+    parent: str
+    layers: int
+    """Layers of the student, in each of its stacks."""
+    kept: tuple[int, ...] | None
+    """Which of the teacher's layers they are, counted from 0; none where one layer is repeated."""
+    weights: int
+    teacher_weights: int
+    saved_bytes: int
+    """Size of the student's weights on disk."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """All that is settled before a weight is read."""
+
+    teacher: store.StoredModel
+    head: Head
+    planned: StudentPlan
+    dtype: torch.dtype
+    weights: int
+    teacher_weights: int
+
+
+def make_student(
+    teacher_id: str, name: str, shape: StudentShape, reporter: Reporter | None = None
+) -> Student:
+    """Make a smaller network of a teacher's own weights and store it as the custom model ``name``.
+
+    It is stored in the teacher's precision. Adapters of the teacher's lineage are merged first, in
+    float32. A head (classes, tags, a rating) and the tokenizer with template and stop tokens stay.
+
+    Raises:
+        RefusedInput: before any weight is read, for shape, family, name or disk.
+    """
+    reporter = reporter or Reporter()
+    shape.check()
+    if not NAME_PATTERN.fullmatch(name):
+        raise RecipeError(f"name {name!r}: use 1-63 lower-case letters, digits, '.', '_' and '-'")
+    teacher = store.find(teacher_id, reporter.stage)
+    run = Run(teacher.root, name)
+    with run.lock():
+        try:
+            run.check_free()
+            draft = _draft(teacher, shape)
+            for line in described(draft):
+                reporter.note(line)
+            return _store(draft, run, reporter.stage)
+        finally:
+            run.drop_if_empty()
+
+
+def described(draft: _Draft) -> list[str]:
+    """What a draft comes to, for a person."""
+    planned, share = draft.planned, draft.weights / draft.teacher_weights
+    before, after = planned.depth
+    lines = []
+    if after != before or planned.shape.keep is not None:
+        kept = next(iter(planned.stacks.values()), None)
+        which = "one layer, repeated" if kept is None else ", ".join(map(str, kept))
+        stacks = f" in each of {len(planned.stacks)} stacks" if len(planned.stacks) > 1 else ""
+        lines.append(f"layers: {after} of {before}{stacks} ({which})")
+    widths = ("heads", "intermediate", "hidden")
+    lines += [
+        f"{field}: {size} in each layer" if field != "hidden" else f"{field}: {size} channels"
+        for field in widths
+        if (size := getattr(planned.shape, field)) is not None
+    ]
+    size = draft.weights * draft.dtype.itemsize / 1e6
+    kind = str(draft.dtype).removeprefix("torch.")
+    lines.append(
+        f"weights: {draft.teacher_weights:,} -> {draft.weights:,} ({share:.1%}), "
+        f"{size:,.1f} MB in {kind}"
+    )
+    if share == 1:
+        lines.append("the student is as large as its teacher")
+    return lines
+
+
+def _draft(teacher: store.StoredModel, shape: StudentShape) -> _Draft:
+    _check_mergeable(teacher)
+    folder = teacher.network_folder
+    chat = store.chat_format(teacher)
+    check_vocabulary(chat, check_folder(folder), teacher.id)
+    learned = teacher.manifest.get("recipe", {}).get("objective")
+    bare = Head("causal_lm")  # adds nothing to the configuration
+    head = store.objective_of(teacher).head() if learned else head_in(read_config(folder, bare))
+    whole: Any = sketch_of(read_config(folder, head), head)
+    planned = plan(whole, shape)
+    smaller = sketch_of(planned.config, head)
+    counts = [sum(weight.numel() for weight in model.parameters()) for model in (smaller, whole)]
+    return _Draft(teacher, head, planned, stored_dtype(folder), *counts)
+
+
+def _check_mergeable(teacher: store.StoredModel) -> None:
+    model: store.StoredModel | None = teacher
+    while model is not None and model.parent is not None:
+        adaptation = store.adaptation_of(model)
+        if not adaptation.mergeable:
+            raise RecipeError(
+                f"{model.id} was tuned with {adaptation.method}, which cannot be merged into the "
+                f"network's own weights, and a student is made of these. Use {model.parent.id} as "
+                "teacher, or one tuned with lora or full."
+            )
+        model = model.parent
+
+
+def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
+    """Cut, save, read back, and only then make it a model."""
+    teacher, head = draft.teacher, draft.head
+    need_disk(
+        run.model_folder, draft.weights * draft.dtype.itemsize + (16 << 20), "storing the student"
+    )
+    stage(f"Loading {teacher.id}")
+    torch.manual_seed(0)  # a pooler that no file holds is drawn
+    # Merged in float32, as a sum in fewer bits loses most of a small change.
+    precision = draft.dtype if teacher.parent is None else torch.float32
+    student = shrink(store.load(teacher, precision, CPU, head).to(draft.dtype), draft.planned)
+    stage("Storing and verifying the student")
+    with new_folder(run.model_folder) as fresh:
+        save_network(student, store.chat_format(teacher), fresh)
+        manifest = _manifest(draft, run, fresh)
+        _verify(student, store.StoredModel(run.model_id, fresh, manifest), draft)
+        manifest["files"] = hashes_of(fresh)
+        write_json(fresh / MANIFEST, manifest)
+    return Student(
+        model_id=run.model_id,
+        model_dir=str(run.model_folder),
+        parent=teacher.id,
+        layers=draft.planned.depth[1],
+        kept=next(iter(draft.planned.stacks.values()), None),
+        weights=draft.weights,
+        teacher_weights=draft.teacher_weights,
+        saved_bytes=sum(file.stat().st_size for file in run.model_folder.glob("*.safetensors")),
+    )
+
+
+def _manifest(draft: _Draft, run: Run, folder: Path) -> dict[str, Any]:
+    teacher, planned = draft.teacher, draft.planned
+    chat = store.chat_format(teacher)
+    learned = teacher.manifest.get("recipe", {}).get("objective")
+    encoder = draft.head.task in ("masked_lm", "embedding")
+    kind = teacher.manifest.get("kind") or ("encoder" if encoder else draft.head.task)
+    licence = teacher.manifest.get("licence")
+    return {
+        "id": run.model_id,
+        "kind": kind,
+        "saved": "network",
+        "parent": teacher.id,
+        "root": teacher.root,
+        **({"recipe": {"objective": learned}} if learned else {}),
+        **({"licence": licence} if licence else {}),
+        "student": {
+            "asked": {
+                key: value for key, value in asdict(planned.shape).items() if value is not None
+            },
+            "kept": {stack: list(layers) for stack, layers in planned.stacks.items()},
+            "layers": planned.depth[1],
+            "teacher_layers": planned.depth[0],
+            "teacher_parameters": draft.teacher_weights,
+            "teacher_sha256": {
+                path.name: sha256_of(path) for path in sorted(teacher.folder.glob("*.safetensors"))
+            },
+        },
+        "parameters": draft.weights,
+        "context": context_length(check_folder(folder)),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "luthier": __version__,
+        "torch": torch.__version__,
+        "precision": str(draft.dtype).removeprefix("torch."),
+        "format": {
+            "template": chat.template,
+            "stop_ids": list(chat.stop_ids),
+            "start_id": chat.start_id,
+        },
+    }
+
+
+def _verify(student: torch.nn.Module, stored: store.StoredModel, draft: _Draft) -> None:
+    """Read what was written as all others will, and compare every bit."""
+    again = store.load(stored, draft.dtype, CPU, draft.head).state_dict()
+    kept = student.state_dict()
+    if odd := [n for n in kept if n not in again or not torch.equal(kept[n], again[n])]:
+        raise LuthierError(
+            f"the saved student is not the one that was made ({', '.join(odd[:3])}); nothing was stored"
+        )

@@ -1,0 +1,237 @@
+"""A smaller network made of a larger one's own weights, before it is trained.
+
+*Depth.* The layers that stay are spread evenly and hold the first and the last: of 12 layers 6 are
+0, 2, 4, 7, 9 and 11. These are the layers of DistilBERT's code (Sanh et al. 2019, arXiv:1910.01108,
+section 3, "one layer out of two") and of "shrink and fine-tune" (Shleifer and Rush 2020,
+arXiv:2010.13002), whose table differs by one layer at some counts. Of an encoder-decoder both stacks
+are cut in the same way.
+
+*Width.* See :mod:`luthier.models.width`.
+
+What the network was made for stays with it: embeddings, norms and head are the teacher's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import RecipeError
+from luthier.models import width
+from luthier.models.layers import layer_names
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Fields of a configuration with one entry for each layer."""
+_TWO_STACKS = frozenset({"t5", "mt5", "umt5"})
+_TABLE_IN_FIRST = frozenset({"t5", "mt5"})
+"""Relative positions of all layers are looked up in the first one."""
+
+
+@dataclass(frozen=True)
+class StudentShape:
+    """How small the student is to be; what is ``None`` stays as the teacher has it."""
+
+    layers: int | None = None
+    """Layers of each stack, spread evenly over the teacher's."""
+    keep: tuple[int, ...] | None = None
+    """Or the layers themselves, counted from 0."""
+    heads: int | None = None
+    """Query heads of each layer; keys and values keep their share of them."""
+    intermediate: int | None = None
+    """Neurons of each MLP."""
+    hidden: int | None = None
+    """Channels of the residual stream."""
+
+    def check(self) -> None:
+        """Refuse a shape that asks for nothing, or for two things at once."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if not given:
+            raise RecipeError(
+                "say how small the student is to be: --layers, --keep, --heads, --intermediate or "
+                "--hidden"
+            )
+        if self.layers is not None and self.keep is not None:
+            raise RecipeError("--layers and --keep both choose the layers; give one of them")
+        for name, value in given.items():
+            if name != "keep" and value < 1:
+                raise RecipeError(f"--{name} {value} leaves nothing; give 1 or more")
+
+
+@dataclass(frozen=True)
+class StudentPlan:
+    """What will be cut, settled from names and sizes alone."""
+
+    shape: StudentShape
+    config: Any
+    """The student's configuration, of the teacher's class."""
+    stacks: dict[str, tuple[int, ...]]
+    """For each stack of layers, which of the teacher's stay; empty where one layer is repeated."""
+    depth: tuple[int, int]
+    """Layers of the teacher and of the student, in each stack."""
+
+
+def spread(count: int, layers: int) -> tuple[int, ...]:
+    """``layers`` of ``count`` layers at even distances, the first and the last among them.
+
+    A single one is the first, as in Shleifer and Rush's table.
+    """
+    gaps = max(1, layers - 1)
+    return tuple(round(index * (count - 1) / gaps) for index in range(layers))
+
+
+def plan(teacher: Any, shape: StudentShape) -> StudentPlan:
+    """Settle what ``shape`` means for ``teacher``, whose weights are not looked at.
+
+    Raises:
+        RecipeError: for more than the teacher has, and for what its family cannot have cut.
+    """
+    shape.check()
+    config = copy.deepcopy(teacher.config)
+    stacks, depth = _depth(teacher, shape)
+    _set_depth(config, stacks, depth)
+    widths = width.Sizes(shape.heads, shape.intermediate, shape.hidden)
+    width.configure(teacher, widths, config, _layers(stacks))
+    return StudentPlan(shape, config, stacks, depth)
+
+
+def shrink(teacher: Any, planned: StudentPlan) -> nn.Module:
+    """The student of ``planned``, of the teacher's class, on its device and in its precision.
+
+    Weights that stay are the teacher's bit for bit; only norms are scaled where channels are cut.
+    """
+    from transformers.initialization import no_init_weights
+
+    from luthier.models.heads import auto_class, mark, task_of
+
+    shape = planned.shape
+    sizes = width.Sizes(shape.heads, shape.intermediate, shape.hidden)
+    state = width.cut(teacher, sizes, dict(teacher.state_dict()), _layers(planned.stacks))
+    state = _renamed(state, planned.stacks)
+    kind = auto_class(planned.config, task_of(teacher))
+    weight = next(teacher.parameters())
+    with no_init_weights():
+        student: Any = kind.from_config(copy.deepcopy(planned.config), dtype=weight.dtype)
+    student.tie_weights()  # left out where nothing is drawn
+    student.load_state_dict(state, strict=True)
+    mark(student, task_of(teacher))
+    if getattr(teacher, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+    smaller: nn.Module = student.to(weight.device).train(teacher.training)
+    return smaller
+
+
+def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]], tuple[int, int]]:
+    """Which layers of which stacks stay, and how many there are before and after."""
+    config = teacher.config
+    kind, count = config.model_type, getattr(config, "num_hidden_layers", None)
+    cuts_depth = shape.layers is not None or shape.keep is not None
+    if count is None or kind == "elmo":
+        raise RecipeError(
+            f"a student of a network of type {kind} cannot be made: its layers are no stack of equal "
+            "ones. Take a teacher of transformer layers, such as Llama, GPT-2, BERT or RoBERTa."
+        )
+    if kind == "albert":
+        return {}, (count, _repeats(config, count, shape))
+    names: dict[str, int] = {}
+    for name in layer_names(teacher) if count > 1 else []:
+        stack = name.rpartition(".")[0]
+        names[stack] = names.get(stack, 0) + 1
+    if count == 1 and cuts_depth:
+        raise RecipeError("the teacher has one layer, so none can be left out; cut its width")
+    if cuts_depth and len(names) > 1 and kind not in _TWO_STACKS:
+        raise RecipeError(
+            f"networks of type {kind} have {len(names)} stacks of layers, and which may be cut is not "
+            "known here; of encoder-decoders T5 can be a teacher"
+        )
+    stacks = {stack: _kept(kind, size, shape) for stack, size in names.items()}
+    if set(names.values()) - {count}:
+        raise RecipeError(
+            f"the stacks of this {kind} have {', '.join(map(str, names.values()))} layers, and its "
+            f"configuration says {count}; only stacks of one depth can be cut"
+        )
+    return stacks, (count, len(next(iter(stacks.values()), range(count))))
+
+
+def _kept(kind: str, count: int, shape: StudentShape) -> tuple[int, ...]:
+    if shape.keep is None:
+        if (shape.layers or 0) > count:
+            raise RecipeError(
+                f"--layers {shape.layers} is more than the {count} layers of the teacher; give "
+                f"{count} or fewer"
+            )
+        return spread(count, shape.layers or count)
+    kept = shape.keep
+    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
+        raise RecipeError(
+            f"--keep {','.join(map(str, kept))}: name layers from 0 to {count - 1} of the teacher, "
+            "each once, in rising order"
+        )
+    if kind in _TABLE_IN_FIRST and kept[0] != 0:
+        raise RecipeError(
+            f"layer 0 of a network of type {kind} holds the positions of all others; --keep must begin "
+            "with 0"
+        )
+    return kept
+
+
+def _repeats(config: Any, count: int, shape: StudentShape) -> int:
+    """How often ALBERT's one layer is gone through; its weights stay what they are."""
+    if shape.keep is not None:
+        raise RecipeError(
+            "all layers of an ALBERT are one layer, repeated, so none can be chosen; --layers says how "
+            "often it is repeated"
+        )
+    if config.num_hidden_groups != 1:
+        raise RecipeError(
+            f"an ALBERT of {config.num_hidden_groups} groups of layers cannot be cut here, only one "
+            "whose layers are all the same"
+        )
+    if (shape.layers or 0) > count:
+        raise RecipeError(
+            f"--layers {shape.layers} is more than the {count} layers of the teacher; give {count} or "
+            "fewer"
+        )
+    return shape.layers or count
+
+
+def _set_depth(config: Any, stacks: dict[str, tuple[int, ...]], depth: tuple[int, int]) -> None:
+    """Write the depth into ``config``, and keep those entries that are one for each layer."""
+    before, after = depth
+    config.num_hidden_layers = after
+    if getattr(config, "num_decoder_layers", None) is not None:
+        config.num_decoder_layers = after
+    kept: Sequence[int] = next(iter(stacks.values()), range(after))
+    for field in _PER_LAYER:
+        entries = getattr(config, field, None)
+        if isinstance(entries, list) and len(entries) == before:
+            setattr(config, field, [entries[index] for index in kept])
+
+
+def _layers(stacks: dict[str, tuple[int, ...]]) -> list[str]:
+    """Names of the layers that stay."""
+    return [f"{stack}.{index}" for stack, kept in stacks.items() for index in kept]
+
+
+def _renamed(state: dict[str, Tensor], stacks: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """``state`` without the layers that go, the others counted anew."""
+    place = {
+        f"{stack}.{index}": f"{stack}.{new}"
+        for stack, kept in stacks.items()
+        for new, index in enumerate(kept)
+    }
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        stack = next((stack for stack in stacks if name.startswith(f"{stack}.")), None)
+        if stack is None:
+            renamed[name] = tensor
+            continue
+        index, _, rest = name[len(stack) + 1 :].partition(".")
+        layer = f"{stack}.{index}"
+        if layer in place:
+            renamed[f"{place[layer]}.{rest}"] = tensor
+    return renamed

@@ -1,0 +1,258 @@
+"""Narrower layers: neurons of the MLPs, attention heads, channels of the residual stream.
+
+A *unit* is removed with every weight that writes it and every weight that reads it, so that what is
+left is an ordinary network of the same class (structured pruning: Fang et al. 2023, arXiv:2301.12900;
+Minitron, Muralidharan et al. 2024, arXiv:2407.14679). The largest units stay, by
+
+    importance = norm of the weights that write it x norm of the weights that read it,
+
+which is 0 for a unit that does nothing, and the same however a scale is split between writer and
+reader. It needs no data. Minitron ranks by activations on data instead, and searches over shapes; both
+are left out. Removing units of importance 0 changes nothing: norms are scaled for the channels they no
+longer see, which is exact for RMS norms. Layer norms subtract a mean over all channels, so there it
+cannot be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_MLPS = (
+    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size"),
+    (("mlp.c_fc",), "mlp.c_proj", "n_inner"),
+    (("intermediate.dense",), "output.dense", "intermediate_size"),
+    (("DenseReluDense.wi_0", "DenseReluDense.wi_1"), "DenseReluDense.wo", "d_ff"),
+    (("DenseReluDense.wi",), "DenseReluDense.wo", "d_ff"),
+    (("ff.layer_1",), "ff.layer_2", "d_inner"),
+)
+"""Modules whose outputs are the neurons, the one that reads them, and the size in the configuration."""
+_LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""RMS norms before each sublayer, and heads whose width is a number of its own."""
+_READERS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+)
+_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The widths asked for; ``None`` stays."""
+
+    heads: int | None
+    intermediate: int | None
+    hidden: int | None
+
+
+def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> None:
+    """Write ``sizes`` into ``config``; refuses what ``model`` cannot have cut, with the reason."""
+    kind = config.model_type
+    if sizes.intermediate is not None:
+        found = [_mlp(model, layer) for layer in layers]
+        if not found:
+            raise RecipeError(
+                f"this {kind} has one layer, or one that is repeated, and --intermediate cuts "
+                "stacks of several"
+            )
+        _set(config, found[0].field, sizes.intermediate, found[0].size, "--intermediate")
+    if sizes.heads is None and sizes.hidden is None:
+        return
+    if kind not in _LLAMA_LIKE:
+        raise RecipeError(
+            f"--heads and --hidden cut networks of type {', '.join(sorted(_LLAMA_LIKE))}, and this is "
+            f"of type {kind}: there the width of a head follows from both, or layer norms subtract a "
+            "mean over all channels, which cutting some would change. Cut --layers and --intermediate."
+        )
+    heads, groups, channels = (
+        config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+    )  # fmt: skip
+    config.head_dim = _head_width(config)
+    if sizes.heads is not None:
+        share = heads // groups
+        if sizes.heads % share:
+            raise RecipeError(
+                f"--heads {sizes.heads}: {share} heads share one key and value in the teacher, so "
+                f"give a multiple of {share}"
+            )
+        _set(config, "num_attention_heads", sizes.heads, heads, "--heads")
+        config.num_key_value_heads = sizes.heads // share
+    if sizes.hidden is not None:
+        _set(config, "hidden_size", sizes.hidden, channels, "--hidden")
+        config.rms_norm_eps *= channels / sizes.hidden
+    if config.hidden_size % config.num_attention_heads:
+        raise RecipeError(
+            f"a hidden size of {config.hidden_size} is no multiple of {config.num_attention_heads} "
+            f"heads, which transformers asks of a {kind}; give --hidden "
+            f"{_multiple(config.hidden_size, config.num_attention_heads)}, or other --heads"
+        )
+
+
+def cut(
+    model: Any, sizes: Sizes, state: dict[str, Tensor], layers: Sequence[str]
+) -> dict[str, Tensor]:
+    """``state`` with only the most important units of each of ``layers``."""
+    for layer in layers:
+        if sizes.intermediate is not None:
+            _cut_mlp(_mlp(model, layer), sizes.intermediate, state)
+        if sizes.heads is not None:
+            _cut_heads(model, layer, sizes.heads, state)
+    if sizes.hidden is not None:
+        _cut_channels(model, sizes.hidden, state, layers)
+    return state
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    writers: tuple[str, ...]
+    reader: str
+    field: str
+    size: int
+    transposed: bool
+    """GPT-2 keeps its weights as ``[in, out]``."""
+
+
+def _mlp(model: Any, layer: str) -> _Mlp:
+    block: nn.Module = model.get_submodule(layer)
+    inside = dict(block.named_modules())
+    for writers, reader, field in _MLPS:
+        for name in inside:
+            before = name.removesuffix(writers[0])
+            if name == before or (before and not before.endswith(".")):
+                continue
+            module: Any = inside[name]
+            transposed = type(module).__name__ == "Conv1D"
+            return _Mlp(
+                tuple(f"{layer}.{before}{writer}" for writer in writers),
+                f"{layer}.{before}{reader}",
+                field,
+                module.weight.shape[1 if transposed else 0],
+                transposed,
+            )
+    raise RecipeError(
+        f"where the MLP of a network of type {model.config.model_type} is, is not known here, so "
+        "--intermediate cannot cut it; cut --layers"
+    )
+
+
+def _cut_mlp(mlp: _Mlp, size: int, state: dict[str, Tensor]) -> None:
+    out, into = (1, 0) if mlp.transposed else (0, 1)
+    score = _norms(state, mlp.reader, into, bias=False)
+    for writer in mlp.writers:
+        score = score * _norms(state, writer, out)
+    kept = _largest(score, size)
+    for writer in mlp.writers:
+        _select(state, f"{writer}.weight", out, kept)
+        _select(state, f"{writer}.bias", 0, kept)
+    _select(state, f"{mlp.reader}.weight", into, kept)
+
+
+def _cut_heads(model: Any, layer: str, heads: int, state: dict[str, Tensor]) -> None:
+    """Remove whole groups: one key and value with the query heads that share them."""
+    import torch
+
+    config, attention = model.config, f"{layer}.self_attn"
+    wide, groups = _head_width(config), config.num_key_value_heads
+    share = config.num_attention_heads // groups
+    written = _norms(state, f"{attention}.v_proj", 0).view(groups, -1).norm(dim=1)
+    read = _norms(state, f"{attention}.o_proj", 1, bias=False).view(groups, -1).norm(dim=1)
+    kept = _largest(written * read, heads // share)
+    for name, size in (("q_proj", share * wide), ("k_proj", wide), ("v_proj", wide)):
+        rows = (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
+        _select(state, f"{attention}.{name}.weight", 0, rows)
+        _select(state, f"{attention}.{name}.bias", 0, rows)
+        if name == "q_proj":
+            _select(state, f"{attention}.o_proj.weight", 1, rows)
+
+
+def _cut_channels(model: Any, hidden: int, state: dict[str, Tensor], layers: Sequence[str]) -> None:
+    """Remove channels of the residual stream from all that writes or reads them."""
+    tables, heads, last = _outside(model)
+    written = [_norms(state, name, 1, bias=False) for name in tables]
+    written += [_norms(state, f"{layer}.{name}", 0) for layer in layers for name in _WRITERS]
+    norms = [last, *(f"{layer}.{name}" for layer in layers for name in _NORMS)]
+    # Of all the weights behind a norm; those of the norm itself scale what they read.
+    read = [_norms(state, name, 1, bias=False) * _gain(state, last) for name in heads]
+    for layer in layers:
+        for name in _READERS:
+            norm = f"{layer}.{_NORMS[name.startswith('mlp')]}"
+            read.append(_norms(state, f"{layer}.{name}", 1, bias=False) * _gain(state, norm))
+    score = sum(n**2 for n in written) * sum(n**2 for n in read)
+    kept = _largest(score, hidden)  # type: ignore[arg-type]
+    for name in {*tables, *heads}:
+        _select(state, f"{name}.weight", 1, kept)
+    for layer in layers:
+        for name in _READERS:
+            _select(state, f"{layer}.{name}.weight", 1, kept)
+        for name in _WRITERS:
+            _select(state, f"{layer}.{name}.weight", 0, kept)
+            _select(state, f"{layer}.{name}.bias", 0, kept)
+    scale = (model.config.hidden_size / hidden) ** 0.5
+    for name in norms:
+        _select(state, f"{name}.weight", 0, kept)
+        state[f"{name}.weight"] = (state[f"{name}.weight"].float() * scale).to(
+            state[f"{name}.weight"].dtype
+        )
+
+
+def _outside(model: Any) -> tuple[list[str], list[str], str]:
+    """Names of the embedding table, of what stands on top, and of the last norm."""
+    from torch import nn
+
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    tops = [
+        name
+        for name, module in model.named_children()
+        if isinstance(module, nn.Linear) and module.in_features == model.config.hidden_size
+    ] if prefix else []  # fmt: skip
+    return [f"{prefix}embed_tokens"], tops, f"{prefix}norm"
+
+
+def _head_width(config: Any) -> int:
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
+
+
+def _norms(state: dict[str, Tensor], module: str, axis: int, bias: bool = True) -> Tensor:
+    """Norm of the weights of each unit along ``axis`` of a matrix, its bias among them."""
+    import torch
+
+    found: Tensor = state[f"{module}.weight"].float().norm(dim=1 - axis)
+    own = state.get(f"{module}.bias")
+    return found if own is None or not bias else torch.hypot(found, own.float())
+
+
+def _gain(state: dict[str, Tensor], norm: str) -> Tensor:
+    return state[f"{norm}.weight"].float().abs()
+
+
+def _largest(score: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` largest in their own order; of equals the first."""
+    return score.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def _select(state: dict[str, Tensor], name: str, axis: int, kept: Tensor) -> None:
+    if state.get(name) is not None:
+        state[name] = state[name].index_select(axis, kept)
+
+
+def _set(config: Any, field: str, size: int, before: int, option: str) -> None:
+    if size > before:
+        raise RecipeError(
+            f"{option} {size} is more than the {before} of the teacher; give {before} or fewer"
+        )
+    setattr(config, field, size)
+
+
+def _multiple(size: int, of: int) -> int:
+    return max(of, round(size / of) * of)

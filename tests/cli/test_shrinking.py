@@ -1,0 +1,84 @@
+"""``luthier student`` as it is typed, and what the other commands make of a student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from luthier.cli.app import app
+
+
+def run(*arguments: Any, code: int = 0) -> Any:
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return done
+
+
+def test_a_student_is_made_listed_shown_exported_and_removed(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    made = json.loads(
+        run(
+            "student", "--from", tiny_model_folder, "--layers", 2, "--heads", 2,
+            "--intermediate", 32, "--hidden", 16, "--name", "small", "--json",
+        ).stdout
+    )  # fmt: skip
+    assert made["model_id"] == "tiny-llama:small"
+    assert (made["layers"], made["kept"]) == (2, [0, 3])
+    assert made["weights"] < made["teacher_weights"] / 2
+    listed = json.loads(run("models", "list", "--json").stdout)["custom"]
+    assert [(m["id"], m["adaptation"]) for m in listed] == [
+        ("tiny-llama:small", "student, 2 of 4 layers")
+    ]
+    assert "tiny-llama:small" in run("models", "list").stdout
+    shown = json.loads(run("models", "show", "tiny-llama:small", "--json").stdout)
+    assert shown["lineage"] == ["tiny-llama:small", str(tiny_model_folder)]
+    assert shown["student"]["asked"] == {
+        "layers": 2, "heads": 2, "intermediate": 32, "hidden": 16
+    }  # fmt: skip
+    assert all(file["intact"] for file in shown["files"].values())
+    run("models", "export", "tiny-llama:small", tmp_path / "out")
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(plain).__name__ == "LlamaForCausalLM" and plain.config.hidden_size == 16
+    run("student", "--from", "tiny-llama:small", "--layers", 1, "--name", "smaller")
+    said = run("models", "remove", "tiny-llama:small", code=2).output
+    assert "tiny-llama:smaller was made from tiny-llama:small" in said
+    run("models", "remove", "tiny-llama:smaller")
+    run("models", "remove", "tiny-llama:small")
+    assert json.loads(run("models", "list", "--json").stdout)["custom"] == []
+
+
+def test_what_will_be_cut_is_said_before_it_is(tiny_model_folder: Path) -> None:
+    done = run("student", "--from", tiny_model_folder, "--keep", "0,1,3", "--name", "small")
+    said = " ".join(done.output.split())
+    for words in (
+        "layers: 3 of 4 (0, 1, 3)",
+        "MB in float32",
+        "tiny-llama:small is stored and verified",
+        "luthier tune DATA --base tiny-llama:small",
+    ):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "say how small"),
+        (["--layers", "9"], "give 4 or fewer"),
+        (["--keep", "0;1"], "numbers of layers with commas"),
+        (["--keep", "0,1", "--layers", "2"], "give one of them"),
+        (["--hidden", "21"], "give --hidden 20"),
+    ],
+)
+def test_mistakes_are_refused_and_leave_nothing(
+    arguments: list[str], said: str, tiny_model_folder: Path, luthier_home: Path
+) -> None:
+    done = run("student", "--from", tiny_model_folder, "--name", "x", *arguments, code=2)
+    assert said in " ".join(done.output.split())
+    assert not [path for path in luthier_home.rglob("*") if path.is_file()]

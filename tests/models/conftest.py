@@ -1,0 +1,51 @@
+"""Teachers of every family, and what they answer in their own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.models.heads import Head, decoder_of, head_in, task_of
+from luthier.models.load import load_model, read_config
+
+
+@pytest.fixture(scope="session")
+def teacher_of(family_folder: Callable[[str], Path]) -> Callable[..., Any]:
+    """``teacher_of(family, head)``: a network with all weights away from where some start (0, 1)."""
+
+    def teacher(family: str, head: Head | None = None) -> Any:
+        folder = family_folder(family)
+        torch.manual_seed(3)
+        head = head or head_in(read_config(folder, Head("causal_lm")))
+        model: Any = load_model(folder, torch.float32, torch.device("cpu"), head).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight) * 0.05)
+        return model
+
+    return teacher
+
+
+@pytest.fixture(scope="session")
+def answers() -> Callable[[Any], torch.Tensor]:
+    """``answers(model)``: logits, scores or states for two rows of tokens."""
+
+    @torch.no_grad()
+    def told(model: Any) -> torch.Tensor:
+        ids = torch.randint(150, (2, 9), generator=torch.Generator().manual_seed(1)) + 5
+        ids[:, -1] = model.config.eos_token_id or 1
+        writes = decoder_of(model) and task_of(model) == "causal_lm"
+        more: dict[str, Any] = {"decoder_input_ids": ids} if writes else {}
+        known = not hasattr(model.config, "segment_length")
+        if known and getattr(model.config, "use_cache", False):
+            more["use_cache"] = False  # it counts layers by their old numbers
+        found = model.eval()(input_ids=ids, **more)
+        states = task_of(model) == "embedding"
+        out: torch.Tensor = found.last_hidden_state if states else found.logits
+        return out
+
+    return told
