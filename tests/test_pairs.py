@@ -50,9 +50,13 @@ ROWS = {
         for n, t in enumerate(TEXTS)
     ],
 }
+DISTILLED = ("logit_distillation", "on_policy_distillation")
 SETTINGS: dict[str, dict[str, Any]] = {"sparse": {"mask": "fisher", "fisher_rows": 3}}
 """Where the defaults would leave out what has to be tried."""
-OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {"logit_distillation": {"teacher": "teacher"}}
+OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {
+    "logit_distillation": {"teacher": "teacher"},
+    "on_policy_distillation": {"teacher": "teacher", "max_tokens": 6},
+}
 """What has no default: the ids of further models."""
 
 
@@ -66,7 +70,7 @@ TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
     **{
         (o, f): "cannot be a causal"
-        for o in ("sft", "causal_lm", "logit_distillation")
+        for o in ("sft", "causal_lm", *DISTILLED)
         for f in (*ENCODERS, "xlnet", "elmo")
     },
     ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",
@@ -236,9 +240,9 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
 
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
-    kinds = ("sft", "causal_lm", "logit_distillation")
+    kinds = ("sft", "causal_lm", *DISTILLED)
     written = [(o, f) for o in kinds for f in ("gpt2", "palm", "transfo_xl")]
-    written += [("sft", "t5"), ("logit_distillation", "t5"), ("span_corruption", "t5")]
+    written += [("sft", "t5"), *((o, "t5") for o in DISTILLED), ("span_corruption", "t5")]
     tied = {(o, "feature_extraction", f): "output head.* tied" for o, f in written}
     none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}
     return tied | none

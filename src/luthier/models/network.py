@@ -125,6 +125,8 @@ class Network:
         """What the frozen bottom gives for each row, where that was computed ahead."""
         self.others: dict[str, Network] = {}
         """Further networks the objective asked for, by the name it gave them: a teacher, a judge."""
+        self.kept: Any = None
+        """What the objective computed ahead for the rows."""
         self._start: list[tuple[nn.Parameter, Tensor]] = []
 
     @cached_property
@@ -215,7 +217,7 @@ class Network:
     def close(self) -> None:
         """Let go of the weights, so that their memory can be used again."""
         self.model = None
-        self._start, self.others = [], {}
+        self._start, self.others, self.kept = [], {}, None
         self.__dict__.pop("_backbone", None)
 
     @property

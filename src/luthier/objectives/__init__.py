@@ -7,6 +7,7 @@ from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
 from luthier.objectives.logit_distillation import LogitDistillation
 from luthier.objectives.masked_lm import MaskedLM
+from luthier.objectives.on_policy_distillation import OnPolicyDistillation
 from luthier.objectives.regression import Regression
 from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "token_classification": TokenClassification,
     "contrastive": Contrastive,
     "logit_distillation": LogitDistillation,
+    "on_policy_distillation": OnPolicyDistillation,
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "LogitDistillation",
     "MaskedLM",
     "Objective",
+    "OnPolicyDistillation",
     "Regression",
     "SemiSupervised",
     "SpanCorruption",

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 Given = Callable[[slice], tuple[Tensor | None, Tensor]]
 """What the teacher says at a slice of the positions: log-probabilities of all tokens, ``(None,
-[C, V'])``, or token ids ``[C, k]`` and log-probabilities ``[C, k + 1]``, the last that of all others."""
+[C, V'])``, or token ids ``[C, k]`` and log-probabilities ``[C, k + 1]``, the last of all others."""
 
 FLOOR = -50.0
 """Least log-probability of all other tokens together; they may have none."""
 CHUNK = 32
-"""Positions whose logits exist at once while no head trains. Several passes over them are made, so they
-had better stay in the processor's cache."""
+"""Positions whose logits exist at once while the head is frozen: fewer than for a cross-entropy, as
+there are more passes over them."""
 
 
 @dataclass(frozen=True)
