@@ -56,6 +56,8 @@ SETTINGS: dict[str, dict[str, Any]] = {"sparse": {"mask": "fisher", "fisher_rows
 OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {
     "logit_distillation": {"teacher": "teacher"},
     "on_policy_distillation": {"teacher": "teacher", "max_tokens": 6},
+    "encoder_distillation": {"teacher": "teacher"},
+    "embedding_distillation": {"teacher": "teacher"},
 }
 """What has no default: the ids of further models."""
 
@@ -130,7 +132,9 @@ def reload(adaptation: Adaptation, objective: Objective, base: Path, folder: Pat
     return as_network(store.load(stored, torch.float32, CPU), CPU, torch.float32)
 
 
-def join_others(network: Network, objective: Objective, folder: Path) -> None:
+def join_others(
+    network: Network, objective: Objective, folder: Path, examples: list[Example], kept: Path
+) -> None:
     """Give the network the further models it asks for: of its own family, and of other weights."""
     for name in objective.others:
         torch.manual_seed(7)
@@ -139,6 +143,8 @@ def join_others(network: Network, objective: Objective, folder: Path) -> None:
             weight.data += 0.2 * weight.abs().mean() * torch.randn_like(weight)
         other.requires_grad_(False).eval()
         network.others[name] = as_network(other, CPU, torch.float32)
+    with torch.no_grad():
+        objective.keep(network, examples, 1000, kept, lambda text: None)
 
 
 def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
@@ -178,7 +184,8 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     model = load_model(folder, torch.float32, CPU, objective.head())
     network = as_network(model, CPU, torch.float32)
     adaptation.attach(model)
-    join_others(network, objective, folder)
+    join_others(network, objective, folder, examples, tmp_path / "kept")
+    objective.extend(model)
 
     def loss_of(network: Network) -> float:
         return objective.mean_loss(network, examples, 1000)
@@ -204,12 +211,13 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     trained = loss_of(network)
     assert abs(trained - untrained) > 2e-5 * untrained  # twice what the comparisons below allow
 
+    objective.strip(model)
     promised = stored_bytes(model, adaptation)
     save(model, adaptation, chat, folder, tmp_path / "custom")
     stored = load_file(next((tmp_path / "custom").glob("*.safetensors")))
     assert sum(tensor.nbytes for tensor in stored.values()) == promised
     again = reload(adaptation, objective, folder, tmp_path / "custom")
-    join_others(again, objective, folder)
+    join_others(again, objective, folder, examples, tmp_path / "kept")
     assert loss_of(again) == pytest.approx(trained, rel=1e-5)
 
     merged = copy.deepcopy(network)
@@ -244,7 +252,11 @@ def refusals_of_both() -> dict[tuple[str, str, str], str]:
     written = [(o, f) for o in kinds for f in ("gpt2", "palm", "transfo_xl")]
     written += [("sft", "t5"), *((o, "t5") for o in DISTILLED), ("span_corruption", "t5")]
     tied = {(o, "feature_extraction", f): "output head.* tied" for o, f in written}
-    none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}
+    none = {
+        (o, "feature_extraction", f): "has none. Use lora"
+        for o in ("contrastive", "embedding_distillation")
+        for f in FAMILIES
+    }
     return tied | none
 
 

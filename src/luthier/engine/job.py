@@ -25,7 +25,7 @@ from luthier.files import need_disk
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
-from luthier.models.load import sketch
+from luthier.models.load import read_config, sketch
 from luthier.objectives import Objective
 from luthier.recipe import Recipe
 from luthier.store import models as store
@@ -109,7 +109,10 @@ def acquainted(objective: Objective | None, say: Callable[[str], None]) -> Objec
     if objective is None:
         return None
     for name, each in objective.others.items():
-        objective = objective.meet(name, store.objective_of(store.find(each, say)))
+        found = store.find(each, say)
+        learned = store.objective_of(found)
+        config = read_config(found.network_folder, learned.head())
+        objective = objective.meet(name, learned, int(config.hidden_size))
     return objective
 
 

@@ -5,6 +5,8 @@ from luthier.objectives.bilm import BiLM
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
+from luthier.objectives.embedding_distillation import EmbeddingDistillation
+from luthier.objectives.encoder_distillation import EncoderDistillation
 from luthier.objectives.logit_distillation import LogitDistillation
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.on_policy_distillation import OnPolicyDistillation
@@ -27,6 +29,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
     "logit_distillation": LogitDistillation,
     "on_policy_distillation": OnPolicyDistillation,
+    "encoder_distillation": EncoderDistillation,
+    "embedding_distillation": EmbeddingDistillation,
 }
 
 __all__ = [
@@ -36,6 +40,8 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Contrastive",
+    "EmbeddingDistillation",
+    "EncoderDistillation",
     "LogitDistillation",
     "MaskedLM",
     "Objective",

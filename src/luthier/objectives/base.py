@@ -85,10 +85,11 @@ class Objective(BaseModel):
             RecipeError: with the reason, and what to use.
         """
 
-    def meet(self, name: str, other: Objective) -> Self:
+    def meet(self, name: str, other: Objective, width: int) -> Self:
         """This objective with what a model of :attr:`others` was trained for taken in.
 
-        Called before :meth:`fit` with the objective of the model ``name``: a teacher has classes.
+        Called before :meth:`fit` with the objective of the model ``name`` (a teacher has classes) and
+        the width of its hidden states.
 
         Raises:
             RecipeError: where the model is for something else, with what to use.

@@ -62,7 +62,7 @@ class Distillation(Objective):
         if not self.teacher:
             raise RecipeError("there is no teacher; give one with --set objective.teacher=ID")
 
-    def meet(self, name: str, other: Objective) -> Self:
+    def meet(self, name: str, other: Objective, width: int) -> Self:
         """The teacher must write text."""
         if other.task != "causal_lm":
             raise RecipeError(
