@@ -38,7 +38,7 @@ Given = Callable[[slice], tuple[Tensor | None, Tensor]]
 
 FLOOR = -50.0
 """Least log-probability of all other tokens together; they may have none."""
-CHUNK = 32
+CHUNK = 64
 """Positions whose logits exist at once while the head is frozen: fewer than for a cross-entropy, as
 there are more passes over them."""
 
