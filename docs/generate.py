@@ -259,7 +259,9 @@ def _cell(objective: type[Objective], family: str, reasons: dict[str, None]) -> 
         head = Head(task, () if task in ("causal_lm", "masked_lm") else ("a", "b"))
         try:
             model = sketch_of(settings, head)
-            objective.model_validate({}).check(_format_of(settings))
+            # A teacher has no default; any id does for this.
+            asked = {"teacher": "ID"} if "teacher" in objective.model_fields else {}
+            objective.model_validate(asked).check(_format_of(settings))
         except RecipeError as error:
             reasons[str(error)] = None
             return "-"

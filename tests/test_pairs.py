@@ -50,8 +50,16 @@ ROWS = {
         for n, t in enumerate(TEXTS)
     ],
 }
+DISTILLED = ("logit_distillation", "on_policy_distillation")
 SETTINGS: dict[str, dict[str, Any]] = {"sparse": {"mask": "fisher", "fisher_rows": 3}}
 """Where the defaults would leave out what has to be tried."""
+OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {
+    "logit_distillation": {"teacher": "teacher"},
+    "on_policy_distillation": {"teacher": "teacher", "max_tokens": 6},
+    "encoder_distillation": {"teacher": "teacher"},
+    "embedding_distillation": {"teacher": "teacher"},
+}
+"""What has no default: the ids of further models."""
 
 
 def rows_of(objective: Objective) -> list[Row]:
@@ -64,7 +72,7 @@ TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
     **{
         (o, f): "cannot be a causal"
-        for o in ("sft", "causal_lm")
+        for o in ("sft", "causal_lm", *DISTILLED)
         for f in (*ENCODERS, "xlnet", "elmo")
     },
     ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",
@@ -124,6 +132,21 @@ def reload(adaptation: Adaptation, objective: Objective, base: Path, folder: Pat
     return as_network(store.load(stored, torch.float32, CPU), CPU, torch.float32)
 
 
+def join_others(
+    network: Network, objective: Objective, folder: Path, examples: list[Example], kept: Path
+) -> None:
+    """Give the network the further models it asks for: of its own family, and of other weights."""
+    for name in objective.others:
+        torch.manual_seed(7)
+        other = load_model(folder, torch.float32, CPU, objective.head())
+        for weight in other.parameters():
+            weight.data += 0.2 * weight.abs().mean() * torch.randn_like(weight)
+        other.requires_grad_(False).eval()
+        network.others[name] = as_network(other, CPU, torch.float32)
+    with torch.no_grad():
+        objective.keep(network, examples, 1000, kept, lambda text: None)
+
+
 def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
     """Why a triple is refused before any weight is loaded; empty where it is not."""
     try:
@@ -142,7 +165,8 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
 def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     method: str, name: str, family: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    objective, adaptation = OBJECTIVES[method](), ADAPTATIONS[name](**SETTINGS.get(name, {}))
+    objective = OBJECTIVES[method](**OBJECTIVE_SETTINGS.get(method, {}))
+    adaptation = ADAPTATIONS[name](**SETTINGS.get(name, {}))
     folder = family_folder(family)
     reason = refusal(objective, adaptation, folder)
     wanted = REFUSED.get((method, family)) or adaptation_refusals().get((name, family))
@@ -160,6 +184,8 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     model = load_model(folder, torch.float32, CPU, objective.head())
     network = as_network(model, CPU, torch.float32)
     adaptation.attach(model)
+    join_others(network, objective, folder, examples, tmp_path / "kept")
+    objective.extend(model)
 
     def loss_of(network: Network) -> float:
         return objective.mean_loss(network, examples, 1000)
@@ -185,11 +211,13 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     trained = loss_of(network)
     assert abs(trained - untrained) > 2e-5 * untrained  # twice what the comparisons below allow
 
+    objective.strip(model)
     promised = stored_bytes(model, adaptation)
     save(model, adaptation, chat, folder, tmp_path / "custom")
     stored = load_file(next((tmp_path / "custom").glob("*.safetensors")))
     assert sum(tensor.nbytes for tensor in stored.values()) == promised
     again = reload(adaptation, objective, folder, tmp_path / "custom")
+    join_others(again, objective, folder, examples, tmp_path / "kept")
     assert loss_of(again) == pytest.approx(trained, rel=1e-5)
 
     merged = copy.deepcopy(network)
@@ -220,10 +248,15 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
 
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
-    written = [(o, f) for o in ("sft", "causal_lm") for f in ("gpt2", "palm", "transfo_xl")]
-    written += [("sft", "t5"), ("span_corruption", "t5")]
+    kinds = ("sft", "causal_lm", *DISTILLED)
+    written = [(o, f) for o in kinds for f in ("gpt2", "palm", "transfo_xl")]
+    written += [("sft", "t5"), *((o, "t5") for o in DISTILLED), ("span_corruption", "t5")]
     tied = {(o, "feature_extraction", f): "output head.* tied" for o, f in written}
-    none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}
+    none = {
+        (o, "feature_extraction", f): "has none. Use lora"
+        for o in ("contrastive", "embedding_distillation")
+        for f in FAMILIES
+    }
     return tied | none
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
+from luthier.objectives.teacher_cache import TopK
 from luthier.recipe import Recipe
 
 TEXTS = [f"the {word} is {place}" for word in ("fox", "dog", "card") for place in ("here", "lazy")]
@@ -35,6 +36,18 @@ CASES = {
     "a dropout that was asked for": ("gpt2", "classification", "lora", {}),
     "weights that matter": ("llama", "sft", "sparse", {}),
     "keys and values": ("gpt2", "sft", "prefix", {}),
+    "a teacher's likeliest tokens": (
+        "llama",
+        "logit_distillation",
+        "lora",
+        {"teacher": "gpt2", "cache_top_k": 5, "mix": 0.2, "temperature": 2.0},
+    ),
+    "answers of the student": (
+        "llama",
+        "on_policy_distillation",
+        "full",
+        {"teacher": "gpt2", "max_tokens": 5, "student_share": 0.7},
+    ),
 }
 
 
@@ -58,7 +71,7 @@ def rows_for(objective: str, path: Path) -> Path:
     rows: list[dict[str, Any]] = [{"text": text} for text in TEXTS]
     if objective in ("classification", "semi_supervised"):
         rows = [{"text": text, "label": str(n % 2)} for n, text in enumerate(TEXTS)]
-    if objective == "sft":
+    if objective in ("sft", "logit_distillation", "on_policy_distillation"):
         rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -73,6 +86,8 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     family, objective, adaptation, fields = CASES[case]
+    if "teacher" in fields:
+        fields = {**fields, "teacher": str(family_folder(fields["teacher"]))}
     data = rows_for(objective, tmp_path / "rows.jsonl")
     further = {"magnitudes": {"dora": True}, "weights that matter": {"mask": "fisher"}}.get(
         case, {}
@@ -107,7 +122,11 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
         train(recipe("broken"), reporter=BreakingReporter(8))
     run = luthier_home / "runs" / family / "broken"
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    kept = list(run.glob("kept/*"))
+    assert bool(kept) == ("cache_top_k" in fields)
+    monkeypatch.setattr(TopK, "_write", None)  # what was kept is there, and not asked for again
     again = train(recipe("broken"), resume=True)
+    assert not (run / "kept").exists()
     assert (whole.steps, again.steps) == (11, 11)
     assert again.validation_loss == whole.validation_loss
     for path in Path(whole.model_dir).glob("*.safetensors"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from luthier.files import need_disk
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
-from luthier.models.load import sketch
+from luthier.models.load import read_config, sketch
 from luthier.objectives import Objective
 from luthier.recipe import Recipe
 from luthier.store import models as store
@@ -102,6 +102,18 @@ def settle(
     steps = defaults.steps_of(recipe, data.main, data.mixed)
     chat = data.objective.format(chat)
     return Job(recipe, base, chat, data, machine, steps, others=others)
+
+
+def acquainted(objective: Objective | None, say: Callable[[str], None]) -> Objective | None:
+    """``objective`` with what the further models it asks for were trained for taken in."""
+    if objective is None:
+        return None
+    for name, each in objective.others.items():
+        found = store.find(each, say)
+        learned = store.objective_of(found)
+        config = read_config(found.network_folder, learned.head())
+        objective = objective.meet(name, learned, int(config.hidden_size))
+    return objective
 
 
 def _others(

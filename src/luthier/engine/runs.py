@@ -18,7 +18,8 @@ from luthier.store.models import base_folder, custom_folder, short_name
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 """Texts that the network wrote in training, with what they were worth."""
-ACTIVATIONS = "activations.bin"
+ACTIVATIONS, KEPT = "activations.bin", "kept"
+"""What was computed ahead for the rows: by the frozen layers, by the objective."""
 START, TOKENS = "start", "tokens"
 """Of a pre-training: the network before its first step, and the text as token ids."""
 
@@ -103,6 +104,7 @@ class Run:
     def drop_working_files(self) -> None:
         """Free the disk of what only a resume would need."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.folder / KEPT, ignore_errors=True)
         (self.folder / ACTIVATIONS).unlink(missing_ok=True)
 
     @contextmanager

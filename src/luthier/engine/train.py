@@ -24,10 +24,10 @@ from luthier.engine.devices import (
     peak_memory,
     return_freed_memory,
 )
-from luthier.engine.job import Job, settle
+from luthier.engine.job import Job, acquainted, settle
 from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve, learned_nothing
-from luthier.engine.runs import ACTIVATIONS, METRICS, SAMPLES, Result, Run, automatic_name
+from luthier.engine.runs import ACTIVATIONS, KEPT, METRICS, SAMPLES, Result, Run, automatic_name
 from luthier.errors import LuthierError, RecipeError, RefusedInput
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, need_disk, new_folder, write_json
@@ -146,7 +146,8 @@ def _prepare(
         raise RecipeError(
             f"{added} added tokens leave no room in the model's context of {context}; use fewer"
         )
-    data = prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
+    objective = acquainted(recipe.objective, reporter.stage)
+    data = prepare(recipe.data, objective, chat, room, recipe.training.seed)
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
@@ -205,7 +206,7 @@ class Trainer:
         if ahead and loop.progress.step == 0:
             loop.record("frozen_layers", layers=ahead, seconds=time.monotonic() - started)
         progress = loop.run()
-        network.bottom, network.others = None, {}
+        network.bottom, network.others, network.kept = None, {}, None
         self.job.data.objective.strip(network.model)
         self._activations.unlink(missing_ok=True)
         return network, progress, loop.metrics.read()
@@ -252,8 +253,12 @@ class Trainer:
         """Let the objective add to the rows what the network says of them before it is trained."""
         data, budget = self.job.data, self.recipe.training.micro_batch_tokens or 1
         network.model.eval()
-        train = data.objective.begin(network, data.train, max(budget, 2048), self.reporter.note)
+        budget, note = max(budget, 2048), self.reporter.note
+        train = data.objective.begin(network, data.train, budget, note)
+        rows = [*train, *data.validation]
+        data.objective.keep(network, rows, budget, self.run_folder.folder / KEPT, note)
         self.job = replace(self.job, data=replace(data, train=train))
+        return_freed_memory()  # a teacher may have been let go
 
     def _remember(self, network: Network) -> int:
         """Where the bottom is frozen and rows come more than once, compute it ahead for all rows.

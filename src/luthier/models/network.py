@@ -125,6 +125,8 @@ class Network:
         """What the frozen bottom gives for each row, where that was computed ahead."""
         self.others: dict[str, Network] = {}
         """Further networks the objective asked for, by the name it gave them: a teacher, a judge."""
+        self.kept: Any = None
+        """What the objective computed ahead for the rows."""
         self._start: list[tuple[nn.Parameter, Tensor]] = []
 
     @cached_property
@@ -149,9 +151,14 @@ class Network:
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
-    def row_states(self, batch: TreeBatch, pooling: str) -> Tensor:
-        """What stands for each row, ``[R, H]``: ``mean``, ``first`` or ``last`` of its states."""
-        tree, hidden_NH = batch.tree, self.hidden(batch)
+    def row_states(self, batch: TreeBatch, pooling: str, hidden_NH: Tensor | None = None) -> Tensor:
+        """What stands for each row, ``[R, H]``: ``mean``, ``first`` or ``last`` of its states.
+
+        ``hidden_NH`` are the hidden states, where they were computed already.
+        """
+        tree = batch.tree
+        if hidden_NH is None:
+            hidden_NH = self.hidden(batch)
         if pooling != "mean":
             nodes = tree.root_R if pooling == "first" else tree.leaf_R
             return hidden_NH[torch.from_numpy(nodes).to(self.device)]
@@ -161,10 +168,10 @@ class Network:
         sum_RH = states_MH.new_zeros(len(lengths), self.width).index_add_(0, row_M, states_MH)
         return sum_RH / torch.from_numpy(lengths).to(self.device)[:, None]
 
-    def row_scores(self, batch: TreeBatch) -> Tensor:
+    def row_scores(self, batch: TreeBatch, hidden_NH: Tensor | None = None) -> Tensor:
         """What the head of a sequence classifier says of each row, ``[R, C]``, in tree order."""
         pooling = heads.row_pooling(self.model, self.both_ways)
-        states_RH = self.row_states(batch, pooling).to(self.dtype)  # a mean is float32
+        states_RH = self.row_states(batch, pooling, hidden_NH).to(self.dtype)  # a mean is float32
         return heads.row_scores(self.model, states_RH)
 
     def token_scores(self, batch: TreeBatch, nodes: Tensor) -> Tensor:
@@ -215,7 +222,7 @@ class Network:
     def close(self) -> None:
         """Let go of the weights, so that their memory can be used again."""
         self.model = None
-        self._start, self.others = [], {}
+        self._start, self.others, self.kept = [], {}, None
         self.__dict__.pop("_backbone", None)
 
     @property

@@ -5,7 +5,11 @@ from luthier.objectives.bilm import BiLM
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
+from luthier.objectives.embedding_distillation import EmbeddingDistillation
+from luthier.objectives.encoder_distillation import EncoderDistillation
+from luthier.objectives.logit_distillation import LogitDistillation
 from luthier.objectives.masked_lm import MaskedLM
+from luthier.objectives.on_policy_distillation import OnPolicyDistillation
 from luthier.objectives.regression import Regression
 from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
@@ -23,6 +27,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "regression": Regression,
     "token_classification": TokenClassification,
     "contrastive": Contrastive,
+    "logit_distillation": LogitDistillation,
+    "on_policy_distillation": OnPolicyDistillation,
+    "encoder_distillation": EncoderDistillation,
+    "embedding_distillation": EmbeddingDistillation,
 }
 
 __all__ = [
@@ -32,8 +40,12 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Contrastive",
+    "EmbeddingDistillation",
+    "EncoderDistillation",
+    "LogitDistillation",
     "MaskedLM",
     "Objective",
+    "OnPolicyDistillation",
     "Regression",
     "SemiSupervised",
     "SpanCorruption",

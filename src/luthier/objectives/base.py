@@ -4,9 +4,11 @@ An objective is one frozen object: its fields are the hyper-parameters of its pa
 vetted setting as default. The engine calls these methods and knows nothing else:
 
     check     whether it suits the network at all
+    meet      what the further models it asks for were trained for
     fit       what it must know of all rows: the classes there are
     encode    rows to token ids with a loss weight for each token
     begin     what the network, as it is before the first step, adds to the rows
+    keep      what is computed ahead for all rows, held-out ones included, and kept in files
     annotate  all that takes no gradient: sampling, rewards, teacher or reference scores, noise
     turns     the optimizer steps of one batch; one, unless the method says otherwise
     loss      a **sum** over a micro-batch; only the engine divides, once, by the global weight
@@ -30,6 +32,8 @@ from luthier.models.heads import Head, Task
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from luthier.data.chat import ChatFormat
@@ -81,6 +85,17 @@ class Objective(BaseModel):
             RecipeError: with the reason, and what to use.
         """
 
+    def meet(self, name: str, other: Objective, width: int) -> Self:
+        """This objective with what a model of :attr:`others` was trained for taken in.
+
+        Called before :meth:`fit` with the objective of the model ``name`` (a teacher has classes) and
+        the width of its hidden states.
+
+        Raises:
+            RecipeError: where the model is for something else, with what to use.
+        """
+        return self
+
     def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
         """Refuse a model of :attr:`others` that does not go with the network of format ``chat``.
 
@@ -131,6 +146,21 @@ class Objective(BaseModel):
         and order of the rows. ``budget`` is the tokens read at once; ``note`` tells people something.
         """
         return examples
+
+    def keep(
+        self,
+        network: Network,
+        rows: Sequence[Example],
+        budget: int,
+        folder: Path,
+        note: Callable[[str], None],
+    ) -> None:
+        """Compute ahead what is needed of all ``rows``, training and held-out ones, in every epoch.
+
+        Called after :meth:`begin`, likewise without a gradient and once for each start. What is left in
+        ``network.kept`` stays there while it trains. Files belong into ``folder`` (not made yet): a run
+        that goes on finds them again, and they go when it is done.
+        """
 
     def views(self, example: Example) -> list[Example]:
         """The rows the network is to see for one example: itself, unless the method says otherwise."""

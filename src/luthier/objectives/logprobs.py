@@ -12,6 +12,7 @@ p W``, the second part is kept while the head is frozen; while it trains, logits
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,16 @@ CHUNK_TRAINED = 512
 """The same while the head trains: each chunk adds to its whole gradient, so fewer are better."""
 
 
-class _WeightedNLL(torch.autograd.Function):
-    """``sum_e weight_e * -log p(target_e | h[source_e])`` as a scalar, with its gradients."""
+Compare = Callable[[slice, slice, Tensor, bool], tuple[Tensor, Tensor | None]]
+"""Summed loss of a chunk, in float64, and its gradient by the logits ``[C, V]`` where that is wanted.
+
+Given are the chunk's positions, the edges that start there, and its logits in float32, which may be
+overwritten.
+"""
+
+
+class _Chunked(torch.autograd.Function):
+    """A loss of the logits, summed over all positions chunk by chunk (a scalar), with its gradients."""
 
     @staticmethod
     def forward(
@@ -39,27 +48,22 @@ class _WeightedNLL(torch.autograd.Function):
         head_VH: Tensor,
         bias_V: Tensor | None,
         source_E: Tensor,
-        target_E: Tensor,
-        weight_E: Tensor,
+        compare: Compare,
+        size: int,
     ) -> Tensor:
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
+        gradient = needs_hidden or needs_head or needs_bias
         dhidden_SH = torch.empty_like(hidden_SH) if needs_hidden else None
         dhead_VH = torch.zeros(head_VH.shape, device=head_VH.device) if needs_head else None
         dbias_V = torch.zeros(len(head_VH), device=head_VH.device) if needs_bias else None
-        chunk = CHUNK_TRAINED if needs_head else CHUNK
+        chunk = CHUNK_TRAINED if needs_head else size
         total = torch.zeros((), dtype=torch.float64, device=hidden_SH.device)
         for rows, edges in _chunks(len(hidden_SH), source_E, chunk):
-            position, target = source_E[edges] - rows.start, target_E[edges]
-            weight = weight_E[edges]
-            logits_CV = _scores(hidden_SH[rows], head_VH, bias_V)
-            lse_C = torch.logsumexp(logits_CV, -1)
-            nll = lse_C[position] - logits_CV[position, target]
-            total += (nll * weight).sum(dtype=torch.float64)
-            if not (needs_hidden or needs_head or needs_bias):
+            logits_CV = scores(hidden_SH[rows], head_VH, bias_V)
+            part, grad_CV = compare(rows, edges, logits_CV, gradient)
+            total += part
+            if grad_CV is None:
                 continue
-            scale_C = torch.zeros_like(lse_C).index_add_(0, position, weight)
-            grad_CV = logits_CV.sub_(lse_C[:, None]).exp_().mul_(scale_C[:, None])
-            grad_CV.index_put_((position, target), -weight, accumulate=True)
             if dbias_V is not None:
                 dbias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(head_VH.dtype)
@@ -82,22 +86,52 @@ class _WeightedNLL(torch.autograd.Function):
         return dhidden, dhead, dbias, None, None, None
 
 
-def weighted_nll(network: Network, batch: TreeBatch) -> Tensor:
-    """Negative log-likelihood of the batch's edges, summed with their weights (a scalar).
+def chunked_loss(
+    network: Network, batch: TreeBatch, compare: Compare, size: int | None = None
+) -> Tensor:
+    """The loss that ``compare`` makes of the logits of the batch's positions, summed (a scalar).
 
-    The total is accumulated in float64 and returned in float32.
+    The gradient is computed with the loss, while the logits of a chunk of ``size`` positions (``CHUNK``
+    when not given) are there. The total is accumulated in float64 and returned in float32.
     """
     hidden_SH = network.before_vocabulary(network.hidden(batch)[batch.source_S])
     hidden_SH = hidden_SH.flatten(0, -2)  # several predictions from one state, one after the other
-    total: Tensor = _WeightedNLL.apply(  # type: ignore[no-untyped-call]
+    total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
         hidden_SH,
         network.head_VH,
         network.head_bias_V,
         batch.edge_source_E,
-        batch.target_E,
-        batch.weight_E,
+        compare,
+        size or CHUNK,
     )
     return total
+
+
+def nll_of(batch: TreeBatch) -> Compare:
+    """``sum_e weight_e * -log p(target_e | h[source_e])`` over the edges of a chunk."""
+    source_E, target_E, weight_E = batch.edge_source_E, batch.target_E, batch.weight_E
+
+    def nll(
+        rows: slice, edges: slice, logits_CV: Tensor, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        position, target = source_E[edges] - rows.start, target_E[edges]
+        weight = weight_E[edges]
+        lse_C = torch.logsumexp(logits_CV, -1)
+        each = lse_C[position] - logits_CV[position, target]
+        total = (each * weight).sum(dtype=torch.float64)
+        if not gradient:
+            return total, None
+        scale_C = torch.zeros_like(lse_C).index_add_(0, position, weight)
+        grad_CV = logits_CV.sub_(lse_C[:, None]).exp_().mul_(scale_C[:, None])
+        grad_CV.index_put_((position, target), -weight, accumulate=True)
+        return total, grad_CV
+
+    return nll
+
+
+def weighted_nll(network: Network, batch: TreeBatch) -> Tensor:
+    """Negative log-likelihood of the batch's edges, summed with their weights (a scalar)."""
+    return chunked_loss(network, batch, nll_of(batch))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -119,7 +153,7 @@ class _TokenLogps(torch.autograd.Function):
             kept_SH = torch.empty_like(hidden_SH)
         logp_E = torch.empty(len(source_E), device=hidden_SH.device)
         for rows, edges in _chunks(len(hidden_SH), source_E, CHUNK):
-            logits_CV = _scores(hidden_SH[rows], head_VH, bias_V, temperature)
+            logits_CV = scores(hidden_SH[rows], head_VH, bias_V, temperature)
             lse_C = torch.logsumexp(logits_CV, -1)
             position, target = source_E[edges] - rows.start, target_E[edges]
             logp_E[edges] = logits_CV[position, target] - lse_C[position]
@@ -152,7 +186,7 @@ def _again(ctx: Any, grad_E: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
     dhead_VH = torch.zeros(head_VH.shape, device=head_VH.device) if needs_head else None
     dbias_V = torch.zeros(len(head_VH), device=head_VH.device) if needs_bias else None
     for rows, edges in _chunks(len(hidden_SH), source_E, CHUNK_TRAINED):
-        logits_CV = _scores(hidden_SH[rows], head_VH, bias_V, ctx.temperature)
+        logits_CV = scores(hidden_SH[rows], head_VH, bias_V, ctx.temperature)
         position, part_E = source_E[edges] - rows.start, grad_E[edges]
         sum_C = part_E.new_zeros(len(logits_CV)).index_add_(0, position, part_E)
         grad_CV = torch.softmax(logits_CV, -1).mul_(-sum_C[:, None])
@@ -172,7 +206,7 @@ def _again(ctx: Any, grad_E: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
     )
 
 
-def _scores(
+def scores(
     hidden_CH: Tensor, head_VH: Tensor, bias_V: Tensor | None, temperature: float = 1.0
 ) -> Tensor:
     """Logits ``[C, V]`` in float32, divided by ``temperature``."""

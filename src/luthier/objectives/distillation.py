@@ -1,0 +1,147 @@
+"""What all distillations of a language model into another have in common.
+
+Both read the same tokens, and what is measured is how far the student's distribution over the next
+token is from the teacher's; see :mod:`luthier.objectives.divergence`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.objectives.base import Objective
+from luthier.objectives.sft import SFT
+from luthier.types import Example, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network
+    from luthier.objectives.divergence import Divergence
+
+Kind = Literal["forward", "reverse", "jsd"]
+
+
+class Distillation(Objective):
+    """A teacher, and how far a student is from it."""
+
+    teacher: str = ""
+    """Id of the model to learn from; it has the student's tokenizer."""
+    divergence: Kind = "forward"
+    """KL from teacher to student (Hinton), from student to teacher, or GKD's between both."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of ``jsd``; 0.5 in GKD's symmetric case."""
+    temperature: float = Field(default=1.0, gt=0)
+    """The logits of both are divided by it: 1 in GKD; higher shows more of what it thinks unlikely."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How a row becomes text: the model's chat template, or prompt and completion as they are."""
+
+    shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """The teacher."""
+        return {"teacher": self.teacher} if self.teacher else {}
+
+    @property
+    def measure(self) -> Divergence:
+        """The divergence asked for."""
+        from luthier.objectives.divergence import Divergence
+
+        return Divergence(self.divergence, self.beta, self.temperature)
+
+    @property
+    def _rows(self) -> SFT:
+        """Rows become tokens as in supervised fine-tuning."""
+        return SFT(template=self.template)
+
+    def check(self, chat: ChatFormat) -> None:
+        """There must be a teacher."""
+        if not self.teacher:
+            raise RecipeError("there is no teacher; give one with --set objective.teacher=ID")
+
+    def meet(self, name: str, other: Objective, width: int) -> Self:
+        """The teacher must write text."""
+        if other.task != "causal_lm":
+            raise RecipeError(
+                f"the teacher {self.teacher} is for {other.method}, and gives no distribution over the "
+                "next token. Take a model that writes text; classifiers are distilled with "
+                "encoder_distillation, and encoders with embedding_distillation."
+            )
+        return self
+
+    def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
+        """The teacher must read the same tokens, in the same form."""
+        check_same_tokens(other, chat)
+        if (other.start_id is None) != (chat.start_id is None):
+            raise RecipeError(
+                "one of teacher and student is an encoder-decoder and the other is not, so they do not "
+                "read the same rows. Let the student learn from what the teacher writes (luthier "
+                "distil --method responses)."
+            )
+        if other.template != chat.template:
+            raise RecipeError(
+                f"the teacher was tuned with template={other.template}, and the student is to read "
+                f"rows with template={chat.template}. Use --set objective.template={other.template}."
+            )
+
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """Apply ``template``, keeping the base model's own choice for ``auto``."""
+        return self._rows.format(chat)
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """Weight 1 on each token of each reply, 0 on the rest."""
+        return self._rows.encode(row, index, chat)
+
+    def begin(
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        budget: int,
+        note: Callable[[str], None],
+    ) -> Sequence[Example]:
+        """Say so where the student is larger than the teacher."""
+        note_sizes(network, network.others["teacher"], note)
+        return examples
+
+    def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """The cross-entropy of the rows, which asks no teacher."""
+        from luthier.objectives.logprobs import mean_nll
+
+        return mean_nll(network, examples, budget)
+
+
+def check_same_tokens(teacher: ChatFormat, student: ChatFormat) -> None:
+    """Refuse a teacher whose tokens are not the student's.
+
+    Tokens that only the larger vocabulary has are let be: models add some that no row uses.
+    """
+    theirs, ours = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
+    shared = theirs.keys() & ours.keys()
+    moved = [token for token in sorted(shared) if theirs[token] != ours[token]]
+    lacking = min(len(theirs), len(ours)) - len(shared)
+    if not moved and not lacking:
+        return
+    example = f" ({moved[0]!r} is {theirs[moved[0]]} and {ours[moved[0]]})" if moved else ""
+    raise RecipeError(
+        "teacher and student have different tokenizers, so their distributions are over other tokens: "
+        f"{len(theirs):,} and {len(ours):,} tokens, {lacking:,} of the fewer without a counterpart, "
+        f"{len(moved):,} with another id{example}. Let the student learn from what the teacher writes "
+        "(luthier distil --method responses), or take a student of the teacher's family."
+    )
+
+
+LARGER = 1.05
+"""Up to this ratio a student is not called larger than its teacher: adapters and heads add to it."""
+
+
+def note_sizes(network: Network, teacher: Network, note: Callable[[str], None]) -> None:
+    """Tell people where the student is the larger one."""
+    ours, theirs = (sum(w.numel() for w in n.model.parameters()) for n in (network, teacher))
+    if ours > LARGER * theirs:
+        note(
+            f"the student has more weights than its teacher ({ours:,} and {theirs:,}): it learns to be "
+            "like the teacher, and may do better when it is tuned on the data itself"
+        )

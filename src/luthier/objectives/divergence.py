@@ -1,0 +1,143 @@
+"""How far a student's token distributions are from a teacher's, with the gradient by the logits.
+
+For each position with a learned token, with ``p`` the teacher's distribution and ``q`` the student's,
+both of logits divided by the temperature ``T``:
+
+    forward   KL(p || q)                                          covers all that the teacher may say
+    reverse   KL(q || p)                                          says only what the teacher would
+    jsd       b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q
+              (equation 1 of Agarwal et al. 2024, arXiv:2306.13649)
+
+times ``T^2``, so that gradients keep their size beside a cross-entropy (Hinton et al. 2015, section 2).
+
+Where only the ``k`` likeliest tokens of the teacher are known, the others are one further outcome
+with the mass that is left. Of the divergence of the whole distributions that is a lower bound, exact
+for ``k`` = all, and the student keeps a tail of the teacher's size. Were the ``k`` renormalised, the
+student would be taught that everything else is impossible.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from luthier.objectives.logprobs import nll_of
+
+if TYPE_CHECKING:
+    from luthier.models.network import TreeBatch
+    from luthier.objectives.logprobs import Compare
+
+Given = Callable[[slice], tuple[Tensor | None, Tensor]]
+"""What the teacher says at a slice of the positions: log-probabilities of all tokens, ``(None,
+[C, V'])``, or token ids ``[C, k]`` and log-probabilities ``[C, k + 1]``, the last of all others."""
+
+FLOOR = -50.0
+"""Least log-probability of all other tokens together; they may have none."""
+CHUNK = 64
+"""Positions whose logits exist at once while the head is frozen: fewer than for a cross-entropy, as
+there are more passes over them."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence, at which temperature."""
+
+    kind: str
+    """``forward``, ``reverse`` or ``jsd``."""
+    beta: float
+    """Weight of the teacher in the mixture of ``jsd``."""
+    temperature: float
+
+    def compare(self, batch: TreeBatch, given: Given, mix: float = 0.0) -> Compare:
+        """``mix`` times the cross-entropy of the data, and the rest this divergence; summed.
+
+        A position counts with the weights of all tokens that are learned from it.
+        """
+        hard = nll_of(batch)
+        scale_S = torch.zeros(len(batch.source_S), device=batch.weight_E.device)
+        scale_S.index_add_(0, batch.edge_source_E, batch.weight_E)
+
+        def compare(
+            rows: slice, edges: slice, logits_CV: Tensor, gradient: bool
+        ) -> tuple[Tensor, Tensor | None]:
+            total, hard_CV = torch.zeros((), dtype=torch.float64, device=logits_CV.device), None
+            if mix:
+                total, hard_CV = hard(rows, edges, logits_CV.clone(), gradient)
+            scale_C = scale_S[rows]
+            value_C, grad_CV = self.between(logits_CV, *given(rows), gradient)
+            soft = (value_C * scale_C).sum(dtype=torch.float64) * self.temperature**2
+            total = mix * total + (1 - mix) * soft
+            if grad_CV is not None:
+                grad_CV.mul_(((1 - mix) * self.temperature * scale_C)[:, None])
+                if hard_CV is not None:
+                    grad_CV.add_(hard_CV, alpha=mix)
+            return total, grad_CV
+
+        return compare
+
+    def between(
+        self, logits_CV: Tensor, ids_CK: Tensor | None, teacher: Tensor, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Divergence at each position ``[C]``, and its gradient by the student's ``logits / T``.
+
+        ``ids_CK`` and ``teacher`` are what :data:`Given` gives; both may be overwritten. Where the
+        teacher has fewer tokens than the student, the student's others are left out of its
+        distribution: embeddings are often padded.
+        """
+        if self.temperature != 1:
+            logits_CV = logits_CV / self.temperature
+        if ids_CK is not None:
+            return self._few(logits_CV.log_softmax(-1), ids_CK, teacher, gradient)
+        shared = teacher.shape[-1]
+        value_C, slope_CV = self._of(logits_CV[:, :shared].log_softmax(-1), teacher, gradient)
+        if slope_CV is not None and shared < logits_CV.shape[-1]:
+            slope_CV = torch.nn.functional.pad(slope_CV, (0, logits_CV.shape[-1] - shared))
+        return value_C, slope_CV
+
+    def _few(
+        self, student_CV: Tensor, ids_CK: Tensor, teacher_CB: Tensor, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        chosen_CK = student_CV.gather(-1, ids_CK)
+        rest_C1 = student_CV.scatter(-1, ids_CK, -math.inf).logsumexp(-1, keepdim=True)
+        rest_C1.clamp_min_(FLOOR)
+        value_C, slope_CB = self._of(torch.cat([chosen_CK, rest_C1], -1), teacher_CB, gradient)
+        if slope_CB is None:
+            return value_C, None
+        # Inside the last outcome the tokens keep their shares.
+        slope_CV = student_CV.sub_(rest_C1).exp_().mul_(slope_CB[:, -1:])
+        return value_C, slope_CV.scatter_(-1, ids_CK, slope_CB[:, :-1])
+
+    def _of(
+        self, student_CB: Tensor, teacher_CB: Tensor, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same between log-probabilities of the same outcomes."""
+        if self.kind == "forward":
+            p_CB = teacher_CB.exp()
+            value_C = teacher_CB.sub_(student_CB).mul_(p_CB).sum(-1)
+            return value_C, student_CB.exp_().sub_(p_CB) if gradient else None
+        if self.kind == "reverse":
+            value_C, slope_CB = _to(teacher_CB, student_CB, gradient)
+            return value_C, slope_CB
+        mean_CB = torch.logaddexp(
+            teacher_CB + math.log(self.beta), student_CB + math.log1p(-self.beta)
+        )
+        from_teacher_C = teacher_CB.exp().mul_(teacher_CB.sub_(mean_CB)).sum(-1)
+        from_student_C, slope_CB = _to(mean_CB, student_CB, gradient)
+        value_C = self.beta * from_teacher_C + (1 - self.beta) * from_student_C
+        return value_C, None if slope_CB is None else slope_CB.mul_(1 - self.beta)
+
+
+def _to(other_CB: Tensor, student_CB: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """``KL(student || other)``, and its slope while ``other`` stands still; overwrites both.
+
+    The mixture of ``jsd`` moves with the student, but what that adds to the gradient cancels.
+    """
+    ratio_CB = torch.sub(student_CB, other_CB, out=other_CB)
+    q_CB = student_CB.exp_()
+    value_C = (q_CB * ratio_CB).sum(-1)
+    return value_C, q_CB.mul_(ratio_CB.sub_(value_C[:, None])) if gradient else None

@@ -1,0 +1,173 @@
+"""Distillation of embeddings: a small encoder learns to place texts where a large one places them.
+
+For each row, a raw text, the loss is ``1 - cos`` between both embeddings: the match of hidden states of
+DistilBERT (Sanh et al. 2019, arXiv:1910.01108, section 3) on what the encoder is used for, as Reimers &
+Gurevych (2020, arXiv:2004.09813) train students on the teacher's embeddings.
+
+A student of another width cannot have the teacher's own numbers. A map that is learned and thrown away
+would leave its cosines, which are what it is used for, unlearned. So the teacher's embeddings are
+projected, once, on the directions that keep most of their inner products over all rows (principal
+components, not centred); no other projection of that width keeps more (Eckart & Young 1936). Then they
+are turned, which leaves cosines as they are, to where the student places the texts already
+(Procrustes; Schoenemann 1966). The teacher reads all texts before the first step, and its memory is
+free after. Left out: losses over pairs of texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from luthier.errors import RecipeError
+from luthier.models.heads import Task
+from luthier.objectives.base import Objective
+from luthier.objectives.classification import cut_text, encode_text
+from luthier.objectives.contrastive import Contrastive
+from luthier.objectives.distillation import check_same_tokens, note_sizes
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+Pooling = Literal["auto", "mean", "first", "last"]
+
+
+class EmbeddingDistillation(Objective):
+    """Embeddings near those of a teacher."""
+
+    method: Literal["embedding_distillation"] = "embedding_distillation"
+    teacher: str = ""
+    """Id of the encoder to learn from; it has the student's tokenizer."""
+    pooling: Pooling = "auto"
+    """What stands for a text; ``auto``: the mean if the network sees both ways, else the last token."""
+    teacher_pooling: Pooling = "auto"
+    """The same of the teacher; read from it."""
+
+    task: ClassVar[Task] = "embedding"
+    reads: ClassVar[bool] = True
+    shapes: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """The teacher."""
+        return {"teacher": self.teacher} if self.teacher else {}
+
+    def check(self, chat: ChatFormat) -> None:
+        """There must be a teacher."""
+        if not self.teacher:
+            raise RecipeError("there is no teacher; give one with --set objective.teacher=ID")
+
+    def meet(self, name: str, other: Objective, width: int) -> Self:
+        """The teacher must be an encoder; its pooling is taken over."""
+        if other.task != self.task:
+            raise RecipeError(
+                f"the teacher {self.teacher} is for {other.method}, and gives no embeddings of texts. "
+                "Take an encoder, such as all-minilm-l6-v2; classifiers are distilled with "
+                "encoder_distillation, models that write with logit_distillation."
+            )
+        return self.model_copy(update={"teacher_pooling": getattr(other, "pooling", "auto")})
+
+    def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
+        """The teacher must read the same tokens, as rows are kept as tokens."""
+        check_same_tokens(other, chat)
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The whole text, of weight 1."""
+        return encode_text(row.text or "", index, chat)
+
+    def cut(self, example: Example, context: int) -> Example:
+        """Keep the start and the closing token, and the weight."""
+        return cut_text(example, context)
+
+    def keep(
+        self,
+        network: Network,
+        rows: Sequence[Example],
+        budget: int,
+        folder: Path,
+        note: Callable[[str], None],
+    ) -> None:
+        """Let the teacher read all texts, keep where it places them, and let it go."""
+        from torch.nn.functional import pad
+
+        note_sizes(network, network.others["teacher"], note)
+        teacher, encoder = network.others.pop("teacher"), Contrastive(pooling=self.teacher_pooling)
+        unique = list({row.ids_T.tobytes(): row for row in rows}.values())
+        place = {row.ids_T.tobytes(): number for number, row in enumerate(unique)}
+        found_NH = _embeddings(teacher, encoder, unique, budget)
+        if teacher.width > network.width:
+            found_NH, share = project(found_NH, network.width)
+            found_NH = turn(found_NH, _embeddings(network, self._encoder, unique, budget))
+            note(
+                f"the teacher's {teacher.width} numbers a text are projected on the student's "
+                f"{network.width}, which keeps {share:.1%} of their squares"
+            )
+        network.kept = (place, pad(found_NH, (0, network.width - found_NH.shape[-1])))
+        teacher.close()
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed ``1 - cos`` between the student's embeddings and the teacher's."""
+        place, placed_NH = network.kept
+        target_RH = placed_NH[[place[row.ids_T.tobytes()] for row in batch.tree.examples]]
+        cosine_R = (self._encoder.embed(network, batch) * target_RH).sum(-1)
+        return Loss((1 - cosine_R).sum(), {"cosine": float(cosine_R.detach().sum())})
+
+    @property
+    def _encoder(self) -> Contrastive:
+        return Contrastive(pooling=self.pooling)
+
+    def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """The mean sum of the absolute numbers of an embedding, which asks no teacher."""
+        import torch
+
+        network.model.eval()
+        with torch.no_grad():
+            sums = [
+                float(self._encoder.embed(network, batch).abs().sum())
+                for batch in network.batches(examples, budget)
+            ]
+        return sum(sums) / len(examples)
+
+    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """For each row in the order of the tree: its embedding."""
+        return self._encoder.answers(network, batch)
+
+
+def _embeddings(
+    network: Network, encoder: Contrastive, rows: Sequence[Example], budget: int
+) -> Tensor:
+    """Embeddings ``[N, H]`` of length 1 in float32, in the order of ``rows``."""
+    import torch
+
+    placed = [replace(row, row=number) for number, row in enumerate(rows)]
+    found_NH = torch.zeros(len(rows), network.width, device=network.device)
+    for batch in network.batches(placed, budget):
+        found_NH[[row.row for row in batch.tree.examples]] = encoder.embed(network, batch)
+    return found_NH
+
+
+def project(found_NH: Tensor, width: int) -> tuple[Tensor, float]:
+    """Embeddings ``[N, width]`` of length 1 on their principal components; the share that is kept."""
+    import torch
+    from torch.nn.functional import normalize
+
+    moment_HH = found_NH.double().t() @ found_NH.double()
+    value_H, direction_HH = torch.linalg.eigh(moment_HH)  # ascending
+    kept_HW = direction_HH[:, -width:].to(found_NH.dtype)
+    share = float(value_H[-width:].sum() / value_H.sum())
+    return normalize(found_NH @ kept_HW, dim=-1), share
+
+
+def turn(found_NH: Tensor, toward_NH: Tensor) -> Tensor:
+    """``found_NH`` times the orthogonal matrix that brings it nearest to ``toward_NH``."""
+    import torch
+
+    left_HH, _, right_HH = torch.linalg.svd(found_NH.double().t() @ toward_NH.double())
+    turned_NH: Tensor = found_NH @ (left_HH @ right_HH).to(found_NH.dtype)
+    return turned_NH

@@ -1,0 +1,212 @@
+"""Distillation of classifiers: a small one learns what a large one says of each text, and how it reads.
+
+The triple loss of DistilBERT (Sanh et al. 2019, arXiv:1910.01108, sections 2 and 3), with the task's
+labels where its pre-training has masked words. For each row
+
+    soft T^2 KL(teacher || student)         both softened by the temperature
+    + hard cross-entropy                    of the row's label, where it has one
+    + hidden mean over tokens of 1 - cos    between the last hidden states, the student's through a
+                                            linear map where the widths differ; it is not stored
+
+Rows without a label teach by what the teacher says of them. A student that was cut from the teacher
+(``luthier student``) brings its head along. Left out: masked words as a further task, and several
+labels for one text.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from luthier.errors import RecipeError, RowRefused
+from luthier.models.heads import Head, Task
+from luthier.objectives.base import Objective
+from luthier.objectives.classification import Classification, cut_text, encode_text, names_of
+from luthier.objectives.distillation import check_same_tokens, note_sizes
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+NO_LABEL = -100
+"""Class of a row without a label, which torch's cross-entropy passes over."""
+
+
+class EncoderDistillation(Objective):
+    """Which class a text belongs to, from a teacher's opinion of it and the label."""
+
+    method: Literal["encoder_distillation"] = "encoder_distillation"
+    teacher: str = ""
+    """Id of the classifier to learn from; it has the student's tokenizer."""
+    labels: tuple[str, ...] | None = None
+    """The classes in the order of the head; the teacher's."""
+    temperature: float = Field(default=2.0, gt=0)
+    """Scores of both are divided by it; 2 in the authors' training."""
+    soft: float = Field(default=5.0, gt=0)
+    """Weight of the teacher's opinion; 5 in the authors' training."""
+    hard: float = Field(default=2.0, ge=0)
+    """Weight of the label; 2 in the authors' training, for masked words there."""
+    hidden: float = Field(default=1.0, ge=0)
+    """Weight of the match of hidden states; 1 in the authors' training."""
+    teacher_width: int | None = None
+    """Numbers in a hidden state of the teacher; read from it."""
+
+    task: ClassVar[Task] = "sequence_classification"
+    reads: ClassVar[bool] = True
+    shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """The teacher."""
+        return {"teacher": self.teacher} if self.teacher else {}
+
+    @property
+    def _classifier(self) -> Classification:
+        return Classification(labels=self.labels, multi_label=False)
+
+    def head(self) -> Head:
+        """One score for each class."""
+        return self._classifier.head()
+
+    def check(self, chat: ChatFormat) -> None:
+        """There must be a teacher."""
+        if not self.teacher:
+            raise RecipeError("there is no teacher; give one with --set objective.teacher=ID")
+
+    def meet(self, name: str, other: Objective, width: int) -> Self:
+        """The teacher must be a classifier of one label a text; its classes are learned."""
+        head = other.head()
+        single = head.problem == "single_label_classification" and head.labels
+        if head.task != self.task or not single:
+            raise RecipeError(
+                f"the teacher {self.teacher} is for {other.method}, and gives no probabilities of one "
+                "class for a text. Take a custom model of objective classification; models that write "
+                "are distilled with logit_distillation, encoders with embedding_distillation."
+            )
+        if self.labels not in (None, head.labels):
+            raise RecipeError(
+                f"the teacher {self.teacher} has the classes {', '.join(head.labels)}, in this order, "
+                "and objective.labels names others. Leave it out."
+            )
+        return self.model_copy(update={"labels": head.labels, "teacher_width": width})
+
+    def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
+        """The teacher must read the same tokens, as hidden states are compared at each of them."""
+        check_same_tokens(other, chat)
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Read the classes of the rows, where no teacher has told them."""
+        if self.labels is not None:
+            return self
+        found = self._classifier.fit([row for row in rows if row.label is not None], chat)
+        return self.model_copy(update={"labels": found.labels})
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The whole text; the class, or -100, is its target."""
+        unknown = [label for label in names_of(row.label) if label not in (self.labels or ())]
+        if unknown:
+            raise RowRefused(
+                "label.unseen",
+                f"the label {unknown[0]!r} is none of the teacher's: {', '.join(self.labels or ())}.",
+                "Correct it, remove the row, or leave its label out.",
+            )
+        if row.label is not None:
+            return self._classifier.encode(row, index, chat)
+        example = encode_text(row.text or "", index, chat)
+        return replace(example, target=np.array([NO_LABEL]))
+
+    def cut(self, example: Example, context: int) -> Example:
+        """Keep the start and the closing token, and the weight."""
+        return cut_text(example, context)
+
+    def extend(self, model: nn.Module) -> None:
+        """Where the widths differ, a linear map from the student's hidden states to the teacher's."""
+        from torch import nn
+
+        width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        if self.hidden and self.teacher_width not in (None, width):
+            like = next(model.parameters())
+            model.teacher_map = nn.Linear(
+                width,
+                int(self.teacher_width or 0),
+                bias=False,
+                device=like.device,
+                dtype=like.dtype,
+            )
+
+    def strip(self, model: nn.Module) -> None:
+        """Take the map away."""
+        if hasattr(model, "teacher_map"):
+            del model.teacher_map
+
+    def begin(
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        budget: int,
+        note: Callable[[str], None],
+    ) -> Sequence[Example]:
+        """Say so where the student is larger than the teacher."""
+        note_sizes(network, network.others["teacher"], note)
+        return examples
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed triple loss; the share of texts on which both agree is shown."""
+        import torch
+        from torch.nn import functional as F
+
+        teacher = network.others["teacher"]
+        with torch.no_grad():
+            (seen,) = teacher.batches(batch.tree.examples, sys.maxsize)
+            theirs_NH = teacher.hidden(seen)
+            theirs_RC = teacher.row_scores(seen, theirs_NH).float()
+        ours_NH = network.hidden(batch)
+        ours_RC = network.row_scores(batch, ours_NH).float()
+        p_RC = (theirs_RC / self.temperature).softmax(-1)
+        logq_RC = (ours_RC / self.temperature).log_softmax(-1)
+        soft = F.kl_div(logq_RC, p_RC, reduction="sum") * self.temperature**2
+        target_R = torch.from_numpy(np.concatenate(batch.tree.targets)).to(ours_RC.device)
+        hard = F.cross_entropy(ours_RC, target_R, ignore_index=NO_LABEL, reduction="sum")
+        total = self.soft * soft + self.hard * hard
+        if self.hidden:
+            theirs_MH = theirs_NH[torch.from_numpy(seen.tree.node_M).to(theirs_NH.device)]
+            total = total + self.hidden * _apart(network, batch, ours_NH, theirs_MH)
+        agreed_R = ours_RC.argmax(-1) == theirs_RC.argmax(-1)
+        return Loss(total, {"agreement": float(agreed_R.sum())})
+
+    def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """The cross-entropy of the label, of the first class where a row has none; asks no teacher."""
+        known = [replace(e, target=np.maximum(np.asarray(e.target), 0)) for e in examples]
+        return self._classifier.mean_loss(network, known, budget)
+
+    def described(self, example: Example) -> str:
+        """The label of the row, where it has one."""
+        if int(np.asarray(example.target)[0]) == NO_LABEL:
+            return "without a label"
+        return self._classifier.described(example)
+
+    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """For each row in the order of the tree: label and a probability for each class."""
+        return self._classifier.answers(network, batch)
+
+
+def _apart(network: Network, batch: TreeBatch, ours_NH: Tensor, theirs_MH: Tensor) -> Tensor:
+    """``1 - cos`` between the hidden states of both, its means over the tokens of each row summed."""
+    import torch
+    from torch.nn.functional import cosine_similarity
+
+    ours_MH = ours_NH[torch.from_numpy(batch.tree.node_M).to(ours_NH.device)]
+    if hasattr(network.model, "teacher_map"):
+        ours_MH = network.model.teacher_map(ours_MH)
+    apart_M = 1 - cosine_similarity(ours_MH.float(), theirs_MH.float(), dim=-1)
+    lengths = np.array([len(example) for example in batch.tree.examples])
+    share_M = torch.from_numpy(np.repeat(1 / lengths, lengths)).to(apart_M)
+    return (apart_M * share_M).sum()

@@ -1,0 +1,78 @@
+"""Distillation of token distributions: a student learns what its teacher thinks of each next token.
+
+At every reply token of the rows the student's distribution is drawn to the teacher's (Hinton et al.
+2015, arXiv:1503.02531; for language models the supervised case of GKD, lambda = 0, Agarwal et al. 2024,
+arXiv:2306.13649):
+
+    loss = mix * cross-entropy of the data + (1 - mix) * T^2 * D(teacher, student)
+
+with ``D`` one of :mod:`luthier.objectives.divergence`. Both have the same tokenizer; logits of both
+exist for a few positions at a time. Left out: distillation between different tokenizers, for which
+there are the teacher's replies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from luthier.objectives.distillation import Distillation
+from luthier.types import Example, Loss
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from luthier.models.network import Network, TreeBatch
+    from luthier.objectives.divergence import Given
+
+
+class LogitDistillation(Distillation):
+    """The teacher's distribution over the next token, on the rows' replies."""
+
+    method: Literal["logit_distillation"] = "logit_distillation"
+    mix: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the data's own cross-entropy; none in GKD, little in Hinton (section 2)."""
+    cache_top_k: int | None = Field(default=None, ge=1)
+    """Read the teacher once, before the first step, keep its so many likeliest tokens at each position
+    on disk, and free its memory. All others count as one. Without it, the teacher reads each batch."""
+
+    def keep(
+        self,
+        network: Network,
+        rows: Sequence[Example],
+        budget: int,
+        folder: Path,
+        note: Callable[[str], None],
+    ) -> None:
+        """Let the teacher read all rows, where that was asked for, and let it go."""
+        from luthier.objectives.teacher_cache import TopK
+
+        if self.cache_top_k is None:
+            return
+        teacher = network.others["teacher"]
+        shared = min(len(network.head_VH), len(teacher.head_VH))
+        kept = TopK.of(teacher, rows, budget, self.cache_top_k, self.temperature, shared, folder)
+        network.kept = kept
+        network.others.pop("teacher").close()
+        note(
+            f"the teacher's {kept.k} likeliest tokens at each learned token are kept on disk, "
+            f"{kept.bytes / 1e6:,.1f} MB; its memory is free"
+        )
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed divergence and cross-entropy of the learned tokens."""
+        from luthier.objectives.divergence import CHUNK
+        from luthier.objectives.logprobs import chunked_loss
+
+        compare = self.measure.compare(batch, self._given(network, batch), self.mix)
+        return Loss(chunked_loss(network, batch, compare, CHUNK))
+
+    def _given(self, network: Network, batch: TreeBatch) -> Given:
+        from luthier.objectives.teacher import whole_distribution
+
+        if network.kept is not None:
+            found: Given = network.kept.given(batch)
+            return found
+        return whole_distribution(network, network.others["teacher"], batch, self.temperature)

@@ -1,0 +1,164 @@
+"""On-policy distillation: the student writes, and the teacher says what it would have written.
+
+A student that learns from given replies alone never sees what follows its own mistakes. Here it answers
+the prompts of the rows with the weights of the step, and at each token of its answer its distribution
+is drawn to the teacher's (GKD, Agarwal et al. 2024, arXiv:2306.13649, algorithm 1; no gradient passes
+through the sampling):
+
+    y ~ student(x) with probability student_share, else the reply of the row
+    loss = T^2 * D(teacher, student) at each token of y, given x and what is before it in y
+
+``D`` is one of :mod:`luthier.objectives.divergence`. Held-out rows are measured on their own replies,
+so that all steps are measured on the same tokens. Of a conversation the last reply is written anew, and
+it alone is learned. The paper draws the share once for each batch, here each row has its own draw. Left
+out: the mix with a reward (section 3.2), and answers written by the teacher, for which there is
+``luthier distil --method responses``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from luthier.objectives.distillation import Distillation, Kind
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+    from luthier.models.sampler import Completion
+    from luthier.types import IntArray
+
+
+@dataclass(frozen=True)
+class _Written:
+    """How the student's answers of one micro-batch came out."""
+
+    answers: int
+    tokens: int
+    stopped: int
+
+
+class OnPolicyDistillation(Distillation):
+    """The teacher's distribution over the next token, on the student's own answers."""
+
+    method: Literal["on_policy_distillation"] = "on_policy_distillation"
+    divergence: Kind = "reverse"
+    """KL from teacher to student, from student to teacher (on-policy in MiniLLM, Gu et al. 2024), or
+    GKD's between both."""
+    student_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of rows that the student answers itself; lambda in GKD, 1 being purely on-policy."""
+    max_tokens: int = Field(default=128, ge=1)
+    """Longest answer of the student; shorter where the context ends before."""
+    sampling_temperature: float = Field(default=1.0, gt=0)
+    """Of the student's answers; 1 in GKD."""
+    stop_ids: tuple[int, ...] | None = None
+    """Tokens that end an answer; those of the model when not given."""
+
+    fixed: ClassVar[bool] = False
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Read what ends an answer of this model."""
+        stops = chat.stop_ids if self.stop_ids is None else self.stop_ids
+        return self.model_copy(update={"stop_ids": stops})
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """In a step, rows with the student's answers; in a measurement, the rows as they are."""
+        if not network.model.training:
+            return network.batches(examples, budget)
+        import torch
+
+        asked = (torch.rand(len(examples)) < self.student_share).tolist()
+        chosen = [place for place, own in enumerate(asked) if own]
+        rows, stopped = list(examples), dict[int, bool]()
+        for place, answer in zip(
+            chosen, self._answers(network, [rows[place] for place in chosen]), strict=True
+        ):
+            rows[place] = with_answer(rows[place], answer.ids_T)
+            stopped[id(rows[place])] = answer.stopped
+        batches = network.batches(rows, budget)
+        return [replace(batch, extra=_written(batch, stopped)) for batch in batches]
+
+    def _answers(self, network: Network, examples: Sequence[Example]) -> list[Completion]:
+        from luthier.models.sampler import sample
+
+        prompts = [prompt_of(example) for example in examples]
+        if not prompts:
+            return []
+        found = sample(
+            network,
+            prompts,
+            1,
+            max_tokens=min(self.max_tokens, *(_room(network, example) for example in examples)),
+            temperature=self.sampling_temperature,
+            stop_ids=self.stop_ids or (),
+        )
+        return [answers[0] for answers in found]
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed divergence at the tokens of the answers."""
+        from luthier.objectives.divergence import CHUNK
+        from luthier.objectives.logprobs import chunked_loss
+        from luthier.objectives.teacher import whole_distribution
+
+        teacher = network.others["teacher"]
+        given = whole_distribution(network, teacher, batch, self.temperature)
+        return Loss(chunked_loss(network, batch, self.measure.compare(batch, given), CHUNK))
+
+    def report(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
+        """Tokens of an answer, and how many of the answers ended by themselves, as means."""
+        written = [batch.extra for batch in batches if batch.extra is not None]
+        answers = sum(each.answers for each in written)
+        if not answers:
+            return {}
+        return {
+            "answer_tokens": sum(each.tokens for each in written) / answers,
+            "answers_ended": sum(each.stopped for each in written) / answers,
+        }
+
+
+def _reply_start(example: Example) -> int:
+    """Place of the first token of the last reply."""
+    before = np.flatnonzero(example.weight_T == 0)
+    return int(before[-1]) + 1
+
+
+def prompt_of(example: Example) -> IntArray:
+    """What the last reply of a row is an answer to; what the encoder reads, where there is one."""
+    if example.source_T is not None:
+        return example.source_T
+    return example.ids_T[: _reply_start(example)]
+
+
+def with_answer(example: Example, ids_T: IntArray) -> Example:
+    """The row with another last reply, which alone is learned."""
+    start = _reply_start(example)
+    weight_T = np.zeros(start + len(ids_T), dtype=np.float32)
+    weight_T[start:] = 1.0
+    return replace(example, ids_T=np.concatenate([example.ids_T[:start], ids_T]), weight_T=weight_T)
+
+
+def _room(network: Network, example: Example) -> int:
+    """Tokens that fit into the context behind the prompt of a row."""
+    from luthier.models import heads
+    from luthier.models.prefix import prefix_tokens
+
+    context = int(getattr(network.model.config, "max_position_embeddings", 0) or sys.maxsize)
+    before = prefix_tokens(network.model) + len(heads.prompt_ids(network.model))
+    return context - before - _reply_start(example)
+
+
+def _written(batch: TreeBatch, stopped: dict[int, bool]) -> _Written:
+    own = [row for row in batch.tree.examples if id(row) in stopped]
+    return _Written(
+        len(own),
+        sum(int(np.count_nonzero(row.weight_T)) for row in own),
+        sum(stopped[id(row)] for row in own),
+    )
