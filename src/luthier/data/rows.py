@@ -1,9 +1,9 @@
-"""Records to checked rows: seven shapes, told apart by their keys.
+"""Records to checked rows: shapes told apart by their keys.
 
 ``{"prompt", "completion"}``, ``{"messages": [{"role", "content"}, ...]}``, ``{"text"}``, and text
 with what it means: ``{"text", "label"}``, ``{"text", "rating"}``, ``{"tokens", "tags"}``,
-``{"anchor", "positive"}``. Text is never altered. A file with anything wrong in it is refused as a
-whole, with every problem.
+``{"anchor", "positive"}``; and what people prefer (``luthier.data.preferences``). Text is never
+altered. A file with anything wrong in it is refused as a whole, with every problem.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from luthier.data import labels
+from luthier.data import labels, preferences
 from luthier.data.read import PLAIN_TEXT, Record, json_kind, read_records, shown
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Message, Row
@@ -63,7 +63,7 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
     '{"anchor", "positive"}': ("anchor", "positive"),
 }
 _PAIR, _CHAT, _TEXT, _LABEL, _RATING, _TAGS, _PARTNERS = _SHAPES
-_ALL_SHAPES = ", ".join(_SHAPES)
+_ALL_SHAPES = ", ".join([*_SHAPES, *preferences.SHAPES])
 _RENAMES: Mapping[str, str] = {
     "instruction": "prompt",
     "question": "prompt",
@@ -148,7 +148,7 @@ class _Checker:
         if shape == _TEXT:
             text = self.text(record, "text", target=True)
             return Row(self.file, line, text=text)
-        if shape in (_LABEL, _RATING, _TAGS):
+        if shape in (_LABEL, _RATING, _TAGS, *preferences.SHAPES):
             return self.annotated(shape, record)
         if shape == _PARTNERS:
             anchor, positive = self.text(record, "anchor"), self.text(record, "positive")
@@ -160,8 +160,10 @@ class _Checker:
         return None
 
     def annotated(self, shape: str, record: Record) -> Row | None:
-        """A text with its label or rating, or words with their tags."""
+        """A text with its label or rating, words with their tags, or answers that were judged."""
         try:
+            if shape in preferences.SHAPES:
+                return preferences.preference(shape, record, self.file, self.line)
             if shape == _TAGS:
                 tokens, tags = labels.tagged(record.get("tokens"), record.get("tags"))
                 return Row(self.file, self.line, tokens=tokens, tags=tags)
@@ -186,7 +188,9 @@ class _Checker:
     def shape_of(self, record: Record) -> str | None:
         """Name the shape by its keys, or report why there is not exactly one."""
         found = [shape for shape, keys in _SHAPES.items() if any(key in record for key in keys)]
-        if _PAIR in found or _CHAT in found:
+        if judged := preferences.shape_of(record):
+            found = [judged]
+        elif _PAIR in found or _CHAT in found:
             # What else the row says of itself, its tags or rating, is no shape of its own.
             found = [shape for shape in found if shape in (_PAIR, _CHAT, _TEXT)]
         elif len(found) > 1 and _TEXT in found:

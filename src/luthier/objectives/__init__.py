@@ -5,8 +5,12 @@ from luthier.objectives.bilm import BiLM
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
+from luthier.objectives.dpo import DPO
+from luthier.objectives.kto import KTO
 from luthier.objectives.masked_lm import MaskedLM
+from luthier.objectives.orpo import ORPO
 from luthier.objectives.regression import Regression
+from luthier.objectives.reward_model import RewardModel
 from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
 from luthier.objectives.span_corruption import SpanCorruption
@@ -23,10 +27,17 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "regression": Regression,
     "token_classification": TokenClassification,
     "contrastive": Contrastive,
+    "dpo": DPO,
+    "kto": KTO,
+    "orpo": ORPO,
+    "reward_model": RewardModel,
 }
 
 __all__ = [
+    "DPO",
+    "KTO",
     "OBJECTIVES",
+    "ORPO",
     "SFT",
     "BiLM",
     "CausalLM",
@@ -35,6 +46,7 @@ __all__ = [
     "MaskedLM",
     "Objective",
     "Regression",
+    "RewardModel",
     "SemiSupervised",
     "SpanCorruption",
     "TokenClassification",
