@@ -296,4 +296,4 @@ def _incomparable(group: Sequence[Row]) -> Problem | None:
 
 
 def _worth(row: Row) -> float:
-    return float(row.desirable) if row.rating is None else row.rating
+    return float(bool(row.desirable)) if row.rating is None else row.rating

@@ -61,7 +61,9 @@ class RewardModel(Objective):
             return chosen
         rejected = _read(row, row.rejected, index, chat)
         check_different(chosen, rejected)
-        halves = [replace(side, weight_T=side.weight_T / 2) for side in (chosen, rejected)]
+        halves = [
+            replace(side, weight_T=side.weight_T * np.float32(0.5)) for side in (chosen, rejected)
+        ]
         return replace(halves[0], partner=halves[1])
 
     def cut(self, example: Example, context: int) -> Example:
