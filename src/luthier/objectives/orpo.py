@@ -2,8 +2,8 @@
 
 Supervised learning of the chosen answer, and beside it ``-log sigmoid`` of how much higher its odds
 are than those of the rejected one; no reference model. The probability of an answer is the geometric
-mean over its tokens, ``p = exp(mean log p)``, its odds are ``p / (1 - p)``. As in the paper the prompt is
-not learned (the authors' code, and TRL's, learn it along with the chosen answer).
+mean over its tokens, ``p = exp(mean log p)``, its odds are ``p / (1 - p)``. As in the paper the prompt
+is not learned (the authors' code, and TRL's, learn it along with the chosen answer).
 """
 
 from __future__ import annotations
