@@ -85,7 +85,12 @@ TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
     **{
         (o, f): "cannot be a causal"
-        for o in ("sft", "causal_lm", *JUDGED)
+        for o in ("sft", "causal_lm")
+        for f in (*ENCODERS, "xlnet", "elmo")
+    },
+    **{
+        (o, f): "cannot be a causal|learns to write"
+        for o in JUDGED
         for f in (*ENCODERS, "xlnet", "elmo")
     },
     ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",
