@@ -52,7 +52,7 @@ ROWS = {
             n,
             messages=(Message("user", "One word, please:"),),
             reply=(Message("assistant", word),),
-            rejected=(Message("assistant", WORDS[n - 1]),),
+            rejected=(Message("assistant", "I will not answer the question."),),
         )
         for n, word in enumerate(WORDS)
     ],

@@ -104,10 +104,9 @@ def test_a_reward_model_rewards_what_was_chosen(
     asked = write(tmp_path / "asked.jsonl", [{"prompt": "the fox", "completion": "yes"}])
     out = runner.invoke(app, ["predict", result.model_id, "--input", str(asked)])
     assert json.loads(out.stdout)["reward"] == pytest.approx(yes, rel=1e-5)
-    with pytest.raises(RecipeError, match="chosen and rejected"):
-        model.opened.scores(  # type: ignore[union-attr]
-            [luthier.types.Row("f", 1, messages=(), reply=(), desirable=True)]
-        )
+    for rows, error in ((THUMBS[:1], "only answer to its"), ([{"text": "x"}], "chosen and")):
+        out = runner.invoke(app, ["evaluate", result.model_id, str(write(asked, rows))])
+        assert out.exit_code == 2 and error in out.output
 
 
 def test_the_answers_of_an_evaluation_are_written(base: str, tmp_path: Path) -> None:
@@ -136,10 +135,10 @@ def test_an_encoder_does_not_write_and_says_so(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = write(tmp_path / "pairs.jsonl", PAIRS)
-    with pytest.raises(RecipeError, match="learns to write.* Use reward_model"):
+    with pytest.raises(RecipeError, match=r"learns to write.* Use reward_model"):
         luthier.tune(data, base=str(family_folder("bert")), name="x", objective="dpo")
     with pytest.raises(RecipeError, match="cannot be a causal"):
-        luthier.tune(data, base=str(family_folder("roberta")), name="x", objective="dpo")
+        luthier.tune(data, base=str(family_folder("xlnet")), name="x", objective="dpo")
     # Not asked for by name, what suits the network is chosen.
     result = luthier.tune(data, base=str(family_folder("bert")), name="rm", **FIELDS)
     assert luthier.load(result.model_id).reads

@@ -37,7 +37,8 @@ class Judged(Objective):
         if not chat.stop_ids:
             raise RecipeError(
                 f"objective {self.method} learns to write, and this model's tokenizer names no token "
-                "that ends a text, as those of encoders do not. Use reward_model, or a model that writes."
+                "that ends a text, as those of encoders do not. Use reward_model, or a model that "
+                "writes."
             )
 
     def format(self, chat: ChatFormat) -> ChatFormat:
