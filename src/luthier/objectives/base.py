@@ -66,6 +66,8 @@ class Objective(BaseModel):
     """Whether words of a row may move or fall away without changing what it teaches."""
     packs: ClassVar[bool] = False
     """Whether ``arrange`` cuts rows to size, so that no row is too long."""
+    rate_factor: ClassVar[float] = 1.0
+    """Share of the adaptation's learning rate that suits it, where no rate is given."""
     refers: ClassVar[bool] = False
     """Whether it runs the network at its starting weights, ``network.at_start()``."""
 
