@@ -17,6 +17,7 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
+from luthier.data.preferences import RULES as PREFERENCE_RULES
 from luthier.data.prompts import RULES as PROMPT_RULES
 from luthier.data.rows import RULES as ROW_RULES
 from luthier.distillation.insights import RULES as INSIGHT_RULES
@@ -316,7 +317,7 @@ def _models() -> list[str]:
 
 def _rules() -> list[str]:
     lines = ["## Rules a data file is checked by", "", "| rule | meaning |", "| --- | --- |"]
-    rules = {**ROW_RULES, **PROMPT_RULES, **TOKEN_RULES}
+    rules = {**ROW_RULES, **PREFERENCE_RULES, **PROMPT_RULES, **TOKEN_RULES}
     return [*lines, *(f"| `{rule}` | {text} |" for rule, text in rules.items())]
 
 

@@ -79,6 +79,7 @@ def prepare(
     _check_shapes(rows, held, objective, chat)
     _check_shapes((), [*chain(*further)], objective, chat, beside=True)
     _check_augmentation(spec, objective, chat)
+    rows, held, *further = [list(objective.gather(each)) for each in (rows, held, *further)]
     if not spec.validation:
         rows, held = _split(spec, rows, seed, choices)
     try:
@@ -90,11 +91,12 @@ def prepare(
     if encoder.problems:
         raise DataError(encoder.problems)
     encoded = [*chain(*sets)]
+    read = [view for example in encoded for view in objective.views(example)]
     counts = {
         "rows": len(encoded),
         "validation_rows": len(validation),
-        "tokens": total_tokens(encoded),
-        "learned_tokens": int(sum(float(e.weight_T.sum()) for e in encoded)),
+        "tokens": total_tokens(read),
+        "learned_tokens": int(sum(np.count_nonzero(e.weight_T) for e in read)),
     }
     train, mixed = _mix(spec, [objective.arrange(each, context) if each else [] for each in sets])
     choices += _shares(spec, mixed, len(train) - sum(each.rows for each in mixed))
@@ -207,7 +209,7 @@ def _check_shapes(
 ) -> None:
     """Every row must be of a shape that is learned; ``beside`` those of the main file, more may be."""
     problems = []
-    shapes = objective.shapes | (objective.beside if beside else frozenset())
+    shapes = objective.shapes | objective.also | (objective.beside if beside else frozenset())
     if len(rows) == 1 and _shape(rows[0]) != "text":
         problems.append(
             Problem(
@@ -243,6 +245,9 @@ def _unlearned(row: Row, message: str) -> Problem:
 
 
 _FIELDS = {
+    "rejected": "preference",
+    "desirable": "thumb",
+    "reply": "rated",
     "messages": "messages",
     "completion": "prompt",
     "prompt": "prompt_only",
@@ -254,6 +259,9 @@ _FIELDS = {
 }
 """What tells the shape of a row, in the order it is asked."""
 _SHAPES = {
+    "preference": "chosen and rejected answers",
+    "thumb": "answers with a thumb",
+    "rated": "answers with a rating",
     "prompt": "prompt and completion",
     "prompt_only": "a prompt without a reply",
     "messages": "messages",
@@ -318,7 +326,9 @@ class _Encoder:
         return shorter
 
     def _too_long(self, row: Row, example: Example, longest: int) -> None:
-        lost = float(example.weight_T[self.context :].sum() / example.weight_T.sum())
+        views = self.objective.views(example)
+        lost = sum(float(view.weight_T[self.context :].sum()) for view in views)
+        lost /= sum(view.weight for view in views)
         cost = f"cutting the row would lose {lost:.0%} of what it teaches"
         if example.source_T is not None and len(example.source_T) == longest:
             cost = f"cutting the prompt would lose {1 - self.context / longest:.0%} of it"

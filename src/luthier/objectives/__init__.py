@@ -5,12 +5,16 @@ from luthier.objectives.bilm import BiLM
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
+from luthier.objectives.dpo import DPO
 from luthier.objectives.embedding_distillation import EmbeddingDistillation
 from luthier.objectives.encoder_distillation import EncoderDistillation
+from luthier.objectives.kto import KTO
 from luthier.objectives.logit_distillation import LogitDistillation
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.on_policy_distillation import OnPolicyDistillation
+from luthier.objectives.orpo import ORPO
 from luthier.objectives.regression import Regression
+from luthier.objectives.reward_model import RewardModel
 from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
 from luthier.objectives.span_corruption import SpanCorruption
@@ -31,10 +35,17 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "on_policy_distillation": OnPolicyDistillation,
     "encoder_distillation": EncoderDistillation,
     "embedding_distillation": EmbeddingDistillation,
+    "dpo": DPO,
+    "kto": KTO,
+    "orpo": ORPO,
+    "reward_model": RewardModel,
 }
 
 __all__ = [
+    "DPO",
+    "KTO",
     "OBJECTIVES",
+    "ORPO",
     "SFT",
     "BiLM",
     "CausalLM",
@@ -47,6 +58,7 @@ __all__ = [
     "Objective",
     "OnPolicyDistillation",
     "Regression",
+    "RewardModel",
     "SemiSupervised",
     "SpanCorruption",
     "TokenClassification",
