@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -288,7 +288,22 @@ def evaluate(
     data: Annotated[
         Path, typer.Argument(help="JSONL of prompts and replies, of labelled texts, or raw text.")
     ],
-    grader: Annotated[list[str] | None, typer.Option(help="exact or first_line.")] = None,
+    grader: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A grader's name, such as exact, or a TOML file of graders; again for more."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME.FIELD=VALUE", help="A field of a grader, by its name."),
+    ] = None,
+    on_grader_error: Annotated[
+        Literal["fail", "zero"],
+        typer.Option(
+            help="What a reply that cannot be graded does: fail, or score zero and be counted."
+        ),
+    ] = "fail",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
     json_: Json = False,
@@ -298,7 +313,9 @@ def evaluate(
     from luthier.cli.console import errors
 
     with errors(json_):
-        answering.evaluate(model, data, grader or ["exact"], max_tokens, output, json_)
+        answering.evaluate(
+            model, data, grader or ["exact"], set_ or [], on_grader_error, max_tokens, output, json_
+        )
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
     from luthier.evaluation.evaluate import Evaluation
+    from luthier.graders import OnError, Spec
     from luthier.recipe import Recipe
     from luthier.serving.generation import Generator
     from luthier.types import Message
@@ -155,14 +156,36 @@ def load(model_id: str) -> Model:
 
 
 def evaluate(
-    model: str | Model, data: str | Path, graders: Sequence[str] = ("exact",), max_tokens: int = 128
+    model: str | Model,
+    data: str | Path,
+    graders: Sequence[Spec] | Mapping[str, Spec] = ("exact",),
+    max_tokens: int = 128,
+    on_error: OnError = "fail",
 ) -> Evaluation:
-    """Let a model answer the prompts of a data file and grade the replies."""
+    """Let a model answer the prompts of a data file and grade the replies.
+
+    Args:
+        model: an id, or a model in memory.
+        data: rows of prompt and reply.
+        graders: methods by name, tables of ``method`` and fields, or :class:`luthier.graders.Grader`
+            objects; a mapping gives them names of your own.
+        max_tokens: of a reply at most.
+        on_error: what becomes of a reply that a grader cannot grade: ``fail``, or score ``zero``.
+
+    Returns:
+        Mean scores by the graders' names, and every answer.
+
+    Raises:
+        RefusedInput: before anything is written, for rows or graders that cannot work.
+        GradingFailed: with ``fail``, naming the row.
+    """
     from luthier.data.rows import load_rows
+    from luthier.evaluation.evaluate import check
     from luthier.graders import graders_named
     from luthier.serving.measuring import measure
 
     chosen = graders_named(graders)
     rows = load_rows(Path(data))
+    check(rows, chosen)
     opened = model if isinstance(model, Model) else load(model)
-    return measure(opened.generator, rows, chosen, max_tokens)
+    return measure(opened.generator, rows, chosen, max_tokens, on_error=on_error)
