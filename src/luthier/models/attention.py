@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,21 @@ TILE = 128
 masked out beside the diagonal stays small."""
 KEY_STEP = 64
 """Keys of a tile are rounded up to a multiple of this."""
+
+
+class Attends(Protocol):
+    """What a layer's attention asks: who sees whom in one flat sequence of ``N`` nodes."""
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest path, for networks whose attention has a window."""
+        ...
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]`` to ``[1, N, Hq, D]``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,26 @@ class AttentionPlan:
     """Keys and values of a layer's own that stand before the tree's, and that every node sees."""
     block_mask: Any = None
     """FlexAttention's mask, on a GPU."""
+
+    def with_prefix(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[1, Hk, N, D]`` behind the layer's own, ``[1, Hk, before + N, D]``."""
+        if not self.before:
+            return key, value
+        pair: tuple[Tensor, Tensor] = module.key_value_prefix(key, value)
+        return pair
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """What the nodes see of each other."""
+        return self.over(query, *self.with_prefix(module, key, value), scale)
+
+    def over(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The same, with the prefix in front already."""
+        if self.block_mask is not None:
+            return _flex(query, key, value, self, scale)
+        out_NHD: Tensor = _TreeAttention.apply(query[0], key[0], value[0], self, scale)  # type: ignore[no-untyped-call]
+        return out_NHD[None]
 
 
 def plan_attention(
@@ -238,7 +273,7 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    tree: AttentionPlan | None = None,
+    tree: Attends | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -250,13 +285,8 @@ def tree_attention(
             f"rows of {tree.longest} tokens exceed the attention window of {sliding_window} tokens "
             "of this network; the token tree has no sliding window yet. Shorten the rows."
         )
-    if tree.before:
-        key, value = module.key_value_prefix(key, value)  # type: ignore[operator]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if tree.block_mask is not None:
-        return _flex(query, key, value, tree, scale), None
-    out_NHD: Tensor = _TreeAttention.apply(query[0], key[0], value[0], tree, scale)  # type: ignore[no-untyped-call]
-    return out_NHD[None], None
+    return tree.attend(module, query, key, value, scale), None
 
 
 def register() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from luthier.models import heads
-from luthier.models.attention import NAME, AttentionPlan, plan_attention, register
+from luthier.models.attention import NAME, Attends, AttentionPlan, plan_attention, register
 
 if TYPE_CHECKING:
     from luthier.data.tree import TokenTree
@@ -71,10 +71,14 @@ class Flat:
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """One forward pass over the flat sequence."""
+        return self.run_with(backbone, batch, batch.plan)
+
+    def run_with(self, backbone: Any, batch: TreeBatch, attention: Attends) -> Tensor:
+        """The same with another ``attention`` in the place of the batch's plan."""
         output = backbone(
             input_ids=batch.ids_N[None],
             position_ids=batch.depth_N[None] + self.first_position + batch.plan.before,
-            tree=batch.plan,
+            tree=attention,
             use_cache=False,
         )
         hidden_NH: Tensor = output.last_hidden_state[0]

@@ -91,6 +91,10 @@ class Memory:
         """Tokens seen, what fills rows up included, as transformers asks it of a cache."""
         return int(self.position_BK.max()) + 1
 
+    def select(self, index_R: Tensor) -> Memory:
+        """That of the rows ``index_R``, one of them possibly several times."""
+        return Memory([state[index_R] for state in self.states], self.position_BK[index_R])
+
 
 @dataclass(frozen=True)
 class Window:
