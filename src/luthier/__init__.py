@@ -8,13 +8,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
-    from luthier.sdk import Model, evaluate, load, pretrain, tune
+    from luthier.sdk import Model, distil, evaluate, load, pretrain, tune
 
-__all__ = ["Model", "Recipe", "__version__", "evaluate", "load", "pretrain", "tune"]
+__all__ = ["Model", "Recipe", "__version__", "distil", "evaluate", "load", "pretrain", "tune"]
 
 _HOMES = {
     "Recipe": "luthier.recipe",
     "Model": "luthier.sdk",
+    "distil": "luthier.sdk",
     "evaluate": "luthier.sdk",
     "load": "luthier.sdk",
     "pretrain": "luthier.sdk",

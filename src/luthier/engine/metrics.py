@@ -23,6 +23,9 @@ class Reporter:
     def note(self, text: str) -> None:
         """Something worth knowing that is not an error."""
 
+    def counted(self, done: int, total: int, what: str) -> None:
+        """``done`` of ``total`` things called ``what`` are finished, in work that is no training."""
+
     def recorded(self, line: Mapping[str, Any], steps: int) -> None:
         """A line went to the metrics file; ``steps`` is the length of the run."""
 

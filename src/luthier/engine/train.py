@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -51,8 +52,15 @@ from luthier.types import Example
 PARITY_ROWS = 16
 
 
-def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None) -> Result:
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> Result:
     """Carry out ``recipe`` and return what came out; the model is stored and verified.
+
+    ``lineage`` is what the manifest is to say further of where the model comes from.
 
     Raises:
         RefusedInput: before any training, for data, recipe, model, memory, disk or name.
@@ -69,6 +77,7 @@ def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
             budget = run.recorded("micro_batch_tokens") if resume else None
             job = _prepare(recipe, base, machine, reporter, budget)
+            job = replace(job, origin={**job.origin, **(lineage or {})})
             done = run.begin(_request(recipe, job), resume)
         except BaseException:
             run.drop_if_empty()

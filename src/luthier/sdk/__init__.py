@@ -1,4 +1,4 @@
-"""The Python face: ``luthier.tune``, ``luthier.pretrain``, ``luthier.load``, ``luthier.evaluate``."""
+"""The Python face: ``luthier.tune``, ``distil``, ``pretrain``, ``load`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from luthier.distillation import Distilled
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
     from luthier.evaluation.evaluate import Evaluation
@@ -55,6 +56,51 @@ def tune(
     for key, value in fields.items():
         assign(plain, key.split("__"), value)
     return train(Recipe.parse(plain), resume, reporter)
+
+
+def distil(
+    prompts: str | Path,
+    *,
+    teacher: str | None = None,
+    student: str | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> Distilled:
+    """Let a teacher answer prompts, and tune a student on the answers that are accepted.
+
+    Args:
+        prompts: a file of prompts or conversations, or a TOML recipe.
+        teacher: id of a local model, or ``https://host/v1#model`` for an OpenAI-compatible endpoint.
+        student: base or custom model that learns; the default base model when not given.
+        resume: go on with an interrupted distillation of the same name and settings.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of :class:`luthier.distillation.DistilRecipe` with ``__`` for the dot: those of
+            :func:`tune`, and for example ``sampling__max_tokens=256`` or ``insights__minimum=50``.
+
+    Returns:
+        The finished run of the student, and what the manifest says of the distillation.
+
+    Raises:
+        RefusedInput: for prompts or settings that cannot work, or too few accepted answers.
+        LuthierError: where the teacher cannot be reached; the answers so far are kept.
+    """
+    from luthier.distillation import DistilRecipe
+    from luthier.distillation import distil as run
+    from luthier.distillation.recipe import teacher_fields
+    from luthier.recipe import assign, read_toml
+
+    path = Path(prompts)
+    plain: dict[str, Any] = read_toml(path) if path.suffix == ".toml" else {"data": {"train": path}}
+    if isinstance(plain.get("teacher"), str):
+        plain["teacher"] = teacher_fields(plain["teacher"])
+    for key, value in (teacher_fields(teacher) if teacher else {}).items():
+        assign(plain, ["teacher", key], value)
+    if student is not None:
+        plain["base"] = student
+    for key, value in fields.items():
+        assign(plain, key.split("__"), value)
+    return run(DistilRecipe.parse(plain), resume, reporter)
 
 
 def pretrain(
