@@ -182,7 +182,7 @@ def _objective_for(row: Row, chat: ChatFormat) -> Objective:
     """The first objective of the table that learns from rows of this shape, on this tokenizer."""
     masks = chat.tokenizer.mask_token_id is not None
     tasks = ("masked_lm", "causal_lm") if masks else ("causal_lm", "masked_lm")
-    kinds = [kind for kind in OBJECTIVES.values() if _shape(row) in kind.shapes]
+    kinds = [kind for kind in OBJECTIVES.values() if _shape(row) in kind.shapes and kind.by_itself]
     if not kinds:
         raise DataError([_unlearned(row, f"there is nothing to learn in {_named([_shape(row)])}.")])
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
@@ -237,8 +237,11 @@ def _check_shapes(
 
 
 def _unlearned(row: Row, message: str) -> Problem:
-    """A row that holds nothing to learn, which so far only prompts without replies do."""
-    fix = "Add the replies as `completion`, or let a teacher write them: luthier distil."
+    """A row that holds nothing to learn by itself: a prompt without a reply."""
+    fix = (
+        "Add the replies as `completion`, let a teacher write them (luthier distil), or learn from "
+        "what replies are worth (--objective grpo)."
+    )
     return Problem(row.file, row.line, "row.objective", message, fix)
 
 
@@ -318,6 +321,15 @@ class _Encoder:
         return shorter
 
     def _too_long(self, row: Row, example: Example, longest: int) -> None:
+        if written := longest - example.longest if not example.weight else 0:
+            self._problem(
+                row,
+                "row.too_long",
+                f"{longest} tokens are more than the model's context of {self.context}; {written} of "
+                "them are for what the network is to write.",
+                "Shorten the prompt, write less, or choose --set data.long_rows=drop.",
+            )
+            return
         lost = float(example.weight_T[self.context :].sum() / example.weight_T.sum())
         cost = f"cutting the row would lose {lost:.0%} of what it teaches"
         if example.source_T is not None and len(example.source_T) == longest:

@@ -61,6 +61,10 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     if recipe.objective is not None and recipe.objective.together:
         reason = "each row is told from the others of its batch, so more of them teach more"
         fill("batch_size", *_with_mixed(min(64, max(2, facts.rows)), reason, facts))
+    if recipe.objective is not None and recipe.objective.batch_rows:
+        reason = "each row is many texts: the network writes its own answers"
+        size = min(recipe.objective.batch_rows, max(1, facts.rows))
+        fill("batch_size", *_with_mixed(size, reason, facts))
     fill("batch_size", *_with_mixed(*_batch_size(facts.rows), facts))
     if training.max_steps is None:
         fill(
@@ -68,7 +72,11 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
         )
     # A rate that was given is meant for all weights.
     apart = facts.new_head and training.learning_rate is None
-    fill("learning_rate", *recipe.adaptation.learning_rate(facts.hidden))
+    rate, reason = recipe.adaptation.learning_rate(facts.hidden)
+    factor = recipe.objective.rate_factor if recipe.objective is not None else 1.0
+    if factor != 1:
+        reason += f"; {recipe.objective.method} takes {factor:g} of it"  # type: ignore[union-attr]
+    fill("learning_rate", rate * factor, reason)
     factor = recipe.adaptation.new_head_rate if apart else 1.0
     if factor == 1:  # nothing to tell
         training = training.model_copy(update={"head_rate": training.head_rate or 1.0})

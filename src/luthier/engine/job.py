@@ -121,4 +121,4 @@ def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[E
     order = RowOrder(data.main, size, training.seed, training.shuffle, data.mixed)
     steps = range(min(count, order.steps_per_epoch))
     chosen = [[data.train[index] for index in order.batch(step)] for step in steps]
-    return [data.objective.seen(batch) or batch for batch in chosen]
+    return [[view for row in batch for view in data.objective.views(row)] for batch in chosen]

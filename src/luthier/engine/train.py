@@ -219,6 +219,7 @@ class Trainer:
         if getattr(model.config, "attention_dropout", 0):
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, machine.device, machine.dtype)
+        network.chat = self.job.chat
         if (dropout := self.recipe.training.dropout) is not None:
             places = ", ".join(set_dropout(network, dropout))
             self.reporter.note(
@@ -227,12 +228,12 @@ class Trainer:
         torch.manual_seed(self.recipe.training.seed)
         before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
+        size = stored_bytes(model, self.recipe.adaptation)
         self.job.data.objective.extend(model)
         return_freed_memory()  # of what loading and attaching made on the way
         self.trained = sum(p.numel() for p in trained_weights(model).values())
         # Weights that were quantized are parameters no longer.
         self.weights = max(before, sum(p.numel() for p in model.parameters()))
-        size = stored_bytes(model, self.recipe.adaptation)
         self.reporter.note(
             f"{self.trained:,} of {self.weights:,} weights train ({self.trained / self.weights:.2%}); "
             f"the model will be stored in {size / 1e6:,.2f} MB"
@@ -245,7 +246,9 @@ class Trainer:
         self.reporter.stage(f"Loading {stored.id}")
         model = store.load(stored, self.machine.dtype, self.machine.device)
         model.requires_grad_(False).eval()
-        return as_network(model, self.machine.device, self.machine.dtype)
+        network = as_network(model, self.machine.device, self.machine.dtype)
+        network.chat = store.chat_format(stored)
+        return network
 
     @torch.no_grad()
     def _begin(self, network: Network) -> None:

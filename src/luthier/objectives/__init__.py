@@ -5,6 +5,7 @@ from luthier.objectives.bilm import BiLM
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
+from luthier.objectives.grpo import GRPO
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.regression import Regression
 from luthier.objectives.semi_supervised import SemiSupervised
@@ -23,9 +24,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "regression": Regression,
     "token_classification": TokenClassification,
     "contrastive": Contrastive,
+    "grpo": GRPO,
 }
 
 __all__ = [
+    "GRPO",
     "OBJECTIVES",
     "SFT",
     "BiLM",
