@@ -7,6 +7,7 @@ from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
 from luthier.objectives.grpo import GRPO
 from luthier.objectives.masked_lm import MaskedLM
+from luthier.objectives.ppo import PPO
 from luthier.objectives.regression import Regression
 from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
@@ -25,11 +26,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "token_classification": TokenClassification,
     "contrastive": Contrastive,
     "grpo": GRPO,
+    "ppo": PPO,
 }
 
 __all__ = [
     "GRPO",
     "OBJECTIVES",
+    "PPO",
     "SFT",
     "BiLM",
     "CausalLM",
