@@ -30,6 +30,7 @@ from luthier.types import Example, Message, Row
 CPU = torch.device("cpu")
 DECODERS, ENCODERS = ("llama", "gpt2", "palm", "transfo_xl"), ("bert", "roberta", "albert")
 READERS, MASKLESS = (*ENCODERS, "xlnet", "elmo"), (*DECODERS, "t5", "xlnet", "elmo")
+JUDGED = ("dpo", "kto", "orpo")
 FAMILIES = (*DECODERS, *ENCODERS, "t5", "xlnet", "elmo")
 WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
 TEXTS = [f"One word, please: {word}" for word in WORDS]
@@ -44,6 +45,26 @@ ROWS = {
     "rating": [Row("f", n, text=text, rating=1.5 * n) for n, text in enumerate(TEXTS)],
     "pair": [
         Row("f", n, text=text, positive=f"{WORDS[n]} is the word") for n, text in enumerate(TEXTS)
+    ],
+    "preference": [
+        Row(
+            "f",
+            n,
+            messages=(Message("user", "One word, please:"),),
+            reply=(Message("assistant", word),),
+            rejected=(Message("assistant", WORDS[n - 1]),),
+        )
+        for n, word in enumerate(WORDS)
+    ],
+    "thumb": [
+        Row(
+            "f",
+            n,
+            messages=(Message("user", "One word, please:"),),
+            reply=(Message("assistant", word),),
+            desirable=n % 2 == 0,
+        )
+        for n, word in enumerate(WORDS)
     ],
     "tags": [
         Row("f", n, tokens=tuple(t.split()), tags=("B-x", "I-x", *"O" * (len(t.split()) - 2)))
@@ -71,7 +92,7 @@ TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
     **{
         (o, f): "cannot be a causal"
-        for o in ("sft", "causal_lm", "grpo", "ppo")
+        for o in ("sft", "causal_lm", "grpo", "ppo", *JUDGED)
         for f in (*ENCODERS, "xlnet", "elmo")
     },
     ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",
@@ -175,6 +196,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     objective.extend(model)
 
     def loss_of(network: Network) -> float:
+        # With a reference model the loss depends on where the network began.
         return objective.parity_loss(network, examples, 1000)
 
     adaptation.calibrate(
@@ -235,9 +257,12 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
 
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
-    written = [(o, f) for o in ("sft", "causal_lm") for f in ("gpt2", "palm", "transfo_xl")]
-    written += [(o, f) for o in ("grpo", "ppo") for f in ("gpt2", "palm", "transfo_xl", "t5")]
-    written += [("sft", "t5"), ("span_corruption", "t5")]
+    written = [
+        (o, f)
+        for o in ("sft", "causal_lm", "grpo", "ppo", *JUDGED)
+        for f in ("gpt2", "palm", "transfo_xl")
+    ]
+    written += [(o, "t5") for o in ("sft", "span_corruption", "grpo", "ppo", *JUDGED)]
     tied = {(o, "feature_extraction", f): "output head.* tied" for o, f in written}
     none = {("contrastive", "feature_extraction", f): "has none. Use lora" for f in FAMILIES}
     return tied | none
@@ -255,4 +280,5 @@ def test_an_adaptation_names_itself_and_its_learning_rate(name: str) -> None:
 def test_an_objective_names_itself_and_what_it_learns_from(name: str) -> None:
     objective = OBJECTIVES[name]()
     assert objective.method == name
-    assert objective.shapes and objective.shapes <= ROWS.keys()
+    assert objective.shapes and objective.shapes <= {*ROWS, "rated"}
+    assert not objective.also & objective.shapes

@@ -41,12 +41,18 @@ class Row:
     positive: str | None = None
     """Partner of ``text`` in a pair."""
     rating: float | None = None
-    """Number that belongs to ``text``."""
+    """Number that belongs to ``text``, or that people gave to ``reply``."""
     tokens: tuple[str, ...] | None = None
     """Words of a sentence, each with one of ``tags``."""
     tags: tuple[str, ...] | None = None
     expected: str | None = None
     """Answer that a reply to what is only asked is graded by; it is never learned."""
+    reply: tuple[Message, ...] | None = None
+    """The answer to ``messages`` that people judged, or that they chose beside ``rejected``."""
+    rejected: tuple[Message, ...] | None = None
+    """The answer to ``messages`` that was not chosen."""
+    desirable: bool | None = None
+    """Thumb up or down for ``reply``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,10 @@ class Example:
     """The row itself, where its texts are needed in training: to grade what the network answers."""
     group: int | None = None
     """Rows with the same number are computed in one micro-batch, as their loss needs all of them."""
+    desirable: bool | None = None
+    """Whether people want such an answer, where rows come one by one."""
+    reference: float | None = None
+    """Log-probability of the learned tokens under the reference model, where it is known ahead."""
 
     def __len__(self) -> int:
         return len(self.ids_T)

@@ -180,6 +180,9 @@ def evaluate(
     if objective_of(stored).reads:
         predicting.evaluate(stored, data, rows, target, as_json)
         return
+    if rows and rows[0].reply is not None:
+        predicting.prefer(stored, data, rows, target, as_json)
+        return
     if target is None and all(row.text is not None for row in rows):
         _perplexity(stored, rows, as_json)
         return

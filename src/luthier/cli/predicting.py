@@ -55,8 +55,7 @@ def predict(
 def evaluate(
     stored: StoredModel, data: Path, rows: Sequence[Row], target: Path | None, as_json: bool
 ) -> None:
-    """Compare a model's labels with those of held-out rows."""
-    from luthier.files import write_bytes
+    """Compare a model's labels, ratings, tags or preferences with those of held-out rows."""
     from luthier.serving.prediction import Predictor
 
     with heavy_imports():
@@ -64,13 +63,42 @@ def evaluate(
     started = time.monotonic()
     with counting(len(rows), "evaluate") as done:
         found, answers = predictor.scores(rows, done)
-    seconds = time.monotonic() - started
-    if target is not None:
-        lines = [
-            json.dumps({**_given(row), "expected": _truth(row), **answer}, ensure_ascii=False)
+    if not rows or rows[0].reply is None:
+        answers = [
+            {**_given(row), "expected": _truth(row), **answer}
             for row, answer in zip(rows, answers, strict=True)
         ]
-        write_bytes(target, "".join(f"{line}\n" for line in lines).encode())
+    _report(stored, data, rows, found, answers, target, time.monotonic() - started, as_json)
+
+
+def prefer(
+    stored: StoredModel, data: Path, rows: Sequence[Row], target: Path | None, as_json: bool
+) -> None:
+    """How often a model that writes ranks held-out answers as people did."""
+    from luthier.serving.preferring import preference_scores
+
+    started = time.monotonic()
+    with heavy_imports(), counting(len(rows), "evaluate") as done:
+        found, answers = preference_scores(stored, rows, done)
+    _report(stored, data, rows, found, answers, target, time.monotonic() - started, as_json)
+
+
+def _report(
+    stored: StoredModel,
+    data: Path,
+    rows: Sequence[Row],
+    found: dict[str, float],
+    answers: Sequence[dict[str, Any]],
+    target: Path | None,
+    seconds: float,
+    as_json: bool,
+) -> None:
+    """Write the answers, print the scores."""
+    from luthier.files import write_bytes
+
+    if target is not None:
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
+        write_bytes(target, "".join(lines).encode())
     if as_json:
         print_json({"model": stored.id, "rows": len(rows), "scores": found, "seconds": seconds})
         return
@@ -80,15 +108,21 @@ def evaluate(
 
 
 def read_inputs(source: Path) -> list[Row]:
-    """Rows of a JSONL file with ``text`` or ``tokens``; labels and other keys are passed over."""
+    """Rows of a JSONL file with ``text``, ``tokens``, or ``prompt`` and ``completion``.
+
+    Labels and other keys are passed over.
+    """
     from luthier.data.read import read_records
 
     problems: list[Problem] = []
     rows: list[Row] = []
     for line, record in read_records(source, problems):
         text, tokens = record.get("text"), record.get("tokens")
+        prompt, reply = record.get("prompt"), record.get("completion")
         if isinstance(text, str) and text.strip():
             rows.append(_row(str(source), line, text))
+        elif isinstance(prompt, str) and prompt.strip() and isinstance(reply, str):
+            rows.append(Row(str(source), line, prompt=prompt, completion=reply))
         elif (
             isinstance(tokens, list)
             and tokens
@@ -101,7 +135,8 @@ def read_inputs(source: Path) -> list[Row]:
                     str(source),
                     line,
                     "text.missing",
-                    "the row has neither a text under `text` nor a list of words under `tokens`.",
+                    "the row has neither a text under `text`, nor a list of words under `tokens`, "
+                    "nor a prompt with a completion.",
                     'Write {"text": "…"} on each line.',
                 )
             )
@@ -118,6 +153,8 @@ def _row(file: str, line: int, text: str) -> Row:
 
 
 def _given(row: Row) -> dict[str, Any]:
+    if row.prompt is not None:
+        return {"prompt": row.prompt, "completion": row.completion}
     return {"tokens": list(row.tokens or ())} if row.text is None else {"text": row.text}
 
 
@@ -134,6 +171,8 @@ def _shown(given: dict[str, Any], answer: dict[str, Any]) -> str:
         return " ".join(w if tag == "O" else f"{w}[{tag}]" for w, tag in words) + "\n"
     if "embedding" in answer:
         return json.dumps(answer["embedding"]) + "\n"
+    if "reward" in answer:
+        return f"{answer['reward']:.3f}\n"
     if "rating" in answer:
         return f"{answer['rating']:.3f}\n"
     best = sorted(answer["scores"].items(), key=lambda item: -item[1])[:5]

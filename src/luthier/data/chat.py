@@ -71,8 +71,10 @@ class ChatFormat:
             return self._tokens(_joined(messages), first=True)
         return self._tokens(self._render(messages, reply=True), first=False)
 
-    def encode_reply(self, messages: Sequence[Message]) -> Encoded:
+    def encode_reply(self, messages: Sequence[Message], given: int = 0) -> Encoded:
         """A conversation with every assistant turn learned, its end-of-turn token included.
+
+        Turns among the first ``given`` messages are not learned.
 
         What follows the last learned token (a newline, in many templates) is left out: nothing
         would be learned from it.
@@ -97,9 +99,11 @@ class ChatFormat:
             prompt_T = self._tokens(before[len(done) :], first=False)
             reply_T = self._tokens(after[len(before) :], first=False)
             parts += [prompt_T, reply_T]
-            learned += [np.zeros(len(prompt_T), bool), self._up_to_stop(reply_T)]
+            learned_T = self._up_to_stop(reply_T) & (index >= given)
+            learned += [np.zeros(len(prompt_T), bool), learned_T]
             done = after
-        ids_T, learned_T = np.concatenate(parts), np.concatenate(learned)
+        ids_T = np.concatenate(parts)
+        learned_T = np.concatenate(learned)
         size = int(np.flatnonzero(learned_T)[-1]) + 1
         return Encoded(ids_T[:size], learned_T[:size])
 

@@ -1,10 +1,10 @@
-"""Records to checked rows: eight shapes, told apart by their keys.
+"""Records to checked rows: shapes told apart by their keys.
 
 ``{"prompt", "completion"}``, ``{"messages": [{"role", "content"}, ...]}``, ``{"text"}``, text with
 what it means: ``{"text", "label"}``, ``{"text", "rating"}``, ``{"tokens", "tags"}``,
-``{"anchor", "positive"}``, and what is only asked: ``{"prompt"}``, with the ``expected`` answer where
-there is one. Text is never altered. A file with anything wrong in it is refused as a whole, with every
-problem.
+``{"anchor", "positive"}``; what people prefer (``luthier.data.preferences``); and what is only asked:
+``{"prompt"}``, with the ``expected`` answer where there is one. Text is never altered. A file with
+anything wrong in it is refused as a whole, with every problem.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from luthier.data import labels
+from luthier.data import labels, preferences
 from luthier.data.read import PLAIN_TEXT, Record, json_kind, read_records, shown
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Message, Row
@@ -65,7 +65,7 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
     '{"prompt"}': ("prompt",),
 }
 _PAIR, _CHAT, _TEXT, _LABEL, _RATING, _TAGS, _PARTNERS, _PROMPT = _SHAPES
-_ALL_SHAPES = ", ".join(_SHAPES)
+_ALL_SHAPES = ", ".join([*_SHAPES, *preferences.SHAPES])
 _RENAMES: Mapping[str, str] = {
     "instruction": "prompt",
     "question": "prompt",
@@ -151,7 +151,7 @@ class Checker:
         if shape == _TEXT:
             text = self.text(record, "text", target=True)
             return Row(self.file, line, text=text)
-        if shape in (_LABEL, _RATING, _TAGS):
+        if shape in (_LABEL, _RATING, _TAGS, *preferences.SHAPES):
             return self.annotated(shape, record)
         if shape == _PARTNERS:
             anchor, positive = self.text(record, "anchor"), self.text(record, "positive")
@@ -168,8 +168,10 @@ class Checker:
         return Row(self.file, self.line, prompt=self.text(record, "prompt"), expected=expected)
 
     def annotated(self, shape: str, record: Record) -> Row | None:
-        """A text with its label or rating, or words with their tags."""
+        """A text with its label or rating, words with their tags, or answers that were judged."""
         try:
+            if shape in preferences.SHAPES:
+                return preferences.preference(shape, record, self.file, self.line)
             if shape == _TAGS:
                 tokens, tags = labels.tagged(record.get("tokens"), record.get("tags"))
                 return Row(self.file, self.line, tokens=tokens, tags=tags)
@@ -197,7 +199,9 @@ class Checker:
         found = [shape for shape, keys in _SHAPES.items() if any(key in record for key in keys)]
         if _PROMPT in found:
             found.remove(_PAIR if self.only_asks(record) else _PROMPT)
-        if _PROMPT in found or _PAIR in found or _CHAT in found:
+        if judged := preferences.shape_of(record):
+            found = [judged]
+        elif _PROMPT in found or _PAIR in found or _CHAT in found:
             # What else the row says of itself, its tags or rating, is no shape of its own.
             found = [shape for shape in found if shape in (_PAIR, _PROMPT, _CHAT, _TEXT)]
         elif len(found) > 1 and _TEXT in found:

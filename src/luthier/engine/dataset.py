@@ -79,6 +79,7 @@ def prepare(
     _check_shapes(rows, held, objective, chat)
     _check_shapes((), [*chain(*further)], objective, chat, beside=True)
     _check_augmentation(spec, objective, chat)
+    rows, held, *further = [list(objective.gather(each)) for each in (rows, held, *further)]
     if not spec.validation:
         rows, held = _split(spec, rows, seed, choices)
     try:
@@ -90,11 +91,12 @@ def prepare(
     if encoder.problems:
         raise DataError(encoder.problems)
     encoded = [*chain(*sets)]
+    read = [view for example in encoded for view in objective.views(example)]
     counts = {
         "rows": len(encoded),
         "validation_rows": len(validation),
-        "tokens": total_tokens(encoded),
-        "learned_tokens": int(sum(float(e.weight_T.sum()) for e in encoded)),
+        "tokens": total_tokens(read),
+        "learned_tokens": int(sum(np.count_nonzero(e.weight_T) for e in read)),
     }
     train, mixed = _mix(spec, [objective.arrange(each, context) if each else [] for each in sets])
     choices += _shares(spec, mixed, len(train) - sum(each.rows for each in mixed))
@@ -103,7 +105,7 @@ def prepare(
         objective=objective,
         train=train,
         validation=validation,
-        longest=max(v.tokens for e in train for v in objective.views(e)),
+        longest=max(v.tokens for e in train for v in _largest(objective, e)),
         hashes={str(path): sha256_of(path) for path in spec.files},
         choices=choices,
         dropped=encoder.dropped,
@@ -207,7 +209,7 @@ def _check_shapes(
 ) -> None:
     """Every row must be of a shape that is learned; ``beside`` those of the main file, more may be."""
     problems = []
-    shapes = objective.shapes | (objective.beside if beside else frozenset())
+    shapes = objective.shapes | objective.also | (objective.beside if beside else frozenset())
     if len(rows) == 1 and _shape(rows[0]) != "text":
         problems.append(
             Problem(
@@ -246,6 +248,9 @@ def _unlearned(row: Row, message: str) -> Problem:
 
 
 _FIELDS = {
+    "rejected": "preference",
+    "desirable": "thumb",
+    "reply": "rated",
     "messages": "messages",
     "completion": "prompt",
     "prompt": "prompt_only",
@@ -257,6 +262,9 @@ _FIELDS = {
 }
 """What tells the shape of a row, in the order it is asked."""
 _SHAPES = {
+    "preference": "chosen and rejected answers",
+    "thumb": "answers with a thumb",
+    "rated": "answers with a rating",
     "prompt": "prompt and completion",
     "prompt_only": "a prompt without a reply",
     "messages": "messages",
@@ -270,6 +278,11 @@ _SHAPES = {
 
 def _named(shapes: Sequence[str] | frozenset[str]) -> str:
     return " or ".join(_SHAPES[shape] for shape in sorted(shapes))
+
+
+def _largest(objective: Objective, example: Example) -> list[Example]:
+    """All that an example may become in a step."""
+    return [row for view in objective.views(example) for row in objective.room(view)]
 
 
 class _Encoder:
@@ -294,7 +307,7 @@ class _Encoder:
             except RecipeError as error:
                 self._problem(row, "row.template", str(error), "See the message.")
                 continue
-            longest = max(view.longest for view in self.objective.views(example))
+            longest = max(view.longest for view in _largest(self.objective, example))
             if longest <= self.context or self.objective.packs:
                 examples.append(example)
             elif self.long_rows == "error":
@@ -321,7 +334,8 @@ class _Encoder:
         return shorter
 
     def _too_long(self, row: Row, example: Example, longest: int) -> None:
-        if written := longest - example.longest if not example.weight else 0:
+        views = self.objective.views(example)
+        if written := longest - max(view.longest for view in views):
             self._problem(
                 row,
                 "row.too_long",
@@ -330,7 +344,8 @@ class _Encoder:
                 "Shorten the prompt, write less, or choose --set data.long_rows=drop.",
             )
             return
-        lost = float(example.weight_T[self.context :].sum() / example.weight_T.sum())
+        lost = sum(float(view.weight_T[self.context :].sum()) for view in views)
+        lost /= sum(view.weight for view in views)
         cost = f"cutting the row would lose {lost:.0%} of what it teaches"
         if example.source_T is not None and len(example.source_T) == longest:
             cost = f"cutting the prompt would lose {1 - self.context / longest:.0%} of it"

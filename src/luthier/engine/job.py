@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
 from luthier.models.load import sketch
+from luthier.models.network import Network
 from luthier.objectives import Objective
 from luthier.recipe import Recipe
 from luthier.store import models as store
@@ -121,4 +122,26 @@ def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[E
     order = RowOrder(data.main, size, training.seed, training.shuffle, data.mixed)
     steps = range(min(count, order.steps_per_epoch))
     chosen = [[data.train[index] for index in order.batch(step)] for step in steps]
-    return [[view for row in batch for view in data.objective.views(row)] for batch in chosen]
+    objective = data.objective
+    return [
+        [row for view in objective.seen(batch) or batch for row in objective.room(view)]
+        for batch in chosen
+    ]
+
+
+@torch.no_grad()
+def refer(job: Job, network: Network, reporter: Reporter) -> Job:
+    """``job`` with what the reference model says of the rows that are read more than once.
+
+    Training rows that come once are asked about in their step, with no delay before the first.
+    """
+    data, training = job.data, job.recipe.training
+    again = job.steps * (training.batch_size or 1) > len(data.train)
+    if not data.objective.refers or not (again or data.validation):
+        return job
+    network.model.eval()
+    reporter.stage("Asking the reference model")
+    budget = max(training.micro_batch_tokens or 1, 2048)
+    held = data.objective.refer(network, data.validation, budget)
+    train = data.objective.refer(network, data.train, budget) if again else data.train
+    return replace(job, data=replace(data, train=train, validation=held))

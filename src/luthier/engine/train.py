@@ -24,7 +24,7 @@ from luthier.engine.devices import (
     peak_memory,
     return_freed_memory,
 )
-from luthier.engine.job import Job, settle
+from luthier.engine.job import Job, refer, settle
 from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
 from luthier.engine.runs import ACTIVATIONS, METRICS, SAMPLES, Result, Run, automatic_name
@@ -194,6 +194,7 @@ class Trainer:
             return_freed_memory()
         started = time.monotonic()
         ahead = self._remember(network)
+        self.job = refer(self.job, network, self.reporter)
         loop = self._loop(network, checkpoints)
         if found is not None:
             loop.resume(*found)

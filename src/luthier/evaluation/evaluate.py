@@ -40,12 +40,16 @@ class Evaluation:
 def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str]]:
     """What is asked in each row, and the reply the row expects.
 
-    Of a conversation, everything before the last assistant turn is asked.
+    Of a conversation, everything before the last assistant turn is asked; of judged answers the one
+    that was chosen is expected.
     """
     asked: list[Sequence[Message]] = []
     expected: list[str] = []
     for row in rows:
-        if row.messages:
+        if row.reply is not None:
+            asked.append((*(row.messages or ()), *row.reply[:-1]))
+            expected.append(row.reply[-1].content)
+        elif row.messages:
             asked.append(row.messages[:-1])
             expected.append(row.messages[-1].content)
         elif row.prompt is not None and row.completion is not None:

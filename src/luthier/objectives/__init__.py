@@ -5,10 +5,14 @@ from luthier.objectives.bilm import BiLM
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
+from luthier.objectives.dpo import DPO
 from luthier.objectives.grpo import GRPO
+from luthier.objectives.kto import KTO
 from luthier.objectives.masked_lm import MaskedLM
+from luthier.objectives.orpo import ORPO
 from luthier.objectives.ppo import PPO
 from luthier.objectives.regression import Regression
+from luthier.objectives.reward_model import RewardModel
 from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
 from luthier.objectives.span_corruption import SpanCorruption
@@ -25,13 +29,20 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "regression": Regression,
     "token_classification": TokenClassification,
     "contrastive": Contrastive,
+    "dpo": DPO,
+    "kto": KTO,
+    "orpo": ORPO,
+    "reward_model": RewardModel,
     "grpo": GRPO,
     "ppo": PPO,
 }
 
 __all__ = [
+    "DPO",
     "GRPO",
+    "KTO",
     "OBJECTIVES",
+    "ORPO",
     "PPO",
     "SFT",
     "BiLM",
@@ -41,6 +52,7 @@ __all__ = [
     "MaskedLM",
     "Objective",
     "Regression",
+    "RewardModel",
     "SemiSupervised",
     "SpanCorruption",
     "TokenClassification",

@@ -4,9 +4,11 @@ An objective is one frozen object: its fields are the hyper-parameters of its pa
 vetted setting as default. The engine calls these methods and knows nothing else:
 
     check     whether it suits the network at all
+    gather    rows that are learned together: judged answers to one prompt are pairs
     fit       what it must know of all rows: the classes there are
     encode    rows to token ids with a loss weight for each token
     begin     what the network, as it is before the first step, adds to the rows
+    refer     what it says of rows as the reference model, where they are read more than once
     annotate  all that takes no gradient: sampling, rewards, teacher or reference scores, noise
     turns     the optimizer steps of one batch; one, unless the method says otherwise
     loss      a **sum** over a micro-batch; only the engine divides, once, by the global weight
@@ -50,6 +52,8 @@ class Objective(BaseModel):
     """What the head of the network is for."""
     shapes: ClassVar[frozenset[str]]
     """Row shapes it can learn from, by the names of ``luthier.engine.dataset``."""
+    also: ClassVar[frozenset[str]] = frozenset()
+    """Further shapes it learns from when it is asked for by name; another is chosen for these."""
     beside: ClassVar[frozenset[str]] = frozenset()
     """Further row shapes that the sets of ``data.mix`` may have."""
     reads: ClassVar[bool] = False
@@ -108,6 +112,14 @@ class Objective(BaseModel):
     def strip(self, model: nn.Module) -> None:
         """Take away what :meth:`extend` added, before the model is stored."""
 
+    def gather(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows of one file as they are learned from: judged answers become pairs.
+
+        Raises:
+            DataError: for rows that cannot be brought together.
+        """
+        return rows
+
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """This objective with what it learns from all training rows filled in.
 
@@ -143,9 +155,25 @@ class Objective(BaseModel):
         """
         return examples
 
+    def refer(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> Sequence[Example]:
+        """Rows that are read more than once, with what the reference model says of each.
+
+        Called as :meth:`begin` is, right before the first step, for training and for validation rows.
+        """
+        return examples
+
     def views(self, example: Example) -> list[Example]:
         """The rows the network is to see for one example: itself, unless the method says otherwise."""
         return [example]
+
+    def room(self, view: Example) -> list[Example]:
+        """What a row may have become by the time the network learns from it: its largest.
+
+        Itself, unless the network writes something behind it in the step.
+        """
+        return [view]
 
     def seen(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
         """All rows the network is to see for ``examples`` in one step.
@@ -185,15 +213,8 @@ class Objective(BaseModel):
         return []
 
     def cut(self, example: Example, context: int) -> Example:
-        """``example`` with at most ``context`` tokens, its end cut off.
-
-        What an encoder reads keeps its closing token.
-        """
-        source_T = example.source_T
-        if source_T is not None and len(source_T) > context:
-            source_T = np.append(source_T[: context - 1], source_T[-1])
-        ids_T, weight_T = example.ids_T[:context], example.weight_T[:context]
-        return replace(example, ids_T=ids_T, weight_T=weight_T, source_T=source_T)
+        """``example`` with at most ``context`` tokens, its end cut off."""
+        return cut_end(example, context)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss of one micro-batch."""
@@ -226,3 +247,12 @@ class Objective(BaseModel):
     def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """What a trained network says of each row of the batch, in the order of its tree."""
         raise NotImplementedError
+
+
+def cut_end(example: Example, context: int) -> Example:
+    """The first ``context`` tokens of ``example``. What an encoder reads keeps its closing token."""
+    source_T = example.source_T
+    if source_T is not None and len(source_T) > context:
+        source_T = np.append(source_T[: context - 1], source_T[-1])
+    ids_T, weight_T = example.ids_T[:context], example.weight_T[:context]
+    return replace(example, ids_T=ids_T, weight_T=weight_T, source_T=source_T)

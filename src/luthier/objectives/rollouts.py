@@ -193,22 +193,18 @@ class Reinforcement(Objective):
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         return Example(ids_T, weight_T, index, source_T=source_T, given=row)
 
-    def views(self, example: Example) -> list[Example]:
-        """The prompt with the longest completions there may be: the room that a step takes."""
+    def room(self, view: Example) -> list[Example]:
+        """The prompt with the longest completions there may be, all of them different."""
         numbers = np.arange(self.generations)[:, None].repeat(self.max_completion_tokens, 1)
         return [
             Example(
-                np.concatenate([example.ids_T, written_T]),
-                np.zeros(len(example) + len(written_T), dtype=np.float32),
-                example.row,
-                source_T=example.source_T,
+                np.concatenate([view.ids_T, written_T]),
+                np.zeros(len(view) + len(written_T), dtype=np.float32),
+                view.row,
+                source_T=view.source_T,
             )
             for written_T in numbers
         ]
-
-    def seen(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
-        """The prompts: what is behind them is written in the step itself."""
-        return list(examples)
 
     def cut(self, example: Example, context: int) -> Example:
         """A prompt without its end asks something else: what comes back has nothing to learn."""

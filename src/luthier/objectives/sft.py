@@ -27,6 +27,7 @@ class SFT(Objective):
     """How a row becomes text: the model's chat template, or prompt and completion as they are."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
+    also: ClassVar[frozenset[str]] = frozenset({"rated"})
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""
@@ -36,13 +37,15 @@ class SFT(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight 1 on each token of each reply, 0 on the rest."""
-        messages = row.messages
+        given, messages = 0, row.messages
         if messages is None:
             messages = (
                 Message("user", row.prompt or ""),
                 Message("assistant", row.completion or ""),
             )
-        encoded = chat.encode_reply(messages)
+        elif row.reply is not None:
+            given, messages = len(messages), (*messages, *row.reply)
+        encoded = chat.encode_reply(messages, given)
         weight_T = encoded.learned_T.astype(np.float32)
         return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
 

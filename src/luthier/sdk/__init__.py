@@ -186,6 +186,19 @@ class Model:
             rows.append(Row("predict()", index, text=whole, tokens=words))
         return self.opened.answers(rows)
 
+    def rewards(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """The reward of each completion of its prompt, from a model of objective ``reward_model``."""
+        from luthier.objectives import RewardModel
+        from luthier.serving.prediction import Predictor
+        from luthier.types import Row
+
+        opened = self.opened
+        if not isinstance(opened, Predictor) or not isinstance(opened.objective, RewardModel):
+            raise RecipeError(f"{self.stored.id} is no reward model")
+        pairs = enumerate(zip(prompts, completions, strict=True), 1)
+        rows = [Row("rewards()", n, prompt=p, completion=c) for n, (p, c) in pairs]
+        return [answer["reward"] for answer in opened.answers(rows)]
+
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings ``[R, H]`` of length 1, from a model of objective ``contrastive``."""
         import numpy as np
@@ -210,6 +223,9 @@ def evaluate(
 ) -> Evaluation:
     """Let a model answer the prompts of a data file and grade the replies.
 
+    Rows with judged answers (chosen and rejected, ratings, thumbs) are not answered: the scores say how
+    often the model ranks the answers as people did.
+
     Args:
         model: an id, or a model in memory.
         data: rows of prompt and reply.
@@ -226,12 +242,17 @@ def evaluate(
         GradingFailed: with ``fail``, naming the row.
     """
     from luthier.data.rows import load_rows
-    from luthier.evaluation.evaluate import check
+    from luthier.evaluation.evaluate import Evaluation, check
     from luthier.graders import graders_named
     from luthier.serving.measuring import measure
+    from luthier.serving.preferring import preference_scores
+    from luthier.store.models import find, objective_of
 
     chosen = graders_named(graders)
     rows = load_rows(Path(data))
+    stored = model.stored if isinstance(model, Model) else find(model)
+    if rows and rows[0].reply is not None and not objective_of(stored).reads:
+        return Evaluation(preference_scores(stored, rows)[0], len(rows), [])
     check(rows, chosen)
     opened = model if isinstance(model, Model) else load(model)
     return measure(opened.generator, rows, chosen, max_tokens, on_error=on_error)

@@ -71,6 +71,8 @@ class Predictor:
         from luthier.evaluation.labels import scores
         from luthier.evaluation.retrieval import retrieval_scores
 
+        if rows and "preference" in self.objective.shapes:
+            return self._preferences(rows, done)
         answers = self.answers(rows, done)
         if not rows or rows[0].positive is None:
             return scores(rows, answers), answers
@@ -78,7 +80,31 @@ class Predictor:
         found = [answer["embedding"] for answer in answers]
         return retrieval_scores(found, [answer["embedding"] for answer in partners]), answers
 
+    def _preferences(
+        self, rows: Sequence[Row], done: Callable[[int], None]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Rewards of both answers of each pair, and how often the chosen one has the higher."""
+        from luthier.evaluation.preferences import ranking_scores
+
+        pairs = self.objective.gather(rows)
+        if any(row.rejected is None for row in pairs):
+            raise RecipeError(
+                "a reward model is measured on chosen and rejected answers, or ratings"
+            )
+        chosen = self.answers([replace(row, rejected=None) for row in pairs], done)
+        rejected = self.answers([replace(row, reply=row.rejected, rejected=None) for row in pairs])
+        found = [(c["reward"], r["reward"]) for c, r in zip(chosen, rejected, strict=True)]
+        answers = [
+            {"line": row.line, "chosen": c, "rejected": r}
+            for row, (c, r) in zip(pairs, found, strict=True)
+        ]
+        return ranking_scores(found, "reward"), answers
+
     def _encode(self, row: Row, index: int) -> Any:
+        if row.text is None and row.tokens is None and "preference" not in self.objective.shapes:
+            raise RecipeError(
+                f"row {index + 1} is an answer to a prompt, and this model reads texts"
+            )
         plain = replace(row, label=None, rating=None, tags=None, positive=None)
         example = self.objective.encode(plain, index, self.chat)
         if len(example) > self.context:

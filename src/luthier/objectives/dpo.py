@@ -1,0 +1,100 @@
+"""Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, equation 7).
+
+The reward of an answer is what training did to its log-probability, ``beta (log p - log p_ref)``, and
+the loss makes the chosen answer's higher than the rejected one's: ``-log sigmoid(margin)``. The
+reference is the network as the run starts. Variants are fields:
+
+    loss_type ipo      (margin / beta - 1 / (2 beta))^2 (Azar et al. 2023, arXiv:2310.12036, eq. 17)
+    loss_type hinge    max(0, 1 - margin) (Zhao et al. 2023, SLiC-HF, arXiv:2305.10425)
+    label_smoothing    this share of pairs is the wrong way round (Mitchell 2023, conservative DPO)
+    length_normalised  rewards by the mean over tokens (Meng et al. 2024, arXiv:2405.14734, section 2.2)
+    sft_weight         learn the chosen answer too (Pang et al. 2024, arXiv:2404.19733, eq. 1)
+
+Left out: other divergences than the reverse KL, and a reference that moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from luthier.objectives.pairs import Pairwise, Sides, answer_lengths
+from luthier.types import Example, Loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.models.network import Network, TreeBatch
+
+
+class DPO(Pairwise):
+    """Raise what people chose above what they rejected, without a reward model."""
+
+    method: Literal["dpo"] = "dpo"
+    beta: float = Field(default=0.1, gt=0)
+    """How near to the reference the model stays: more is nearer. 0.1 in the paper (appendix B)."""
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """What is made of the margin."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of pairs that are the wrong way round; with the sigmoid only."""
+    length_normalised: bool | None = None
+    """Rewards by the mean over tokens, not the sum; when not given, only for ipo, as its authors do."""
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Weight of the chosen answer's mean negative log-likelihood; 1 in its paper."""
+
+    refers: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing goes with loss_type sigmoid, not {self.loss_type}")
+        return self
+
+    def refer(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> Sequence[Example]:
+        """The pairs with the reference log-probability of both answers."""
+        from luthier.objectives.references import referred
+
+        return referred(network, examples, budget)
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """Micro-batches with the reference log-probability ``[R]`` of each row as ``extra``."""
+        from luthier.objectives.references import reference_logps
+
+        batches = super().annotate(network, examples, budget)
+        return [replace(batch, extra=reference_logps(network, batch)) for batch in batches]
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed loss over the pairs."""
+        from luthier.objectives.logprobs import row_sums, token_logps
+
+        logp_R = row_sums(batch, token_logps(network, batch))
+        length_R, sides = answer_lengths(batch), Sides.of(batch)
+        reward_R = self.beta * self._ratios(logp_R, batch.extra, length_R)
+        total = self._of_margin(reward_R[sides.chosen_P] - reward_R[sides.rejected_P]).sum()
+        if self.sft_weight:
+            mean_R = logp_R / length_R
+            total = total - self.sft_weight * mean_R[sides.chosen_P].sum()
+        return Loss(total, sides.measures(reward_R) | sides.likelihoods(logp_R))
+
+    def _ratios(self, logp_R: Tensor, reference_R: Tensor, length_R: Tensor) -> Tensor:
+        """How much likelier each answer is than under the reference, in nats, or nats a token."""
+        mean = self.loss_type == "ipo" if self.length_normalised is None else self.length_normalised
+        return (logp_R - reference_R) / (length_R if mean else 1.0)
+
+    def _of_margin(self, margin_P: Tensor) -> Tensor:
+        """Loss of each pair from the margin between its rewards."""
+        from torch.nn.functional import logsigmoid
+
+        if self.loss_type == "ipo":
+            return (margin_P / self.beta - 1 / (2 * self.beta)).square()
+        if self.loss_type == "hinge":
+            return (1 - margin_P).relu()
+        right, wrong = logsigmoid(margin_P), logsigmoid(-margin_P)
+        return -(1 - self.label_smoothing) * right - self.label_smoothing * wrong

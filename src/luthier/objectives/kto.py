@@ -1,0 +1,160 @@
+"""Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8).
+
+Answers come one by one, each with a thumb up or down. The reward is that of DPO, ``log p - log p_ref``,
+and its value is measured against a reference point ``z``: how far the model has moved from the
+reference on the whole. A desirable answer loses ``w (1 - sigmoid(beta (reward - z)))``, an undesirable
+one ``w (1 - sigmoid(beta (z - reward)))``. As in the paper (section 4.1) ``z`` is the mean reward of
+mismatched answers, each prompt with the answer of its neighbour in the batch, not below 0 and without a
+gradient; the batch is the whole of a step, not the micro-batch. A batch of one row has ``z = 0``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from luthier.errors import RowRefused
+from luthier.objectives.pairs import Judged, encode_answer
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+
+class KTO(Judged):
+    """Learn from thumbs up and down, answer by answer."""
+
+    method: Literal["kto"] = "kto"
+    beta: float = Field(default=0.1, gt=0)
+    """How near to the reference the model stays: more is nearer. 0.1 in the paper (section 4.2)."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of answers with a thumb up."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of the others; the paper keeps both sums, weight times rows, within 1 to 4/3."""
+
+    shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
+    also: ClassVar[frozenset[str]] = frozenset({"preference"})
+    refers: ClassVar[bool] = True
+    fixed: ClassVar[bool] = False
+
+    def gather(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """A pair becomes two rows: its chosen answer with a thumb up, the other with one down."""
+        singles: list[Row] = []
+        for row in rows:
+            singles.append(replace(row, rejected=None, desirable=row.desirable is not False))
+            if row.rejected is not None:
+                singles.append(replace(row, reply=row.rejected, rejected=None, desirable=False))
+        return singles
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Check that there are thumbs of both kinds."""
+        kinds = {row.desirable for row in rows}
+        if len(kinds) < 2:
+            kind = "up" if True in kinds else "down"
+            raise RowRefused(
+                "thumb.one_kind",
+                f"all {len(rows)} training rows have a thumb {kind}: there is nothing to tell apart.",
+                "Add rows of the other kind, or learn good answers with objective sft.",
+            )
+        return self
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """Weight on each token of the answer, 1 in all."""
+        example = encode_answer(row, row.reply or (), index, chat)
+        return replace(example, desirable=row.desirable)
+
+    def refer(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> Sequence[Example]:
+        """The rows with the reference log-probability of their answers."""
+        from luthier.objectives.references import referred
+
+        return referred(network, examples, budget)
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """Micro-batches with the reference log-probabilities ``[R]`` and ``z`` as ``extra``."""
+        from luthier.objectives.references import reference_logps
+
+        point = self._reference_point(network, examples, budget)
+        batches = super().annotate(network, examples, budget)
+        return [replace(batch, extra=(reference_logps(network, batch), point)) for batch in batches]
+
+    def _reference_point(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """``z``: the mean reward of mismatched answers before ``beta``, at least 0."""
+        from luthier.objectives.logprobs import row_sums, token_logps
+        from luthier.objectives.references import reference_logps
+
+        rows = mismatched(examples)
+        if not rows:
+            return 0.0
+        total = 0.0
+        for batch in network.batches(rows, budget):
+            logp_R = row_sums(batch, token_logps(network, batch))
+            total += float((logp_R - reference_logps(network, batch)).sum())
+        return max(0.0, total / len(rows))
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed loss over the rows."""
+        from luthier.objectives.logprobs import row_sums, token_logps
+
+        reference_R, point = batch.extra
+        logp_R = row_sums(batch, token_logps(network, batch))
+        wanted_R = logp_R.new_tensor([bool(row.desirable) for row in batch.tree.examples]).bool()
+        ratio_R = logp_R - reference_R
+        total = self._losses(ratio_R, wanted_R, point).sum()
+        reward_R = self.beta * ratio_R.detach()
+        right_R = (ratio_R.detach() > point) == wanted_R
+        return Loss(
+            total,
+            {
+                "accuracy": float(right_R.sum()),
+                "reward_desirable": float(reward_R[wanted_R].sum()),
+                "reward_undesirable": float(reward_R[~wanted_R].sum()),
+                "kl": point * len(ratio_R),
+            },
+        )
+
+    def _losses(self, ratio_R: Tensor, wanted_R: Tensor, point: float) -> Tensor:
+        import torch
+
+        sign_R = torch.where(wanted_R, 1.0, -1.0)
+        weight_R = torch.where(wanted_R, self.desirable_weight, self.undesirable_weight)
+        return weight_R * (1 - torch.sigmoid(self.beta * sign_R * (ratio_R - point)))
+
+    def described(self, example: Example) -> str:
+        """The thumb of the row."""
+        return "thumb up" if example.desirable else "thumb down"
+
+
+def mismatched(examples: Sequence[Example]) -> list[Example]:
+    """Each prompt of a batch with the answer of the row before it; none for a single row.
+
+    No row is longer than the longest of the batch: answers are cut to it, and left out where their
+    prompt leaves no room.
+    """
+    if len(examples) < 2:
+        return []
+    longest = max(len(example) for example in examples)
+    made = []
+    for place, (own, other) in enumerate(zip(examples, [examples[-1], *examples], strict=False)):
+        start, begins = _answer_start(own), _answer_start(other)
+        ids_T = np.concatenate([own.ids_T[:start], other.ids_T[begins:]])[:longest]
+        weight_T = np.concatenate([own.weight_T[:start], other.weight_T[begins:]])[:longest]
+        if weight_T.any():
+            row = replace(own, ids_T=ids_T, weight_T=weight_T, row=place, reference=None)
+            made.append(row)
+    return made
+
+
+def _answer_start(example: Example) -> int:
+    """Place of the first learned token."""
+    return int(np.flatnonzero(example.weight_T)[0])

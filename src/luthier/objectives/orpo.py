@@ -1,0 +1,58 @@
+"""Odds ratio preference optimization (Hong et al. 2024, arXiv:2403.07691, equations 6 and 7).
+
+Supervised learning of the chosen answer, and beside it ``-log sigmoid`` of how much higher its odds
+are than those of the rejected one; no reference model. The probability of an answer is the geometric
+mean over its tokens, ``p = exp(mean log p)``, its odds are ``p / (1 - p)``. As in the paper the prompt is
+not learned (the authors' code, and TRL's, learn it along with the chosen answer).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from luthier.objectives.pairs import Pairwise, Sides, answer_lengths
+from luthier.types import Loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.models.network import Network, TreeBatch
+
+
+class ORPO(Pairwise):
+    """Learn the chosen answer and unlearn the rejected one in one go, without a reference."""
+
+    method: Literal["orpo"] = "orpo"
+    odds_weight: float = Field(default=0.1, ge=0)
+    """Weight of the odds ratio beside supervised learning, lambda; 0.1 in the paper (section 5.1)."""
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed loss over the pairs."""
+        from torch.nn.functional import logsigmoid
+
+        from luthier.objectives.logprobs import row_sums, token_logps
+
+        logp_R = row_sums(batch, token_logps(network, batch))
+        mean_R, sides = logp_R / answer_lengths(batch), Sides.of(batch)
+        log_odds_R = mean_R - _log_one_minus_exp(mean_R)
+        ratio_P = log_odds_R[sides.chosen_P] - log_odds_R[sides.rejected_P]
+        nll_P = -mean_R[sides.chosen_P]
+        total = (nll_P - self.odds_weight * logsigmoid(ratio_P)).sum()
+        measures = sides.measures(mean_R) | sides.likelihoods(logp_R)
+        return Loss(total, {**measures, "nll": float(nll_P.detach().sum())})
+
+
+def _log_one_minus_exp(x: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` for ``x < 0`` without cancellation (Maechler 2012, Rmpfr vignette)."""
+    import math
+
+    import torch
+
+    x = x.clamp(max=-1e-7)  # a probability of 1 has infinite odds
+    near = x > -math.log(2)
+    # Each branch sees only arguments that it can take, so that no gradient is 0 times infinity.
+    by_expm1 = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    by_log1p = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, by_expm1, by_log1p)

@@ -1,0 +1,161 @@
+"""Two answers to one prompt in one row: what the objectives that learn from preferences share.
+
+The better answer is the example and the worse one its partner. The network sees both as rows of one
+micro-batch, so the token tree computes their prompt once. The learned tokens of each side weigh one
+half in all: a pair counts 1 in every mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.preferences import paired
+from luthier.errors import RowRefused
+from luthier.objectives.base import Objective, cut_end
+from luthier.types import Example, FloatArray, Message, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+
+class Judged(Objective):
+    """Base of the objectives whose network writes, learned from answers that people judged."""
+
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How a row becomes text: the model's chat template, or prompt and answer as they are."""
+
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """Apply ``template``, keeping the base model's own choice for ``auto``."""
+        if self.template == "auto":
+            return chat
+        return type(chat).of(chat.tokenizer, self.template, chat.stop_ids, chat.start_id)
+
+    def cut(self, example: Example, context: int) -> Example:
+        """Cut the end of each text off; a row with nothing learned left on one side weighs nothing."""
+        sides = [_cut(side, context) for side in (example, example.partner) if side is not None]
+        if not all(side.weight for side in sides):
+            return replace(sides[0], weight_T=np.zeros_like(sides[0].weight_T), partner=None)
+        return replace(sides[0], partner=sides[1] if len(sides) > 1 else None)
+
+    def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """Negative log-likelihood of the answers: no reference, and no other row, enters."""
+        from luthier.objectives.logprobs import mean_nll
+
+        return mean_nll(network, self.seen(examples), budget)
+
+
+class Pairwise(Judged):
+    """Base of the objectives that compare two answers to a prompt."""
+
+    shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated"})
+    also: ClassVar[frozenset[str]] = frozenset({"thumb"})
+
+    def gather(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Rated answers to one prompt become pairs."""
+        return paired(rows)
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """Weight on each token of both answers, one half in all on each side."""
+        chosen = encode_answer(row, row.reply or (), index, chat, share=0.5)
+        rejected = encode_answer(row, row.rejected or (), index, chat, share=0.5)
+        check_different(chosen, rejected)
+        return replace(chosen, partner=rejected)
+
+    def views(self, example: Example) -> list[Example]:
+        """Both answers as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
+        return sides_of(example)
+
+    def described(self, example: Example) -> str:
+        """How long the other answer is; its text is in the file."""
+        assert example.partner is not None
+        return f"rather than an answer of {np.count_nonzero(example.partner.weight_T)} tokens"
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Where the two sides of each pair stand among the rows ``R`` of a micro-batch."""
+
+    chosen_P: list[int]
+    rejected_P: list[int]
+
+    @staticmethod
+    def of(batch: TreeBatch) -> Sides:
+        """Pairs in the order of their numbers; a row that comes twice is two pairs."""
+        rows = [example.row for example in batch.tree.examples]
+        place = {row: index for index, row in enumerate(rows)}
+        pairs = sorted(row for row in rows if row % 2 == 0)
+        return Sides([place[row] for row in pairs], [place[row + 1] for row in pairs])
+
+    def measures(self, reward_R: Tensor) -> dict[str, float]:
+        """Sums over the pairs: how often the chosen answer has the higher reward, and by how much."""
+        chosen_P, rejected_P = reward_R[self.chosen_P].detach(), reward_R[self.rejected_P].detach()
+        return {
+            "accuracy": float((chosen_P > rejected_P).sum()),
+            "margin": float((chosen_P - rejected_P).sum()),
+            "reward_chosen": float(chosen_P.sum()),
+            "reward_rejected": float(rejected_P.sum()),
+        }
+
+    def likelihoods(self, logp_R: Tensor) -> dict[str, float]:
+        """Sums over the pairs of the log-probability of each side."""
+        return {
+            "logp_chosen": float(logp_R[self.chosen_P].detach().sum()),
+            "logp_rejected": float(logp_R[self.rejected_P].detach().sum()),
+        }
+
+
+def sides_of(example: Example) -> list[Example]:
+    """A row with its partner as two rows, which are never parted."""
+    assert example.partner is not None
+    row = example.row
+    return [
+        replace(example, row=2 * row, group=row, partner=None),
+        replace(example.partner, row=2 * row + 1, group=row),
+    ]
+
+
+def answer_lengths(batch: TreeBatch) -> Tensor:
+    """Learned tokens ``[R]`` of each row, float32."""
+    import torch
+
+    counts = [float(np.count_nonzero(row.weight_T)) for row in batch.tree.examples]
+    return torch.tensor(counts, device=batch.target_E.device)
+
+
+def encode_answer(
+    row: Row, answer: Sequence[Message], index: int, chat: ChatFormat, share: float = 1.0
+) -> Example:
+    """The prompt of ``row`` with one answer, whose tokens weigh ``share`` in all."""
+    given = row.messages or ()
+    encoded = chat.encode_reply((*given, *answer), len(given))
+    weight_T = _spread(encoded.learned_T, share)
+    return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
+
+
+def check_different(chosen: Example, rejected: Example) -> None:
+    """Refuse answers that the model's template or tokenizer makes the same."""
+    if np.array_equal(chosen.ids_T, rejected.ids_T):
+        raise RowRefused(
+            "preference.equal",
+            "chosen and rejected have the same tokens, so there is nothing to prefer.",
+            "Remove the row, or mend one of the two.",
+        )
+
+
+def _spread(learned_T: NDArray[np.bool_], share: float) -> FloatArray:
+    weight_T = learned_T.astype(np.float32)
+    return weight_T * np.float32(share / max(1.0, float(weight_T.sum())))
+
+
+def _cut(example: Example, context: int) -> Example:
+    """One side with at most ``context`` tokens; what is left weighs as much as before."""
+    shorter = cut_end(example, context)
+    return replace(shorter, weight_T=_spread(shorter.weight_T != 0, example.weight))

@@ -1,0 +1,58 @@
+"""The reference model's view of rows: log-probabilities at the weights a run starts from.
+
+No second network is held: ``network.at_start()`` runs the one that trains at its starting values. What
+it says of a row is asked once (:func:`referred`) where rows come again, and else in the step itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from luthier.types import Example
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.models.network import Network, TreeBatch
+
+AT_ONCE = 64
+"""Rows whose micro-batches are laid out at once."""
+
+
+def reference_logps(network: Network, batch: TreeBatch) -> Tensor:
+    """Log-probability ``[R]`` of each row's learned tokens, summed, under the reference model."""
+    import torch
+
+    from luthier.objectives.logprobs import row_sums, token_logps
+
+    known = [row.reference for row in batch.tree.examples]
+    if None not in known:
+        return torch.tensor(known, device=batch.target_E.device, dtype=torch.float32)
+    with network.at_start():
+        return row_sums(batch, token_logps(network, batch))
+
+
+def referred(network: Network, examples: Sequence[Example], budget: int) -> list[Example]:
+    """``examples`` and their partners with :attr:`Example.reference` filled in.
+
+    Rows are computed in the same micro-batches at each start of a run, so a resumed one sees the same
+    bits.
+    """
+    texts = [text for row in examples for text in (row, row.partner) if text is not None]
+    placed = [replace(text, row=place, partner=None) for place, text in enumerate(texts)]
+    logp = [0.0] * len(placed)
+    for start in range(0, len(placed), AT_ONCE):
+        for batch in network.batches(placed[start : start + AT_ONCE], budget):
+            found_R = reference_logps(network, batch).tolist()
+            for row, value in zip(batch.tree.examples, found_R, strict=True):
+                logp[row.row] = value
+    values = iter(logp)
+    done = []
+    for example in examples:
+        own, partner = next(values), example.partner
+        if partner is not None:
+            partner = replace(partner, reference=next(values))
+        done.append(replace(example, reference=own, partner=partner))
+    return done

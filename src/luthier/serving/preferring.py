@@ -1,0 +1,100 @@
+"""Measuring a model that writes on judged answers: which of two does it find likelier?
+
+Beside the plain log-probability stands the implicit reward of DPO, the log-probability less that of the
+model it was trained from (Rafailov et al. 2023, section 4): its accuracy is the held-out win rate.
+Adapters are merged in float32 where memory allows, as rounding merged weights moves small rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from luthier.errors import RecipeError
+from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
+from luthier.types import Example, Row
+
+if TYPE_CHECKING:
+    from luthier.store.models import StoredModel
+
+BUDGET = 2048
+"""Tokens computed at once."""
+
+
+def preference_scores(
+    stored: StoredModel, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Scores of ``stored`` on pairs, ratings or thumbs, and what it says of each row."""
+    from luthier.objectives import DPO, KTO
+    from luthier.store import models as store
+
+    if store.objective_of(stored).task != "causal_lm":
+        raise RecipeError(f"{stored.id} does not write, so answers have no probability under it")
+    thumbs = rows[0].desirable is not None
+    objective = KTO() if thumbs else DPO()
+    rows = objective.gather(rows)
+    chat = store.chat_format(stored)
+    examples = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
+    _check_context(stored, rows, [side for each in examples for side in objective.views(each)])
+    sides = [view for each in examples for view in _texts(each)]
+    found = _logps(stored, sides)
+    done(len(rows))
+    parent = stored.manifest.get("parent")
+    reference = _logps(store.find(str(parent)), sides) if parent else [None] * len(sides)
+    answers = [
+        Likelihood(logp, int(np.count_nonzero(side.weight_T)), other)
+        for logp, side, other in zip(found, sides, reference, strict=True)
+    ]
+    if thumbs:
+        scores = thumb_scores(answers, [bool(row.desirable) for row in rows])
+        return scores, [{"line": r.line, **a.plain()} for r, a in zip(rows, answers, strict=True)]
+    pairs = list(zip(answers[::2], answers[1::2], strict=True))
+    lines = [
+        {"line": row.line, "chosen": chosen.plain(), "rejected": rejected.plain()}
+        for row, (chosen, rejected) in zip(rows, pairs, strict=True)
+    ]
+    return pair_scores(pairs), lines
+
+
+def _texts(example: Example) -> list[Example]:
+    """The sides of a row, each alone."""
+    sides = (example, example.partner)
+    return [replace(side, partner=None) for side in sides if side is not None]
+
+
+def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
+    """Log-probability of the learned tokens of each text under ``stored``."""
+    import torch
+
+    from luthier.engine.devices import available_memory, choose_machine
+    from luthier.models.load import as_network
+    from luthier.objectives.references import referred
+    from luthier.store import models as store
+
+    machine = choose_machine()
+    size = sum(path.stat().st_size for path in stored.network_folder.glob("*.safetensors"))
+    dtype = torch.float32 if 4 * size < available_memory() else machine.dtype
+    model = store.load(stored, dtype, machine.device)
+    model.eval()
+    network = as_network(model, machine.device, dtype)
+    with torch.no_grad():
+        found = [each.reference for each in referred(network, texts, BUDGET)]
+    network.close()
+    return [float(logp or 0.0) for logp in found]
+
+
+def _check_context(stored: StoredModel, rows: Sequence[Row], sides: Sequence[Example]) -> None:
+    from luthier.models.load import check_folder, context_length
+    from luthier.store.models import added_tokens
+
+    context = context_length(check_folder(stored.network_folder)) - added_tokens(stored)
+    longest = max(sides, key=lambda side: side.longest)
+    if longest.longest > context:
+        row = rows[longest.row // (len(sides) // len(rows))]
+        raise RecipeError(
+            f"line {row.line} of {row.file} has {longest.longest} tokens, more than the model's "
+            f"context of {context}. Shorten it."
+        )
