@@ -25,7 +25,7 @@ from luthier.files import need_disk
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
-from luthier.models.load import sketch
+from luthier.models.load import as_network, sketch
 from luthier.models.network import Network
 from luthier.objectives import Objective
 from luthier.recipe import Recipe
@@ -113,6 +113,16 @@ def _others(
     for name, other in found.items():
         objective.check_other(name, store.chat_format(other), objective.format(chat))
     return found
+
+
+def opened(stored: store.StoredModel, machine: Machine, reporter: Reporter) -> Network:
+    """A model that helps to train: as it is served, frozen."""
+    reporter.stage(f"Loading {stored.id}")
+    model = store.load(stored, machine.dtype, machine.device)
+    model.requires_grad_(False).eval()
+    network = as_network(model, machine.device, machine.dtype)
+    network.chat = store.chat_format(stored)
+    return network
 
 
 def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:

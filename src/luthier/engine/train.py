@@ -24,9 +24,9 @@ from luthier.engine.devices import (
     peak_memory,
     return_freed_memory,
 )
-from luthier.engine.job import Job, refer, settle
+from luthier.engine.job import Job, opened, refer, settle
 from luthier.engine.loop import Loop, row_gradients
-from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
+from luthier.engine.metrics import MetricsFile, Reporter, draw_curves
 from luthier.engine.runs import ACTIVATIONS, METRICS, SAMPLES, Result, Run, automatic_name
 from luthier.errors import LuthierError, RecipeError, RefusedInput
 from luthier.evaluation.parity import Parity
@@ -239,16 +239,8 @@ class Trainer:
             f"{self.trained:,} of {self.weights:,} weights train ({self.trained / self.weights:.2%}); "
             f"the model will be stored in {size / 1e6:,.2f} MB"
         )
-        network.others = {name: self._other(other) for name, other in self.job.others.items()}
-        return network
-
-    def _other(self, stored: store.StoredModel) -> Network:
-        """A model that helps to train: as it is served, frozen."""
-        self.reporter.stage(f"Loading {stored.id}")
-        model = store.load(stored, self.machine.dtype, self.machine.device)
-        model.requires_grad_(False).eval()
-        network = as_network(model, self.machine.device, self.machine.dtype)
-        network.chat = store.chat_format(stored)
+        others = self.job.others.items()
+        network.others = {name: opened(o, machine, self.reporter) for name, o in others}
         return network
 
     @torch.no_grad()
@@ -314,14 +306,14 @@ class Trainer:
             network.close()
             return_freed_memory()  # of the activations, before a second network is loaded
             manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
-            draw_loss_curve(lines, fresh, run.model_id)
+            pictures = draw_curves(lines, fresh, run.model_id)
             result = self._result(progress, fresh)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
             manifest["metrics"] = metrics
             manifest["files"] = hashes_of(fresh)
             write_json(fresh / MANIFEST, manifest)
-        for kind in ("svg", "png"):
-            shutil.copyfile(run.model_folder / f"loss.{kind}", run.folder / f"loss.{kind}")
+        for name in pictures:
+            shutil.copyfile(run.model_folder / name, run.folder / name)
         return result
 
     def _save(self, network: Network, folder: Path) -> dict[str, Any]:

@@ -16,16 +16,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.graders import Answer, AnyGrader, Exact, OnError, graded
+from luthier.graders import Answer, AnyGrader, Exact, OnError, Scorer, graded
 from luthier.objectives import watching
 from luthier.objectives.base import Objective
+from luthier.objectives.scoring import check_reward_model, rewards
 from luthier.types import Example, FloatArray, IntArray, Message, Row
 
 if TYPE_CHECKING:
@@ -172,9 +173,15 @@ class Reinforcement(Objective):
         """Completions of each prompt in a step, ``G``."""
         return 1
 
+    @property
+    def others(self) -> Mapping[str, str]:
+        """The models that grade, by their ids."""
+        return {name: name for name in sorted(self.grader.models)}
+
     def check(self, chat: ChatFormat) -> None:
-        """Refuse a grader that lacks something."""
-        self.grader.check()
+        """Refuse a grader that lacks something else than the models, which are loaded later."""
+        later: dict[str, Scorer] = dict.fromkeys(self.grader.models, lambda answers: [])
+        self.grader.with_scorers(later).check()
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""
@@ -234,8 +241,9 @@ class Reinforcement(Objective):
         )
         pairs = [(e, c) for e, row in zip(examples, found, strict=True) for c in row]
         replies = [chat.decode(c.ids_T[: len(c.ids_T) - c.stopped].tolist()) for _, c in pairs]
+        scorers = {n: partial(rewards, network.others[n]) for n in self.grader.models}
         grades = graded(
-            self.grader,
+            self.grader.with_scorers(scorers),
             [_answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)],
             self.on_error,
             self.time_limit_s,
@@ -288,6 +296,8 @@ class Reinforcement(Objective):
         note: Callable[[str], None],
     ) -> Sequence[Example]:
         """Sample a few prompts first: rewards of 0, or near 1, say that training is not due."""
+        for name in self.grader.models:
+            check_reward_model(name, network.others[name])
         chosen = watching.spread(examples)
         rollouts = self.roll_out(network, chosen, max(4, self.generations), seeded())
         verdict = watching.precheck(rollouts.score_PG, self.grader.bounded)
