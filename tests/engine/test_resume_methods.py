@@ -35,7 +35,13 @@ CASES = {
     "a dropout that was asked for": ("gpt2", "classification", "lora", {}),
     "weights that matter": ("llama", "sft", "sparse", {}),
     "keys and values": ("gpt2", "sft", "prefix", {}),
+    "completions that are drawn": ("llama", "grpo", "lora", {"beta": 0.1, "num_iterations": 2}),
+    "a value head": ("gpt2", "ppo", "full", {"num_mini_batches": 2}),
 }
+
+
+WRITES = ("grpo", "ppo")
+GRADED = {"grader": {"method": "regex", "pattern": "[a-l]"}, "max_completion_tokens": 5}
 
 
 class Broken(Exception):
@@ -58,7 +64,7 @@ def rows_for(objective: str, path: Path) -> Path:
     rows: list[dict[str, Any]] = [{"text": text} for text in TEXTS]
     if objective in ("classification", "semi_supervised"):
         rows = [{"text": text, "label": str(n % 2)} for n, text in enumerate(TEXTS)]
-    if objective == "sft":
+    if objective in ("sft", *WRITES):
         rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -79,6 +85,8 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
     )
     rates = {"layer_decay": 0.8} if case == "layer-wise rates" else {}
     rates |= {"dropout": 0.3} if case == "a dropout that was asked for" else {}
+    if objective in WRITES:
+        fields = {**GRADED, **fields}
     more: dict[str, Any] = {}
     if case == "further rows and changed words":
         other = rows_for("classification", tmp_path / "more.jsonl")
@@ -115,3 +123,5 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
         assert one.keys() == other.keys()
         assert all(one[name].equal(other[name]) for name in one)
     assert not (run / "activations.bin").exists()
+    kept = [path.read_text() for path in run.parent.glob("*/samples.jsonl")]
+    assert len(kept) == (2 if objective in WRITES else 0) and len(set(kept)) <= 1

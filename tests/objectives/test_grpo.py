@@ -108,11 +108,14 @@ def formula(
         if objective.mask_truncated and not rollout.completion.stopped:
             continue
         tokens += len(rollout)
-        total = total + {
-            "grpo": token_T.mean(),
-            "dapo": token_T.sum(),
-            "dr_grpo": token_T.sum() / objective.max_completion_tokens,
-        }[objective.loss_type]
+        total = (
+            total
+            + {
+                "grpo": token_T.mean(),
+                "dapo": token_T.sum(),
+                "dr_grpo": token_T.sum() / objective.max_completion_tokens,
+            }[objective.loss_type]
+        )
     return total / (tokens if objective.loss_type == "dapo" else len(rollouts.each))
 
 
@@ -156,9 +159,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     mine = sum(objective.loss(network, batch).total for batch in batches) / weight
     expected = formula(objective, rollouts, whole_logps(plain, rollouts), old, start)
     assert float(mine.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
-    for one, other in zip(
-        gradients(mine, network.model), gradients(expected, plain), strict=True
-    ):
+    for one, other in zip(gradients(mine, network.model), gradients(expected, plain), strict=True):
         torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=1e-5)
 
 

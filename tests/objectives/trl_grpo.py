@@ -44,9 +44,7 @@ def trainer_of(case: dict[str, Any], logp: torch.Tensor) -> GRPOTrainer:
         "current_gradient_accumulation_steps": 1,
         "model": SimpleNamespace(training=True),
         "accelerator": Accelerator(),
-        "args": SimpleNamespace(
-            use_bias_correction_kl=False, delta=None, steps_per_generation=1
-        ),
+        "args": SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
         "_metrics": defaultdict(lambda: defaultdict(list)),
         "_get_per_token_logps_and_entropies": lambda *a, **k: (logp, torch.zeros_like(logp), None),
     }
