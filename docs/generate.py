@@ -160,16 +160,29 @@ def _methods() -> list[str]:
     for title, prefix, table in (
         ("Objectives", "objective.", OBJECTIVES),
         ("Adaptations", "adaptation.", ADAPTATIONS),
+        ("Graders", "", GRADERS),
     ):
-        lines += [f"## {title}", ""]
+        lines += [f"## {title}", "", *ABOUT.get(title, [])]
         for name, cls in table.items():
             lines += [f"### `{name}`", "", (cls.__doc__ or "").strip().splitlines()[0], ""]
-            rows = [_field(prefix, field, cls) for field in cls.model_fields if field != "method"]
+            plain = [
+                f for f, info in cls.model_fields.items() if f != "method" and not info.exclude
+            ]
+            rows = [_field(prefix or f"{name}.", field, cls) for field in plain]
             lines += _fields(rows) if rows else []
-    lines += ["## Graders", ""]
-    for name, grader in GRADERS.items():
-        lines.append(f"- `{name}`: {(grader.__doc__ or '').strip().splitlines()[0]}")
-    return [*lines, ""]
+    return lines
+
+
+ABOUT = {
+    "Graders": [
+        "Each gives a reply a score, from 0 to 1 unless it says otherwise. On the command line:",
+        "`luthier evaluate MODEL DATA --grader number --set number.tolerance=0.01`, or",
+        "`--grader FILE.toml` with a table for each grader, under a name of your own, with its",
+        '`method` and fields. In Python: `graders=[{"method": "number", "tolerance": 0.01}]`, or',
+        "objects.",
+        "",
+    ]
+}
 
 
 FAMILIES = {
@@ -252,7 +265,8 @@ def _field(prefix: str, name: str, cls: type[BaseModel]) -> tuple[str, str, str,
     )
     kinds = [schema.get("type"), *(part.get("type") for part in schema.get("anyOf", []))]
     kind = ", ".join(map(str, choices)) if choices else next((k for k in kinds if k), "text")
-    default = "" if info.is_required() or info.default is None else f"`{info.default}`"
+    chosen = None if info.is_required() else info.get_default(call_default_factory=True)
+    default = "" if chosen is None else f"`{chosen}`"
     return f"{prefix}{name}", kind, default, (info.description or "").replace("\n", " ")
 
 

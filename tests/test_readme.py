@@ -19,6 +19,7 @@ import typer
 import luthier
 from luthier.cli.app import app
 from luthier.data.rows import load_rows
+from luthier.graders import graders_named
 from luthier.recipe import Recipe, set_field
 
 ROOT = Path(__file__).parent.parent
@@ -83,9 +84,13 @@ def check(command: str) -> None:
                 assert words, f"{name} needs a value"
                 value = words.pop(0)
                 if name == "--set" and not HOLES.search(value):
-                    fields: dict[str, Any] = {"data": {"train": "x"}}
+                    tunes = node.name != "evaluate"  # there it is a grader's field
+                    fields: dict[str, Any] = {"data": {"train": "x"}} if tunes else {}
                     set_field(fields, value)
-                    Recipe.parse(fields)
+                    if tunes:
+                        Recipe.parse(fields)
+                    for method, own in () if tunes else fields.items():
+                        graders_named([{"method": method, **own}])
     many = any(param.nargs == -1 for param in places)
     assert many or len(given) <= len(places), f"{given} are too many arguments"
     if given or not HOLES.search(command):

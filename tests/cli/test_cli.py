@@ -542,6 +542,29 @@ def test_evaluate_grades_and_writes_every_answer(home: Path, data: Path, tmp_pat
     assert Answer("evaluate", base, str(held), "--json").good().json()["scores"]["exact"] == 0
 
 
+def test_graders_take_fields_from_the_command_line_and_from_files(
+    home: Path, tmp_path: Path
+) -> None:
+    held = jsonl(tmp_path / "held.jsonl", {"prompt": "colour of coal?", "completion": "BLACK"})
+    fields = ["--grader", "exact", "--set", "exact.ignore_case=true"]
+    report = Answer("evaluate", MODEL, str(held), *fields, "--json").good().json()
+    assert report["scores"] == {"exact": 1.0}
+    file = tmp_path / "graders.toml"
+    file.write_text(
+        '[form]\nmethod = "regex"\npattern = "^[a-z]+$"\n'
+        '[both]\nmethod = "mix"\nparts = { a = "exact", b = { method = "regex", pattern = "k" } }\n'
+    )
+    graders = ["--grader", str(file), "--set", "both.weights.b=3", "--set", "form.match=whole"]
+    report = Answer("evaluate", MODEL, str(held), *graders, "--json").good().json()
+    assert report["scores"] == {"form": 1.0, "both": 0.75}
+    refused = Answer("evaluate", MODEL, str(held), "--set", "number.tolerance=1").refused()
+    assert "--set takes GRADER.FIELD=VALUE of one of exact" in refused
+    refused = Answer("evaluate", MODEL, str(held), "--grader", "number").refused()
+    assert "held.jsonl:1: [grader.no_number]" in refused
+    refused = Answer("evaluate", MODEL, str(held), "--grader", "code").refused()
+    assert "set allow_code=true" in refused
+
+
 def test_evaluate_refuses_what_cannot_be_graded(home: Path, data: Path, tmp_path: Path) -> None:
     message = Answer("evaluate", MODEL, str(data), "--grader", "rouge").refused()
     assert "unknown grader 'rouge'; there are exact, first_line" in message

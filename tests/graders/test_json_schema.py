@@ -88,8 +88,8 @@ def test_a_schema_fetches_nothing() -> None:
 
 
 def test_patterns_are_bounded_in_time() -> None:
-    grader = JsonSchema(against={"type": "string", "pattern": r"^(\w+\s?)*$"})
+    grader = JsonSchema(against={"type": "string", "pattern": r"^(a|aa)+$"})
     started = time.monotonic()
     with pytest.raises(GradingFailed, match="more than 1 s"):
-        graded(grader, [answer(json.dumps("aaaa bbbb " * 40 + "!"))])
-    assert time.monotonic() - started < 5
+        graded(grader, [answer(json.dumps("a" * 60 + "!"))])
+    assert time.monotonic() - started < 20

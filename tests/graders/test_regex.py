@@ -39,12 +39,12 @@ def test_a_bad_pattern_is_refused() -> None:
 
 
 def test_a_pattern_that_would_run_for_ever_is_stopped() -> None:
-    grader = Regex(pattern=r"^(\w+\s?)*$")
+    grader = Regex(pattern=r"^(a|aa)+$")
     started = time.monotonic()
     with pytest.raises(
         GradingFailed, match=r"data\.jsonl:7: \[grader\.raised\].*more than 1 s"
     ) as e:
-        graded(grader, [answer("aaaa bbbb " * 40 + "!")])
-    assert time.monotonic() - started < 5
+        graded(grader, [answer("a" * 60 + "!")])
+    assert time.monotonic() - started < 20
     assert "grader `regex`" in str(e.value)
-    assert graded(grader, [answer("a b"), answer("a " * 200 + "!")], "zero").scores == [1.0, 0.0]
+    assert graded(grader, [answer("aa"), answer("a" * 60 + "!")], "zero").scores == [1.0, 0.0]

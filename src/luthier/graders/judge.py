@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pydantic import Field, SkipValidation
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from luthier.errors import RecipeError
 from luthier.graders.base import Answer, Grader, Trouble, Ungraded
@@ -47,7 +48,7 @@ class Judge(Grader):
     """What a good reply is, in words for the judge."""
     use_expected: bool = True
     """Show the judge the expected text of the row as a reference, where there is one."""
-    writer: SkipValidation[Writer | None] = Field(default=None, exclude=True, repr=False)
+    writer: SkipJsonSchema[Writer | None] = Field(default=None, exclude=True, repr=False)
     """The model that judges: conversations to replies. Not stored."""
 
     needs_expected = False
