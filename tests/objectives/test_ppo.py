@@ -1,4 +1,4 @@
-"""PPO by its formulas: rewards of tokens, advantages, whitening, both clipped losses, the value head."""
+"""PPO by its formulas: rewards of tokens, advantages, whitening, clipped losses, the value head."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ def prompts(objective: PPO, network: Network) -> list[Example]:
 def written(prompted: list[Example]) -> Rollouts:
     draw = np.random.default_rng(0)
     each = []
-    for prompt, size, score, stopped in zip(prompted, LETTER = Regex(pattern="e")
-SIZES, SCORES, STOPPED, strict=True):
+    for prompt, size, score, stopped in zip(prompted, SIZES, SCORES, STOPPED, strict=True):
         ids_T = draw.integers(5, 300, size)
         completion = Completion(ids_T, np.zeros(size, dtype=np.float32), stopped)
         each.append(Rollout(prompt, completion, "", score))

@@ -234,7 +234,7 @@ def test_what_is_never_or_always_rewarded_is_refused_before_training(
     tiny_model_folder: Path, rows_file: Path, luthier_home: Path
 ) -> None:
     never = {"method": "grpo", "grader": {"method": "regex", "pattern": "impossible to write"}}
-    with pytest.raises(RecipeError, match="nothing to reinforce.*objective sft.*force=true"):
+    with pytest.raises(RecipeError, match=r"nothing to reinforce.*objective sft.*force=true"):
         train(recipe_of(tiny_model_folder, rows_file, never, max_steps=1))
     always = {"method": "ppo", "grader": {"method": "regex", "pattern": ""}}
     with pytest.raises(RecipeError, match=r"mean reward of 1\.00 before any training"):
