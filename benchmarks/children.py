@@ -48,11 +48,17 @@ def run(command: list[str], env: dict[str, str] | None = None) -> Outcome:
     return Outcome(json.loads(lines[-1]), usage.ru_maxrss * 1024)
 
 
-def tune(rows: Path, flags: dict[str, str], settings: dict[str, str]) -> tuple[Outcome, Curve]:
+def tune(
+    rows: Path,
+    flags: dict[str, str],
+    settings: dict[str, str],
+    further: dict[str, str] | None = None,
+) -> tuple[Outcome, Curve]:
     """``luthier tune`` in a home of its own that shares the base models; rows in the file's order.
 
     No warm-up and no validation, so that the steps are the same as a peer's. ``ahead`` is added to
-    the report: seconds spent on frozen layers before the first step.
+    the report: seconds spent on frozen layers before the first step. ``further`` names more values
+    of each step for the curve.
     """
     from luthier.files import luthier_home
 
@@ -74,7 +80,8 @@ def tune(rows: Path, flags: dict[str, str], settings: dict[str, str]) -> tuple[O
     steps = [event for event in events if event["event"] == "train"]
     ahead = [event["seconds"] for event in events if event["event"] == "frozen_layers"]
     outcome.report["ahead"] = sum(ahead)
-    return outcome, {key: [step[name] for step in steps] for key, name in _CURVE.items()}
+    wanted = _CURVE | (further or {})
+    return outcome, {key: [step[name] for step in steps] for key, name in wanted.items()}
 
 
 def trl_python() -> str:

@@ -76,6 +76,8 @@ class Example:
     """Number of the word each token belongs to, -1 for tokens around the text; where it is known."""
     partner: Example | None = None
     """The other text of the row, where a row is two: what was rejected, beside what was chosen."""
+    given: Row | None = None
+    """The row itself, where its texts are needed in training: to grade what the network answers."""
     group: int | None = None
     """Rows with the same number are computed in one micro-batch, as their loss needs all of them."""
     desirable: bool | None = None

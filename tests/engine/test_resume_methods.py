@@ -52,7 +52,13 @@ CASES = {
     "pairs above a frozen bottom": ("llama", "dpo", "freeze", {"loss_type": "ipo"}),
     "thumbs and mismatched answers": ("gpt2", "kto", "lora", {}),
     "a reward": ("bert", "reward_model", "full", {}),
+    "completions that are drawn": ("llama", "grpo", "lora", {"beta": 0.1, "num_iterations": 2}),
+    "a value head": ("gpt2", "ppo", "full", {"num_mini_batches": 2}),
 }
+
+
+WRITES = ("grpo", "ppo")
+GRADED = {"grader": {"method": "regex", "pattern": "[a-l]"}, "max_completion_tokens": 5}
 
 
 class Broken(Exception):
@@ -82,7 +88,7 @@ def rows_for(objective: str, path: Path) -> Path:
             {"prompt": text, "completion": "yes", "label": n % 2 == 0}
             for n, text in enumerate(TEXTS)
         ]
-    if objective in ("sft", "logit_distillation", "on_policy_distillation"):
+    if objective in ("sft", "logit_distillation", "on_policy_distillation", *WRITES):
         rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -105,6 +111,8 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
     )
     rates = {"layer_decay": 0.8} if case == "layer-wise rates" else {}
     rates |= {"dropout": 0.3} if case == "a dropout that was asked for" else {}
+    if objective in WRITES:
+        fields = {**GRADED, **fields}
     more: dict[str, Any] = {}
     if case == "further rows and changed words":
         other = rows_for("classification", tmp_path / "more.jsonl")
@@ -145,3 +153,5 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
         assert one.keys() == other.keys()
         assert all(one[name].equal(other[name]) for name in one)
     assert not (run / "activations.bin").exists()
+    kept = [path.read_text() for path in run.parent.glob("*/samples.jsonl")]
+    assert len(kept) == (2 if objective in WRITES else 0) and len(set(kept)) <= 1

@@ -303,6 +303,25 @@ def generate(
 
 
 @app.command()
+def samples(
+    run: Annotated[str, typer.Argument(help="Custom model or its run: base:name, or a folder.")],
+    count: Annotated[int, typer.Option(min=1, help="Texts to show.")] = 20,
+    last: Annotated[int, typer.Option(min=1, help="Only of so many last steps.")] = 20,
+    lowest: Annotated[bool, typer.Option("--lowest", help="The worst first.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Whole texts, not their beginnings.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Show what a model wrote while it learned from rewards: the best texts, lengths, divergence."""
+    from luthier.cli import samples
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        samples.show(run, count, last, lowest, full, json_)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 256,

@@ -22,6 +22,11 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def measured(name: str, loss: float) -> str:
+    """A validation loss for people: where a reward is measured, it is minus the reward."""
+    return f"{loss:.4f}" if name == "loss" else f"{name} {-loss:.4f}"
+
+
 @contextmanager
 def heavy_imports() -> Iterator[None]:
     """Import and load with the garbage collector off: nothing made here is ever garbage.
@@ -118,18 +123,19 @@ class LiveReporter(Reporter):
             return
         if self._progress is None:
             self._open(steps)
+        name = line.get("measure", "loss")
         if line["event"] == "validation":
-            self._validation = f"val {line['loss']:.3f}  "
+            self._validation = f"val {line[name]:.3f}  "
             best = "  best so far" if line["best_step"] == line["step"] else ""
             self._progress.console.print(
-                f"  step {line['step']:>5}  validation loss {line['loss']:.4f}{best}",
+                f"  step {line['step']:>5}  validation {name} {line[name]:.4f}{best}",
                 highlight=False,
             )
             return
         if line["event"] != "train":
             return
         speed = line["tokens_per_second"]
-        text = f"loss {line['loss']:.3f}  {self._validation}{speed:,.0f} tok/s"
+        text = f"{name} {line[name]:.3f}  {self._validation}{speed:,.0f} tok/s"
         memory = f"{line['memory_bytes'] / 1e9:.1f} GB"
         self._progress.update(self._task, completed=line["step"], text=f"{text}  {memory}")
 

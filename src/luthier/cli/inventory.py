@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from luthier.cli.console import LiveReporter, print_json
+from luthier.cli.console import LiveReporter, measured, print_json
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import luthier_home
 from luthier.models.catalog import CATALOG, MANIFEST
+from luthier.objectives import OBJECTIVES
 from luthier.store.models import (
     StoredModel,
     base_folder,
@@ -51,10 +52,10 @@ def list_models(as_json: bool) -> None:
     out = Console()
     out.print(table)
     if custom:
-        table = _table("custom model", "learned", "weights", "validation loss", "created")
+        table = _table("custom model", "learned", "weights", "validation", "created")
         for model in custom:
             loss = model.get("validation_loss")
-            shown = "" if loss is None else f"{loss:.4f}"
+            shown = "" if loss is None else measured(model["measure"], loss)
             if "damaged" in model:
                 table.add_row(model["id"], "[red]damaged[/red]", "", "", "")
             else:
@@ -107,6 +108,7 @@ def _listed(model: StoredModel) -> dict[str, Any]:
             "objective": manifest["recipe"]["objective"]["method"],
             "adaptation": manifest["recipe"]["adaptation"]["method"],
             "validation_loss": manifest["metrics"]["validation_loss"],
+            "measure": OBJECTIVES[manifest["recipe"]["objective"]["method"]].measure,
         }
     except (KeyError, TypeError) as error:
         reason = manifest.get("damaged") or f"{MANIFEST} has no {error}"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.console import LiveReporter, heavy_imports, print_json
+from luthier.cli.console import LiveReporter, heavy_imports, measured, print_json
 
 if TYPE_CHECKING:
     from luthier.engine.runs import Result
@@ -59,7 +59,10 @@ def print_result(result: Result) -> None:
 
     from luthier.store.models import find, objective_of
 
-    held = "" if result.validation_loss is None else f", validation {result.validation_loss:.4f}"
+    objective = objective_of(find(result.model_id))
+    held, curve = "", objective.measure
+    if result.validation_loss is not None:
+        held = f", validation {measured(objective.measure, result.validation_loss)}"
     out = Console(highlight=False)
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
     out.print(
@@ -73,8 +76,7 @@ def print_result(result: Result) -> None:
     )
     for warning in result.warnings:
         out.print(f"  {warning}", style="bold yellow", markup=False, soft_wrap=True)
-    out.print(f"  loss curve  {result.run_dir}/loss.png", soft_wrap=True)
-    objective = objective_of(find(result.model_id))
+    out.print(f"  {curve} curve  {result.run_dir}/{curve}.png", soft_wrap=True)
     verb = "chat {}" if objective.task == "causal_lm" else "tune DATA --base {}"
     verb = 'predict {} "some text"' if objective.reads else verb
     out.print(f"  use it      luthier {verb.format(result.model_id)}", soft_wrap=True)

@@ -105,7 +105,7 @@ def prepare(
         objective=objective,
         train=train,
         validation=validation,
-        longest=max(v.tokens for e in train for v in objective.views(e)),
+        longest=max(v.tokens for e in train for v in _largest(objective, e)),
         hashes={str(path): sha256_of(path) for path in spec.files},
         choices=choices,
         dropped=encoder.dropped,
@@ -184,7 +184,7 @@ def _objective_for(row: Row, chat: ChatFormat) -> Objective:
     """The first objective of the table that learns from rows of this shape, on this tokenizer."""
     masks = chat.tokenizer.mask_token_id is not None
     tasks = ("masked_lm", "causal_lm") if masks else ("causal_lm", "masked_lm")
-    kinds = [kind for kind in OBJECTIVES.values() if _shape(row) in kind.shapes]
+    kinds = [kind for kind in OBJECTIVES.values() if _shape(row) in kind.shapes and kind.by_itself]
     if not kinds:
         raise DataError([_unlearned(row, f"there is nothing to learn in {_named([_shape(row)])}.")])
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
@@ -239,8 +239,11 @@ def _check_shapes(
 
 
 def _unlearned(row: Row, message: str) -> Problem:
-    """A row that holds nothing to learn, which so far only prompts without replies do."""
-    fix = "Add the replies as `completion`, or let a teacher write them: luthier distil."
+    """A row that holds nothing to learn by itself: a prompt without a reply."""
+    fix = (
+        "Add the replies as `completion`, let a teacher write them (luthier distil), or learn from "
+        "what replies are worth (--objective grpo)."
+    )
     return Problem(row.file, row.line, "row.objective", message, fix)
 
 
@@ -277,6 +280,11 @@ def _named(shapes: Sequence[str] | frozenset[str]) -> str:
     return " or ".join(_SHAPES[shape] for shape in sorted(shapes))
 
 
+def _largest(objective: Objective, example: Example) -> list[Example]:
+    """All that an example may become in a step."""
+    return [row for view in objective.views(example) for row in objective.room(view)]
+
+
 class _Encoder:
     """Encodes rows and collects what is wrong with them."""
 
@@ -299,7 +307,7 @@ class _Encoder:
             except RecipeError as error:
                 self._problem(row, "row.template", str(error), "See the message.")
                 continue
-            longest = max(view.longest for view in self.objective.views(example))
+            longest = max(view.longest for view in _largest(self.objective, example))
             if longest <= self.context or self.objective.packs:
                 examples.append(example)
             elif self.long_rows == "error":
@@ -327,6 +335,15 @@ class _Encoder:
 
     def _too_long(self, row: Row, example: Example, longest: int) -> None:
         views = self.objective.views(example)
+        if written := longest - max(view.longest for view in views):
+            self._problem(
+                row,
+                "row.too_long",
+                f"{longest} tokens are more than the model's context of {self.context}; {written} of "
+                "them are for what the network is to write.",
+                "Shorten the prompt, write less, or choose --set data.long_rows=drop.",
+            )
+            return
         lost = sum(float(view.weight_T[self.context :].sum()) for view in views)
         lost /= sum(view.weight for view in views)
         cost = f"cutting the row would lose {lost:.0%} of what it teaches"

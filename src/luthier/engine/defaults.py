@@ -61,6 +61,10 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     if recipe.objective is not None and recipe.objective.together:
         reason = "each row is told from the others of its batch, so more of them teach more"
         fill("batch_size", *_with_mixed(min(64, max(2, facts.rows)), reason, facts))
+    if recipe.objective is not None and recipe.objective.batch_rows:
+        reason = "each row is many texts: the network writes its own answers"
+        size = min(recipe.objective.batch_rows, max(1, facts.rows))
+        fill("batch_size", *_with_mixed(size, reason, facts))
     fill("batch_size", *_with_mixed(*_batch_size(facts.rows), facts))
     if training.max_steps is None:
         fill(

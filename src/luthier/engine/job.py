@@ -25,7 +25,7 @@ from luthier.files import need_disk
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
-from luthier.models.load import read_config, sketch
+from luthier.models.load import as_network, read_config, sketch
 from luthier.models.network import Network
 from luthier.objectives import Objective
 from luthier.recipe import Recipe
@@ -127,6 +127,16 @@ def _others(
     return found
 
 
+def opened(stored: store.StoredModel, machine: Machine, reporter: Reporter) -> Network:
+    """A model that helps to train: as it is served, frozen."""
+    reporter.stage(f"Loading {stored.id}")
+    model = store.load(stored, machine.dtype, machine.device)
+    model.requires_grad_(False).eval()
+    network = as_network(model, machine.device, machine.dtype)
+    network.chat = store.chat_format(stored)
+    return network
+
+
 def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:
     """Rows of the run's first steps, to choose settings by."""
     training = recipe.training
@@ -134,7 +144,11 @@ def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[E
     order = RowOrder(data.main, size, training.seed, training.shuffle, data.mixed)
     steps = range(min(count, order.steps_per_epoch))
     chosen = [[data.train[index] for index in order.batch(step)] for step in steps]
-    return [data.objective.seen(batch) or batch for batch in chosen]
+    objective = data.objective
+    return [
+        [row for view in objective.seen(batch) or batch for row in objective.room(view)]
+        for batch in chosen
+    ]
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ from luthier.recipe import Training
 from luthier.types import Example
 
 _BEST, _KEPT = "best.", "kept."
+ADVICE_EVERY = 10
+"""Steps between looks at the course of a run."""
 
 
 @dataclass
@@ -108,6 +110,7 @@ class Loop:
                 last = self.progress.step == self.steps
                 if last or self.progress.step % (self.training.evaluate_every or self.steps) == 0:
                     self._evaluate()
+                self._advise()
                 if stopped():
                     self._checkpoint()
                     raise Interrupted(
@@ -204,11 +207,29 @@ class Loop:
             self.best = {n: w.detach().clone() for n, w in self.optimizer.weights.items()}
         else:
             progress.worse += 1
-        self.record("validation", loss=loss, best=progress.best_loss, best_step=progress.best_step)
+        measured = {} if self.objective.measure == "loss" else {self.objective.measure: -loss}
+        self.record(
+            "validation",
+            loss=loss,
+            best=progress.best_loss,
+            best_step=progress.best_step,
+            **measured,
+        )
+
+    def _advise(self) -> None:
+        """Tell people what the objective makes of the course so far, where that is something new."""
+        if self.progress.step % ADVICE_EVERY:
+            return
+        lines = [line for line in self.metrics.read() if line["event"] == "train"]
+        advice, before = (self.objective.advice(part) for part in (lines, lines[:-ADVICE_EVERY]))
+        if advice and not before:
+            self.reporter.note(advice)
 
     def record(self, event: str, **values: Any) -> None:
         """Add a line to the metrics and tell the reporter."""
         line = {"event": event, "step": self.progress.step, **values}
+        if self.objective.measure in line:
+            line["measure"] = self.objective.measure
         line["memory_bytes"] = peak_memory()
         self.progress.metrics_lines = self.metrics.append(line)
         self.reporter.recorded(line, self.steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,34 +74,99 @@ def learned_nothing(lines: Sequence[Mapping[str, Any]], rate: float) -> str | No
     )
 
 
+def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:
+    """Draw what a run's metrics say into ``folder``; the names of the pictures."""
+    draw_loss_curve(lines, folder, title)
+    names = ["loss"]
+    if any("reward" in line for line in lines):
+        draw_rewards(lines, folder, title)
+        names.append("reward")
+    return [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
+
+
 def draw_loss_curve(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> None:
     """Write ``loss.svg`` and ``loss.png`` of a run's metrics into ``folder``."""
+    figure, (axes,) = _figure(1)
+    _draw(axes, lines, "loss")
+    held = [line for line in lines if line["event"] == "validation" and "measure" not in line]
+    if held:
+        _draw_held(axes, held, "loss", min)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per learned token)", title=title)
+    axes.legend(frameon=False)
+    _write(figure, folder / "loss")
+
+
+def draw_rewards(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> None:
+    """Write ``reward.svg`` and ``reward.png``: reward, length and divergence of the completions.
+
+    A reward that rises while texts grow, or leave the reference far behind, may be a grader's mistake.
+    """
+    train = [line for line in lines if line["event"] == "train"]
+    shown = {
+        "reward": "mean reward",
+        "completion_tokens": "tokens of a completion",
+        "kl": "divergence (nats per token)",
+    }
+    names = [name for name in shown if any(name in line for line in train)]
+    figure, panels = _figure(len(names))
+    for axes, name in zip(panels, names, strict=True):
+        _draw(axes, lines, name)
+        axes.set(ylabel=shown[name])
+    held = [line for line in lines if line["event"] == "validation" and "reward" in line]
+    if held:
+        _draw_held(panels[0], held, "reward", max)
+    panels[0].set(title=title)
+    panels[0].legend(frameon=False)
+    panels[-1].set(xlabel="step")
+    _write(figure, folder / "reward")
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    """A figure with panels one below the other, which share their steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train = [(line["step"], line["loss"]) for line in lines if line["event"] == "train"]
-    held = [(line["step"], line["loss"]) for line in lines if line["event"] == "validation"]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    size = (8, 4.5 if panels == 1 else 2.6 * panels)
+    figure, axes = pyplot.subplots(panels, 1, figsize=size, layout="constrained", sharex=True)
+    found = [axes] if panels == 1 else list(axes)
+    for each in found:
+        each.grid(alpha=0.25)
+    return figure, found
+
+
+def _draw(axes: Any, lines: Sequence[Mapping[str, Any]], name: str) -> None:
+    """A value of the training steps, as it is and smoothed."""
+    train = [
+        (line["step"], line[name]) for line in lines if line["event"] == "train" and name in line
+    ]
     if train:
-        steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="#b8c4d6", linewidth=1, label="training, each step")
-        axes.plot(steps, smooth(losses), color="#2f5d9b", linewidth=2, label="training, smoothed")
-    if held:
-        steps, losses = zip(*held, strict=True)
-        axes.plot(steps, losses, "o-", color="#c8553d", linewidth=1.5, label="validation")
-        best = min(held, key=lambda point: point[1])
-        axes.annotate(
-            f"best {best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center"
-        )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per learned token)", title=title)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+        steps, values = zip(*train, strict=True)
+        axes.plot(steps, values, color="#b8c4d6", linewidth=1, label="training, each step")
+        axes.plot(steps, smooth(values), color="#2f5d9b", linewidth=2, label="training, smoothed")
+
+
+def _draw_held(
+    axes: Any, lines: Sequence[Mapping[str, Any]], name: str, choose: Callable[..., Any]
+) -> None:
+    """What was measured on the validation rows, and the best of it."""
+    held = [(line["step"], line[name]) for line in lines]
+    steps, values = zip(*held, strict=True)
+    axes.plot(steps, values, "o-", color="#c8553d", linewidth=1.5, label="validation")
+    best = choose(held, key=lambda point: point[1])
+    axes.annotate(
+        f"best {best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center"
+    )
+
+
+def _write(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
     for kind in ("svg", "png"):
         picture = io.BytesIO()
         figure.savefig(picture, format=kind, dpi=130)
-        write_bytes(folder / f"loss.{kind}", picture.getvalue())
+        write_bytes(path.with_suffix(f".{kind}"), picture.getvalue())
     pyplot.close(figure)
 
 

@@ -39,7 +39,7 @@ class Result:
     train_loss: float
     """Mean loss of the last step, in nats per learned token."""
     validation_loss: float | None
-    """Loss of the stored weights on the validation rows."""
+    """Loss of the stored weights on the validation rows; minus the reward where that is measured."""
     seconds: float
     """Time spent in training steps, over all starts of the run."""
     peak_memory_bytes: int

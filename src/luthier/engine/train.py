@@ -24,9 +24,9 @@ from luthier.engine.devices import (
     peak_memory,
     return_freed_memory,
 )
-from luthier.engine.job import Job, acquainted, refer, settle
+from luthier.engine.job import Job, acquainted, opened, refer, settle
 from luthier.engine.loop import Loop, row_gradients
-from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve, learned_nothing
+from luthier.engine.metrics import MetricsFile, Reporter, draw_curves, learned_nothing
 from luthier.engine.runs import ACTIVATIONS, KEPT, METRICS, SAMPLES, Result, Run, automatic_name
 from luthier.errors import LuthierError, RecipeError, RefusedInput
 from luthier.evaluation.parity import Parity
@@ -221,6 +221,7 @@ class Trainer:
         if getattr(model.config, "attention_dropout", 0):
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, machine.device, machine.dtype)
+        network.chat = self.job.chat
         if (dropout := self.recipe.training.dropout) is not None:
             places = ", ".join(set_dropout(network, dropout))
             self.reporter.note(
@@ -229,25 +230,19 @@ class Trainer:
         torch.manual_seed(self.recipe.training.seed)
         before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
+        size = stored_bytes(model, self.recipe.adaptation)
         self.job.data.objective.extend(model)
         return_freed_memory()  # of what loading and attaching made on the way
         self.trained = sum(p.numel() for p in trained_weights(model).values())
         # Weights that were quantized are parameters no longer.
         self.weights = max(before, sum(p.numel() for p in model.parameters()))
-        size = stored_bytes(model, self.recipe.adaptation)
         self.reporter.note(
             f"{self.trained:,} of {self.weights:,} weights train ({self.trained / self.weights:.2%}); "
             f"the model will be stored in {size / 1e6:,.2f} MB"
         )
-        network.others = {name: self._other(other) for name, other in self.job.others.items()}
+        others = self.job.others.items()
+        network.others = {name: opened(o, machine, self.reporter) for name, o in others}
         return network
-
-    def _other(self, stored: store.StoredModel) -> Network:
-        """A model that helps to train: as it is served, frozen."""
-        self.reporter.stage(f"Loading {stored.id}")
-        model = store.load(stored, self.machine.dtype, self.machine.device)
-        model.requires_grad_(False).eval()
-        return as_network(model, self.machine.device, self.machine.dtype)
 
     @torch.no_grad()
     def _begin(self, network: Network) -> None:
@@ -316,14 +311,14 @@ class Trainer:
             network.close()
             return_freed_memory()  # of the activations, before a second network is loaded
             manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
-            draw_loss_curve(lines, fresh, run.model_id)
+            pictures = draw_curves(lines, fresh, run.model_id)
             result = self._result(progress, fresh, lines)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
             manifest["metrics"] = metrics
             manifest["files"] = hashes_of(fresh)
             write_json(fresh / MANIFEST, manifest)
-        for kind in ("svg", "png"):
-            shutil.copyfile(run.model_folder / f"loss.{kind}", run.folder / f"loss.{kind}")
+        for name in pictures:
+            shutil.copyfile(run.model_folder / name, run.folder / name)
         return result
 
     def _save(self, network: Network, folder: Path) -> dict[str, Any]:

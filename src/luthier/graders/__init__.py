@@ -5,7 +5,7 @@ One file for each way to score; this table is the map of the package.
 
 from __future__ import annotations
 
-from luthier.graders.base import Answer, Grader, Trouble, Ungraded
+from luthier.graders.base import Answer, Grader, Scorer, Trouble, Ungraded
 from luthier.graders.code import Code
 from luthier.graders.exact import Exact, FirstLine
 from luthier.graders.json_schema import JsonSchema
@@ -13,6 +13,7 @@ from luthier.graders.judge import Judge, Writer
 from luthier.graders.mix import Mix
 from luthier.graders.number import Number
 from luthier.graders.regex import Regex
+from luthier.graders.reward import Reward
 from luthier.graders.running import Grades, OnError, check_rows, graded
 from luthier.graders.similarity import Similarity
 from luthier.graders.specs import AnyGrader, Spec, grader_from, graders_named, read_graders
@@ -26,6 +27,7 @@ GRADERS: dict[str, type[Grader]] = {
     "json_schema": JsonSchema,
     "code": Code,
     "judge": Judge,
+    "reward": Reward,
     "mix": Mix,
 }
 
@@ -44,6 +46,8 @@ __all__ = [
     "Number",
     "OnError",
     "Regex",
+    "Reward",
+    "Scorer",
     "Similarity",
     "Spec",
     "Trouble",

@@ -13,9 +13,9 @@ Whoever grades calls :func:`luthier.graders.running.graded`, which guards all of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -43,6 +43,10 @@ class Trouble:
     rule: str
     message: str
     fix: str
+
+
+Scorer = Callable[[Sequence[Answer]], list[float]]
+"""What a model in memory gives for answers, in their order."""
 
 
 class Ungraded(LuthierError):
@@ -85,6 +89,15 @@ class Grader(BaseModel):
     def batched(self) -> bool:
         """Whether :meth:`grade` gains from many answers at once (an endpoint, a network)."""
         return False
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Ids of the models it scores with, which whoever grades loads for it."""
+        return frozenset()
+
+    def with_scorers(self, scorers: Mapping[str, Scorer]) -> Self:
+        """The same with its :attr:`models` in memory, by their ids."""
+        return self
 
     def check(self) -> None:
         """Refuse to start without what it needs: a model, a file, a permission.

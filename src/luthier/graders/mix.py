@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from luthier.graders.base import Answer, Grader, Trouble, Ungraded
+from luthier.graders.base import Answer, Grader, Scorer, Trouble, Ungraded
 from luthier.graders.running import attempt
 from luthier.graders.specs import AnyGrader
 
@@ -52,6 +52,16 @@ class Mix(Grader):
     def batched(self) -> bool:
         """When one of the parts is."""
         return any(part.batched for part in self.parts.values())
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Those of all parts."""
+        return frozenset[str]().union(*(part.models for part in self.parts.values()))
+
+    def with_scorers(self, scorers: Mapping[str, Scorer]) -> Self:
+        """The same with the models of all parts in memory."""
+        parts = {name: part.with_scorers(scorers) for name, part in self.parts.items()}
+        return self.model_copy(update={"parts": parts})
 
     def check(self) -> None:
         """Refuse what a part lacks."""

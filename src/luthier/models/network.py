@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from luthier.models.bottom import Bottom
 from luthier.models.layouts import Layout, layout_of
 from luthier.models.prefix import prefix_tokens
 from luthier.types import Example, IntArray
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
 
 SIZE_STEP = 32
 """Nodes and loss positions of a micro-batch are rounded up to a multiple of this."""
@@ -127,6 +130,8 @@ class Network:
         """Further networks the objective asked for, by the name it gave them: a teacher, a judge."""
         self.kept: Any = None
         """What the objective computed ahead for the rows."""
+        self.chat: ChatFormat | None = None
+        """How texts become its tokens; objectives that let it write or read texts need it."""
         self._start: list[tuple[nn.Parameter, Tensor]] = []
 
     @cached_property

@@ -8,11 +8,13 @@ from luthier.objectives.contrastive import Contrastive
 from luthier.objectives.dpo import DPO
 from luthier.objectives.embedding_distillation import EmbeddingDistillation
 from luthier.objectives.encoder_distillation import EncoderDistillation
+from luthier.objectives.grpo import GRPO
 from luthier.objectives.kto import KTO
 from luthier.objectives.logit_distillation import LogitDistillation
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.on_policy_distillation import OnPolicyDistillation
 from luthier.objectives.orpo import ORPO
+from luthier.objectives.ppo import PPO
 from luthier.objectives.regression import Regression
 from luthier.objectives.reward_model import RewardModel
 from luthier.objectives.semi_supervised import SemiSupervised
@@ -39,13 +41,17 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "kto": KTO,
     "orpo": ORPO,
     "reward_model": RewardModel,
+    "grpo": GRPO,
+    "ppo": PPO,
 }
 
 __all__ = [
     "DPO",
+    "GRPO",
     "KTO",
     "OBJECTIVES",
     "ORPO",
+    "PPO",
     "SFT",
     "BiLM",
     "CausalLM",

@@ -70,10 +70,19 @@ class Objective(BaseModel):
     """Whether words of a row may move or fall away without changing what it teaches."""
     packs: ClassVar[bool] = False
     """Whether ``arrange`` cuts rows to size, so that no row is too long."""
+    by_itself: ClassVar[bool] = True
+    """Whether it may be chosen by the shape of the rows alone, where no objective was asked for."""
+    measure: ClassVar[str] = "loss"
+    """Name of what :meth:`validation_loss` measures; of a ``reward`` it gives minus the reward."""
     rate_factor: ClassVar[float] = 1.0
     """Share of the adaptation's learning rate that suits it, where no rate is given."""
-    refers: ClassVar[bool] = False
-    """Whether it runs the network at its starting weights, ``network.at_start()``."""
+    batch_rows: ClassVar[int | None] = None
+    """Rows in a step, where no batch size is given and the rows themselves say nothing."""
+
+    @property
+    def refers(self) -> bool:
+        """Whether it runs the network at its starting weights, ``network.at_start()``."""
+        return False
 
     @property
     def others(self) -> Mapping[str, str]:
@@ -189,6 +198,13 @@ class Objective(BaseModel):
         """The rows the network is to see for one example: itself, unless the method says otherwise."""
         return [example]
 
+    def room(self, view: Example) -> list[Example]:
+        """What a row may have become by the time the network learns from it: its largest.
+
+        Itself, unless the network writes something behind it in the step.
+        """
+        return [view]
+
     def seen(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
         """All rows the network is to see for ``examples`` in one step.
 
@@ -214,6 +230,13 @@ class Objective(BaseModel):
     def report(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
         """What :meth:`annotate` found out about a batch, for the metrics: means, by name."""
         return {}
+
+    def advice(self, lines: Sequence[Mapping[str, Any]]) -> str:
+        """What people should know of the course of a run so far, from its metrics; empty for nothing.
+
+        Asked for from time to time; ``lines`` are the records of the training steps.
+        """
+        return ""
 
     def samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
         """What the network wrote in a step, one record for each text, to be looked at later."""

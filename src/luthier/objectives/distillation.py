@@ -46,7 +46,7 @@ class Distillation(Objective):
         return {"teacher": self.teacher} if self.teacher else {}
 
     @property
-    def measure(self) -> Divergence:
+    def distance(self) -> Divergence:
         """The divergence asked for."""
         from luthier.objectives.divergence import Divergence
 

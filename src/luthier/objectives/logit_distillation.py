@@ -66,7 +66,7 @@ class LogitDistillation(Distillation):
         from luthier.objectives.divergence import CHUNK
         from luthier.objectives.logprobs import chunked_loss
 
-        compare = self.measure.compare(batch, self._given(network, batch), self.mix)
+        compare = self.distance.compare(batch, self._given(network, batch), self.mix)
         return Loss(chunked_loss(network, batch, compare, CHUNK))
 
     def _given(self, network: Network, batch: TreeBatch) -> Given:

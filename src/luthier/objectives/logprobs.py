@@ -227,13 +227,19 @@ def _chunks(positions: int, source_E: Tensor, size: int) -> list[tuple[slice, sl
     ]
 
 
-def token_logps(network: Network, batch: TreeBatch, temperature: float = 1.0) -> Tensor:
+def token_logps(
+    network: Network,
+    batch: TreeBatch,
+    temperature: float = 1.0,
+    hidden_NH: Tensor | None = None,
+) -> Tensor:
     """Log-probability of every learned token, ``[M]`` in float32, one row after the other.
 
     Tokens are those with a weight, in the order of ``batch.learned``; weights do not enter. Logits are
-    divided by ``temperature`` first.
+    divided by ``temperature`` first. ``hidden_NH`` are the network's states, where they are known.
     """
-    hidden_SH = network.before_vocabulary(network.hidden(batch)[batch.source_S])
+    hidden_NH = network.hidden(batch) if hidden_NH is None else hidden_NH
+    hidden_SH = network.before_vocabulary(hidden_NH[batch.source_S])
     logp_E: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden_SH.flatten(0, -2),
         network.head_VH,

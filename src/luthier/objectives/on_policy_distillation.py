@@ -110,7 +110,7 @@ class OnPolicyDistillation(Distillation):
 
         teacher = network.others["teacher"]
         given = whole_distribution(network, teacher, batch, self.temperature)
-        return Loss(chunked_loss(network, batch, self.measure.compare(batch, given), CHUNK))
+        return Loss(chunked_loss(network, batch, self.distance.compare(batch, given), CHUNK))
 
     def report(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
         """Tokens of an answer, and how many of the answers ended by themselves, as means."""

@@ -1,0 +1,95 @@
+"""luthier's GRPO against TRL 1.16's on the same prompts of GSM8K, in turns.
+
+    python benchmarks/grpo_vs_trl.py GSM8K/train.jsonl [--steps 6] [--pairs 2] [--prompts 1]
+
+SmolLM2-135M, LoRA of rank 16 on all linear layers, 8 completions of at most 64 tokens for each prompt,
+no reference model, one optimizer step on each batch. TRL runs in its own environment, with its defaults
+and with the best settings we found for it (weights loaded in bfloat16, no gradient checkpointing). The
+rewards differ in every group, so that neither side may skip a group; what a completion is worth takes
+no time on either side. Completions/s leave the first step out, and count sampling, grading and
+training; memory is the largest resident size of the whole process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from children import Curve, Outcome, run, steady_rate, table, trl_python, tune
+
+GENERATIONS, TOKENS, RATE = 8, 64, 1e-5
+SETTINGS = ("defaults", "best")
+
+
+def write_rows(source: Path, target: Path, count: int) -> None:
+    lines = [line for line in source.read_text(encoding="utf-8").split("\n") if line]
+    rows = [json.loads(line) for line in lines[:count]]
+    chosen = [{"prompt": row["prompt"], "expected": row["completion"]} for row in rows]
+    target.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+
+
+def luthier(rows: Path, prompts: int, steps: int) -> tuple[Outcome, Curve]:
+    flags = {"objective": "grpo", "batch-size": str(prompts), "learning-rate": str(RATE)}
+    settings = {
+        "training.max_steps": str(steps),
+        "objective.num_generations": str(GENERATIONS),
+        "objective.max_completion_tokens": str(TOKENS),
+        "objective.grader.method": "similarity",
+        "objective.force": "true",
+    }
+    return tune(rows, flags, settings, {"tokens": "completion_tokens", "rewards": "reward"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=1, help="prompts in a step")
+    parser.add_argument("--against", choices=SETTINGS, action="append")
+    options = parser.parse_args()
+    from luthier.store.models import find
+
+    model = str(find("smollm2-135m-instruct", print).folder)
+    each, out = GENERATIONS * options.prompts, []
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch) / "rows.jsonl"
+        write_rows(options.data, rows, options.prompts * options.steps)
+        given = [str(rows), str(options.steps), str(options.prompts), str(GENERATIONS)]
+        for setting in options.against or SETTINGS:
+            for pair in range(options.pairs):
+                side = ["benchmarks/trl_grpo_side.py", model, *given, str(TOKENS), setting]
+                peer = run([trl_python(), *side, str(RATE)])
+                ours, curve = luthier(rows, options.prompts, options.steps)
+                report = {
+                    "against": setting,
+                    "pair": pair,
+                    "luthier": {**curve, "peak_bytes": ours.peak_bytes},
+                    "trl": {**peer.report, "peak_bytes": peer.peak_bytes},
+                }
+                print(json.dumps(report), file=sys.stderr)
+                rate = steady_rate(curve["seconds"], each)
+                other = steady_rate(peer.report["seconds"], each)
+                out.append(
+                    [
+                        setting,
+                        f"{rate:.2f}",
+                        f"{other:.2f}",
+                        f"**{rate / other:.1f}x**",
+                        f"{ours.peak_bytes / 1e9:.2f}",
+                        f"{peer.peak_bytes / 1e9:.2f}",
+                        f"1/{peer.peak_bytes / ours.peak_bytes:.1f}",
+                        f"{statistics.fmean(curve['tokens']):.0f}",
+                        f"{statistics.fmean(peer.report['tokens']):.0f}",
+                    ]
+                )
+    header = ["TRL setting", "completions/s", "TRL", "ratio", "GB", "TRL", "ratio"]
+    print(table([*header, "tokens each", "TRL"], out))
+
+
+if __name__ == "__main__":
+    main()

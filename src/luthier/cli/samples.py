@@ -1,0 +1,119 @@
+"""``luthier samples``: what a model wrote while it learned from rewards.
+
+Rewards that rise can mean a better model or a grader that was talked round. The texts with the highest
+rewards tell; so does a reward that goes with length, and a divergence that grows without an end.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.cli.console import print_json
+from luthier.errors import RecipeError
+from luthier.files import luthier_home
+
+Line = dict[str, Any]
+PARTS = 4
+"""Parts of a run whose means are shown one below the other."""
+_TREND = {
+    "reward": "reward",
+    "completion_tokens": "tokens",
+    "truncated": "cut short",
+    "equal_groups": "equal groups",
+    "kl": "kl",
+}
+
+
+def show(run: str, count: int, last: int, lowest: bool, full: bool, as_json: bool) -> None:
+    """Print the texts of the last steps by their reward, and how the run went."""
+    from luthier.engine.metrics import MetricsFile
+    from luthier.engine.runs import METRICS, SAMPLES
+
+    folder = folder_of(run)
+    records = MetricsFile(folder / SAMPLES).read()
+    if not records:
+        raise RecipeError(
+            f"{run} has no samples: they are kept by objectives that learn from what the model writes "
+            "(grpo, ppo)"
+        )
+    lines = [line for line in MetricsFile(folder / METRICS).read() if line["event"] == "train"]
+    newest = records[-1]["step"]
+    recent = [record for record in records if record["step"] > newest - last]
+    recent.sort(key=lambda record: record["reward"], reverse=not lowest)
+    trend, link = trend_of(lines), length_link(recent)
+    if as_json:
+        print_json({"samples": recent[:count], "trend": trend, "reward_length_correlation": link})
+        return
+    _print(recent[:count], trend, link, full)
+
+
+def folder_of(run: str) -> Path:
+    """The folder of a run, by the id of its model or by its path."""
+    base, colon, name = run.partition(":")
+    folder = luthier_home() / "runs" / base / name if colon and name else Path(run)
+    if not folder.is_dir():
+        raise RecipeError(
+            f"there is no run {run!r}; give the id of a custom model (base:name), or the run's folder"
+        )
+    return folder
+
+
+def trend_of(lines: Sequence[Line]) -> list[Line]:
+    """Means over consecutive parts of a run."""
+    size = max(1, -(-len(lines) // PARTS))
+    parts = [lines[start : start + size] for start in range(0, len(lines), size)]
+    return [
+        {"steps": f"{part[0]['step']}-{part[-1]['step']}"}
+        | {
+            name: statistics.fmean(line[name] for line in part)
+            for name in _TREND
+            if all(name in line for line in part)
+        }
+        for part in parts
+    ]
+
+
+def length_link(records: Sequence[Line]) -> float | None:
+    """Correlation of reward and length; none where one of them is always the same."""
+    rewards, lengths = ([float(r[name]) for r in records] for name in ("reward", "tokens"))
+    if len(set(rewards)) < 2 or len(set(lengths)) < 2:
+        return None
+    return statistics.correlation(rewards, lengths)
+
+
+def _print(records: Sequence[Line], trend: Sequence[Line], link: float | None, full: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Console(highlight=False)
+    table = Table(box=None)
+    for name in ("reward", "step", "line", "tokens", "kl"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("prompt", "completion"):
+        table.add_column(name, no_wrap=not full, overflow="fold" if full else "ellipsis", ratio=1)
+    for record in records:
+        kl = "" if record["kl"] is None else f"{record['kl']:.2f}"
+        numbers = (f"{record['reward']:.3f}", record["step"], record["line"], record["tokens"], kl)
+        texts = [
+            record[name] if full else _one_line(record[name]) for name in ("prompt", "completion")
+        ]
+        table.add_row(*map(str, numbers), *map(Text, texts))
+    out.print(table)
+    names = [name for name in _TREND if all(name in part for part in trend)]
+    course = Table("steps", *(_TREND[name] for name in names), box=None, title_justify="left")
+    for part in trend:
+        course.add_row(part["steps"], *(f"{part[name]:.3f}" for name in names))
+    out.print()
+    out.print(course)
+    if link is not None:
+        out.print(
+            f"\nReward and length of these texts go together with a correlation of {link:+.2f}."
+        )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

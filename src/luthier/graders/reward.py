@@ -1,0 +1,64 @@
+"""Grading by a reward model: how much people would like the reply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Self
+
+from pydantic import Field, SkipValidation
+
+from luthier.errors import RecipeError
+from luthier.graders.base import Answer, Grader, Scorer
+
+
+class Reward(Grader):
+    """What a model of objective ``reward_model`` says: any number, more is better.
+
+    The text is read in the reward model's own format, so its tokenizer may be another. In training
+    the model is loaded beside the one that trains; from Python, ``Reward(model=..., scorer=...)`` takes
+    any function from answers to numbers. A reward model is right about texts like those it has seen:
+    a policy that learns from it long enough finds where it is wrong (Gao et al. 2022,
+    arXiv:2210.10760), so look at the samples and keep the divergence small.
+    """
+
+    method: Literal["reward"] = "reward"
+    model: str = Field(min_length=1)
+    """Id of the reward model."""
+    scorer: SkipValidation[Scorer | None] = Field(default=None, exclude=True, repr=False)
+    """The model itself: answers to numbers. Not stored."""
+
+    needs_expected = False
+    watched = False
+
+    @property
+    def bounded(self) -> bool:
+        """Rewards have no bounds."""
+        return False
+
+    @property
+    def batched(self) -> bool:
+        """All answers of a batch are read at once."""
+        return True
+
+    @property
+    def models(self) -> frozenset[str]:
+        """The reward model."""
+        return frozenset({self.model})
+
+    def with_scorers(self, scorers: Mapping[str, Scorer]) -> Self:
+        """The same with its model in memory."""
+        return self.model_copy(update={"scorer": scorers[self.model]})
+
+    def check(self) -> None:
+        """Refuse to start without the model."""
+        if self.scorer is None:
+            raise RecipeError(
+                f"grader `reward` needs {self.model} in memory, which objectives grpo and ppo load; "
+                "from Python, give Reward(model=..., scorer=...), a function from answers to numbers"
+            )
+
+    def grade(self, answers: Sequence[Answer]) -> list[float]:
+        """The rewards."""
+        self.check()
+        assert self.scorer is not None
+        return self.scorer(answers)

@@ -1,0 +1,153 @@
+"""Group relative policy optimization (Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, section
+4.1).
+
+``G`` completions of each prompt are sampled with the weights being trained; the advantage of a
+completion is its reward beside those of its group, ``A = (r - mean) / (std + 1e-4)``, for each of
+its tokens. With ``rho = pi(o_t) / pi_old(o_t)`` the loss of a token is
+
+    -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta (pi_ref/pi - log(pi_ref/pi) - 1)
+
+The last term is the estimator k3 of the divergence from the reference model. Choices that came
+later are fields: clip-higher, token-level mean, overlong completions and groups that teach nothing
+(Yu et al. 2025, "DAPO", arXiv:2503.14476, section 3); neither division by length nor by deviation
+(Liu et al. 2025, "Dr. GRPO", arXiv:2503.20783, section 3). Left out: process supervision and the
+iterated reward model of the first paper (4.1.3, 4.1.4); of the second that the batch is filled up
+with further prompts where groups are skipped, and the soft punishment of length; ratios of whole
+sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from luthier.objectives.rollouts import Policy, Reinforcement, Rollouts
+from luthier.types import Example, FloatArray, Loss
+
+if TYPE_CHECKING:
+    from luthier.models.network import Network, TreeBatch
+
+SMALLEST_STD = 1e-4
+"""Added to the deviation of rewards, as in TRL."""
+
+
+class GRPO(Reinforcement):
+    """Group relative policy optimization with graded completions."""
+
+    method: Literal["grpo"] = "grpo"
+    num_generations: int = Field(default=8, ge=2)
+    """Completions of each prompt, compared with each other (TRL's default; the paper has 64)."""
+    epsilon: float = Field(default=0.2, gt=0)
+    """How far a token's ratio may fall below 1 and still be learned from (Schulman et al. 2017)."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """How far it may rise above 1; ``epsilon`` when not given. DAPO's clip-higher has 0.28."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the divergence from the reference: 0.04 in the paper; 0, as in DAPO, runs none."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the deviation of the group, of the whole batch, or by nothing."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """Mean over all tokens; over completions of their means, or of their sums by the token limit."""
+    mask_truncated: bool = False
+    """Learn nothing from completions that reached the limit of tokens; their rewards still compare."""
+    num_iterations: int = Field(default=1, ge=1)
+    """Optimizer steps on each batch of completions (``mu`` of the paper)."""
+    dynamic_sampling: bool = False
+    """Leave groups of equal rewards out of the mean, as DAPO does; otherwise they count as 0."""
+
+    @model_validator(mode="after")
+    def _below_one(self) -> Self:
+        if self.epsilon >= 1:
+            raise ValueError("epsilon must be below 1: a ratio is never negative")
+        return self
+
+    @property
+    def generations(self) -> int:
+        """``G``."""
+        return self.num_generations
+
+    @property
+    def refers(self) -> bool:
+        """Only a divergence needs the reference model."""
+        return self.beta > 0
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """Sample, grade and compare the completions of ``examples``."""
+        from luthier.objectives.logprobs import token_logps
+
+        rollouts = self.drawn(network, examples)
+        advantage_R = self.advantages(rollouts.score_PG).reshape(-1)
+        counted, divisor = self._counted(rollouts)
+        # Without a divergence, an advantage of 0 has no gradient: it is counted and not computed.
+        rows = [
+            row for row in counted if np.any(row.weight_T) and (self.beta or advantage_R[row.row])
+        ]
+        taught = bool(rows)
+        if not taught:  # one completion without an advantage stands for all
+            rows, advantage_R, divisor = [rollouts.each[0].row(0, 1.0)], 0 * advantage_R, 1.0
+        advantages = [
+            np.full(len(rollout), advantage)
+            for rollout, advantage in zip(rollouts.each, advantage_R, strict=True)
+        ]
+        batches = self.laid_out(network, rollouts, rows, advantages, budget)
+        batches = [replace(batch, weight=divisor / len(batches)) for batch in batches]
+        if self.beta and taught:
+            with network.at_start():
+                for batch in batches:
+                    batch.extra.reference_M = token_logps(network, batch, self.temperature)
+        return batches
+
+    def advantages(self, score_PG: FloatArray) -> FloatArray:
+        """Rewards beside the mean of their group; exactly 0 where the group is worth the same."""
+        centred_PG: FloatArray = score_PG - score_PG.mean(1, keepdims=True)
+        centred_PG[score_PG.max(1) == score_PG.min(1)] = 0.0
+        if self.scale_rewards == "group":
+            centred_PG /= score_PG.std(1, ddof=1, keepdims=True) + SMALLEST_STD
+        elif self.scale_rewards == "batch":
+            centred_PG /= score_PG.std(ddof=1) + SMALLEST_STD
+        return centred_PG
+
+    def _counted(self, rollouts: Rollouts) -> tuple[list[Example], float]:
+        """The completions as rows, and what the sum of their losses is divided by."""
+        skipped_P = rollouts.equal_P if self.dynamic_sampling else np.zeros_like(rollouts.equal_P)
+        rows = []
+        for place, rollout in enumerate(rollouts.each):
+            if skipped_P[place // rollouts.group]:
+                continue
+            masked = self.mask_truncated and not rollout.completion.stopped
+            weight = {
+                "dapo": 1.0,
+                "grpo": 1.0 / len(rollout),
+                "dr_grpo": 1.0 / self.max_completion_tokens,
+            }[self.loss_type]
+            rows.append(rollout.row(place, 0.0 if masked else weight))
+        tokens = sum(row.weight for row in rows)
+        return rows, tokens if self.loss_type == "dapo" else float(len(rows))
+
+    def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
+        """``num_iterations`` steps on the same completions."""
+        for _ in range(self.num_iterations):
+            yield batches
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed clipped surrogate, and the divergence from the reference."""
+        from luthier.objectives.logprobs import token_logps
+
+        policy: Policy = batch.extra
+        logp_M = token_logps(network, batch, self.temperature)
+        ratio_M, advantage_M = policy.compare(logp_M), policy.advantage_M
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        clipped_M = ratio_M.clamp(1 - self.epsilon, 1 + high) * advantage_M
+        loss_M = -(ratio_M * advantage_M).minimum(clipped_M)
+        policy.note("clipped", (clipped_M < ratio_M * advantage_M).float())
+        if policy.reference_M is not None:
+            log_M = policy.reference_M - logp_M
+            kl_M = log_M.exp() - log_M - 1
+            loss_M = loss_M + self.beta * kl_M
+            policy.diverges(batch, kl_M)
+        return Loss((loss_M * policy.weight_M).sum())

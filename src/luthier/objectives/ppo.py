@@ -1,0 +1,224 @@
+"""Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347) for texts, as InstructGPT
+has it.
+
+One completion of each prompt is sampled with the weights being trained. A token's reward is minus
+its divergence from the reference model, ``-kl_coef log(pi / pi_ref)``, and the last token has the
+score of the text besides (Ouyang et al. 2022, arXiv:2203.02155, section 3.5). Advantages are
+generalized advantage estimates (Schulman et al. 2016, arXiv:1506.02438, equation 16), whitened over
+the batch:
+
+    delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        R_t = A_t + V_t
+
+With ``rho = pi / pi_old`` the loss of a token is
+
+    max(-rho A, -clip(rho, 1 +- cliprange) A)
+        + vf_coef / 2 max((V - R)^2, (clip(V, V_old +- cliprange_value) - R)^2)
+
+The value ``V`` is one linear layer on the hidden state that a token is predicted from; it starts at
+0, is trained with the network and is not part of the custom model. Left out: a value network of its
+own that starts from a reward model and the mix-in of pre-training text (InstructGPT), an adaptive
+``kl_coef`` and an entropy bonus (Schulman et al. 2017). Minibatches are the same in each epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from luthier.objectives.rollouts import Policy, Reinforcement, Rollouts
+from luthier.types import Example, Loss
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from luthier.models.network import Network, TreeBatch
+
+HEAD = "value_head"
+"""Name of the value's layer in the network while it trains."""
+
+
+class PPO(Reinforcement):
+    """Proximal policy optimization with graded completions and a value head."""
+
+    method: Literal["ppo"] = "ppo"
+    num_ppo_epochs: int = Field(default=4, ge=1)
+    """Passes over the completions of a step (TRL's default)."""
+    num_mini_batches: int = Field(default=1, ge=1)
+    """Optimizer steps in each pass."""
+    cliprange: float = Field(default=0.2, gt=0, lt=1)
+    """How far the ratio of a token may leave 1 and still be learned from (the paper's section 6.1)."""
+    cliprange_value: float = Field(default=0.2, gt=0)
+    """How far a value may move from where it was before the step."""
+    vf_coef: float = Field(default=0.1, ge=0)
+    """Weight of the value's loss (TRL's default)."""
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount of a reward for each token before it; 1, as a text is judged at its end (TRL's)."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """Decay of the advantage estimate: 1 trusts the rewards, 0 the values."""
+    kl_coef: float = Field(default=0.05, ge=0)
+    """Price of each nat of divergence from the reference model; 0 runs none."""
+    whiten_rewards: bool = False
+    """Scale the rewards of all tokens to a deviation of 1."""
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
+    """Taken from the score of a completion that reached the limit of tokens."""
+
+    batch_rows: ClassVar[int | None] = 32
+
+    @property
+    def refers(self) -> bool:
+        """Only a divergence needs the reference model."""
+        return self.kl_coef > 0
+
+    def extend(self, model: nn.Module) -> None:
+        """Add the value's layer, at 0."""
+        import torch
+        from torch import nn
+
+        width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        weight = next(model.parameters())
+        head = nn.Linear(width, 1, device=weight.device, dtype=torch.float32)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        model.add_module(HEAD, head)
+
+    def strip(self, model: nn.Module) -> None:
+        """Take the value's layer away: the custom model only writes."""
+        delattr(model, HEAD)
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """Sample and grade a completion of each row, and estimate the advantage of each token."""
+        rollouts = self.drawn(network, examples)
+        rows = [rollout.row(place, 1.0) for place, rollout in enumerate(rollouts.each)]
+        parts = min(self.num_mini_batches, len(rows))
+        nothing = [np.zeros(len(rollout), dtype=np.float32) for rollout in rollouts.each]
+        batches = []
+        for part in range(parts):
+            for batch in self.laid_out(network, rollouts, rows[part::parts], nothing, budget):
+                batch.extra.part = part
+                batches.append(batch)
+        training = network.model.training
+        network.model.eval()  # what is old is without dropout, as the sampler is
+        for batch in batches:
+            self._read(network, batch)
+        network.model.train(training)
+        self._estimate(rollouts, batches)
+        return batches
+
+    def _read(self, network: Network, batch: TreeBatch) -> None:
+        """Log-probabilities and values before the step, and log-probabilities of the reference."""
+        from luthier.objectives.logprobs import token_logps
+
+        policy: Policy = batch.extra
+        hidden_NH = network.hidden(batch)
+        policy.old_M = token_logps(network, batch, self.temperature, hidden_NH)
+        policy.value_M = _values(network, batch, hidden_NH)
+        if self.kl_coef:
+            with network.at_start():
+                policy.reference_M = token_logps(network, batch, self.temperature)
+            policy.diverges(batch, policy.old_M - policy.reference_M)
+
+    def _estimate(self, rollouts: Rollouts, batches: Sequence[TreeBatch]) -> None:
+        """Advantages and returns of all tokens; whitening is over all of them together."""
+        import torch
+
+        policies: list[Policy] = [batch.extra for batch in batches]
+        reward_M = torch.cat([self._rewards(rollouts, batch) for batch in batches])
+        value_M = torch.cat([_known(policy.value_M) for policy in policies])
+        if self.whiten_rewards:
+            reward_M = whitened(reward_M, shift=False)
+        lengths = [len(rollouts.each[r.row]) for b in batches for r in b.tree.examples]
+        advantage_M = torch.cat(
+            [
+                advantages(reward_T, value_T, self.gamma, self.lam)
+                for reward_T, value_T in zip(
+                    reward_M.split(lengths), value_M.split(lengths), strict=True
+                )
+            ]
+        )
+        sizes = [len(policy.weight_M) for policy in policies]
+        white = whitened(advantage_M).split(sizes)
+        for policy, advantage, back in zip(
+            policies, white, (advantage_M + value_M).split(sizes), strict=True
+        ):
+            policy.advantage_M, policy.return_M = advantage, back
+
+    def _rewards(self, rollouts: Rollouts, batch: TreeBatch) -> Tensor:
+        """Rewards ``[M]`` of the tokens: the price of divergence, and the score at the last token."""
+        import torch
+
+        policy: Policy = batch.extra
+        reward_M = torch.zeros_like(policy.weight_M)
+        if policy.reference_M is not None:
+            reward_M = -self.kl_coef * (_known(policy.old_M) - policy.reference_M)
+        chosen = [rollouts.each[row.row] for row in batch.tree.examples]
+        ends = np.cumsum([len(rollout) for rollout in chosen]) - 1
+        scores = [
+            rollout.score - self.missing_eos_penalty * (not rollout.completion.stopped)
+            for rollout in chosen
+        ]
+        reward_M[torch.from_numpy(ends).to(reward_M.device)] += reward_M.new_tensor(scores)
+        return reward_M
+
+    def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
+        """Epochs times minibatches."""
+        parts = sorted({batch.extra.part for batch in batches})
+        for _ in range(self.num_ppo_epochs):
+            for part in parts:
+                yield [batch for batch in batches if batch.extra.part == part]
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed clipped surrogate and value loss."""
+        from luthier.objectives.logprobs import token_logps
+
+        policy: Policy = batch.extra
+        hidden_NH = network.hidden(batch)
+        ratio_M = policy.compare(token_logps(network, batch, self.temperature, hidden_NH))
+        advantage_M = policy.advantage_M
+        clipped_M = ratio_M.clamp(1 - self.cliprange, 1 + self.cliprange) * advantage_M
+        policy_M = -(ratio_M * advantage_M).minimum(clipped_M)
+        policy.note("clipped", (clipped_M < ratio_M * advantage_M).float())
+        value_M, old_M, back_M = (
+            _values(network, batch, hidden_NH),
+            _known(policy.value_M),
+            _known(policy.return_M),
+        )
+        near_M = value_M.clamp(old_M - self.cliprange_value, old_M + self.cliprange_value)
+        error_M = (value_M - back_M).square().maximum((near_M - back_M).square()) / 2
+        policy.note("value_loss", error_M)
+        return Loss((policy_M + self.vf_coef * error_M).sum())
+
+
+def advantages(reward_T: Tensor, value_T: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalized advantage estimates ``[T]`` of one completion; there is nothing after its end."""
+    reward, value = reward_T.tolist(), [*value_T.tolist(), 0.0]
+    found, later = [0.0] * len(reward), 0.0
+    for t in reversed(range(len(reward))):
+        later = reward[t] + gamma * value[t + 1] - value[t] + gamma * lam * later
+        found[t] = later
+    return reward_T.new_tensor(found)
+
+
+def whitened(value_M: Tensor, shift: bool = True) -> Tensor:
+    """Deviation 1, and mean 0 where ``shift``; a single number is left as it is."""
+    if len(value_M) < 2:
+        return value_M
+    mean = value_M.mean()
+    white_M = (value_M - mean) * (value_M.var() + 1e-8).rsqrt()
+    return white_M if shift else white_M + mean
+
+
+def _values(network: Network, batch: TreeBatch, hidden_NH: Tensor) -> Tensor:
+    """The value ``[M]`` of the state that each learned token is predicted from."""
+    value_S: Tensor = getattr(network.model, HEAD)(hidden_NH[batch.source_S].float())[:, 0]
+    return value_S[batch.edge_source_E][batch.learned[1]]
+
+
+def _known(tensor: Tensor | None) -> Tensor:
+    """What :meth:`PPO.annotate` has filled in."""
+    assert tensor is not None
+    return tensor

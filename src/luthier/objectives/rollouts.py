@@ -1,0 +1,386 @@
+"""What methods share in which the network answers and learns from what the answers are worth.
+
+A step samples completions of the prompts of its rows with the weights being trained, grades the
+texts, and lays prompt and completion out as rows of a token tree, in which the completions of a
+prompt share it. A row needs a prompt; its reply, if there is one, is never learned: it is what
+graders compare with.
+
+The "old" log-probabilities of an importance ratio are the trainer's own and not the sampler's. Both
+come from the same weights and layers and differ by rounding alone, which every step reports
+(``sampler_difference``): so the ratio begins at exactly 1, and no correction for a sampler that is
+another program is needed (as vLLM is in TRL, which multiplies by a truncated ratio of the two).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.graders import Answer, AnyGrader, Exact, OnError, Scorer, graded
+from luthier.objectives import watching
+from luthier.objectives.base import Objective
+from luthier.objectives.scoring import check_reward_model, rewards
+from luthier.types import Example, FloatArray, IntArray, Message, Row
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+    from luthier.models.sampler import Completion
+
+MEASURED_SEED = 0
+"""Seed of the draws in measurements, which are always the same."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion of a prompt, and what it is worth."""
+
+    prompt: Example
+    completion: Completion
+    reply: str
+    score: float
+
+    def __len__(self) -> int:
+        return len(self.completion.ids_T)
+
+    def row(self, place: int, weight: float) -> Example:
+        """Prompt and completion as one row, whose number is ``place``; ``weight`` for each token."""
+        written_T = self.completion.ids_T
+        # The decoder of an encoder-decoder starts from one token; others go on with the prompt.
+        before_T = self.prompt.ids_T[: 1 if self.prompt.source_T is not None else None]
+        weight_T = np.zeros(len(before_T) + len(written_T), dtype=np.float32)
+        weight_T[len(before_T) :] = weight
+        ids_T = np.concatenate([before_T, written_T])
+        return Example(ids_T, weight_T, place, source_T=self.prompt.source_T)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The completions of one batch of rows: ``P`` prompts, ``G`` completions of each."""
+
+    each: list[Rollout]
+    """Those of a prompt one after the other."""
+    group: int
+    """``G``."""
+    ungraded: int = 0
+    """Completions that have score 0 because the grader failed on them."""
+
+    @cached_property
+    def score_PG(self) -> FloatArray:
+        """Scores, one line for each prompt."""
+        scores = np.array([rollout.score for rollout in self.each], dtype=np.float32)
+        return scores.reshape(-1, self.group)
+
+    @property
+    def equal_P(self) -> Any:
+        """Whether all completions of a prompt are worth the same, so that nothing tells them apart."""
+        return self.score_PG.max(1) == self.score_PG.min(1)
+
+    def report(self) -> dict[str, float]:
+        """Means over the completions."""
+        count, lengths = len(self.each), [len(rollout) for rollout in self.each]
+        return {
+            "reward": float(self.score_PG.mean()),
+            "reward_std": float(self.score_PG.std()),
+            "equal_groups": float(self.equal_P.mean()) if self.group > 1 else 0.0,
+            "completions": count,
+            "completion_tokens": statistics.fmean(lengths),
+            "truncated": sum(not r.completion.stopped for r in self.each) / count,
+            "ungraded": self.ungraded,
+        }
+
+
+@dataclass
+class Policy:
+    """What the loss of one micro-batch needs; ``M`` learned tokens, in the order of its rows."""
+
+    rollouts: Rollouts
+    weight_M: Tensor
+    sampler_M: Tensor
+    """Log-probabilities as the sampler gave them."""
+    advantage_M: Tensor
+    old_M: Tensor | None = None
+    """Log-probabilities before the first optimizer step on the batch."""
+    reference_M: Tensor | None = None
+    """Log-probabilities of the reference model."""
+    value_M: Tensor | None = None
+    return_M: Tensor | None = None
+    part: int = 0
+    """Which of the minibatches it belongs to."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Sums over the tokens, of the last pass."""
+    kl_R: dict[int, float] = field(default_factory=dict)
+    """Divergence from the reference of each completion, by its place: a sum over its tokens."""
+
+    def note(self, name: str, value_M: Tensor) -> None:
+        """Keep the sum of something for the metrics."""
+        self.sums[name] = float(value_M.detach().sum())
+
+    def diverges(self, batch: TreeBatch, kl_M: Tensor) -> None:
+        """Keep the divergence from the reference model for the metrics and the samples."""
+        from luthier.objectives.logprobs import row_sums
+
+        self.note("kl", kl_M)
+        sums = row_sums(batch, kl_M.detach()).tolist()
+        self.kl_R = {row.row: kl for row, kl in zip(batch.tree.examples, sums, strict=True)}
+
+    def compare(self, logp_M: Tensor) -> Tensor:
+        """The ratio of the policy to what it was before the first step on this batch."""
+        if self.old_M is None:
+            # Nothing moved yet: these are the old ones, and a further forward pass is spared.
+            self.old_M = logp_M.detach()
+        self.note("sampler_difference", (self.old_M - self.sampler_M).abs())
+        return (logp_M - self.old_M).exp()
+
+
+class Reinforcement(Objective):
+    """Base of the objectives that learn from rewards."""
+
+    grader: AnyGrader = Exact()
+    """What a completion is worth: a grader by name, or a table of its method and fields."""
+    on_error: OnError = "fail"
+    """A completion that the grader fails on stops the run, or is worth 0 and counted (``zero``)."""
+    time_limit_s: float = Field(default=60.0, gt=0)
+    """Seconds a grader may take for one completion."""
+    max_completion_tokens: int = Field(default=256, ge=1)
+    """Tokens of a completion at most (TRL's default)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits, of sampler and trainer alike; 1 samples from the policy itself."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How a prompt becomes text: the model's chat template, or the prompt as it is."""
+    force: bool = False
+    """Train although the samples before the first step advise against it."""
+
+    shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "prompt_only", "messages"})
+    fixed: ClassVar[bool] = False
+    by_itself: ClassVar[bool] = False
+    measure: ClassVar[str] = "reward"
+    batch_rows: ClassVar[int | None] = 4
+    rate_factor: ClassVar[float] = 0.1
+
+    @property
+    def generations(self) -> int:
+        """Completions of each prompt in a step, ``G``."""
+        return 1
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """The models that grade, by their ids."""
+        return {name: name for name in sorted(self.grader.models)}
+
+    def check(self, chat: ChatFormat) -> None:
+        """Refuse a grader that lacks something else than the models, which are loaded later."""
+        later: dict[str, Scorer] = dict.fromkeys(self.grader.models, lambda answers: [])
+        self.grader.with_scorers(later).check()
+
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """Apply ``template``, keeping the base model's own choice for ``auto``."""
+        if self.template == "auto":
+            return chat
+        return type(chat).of(chat.tokenizer, self.template, chat.stop_ids, chat.start_id)
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The prompt, of no weight; refuses a row that the grader cannot compare with."""
+        messages, expected = asked(row)
+        self.grader.check_expected(expected)
+        ids_T = chat.encode_prompt(messages)
+        source_T = None
+        if chat.start_id is not None:
+            ids_T, source_T = np.array([chat.start_id], dtype=np.int64), ids_T
+        weight_T = np.zeros(len(ids_T), dtype=np.float32)
+        return Example(ids_T, weight_T, index, source_T=source_T, given=row)
+
+    def room(self, view: Example) -> list[Example]:
+        """The prompt with the longest completions there may be, all of them different."""
+        numbers = np.arange(self.generations)[:, None].repeat(self.max_completion_tokens, 1)
+        return [
+            Example(
+                np.concatenate([view.ids_T, written_T]),
+                np.zeros(len(view) + len(written_T), dtype=np.float32),
+                view.row,
+                source_T=view.source_T,
+            )
+            for written_T in numbers
+        ]
+
+    def cut(self, example: Example, context: int) -> Example:
+        """A prompt without its end asks something else: what comes back has nothing to learn."""
+        return example
+
+    def roll_out(
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        count: int,
+        generator: torch.Generator | None = None,
+    ) -> Rollouts:
+        """``count`` graded completions of each prompt; the same for equal weights and ``generator``."""
+        from luthier.models.sampler import sample
+
+        chat = network.chat
+        assert chat is not None
+        prompts = [e.ids_T if e.source_T is None else e.source_T for e in examples]
+        found = sample(
+            network,
+            prompts,
+            count,
+            max_tokens=self.max_completion_tokens,
+            temperature=self.temperature,
+            stop_ids=chat.stop_ids,
+            generator=generator,
+        )
+        pairs = [(e, c) for e, row in zip(examples, found, strict=True) for c in row]
+        replies = [chat.decode(c.ids_T[: len(c.ids_T) - c.stopped].tolist()) for _, c in pairs]
+        scorers = {n: partial(rewards, network.others[n]) for n in self.grader.models}
+        grades = graded(
+            self.grader.with_scorers(scorers),
+            [_answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)],
+            self.on_error,
+            self.time_limit_s,
+        )
+        each = [
+            Rollout(example, completion, reply, score)
+            for (example, completion), reply, score in zip(
+                pairs, replies, grades.scores, strict=True
+            )
+        ]
+        return Rollouts(each, count, len(grades.problems))
+
+    def drawn(self, network: Network, examples: Sequence[Example]) -> Rollouts:
+        """The rollouts of a step: anew in training, by the generator that checkpoints keep."""
+        generator = None if network.model.training else seeded()
+        return self.roll_out(network, examples, self.generations, generator)
+
+    def laid_out(
+        self,
+        network: Network,
+        rollouts: Rollouts,
+        rows: Sequence[Example],
+        advantages: Sequence[FloatArray],
+        budget: int,
+    ) -> list[TreeBatch]:
+        """Micro-batches of ``rows``, each with its :class:`Policy`; ``advantages`` by their number."""
+        import torch
+
+        def joined(arrays: Iterable[FloatArray]) -> Tensor:
+            array_M = np.concatenate(list(arrays)).astype(np.float32)
+            return torch.from_numpy(array_M).to(network.device)
+
+        batches = []
+        for batch in network.batches(rows, budget):
+            rows_R = batch.tree.examples
+            policy = Policy(
+                rollouts,
+                weight_M=joined(row.weight_T[row.weight_T != 0] for row in rows_R),
+                sampler_M=joined(rollouts.each[row.row].completion.logp_T for row in rows_R),
+                advantage_M=joined(advantages[row.row] for row in rows_R),
+            )
+            batches.append(replace(batch, extra=policy))
+        return batches
+
+    def begin(
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        budget: int,
+        note: Callable[[str], None],
+    ) -> Sequence[Example]:
+        """Sample a few prompts first: rewards of 0, or near 1, say that training is not due."""
+        for name in self.grader.models:
+            check_reward_model(name, network.others[name])
+        chosen = watching.spread(examples)
+        rollouts = self.roll_out(network, chosen, max(4, self.generations), seeded())
+        verdict = watching.precheck(rollouts.score_PG, self.grader.bounded)
+        if verdict.refused and not self.force:
+            raise RecipeError(verdict.text + " To train all the same: --set objective.force=true")
+        note(verdict.text)
+        return examples
+
+    def validation_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """Minus the mean reward of one completion of each prompt, drawn the same way each time."""
+        rollouts = self.roll_out(network, examples, 1, seeded())
+        return -float(rollouts.score_PG.mean(dtype=np.float64))
+
+    def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """What the network says of the prompts themselves, without a draw."""
+        from luthier.objectives.logprobs import mean_nll
+
+        return mean_nll(network, [_read(example) for example in examples], budget)
+
+    def report(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
+        """Rewards and lengths of the rollouts, and means over the tokens that were learned from."""
+        policies: list[Policy] = [batch.extra for batch in batches]
+        tokens = sum(len(policy.weight_M) for policy in policies)
+        names = dict.fromkeys(name for policy in policies for name in policy.sums)
+        means = {name: sum(p.sums.get(name, 0.0) for p in policies) / tokens for name in names}
+        return policies[0].rollouts.report() | means
+
+    def advice(self, lines: Sequence[Mapping[str, Any]]) -> str:
+        """Whether the reward has stopped rising, or nothing is left to tell completions apart by."""
+        return watching.advice(lines)
+
+    def samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
+        """The best and the worst completions of the step."""
+        policies: list[Policy] = [batch.extra for batch in batches]
+        kl = {place: value for policy in policies for place, value in policy.kl_R.items()}
+        each = policies[0].rollouts.each
+        order = sorted(range(len(each)), key=lambda place: (-each[place].score, place))
+        return [_record(each[place], kl.get(place)) for place in watching.extremes(order)]
+
+
+def seeded() -> torch.Generator:
+    """The draws of a measurement."""
+    import torch
+
+    return torch.Generator().manual_seed(MEASURED_SEED)
+
+
+def asked(row: Row) -> tuple[tuple[Message, ...], str | None]:
+    """The turns that a completion answers, and the text it is compared with where the row has one."""
+    if row.messages is None:
+        return (Message("user", row.prompt or ""),), row.expected or row.completion
+    if row.messages[-1].role == "assistant":
+        return row.messages[:-1], row.expected or row.messages[-1].content
+    return row.messages, row.expected
+
+
+def _answer(example: Example, reply: str) -> Answer:
+    assert example.given is not None
+    messages, expected = asked(example.given)
+    return Answer(messages, reply, expected, example.given)
+
+
+def _read(example: Example) -> Example:
+    """The prompt as a text; its last token comes twice, so that at least one is predicted."""
+    prompt_T: IntArray = example.ids_T if example.source_T is None else example.source_T
+    first_T = example.ids_T if example.source_T is None else example.ids_T[:1]
+    ids_T = np.concatenate([first_T, prompt_T[-1:] if example.source_T is None else prompt_T])
+    weight_T = np.ones(len(ids_T), dtype=np.float32)
+    weight_T[0] = 0
+    return Example(ids_T, weight_T, example.row, source_T=example.source_T)
+
+
+def _record(rollout: Rollout, kl: float | None) -> dict[str, Any]:
+    row = rollout.prompt.given
+    assert row is not None
+    messages, expected = asked(row)
+    return {
+        "line": row.line,
+        "prompt": messages[-1].content,
+        "expected": expected,
+        "completion": rollout.reply,
+        "reward": rollout.score,
+        "tokens": len(rollout),
+        "stopped": rollout.completion.stopped,
+        "kl": kl,
+    }

@@ -1,0 +1,100 @@
+"""What to look at before and while a model learns from rewards.
+
+Whether training is due at all is Amazon Bedrock's advice for reinforcement fine-tuning: a model
+that never earns a reward needs supervised fine-tuning first, as there is nothing to reinforce, and
+one that nearly always does needs none.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.types import Example, FloatArray
+
+PROMPTS = 8
+"""Prompts sampled before the first step."""
+ENOUGH = 0.95
+"""Mean reward from which on there is too little left to gain."""
+WINDOW = 20
+"""Steps that are compared with as many before them."""
+KEPT = 8
+"""Completions of a step that are kept: the best and the worst."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the samples before the first step say."""
+
+    text: str
+    refused: bool = False
+
+
+def spread(examples: Sequence[Example], count: int = PROMPTS) -> list[Example]:
+    """``count`` rows, evenly from first to last."""
+    every = max(1, len(examples) // count)
+    return list(examples[::every][:count])
+
+
+def precheck(score_PG: FloatArray, bounded: bool) -> Verdict:
+    """Judge the scores of some completions; ``bounded`` ones are from 0 to 1."""
+    mean, what = float(score_PG.mean()), f"{score_PG.size} completions of {len(score_PG)} prompts"
+    if bounded and score_PG.max() <= 0:
+        return Verdict(
+            f"none of {what} earns a reward, so there is nothing to reinforce. Tune the model on good "
+            "replies first (--objective sft), use an easier grader (a mix that rewards the form too), "
+            "or allow more tokens (objective.max_completion_tokens).",
+            refused=True,
+        )
+    if bounded and mean >= ENOUGH:
+        return Verdict(
+            f"{what} have a mean reward of {mean:.2f} before any training: there is next to nothing "
+            "left to gain. Use the model as it is, or harder prompts.",
+            refused=True,
+        )
+    differ = int((score_PG.max(1) > score_PG.min(1)).sum())
+    text = f"before training, {what} have a mean reward of {mean:.3f}"
+    return Verdict(f"{text}; for {differ} of the prompts the rewards differ")
+
+
+def extremes(order: Sequence[int], count: int = KEPT) -> list[int]:
+    """The first and the last of ``order``, ``count`` in all."""
+    if len(order) <= count:
+        return list(order)
+    half = count // 2
+    return [*order[: count - half], *order[len(order) - half :]]
+
+
+def advice(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What the last steps say, compared with those before them; empty while all is well."""
+    if len(lines) < 2 * WINDOW:
+        return ""
+    before, now = lines[-2 * WINDOW : -WINDOW], lines[-WINDOW:]
+    step = now[-1]["step"]
+    equal = _mean(now, "equal_groups")
+    if equal > 0.9:
+        return (
+            f"in {equal:.0%} of the groups up to step {step} all completions have the same reward, and "
+            "teach nothing: use harder or easier prompts, a finer grader, or a higher temperature"
+        )
+    gain = _mean(now, "reward") - _mean(before, "reward")
+    if gain <= _noise(before, now):
+        return (
+            f"the reward has not risen in the {WINDOW} steps up to step {step} "
+            f"({_mean(before, 'reward'):.3f}, then {_mean(now, 'reward'):.3f}); look at the texts "
+            "with `luthier samples` before training longer"
+        )
+    return ""
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:
+    return statistics.fmean(line[name] for line in lines)
+
+
+def _noise(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> float:
+    """Standard error of the difference of two mean rewards."""
+    spreads = [statistics.pvariance([line["reward"] for line in part]) for part in (before, now)]
+    return math.sqrt(sum(spreads) / WINDOW)
