@@ -17,7 +17,10 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
+from luthier.data.prompts import RULES as PROMPT_RULES
 from luthier.data.rows import RULES as ROW_RULES
+from luthier.distillation.insights import RULES as INSIGHT_RULES
+from luthier.distillation.recipe import Asking, DistilRecipe, InsightSpec, TeacherSpec
 from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.graders import GRADERS
 from luthier.models.catalog import CATALOG
@@ -44,6 +47,7 @@ def main() -> int:
                 *_head(),
                 *_commands(),
                 *_recipe(),
+                *_distillation(),
                 *_pretraining(),
                 *_methods(),
                 *_support(),
@@ -130,6 +134,27 @@ def _recipe() -> list[str]:
     return [*lines, *_fields(rows)]
 
 
+def _distillation() -> list[str]:
+    lines = [
+        "## Recipe of a distillation",
+        "",
+        "Fields of a TOML recipe for `luthier distil`, of its `--set NAME=VALUE` and of",
+        "`luthier.distil(…)`, beside those above: `base` is the student, `data.train` the prompts.",
+        "",
+    ]
+    rows = [_field("", "method", DistilRecipe)]
+    groups: tuple[tuple[str, type[BaseModel]], ...] = (
+        ("teacher.", TeacherSpec),
+        ("sampling.", Asking),
+        ("insights.", InsightSpec),
+    )
+    for prefix, cls in groups:
+        rows += [_field(prefix, name, cls) for name in cls.model_fields]
+    rules = ["Prompts and answers are rejected by these rules:", "", "| rule | meaning |"]
+    rules += ["| --- | --- |", *(f"| `{rule}` | {text} |" for rule, text in INSIGHT_RULES.items())]
+    return [*lines, *_fields(rows), *rules, ""]
+
+
 def _pretraining() -> list[str]:
     lines = [
         "## Recipe of a pre-training",
@@ -160,16 +185,29 @@ def _methods() -> list[str]:
     for title, prefix, table in (
         ("Objectives", "objective.", OBJECTIVES),
         ("Adaptations", "adaptation.", ADAPTATIONS),
+        ("Graders", "", GRADERS),
     ):
-        lines += [f"## {title}", ""]
+        lines += [f"## {title}", "", *ABOUT.get(title, [])]
         for name, cls in table.items():
             lines += [f"### `{name}`", "", (cls.__doc__ or "").strip().splitlines()[0], ""]
-            rows = [_field(prefix, field, cls) for field in cls.model_fields if field != "method"]
+            plain = [
+                f for f, info in cls.model_fields.items() if f != "method" and not info.exclude
+            ]
+            rows = [_field(prefix or f"{name}.", field, cls) for field in plain]
             lines += _fields(rows) if rows else []
-    lines += ["## Graders", ""]
-    for name, grader in GRADERS.items():
-        lines.append(f"- `{name}`: {(grader.__doc__ or '').strip().splitlines()[0]}")
-    return [*lines, ""]
+    return lines
+
+
+ABOUT = {
+    "Graders": [
+        "Each gives a reply a score, from 0 to 1 unless it says otherwise. On the command line:",
+        "`luthier evaluate MODEL DATA --grader number --set number.tolerance=0.01`, or",
+        "`--grader FILE.toml` with a table for each grader, under a name of your own, with its",
+        '`method` and fields. In Python: `graders=[{"method": "number", "tolerance": 0.01}]`, or',
+        "objects.",
+        "",
+    ]
+}
 
 
 FAMILIES = {
@@ -254,7 +292,8 @@ def _field(prefix: str, name: str, cls: type[BaseModel]) -> tuple[str, str, str,
     )
     kinds = [schema.get("type"), *(part.get("type") for part in schema.get("anyOf", []))]
     kind = ", ".join(map(str, choices)) if choices else next((k for k in kinds if k), "text")
-    default = "" if info.is_required() or info.default is None else f"`{info.default}`"
+    chosen = None if info.is_required() else info.get_default(call_default_factory=True)
+    default = "" if chosen is None else f"`{chosen}`"
     return f"{prefix}{name}", kind, default, (info.description or "").replace("\n", " ")
 
 
@@ -277,10 +316,8 @@ def _models() -> list[str]:
 
 def _rules() -> list[str]:
     lines = ["## Rules a data file is checked by", "", "| rule | meaning |", "| --- | --- |"]
-    return [
-        *lines,
-        *(f"| `{rule}` | {text} |" for rule, text in {**ROW_RULES, **TOKEN_RULES}.items()),
-    ]
+    rules = {**ROW_RULES, **PROMPT_RULES, **TOKEN_RULES}
+    return [*lines, *(f"| `{rule}` | {text} |" for rule, text in rules.items())]
 
 
 if __name__ == "__main__":

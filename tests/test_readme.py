@@ -19,6 +19,8 @@ import typer
 import luthier
 from luthier.cli.app import app
 from luthier.data.rows import load_rows
+from luthier.distillation.recipe import DistilRecipe
+from luthier.graders import graders_named
 from luthier.recipe import Recipe, set_field
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +60,15 @@ def all_commands(program: str) -> list[Any]:
     ]
 
 
+def check_graders(fields: dict[str, Any]) -> None:
+    for method, own in fields.items():
+        graders_named([{"method": method, **own}])
+
+
+KINDS = {"evaluate": check_graders, "distil": DistilRecipe.parse}
+"""What ``--set`` gives fields of, by command; a recipe elsewhere."""
+
+
 def check(command: str) -> None:
     """Follow a command down the tree of commands; each option must be there and take its value."""
     words = shlex.split(command)[1:]
@@ -83,9 +94,11 @@ def check(command: str) -> None:
                 assert words, f"{name} needs a value"
                 value = words.pop(0)
                 if name == "--set" and not HOLES.search(value):
-                    fields: dict[str, Any] = {"data": {"train": "x"}}
+                    fields = {"data": {"train": "x"}} if node.name != "evaluate" else {}
+                    if node.name == "distil":
+                        fields["teacher"] = {"model": "x"}
                     set_field(fields, value)
-                    Recipe.parse(fields)
+                    KINDS.get(node.name, Recipe.parse)(fields)
     many = any(param.nargs == -1 for param in places)
     assert many or len(given) <= len(places), f"{given} are too many arguments"
     if given or not HOLES.search(command):

@@ -8,13 +8,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
-    from luthier.sdk import Model, evaluate, load, pretrain, student, tune
+    from luthier.sdk import Model, distil, evaluate, load, pretrain, student, tune
 
-__all__ = ["Model", "Recipe", "__version__", "evaluate", "load", "pretrain", "student", "tune"]
+__all__ = [
+    "Model",
+    "Recipe",
+    "__version__",
+    "distil",
+    "evaluate",
+    "load",
+    "pretrain",
+    "student",
+    "tune",
+]
 
 _HOMES = {
     "Recipe": "luthier.recipe",
     "Model": "luthier.sdk",
+    "distil": "luthier.sdk",
     "evaluate": "luthier.sdk",
     "load": "luthier.sdk",
     "pretrain": "luthier.sdk",

@@ -10,6 +10,7 @@
     │   └── RunConflict         the name is taken, or there is nothing to resume
     ├── DownloadError           a source could not be read, or gave other bytes than pinned
     ├── CorruptFile             a stored file no longer matches its recorded hash
+    ├── GradingFailed           a grader raised, hung, or gave no score; carries each problem
     ├── Diverged                the loss is no longer a finite number
     └── Interrupted             exit 130: stopped by the user; the run can be resumed
 
@@ -103,6 +104,21 @@ class DownloadError(LuthierError):
 
 class CorruptFile(LuthierError):
     """A stored file no longer matches the hash recorded beside it."""
+
+
+class GradingFailed(LuthierError):
+    """A grader raised, hung, or gave no usable score. All problems are kept, the first five printed."""
+
+    shown = 5
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: Sequence[Problem] = tuple(problems)
+        count = len(self.problems)
+        lines = [f"{count} answer{'s' if count != 1 else ''} could not be graded."]
+        lines += [f"  {problem}" for problem in self.problems[: self.shown]]
+        if count > self.shown:
+            lines.append(f"  … and {count - self.shown} more.")
+        super().__init__("\n".join(lines))
 
 
 class Diverged(LuthierError):

@@ -197,15 +197,20 @@ def read_toml(path: Path) -> dict[str, Any]:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path} is not a readable TOML recipe: {error}") from error
+    return with_paths(fields, path.parent)
+
+
+def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Put ``folder`` before the paths under ``[data]``, in place; returns ``fields``."""
     data = fields.get("data")
     mixed = data.get("mix", []) if isinstance(data, dict) else []
     for group in (data, *(mixed if isinstance(mixed, list) else [])):
         for key in ("train", "validation") if isinstance(group, dict) else ():
             value = group.get(key)
             if isinstance(value, str):
-                group[key] = str(path.parent / value)
+                group[key] = str(folder / value)
             elif isinstance(value, list):
-                group[key] = [str(path.parent / str(each)) for each in value]
+                group[key] = [str(folder / str(each)) for each in value]
     return fields
 
 

@@ -45,6 +45,8 @@ class Row:
     tokens: tuple[str, ...] | None = None
     """Words of a sentence, each with one of ``tags``."""
     tags: tuple[str, ...] | None = None
+    expected: str | None = None
+    """Answer that a reply to what is only asked is graded by; it is never learned."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
+from luthier.cli.tuning import print_result
+from luthier.engine.runs import Result
 from luthier.files import read_json, sha256_of, write_json
 from luthier.models.catalog import CATALOG, MANIFEST
 
@@ -181,6 +183,14 @@ def test_tune_prints_one_object_and_nothing_else(
     assert manifest["data"]["sha256"] == {str(data): sha256_of(data)}
     for name in ("loss.svg", "loss.png"):
         assert (Path(result["run_dir"]) / name).stat().st_size > 1000
+
+
+def test_what_a_result_warns_of_is_printed(
+    tuned: tuple[Path, dict[str, Any], str, str], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tuned[1]["warnings"] == []
+    print_result(Result(**{**tuned[1], "warnings": ("nothing [of that] was learned",)}))
+    assert "nothing [of that] was learned" in capsys.readouterr().out
 
 
 def test_tune_without_json_tells_choices_and_next_steps(
@@ -540,6 +550,29 @@ def test_evaluate_grades_and_writes_every_answer(home: Path, data: Path, tmp_pat
     assert report["scores"] == {"exact": 0.5, "first_line": 0.75}
     base = read_json(home / "models" / "custom" / "tiny-llama" / "colours" / MANIFEST)["parent"]
     assert Answer("evaluate", base, str(held), "--json").good().json()["scores"]["exact"] == 0
+
+
+def test_graders_take_fields_from_the_command_line_and_from_files(
+    home: Path, tmp_path: Path
+) -> None:
+    held = jsonl(tmp_path / "held.jsonl", {"prompt": "colour of coal?", "completion": "BLACK"})
+    fields = ["--grader", "exact", "--set", "exact.ignore_case=true"]
+    report = Answer("evaluate", MODEL, str(held), *fields, "--json").good().json()
+    assert report["scores"] == {"exact": 1.0}
+    file = tmp_path / "graders.toml"
+    file.write_text(
+        '[form]\nmethod = "regex"\npattern = "^[a-z]+$"\n'
+        '[both]\nmethod = "mix"\nparts = { a = "exact", b = { method = "regex", pattern = "k" } }\n'
+    )
+    graders = ["--grader", str(file), "--set", "both.weights.b=3", "--set", "form.match=whole"]
+    report = Answer("evaluate", MODEL, str(held), *graders, "--json").good().json()
+    assert report["scores"] == {"form": 1.0, "both": 0.75}
+    refused = Answer("evaluate", MODEL, str(held), "--set", "number.tolerance=1").refused()
+    assert "--set takes GRADER.FIELD=VALUE of one of exact" in refused
+    refused = Answer("evaluate", MODEL, str(held), "--grader", "number").refused()
+    assert "held.jsonl:1: [grader.no_number]" in refused
+    refused = Answer("evaluate", MODEL, str(held), "--grader", "code").refused()
+    assert "set allow_code=true" in refused
 
 
 def test_evaluate_refuses_what_cannot_be_graded(home: Path, data: Path, tmp_path: Path) -> None:

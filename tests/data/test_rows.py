@@ -150,7 +150,21 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
         "own shape",
     ),
     ("row.mixed_shapes", [CHAT, TEXT], 2, 'is {"text"}', 'as {"messages"}'),
-    ("field.missing", [{"prompt": "a"}], 1, '"completion" is missing', 'Add "completion"'),
+    ("field.missing", [PAIR, {"prompt": "a"}], 2, '"completion" is missing', 'Add "completion"'),
+    (
+        "field.type",
+        [{"prompt": "a", "expected": 4}],
+        1,
+        '"expected" must be a string',
+        "one string",
+    ),
+    (
+        "row.mixed_shapes",
+        [{"prompt": "a"}, PAIR],
+        2,
+        'is {"prompt", "completion"}, but the first row (line 1) is {"prompt"}',
+        "of its own shape",
+    ),
     ("field.missing", [{"completion": "a"}], 1, '"prompt" is missing', 'Add "prompt"'),
     (
         "field.missing",

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from luthier.engine.metrics import MetricsFile, draw_loss_curve, smooth
+from luthier.engine.metrics import MetricsFile, draw_loss_curve, learned_nothing, smooth
 
 
 def line(step: int, loss: float, event: str = "train") -> dict[str, Any]:
@@ -71,6 +71,28 @@ def test_a_line_that_a_kill_cut_short_is_not_read(metrics: MetricsFile) -> None:
     metrics.cut(1)
     metrics.append(line(2, 0.5))
     assert [record["step"] for record in metrics.read()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("held", "silent"),
+    [
+        ((2.0, 1.5), True),
+        ((2.0, 1.5, 2.5), True),
+        ((2.0, 1.97, 1.99), False),
+        ((2.0, 2.3), False),
+        ((-2.0, -2.5), True),
+        ((-2.0, -2.01), False),
+        ((), True),  # nothing to measure on
+    ],
+)
+def test_a_validation_loss_that_hardly_falls_is_told(held: tuple[float, ...], silent: bool) -> None:
+    lines = [line(step, 5.0 - step) for step in range(4)]
+    lines += [line(step, loss, "validation") for step, loss in enumerate(held)]
+    said = learned_nothing(lines, 2e-3)
+    assert (said is None) is silent
+    if said:
+        assert f"{held[0]:.4f} before" in said and f"{min(held):.4f} at" in said
+        assert "--learning-rate 5.0e-04" in said and "luthier search" in said
 
 
 def test_the_curve_is_drawn_as_svg_and_png(tmp_path: Path) -> None:

@@ -222,7 +222,9 @@ def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
     held = write_rows(tmp_path / "b.jsonl", [{"prompt": "say", "completion": "B B B B"}] * 2)
     training = {"max_steps": 12, "learning_rate": 0.05, "evaluate_every": 1, "warmup_share": 0.0}
     data = {"train": str(held), "validation": str(held)}
-    base = train.train(recipe(training, data=data, name="good")).model_id
+    good = train.train(recipe(training, data=data, name="good"))
+    assert good.warnings == []
+    base = good.model_id
     data = {"train": str(recipe().data.train), "validation": str(held)}
     result = train.train(recipe(training, data=data, base=base))
     measured = [line["loss"] for line in metrics_of(result) if line["event"] == "validation"]
@@ -230,6 +232,11 @@ def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
     assert result.steps == 3  # the patience
     assert result.validation_loss == measured[0]
     assert stored_loss(result.model_id, held) == pytest.approx(stored_loss(base, held), abs=1e-5)
+    (warning,) = result.warnings
+    assert (
+        warning.startswith("next to nothing was learned") and "--learning-rate 1.3e-02" in warning
+    )
+    assert manifest_of(result)["metrics"]["warnings"] == [warning]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(

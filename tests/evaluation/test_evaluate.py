@@ -10,10 +10,10 @@ import pytest
 
 import luthier
 from luthier.data.rows import load_rows
-from luthier.errors import DataError, RecipeError, UnknownModel
-from luthier.evaluation.evaluate import grade, questions
+from luthier.errors import DataError, GradingFailed, RecipeError, UnknownModel
+from luthier.evaluation.evaluate import check, grade, questions
 from luthier.evaluation.parity import Parity
-from luthier.graders import GRADERS, exact, first_line
+from luthier.graders import Answer, Exact, FirstLine, Grader, Number
 from luthier.types import Message, Row
 
 PAIR = Row("f", 1, prompt="What?", completion="That.")
@@ -45,7 +45,7 @@ def test_raw_text_has_no_reply() -> None:
 
 def test_scores_are_means_and_every_answer_is_kept() -> None:
     rows = [PAIR, CHAT, Row("f", 3, prompt="x", completion="A\nB")]
-    result = grade(rows, ["That.", "3", "A\nC"], {"exact": exact, "first_line": first_line})
+    result = grade(rows, ["That.", "3", "A\nC"], {"exact": Exact(), "first_line": FirstLine()})
     assert result.rows == 3
     assert result.scores == {"exact": pytest.approx(1 / 3), "first_line": pytest.approx(2 / 3)}
     assert [answer.scores["exact"] for answer in result.answers] == [1.0, 0.0, 0.0]
@@ -56,14 +56,39 @@ def test_scores_are_means_and_every_answer_is_kept() -> None:
     json.dumps(result.plain())
 
 
-def test_any_function_of_two_texts_grades() -> None:
-    result = grade([PAIR], ["abc"], {"length": lambda reply, expected: len(reply) / 10})
-    assert result.scores == {"length": pytest.approx(0.3)}
+class Length(Grader):
+    method: str = "length"
+
+    def score(self, answer: Answer) -> float:
+        return len(answer.reply) / 10
+
+
+def test_a_grader_of_one_s_own_grades() -> None:
+    result = grade([PAIR, CHAT], ["abc", ""], {"length": Length()})
+    assert result.scores == {"length": pytest.approx(0.15)}
+    assert "ungraded" not in result.plain()
+
+
+def test_a_reply_that_cannot_be_graded_fails_or_scores_zero() -> None:
+    replies = ["x" * 11, "x" * 5]
+    with pytest.raises(GradingFailed, match=r"f:1: \[grader\.range\] grader `length` gave 1\.1"):
+        grade([PAIR, CHAT], replies, {"length": Length()})
+    result = grade([PAIR, CHAT], replies, {"length": Length()}, on_error="zero")
+    assert result.scores == {"length": pytest.approx(0.25)}
+    assert result.plain()["ungraded"] == 1
+    assert [problem.line for problem in result.problems] == [1]
+
+
+def test_rows_that_a_grader_cannot_compare_with_are_refused_before_a_model_is_loaded() -> None:
+    check([PAIR, CHAT], {"exact": Exact()})
+    with pytest.raises(DataError, match=r"f:1: \[grader\.no_number\]") as caught:
+        check([PAIR, CHAT], {"exact": Exact(), "number": Number()})
+    assert [problem.line for problem in caught.value.problems] == [1]
 
 
 def test_there_must_be_a_reply_for_each_row() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        grade([PAIR, CHAT], ["one"], GRADERS)
+        grade([PAIR, CHAT], ["one"], {"exact": Exact()})
 
 
 def test_a_model_is_asked_and_graded(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from luthier.graders import GRADERS, exact, first_line
+from luthier.graders import Answer, Exact, FirstLine
+from luthier.types import Message, Row
+
+
+def answer(reply: str, expected: str) -> Answer:
+    return Answer((Message("user", "?"),), reply, expected, Row("f", 1))
 
 
 @pytest.mark.parametrize(
@@ -23,7 +28,7 @@ from luthier.graders import GRADERS, exact, first_line
     ],
 )
 def test_exact(reply: str, expected: str, score: float) -> None:
-    assert exact(reply, expected) == score
+    assert Exact().grade([answer(reply, expected)]) == [score]
 
 
 @pytest.mark.parametrize(
@@ -38,12 +43,23 @@ def test_exact(reply: str, expected: str, score: float) -> None:
     ],
 )
 def test_first_line(reply: str, expected: str, score: float) -> None:
-    assert first_line(reply, expected) == score
+    assert FirstLine().grade([answer(reply, expected)]) == [score]
 
 
-def test_all_graders_score_from_0_to_1_and_a_copy_scores_1() -> None:
-    assert set(GRADERS) == {"exact", "first_line"}
-    for grade in GRADERS.values():
-        assert grade("some text\nmore", "some text\nmore") == 1.0
-        assert grade("some text", "another") == 0.0
-        assert isinstance(grade("a", "a"), float)
+@pytest.mark.parametrize(
+    ("reply", "expected", "fields", "score"),
+    [
+        ("YES", "yes", {"ignore_case": True}, 1.0),
+        ("STRASSE", "straße", {"ignore_case": True}, 1.0),
+        ("YES.", "yes", {"ignore_case": True}, 0.0),
+        ("“yes”,  it is!", "yes it is", {"ignore_punctuation": True}, 1.0),
+        ("Yes!", "yes", {"ignore_punctuation": True}, 0.0),
+        ("Yes!", "yes", {"ignore_punctuation": True, "ignore_case": True}, 1.0),
+        ("3", "-3", {"ignore_punctuation": True}, 1.0),
+    ],
+)
+def test_what_may_be_ignored(
+    reply: str, expected: str, fields: dict[str, bool], score: float
+) -> None:
+    assert Exact(**fields).score(answer(reply, expected)) == score
+    assert FirstLine(**fields).score(answer(f"{reply}\nmore", expected)) == score

@@ -134,8 +134,8 @@ def test_the_neurons_that_stay_are_those_of_the_largest_product(
                 theirs.mlp.up_proj.weight[neuron],
                 theirs.mlp.down_proj.weight[:, neuron],
             )
-            lengths = [float((part.detach().double() ** 2).sum() ** 0.5) for part in parts]
-            scores.append(lengths[0] * lengths[1] * lengths[2])
+            largest = [max(abs(weight) for weight in part.tolist()) for part in parts]
+            scores.append(largest[0] * largest[1] * largest[2])
         best = sorted(sorted(range(64), key=lambda neuron: -scores[neuron])[:10])
         assert torch.equal(ours.mlp.gate_proj.weight, theirs.mlp.gate_proj.weight[best])
         assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight[:, best])
@@ -167,6 +167,39 @@ def test_a_classifier_keeps_its_head_when_channels_go(
     torch.testing.assert_close(answers(student), answers(teacher), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("task", ["masked_lm", "sequence_classification", "embedding"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_narrow_encoder_is_found_inside_a_wide_one(
+    family: str, task: Any, teacher_of: Teacher
+) -> None:
+    """A small network is planted at chosen channels and heads of a wide one that is nearly 0 there."""
+    head = Head(task, ("no", "yes") if task == "sequence_classification" else ())
+    teacher = teacher_of(family, head)
+    small: Any = shrink(teacher, plan(teacher, StudentShape(hidden=16)))
+    assert (small.config.hidden_size, small.config.num_attention_heads) == (16, 2)
+    with torch.no_grad():
+        for weight in small.parameters():
+            weight.copy_(torch.randn_like(weight).abs() + 1)
+        for weight in teacher.parameters():
+            weight.mul_(1e-3)
+        channel = torch.tensor([1, 2, 3, 5, 8, 9, 12, 13, 17, 20, 21, 22, 25, 28, 30, 31])
+        inner = torch.cat([torch.arange(8), torch.arange(16, 24)])  # heads 0 and 2
+        wide = dict(teacher.named_parameters())
+        for name, weight in small.named_parameters():
+            places = []
+            for axis, size in enumerate(weight.shape):
+                if size == wide[name].shape[axis]:
+                    places.append(torch.arange(size))
+                    continue
+                across = re.search(r"query|key|value", name) and axis == 0
+                into = "attention.output.dense.weight" in name and axis == 1
+                places.append(inner if across or into else channel)
+            wide[name][torch.meshgrid(*places, indexing="ij")] = weight
+    found: Any = shrink(teacher, plan(teacher, StudentShape(hidden=16)))
+    for name, weight in small.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+
+
 @pytest.mark.parametrize(
     ("family", "shape", "said"),
     [
@@ -176,7 +209,9 @@ def test_a_classifier_keeps_its_head_when_channels_go(
         ("llama", StudentShape(hidden=40), "--hidden 40 is more than the 32"),
         ("llama", StudentShape(hidden=21), "no multiple of 4 heads.*give --hidden 20"),
         ("gpt2", StudentShape(heads=2), "width of a head follows from both"),
-        ("bert", StudentShape(hidden=16), "layer norms subtract a mean"),
+        ("bert", StudentShape(heads=2), "the heads of a bert fill its width.*give --hidden 16"),
+        ("roberta", StudentShape(hidden=12), "heads of this roberta have 8 channels.*such as"),
+        ("bert", StudentShape(hidden=40), "--hidden 40 is more than the 32"),
         ("t5", StudentShape(hidden=16), "Cut --layers and --intermediate"),
         ("albert", StudentShape(intermediate=16), "one that is repeated"),
         ("palm", StudentShape(heads=2), "and this is of type palm"),

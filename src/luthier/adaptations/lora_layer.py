@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from luthier.models.packing import packed_weight
 from luthier.models.rounding import Rounding
 
 
@@ -124,9 +125,12 @@ class LoRALinear(nn.Module):
     def _product(self, flat: Tensor, bias: Tensor | None) -> Tensor:
         """``[N, in]`` to ``[N, out]``, the update first (see the top of this file)."""
         a, b = self.lora_A.weight, self.lora_B.weight
+        if (packed := packed_weight(self.base_layer)) is not None:  # decoding, without gradients
+            y = packed.onto(torch.mm(torch.mm(flat, a.t()) * self.scale, b.t()), flat)
+            return y if bias is None else y + bias
         if not (self.training and self.dropout.p > 0):
-            y: Tensor = _LowRankLinear.apply(flat, self, bias, a, b, self.scale)  # type: ignore[no-untyped-call]
-            return y
+            own: Tensor = _LowRankLinear.apply(flat, self, bias, a, b, self.scale)  # type: ignore[no-untyped-call]
+            return own
         z = nn.functional.linear(self.dropout(flat), a) * self.scale
         y = frozen_product(flat, self, torch.mm(z, b.t()))
         return y if bias is None else y + bias

@@ -14,6 +14,7 @@ from luthier.errors import DataError, Problem, RecipeError
 from luthier.types import Message
 
 if TYPE_CHECKING:
+    from luthier.graders import Grader, OnError
     from luthier.store.models import StoredModel
     from luthier.types import Row
 
@@ -157,6 +158,8 @@ def evaluate(
     model_id: str,
     data: Path,
     graders: Sequence[str],
+    assignments: Sequence[str],
+    on_error: OnError,
     max_tokens: int,
     target: Path | None,
     as_json: bool,
@@ -164,14 +167,13 @@ def evaluate(
     """Grade a model's replies to held-out rows."""
     from luthier.cli import predicting
     from luthier.data.rows import load_rows
-    from luthier.evaluation.evaluate import questions
+    from luthier.evaluation.evaluate import check
     from luthier.files import write_bytes
-    from luthier.graders import graders_named
     from luthier.serving.generation import Generator
     from luthier.serving.measuring import measure
     from luthier.store.models import find, objective_of
 
-    chosen = graders_named(graders)
+    chosen = _graders(graders, assignments)
     check_output(target)
     rows = load_rows(data)
     stored = find(model_id)
@@ -181,12 +183,12 @@ def evaluate(
     if target is None and all(row.text is not None for row in rows):
         _perplexity(stored, rows, as_json)
         return
-    questions(rows)  # refuses rows without a reply before the model is loaded
+    check(rows, chosen)
     with heavy_imports():
         generator = Generator.open(stored)
     started = time.monotonic()
     with counting(len(rows), "evaluate") as done:
-        result = measure(generator, rows, chosen, max_tokens, done)
+        result = measure(generator, rows, chosen, max_tokens, done, on_error)
     seconds = time.monotonic() - started
     if target is not None:
         fields = ("prompt", "reply", "expected", "scores")
@@ -198,6 +200,27 @@ def evaluate(
     else:
         for name, score in result.scores.items():
             sys.stdout.write(f"{name}: {score:.2%} of {result.rows} rows ({seconds:.0f} s)\n")
+        for problem in result.problems[:5]:
+            sys.stdout.write(f"scored 0: {problem}\n")
+        if result.problems:
+            sys.stdout.write(f"{len(result.problems)} replies could not be graded and score 0\n")
+
+
+def _graders(given: Sequence[str], assignments: Sequence[str]) -> dict[str, Grader]:
+    """Graders by name or from TOML files, with fields from ``NAME.FIELD=VALUE``."""
+    from luthier.graders import Spec, graders_named, read_graders
+    from luthier.recipe import set_field
+
+    specs: dict[str, Spec] = {}
+    for name in given:
+        specs |= read_graders(Path(name)) if name.endswith(".toml") else {name: name}
+    for assignment in assignments:
+        if assignment.partition("=")[0].partition(".")[0].strip() not in specs:
+            raise RecipeError(
+                f"--set takes GRADER.FIELD=VALUE of one of {', '.join(specs)}; got {assignment!r}"
+            )
+        set_field(specs, assignment)
+    return graders_named(specs)
 
 
 def _perplexity(stored: StoredModel, rows: Sequence[Row], as_json: bool) -> None:

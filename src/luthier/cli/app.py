@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from luthier.cli.models import models_app
+from luthier.cli.options import Adaptation, Base, Data, Json, Mix, Objective, Validation
 from luthier.cli.shrinking import student
 
 app = typer.Typer(
@@ -23,28 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="Base models and custom models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
-
-_OBJECTIVES = (
-    "sft, causal_lm, masked_lm, span_corruption, bilm, classification, semi_supervised, regression, "
-    "token_classification or contrastive; chosen by the rows when not given. With a teacher (--set "
-    "objective.teacher=ID): logit_distillation, on_policy_distillation, encoder_distillation or "
-    "embedding_distillation."
-)
-_ADAPTATIONS = (
-    "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters, prompt or prefix."
-)
-Data = Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")]
-Validation = Annotated[Path | None, typer.Option(help="Rows to measure on.")]
-Mix = Annotated[
-    list[str] | None,
-    typer.Option(help="Further rows: FILE=RATIO, so many for each row of the main file."),
-]
-Base = Annotated[str | None, typer.Option(help="Model to start from.")]
-Objective = Annotated[str | None, typer.Option(help=_OBJECTIVES)]
-Adaptation = Annotated[str | None, typer.Option(help=_ADAPTATIONS)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
 def _named(
@@ -117,6 +98,20 @@ def tune(
     }
     with errors(json_):
         tuning.tune(data, flags, set_ or [], resume, json_)
+
+
+@app.command()
+def pipeline(
+    file: Annotated[Path, typer.Argument(help="TOML file with the stages.")],
+    check: Annotated[bool, typer.Option("--check", help="Check all stages, train none.")] = False,
+    json_: Json = False,
+) -> None:
+    """Run several tunings as one, each from a model of an earlier one; done stages are not repeated."""
+    from luthier.cli import pipelining
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        pipelining.pipeline(file, check, json_)
 
 
 @app.command()
@@ -217,6 +212,54 @@ def search(
 
 
 @app.command()
+def distil(
+    data: Annotated[
+        Path, typer.Argument(metavar="PROMPTS", help="Prompts (.jsonl, .txt), or a recipe (.toml).")
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="Model id, or https://host/v1#model of an endpoint.")
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="Model that learns.")] = None,
+    method: Annotated[str | None, typer.Option(help="responses.")] = None,
+    teacher_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint.")] = None,
+    teacher_model: Annotated[str | None, typer.Option(help="Its name for the teacher.")] = None,
+    teacher_key_env: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with its key; OPENAI_API_KEY if not given."),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    grader: Annotated[str | None, typer.Option(help="Accept answers by this grader only.")] = None,
+    validation: Validation = None,
+    name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
+    adaptation: Adaptation = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any field: KEY=VALUE, e.g. teacher.concurrency=8."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted one.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Let a teacher answer your prompts, and tune a student on the answers."""
+    from luthier.cli import distilling
+    from luthier.cli.console import errors
+
+    named = {
+        "teacher": teacher, "url": teacher_url, "model": teacher_model, "key_env": teacher_key_env
+    }  # fmt: skip
+    flags = _named(validation, student, name, None, adaptation, None) | {
+        "method": method,
+        "sampling.max_tokens": max_tokens,
+        "sampling.temperature": temperature,
+        "insights.grader": grader,
+    }
+    with errors(json_):
+        distilling.distil(data, named, flags, set_ or [], resume, json_)
+
+
+@app.command()
 def inspect(
     data: Annotated[Path, typer.Argument(help="JSONL or text file.")],
     base: Annotated[str, typer.Option(help="Model whose template is shown.")] = (
@@ -295,7 +338,22 @@ def evaluate(
     data: Annotated[
         Path, typer.Argument(help="JSONL of prompts and replies, of labelled texts, or raw text.")
     ],
-    grader: Annotated[list[str] | None, typer.Option(help="exact or first_line.")] = None,
+    grader: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A grader's name, such as exact, or a TOML file of graders; again for more."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME.FIELD=VALUE", help="A field of a grader, by its name."),
+    ] = None,
+    on_grader_error: Annotated[
+        Literal["fail", "zero"],
+        typer.Option(
+            help="What a reply that cannot be graded does: fail, or score zero and be counted."
+        ),
+    ] = "fail",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
     json_: Json = False,
@@ -305,7 +363,9 @@ def evaluate(
     from luthier.cli.console import errors
 
     with errors(json_):
-        answering.evaluate(model, data, grader or ["exact"], max_tokens, output, json_)
+        answering.evaluate(
+            model, data, grader or ["exact"], set_ or [], on_grader_error, max_tokens, output, json_
+        )
 
 
 @app.command()
@@ -316,61 +376,6 @@ def demo(json_: Json = False) -> None:
 
     with errors(json_):
         demonstration.run(json_)
-
-
-@models_app.command("list")
-def models_list(json_: Json = False) -> None:
-    """List base models and custom models."""
-    from luthier.cli import inventory
-    from luthier.cli.console import errors
-
-    with errors(json_):
-        inventory.list_models(json_)
-
-
-@models_app.command("show")
-def models_show(model: str, json_: Json = False) -> None:
-    """Show what a model is, where its files are, and that they are intact."""
-    from luthier.cli import inventory
-    from luthier.cli.console import errors
-
-    with errors(json_):
-        inventory.show(model, json_)
-
-
-@models_app.command("pull")
-def models_pull(model: str, json_: Json = False) -> None:
-    """Fetch a base model."""
-    from luthier.cli import inventory
-    from luthier.cli.console import errors
-
-    with errors(json_):
-        inventory.pull_model(model, json_)
-
-
-@models_app.command("export")
-def models_export(
-    model: str,
-    folder: Path,
-    merged: Annotated[bool, typer.Option("--merged", help="Fold the adapter in.")] = False,
-    json_: Json = False,
-) -> None:
-    """Write a model as a Hugging Face directory, or an adapter as PEFT's."""
-    from luthier.cli import inventory
-    from luthier.cli.console import errors
-
-    with errors(json_):
-        inventory.export_model(model, folder, merged, json_)
-
-
-@models_app.command("remove")
-def models_remove(model: str, json_: Json = False) -> None:
-    """Delete a custom model, or a base model made here, and its run."""
-    from luthier.cli import inventory
-    from luthier.cli.console import errors
-
-    with errors(json_):
-        inventory.remove(model, json_)
 
 
 def main() -> None:

@@ -102,6 +102,16 @@ class LiveReporter(Reporter):
         self.console.print("Chosen for this run (override with --set NAME=VALUE):")
         self.console.print(table)
 
+    def counted(self, done: int, total: int, what: str) -> None:
+        """Move a bar with the time left; the last one takes it down."""
+        if not self.console.is_terminal:
+            return
+        if self._progress is None:
+            self._open(total, what)
+        self._progress.update(self._task, completed=done, text=what)
+        if done >= total:
+            self.close()
+
     def recorded(self, line: Mapping[str, Any], steps: int) -> None:
         """Move the bar."""
         if not self.console.is_terminal:
@@ -129,7 +139,7 @@ class LiveReporter(Reporter):
             self._progress.stop()
             self._progress = None
 
-    def _open(self, steps: int) -> None:
+    def _open(self, steps: int, name: str = "tune") -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -148,7 +158,7 @@ class LiveReporter(Reporter):
             console=self.console,
         )
         self._progress.start()
-        self._task = self._progress.add_task("tune", total=steps, text="")
+        self._task = self._progress.add_task(name, total=steps, text="")
 
 
 @contextmanager

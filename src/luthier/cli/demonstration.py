@@ -6,10 +6,11 @@ import time
 from contextlib import closing
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.cli.console import LiveReporter, counting, print_json
 from luthier.cli.tuning import print_result
+from luthier.graders import Answer, FirstLine, Grader
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
@@ -59,23 +60,29 @@ def run(as_json: bool) -> None:
 
 def _measure(model_id: str, test: Path, label: str) -> Evaluation:
     from luthier.data.rows import load_rows
-    from luthier.graders import first_line
     from luthier.serving.generation import Generator
     from luthier.serving.measuring import measure
     from luthier.store.models import find
 
     rows = load_rows(test)
     generator = Generator.open(find(model_id))
-    graders = {"routing label": first_line, "house style": _house_style}
+    graders = {"routing label": FirstLine(), "house style": HouseStyle()}
     with counting(len(rows), f"asking the {label} model") as done:
         return measure(generator, rows, graders, 80, done)
 
 
-def _house_style(reply: str, expected: str) -> float:
+class HouseStyle(Grader):
     """1 when the reply has a label line, and is signed as the sample's replies are."""
-    lines = reply.strip().split("\n")
-    labelled = lines[0].startswith("[route: ") and lines[0].endswith("]")
-    return float(labelled and lines[-1].strip() == expected.strip().split("\n")[-1])
+
+    method: Literal["house_style"] = "house_style"
+    watched = False
+
+    def score(self, answer: Answer) -> float:
+        """1 or 0."""
+        lines = answer.reply.strip().split("\n")
+        labelled = lines[0].startswith("[route: ") and lines[0].endswith("]")
+        signature = self.expected_of(answer).strip().split("\n")[-1]
+        return float(labelled and lines[-1].strip() == signature)
 
 
 def _show(model_id: str, scores: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier.cli.console import LiveReporter, print_json
 from luthier.errors import CorruptFile, RecipeError
+from luthier.files import luthier_home
 from luthier.models.catalog import CATALOG, MANIFEST
 from luthier.store.models import (
     StoredModel,
@@ -15,6 +16,7 @@ from luthier.store.models import (
     custom_models,
     find,
     pretrained_models,
+    short_name,
 )
 
 
@@ -230,8 +232,10 @@ def remove(model_id: str, as_json: bool) -> None:
     base, colon, name = model_id.partition(":")
     made_here = not colon and model_id not in CATALOG
     run = BaseRun(base) if made_here else Run(base, name)
+    beside = [] if made_here else [luthier_home() / "distillations" / short_name(base) / name]
     # An empty name, or `..`, would take the models beside it, too.
-    known = NAME_PATTERN.fullmatch(run.name) and (run.folder.exists() or run.model_folder.exists())
+    folders = (run.model_folder, run.folder, *beside)
+    known = NAME_PATTERN.fullmatch(run.name) and any(folder.exists() for folder in folders)
     if not known:
         raise RecipeError(
             f"{model_id!r} is no model that was made here, and no run; see `luthier models list`"
@@ -242,7 +246,7 @@ def remove(model_id: str, as_json: bool) -> None:
     if children:
         raise RecipeError(f"{', '.join(children)} was made from {model_id}; remove it first")
     with run.lock():
-        for folder in (run.model_folder, run.folder):
+        for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
     if as_json:
         print_json({"id": model_id, "removed": True})

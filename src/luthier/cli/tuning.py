@@ -34,7 +34,14 @@ def tune(
 
 def recipe_of(data: Path, flags: Mapping[str, Any], settings: Sequence[str]) -> Recipe:
     """The recipe of a data file or a TOML file, with flags and ``--set`` applied in this order."""
-    from luthier.recipe import Recipe, assign, parse_mix, read_toml, set_field
+    from luthier.recipe import Recipe
+
+    return Recipe.parse(fields_of(data, flags, settings))
+
+
+def fields_of(data: Path, flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """The same as plain values, for recipes that have further fields."""
+    from luthier.recipe import assign, parse_mix, read_toml, set_field
 
     fields = read_toml(data) if data.suffix == ".toml" else {"data": {"train": str(data)}}
     for key, value in flags.items():
@@ -43,7 +50,7 @@ def recipe_of(data: Path, flags: Mapping[str, Any], settings: Sequence[str]) -> 
             assign(fields, key.split("."), given)
     for setting in settings:
         set_field(fields, setting)
-    return Recipe.parse(fields)
+    return fields
 
 
 def print_result(result: Result) -> None:
@@ -64,6 +71,8 @@ def print_result(result: Result) -> None:
         f"({result.trained_weights / result.weights:.2%}) learned it, stored in "
         f"{result.saved_bytes / 1e6:,.2f} MB"
     )
+    for warning in result.warnings:
+        out.print(f"  {warning}", style="bold yellow", markup=False, soft_wrap=True)
     out.print(f"  loss curve  {result.run_dir}/loss.png", soft_wrap=True)
     objective = objective_of(find(result.model_id))
     verb = "chat {}" if objective.task == "causal_lm" else "tune DATA --base {}"

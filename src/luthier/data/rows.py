@@ -1,9 +1,10 @@
-"""Records to checked rows: seven shapes, told apart by their keys.
+"""Records to checked rows: eight shapes, told apart by their keys.
 
-``{"prompt", "completion"}``, ``{"messages": [{"role", "content"}, ...]}``, ``{"text"}``, and text
-with what it means: ``{"text", "label"}``, ``{"text", "rating"}``, ``{"tokens", "tags"}``,
-``{"anchor", "positive"}``. Text is never altered. A file with anything wrong in it is refused as a
-whole, with every problem.
+``{"prompt", "completion"}``, ``{"messages": [{"role", "content"}, ...]}``, ``{"text"}``, text with
+what it means: ``{"text", "label"}``, ``{"text", "rating"}``, ``{"tokens", "tags"}``,
+``{"anchor", "positive"}``, and what is only asked: ``{"prompt"}``, with the ``expected`` answer where
+there is one. Text is never altered. A file with anything wrong in it is refused as a whole, with every
+problem.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
     '{"text", "rating"}': ("rating",),
     '{"tokens", "tags"}': ("tokens",),
     '{"anchor", "positive"}': ("anchor", "positive"),
+    '{"prompt"}': ("prompt",),
 }
-_PAIR, _CHAT, _TEXT, _LABEL, _RATING, _TAGS, _PARTNERS = _SHAPES
+_PAIR, _CHAT, _TEXT, _LABEL, _RATING, _TAGS, _PARTNERS, _PROMPT = _SHAPES
 _ALL_SHAPES = ", ".join(_SHAPES)
 _RENAMES: Mapping[str, str] = {
     "instruction": "prompt",
@@ -91,7 +93,7 @@ _ROLE_RENAMES: Mapping[str, str] = {
 def load_rows(path: Path) -> list[Row]:
     """Read and check a whole file; raise ``DataError`` with every problem if there is any."""
     problems: list[Problem] = []
-    checker = _Checker(str(path), problems)
+    checker = Checker(str(path), problems)
     rows = [checker.row(line, record) for line, record in read_records(path, problems)]
     if problems:
         raise DataError(problems)
@@ -104,7 +106,7 @@ def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool
     A plain-text file is one document and comes as many rows (see ``read_records``). Checked is all
     that :func:`load_rows` checks but for repeated ids, which would have to be remembered.
     """
-    checker = _Checker(str(path), problems)
+    checker = Checker(str(path), problems)
     in_pieces = path.suffix.lower() in PLAIN_TEXT
     blank = True
     for line, record in read_records(path, problems, whole=False):
@@ -124,7 +126,7 @@ def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool
         yield Row(str(path), 1, text=""), True
 
 
-class _Checker:
+class Checker:
     """Checks the rows of one file in order; what it has seen is its state."""
 
     def __init__(self, file: str, problems: list[Problem]) -> None:
@@ -135,6 +137,7 @@ class _Checker:
         self.line_of_id: dict[str | int, int] = {}
 
     def report(self, rule: str, message: str, fix: str) -> None:
+        """Note what is wrong with the row in hand."""
         self.problems.append(Problem(self.file, self.line, rule, message, fix))
 
     def row(self, line: int, record: Record) -> Row | None:
@@ -157,7 +160,12 @@ class _Checker:
             prompt = self.text(record, "prompt")
             completion = self.text(record, "completion", target=True)
             return Row(self.file, line, prompt=prompt, completion=completion)
-        return None
+        return self.prompt(record) if shape == _PROMPT else None
+
+    def prompt(self, record: Record) -> Row:
+        """What is asked, and the answer expected where the row tells it."""
+        expected = self.text(record, "expected") if "expected" in record else None
+        return Row(self.file, self.line, prompt=self.text(record, "prompt"), expected=expected)
 
     def annotated(self, shape: str, record: Record) -> Row | None:
         """A text with its label or rating, or words with their tags."""
@@ -174,6 +182,7 @@ class _Checker:
             return None
 
     def check_id(self, value: object) -> None:
+        """Report an id that an earlier row has."""
         # By exact type: True is an int in Python and would collide with 1.
         if type(value) is not str and type(value) is not int:
             return
@@ -186,16 +195,18 @@ class _Checker:
     def shape_of(self, record: Record) -> str | None:
         """Name the shape by its keys, or report why there is not exactly one."""
         found = [shape for shape, keys in _SHAPES.items() if any(key in record for key in keys)]
-        if _PAIR in found or _CHAT in found:
+        if _PROMPT in found:
+            found.remove(_PAIR if self.only_asks(record) else _PROMPT)
+        if _PROMPT in found or _PAIR in found or _CHAT in found:
             # What else the row says of itself, its tags or rating, is no shape of its own.
-            found = [shape for shape in found if shape in (_PAIR, _CHAT, _TEXT)]
+            found = [shape for shape in found if shape in (_PAIR, _PROMPT, _CHAT, _TEXT)]
         elif len(found) > 1 and _TEXT in found:
             found.remove(_TEXT)  # the text of what is labelled
         if not found:
             self.report_unknown(record)
             return None
         if len(found) > 1:
-            keys = _listed(key for shape in found for key in _SHAPES[shape] if key in record)
+            keys = listed(key for shape in found for key in _SHAPES[shape] if key in record)
             message = f"The row mixes {len(found)} shapes: it has the keys {keys}."
             fix = f"Keep the keys of one shape and remove or rename the others: {_ALL_SHAPES}."
             self.report("row.ambiguous", message, fix)
@@ -211,11 +222,19 @@ class _Checker:
             return None
         return shape
 
+    def only_asks(self, record: Record) -> bool:
+        """Whether a row with a prompt is meant without a reply: none is there, misnamed or lost."""
+        if "completion" in record or (self.first and self.first[0] == _PAIR):
+            return False
+        misnamed = any(_RENAMES.get(key.strip().lower()) == "completion" for key in record)
+        return "expected" in record or not misnamed
+
     def report_unknown(self, record: Record) -> None:
-        has = f"it has the keys {_listed(record)}" if record else "it has no keys"
+        """Report keys that make no shape, with what to rename."""
+        has = f"it has the keys {listed(record)}" if record else "it has no keys"
         message = f"The row has none of the shapes {_ALL_SHAPES}: {has}."
-        fix = _rename_fix(record, ("messages",)) or _rename_fix(record, ("prompt", "completion"))
-        fix = fix or _rename_fix(record, ("text",))
+        fix = rename_fix(record, ("messages",)) or rename_fix(record, ("prompt", "completion"))
+        fix = fix or rename_fix(record, ("text",))
         fix = fix or f"Rename the keys so that the row has one of the shapes {_ALL_SHAPES}."
         self.report("row.unknown_shape", message, fix)
 
@@ -228,8 +247,8 @@ class _Checker:
             return value
         name = f'"{key}" of message {number}' if number else f'"{key}"'
         if key not in holder:
-            keys = _listed(holder) if holder else "none"
-            fix = _rename_fix(holder, (key,)) or f'Add "{key}", or remove the row.'
+            keys = listed(holder) if holder else "none"
+            fix = rename_fix(holder, (key,)) or f'Add "{key}", or remove the row.'
             self.report("field.missing", f"{name} is missing; the keys are {keys}.", fix)
         elif not isinstance(value, str):
             message = f"{name} must be a string, but is {json_kind(value)}."
@@ -241,7 +260,8 @@ class _Checker:
             self.report("field.empty", f"{name} {blank}{reason}.", fix)
         return None
 
-    def chat(self, value: object) -> Row | None:
+    def chat(self, value: object, answered: bool = True) -> Row | None:
+        """A conversation; ``answered`` wants the assistant's turn at its end."""
         if not isinstance(value, list):
             message = f'"messages" must be an array of objects, but is {json_kind(value)}.'
             fix = 'Write "messages": [{"role": "user", "content": "..."}, ...].'
@@ -255,10 +275,11 @@ class _Checker:
         messages = tuple(turn for turn in turns if turn is not None)
         # With a message missing or a role unknown, the order cannot be judged.
         if len(messages) == len(turns):
-            self.check_order([message.role for message in messages])
+            self.check_order([message.role for message in messages], answered)
         return Row(self.file, self.line, messages=messages)
 
     def message(self, number: int, item: object) -> Message | None:
+        """One turn; ``None`` when a problem was reported."""
         if not isinstance(item, dict):
             message = f"Message {number} must be an object, but is {json_kind(item)}."
             fix = 'Write each message as {"role": "...", "content": "..."}.'
@@ -274,6 +295,7 @@ class _Checker:
         return None if role is None or content is None else Message(role, content)
 
     def role(self, number: int, item: Record) -> str | None:
+        """Who speaks; ``None`` when a problem was reported."""
         if item.get("role") in _ROLES:
             return str(item["role"])
         role = self.text(item, "role", number)
@@ -290,13 +312,14 @@ class _Checker:
         self.report("message.role", message, fix)
         return None
 
-    def check_order(self, roles: Sequence[str]) -> None:
+    def check_order(self, roles: Sequence[str], answered: bool) -> None:
+        """Report the first turn that is not where it belongs."""
         start = 1 if roles[0] == "system" else 0
         for index in range(start, len(roles)):
             if roles[index] != ("user", "assistant")[(index - start) % 2]:
                 self.report_order(index + 1, roles)
                 break
-        if roles[-1] != "assistant":
+        if answered and roles[-1] != "assistant":
             number = len(roles)
             message = (
                 f"The last message (message {number}) has the role {roles[-1]}; it must be"
@@ -308,6 +331,7 @@ class _Checker:
             self.report("message.last", message, fix)
 
     def report_order(self, number: int, roles: Sequence[str]) -> None:
+        """Report turn ``number``, and how to mend the order."""
         role = roles[number - 1]
         if role == "system":
             message = f"Message {number} has the role system, which may only come first."
@@ -324,13 +348,14 @@ class _Checker:
         self.report("message.order", message, fix)
 
 
-def _listed(keys: Iterable[str]) -> str:
+def listed(keys: Iterable[str]) -> str:
+    """The first ten keys, for messages."""
     names = [shown(key) for key in keys]
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more
 
 
-def _rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
+def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
     """Say which near-misses to rename to the wanted keys; empty when there is none."""
     steps, absent = [], []
     for target in wanted:
@@ -338,7 +363,7 @@ def _rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
         if len(found) == 1:
             steps.append(f'rename {shown(found[0])} to "{target}"')
         elif found:
-            steps.append(f'join {_listed(found)} into "{target}"')
+            steps.append(f'join {listed(found)} into "{target}"')
         else:
             absent.append(f'add "{target}"')
     if not steps:

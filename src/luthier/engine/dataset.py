@@ -183,6 +183,8 @@ def _objective_for(row: Row, chat: ChatFormat) -> Objective:
     masks = chat.tokenizer.mask_token_id is not None
     tasks = ("masked_lm", "causal_lm") if masks else ("causal_lm", "masked_lm")
     kinds = [kind for kind in OBJECTIVES.values() if _shape(row) in kind.shapes]
+    if not kinds:
+        raise DataError([_unlearned(row, f"there is nothing to learn in {_named([_shape(row)])}.")])
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
     able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]
     return able[0] if able else kinds[0].model_validate({})
@@ -219,30 +221,31 @@ def _check_shapes(
     for row in [*rows, *held]:
         shape = _shape(row)
         if shape not in shapes:
-            other = _objective_for(row, chat).method
-            fix = f"Use --objective {other}, or bring the rows into the other form."
+            message = f"objective {objective.method} learns from {_named(shapes)}, and this row is "
+            problem = _unlearned(row, f"{message}{_named([shape])}.")
+            fix = problem.fix
+            if shape != "prompt_only":
+                other = _objective_for(row, chat).method
+                fix = f"Use --objective {other}, or bring the rows into the other form."
             if beside:
                 fix = f"Bring the rows into the form of {_named(shapes)}, or leave the file out."
             elif shape in objective.beside:
                 fix = f"Such rows are for a file of --mix; {_named(objective.shapes)} goes here."
-            problems.append(
-                Problem(
-                    row.file,
-                    row.line,
-                    "row.objective",
-                    f"objective {objective.method} learns from {_named(shapes)}, "
-                    f"and this row is {_named([shape])}.",
-                    fix,
-                )
-            )
+            problems.append(replace(problem, fix=fix))
     if problems:
         raise DataError(problems)
 
 
+def _unlearned(row: Row, message: str) -> Problem:
+    """A row that holds nothing to learn, which so far only prompts without replies do."""
+    fix = "Add the replies as `completion`, or let a teacher write them: luthier distil."
+    return Problem(row.file, row.line, "row.objective", message, fix)
+
+
 _FIELDS = {
     "messages": "messages",
-    "prompt": "prompt",
     "completion": "prompt",
+    "prompt": "prompt_only",
     "label": "label",
     "rating": "rating",
     "tags": "tags",
@@ -252,6 +255,7 @@ _FIELDS = {
 """What tells the shape of a row, in the order it is asked."""
 _SHAPES = {
     "prompt": "prompt and completion",
+    "prompt_only": "a prompt without a reply",
     "messages": "messages",
     "text": "raw text",
     "label": "text with labels",

@@ -10,6 +10,9 @@ from typing import Any
 
 from luthier.files import disk_errors, write_bytes
 
+LEAST_GAIN = 0.02
+"""Share of the validation loss below which a run is said to have learned nothing."""
+
 
 class Reporter:
     """Receives what a run has to say. This base says nothing; the command line draws it."""
@@ -22,6 +25,9 @@ class Reporter:
 
     def note(self, text: str) -> None:
         """Something worth knowing that is not an error."""
+
+    def counted(self, done: int, total: int, what: str) -> None:
+        """``done`` of ``total`` things called ``what`` are finished, in work that is no training."""
 
     def recorded(self, line: Mapping[str, Any], steps: int) -> None:
         """A line went to the metrics file; ``steps`` is the length of the run."""
@@ -53,6 +59,19 @@ class MetricsFile:
             return []
         # What follows the last line end was cut short by a kill, or is being written now.
         return [json.loads(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
+
+
+def learned_nothing(lines: Sequence[Mapping[str, Any]], rate: float) -> str | None:
+    """What to say of a run whose validation loss hardly fell, by the lines of its metrics."""
+    held = [line["loss"] for line in lines if line["event"] == "validation"]
+    if not held or held[0] - min(held) >= LEAST_GAIN * abs(held[0]):
+        return None
+    return (
+        f"next to nothing was learned: the validation loss was {held[0]:.4f} before the first step and "
+        f"{min(held):.4f} at its best. Unless the model knew the data already, the rate is too high "
+        f"for it, or far too low: try --learning-rate {rate / 4:.1e} (it was {rate:.1e}), or let "
+        "`luthier search` find one"
+    )
 
 
 def draw_loss_curve(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Result:
     """How many there are in all."""
     saved_bytes: int
     """Size of the custom model's weights on disk."""
+    warnings: list[str] = field(default_factory=list)
+    """What to know before the model is used."""
 
 
 class Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -25,7 +26,7 @@ from luthier.engine.devices import (
 )
 from luthier.engine.job import Job, acquainted, settle
 from luthier.engine.loop import Loop, row_gradients
-from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve
+from luthier.engine.metrics import MetricsFile, Reporter, draw_loss_curve, learned_nothing
 from luthier.engine.runs import ACTIVATIONS, KEPT, METRICS, SAMPLES, Result, Run, automatic_name
 from luthier.errors import LuthierError, RecipeError, RefusedInput
 from luthier.evaluation.parity import Parity
@@ -51,8 +52,15 @@ from luthier.types import Example
 PARITY_ROWS = 16
 
 
-def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None) -> Result:
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> Result:
     """Carry out ``recipe`` and return what came out; the model is stored and verified.
+
+    ``lineage`` is what the manifest is to say further of where the model comes from.
 
     Raises:
         RefusedInput: before any training, for data, recipe, model, memory, disk or name.
@@ -69,7 +77,8 @@ def train(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
             budget = run.recorded("micro_batch_tokens") if resume else None
             job = _prepare(recipe, base, machine, reporter, budget)
-            done = run.begin(_request(recipe, job), resume)
+            job = replace(job, origin={**job.origin, **(lineage or {})})
+            done = run.begin(job.request(recipe), resume)
         except BaseException:
             run.drop_if_empty()
             raise
@@ -105,17 +114,8 @@ def rehearse(
             "trials are compared on validation rows, and there are none; give --validation FILE, or "
             "at least 20 rows, of which some are held out"
         )
-    run.begin(_request(recipe, job), resume=True)
+    run.begin(job.request(recipe), resume=True)
     return Trainer(job, run, reporter).learn(resume=True)[1]
-
-
-def _request(recipe: Recipe, job: Job) -> dict[str, Any]:
-    return {
-        "recipe": recipe.plain(),
-        "data": job.data.hashes,
-        "luthier": __version__,
-        "micro_batch_tokens": job.recipe.training.micro_batch_tokens,
-    }
 
 
 def _prepare(
@@ -307,7 +307,7 @@ class Trainer:
             return_freed_memory()  # of the activations, before a second network is loaded
             manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
             draw_loss_curve(lines, fresh, run.model_id)
-            result = self._result(progress, fresh)
+            result = self._result(progress, fresh, lines)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
             manifest["metrics"] = metrics
             manifest["files"] = hashes_of(fresh)
@@ -352,8 +352,9 @@ class Trainer:
             },
         }
 
-    def _result(self, progress: Progress, stored: Path) -> Result:
+    def _result(self, progress: Progress, stored: Path, lines: list[dict[str, Any]]) -> Result:
         run = self.run_folder
+        warning = learned_nothing(lines, self.recipe.training.learning_rate or 0.0)
         return Result(
             model_id=run.model_id,
             run_dir=str(run.folder),
@@ -368,6 +369,7 @@ class Trainer:
             trained_weights=self.trained,
             weights=self.weights,
             saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
+            warnings=[warning] if warning else [],
         )
 
     def _sample(self) -> list[Example]:

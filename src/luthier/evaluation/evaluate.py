@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.errors import DataError, Problem
-from luthier.graders import Grader
+from luthier.graders import Answer, Grader, OnError, check_rows, graded
 from luthier.types import Message, Row
 
 
@@ -28,10 +28,13 @@ class Evaluation:
     scores: dict[str, float]
     rows: int
     answers: list[Graded]
+    problems: list[Problem] = field(default_factory=list)
+    """Why answers have score 0 that a grader could not grade, where that was asked for."""
 
     def plain(self) -> dict[str, Any]:
-        """Scores and count, without the answers."""
-        return {"rows": self.rows, "scores": self.scores}
+        """Scores and count, without the answers; how many could not be graded, if any."""
+        found: dict[str, Any] = {"rows": self.rows, "scores": self.scores}
+        return found | ({"ungraded": len(self.problems)} if self.problems else {})
 
 
 def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str]]:
@@ -63,15 +66,51 @@ def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str]]:
     return asked, expected
 
 
-def grade(rows: Sequence[Row], replies: Sequence[str], graders: Mapping[str, Grader]) -> Evaluation:
-    """Grade ``replies`` to ``rows`` with each of ``graders``."""
+def check(rows: Sequence[Row], graders: Mapping[str, Grader]) -> None:
+    """Refuse rows and graders that do not go together, before a model is loaded.
+
+    Raises:
+        DataError: naming each row without a reply, or with one that a grader cannot compare with.
+        RecipeError: from a grader that lacks something.
+    """
     asked, expected = questions(rows)
-    answers = [
+    check_rows(list(graders.values()), _answers(rows, asked, [""] * len(asked), expected))
+
+
+def grade(
+    rows: Sequence[Row],
+    replies: Sequence[str],
+    graders: Mapping[str, Grader],
+    on_error: OnError = "fail",
+) -> Evaluation:
+    """Grade ``replies`` to ``rows`` with each of ``graders``.
+
+    Raises:
+        GradingFailed: for an answer that a grader cannot grade, unless ``on_error`` is ``zero``.
+    """
+    asked, expected = questions(rows)
+    answers = _answers(rows, asked, replies, expected)
+    found = {name: graded(grader, answers, on_error) for name, grader in graders.items()}
+    told = [
         Graded(
-            messages[-1].content, reply, wanted, {n: g(reply, wanted) for n, g in graders.items()}
+            answer.prompt[-1].content,
+            answer.reply,
+            wanted,
+            {name: grades.scores[index] for name, grades in found.items()},
         )
-        for messages, reply, wanted in zip(asked, replies, expected, strict=True)
+        for index, (answer, wanted) in enumerate(zip(answers, expected, strict=True))
     ]
-    count = max(1, len(answers))
-    scores = {name: sum(a.scores[name] for a in answers) / count for name in graders}
-    return Evaluation(scores, len(answers), answers)
+    count = max(1, len(told))
+    scores = {name: sum(a.scores[name] for a in told) / count for name in graders}
+    problems = [problem for grades in found.values() for problem in grades.problems]
+    return Evaluation(scores, len(told), told, problems)
+
+
+def _answers(
+    rows: Sequence[Row],
+    asked: Sequence[Sequence[Message]],
+    replies: Sequence[str],
+    expected: Sequence[str],
+) -> list[Answer]:
+    each = zip(asked, replies, expected, rows, strict=True)
+    return [Answer(messages, reply, wanted, row) for messages, reply, wanted, row in each]

@@ -1,27 +1,57 @@
-"""Text to a score between 0 and 1. The same grader measures a model and rewards one in training."""
+"""Text to a score. The same grader measures a model and rewards one in training.
+
+One file for each way to score; this table is the map of the package.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from luthier.graders.base import Answer, Grader, Trouble, Ungraded
+from luthier.graders.code import Code
+from luthier.graders.exact import Exact, FirstLine
+from luthier.graders.json_schema import JsonSchema
+from luthier.graders.judge import Judge, Writer
+from luthier.graders.mix import Mix
+from luthier.graders.number import Number
+from luthier.graders.regex import Regex
+from luthier.graders.running import Grades, OnError, check_rows, graded
+from luthier.graders.similarity import Similarity
+from luthier.graders.specs import AnyGrader, Spec, grader_from, graders_named, read_graders
 
-from luthier.errors import RecipeError
-from luthier.graders.exact import exact, first_line
-
-Grader = Callable[[str, str], float]
-"""``grade(reply, expected)`` gives a score from 0 to 1."""
-
-GRADERS: dict[str, Grader] = {
-    "exact": exact,
-    "first_line": first_line,
+GRADERS: dict[str, type[Grader]] = {
+    "exact": Exact,
+    "first_line": FirstLine,
+    "number": Number,
+    "regex": Regex,
+    "similarity": Similarity,
+    "json_schema": JsonSchema,
+    "code": Code,
+    "judge": Judge,
+    "mix": Mix,
 }
 
-
-def graders_named(names: Sequence[str]) -> dict[str, Grader]:
-    """The graders called ``names``; :class:`RecipeError` for one that there is not."""
-    unknown = [name for name in names if name not in GRADERS]
-    if unknown:
-        raise RecipeError(f"unknown grader {unknown[0]!r}; there are {', '.join(GRADERS)}")
-    return {name: GRADERS[name] for name in names}
-
-
-__all__ = ["GRADERS", "Grader", "exact", "first_line", "graders_named"]
+__all__ = [
+    "GRADERS",
+    "Answer",
+    "AnyGrader",
+    "Code",
+    "Exact",
+    "FirstLine",
+    "Grader",
+    "Grades",
+    "JsonSchema",
+    "Judge",
+    "Mix",
+    "Number",
+    "OnError",
+    "Regex",
+    "Similarity",
+    "Spec",
+    "Trouble",
+    "Ungraded",
+    "Writer",
+    "check_rows",
+    "graded",
+    "grader_from",
+    "graders_named",
+    "read_graders",
+]

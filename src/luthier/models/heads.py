@@ -7,6 +7,7 @@ no ``[B, T, H]`` tensor, so heads are called on the hidden states of the nodes t
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,6 +64,8 @@ class Head:
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] = (
         "single_label_classification"
     )
+    bias: tuple[float, ...] = ()
+    """What the bias of a new head starts at, one number for each class; zeros when not given."""
 
     def settings(self) -> dict[str, Any]:
         """Fields of transformers' configuration that say so."""
@@ -186,6 +189,21 @@ def head_weights(model: nn.Module) -> set[str]:
     """Names of the weights of :func:`head_modules`, those shared with the network left out."""
     modules = tuple(f"{name}." for name in head_modules(model))
     return {n for n, _ in model.named_parameters() if modules and n.startswith(modules)}
+
+
+def start_bias(model: nn.Module, bias: Sequence[float], new: Collection[str]) -> None:
+    """Set the bias behind the scores of classes, if it is one of the ``new`` weights.
+
+    Heads of decoders that classify rows have none.
+    """
+    import torch
+
+    own = head_weights(model) & set(new)
+    last = [w for n, w in model.named_parameters() if n in own and n.endswith("bias")][-1:]
+    for weight in last:
+        if weight.shape == (len(bias),):
+            with torch.no_grad():
+                weight.copy_(torch.tensor(bias))
 
 
 def first_position(model: Any) -> int:

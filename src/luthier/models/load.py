@@ -22,6 +22,7 @@ from luthier.models.heads import (
     decoder_of,
     head_weights,
     mark,
+    start_bias,
     task_of,
 )
 from luthier.models.network import Network, TreeBatch
@@ -201,6 +202,7 @@ def load_model(
             f"{folder} ({kind}) has not all weights of the network: {len(missing)} are missing or "
             f"of another shape, {', '.join(missing[:3])} among them"
         )
+    start_bias(model, head.bias, {*loaded["missing_keys"], *other})
     on_device: nn.Module = model.to(device)
     return on_device
 

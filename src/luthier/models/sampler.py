@@ -22,6 +22,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.models import decoding, heads
+from luthier.models.packing import packed, packed_weight
 from luthier.models.prefix import prefix_tokens
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def sample(
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=network.device)
     found: list[list[Completion]] = [[] for _ in prompts]
     finished = 0
-    with _answering(network.model):
+    with _answering(network.model), packed(network.model):
         for indices, first, copies in _parts([len(p) for p in prompts], count, batch_size):
             row_R = np.concatenate([i * count + first + np.arange(copies) for i in indices])
             written = _write(
@@ -174,7 +175,7 @@ def _write(
     row_B = torch.arange(count, device=device)  # which row each of the batch is
     for step in range(max_tokens):
         uniform_B = uniform_RT[row_B, step] if choice.temperature > 0 else uniform_RT
-        token_B, logp_B = choice(network.logits(hidden_BH), uniform_B)
+        token_B, logp_B = choice(_logits(network, hidden_BH), uniform_B)
         ids_RT[row_B, step], logp_RT[row_B, step] = token_B, logp_B
         ends_B = torch.isin(token_B, stops) & ~stopped_R[row_B]
         length_R[row_B[ends_B]] = step + 1
@@ -192,6 +193,14 @@ def _write(
         Completion(ids[row, :size].copy(), logp[row, :size].copy(), stopped[row])
         for row, size in enumerate(lengths)
     ]
+
+
+def _logits(network: Network, hidden_BH: Tensor) -> Tensor:
+    """Scores of every token of the vocabulary, ``[B, V]``."""
+    head = packed_weight(network.model.get_output_embeddings())
+    if head is None:
+        return network.logits(hidden_BH)
+    return head.product(network.before_vocabulary(hidden_BH))
 
 
 def _check(

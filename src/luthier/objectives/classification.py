@@ -7,16 +7,18 @@ so the custom model loads there as ``AutoModelForSequenceClassification``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.errors import RowRefused
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
+from luthier.objectives.shares import check_shares, shares_of, sigmoid_bias, softmax_bias
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class Classification(Objective):
     method: Literal["classification"] = "classification"
     labels: tuple[str, ...] | None = None
     """The classes in the order of the head; from the training rows when not given."""
+    shares: tuple[float, ...] | None = None
+    """How frequent each class is, in the order of ``labels``; from the training rows when not given."""
     multi_label: bool | None = None
     """Whether a text may have several labels, or none; from the training rows when not given."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -42,25 +46,33 @@ class Classification(Objective):
     shapes: ClassVar[frozenset[str]] = frozenset({"label"})
     augments: ClassVar[bool] = True
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_shares(self.labels, self.shares)
+        return self
+
     def head(self) -> Head:
-        """One score for each class."""
+        """One score for each class; a new head starts with the shares of the classes."""
         kind: Literal["multi_label_classification", "single_label_classification"] = (
             "multi_label_classification" if self.multi_label else "single_label_classification"
         )
-        return Head(self.task, self.labels or (), kind)
+        bias = (sigmoid_bias if self.multi_label else softmax_bias)(self.shares or ())
+        return Head(self.task, self.labels or (), kind, bias)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Read the classes and whether rows have several."""
+        """Count the classes, and see whether rows have several."""
         several = any(isinstance(row.label, tuple) for row in rows)
         multi = several if self.multi_label is None else self.multi_label
-        found = self.labels or tuple(sorted({n for row in rows for n in names_of(row.label)}))
+        seen = Counter(name for row in rows for name in names_of(row.label))
+        found = self.labels or tuple(sorted(seen))
         if len(found) < (1 if multi else 2):
             raise RowRefused(
                 "label.one_class",
                 f"{len(rows)} rows have {len(found)} label{'s' * (len(found) != 1)} between them.",
                 "Add rows of at least one other class.",
             )
-        return self.model_copy(update={"labels": found, "multi_label": multi})
+        shares = self.shares or shares_of(found, seen, len(rows) if multi else None)
+        return self.model_copy(update={"labels": found, "multi_label": multi, "shares": shares})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text; the row's weight stands at its last token."""

@@ -25,12 +25,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
 from luthier.objectives.classification import Classification, cut_text, encode_text
+from luthier.objectives.shares import check_shares
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class SemiSupervised(Objective):
     method: Literal["semi_supervised"] = "semi_supervised"
     labels: tuple[str, ...] | None = None
     """The classes in the order of the head; from the labelled training rows when not given."""
+    shares: tuple[float, ...] | None = None
+    """How frequent each class is, in the order of ``labels``; from the labelled rows when not given."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Share of a text's likeliest label from which on it is learned."""
     unlabelled_weight: float = Field(default=1.0, gt=0)
@@ -66,10 +69,15 @@ class SemiSupervised(Objective):
     beside: ClassVar[frozenset[str]] = frozenset({"label", "text"})
     augments: ClassVar[bool] = True
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_shares(self.labels, self.shares)
+        return self
+
     @property
     def classifier(self) -> Classification:
         """What is left of it when all rows have labels."""
-        return Classification(labels=self.labels, multi_label=False)
+        return Classification(labels=self.labels, shares=self.shares, multi_label=False)
 
     def head(self) -> Head:
         """One score for each class."""
@@ -85,7 +93,7 @@ class SemiSupervised(Objective):
                 "objective classification"
             )
         found = self.classifier.fit(labelled, chat)
-        return self.model_copy(update={"labels": found.labels})
+        return self.model_copy(update={"labels": found.labels, "shares": found.shares})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text; a row without a label has the target -1 and the weight of such rows."""

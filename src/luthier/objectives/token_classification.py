@@ -6,15 +6,18 @@ its other pieces carry no loss. Left out: a conditional random field over the ta
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
+from pydantic import model_validator
 
 from luthier.errors import RowRefused
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
+from luthier.objectives.shares import check_shares, shares_of, softmax_bias
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -30,18 +33,25 @@ class TokenClassification(Objective):
     method: Literal["token_classification"] = "token_classification"
     labels: tuple[str, ...] | None = None
     """The tags in the order of the head; from the training rows when not given."""
+    shares: tuple[float, ...] | None = None
+    """How frequent each tag is, in the order of ``labels``; from the training rows when not given."""
 
     task: ClassVar[Task] = "token_classification"
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_shares(self.labels, self.shares)
+        return self
+
     def head(self) -> Head:
-        """One score for each tag."""
-        return Head(self.task, self.labels or ())
+        """One score for each tag; a new head starts with the shares of the tags."""
+        return Head(self.task, self.labels or (), bias=softmax_bias(self.shares or ()))
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Read the tags; both B- and I- of each entity get a place, also where one never occurs."""
-        seen = {tag for row in rows for tag in row.tags or ()}
+        """Count the tags; both B- and I- of each entity get a place, also where one never occurs."""
+        seen = Counter(tag for row in rows for tag in row.tags or ())
         kinds = sorted({tag[2:] for tag in seen if tag != "O"})
         if self.labels is None and not kinds:
             raise RowRefused(
@@ -49,8 +59,9 @@ class TokenClassification(Objective):
                 f"all words of {len(rows)} rows have the tag O.",
                 "Add rows with entities in them.",
             )
-        found = ("O", *(f"{edge}-{kind}" for kind in kinds for edge in "BI"))
-        return self.model_copy(update={"labels": self.labels or found})
+        found = self.labels or ("O", *(f"{edge}-{kind}" for kind in kinds for edge in "BI"))
+        shares = self.shares or shares_of(found, seen)
+        return self.model_copy(update={"labels": found, "shares": shares})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The words as one text; weight 1 on the first piece of each word.

@@ -1,8 +1,8 @@
-"""The Python face: ``luthier.tune``, ``pretrain``, ``student``, ``load``, ``evaluate``."""
+"""The Python face: ``luthier.tune``, ``distil``, ``student``, ``pretrain``, ``load``, ``evaluate``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from luthier.distillation import Distilled
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
     from luthier.engine.student import Student
     from luthier.evaluation.evaluate import Evaluation
+    from luthier.graders import OnError, Spec
     from luthier.recipe import Recipe
     from luthier.serving.generation import Generator
     from luthier.types import Message
@@ -55,6 +57,51 @@ def tune(
     for key, value in fields.items():
         assign(plain, key.split("__"), value)
     return train(Recipe.parse(plain), resume, reporter)
+
+
+def distil(
+    prompts: str | Path,
+    *,
+    teacher: str | None = None,
+    student: str | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> Distilled:
+    """Let a teacher answer prompts, and tune a student on the answers that are accepted.
+
+    Args:
+        prompts: a file of prompts or conversations, or a TOML recipe.
+        teacher: id of a local model, or ``https://host/v1#model`` for an OpenAI-compatible endpoint.
+        student: base or custom model that learns; the default base model when not given.
+        resume: go on with an interrupted distillation of the same name and settings.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of :class:`luthier.distillation.DistilRecipe` with ``__`` for the dot: those of
+            :func:`tune`, and for example ``sampling__max_tokens=256`` or ``insights__minimum=50``.
+
+    Returns:
+        The finished run of the student, and what the manifest says of the distillation.
+
+    Raises:
+        RefusedInput: for prompts or settings that cannot work, or too few accepted answers.
+        LuthierError: where the teacher cannot be reached; the answers so far are kept.
+    """
+    from luthier.distillation import DistilRecipe
+    from luthier.distillation import distil as run
+    from luthier.distillation.recipe import teacher_fields
+    from luthier.recipe import assign, read_toml
+
+    path = Path(prompts)
+    plain: dict[str, Any] = read_toml(path) if path.suffix == ".toml" else {"data": {"train": path}}
+    if isinstance(plain.get("teacher"), str):
+        plain["teacher"] = teacher_fields(plain["teacher"])
+    for key, value in (teacher_fields(teacher) if teacher else {}).items():
+        assign(plain, ["teacher", key], value)
+    if student is not None:
+        plain["base"] = student
+    for key, value in fields.items():
+        assign(plain, key.split("__"), value)
+    return run(DistilRecipe.parse(plain), resume, reporter)
 
 
 def pretrain(
@@ -187,14 +234,36 @@ def load(model_id: str) -> Model:
 
 
 def evaluate(
-    model: str | Model, data: str | Path, graders: Sequence[str] = ("exact",), max_tokens: int = 128
+    model: str | Model,
+    data: str | Path,
+    graders: Sequence[Spec] | Mapping[str, Spec] = ("exact",),
+    max_tokens: int = 128,
+    on_error: OnError = "fail",
 ) -> Evaluation:
-    """Let a model answer the prompts of a data file and grade the replies."""
+    """Let a model answer the prompts of a data file and grade the replies.
+
+    Args:
+        model: an id, or a model in memory.
+        data: rows of prompt and reply.
+        graders: methods by name, tables of ``method`` and fields, or :class:`luthier.graders.Grader`
+            objects; a mapping gives them names of your own.
+        max_tokens: of a reply at most.
+        on_error: what becomes of a reply that a grader cannot grade: ``fail``, or score ``zero``.
+
+    Returns:
+        Mean scores by the graders' names, and every answer.
+
+    Raises:
+        RefusedInput: before anything is written, for rows or graders that cannot work.
+        GradingFailed: with ``fail``, naming the row.
+    """
     from luthier.data.rows import load_rows
+    from luthier.evaluation.evaluate import check
     from luthier.graders import graders_named
     from luthier.serving.measuring import measure
 
     chosen = graders_named(graders)
     rows = load_rows(Path(data))
+    check(rows, chosen)
     opened = model if isinstance(model, Model) else load(model)
-    return measure(opened.generator, rows, chosen, max_tokens)
+    return measure(opened.generator, rows, chosen, max_tokens, on_error=on_error)

@@ -55,6 +55,17 @@ class Sampling:
             raise RecipeError("seed must be 0 or more, and below 2**63")
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A reply, and how it ended."""
+
+    text: str
+    finished: bool
+    """Whether the model ended it; else the limit of tokens cut it off."""
+    tokens: int
+    """Tokens of the text."""
+
+
 class Generator:
     """One model in memory, ready to answer."""
 
@@ -93,17 +104,33 @@ class Generator:
         done: Callable[[int], None] = lambda count: None,
     ) -> list[str]:
         """One reply to each prompt, in the order given. ``done`` hears how many are finished."""
+        return [answer.text for answer in self.answers(prompts, sampling, batch_size, done)]
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        done: Callable[[int], None] = lambda count: None,
+    ) -> list[Answer]:
+        """As :meth:`replies`, with how each of them ended."""
         encoded = [self._encode(prompt, sampling, index) for index, prompt in enumerate(prompts)]
         order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
-        answers: list[str] = [""] * len(encoded)
+        answers: dict[int, Answer] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            for index, reply in zip(
-                chosen, self._batch([encoded[i] for i in chosen], sampling), strict=True
-            ):
-                answers[index] = reply
+            batch = self._batch([encoded[index] for index in chosen], sampling)
+            answers.update(zip(chosen, batch, strict=True))
             done(start + len(chosen))
-        return answers
+        return [answers[index] for index in range(len(encoded))]
+
+    def refusal(self, prompt: Prompt, sampling: Sampling) -> str | None:
+        """Why the model cannot answer ``prompt`` at all; ``None`` where it can."""
+        try:
+            self._encode(prompt, sampling, 0)
+        except RecipeError as error:
+            return str(error)
+        return None
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """The reply to one prompt, in pieces as they are decoded.
@@ -136,7 +163,7 @@ class Generator:
             )
         return ids_T
 
-    def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[str]:
+    def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[Answer]:
         import torch
 
         # Ids of what the cache holds are never looked at: any will do.
@@ -158,13 +185,14 @@ class Generator:
             )
         # An encoder-decoder gives its reply alone, behind the token it starts from.
         first = width if self.chat.start_id is None else 1
-        return [self.chat.decode(self._reply(row[first:])) for row in out_BT]
+        return [self._answer(row[first:]) for row in out_BT]
 
-    def _reply(self, ids_T: Tensor) -> list[int]:
-        """Tokens before the first stop token."""
+    def _answer(self, ids_T: Tensor) -> Answer:
+        """The text before the first stop token."""
         ids: list[int] = ids_T.tolist()
         stops = [index for index, token in enumerate(ids) if token in self.chat.stop_ids]
-        return ids[: stops[0]] if stops else ids
+        reply = ids[: stops[0]] if stops else ids
+        return Answer(self.chat.decode(reply), bool(stops), len(reply))
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         settings: dict[str, Any] = {

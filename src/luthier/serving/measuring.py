@@ -11,7 +11,7 @@ from luthier.errors import RecipeError
 from luthier.evaluation.evaluate import Evaluation, grade, questions
 
 if TYPE_CHECKING:
-    from luthier.graders import Grader
+    from luthier.graders import Grader, OnError
     from luthier.serving.generation import Generator
     from luthier.store.models import StoredModel
     from luthier.types import Example, Row
@@ -26,13 +26,17 @@ def measure(
     graders: Mapping[str, Grader],
     max_tokens: int,
     done: Callable[[int], None] = lambda count: None,
+    on_error: OnError = "fail",
 ) -> Evaluation:
-    """Greedy replies to ``rows``, graded; ``done`` hears how many are finished."""
+    """Greedy replies to ``rows``, graded; ``done`` hears how many are finished.
+
+    ``on_error`` says what becomes of replies that a grader cannot grade.
+    """
     from luthier.serving.generation import Sampling
 
     asked, _ = questions(rows)
     replies = generator.replies(asked, Sampling(max_tokens=max_tokens), done=done)
-    return grade(rows, replies, graders)
+    return grade(rows, replies, graders, on_error)
 
 
 @dataclass(frozen=True)

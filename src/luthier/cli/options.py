@@ -1,0 +1,28 @@
+"""Arguments and options that several commands take. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_OBJECTIVES = (
+    "sft, causal_lm, masked_lm, span_corruption, bilm, classification, semi_supervised, regression, "
+    "token_classification or contrastive; chosen by the rows when not given. With a teacher (--set "
+    "objective.teacher=ID): logit_distillation, on_policy_distillation, encoder_distillation or "
+    "embedding_distillation."
+)
+_ADAPTATIONS = (
+    "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters, prompt or prefix."
+)
+Data = Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")]
+Validation = Annotated[Path | None, typer.Option(help="Rows to measure on.")]
+Mix = Annotated[
+    list[str] | None,
+    typer.Option(help="Further rows: FILE=RATIO, so many for each row of the main file."),
+]
+Base = Annotated[str | None, typer.Option(help="Model to start from.")]
+Objective = Annotated[str | None, typer.Option(help=_OBJECTIVES)]
+Adaptation = Annotated[str | None, typer.Option(help=_ADAPTATIONS)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

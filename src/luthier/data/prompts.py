@@ -1,0 +1,89 @@
+"""What is asked: the prompts of a file, for whoever answers them; their own replies stand aside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from luthier.data.read import PLAIN_TEXT, Record, read_records
+from luthier.data.rows import Checker, listed, rename_fix
+from luthier.errors import DataError, Problem
+from luthier.types import Message, Row
+
+RULES: Mapping[str, str] = {
+    "prompt.shape": "Prompts are asked for, and the row has neither a prompt nor messages.",
+    "prompt.mixed": "Some rows are prompts and others conversations.",
+    "grader.no_reference": "A grader is to compare with the row's own reply, and there is none.",
+    "prompt.unasked": "Without its last assistant turn, a conversation asks nothing.",
+}
+"""Rules of prompts; those of reading and of the texts themselves are in ``data.rows``."""
+
+
+def load_prompts(path: Path) -> list[Row]:
+    """Read a whole file for what it asks; raise ``DataError`` with every problem if there is any.
+
+    Rows are of the shape ``{"prompt"}``, or ``messages`` that end with the user's turn. A row's own
+    reply, its ``completion`` or the assistant's turn at the end of ``messages``, is no part of what is
+    asked: it becomes ``expected``, unless the row has that key itself. In a plain-text file each line
+    that is not blank is a prompt.
+    """
+    problems: list[Problem] = []
+    checker = _Checker(str(path), problems)
+    rows: list[Row | None] = []
+    for line, record in read_records(path, problems):
+        if path.suffix.lower() in PLAIN_TEXT:
+            texts = enumerate(str(record["text"]).split("\n"), 1)
+            rows += [Row(str(path), n, prompt=text.strip()) for n, text in texts if text.strip()]
+        else:
+            rows.append(checker.row(line, record))
+    if not rows and not problems:
+        fix = "Write one prompt on each line."
+        problems.append(Problem(str(path), 0, "file.empty", "The file holds no prompts.", fix))
+    if problems:
+        raise DataError(problems)
+    return [row for row in rows if row is not None]
+
+
+def messages_of(row: Row) -> tuple[Message, ...]:
+    """The turns that a reply to ``row`` follows."""
+    return row.messages or (Message("user", row.prompt or ""),)
+
+
+class _Checker(Checker):
+    """Checks rows for what they ask."""
+
+    def row(self, line: int, record: Record) -> Row | None:
+        self.line = line
+        if "id" in record:
+            self.check_id(record["id"])
+        if "prompt" not in record and "messages" not in record:
+            fix = rename_fix(record, ("prompt",)) or 'Write {"prompt": "..."} on each line.'
+            message = f"The row has neither a prompt nor messages: its keys are {listed(record)}."
+            self.report("prompt.shape", message, fix)
+            return None
+        key = "prompt" if "prompt" in record else "messages"
+        self.first = self.first or (key, line)
+        if self.first[0] != key:
+            message = f'The row has "{key}", but the first row (line {self.first[1]}) has not.'
+            self.report("prompt.mixed", message, "Move the row to a file of its own kind.")
+            return None
+        if key == "messages":
+            return self.turns(record)
+        reply = record.get("completion")
+        return self.prompt({"expected": reply, **record} if isinstance(reply, str) else record)
+
+    def turns(self, record: Record) -> Row | None:
+        """The turns of a conversation up to the last of the user."""
+        row = self.chat(record["messages"], answered=False)
+        if row is None or not row.messages:
+            return row
+        messages, expected = row.messages, None
+        if messages[-1].role == "assistant":
+            messages, expected = messages[:-1], messages[-1].content
+        if "expected" in record:
+            expected = self.text(record, "expected")
+        if not messages or messages[-1].role != "user":
+            fix = "Add the user's message, or remove the row."
+            self.report("prompt.unasked", "The messages hold no turn of the user to answer.", fix)
+        return replace(row, messages=messages, expected=expected)

@@ -1,0 +1,242 @@
+"""A teacher behind an OpenAI-compatible endpoint (``POST /chat/completions``), by the openai package.
+
+The package repeats what fails in passing: connections that cannot be made or break in the middle of an
+answer, timeouts, 408, 409, 429 and 5xx, after 0.5 to 8 seconds, or after the ``Retry-After`` of the
+endpoint up to two minutes. Added here: a longer ``Retry-After`` is waited for, an answer whose JSON
+breaks off is asked again, and prompts that failed all the same are tried once more when the others are
+through. What fails in a row ends the run instead, and the answers so far are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from luthier.distillation.journal import Reply
+from luthier.distillation.recipe import Asking, TeacherSpec
+from luthier.distillation.teachers import Done, Failure, Teacher
+from luthier.errors import LuthierError, RecipeError
+from luthier.types import Message
+
+if TYPE_CHECKING:
+    import openai
+
+IN_A_ROW = 5
+"""Prompts that may fail one after the other before the run ends."""
+LONGEST_WAIT = 3600.0
+"""Seconds of ``Retry-After`` that are waited for."""
+
+
+class EndpointTeacher(Teacher):
+    """Answers over the network, several questions at once."""
+
+    def __init__(self, spec: TeacherSpec) -> None:
+        if importlib.util.find_spec("openai") is None:
+            raise RecipeError("a teacher at an endpoint needs: pip install 'luthier[endpoint]'")
+        self.spec = spec
+        self.name = f"{spec.model} at {urlsplit(spec.url or '').netloc}"
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Address and name; what the endpoint makes of the name is its own affair."""
+        return {"url": self.spec.url, "model": self.spec.model}
+
+    def ask(
+        self,
+        questions: Sequence[Sequence[Message]],
+        sampling: Asking,
+        done: Done,
+        note: Callable[[str], None],
+    ) -> None:
+        """Ask all questions, the failed ones twice."""
+        key = os.environ.get(self.spec.key_env, "")
+        sent = (
+            f"the key of {self.spec.key_env} is sent" if key else f"{self.spec.key_env} is not set"
+        )
+        note(f"{self.name}: {sent}; {self.spec.concurrency} requests at once")
+        _run(_Session(self.spec, key, questions, sampling, done, note).all())
+
+
+class _Session:
+    """One round of questions and its connections."""
+
+    def __init__(
+        self,
+        spec: TeacherSpec,
+        key: str,
+        questions: Sequence[Sequence[Message]],
+        sampling: Asking,
+        done: Done,
+        note: Callable[[str], None],
+    ) -> None:
+        self.spec, self.key, self.questions = spec, key, questions
+        self.settings = _settings(spec, sampling)
+        self.done, self.note = done, note
+        self.failed: dict[int, Failure] = {}
+        self.in_a_row = 0
+        self.fatal: LuthierError | None = None
+
+    async def all(self) -> None:
+        """Ask everything; then once more what failed."""
+        import openai
+
+        async with openai.AsyncOpenAI(
+            base_url=self.spec.url,
+            api_key=self.key or "none",
+            max_retries=self.spec.retries,
+            timeout=self.spec.timeout,
+        ) as client:
+            await self._round(client, range(len(self.questions)))
+            if self.failed:
+                self.note(f"asking once more what got no answer: {len(self.failed)}")
+                again, self.failed = sorted(self.failed), {}
+                self.in_a_row = -len(again)  # they may all fail
+                await self._round(client, again)
+        for index, failure in self.failed.items():
+            self.done(index, failure)
+
+    async def _round(self, client: openai.AsyncOpenAI, indices: Sequence[int]) -> None:
+        waiting = iter(indices)
+        workers = min(self.spec.concurrency, len(indices))
+        await asyncio.gather(*(self._work(client, waiting) for _ in range(workers)))
+        if self.fatal is not None:
+            raise self.fatal
+
+    async def _work(self, client: openai.AsyncOpenAI, waiting: Iterator[int]) -> None:
+        """Take questions until there are none; one that ends the run lets the others finish theirs."""
+        for index in waiting:
+            try:
+                outcome = await self._one(client, self.questions[index])
+            except LuthierError as error:
+                self.fatal = self.fatal or error
+            else:
+                self._heard(index, outcome)
+            if self.fatal is not None:
+                return
+
+    def _heard(self, index: int, outcome: Reply | Failure) -> None:
+        if isinstance(outcome, Reply) or outcome.rule != "teacher.failed":
+            self.in_a_row = min(self.in_a_row, 0)
+            self.done(index, outcome)
+            return
+        self.in_a_row += 1
+        self.failed[index] = outcome
+        if self.in_a_row >= IN_A_ROW and self.fatal is None:
+            self.fatal = LuthierError(
+                f"{self.in_a_row} prompts in a row got no answer of {self.spec.model} "
+                f"({outcome.reason}). {_KEPT}, perhaps with a longer teacher.timeout"
+            )
+
+    async def _one(
+        self, client: openai.AsyncOpenAI, messages: Sequence[Message]
+    ) -> Reply | Failure:
+        """The answer to one conversation, or why there is none."""
+        import openai
+
+        turns: Any = [{"role": turn.role, "content": turn.content} for turn in messages]
+        for attempt in count(1):
+            try:
+                found = await client.chat.completions.create(messages=turns, **self.settings)
+                return _reply(found)
+            except openai.APIStatusError as error:
+                wait = _wait_asked_for(error)
+                if wait is None or attempt > self.spec.retries:
+                    return self._refused(error)
+                self.note(f"the endpoint asks to wait {wait:.0f} s")
+            except (openai.APIConnectionError, ValueError) as error:
+                # The package repeats what breaks on the way, but not what arrived in halves.
+                if isinstance(error, openai.APIConnectionError) or attempt > self.spec.retries:
+                    return self._unheard(error)
+                wait = min(0.5 * 2**attempt, 8.0)
+            await asyncio.sleep(wait)
+        raise AssertionError
+
+    def _refused(self, error: openai.APIStatusError) -> Failure:
+        """An answer that is an error: of this prompt alone, or of all there will be."""
+        code, said = error.status_code, self._said(error)
+        if code in (401, 403):
+            raise RecipeError(
+                f"{self.spec.url} refuses the key of {self.spec.key_env} (HTTP {code}). Set that "
+                "variable to a valid key, or name another with --teacher-key-env"
+            )
+        if code == 404:
+            raise RecipeError(f"{self.spec.url} has no model {self.spec.model!r}: {said}")
+        if code == 429:
+            raise LuthierError(f"{self.spec.url} still limits the rate: {said}. {_KEPT}")
+        rule = "teacher.failed" if code >= 500 or code in (408, 409) else "teacher.refused"
+        return Failure(rule, f"HTTP {code}: {said}")
+
+    def _unheard(self, error: Exception) -> Failure:
+        """No whole answer came, however often it was asked."""
+        import openai
+
+        cause = type(error.__cause__).__name__ if error.__cause__ else ""
+        if isinstance(error, openai.APITimeoutError) and cause != "ConnectTimeout":
+            return Failure("teacher.failed", f"none came within {self.spec.timeout:g} s")
+        if cause in ("ConnectError", "ConnectTimeout"):
+            raise LuthierError(
+                f"{self.spec.url} cannot be reached: {self._said(error.__cause__)}. {_KEPT}"
+            )
+        return Failure("teacher.failed", f"it broke off ({self._said(error)})")
+
+    def _said(self, error: BaseException | None) -> str:
+        """The error in one line, without the key that some endpoints repeat."""
+        body = getattr(error, "body", None)
+        text = str(body.get("message") or error) if isinstance(body, dict) else str(error)
+        text = " ".join(text.split())[:300] or type(error).__name__
+        return text.replace(self.key, "…") if self.key else text
+
+
+_KEPT = "The answers so far are kept; the same command with --resume goes on"
+
+
+def _settings(spec: TeacherSpec, sampling: Asking) -> dict[str, Any]:
+    """What is sent beside the messages. What is at its neutral value is left out: some refuse it."""
+    settings = {"model": spec.model, spec.limit: sampling.max_tokens}
+    if spec.limit == "max_tokens" or sampling.temperature > 0:
+        settings["temperature"] = sampling.temperature
+    if sampling.top_p < 1:
+        settings["top_p"] = sampling.top_p
+    if sampling.temperature > 0:
+        settings["seed"] = sampling.seed
+    return settings
+
+
+def _reply(found: Any) -> Reply:
+    """What came back, once it is certain to be an answer; :class:`ValueError` where it is none."""
+    choices = getattr(found, "choices", None)
+    if not choices or choices[0].message is None:
+        raise ValueError("the endpoint's answer holds no choices")
+    message, usage = choices[0].message, found.usage
+    text, finish = message.content or "", choices[0].finish_reason or "unknown"
+    if getattr(message, "refusal", None):
+        text, finish = message.refusal, "refusal"
+    # Half of a surrogate pair can come out of JSON, and no tokenizer takes it.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return Reply(text, str(finish), usage.completion_tokens if usage else None)
+
+
+def _wait_asked_for(error: openai.APIStatusError) -> float | None:
+    """Seconds of a ``Retry-After`` too long for the package's own patience."""
+    try:
+        wait = float(error.response.headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    return wait if 120 < wait <= LONGEST_WAIT else None
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end, also where a loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, work).result()

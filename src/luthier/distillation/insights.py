@@ -1,0 +1,176 @@
+"""Prompt insights: which prompts and answers the student learns from, and why not from the others.
+
+The name and the idea are Amazon Bedrock's; the rules are our own. Every rule is a plain check that can
+be repeated by eye; ``answer.refusal`` is a heuristic on English phrases, and misses others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.data.prompts import messages_of
+from luthier.distillation.journal import Reply
+from luthier.distillation.recipe import InsightSpec
+from luthier.distillation.teachers import Failure
+from luthier.graders import Answer, check_rows, graded
+from luthier.types import Row
+
+RULES: Mapping[str, str] = {
+    "prompt.duplicate": "An earlier row asks the same.",
+    "prompt.too_long": "The prompt has more characters than `insights.longest_prompt`.",
+    "teacher.refused": "The teacher takes no such prompt: too long for it, or refused by its endpoint.",
+    "teacher.failed": "No whole answer came, however often it was asked for.",
+    "answer.cut": "The answer was cut off, by `sampling.max_tokens` or otherwise.",
+    "answer.filtered": "The endpoint's own filter cut the answer off.",
+    "answer.empty": "The answer holds nothing but white space.",
+    "answer.too_short": "The answer has fewer characters than `insights.shortest_answer`.",
+    "answer.too_long": "The answer has more characters than `insights.longest_answer`.",
+    "answer.refusal": "The answer begins like a refusal (English phrases, a heuristic).",
+    "answer.context": "Prompt and answer have more tokens than the student's context.",
+    "grader.failed": "The grader has no score for the answer: it raised, hung or gave no number.",
+    "grader.score": "The grader gives the answer less than `insights.threshold`.",
+}
+"""Why a prompt is rejected."""
+REPEATED_SHARE = 0.1
+"""Share of the answers that may be one and the same before a warning."""
+
+_CANNOT = r"(?:can(?:no|')?t|can not|am (?:un|not )able to|won't|will not|must decline to)"
+_DO = (
+    r"(?:help|assist|comply|provide|answer|fulfill?|support|engage|discuss|create|generate|write|share"
+    r"|do that|give)\b"
+)
+_REFUSAL = re.compile(
+    rf"^(?:(?:i'm|i am) (?:very |so |really )?sorry,? (?:but )?(?:i {_CANNOT} {_DO}|that(?:'s| is) not)"
+    rf"|(?:sorry|unfortunately|apologies),? (?:but )?i {_CANNOT} {_DO}"
+    rf"|i {_CANNOT} (?:help|assist|comply|fulfill?|engage|do that)\b"
+    r"|(?:i'm sorry,? (?:but )?)?as an ai\b)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What became of one prompt."""
+
+    row: Row
+    answer: str | None = None
+    rule: str | None = None
+    """Rule that rejects it; ``None`` where it is accepted."""
+    reason: str = ""
+    score: float | None = None
+    """What the grader gave, where there is one."""
+
+    def plain(self) -> dict[str, Any]:
+        """One line of ``insights.jsonl``."""
+        asked: Any = self.row.prompt
+        if self.row.messages:
+            asked = [{"role": turn.role, "content": turn.content} for turn in self.row.messages]
+        line: dict[str, Any] = {
+            "line": self.row.line,
+            "accepted": self.rule is None,
+            "rule": self.rule,
+        }
+        line |= {"reason": self.reason or None, "score": self.score}
+        return {**line, "prompt": asked, "answer": self.answer}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over all prompts."""
+
+    prompts: int
+    accepted: int
+    rules: dict[str, int]
+    """Rejected prompts by rule, the most frequent first."""
+
+    @property
+    def lines(self) -> list[str]:
+        """A small table for people."""
+        table = [f"{count:>7,}  {rule:<17} {RULES[rule]}" for rule, count in self.rules.items()]
+        return [f"{self.accepted:,} of {self.prompts:,} prompts are accepted", *table]
+
+
+def check_grader(rows: Sequence[Row], spec: InsightSpec) -> None:
+    """Refuse a grader that lacks something, and rows it has nothing to compare with."""
+    if spec.grader is not None:
+        check_rows([spec.grader], [_answer(row, "") for row in rows])
+
+
+def _answer(row: Row, reply: str) -> Answer:
+    return Answer(messages_of(row), reply, row.expected, row)
+
+
+def unasked(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]:
+    """Rows that are rejected before anybody is asked, by their index."""
+    found: dict[int, Insight] = {}
+    line_of: dict[Any, int] = {}
+    for index, row in enumerate(rows):
+        turns = messages_of(row)
+        first = line_of.setdefault(tuple((t.role, t.content.strip()) for t in turns), row.line)
+        size = sum(len(turn.content) for turn in turns)
+        if first != row.line:
+            found[index] = Insight(row, None, "prompt.duplicate", f"the same as line {first}")
+        elif spec.longest_prompt is not None and size > spec.longest_prompt:
+            found[index] = Insight(row, None, "prompt.too_long", f"{size:,} characters")
+    return found
+
+
+def judged(
+    row: Row, outcome: Reply | Failure, spec: InsightSpec, overflow: Callable[[Row, str], str]
+) -> Insight:
+    """What an answer is worth. ``overflow`` says what does not fit the student; else empty."""
+    if isinstance(outcome, Failure):
+        return Insight(row, None, outcome.rule, outcome.reason)
+    answer = outcome.text.strip()
+    rule, reason = _fault(outcome.finish, answer, spec)
+    if rule is None and (reason := overflow(row, answer)):
+        rule = "answer.context"
+    score = None
+    if rule is None and spec.grader is not None:
+        grades = graded(spec.grader, [_answer(row, answer)], on_error="zero")
+        (score,) = grades.scores
+        if grades.problems:
+            rule, reason = "grader.failed", grades.problems[0].message
+        elif score < spec.threshold:
+            name = spec.grader.method
+            rule, reason = "grader.score", f"{name} {score:g}, {spec.threshold:g} is needed"
+    return Insight(row, answer, rule, reason, score)
+
+
+def summary(insights: Sequence[Insight]) -> Summary:
+    """Count them."""
+    rules = Counter(insight.rule for insight in insights if insight.rule)
+    rejected = sum(rules.values())
+    return Summary(len(insights), len(insights) - rejected, dict(rules.most_common()))
+
+
+def repeated(insights: Sequence[Insight]) -> str:
+    """A warning where one answer is given to many prompts; else empty."""
+    answers = Counter(each.answer for each in insights if each.rule is None)
+    if not answers:
+        return ""
+    answer, count = answers.most_common(1)[0]
+    if count < 3 or count <= REPEATED_SHARE * answers.total():
+        return ""
+    shown = str(answer) if len(str(answer)) <= 60 else f"{str(answer)[:59]}…"
+    return f"{count} of {answers.total()} accepted answers are the same: {shown!r}"
+
+
+def _fault(finish: str, answer: str, spec: InsightSpec) -> tuple[str | None, str]:
+    """The first rule that an answer breaks, and how; ``None`` where it breaks none."""
+    if finish in ("content_filter", "refusal"):
+        return {"content_filter": "answer.filtered", "refusal": "answer.refusal"}[finish], finish
+    if finish != "stop":
+        return "answer.cut", f"the teacher ended it with {finish!r}"
+    if not answer:
+        return "answer.empty", ""
+    if len(answer) < spec.shortest_answer:
+        return "answer.too_short", f"{len(answer):,} characters"
+    if spec.longest_answer is not None and len(answer) > spec.longest_answer:
+        return "answer.too_long", f"{len(answer):,} characters"
+    found = _REFUSAL.match(answer.replace("’", "'")) if spec.refusals else None
+    return ("answer.refusal", f"it begins with {found[0]!r}") if found else (None, "")

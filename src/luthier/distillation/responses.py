@@ -1,0 +1,301 @@
+"""Distillation by responses: the student is tuned on what the teacher answers.
+
+Kim and Rush 2016, Sequence-Level Knowledge Distillation (arXiv:1606.07947), section 3.2: the mode of
+the teacher's distribution over sequences, found by greedy search here and by beam search there, takes
+the place of the data. Left out: interpolation with the data's own replies (their section 3.3).
+
+What a distillation needs to go on after a kill lies in ``distillations/STUDENT/NAME``:
+
+    request.json     what was asked for
+    insights.jsonl   every prompt: accepted, or rejected by which rule
+    train.jsonl      what the student learns from
+
+The teacher's answers lie in its journal (``journal.py``), which all runs share, and the training is an
+ordinary run of `tune`, with its own checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from luthier import __version__
+from luthier.data.prompts import load_prompts, messages_of
+from luthier.distillation.base import Distilled
+from luthier.distillation.insights import (
+    Insight,
+    Summary,
+    check_grader,
+    judged,
+    repeated,
+    summary,
+    unasked,
+)
+from luthier.distillation.journal import Journal, Reply, journal_path, key_of
+from luthier.distillation.recipe import DistilRecipe
+from luthier.distillation.teachers import Failure, Teacher, teacher_of
+from luthier.engine.metrics import Reporter
+from luthier.engine.runs import Result, Run, automatic_name, same_request
+from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
+from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
+from luthier.objectives import OBJECTIVES
+from luthier.store.models import StoredModel, added_tokens, chat_format, find, short_name
+from luthier.types import Message, Row
+
+INSIGHTS, ANSWERS, _REQUEST = "insights.jsonl", "train.jsonl", "request.json"
+
+
+def by_responses(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Distilled:
+    """Ask the teacher, sort its answers, train the student on them."""
+    student = find(recipe.base, reporter.stage)
+    parent = luthier_home() / "distillations" / short_name(student.root)
+    name = recipe.name or automatic_name(student.root, recipe.data.train, resume, parent)
+    recipe = recipe.model_copy(update={"name": name})
+    work = _Responses(recipe, student, parent / name, reporter)
+    with lock(work.folder / ".lock") as free:
+        if not free:
+            raise RunConflict(f"another process is working on the distillation {name} now")
+        return work.run(resume)
+
+
+class _Responses:
+    """One distillation in its folder."""
+
+    def __init__(
+        self, recipe: DistilRecipe, student: StoredModel, folder: Path, reporter: Reporter
+    ) -> None:
+        self.recipe, self.student, self.folder = recipe, student, folder
+        self.reporter = reporter
+        self.training = Run(student.root, str(recipe.name))
+
+    def run(self, resume: bool) -> Distilled:
+        """Everything, in the order that refuses earliest."""
+        try:
+            rows, teacher = self._checked(resume)
+        except BaseException:
+            if not (self.folder / _REQUEST).exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        try:
+            return self._taught(rows, teacher, resume)
+        except RefusedInput:
+            # The name is free for a better try; what was answered stays in the journal.
+            if self.training.recorded("recipe") is None:
+                (self.folder / _REQUEST).unlink()
+            raise
+
+    def _checked(self, resume: bool) -> tuple[list[Row], Teacher]:
+        """All that can be refused before anybody is asked."""
+        self.reporter.stage("Checking the prompts")
+        rows = self._prompts()
+        weights = _check_student(self.recipe, self.student)
+        teacher = teacher_of(self.recipe.teacher, self.reporter.stage)
+        self._begin(teacher, resume)
+        if teacher.weights is not None and weights > teacher.weights:
+            self.reporter.note(
+                f"warning: the student is larger than its teacher ({weights:,} weights, and "
+                f"{teacher.weights:,}); it will be slower, and hardly better"
+            )
+        return rows, teacher
+
+    def _taught(self, rows: Sequence[Row], teacher: Teacher, resume: bool) -> Distilled:
+        """Ask, sort, train."""
+        insights = self._judged(rows, self._answers(rows, teacher))
+        found = summary(insights)
+        self._write(INSIGHTS, [insight.plain() for insight in insights])
+        for line in found.lines:
+            self.reporter.note(line)
+        if warning := repeated(insights):
+            self.reporter.note(f"warning: {warning}")
+        self._check_enough(found)
+        self._write(ANSWERS, [_pair(each) for each in insights if each.rule is None])
+        lineage = self._lineage(teacher, found)
+        return Distilled(self._train(resume, lineage), lineage)
+
+    def _prompts(self) -> list[Row]:
+        spec, path = self.recipe.insights, self.recipe.data.train
+        rows = load_prompts(path)
+        check_grader(rows, spec)
+        if len(rows) < spec.minimum:
+            raise RecipeError(
+                f"{path} holds {len(rows)} prompts, and {spec.minimum} answers are wanted at least. "
+                f"Give more prompts, or --set insights.minimum={max(2, len(rows))}"
+            )
+        return rows
+
+    def _begin(self, teacher: Teacher, resume: bool) -> None:
+        """Claim the name, or see that the same was asked for before."""
+        plain = self.recipe.plain()
+        # How it is asked may change while it goes on; what is asked may not.
+        plain["teacher"] = {key: plain["teacher"].get(key) for key in ("model", "url")}
+        request = {
+            "recipe": plain,
+            "teacher": dict(teacher.identity),
+            "prompts": sha256_of(self.recipe.data.train),
+            "luthier": __version__,
+        }
+        path, name = self.folder / _REQUEST, str(self.recipe.name)
+        if path.is_file():
+            if not resume:
+                raise RunConflict(
+                    f"there is a distillation {name} already. --resume goes on with it; choose "
+                    "another --name for a new one"
+                )
+            same_request(read_json(path), request, f"the distillation {name}")
+            return
+        if self.training.folder.exists() or self.training.model_folder.exists():
+            raise RunConflict(
+                f"there is a run {self.training.model_id} already; choose another --name"
+            )
+        write_json(path, request)
+
+    def _answers(self, rows: Sequence[Row], teacher: Teacher) -> dict[int, Reply | Failure]:
+        """The outcome for each row by its index, asking only what no run has asked before."""
+        sampling, reporter = self.recipe.sampling, self.reporter
+        skip = unasked(rows, self.recipe.insights)
+        settings = sampling.model_dump(mode="json")
+        keys = {
+            index: key_of(teacher.identity, messages_of(row), settings)
+            for index, row in enumerate(rows)
+            if index not in skip
+        }
+        with Journal.open(journal_path(teacher.identity, teacher.name)) as journal:
+            known: dict[int, Reply | Failure] = {
+                index: journal.replies[key] for index, key in keys.items() if key in journal.replies
+            }
+            missing = [index for index in keys if index not in known]
+            if known:
+                reporter.note(f"{len(known):,} of {len(keys):,} answers are in the journal already")
+            if not missing:
+                return known
+
+            def done(place: int, outcome: Reply | Failure) -> None:
+                index = missing[place]
+                if isinstance(outcome, Reply):
+                    journal.append(keys[index], outcome)
+                known[index] = outcome
+                reporter.counted(len(known), len(keys), "answers")
+
+            reporter.stage(f"Asking {teacher.name}")
+            with _interruptible(known, len(keys)):
+                asked = [messages_of(rows[index]) for index in missing]
+                teacher.ask(asked, sampling, done, reporter.note)
+            return known
+
+    def _judged(self, rows: Sequence[Row], outcomes: dict[int, Reply | Failure]) -> list[Insight]:
+        """What becomes of each row, in the order of the file."""
+        spec, overflow = self.recipe.insights, self._overflow()
+        skip = unasked(rows, spec)
+        return [
+            skip[index] if index in skip else judged(row, outcomes[index], spec, overflow)
+            for index, row in enumerate(rows)
+        ]
+
+    def _overflow(self) -> Callable[[Row, str], str]:
+        """Says what of a prompt and its answer the student's context does not hold."""
+        from luthier.models.load import check_folder, context_length
+
+        if self.recipe.data.long_rows != "error":
+            return lambda row, answer: ""  # as the user asked, training cuts or drops them
+        chat = chat_format(self.student)
+        context = context_length(check_folder(self.student.network_folder))
+        context -= self.recipe.adaptation.added_tokens + added_tokens(self.student)
+        objective = self.recipe.objective or OBJECTIVES["sft"].model_validate({})
+
+        def overflow(row: Row, answer: str) -> str:
+            taught = Row(row.file, row.line, prompt=row.prompt, completion=answer)
+            if row.messages:
+                turns = (*row.messages, Message("assistant", answer))
+                taught = Row(row.file, row.line, messages=turns)
+            size = objective.encode(taught, 0, objective.format(chat)).longest
+            return f"{size:,} tokens of {context:,}" if size > context else ""
+
+        return overflow
+
+    def _check_enough(self, found: Summary) -> None:
+        least = self.recipe.insights.minimum
+        if found.accepted >= least:
+            return
+        fixes = {
+            "answer.cut": "a larger --max-tokens",
+            "answer.refusal": "--set insights.refusals=false, if they are none",
+            "grader.score": "a lower --set insights.threshold",
+        }
+        advice = [fixes[rule] for rule in found.rules if rule in fixes]
+        counts = ", ".join(f"{count} {rule}" for rule, count in found.rules.items())
+        raise RefusedInput(
+            f"only {found.accepted} of {found.prompts} prompts are accepted, and {least} are needed: "
+            f"{counts}. {self.folder / INSIGHTS} has the reason for each. Give "
+            f"{', or '.join(['more prompts', *advice, '--set insights.minimum'])}. The answers "
+            "are kept and will not be asked for again"
+        )
+
+    def _lineage(self, teacher: Teacher, found: Summary) -> dict[str, Any]:
+        return {
+            "method": self.recipe.method,
+            "teacher": dict(teacher.identity),
+            "sampling": self.recipe.sampling.model_dump(mode="json"),
+            "prompts": {
+                "file": str(self.recipe.data.train),
+                "sha256": sha256_of(self.recipe.data.train),
+            },
+            "insights": {**asdict(found), "file": str(self.folder / INSIGHTS)},
+            "answers_sha256": sha256_of(self.folder / ANSWERS),
+        }
+
+    def _train(self, resume: bool, lineage: dict[str, Any]) -> Result:
+        from luthier.engine.train import train
+
+        data = self.recipe.data.model_copy(update={"train": self.folder / ANSWERS})
+        recipe = self.recipe.tuning(data=data)
+        return train(recipe, resume, self.reporter, {"distillation": lineage})
+
+    def _write(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_bytes(self.folder / name, text.encode())
+
+
+def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
+    """Refuse what could not be trained, before the teacher works for nothing; the student's weights."""
+    import torch
+
+    from luthier.models.load import sketch
+
+    objective = recipe.objective or OBJECTIVES["sft"].model_validate({})
+    if "prompt" not in objective.shapes:
+        raise RecipeError(
+            f"distillation by responses teaches replies to prompts, and objective {objective.method} "
+            "does not learn from such rows. Leave it out, or use sft"
+        )
+    objective.check(chat_format(student))
+    network = sketch(student.network_folder, objective.head())
+    weights = sum(weight.numel() for weight in network.parameters())
+    with torch.device("meta"):
+        recipe.adaptation.attach(network)
+    return weights
+
+
+def _pair(insight: Insight) -> dict[str, Any]:
+    """The row that an accepted answer makes."""
+    row, answer = insight.row, insight.answer or ""
+    if row.messages is None:
+        return {"prompt": row.prompt, "completion": answer}
+    turns = (*row.messages, Message("assistant", answer))
+    return {"messages": [asdict(turn) for turn in turns]}
+
+
+@contextmanager
+def _interruptible(known: Mapping[int, Any], total: int) -> Iterator[None]:
+    """Ctrl-C while the teacher is asked loses only what is under way."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped at {len(known):,} of {total:,} answers, which are kept; the same command with "
+            "--resume goes on"
+        ) from None

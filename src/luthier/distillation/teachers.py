@@ -1,0 +1,128 @@
+"""Who answers: the seam between what is asked and where it is answered; and models of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from luthier.distillation.journal import Reply
+from luthier.distillation.recipe import Asking, TeacherSpec
+from luthier.errors import RecipeError
+from luthier.files import hashes_of
+from luthier.types import Message
+
+if TYPE_CHECKING:
+    from luthier.store.models import StoredModel
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A prompt that got no answer: the rule of ``insights.RULES``, and the reason."""
+
+    rule: str
+    reason: str
+
+
+Done = Callable[[int, Reply | Failure], None]
+"""Hears the outcome of each question as soon as there is one."""
+
+
+class Teacher:
+    """Answers conversations."""
+
+    name: str
+    """What people call it."""
+    weights: int | None = None
+    """How many it has, where that is known."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What tells it from every other teacher; written into journals and manifests."""
+        raise NotImplementedError
+
+    def ask(
+        self,
+        questions: Sequence[Sequence[Message]],
+        sampling: Asking,
+        done: Done,
+        note: Callable[[str], None],
+    ) -> None:
+        """Answer all questions, in any order; ``done`` is told the index and outcome of each.
+
+        Raises:
+            LuthierError: when it is of no use to go on; what ``done`` has heard stands.
+        """
+        raise NotImplementedError
+
+
+class LocalTeacher(Teacher):
+    """A base or custom model of this machine, a batch at a time."""
+
+    def __init__(self, spec: TeacherSpec, stored: StoredModel) -> None:
+        from luthier.models.load import sketch
+        from luthier.store.models import objective_of
+
+        objective = objective_of(stored)
+        if objective.task != "causal_lm":
+            raise RecipeError(
+                f"{stored.id} cannot teach by its answers: it was trained for {objective.method} and "
+                "does not write text"
+            )
+        self.name, self.spec, self.stored = stored.id, spec, stored
+        network = sketch(stored.network_folder, objective.head())
+        self.weights = sum(weight.numel() for weight in network.parameters())
+        self._digest = _digest(stored)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Its id, and the hash of its files: the same id may be trained anew."""
+        return {"model": self.stored.id, "sha256": self._digest}
+
+    def ask(
+        self,
+        questions: Sequence[Sequence[Message]],
+        sampling: Asking,
+        done: Done,
+        note: Callable[[str], None],
+    ) -> None:
+        """Answer in batches of like length, the longest first."""
+        from luthier.serving.generation import Generator, Sampling
+
+        generator = Generator.open(self.stored)
+        chosen = Sampling(**sampling.model_dump())
+        able = []
+        for index, messages in enumerate(questions):
+            refusal = generator.refusal(messages, chosen)
+            if refusal is None:
+                able.append(index)
+            else:
+                done(index, Failure("teacher.refused", refusal))
+        able.sort(key=lambda index: -sum(len(turn.content) for turn in questions[index]))
+        size = self.spec.batch_size
+        for start in range(0, len(able), size):
+            batch = able[start : start + size]
+            answers = generator.answers([questions[index] for index in batch], chosen, size)
+            for index, answer in zip(batch, answers, strict=True):
+                finish = "stop" if answer.finished else "length"
+                done(index, Reply(answer.text, finish, answer.tokens))
+
+
+def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> Teacher:
+    """The teacher that ``spec`` names; refused where it cannot be one."""
+    if spec.url is not None:
+        from luthier.distillation.endpoint import EndpointTeacher
+
+        return EndpointTeacher(spec)
+    from luthier.store.models import find
+
+    return LocalTeacher(spec, find(spec.model, say))
+
+
+def _digest(stored: StoredModel) -> str:
+    """SHA-256 of all that decides what the model answers: its files, and those below its adapters."""
+    files = stored.manifest.get("files") or hashes_of(stored.folder)
+    below = _digest(stored.parent) if stored.parent else ""
+    return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()

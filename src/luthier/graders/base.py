@@ -1,0 +1,125 @@
+"""The seam between a text and its score.
+
+A grader is one frozen object: its fields are its settings, with the vetted ones as default. The same
+object measures a model (``luthier evaluate``) and rewards one in training:
+
+    check           what it needs and is not there, before anything is written
+    check_expected  whether it can compare with the expected text of a row
+    grade           a score for each answer of a batch
+    score           the same for one answer, for graders that look at one at a time
+
+Whoever grades calls :func:`luthier.graders.running.graded`, which guards all of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from luthier.errors import LuthierError, RowRefused
+from luthier.types import Message, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said to a prompt, and what was expected of it."""
+
+    prompt: Sequence[Message]
+    """The turns it was asked."""
+    reply: str
+    expected: str | None
+    """The text of the row to compare with; what it means is the grader's: a label, a number, tests."""
+    row: Row
+    """Where the prompt comes from, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why one answer has no score, and what mends that."""
+
+    rule: str
+    message: str
+    fix: str
+
+
+class Ungraded(LuthierError):
+    """Some answers of a batch have no score; those of the others are not lost.
+
+    Raised by :meth:`Grader.grade` on its way to :func:`~luthier.graders.running.graded`.
+    """
+
+    def __init__(self, scores: Sequence[float], troubles: Mapping[int, Trouble]) -> None:
+        """``scores`` for all answers, NaN for those that ``troubles`` names by their index."""
+        super().__init__("; ".join(trouble.message for trouble in troubles.values()))
+        self.scores, self.troubles = list(scores), dict(troubles)
+
+
+class Grader(BaseModel):
+    """Base of all graders: one way to score, one file, one class."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    method: str
+    """Name of the grader in recipes and on the command line."""
+
+    needs_expected: ClassVar[bool] = True
+    """Whether it compares with the expected text of the row."""
+    watched: ClassVar[bool] = True
+    """Whether it may take long or hang, and so runs in a thread of its own, under the time limit.
+
+    A thread has its own gradient mode and its own OpenMP threads: a grader that computes with torch is
+    better off without.
+    """
+
+    @property
+    def bounded(self) -> bool:
+        """Whether scores are from 0 to 1; those of a reward model are not."""
+        return True
+
+    @property
+    def batched(self) -> bool:
+        """Whether :meth:`grade` gains from many answers at once (an endpoint, a network)."""
+        return False
+
+    def check(self) -> None:
+        """Refuse to start without what it needs: a model, a file, a permission.
+
+        Raises:
+            RecipeError: with what is missing, and how to give it.
+        """
+
+    def check_expected(self, expected: str | None) -> None:
+        """Refuse an expected text that no reply can be compared with.
+
+        Raises:
+            RowRefused: with the rule and the fix.
+        """
+        if self.needs_expected and expected is None:
+            raise RowRefused(
+                "grader.no_expected",
+                f"grader `{self.method}` compares with an expected reply, and the row has none.",
+                "Add the reply to the row, or use a grader that needs none.",
+            )
+
+    def grade(self, answers: Sequence[Answer]) -> list[float]:
+        """A score for each answer, in their order; more is better.
+
+        Raises:
+            Ungraded: when some of them have none, with the scores of the others.
+            Exception: any other one means that no answer of the batch has a score.
+        """
+        return [self.score(answer) for answer in answers]
+
+    def score(self, answer: Answer) -> float:
+        """The score of one answer."""
+        raise NotImplementedError
+
+    def expected_of(self, answer: Answer) -> str:
+        """The expected text of an answer, which has one or is refused."""
+        self.check_expected(answer.expected)
+        return answer.expected or ""

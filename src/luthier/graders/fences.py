@@ -1,0 +1,32 @@
+"""Fenced blocks of Markdown, in which models write code and JSON."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Block(NamedTuple):
+    """What stands between two fences."""
+
+    language: str
+    """First word after the opening fence, in lower case."""
+    text: str
+
+
+def fenced(reply: str) -> list[Block]:
+    """The blocks of ``reply``; one that is never closed goes on to the end."""
+    blocks: list[Block] = []
+    language: str | None = None
+    lines: list[str] = []
+    for line in reply.split("\n"):
+        stripped = line.strip()
+        if language is None and stripped.startswith("```"):
+            language, lines = next(iter(stripped.strip("`").lower().split()), ""), []
+        elif language is not None and stripped == "```":
+            blocks.append(Block(language, "\n".join(lines)))
+            language = None
+        elif language is not None:
+            lines.append(line)
+    if language is not None:
+        blocks.append(Block(language, "\n".join(lines)))
+    return blocks

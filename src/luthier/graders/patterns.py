@@ -1,0 +1,35 @@
+"""Regular expressions under a time limit: some patterns take exponential time on some texts."""
+
+from __future__ import annotations
+
+TIME_LIMIT_S = 1.0
+"""Seconds for one search; a sane pattern takes less than a millisecond on a long reply."""
+
+
+def check_pattern(pattern: str) -> str:
+    """``pattern``, when it is one; :class:`ValueError` with the reason when it is not."""
+    import regex
+
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
+
+
+def found(pattern: str, text: str, whole: bool = False) -> bool:
+    """Whether ``pattern`` matches somewhere in ``text``, or all of it with ``whole``.
+
+    Raises:
+        TimeoutError: after :data:`TIME_LIMIT_S`, which the standard library's ``re`` cannot.
+    """
+    import regex
+
+    search = regex.fullmatch if whole else regex.search
+    try:
+        return search(pattern, text, timeout=TIME_LIMIT_S) is not None
+    except TimeoutError:
+        raise TimeoutError(
+            f"the pattern {pattern!r} took more than {TIME_LIMIT_S:g} s on a text of {len(text)} "
+            "characters; nested repeats such as (a+)+ do that"
+        ) from None

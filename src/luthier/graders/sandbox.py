@@ -1,0 +1,124 @@
+"""Running code that nobody has read, as far from everything as an ordinary process can be put.
+
+With Linux namespaces (user, mount, process, network, IPC): the code sees a file system of its own,
+in memory, with the interpreter and the system's libraries read-only; no network, not even loopback; no
+other process, and no environment variables. Limits hold for processor time, memory, file size, open
+files and processes; when the wall-clock time is over, the first process of the namespace is killed, and
+all others die with it. As root, the code runs under a user id that nobody has.
+
+What this does not protect from: errors of the kernel, which it shares (a virtual machine would), and
+reading other programs' secrets from the processor's caches. It may use a core until its time is over.
+What the code says of itself cannot be trusted either: it runs in the process that reports the verdict.
+
+Without namespaces (macOS; containers and systems that forbid them), where that was waived: the limits
+and the empty environment remain, but the code reads and writes what the user may, reaches the network,
+can kill the user's other processes, and one of its own that leaves its group may outlive the limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from luthier.errors import LuthierError, RecipeError
+
+START_S = 10.0
+"""Seconds that a loaded machine may take to build the sandbox, beside the time of the code."""
+
+
+class SandboxError(LuthierError):
+    """The sandbox could not be built; nothing of the code has run."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What code may use."""
+
+    seconds: float
+    memory_mb: int
+    isolated: bool = True
+    """Refuse to run it where namespaces cannot be had."""
+
+
+@lru_cache(maxsize=8)
+def check_sandbox(limits: Limits) -> None:
+    """Refuse machines on which the sandbox cannot be built."""
+    try:
+        passes("", "pass", limits)
+    except SandboxError as error:
+        raise RecipeError(
+            f"code of replies cannot be isolated on this machine ({error}). Run as an ordinary user "
+            "where user namespaces are allowed, or set unisolated=true in a virtual machine or "
+            "container that holds nothing of value"
+        ) from error
+
+
+def passes(code: str, tests: str, limits: Limits) -> bool:
+    """Whether ``code`` and then ``tests`` run to their end in a process of their own.
+
+    Raises:
+        SandboxError: when the process could not be prepared.
+    """
+    token = secrets.token_hex(16)
+    wanted = {"token": token, "code": code, "tests": tests}
+    verdict, writes = os.pipe()
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix="luthier-code-", ignore_cleanup_errors=True
+        ) as folder:
+            _run(json.dumps(wanted).encode(), writes, folder, limits)
+        os.set_blocking(verdict, False)
+        with suppress(BlockingIOError):
+            return os.read(verdict, 64) == token.encode()
+        return False
+    finally:
+        os.close(verdict)
+        os.close(writes)
+
+
+def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
+    settings = {
+        "folder": folder,
+        "writes": writes,
+        "seconds": limits.seconds,
+        "memory": limits.memory_mb * 2**20,
+        "isolated": limits.isolated,
+        "python": os.path.realpath(sys.executable),
+        "prefix": os.path.realpath(sys.base_prefix),
+        "harness": _script("sandbox_harness.py"),
+    }
+    command = [settings["python"], "-I", "-S", "-c", _script("sandbox_child.py")]
+    process = subprocess.Popen(
+        [*map(str, command), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,  # of the preparation alone; the code has none
+        cwd=folder,
+        env={},
+        pass_fds=(writes,),
+        start_new_session=True,
+    )
+    try:
+        _, said = process.communicate(wanted, timeout=limits.seconds + START_S)
+    except subprocess.TimeoutExpired:
+        said = f"it was not built in {START_S:g} s; the machine may be overloaded".encode()
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    if said:
+        raise SandboxError(said.decode(errors="replace").strip()[-300:])
+
+
+@lru_cache(maxsize=4)
+def _script(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

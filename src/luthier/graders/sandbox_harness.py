@@ -1,0 +1,19 @@
+"""Runs in the sandbox: the code, its tests, and then the word that they are through."""
+
+import json
+import os
+import sys
+
+
+def main(writes: int) -> None:
+    """Read what to run from standard input; write the token when it has run."""
+    wanted = json.load(sys.stdin)
+    names = {"__name__": "reply"}
+    exec(compile(wanted["code"], "reply.py", "exec"), names)  # noqa: S102
+    exec(compile(wanted["tests"], "tests.py", "exec"), names)  # noqa: S102
+    os.write(writes, wanted["token"].encode())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,110 @@
+"""Graders from plain values: a name, a table of fields, a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+
+from luthier.errors import RecipeError
+from luthier.graders.base import Grader
+
+Spec = str | Mapping[str, Any] | Grader
+"""A method by name, a table with ``method`` and its fields, or the grader itself."""
+
+
+def grader_from(value: Any) -> Any:
+    """The grader that a :data:`Spec` describes; :class:`ValueError` where there is none."""
+    from luthier.graders import GRADERS
+
+    if isinstance(value, str):
+        value = {"method": value}
+    if not isinstance(value, Mapping):
+        return value
+    method = value.get("method")
+    if method not in GRADERS:
+        known = ", ".join(GRADERS)
+        if method is None:
+            raise ValueError(f"a grader needs its `method`; there are {known}")
+        raise ValueError(f"unknown grader {method!r}; there are {known}")
+    return GRADERS[method].model_validate(value)
+
+
+AnyGrader = Annotated[SerializeAsAny[Grader], BeforeValidator(grader_from)]
+"""Type of a field that holds a grader: any of the table, from a name or a table of fields."""
+
+
+def graders_named(specs: Sequence[Spec] | Mapping[str, Spec]) -> dict[str, Grader]:
+    """Graders by name: those given, or their methods.
+
+    Raises:
+        RecipeError: for a method or field that there is not, a value that cannot be, and two
+            different graders of the same name.
+    """
+    if isinstance(specs, Mapping):
+        return {name: _checked(spec, name) for name, spec in specs.items()}
+    chosen: dict[str, Grader] = {}
+    for spec in specs:
+        grader = _checked(spec, "")
+        if chosen.setdefault(grader.method, grader) != grader:
+            raise RecipeError(
+                f"two different graders are called {grader.method!r}; give them names of their own, "
+                'as in {"name": grader}'
+            )
+    return chosen
+
+
+def read_graders(path: Path) -> dict[str, Spec]:
+    """Tables of a TOML file, each a grader with its ``method`` and fields.
+
+    The file of a JSON Schema is relative to the TOML's folder.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} is no readable TOML file of graders: {error}") from error
+    if not tables:
+        raise RecipeError(f"{path} has no graders; write [NAME] and method = ... for each")
+    for table in tables.values():
+        _anchor(table, path.parent)
+    return tables
+
+
+def _anchor(table: Any, folder: Path) -> None:
+    """Make the path of a schema absolute, in parts of a mix too."""
+    if not isinstance(table, dict):
+        return
+    if isinstance(table.get("against"), str):
+        table["against"] = str(folder / table["against"])
+    parts = table.get("parts")
+    for part in parts.values() if isinstance(parts, dict) else ():
+        _anchor(part, folder)
+
+
+def _checked(spec: Spec, name: str) -> Grader:
+    try:
+        grader = grader_from(spec)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, name)) from error
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if not isinstance(grader, Grader):
+        raise RecipeError(f"{spec!r} is no grader; give a name, a table with `method`, or a Grader")
+    grader.check()
+    return grader
+
+
+def _explain(error: ValidationError, name: str) -> str:
+    lines = [f"grader {name or error.title} cannot be used:"]
+    for item in error.errors():
+        where = ".".join(map(str, item["loc"])) or "fields"
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            text = "there is no such field"
+        elif item["type"] == "missing":
+            text = "is required"
+        lines.append(f"  {where}: {text}")
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""The width of BERT's family: channels and heads are cut together, as its heads fill its width.
+
+Norms stand behind the sublayers and subtract a mean over all channels, so a narrower network is never
+the teacher's function, not even where the channels that go are 0: it is a place to start training
+from, better than random weights because the embeddings that stay are learned ones. Channels stay by
+the rule of :mod:`luthier.models.width`, where the gain of a norm counts with what reads behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import RecipeError
+from luthier.models.units import gain, largest, select, set_size, unit_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FAMILY = frozenset({"bert", "roberta", "xlm-roberta"})
+_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+_QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
+_WRITERS = ("attention.output.dense", "output.dense")
+_TOPS = {
+    "pooler.dense": (0, 1),
+    "classifier": (1,),
+    "classifier.dense": (0, 1),
+    "classifier.out_proj": (1,),
+    "cls.predictions.transform.dense": (0, 1),
+    "cls.predictions.transform.LayerNorm": (0,),
+    "cls.predictions.decoder": (1,),
+    "lm_head.dense": (0, 1),
+    "lm_head.layer_norm": (0,),
+    "lm_head.decoder": (1,),
+}
+"""What stands on the last layer, and which axes of its weight are channels."""
+
+
+def configure(config: Any, heads: int | None, hidden: int | None) -> None:
+    """Write the width into ``config``."""
+    wide = config.hidden_size // config.num_attention_heads
+    if heads is not None:
+        raise RecipeError(
+            f"the heads of a {config.model_type} fill its width, {wide} channels each: give --hidden "
+            f"{wide * heads} for {heads} of them"
+        )
+    assert hidden is not None
+    if hidden % wide or hidden < wide:
+        raise RecipeError(
+            f"--hidden {hidden}: the heads of this {config.model_type} have {wide} channels each; give "
+            f"a multiple, such as {max(wide, round(hidden / wide) * wide)}"
+        )
+    before = config.num_attention_heads
+    set_size(config, "hidden_size", hidden, config.hidden_size, "--hidden")
+    set_size(config, "num_attention_heads", hidden // wide, before, "--hidden")
+
+
+def cut(model: Any, hidden: int, state: dict[str, Tensor], layers: Sequence[str]) -> None:
+    """Remove heads and channels from all that writes or reads them, in place."""
+    config = model.config
+    wide = config.hidden_size // config.num_attention_heads
+    for layer in layers:
+        _cut_heads(layer, hidden // wide, wide, state)
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    kept = largest(_importance(prefix, layers, state), hidden)
+    for name in _TABLES:
+        select(state, f"{prefix}embeddings.{name}.weight", 1, kept)
+    _select_norm(state, f"{prefix}embeddings.LayerNorm", kept)
+    for layer in layers:
+        for name in (*_QKV, "intermediate.dense"):
+            select(state, f"{layer}.{name}.weight", 1, kept)
+        for name in _WRITERS:
+            select(state, f"{layer}.{name}.weight", 0, kept)
+            select(state, f"{layer}.{name}.bias", 0, kept)
+            _select_norm(state, f"{layer}.{name.removesuffix('.dense')}.LayerNorm", kept)
+    for name, axes in _TOPS.items():
+        top = f"{prefix}{name}" if name.startswith("pooler") else name
+        for axis in axes:
+            select(state, f"{top}.weight", axis, kept)
+        if 0 in axes:
+            select(state, f"{top}.bias", 0, kept)
+
+
+def _cut_heads(layer: str, heads: int, wide: int, state: dict[str, Tensor]) -> None:
+    import torch
+
+    before = len(state[f"{layer}.{_QKV[0]}.weight"]) // wide
+    written = unit_size(state, f"{layer}.{_QKV[2]}", 0).view(before, wide).amax(1)
+    read = unit_size(state, f"{layer}.{_WRITERS[0]}", 1, bias=False).view(before, wide).amax(1)
+    kept = largest(written * read, heads)
+    rows = (kept[:, None] * wide + torch.arange(wide, device=kept.device)).flatten()
+    for name in _QKV:
+        select(state, f"{layer}.{name}.weight", 0, rows)
+        select(state, f"{layer}.{name}.bias", 0, rows)
+    select(state, f"{layer}.{_WRITERS[0]}.weight", 1, rows)
+
+
+def _importance(prefix: str, layers: Sequence[str], state: dict[str, Tensor]) -> Tensor:
+    """Score of each channel: what writes it, times what reads it behind its norms."""
+    written = [unit_size(state, f"{prefix}embeddings.{_TABLES[0]}", 1, bias=False)]
+    read, norm = [], f"{prefix}embeddings.LayerNorm"
+    for layer in layers:
+        written += [unit_size(state, f"{layer}.{name}", 0) for name in _WRITERS]
+        read += [unit_size(state, f"{layer}.{n}", 1, bias=False) * gain(state, norm) for n in _QKV]
+        norm = f"{layer}.attention.output.LayerNorm"
+        into = unit_size(state, f"{layer}.intermediate.dense", 1, bias=False)
+        read.append(into * gain(state, norm))
+        norm = f"{layer}.output.LayerNorm"
+    read.append(gain(state, norm))
+    import torch
+
+    return torch.stack(written).square().sum(0) * torch.stack(read).square().sum(0)
+
+
+def _select_norm(state: dict[str, Tensor], norm: str, kept: Tensor) -> None:
+    select(state, f"{norm}.weight", 0, kept)
+    select(state, f"{norm}.bias", 0, kept)

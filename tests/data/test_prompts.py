@@ -1,0 +1,100 @@
+"""What is asked: prompts with and without replies of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.data.prompts import RULES, load_prompts, messages_of
+from luthier.data.rows import load_rows
+from luthier.errors import DataError
+from luthier.types import Message, Row
+
+USER, REPLY = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "p.jsonl"
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_prompts_are_a_shape_of_rows(path: Path) -> None:
+    write(path, {"prompt": "a", "expected": "b", "topic": "x"}, {"prompt": " c"})
+    assert load_rows(path) == load_prompts(path) == [
+        Row(str(path), 1, prompt="a", expected="b"),
+        Row(str(path), 2, prompt=" c"),
+    ]  # fmt: skip
+
+
+def test_a_row_s_own_reply_stands_aside(path: Path) -> None:
+    write(
+        path, {"prompt": "a", "completion": "b"}, {"prompt": "c"}, {"prompt": "d", "response": "e"}
+    )
+    assert [(r.prompt, r.completion, r.expected) for r in load_prompts(path)] == [
+        ("a", None, "b"), ("c", None, None), ("d", None, None),
+    ]  # fmt: skip
+    write(path, {"prompt": "a", "completion": "b", "expected": "x"})
+    assert load_prompts(path)[0].expected == "x"
+
+
+def test_the_last_assistant_turn_is_left_out(path: Path) -> None:
+    write(
+        path,
+        {"messages": [SYSTEM, USER, REPLY]},
+        {"messages": [USER, REPLY, USER]},
+        {"messages": [USER], "expected": "x"},
+    )
+    user, reply, system = (
+        Message("user", "Why?"),
+        Message("assistant", "So."),
+        Message("system", "Be kind."),
+    )
+    rows = load_prompts(path)
+    assert [row.messages for row in rows] == [(system, user), (user, reply, user), (user,)]
+    assert [row.expected for row in rows] == ["So.", None, "x"]
+
+
+def test_each_line_of_a_text_file_is_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("first\u2028still first\n\n  second \r\n", encoding="utf-8")
+    assert [(r.line, r.prompt) for r in load_prompts(path)] == [
+        (1, "first\u2028still first"), (3, "second"),
+    ]  # fmt: skip
+    path.write_text("\n \n")
+    with pytest.raises(DataError, match=r"\[file\.empty\]"):
+        load_prompts(path)
+
+
+def test_a_prompt_as_messages() -> None:
+    assert messages_of(Row("f", 1, prompt="a")) == (Message("user", "a"),)
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows", "line"),
+    [
+        ("prompt.shape", [{"text": "a"}], 1),
+        ("prompt.shape", [{"question": "a"}], 1),
+        ("prompt.mixed", [{"prompt": "a"}, {"messages": [USER]}], 2),
+        ("prompt.unasked", [{"messages": [SYSTEM]}], 1),
+        ("message.order", [{"messages": [USER, USER]}], 1),
+        ("field.empty", [{"prompt": "a"}, {"prompt": " "}], 2),
+        ("field.type", [{"prompt": "a", "expected": 4}], 1),
+        ("field.type", [{"prompt": 4}], 1),
+        ("id.duplicate", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], 2),
+    ],
+)
+def test_what_asks_nothing_is_refused(path: Path, rule: str, rows: list[Any], line: int) -> None:
+    with pytest.raises(DataError) as caught:
+        load_prompts(write(path, *rows))
+    found = [problem for problem in caught.value.problems if problem.rule == rule]
+    assert [problem.line for problem in found] == [line], caught.value
+    assert rule in RULES or not rule.startswith("prompt.")

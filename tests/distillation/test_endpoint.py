@@ -1,0 +1,187 @@
+"""A teacher over the network: what is repeated, what is rejected, what ends the run."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+from luthier.distillation.endpoint import EndpointTeacher
+from luthier.distillation.journal import Reply
+from luthier.distillation.recipe import Asking, TeacherSpec
+from luthier.distillation.teachers import Failure
+from luthier.errors import LuthierError, RecipeError
+from luthier.types import Message
+
+
+def ask(
+    url: str,
+    *prompts: str,
+    sampling: Asking | None = None,
+    notes: list[str] | None = None,
+    **fields: Any,
+) -> dict[str, Reply | Failure]:
+    outcomes: dict[str, Reply | Failure] = {}
+
+    def done(index: int, outcome: Reply | Failure) -> None:
+        assert prompts[index] not in outcomes
+        outcomes[prompts[index]] = outcome
+
+    spec = TeacherSpec(url=url, **{"model": "big", "retries": 2, **fields})
+    questions = [[Message("system", "Be brief."), Message("user", prompt)] for prompt in prompts]
+    note = (notes if notes is not None else []).append
+    EndpointTeacher(spec).ask(questions, sampling or Asking(), done, note)
+    return outcomes
+
+
+def test_each_prompt_is_asked_once_with_key_and_settings(endpoint: Any, key: str) -> None:
+    prompts = [f"question {n}" for n in range(8)]
+    endpoint.delay = 0.1
+    outcomes = ask(
+        endpoint.url, *prompts, sampling=Asking(max_tokens=9, temperature=0.5, top_p=0.9, seed=3)
+    )
+    assert outcomes == {p: Reply(f"the answer to {p}", "stop", 7) for p in prompts}
+    assert set(endpoint.asked.values()) == {1}
+    assert endpoint.keys == {f"Bearer {key}"}
+    assert 1 < endpoint.most_at_once <= 4
+    body = next(b for b in endpoint.bodies if b["messages"][-1]["content"] == "question 0")
+    assert body == {
+        "model": "big", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3,
+        "messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "question 0"},
+        ],
+    }  # fmt: skip
+
+
+def test_settings_that_some_endpoints_refuse_are_left_out(endpoint: Any) -> None:
+    ask(endpoint.url, "a")
+    ask(endpoint.url, "a", limit="max_completion_tokens")
+    first, second = ({k for k in body if k != "messages"} for body in endpoint.bodies)
+    assert first == {"model", "max_tokens", "temperature"}
+    assert second == {"model", "max_completion_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("actions", "requests"),
+    [
+        (["drop"], 2),
+        (["half"], 2),
+        (["nothing", "half"], 3),
+        ([(429, {"retry-after": "1"})], 2),
+        ([(503, {}), (500, {})], 3),
+    ],
+    ids=["connection-breaks", "half-a-json", "no-choices", "rate-limit", "server-errors"],
+)
+def test_what_fails_in_passing_is_repeated(
+    endpoint: Any, actions: list[Any], requests: int
+) -> None:
+    endpoint.actions["a"] = actions
+    assert ask(endpoint.url, "a") == {"a": Reply("the answer to a", "stop", 7)}
+    assert endpoint.asked["a"] == requests
+
+
+def test_a_long_retry_after_is_waited_for(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr("luthier.distillation.endpoint.asyncio.sleep", sleep)
+    endpoint.actions["a"] = [(429, {"retry-after": "300"})]
+    notes: list[str] = []
+    assert ask(endpoint.url, "a", notes=notes)["a"] == Reply("the answer to a", "stop", 7)
+    assert 300.0 in slept
+    assert "the endpoint asks to wait 300 s" in notes
+
+
+def test_a_rate_limit_that_lasts_ends_the_run(endpoint: Any, key: str) -> None:
+    endpoint.actions["a"] = [(429, {"retry-after": "7200"})]
+    with pytest.raises(LuthierError, match=r"still limits the rate.*--resume") as caught:
+        ask(endpoint.url, "a")
+    assert endpoint.asked["a"] == 1
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("finish", ["length", "content_filter", None])
+def test_how_an_answer_ended_is_told(endpoint: Any, finish: str | None) -> None:
+    endpoint.actions["a"] = [finish]
+    found = ask(endpoint.url, "a")["a"]
+    assert isinstance(found, Reply)
+    assert found.finish == (finish or "unknown")
+
+
+def test_a_prompt_that_never_gets_a_whole_answer_fails_alone(endpoint: Any) -> None:
+    endpoint.actions["a"] = ["drop"] * 99
+    endpoint.actions["b"] = [(400, {})] * 99
+    notes: list[str] = []
+    found = ask(endpoint.url, "a", "b", "c", retries=1, notes=notes)
+    assert found["c"] == Reply("the answer to c", "stop", 7)
+    assert isinstance(found["a"], Failure) and found["a"].rule == "teacher.failed"
+    assert "broke off" in found["a"].reason
+    assert found["b"] == Failure("teacher.refused", "HTTP 400: no …")
+    assert endpoint.asked == {"a": 4, "b": 1, "c": 1}  # twice, and both again at the end
+    assert "asking once more what got no answer: 1" in notes
+
+
+def test_an_outage_in_passing_costs_no_prompt(endpoint: Any) -> None:
+    for prompt in "ab":
+        endpoint.actions[prompt] = [(500, {})]
+    found = ask(endpoint.url, "a", "b", "c", retries=0)
+    assert {type(outcome) for outcome in found.values()} == {Reply}
+
+
+def test_silence_is_a_failure_with_its_time(endpoint: Any) -> None:
+    endpoint.actions["a"] = [1.0, 1.0]
+    found = ask(endpoint.url, "a", "b", retries=0, timeout=0.3)
+    assert found["a"] == Failure("teacher.failed", "none came within 0.3 s")
+
+
+def test_failures_in_a_row_end_the_run_and_keep_the_answers(endpoint: Any) -> None:
+    bad = [f"bad {n}" for n in range(20)]
+    for prompt in bad:
+        endpoint.actions[prompt] = [(500, {})] * 9
+    heard: list[int] = []
+    spec = TeacherSpec(url=endpoint.url, model="big", retries=0, concurrency=2)
+    questions = [[Message("user", prompt)] for prompt in ["good", *bad]]
+    with pytest.raises(LuthierError, match=r"5 prompts in a row .*HTTP 500.*--resume"):
+        EndpointTeacher(spec).ask(questions, Asking(), lambda i, _: heard.append(i), lambda _: None)
+    assert heard == [0]
+    assert endpoint.asked.total() <= 8
+
+
+def test_a_refused_key_is_named_and_not_shown(endpoint: Any, key: str) -> None:
+    endpoint.actions["a"] = [(401, {})]
+    with pytest.raises(RecipeError, match="refuses the key of OPENAI_API_KEY") as caught:
+        ask(endpoint.url, "a")
+    assert key not in str(caught.value)
+    assert endpoint.asked["a"] == 1
+
+
+def test_an_unknown_model_is_refused(endpoint: Any) -> None:
+    endpoint.actions["a"] = [(404, {})]
+    with pytest.raises(RecipeError, match="has no model 'big'"):
+        ask(endpoint.url, "a")
+
+
+def test_a_server_that_is_down_ends_the_run() -> None:
+    pytest.importorskip("openai")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(LuthierError, match=r"cannot be reached.*--resume"):
+        ask(f"http://127.0.0.1:{port}/v1", "a", retries=1)
+
+
+def test_it_runs_inside_a_running_loop(endpoint: Any) -> None:
+    import asyncio
+
+    async def notebook() -> dict[str, Reply | Failure]:
+        return ask(endpoint.url, "a")
+
+    assert asyncio.run(notebook())["a"] == Reply("the answer to a", "stop", 7)
+
+
+def test_half_of_a_surrogate_pair_is_mended(endpoint: Any) -> None:
+    endpoint.answers["a"] = "smile \ud83d"
+    assert ask(endpoint.url, "a")["a"] == Reply("smile \ufffd", "stop", 7)

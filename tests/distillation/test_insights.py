@@ -1,0 +1,159 @@
+"""Each rule rejects what it says, and nothing that is fine."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+from pydantic import ValidationError
+
+from luthier.data.prompts import messages_of
+from luthier.distillation.insights import (
+    RULES,
+    Insight,
+    check_grader,
+    judged,
+    repeated,
+    summary,
+    unasked,
+)
+from luthier.distillation.journal import Reply
+from luthier.distillation.recipe import InsightSpec
+from luthier.distillation.teachers import Failure
+from luthier.errors import DataError
+from luthier.graders import Answer, Grader
+from luthier.types import Message, Row
+
+
+def row(line: int = 1, prompt: str = "p", **fields: Any) -> Row:
+    return Row("f.jsonl", line, prompt=prompt, **fields)
+
+
+def rule_of(
+    outcome: Reply | Failure, wanted: str | None = None, room: int = 99, **spec: Any
+) -> Any:
+    def overflow(_: Row, answer: str) -> str:
+        return "too much" if len(answer) > room else ""
+
+    return judged(row(expected=wanted), outcome, InsightSpec(**spec), overflow).rule
+
+
+def stop(text: str) -> Reply:
+    return Reply(text, "stop")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "spec", "rule"),
+    [
+        (stop("fine"), {}, None),
+        (Reply("half an ans", "length"), {}, "answer.cut"),
+        (Reply("half an ans", "unknown"), {}, "answer.cut"),
+        (Reply("", "content_filter"), {}, "answer.filtered"),
+        (Reply("No.", "refusal"), {"refusals": False}, "answer.refusal"),
+        (stop(" \n"), {}, "answer.empty"),
+        (stop("four"), {"shortest_answer": 4}, None),
+        (stop("four"), {"shortest_answer": 5}, "answer.too_short"),
+        (stop("four"), {"longest_answer": 4}, None),
+        (stop("four"), {"longest_answer": 3}, "answer.too_long"),
+        (stop("x" * 100), {}, "answer.context"),
+        (Failure("teacher.failed", "none came"), {}, "teacher.failed"),
+    ],
+)
+def test_a_rule_for_each_fault(outcome: Any, spec: Any, rule: str | None) -> None:
+    assert rule_of(outcome, **spec) == rule
+    assert rule is None or rule in RULES
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I’m sorry, I cannot assist with this request.",
+        "Sorry, but I am not able to provide medical advice.",
+        "I cannot help you with this.",
+        "As an AI language model, I do not have opinions.",
+        "I am unable to comply with that.",
+        "Unfortunately, I won't write that.",
+    ],
+)
+def test_refusals_in_english(text: str) -> None:
+    assert rule_of(stop(text)) == "answer.refusal"
+    assert rule_of(stop(text), refusals=False) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry to hear that your order is late. Please send its number.",
+        "I cannot recommend this restaurant enough!",
+        "Sorry is a board game for two to four players.",
+        "You can't divide by zero, so the answer is undefined.",
+        "The model said: I cannot help with that.",
+        "As an airline, we fly to 40 cities.",
+    ],
+)
+def test_what_only_looks_like_a_refusal(text: str) -> None:
+    assert rule_of(stop(text)) is None
+
+
+def test_a_grader_compares_with_the_row_s_own_reply() -> None:
+    assert rule_of(stop("Paris "), "Paris", grader="exact") is None
+    assert rule_of(stop("London"), "Paris", grader="exact") == "grader.score"
+    assert rule_of(stop("London"), "Paris", grader="exact", threshold=0.0) is None
+
+
+def test_a_grader_without_anything_to_compare_with_is_refused() -> None:
+    rows = [row(1, expected="a"), row(2)]
+    check_grader(rows, InsightSpec())
+    with pytest.raises(DataError, match=r"f\.jsonl:2: \[grader\.no_expected\]"):
+        check_grader(rows, InsightSpec(grader="exact"))
+    with pytest.raises(ValidationError, match="unknown grader"):
+        InsightSpec(grader="vibes")
+
+
+class Broken(Grader):
+    """A grader that gives no number."""
+
+    method: Literal["broken"] = "broken"
+
+    def score(self, answer: Answer) -> float:
+        """Nothing to say."""
+        return float("nan")
+
+
+def test_a_score_that_is_not_a_number_is_rejected() -> None:
+    assert rule_of(stop("a"), "a", grader=Broken(), threshold=0.0) == "grader.failed"
+
+
+def test_copies_and_long_prompts_are_not_asked() -> None:
+    talk = (Message("user", "b"), Message("assistant", "c"), Message("user", "d"))
+    rows = [row(1, "a"), row(2, "b"), row(3, "a "), Row("f", 4, messages=talk), row(5, "x" * 9)]
+    found = unasked(rows, InsightSpec(longest_prompt=8))
+    assert {index: insight.rule for index, insight in found.items()} == {
+        2: "prompt.duplicate",
+        4: "prompt.too_long",
+    }
+    assert found[2].reason == "the same as line 1"
+    assert messages_of(rows[3]) == talk
+
+
+def test_the_summary_counts() -> None:
+    insights = [
+        Insight(row(), "a"),
+        Insight(row(), "", "answer.empty"),
+        Insight(row(), "x", "answer.cut"),
+        Insight(row(), "x", "answer.cut"),
+    ]
+    found = summary(insights)
+    assert (found.prompts, found.accepted) == (4, 1)
+    assert list(found.rules.items()) == [("answer.cut", 2), ("answer.empty", 1)]
+    assert found.lines[0] == "1 of 4 prompts are accepted"
+
+
+def test_one_answer_to_many_prompts_is_only_a_warning() -> None:
+    same = [Insight(row(n), "I see.") for n in range(3)]
+    others = [Insight(row(n), f"answer {n}") for n in range(30)]
+    assert "3 of 13" in repeated([*same, *others[:10]])
+    assert repeated([*same, *others]) == ""
+    assert repeated([*same[:2], *others[:3]]) == ""
+    assert repeated([]) == ""

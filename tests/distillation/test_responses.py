@@ -1,0 +1,343 @@
+"""From prompts to a student: what is asked, learned and recorded, and what a kill costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import luthier
+from luthier.engine.metrics import Reporter
+from luthier.errors import (
+    DataError,
+    Interrupted,
+    LuthierError,
+    RecipeError,
+    RefusedInput,
+    RunConflict,
+)
+from luthier.files import luthier_home, read_json, sha256_of
+from luthier.store.models import find
+
+PROMPTS = [f"question {n}" for n in range(12)]
+QUICK = {
+    "training__max_steps": 3, "training__batch_size": 4, "training__threads": 1,
+    "training__learning_rate": 0.001, "data__validation_share": 0.0,
+}  # fmt: skip
+
+
+class Notes(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.counts: list[tuple[int, int]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def counted(self, done: int, total: int, what: str) -> None:
+        self.counts.append((done, total))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write(tmp_path / "prompts.jsonl", *({"prompt": prompt} for prompt in PROMPTS))
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def folder_of(name: str) -> Path:
+    return luthier_home() / "distillations" / "tiny-llama" / name
+
+
+@pytest.fixture
+def distil(endpoint: Any, tiny_model_folder: Path) -> Callable[..., Any]:
+    """``luthier.distil`` from the endpoint into the tiny model."""
+
+    def run(path: Path, **fields: Any) -> Any:
+        given = {"name": "s", "teacher__retries": 1, **QUICK, **fields}
+        return luthier.distil(
+            path, teacher=f"{endpoint.url}#big", student=str(tiny_model_folder), **given
+        )
+
+    return run
+
+
+def test_the_student_learns_what_the_teacher_said(
+    prompts: Path, distil: Any, endpoint: Any, key: str
+) -> None:
+    endpoint.actions["question 3"] = ["length"]
+    endpoint.answers["question 4"] = "I'm sorry, but I can't help with that."
+    reporter = Notes()
+    found = distil(prompts, reporter=reporter)
+    folder = folder_of("s")
+    taught = lines(folder / "train.jsonl")
+    assert taught == [
+        {"prompt": p, "completion": f"the answer to {p}"}
+        for p in PROMPTS if p not in ("question 3", "question 4")
+    ]  # fmt: skip
+    insights = lines(folder / "insights.jsonl")
+    assert [line["line"] for line in insights] == list(range(1, 13))
+    assert {line["rule"]: line["prompt"] for line in insights if not line["accepted"]} == {
+        "answer.cut": "question 3", "answer.refusal": "question 4",
+    }  # fmt: skip
+    assert "10 of 12 prompts are accepted" in reporter.notes
+    assert reporter.counts[-1] == (12, 12)
+    assert found.result.model_id == "tiny-llama:s" and found.result.rows == 10
+    manifest = find("tiny-llama:s").manifest
+    told = manifest["distillation"]
+    assert told == found.details
+    assert told["teacher"] == {"url": endpoint.url, "model": "big"}
+    assert told["answers_sha256"] == sha256_of(folder / "train.jsonl")
+    assert told["answers_sha256"] in manifest["data"]["sha256"].values()
+    assert told["insights"]["rules"] == {"answer.cut": 1, "answer.refusal": 1}
+    assert told["sampling"]["max_tokens"] == 512
+    for path in luthier_home().rglob("*"):
+        assert path.is_dir() or key.encode() not in path.read_bytes(), path
+
+
+def test_another_run_asks_nothing_again(prompts: Path, distil: Any, endpoint: Any) -> None:
+    distil(prompts)
+    assert endpoint.asked.total() == 12
+    distil(prompts, name="t", adaptation__rank=2)
+    assert endpoint.asked.total() == 12
+    distil(prompts, name="u", sampling__max_tokens=100)
+    assert endpoint.asked.total() == 24
+
+
+def test_conversations_and_copies(tmp_path: Path, distil: Any, endpoint: Any) -> None:
+    user, reply = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+    more = [{"role": "user", "content": f"And {n}?"} for n in range(10)]
+    rows = [{"messages": [user, reply, each, reply]} for each in [*more, more[0]]]
+    distil(write(tmp_path / "talk.jsonl", *rows))
+    assert endpoint.asked.total() == 10
+    first = lines(folder_of("s") / "train.jsonl")[0]
+    said = {"role": "assistant", "content": "the answer to And 0?"}
+    assert first == {"messages": [user, reply, more[0], said]}
+    assert lines(folder_of("s") / "insights.jsonl")[-1]["rule"] == "prompt.duplicate"
+
+
+def test_a_grader_decides_by_the_rows_own_replies(tmp_path: Path, distil: Any) -> None:
+    wanted = ["the answer to question 1", "something else"] * 6
+    rows = [{"prompt": p, "expected": w} for p, w in zip(PROMPTS, wanted, strict=True)]
+    rows[0]["expected"] = "the answer to question 0"
+    path = write(tmp_path / "p.jsonl", *rows)
+    with pytest.raises(RefusedInput, match=r"only 1 of 12 .*grader\.score.*insights\.threshold"):
+        distil(path, insights__grader="exact")
+    # The name is free for a better try, and what was answered is kept.
+    found = distil(path, insights__grader="exact", insights__threshold=0)
+    assert found.details["insights"]["accepted"] == 12
+
+
+def test_too_few_are_refused_before_and_after(prompts: Path, distil: Any, endpoint: Any) -> None:
+    with pytest.raises(RecipeError, match=r"holds 12 prompts, and 13 .*insights\.minimum=12"):
+        distil(prompts, insights__minimum=13)
+    assert not endpoint.asked and not folder_of("s").exists()
+    for prompt in PROMPTS[:3]:
+        endpoint.actions[prompt] = ["length"]
+    with pytest.raises(RefusedInput, match=r"only 9 of 12 .*3 answer\.cut.*--max-tokens"):
+        distil(prompts)
+    assert len(lines(folder_of("s") / "insights.jsonl")) == 12
+    assert not (luthier_home() / "models" / "custom").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"objective": "causal_lm"}, "does not learn from such rows"),
+        ({"adaptation": {"method": "lora", "targets": ["nothing"]}}, "nothing"),
+        ({"insights__grader": "vibes"}, "unknown grader"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anybody_is_asked(
+    prompts: Path, distil: Any, endpoint: Any, fields: Mapping[str, Any], said: str
+) -> None:
+    with pytest.raises(RefusedInput, match=said):
+        distil(prompts, **fields)
+    assert not endpoint.asked and not folder_of("s").exists()
+
+
+def test_an_answer_too_long_for_the_student_is_rejected(
+    prompts: Path, distil: Any, endpoint: Any
+) -> None:
+    endpoint.answers["question 0"] = "long " * 2000
+    distil(prompts)
+    first = lines(folder_of("s") / "insights.jsonl")[0]
+    assert first["rule"] == "answer.context" and first["reason"].endswith("tokens of 1,024")
+
+
+def test_an_outage_stops_and_resume_goes_on(prompts: Path, distil: Any, endpoint: Any) -> None:
+    for prompt in PROMPTS[6:]:
+        endpoint.actions[prompt] = [(503, {})] * 2
+    with pytest.raises(LuthierError, match="in a row got no answer") as caught:
+        distil(prompts, teacher__retries=0, teacher__concurrency=1)
+    assert caught.value.exit_code == 1
+    answered = {prompt for prompt in PROMPTS if endpoint.asked[prompt]} & set(PROMPTS[:6])
+    with pytest.raises(RunConflict, match="--resume goes on"):
+        distil(prompts)
+    with pytest.raises(RunConflict, match="max_tokens was 512, is 99"):
+        distil(prompts, sampling__max_tokens=99, resume=True)
+    endpoint.actions.clear()
+    found = distil(prompts, resume=True, teacher__concurrency=3)
+    assert found.details["insights"]["accepted"] == 12
+    assert {endpoint.asked[prompt] for prompt in answered} == {1}
+
+
+def test_a_stop_in_training_asks_nothing_again(prompts: Path, distil: Any, endpoint: Any) -> None:
+    class Stops(Reporter):
+        def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+            if line["event"] == "train":
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        distil(prompts, reporter=Stops())
+    reporter = Notes()
+    found = distil(prompts, resume=True, reporter=reporter)
+    assert found.result.steps == 3
+    assert any(note.startswith("going on after step") for note in reporter.notes)
+    assert set(endpoint.asked.values()) == {1}
+    again = distil(prompts, resume=True)
+    assert again.result == found.result
+
+
+def test_an_automatic_name_goes_on_by_itself(prompts: Path, distil: Any) -> None:
+    first = distil(prompts, name=None)
+    assert first.result.model_id == "tiny-llama:prompts-1"
+    assert distil(prompts, name=None, resume=True).result == first.result
+    assert distil(prompts, name=None).result.model_id == "tiny-llama:prompts-2"
+
+
+def test_a_local_teacher(
+    prompts: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.serving.generation import Generator, Sampling
+
+    given = {
+        **QUICK, "name": "self", "sampling__max_tokens": 5, "sampling__temperature": 1.0,
+        "teacher__batch_size": 5, "insights__minimum": 2,
+    }  # fmt: skip
+    folder = str(tiny_model_folder)
+    with pytest.raises(RefusedInput, match=r"answer\.cut"):
+        luthier.distil(prompts, teacher=folder, student=folder, **given)
+    insights = lines(folder_of("self") / "insights.jsonl")
+    found = {line["prompt"]: (line["answer"], line["rule"]) for line in insights}
+    generator, sampling = Generator.open(find(folder)), Sampling(max_tokens=5, temperature=1.0)
+    longest_first = [*PROMPTS[10:], *PROMPTS[:10]]
+    for start in (0, 5, 10):
+        batch = longest_first[start : start + 5]
+        for prompt, answer in zip(batch, generator.answers(batch, sampling), strict=True):
+            assert answer.finished or found[prompt] == (answer.text.strip(), "answer.cut")
+            assert not answer.finished or found[prompt][1] != "answer.cut"
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("a teacher whose answers are all known is loaded")
+
+    monkeypatch.setattr(Generator, "open", never)
+    with pytest.raises(RefusedInput, match=r"answer\.cut"):
+        luthier.distil(prompts, teacher=folder, student=folder, **given)
+
+
+def test_a_student_larger_than_its_teacher_is_a_warning(
+    prompts: Path, tmp_path: Path, tiny_llama: Any, tokenizer: Any, tiny_model_folder: Path
+) -> None:
+    small = tmp_path / "small"
+    tiny_llama(num_hidden_layers=1, eos_token_id=tokenizer.eos_token_id).save_pretrained(small)
+    tokenizer.save_pretrained(small)
+    reporter = Notes()
+    with pytest.raises(RefusedInput):
+        luthier.distil(
+            prompts, teacher=str(small), student=str(tiny_model_folder), name="s",
+            reporter=reporter, sampling__max_tokens=1, **QUICK,
+        )  # fmt: skip
+    assert any("larger than its teacher" in note for note in reporter.notes)
+
+
+def test_a_teacher_that_does_not_write_is_refused(prompts: Path, family_folder: Any) -> None:
+    with pytest.raises(RefusedInput):
+        luthier.distil(
+            prompts, teacher=str(family_folder("bert")), student=str(family_folder("bert"))
+        )
+
+
+def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "luthier", *arguments, "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LUTHIER_HOME": str(home)},
+    )  # fmt: skip
+
+
+def test_after_kill_9_nothing_is_asked_twice(
+    prompts: Path, endpoint: Any, tiny_model_folder: Path, luthier_home: Path
+) -> None:
+    """A slow endpoint that limits the rate and drops connections, and a kill in the middle."""
+    endpoint.delay = 0.3
+    endpoint.actions[PROMPTS[0]] = ["drop"]
+    endpoint.actions[PROMPTS[1]] = [(429, {"retry-after": "1"})]
+    command = [
+        "distil", str(prompts), "--teacher-url", endpoint.url, "--teacher-model", "big",
+        "--student", str(tiny_model_folder), "--name", "s", "--set", "teacher.concurrency=2",
+        "--set", "training.max_steps=2", "--set", "training.threads=1",
+    ]  # fmt: skip
+    process = start(luthier_home, *command)
+    journals = luthier_home / "teachers"
+    deadline = time.monotonic() + 60
+    while sum(path.read_bytes().count(b"\n") for path in journals.glob("*.jsonl")) < 4:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    journal = next(journals.glob("*.jsonl"))
+    kept = [line["text"].removeprefix("the answer to ") for line in lines(journal)]
+    assert 4 <= len(kept) < 12
+    before = dict(endpoint.asked)
+    with journal.open("ab") as file:
+        file.write(b'{"key": "torn')  # as a kill in the middle of a write leaves it
+    process = start(luthier_home, *command, "--resume")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for prompt in kept:
+        assert endpoint.asked[prompt] == before[prompt]
+    # Only what was under way at the kill was asked again, at most two.
+    failed = {PROMPTS[0]: 1, PROMPTS[1]: 1}
+    extra = {p: endpoint.asked[p] - failed.get(p, 0) - 1 for p in PROMPTS}
+    assert set(extra.values()) <= {0, 1} and sum(extra.values()) <= 2
+    found = json.loads(out)
+    assert found["model_id"] == "tiny-llama:s" and found["rows"] >= 11
+    assert found["distillation"]["insights"]["accepted"] == 12
+    assert len(lines(journal)) == 12
+    assert read_json(Path(found["model_dir"]) / "luthier.json")["distillation"]
+
+
+def test_a_missing_package_is_named(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    from luthier.distillation.endpoint import EndpointTeacher
+    from luthier.distillation.recipe import TeacherSpec
+
+    with pytest.raises(RecipeError, match=r"pip install 'luthier\[endpoint\]'"):
+        EndpointTeacher(TeacherSpec(model="m", url="https://h/v1"))
+
+
+def test_tuning_on_prompts_alone_points_here(prompts: Path, tiny_model_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: \[row\.objective\].*luthier distil"):
+        luthier.tune(prompts, base=str(tiny_model_folder))
+    with pytest.raises(DataError, match=r"\[row\.objective\].*luthier distil"):
+        luthier.tune(prompts, base=str(tiny_model_folder), objective="sft")

@@ -1,0 +1,212 @@
+"""Programs of replies in their sandbox: good ones, bad ones and hostile ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from luthier.errors import GradingFailed, RecipeError, RowRefused
+from luthier.graders import Answer, Code, graded, sandbox
+from luthier.graders.code import code_of
+from luthier.graders.sandbox import Limits, SandboxError, check_sandbox, passes
+from luthier.types import Message, Row
+
+LIMITS = Limits(seconds=3, memory_mb=256)
+
+
+def can_isolate() -> bool:
+    try:
+        return passes("", "pass", LIMITS)
+    except SandboxError:
+        return False
+
+
+isolated = pytest.mark.skipif(not can_isolate(), reason="needs namespaces of the kernel")
+
+
+def answer(reply: str, tests: str | None = "assert add(1, 2) == 3") -> Answer:
+    return Answer((Message("user", "Write add."),), reply, tests, Row("data.jsonl", 5))
+
+
+def left_over() -> list[str]:
+    """Command lines of processes that sandboxes left behind."""
+    lines = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(entry.read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return [line for line in lines if "Runs in the sandbox" in line]
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        ("def f(): pass", "def f(): pass"),
+        ("Here:\n```python\nx = 1\n```\nDone.", "x = 1"),
+        ("```\nx = 1\n```", "x = 1"),
+        ("```bash\nls\n```\n```py\nx = 1\n```\n```text\n1\n```", "x = 1"),
+        ("```python\nx = 1\n```\nBetter:\n```python\nx = 2\n```", "x = 2"),
+        ("```python\nx = 1", "x = 1"),
+        ("```json\n{}\n```", "```json\n{}\n```"),
+    ],
+)
+def test_the_program_in_a_reply(reply: str, code: str) -> None:
+    assert code_of(reply) == code
+
+
+@isolated
+def test_code_that_passes_its_tests_scores_1() -> None:
+    good = answer(
+        "Sure.\n```python\nimport math\n\ndef add(a, b):\n    return math.fsum((a, b))\n```"
+    )
+    replies = [good, answer("def add(a, b): return a - b"), answer("I cannot."), answer("")]
+    assert graded(Code(allow_code=True), replies).scores == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_it_is_off_unless_allowed() -> None:
+    with pytest.raises(ValueError, match="set allow_code=true"):
+        Code()
+
+
+@pytest.mark.parametrize("tests", ["", "# none", "assert (", "\0"])
+def test_tests_that_test_nothing_are_refused(tests: str) -> None:
+    with pytest.raises(RowRefused, match=r"grader\.bad_tests"):
+        Code(allow_code=True).check_expected(tests)
+
+
+HOSTILE = {
+    "ends before the tests": "import os\nos._exit(0)",
+    "exits": "raise SystemExit(0)",
+    "loops": "while True: pass",
+    "sleeps": "import time\ntime.sleep(60)",
+    "ignores the alarm": "import signal\nfor s in (14, 15): signal.signal(s, signal.SIG_IGN)\n"
+    "signal.setitimer(signal.ITIMER_REAL, 0)\nwhile True: pass",
+    "takes memory": "x = bytearray(10**9)",
+    "takes disk": "open('big', 'wb').write(b'0' * 10**8)",
+    "floods every file": "import os\nfor f in range(3, 64):\n  try: os.write(f, b'x' * 10**6)\n"
+    "  except OSError: pass",
+    "kills all": "import os\nos.kill(-1, 9)",
+    "reads input": "input()",
+    "is no Python": "def",
+    "has a null": "x = '\0'",
+    "is no UTF-8": "x = '\udc80'",
+    "is deep": "(" * 100_000,
+}
+
+
+@isolated
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_code_scores_0_within_its_limits(name: str) -> None:
+    started = time.monotonic()
+    assert not passes(HOSTILE[name], "pass", Limits(seconds=1, memory_mb=256))
+    assert time.monotonic() - started < 20
+    assert left_over() == []
+
+
+@isolated
+@pytest.mark.parametrize(
+    ("code", "tests"),
+    [
+        pytest.param(
+            "import os, time\ncount = 0\n"
+            "try:\n"
+            "  while True:\n"
+            "    if os.fork() == 0:\n      time.sleep(60)\n      os._exit(0)\n"
+            "    count += 1\n"
+            "except OSError: pass",
+            "assert 1 < count < 20",
+            id="few processes",
+        ),
+        pytest.param(
+            "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0: time.sleep(60)\n"
+            "  os._exit(0)",
+            "pass",
+            id="a daemon",
+        ),
+        pytest.param("print('x' * 10**8)", "pass", id="much output"),
+        pytest.param(
+            "import socket\n"
+            "def reach(where):\n"
+            "  with socket.socket() as s:\n    s.settimeout(2)\n    return s.connect_ex(where)",
+            "assert reach(('127.0.0.1', PORT)) != 0\nassert reach(('1.1.1.1', 53)) != 0",
+            id="no network",
+        ),
+        pytest.param(
+            "import os, sys\n"
+            "def writes(path):\n"
+            "  try: open(path, 'w').close()\n  except OSError: return False\n  return True",
+            "assert not os.path.exists('/etc/passwd') and not os.path.exists('/proc/1')\n"
+            "assert not os.path.exists('/tmp') and os.listdir('.') == []\n"
+            "assert writes('x') and not writes('/usr/x') and not writes(sys.prefix + '/x')\n"
+            "assert not any(name in os.environ for name in ('HOME', 'PATH', 'SECRET'))\n"
+            "assert os.getuid() != 0",
+            id="no files or secrets",
+        ),
+        pytest.param(
+            "import ctypes\nlibc = ctypes.CDLL(None)",
+            "assert libc.unshare(0x10000000) and libc.chroot(b'/') and libc.mount(0, b'/', 0, 0, 0)",
+            id="no way to privileges",
+        ),
+    ],
+)
+def test_what_the_sandbox_keeps_from_code(
+    code: str, tests: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these passes its tests, and the tests say what the code could not do."""
+    import socket
+
+    monkeypatch.setenv("SECRET", "sk-123")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        assert passes(code, tests.replace("PORT", port), LIMITS)
+    assert left_over() == []
+
+
+@isolated
+def test_nothing_is_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = "import os\nos.mkdir('d')\nopen('d/x', 'w').write('x')\nos.chmod('d', 0)"
+    assert passes(code, "pass", LIMITS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_namespaces_it_is_refused_unless_that_is_waived(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = sandbox._script("sandbox_child.py").replace(
+        "    flags = NEW_MOUNTS", '    raise OSError("not here")\n    flags = NEW_MOUNTS'
+    )
+    harness = sandbox._script("sandbox_harness.py")
+    scripts = {"sandbox_child.py": script, "sandbox_harness.py": harness}
+    monkeypatch.setattr(sandbox, "_script", scripts.__getitem__)
+    check_sandbox.cache_clear()
+    try:
+        with pytest.raises(
+            RecipeError, match=r"cannot be isolated on this machine \(no namespaces"
+        ):
+            Code(allow_code=True).check()
+        with pytest.raises(GradingFailed, match=r"data\.jsonl:5.*not here"):
+            graded(Code(allow_code=True), [answer("def add(a, b): return a + b")])
+        if os.geteuid() == 0 and not _readable_by_all():
+            pytest.skip("the interpreter is root's own, and code does not run as root")
+        waived = Limits(seconds=3, memory_mb=256, isolated=False)
+        assert passes("def add(a, b): return a + b", "assert add(1, 2) == 3", waived)
+        assert not passes("while True: pass", "pass", Limits(1, 256, isolated=False))
+    finally:
+        check_sandbox.cache_clear()
+
+
+def _readable_by_all() -> bool:
+    import sys
+
+    command = [os.path.realpath(sys.executable), "-I", "-S", "-c", ""]
+    try:
+        done = subprocess.run(command, user=65534, group=65534, extra_groups=[], check=False)
+    except OSError:
+        return False
+    return done.returncode == 0

@@ -1,0 +1,95 @@
+"""Replies that are to be JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.errors import GradingFailed, RecipeError
+from luthier.graders import Answer, JsonSchema, graded, graders_named
+from luthier.types import Message, Row
+
+ORDER: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "pattern": "^[A-Z]{2}[0-9]+$"},
+        "count": {"$ref": "#/$defs/count"},
+    },
+    "required": ["id", "count"],
+    "additionalProperties": False,
+    "$defs": {"count": {"type": "integer", "minimum": 1}},
+}
+GOOD = '{"id": "AB12", "count": 3}'
+
+
+def answer(reply: str) -> Answer:
+    return Answer((Message("user", "?"),), reply, None, Row("data.jsonl", 4))
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        (GOOD, 1.0),
+        (f"\n {GOOD}\n", 1.0),
+        (f"Here you are:\n```json\n{GOOD}\n```\nAnything else?", 1.0),
+        (f"```\n{GOOD}\n```", 1.0),
+        (f"```json\n{GOOD}\n```\n```json\n{GOOD}\n```", 0.0),
+        (f"Sure! {GOOD}", 0.0),
+        ('{"id": "ab12", "count": 3}', 0.0),
+        ('{"id": "AB12", "count": 0}', 0.0),
+        ('{"id": "AB12", "count": 3, "more": 1}', 0.0),
+        ('{"id": "AB12"}', 0.0),
+        ('{"id": "AB12", "count": NaN}', 0.0),
+        ("[" * 100_000, 0.0),
+        ("9" * 10_000, 0.0),
+        ("null", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_an_inline_schema(reply: str, score: float) -> None:
+    assert JsonSchema(against=ORDER).grade([answer(reply)]) == [score]
+
+
+def test_a_schema_from_a_file_of_an_older_draft(tmp_path: Path) -> None:
+    file = tmp_path / "order.json"
+    draft = {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "null"}]}
+    file.write_text(json.dumps(draft))
+    grader = JsonSchema(against=file)
+    grader.check()
+    assert [grader.score(answer(text)) for text in ("[null]", "[1]", "[null, 1]")] == [
+        1.0,
+        0.0,
+        1.0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "objekt"}, "no valid JSON Schema at type"),
+        ({"properties": {"a": {"minimum": "1"}}}, "at properties/a/minimum"),
+        ({"patternProperties": {"^(a+)+$": {}}}, "does not take patternProperties"),
+        (Path("/nowhere/schema.json"), "cannot read the schema /nowhere/schema.json"),
+    ],
+)
+def test_a_bad_schema_is_refused_before_anything_is_written(schema: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        graders_named([{"method": "json_schema", "against": schema}])
+
+
+def test_a_schema_fetches_nothing() -> None:
+    grader = JsonSchema(against={"$ref": "http://127.0.0.1:1/schema.json"})
+    with pytest.raises(GradingFailed, match=r"data\.jsonl:4.*Unresolvable"):
+        graded(grader, [answer("1")])
+
+
+def test_patterns_are_bounded_in_time() -> None:
+    grader = JsonSchema(against={"type": "string", "pattern": r"^(a|aa)+$"})
+    started = time.monotonic()
+    with pytest.raises(GradingFailed, match="more than 1 s"):
+        graded(grader, [answer(json.dumps("a" * 60 + "!"))])
+    assert time.monotonic() - started < 20

@@ -1,0 +1,50 @@
+"""Form by regular expression, within bounds of time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from pydantic import ValidationError
+
+from luthier.errors import GradingFailed
+from luthier.graders import Answer, Regex, graded
+from luthier.types import Message, Row
+
+THINK = r"(?s)\s*<think>.+</think>\s*<answer>.+</answer>\s*"
+
+
+def answer(reply: str) -> Answer:
+    return Answer((Message("user", "?"),), reply, None, Row("data.jsonl", 7))
+
+
+@pytest.mark.parametrize(
+    ("reply", "whole", "score"),
+    [
+        ("<think>a\nb</think>\n<answer>c</answer>", True, 1.0),
+        ("Well: <think>a</think><answer>c</answer>", True, 0.0),
+        ("Well: <think>a</think><answer>c</answer>", False, 1.0),
+        ("<think></think><answer>c</answer>", False, 0.0),
+        ("", False, 0.0),
+    ],
+)
+def test_search_and_whole(reply: str, whole: bool, score: float) -> None:
+    grader = Regex(pattern=THINK, match="whole" if whole else "search")
+    assert grader.grade([answer(reply)]) == [score]
+
+
+def test_a_bad_pattern_is_refused() -> None:
+    with pytest.raises(ValidationError, match="no regular expression"):
+        Regex(pattern="(")
+
+
+def test_a_pattern_that_would_run_for_ever_is_stopped() -> None:
+    grader = Regex(pattern=r"^(a|aa)+$")
+    started = time.monotonic()
+    with pytest.raises(
+        GradingFailed, match=r"data\.jsonl:7: \[grader\.raised\].*more than 1 s"
+    ) as e:
+        graded(grader, [answer("a" * 60 + "!")])
+    assert time.monotonic() - started < 20
+    assert "grader `regex`" in str(e.value)
+    assert graded(grader, [answer("aa"), answer("a" * 60 + "!")], "zero").scores == [1.0, 0.0]

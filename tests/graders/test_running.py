@@ -1,0 +1,152 @@
+"""Graders that raise, hang, or give nonsense."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from pydantic import SkipValidation
+
+from luthier.errors import DataError, GradingFailed, LuthierError
+from luthier.graders import Answer, Exact, Grader, Number, check_rows, graded
+from luthier.types import Message, Row
+
+
+def answers(*replies: str) -> list[Answer]:
+    asked = (Message("user", "?"),)
+    return [Answer(asked, text, "ok", Row("data.jsonl", i)) for i, text in enumerate(replies, 1)]
+
+
+class Own(Grader):
+    method: str = "own"
+    each: SkipValidation[Callable[[str], Any]]
+
+    def score(self, answer: Answer) -> float:
+        return self.each(answer.reply)  # type: ignore[no-any-return]
+
+
+class AtOnce(Own):
+    """The same, with all answers of a batch in one call."""
+
+    @property
+    def batched(self) -> bool:
+        return True
+
+
+def by_name(reply: str) -> Any:
+    """A hostile grader: what it does is what it reads."""
+    match reply:
+        case "raise":
+            raise KeyError("no such thing")
+        case "exit":
+            sys.exit(3)
+        case "hang":
+            time.sleep(30)
+        case "deep":
+            return by_name(reply) + 0
+    return {"nan": math.nan, "inf": -math.inf, "none": None, "text": "1", "two": 2.0}.get(
+        reply, 0.5
+    )
+
+
+@pytest.mark.parametrize("kind", [Own, AtOnce])
+@pytest.mark.parametrize(
+    ("reply", "rule", "text"),
+    [
+        ("raise", "grader.raised", "KeyError: 'no such thing'"),
+        ("exit", "grader.raised", "SystemExit: 3"),
+        ("deep", "grader.raised", "RecursionError"),
+        ("nan", "grader.not_finite", "gave nan"),
+        ("inf", "grader.not_finite", "gave -inf"),
+        ("none", "grader.not_finite", "gave None"),
+        ("text", "grader.not_finite", "gave '1'"),
+        ("two", "grader.range", "gave 2.0"),
+        ("hang", "grader.time", "more than 0.2 s"),
+    ],
+)
+def test_what_is_no_score_names_the_row_the_grader_and_the_fix(
+    kind: type[Own], reply: str, rule: str, text: str
+) -> None:
+    grader, given = kind(each=by_name), answers("fine", reply, "fine")
+    started = time.monotonic()
+    with pytest.raises(GradingFailed) as caught:
+        graded(grader, given, time_limit_s=0.2)
+    (problem,) = caught.value.problems
+    assert (problem.file, problem.line, problem.rule) == ("data.jsonl", 2, rule)
+    assert "grader `own`" in problem.message and text in problem.message
+    assert problem.fix in str(caught.value)
+    assert caught.value.exit_code == LuthierError.exit_code
+    found = graded(grader, given, on_error="zero", time_limit_s=0.2)
+    assert found.scores == [0.5, 0.0, 0.5]
+    assert [problem.line for problem in found.problems] == [2]
+    assert time.monotonic() - started < 10
+
+
+def test_a_wrong_number_of_scores_is_an_error() -> None:
+    class Short(Grader):
+        method: str = "short"
+
+        @property
+        def batched(self) -> bool:
+            return True
+
+        def grade(self, answers: Sequence[Answer]) -> list[float]:
+            return [1.0]
+
+    with pytest.raises(GradingFailed, match="gave 1 scores for 2 answers"):
+        graded(Short(), answers("a", "b"))
+    assert graded(Short(), answers("a", "b"), on_error="zero").scores == [0.0, 0.0]
+    assert graded(Short(), answers("a")).scores == [1.0]
+
+
+def test_the_time_limit_is_for_each_answer() -> None:
+    slow = Own(each=lambda reply: time.sleep(0.1) or 1.0)
+    assert graded(slow, answers(*"abcdef"), time_limit_s=0.5).scores == [1.0] * 6
+    at_once = AtOnce(each=lambda reply: time.sleep(0.1) or 1.0)
+    assert graded(at_once, answers(*"abcdef"), time_limit_s=0.5).scores == [1.0] * 6
+
+
+def test_a_grader_that_hung_does_not_go_on_with_the_next_answer() -> None:
+    seen: list[str] = []
+    go = threading.Event()
+
+    def wait(reply: str) -> float:
+        seen.append(reply)
+        if reply == "a":
+            go.wait(10)
+        return 1.0
+
+    found = graded(Own(each=wait), answers("a", "b"), on_error="zero", time_limit_s=0.2)
+    assert found.scores == [0.0, 1.0]
+    go.set()
+    time.sleep(0.1)
+    assert seen == ["a", "b"]
+
+
+def test_many_problems_are_counted_and_the_first_are_shown() -> None:
+    with pytest.raises(GradingFailed, match="9 answers could not be graded") as caught:
+        graded(Own(each=by_name), answers(*["nan"] * 9))
+    assert len(caught.value.problems) == 9
+    assert "data.jsonl:5" in str(caught.value) and "data.jsonl:6" not in str(caught.value)
+    assert "… and 4 more" in str(caught.value)
+
+
+def test_no_answers_have_no_scores() -> None:
+    for kind in (Own, AtOnce):
+        assert graded(kind(each=by_name), []).scores == []
+
+
+def test_an_answer_without_an_expected_text_is_refused() -> None:
+    row = Row("data.jsonl", 3)
+    bare = Answer((Message("user", "?"),), "x", None, row)
+    with pytest.raises(GradingFailed, match=r"data\.jsonl:3: \[grader\.no_expected\]"):
+        graded(Exact(), [bare])
+    with pytest.raises(DataError) as caught:
+        check_rows([Exact(), Number()], [bare, *answers("x")])
+    rules = [problem.rule for problem in caught.value.problems]
+    assert rules == ["grader.no_expected", "grader.no_expected", "grader.no_number"]

@@ -1,0 +1,67 @@
+"""Overlap of words and characters, against plain formulas."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.graders import Answer, Similarity
+from luthier.graders.similarity import common_subsequence
+from luthier.types import Message, Row
+
+
+def answer(reply: str, expected: str) -> Answer:
+    return Answer((Message("user", "?"),), reply, expected, Row("f", 1))
+
+
+def table(first: str, second: str) -> int:
+    """The textbook's recurrence."""
+    cells = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+    for i, a in enumerate(first, 1):
+        for j, b in enumerate(second, 1):
+            cells[i][j] = (
+                cells[i - 1][j - 1] + 1 if a == b else max(cells[i - 1][j], cells[i][j - 1])
+            )
+    return cells[-1][-1]
+
+
+@given(st.text("abcd", max_size=80), st.text("abcd", max_size=80))
+def test_the_longest_common_subsequence(first: str, second: str) -> None:
+    assert common_subsequence(first, second) == table(first, second)
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected", "measure", "score"),
+    [
+        ("The Eiffel tower!", "an eiffel tower", "token_f1", 1.0),
+        ("in Paris, France", "Paris", "token_f1", 2 * 1 / (3 + 1)),
+        ("tower eiffel", "eiffel tower", "token_f1", 1.0),
+        ("tower eiffel", "eiffel tower", "rouge_l", 0.5),
+        ("police killed the gunman", "police kill the gunman", "rouge_l", 0.75),
+        ("the gunman kill police", "police kill the gunman", "rouge_l", 0.5),
+        ("Nguyễn Huệ", "nguyễn huệ", "rouge_l", 1.0),
+        ("東京都", "東京", "characters", 4 / 5),
+        ("abc", "ABC", "characters", 0.0),
+        ("the", "a", "token_f1", 1.0),
+        ("the", "cat", "token_f1", 0.0),
+        ("", "cat", "rouge_l", 0.0),
+        ("", "", "characters", 1.0),
+    ],
+)
+def test_scores(reply: str, expected: str, measure: str, score: float) -> None:
+    grader = Similarity.model_validate({"measure": measure})
+    assert grader.grade([answer(reply, expected)]) == [pytest.approx(score)]
+
+
+@pytest.mark.parametrize("measure", ["token_f1", "rouge_l", "characters"])
+def test_a_very_long_reply_takes_little_time(measure: str) -> None:
+    drawn = random.Random(0)
+    reply = "".join(drawn.choice("abcdefgh ") for _ in range(200_000))
+    started = time.monotonic()
+    score = Similarity.model_validate({"measure": measure}).score(answer(reply, reply[:5_000]))
+    assert 0 < score < 1
+    assert time.monotonic() - started < 10

@@ -1,0 +1,106 @@
+"""Graders from names, tables and files, and what all of them promise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from luthier.errors import RecipeError
+from luthier.graders import (
+    GRADERS,
+    Exact,
+    Grader,
+    Judge,
+    Number,
+    Regex,
+    graders_named,
+    read_graders,
+)
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "regex": {"pattern": "a"},
+    "json_schema": {"against": {}},
+    "code": {"allow_code": True},
+    "mix": {"parts": {"a": "exact"}},
+}
+
+
+@pytest.mark.parametrize("name", GRADERS)
+def test_every_grader_is_its_own_frozen_configuration(name: str) -> None:
+    grader = GRADERS[name].model_validate(NEEDED.get(name, {}))
+    assert grader.method == name
+    assert GRADERS[name].model_validate(grader.model_dump(mode="json")) == grader
+    with pytest.raises(ValidationError, match="frozen"):
+        grader.method = "other"
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        GRADERS[name].model_validate({**NEEDED.get(name, {}), "nothing": 1})
+    for field, info in GRADERS[name].model_fields.items():
+        assert field == "method" or info.description, f"{name}.{field} has no line of documentation"
+    assert GRADERS[name].model_json_schema()["properties"]
+
+
+def test_names_tables_and_objects() -> None:
+    found = graders_named(["exact", {"method": "number", "tolerance": 0.1}, Regex(pattern="a")])
+    assert found == {"exact": Exact(), "number": Number(tolerance=0.1), "regex": Regex(pattern="a")}
+    assert graders_named(["exact", "exact"]) == {"exact": Exact()}
+    named = graders_named({"a": Regex(pattern="a"), "b": {"method": "regex", "pattern": "b"}})
+    assert named == {"a": Regex(pattern="a"), "b": Regex(pattern="b")}
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["rouge"], "unknown grader 'rouge'; there are exact, first_line, number"),
+        ([{"pattern": "a"}], "needs its `method`"),
+        (["regex"], r"(?s)grader Regex cannot be used:.*pattern: is required"),
+        ([{"method": "exact", "case": 1}], "case: there is no such field"),
+        ([{"method": "number", "tolerance": -1}], "tolerance: Input should be greater"),
+        ([{"method": "regex", "pattern": "("}], "pattern: '\\(' is no regular expression"),
+        ([{"method": "code"}], "set allow_code=true to agree"),
+        ([3], "3 is no grader"),
+        ([Regex(pattern="a"), Regex(pattern="b")], "two different graders are called 'regex'"),
+    ],
+)
+def test_what_is_no_grader_is_refused(specs: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        graders_named(specs)
+
+
+def test_a_file_of_graders(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    file = tmp_path / "graders.toml"
+    file.write_text(
+        '[result]\nmethod = "number"\n'
+        '[form]\nmethod = "json_schema"\nagainst = "schema.json"\n'
+        '[both.parts]\na = "exact"\nb = { method = "json_schema", against = "schema.json" }\n'
+        '[both]\nmethod = "mix"\nweights = { a = 2.0 }\n'
+    )
+    found = graders_named(read_graders(file))
+    assert list(found) == ["result", "form", "both"]
+    assert found["form"].against == tmp_path / "schema.json"  # type: ignore[attr-defined]
+    assert found["both"].parts["b"] == found["form"]  # type: ignore[attr-defined]
+    file.write_text("")
+    with pytest.raises(RecipeError, match="has no graders"):
+        read_graders(file)
+    with pytest.raises(RecipeError, match="no readable TOML"):
+        read_graders(tmp_path / "none.toml")
+    file.write_text('exact = "exact"\nform = 3')
+    with pytest.raises(RecipeError, match="3 is no grader"):
+        graders_named(read_graders(file))
+
+
+def test_importing_graders_loads_nothing_heavy() -> None:
+    heavy = {"torch", "transformers", "jsonschema", "regex", "rich", "tokenizers"}
+    code = f"import luthier.graders, sys; print(sorted({heavy!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_base_is_no_grader() -> None:
+    assert Judge().batched and not Exact().batched
+    assert all(issubclass(cls, Grader) for cls in GRADERS.values())

@@ -1,0 +1,124 @@
+"""Stages that follow each other: what is read, what is refused, and what is not done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.engine.metrics import Reporter
+from luthier.errors import DataError, RecipeError
+from luthier.pipeline import Pipeline
+from luthier.store.models import find
+
+TINY = "training.max_steps = 2\ntraining.batch_size = 2\nadaptation.rank = 2\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, luthier_home: Path) -> Path:
+    pairs = [{"prompt": f"Say {n}", "completion": f"{n} it is"} for n in range(8)]
+    texts = [{"text": f"The number {n} comes after {n - 1}. " * 4} for n in range(8)]
+    for name, rows in (("pairs", pairs), ("texts", texts)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return tmp_path
+
+
+def written(folder: Path, stages: str, base: str | None = None) -> Path:
+    file = folder / "road.toml"
+    head = f'name = "road"\nbase = "{base or folder / "model"}"\n'
+    file.write_text(head + stages, encoding="utf-8")
+    return file
+
+
+def stage(name: str, data: str, *further: str) -> str:
+    lines = ["[[stage]]", f'name = "{name}"', f'data.train = "{data}.jsonl"', TINY, *further]
+    return "\n".join(lines) + "\n"
+
+
+class Counting(Reporter):
+    def __init__(self) -> None:
+        self.steps = 0
+        self.notes: list[str] = []
+
+    def recorded(self, line: Any, steps: int) -> None:
+        self.steps += line["event"] == "train"
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_each_stage_starts_from_the_one_it_names_and_is_done_once(
+    folder: Path, tiny_model_folder: Path
+) -> None:
+    stages = (
+        stage("read", "texts", 'objective.method = "causal_lm"')
+        + stage("answer", "pairs")
+        + stage("other", "pairs", 'base = "stage:read"', "training.seed = 1")
+    )
+    file = written(folder, stages, str(tiny_model_folder))
+    pipeline = Pipeline.read(file)
+    read, answer, other = (each.model_id for each in pipeline.stages)
+    assert [each.after for each in pipeline.stages] == [(), (read,), (read,)]
+    first = Counting()
+    results = pipeline.run(first)
+    assert [result.model_id for result in results] == [read, answer, other]
+    assert first.steps == 6
+    parents = [find(model).manifest["parent"] for model in (answer, other)]
+    assert parents == [read, read]
+
+    again = Counting()
+    assert Pipeline.read(file).run(again) == results
+    assert again.steps == 0
+
+    grown = written(
+        folder, stages + stage("last", "pairs", "training.seed = 2"), str(tiny_model_folder)
+    )
+    more = Counting()
+    assert len(Pipeline.read(grown).run(more)) == 4
+    assert more.steps == 2
+
+
+def test_a_stage_made_from_a_model_that_is_gone_is_named(
+    folder: Path, tiny_model_folder: Path
+) -> None:
+    import shutil
+
+    stages = stage("one", "pairs") + stage("two", "pairs")
+    pipeline = Pipeline.read(written(folder, stages, str(tiny_model_folder)))
+    pipeline.run(Reporter())
+    shutil.rmtree(find(pipeline.stages[0].model_id).folder)
+    with pytest.raises(RecipeError, match=r"stage two: .* no longer there\. Remove it"):
+        pipeline.check(Reporter())
+
+
+def test_rows_of_all_stages_are_checked_before_the_first_trains(
+    folder: Path, tiny_model_folder: Path
+) -> None:
+    (folder / "bad.jsonl").write_text('{"prompt": "a", "completion": ""}\n' * 3)
+    file = written(folder, stage("one", "pairs") + stage("two", "bad"), str(tiny_model_folder))
+    counting = Counting()
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        Pipeline.read(file).run(counting)
+    assert counting.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (stage("one", "pairs", 'base = "stage:two"'), "'stage:two' names no stage before it"),
+        (stage("one", "pairs") * 2, "two stages are called 'one'"),
+        (stage("One", "pairs"), "lower-case"),
+        (stage("one", "pairs", "adaptation.ranks = 2"), r"stage one: [^$]*adaptation\.ranks"),
+        (stage("one", "pairs", 'command = "bake"'), "command"),
+        ("", "stage: is required"),
+    ],
+)
+def test_what_cannot_be_a_pipeline_is_refused_with_the_reason(
+    stages: str, message: str, folder: Path, tiny_model_folder: Path
+) -> None:
+    file = written(folder, stages, str(tiny_model_folder))
+    with pytest.raises(RecipeError, match=message):
+        Pipeline.read(file)
