@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from luthier import __version__
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import RowOrder
 from luthier.engine import defaults
@@ -47,6 +48,15 @@ class Job:
     """What the manifest says of where the model comes from."""
     others: Mapping[str, store.StoredModel] = field(default_factory=dict)
     """Further models that the objective asked for."""
+
+    def request(self, asked: Recipe) -> dict[str, Any]:
+        """What a run that goes on must be asked for again; ``asked`` is the recipe as it was given."""
+        return {
+            "recipe": asked.plain(),
+            "data": self.data.hashes,
+            "luthier": __version__,
+            "micro_batch_tokens": self.recipe.training.micro_batch_tokens,
+        }
 
 
 def settle(

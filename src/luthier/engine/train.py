@@ -78,7 +78,7 @@ def train(
             budget = run.recorded("micro_batch_tokens") if resume else None
             job = _prepare(recipe, base, machine, reporter, budget)
             job = replace(job, origin={**job.origin, **(lineage or {})})
-            done = run.begin(_request(recipe, job), resume)
+            done = run.begin(job.request(recipe), resume)
         except BaseException:
             run.drop_if_empty()
             raise
@@ -114,17 +114,8 @@ def rehearse(
             "trials are compared on validation rows, and there are none; give --validation FILE, or "
             "at least 20 rows, of which some are held out"
         )
-    run.begin(_request(recipe, job), resume=True)
+    run.begin(job.request(recipe), resume=True)
     return Trainer(job, run, reporter).learn(resume=True)[1]
-
-
-def _request(recipe: Recipe, job: Job) -> dict[str, Any]:
-    return {
-        "recipe": recipe.plain(),
-        "data": job.data.hashes,
-        "luthier": __version__,
-        "micro_batch_tokens": job.recipe.training.micro_batch_tokens,
-    }
 
 
 def _prepare(
