@@ -66,7 +66,7 @@ for line in sys.stdin:
     os._exit(code)
 """
 OFTEN = """
-from luthier.engine import checkpoints, train
+from luthier.engine import checkpoints, storing, train
 from luthier.engine.metrics import MetricsFile
 checkpoints.Checkpoints.due = lambda self, step: step % 5 == 0
 """
@@ -114,15 +114,15 @@ checkpoints.save_file = half
 import shutil
 shutil.rmtree = die
 """,
-    "before the curve is drawn": "train.draw_loss_curve = die",
+    "before the curve is drawn": "storing.draw_curves = die",
     "in the middle of storing": """
-save = train.save_adapter
+save = storing.save_adapter
 def half(*arguments):
     save(*arguments)
     die()
-train.save_adapter = half
+storing.save_adapter = half
 """,
-    "in the parity gate": "train.Parity = die",
+    "in the parity gate": "storing.Parity = die",
     "after storing, before the result is recorded": "train.Run.finish = die",
     "after the result is recorded": """
 from luthier.engine import runs

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.cli.inventory import _lineage, remove
-from luthier.engine import defaults, job, train
+from luthier.engine import defaults, job, storing, train
 from luthier.engine.dataset import prepare
 from luthier.engine.defaults import Facts, choose, steps_of, token_budget, validation_share
 from luthier.engine.estimate import MemoryEstimate
@@ -616,7 +616,7 @@ def no_space(kind: str) -> Exception:
 
 
 @pytest.mark.parametrize("kind", ["system", "safetensors"])
-@pytest.mark.parametrize("where", ["save_adapter", "save_format", "write_json", "draw_loss_curve"])
+@pytest.mark.parametrize("where", ["save_adapter", "save_format", "write_json", "draw_curves"])
 def test_a_disk_that_fills_while_storing_leaves_no_half_model(
     recipe: Callable[..., Recipe],
     luthier_home: Path,
@@ -624,10 +624,10 @@ def test_a_disk_that_fills_while_storing_leaves_no_half_model(
     where: str,
     kind: str,
 ) -> None:
-    real = getattr(train, where)
+    real = getattr(storing, where)
 
     def full(*arguments: Any) -> Any:
-        if where != "draw_loss_curve":
+        if where != "draw_curves":
             real(*arguments)
             raise no_space(kind)
         from luthier.files import disk_errors
@@ -635,7 +635,7 @@ def test_a_disk_that_fills_while_storing_leaves_no_half_model(
         with disk_errors(luthier_home):
             raise no_space(kind)
 
-    monkeypatch.setattr(train, where, full)
+    monkeypatch.setattr(storing, where, full)
     with pytest.raises(DoesNotFit, match="is full; nothing was left half-written") as caught:
         train.train(recipe())
     assert caught.value.exit_code == 2
@@ -698,14 +698,14 @@ def test_what_is_stored_must_be_what_was_trained(
     damage: Callable[[Path], None],
 ) -> None:
     last = "save_format" if adaptation == "lora" else "save_network"
-    real = getattr(train, last)
+    real = getattr(storing, last)
 
     def save(*arguments: Any) -> None:
         real(*arguments)
         damage(arguments[-1])
 
     spec = recipe({"learning_rate": 0.02, "max_steps": 6}, adaptation=adaptation)
-    monkeypatch.setattr(train, last, save)
+    monkeypatch.setattr(storing, last, save)
     changed = {
         "lora": "the saved adapter has not the bits of the trained one",
         "full": {not_numbers: "not finite"}.get(damage, "the saved model is not the trained one"),
@@ -719,7 +719,7 @@ def test_what_is_stored_must_be_what_was_trained(
     with pytest.raises(UnknownModel):
         find("tiny-llama:x")
     # The run is kept: with the cause mended, it stores without beginning again.
-    monkeypatch.setattr(train, last, real)
+    monkeypatch.setattr(storing, last, real)
     assert train.train(spec, resume=True).steps == 6
 
 

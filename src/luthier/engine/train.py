@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from itertools import chain, islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from luthier import __version__
-from luthier.engine.checkpoints import Checkpoints, Progress, fingerprint
+from luthier.engine.checkpoints import Checkpoints, Progress
 from luthier.engine.dataset import prepare
 from luthier.engine.devices import (
     Machine,
     available_memory,
     choose_machine,
     keep_freed_memory,
-    peak_memory,
     return_freed_memory,
 )
 from luthier.engine.job import Job, acquainted, opened, refer, settle
 from luthier.engine.loop import Loop, row_gradients
-from luthier.engine.metrics import MetricsFile, Reporter, draw_curves, learned_nothing
+from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.runs import ACTIVATIONS, KEPT, METRICS, SAMPLES, Result, Run, automatic_name
-from luthier.errors import LuthierError, RecipeError, RefusedInput
-from luthier.evaluation.parity import Parity
-from luthier.files import hashes_of, need_disk, new_folder, write_json
+from luthier.engine.storing import Storing
+from luthier.errors import RecipeError, RefusedInput
+from luthier.files import need_disk
 from luthier.models.bottom import Bottom, frozen_layers
-from luthier.models.catalog import MANIFEST
 from luthier.models.dropout import set_dropout
 from luthier.models.load import as_network, check_folder, check_vocabulary, context_length
 from luthier.models.network import Network
 from luthier.models.save import (
-    adapter_tensors,
-    read_adapter,
-    save_adapter,
-    save_format,
-    save_network,
     stored_bytes,
     trained_weights,
 )
 from luthier.recipe import Recipe
 from luthier.store import models as store
-from luthier.types import Example
-
-PARITY_ROWS = 16
 
 
 def train(
@@ -160,7 +146,8 @@ class Trainer:
         """Everything after the last check."""
         network, progress, lines = self.learn(resume)
         self.reporter.stage("Storing and verifying the model")
-        result = self._store(network, progress, lines)
+        storing = Storing(self.job, self.run_folder, progress, lines, self.trained, self.weights)
+        result = storing.store(network)
         self.run_folder.finish(result)
         return result
 
@@ -292,105 +279,3 @@ class Trainer:
             augmentation=self.recipe.data.augmentation,
             samples=MetricsFile(self.run_folder.folder / SAMPLES),
         )
-
-    def _store(self, network: Network, progress: Progress, lines: list[dict[str, Any]]) -> Result:
-        """Save, let go of the network, load what was saved, compare, and only then make it a model."""
-        run = self.run_folder
-        trained = self._loss(network)
-        with new_folder(run.model_folder) as fresh:
-            manifest = self._save(network, fresh)
-            network.close()
-            return_freed_memory()  # of the activations, before a second network is loaded
-            manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
-            pictures = draw_curves(lines, fresh, run.model_id)
-            result = self._result(progress, fresh, lines)
-            metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
-            manifest["metrics"] = metrics
-            manifest["files"] = hashes_of(fresh)
-            write_json(fresh / MANIFEST, manifest)
-        for name in pictures:
-            shutil.copyfile(run.model_folder / name, run.folder / name)
-        return result
-
-    def _save(self, network: Network, folder: Path) -> dict[str, Any]:
-        """Write weights and tokenizer; what the manifest says of them and of where they came from."""
-        job, model = self.job, network.model
-        adaptation = self.recipe.adaptation
-        trained = adapter_tensors(model)
-        weights = fingerprint({adaptation.stored_name(n): w for n, w in trained.items()})
-        if adaptation.stores_network:
-            save_network(model, job.chat, folder)
-        else:
-            config = adaptation.adapter_config(model, str(job.base.folder))
-            save_adapter(model, adaptation, config, folder)
-            save_format(job.chat, folder)
-        return {
-            "id": self.run_folder.model_id,
-            "kind": self.job.data.objective.task,
-            "saved": "network" if adaptation.stores_network else "adapter",
-            **job.origin,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "luthier": __version__,
-            "torch": torch.__version__,
-            "precision": str(self.machine.dtype).removeprefix("torch."),
-            "data": {
-                "sha256": job.data.hashes,
-                "dropped": job.data.dropped,
-                "truncated": job.data.truncated,
-                **job.data.counts,
-                "mix": job.data.mix_record(self.recipe.data),
-            },
-            "trained_weights_sha256": weights,
-            "format": {
-                "template": job.chat.template,
-                "stop_ids": list(job.chat.stop_ids),
-                "start_id": job.chat.start_id,
-            },
-        }
-
-    def _result(self, progress: Progress, stored: Path, lines: list[dict[str, Any]]) -> Result:
-        run = self.run_folder
-        warning = learned_nothing(lines, self.recipe.training.learning_rate or 0.0)
-        return Result(
-            model_id=run.model_id,
-            run_dir=str(run.folder),
-            model_dir=str(run.model_folder),
-            rows=self.job.data.counts["rows"],
-            tokens=progress.tokens,
-            steps=progress.step,
-            train_loss=float(progress.last_loss or 0.0),
-            validation_loss=progress.best_loss,
-            seconds=round(progress.seconds, 3),
-            peak_memory_bytes=peak_memory(),
-            trained_weights=self.trained,
-            weights=self.weights,
-            saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
-            warnings=[warning] if warning else [],
-        )
-
-    def _sample(self) -> list[Example]:
-        """The rows that parity is measured on, held-out ones first."""
-        return list(islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS))
-
-    def _loss(self, network: Network) -> float:
-        budget = self.recipe.training.micro_batch_tokens or 1
-        with torch.no_grad():
-            return self.job.data.objective.parity_loss(network, self._sample(), budget)
-
-    def _parity(self, folder: Path, manifest: dict[str, Any], trained: float) -> Parity:
-        """Load what was written as serving will, and compare."""
-        parent = self.job.base if manifest["saved"] == "adapter" else None
-        if parent and fingerprint(read_adapter(folder)) != manifest["trained_weights_sha256"]:
-            raise LuthierError("the saved adapter has not the bits of the trained one")
-        stored = store.StoredModel(manifest["id"], folder, manifest, parent)
-        head = self.job.data.objective.head()
-        again = store.load(stored, self.machine.dtype, self.machine.device, head)
-        network = as_network(again, self.machine.device, self.machine.dtype)
-        rounded = parent is not None and self.machine.dtype != torch.float32
-        parity = Parity(len(self._sample()), trained, self._loss(network), rounded)
-        parity.check()
-        if store.chat_format(stored).stop_ids != self.job.chat.stop_ids:
-            raise LuthierError(
-                "the saved tokenizer has other stop tokens than the one trained with"
-            )
-        return parity
