@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
-from pydantic import Field, SkipValidation
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from luthier.errors import RecipeError
 from luthier.graders.base import Answer, Grader, Scorer
@@ -24,7 +25,7 @@ class Reward(Grader):
     method: Literal["reward"] = "reward"
     model: str = Field(min_length=1)
     """Id of the reward model."""
-    scorer: SkipValidation[Scorer | None] = Field(default=None, exclude=True, repr=False)
+    scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True, repr=False)
     """The model itself: answers to numbers. Not stored."""
 
     needs_expected = False
