@@ -72,7 +72,7 @@ def check(command: str) -> None:
         name: param for param in node.params for name in (*param.opts, *param.secondary_opts)
     }
     places = [param for param in node.params if param.param_type_name == "argument"]
-    given = []
+    given, methods = [], dict[str, Any]()
     while words:
         word = words.pop(0)
         name, equals, _ = word.partition("=")
@@ -83,9 +83,11 @@ def check(command: str) -> None:
             if not getattr(options[name], "is_flag", False) and not equals:
                 assert words, f"{name} needs a value"
                 value = words.pop(0)
+                if name in ("--objective", "--adaptation"):
+                    methods[name.strip("-")] = value
                 if name == "--set" and not HOLES.search(value):
                     tunes = node.name != "evaluate"  # there it is a grader's field
-                    fields: dict[str, Any] = {"data": {"train": "x"}} if tunes else {}
+                    fields: dict[str, Any] = {"data": {"train": "x"}, **methods} if tunes else {}
                     set_field(fields, value)
                     if tunes:
                         Recipe.parse(fields)
