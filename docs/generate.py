@@ -17,6 +17,7 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
+from luthier.data.preferences import RULES as PREFERENCE_RULES
 from luthier.data.rows import RULES as ROW_RULES
 from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.graders import GRADERS
@@ -291,7 +292,10 @@ def _rules() -> list[str]:
     lines = ["## Rules a data file is checked by", "", "| rule | meaning |", "| --- | --- |"]
     return [
         *lines,
-        *(f"| `{rule}` | {text} |" for rule, text in {**ROW_RULES, **TOKEN_RULES}.items()),
+        *(
+            f"| `{rule}` | {text} |"
+            for rule, text in ({**ROW_RULES, **PREFERENCE_RULES, **TOKEN_RULES}).items()
+        ),
     ]
 
 

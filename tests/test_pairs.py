@@ -52,7 +52,7 @@ ROWS = {
             n,
             messages=(Message("user", "One word, please:"),),
             reply=(Message("assistant", word),),
-            rejected=(Message("assistant", WORDS[n - 1]),),
+            rejected=(Message("assistant", "I will not answer the question."),),
         )
         for n, word in enumerate(WORDS)
     ],
@@ -92,7 +92,12 @@ TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
 REFUSED = {
     **{
         (o, f): "cannot be a causal"
-        for o in ("sft", "causal_lm", "grpo", "ppo", *JUDGED)
+        for o in ("sft", "causal_lm", "grpo", "ppo")
+        for f in (*ENCODERS, "xlnet", "elmo")
+    },
+    **{
+        (o, f): "cannot be a causal|learns to write"
+        for o in JUDGED
         for f in (*ENCODERS, "xlnet", "elmo")
     },
     ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",

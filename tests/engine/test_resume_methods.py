@@ -37,6 +37,10 @@ CASES = {
     "keys and values": ("gpt2", "sft", "prefix", {}),
     "completions that are drawn": ("llama", "grpo", "lora", {"beta": 0.1, "num_iterations": 2}),
     "a value head": ("gpt2", "ppo", "full", {"num_mini_batches": 2}),
+    "pairs and a reference": ("llama", "dpo", "lora", {"beta": 0.5}),
+    "pairs above a frozen bottom": ("llama", "dpo", "freeze", {"loss_type": "ipo"}),
+    "thumbs and mismatched answers": ("gpt2", "kto", "lora", {}),
+    "a reward": ("bert", "reward_model", "full", {}),
 }
 
 
@@ -64,6 +68,13 @@ def rows_for(objective: str, path: Path) -> Path:
     rows: list[dict[str, Any]] = [{"text": text} for text in TEXTS]
     if objective in ("classification", "semi_supervised"):
         rows = [{"text": text, "label": str(n % 2)} for n, text in enumerate(TEXTS)]
+    if objective in ("dpo", "reward_model"):
+        rows = [{"prompt": text, "chosen": "yes", "rejected": "no"} for text in TEXTS]
+    if objective == "kto":
+        rows = [
+            {"prompt": text, "completion": "yes", "label": n % 2 == 0}
+            for n, text in enumerate(TEXTS)
+        ]
     if objective in ("sft", *WRITES):
         rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,8 +2,8 @@
 
 Supervised learning of the chosen answer, and beside it ``-log sigmoid`` of how much higher its odds
 are than those of the rejected one; no reference model. The probability of an answer is the geometric
-mean over its tokens, ``p = exp(mean log p)``, its odds are ``p / (1 - p)``. As in the paper the prompt is
-not learned (the authors' code, and TRL's, learn it along with the chosen answer).
+mean over its tokens, ``p = exp(mean log p)``, its odds are ``p / (1 - p)``. As in the paper the prompt
+is not learned (the authors' code, and TRL's, learn it along with the chosen answer).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ORPO(Pairwise):
 
     method: Literal["orpo"] = "orpo"
     odds_weight: float = Field(default=0.1, ge=0)
-    """Weight of the odds ratio beside supervised learning, lambda; 0.1 in the paper (section 5.1)."""
+    """Weight of the odds ratio beside supervised learning, lambda; 0.1 for the paper's Mistral-ORPO."""
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss over the pairs."""

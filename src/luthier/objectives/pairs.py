@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.preferences import paired
-from luthier.errors import RowRefused
+from luthier.errors import RecipeError, RowRefused
 from luthier.objectives.base import Objective, cut_end
 from luthier.types import Example, FloatArray, Message, Row
 
@@ -27,10 +27,25 @@ if TYPE_CHECKING:
 
 
 class Judged(Objective):
-    """Base of the objectives whose network writes, learned from answers that people judged."""
+    """Base of the objectives whose network writes, learned from answers that people judged.
+
+    It learned to write before, so steps are smaller than in supervised learning: Zephyr takes 1/40
+    (Tunstall et al. 2023, arXiv:2310.16944, section 4), TRL's defaults 1/20, ORPO's authors about 1/3.
+    """
 
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a row becomes text: the model's chat template, or prompt and answer as they are."""
+
+    rate_factor: ClassVar[float] = 0.1
+
+    def check(self, chat: ChatFormat) -> None:
+        """Refuse networks that do not write; most encoders' tokenizers know no end of a text."""
+        if not chat.stop_ids:
+            raise RecipeError(
+                f"objective {self.method} learns to write, and this model's tokenizer names no token "
+                "that ends a text, as those of encoders do not. Use reward_model, or a model that "
+                "writes."
+            )
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""

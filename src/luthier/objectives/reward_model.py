@@ -3,7 +3,8 @@
 The Bradley-Terry model (1952) as in Ouyang et al. 2022, arXiv:2203.02155, equation 1: the chosen answer
 wins with probability ``sigmoid(r_chosen - r_rejected)``, and the loss is the negative logarithm of it.
 The scalar head is transformers' own for sequences with one label, so the model loads there. Networks
-with a chat template read the conversation in it, up to the token that ends the answer; the others
+with a chat template read the conversation in it, up to the token that ends the answer (or the one
+before, where the tokenizer also fills up with it, as transformers would not see it); the others
 (encoders) read prompt and answer with an empty line between. Left out: normalisation of all comparisons
 of one prompt (every pair counts 1).
 """
@@ -61,10 +62,9 @@ class RewardModel(Objective):
             return chosen
         rejected = _read(row, row.rejected, index, chat)
         check_different(chosen, rejected)
-        halves = [
-            replace(side, weight_T=side.weight_T * np.float32(0.5)) for side in (chosen, rejected)
-        ]
-        return replace(halves[0], partner=halves[1])
+        half = np.float32(0.5)
+        rejected = replace(rejected, weight_T=rejected.weight_T * half)
+        return replace(chosen, weight_T=chosen.weight_T * half, partner=rejected)
 
     def cut(self, example: Example, context: int) -> Example:
         """Keep start and closing token of both sides."""
@@ -103,6 +103,9 @@ def _read(row: Row, answer: Sequence[Message], index: int, chat: ChatFormat) -> 
         turns = (Message("user", row.prompt), Message("assistant", row.completion or ""))
     if turns and chat.template == "chat":
         ids_T = chat.encode_reply(turns).ids_T
+        if ids_T[-1] == chat.tokenizer.pad_token_id:
+            # transformers reads the last token that is not for filling up, and so do we.
+            ids_T = ids_T[:-1]
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = 1.0
         return Example(ids_T, weight_T, index, target=np.zeros(0))

@@ -86,11 +86,11 @@ class Predictor:
         """Rewards of both answers of each pair, and how often the chosen one has the higher."""
         from luthier.evaluation.preferences import ranking_scores
 
-        pairs = self.objective.gather(rows)
-        if any(row.rejected is None for row in pairs):
+        if any(row.reply is None for row in rows):
             raise RecipeError(
-                "a reward model is measured on chosen and rejected answers, or ratings"
+                "a reward model is measured on chosen and rejected answers or ratings"
             )
+        pairs = self.objective.gather(rows)
         chosen = self.answers([replace(row, rejected=None) for row in pairs], done)
         rejected = self.answers([replace(row, reply=row.rejected, rejected=None) for row in pairs])
         found = [(c["reward"], r["reward"]) for c, r in zip(chosen, rejected, strict=True)]

@@ -1,0 +1,264 @@
+"""Preferences: every shape, every rule, and ratings that become pairs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.data import preferences
+from luthier.data.preferences import RULES, paired
+from luthier.data.rows import load_rows
+from luthier.errors import DataError, RowRefused
+from luthier.objectives import DPO, KTO
+from luthier.types import Message, Row
+
+REAL = Path("/work/shared/data")
+USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "S"}
+YES, NO = {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "No."}
+AGAIN = {"role": "user", "content": "Again?"}
+
+
+def load(folder: Path, *records: object) -> list[Row]:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return load_rows(path)
+
+
+def turns(*records: dict[str, str]) -> tuple[Message, ...]:
+    return tuple(Message(record["role"], record["content"]) for record in records)
+
+
+PAIRS: dict[str, tuple[dict[str, Any], tuple[Any, Any, Any]]] = {
+    "texts": (
+        {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."},
+        (turns(USER), turns(YES), turns(NO)),
+    ),
+    "messages": (
+        {"prompt": [SYSTEM, USER], "chosen": YES, "rejected": [NO]},
+        (turns(SYSTEM, USER), turns(YES), turns(NO)),
+    ),
+    "texts after messages": (
+        {"prompt": [USER, YES, AGAIN], "chosen": "Yes.", "rejected": "No."},
+        (turns(USER, YES, AGAIN), turns(YES), turns(NO)),
+    ),
+    "whole conversations": (
+        {"chosen": [USER, YES, AGAIN, YES], "rejected": [USER, YES, AGAIN, NO]},
+        (turns(USER, YES, AGAIN), turns(YES), turns(NO)),
+    ),
+    "conversations that part early": (
+        {"chosen": [SYSTEM, USER, YES, AGAIN, YES], "rejected": [SYSTEM, USER, NO]},
+        (turns(SYSTEM, USER), turns(YES, AGAIN, YES), turns(NO)),
+    ),
+    "a beginning of the other": (
+        {"chosen": [USER, YES, AGAIN, YES], "rejected": [USER, YES]},
+        (turns(USER), turns(YES, AGAIN, YES), turns(YES)),
+    ),
+    "conversations with their prompt": (
+        {"prompt": "Hi", "chosen": [SYSTEM, USER, YES], "rejected": [SYSTEM, USER, NO]},
+        (turns(SYSTEM, USER), turns(YES), turns(NO)),
+    ),
+    "OpenAI's form": (
+        {
+            "input": {"messages": [USER], "tools": []},
+            "preferred_output": [YES],
+            "non_preferred_output": [NO],
+        },
+        (turns(USER), turns(YES), turns(NO)),
+    ),
+    "an empty rejected answer": (
+        {"prompt": "Hi", "chosen": "Yes.", "rejected": "", "votes": 3},
+        (turns(USER), turns(YES), (Message("assistant", ""),)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs(case: str, tmp_path: Path) -> None:
+    record, (prompt, chosen, rejected) = PAIRS[case]
+    (row,) = load(tmp_path, record)
+    assert (row.messages, row.reply, row.rejected) == (prompt, chosen, rejected)
+    assert (row.prompt, row.completion, row.rating, row.desirable) == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("record", "rating", "desirable"),
+    [
+        ({"rating": 4}, 4.0, None),
+        ({"score": 2.5}, 2.5, None),
+        ({"rating": 1, "score": 9}, 1.0, None),
+        ({"rating": "good", "score": 3}, 3.0, None),
+        ({"label": True}, None, True),
+        ({"label": False}, None, False),
+        ({"thumb": "down"}, None, False),
+        ({"thumb": True, "rating": 4}, None, True),
+    ],
+)
+def test_judged_answers(
+    record: dict[str, Any], rating: float | None, desirable: bool | None, tmp_path: Path
+) -> None:
+    (row,) = load(tmp_path, {"prompt": "Hi", "completion": "Yes.", **record})
+    assert (row.messages, row.reply) == (turns(USER), turns(YES))
+    assert (row.rating, row.desirable, row.rejected) == (rating, desirable, None)
+
+
+@pytest.mark.parametrize("remark", [{"label": "billing"}, {"rating": "4"}, {"rating": None}, {}])
+def test_other_remarks_leave_a_row_to_be_learned(remark: dict[str, Any], tmp_path: Path) -> None:
+    (row,) = load(tmp_path, {"prompt": "Hi", "completion": "Yes.", **remark})
+    assert (row.prompt, row.completion, row.reply) == ("Hi", "Yes.", None)
+
+
+A, B = {"prompt": "Hi", "completion": "Yes."}, {"prompt": "Hi", "completion": "No."}
+P = {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}
+EXAMPLES: list[tuple[str, dict[str, Any], str, str]] = [
+    # rule, record, part of the message, part of the fix
+    ("preference.missing", {"prompt": "Hi", "chosen": "Yes."}, '"rejected" is missing', "Add"),
+    ("preference.missing", {"prompt": "Hi", "rejected": "No."}, '"chosen" is missing', "Add"),
+    ("preference.missing", {"preferred_output": [YES]}, '"input" is missing', 'Add "input"'),
+    ("preference.type", {**P, "chosen": 3}, "a number", '"chosen": "text"'),
+    ("preference.type", {**P, "rejected": None}, "null", '"rejected": "text"'),
+    ("preference.type", {**P, "prompt": []}, "array", '"prompt": "text"'),
+    ("preference.type", {**P, "chosen": {"role": "assistant"}}, "without a text", "content"),
+    ("preference.type", {**P, "chosen": {**YES, "tool_calls": [1]}}, "calls a tool", "as text"),
+    (
+        "preference.type",
+        {"input": [USER], "preferred_output": [YES], "non_preferred_output": [NO]},
+        '"input" must be an object',
+        '"messages"',
+    ),
+    ("preference.empty", {**P, "chosen": " \n"}, "assistant is empty", "remove the row"),
+    ("preference.empty", {**P, "prompt": ""}, "user is empty", "remove the row"),
+    ("preference.empty", {"prompt": "Hi", "completion": "", "rating": 1}, "empty", "remove"),
+    ("preference.empty", {"prompt": "Hi", "completion": "", "label": True}, "empty", "remove"),
+    ("preference.equal", {**P, "rejected": " Yes.\n"}, "are the same", "mend one"),
+    ("preference.equal", {**P, "chosen": "", "rejected": ""}, "are the same", "mend one"),
+    ("preference.no_beginning", {"chosen": "Yes.", "rejected": "No."}, "no prompt", "Add the"),
+    (
+        "preference.no_beginning",
+        {"chosen": [USER, YES], "rejected": [AGAIN, NO]},
+        "no common beginning",
+        "same messages",
+    ),
+    (
+        "preference.no_beginning",
+        {"prompt": "Hi", "chosen": [USER, YES], "rejected": "No."},
+        "no common beginning",
+        "Add the prompt",
+    ),
+    (
+        "preference.no_beginning",
+        {"prompt": "Ho", "chosen": [USER, YES], "rejected": [USER, NO]},
+        "not what both",
+        "Remove the prompt",
+    ),
+    ("preference.order", {**P, "prompt": [USER, YES]}, "ends with a turn", "beginning of both"),
+    ("preference.order", {**P, "prompt": [USER, AGAIN]}, "user, user, assistant", "take turns"),
+    ("preference.order", {**P, "rejected": [NO, AGAIN]}, "assistant, user", "take turns"),
+    ("preference.order", {**P, "prompt": [{**USER, "role": "x"}]}, 'role "x"', "Roles are"),
+    ("thumb.type", {**A, "thumb": "sideways"}, '"sideways"', "up"),
+    ("thumb.type", {**A, "thumb": 1}, "a number", "up"),
+]
+
+
+@pytest.mark.parametrize(("rule", "record", "message", "fix"), EXAMPLES)
+def test_each_rule(
+    rule: str, record: dict[str, Any], message: str, fix: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, record)
+    (problem,) = caught.value.problems
+    assert (problem.rule, problem.line) == (rule, 1)
+    assert message in problem.message and fix in problem.fix, problem
+
+
+def test_a_disliked_answer_may_be_empty(tmp_path: Path) -> None:
+    (row,) = load(tmp_path, {"prompt": "Hi", "completion": "", "label": False})
+    assert row.reply == (Message("assistant", ""),)
+
+
+def test_shapes_do_not_mix_in_a_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, P, {**A, "rating": 3}, A)
+    assert [(p.rule, p.line) for p in caught.value.problems] == [
+        ("row.mixed_shapes", 2),
+        ("row.mixed_shapes", 3),
+    ]
+
+
+def test_every_two_answers_of_different_rating_are_a_pair(tmp_path: Path) -> None:
+    ratings = {"a": 5, "b": 3, "c": 3, "d": 1}
+    rows = load(
+        tmp_path,
+        *({"prompt": "Hi", "completion": text, "rating": n} for text, n in ratings.items()),
+        {"prompt": "Ho", "completion": "x", "rating": 1},
+        {"prompt": "Ho", "completion": "y", "rating": 2},
+    )
+    pairs = paired(rows)
+    found = [(p.line, p.reply[0].content, p.rejected[0].content) for p in pairs]  # type: ignore[index]
+    assert found == [
+        (1, "a", "b"), (1, "a", "c"), (1, "a", "d"),
+        (2, "b", "d"), (3, "c", "d"), (6, "y", "x"),
+    ]  # fmt: skip
+    assert all((p.rating, p.desirable) == (None, None) for p in pairs)
+    assert paired(pairs) == pairs
+
+
+def test_thumbs_become_pairs_and_pairs_become_thumbs(tmp_path: Path) -> None:
+    rows = load(tmp_path, {**A, "label": True}, {**B, "label": False})
+    (pair,) = DPO().gather(rows)
+    assert (pair.reply, pair.rejected, pair.desirable) == (turns(YES), turns(NO), None)
+    singles = KTO().gather([pair])
+    assert [(row.reply, row.desirable) for row in singles] == [
+        (turns(YES), True),
+        (turns(NO), False),
+    ]
+    assert list(KTO().gather(rows)) == rows
+
+
+@pytest.mark.parametrize(
+    ("records", "rule", "lines"),
+    [
+        ([{**A, "rating": 3}, {**B, "rating": 3}], "rating.tied", [1]),
+        ([{**A, "rating": 3}, {**B, "rating": 1}, {**A, "prompt": "x", "rating": 2}],
+         "rating.single", [3]),
+        ([{**A, "rating": 3}, {**A, "rating": 1}], "preference.equal", [1]),
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_be_compared(
+    records: list[dict[str, Any]], rule: str, lines: list[int], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as caught:
+        paired(load(tmp_path, *records))
+    assert {problem.rule for problem in caught.value.problems} == {rule}
+    assert [problem.line for problem in caught.value.problems] == lines
+
+
+def test_thumbs_of_one_kind_teach_nothing(tmp_path: Path) -> None:
+    rows = load(tmp_path, {**A, "label": False}, {**B, "label": False})
+    with pytest.raises(RowRefused, match=r"thumb\.one_kind.*have a thumb down"):
+        KTO().fit(rows, None)  # type: ignore[arg-type]
+
+
+def test_every_rule_is_listed_and_shown_by_an_example() -> None:
+    used = set()
+    for path in (preferences.__file__, "src/luthier/objectives/kto.py"):
+        tree = ast.parse((Path(__file__).parents[2] / str(path)).read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "RULES":
+                continue
+            texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+            used |= {t for t in texts if isinstance(t, str) and re.fullmatch(r"[a-z]+\.\w+", t)}
+    assert used == set(RULES)
+    gathered = {"rating.single", "rating.tied", "thumb.one_kind"}
+    assert {rule for rule, *_ in EXAMPLES} | gathered == set(RULES)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not here")
+@pytest.mark.parametrize(("name", "count"), [("pandalm_pref", 766), ("dpo_demo", 300)])
+def test_real_files(name: str, count: int) -> None:
+    rows = load_rows(REAL / name / "train.jsonl")
+    assert len(rows) == count and all(row.reply and row.rejected for row in rows)
