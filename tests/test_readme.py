@@ -82,7 +82,7 @@ def check(command: str) -> None:
         name: param for param in node.params for name in (*param.opts, *param.secondary_opts)
     }
     places = [param for param in node.params if param.param_type_name == "argument"]
-    given = []
+    given, methods = [], dict[str, Any]()
     while words:
         word = words.pop(0)
         name, equals, _ = word.partition("=")
@@ -93,8 +93,12 @@ def check(command: str) -> None:
             if not getattr(options[name], "is_flag", False) and not equals:
                 assert words, f"{name} needs a value"
                 value = words.pop(0)
+                if name in ("--objective", "--adaptation"):
+                    methods[name.strip("-")] = value
                 if name == "--set" and not HOLES.search(value):
-                    fields = {"data": {"train": "x"}} if node.name != "evaluate" else {}
+                    fields: dict[str, Any] = {"data": {"train": "x"}, **methods}
+                    if node.name == "evaluate":  # fields of a grader
+                        fields = {}
                     if node.name == "distil":
                         fields["teacher"] = {"model": "x"}
                     set_field(fields, value)

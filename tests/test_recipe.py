@@ -69,7 +69,7 @@ def test_a_data_file_is_enough() -> None:
             "adaptation",
             "unknown adaptation 'lorra'; there are full, freez",
         ),
-        ({"objective": {"method": "dpo"}}, "objective", "unknown objective 'dpo'; there are sft"),
+        ({"objective": {"method": "rlhf"}}, "objective", "unknown objective 'rlhf'; there are sft"),
         ({"training": {"epochs": 0}}, "training.epochs", "greater than 0 (got 0)"),
         ({"training": {"epochs": "many"}}, "training.epochs", "(got 'many')"),
         ({"training": {"schedule": "cosin"}}, "training.schedule", "'cosine'"),

@@ -27,6 +27,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "json_schema": {"against": {}},
     "code": {"allow_code": True},
     "mix": {"parts": {"a": "exact"}},
+    "reward": {"model": "base:judge"},
 }
 
 

@@ -168,7 +168,8 @@ def refer(job: Job, network: Network, reporter: Reporter) -> Job:
     Training rows that come once are asked about in their step, with no delay before the first.
     """
     data, training = job.data, job.recipe.training
-    again = job.steps * (training.batch_size or 1) > len(data.train)
+    # The last batch of a pass may be smaller.
+    again = job.steps > -(-len(data.train) // (training.batch_size or 1))
     if not data.objective.refers or not (again or data.validation):
         return job
     network.model.eval()

@@ -1,9 +1,9 @@
-"""Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8).
+"""Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
 
 Answers come one by one, each with a thumb up or down. The reward is that of DPO, ``log p - log p_ref``,
 and its value is measured against a reference point ``z``: how far the model has moved from the
 reference on the whole. A desirable answer loses ``w (1 - sigmoid(beta (reward - z)))``, an undesirable
-one ``w (1 - sigmoid(beta (z - reward)))``. As in the paper (section 4.1) ``z`` is the mean reward of
+one ``w (1 - sigmoid(beta (z - reward)))``. As in the paper ``z`` is the mean reward of
 mismatched answers, each prompt with the answer of its neighbour in the batch, not below 0 and without a
 gradient; the batch is the whole of a step, not the micro-batch. A batch of one row has ``z = 0``.
 """
@@ -33,11 +33,11 @@ class KTO(Judged):
 
     method: Literal["kto"] = "kto"
     beta: float = Field(default=0.1, gt=0)
-    """How near to the reference the model stays: more is nearer. 0.1 in the paper (section 4.2)."""
+    """How near to the reference the model stays: more is nearer. 0.1 in most of the paper."""
     desirable_weight: float = Field(default=1.0, gt=0)
     """Weight of answers with a thumb up."""
     undesirable_weight: float = Field(default=1.0, gt=0)
-    """Weight of the others; the paper keeps both sums, weight times rows, within 1 to 4/3."""
+    """Weight of the others. The paper has desirable rows weigh 1 to 4/3 of the others, in sum."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
     also: ClassVar[frozenset[str]] = frozenset({"preference"})

@@ -26,7 +26,7 @@ class ORPO(Pairwise):
 
     method: Literal["orpo"] = "orpo"
     odds_weight: float = Field(default=0.1, ge=0)
-    """Weight of the odds ratio beside supervised learning, lambda; 0.1 in the paper (section 5.1)."""
+    """Weight of the odds ratio beside supervised learning, lambda; 0.1 for the paper's Mistral-ORPO."""
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss over the pairs."""
