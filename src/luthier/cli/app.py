@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from luthier.cli.models import models_app
 from luthier.cli.options import Adaptation, Base, Data, Json, Mix, Objective, Validation
 from luthier.cli.shrinking import student
+from luthier.cli.using import chat, evaluate, generate, inspect, predict, samples
 
 app = typer.Typer(
     name="luthier",
@@ -220,7 +221,9 @@ def distil(
         str | None, typer.Option(help="Model id, or https://host/v1#model of an endpoint.")
     ] = None,
     student: Annotated[str | None, typer.Option(help="Model that learns.")] = None,
-    method: Annotated[str | None, typer.Option(help="responses.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="responses, logits, on_policy, encoder or embedding.")
+    ] = None,
     teacher_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint.")] = None,
     teacher_model: Annotated[str | None, typer.Option(help="Its name for the teacher.")] = None,
     teacher_key_env: Annotated[
@@ -242,7 +245,7 @@ def distil(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Let a teacher answer your prompts, and tune a student on the answers."""
+    """Teach a student what a teacher answers, or what it thinks of every token."""
     from luthier.cli import distilling
     from luthier.cli.console import errors
 
@@ -259,132 +262,8 @@ def distil(
         distilling.distil(data, named, flags, set_ or [], resume, json_)
 
 
-@app.command()
-def inspect(
-    data: Annotated[Path, typer.Argument(help="JSONL or text file.")],
-    base: Annotated[str, typer.Option(help="Model whose template is shown.")] = (
-        "smollm2-135m-instruct"
-    ),
-    objective: Objective = None,
-    rows: Annotated[int, typer.Option(help="Rows to show.")] = 3,
-    json_: Json = False,
-) -> None:
-    """Check a data file and show which tokens a model would learn from it."""
-    from luthier.cli import tuning
-    from luthier.cli.console import errors
-
-    with errors(json_):
-        tuning.inspect(data, base, objective, rows, json_)
-
-
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
-    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
-    input_: Annotated[
-        Path | None, typer.Option("--input", help="JSONL of prompts or messages to answer.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSONL of prompt and completion.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    json_: Json = False,
-) -> None:
-    """Answer one prompt, streaming, or a file of prompts."""
-    from luthier.cli import answering
-    from luthier.cli.console import errors
-
-    sampling = {
-        "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed
-    }  # fmt: skip
-    with errors(json_):
-        answering.generate(model, prompt, input_, output, sampling, json_)
-
-
-@app.command()
-def samples(
-    run: Annotated[str, typer.Argument(help="Custom model or its run: base:name, or a folder.")],
-    count: Annotated[int, typer.Option(min=1, help="Texts to show.")] = 20,
-    last: Annotated[int, typer.Option(min=1, help="Only of so many last steps.")] = 20,
-    lowest: Annotated[bool, typer.Option("--lowest", help="The worst first.")] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="Whole texts, not their beginnings.")
-    ] = False,
-    json_: Json = False,
-) -> None:
-    """Show what a model wrote while it learned from rewards: the best texts, lengths, divergence."""
-    from luthier.cli import samples
-    from luthier.cli.console import errors
-
-    with errors(json_):
-        samples.show(run, count, last, lowest, full, json_)
-
-
-@app.command()
-def chat(
-    model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-) -> None:
-    """Talk to a model. An empty line starts anew, Ctrl-D ends."""
-    from luthier.cli import answering
-    from luthier.cli.console import errors
-
-    with errors(False):
-        answering.chat(model, {"max_tokens": max_tokens, "temperature": temperature})
-
-
-@app.command()
-def predict(
-    model: Annotated[str, typer.Argument(help="Custom model that gives labels.")],
-    text: Annotated[str | None, typer.Argument(help="What to label.")] = None,
-    input_: Annotated[Path | None, typer.Option("--input", help="JSONL of texts.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSONL of texts and answers.")] = None,
-    json_: Json = False,
-) -> None:
-    """Label, rate or tag one text, or a file of texts."""
-    from luthier.cli import predicting
-    from luthier.cli.console import errors
-
-    with errors(json_):
-        predicting.predict(model, text, input_, output, json_)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
-    data: Annotated[
-        Path, typer.Argument(help="JSONL of prompts and replies, of labelled texts, or raw text.")
-    ],
-    grader: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A grader's name, such as exact, or a TOML file of graders; again for more."
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME.FIELD=VALUE", help="A field of a grader, by its name."),
-    ] = None,
-    on_grader_error: Annotated[
-        Literal["fail", "zero"],
-        typer.Option(
-            help="What a reply that cannot be graded does: fail, or score zero and be counted."
-        ),
-    ] = "fail",
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
-    output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
-    json_: Json = False,
-) -> None:
-    """Grade a model's replies to held-out rows, or its labels; perplexity where they are raw text."""
-    from luthier.cli import answering
-    from luthier.cli.console import errors
-
-    with errors(json_):
-        answering.evaluate(
-            model, data, grader or ["exact"], set_ or [], on_grader_error, max_tokens, output, json_
-        )
+for command in (inspect, generate, samples, chat, predict, evaluate):
+    app.command()(command)
 
 
 @app.command()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from luthier.distillation.base import Distilled, Method
-from luthier.distillation.recipe import DistilRecipe
+from luthier.distillation.objectives import by_objective
+from luthier.distillation.recipe import OBJECTIVE_OF, DistilRecipe
 from luthier.distillation.responses import by_responses
 from luthier.engine.metrics import Reporter
 from luthier.errors import RecipeError
 
 METHODS: dict[str, Method] = {
     "responses": by_responses,
+    **dict.fromkeys(OBJECTIVE_OF, by_objective),
 }
 
 

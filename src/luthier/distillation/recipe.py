@@ -13,6 +13,13 @@ from pydantic import Field, field_validator, model_validator
 from luthier.graders import AnyGrader
 from luthier.recipe import Part, Recipe, parse
 
+OBJECTIVE_OF = {
+    "logits": "logit_distillation",
+    "on_policy": "on_policy_distillation",
+    "encoder": "encoder_distillation",
+    "embedding": "embedding_distillation",
+}
+"""Objective of each method that is one."""
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -100,13 +107,26 @@ class DistilRecipe(Recipe):
     """Everything that decides what a student becomes: ``base`` is the student, ``data.train`` asks."""
 
     method: str = "responses"
-    """How the student learns; ``responses`` tunes it on what the teacher answers."""
+    """How the student learns: ``responses`` tunes it on what the teacher answers, ``logits`` on what it
+    thinks of every token, ``on_policy`` on what it thinks of the student's own answers; ``encoder`` and
+    ``embedding`` are for networks that read."""
     teacher: TeacherSpec
     """Who answers."""
     sampling: Asking = Asking()
     """How the teacher chooses its words."""
     insights: InsightSpec = InsightSpec()
     """Which prompts and answers the student learns from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_of_method(cls, fields: Any) -> Any:
+        """Fields of the objective need not repeat its name."""
+        if not isinstance(fields, Mapping) or fields.get("method") not in OBJECTIVE_OF:
+            return fields
+        name, given = OBJECTIVE_OF[fields["method"]], fields.get("objective")
+        if not isinstance(given, Mapping):
+            return fields
+        return {**fields, "objective": {"method": name, **given}}
 
     @field_validator("teacher", mode="before")
     @classmethod

@@ -1,0 +1,64 @@
+"""Distillation by what the teacher thinks, not only by what it says: an objective does the work.
+
+The rows' own replies are what both networks read. Where rows are prompts alone, the teacher answers
+them first, as for ``responses``, and the student learns the teacher's distribution on those answers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from luthier.data.rows import load_rows
+from luthier.distillation.base import Distilled
+from luthier.distillation.recipe import OBJECTIVE_OF, DistilRecipe
+from luthier.distillation.responses import by_responses
+from luthier.errors import RecipeError
+from luthier.files import sha256_of
+from luthier.objectives import OBJECTIVES
+
+if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+    from luthier.objectives import Objective
+
+
+def by_objective(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Distilled:
+    """Train the student with the objective of ``recipe.method``, the teacher beside it."""
+    objective = _objective(recipe)
+    recipe = recipe.model_copy(update={"objective": objective})
+    if _bare(recipe, objective):
+        return by_responses(recipe, resume, reporter)
+    from luthier.engine.train import train
+
+    rows = recipe.data.train
+    lineage = {
+        "method": recipe.method,
+        "teacher": {"model": recipe.teacher.model},
+        "rows": {"file": str(rows), "sha256": sha256_of(rows)},
+    }
+    result = train(recipe.tuning(), resume, reporter, {"distillation": lineage})
+    return Distilled(result, lineage)
+
+
+def _objective(recipe: DistilRecipe) -> Objective:
+    name = OBJECTIVE_OF[recipe.method]
+    if recipe.teacher.url is not None:
+        raise RecipeError(
+            f"method {recipe.method} compares the networks themselves, and {recipe.teacher.url} gives "
+            "texts only. Use --method responses, or a teacher on this machine"
+        )
+    fields = {} if recipe.objective is None else recipe.objective.model_dump(exclude_unset=True)
+    if fields.get("method", name) != name:
+        raise RecipeError(
+            f"method {recipe.method} trains with objective {name}, and {fields['method']} was asked "
+            "for; leave objective.method out"
+        )
+    fields |= {"method": name, "teacher": recipe.teacher.model}
+    return OBJECTIVES[name].model_validate(fields)
+
+
+def _bare(recipe: DistilRecipe, objective: Objective) -> bool:
+    """Whether the rows are prompts, and what is learned are replies."""
+    if "prompt" not in objective.shapes:
+        return False
+    first = load_rows(recipe.data.train)[0]
+    return first.completion is None and first.messages is None

@@ -1,0 +1,85 @@
+"""Distillation by an objective, through the same command: on replies, or on the teacher's answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import luthier
+from luthier.errors import RecipeError
+from luthier.files import luthier_home
+from luthier.store.models import find
+
+QUICK = {
+    "training__max_steps": 2, "training__batch_size": 4, "training__threads": 1,
+    "data__validation_share": 0.0, "adaptation__rank": 2,
+}  # fmt: skip
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def teacher(tiny_model_folder: Path, tmp_path: Path) -> str:
+    rows = [{"prompt": f"question {n}", "completion": "yes, it is"} for n in range(8)]
+    file = write(tmp_path / "teach.jsonl", rows)
+    settings = {**QUICK, "training__max_steps": 60, "training__learning_rate": 0.02}
+    made = luthier.tune(file, base=str(tiny_model_folder), name="teacher", **settings)
+    return made.model_id
+
+
+@pytest.mark.parametrize("method", ["logits", "on_policy"])
+def test_the_rows_own_replies_are_what_both_read(
+    method: str, teacher: str, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"question {n}", "completion": "no, never"} for n in range(8)]
+    settings: dict[str, Any] = {**QUICK, "objective__temperature": 2.0}
+    if method == "on_policy":
+        settings["objective__max_tokens"] = 4
+    found = luthier.distil(
+        write(tmp_path / "rows.jsonl", rows), teacher=teacher, student=str(tiny_model_folder),
+        method=method, name="pupil", **settings,
+    )  # fmt: skip
+    manifest = find(found.result.model_id).manifest
+    assert manifest["distillation"] == found.details
+    assert found.details["teacher"] == {"model": teacher}
+    assert manifest["others"] == {"teacher": teacher}
+    objective = manifest["recipe"]["objective"]
+    assert (objective["temperature"], objective["teacher"]) == (2.0, teacher)
+    assert not (luthier_home() / "distillations").exists()
+
+
+def test_bare_prompts_are_answered_by_the_teacher_first(
+    teacher: str, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "prompts.jsonl", [{"prompt": f"question {n}"} for n in range(6)])
+    found = luthier.distil(
+        file, teacher=teacher, student=str(tiny_model_folder), method="logits", name="pupil",
+        insights__minimum=2, sampling__max_tokens=200, **QUICK,
+    )  # fmt: skip
+    answers = luthier_home() / "distillations" / "tiny-llama" / "pupil" / "train.jsonl"
+    assert found.result.rows == len(answers.read_text().splitlines()) >= 2
+    assert find(found.result.model_id).manifest["others"] == {"teacher": teacher}
+
+
+def test_what_a_method_cannot_have_is_refused(
+    tiny_model_folder: Path, tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"prompt": str(n), "completion": "x"} for n in range(4)])
+
+    def refused(match: str, **fields: Any) -> None:
+        given = {"teacher": str(tiny_model_folder), "method": "logits", **QUICK, **fields}
+        with pytest.raises(RecipeError, match=match):
+            luthier.distil(file, student=str(tiny_model_folder), name="pupil", **given)
+
+    refused("gives texts only. Use --method responses", teacher="https://host/v1#big")
+    refused("leave objective.method out", objective__method="sft")
+    refused("different tokenizers.*distil --method responses", teacher=str(family_folder("t5")))
+    refused("unknown method 'magic'", method="magic")
+    assert not list((luthier_home() / "models").glob("custom/*/*"))
