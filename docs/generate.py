@@ -6,6 +6,7 @@ python docs/generate.py [--check]
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.graders import GRADERS
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
+from luthier.models.heads import Head, Task
 from luthier.models.presets import SHAPES
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.pretraining import (
@@ -245,34 +247,43 @@ def _support() -> list[str]:
 
 
 def _cell(objective: type[Objective], family: str, reasons: dict[str, None]) -> str:
+    from luthier.errors import RecipeError
+
+    try:
+        settings, refusals = _refusals(objective.task, family)
+        # A teacher has no default; any id does for this.
+        asked = {"teacher": "ID"} if "teacher" in objective.model_fields else {}
+        objective.model_validate(asked).check(_format_of(settings))
+    except RecipeError as error:
+        reasons[str(error)] = None
+        return "-"
+    reasons |= dict.fromkeys(refusals.values())
+    refused = [f"`{name}`" for name in refusals]
+    return f"all but {', '.join(refused)}" if refused else "all"
+
+
+@cache
+def _refusals(task: Task, family: str) -> tuple[Any, dict[str, str]]:
+    """The family's settings, and why adaptations are refused; raises where all are."""
     import torch
     from transformers import AutoConfig
 
     from luthier.errors import RecipeError
     from luthier.models import nets
-    from luthier.models.heads import Head
     from luthier.models.load import sketch_of
 
-    task, refused = objective.task, []
     nets.register(family)
     settings: Any = AutoConfig.for_model(family)
+    head = Head(task, () if task in ("causal_lm", "masked_lm") else ("a", "b"))
+    refusals = {}
     for name, adaptation in ADAPTATIONS.items():
-        head = Head(task, () if task in ("causal_lm", "masked_lm") else ("a", "b"))
-        try:
-            model = sketch_of(settings, head)
-            # A teacher has no default; any id does for this.
-            asked = {"teacher": "ID"} if "teacher" in objective.model_fields else {}
-            objective.model_validate(asked).check(_format_of(settings))
-        except RecipeError as error:
-            reasons[str(error)] = None
-            return "-"
+        model = sketch_of(settings, head)
         try:
             with torch.device("meta"):
                 adaptation.model_validate({}).attach(model)
         except RecipeError as error:
-            reasons[str(error)] = None
-            refused.append(f"`{name}`")
-    return f"all but {', '.join(refused)}" if refused else "all"
+            refusals[name] = str(error)
+    return settings, refusals
 
 
 def _format_of(settings: Any) -> ChatFormat:
