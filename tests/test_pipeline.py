@@ -63,14 +63,14 @@ def test_each_stage_starts_from_the_one_it_names_and_is_done_once(
     read, answer, other = (each.model_id for each in pipeline.stages)
     assert [each.after for each in pipeline.stages] == [(), (read,), (read,)]
     first = Counting()
-    results = pipeline.run(first)
-    assert [result.model_id for result in results] == [read, answer, other]
+    outcomes = pipeline.run(first)
+    assert [each.model_id for each in outcomes] == [read, answer, other]
     assert first.steps == 6
     parents = [find(model).manifest["parent"] for model in (answer, other)]
     assert parents == [read, read]
 
     again = Counting()
-    assert Pipeline.read(file).run(again) == results
+    assert Pipeline.read(file).run(again) == outcomes
     assert again.steps == 0
 
     grown = written(
@@ -79,6 +79,29 @@ def test_each_stage_starts_from_the_one_it_names_and_is_done_once(
     more = Counting()
     assert len(Pipeline.read(grown).run(more)) == 4
     assert more.steps == 2
+
+
+def test_a_teacher_its_student_and_what_it_learns(folder: Path, tiny_model_folder: Path) -> None:
+    stages = (
+        stage("large", "pairs")
+        + '[[stage]]\nname = "small"\ncommand = "student"\nlayers = 1\n'
+        + stage("taught", "pairs", 'command = "distil"', 'method = "logits"',
+                'base = "stage:small"', 'teacher = "stage:large"')
+        + stage("more", "pairs", 'base = "stage:small"', 'objective.method = "logit_distillation"',
+                'objective.teacher = "stage:taught"')
+    )  # fmt: skip
+    pipeline = Pipeline.read(written(folder, stages, str(tiny_model_folder)))
+    large, small, taught, more = (each.model_id for each in pipeline.stages)
+    assert [set(each.after) for each in pipeline.stages] == [
+        set(), {large}, {small, large}, {small, taught}
+    ]  # fmt: skip
+    outcomes = pipeline.run(Counting())
+    assert [each.model_id for each in outcomes] == [large, small, taught, more]
+    manifest = find(taught).manifest
+    assert (manifest["parent"], manifest["others"]) == (small, {"teacher": large})
+    again = Counting()
+    assert [each.model_id for each in pipeline.run(again)] == [large, small, taught, more]
+    assert again.steps == 0
 
 
 def test_a_stage_made_from_a_model_that_is_gone_is_named(

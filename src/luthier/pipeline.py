@@ -20,27 +20,28 @@ A TOML file names the stages in the order they run::
     data.train = "preferences.jsonl"
     objective.method = "dpo"
 
-A stage has the fields of a recipe, or those of another command where ``command`` says so. Wherever a
-model id stands, ``stage:NAME`` is the model of an earlier stage. All stages are parsed, and their rows
-checked, before the first one trains; those that are done are not done again.
+A stage has the fields of a recipe, or those of another command where ``command`` says so: ``pretrain``,
+``student`` (``teacher``, ``layers``, ...) or ``distil`` (``teacher``, ``method``, and ``base`` for the
+student). Wherever a model id stands, ``stage:NAME`` is the model of an earlier stage. All stages are
+parsed, and their rows checked, before the first one trains; those that are done are not done again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from luthier.distillation.recipe import DistilRecipe
 from luthier.errors import RecipeError
 from luthier.pretraining import PretrainRecipe
 from luthier.recipe import NAME_PATTERN, Part, Recipe, parse, read_toml, with_paths
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
-    from luthier.engine.runs import Result
 
 REFERENCE = "stage:"
 
@@ -52,7 +53,7 @@ class StageSpec(Part):
 
     name: str
     """Its model is ``base:PIPELINE-NAME``."""
-    command: Literal["tune", "pretrain"] = "tune"
+    command: Literal["tune", "pretrain", "student", "distil"] = "tune"
     """What it runs."""
 
     @field_validator("name")
@@ -90,16 +91,66 @@ class PipelineSpec(Part):
         return self
 
 
+class StudentRecipe(Part):
+    """Fields of a ``student`` stage, those of ``luthier student``."""
+
+    teacher: str
+    """Model it is made of."""
+    name: str
+    """Name of the student."""
+    layers: int | None = None
+    """Layers, spread evenly over the teacher's."""
+    keep: tuple[int, ...] | None = None
+    """Or the layers themselves, counted from 0."""
+    heads: int | None = None
+    """Attention heads of each layer."""
+    intermediate: int | None = None
+    """Neurons of each MLP."""
+    hidden: int | None = None
+    """Channels of the residual stream."""
+
+
+Fields = Recipe | PretrainRecipe | DistilRecipe | StudentRecipe
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A command that a stage can run."""
+
+    recipe: type[Fields]
+    start: str | None
+    """The field that names the model it starts from."""
+    run: Callable[[Any, Reporter], dict[str, Any]]
+    """What comes of it, ready for JSON; what is done is not done again."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage with nothing left to fill in."""
 
     name: str
+    command: str
     model_id: str
     """Id of the model it makes."""
-    recipe: Recipe | PretrainRecipe
+    recipe: Fields
     after: tuple[str, ...]
     """Ids of the models of earlier stages that it needs."""
+
+    @property
+    def start(self) -> str | None:
+        """Id of the model it starts from; ``None`` from random weights."""
+        field = KINDS[self.command].start
+        return str(getattr(self.recipe, field)) if field else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a stage."""
+
+    stage: str
+    model_id: str
+    details: dict[str, Any]
+    """What its command prints with ``--json``."""
 
 
 @dataclass(frozen=True)
@@ -122,27 +173,25 @@ class Pipeline:
             stages.append(_stage(spec, each, stages))
         return Pipeline(spec.name, tuple(stages))
 
-    def run(
-        self, reporter: Reporter, done: Callable[[Stage, Result], None] = lambda stage, result: None
-    ) -> list[Result]:
-        """Run every stage that is not done; the results of all, in order.
+    def run(self, reporter: Reporter) -> list[Outcome]:
+        """Run every stage that is not done; what came of each, in order.
 
         Raises:
             RefusedInput: before anything trains, where a stage cannot be used; what a stage raises.
         """
         self.check(reporter)
-        results = []
+        outcomes = []
         for number, stage in enumerate(self.stages, 1):
             reporter.note(f"stage {number} of {len(self.stages)}: {stage.name} -> {stage.model_id}")
-            results.append(_run(stage, reporter))
-            done(stage, results[-1])
-        return results
+            details = KINDS[stage.command].run(stage.recipe, reporter)
+            outcomes.append(Outcome(stage.name, stage.model_id, details))
+        return outcomes
 
     def check(self, reporter: Reporter) -> None:
         """Refuse stages whose rows cannot be learned, or whose model is older than what it needs."""
         made: dict[str, str] = {}
         for stage in self.stages:
-            created = _created(stage.model_id)
+            created = str(_manifest(stage.model_id).get("created", ""))
             for needed in stage.after if created else ():
                 if made[needed] == "" or made[needed] > created:
                     raise RecipeError(
@@ -157,34 +206,30 @@ class Pipeline:
 
 
 def _stage(spec: PipelineSpec, each: StageSpec, before: list[Stage]) -> Stage:
-    fields, known = each.fields, {stage.name: stage.model_id for stage in before}
-    if each.command == "tune" and "base" not in fields:
-        fields["base"] = before[-1].model_id if before else spec.base
+    kind, fields = KINDS[each.command], each.fields
+    if kind.start and kind.start not in fields:
+        fields[kind.start] = before[-1].model_id if before else spec.base
     needed: list[str] = []
+    known = {stage.name: stage.model_id for stage in before}
     fields = _resolved(fields, each.name, known, needed)
-    ids = [stage.model_id for stage in before]
-    if fields.get("base") in ids:
-        needed.append(str(fields["base"]))
-    fields["name"] = f"{spec.name}-{each.name}"
-    kinds: dict[str, type[Recipe | PretrainRecipe]] = {"tune": Recipe, "pretrain": PretrainRecipe}
+    if kind.start and fields[kind.start] in known.values():
+        needed.append(str(fields[kind.start]))
+    fields["name"] = name = f"{spec.name}-{each.name}"
     try:
-        recipe = parse(kinds[each.command], fields)
+        recipe = parse(kind.recipe, fields)
     except RecipeError as error:
         raise RecipeError(f"stage {each.name}: {error}") from error
-    return Stage(each.name, _model_id(recipe, before), recipe, tuple(dict.fromkeys(needed)))
+    model_id = f"{_root(fields[kind.start], before)}:{name}" if kind.start else name
+    return Stage(each.name, each.command, model_id, recipe, tuple(dict.fromkeys(needed)))
 
 
-def _model_id(recipe: Recipe | PretrainRecipe, before: list[Stage]) -> str:
-    """The id a run gives its model: the root of the lineage, and the name."""
+def _root(start: str, before: list[Stage]) -> str:
+    """What the ids of all models begin with that go back to the same base model as ``start``."""
     from luthier.store.models import find, short_name
 
-    if isinstance(recipe, PretrainRecipe):
-        return str(recipe.name)
-    earlier = {stage.model_id: stage for stage in before}
-    if recipe.base not in earlier:
-        return f"{short_name(find(recipe.base).root)}:{recipe.name}"
-    # Everything that was made from one base model has its name in front.
-    return f"{recipe.base.partition(':')[0]}:{recipe.name}"
+    if start in {stage.model_id for stage in before}:
+        return start.partition(":")[0]
+    return short_name(find(start).root)
 
 
 def _resolved(value: Any, stage: str, known: Mapping[str, str], needed: list[str]) -> Any:
@@ -212,29 +257,67 @@ def _with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _run(stage: Stage, reporter: Reporter) -> Result:
-    from luthier.engine.pretrain import pretrain
+def _tune(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     from luthier.engine.train import train
 
-    if isinstance(stage.recipe, PretrainRecipe):
-        return pretrain(stage.recipe, True, reporter)
-    return train(stage.recipe, True, reporter)
+    return asdict(train(recipe, True, reporter))
+
+
+def _pretrain(recipe: PretrainRecipe, reporter: Reporter) -> dict[str, Any]:
+    from luthier.engine.pretrain import pretrain
+
+    return asdict(pretrain(recipe, True, reporter))
+
+
+def _distil(recipe: DistilRecipe, reporter: Reporter) -> dict[str, Any]:
+    from luthier.distillation import distil
+
+    found = distil(recipe, True, reporter)
+    return {**asdict(found.result), "distillation": found.details}
+
+
+def _student(recipe: StudentRecipe, reporter: Reporter) -> dict[str, Any]:
+    from luthier.engine.student import make_student
+    from luthier.models.student import StudentShape
+    from luthier.store.models import find, short_name
+
+    model_id = f"{short_name(find(recipe.teacher).root)}:{recipe.name}"
+    if _manifest(model_id):
+        reporter.note(f"{model_id} was already made")
+        return {"model_id": model_id}
+    shape = StudentShape(**recipe.model_dump(exclude={"teacher", "name"}))
+    return asdict(make_student(recipe.teacher, recipe.name, shape, reporter))
+
+
+KINDS: dict[str, _Kind] = {
+    "tune": _Kind(Recipe, "base", _tune),
+    "pretrain": _Kind(PretrainRecipe, None, _pretrain),
+    "student": _Kind(StudentRecipe, "teacher", _student),
+    "distil": _Kind(DistilRecipe, "base", _distil),
+}
 
 
 def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
     """Encode the rows of ``stage`` as its run will, with the base model at the bottom of its lineage.
 
-    The base model of a stage that is made by another one is not there yet.
+    The base model of a stage that is made by another one is not there yet. What a teacher has to be
+    asked for is checked when its stage begins; here only that its rows can be read.
     """
+    from luthier.data.prompts import load_prompts
+    from luthier.data.rows import load_rows
     from luthier.engine.dataset import prepare
     from luthier.models.load import check_folder, context_length
     from luthier.store.models import chat_format, find
 
     recipe = stage.recipe
+    if isinstance(recipe, DistilRecipe):
+        (load_prompts if recipe.method == "responses" else load_rows)(recipe.data.train)
+        return
     if not isinstance(recipe, Recipe):
         return
     root = next(_roots(stage, stages), None)
-    if root is None:
+    if root is None or (recipe.objective is not None and recipe.objective.others):
+        load_rows(recipe.data.train)
         return
     model = find(root)
     context = context_length(check_folder(model.network_folder))
@@ -244,22 +327,22 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
 def _roots(stage: Stage, stages: tuple[Stage, ...]) -> Iterator[str]:
     """The model on this machine that ``stage`` goes back to, where there is one."""
     made = {each.model_id: each for each in stages}
-    while isinstance(stage.recipe, Recipe):
-        if stage.recipe.base not in made:
-            yield stage.recipe.base
+    while stage.start is not None:
+        if stage.start not in made:
+            yield stage.start
             return
-        stage = made[stage.recipe.base]
+        stage = made[stage.start]
 
 
-def _created(model_id: str) -> str:
-    """When a model was made; empty where there is none, also where its parent is gone."""
+def _manifest(model_id: str) -> dict[str, Any]:
+    """What is stored of a model; empty where there is none, and there also where its parent is gone."""
     from luthier.files import read_json
     from luthier.models.catalog import MANIFEST
     from luthier.store.models import base_folder, custom_folder
 
     base, _, name = model_id.partition(":")
     file = (custom_folder(base, name) if name else base_folder(base)) / MANIFEST
-    return str(read_json(file).get("created", "")) if file.is_file() else ""
+    return read_json(file) if file.is_file() else {}
 
 
 def _checked(name: str) -> str:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from luthier.cli.console import LiveReporter, heavy_imports, print_json
 
 if TYPE_CHECKING:
-    from luthier.engine.runs import Result
-    from luthier.pipeline import Pipeline
+    from luthier.pipeline import Outcome, Pipeline
 
 
 def pipeline(file: Path, check: bool, as_json: bool) -> None:
@@ -28,12 +27,11 @@ def pipeline(file: Path, check: bool, as_json: bool) -> None:
         if check:
             stages.check(reporter)
             return
-        results = stages.run(reporter)
+        outcomes = stages.run(reporter)
     if as_json:
-        named = zip(stages.stages, results, strict=True)
-        print_json({"stages": [{"stage": s.name, **asdict(result)} for s, result in named]})
+        print_json({"stages": [asdict(outcome) for outcome in outcomes]})
     else:
-        _print_results(stages, results)
+        _print_outcomes(outcomes)
 
 
 def _print_plan(stages: Pipeline) -> None:
@@ -45,17 +43,19 @@ def _print_plan(stages: Pipeline) -> None:
         out.print(f"{number}. [bold]{stage.name}[/bold] → {stage.model_id}{needs}", soft_wrap=True)
 
 
-def _print_results(stages: Pipeline, results: list[Result]) -> None:
+def _print_outcomes(outcomes: list[Outcome]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name in ("stage", "model", "steps", "loss", "validation", "time"):
         table.add_column(name, justify="left" if name in ("stage", "model") else "right")
-    for stage, result in zip(stages.stages, results, strict=True):
-        held = "" if result.validation_loss is None else f"{result.validation_loss:.4f}"
-        row = (f"{result.steps:,}", f"{result.train_loss:.4f}", held, f"{result.seconds:.0f} s")
-        table.add_row(stage.name, f"[bold green]{result.model_id}[/bold green]", *row)
+    shown = {"steps": ",", "train_loss": ".4f", "validation_loss": ".4f", "seconds": ".0f"}
+    for outcome in outcomes:
+        values = [(outcome.details.get(key), how) for key, how in shown.items()]
+        cells = ["" if value is None else format(value, how) for value, how in values]
+        cells[-1] += " s" if cells[-1] else ""
+        table.add_row(outcome.stage, f"[bold green]{outcome.model_id}[/bold green]", *cells)
     out = Console(highlight=False)
     out.print()
     out.print(table)
