@@ -225,11 +225,12 @@ def _stage(spec: PipelineSpec, each: StageSpec, before: list[Stage]) -> Stage:
 
 def _root(start: str, before: list[Stage]) -> str:
     """What the ids of all models begin with that go back to the same base model as ``start``."""
+    from luthier.models.catalog import CATALOG
     from luthier.store.models import find, short_name
 
     if start in {stage.model_id for stage in before}:
         return start.partition(":")[0]
-    return short_name(find(start).root)
+    return start if start in CATALOG else short_name(find(start).root)
 
 
 def _resolved(value: Any, stage: str, known: Mapping[str, str], needed: list[str]) -> Any:

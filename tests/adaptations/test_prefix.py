@@ -150,7 +150,7 @@ def test_peft_loads_what_is_saved_and_answers_alike(
             do_sample=False,
             pad_token_id=1,
         )
-        assert reply == generator.chat.decode(generator._reply(out[0, len(ids_T) :]))
+        assert reply == generator._answer(out[0, len(ids_T) :]).text
 
 
 def test_answers_see_the_prefix_as_training_does(model: Any, tokenizer: Any) -> None:
@@ -173,7 +173,7 @@ def test_answers_see_the_prefix_as_training_does(model: Any, tokenizer: Any) -> 
             with torch.no_grad():
                 last = network.logits(network.hidden(batch)[batch.tree.leaf_R])
             ids.append(int(last.argmax()))
-        assert reply == generator.chat.decode(generator._reply(torch.tensor(ids[before:])))
+        assert reply == generator._answer(torch.tensor(ids[before:])).text
     bare = Generator(plain_of(model), ChatFormat.of(tokenizer), CPU)
     assert bare.prefix == 0 and bare.replies(prompts, sampling) != together
 

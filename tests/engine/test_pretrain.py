@@ -21,6 +21,7 @@ from luthier.cli.inventory import remove
 from luthier.data.corpus import Survey
 from luthier.engine import pretrain as engine
 from luthier.engine import pretrain_defaults as defaults
+from luthier.engine import storing
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.metrics import Reporter
 from luthier.engine.pretrain_defaults import NetworkFacts
@@ -166,7 +167,7 @@ def test_what_was_cut_short_ends_at_the_same_bits(
     with monkeypatch.context() as patch:
         if stage == "step":
             patch.setattr(Checkpoints, "due", lambda self, step: step == 3)
-            patch.setattr(engine.Trainer, "_store", die)
+            patch.setattr(storing.Storing, "store", die)
         else:
             patch.setattr(engine, stage, die)
         with pytest.raises((OSError, LuthierError)):
@@ -184,7 +185,7 @@ def test_what_was_cut_short_ends_at_the_same_bits(
 
 KILLED = """
 import os, signal, sys
-from luthier.engine import checkpoints, pretrain
+from luthier.engine import checkpoints, pretrain, storing
 from luthier.pretraining import PretrainRecipe
 import json
 where, fields = sys.argv[1], json.loads(sys.argv[2])
@@ -198,7 +199,7 @@ if where == "tokens":
     pretrain.TokenWriter.close = half
 elif where == "training":
     checkpoints.Checkpoints.due = lambda self, step: step == 3
-    pretrain.Trainer._store = die
+    storing.Storing.store = die
 pretrain.pretrain(PretrainRecipe.parse(fields), resume=where != "tokens")
 """
 

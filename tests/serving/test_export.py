@@ -167,7 +167,7 @@ def test_what_stands_before_every_row_goes_into_peft(
         ids = ids[:, len(generator.prompt_ids) :]
         settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        assert reply == generator.chat.decode(generator._reply(out[0, ids.shape[1] :]))
+        assert reply == generator._answer(out[0, ids.shape[1] :]).text
 
 
 @pytest.mark.parametrize("name", ["prefix", "prompt"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ class Trainer:
         network.model.eval()
         budget, note = max(budget, 2048), self.reporter.note
         train = data.objective.begin(network, data.train, budget, note)
-        rows = [*train, *data.validation]
+        rows = chain(train, data.validation)  # rows of a pre-training are read from disk
         data.objective.keep(network, rows, budget, self.run_folder.folder / KEPT, note)
         self.job = replace(self.job, data=replace(data, train=train))
         return_freed_memory()  # a teacher may have been let go

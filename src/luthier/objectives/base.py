@@ -23,7 +23,7 @@ loss, unless ``validation_loss`` and ``parity_loss`` say otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -173,7 +173,7 @@ class Objective(BaseModel):
     def keep(
         self,
         network: Network,
-        rows: Sequence[Example],
+        rows: Iterable[Example],
         budget: int,
         folder: Path,
         note: Callable[[str], None],

@@ -15,7 +15,7 @@ free after. Left out: losses over pairs of texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -88,7 +88,7 @@ class EmbeddingDistillation(Objective):
     def keep(
         self,
         network: Network,
-        rows: Sequence[Example],
+        rows: Iterable[Example],
         budget: int,
         folder: Path,
         note: Callable[[str], None],

@@ -13,7 +13,7 @@ there are the teacher's replies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -35,13 +35,12 @@ class LogitDistillation(Distillation):
     mix: float = Field(default=0.0, ge=0, lt=1)
     """Share of the data's own cross-entropy; none in GKD, little in Hinton (section 2)."""
     cache_top_k: int | None = Field(default=None, ge=1)
-    """Read the teacher once, before the first step, keep its so many likeliest tokens at each position
-    on disk, and free its memory. All others count as one. Without it, the teacher reads each batch."""
+    """Ask the teacher once, before the first step, and keep its so many likeliest tokens on disk."""
 
     def keep(
         self,
         network: Network,
-        rows: Sequence[Example],
+        rows: Iterable[Example],
         budget: int,
         folder: Path,
         note: Callable[[str], None],
@@ -53,7 +52,9 @@ class LogitDistillation(Distillation):
             return
         teacher = network.others["teacher"]
         shared = min(len(network.head_VH), len(teacher.head_VH))
-        kept = TopK.of(teacher, rows, budget, self.cache_top_k, self.temperature, shared, folder)
+        kept = TopK.of(
+            teacher, list(rows), budget, self.cache_top_k, self.temperature, shared, folder
+        )
         network.kept = kept
         network.others.pop("teacher").close()
         note(

@@ -49,8 +49,7 @@ class OnPolicyDistillation(Distillation):
 
     method: Literal["on_policy_distillation"] = "on_policy_distillation"
     divergence: Kind = "reverse"
-    """KL from teacher to student, from student to teacher (on-policy in MiniLLM, Gu et al. 2024), or
-    GKD's between both."""
+    """KL from teacher to student, from student to teacher (MiniLLM's), or GKD's between both."""
     student_share: float = Field(default=1.0, ge=0, le=1)
     """Share of rows that the student answers itself; lambda in GKD, 1 being purely on-policy."""
     max_tokens: int = Field(default=128, ge=1)
