@@ -94,6 +94,17 @@ def rows_of(objective: Objective) -> list[Row]:
 
 
 TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
+OFTEN = ("llama", "gpt2", "bert", "t5")
+LATER = (*DISTILLED, *JUDGED, "grpo", "ppo", "encoder_distillation", "embedding_distillation")
+"""Objectives on top of the others, of which all families are a matter of many minutes."""
+
+
+def timed(triple: tuple[str, str, str]) -> Any:
+    """The triple, marked slow where one of its kind on another family is run every time."""
+    slow = triple[0] in LATER and triple[2] not in OFTEN
+    return pytest.param(*triple, marks=[pytest.mark.slow] if slow else [])
+
+
 REFUSED = {
     **{
         (o, f): "cannot be a causal"
@@ -191,7 +202,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("method", "name", "family"), TRIPLES)
+@pytest.mark.parametrize(("method", "name", "family"), map(timed, TRIPLES))
 def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     method: str, name: str, family: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
