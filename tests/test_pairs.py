@@ -202,7 +202,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("method", "name", "family"), map(timed, TRIPLES))
+@pytest.mark.parametrize(("method", "name", "family"), [timed(t) for t in TRIPLES])
 def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     method: str, name: str, family: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
