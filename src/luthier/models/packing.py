@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,23 +28,44 @@ class PackedWeight:
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 8)
+        self._branch: tuple[Tensor, Tensor] | None = None
+
+    @cached_property
+    def _packed(self) -> Tensor:
+        return _ordered(self._layer.weight)
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's ``x W^T + b`` for ``x [..., in]``."""
         layer = self._layer
         if x.numel() > MOST_ROWS * x.shape[-1]:
             return nn.functional.linear(x, layer.weight, layer.bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, layer.bias, "none", [], "")
-        return y
+        return _product(x, self._packed, layer.bias)
 
-    def onto(self, sum_NO: Tensor, x_NI: Tensor) -> Tensor:
-        """``sum + x W^T``, rounded once."""
+    def branched(self, x_NI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
+        """``x W^T + scale x A^T B^T``, rounded once.
+
+        Of a few rows it is one product, ``[x, x A^T] [W, scale B]^T``: each further one takes half as
+        long as the whole. ``A`` and ``B`` are the same in every call.
+        """
         if len(x_NI) > MOST_ROWS:
-            return sum_NO.addmm_(x_NI, self._layer.weight.t())
-        fused = torch.ops.mkldnn._linear_pointwise.binary
-        y: Tensor = fused(x_NI, sum_NO, self._packed, None, "add")
-        return y
+            update_NO = torch.mm(torch.mm(x_NI, a_rI.t()) * scale, b_Or.t())
+            return update_NO.addmm_(x_NI, self._layer.weight.t())
+        if self._branch is None:
+            wide = torch.cat([self._layer.weight.detach(), b_Or.detach() * scale], 1)
+            self._branch = _ordered(a_rI), _ordered(wide)
+        packed_a, packed_wide = self._branch
+        z_Nr = _product(x_NI, packed_a, None)
+        return _product(torch.cat([x_NI, z_Nr], 1), packed_wide, None)
+
+
+def _ordered(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+    return packed
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
 
 
 def packed_weight(layer: Any) -> PackedWeight | None:
