@@ -90,7 +90,7 @@ def _print(records: Sequence[Line], trend: Sequence[Line], link: float | None, f
     from rich.text import Text
 
     out = Console(highlight=False)
-    table = Table(box=None)
+    table = Table(box=None, expand=True)
     for name in ("reward", "step", "line", "tokens", "kl"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("prompt", "completion"):
