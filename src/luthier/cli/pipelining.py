@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.console import LiveReporter, heavy_imports, print_json
+from luthier.cli.console import LiveReporter, heavy_imports, measured, print_json
 
 if TYPE_CHECKING:
     from luthier.pipeline import Outcome, Pipeline
@@ -47,15 +47,29 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("stage", "model", "steps", "loss", "validation", "time"):
-        table.add_column(name, justify="left" if name in ("stage", "model") else "right")
-    shown = {"steps": ",", "train_loss": ".4f", "validation_loss": ".4f", "seconds": ".0f"}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("stage", "model", "steps", "validation", "time"):
+        left = name in ("stage", "model")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
     for outcome in outcomes:
-        values = [(outcome.details.get(key), how) for key, how in shown.items()]
-        cells = ["" if value is None else format(value, how) for value, how in values]
-        cells[-1] += " s" if cells[-1] else ""
-        table.add_row(outcome.stage, f"[bold green]{outcome.model_id}[/bold green]", *cells)
+        model = f"[bold green]{outcome.model_id}[/bold green]"
+        table.add_row(outcome.stage, model, *_cells(outcome))
     out = Console(highlight=False)
     out.print()
     out.print(table)
+
+
+def _cells(outcome: Outcome) -> list[str]:
+    """Steps, loss, validation and seconds, where the stage had some."""
+    from luthier.store.models import find, objective_of
+
+    details = outcome.details
+    if "steps" not in details:
+        return []
+    held = details["validation_loss"]
+    measure = objective_of(find(outcome.model_id)).measure
+    return [
+        f"{details['steps']:,}",
+        "" if held is None else measured(measure, held),
+        f"{details['seconds']:.0f} s",
+    ]
