@@ -223,3 +223,12 @@ def test_the_text_of_each_token(family: str, family_folder: Callable[[str], Any]
             "the quick brown dog jumps [SEP]" if family == "bert" else "the quick brown dog jumps"
         )
     )
+
+
+def test_a_byte_level_vocabulary_may_hold_a_token_like_a_word_piece(
+    new_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = new_tokenizer()
+    tokenizer.add_tokens(["##"])
+    chat = ChatFormat.of(tokenizer, "plain")
+    assert "".join(chat.pieces(tokenizer("the dog ## jumps")["input_ids"])) == "the dog ## jumps"

@@ -142,7 +142,9 @@ class ChatFormat:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, for showing them one after the other."""
         names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
-        if any(name.startswith("##") for name in self.tokenizer.get_vocab()):
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        # By its kind: a byte-level vocabulary may hold a token "##" too.
+        if backend is not None and type(backend.model).__name__ == "WordPiece":
             # Word pieces carry no spaces: a piece that continues a word is marked instead.
             return [name[2:] if name.startswith("##") else f" {name}" for name in names]
         return [str(self.tokenizer.decode([int(i)])) for i in ids]
