@@ -63,6 +63,12 @@ class ChatFormat:
         stops.pop(None, None)
         return ChatFormat(tokenizer, template, tuple(stops), start_id)
 
+    def with_template(self, template: Template) -> ChatFormat:
+        """The same model's format with another template; ``auto`` keeps the one it has."""
+        if template == "auto":
+            return self
+        return ChatFormat.of(self.tokenizer, template, self.stop_ids, self.start_id)
+
     def encode_prompt(self, messages: Sequence[Message]) -> IntArray:
         """Token ids that a reply to ``messages`` continues, or that the encoder reads."""
         if self.start_id is not None:

@@ -49,9 +49,7 @@ class Judged(Objective):
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""
-        if self.template == "auto":
-            return chat
-        return type(chat).of(chat.tokenizer, self.template, chat.stop_ids, chat.start_id)
+        return chat.with_template(self.template)
 
     def cut(self, example: Example, context: int) -> Example:
         """Cut the end of each text off; a row with nothing learned left on one side weighs nothing."""

@@ -185,9 +185,7 @@ class Reinforcement(Objective):
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""
-        if self.template == "auto":
-            return chat
-        return type(chat).of(chat.tokenizer, self.template, chat.stop_ids, chat.start_id)
+        return chat.with_template(self.template)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The prompt, of no weight; refuses a row that the grader cannot compare with."""

@@ -31,9 +31,7 @@ class SFT(Objective):
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""
-        if self.template == "auto":
-            return chat
-        return type(chat).of(chat.tokenizer, self.template, chat.stop_ids, chat.start_id)
+        return chat.with_template(self.template)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight 1 on each token of each reply, 0 on the rest."""

@@ -237,12 +237,10 @@ class Generator:
 def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     import torch
 
+    from luthier.models.sampler import nucleus
+
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     probability_V = torch.softmax(logits_V / sampling.temperature, -1)
-    if sampling.top_p < 1:
-        ordered, index = probability_V.sort(descending=True)
-        # The first token whose predecessors already reach top_p, and all after it, are left out.
-        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0.0
-        probability_V = torch.zeros_like(probability_V).scatter_(0, index, ordered)
-    return int(torch.multinomial(probability_V, 1, generator=generator))
+    kept_V = nucleus(probability_V[None], sampling.top_p)[0]
+    return int(torch.multinomial(kept_V, 1, generator=generator))
