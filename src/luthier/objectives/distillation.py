@@ -1,4 +1,4 @@
-"""What all distillations of a language model into another have in common.
+"""What distillations have in common: a teacher; of language models, also what is measured.
 
 Both read the same tokens, and what is measured is how far the student's distribution over the next
 token is from the teacher's; see :mod:`luthier.objectives.divergence`.
@@ -24,11 +24,41 @@ if TYPE_CHECKING:
 Kind = Literal["forward", "reverse", "jsd"]
 
 
-class Distillation(Objective):
-    """A teacher, and how far a student is from it."""
+class Taught(Objective):
+    """Base of the objectives that learn from a teacher with the student's tokens."""
 
     teacher: str = ""
     """Id of the model to learn from; it has the student's tokenizer."""
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """The teacher."""
+        return {"teacher": self.teacher} if self.teacher else {}
+
+    def check(self, chat: ChatFormat) -> None:
+        """There must be a teacher."""
+        if not self.teacher:
+            raise RecipeError("there is no teacher; give one with --set objective.teacher=ID")
+
+    def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
+        """The teacher must read the same tokens, as it is asked about each of them."""
+        check_same_tokens(other, chat)
+
+    def begin(
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        budget: int,
+        note: Callable[[str], None],
+    ) -> Sequence[Example]:
+        """Say so where the student is larger than the teacher."""
+        note_sizes(network, network.others["teacher"], note)
+        return examples
+
+
+class Distillation(Taught):
+    """A teacher, and how far a student is from it."""
+
     divergence: Kind = "forward"
     """KL from teacher to student (Hinton), from student to teacher, or GKD's between both."""
     beta: float = Field(default=0.5, gt=0, lt=1)
@@ -39,11 +69,6 @@ class Distillation(Objective):
     """How a row becomes text: the model's chat template, or prompt and completion as they are."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
-
-    @property
-    def others(self) -> Mapping[str, str]:
-        """The teacher."""
-        return {"teacher": self.teacher} if self.teacher else {}
 
     @property
     def distance(self) -> Divergence:
@@ -57,11 +82,6 @@ class Distillation(Objective):
         """Rows become tokens as in supervised fine-tuning."""
         return SFT(template=self.template)
 
-    def check(self, chat: ChatFormat) -> None:
-        """There must be a teacher."""
-        if not self.teacher:
-            raise RecipeError("there is no teacher; give one with --set objective.teacher=ID")
-
     def meet(self, name: str, other: Objective, width: int) -> Self:
         """The teacher must write text."""
         if other.task != "causal_lm":
@@ -74,7 +94,7 @@ class Distillation(Objective):
 
     def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
         """The teacher must read the same tokens, in the same form."""
-        check_same_tokens(other, chat)
+        super().check_other(name, other, chat)
         if (other.start_id is None) != (chat.start_id is None):
             raise RecipeError(
                 "one of teacher and student is an encoder-decoder and the other is not, so they do not "
@@ -94,17 +114,6 @@ class Distillation(Objective):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight 1 on each token of each reply, 0 on the rest."""
         return self._rows.encode(row, index, chat)
-
-    def begin(
-        self,
-        network: Network,
-        examples: Sequence[Example],
-        budget: int,
-        note: Callable[[str], None],
-    ) -> Sequence[Example]:
-        """Say so where the student is larger than the teacher."""
-        note_sizes(network, network.others["teacher"], note)
-        return examples
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """The cross-entropy of the rows, which asks no teacher."""

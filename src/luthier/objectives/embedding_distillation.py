@@ -15,7 +15,7 @@ free after. Left out: losses over pairs of texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -24,7 +24,7 @@ from luthier.models.heads import Task
 from luthier.objectives.base import Objective
 from luthier.objectives.classification import cut_text, encode_text
 from luthier.objectives.contrastive import Contrastive
-from luthier.objectives.distillation import check_same_tokens, note_sizes
+from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Pooling = Literal["auto", "mean", "first", "last"]
 
 
-class EmbeddingDistillation(Objective):
+class EmbeddingDistillation(Taught):
     """Embeddings near those of a teacher."""
 
     method: Literal["embedding_distillation"] = "embedding_distillation"
@@ -53,16 +53,6 @@ class EmbeddingDistillation(Objective):
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
-    @property
-    def others(self) -> Mapping[str, str]:
-        """The teacher."""
-        return {"teacher": self.teacher} if self.teacher else {}
-
-    def check(self, chat: ChatFormat) -> None:
-        """There must be a teacher."""
-        if not self.teacher:
-            raise RecipeError("there is no teacher; give one with --set objective.teacher=ID")
-
     def meet(self, name: str, other: Objective, width: int) -> Self:
         """The teacher must be an encoder; its pooling is taken over."""
         if other.task != self.task:
@@ -72,10 +62,6 @@ class EmbeddingDistillation(Objective):
                 "encoder_distillation, models that write with logit_distillation."
             )
         return self.model_copy(update={"teacher_pooling": getattr(other, "pooling", "auto")})
-
-    def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
-        """The teacher must read the same tokens, as rows are kept as tokens."""
-        check_same_tokens(other, chat)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text, of weight 1."""
@@ -96,7 +82,6 @@ class EmbeddingDistillation(Objective):
         """Let the teacher read all texts, keep where it places them, and let it go."""
         from torch.nn.functional import pad
 
-        note_sizes(network, network.others["teacher"], note)
         teacher, encoder = network.others.pop("teacher"), Contrastive(pooling=self.teacher_pooling)
         unique = list({row.ids_T.tobytes(): row for row in rows}.values())
         place = {row.ids_T.tobytes(): number for number, row in enumerate(unique)}

@@ -16,7 +16,7 @@ labels for one text.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -27,7 +27,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
 from luthier.objectives.classification import Classification, cut_text, encode_text, names_of
-from luthier.objectives.distillation import check_same_tokens, note_sizes
+from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ NO_LABEL = -100
 """Class of a row without a label, which torch's cross-entropy passes over."""
 
 
-class EncoderDistillation(Objective):
+class EncoderDistillation(Taught):
     """Which class a text belongs to, from a teacher's opinion of it and the label."""
 
     method: Literal["encoder_distillation"] = "encoder_distillation"
@@ -64,22 +64,12 @@ class EncoderDistillation(Objective):
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
 
     @property
-    def others(self) -> Mapping[str, str]:
-        """The teacher."""
-        return {"teacher": self.teacher} if self.teacher else {}
-
-    @property
     def _classifier(self) -> Classification:
         return Classification(labels=self.labels, multi_label=False)
 
     def head(self) -> Head:
         """One score for each class."""
         return self._classifier.head()
-
-    def check(self, chat: ChatFormat) -> None:
-        """There must be a teacher."""
-        if not self.teacher:
-            raise RecipeError("there is no teacher; give one with --set objective.teacher=ID")
 
     def meet(self, name: str, other: Objective, width: int) -> Self:
         """The teacher must be a classifier of one label a text; its classes are learned."""
@@ -97,10 +87,6 @@ class EncoderDistillation(Objective):
                 "and objective.labels names others. Leave it out."
             )
         return self.model_copy(update={"labels": head.labels, "teacher_width": width})
-
-    def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
-        """The teacher must read the same tokens, as hidden states are compared at each of them."""
-        check_same_tokens(other, chat)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the classes of the rows, where no teacher has told them."""
@@ -146,17 +132,6 @@ class EncoderDistillation(Objective):
         """Take the map away."""
         if hasattr(model, "teacher_map"):
             del model.teacher_map
-
-    def begin(
-        self,
-        network: Network,
-        examples: Sequence[Example],
-        budget: int,
-        note: Callable[[str], None],
-    ) -> Sequence[Example]:
-        """Say so where the student is larger than the teacher."""
-        note_sizes(network, network.others["teacher"], note)
-        return examples
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed triple loss; the share of texts on which both agree is shown."""
