@@ -122,7 +122,7 @@ def tuned(base: Path | str, name: str, rows: list[Row], tmp_path: Path, **object
                 "data": {"train": data, "validation_share": 0},
                 "objective": objective,
                 "adaptation": {"method": "full"},
-                "training": {"max_steps": 30, "batch_size": 4, "learning_rate": 1e-2},
+                "training": {"max_steps": 120, "batch_size": 4, "learning_rate": 5e-3},
             }
         )
     )
