@@ -16,6 +16,7 @@ from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import sha256_of
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.objectives.choosing import objective_for, shape_of, shapes_named, unlearned
 from luthier.recipe import DataSpec
 from luthier.types import Example, Row
 
@@ -73,8 +74,10 @@ def prepare(
     further = [load_rows(each.train) for each in spec.mix]
     choices: list[Choice] = []
     if objective is None:
-        objective = _objective_for(rows[0], chat)
-        choices.append(("objective", objective.method, f"the rows are {_named([_shape(rows[0])])}"))
+        objective = objective_for(rows[0], chat)
+        choices.append(
+            ("objective", objective.method, f"the rows are {shapes_named([shape_of(rows[0])])}")
+        )
     objective.check(chat)
     _check_shapes(rows, held, objective, chat)
     _check_shapes((), [*chain(*further)], objective, chat, beside=True)
@@ -173,33 +176,6 @@ def _check_augmentation(spec: DataSpec, objective: Objective, chat: ChatFormat) 
         )
 
 
-def _shape(row: Row) -> str:
-    for name, shape in _FIELDS.items():
-        if getattr(row, name) is not None:
-            return shape
-    raise ValueError("a row of no shape")
-
-
-def _objective_for(row: Row, chat: ChatFormat) -> Objective:
-    """The first objective of the table that learns from rows of this shape, on this tokenizer."""
-    masks = chat.tokenizer.mask_token_id is not None
-    tasks = ("masked_lm", "causal_lm") if masks else ("causal_lm", "masked_lm")
-    kinds = [kind for kind in OBJECTIVES.values() if _shape(row) in kind.shapes and kind.by_itself]
-    if not kinds:
-        raise DataError([_unlearned(row, f"there is nothing to learn in {_named([_shape(row)])}.")])
-    kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
-    able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]
-    return able[0] if able else kinds[0].model_validate({})
-
-
-def _suits(objective: Objective, chat: ChatFormat) -> bool:
-    try:
-        objective.check(chat)
-    except RecipeError:
-        return False
-    return True
-
-
 def _check_shapes(
     rows: Sequence[Row],
     held: Sequence[Row],
@@ -210,7 +186,7 @@ def _check_shapes(
     """Every row must be of a shape that is learned; ``beside`` those of the main file, more may be."""
     problems = []
     shapes = objective.shapes | objective.also | (objective.beside if beside else frozenset())
-    if len(rows) == 1 and _shape(rows[0]) != "text":
+    if len(rows) == 1 and shape_of(rows[0]) != "text":
         problems.append(
             Problem(
                 rows[0].file,
@@ -221,63 +197,23 @@ def _check_shapes(
             )
         )
     for row in [*rows, *held]:
-        shape = _shape(row)
+        shape = shape_of(row)
         if shape not in shapes:
-            message = f"objective {objective.method} learns from {_named(shapes)}, and this row is "
-            problem = _unlearned(row, f"{message}{_named([shape])}.")
+            message = (
+                f"objective {objective.method} learns from {shapes_named(shapes)}, and this row is "
+            )
+            problem = unlearned(row, f"{message}{shapes_named([shape])}.")
             fix = problem.fix
             if shape != "prompt_only":
-                other = _objective_for(row, chat).method
+                other = objective_for(row, chat).method
                 fix = f"Use --objective {other}, or bring the rows into the other form."
             if beside:
-                fix = f"Bring the rows into the form of {_named(shapes)}, or leave the file out."
+                fix = f"Bring the rows into the form of {shapes_named(shapes)}, or leave the file out."
             elif shape in objective.beside:
-                fix = f"Such rows are for a file of --mix; {_named(objective.shapes)} goes here."
+                fix = f"Such rows are for a file of --mix; {shapes_named(objective.shapes)} goes here."
             problems.append(replace(problem, fix=fix))
     if problems:
         raise DataError(problems)
-
-
-def _unlearned(row: Row, message: str) -> Problem:
-    """A row that holds nothing to learn by itself: a prompt without a reply."""
-    fix = (
-        "Add the replies as `completion`, let a teacher write them (luthier distil), or learn from "
-        "what replies are worth (--objective grpo)."
-    )
-    return Problem(row.file, row.line, "row.objective", message, fix)
-
-
-_FIELDS = {
-    "rejected": "preference",
-    "desirable": "thumb",
-    "reply": "rated",
-    "messages": "messages",
-    "completion": "prompt",
-    "prompt": "prompt_only",
-    "label": "label",
-    "rating": "rating",
-    "tags": "tags",
-    "positive": "pair",
-    "text": "text",
-}
-"""What tells the shape of a row, in the order it is asked."""
-_SHAPES = {
-    "preference": "chosen and rejected answers",
-    "thumb": "answers with a thumb",
-    "rated": "answers with a rating",
-    "prompt": "prompt and completion",
-    "prompt_only": "a prompt without a reply",
-    "messages": "messages",
-    "text": "raw text",
-    "label": "text with labels",
-    "rating": "text with ratings",
-    "tags": "tokens with tags",
-    "pair": "pairs of anchor and positive",
-}
-
-
-def _named(shapes: Sequence[str] | frozenset[str]) -> str:
-    return " or ".join(_SHAPES[shape] for shape in sorted(shapes))
 
 
 def _largest(objective: Objective, example: Example) -> list[Example]:

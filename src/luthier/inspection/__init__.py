@@ -1,0 +1,1 @@
+"""The data gate: what is wrong with data, row by row, before anything is trained."""

@@ -1,0 +1,116 @@
+"""The seam of the data gate: a check sees all rows in batches, and says what is wrong with them.
+
+A check is one small file. What it computes of a batch alone (:meth:`Check.measure`) may run in
+another process, so it depends on the check's fields and the batch only, and returns what can be
+pickled. What needs the order of rows or all of them stands in :meth:`Check.take` and
+:meth:`Check.finish`, which run in the main process, batch by batch in the order of the files. Rows
+are gone after their batch: a check keeps numbers, not texts, so that a file may be larger than memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from luthier.inspection.findings import Findings, Place, Rule
+from luthier.types import IntArray, Row
+
+Split = str
+"""``train``, ``validation`` or ``test``."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that follow each other in one file."""
+
+    split: Split
+    file: str
+    rows: Sequence[Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the rows of a measured batch stand; row ``i`` of it has the number ``first + i``."""
+
+    split: Split
+    file: str
+    lines_N: IntArray
+    first: int
+    """Number of its first row among all rows of all splits, from 0."""
+
+    def place(self, index: int) -> Place:
+        """Place of the row at ``index`` of the batch."""
+        return Place(self.file, int(self.lines_N[index]))
+
+
+class Check(ABC):
+    """One kind of fault, looked for in all rows."""
+
+    name: ClassVar[str]
+    """Stable name, by which a check is left out."""
+    rules: ClassVar[tuple[Rule, ...]]
+    """Every rule it can find broken."""
+
+    @abstractmethod
+    def measure(self, batch: Batch) -> Any:
+        """What is to be known of a batch, without regard to any other; picklable."""
+
+    @abstractmethod
+    def take(self, where: Where, measured: Any, findings: Findings) -> None:
+        """Take in what was measured of a batch; batches come in order."""
+
+    def finish(self, places: Places, findings: Findings) -> None:  # noqa: B027 - most have nothing to add
+        """Say what only all rows together show."""
+
+    def summary(self) -> Mapping[str, Any]:
+        """Numbers for the report, ready for JSON: counts, histograms, shares."""
+        return {}
+
+
+class Places:
+    """Where every row stands, by its number: 8 bytes a row and one entry a batch."""
+
+    def __init__(self) -> None:
+        self._firsts: list[int] = []
+        self._batches: list[tuple[Split, str]] = []
+        self._lines: list[IntArray] = []
+        self.total = 0
+
+    def add(self, split: Split, file: str, lines_N: IntArray) -> Where:
+        """Number the rows of a batch."""
+        where = Where(split, file, lines_N, self.total)
+        self._firsts.append(self.total)
+        self._batches.append((split, file))
+        self._lines.append(lines_N)
+        self.total += len(lines_N)
+        return where
+
+    def _at(self, number: int) -> tuple[int, int]:
+        batch = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        return batch, number - self._firsts[batch]
+
+    def place(self, number: int) -> Place:
+        """File and line of row ``number``."""
+        batch, index = self._at(number)
+        return Place(self._batches[batch][1], int(self._lines[batch][index]))
+
+    def split(self, number: int) -> Split:
+        """Split of row ``number``."""
+        return self._batches[self._at(number)[0]][0]
+
+    def splits_N(self) -> Any:
+        """``[N]`` number of each row's split in the order of :meth:`names`."""
+        names = self.names()
+        sizes = [len(lines) for lines in self._lines]
+        return np.repeat([names.index(split) for split, _ in self._batches], sizes).astype(np.int8)
+
+    def names(self) -> list[Split]:
+        """Splits that have rows, in the order they came."""
+        return list(dict.fromkeys(split for split, _ in self._batches))
