@@ -13,7 +13,7 @@ from luthier.data.rows import load_rows
 from luthier.errors import DataError, GradingFailed, RecipeError, UnknownModel
 from luthier.evaluation.evaluate import check, grade, questions
 from luthier.evaluation.parity import Parity
-from luthier.graders import Answer, Exact, FirstLine, Grader, Number
+from luthier.graders import Answer, Exact, FirstLine, Grader, Number, Regex
 from luthier.types import Message, Row
 
 PAIR = Row("f", 1, prompt="What?", completion="That.")
@@ -41,6 +41,16 @@ def test_everything_before_the_last_reply_is_asked() -> None:
 def test_raw_text_has_no_reply() -> None:
     with pytest.raises(DataError, match=r"data\.jsonl:3: \[row\.no_reply\]"):
         questions([PAIR, TEXT])
+
+
+def test_bare_prompts_are_graded_as_rewards_are() -> None:
+    asks, bare = Row("f", 1, prompt="1+1?", expected="2"), Row("f", 2, prompt="Write.")
+    assert questions([asks, bare])[1] == ["2", None]
+    assert grade([asks], ["= 2"], {"number": Number()}).scores == {"number": 1.0}
+    found = grade([bare], ["Dear"], {"regex": Regex(pattern="^Dear$")})
+    assert found.scores == {"regex": 1.0} and found.answers[0].expected is None
+    with pytest.raises(DataError, match=r"f:2: \[grader\.no_expected\]"):
+        check([asks, bare], {"exact": Exact()})
 
 
 def test_scores_are_means_and_every_answer_is_kept() -> None:

@@ -17,7 +17,7 @@ class Graded:
 
     prompt: str
     reply: str
-    expected: str
+    expected: str | None
     scores: Mapping[str, float]
 
 
@@ -37,14 +37,14 @@ class Evaluation:
         return found | ({"ungraded": len(self.problems)} if self.problems else {})
 
 
-def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str]]:
-    """What is asked in each row, and the reply the row expects.
+def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str | None]]:
+    """What is asked in each row, and the reply the row expects, where it says.
 
     Of a conversation, everything before the last assistant turn is asked; of judged answers the one
     that was chosen is expected.
     """
     asked: list[Sequence[Message]] = []
-    expected: list[str] = []
+    expected: list[str | None] = []
     for row in rows:
         if row.reply is not None:
             asked.append((*(row.messages or ()), *row.reply[:-1]))
@@ -52,9 +52,9 @@ def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str]]:
         elif row.messages:
             asked.append(row.messages[:-1])
             expected.append(row.messages[-1].content)
-        elif row.prompt is not None and row.completion is not None:
+        elif row.prompt is not None:
             asked.append((Message("user", row.prompt),))
-            expected.append(row.completion)
+            expected.append(row.expected if row.completion is None else row.completion)
         else:
             raise DataError(
                 [
@@ -62,8 +62,8 @@ def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str]]:
                         row.file,
                         row.line,
                         "row.no_reply",
-                        "raw text has no reply to compare with.",
-                        "Give rows of prompt and completion, or messages.",
+                        "the row asks nothing that could be answered.",
+                        "Give rows of prompt and completion, of prompt and expected, or messages.",
                     )
                 ]
             )
@@ -114,7 +114,7 @@ def _answers(
     rows: Sequence[Row],
     asked: Sequence[Sequence[Message]],
     replies: Sequence[str],
-    expected: Sequence[str],
+    expected: Sequence[str | None],
 ) -> list[Answer]:
     each = zip(asked, replies, expected, rows, strict=True)
     return [Answer(messages, reply, wanted, row) for messages, reply, wanted, row in each]
