@@ -174,13 +174,17 @@ class ChatFormat:
         return Encoded(np.concatenate([prompt_T, reply_T]), learned_T)
 
     def _up_to_stop(self, reply_T: IntArray) -> NDArray[np.bool_]:
-        stops = np.flatnonzero(np.isin(reply_T, self.stop_ids))
-        if not len(stops):
+        # From the end, where it stands: one or two steps, and every row of a data set comes here.
+        last = next(
+            (t for t, i in enumerate(reversed(reply_T.tolist())) if i in self.stop_ids), None
+        )
+        if last is None:
             raise RecipeError(
                 "the chat template ends an assistant turn without a stop token, so the model could "
                 "not learn to stop. Name the token with the tokenizer's eos_token."
             )
-        learned_T: NDArray[np.bool_] = np.arange(len(reply_T)) <= stops[-1]
+        learned_T = np.ones(len(reply_T), bool)
+        learned_T[len(reply_T) - last :] = False
         return learned_T
 
     def _render(self, messages: Sequence[Message], *, reply: bool) -> str:

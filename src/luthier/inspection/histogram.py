@@ -19,18 +19,21 @@ class Histogram:
         self.count = self.sum = self.largest = 0
         self.smallest = 0
 
-    def add(self, numbers_N: Any) -> None:
-        """Add numbers of at least 0."""
+    def add(self, numbers_N: Any, times_N: Any = None) -> None:
+        """Add numbers of at least 0, each as often as ``times_N`` says, or once."""
         numbers_N = np.asarray(numbers_N, np.int64)
+        times_N = np.ones(len(numbers_N), np.int64) if times_N is None else times_N
+        numbers_N, times_N = numbers_N[times_N > 0], times_N[times_N > 0]
         if not len(numbers_N):
             return
         bins_N = np.floor(np.log2(numbers_N + 1) * PER_DOUBLING).astype(np.int64)
-        self._counts_B += np.bincount(np.minimum(bins_N, BINS - 1), minlength=BINS)
+        counts_B = np.bincount(np.minimum(bins_N, BINS - 1), weights=times_N, minlength=BINS)
+        self._counts_B += counts_B.astype(np.int64)
         smallest = int(numbers_N.min())
         self.smallest = min(self.smallest, smallest) if self.count else smallest
         self.largest = max(self.largest, int(numbers_N.max()))
-        self.count += len(numbers_N)
-        self.sum += int(numbers_N.sum())
+        self.count += int(times_N.sum())
+        self.sum += int(numbers_N @ times_N)
 
     def quantile(self, share: float) -> int:
         """The number below which ``share`` of all lie, to the width of a bin."""

@@ -6,6 +6,7 @@ is what would be trained.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from luthier.errors import DataError, RecipeError, RowRefused
 from luthier.inspection.check import Batch, Check, Where
 from luthier.inspection.findings import Finding, Findings, Rule
 from luthier.inspection.histogram import Histogram
+from luthier.inspection.texts import texts
 from luthier.objectives import Objective
 from luthier.objectives.choosing import objective_for, shape_of, shapes_named
 from luthier.types import Example, Row
@@ -50,6 +52,9 @@ _KNOWN = {rule.id: rule for rule in (TOO_LONG, NOTHING, TEMPLATE, SHAPE, EMPTY)}
 
 SHOWN = 5
 """Rows whose tokens are kept for the report, of each split."""
+WHOLE = 20_000
+"""Rows of a file that are all encoded; of those after it one in :data:`EVERY` is."""
+EVERY = 16
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,27 @@ class Shown:
     """What is learned about the row as a whole, such as its label."""
 
 
+def stands_for(row: Row, context: int) -> int:
+    """How many rows a row stands for in the counts of tokens; 0 where it is not encoded.
+
+    No token is less than a byte, so that a row with fewer bytes than the context has tokens fits: what
+    may be too long is always encoded. A quarter is left for what templates add.
+    """
+    if row.line <= WHOLE:
+        return 1
+    if zlib.crc32(b"%d" % row.line) % EVERY == 0:
+        return EVERY
+    return int(sum(len(text.content.encode()) for text in texts(row)) > 0.75 * context)
+
+
 @dataclass(frozen=True)
 class Measured:
     """Token counts of a batch, and what is wrong with its rows."""
 
     tokens_N: Any
     learned_N: Any
+    times_N: Any
+    """Rows that each one stands for (:func:`stands_for`)."""
     problems: tuple[tuple[int, str, str, str], ...]
     """Index in the batch, rule, message, fix."""
     shown: tuple[Shown, ...]
@@ -88,51 +108,60 @@ class Learning(Check):
         self.objective, self.chat, self.context = objective, chat, context
         self.lengths: dict[str, Histogram] = {}
         self.learned: dict[str, int] = {}
+        self.sampled = False
         self.shown: dict[str, list[Shown]] = {}
 
     def measure(self, batch: Batch) -> Measured:
         """Encode the rows; the objective is chosen by the first one where none was asked for."""
+        problems: list[tuple[int, str, str, str]] = []
         if self.objective is None:
             try:
                 self.objective = objective_for(batch.rows[0], self.chat)
             except DataError as error:
                 first = error.problems[0]
-                empty = np.zeros(0, np.int64)
-                return Measured(empty, empty, ((0, first.rule, first.message, first.fix),), ())
-        objective = self.objective
-        problems: list[tuple[int, str, str, str]] = []
-        tokens_N = np.zeros(len(batch), np.int64)
-        learned_N = np.zeros(len(batch), np.int64)
+                none_N = np.zeros(len(batch), np.int64)
+                problems = [(0, first.rule, first.message, first.fix)]
+                return Measured(none_N, none_N, none_N, tuple(problems), ())
+        objective = self._fitted(self.objective, batch)
+        tokens_N, learned_N, times_N = np.zeros((3, len(batch)), np.int64)
         shown: list[Shown] = []
-        allowed = objective.shapes | objective.also
-        fitting = [row for row in batch.rows if shape_of(row) in allowed]
-        fitted = self._fitted(objective, fitting)
         for index, row in enumerate(batch.rows):
-            if shape_of(row) not in allowed:
-                message = (
-                    f"objective {objective.method} learns from {shapes_named(allowed)}, and this "
-                    f"row is {shapes_named([shape_of(row)])}."
-                )
-                problems.append((index, SHAPE.id, message, ""))
+            times_N[index] = stands_for(row, self.context)
+            example = self._encoded(objective, row, index, problems) if times_N[index] else None
+            if example is None:
+                times_N[index] = 0
                 continue
-            try:
-                example = fitted.encode(row, index, self.chat)
-            except RowRefused as bad:
-                problems.append((index, bad.rule, bad.message, bad.fix))
-                continue
-            except RecipeError as error:
-                problems.append((index, TEMPLATE.id, str(error), ""))
-                continue
-            tokens_N[index] = sum(view.tokens for view in fitted.views(example))
-            learned_N[index] = self._judge(fitted, example, index, problems)
+            tokens_N[index] = sum(view.tokens for view in objective.views(example))
+            learned_N[index] = self._judge(objective, example, index, problems)
             if len(shown) < SHOWN:
-                shown.append(self._show(fitted, example, row))
-        return Measured(tokens_N, learned_N, tuple(problems), tuple(shown))
+                shown.append(self._show(objective, example, row))
+        return Measured(tokens_N, learned_N, times_N, tuple(problems), tuple(shown))
 
-    def _fitted(self, objective: Objective, rows: list[Row]) -> Objective:
-        """The objective fitted to a batch: what it takes from the rows changes no length."""
+    def _encoded(
+        self, objective: Objective, row: Row, index: int, problems: list[tuple[int, str, str, str]]
+    ) -> Example | None:
+        """The row as in training; ``None`` when why not has joined ``problems``."""
+        allowed = objective.shapes | objective.also
+        if shape_of(row) not in allowed:
+            message = (
+                f"objective {objective.method} learns from {shapes_named(allowed)}, and this "
+                f"row is {shapes_named([shape_of(row)])}."
+            )
+            problems.append((index, SHAPE.id, message, ""))
+            return None
         try:
-            return objective.fit(rows, self.chat)
+            return objective.encode(row, index, self.chat)
+        except RowRefused as bad:
+            problems.append((index, bad.rule, bad.message, bad.fix))
+        except RecipeError as error:
+            problems.append((index, TEMPLATE.id, str(error), ""))
+        return None
+
+    def _fitted(self, objective: Objective, batch: Batch) -> Objective:
+        """The objective fitted to a batch: what it takes from the rows changes no length."""
+        allowed = objective.shapes | objective.also
+        try:
+            return objective.fit([row for row in batch.rows if shape_of(row) in allowed], self.chat)
         except RowRefused:
             return objective
 
@@ -181,16 +210,22 @@ class Learning(Check):
             rule = _KNOWN.get(name) or Rule(name, "error", message, fix=fix)
             findings.add(Finding(rule, where.place(index), message, fix))
         lengths = self.lengths.setdefault(where.split, Histogram())
-        lengths.add(measured.tokens_N[measured.tokens_N > 0])
-        self.learned[where.split] = self.learned.get(where.split, 0) + int(measured.learned_N.sum())
+        lengths.add(measured.tokens_N, measured.times_N)
+        learned = int(measured.learned_N @ measured.times_N)
+        self.learned[where.split] = self.learned.get(where.split, 0) + learned
+        self.sampled |= bool(np.any(measured.times_N != 1))
         kept = self.shown.setdefault(where.split, [])
         kept += measured.shown[: SHOWN - len(kept)]
 
     def summary(self) -> Mapping[str, Any]:
-        """Tokens and learned tokens of each split, histogram of lengths, and the first rows."""
+        """Tokens and learned tokens of each split, histogram of lengths, and the first rows.
+
+        ``sampled`` says that the counts of large files are scaled up from every 16th row.
+        """
         return {
             "objective": self.objective.method if self.objective else None,
             "context": self.context,
+            "sampled": self.sampled,
             "splits": {
                 split: {
                     "tokens": lengths.sum,
