@@ -1,0 +1,247 @@
+"""What a model does without training: asked as it is, with examples, with what a search finds.
+
+These are what fine-tuning has to beat. Examples come as earlier turns of the conversation (Brown et al.
+2020, few-shot), drawn once for all questions, or for each question the nearest by BM25 (Liu et al.
+2022, "What makes good in-context examples for GPT-3?", which uses embeddings; BM25 needs no second
+model). Documents are cut into passages and put before the question (Lewis et al. 2020, without its
+trained retriever). Held-out rows only are measured, and the answers are never searched.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from luthier.errors import RecipeError
+from luthier.types import Example, Message, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network
+
+EXAMPLES = 4
+"""Examples in a prompt; more help less and less, and every one is read again for each answer."""
+PASSAGES = 2
+"""Passages of documents in a prompt."""
+WORDS = 150
+"""Words of a passage."""
+SHORT = 24
+"""Answers of at most so many tokens are compared as they are; longer ones have a loss only."""
+ROOM = 4
+"""Tokens that an answer may have beyond the longest right one."""
+BUDGET = 2048
+"""Tokens computed at once."""
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """What one way to ask gives on held-out rows."""
+
+    name: str
+    loss: float
+    """Nats for each token of the right answers: how much they surprise the model."""
+    exact: float | None
+    """Share of greedy answers that are the right ones, white space aside; short answers only."""
+    prompt_tokens: float
+    """Mean tokens that are read for one answer."""
+    seconds: float
+    """Seconds for one answer on this machine, in batches; of reading alone where none is written."""
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row as something to ask."""
+
+    asked: tuple[Message, ...]
+    answer: str
+
+
+def questions_of(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Question]:
+    """Rows with one right answer as questions; classes are asked for by their names.
+
+    Raises:
+        RecipeError: for rows that hold no question, such as raw text.
+    """
+    return [_question(row, labels) for row in rows]
+
+
+def _question(row: Row, labels: Sequence[str]) -> Question:
+    if row.reply is not None:
+        return Question((*(row.messages or ()), *row.reply[:-1]), row.reply[-1].content)
+    if row.messages is not None:
+        return Question(row.messages[:-1], row.messages[-1].content)
+    if row.prompt is not None and row.completion is not None:
+        return Question((Message("user", row.prompt),), row.completion)
+    if row.text is not None and isinstance(row.label, str):
+        names = ", ".join(labels)
+        ask = f"{row.text}\n\nWhich one of these is it: {names}? Answer with the name alone."
+        return Question((Message("user", ask),), row.label)
+    raise RecipeError("these rows ask nothing with one right answer")
+
+
+class Prompting:
+    """A network in memory that is asked the held-out questions in several ways."""
+
+    def __init__(self, network: Network, chat: ChatFormat, context: int) -> None:
+        self.network, self.chat, self.context = network, chat, context
+
+    def measure(
+        self,
+        name: str,
+        questions: Sequence[Question],
+        given: Sequence[Sequence[Question | str]],
+        done: Callable[[int], None] = lambda _: None,
+    ) -> Prompted | None:
+        """Loss and answers with what is ``given`` to each question: examples, or passages.
+
+        ``None`` where no question fits into the context with what is given.
+        """
+        asked = [self._asked(each, with_) for each, with_ in zip(questions, given, strict=True)]
+        pairs = [(turns, q.answer) for turns, q in zip(asked, questions, strict=True)]
+        encoded = [self._encoded(turns, answer, n) for n, (turns, answer) in enumerate(pairs)]
+        room = self.context - ROOM
+        fitting = [(e, p) for e, p in zip(encoded, pairs, strict=True) if len(e) <= room]
+        if not fitting:
+            return None
+        from luthier.objectives.logprobs import mean_nll
+
+        examples = [example for example, _ in fitting]
+        began = time.perf_counter()
+        loss = mean_nll(self.network, examples, BUDGET)
+        seconds = (time.perf_counter() - began) / len(examples)
+        learned = [int(np.count_nonzero(example.weight_T)) for example in examples]
+        read = sum(map(len, examples)) - sum(learned)
+        exact = None
+        if np.median(learned) <= SHORT:
+            began = time.perf_counter()
+            exact = self._exact([pair for _, pair in fitting], max(learned), done)
+            seconds = (time.perf_counter() - began) / len(examples)
+        return Prompted(name, loss, exact, read / len(examples), seconds)
+
+    def _asked(self, question: Question, given: Sequence[Question | str]) -> tuple[Message, ...]:
+        """The conversation: examples as turns before, passages inside the last question."""
+        turns: list[Message] = []
+        passages = [each for each in given if isinstance(each, str)]
+        shown = [each for each in given if isinstance(each, Question)]
+        if self.chat.template == "plain":
+            # One prompt, no turns: everything is one text.
+            parts = [f"{_text(each.asked)}\n{each.answer}" for each in shown]
+            parts += [*passages, _text(question.asked)]
+            return (Message("user", "\n\n".join(parts)),)
+        system = [turn for turn in question.asked if turn.role == "system"]
+        for each in shown:
+            turns += [turn for turn in each.asked if turn.role != "system"]
+            turns.append(Message("assistant", each.answer))
+        rest = [turn for turn in question.asked if turn.role != "system"]
+        if passages:
+            before = "\n\n".join(["Use this where it helps:", *passages])
+            rest[-1] = Message(rest[-1].role, f"{before}\n\n{rest[-1].content}")
+        return (*system, *turns, *rest)
+
+    def _encoded(self, turns: tuple[Message, ...], answer: str, index: int) -> Example:
+        encoded = self.chat.encode_reply((*turns, Message("assistant", answer)), len(turns))
+        return Example(encoded.ids_T, encoded.learned_T.astype(np.float32), index)
+
+    def _exact(
+        self,
+        pairs: Sequence[tuple[tuple[Message, ...], str]],
+        longest: int,
+        done: Callable[[int], None],
+    ) -> float:
+        from luthier.models.sampler import sample
+
+        prompts = [self.chat.encode_prompt(turns) for turns, _ in pairs]
+        written = sample(
+            self.network, prompts, 1, max_tokens=longest + ROOM, temperature=0.0,
+            stop_ids=self.chat.stop_ids, batch_size=32, done=done,
+        )  # fmt: skip
+        replies = [self.chat.decode(found.ids_T.tolist()) for (found,) in written]
+        same = [
+            reply.strip() == answer.strip()
+            for reply, (_, answer) in zip(replies, pairs, strict=True)
+        ]
+        return sum(same) / len(same)
+
+
+def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]:
+    """``count`` examples with answers as different as can be, in a random order."""
+    order = random.Random(seed).sample(range(len(train)), len(train))
+    first: dict[str, int] = {}
+    for number in order:
+        first.setdefault(train[number].answer, number)
+    fresh = list(first.values())
+    others = [number for number in order if first[train[number].answer] != number]
+    return [train[number] for number in [*fresh, *others][:count]]
+
+
+class Search:
+    """BM25 (Robertson and Zaragoza 2009) over texts, by the library bm25s."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        import bm25s
+
+        self._index = bm25s.BM25()
+        tokens = bm25s.tokenize(list(texts), stopwords=None, show_progress=False)
+        self._index.index(tokens, show_progress=False)
+        self.size = len(texts)
+
+    def nearest(self, query: str, count: int) -> list[int]:
+        """Numbers of the ``count`` texts nearest to ``query``, the nearest last.
+
+        In a prompt what stands last is heeded most.
+        """
+        import bm25s
+
+        tokens = bm25s.tokenize([query], stopwords=None, show_progress=False)
+        found, _ = self._index.retrieve(tokens, k=min(count, self.size), show_progress=False)
+        return [int(number) for number in found[0]][::-1]
+
+
+def retrieved(
+    questions: Sequence[Question], train: Sequence[Question], count: int
+) -> list[list[Question]]:
+    """For each question the ``count`` training questions nearest to it, with their answers."""
+    search = Search([_text(each.asked) for each in train])
+    return [[train[i] for i in search.nearest(_text(q.asked), count)] for q in questions]
+
+
+def passages(documents: Sequence[str]) -> list[str]:
+    """Documents in passages of some :data:`WORDS` words, cut at the ends of lines where there are."""
+    return [passage for document in documents for passage in _cut(document)]
+
+
+def _cut(document: str) -> Iterator[str]:
+    held: list[str] = []
+    for line in document.split("\n"):
+        words = line.split()
+        if held and len(held) + len(words) > WORDS:
+            yield " ".join(held)
+            held = []
+        held += words
+        while len(held) > WORDS:
+            yield " ".join(held[:WORDS])
+            held = held[WORDS:]
+    if held:
+        yield " ".join(held)
+
+
+def looked_up(
+    questions: Sequence[Question], documents: Sequence[str], count: int = PASSAGES
+) -> list[list[str]]:
+    """For each question the ``count`` passages nearest to it."""
+    parts = passages(documents)
+    search = Search(parts)
+    return [[parts[i] for i in search.nearest(_text(q.asked), count)] for q in questions]
+
+
+def _text(turns: Sequence[Message]) -> str:
+    return "\n".join(turn.content for turn in turns if turn.role != "system")

@@ -1,0 +1,128 @@
+"""What prompting gives: what is put before a question, and that loss and answers are the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from luthier.data.chat import ChatFormat
+from luthier.errors import RecipeError
+from luthier.models import sampler
+from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.sampler import Completion
+from luthier.serving import prompting
+from luthier.serving.prompting import (
+    Prompting,
+    Question,
+    few_shot,
+    looked_up,
+    passages,
+    questions_of,
+    retrieved,
+)
+from luthier.types import Message, Row
+
+TRAIN = questions_of(
+    [
+        Row("f", 1, text="the quick brown fox", label="animal"),
+        Row("f", 2, text="my card has not arrived", label="bank"),
+        Row("f", 3, text="the lazy dog jumps", label="animal"),
+        Row("f", 4, text="when will my new card be delivered", label="bank"),
+    ],
+    ("animal", "bank"),
+)
+HELD = questions_of([Row("f", 5, text="the quick fox", label="animal")], ("animal", "bank"))
+
+
+@pytest.fixture
+def asked(tiny_model_folder: Path) -> Prompting:
+    model = load_model(tiny_model_folder, torch.float32, torch.device("cpu"))
+    network = as_network(model, torch.device("cpu"), torch.float32)
+    return Prompting(network, load_chat_format(tiny_model_folder), 512)
+
+
+def test_rows_become_questions() -> None:
+    assert "animal, bank" in TRAIN[0].asked[0].content and TRAIN[0].answer == "animal"
+    chat = (Message("system", "Be brief."), Message("user", "1?"), Message("assistant", "2"))
+    assert questions_of([Row("f", 1, messages=chat)])[0] == Question(chat[:2], "2")
+    with pytest.raises(RecipeError, match="ask nothing"):
+        questions_of([Row("f", 1, text="raw")])
+
+
+def test_examples_show_every_answer_and_are_drawn_by_seed() -> None:
+    for seed in range(5):
+        assert {each.answer for each in few_shot(TRAIN, 2, seed)} == {"animal", "bank"}
+        assert few_shot(TRAIN, 3, seed) == few_shot(TRAIN, 3, seed)
+    assert len(few_shot(TRAIN, 9, 0)) == 4
+    assert len({tuple(few_shot(TRAIN, 4, seed)) for seed in range(20)}) > 3
+
+
+def test_the_nearest_example_stands_last() -> None:
+    ((*_, last),) = retrieved(HELD, TRAIN, 3)
+    assert "fox" in last.asked[0].content
+    ((text,),) = looked_up(
+        HELD, ["Cards come by post.", "A fox can jump.\nThe quick fox is high."], 1
+    )
+    assert "fox" in text
+
+
+def test_documents_are_cut_at_lines_and_lose_no_word() -> None:
+    document = "\n".join(f"line {n} " + "word " * (n % 40) for n in range(60)) + " long" * 500
+    parts = passages([document])
+    assert " ".join(parts).split() == document.split()
+    assert max(len(part.split()) for part in parts) <= prompting.WORDS
+    assert passages([""]) == []
+
+
+def test_the_loss_is_that_of_the_answer_behind_what_is_given(
+    asked: Prompting, tiny_model_folder: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    given = few_shot(TRAIN, 2, 0)
+    found = asked.measure("few-shot", HELD, [given])
+    assert found is not None
+    turns = [turn for each in given for turn in (*each.asked, Message("assistant", each.answer))]
+    whole = asked.chat.encode_reply((*turns, *HELD[0].asked, Message("assistant", "animal")), 5)
+    ids_T = torch.from_numpy(whole.ids_T)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    logits_TV = plain(input_ids=ids_T[None]).logits[0]
+    nll_T = F.cross_entropy(logits_TV.detach()[:-1], ids_T[1:], reduction="none")
+    learned_T = torch.from_numpy(whole.learned_T[1:])
+    assert found.loss == pytest.approx(float(nll_T[learned_T].mean()), rel=1e-5)
+    assert found.prompt_tokens == len(ids_T) - int(learned_T.sum())
+    assert found.exact in (0.0, 1.0) and found.seconds > 0
+    zero = asked.measure("zero-shot", HELD, [[]])
+    assert zero is not None and zero.prompt_tokens < found.prompt_tokens
+
+
+def test_answers_that_are_right_are_counted(
+    asked: Prompting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(network: Any, prompts: Any, count: int, **settings: Any) -> list[list[Completion]]:
+        assert settings["temperature"] == 0 and settings["stop_ids"]
+        ids = [asked.chat.tokenizer.encode(text) for text in (" animal\n", "dog")]
+        return [[Completion(np.array(each), np.zeros(0, np.float32), True)] for each in ids]
+
+    monkeypatch.setattr(sampler, "sample", sample)
+    found = asked.measure("zero-shot", [*HELD, *HELD], [[], []])
+    assert found is not None and found.exact == 0.5
+
+
+def test_what_does_not_fit_is_left_out(asked: Prompting) -> None:
+    asked.context = 4
+    assert asked.measure("zero-shot", HELD, [[]]) is None
+
+
+def test_a_model_without_turns_reads_one_text(
+    asked: Prompting, family_folder: Callable[[str], Path]
+) -> None:
+    asked.chat = ChatFormat.of(asked.chat.tokenizer, "plain", asked.chat.stop_ids)
+    found = asked.measure("few-shot", HELD, [[*few_shot(TRAIN, 1, 0), "A passage."]])
+    assert found is not None and found.prompt_tokens > 10
