@@ -38,10 +38,10 @@ class Judge(AskedModel, Grader):
     holds here too: judges favour long replies and their own, and are weak at sums. A reply can try to
     talk the judge into a high score; it is quoted, not trusted, but watch for it in training.
 
-    ``model`` is a model of this machine, or, with ``url``, of an OpenAI-compatible endpoint; both can be
-    said at once: ``model = "https://host/v1#gpt-5"``. An endpoint sees the prompts, the replies and the
-    expected texts. Nothing is asked twice in a run. From Python, ``Judge(writer=...)`` takes any function
-    from conversations to replies. A verdict without a score is an error, never a guess.
+    ``model`` is a model of this machine, or, with ``url``, of an OpenAI-compatible endpoint; both can
+    be said at once: ``model = "https://host/v1#NAME"``. An endpoint sees the prompts, the replies and
+    the expected texts. Nothing is asked twice in a run. From Python, ``Judge(writer=...)`` takes any
+    function from conversations to replies. A verdict without a score is an error, never a guess.
     """
 
     method: Literal["judge"] = "judge"

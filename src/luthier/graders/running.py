@@ -67,9 +67,8 @@ def graded(
     ]
     if problems and on_error == "fail":
         raise GradingFailed(problems)
-    return Grades(
-        [0.0 if i in troubles else s for i, s in enumerate(scores)], problems, sorted(troubles)
-    )
+    scores = [0.0 if i in troubles else s for i, s in enumerate(scores)]
+    return Grades(scores, problems, sorted(troubles))
 
 
 def check_rows(graders: Sequence[Grader], answers: Sequence[Answer]) -> None:

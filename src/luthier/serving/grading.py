@@ -1,4 +1,4 @@
-"""Graders with the models they name: loaded from the store beside the model that is graded, or reached."""
+"""Graders with the models they name: from the store, or behind an endpoint."""
 
 from __future__ import annotations
 
