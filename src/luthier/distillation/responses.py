@@ -41,6 +41,7 @@ from luthier.distillation.insights import (
 from luthier.distillation.journal import Journal, journal_path, key_of
 from luthier.distillation.recipe import DistilRecipe
 from luthier.distillation.teachers import teacher_of
+from luthier.distillation.verdicts import journaled
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, same_request
 from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
@@ -99,8 +100,8 @@ class _Responses:
         rows = self._prompts()
         weights = _check_student(self.recipe, self.student)
         teacher = teacher_of(self.recipe.teacher, self.reporter.stage)
-        self._begin(teacher, resume)
         self.graders = self._graders(len(rows) - len(unasked(rows, self.recipe.insights)))
+        self._begin(teacher, resume)
         if teacher.weights is not None and weights > teacher.weights:
             self.reporter.note(
                 f"warning: the student is larger than its teacher ({weights:,} weights, and "
@@ -205,6 +206,7 @@ class _Responses:
         for grader in self.graders.values():
             self.reporter.stage(f"Grading {sum(each.rule is None for each in found):,} answers")
             found = weighed(found, grader, spec.threshold)
+        self.graders = {}  # frees a judge of this machine before the student trains
         return found
 
     def _graders(self, answers: int) -> Mapping[str, Grader]:
@@ -213,7 +215,7 @@ class _Responses:
 
         grader = self.recipe.insights.grader
         given = {} if grader is None else {grader.method: grader}
-        return open_graders(given, answers, self.reporter.note)
+        return open_graders(given, answers, self.reporter.note, journaled)
 
     def _overflow(self) -> Callable[[Row, str], str]:
         """Says what of a prompt and its answer the student's context does not hold."""

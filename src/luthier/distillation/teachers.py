@@ -34,7 +34,7 @@ class LocalTeacher(Answerer):
         self.name, self.spec, self.stored = stored.id, spec, stored
         network = sketch(stored.network_folder, objective.head())
         self.weights = sum(weight.numel() for weight in network.parameters())
-        self._digest = _digest(stored)
+        self._digest = digest_of(stored)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -81,8 +81,8 @@ def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> Answerer:
     return LocalTeacher(spec, find(spec.model, say))
 
 
-def _digest(stored: StoredModel) -> str:
+def digest_of(stored: StoredModel) -> str:
     """SHA-256 of all that decides what the model answers: its files, and those below its adapters."""
     files = stored.manifest.get("files") or hashes_of(stored.folder)
-    below = _digest(stored.parent) if stored.parent else ""
+    below = digest_of(stored.parent) if stored.parent else ""
     return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()

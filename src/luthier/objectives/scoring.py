@@ -25,6 +25,9 @@ READ_AT_ONCE = 2048
 """Tokens that a reward model reads at once."""
 
 
+Remember = Callable[[Writer, AskedModel, Asking], Writer]
+
+
 def silent(text: str) -> None:
     """Tell nobody."""
 
@@ -37,6 +40,8 @@ class Beside:
     """Frozen networks by their ids."""
     note: Callable[[str], None] = field(default=silent)
     """Tells people what an endpoint makes of it."""
+    remember: Remember = field(default=lambda write, judge, sampling: Remembering(write))
+    """Wraps a writer so that it asks nothing twice: in memory, unless it says otherwise."""
 
     def scorer(self, model: str) -> Scorer:
         """The reward model of this id."""
@@ -47,12 +52,14 @@ class Beside:
         """The judge, who is asked nothing twice."""
         if judge.url is None:
             network = self.networks[judge.model]
-            return Remembering(partial(written, network, sampling, judge.batch_size))
+            write: Writer = partial(written, network, sampling, judge.batch_size)
+            return self.remember(write, judge, sampling)
         from luthier.asking.endpoint import Endpoint
 
         endpoint = Endpoint(judge)
         self.note(endpoint.terms)
-        return Remembering(writer_of(endpoint, judge.role, sampling, self.note))
+        write = writer_of(endpoint, judge.role, sampling, self.note)
+        return self.remember(write, judge, sampling)
 
 
 def written(

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from luthier.graders import Grader
 
+if TYPE_CHECKING:
+    from luthier.objectives.scoring import Remember
+
 
 def open_graders(
-    graders: Mapping[str, Grader], answers: int, note: Callable[[str], None]
+    graders: Mapping[str, Grader],
+    answers: int,
+    note: Callable[[str], None],
+    remember: Remember | None = None,
 ) -> dict[str, Grader]:
     """``graders`` ready for ``answers`` answers, each model tried and what it will cost told.
+
+    ``remember`` keeps verdicts elsewhere than in memory.
 
     Raises:
         UnknownModel, RecipeError: for a model that is not there or is for something else, a key that
@@ -34,6 +44,8 @@ def open_graders(
             check_judge(name, objective_of(stored[name]))
     machine = choose_machine()
     models = Beside({n: opened(s, machine, Reporter()) for n, s in stored.items()}, note)
+    if remember is not None:
+        models = replace(models, remember=remember)
     ready = {name: grader.with_models(models) for name, grader in graders.items()}
     for name, grader in ready.items():
         if warning := grader.rehearse():
