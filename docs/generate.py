@@ -15,6 +15,7 @@ import typer
 from pydantic import BaseModel
 
 from luthier.adaptations import ADAPTATIONS
+from luthier.asking.spec import Asking
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
@@ -22,7 +23,7 @@ from luthier.data.preferences import RULES as PREFERENCE_RULES
 from luthier.data.prompts import RULES as PROMPT_RULES
 from luthier.data.rows import RULES as ROW_RULES
 from luthier.distillation.insights import RULES as INSIGHT_RULES
-from luthier.distillation.recipe import Asking, DistilRecipe, InsightSpec, TeacherSpec
+from luthier.distillation.recipe import DistilRecipe, InsightSpec, TeacherSpec
 from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.graders import GRADERS
 from luthier.models.catalog import CATALOG

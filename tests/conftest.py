@@ -12,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+pytest_plugins = ["openai_endpoint"]
+
 torch.set_num_threads(1)
 
 CHATML = (

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import ValidationError
 
+from luthier.asking.base import Failure, Reply
 from luthier.data.prompts import messages_of
 from luthier.distillation.insights import (
     RULES,
@@ -16,10 +17,9 @@ from luthier.distillation.insights import (
     repeated,
     summary,
     unasked,
+    weighed,
 )
-from luthier.distillation.journal import Reply
 from luthier.distillation.recipe import InsightSpec
-from luthier.distillation.teachers import Failure
 from luthier.errors import DataError
 from luthier.graders import Answer, Grader
 from luthier.types import Message, Row
@@ -35,7 +35,11 @@ def rule_of(
     def overflow(_: Row, answer: str) -> str:
         return "too much" if len(answer) > room else ""
 
-    return judged(row(expected=wanted), outcome, InsightSpec(**spec), overflow).rule
+    asked = InsightSpec(**spec)
+    found = [judged(row(expected=wanted), outcome, asked, overflow)]
+    if asked.grader is not None:
+        found = weighed(found, asked.grader, asked.threshold)
+    return found[0].rule
 
 
 def stop(text: str) -> Reply:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from luthier.distillation.journal import Journal, Reply, journal_path, key_of
+from luthier.asking.base import Reply
+from luthier.distillation.journal import Journal, journal_path, key_of
 from luthier.errors import CorruptFile
 from luthier.types import Message
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from luthier.asking.spec import address_fields
 from luthier.distillation import METHODS, distil
-from luthier.distillation.recipe import DistilRecipe, TeacherSpec, teacher_fields
+from luthier.distillation.recipe import DistilRecipe, TeacherSpec
 from luthier.errors import RecipeError
 from luthier.recipe import Recipe
 
@@ -47,8 +48,8 @@ def test_plain_http_when_asked_for() -> None:
 
 
 def test_one_text_names_a_teacher() -> None:
-    assert teacher_fields("base:mine") == {"model": "base:mine"}
-    assert teacher_fields("https://h/v1#org/m") == {"url": "https://h/v1", "model": "org/m"}
+    assert address_fields("base:mine") == {"model": "base:mine"}
+    assert address_fields("https://h/v1#org/m") == {"url": "https://h/v1", "model": "org/m"}
     assert recipe(teacher="https://h/v1#m").teacher.url == "https://h/v1"
     with pytest.raises(RecipeError, match=r"teacher\.model: is required"):
         recipe(teacher="https://h/v1")

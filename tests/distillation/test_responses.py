@@ -18,6 +18,7 @@ import luthier
 from luthier.engine.metrics import Reporter
 from luthier.errors import (
     DataError,
+    GradingFailed,
     Interrupted,
     LuthierError,
     RecipeError,
@@ -143,6 +144,49 @@ def test_a_grader_decides_by_the_rows_own_replies(tmp_path: Path, distil: Any) -
     # The name is free for a better try, and what was answered is kept.
     found = distil(path, insights__grader="exact", insights__threshold=0)
     assert found.details["insights"]["accepted"] == 12
+
+
+def test_a_judge_sorts_the_answers_many_at_once(prompts: Path, distil: Any, endpoint: Any) -> None:
+    def answer(asked: str) -> str:
+        if "<reply>" in asked:
+            return "Score: 2" if "question 7" in asked else "Score: 9"
+        return f"the answer to {asked}"
+
+    endpoint.answer, endpoint.delay = answer, 0.03
+    told = Notes()
+    judge = {"method": "judge", "model": f"{endpoint.url}#wise"}
+    found = distil(prompts, reporter=told, insights__grader=judge)
+    assert found.details["insights"]["rules"] == {"grader.score": 1}
+    assert "the judge will be asked for 13 verdicts at most" in told.notes
+    judged = [body for body in endpoint.bodies if body["model"] == "wise"]
+    # Another run sorts the same answers by the verdicts that are there already.
+    again = distil(prompts, insights__grader=judge, name="again")
+    assert again.details["insights"]["rules"] == {"grader.score": 1}
+    assert len([body for body in endpoint.bodies if body["model"] == "wise"]) == len(judged) == 13
+    assert endpoint.most_at_once > 1
+    line = lines(folder_of("s") / "insights.jsonl")[7]
+    assert (line["accepted"], line["reason"]) == (False, "judge 0.111111, 0.5 is needed")
+
+
+def test_a_judge_that_is_out_of_reach_costs_no_answer(
+    prompts: Path, distil: Any, endpoint: Any
+) -> None:
+    judge = {"method": "judge", "model": f"{endpoint.url}#wise", "retries": 0}
+    endpoint.answer = lambda asked: "Score: 9" if "<reply>" in asked else f"the answer to {asked}"
+    endpoint.models = {"big"}
+    with pytest.raises(RecipeError, match="has no model 'wise'"):
+        distil(prompts, insights__grader=judge)
+    assert not set(PROMPTS) & set(endpoint.asked)  # the teacher was not asked for nothing
+    endpoint.models = None
+    endpoint.action = lambda asked: (
+        (500, {}) if "<reply>" in asked and "2 + 2" not in asked else "ok"
+    )
+    with pytest.raises(GradingFailed, match=r"prompts\.jsonl:1: \[judge\.failed\]"):
+        distil(prompts, insights__grader=judge)
+    endpoint.action = lambda asked: "ok"
+    found = distil(prompts, insights__grader=judge, resume=True)
+    assert found.details["insights"]["accepted"] == 12
+    assert {endpoint.asked[prompt] for prompt in PROMPTS} == {1}
 
 
 def test_too_few_are_refused_before_and_after(prompts: Path, distil: Any, endpoint: Any) -> None:
@@ -329,11 +373,11 @@ def test_after_kill_9_nothing_is_asked_twice(
 def test_a_missing_package_is_named(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    from luthier.distillation.endpoint import EndpointTeacher
+    from luthier.asking.endpoint import Endpoint
     from luthier.distillation.recipe import TeacherSpec
 
     with pytest.raises(RecipeError, match=r"pip install 'luthier\[endpoint\]'"):
-        EndpointTeacher(TeacherSpec(model="m", url="https://h/v1"))
+        Endpoint(TeacherSpec(model="m", url="https://h/v1"))
 
 
 def test_tuning_on_prompts_alone_points_here(prompts: Path, tiny_model_folder: Path) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from luthier.errors import GradingFailed, RecipeError
-from luthier.graders import Answer, Judge, graded, graders_named
+from luthier.asking.base import Failure
+from luthier.asking.spec import AskedModel, Asking
+from luthier.errors import GradingFailed, LuthierError, RecipeError
+from luthier.graders import Answer, Judge, Mix, Scorer, Writer, graded, graders_named
 from luthier.graders.judge import parse_verdict
 from luthier.types import Message, Row
 
@@ -90,6 +92,66 @@ def test_a_judge_that_is_down_is_an_error_for_every_row() -> None:
     assert [problem.line for problem in caught.value.problems] == [1, 2]
     with pytest.raises(GradingFailed, match="gave 0 verdicts for 1 answers"):
         graded(Judge(writer=lambda asked: ["Score: 1"] * (len(asked) - 1)), answers("a", "b"))
+
+
+class Opener:
+    """Opens whatever is named, and remembers who it was."""
+
+    def __init__(self, *verdicts: str | Failure) -> None:
+        self.verdicts, self.opened = list(verdicts), list[tuple[str, str | None]]()
+
+    def scorer(self, model: str) -> Scorer:
+        raise AssertionError
+
+    def writer(self, judge: AskedModel, sampling: Asking) -> Writer:
+        self.opened.append((judge.model, judge.url))
+        return lambda asked: [self.verdicts.pop(0) for _ in asked]
+
+
+def test_a_model_is_named_and_opened_by_whoever_grades() -> None:
+    opener = Opener("Score: 10", "Score: 1", "Score: 4")
+    local = Judge(model="base:mine")
+    assert (local.models, local.writers, local.limited) == ({"base:mine"}, {"base:mine"}, False)
+    far = {"method": "judge", "model": "https://h/v1#org/big", "sampling": {"max_tokens": 9}}
+    mix = graders_named({"m": {"method": "mix", "parts": {"near": local, "far": far}}})["m"]
+    assert isinstance(mix, Mix) and mix.models == {"base:mine"} and mix.judgements == 2
+    assert mix.parts["far"].model_dump()["url"] == "https://h/v1"
+    ready = mix.with_models(opener)
+    assert opener.opened == [("base:mine", None), ("org/big", "https://h/v1")]
+    assert graded(ready, answers("a")).scores == [0.5]
+    with pytest.raises(RecipeError, match="is not open"):
+        graded(local, answers("a"), on_error="zero")
+
+
+def test_a_judge_with_a_mistake_in_its_address_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"needs the name of its model"):
+        graders_named([{"method": "judge", "model": "https://h/v1"}])
+    with pytest.raises(RecipeError, match=r"not encrypted.*the judge's plain_http=true"):
+        graders_named([{"method": "judge", "model": "m", "url": "http://example.com/v1"}])
+    with pytest.raises(RecipeError, match="name of an environment variable") as caught:
+        graders_named([{"method": "judge", "model": "m", "key_env": "sk-secret"}])
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_an_answer_without_a_verdict_is_named_with_the_reason() -> None:
+    found = ["Score: 10", Failure("judge.failed", "it is down"), "Score: 1"]
+    judge = Judge(model="m")
+    with pytest.raises(
+        GradingFailed, match=r"data\.jsonl:2: \[judge\.failed\].*it is down.*when the judge answers"
+    ):
+        graded(judge.with_models(Opener(*found)), answers("a", "b", "c"))
+    grades = graded(judge.with_models(Opener(*found)), answers("a", "b", "c"), on_error="zero")
+    assert (grades.scores, grades.places) == ([1.0, 0.0, 0.0], [1])
+
+
+def test_a_trial_tells_what_is_no_judge() -> None:
+    judge = Judge(model="m")
+    assert judge.with_models(Opener("Fine.\nScore: 9")).rehearse() == ""
+    assert "no score: 'Fine.'" in judge.with_models(Opener("Fine.")).rehearse()
+    mix = Mix(parts={"j": judge, "e": "exact"})
+    assert mix.with_models(Opener("Fine.")).rehearse().startswith("part `j`: the judge m")
+    with pytest.raises(LuthierError, match="judge m gives no verdict: HTTP 400"):
+        judge.with_models(Opener(Failure("judge.refused", "HTTP 400"))).rehearse()
 
 
 def test_without_a_model_it_is_refused() -> None:

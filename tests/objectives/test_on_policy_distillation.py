@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from luthier.cli.app import app
 from luthier.data.chat import ChatFormat
 from luthier.engine.train import train
 from luthier.models.load import as_network
@@ -159,3 +161,15 @@ def test_a_student_comes_nearer_on_its_own_answers(
     assert all(1 <= event["answer_tokens"] <= 8 for event in steps)
     stored = json.loads(Path(result.model_dir, "luthier.json").read_text())["recipe"]["objective"]
     assert stored["stop_ids"] == [1]
+    shown = CliRunner().invoke(app, ["samples", result.model_id, "--json", "--count", "4"])
+    found = json.loads(shown.stdout)
+    assert [text["step"] for text in found["samples"]] == [len(steps), len(steps)] + [
+        len(steps) - 1
+    ] * 2
+    last = [text for text in found["samples"] if text["step"] == len(steps)]
+    assert {text["prompt"] for text in last} == {row.prompt for row in ROWS[:2]}
+    assert {text["expected"] for text in last} == {row.completion for row in ROWS[:2]}
+    assert np.mean([text["tokens"] for text in last]) == steps[-1]["answer_tokens"]
+    assert found["reward_length_correlation"] is None and "answer_tokens" in found["trend"][0]
+    table = CliRunner().invoke(app, ["samples", result.model_id, "--full", "--count", "2"])
+    assert table.exit_code == 0 and table.stdout.split()[0] == "step"

@@ -83,6 +83,11 @@ class Adaptation(BaseModel):
         other values here, and buffers beside them, but no other shapes.
         """
 
+    @property
+    def calibration_rows(self) -> int:
+        """How many rows :meth:`calibrate` asks for at most."""
+        return 0
+
     def calibration_bytes(self, model: nn.Module) -> int:
         """Memory that :meth:`calibrate` takes beside the network, which may be on the meta device."""
         return 0

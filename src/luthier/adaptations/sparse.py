@@ -66,6 +66,11 @@ class Sparse(Adaptation):
             layer.base_layer.weight.requires_grad_(False)
             layer.choose(score)
 
+    @property
+    def calibration_rows(self) -> int:
+        """Those whose gradients choose the weights."""
+        return self.fisher_rows if self.mask == "fisher" else 0
+
     def calibration_bytes(self, model: nn.Module) -> int:
         """Gradients of all chosen layers, and their squares in float32."""
         if self.mask != "fisher":

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from luthier.cli.console import check_output, counting, heavy_imports, print_json
+from luthier.cli.console import check_output, counting, heavy_imports, note, print_json
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.types import Message
 
@@ -170,6 +170,7 @@ def evaluate(
     from luthier.evaluation.evaluate import check
     from luthier.files import write_bytes
     from luthier.serving.generation import Generator
+    from luthier.serving.grading import open_graders
     from luthier.serving.measuring import measure
     from luthier.store.models import find, objective_of
 
@@ -189,6 +190,7 @@ def evaluate(
     check(rows, chosen)
     with heavy_imports():
         generator = Generator.open(stored)
+    chosen = open_graders(chosen, len(rows), note)
     started = time.monotonic()
     with counting(len(rows), "evaluate") as done:
         result = measure(generator, rows, chosen, max_tokens, done, on_error)

@@ -27,6 +27,12 @@ def measured(name: str, loss: float) -> str:
     return f"{loss:.4f}" if name == "loss" else f"{name} {-loss:.4f}"
 
 
+def note(text: str) -> None:
+    """Tell people something on standard error."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 @contextmanager
 def heavy_imports() -> Iterator[None]:
     """Import and load with the garbage collector off: nothing made here is ever garbage.

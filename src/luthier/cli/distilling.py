@@ -43,10 +43,11 @@ def recipe_of(
     settings: Sequence[str],
 ) -> DistilRecipe:
     """The recipe of prompts or of a TOML file; ``teacher`` holds what was said of the teacher."""
-    from luthier.distillation.recipe import DistilRecipe, teacher_fields
+    from luthier.asking.spec import address_fields
+    from luthier.distillation.recipe import DistilRecipe
 
     named = teacher.get("teacher")
-    parts = teacher_fields(named) if named else {}
+    parts = address_fields(named) if named else {}
     parts |= {key: value for key, value in teacher.items() if value and key != "teacher"}
     given = {f"teacher.{key}": value for key, value in parts.items()}
     return DistilRecipe.parse(fields_of(prompts, {**given, **flags}, settings))

@@ -1,4 +1,4 @@
-"""``luthier samples``: what a model wrote while it learned from rewards.
+"""``luthier samples``: what a model wrote while it learned from rewards, or from a teacher.
 
 Rewards that rise can mean a better model or a grader that was talked round. The texts with the highest
 rewards tell; so does a reward that goes with length, and a divergence that grows without an end.
@@ -21,10 +21,14 @@ PARTS = 4
 _TREND = {
     "reward": "reward",
     "completion_tokens": "tokens",
+    "answer_tokens": "tokens",
+    "answers_ended": "ended",
     "truncated": "cut short",
     "equal_groups": "equal groups",
     "kl": "kl",
 }
+
+_NUMBERS = {"reward": ".3f", "step": "d", "line": "d", "tokens": "d", "kl": ".2f"}
 
 
 def show(run: str, count: int, last: int, lowest: bool, full: bool, as_json: bool) -> None:
@@ -37,12 +41,14 @@ def show(run: str, count: int, last: int, lowest: bool, full: bool, as_json: boo
     if not records:
         raise RecipeError(
             f"{run} has no samples: they are kept by objectives that learn from what the model writes "
-            "(grpo, ppo)"
+            "(grpo, ppo, on_policy_distillation)"
         )
     lines = [line for line in MetricsFile(folder / METRICS).read() if line["event"] == "train"]
     newest = records[-1]["step"]
     recent = [record for record in records if record["step"] > newest - last]
-    recent.sort(key=lambda record: record["reward"], reverse=not lowest)
+    # Where nothing was rewarded, the newest come first.
+    rewarded = all("reward" in record for record in recent)
+    recent.sort(key=lambda record: record["reward" if rewarded else "step"], reverse=not lowest)
     trend, link = trend_of(lines), length_link(recent)
     if as_json:
         print_json({"samples": recent[:count], "trend": trend, "reward_length_correlation": link})
@@ -78,6 +84,8 @@ def trend_of(lines: Sequence[Line]) -> list[Line]:
 
 def length_link(records: Sequence[Line]) -> float | None:
     """Correlation of reward and length; none where one of them is always the same."""
+    if not all("reward" in record for record in records):
+        return None
     rewards, lengths = ([float(r[name]) for r in records] for name in ("reward", "tokens"))
     if len(set(rewards)) < 2 or len(set(lengths)) < 2:
         return None
@@ -91,17 +99,17 @@ def _print(records: Sequence[Line], trend: Sequence[Line], link: float | None, f
 
     out = Console(highlight=False)
     table = Table(box=None, expand=True)
-    for name in ("reward", "step", "line", "tokens", "kl"):
+    numbers = [name for name in _NUMBERS if any(name in record for record in records)]
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("prompt", "completion"):
         table.add_column(name, no_wrap=not full, overflow="fold" if full else "ellipsis", ratio=1)
     for record in records:
-        kl = "" if record["kl"] is None else f"{record['kl']:.2f}"
-        numbers = (f"{record['reward']:.3f}", record["step"], record["line"], record["tokens"], kl)
         texts = [
             record[name] if full else _one_line(record[name]) for name in ("prompt", "completion")
         ]
-        table.add_row(*map(str, numbers), *map(Text, texts))
+        cells = ("" if record[n] is None else format(record[n], _NUMBERS[n]) for n in numbers)
+        table.add_row(*cells, *map(Text, texts))
     out.print(table)
     names = [name for name in _TREND if all(name in part for part in trend)]
     course = Table("steps", *(_TREND[name] for name in names), box=None, title_justify="left")

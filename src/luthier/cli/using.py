@@ -64,7 +64,7 @@ def samples(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Show what a model wrote while it learned from rewards: the best texts, lengths, divergence."""
+    """Show what a model wrote while it learned from rewards or a teacher: texts, lengths, trend."""
     from luthier.cli import samples
     from luthier.cli.console import errors
 

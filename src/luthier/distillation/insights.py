@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from luthier.asking.base import Failure, Reply
 from luthier.data.prompts import messages_of
-from luthier.distillation.journal import Reply
 from luthier.distillation.recipe import InsightSpec
-from luthier.distillation.teachers import Failure
-from luthier.graders import Answer, check_rows, graded
+from luthier.errors import GradingFailed
+from luthier.graders import Answer, Grader, check_rows, graded
 from luthier.types import Row
 
 RULES: Mapping[str, str] = {
@@ -122,23 +122,37 @@ def unasked(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]:
 def judged(
     row: Row, outcome: Reply | Failure, spec: InsightSpec, overflow: Callable[[Row, str], str]
 ) -> Insight:
-    """What an answer is worth. ``overflow`` says what does not fit the student; else empty."""
+    """What an answer is worth before it is graded. ``overflow`` says what does not fit the student."""
     if isinstance(outcome, Failure):
         return Insight(row, None, outcome.rule, outcome.reason)
     answer = outcome.text.strip()
     rule, reason = _fault(outcome.finish, answer, spec)
     if rule is None and (reason := overflow(row, answer)):
         rule = "answer.context"
-    score = None
-    if rule is None and spec.grader is not None:
-        grades = graded(spec.grader, [_answer(row, answer)], on_error="zero")
-        (score,) = grades.scores
-        if grades.problems:
-            rule, reason = "grader.failed", grades.problems[0].message
-        elif score < spec.threshold:
-            name = spec.grader.method
-            rule, reason = "grader.score", f"{name} {score:g}, {spec.threshold:g} is needed"
-    return Insight(row, answer, rule, reason, score)
+    return Insight(row, answer, rule, reason)
+
+
+def weighed(insights: Sequence[Insight], grader: Grader, threshold: float) -> list[Insight]:
+    """``insights`` in which ``grader`` rejects some of the answers that were accepted, all at once.
+
+    Raises:
+        GradingFailed: where a judge was out of reach: its silence is no fault of the answers.
+    """
+    places = [place for place, each in enumerate(insights) if each.rule is None]
+    answers = [_answer(insights[place].row, insights[place].answer or "") for place in places]
+    grades = graded(grader, answers, on_error="zero")
+    if lost := [problem for problem in grades.problems if problem.rule == "judge.failed"]:
+        raise GradingFailed(lost)
+    failed = dict(zip(grades.places, grades.problems, strict=True))
+    found = list(insights)
+    for index, (place, score) in enumerate(zip(places, grades.scores, strict=True)):
+        rule, reason = None, ""
+        if index in failed:
+            rule, reason = "grader.failed", failed[index].message
+        elif score < threshold:
+            rule, reason = "grader.score", f"{grader.method} {score:g}, {threshold:g} is needed"
+        found[place] = replace(insights[place], rule=rule, reason=reason, score=score)
+    return found
 
 
 def summary(insights: Sequence[Insight]) -> Summary:

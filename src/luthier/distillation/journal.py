@@ -13,24 +13,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from luthier.asking.base import Reply
 from luthier.errors import CorruptFile
 from luthier.files import disk_errors, lock, luthier_home, write_bytes
 from luthier.types import Message
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a teacher answered, and why it stopped."""
-
-    text: str
-    finish: str
-    """``stop`` for a whole answer; ``length``, ``content_filter`` or what else the teacher says."""
-    tokens: int | None = None
-    """Tokens of the answer, where the teacher counts them."""
 
 
 def key_of(

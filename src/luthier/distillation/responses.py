@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import __version__
+from luthier.asking.base import Answerer, Failure, Reply
 from luthier.data.prompts import load_prompts, messages_of
 from luthier.distillation.base import Distilled
 from luthier.distillation.insights import (
@@ -35,14 +36,17 @@ from luthier.distillation.insights import (
     repeated,
     summary,
     unasked,
+    weighed,
 )
-from luthier.distillation.journal import Journal, Reply, journal_path, key_of
+from luthier.distillation.journal import Journal, journal_path, key_of
 from luthier.distillation.recipe import DistilRecipe
-from luthier.distillation.teachers import Failure, Teacher, teacher_of
+from luthier.distillation.teachers import teacher_of
+from luthier.distillation.verdicts import journaled
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, same_request
 from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
+from luthier.graders import Grader
 from luthier.objectives import OBJECTIVES
 from luthier.store.models import StoredModel, added_tokens, chat_format, find, short_name
 from luthier.types import Message, Row
@@ -71,6 +75,7 @@ class _Responses:
     ) -> None:
         self.recipe, self.student, self.folder = recipe, student, folder
         self.reporter = reporter
+        self.graders: Mapping[str, Grader] = {}
         self.training = Run(student.root, str(recipe.name))
 
     def run(self, resume: bool) -> Distilled:
@@ -89,12 +94,13 @@ class _Responses:
                 (self.folder / _REQUEST).unlink()
             raise
 
-    def _checked(self, resume: bool) -> tuple[list[Row], Teacher]:
+    def _checked(self, resume: bool) -> tuple[list[Row], Answerer]:
         """All that can be refused before anybody is asked."""
         self.reporter.stage("Checking the prompts")
         rows = self._prompts()
         weights = _check_student(self.recipe, self.student)
         teacher = teacher_of(self.recipe.teacher, self.reporter.stage)
+        self.graders = self._graders(len(rows) - len(unasked(rows, self.recipe.insights)))
         self._begin(teacher, resume)
         if teacher.weights is not None and weights > teacher.weights:
             self.reporter.note(
@@ -103,7 +109,7 @@ class _Responses:
             )
         return rows, teacher
 
-    def _taught(self, rows: Sequence[Row], teacher: Teacher, resume: bool) -> Distilled:
+    def _taught(self, rows: Sequence[Row], teacher: Answerer, resume: bool) -> Distilled:
         """Ask, sort, train."""
         insights = self._judged(rows, self._answers(rows, teacher))
         found = summary(insights)
@@ -128,7 +134,7 @@ class _Responses:
             )
         return rows
 
-    def _begin(self, teacher: Teacher, resume: bool) -> None:
+    def _begin(self, teacher: Answerer, resume: bool) -> None:
         """Claim the name, or see that the same was asked for before."""
         plain = self.recipe.plain()
         # How it is asked may change while it goes on; what is asked may not.
@@ -154,7 +160,7 @@ class _Responses:
             )
         write_json(path, request)
 
-    def _answers(self, rows: Sequence[Row], teacher: Teacher) -> dict[int, Reply | Failure]:
+    def _answers(self, rows: Sequence[Row], teacher: Answerer) -> dict[int, Reply | Failure]:
         """The outcome for each row by its index, asking only what no run has asked before."""
         sampling, reporter = self.recipe.sampling, self.reporter
         skip = unasked(rows, self.recipe.insights)
@@ -182,6 +188,8 @@ class _Responses:
                 reporter.counted(len(known), len(keys), "answers")
 
             reporter.stage(f"Asking {teacher.name}")
+            if teacher.terms:
+                reporter.note(teacher.terms)
             with _interruptible(known, len(keys)):
                 asked = [messages_of(rows[index]) for index in missing]
                 teacher.ask(asked, sampling, done, reporter.note)
@@ -191,10 +199,23 @@ class _Responses:
         """What becomes of each row, in the order of the file."""
         spec, overflow = self.recipe.insights, self._overflow()
         skip = unasked(rows, spec)
-        return [
+        found = [
             skip[index] if index in skip else judged(row, outcomes[index], spec, overflow)
             for index, row in enumerate(rows)
         ]
+        for grader in self.graders.values():
+            self.reporter.stage(f"Grading {sum(each.rule is None for each in found):,} answers")
+            found = weighed(found, grader, spec.threshold)
+        self.graders = {}  # frees a judge of this machine before the student trains
+        return found
+
+    def _graders(self, answers: int) -> Mapping[str, Grader]:
+        """The grader of the insights, if any, with the models it names opened and tried."""
+        from luthier.serving.grading import open_graders
+
+        grader = self.recipe.insights.grader
+        given = {} if grader is None else {grader.method: grader}
+        return open_graders(given, answers, self.reporter.note, journaled)
 
     def _overflow(self) -> Callable[[Row, str], str]:
         """Says what of a prompt and its answer the student's context does not hold."""
@@ -235,7 +256,7 @@ class _Responses:
             "are kept and will not be asked for again"
         )
 
-    def _lineage(self, teacher: Teacher, found: Summary) -> dict[str, Any]:
+    def _lineage(self, teacher: Answerer, found: Summary) -> dict[str, Any]:
         return {
             "method": self.recipe.method,
             "teacher": dict(teacher.identity),

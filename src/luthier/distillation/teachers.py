@@ -1,15 +1,15 @@
-"""Who answers: the seam between what is asked and where it is answered; and models of this machine."""
+"""Who answers: a model of this machine, or one behind an endpoint."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from luthier.distillation.journal import Reply
-from luthier.distillation.recipe import Asking, TeacherSpec
+from luthier.asking.base import Answerer, Done, Failure, Reply
+from luthier.asking.spec import Asking
+from luthier.distillation.recipe import TeacherSpec
 from luthier.errors import RecipeError
 from luthier.files import hashes_of
 from luthier.types import Message
@@ -18,47 +18,7 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A prompt that got no answer: the rule of ``insights.RULES``, and the reason."""
-
-    rule: str
-    reason: str
-
-
-Done = Callable[[int, Reply | Failure], None]
-"""Hears the outcome of each question as soon as there is one."""
-
-
-class Teacher:
-    """Answers conversations."""
-
-    name: str
-    """What people call it."""
-    weights: int | None = None
-    """How many it has, where that is known."""
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """What tells it from every other teacher; written into journals and manifests."""
-        raise NotImplementedError
-
-    def ask(
-        self,
-        questions: Sequence[Sequence[Message]],
-        sampling: Asking,
-        done: Done,
-        note: Callable[[str], None],
-    ) -> None:
-        """Answer all questions, in any order; ``done`` is told the index and outcome of each.
-
-        Raises:
-            LuthierError: when it is of no use to go on; what ``done`` has heard stands.
-        """
-        raise NotImplementedError
-
-
-class LocalTeacher(Teacher):
+class LocalTeacher(Answerer):
     """A base or custom model of this machine, a batch at a time."""
 
     def __init__(self, spec: TeacherSpec, stored: StoredModel) -> None:
@@ -74,7 +34,7 @@ class LocalTeacher(Teacher):
         self.name, self.spec, self.stored = stored.id, spec, stored
         network = sketch(stored.network_folder, objective.head())
         self.weights = sum(weight.numel() for weight in network.parameters())
-        self._digest = _digest(stored)
+        self._digest = digest_of(stored)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -110,19 +70,19 @@ class LocalTeacher(Teacher):
                 done(index, Reply(answer.text, finish, answer.tokens))
 
 
-def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> Teacher:
+def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> Answerer:
     """The teacher that ``spec`` names; refused where it cannot be one."""
     if spec.url is not None:
-        from luthier.distillation.endpoint import EndpointTeacher
+        from luthier.asking.endpoint import Endpoint
 
-        return EndpointTeacher(spec)
+        return Endpoint(spec)
     from luthier.store.models import find
 
     return LocalTeacher(spec, find(spec.model, say))
 
 
-def _digest(stored: StoredModel) -> str:
+def digest_of(stored: StoredModel) -> str:
     """SHA-256 of all that decides what the model answers: its files, and those below its adapters."""
     files = stored.manifest.get("files") or hashes_of(stored.folder)
-    below = _digest(stored.parent) if stored.parent else ""
+    below = digest_of(stored.parent) if stored.parent else ""
     return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()

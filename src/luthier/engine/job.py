@@ -111,8 +111,20 @@ def settle(
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
     steps = defaults.steps_of(recipe, data.main, data.mixed)
+    if cost := data.objective.cost(*_readings(recipe, data, steps)):
+        reporter.note(cost)
     chat = data.objective.format(chat)
     return Job(recipe, base, chat, data, machine, steps, others=others)
+
+
+def _readings(recipe: Recipe, data: Dataset, steps: int) -> tuple[int, int, int]:
+    """How often rows are read at most: in steps, in measurements, and to calibrate the adaptation."""
+    training = recipe.training
+    every = training.evaluate_every or steps
+    # Before the first step, each so many, and after the last.
+    times = 1 + -(-steps // every)
+    calibrated = min(recipe.adaptation.calibration_rows, len(data.train))
+    return steps * (training.batch_size or 1), times * len(data.validation), calibrated
 
 
 def acquainted(objective: Objective | None, say: Callable[[str], None]) -> Objective | None:

@@ -5,11 +5,12 @@ One file for each way to score; this table is the map of the package.
 
 from __future__ import annotations
 
-from luthier.graders.base import Answer, Grader, Scorer, Trouble, Ungraded
+from luthier.asking.base import Writer
+from luthier.graders.base import Answer, Grader, Models, Scorer, Trouble, Ungraded
 from luthier.graders.code import Code
 from luthier.graders.exact import Exact, FirstLine
 from luthier.graders.json_schema import JsonSchema
-from luthier.graders.judge import Judge, Writer
+from luthier.graders.judge import Judge
 from luthier.graders.mix import Mix
 from luthier.graders.number import Number
 from luthier.graders.regex import Regex
@@ -43,6 +44,7 @@ __all__ = [
     "JsonSchema",
     "Judge",
     "Mix",
+    "Models",
     "Number",
     "OnError",
     "Regex",

@@ -4,6 +4,8 @@ A grader is one frozen object: its fields are its settings, with the vetted ones
 object measures a model (``luthier evaluate``) and rewards one in training:
 
     check           what it needs and is not there, before anything is written
+    with_models     the same with the models it names opened
+    rehearse        one trial of them, before it matters
     check_expected  whether it can compare with the expected text of a row
     grade           a score for each answer of a batch
     score           the same for one answer, for graders that look at one at a time
@@ -15,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from luthier.asking.base import Writer
+from luthier.asking.spec import AskedModel, Asking
 from luthier.errors import LuthierError, RowRefused
 from luthier.types import Message, Row
 
@@ -47,6 +51,16 @@ class Trouble:
 
 Scorer = Callable[[Sequence[Answer]], list[float]]
 """What a model in memory gives for answers, in their order."""
+
+
+class Models(Protocol):
+    """Opens the models that graders name, for whoever grades."""
+
+    def scorer(self, model: str) -> Scorer:
+        """The reward model of this id."""
+
+    def writer(self, judge: AskedModel, sampling: Asking) -> Writer:
+        """The model that writes verdicts. It asks nothing twice."""
 
 
 class Ungraded(LuthierError):
@@ -91,13 +105,39 @@ class Grader(BaseModel):
         return False
 
     @property
+    def limited(self) -> bool:
+        """Whether the time limit of whoever grades holds; what waits for an endpoint has its own."""
+        return self.watched
+
+    @property
     def models(self) -> frozenset[str]:
-        """Ids of the models it scores with, which whoever grades loads for it."""
+        """Ids of the models of this machine that it scores with, loaded by whoever grades."""
         return frozenset()
 
-    def with_scorers(self, scorers: Mapping[str, Scorer]) -> Self:
-        """The same with its :attr:`models` in memory, by their ids."""
+    @property
+    def writers(self) -> frozenset[str]:
+        """Those of :attr:`models` that write texts."""
+        return frozenset()
+
+    @property
+    def judgements(self) -> int:
+        """How many verdicts of a language model one answer takes."""
+        return 0
+
+    def with_models(self, models: Models) -> Self:
+        """The same with the models it names opened."""
         return self
+
+    def rehearse(self) -> str:
+        """Grade something, so that a model that is no judge is found before it matters.
+
+        Returns:
+            What people should know before they rely on it; empty where all is well.
+
+        Raises:
+            LuthierError: where a model cannot be asked, with the reason.
+        """
+        return ""
 
     def check(self) -> None:
         """Refuse to start without what it needs: a model, a file, a permission.

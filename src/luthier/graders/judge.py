@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Grader, Trouble, Ungraded
-from luthier.types import Message
-
-Writer = Callable[[list[Sequence[Message]]], list[str]]
-"""Replies of a model to conversations, in their order: a local model or an endpoint."""
+from luthier.asking.base import Failure, Writer
+from luthier.asking.spec import AskedModel, Asking, with_address
+from luthier.errors import LuthierError, RecipeError
+from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded
+from luthier.types import Message, Row
 
 RUBRIC = (
     "A good reply does what was asked, is correct, and says what the reader needs in as few words as "
@@ -31,7 +30,7 @@ SYSTEM = (
 _VERDICT = re.compile(r"\bscore\W{0,6}(10|[1-9])(?:\s*/\s*10)?(?![\w/]|\.\d)", re.IGNORECASE)
 
 
-class Judge(Grader):
+class Judge(AskedModel, Grader):
     """How good a language model finds the reply by a rubric: from 1 to 10, here from 0 to 1.
 
     Single-answer grading, with the expected text as a reference where there is one (Zheng et al. 2023,
@@ -39,11 +38,17 @@ class Judge(Grader):
     holds here too: judges favour long replies and their own, and are weak at sums. A reply can try to
     talk the judge into a high score; it is quoted, not trusted, but watch for it in training.
 
-    The model is given from Python: ``Judge(writer=...)``, or, to one from a recipe,
-    ``judge.model_copy(update={"writer": ...})``. A verdict without a score is an error, never a guess.
+    ``model`` is a model of this machine, or, with ``url``, of an OpenAI-compatible endpoint; both can
+    be said at once: ``model = "https://host/v1#NAME"``. An endpoint sees the prompts, the replies and
+    the expected texts. Nothing is asked twice in a run. From Python, ``Judge(writer=...)`` takes any
+    function from conversations to replies. A verdict without a score is an error, never a guess.
     """
 
     method: Literal["judge"] = "judge"
+    model: str = ""
+    """Id of a local model that judges; with ``url``, the name the endpoint knows it by."""
+    sampling: Asking = Asking()
+    """How it chooses its words: ``max_tokens``, ``temperature``, ``top_p`` and ``seed``."""
     rubric: str = Field(default=RUBRIC, min_length=1)
     """What a good reply is, in words for the judge."""
     use_expected: bool = True
@@ -51,42 +56,95 @@ class Judge(Grader):
     writer: SkipJsonSchema[Writer | None] = Field(default=None, exclude=True, repr=False)
     """The model that judges: conversations to replies. Not stored."""
 
+    role: ClassVar[str] = "judge"
+    set_by: ClassVar[str] = "the judge's "
+    goes_on: ClassVar[str] = "Try again when it answers; a run that began goes on with --resume"
     needs_expected = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _address(cls, fields: Any) -> Any:
+        return with_address(fields)
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.url is not None and not self.model:
+            raise ValueError(
+                f"{self.url} needs the name of its model: model = ..., or model = {self.url}#NAME"
+            )
+        return self
 
     @property
     def batched(self) -> bool:
         """All answers of a batch are asked for at once."""
         return True
 
+    @property
+    def limited(self) -> bool:
+        """Only what Python gives: an endpoint has a limit of its own, a local model its tokens."""
+        return not self.model
+
+    @property
+    def models(self) -> frozenset[str]:
+        """The model that judges, where it is one of this machine."""
+        return frozenset({self.model} if self.model and self.url is None else ())
+
+    @property
+    def writers(self) -> frozenset[str]:
+        """The same."""
+        return self.models
+
+    @property
+    def judgements(self) -> int:
+        """One."""
+        return 1
+
+    def with_models(self, models: Models) -> Self:
+        """The same with its model opened."""
+        if not self.model:
+            return self
+        return self.model_copy(update={"writer": models.writer(self, self.sampling)})
+
     def check(self) -> None:
         """Refuse to start without a model."""
-        if self.writer is None:
+        if not self.model and self.writer is None:
             raise RecipeError(
-                "grader `judge` needs a model that judges; from Python, give Judge(writer=...), a "
-                "function from conversations to replies"
+                "grader `judge` needs a model that judges: model = the id of a local model, or "
+                "https://host/v1#NAME for an endpoint; from Python also Judge(writer=...), a function "
+                "from conversations to replies"
             )
+
+    def rehearse(self) -> str:
+        """Have a sum judged: whether there is a model, takes the key, and gives scores at all."""
+        asked = (Message("user", "What is 2 + 2?"),)
+        answer = Answer(asked, "2 + 2 is 4.", "4", Row("a trial", 0))
+        (verdict,) = self._verdicts([answer])
+        if isinstance(verdict, Failure):
+            raise LuthierError(f"the judge {self.model} gives no verdict: {verdict.reason}")
+        if parse_verdict(verdict) is None:
+            return f"the judge {self.model} gave a trial answer no score: {_end(verdict)}"
+        return ""
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """A score for each answer; :class:`Ungraded` where a verdict has none."""
-        self.check()
-        assert self.writer is not None
-        verdicts = self.writer([self.asked(answer) for answer in answers])
-        if len(verdicts) != len(answers):
-            raise ValueError(f"the judge gave {len(verdicts)} verdicts for {len(answers)} answers")
-        found = [parse_verdict(verdict) for verdict in verdicts]
+        verdicts = self._verdicts(answers)
+        found = [parse_verdict(each) if isinstance(each, str) else None for each in verdicts]
         troubles = {
-            index: Trouble(
-                "grader.verdict",
-                f"grader `judge`: the verdict has no score: {verdicts[index][-200:]!r}",
-                "Use a stronger judge, allow it more tokens, or score such answers 0.",
-            )
-            for index, score in enumerate(found)
-            if score is None
+            index: _trouble(verdicts[index]) for index, score in enumerate(found) if score is None
         }
         scores = [math.nan if score is None else (score - 1) / 9 for score in found]
         if troubles:
             raise Ungraded(scores, troubles)
         return scores
+
+    def _verdicts(self, answers: Sequence[Answer]) -> Sequence[str | Failure]:
+        self.check()
+        if self.writer is None:
+            raise RecipeError(f"the judge {self.model} is not open; open it with `with_models`")
+        verdicts = self.writer([self.asked(answer) for answer in answers])
+        if len(verdicts) != len(answers):
+            raise ValueError(f"the judge gave {len(verdicts)} verdicts for {len(answers)} answers")
+        return verdicts
 
     def asked(self, answer: Answer) -> list[Message]:
         """What the judge reads."""
@@ -104,6 +162,22 @@ def parse_verdict(text: str) -> int | None:
     """The whole number from 1 to 10 after the last ``Score:``, or nothing."""
     found = [match[1] for match in _VERDICT.finditer(text)]
     return int(found[-1]) if found else None
+
+
+def _trouble(verdict: str | Failure) -> Trouble:
+    """Why there is no score."""
+    if isinstance(verdict, Failure):
+        text = f"grader `judge`: there is no verdict: {verdict.reason}"
+        return Trouble(
+            verdict.rule, text, "Try again when the judge answers, or score such answers 0."
+        )
+    text = f"grader `judge`: the verdict has no score: {_end(verdict)}"
+    fix = "Use a stronger judge, allow it more tokens, or score such answers 0."
+    return Trouble("grader.verdict", text, fix)
+
+
+def _end(verdict: str) -> str:
+    return repr(verdict[-200:])
 
 
 def _tagged(name: str, text: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from luthier.graders.base import Answer, Grader, Scorer, Trouble, Ungraded
+from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded
 from luthier.graders.running import attempt
 from luthier.graders.specs import AnyGrader
 
@@ -58,10 +58,25 @@ class Mix(Grader):
         """Those of all parts."""
         return frozenset[str]().union(*(part.models for part in self.parts.values()))
 
-    def with_scorers(self, scorers: Mapping[str, Scorer]) -> Self:
-        """The same with the models of all parts in memory."""
-        parts = {name: part.with_scorers(scorers) for name, part in self.parts.items()}
+    @property
+    def writers(self) -> frozenset[str]:
+        """Those of all parts."""
+        return frozenset[str]().union(*(part.writers for part in self.parts.values()))
+
+    @property
+    def judgements(self) -> int:
+        """Those of all parts."""
+        return sum(part.judgements for part in self.parts.values())
+
+    def with_models(self, models: Models) -> Self:
+        """The same with the models of all parts opened."""
+        parts = {name: part.with_models(models) for name, part in self.parts.items()}
         return self.model_copy(update={"parts": parts})
+
+    def rehearse(self) -> str:
+        """Each part's trial."""
+        found = {name: part.rehearse() for name, part in self.parts.items()}
+        return "; ".join(f"part `{name}`: {text}" for name, text in found.items() if text)
 
     def check(self) -> None:
         """Refuse what a part lacks."""

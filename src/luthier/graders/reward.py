@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Grader, Scorer
+from luthier.graders.base import Answer, Grader, Models, Scorer
 
 
 class Reward(Grader):
     """What a model of objective ``reward_model`` says: any number, more is better.
 
-    The text is read in the reward model's own format, so its tokenizer may be another. In training
-    the model is loaded beside the one that trains; from Python, ``Reward(model=..., scorer=...)`` takes
-    any function from answers to numbers. A reward model is right about texts like those it has seen:
-    a policy that learns from it long enough finds where it is wrong (Gao et al. 2022,
+    The text is read in the reward model's own format, so its tokenizer may be another. The model is
+    loaded beside the one that is graded; from Python, ``Reward(model=..., scorer=...)``
+    takes any function from answers to numbers. A reward model is right about texts like those it has
+    seen: a policy that learns from it long enough finds where it is wrong (Gao et al. 2022,
     arXiv:2210.10760), so look at the samples and keep the divergence small.
     """
 
@@ -46,20 +46,15 @@ class Reward(Grader):
         """The reward model."""
         return frozenset({self.model})
 
-    def with_scorers(self, scorers: Mapping[str, Scorer]) -> Self:
+    def with_models(self, models: Models) -> Self:
         """The same with its model in memory."""
-        return self.model_copy(update={"scorer": scorers[self.model]})
-
-    def check(self) -> None:
-        """Refuse to start without the model."""
-        if self.scorer is None:
-            raise RecipeError(
-                f"grader `reward` needs {self.model} in memory, which objectives grpo and ppo load; "
-                "from Python, give Reward(model=..., scorer=...), a function from answers to numbers"
-            )
+        return self.model_copy(update={"scorer": models.scorer(self.model)})
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """The rewards."""
-        self.check()
-        assert self.scorer is not None
+        if self.scorer is None:
+            raise RecipeError(
+                f"grader `reward` needs {self.model} in memory; from Python, give "
+                "Reward(model=..., scorer=...), a function from answers to numbers"
+            )
         return self.scorer(answers)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from luthier.errors import DataError, GradingFailed, Problem, RowRefused
+from luthier.errors import DataError, GradingFailed, Problem, RecipeError, RowRefused, UnknownModel
 from luthier.graders.base import Answer, Grader, Trouble, Ungraded
 
 OnError = Literal["fail", "zero"]
@@ -27,6 +27,8 @@ class Grades:
     scores: list[float]
     problems: list[Problem] = field(default_factory=list)
     """One for each answer without a score of its own."""
+    places: list[int] = field(default_factory=list)
+    """Which answers those are."""
 
 
 def graded(
@@ -49,11 +51,12 @@ def graded(
 
     Raises:
         GradingFailed: with ``fail``, naming the row, the grader and the fix.
+        RecipeError: always, where the grader lacks something: a model, a valid key.
 
     A Python thread cannot be killed: a grader that hangs is left behind, and goes on using a core until
     it ends by itself or the process does.
     """
-    if not grader.watched:
+    if not grader.limited:
         scores, troubles = attempt(grader, answers)
     else:
         groups = [answers] if grader.batched else [answers[i : i + 1] for i in range(len(answers))]
@@ -64,7 +67,8 @@ def graded(
     ]
     if problems and on_error == "fail":
         raise GradingFailed(problems)
-    return Grades([0.0 if i in troubles else s for i, s in enumerate(scores)], problems)
+    scores = [0.0 if i in troubles else s for i, s in enumerate(scores)]
+    return Grades(scores, problems, sorted(troubles))
 
 
 def check_rows(graders: Sequence[Grader], answers: Sequence[Answer]) -> None:
@@ -92,6 +96,8 @@ def attempt(grader: Grader, answers: Sequence[Answer]) -> Scored:
         scores, troubles = list(grader.grade(answers)), dict[int, Trouble]()
     except Ungraded as error:
         scores, troubles = error.scores, error.troubles
+    except (RecipeError, UnknownModel):  # of the grader itself: no row is to blame
+        raise
     except (Exception, SystemExit) as error:
         if len(answers) > 1:  # one by one, to find the row, and to keep the others
             return _join([attempt(grader, [answer]) for answer in answers])

@@ -5,6 +5,7 @@ vetted setting as default. The engine calls these methods and knows nothing else
 
     check     whether it suits the network at all
     meet      what the further models it asks for were trained for
+    cost      what it asks of others in a run, for people to know before
     gather    rows that are learned together: judged answers to one prompt are pairs
     fit       what it must know of all rows: the classes there are
     encode    rows to token ids with a loss weight for each token
@@ -110,6 +111,14 @@ class Objective(BaseModel):
             RecipeError: where the model is for something else, with what to use.
         """
         return self
+
+    def cost(self, rows: int, measured: int, calibrated: int) -> str:
+        """What a run asks of others at most (verdicts of a judge), for people; empty for nothing.
+
+        ``rows`` is how many the steps read in all, ``measured`` those of all measurements, and
+        ``calibrated`` those that the adaptation reads before.
+        """
+        return ""
 
     def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
         """Refuse a model of :attr:`others` that does not go with the network of format ``chat``.

@@ -18,14 +18,16 @@ out: the mix with a reward (section 3.2), and answers written by the teacher, fo
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
+from luthier.objectives.completions import record
 from luthier.objectives.distillation import Distillation, Kind
+from luthier.objectives.watching import KEPT
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class _Written:
     answers: int
     tokens: int
     stopped: int
+    texts: list[dict[str, Any]]
+    """The answers, as ``samples.jsonl`` keeps them."""
 
 
 class OnPolicyDistillation(Distillation):
@@ -66,6 +70,10 @@ class OnPolicyDistillation(Distillation):
         stops = chat.stop_ids if self.stop_ids is None else self.stop_ids
         return self.model_copy(update={"stop_ids": stops})
 
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """Weight 1 on each token of each reply, 0 on the rest; the row stays with it, to be shown."""
+        return replace(super().encode(row, index, chat), given=row)
+
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
@@ -76,14 +84,15 @@ class OnPolicyDistillation(Distillation):
 
         asked = (torch.rand(len(examples)) < self.student_share).tolist()
         chosen = [place for place, own in enumerate(asked) if own]
-        rows, stopped = list(examples), dict[int, bool]()
+        rows = list(examples)
+        written: dict[int, Completion] = {}
         for place, answer in zip(
             chosen, self._answers(network, [rows[place] for place in chosen]), strict=True
         ):
             rows[place] = with_answer(rows[place], answer.ids_T)
-            stopped[id(rows[place])] = answer.stopped
+            written[id(rows[place])] = answer
         batches = network.batches(rows, budget)
-        return [replace(batch, extra=_written(batch, stopped)) for batch in batches]
+        return [replace(batch, extra=_written(batch, written, network.chat)) for batch in batches]
 
     def _answers(self, network: Network, examples: Sequence[Example]) -> list[Completion]:
         from luthier.models.sampler import sample
@@ -111,6 +120,11 @@ class OnPolicyDistillation(Distillation):
         given = whole_distribution(network, teacher, batch, self.temperature)
         return Loss(chunked_loss(network, batch, self.distance.compare(batch, given), CHUNK))
 
+    def samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
+        """The first answers of the step."""
+        texts = [text for batch in batches if batch.extra is not None for text in batch.extra.texts]
+        return texts[:KEPT]
+
     def report(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
         """Tokens of an answer, and how many of the answers ended by themselves, as means."""
         written = [batch.extra for batch in batches if batch.extra is not None]
@@ -121,6 +135,11 @@ class OnPolicyDistillation(Distillation):
             "answer_tokens": sum(each.tokens for each in written) / answers,
             "answers_ended": sum(each.stopped for each in written) / answers,
         }
+
+
+def _record(row: Row, answer: Completion, chat: ChatFormat) -> dict[str, Any]:
+    text = chat.decode(answer.ids_T[: len(answer.ids_T) - answer.stopped].tolist())
+    return record(row, text, len(answer.ids_T), answer.stopped)
 
 
 def _reply_start(example: Example) -> int:
@@ -154,10 +173,13 @@ def _room(network: Network, example: Example) -> int:
     return context - before - _reply_start(example)
 
 
-def _written(batch: TreeBatch, stopped: dict[int, bool]) -> _Written:
-    own = [row for row in batch.tree.examples if id(row) in stopped]
+def _written(
+    batch: TreeBatch, written: Mapping[int, Completion], chat: ChatFormat | None
+) -> _Written:
+    own = [(row, written[id(row)]) for row in batch.tree.examples if id(row) in written]
     return _Written(
         len(own),
-        sum(int(np.count_nonzero(row.weight_T)) for row in own),
-        sum(stopped[id(row)] for row in own),
+        sum(int(np.count_nonzero(row.weight_T)) for row, _ in own),
+        sum(answer.stopped for _, answer in own),
+        [_record(row.given, answer, chat) for row, answer in own if row.given and chat],
     )

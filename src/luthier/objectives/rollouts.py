@@ -16,18 +16,19 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.graders import Answer, AnyGrader, Exact, OnError, Scorer, graded
+from luthier.graders import AnyGrader, Exact, Grader, OnError, graded
 from luthier.objectives import watching
 from luthier.objectives.base import Objective
-from luthier.objectives.scoring import check_reward_model, rewards
-from luthier.types import Example, FloatArray, IntArray, Message, Row
+from luthier.objectives.completions import answer, asked, record
+from luthier.objectives.scoring import Beside, check_judge, silent
+from luthier.types import Example, FloatArray, IntArray, Row
 
 if TYPE_CHECKING:
     import torch
@@ -143,6 +144,14 @@ class Policy:
         return (logp_M - self.old_M).exp()
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A grader as it was named, and with its models opened."""
+
+    named: Grader
+    grader: Grader
+
+
 class Reinforcement(Objective):
     """Base of the objectives that learn from rewards."""
 
@@ -179,9 +188,31 @@ class Reinforcement(Objective):
         return {name: name for name in sorted(self.grader.models)}
 
     def check(self, chat: ChatFormat) -> None:
-        """Refuse a grader that lacks something else than the models, which are loaded later."""
-        later: dict[str, Scorer] = dict.fromkeys(self.grader.models, lambda answers: [])
-        self.grader.with_scorers(later).check()
+        """Refuse a grader that lacks something; the models it names are opened later."""
+        self.grader.check()
+
+    def meet(self, name: str, other: Objective, width: int) -> Self:
+        """Refuse a judge that writes no text."""
+        if name in self.grader.writers:
+            check_judge(name, other)
+        return self
+
+    def cost(self, rows: int, measured: int, calibrated: int) -> str:
+        """How many verdicts a judge is asked for."""
+        each = self.grader.judgements
+        if not each:
+            return ""
+        first = watching.PROMPTS * self._tries + 1
+        count = (rows + calibrated) * self.generations + measured + first
+        return (
+            f"the judge will be asked for {count * each:,} verdicts at most; {first * each:,} of them "
+            "come before the first step, and again with --resume"
+        )
+
+    @property
+    def _tries(self) -> int:
+        """Completions of each prompt before the first step."""
+        return max(4, self.generations)
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""
@@ -239,10 +270,9 @@ class Reinforcement(Objective):
         )
         pairs = [(e, c) for e, row in zip(examples, found, strict=True) for c in row]
         replies = [chat.decode(c.ids_T[: len(c.ids_T) - c.stopped].tolist()) for _, c in pairs]
-        scorers = {n: partial(rewards, network.others[n]) for n in self.grader.models}
         grades = graded(
-            self.grader.with_scorers(scorers),
-            [_answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)],
+            self._opened(network),
+            [answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)],
             self.on_error,
             self.time_limit_s,
         )
@@ -253,6 +283,14 @@ class Reinforcement(Objective):
             )
         ]
         return Rollouts(each, count, len(grades.problems))
+
+    def _opened(self, network: Network, note: Callable[[str], None] = silent) -> Grader:
+        """The grader with its models opened; it stays with the network, and knows what it was told."""
+        kept = network.kept
+        if not isinstance(kept, _Opened) or kept.named is not self.grader:
+            kept = _Opened(self.grader, self.grader.with_models(Beside(network.others, note)))
+            network.kept = kept
+        return kept.grader
 
     def drawn(self, network: Network, examples: Sequence[Example]) -> Rollouts:
         """The rollouts of a step: anew in training, by the generator that checkpoints keep."""
@@ -294,10 +332,10 @@ class Reinforcement(Objective):
         note: Callable[[str], None],
     ) -> Sequence[Example]:
         """Sample a few prompts first: rewards of 0, or near 1, say that training is not due."""
-        for name in self.grader.models:
-            check_reward_model(name, network.others[name])
+        if warning := self._opened(network, note).rehearse():
+            note(f"warning: {warning}")
         chosen = watching.spread(examples)
-        rollouts = self.roll_out(network, chosen, max(4, self.generations), seeded())
+        rollouts = self.roll_out(network, chosen, self._tries, seeded())
         verdict = watching.precheck(rollouts.score_PG, self.grader.bounded)
         if verdict.refused and not self.force:
             raise RecipeError(verdict.text + " To train all the same: --set objective.force=true")
@@ -343,21 +381,6 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(MEASURED_SEED)
 
 
-def asked(row: Row) -> tuple[tuple[Message, ...], str | None]:
-    """The turns that a completion answers, and the text it is compared with where the row has one."""
-    if row.messages is None:
-        return (Message("user", row.prompt or ""),), row.expected or row.completion
-    if row.messages[-1].role == "assistant":
-        return row.messages[:-1], row.expected or row.messages[-1].content
-    return row.messages, row.expected
-
-
-def _answer(example: Example, reply: str) -> Answer:
-    assert example.given is not None
-    messages, expected = asked(example.given)
-    return Answer(messages, reply, expected, example.given)
-
-
 def _read(example: Example) -> Example:
     """The prompt as a text; its last token comes twice, so that at least one is predicted."""
     prompt_T: IntArray = example.ids_T if example.source_T is None else example.source_T
@@ -369,16 +392,7 @@ def _read(example: Example) -> Example:
 
 
 def _record(rollout: Rollout, kl: float | None) -> dict[str, Any]:
-    row = rollout.prompt.given
+    row, stopped = rollout.prompt.given, rollout.completion.stopped
     assert row is not None
-    messages, expected = asked(row)
-    return {
-        "line": row.line,
-        "prompt": messages[-1].content,
-        "expected": expected,
-        "completion": rollout.reply,
-        "reward": rollout.score,
-        "tokens": len(rollout),
-        "stopped": rollout.completion.stopped,
-        "kl": kl,
-    }
+    told = record(row, rollout.reply, len(rollout), stopped)
+    return {**told, "reward": rollout.score, "kl": kl}

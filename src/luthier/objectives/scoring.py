@@ -1,21 +1,124 @@
-"""What a reward model, loaded beside the network that trains, says of its answers."""
+"""What models that are loaded beside the network that trains say of its answers: scores or verdicts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
+from luthier.asking.base import Failure, Remembering, Writer, writer_of
+from luthier.asking.spec import AskedModel, Asking
 from luthier.errors import RecipeError
-from luthier.graders import Answer
+from luthier.graders import Answer, Scorer
 from luthier.models.heads import task_of
 from luthier.objectives.reward_model import RewardModel
 from luthier.types import Message, Row
 
 if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
     from luthier.models.network import Network
+    from luthier.objectives.base import Objective
+    from luthier.types import IntArray
 
 READ_AT_ONCE = 2048
 """Tokens that a reward model reads at once."""
+
+
+Remember = Callable[[Writer, AskedModel, Asking], Writer]
+
+
+def silent(text: str) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The models that graders name, of networks in memory and of endpoints."""
+
+    networks: Mapping[str, Network]
+    """Frozen networks by their ids."""
+    note: Callable[[str], None] = field(default=silent)
+    """Tells people what an endpoint makes of it."""
+    remember: Remember = field(default=lambda write, judge, sampling: Remembering(write))
+    """Wraps a writer so that it asks nothing twice: in memory, unless it says otherwise."""
+
+    def scorer(self, model: str) -> Scorer:
+        """The reward model of this id."""
+        check_reward_model(model, self.networks[model])
+        return partial(rewards, self.networks[model])
+
+    def writer(self, judge: AskedModel, sampling: Asking) -> Writer:
+        """The judge, who is asked nothing twice."""
+        if judge.url is None:
+            network = self.networks[judge.model]
+            write: Writer = partial(written, network, sampling, judge.batch_size)
+            return self.remember(write, judge, sampling)
+        from luthier.asking.endpoint import Endpoint
+
+        endpoint = Endpoint(judge)
+        self.note(endpoint.terms)
+        write = writer_of(endpoint, judge.role, sampling, self.note)
+        return self.remember(write, judge, sampling)
+
+
+def written(
+    network: Network, sampling: Asking, batch_size: int, asked: Sequence[Sequence[Message]]
+) -> list[str | Failure]:
+    """A network's reply to each conversation; a failure where its context does not hold one.
+
+    The same for the same conversations: the draws are seeded with each call.
+    """
+    import torch
+
+    from luthier.models.heads import decoder_of, prompt_ids
+    from luthier.models.prefix import prefix_tokens
+    from luthier.models.sampler import sample
+
+    chat, model = network.chat, network.model
+    assert chat is not None
+    prompts = [_prompt(chat, turns) for turns in asked]
+    context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+    if decoder_of(model) is None:  # an encoder's text takes no room of the reply
+        context -= sampling.max_tokens + prefix_tokens(model) + len(prompt_ids(model))
+    able = [place for place, prompt_T in enumerate(prompts) if len(prompt_T) <= context]
+    found: list[str | Failure] = [
+        Failure(
+            "judge.refused", f"{len(prompt_T):,} tokens are more than the judge's context holds"
+        )
+        for prompt_T in prompts
+    ]
+    completions = sample(
+        network,
+        [prompts[place] for place in able],
+        1,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        stop_ids=chat.stop_ids,
+        generator=torch.Generator().manual_seed(sampling.seed),
+        batch_size=batch_size,
+    )
+    for place, (completion,) in zip(able, completions, strict=True):
+        ids_T = completion.ids_T
+        found[place] = chat.decode(ids_T[: len(ids_T) - completion.stopped].tolist())
+    return found
+
+
+def _prompt(chat: ChatFormat, turns: Sequence[Message]) -> IntArray:
+    """A conversation for a model; one without a chat template reads its turns as one text."""
+    if chat.template == "plain" or chat.start_id is not None:
+        turns = [Message("user", "\n\n".join(turn.content for turn in turns))]
+    return chat.encode_prompt(turns)
+
+
+def check_judge(name: str, learned: Objective) -> None:
+    """Refuse a model as a judge that was trained for something else than writing text."""
+    if learned.task != "causal_lm":
+        raise RecipeError(
+            f"{name} cannot judge: it was trained for {learned.method} and does not write text. A "
+            "reward model is grader `reward`"
+        )
 
 
 def check_reward_model(name: str, network: Network) -> None:

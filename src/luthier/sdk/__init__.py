@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,16 +86,16 @@ def distil(
         RefusedInput: for prompts or settings that cannot work, or too few accepted answers.
         LuthierError: where the teacher cannot be reached; the answers so far are kept.
     """
+    from luthier.asking.spec import address_fields
     from luthier.distillation import DistilRecipe
     from luthier.distillation import distil as run
-    from luthier.distillation.recipe import teacher_fields
     from luthier.recipe import assign, read_toml
 
     path = Path(prompts)
     plain: dict[str, Any] = read_toml(path) if path.suffix == ".toml" else {"data": {"train": path}}
     if isinstance(plain.get("teacher"), str):
-        plain["teacher"] = teacher_fields(plain["teacher"])
-    for key, value in (teacher_fields(teacher) if teacher else {}).items():
+        plain["teacher"] = address_fields(plain["teacher"])
+    for key, value in (address_fields(teacher) if teacher else {}).items():
         assign(plain, ["teacher", key], value)
     if student is not None:
         plain["base"] = student
@@ -252,6 +252,7 @@ def evaluate(
     graders: Sequence[Spec] | Mapping[str, Spec] = ("exact",),
     max_tokens: int = 128,
     on_error: OnError = "fail",
+    note: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Let a model answer the prompts of a data file and grade the replies.
 
@@ -265,6 +266,7 @@ def evaluate(
             objects; a mapping gives them names of your own.
         max_tokens: of a reply at most.
         on_error: what becomes of a reply that a grader cannot grade: ``fail``, or score ``zero``.
+        note: hears what a judge will cost and whether it is one.
 
     Returns:
         Mean scores by the graders' names, and every answer.
@@ -276,6 +278,7 @@ def evaluate(
     from luthier.data.rows import load_rows
     from luthier.evaluation.evaluate import Evaluation, check
     from luthier.graders import graders_named
+    from luthier.serving.grading import open_graders
     from luthier.serving.measuring import measure
     from luthier.serving.preferring import preference_scores
     from luthier.store.models import find, objective_of
@@ -287,4 +290,5 @@ def evaluate(
         return Evaluation(preference_scores(stored, rows)[0], len(rows), [])
     check(rows, chosen)
     opened = model if isinstance(model, Model) else load(model)
+    chosen = open_graders(chosen, len(rows), note)
     return measure(opened.generator, rows, chosen, max_tokens, on_error=on_error)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from luthier.distillation.endpoint import EndpointTeacher
-from luthier.distillation.journal import Reply
-from luthier.distillation.recipe import Asking, TeacherSpec
-from luthier.distillation.teachers import Failure
+from luthier.asking.base import Failure, Reply
+from luthier.asking.endpoint import Endpoint
+from luthier.asking.spec import Asking
+from luthier.distillation.recipe import TeacherSpec
 from luthier.errors import LuthierError, RecipeError
 from luthier.types import Message
 
@@ -31,7 +31,7 @@ def ask(
     spec = TeacherSpec(url=url, **{"model": "big", "retries": 2, **fields})
     questions = [[Message("system", "Be brief."), Message("user", prompt)] for prompt in prompts]
     note = (notes if notes is not None else []).append
-    EndpointTeacher(spec).ask(questions, sampling or Asking(), done, note)
+    Endpoint(spec).ask(questions, sampling or Asking(), done, note)
     return outcomes
 
 
@@ -87,7 +87,7 @@ def test_a_long_retry_after_is_waited_for(endpoint: Any, monkeypatch: pytest.Mon
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
-    monkeypatch.setattr("luthier.distillation.endpoint.asyncio.sleep", sleep)
+    monkeypatch.setattr("luthier.asking.endpoint.asyncio.sleep", sleep)
     endpoint.actions["a"] = [(429, {"retry-after": "300"})]
     notes: list[str] = []
     assert ask(endpoint.url, "a", notes=notes)["a"] == Reply("the answer to a", "stop", 7)
@@ -145,7 +145,7 @@ def test_failures_in_a_row_end_the_run_and_keep_the_answers(endpoint: Any) -> No
     spec = TeacherSpec(url=endpoint.url, model="big", retries=0, concurrency=2)
     questions = [[Message("user", prompt)] for prompt in ["good", *bad]]
     with pytest.raises(LuthierError, match=r"5 prompts in a row .*HTTP 500.*--resume"):
-        EndpointTeacher(spec).ask(questions, Asking(), lambda i, _: heard.append(i), lambda _: None)
+        Endpoint(spec).ask(questions, Asking(), lambda i, _: heard.append(i), lambda _: None)
     assert heard == [0]
     assert endpoint.asked.total() <= 8
 

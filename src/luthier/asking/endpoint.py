@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible endpoint (``POST /chat/completions``), by the openai package.
+"""A model behind an OpenAI-compatible endpoint (``POST /chat/completions``), by the openai package.
 
 The package repeats what fails in passing: connections that cannot be made or break in the middle of an
 answer, timeouts, 408, 409, 429 and 5xx, after 0.5 to 8 seconds, or after the ``Retry-After`` of the
@@ -18,9 +18,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from luthier.distillation.journal import Reply
-from luthier.distillation.recipe import Asking, TeacherSpec
-from luthier.distillation.teachers import Done, Failure, Teacher
+from luthier.asking.base import Answerer, Done, Failure, Reply
+from luthier.asking.spec import AskedModel, Asking
 from luthier.errors import LuthierError, RecipeError
 from luthier.types import Message
 
@@ -33,12 +32,14 @@ LONGEST_WAIT = 3600.0
 """Seconds of ``Retry-After`` that are waited for."""
 
 
-class EndpointTeacher(Teacher):
+class Endpoint(Answerer):
     """Answers over the network, several questions at once."""
 
-    def __init__(self, spec: TeacherSpec) -> None:
+    def __init__(self, spec: AskedModel) -> None:
         if importlib.util.find_spec("openai") is None:
-            raise RecipeError("a teacher at an endpoint needs: pip install 'luthier[endpoint]'")
+            raise RecipeError(
+                f"a {spec.role} at an endpoint needs: pip install 'luthier[endpoint]'"
+            )
         self.spec = spec
         self.name = f"{spec.model} at {urlsplit(spec.url or '').netloc}"
 
@@ -55,12 +56,18 @@ class EndpointTeacher(Teacher):
         note: Callable[[str], None],
     ) -> None:
         """Ask all questions, the failed ones twice."""
-        key = os.environ.get(self.spec.key_env, "")
-        sent = (
-            f"the key of {self.spec.key_env} is sent" if key else f"{self.spec.key_env} is not set"
-        )
-        note(f"{self.name}: {sent}; {self.spec.concurrency} requests at once")
-        _run(_Session(self.spec, key, questions, sampling, done, note).all())
+        _run(_Session(self.spec, self._key, questions, sampling, done, note).all())
+
+    @property
+    def terms(self) -> str:
+        """Who is asked, with which key, and how many at once; for people."""
+        name = self.spec.key_env
+        sent = f"the key of {name} is sent" if self._key else f"{name} is not set"
+        return f"{self.name}: {sent}; {self.spec.concurrency} requests at once"
+
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.spec.key_env, "")
 
 
 class _Session:
@@ -68,7 +75,7 @@ class _Session:
 
     def __init__(
         self,
-        spec: TeacherSpec,
+        spec: AskedModel,
         key: str,
         questions: Sequence[Sequence[Message]],
         sampling: Asking,
@@ -121,7 +128,7 @@ class _Session:
                 return
 
     def _heard(self, index: int, outcome: Reply | Failure) -> None:
-        if isinstance(outcome, Reply) or outcome.rule != "teacher.failed":
+        if isinstance(outcome, Reply) or outcome.rule != f"{self.spec.role}.failed":
             self.in_a_row = min(self.in_a_row, 0)
             self.done(index, outcome)
             return
@@ -130,7 +137,8 @@ class _Session:
         if self.in_a_row >= IN_A_ROW and self.fatal is None:
             self.fatal = LuthierError(
                 f"{self.in_a_row} prompts in a row got no answer of {self.spec.model} "
-                f"({outcome.reason}). {_KEPT}, perhaps with a longer teacher.timeout"
+                f"({outcome.reason}). {self.spec.goes_on}, perhaps with a longer "
+                f"{self.spec.set_by}timeout"
             )
 
     async def _one(
@@ -163,27 +171,30 @@ class _Session:
         if code in (401, 403):
             raise RecipeError(
                 f"{self.spec.url} refuses the key of {self.spec.key_env} (HTTP {code}). Set that "
-                "variable to a valid key, or name another with --teacher-key-env"
+                f"variable to a valid key, or name another with {self.spec.set_by}key_env"
             )
         if code == 404:
             raise RecipeError(f"{self.spec.url} has no model {self.spec.model!r}: {said}")
         if code == 429:
-            raise LuthierError(f"{self.spec.url} still limits the rate: {said}. {_KEPT}")
-        rule = "teacher.failed" if code >= 500 or code in (408, 409) else "teacher.refused"
-        return Failure(rule, f"HTTP {code}: {said}")
+            raise LuthierError(
+                f"{self.spec.url} still limits the rate: {said}. {self.spec.goes_on}"
+            )
+        kind = "failed" if code >= 500 or code in (408, 409) else "refused"
+        return Failure(f"{self.spec.role}.{kind}", f"HTTP {code}: {said}")
 
     def _unheard(self, error: Exception) -> Failure:
         """No whole answer came, however often it was asked."""
         import openai
 
         cause = type(error.__cause__).__name__ if error.__cause__ else ""
+        rule = f"{self.spec.role}.failed"
         if isinstance(error, openai.APITimeoutError) and cause != "ConnectTimeout":
-            return Failure("teacher.failed", f"none came within {self.spec.timeout:g} s")
+            return Failure(rule, f"none came within {self.spec.timeout:g} s")
         if cause in ("ConnectError", "ConnectTimeout"):
             raise LuthierError(
-                f"{self.spec.url} cannot be reached: {self._said(error.__cause__)}. {_KEPT}"
+                f"{self.spec.url} cannot be reached: {self._said(error.__cause__)}. {self.spec.goes_on}"
             )
-        return Failure("teacher.failed", f"it broke off ({self._said(error)})")
+        return Failure(rule, f"it broke off ({self._said(error)})")
 
     def _said(self, error: BaseException | None) -> str:
         """The error in one line, without the key that some endpoints repeat."""
@@ -193,10 +204,7 @@ class _Session:
         return text.replace(self.key, "…") if self.key else text
 
 
-_KEPT = "The answers so far are kept; the same command with --resume goes on"
-
-
-def _settings(spec: TeacherSpec, sampling: Asking) -> dict[str, Any]:
+def _settings(spec: AskedModel, sampling: Asking) -> dict[str, Any]:
     """What is sent beside the messages. What is at its neutral value is left out: some refuse it."""
     settings = {"model": spec.model, spec.limit: sampling.max_tokens}
     if spec.limit == "max_tokens" or sampling.temperature > 0:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -23,6 +23,14 @@ class Endpoint:
         self.actions: dict[str, list[Any]] = defaultdict(list)
         """Actions by prompt, one for each request; ``ok`` when there are none left."""
         self.answers: dict[str, str] = {}
+        self.answer: Callable[[str], str] = lambda prompt: f"the answer to {prompt}"
+        """The answer to a prompt that :attr:`answers` does not hold."""
+        self.action: Callable[[str], Any] = lambda prompt: "ok"
+        """What is done with a prompt that :attr:`actions` says nothing of."""
+        self.known: set[str] | None = None
+        """Keys that are taken; all of them when not given."""
+        self.models: set[str] | None = None
+        """Models there are; any when not given."""
         self.delay = 0.0
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -43,13 +51,19 @@ class Endpoint:
                     endpoint.bodies.append(body)
                     endpoint.keys.add(self.headers["authorization"])
                     actions = endpoint.actions[prompt]
-                    action = actions.pop(0) if actions else "ok"
+                    action = actions.pop(0) if actions else endpoint.action(prompt)
                     endpoint.at_once += 1
                     endpoint.most_at_once = max(endpoint.most_at_once, endpoint.at_once)
                 time.sleep(endpoint.delay)
                 with endpoint.lock:
                     endpoint.at_once -= 1
-                self.act(action, endpoint.answers.get(prompt, f"the answer to {prompt}"))
+                if endpoint.known is not None and self.headers["authorization"] not in {
+                    f"Bearer {key}" for key in endpoint.known
+                }:
+                    action = (401, {})
+                elif endpoint.models is not None and body["model"] not in endpoint.models:
+                    action = (404, {})
+                self.act(action, endpoint.answers.get(prompt) or endpoint.answer(prompt))
 
             def act(self, action: Any, text: str) -> None:
                 self.close_connection = True

@@ -1,0 +1,1 @@
+"""Asking models for texts: who is asked, how, and what comes back."""

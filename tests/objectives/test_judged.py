@@ -1,0 +1,163 @@
+"""Learning from a judge: an endpoint or a model of this machine, its costs, and its silence."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import luthier
+from luthier.engine.metrics import Reporter
+from luthier.errors import GradingFailed, LuthierError, RecipeError, UnknownModel
+from luthier.graders import Judge
+from luthier.objectives import GRPO, PPO
+from luthier.objectives.watching import PROMPTS
+
+WORDS = ("yes", "no", "fox", "dog", "card", "Paris", "lazy", "quick")
+FIELDS: dict[str, Any] = {
+    "adaptation": "full", "training__learning_rate": 1e-3, "training__max_steps": 2,
+    "training__batch_size": 2, "training__precision": "float32", "training__threads": 1,
+    "objective__max_completion_tokens": 8,
+}  # fmt: skip
+
+
+class Notes(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.lines: list[dict[str, Any]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        self.lines.append(dict(line))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Say {word}"}) + "\n" for word in WORDS))
+    return path
+
+
+@pytest.fixture
+def tuned(tiny_model_folder: Path, rows: Path, luthier_home: Path) -> Callable[..., Any]:
+    """``luthier.tune`` with GRPO and a judge."""
+
+    def run(judge: Mapping[str, Any], reporter: Reporter | None = None, **fields: Any) -> Any:
+        given = {
+            "base": str(tiny_model_folder), "name": "custom", "data__validation": rows, **FIELDS,
+            "objective__method": "grpo", "objective__grader": {"method": "judge", **judge},
+        }  # fmt: skip
+        given |= fields
+        if given["objective__method"] == "grpo":
+            given["objective__num_generations"] = 4
+        return luthier.tune(rows, reporter=reporter, **given)
+
+    return run
+
+
+def score_of(asked: str) -> int:
+    """More for a reply with more letters e."""
+    reply = asked.rpartition("<reply>\n")[2].removesuffix("\n</reply>")
+    return min(10, 1 + 2 * reply.count("e"))
+
+
+def test_grpo_learns_from_an_endpoint(tuned: Any, endpoint: Any, key: str) -> None:
+    endpoint.answer = lambda asked: f"Score: {score_of(asked)}"
+    told = Notes()
+    result = tuned({"model": f"{endpoint.url}#big"}, told)
+    samples = [
+        json.loads(x) for x in (Path(result.run_dir) / "samples.jsonl").read_text().splitlines()
+    ]
+    assert len(samples) == 2 * 2 * 4
+    for sample in samples:
+        wanted = (min(10, 1 + 2 * sample["completion"].count("e")) - 1) / 9
+        assert sample["reward"] == pytest.approx(wanted)
+    assert len({sample["reward"] for sample in samples}) > 1
+    # Nothing was asked twice, and no more than was said: a trial, the first look, steps, measurements.
+    assert set(endpoint.asked.values()) == {1}
+    (said,) = [note for note in told.notes if "verdicts at most" in note]
+    measured = sum(line["event"] == "validation" for line in told.lines) * len(WORDS)
+    most = 1 + PROMPTS * 4 + 2 * 2 * 4 + measured
+    assert re.findall(r"\d[\d,]*", said)[:2] == [str(most), str(1 + PROMPTS * 4)]
+    assert endpoint.asked.total() <= most
+    assert sum("requests at once" in note for note in told.notes) == 1
+    kept = (
+        "".join(path.read_text() for path in Path(result.run_dir).parent.parent.rglob("*.json*"))
+        + (Path(result.model_dir) / "luthier.json").read_text()
+    )
+    assert '"key_env": "OPENAI_API_KEY"' in kept and key not in kept
+
+
+def test_ppo_learns_from_a_model_of_this_machine(
+    tuned: Any, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What an untrained judge writes has no score, so that is stood in for; all else is as it is.
+    texts: list[str] = []
+
+    def parsed(text: str) -> int:
+        texts.append(text)
+        return 1 + len(text) % 10
+
+    monkeypatch.setattr("luthier.graders.judge.parse_verdict", parsed)
+    judge = {"model": str(tiny_model_folder), "rubric": "x", "sampling": {"max_tokens": 5}}
+    told = Notes()
+    result = tuned(judge, told, objective__method="ppo")
+    manifest = json.loads((Path(result.model_dir) / "luthier.json").read_text())
+    assert manifest["others"] == {str(tiny_model_folder): str(tiny_model_folder)}
+    assert len(set(texts)) > 1
+    assert any("verdicts at most" in note for note in told.notes)
+
+
+def test_a_judge_that_goes_silent_follows_the_policy(tuned: Any, endpoint: Any) -> None:
+    first = 1 + PROMPTS * 4 + len(WORDS)  # a trial, the first look, the measurement before step 1
+    endpoint.answer = lambda asked: f"Score: {score_of(asked)}"
+    endpoint.action = lambda asked: "ok" if len(endpoint.asked) <= first // 2 else (500, {})
+    judge = {"model": f"{endpoint.url}#big", "retries": 0}
+    with pytest.raises(GradingFailed, match=r"rows\.jsonl:\d: \[judge\.failed\].*Fix: Try again"):
+        tuned(judge)
+    endpoint.asked.clear()
+    told = Notes()
+    tuned(judge, told, objective__on_error="zero", name="zero")
+    assert sum(line.get("ungraded", 0) for line in told.lines) > 0
+
+
+def test_what_cannot_judge_is_refused_before_training(
+    tuned: Any, endpoint: Any, key: str, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = {"model": f"{endpoint.url}#big", "retries": 0}
+    zero = {
+        "objective__on_error": "zero"
+    }  # no row is to blame, so the policy for rows does not count
+    endpoint.models = {"other"}
+    with pytest.raises(RecipeError, match="has no model 'big'"):
+        tuned(judge, **zero)
+    endpoint.models, endpoint.known = None, {key}
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(RecipeError, match="refuses the key of OPENAI_API_KEY"):
+        tuned(judge, **zero)
+    endpoint.server.server_close()
+    with pytest.raises(LuthierError, match=r"judge big gives no verdict: .*cannot be reached"):
+        tuned(judge, **zero)
+    with pytest.raises(UnknownModel, match="nobody"):
+        tuned({"model": "nobody:knows"})
+    with pytest.raises(RecipeError, match="needs a model that judges"):
+        tuned({})
+    assert not list(luthier_home.glob("models/custom/**/luthier.json"))
+
+
+def test_costs_are_counted_for_every_judge_and_every_row() -> None:
+    judge = Judge(model="m")
+    one = GRPO(grader=judge, num_generations=8)
+    numbers = [re.findall(r"\d[\d,]*", each.cost(100, 30, 5)) for each in (one, PPO(grader=judge))]
+    assert numbers == [[f"{105 * 8 + 30 + 65:,}", "65"], [f"{105 + 30 + 33:,}", "33"]]
+    mix = {"method": "mix", "parts": {"a": judge, "b": judge, "c": "exact"}}
+    assert re.findall(r"\d[\d,]*", GRPO(grader=mix).cost(100, 30, 5)) == ["1,870", "130"]
+    assert GRPO().cost(100, 30, 5) == ""
