@@ -1,9 +1,9 @@
 """Personal data and secrets replaced by pseudonyms, for data that is to be cleaned.
 
 Equal items get equal pseudonyms, so that a text still says who is who. Without a key they are
-numbered as they come, ``[EMAIL_1]``; with one they are made of a keyed hash (HMAC-SHA-256, RFC 2104), so
-that the same item has the same pseudonym in every file, and nobody without the key can try values out. What
-stood there is kept nowhere, unless a table is asked for.
+numbered as they come, ``[EMAIL_1]``; with one they are made of a keyed hash (HMAC-SHA-256, RFC 2104),
+so that the same item has the same pseudonym in every file, and nobody without the key can try values
+out. What stood there is kept nowhere, unless a table is asked for.
 """
 
 from __future__ import annotations
