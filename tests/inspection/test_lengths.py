@@ -19,9 +19,9 @@ def gate(*rows: tuple[str, str]) -> Report:
 
 
 def usual(count: int = 300, seed: int = 0) -> list[tuple[str, str]]:
-    """Prompts and answers of log-normal length, with answers that begin differently."""
+    """Prompts and answers of 55 to 400 characters, with answers that begin differently."""
     rng = np.random.default_rng(seed)
-    sizes = rng.lognormal(5, 0.6, (count, 2)).astype(int) + 5
+    sizes = np.exp(rng.uniform(4, 6, (count, 2))).astype(int)
     return [(f"{n} q " + "a " * (one // 2), f"{n} t " + "b " * (two // 2)) for n, (one, two) in
             enumerate(sizes)]  # fmt: skip
 

@@ -3,7 +3,7 @@
 py3langid (Barbaresi; after Lui and Baldwin 2012, langid.py) is naive Bayes on byte n-grams: offline,
 the same answer each time. Its probability is trusted from 0.9; what it is less sure of counts as
 unknown. A row is told by the first 240 characters of its input and of its answer. All of the first
-5,000 lines of a file are told, and of those after them fewer and fewer, so that it never takes most of
+10,000 lines of a file are told, and of those after them fewer and fewer, so that it never takes most of
 the time; the summary says how many.
 """
 
@@ -56,7 +56,7 @@ CERTAIN = 0.9
 CHARACTERS = 240
 LEAST_CHARACTERS = 40
 """Shorter texts are not told: names and single words are of every language."""
-ALL_UNTIL = 5_000
+ALL_UNTIL = 10_000
 RARE = 0.02
 """Share up to which a language is there by mistake, not by intent."""
 APART = 0.2

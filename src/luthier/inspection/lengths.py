@@ -46,8 +46,11 @@ SAME_START = Rule(
     "The model learns the phrase before anything else, and begins every answer with it.",
     "Remove the phrase, unless it is wanted.",
 )
-FENCE = 3.0
-"""Interquartile ranges beyond a quartile, on log lengths, that stand out ("far out", Tukey 1977)."""
+FENCE = 2.0
+"""Interquartile ranges beyond a quartile, on log lengths, that stand out.
+
+Tukey 1977 has 1.5 for "outside" and 3 for "far out". Of normal log lengths 0.7 %, 0.08 % and 0.0002 %
+are beyond 1.5, 2 and 3."""
 LEAST_SPREAD = 0.5
 """Interquartile range of log lengths that is taken at least: rows of equal length have no outliers."""
 LEAST_ROWS = 50

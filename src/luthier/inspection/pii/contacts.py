@@ -32,6 +32,9 @@ _PHONE = re.compile(
     r"(?<![\w.,/$€£+=#-])(?:\+|\(\+?)?\d(?:[\s().·–-]{0,3}\d){6,16}(?![\w%]|[.,:/]\d|-\d)"
 )
 """What may be a telephone number: 7 to 17 digits, as people group them."""
+_MOST_WORDS = 7
+"""Groups of digits, apart by blanks, up to which the number may be some of them only."""
+_WORD = re.compile(r"\S+")
 CALL = re.compile(
     r"\b(?:phone|phones|tel|telephone|call|calling|called|ring|dial|fax|mobile|mob|cell|whatsapp|zalo|viber"
     r"|sms|text|txt|contact|hotline|helpline|landline|line|reach|number is|no is|điện thoại|sđt|đt|gọi"
@@ -103,19 +106,37 @@ def phones(text: str, low: int, high: int, regions: Sequence[str]) -> Iterator[S
     often the number of an order.
     """
     for found in _PHONE.finditer(text, low, high):
-        written = found[0].strip()
-        if numbered(text, found.start()) or _DATE.match(written.lstrip("(")):
+        if _DATE.match(found[0].lstrip("(")):
             continue
-        if written.count("(") != written.count(")"):
-            continue
-        national = not written.startswith(("+", "(+"))
-        if national and not _as_written(text, found.start(), written):
-            continue
-        value = _valid(written, None if not national else tuple(regions))
-        if value is not None:
-            yield Span(
-                found.start(), found.start() + len(written), "phone", "telephone number", value
-            )
+        for start, written in _parts(found):
+            value = _judged(text, start, written, tuple(regions))
+            if value:
+                yield Span(start, start + len(written), "phone", "telephone number", value)
+                break
+
+
+def _parts(found: re.Match[str]) -> Iterator[tuple[int, str]]:
+    """The whole, and then without the numbers before and after it: ``24 (415) 626-4490 10``."""
+    words = list(_WORD.finditer(found[0]))
+    if len(words) > _MOST_WORDS:
+        yield found.start(), found[0]
+        return
+    for size in range(len(words), 0, -1):
+        for first in range(len(words) - size + 1):
+            start, end = words[first].start(), words[first + size - 1].end()
+            written = found[0][start:end]
+            if sum(character.isdigit() for character in written) >= 7:
+                yield found.start() + start, written
+
+
+def _judged(text: str, start: int, written: str, regions: tuple[str, ...]) -> str | None:
+    if written.count("(") != written.count(")"):
+        return None
+    if written.startswith(("+", "(+")):
+        return _valid(written, None)
+    if numbered(text, start) or not _as_written(text, start, written):
+        return None
+    return _valid(written, regions)
 
 
 def _as_written(text: str, start: int, written: str) -> bool:

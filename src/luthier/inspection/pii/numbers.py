@@ -18,7 +18,11 @@ from importlib.util import find_spec
 from luthier.inspection.pii.contacts import CALL
 from luthier.inspection.pii.spans import Span, numbered, says
 
-_CARD = re.compile(r"(?<![\w.,+-])\d(?:[ -]?\d){13,18}(?![\w%]|[.,-]\d)")
+_APART = r"(?<![\w.,+/-])(?:", r")(?![\w%]|[.,/-]\d)"
+"""What may not stand around a number: other digits, letters, and what makes it part of a larger one."""
+_CARD = re.compile(
+    r"\d{14,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{2,4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}".join(_APART)
+)
 _ISSUERS = (
     # Name, prefixes from and to, lengths.
     ("Visa", (4, 4), (16, 19)),
@@ -59,17 +63,9 @@ def cards(text: str, low: int, high: int) -> Iterator[Span]:
     """Payment cards from ``low`` to ``high``: an issuer's range, its length, and the check digit."""
     for found in _CARD.finditer(text, low, high):
         digits = re.sub("[ -]", "", found[0])
-        groups = [len(group) for group in re.split("[ -]", found[0])]
-        if len(set(digits)) < 2 or not (len(groups) == 1 or _grouped(groups)):
-            continue
-        name = issuer(digits)
+        name = issuer(digits) if len(set(digits)) > 1 else None
         if name and luhn(digits) and not numbered(text, found.start()):
             yield Span(*found.span(), "card", f"{name} card", digits)
-
-
-def _grouped(groups: list[int]) -> bool:
-    """Whether digits stand in groups as on cards: fours, or 4-6-5, 4-6-4, 6-13."""
-    return all(size == 4 for size in groups[:-1]) or groups[:2] == [4, 6] or groups == [6, 13]
 
 
 def checked() -> bool:
@@ -146,33 +142,24 @@ IDS: tuple[NationalId, ...] = (
     ),
 )  # fmt: skip
 _ONE_ID = [
-    (each, re.compile(each.pattern), re.compile(each.words, re.I) if each.words else None,
+    (each, re.compile(each.pattern.join(_APART)), re.compile(each.words, re.I) if each.words else None,
      re.compile(each.bare) if each.bare else None)
     for each in IDS
 ]  # fmt: skip
-_ID = re.compile(
-    r"(?<![\w./+-])(?:\d(?:[ .-]?\d){7,17}(?:-?[A-Z]|X)?|[A-Z]{1,2}[ -]?\d{2}(?:[ -]?\d){4,5}[ -]?[A-Z]"
-    r"|[12][\d ]{5,7}2[AB][\d ]{8,10}|[A-Z]{6}[0-9L-V]{2}[A-Z][0-9L-V]{2}[A-Z][0-9L-V]{3}[A-Z])"
-    r"(?![\w%]|[.,/-]\d)"
-)
 
 
 def national_ids(text: str, low: int, high: int) -> Iterator[Span]:
     """Numbers that a state gave to a person, of the countries in :data:`IDS`."""
-    for found in _ID.finditer(text, low, high):
-        written = found[0]
-        for each, pattern, words, bare in _ONE_ID:
-            if not pattern.fullmatch(written):
-                continue
+    for each, pattern, words, bare in _ONE_ID:
+        for found in pattern.finditer(text, low, high):
             said = words is not None and says(words, text, found.start())
-            plain = bare is not None and bare.fullmatch(written) is not None
+            plain = bare is not None and bare.fullmatch(found[0]) is not None
             plain = plain and not numbered(text, found.start())
             # Numbers without a check digit of their own may as well be telephone numbers.
             plain = plain and bool(each.module or not says(CALL, text, found.start()))
-            if (said or plain) and _is_id(each, written):
-                value = re.sub(r"[ .-]", "", written)
+            if (said or plain) and _is_id(each, found[0]):
+                value = re.sub(r"[ .-]", "", found[0])
                 yield Span(*found.span(), "national_id", each.name, value)
-                break
 
 
 def _is_id(each: NationalId, written: str) -> bool:
