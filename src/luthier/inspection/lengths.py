@@ -51,7 +51,7 @@ FENCE = 2.0
 
 Tukey 1977 has 1.5 for "outside" and 3 for "far out". Of normal log lengths 0.7 %, 0.08 % and 0.0002 %
 are beyond 1.5, 2 and 3."""
-LEAST_SPREAD = 0.5
+LEAST_SPREAD = 0.75
 """Interquartile range of log lengths that is taken at least: rows of equal length have no outliers."""
 LEAST_ROWS = 50
 """Rows from which quartiles mean something."""
