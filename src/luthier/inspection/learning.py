@@ -7,16 +7,20 @@ is what would be trained.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from heapq import nlargest
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import DataError, RecipeError, RowRefused
-from luthier.inspection.check import Batch, Check, Where
+from luthier.inspection.check import Batch, Check, Known, Places, Where
 from luthier.inspection.findings import Finding, Findings, Rule
+from luthier.inspection.fitting import Fitting, Kind, Witness, witnesses
 from luthier.inspection.histogram import Histogram
+from luthier.inspection.reading import late_rule, late_rules
+from luthier.inspection.texts import excerpt_of
 from luthier.objectives import Objective
 from luthier.objectives.choosing import objective_for, shape_of, shapes_named
 from luthier.types import Example, Row
@@ -48,8 +52,8 @@ SHAPE = Rule(
 EMPTY = Rule("row.empty", "error", "The tokenizer makes nothing of the text.")
 _KNOWN = {rule.id: rule for rule in (TOO_LONG, NOTHING, TEMPLATE, SHAPE, EMPTY)}
 
-SHOWN = 5
-"""Rows whose tokens are kept for the report, of each split."""
+LONGEST = 10
+"""Longest rows that the summary names, of each split."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +77,50 @@ class Measured:
 
     tokens_N: Any
     learned_N: Any
-    problems: tuple[tuple[int, str, str, str], ...]
-    """Index in the batch, rule, message, fix."""
+    problems: tuple[tuple[int, str, str, str, str], ...]
+    """Index in the batch, rule, message, fix, and how the row begins."""
     shown: tuple[Shown, ...]
+    longest: tuple[tuple[int, int, int, str], ...] = ()
+    """Tokens, learned tokens, line and beginning of its longest rows."""
+    kinds: Mapping[Kind, Witness] = field(default_factory=dict)
+    """A row of each class."""
+
+
+def _neighbours(row: Row) -> list[Row]:
+    """Rows of the same shape with other labels, ratings or tags than ``row``."""
+    if row.tags is not None:
+        return [replace(row, tokens=("a", "b"), tags=("O", "B-another"))]
+    if row.rating is not None:
+        return [replace(row, rating=row.rating + 1)]
+    several = isinstance(row.label, tuple)
+    other = replace(row, label=("another", "more") if several else "another")
+    return [other, replace(row, label=None)]
 
 
 class Learning(Check):
     """Encodes every row for a model and an objective."""
 
     name: ClassVar[str] = "learning"
-    rules: ClassVar[tuple[Rule, ...]] = tuple(_KNOWN.values())
+    rules: ClassVar[tuple[Rule, ...]] = (*_KNOWN.values(), *late_rules())
+    needs_model: ClassVar[bool] = True
+    in_jobs: ClassVar[bool] = False
 
-    def __init__(self, objective: Objective | None, chat: ChatFormat, context: int) -> None:
-        self.objective, self.chat, self.context = objective, chat, context
+    @classmethod
+    def of(cls, known: Known) -> Self:
+        """The check for a model; :class:`ValueError` without one."""
+        if known.chat is None:
+            raise ValueError("the check of what is learned needs a model's tokenizer")
+        return cls(known.objective, known.chat, known.context, known.shown)
+
+    def __init__(
+        self, objective: Objective | None, chat: ChatFormat, context: int, kept: int = 5
+    ) -> None:
+        self.objective, self.chat, self.context, self.kept = objective, chat, context, kept
         self.lengths: dict[str, Histogram] = {}
         self.learned: dict[str, int] = {}
         self.shown: dict[str, list[Shown]] = {}
+        self.longest: dict[str, list[tuple[int, int, str, int, str]]] = {}
+        self.fitting = Fitting()
 
     def measure(self, batch: Batch) -> Measured:
         """Encode the rows; the objective is chosen by the first one where none was asked for."""
@@ -96,9 +128,10 @@ class Learning(Check):
             try:
                 self.objective = objective_for(batch.rows[0], self.chat)
             except DataError as error:
-                first = error.problems[0]
-                empty = np.zeros(0, np.int64)
-                return Measured(empty, empty, ((0, first.rule, first.message, first.fix),), ())
+                bad, empty = error.problems[0], np.zeros(0, np.int64)
+                start = excerpt_of(batch.rows[0])
+                return Measured(empty, empty, ((0, bad.rule, bad.message, bad.fix, start),), ())
+            self.objective.check(self.chat)
         objective = self.objective
         problems: list[tuple[int, str, str, str]] = []
         tokens_N = np.zeros(len(batch), np.int64)
@@ -125,16 +158,39 @@ class Learning(Check):
                 continue
             tokens_N[index] = sum(view.tokens for view in fitted.views(example))
             learned_N[index] = self._judge(fitted, example, index, problems)
-            if len(shown) < SHOWN:
+            if len(shown) < self.kept:
                 shown.append(self._show(fitted, example, row))
-        return Measured(tokens_N, learned_N, tuple(problems), tuple(shown))
+        begins = tuple((i, a, b, c, excerpt_of(batch.rows[i])) for i, a, b, c in problems)
+        return Measured(
+            tokens_N,
+            learned_N,
+            begins,
+            tuple(shown),
+            self._longest(batch, tokens_N, learned_N),
+            witnesses(fitting),
+        )
+
+    def _longest(
+        self, batch: Batch, tokens_N: Any, learned_N: Any
+    ) -> tuple[tuple[int, int, int, str], ...]:
+        most = np.argsort(-tokens_N, kind="stable")[:LONGEST].tolist()
+        return tuple(
+            (int(tokens_N[i]), int(learned_N[i]), batch.rows[i].line, excerpt_of(batch.rows[i]))
+            for i in most
+            if tokens_N[i]
+        )
 
     def _fitted(self, objective: Objective, rows: list[Row]) -> Objective:
-        """The objective fitted to a batch: what it takes from the rows changes no length."""
+        """The objective fitted to a batch: what it takes from the rows changes no length.
+
+        A batch alone may hold only one class or rating, which says nothing of the whole data.
+        """
         try:
             return objective.fit(rows, self.chat)
-        except RowRefused:
-            return objective
+        except (RowRefused, RecipeError):
+            if not rows:
+                return objective
+            return objective.fit([*rows, *_neighbours(rows[0])], self.chat)
 
     def _judge(
         self,
@@ -177,17 +233,28 @@ class Learning(Check):
 
     def take(self, where: Where, measured: Measured, findings: Findings) -> None:
         """Count, and add what is wrong."""
-        for index, name, message, fix in measured.problems:
-            rule = _KNOWN.get(name) or Rule(name, "error", message, fix=fix)
-            findings.add(Finding(rule, where.place(index), message, fix))
+        for index, name, message, fix, begins in measured.problems:
+            rule = _KNOWN.get(name) or late_rule(name)
+            findings.add(Finding(rule, where.place(index), message, fix, begins))
+        self.fitting.take(where, measured.kinds)
         lengths = self.lengths.setdefault(where.split, Histogram())
         lengths.add(measured.tokens_N[measured.tokens_N > 0])
         self.learned[where.split] = self.learned.get(where.split, 0) + int(measured.learned_N.sum())
         kept = self.shown.setdefault(where.split, [])
-        kept += measured.shown[: SHOWN - len(kept)]
+        kept += measured.shown[: self.kept - len(kept)]
+        longest = self.longest.setdefault(where.split, [])
+        longest += [(n, m, where.file, line, begins) for n, m, line, begins in measured.longest]
+        self.longest[where.split] = nlargest(LONGEST, longest, key=lambda row: row[0])
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """What the objective refuses of all rows together."""
+        if self.objective is None:
+            return
+        for finding, count in self.fitting.judge(self.objective, self.chat):
+            findings.add(finding, count)
 
     def summary(self) -> Mapping[str, Any]:
-        """Tokens and learned tokens of each split, histogram of lengths, and the first rows."""
+        """Tokens and learned tokens of each split, lengths, the longest rows and the first."""
         return {
             "objective": self.objective.method if self.objective else None,
             "context": self.context,
@@ -196,6 +263,10 @@ class Learning(Check):
                     "tokens": lengths.sum,
                     "learned_tokens": self.learned[split],
                     "lengths": lengths.plain(),
+                    "longest": [
+                        {"file": file, "line": line, "tokens": n, "learned": m, "begins": begins}
+                        for n, m, file, line, begins in self.longest[split]
+                    ],
                     "shown": [
                         {
                             "line": row.line,
