@@ -73,6 +73,8 @@ def test_a_plain_text_has_no_row_without_text(tmp_path: Path, tiny_model_folder:
             {"label.unseen": 1},
         ),
         ([*LABELS, {"text": "x", "label": ["a", "b"]}], [], {}),
+        ([{"prompt": "q", "completion": "a", "label": True}] * 3, [], {"thumb.one_kind": 1}),
+        ([{"prompt": "q", "completion": "a", "label": n > 1} for n in range(3)], [], {}),
     ],
 )
 def test_the_objective_judges_all_rows_together_as_a_job_does(
@@ -105,6 +107,30 @@ def test_an_objective_that_the_base_cannot_learn_is_refused(
     data = written(tmp_path / "a.jsonl", *({"prompt": "a", "completion": "b"} for _ in range(3)))
     with pytest.raises(RecipeError):
         luthier.inspect(data, base=str(family_folder("llama")), objective="masked_lm")
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo", "reward_model"])
+def test_rated_answers_are_learned_in_pairs_wherever_they_stand(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr("luthier.inspection.inspect.ROWS", 1)
+    rows = [{"prompt": f"q{n % 3}", "completion": f"a{n}", "rating": n} for n in range(6)]
+    data = written(tmp_path / "a.jsonl", *rows)
+    report = luthier.inspect(data, base=str(tiny_model_folder), objective=method)
+    assert broken(report) == {}
+    assert report.plain()["summaries"]["learning"]["splits"]["train"]["lengths"]["count"] == 3
+    written(data, *rows, {"prompt": "alone", "completion": "a", "rating": 1})
+    report = luthier.inspect(data, base=str(tiny_model_folder), objective=method)
+    assert broken(report) == {"rating.single": 1}
+    assert report.findings.kept["rating.single"][0].place.line == 7
+
+
+def test_a_pair_is_two_answers_with_thumbs(tmp_path: Path, tiny_model_folder: Path) -> None:
+    pair = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    report = luthier.inspect(
+        written(tmp_path / "a.jsonl", pair, pair), base=str(tiny_model_folder), objective="kto"
+    )
+    assert broken(report) == {}
 
 
 def test_the_longest_rows_are_named(tmp_path: Path, tiny_model_folder: Path) -> None:

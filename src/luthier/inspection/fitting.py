@@ -7,6 +7,7 @@ row for each label or tag, and two different ratings.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -53,6 +54,8 @@ def _kinds(row: Row) -> Iterable[Kind]:
         return [(several, name) for name in dict.fromkeys(names_of(row.label))]
     if row.rating is not None and row.reply is None:
         return [("rating", repr(row.rating))]
+    if row.desirable is not None:
+        return [("thumb", repr(row.desirable))]
     return [("row", shape_of(row))]
 
 
@@ -68,9 +71,11 @@ class Fitting:
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[Kind, tuple[Place, Witness]]] = {}
+        self._lines: Counter[str] = Counter()
 
     def take(self, where: Where, found: Mapping[Kind, Witness]) -> None:
         """Those of one batch."""
+        self._lines[where.split] += len(where.lines_N)
         kept = self._kept.setdefault(where.split, {})
         ratings = sum(kind[0] == "rating" for kind in kept)
         for kind, witness in found.items():
@@ -81,14 +86,18 @@ class Fitting:
                 ratings += kind[0] == "rating"
 
     def judge(self, objective: Objective, chat: ChatFormat) -> list[tuple[Finding, int]]:
-        """What the objective refuses, and of how many rows."""
+        """What the objective refuses, and of how many rows.
+
+        Raises:
+            RecipeError: where it cannot learn such rows whatever they say.
+        """
         train = self._kept.get("train", {})
         allowed = objective.shapes | objective.also
         rows = [w.row for _, w in train.values() if shape_of(w.row) in allowed]
         if not rows:
             return []
         file = next(iter(train.values()))[0].file
-        if sum(w.count for _, w in train.values()) == 1 and shape_of(rows[0]) != "text":
+        if self._lines["train"] == 1 and shape_of(rows[0]) != "text":
             message = "this is the only row; one example cannot show what is to be learned."
             return [(Finding(late_rule("rows.too_few"), Place(file, rows[0].line), message), 1)]
         try:
@@ -96,8 +105,10 @@ class Fitting:
         except RowRefused as bad:
             message = bad.message if len(train) > 1 else _plainly(bad, rows[0])
             return [(Finding(late_rule(bad.rule), Place(file, 0), message, bad.fix), 1)]
-        except RecipeError:  # it needs a second file, which only a job names
-            return []
+        except RecipeError:
+            if objective.beside:  # it needs a second file, which only a job names
+                return []
+            raise
         return [
             (found, count)
             for split, kept in self._kept.items()
@@ -124,5 +135,7 @@ def _plainly(bad: RowRefused, row: Row) -> str:
         return f"all rows have the rating {row.rating:g}."
     if row.tags is not None:
         return "all words have the tag O."
+    if row.desirable is not None:
+        return f"all answers have a thumb {'up' if row.desirable else 'down'}."
     names = names_of(row.label)
     return f"all rows have the label {names[0]!r}." if names else "no row has a label."

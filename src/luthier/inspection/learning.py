@@ -16,10 +16,10 @@ import numpy as np
 from luthier.data.chat import ChatFormat
 from luthier.errors import DataError, RecipeError, RowRefused
 from luthier.inspection.check import Batch, Check, Known, Places, Where
-from luthier.inspection.findings import Finding, Findings, Rule
+from luthier.inspection.findings import Finding, Findings, Place, Rule
 from luthier.inspection.fitting import Fitting, Kind, Witness, witnesses
 from luthier.inspection.histogram import Histogram
-from luthier.inspection.reading import late_rule, late_rules
+from luthier.inspection.reading import late_rule, late_rules, rule_of
 from luthier.inspection.texts import excerpt_of
 from luthier.objectives import Objective
 from luthier.objectives.choosing import objective_for, shape_of, shapes_named
@@ -84,14 +84,18 @@ class Measured:
     """Tokens, learned tokens, line and beginning of its longest rows."""
     kinds: Mapping[Kind, Witness] = field(default_factory=dict)
     """A row of each class."""
+    waiting: tuple[Row, ...] = ()
+    """Judged answers that are learned from beside other answers to the same prompt."""
 
 
 def _neighbours(row: Row) -> list[Row]:
-    """Rows of the same shape with other labels, ratings or tags than ``row``."""
+    """Rows of the same shape with other labels, ratings, thumbs or tags than ``row``."""
     if row.tags is not None:
         return [replace(row, tokens=("a", "b"), tags=("O", "B-another"))]
     if row.rating is not None:
         return [replace(row, rating=row.rating + 1)]
+    if row.desirable is not None:
+        return [replace(row, desirable=not row.desirable)]
     several = isinstance(row.label, tuple)
     other = replace(row, label=("another", "more") if several else "another")
     return [other, replace(row, label=None)]
@@ -121,6 +125,8 @@ class Learning(Check):
         self.shown: dict[str, list[Shown]] = {}
         self.longest: dict[str, list[tuple[int, int, str, int, str]]] = {}
         self.fitting = Fitting()
+        self.waiting: dict[tuple[str, str], list[Row]] = {}
+        """Kept in memory until the end, unlike other rows: their partners may come last."""
 
     def measure(self, batch: Batch) -> Measured:
         """Encode the rows; the objective is chosen by the first one where none was asked for."""
@@ -137,17 +143,9 @@ class Learning(Check):
         tokens_N = np.zeros(len(batch), np.int64)
         learned_N = np.zeros(len(batch), np.int64)
         shown: list[Shown] = []
-        allowed = objective.shapes | objective.also
-        fitting = [row for row in batch.rows if shape_of(row) in allowed]
-        fitted = self._fitted(objective, fitting)
-        for index, row in enumerate(batch.rows):
-            if shape_of(row) not in allowed:
-                message = (
-                    f"objective {objective.method} learns from {shapes_named(allowed)}, and this "
-                    f"row is {shapes_named([shape_of(row)])}."
-                )
-                problems.append((index, SHAPE.id, message, ""))
-                continue
+        gathered, waiting = self._gathered(objective, batch, problems)
+        fitted = self._fitted(objective, [row for _, row in gathered])
+        for index, row in gathered:
             try:
                 example = fitted.encode(row, index, self.chat)
             except RowRefused as bad:
@@ -156,8 +154,8 @@ class Learning(Check):
             except RecipeError as error:
                 problems.append((index, TEMPLATE.id, str(error), ""))
                 continue
-            tokens_N[index] = sum(view.tokens for view in fitted.views(example))
-            learned_N[index] = self._judge(fitted, example, index, problems)
+            tokens_N[index] += sum(view.tokens for view in fitted.views(example))
+            learned_N[index] += self._judge(fitted, example, index, problems)
             if len(shown) < self.kept:
                 shown.append(self._show(fitted, example, row))
         begins = tuple((i, a, b, c, excerpt_of(batch.rows[i])) for i, a, b, c in problems)
@@ -167,8 +165,30 @@ class Learning(Check):
             begins,
             tuple(shown),
             self._longest(batch, tokens_N, learned_N),
-            witnesses(fitting),
+            witnesses([row for _, row in gathered]),
+            tuple(waiting),
         )
+
+    def _gathered(
+        self, objective: Objective, batch: Batch, problems: list[tuple[int, str, str, str]]
+    ) -> tuple[list[tuple[int, Row]], list[Row]]:
+        """Rows as they are learned from, by index, and those that wait for others to be paired with."""
+        allowed = objective.shapes | objective.also
+        gathered: list[tuple[int, Row]] = []
+        waiting: list[Row] = []
+        for index, row in enumerate(batch.rows):
+            if shape_of(row) not in allowed:
+                message = (
+                    f"objective {objective.method} learns from {shapes_named(allowed)}, and this "
+                    f"row is {shapes_named([shape_of(row)])}."
+                )
+                problems.append((index, SHAPE.id, message, ""))
+                continue
+            try:
+                gathered += [(index, each) for each in objective.gather([row])]
+            except DataError:
+                waiting.append(row)
+        return gathered, waiting
 
     def _longest(
         self, batch: Batch, tokens_N: Any, learned_N: Any
@@ -185,12 +205,12 @@ class Learning(Check):
 
         A batch alone may hold only one class or rating, which says nothing of the whole data.
         """
-        try:
-            return objective.fit(rows, self.chat)
-        except (RowRefused, RecipeError):
-            if not rows:
-                return objective
-            return objective.fit([*rows, *_neighbours(rows[0])], self.chat)
+        for known in (rows, [*rows, *_neighbours(rows[0])]) if rows else ():
+            try:
+                return objective.fit(known, self.chat)
+            except (RowRefused, RecipeError):
+                continue
+        return objective
 
     def _judge(
         self,
@@ -237,6 +257,8 @@ class Learning(Check):
             rule = _KNOWN.get(name) or late_rule(name)
             findings.add(Finding(rule, where.place(index), message, fix, begins))
         self.fitting.take(where, measured.kinds)
+        if measured.waiting:
+            self.waiting.setdefault((where.split, where.file), []).extend(measured.waiting)
         lengths = self.lengths.setdefault(where.split, Histogram())
         lengths.add(measured.tokens_N[measured.tokens_N > 0])
         self.learned[where.split] = self.learned.get(where.split, 0) + int(measured.learned_N.sum())
@@ -250,6 +272,17 @@ class Learning(Check):
         """What the objective refuses of all rows together."""
         if self.objective is None:
             return
+        for (split, file), rows in self.waiting.items():
+            try:
+                pairs = list(self.objective.gather(rows))
+            except DataError as error:
+                for bad in error.problems:
+                    place = Place(bad.file, bad.line)
+                    findings.add(Finding(rule_of(bad.rule), place, bad.message, bad.fix))
+                continue
+            lines_N = np.array([row.line for row in pairs], np.int64)
+            measured = self.measure(Batch(split, file, pairs))
+            self.take(Where(split, file, lines_N, 0), measured, findings)
         for finding, count in self.fitting.judge(self.objective, self.chat):
             findings.add(finding, count)
 
