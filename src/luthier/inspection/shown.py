@@ -117,7 +117,7 @@ def verdict_line(report: Report) -> str:
     names = ("error", "warning", "note")
     parts = [f"{count[name]:,} {name}{'s' * (count[name] != 1)}" for name in names if count[name]]
     rows = sum(report.rows.values())
-    return f"{', '.join(parts) or 'Nothing wrong'} in {rows:,} row{'s' * (rows != 1)}."
+    return f"{', '.join(parts) or 'Nothing wrong'}; {rows:,} row{'s' * (rows != 1)} could be read."
 
 
 def learned_of(report: Report) -> Mapping[str, Mapping[str, Any]]:
