@@ -26,6 +26,8 @@ from luthier.distillation.insights import RULES as INSIGHT_RULES
 from luthier.distillation.recipe import DistilRecipe, InsightSpec, TeacherSpec
 from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.graders import GRADERS
+from luthier.inspection.findings import Rule
+from luthier.inspection.table import CHECKS, all_rules
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
 from luthier.models.heads import Head, Task
@@ -83,7 +85,8 @@ def _commands() -> list[str]:
     lines = [
         "## Commands",
         "",
-        "Exit codes: 0 done, 1 failed, 2 input refused, 130 stopped by the user. Each command takes",
+        "Exit codes: 0 done, 1 failed, 2 input refused, 130 stopped by the user; of `inspect` 0",
+        "passed, 1 warnings, 2 refused. Each command takes",
         "`--help`; those with `--json` print exactly one JSON object on standard output.",
         "`LUTHIER_HOME` names the store (default `~/.luthier`).",
         "",
@@ -328,9 +331,27 @@ def _models() -> list[str]:
 
 
 def _rules() -> list[str]:
-    lines = ["## Rules a data file is checked by", "", "| rule | meaning |", "| --- | --- |"]
-    rules = {**ROW_RULES, **PREFERENCE_RULES, **PROMPT_RULES, **TOKEN_RULES}
-    return [*lines, *(f"| `{rule}` | {text} |" for rule, text in rules.items())]
+    """Every rule of the data gate, those of checks behind those of reading."""
+    known = all_rules()
+    further = {**ROW_RULES, **PREFERENCE_RULES, **PROMPT_RULES, **TOKEN_RULES}
+    known |= {
+        name: Rule(name, "error", about) for name, about in further.items() if name not in known
+    }
+    lines = [
+        "## Rules of the data gate",
+        "",
+        "Of `luthier inspect` and of each job. An error refuses the data, a warning does not.",
+        f"Checks, to leave out with `--skip`: {', '.join(f'`{name}`' for name in CHECKS)}. Where no",
+        "fix stands here, each finding says its own.",
+        "",
+        "| rule | severity | meaning | why | fix | known elsewhere as |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for rule in known.values():
+        also = "; ".join(f"`{alias}`" for alias in rule.aliases)
+        cells = (f"`{rule.id}`", rule.severity, rule.about, rule.why, rule.fix, also)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

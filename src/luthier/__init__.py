@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
-    from luthier.sdk import Model, distil, evaluate, load, pretrain, student, tune
+    from luthier.sdk import Model, distil, evaluate, inspect, load, pretrain, student, tune
 
 __all__ = [
     "Model",
@@ -16,6 +16,7 @@ __all__ = [
     "__version__",
     "distil",
     "evaluate",
+    "inspect",
     "load",
     "pretrain",
     "student",
@@ -27,6 +28,7 @@ _HOMES = {
     "Model": "luthier.sdk",
     "distil": "luthier.sdk",
     "evaluate": "luthier.sdk",
+    "inspect": "luthier.sdk",
     "load": "luthier.sdk",
     "pretrain": "luthier.sdk",
     "student": "luthier.sdk",

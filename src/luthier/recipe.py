@@ -63,6 +63,10 @@ class DataSpec(Part):
     """What to do with rows longer than the model's context."""
     mix: tuple[MixSpec, ...] = ()
     """Further files to learn from, each with its ``train`` and ``weight``."""
+    policy: Path | None = None
+    """TOML file that says how serious a rule of the data gate is, and which checks to skip."""
+    severity: dict[str, Any] | None = None
+    """``off``, ``note``, ``warning`` or ``error`` by rule of the data gate, over the policy's."""
     augmentation: Augmentation = Augmentation()
     """Random changes to the words of training rows, drawn anew each time; off when not given."""
 
@@ -205,7 +209,7 @@ def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     data = fields.get("data")
     mixed = data.get("mix", []) if isinstance(data, dict) else []
     for group in (data, *(mixed if isinstance(mixed, list) else [])):
-        for key in ("train", "validation") if isinstance(group, dict) else ():
+        for key in ("train", "validation", "policy") if isinstance(group, dict) else ():
             value = group.get(key)
             if isinstance(value, str):
                 group[key] = str(folder / value)

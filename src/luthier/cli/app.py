@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 done, 1 failed, 2 input refused, 130 stopped by the user.
 
+``inspect`` ends with what it found: 0 passed, 1 warnings, 2 refused, as ``tune`` would refuse it.
 Nothing heavy is imported here, so that ``--help`` answers at once; each command imports what it
 needs when it runs.
 """

@@ -1,4 +1,4 @@
-"""``luthier tune`` and ``luthier inspect``."""
+"""``luthier tune``."""
 
 from __future__ import annotations
 
@@ -80,48 +80,3 @@ def print_result(result: Result) -> None:
     verb = "chat {}" if objective.task == "causal_lm" else "tune DATA --base {}"
     verb = 'predict {} "some text"' if objective.reads else verb
     out.print(f"  use it      luthier {verb.format(result.model_id)}", soft_wrap=True)
-
-
-def inspect(data: Path, base: str, objective: str | None, count: int, as_json: bool) -> None:
-    """Check a file against a model and show the learned tokens of its first rows."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from luthier.engine.dataset import prepare
-    from luthier.models.load import check_folder, context_length
-    from luthier.recipe import Recipe
-    from luthier.store.models import chat_format, find
-
-    fields: dict[str, Any] = {"data": {"train": str(data), "validation_share": 0}}
-    if objective is not None:
-        fields["objective"] = objective
-    recipe = Recipe.parse(fields)
-    model = find(base)
-    chat = chat_format(model)
-    context = context_length(check_folder(model.network_folder))
-    dataset = prepare(recipe.data, recipe.objective, chat, context, 0)
-    if as_json:
-        print_json({**dataset.counts, "longest": dataset.longest, "context": context})
-        return
-    out = Console(highlight=False)
-    out.print(
-        f"{dataset.counts['rows']:,} rows, {dataset.counts['tokens']:,} tokens, of which "
-        f"{dataset.counts['learned_tokens']:,} are learned; the longest has {dataset.longest} of "
-        f"{context} tokens. What is learned is green:"
-    )
-    rows = dataset.train[:count]
-    for example in rows if dataset.objective.fixed else dataset.objective.seen(rows):
-        text = Text()
-        if example.source_T is not None:
-            text.append("".join(chat.pieces(example.source_T.tolist())), style="dim")
-            text.append("\n→ ")
-        pieces = chat.pieces(example.ids_T.tolist())
-        for piece, weight in zip(pieces, example.weight_T.tolist(), strict=True):
-            # One target a row is shown below it, not at the token that carries its weight.
-            learned = weight and (example.target is None or len(example.target) == len(example))
-            style = "bold green" if learned else "dim"
-            text.append(piece, style=style)
-        out.print(f"[bold]row {example.row + 1}[/bold]")
-        out.print(text)
-        if taught := dataset.objective.described(example):
-            out.print(f"  [bold green]{taught}[/bold green]")

@@ -14,20 +14,49 @@ from luthier.cli.options import Json, Objective
 
 
 def inspect(
-    data: Annotated[Path, typer.Argument(help="JSONL or text file.")],
-    base: Annotated[str, typer.Option(help="Model whose template is shown.")] = (
-        "smollm2-135m-instruct"
-    ),
+    data: Annotated[Path, typer.Argument(help="Rows to learn from.")],
+    validation: Annotated[Path | None, typer.Option(help="Rows to measure on.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Rows kept for the last measurement.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Model the rows are encoded for; smollm2-135m-instruct if not given."),
+    ] = None,
+    no_base: Annotated[
+        bool, typer.Option("--no-base", help="Only the checks that need no model.")
+    ] = False,
     objective: Objective = None,
-    rows: Annotated[int, typer.Option(help="Rows to show.")] = 3,
+    rows: Annotated[
+        int, typer.Option(min=0, help="Rows of each split whose tokens are shown.")
+    ] = 3,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the whole report as one HTML page.")
+    ] = None,
+    severity: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RULE=SEVERITY", help="off, note, warning or error for a rule; again for more."
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="TOML file with severities and checks to skip.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="CHECK", help="Leave a check out; again for more.")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Check a data file and show which tokens a model would learn from it."""
-    from luthier.cli import tuning
+    """Say whether data can teach a model, and what is wrong row by row; exits with 0, 1 or 2.
+
+    0: passed. 1: there are warnings. 2: refused, as `luthier tune` would refuse it.
+    """
+    from luthier.cli import inspecting
     from luthier.cli.console import errors
 
     with errors(json_):
-        tuning.inspect(data, base, objective, rows, json_)
+        request = inspecting.request_of(
+            data, validation, test, base, no_base, objective, rows, severity or [], policy, skip or []
+        )  # fmt: skip
+        inspecting.inspect(request, rows, html, json_)
 
 
 def generate(

@@ -15,6 +15,8 @@ from luthier.data.rows import load_rows
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import sha256_of
+from luthier.inspection.inspect import Report
+from luthier.inspection.jobs import inspect_job, refusals
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.choosing import objective_for, shape_of, shapes_named, unlearned
 from luthier.recipe import DataSpec
@@ -53,6 +55,8 @@ class Dataset:
     counts: dict[str, int] = field(default_factory=dict)
     mixed: tuple[Mixed, ...] = ()
     """Further sets, whose examples stand behind those of the main one in ``train``."""
+    report: Report | None = None
+    """What the data gate says of the rows; ``None`` where they were never in memory."""
 
     @property
     def main(self) -> int:
@@ -82,6 +86,9 @@ def prepare(
     _check_shapes(rows, held, objective, chat)
     _check_shapes((), [*chain(*further)], objective, chat, beside=True)
     _check_augmentation(spec, objective, chat)
+    # As the files are: a held-out part of one file is not yet split from it.
+    splits = {"train": [*rows, *chain(*further)], "validation": held}
+    report = inspect_job(spec, {name: each for name, each in splits.items() if each}, objective)
     rows, held, *further = [list(objective.gather(each)) for each in (rows, held, *further)]
     if not spec.validation:
         rows, held = _split(spec, rows, seed, choices)
@@ -91,8 +98,8 @@ def prepare(
         raise DataError([bad.at(str(spec.train), 0)]) from bad
     encoder = _Encoder(objective, objective.format(chat), context, spec.long_rows)
     sets, validation = [encoder.encode(each) for each in (rows, *further)], encoder.encode(held)
-    if encoder.problems:
-        raise DataError(encoder.problems)
+    if problems := [*encoder.problems, *refusals(report)]:
+        raise DataError(problems)
     encoded = [*chain(*sets)]
     read = [view for example in encoded for view in objective.views(example)]
     counts = {
@@ -115,6 +122,7 @@ def prepare(
         truncated=encoder.truncated,
         counts={**counts, "examples": len(train)},
         mixed=mixed,
+        report=report,
     )
 
 

@@ -27,6 +27,7 @@ from luthier.engine.runs import ACTIVATIONS, KEPT, METRICS, SAMPLES, Result, Run
 from luthier.engine.storing import Storing
 from luthier.errors import RecipeError, RefusedInput
 from luthier.files import need_disk
+from luthier.inspection.jobs import warnings
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.dropout import set_dropout
 from luthier.models.load import as_network, check_folder, check_vocabulary, context_length
@@ -129,6 +130,8 @@ def _prepare(
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
+    for line in warnings(data.report, recipe.data.train) if data.report else ():
+        reporter.note(line)
     job = settle(recipe, base, chat, data, machine, reporter, began_with)
     origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
     if job.others:

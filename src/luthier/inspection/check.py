@@ -12,12 +12,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from luthier.inspection.findings import Findings, Place, Rule
 from luthier.types import IntArray, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.objectives import Objective
 
 Split = str
 """``train``, ``validation`` or ``test``."""
@@ -50,13 +54,37 @@ class Where:
         return Place(self.file, int(self.lines_N[index]))
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known beside the rows; checks are made from it (:meth:`Check.of`)."""
+
+    chat: ChatFormat | None = None
+    """Tokenizer and template of the base model; ``None`` without one."""
+    objective: Objective | None = None
+    """What is to be learned; ``None`` where the rows decide."""
+    context: int = 0
+    """Tokens the model reads at most; 0 without a model."""
+    shown: int = 5
+    """Rows of each split that the report shows as the model sees them."""
+
+
 class Check(ABC):
-    """One kind of fault, looked for in all rows."""
+    """One kind of fault, looked for in all rows. To add one: a file, and a line in ``table.py``."""
 
     name: ClassVar[str]
     """Stable name, by which a check is left out."""
     rules: ClassVar[tuple[Rule, ...]]
     """Every rule it can find broken."""
+    needs_model: ClassVar[bool] = False
+    """Whether it can do nothing without a model's tokenizer."""
+    in_jobs: ClassVar[bool] = True
+    """Whether it costs so little (under a tenth of a second for 10,000 short rows) that each job
+    runs it before training, and finds what encoding the rows does not find anyway."""
+
+    @classmethod
+    def of(cls, known: Known) -> Self:
+        """The check with its defaults, for a model and an objective where there are some."""
+        return cls()
 
     @abstractmethod
     def measure(self, batch: Batch) -> Any:
@@ -70,7 +98,20 @@ class Check(ABC):
         """Say what only all rows together show."""
 
     def summary(self) -> Mapping[str, Any]:
-        """Numbers for the report, ready for JSON: counts, histograms, shares."""
+        """What the report shows of the check beside its findings, ready for JSON.
+
+        Reports draw any summary by these rules, so that a check needs no code there:
+
+        - A key is a title; ``_`` is shown as a space.
+        - A number, a text or a truth value is a line. A number from 0 to 1 under a key that ends
+          in ``share`` is shown in percent.
+        - ``{"bars": [{"from", "to", "count"}, ...]}`` is a histogram; numbers beside ``bars``
+          (``p50``, ``max``) are its quantiles. :meth:`Histogram.plain` gives just this.
+        - ``{"counts": {name: number}}`` is a bar for each name, the largest first.
+        - ``{"splits": {split: summary}}`` is the same for each split, side by side.
+        - A list of mappings with the same keys is a table; of ``{"file", "line"}``, places.
+        - Any other mapping is a group of the above.
+        """
         return {}
 
 

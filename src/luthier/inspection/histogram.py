@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,11 @@ class Histogram:
         return max(self.smallest, min(self.largest, middle))
 
     def plain(self, bars: int = 30) -> dict[str, Any]:
-        """Quantiles, and ``bars`` equal steps from the smallest to the largest on a log axis."""
+        """Quantiles, and at most ``bars`` bars from the smallest to the largest number.
+
+        A bar counts the whole numbers ``from``-``to``, both included. Bars are about equally wide on
+        a log axis, but hold at least one number: draw them by count over width.
+        """
         found: dict[str, Any] = {
             "count": self.count,
             "min": self.smallest,
@@ -54,13 +60,29 @@ class Histogram:
             **{f"p{round(100 * q)}": self.quantile(q) for q in (0.05, 0.5, 0.95, 0.99)},
         }
         if self.count:
-            low, high = np.log2(self.smallest + 1), np.log2(self.largest + 1)
-            edges = np.linspace(low, max(high, low + 0.1), bars + 1)
-            middles_B = (np.arange(BINS) + 0.5) / PER_DOUBLING
-            middles_B = np.clip(middles_B, edges[0], edges[-1])
-            counts, _ = np.histogram(middles_B, edges, weights=self._counts_B)
+            used = np.flatnonzero(self._counts_B)
+            low, high = int(used[0]), int(used[-1])
+            # The first whole number of each bin; narrow bins that hold none have that of the next.
+            first_B = np.ceil(np.exp2(np.arange(low, high + 1) / PER_DOUBLING) - 1).astype(np.int64)
+            first_B = np.maximum(first_B, self.smallest)
+            chosen = np.linspace(0, high - low + 1, bars + 1).astype(np.int64)[:-1]
+            starts = np.unique(first_B[chosen])
+            bar_B = np.searchsorted(starts, first_B, side="right") - 1
+            counts = np.bincount(bar_B, self._counts_B[low : high + 1]).astype(np.int64)
+            stops = [*(starts[1:] - 1).tolist(), self.largest]
             found["bars"] = [
-                {"from": round(2**a - 1), "to": round(2**b - 1), "count": int(n)}
-                for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)
+                {"from": a, "to": b, "count": n}
+                for a, b, n in zip(starts.tolist(), stops, counts.tolist(), strict=True)
             ]
         return found
+
+
+def merged(bars: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Neighbouring bars as one."""
+    count = sum(bar["count"] for bar in bars)
+    return {"from": bars[0]["from"], "to": bars[-1]["to"], "count": count}
+
+
+def density(bar: Mapping[str, int]) -> float:
+    """Count of a bar over its width on the log axis, on which the number n reaches from n+1 to n+2."""
+    return bar["count"] / math.log((bar["to"] + 2) / (bar["from"] + 1))

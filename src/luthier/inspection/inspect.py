@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from luthier.errors import Problem
 from luthier.inspection.check import Batch, Check, Places, Split
 from luthier.inspection.findings import Finding, Findings, Place, Rule, Severity
 from luthier.inspection.reading import rule_of
+from luthier.objectives.choosing import shape_of, shapes_named
 from luthier.types import Row
 
 ROWS = 1024
@@ -47,12 +48,38 @@ class Report:
     summaries: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """What each check has to show, by its name."""
     seconds: float = 0.0
+    forms: Mapping[Split, str] = field(default_factory=dict)
+    """What the rows were taken for, by the first of each split."""
+    base: str | None = None
+    """Id of the model whose tokenizer and template the rows were encoded with."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Checks that were not run, and why."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 for nothing but notes, 1 for warnings, 2 for data that is refused."""
+        return self.findings.exit_code
+
+    @property
+    def verdict(self) -> str:
+        """``passed``, ``warnings`` or ``refused``."""
+        return ("passed", "warnings", "refused")[self.exit_code]
+
+    def html(self) -> str:
+        """The report as one page that needs nothing beside it."""
+        from luthier.inspection.report_html import page
+
+        return page(self)
 
     def plain(self) -> dict[str, Any]:
         """The report for JSON."""
         found = self.findings
         return {
-            "verdict": ("passed", "warnings", "refused")[found.exit_code],
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "base": self.base,
+            "forms": dict(self.forms),
+            "left_out": dict(self.left_out),
             "files": {split: list(files) for split, files in self.files.items()},
             "rows": self.rows,
             "seconds": round(self.seconds, 3),
@@ -76,7 +103,7 @@ class Report:
 def inspect_rows(
     splits: Mapping[Split, Iterable[Row]],
     checks: Sequence[Check],
-    overrides: Mapping[str, Severity] | None = None,
+    overrides: Mapping[str, Severity | Literal["off"]] | None = None,
 ) -> Report:
     """The gate on rows that are in memory already, as in a job."""
     gate = _Gate(checks, Findings(overrides or {}))
@@ -88,7 +115,7 @@ def inspect_rows(
 def inspect_files(
     files: Mapping[Split, Sequence[Path]],
     checks: Sequence[Check],
-    overrides: Mapping[str, Severity] | None = None,
+    overrides: Mapping[str, Severity | Literal["off"]] | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
     """The gate on files of any size; what cannot be read is found by the rules of reading."""
@@ -97,13 +124,33 @@ def inspect_files(
     done = 0
     for split, paths in files.items():
         for path in paths:
-            for _ in gate.see_file(split, path):
+            follower = _Follower(path)
+            for line in gate.see_file(split, path):
                 broken = sum(gate.findings.counts.values())
-                progress(Progress(gate.places.total, done, total, broken))
+                at = done + follower.bytes_to(line)
+                progress(Progress(gate.places.total, at, total, broken))
             done += path.stat().st_size if path.is_file() else 0
     broken = sum(gate.findings.counts.values())
     progress(Progress(gate.places.total, total, total, broken))
     return gate.report({split: [str(path) for path in paths] for split, paths in files.items()})
+
+
+class _Follower:
+    """How many bytes of a file its first lines take, found by counting line ends behind the reader."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines = self._bytes = 0
+
+    def bytes_to(self, line: int) -> int:
+        """Bytes of at least the first ``line - 1`` lines; lines may only grow."""
+        if line - 1 > self._lines and self._path.is_file():
+            with self._path.open("rb") as stream:
+                stream.seek(self._bytes)
+                while self._lines < line - 1 and (data := stream.read(1 << 20)):
+                    self._lines += data.count(b"\n")
+                    self._bytes += len(data)
+        return self._bytes
 
 
 class _Gate:
@@ -115,6 +162,7 @@ class _Gate:
         self.places = Places()
         self.files: dict[Split, set[str]] = {}
         self.rows: dict[Split, int] = {}
+        self.forms: dict[Split, str] = {}
         self.began = time.perf_counter()
 
     def see(self, split: Split, rows: Iterable[Row]) -> None:
@@ -124,16 +172,22 @@ class _Gate:
         for batch in batches(split, rows):
             self.take(batch)
 
-    def see_file(self, split: Split, path: Path) -> Iterator[None]:
-        """All rows of a file, with a pause after each batch."""
+    def see_file(self, split: Split, path: Path) -> Iterator[int]:
+        """All rows of a file, with a pause after each batch: yields the number of its last line."""
         problems: list[Problem] = []
         self.files.setdefault(split, set()).add(str(path))
         self.rows.setdefault(split, 0)
-        rows = (row for row, _ in stream_rows(path, problems))
+        rows = (
+            row
+            for row, _ in stream_rows(path, problems)
+            # A text without characters only ends a document; and no check need look at a row that
+            # was refused in reading.
+            if row.text != "" and not (problems and problems[-1].line == row.line)
+        )
         for batch in batches(split, rows):
             self.take(batch)
             self.note(problems)
-            yield
+            yield batch.rows[-1].line
         self.note(problems)
 
     def take(self, batch: Batch) -> None:
@@ -142,6 +196,7 @@ class _Gate:
         where = self.places.add(batch.split, batch.file, lines_N)
         self.files[batch.split].add(batch.file)
         self.rows[batch.split] += len(batch)
+        self.forms.setdefault(batch.split, shapes_named([shape_of(batch.rows[0])]))
         for check in self.checks:
             check.take(where, check.measure(batch), self.findings)
 
@@ -158,7 +213,7 @@ class _Gate:
             check.finish(self.places, self.findings)
         summaries = {check.name: check.summary() for check in self.checks}
         seconds = time.perf_counter() - self.began
-        return Report(files, self.rows, self.findings, summaries, seconds)
+        return Report(files, self.rows, self.findings, summaries, seconds, self.forms)
 
 
 def batches(split: Split, rows: Iterable[Row]) -> Iterator[Batch]:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from heapq import nlargest
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import DataError, RecipeError, RowRefused
-from luthier.inspection.check import Batch, Check, Where
-from luthier.inspection.findings import Finding, Findings, Rule
+from luthier.inspection.check import Batch, Check, Known, Places, Where
+from luthier.inspection.findings import Finding, Findings, Place, Rule
+from luthier.inspection.fitting import Fitting, Kind, Witness, witnesses
 from luthier.inspection.histogram import Histogram
-from luthier.inspection.texts import texts
+from luthier.inspection.reading import late_rule, late_rules, rule_of
+from luthier.inspection.texts import excerpt_of, texts
 from luthier.objectives import Objective
 from luthier.objectives.choosing import objective_for, shape_of, shapes_named
 from luthier.types import Example, Row
@@ -50,11 +53,11 @@ SHAPE = Rule(
 EMPTY = Rule("row.empty", "error", "The tokenizer makes nothing of the text.")
 _KNOWN = {rule.id: rule for rule in (TOO_LONG, NOTHING, TEMPLATE, SHAPE, EMPTY)}
 
-SHOWN = 5
-"""Rows whose tokens are kept for the report, of each split."""
 WHOLE = 20_000
 """Rows of a file that are all encoded; of those after it one in :data:`EVERY` is."""
 EVERY = 16
+LONGEST = 10
+"""Longest rows that the summary names, of each split."""
 
 
 @dataclass(frozen=True)
@@ -93,77 +96,145 @@ class Measured:
     learned_N: Any
     times_N: Any
     """Rows that each one stands for (:func:`stands_for`)."""
-    problems: tuple[tuple[int, str, str, str], ...]
-    """Index in the batch, rule, message, fix."""
+    problems: tuple[tuple[int, str, str, str, str], ...]
+    """Index in the batch, rule, message, fix, and how the row begins."""
     shown: tuple[Shown, ...]
+    longest: tuple[tuple[int, int, int, str], ...] = ()
+    """Tokens, learned tokens, line and beginning of its longest rows."""
+    kinds: Mapping[Kind, Witness] = field(default_factory=dict)
+    """A row of each class."""
+    waiting: tuple[Row, ...] = ()
+    """Judged answers that are learned from beside other answers to the same prompt."""
+
+
+def _neighbours(row: Row) -> list[Row]:
+    """Rows of the same shape with other labels, ratings, thumbs or tags than ``row``."""
+    if row.tags is not None:
+        return [replace(row, tokens=("a", "b"), tags=("O", "B-another"))]
+    if row.rating is not None:
+        return [replace(row, rating=row.rating + 1)]
+    if row.desirable is not None:
+        return [replace(row, desirable=not row.desirable)]
+    several = isinstance(row.label, tuple)
+    other = replace(row, label=("another", "more") if several else "another")
+    return [other, replace(row, label=None)]
 
 
 class Learning(Check):
     """Encodes every row for a model and an objective."""
 
     name: ClassVar[str] = "learning"
-    rules: ClassVar[tuple[Rule, ...]] = tuple(_KNOWN.values())
+    rules: ClassVar[tuple[Rule, ...]] = (*_KNOWN.values(), *late_rules())
+    needs_model: ClassVar[bool] = True
+    in_jobs: ClassVar[bool] = False
 
-    def __init__(self, objective: Objective | None, chat: ChatFormat, context: int) -> None:
-        self.objective, self.chat, self.context = objective, chat, context
+    @classmethod
+    def of(cls, known: Known) -> Self:
+        """The check for a model; :class:`ValueError` without one."""
+        if known.chat is None:
+            raise ValueError("the check of what is learned needs a model's tokenizer")
+        return cls(known.objective, known.chat, known.context, known.shown)
+
+    def __init__(
+        self, objective: Objective | None, chat: ChatFormat, context: int, kept: int = 5
+    ) -> None:
+        self.objective, self.chat, self.context, self.kept = objective, chat, context, kept
         self.lengths: dict[str, Histogram] = {}
         self.learned: dict[str, int] = {}
         self.sampled = False
         self.shown: dict[str, list[Shown]] = {}
+        self.longest: dict[str, list[tuple[int, int, str, int, str]]] = {}
+        self.fitting = Fitting()
+        self.waiting: dict[tuple[str, str], list[Row]] = {}
+        """Kept in memory until the end, unlike other rows: their partners may come last."""
 
     def measure(self, batch: Batch) -> Measured:
         """Encode the rows; the objective is chosen by the first one where none was asked for."""
-        problems: list[tuple[int, str, str, str]] = []
         if self.objective is None:
             try:
                 self.objective = objective_for(batch.rows[0], self.chat)
             except DataError as error:
-                first = error.problems[0]
-                none_N = np.zeros(len(batch), np.int64)
-                problems = [(0, first.rule, first.message, first.fix)]
-                return Measured(none_N, none_N, none_N, tuple(problems), ())
-        objective = self._fitted(self.objective, batch)
+                bad, empty = error.problems[0], np.zeros(0, np.int64)
+                start = excerpt_of(batch.rows[0])
+                return Measured(empty, empty, empty, ((0, bad.rule, bad.message, bad.fix, start),), ())
+            self.objective.check(self.chat)
+        objective = self.objective
+        problems: list[tuple[int, str, str, str]] = []
         tokens_N, learned_N, times_N = np.zeros((3, len(batch)), np.int64)
         shown: list[Shown] = []
-        for index, row in enumerate(batch.rows):
-            times_N[index] = stands_for(row, self.context)
-            example = self._encoded(objective, row, index, problems) if times_N[index] else None
-            if example is None:
-                times_N[index] = 0
+        gathered, waiting = self._gathered(objective, batch, problems)
+        fitted = self._fitted(objective, [row for _, row in gathered])
+        for index, row in gathered:
+            times = stands_for(row, self.context)
+            if not times:
                 continue
-            tokens_N[index] = sum(view.tokens for view in objective.views(example))
-            learned_N[index] = self._judge(objective, example, index, problems)
-            if len(shown) < SHOWN:
-                shown.append(self._show(objective, example, row))
-        return Measured(tokens_N, learned_N, times_N, tuple(problems), tuple(shown))
+            try:
+                example = fitted.encode(row, index, self.chat)
+            except RowRefused as bad:
+                problems.append((index, bad.rule, bad.message, bad.fix))
+                continue
+            except RecipeError as error:
+                problems.append((index, TEMPLATE.id, str(error), ""))
+                continue
+            times_N[index] = times
+            tokens_N[index] += sum(view.tokens for view in fitted.views(example))
+            learned_N[index] += self._judge(fitted, example, index, problems)
+            if len(shown) < self.kept:
+                shown.append(self._show(fitted, example, row))
+        begins = tuple((i, a, b, c, excerpt_of(batch.rows[i])) for i, a, b, c in problems)
+        return Measured(
+            tokens_N,
+            learned_N,
+            times_N,
+            begins,
+            tuple(shown),
+            self._longest(batch, tokens_N, learned_N),
+            witnesses([row for _, row in gathered]),
+            tuple(waiting),
+        )
 
-    def _encoded(
-        self, objective: Objective, row: Row, index: int, problems: list[tuple[int, str, str, str]]
-    ) -> Example | None:
-        """The row as in training; ``None`` when why not has joined ``problems``."""
+    def _gathered(
+        self, objective: Objective, batch: Batch, problems: list[tuple[int, str, str, str]]
+    ) -> tuple[list[tuple[int, Row]], list[Row]]:
+        """Rows as they are learned from, by index, and those that wait for others to be paired with."""
         allowed = objective.shapes | objective.also
-        if shape_of(row) not in allowed:
-            message = (
-                f"objective {objective.method} learns from {shapes_named(allowed)}, and this "
-                f"row is {shapes_named([shape_of(row)])}."
-            )
-            problems.append((index, SHAPE.id, message, ""))
-            return None
-        try:
-            return objective.encode(row, index, self.chat)
-        except RowRefused as bad:
-            problems.append((index, bad.rule, bad.message, bad.fix))
-        except RecipeError as error:
-            problems.append((index, TEMPLATE.id, str(error), ""))
-        return None
+        gathered: list[tuple[int, Row]] = []
+        waiting: list[Row] = []
+        for index, row in enumerate(batch.rows):
+            if shape_of(row) not in allowed:
+                message = (
+                    f"objective {objective.method} learns from {shapes_named(allowed)}, and this "
+                    f"row is {shapes_named([shape_of(row)])}."
+                )
+                problems.append((index, SHAPE.id, message, ""))
+                continue
+            try:
+                gathered += [(index, each) for each in objective.gather([row])]
+            except DataError:
+                waiting.append(row)
+        return gathered, waiting
 
-    def _fitted(self, objective: Objective, batch: Batch) -> Objective:
-        """The objective fitted to a batch: what it takes from the rows changes no length."""
-        allowed = objective.shapes | objective.also
-        try:
-            return objective.fit([row for row in batch.rows if shape_of(row) in allowed], self.chat)
-        except RowRefused:
-            return objective
+    def _longest(
+        self, batch: Batch, tokens_N: Any, learned_N: Any
+    ) -> tuple[tuple[int, int, int, str], ...]:
+        most = np.argsort(-tokens_N, kind="stable")[:LONGEST].tolist()
+        return tuple(
+            (int(tokens_N[i]), int(learned_N[i]), batch.rows[i].line, excerpt_of(batch.rows[i]))
+            for i in most
+            if tokens_N[i]
+        )
+
+    def _fitted(self, objective: Objective, rows: list[Row]) -> Objective:
+        """The objective fitted to a batch: what it takes from the rows changes no length.
+
+        A batch alone may hold only one class or rating, which says nothing of the whole data.
+        """
+        for known in (rows, [*rows, *_neighbours(rows[0])]) if rows else ():
+            try:
+                return objective.fit(known, self.chat)
+            except (RowRefused, RecipeError):
+                continue
+        return objective
 
     def _judge(
         self,
@@ -206,19 +277,43 @@ class Learning(Check):
 
     def take(self, where: Where, measured: Measured, findings: Findings) -> None:
         """Count, and add what is wrong."""
-        for index, name, message, fix in measured.problems:
-            rule = _KNOWN.get(name) or Rule(name, "error", message, fix=fix)
-            findings.add(Finding(rule, where.place(index), message, fix))
+        for index, name, message, fix, begins in measured.problems:
+            rule = _KNOWN.get(name) or late_rule(name)
+            findings.add(Finding(rule, where.place(index), message, fix, begins))
+        self.fitting.take(where, measured.kinds)
+        if measured.waiting:
+            self.waiting.setdefault((where.split, where.file), []).extend(measured.waiting)
         lengths = self.lengths.setdefault(where.split, Histogram())
         lengths.add(measured.tokens_N, measured.times_N)
         learned = int(measured.learned_N @ measured.times_N)
         self.learned[where.split] = self.learned.get(where.split, 0) + learned
-        self.sampled |= bool(np.any(measured.times_N != 1))
+        self.sampled |= bool(np.any(measured.times_N > 1))
         kept = self.shown.setdefault(where.split, [])
-        kept += measured.shown[: SHOWN - len(kept)]
+        kept += measured.shown[: self.kept - len(kept)]
+        longest = self.longest.setdefault(where.split, [])
+        longest += [(n, m, where.file, line, begins) for n, m, line, begins in measured.longest]
+        self.longest[where.split] = nlargest(LONGEST, longest, key=lambda row: row[0])
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """What the objective refuses of all rows together."""
+        if self.objective is None:
+            return
+        for (split, file), rows in self.waiting.items():
+            try:
+                pairs = list(self.objective.gather(rows))
+            except DataError as error:
+                for bad in error.problems:
+                    place = Place(bad.file, bad.line)
+                    findings.add(Finding(rule_of(bad.rule), place, bad.message, bad.fix))
+                continue
+            lines_N = np.array([row.line for row in pairs], np.int64)
+            measured = self.measure(Batch(split, file, pairs))
+            self.take(Where(split, file, lines_N, 0), measured, findings)
+        for finding, count in self.fitting.judge(self.objective, self.chat):
+            findings.add(finding, count)
 
     def summary(self) -> Mapping[str, Any]:
-        """Tokens and learned tokens of each split, histogram of lengths, and the first rows.
+        """Tokens and learned tokens of each split, lengths, the longest rows and the first.
 
         ``sampled`` says that the counts of large files are scaled up from every 16th row.
         """
@@ -231,6 +326,10 @@ class Learning(Check):
                     "tokens": lengths.sum,
                     "learned_tokens": self.learned[split],
                     "lengths": lengths.plain(),
+                    "longest": [
+                        {"file": file, "line": line, "tokens": n, "learned": m, "begins": begins}
+                        for n, m, file, line, begins in self.longest[split]
+                    ],
                     "shown": [
                         {
                             "line": row.line,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from luthier.data import preferences, rows
+from luthier.data import preferences, prompts, rows
 from luthier.inspection.findings import Rule
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -26,13 +26,57 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 """What people know the rules by: OpenAI's keys, and texts of Bedrock's messages."""
 
 
+WHY: Mapping[str, str] = {
+    "file": "Nothing of it can be read.",
+    "line": "The line cannot be held in memory beside others.",
+    "encoding": "Characters would be lost, or learned wrong.",
+    "json": "What the row says is unclear, so it would be lost or learned wrong.",
+    "row": "It is unclear what is given and what is to be learned.",
+    "field": "There is nothing to learn from, or nothing to learn.",
+    "id": "Answers and findings could not be told apart by their id.",
+    "messages": "There is no conversation to learn from.",
+    "message": "The model's template would write the conversation wrong.",
+    "label": "It is unclear which class is to be learned.",
+    "rating": "There is no number to learn.",
+    "tags": "Tags would be learned for the wrong words.",
+}
+"""What the rules protect from, by the first part of their ids."""
+
+
 def rules() -> dict[str, Rule]:
     """Every rule of reading, by its id; all of them refuse the data."""
     texts = {**rows.RULES, **preferences.RULES}
     return {
-        rule: Rule(rule, "error", about, aliases=ALIASES.get(rule, ()))
+        rule: Rule(
+            rule,
+            "error",
+            about,
+            WHY.get(rule.partition(".")[0], ""),
+            aliases=ALIASES.get(rule, ()),
+        )
         for rule, about in texts.items()
     }
+
+
+_LATE: Mapping[str, str] = {
+    "rows.too_few": "A single labelled row is not enough to learn from.",
+    "label.one_class": "All rows have the same label, so there is nothing to tell apart.",
+    "label.unseen": "A label of held-out rows is in none of the training rows.",
+    "label.mixed": "Some rows have one label and others an array of them.",
+    "rating.constant": "All rows have the same rating.",
+    **prompts.RULES,
+}
+"""Rules that objectives find broken while they take in the rows."""
+
+
+def late_rules() -> tuple[Rule, ...]:
+    """Every rule of objectives, which refuse the data too."""
+    return tuple(map(late_rule, _LATE))
+
+
+def late_rule(name: str) -> Rule:
+    """A rule of an objective by its id."""
+    return Rule(name, "error", _LATE.get(name, "The objective refuses the row."))
 
 
 _RULES = rules()

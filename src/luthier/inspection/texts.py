@@ -88,3 +88,9 @@ def target_of(row: Row) -> tuple[str, ...]:
 
 def _judgement(row: Row) -> str:
     return repr(row.rating) if row.rating is not None else repr(row.desirable)
+
+
+def excerpt_of(row: Row, width: int = 100) -> str:
+    """How a row begins, on one line, for people to recognise it by."""
+    text = " ".join(" ".join(each.content[: 4 * width] for each in texts(row)).split())
+    return text if len(text) <= width else text[: width - 1] + "…"

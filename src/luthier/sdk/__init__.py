@@ -1,4 +1,4 @@
-"""The Python face: ``luthier.tune``, ``distil``, ``student``, ``pretrain``, ``load``, ``evaluate``."""
+"""The Python face: ``luthier.inspect``, ``tune``, ``distil``, ``pretrain``, ``load``, ``evaluate``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+"""Base model where none is named; the same as in a recipe."""
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from luthier.engine.student import Student
     from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import OnError, Spec
+    from luthier.inspection.inspect import Report
     from luthier.recipe import Recipe
     from luthier.serving.generation import Generator
     from luthier.types import Message
@@ -167,6 +171,55 @@ def student(
     kept = None if keep is None else tuple(keep)
     shape = StudentShape(layers, kept, heads, intermediate, hidden)
     return make_student(teacher, name, shape, reporter)
+
+
+def inspect(
+    data: str | Path,
+    *,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    base: str | None = DEFAULT_BASE,
+    objective: str | Mapping[str, Any] | None = None,
+    rows: int = 5,
+    severity: Mapping[str, Any] | None = None,
+    policy: str | Path | None = None,
+    skip: Sequence[str] = (),
+) -> Report:
+    """Say whether data can teach a model, and what is wrong row by row; nothing is trained.
+
+    Args:
+        data: rows to learn from.
+        validation, test: rows of the other splits, which must not stand in ``data`` too.
+        base: model that the rows are encoded for; ``None`` leaves out what needs a tokenizer.
+        objective: what is to be learned: a name, or a table of ``method`` and fields; chosen by the
+            rows when not given.
+        rows: rows of each split whose tokens the report keeps, with what of them is learned.
+        severity: ``off``, ``note``, ``warning`` or ``error`` by rule, over those of ``policy``.
+        policy: TOML file with a table ``severity`` and an array ``skip``.
+        skip: names of checks that are not run.
+
+    Returns:
+        The report: ``exit_code`` (0 passed, 1 warnings, 2 refused), ``plain()`` for JSON, ``html()``
+        as one page. Data that is refused raises nothing.
+
+    Raises:
+        RefusedInput: for a base, an objective, a rule or a check that there is not.
+        DownloadError: for a base model, other than the default, that cannot be fetched.
+    """
+    from luthier.inspection import gate
+
+    request = gate.Request(
+        Path(data),
+        None if validation is None else Path(validation),
+        None if test is None else Path(test),
+        base,
+        objective,
+        rows,
+        severity or {},
+        None if policy is None else Path(policy),
+        tuple(skip),
+    )
+    return gate.inspect(request)
 
 
 class Model:

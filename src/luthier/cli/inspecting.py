@@ -1,0 +1,111 @@
+"""``luthier inspect``: the data gate in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from luthier.cli.console import check_output, heavy_imports, print_json
+
+if TYPE_CHECKING:
+    from luthier.inspection.gate import Request
+    from luthier.inspection.inspect import Progress
+
+
+def request_of(
+    data: Path,
+    validation: Path | None,
+    test: Path | None,
+    base: str | None,
+    no_base: bool,
+    objective: str | None,
+    rows: int,
+    severity: Sequence[str],
+    policy: Path | None,
+    skip: Sequence[str],
+) -> Request:
+    """What the options ask for."""
+    from luthier.errors import RecipeError
+    from luthier.inspection.gate import DEFAULT_BASE, Request
+    from luthier.inspection.policy import parse_severity
+
+    if no_base and base:
+        raise RecipeError("--no-base and --base contradict each other; give one of them")
+    decided: dict[str, str] = {}
+    for each in severity:
+        decided |= parse_severity(each)
+    chosen = None if no_base else base or DEFAULT_BASE
+    shown = max(rows, 5)  # the page shows some, whatever the terminal does
+    return Request(
+        data, validation, test, chosen, objective, shown, decided, policy, tuple(skip)
+    )  # fmt: skip
+
+
+def inspect(request: Request, rows: int, html: Path | None, as_json: bool) -> None:
+    """Run the gate, print and write the report, and end with its exit code."""
+    from rich.console import Console
+
+    check_output(html)
+    with heavy_imports():
+        from luthier.inspection import gate
+
+    note = Console(stderr=True)
+
+    def say(text: str) -> None:
+        if note.is_terminal:
+            note.print(f"[bold]{text}[/bold] …", highlight=False)
+
+    with bar() as progress:
+        report = gate.inspect(request, say, progress)
+    if html is not None:
+        from luthier.files import write_bytes
+
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(html, report.html().encode())
+    if as_json:
+        print_json(report.plain())
+    else:
+        from luthier.inspection.report_text import show
+
+        show(report, Console(highlight=False), rows)
+        if html is not None:
+            note.print(f"written to {html}", style="dim", markup=False, soft_wrap=True)
+    raise typer.Exit(report.exit_code)
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar with bytes, rows, problems and time left on a terminal, and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with Bars(
+        DownloadColumn(),
+        BarColumn(bar_width=20),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[rows]:,} rows  {task.fields[problems]:,} problems"),
+        console=console,
+        transient=True,
+    ) as bars:
+        task = bars.add_task("", total=None, rows=0, problems=0, visible=False)
+
+        def move(at: Progress) -> None:
+            bars.update(
+                task,
+                total=at.total_bytes,
+                completed=at.done_bytes,
+                rows=at.rows,
+                problems=at.problems,
+                visible=True,
+            )
+
+        yield move

@@ -1,0 +1,103 @@
+"""The whole data gate, from what a person asks for to the report; command line and SDK call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import DownloadError
+from luthier.inspection.check import Known, Split
+from luthier.inspection.findings import Finding, Place
+from luthier.inspection.inspect import Progress, Report, inspect_files
+from luthier.inspection.policy import Policy, policy_of, read_policy
+from luthier.inspection.table import BASE_MISSING, checks_for
+from luthier.recipe import Recipe
+
+DEFAULT_BASE = str(Recipe.model_fields["base"].default)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be inspected, and how."""
+
+    data: Path
+    """Rows to learn from."""
+    validation: Path | None = None
+    test: Path | None = None
+    base: str | None = DEFAULT_BASE
+    """Model that the rows are encoded for; ``None`` for none."""
+    objective: str | Mapping[str, Any] | None = None
+    """What is to be learned; the rows decide where it is not given."""
+    shown: int = 5
+    """Rows of each split whose tokens the report shows."""
+    severity: Mapping[str, Any] = field(default_factory=dict)
+    """Severities by rule, over those of ``policy``."""
+    policy: Path | None = None
+    skip: Sequence[str] = ()
+    """Checks that are not run."""
+
+    @property
+    def files(self) -> dict[Split, list[Path]]:
+        """Files of each split."""
+        named = {"train": self.data, "validation": self.validation, "test": self.test}
+        return {split: [path] for split, path in named.items() if path is not None}
+
+    @property
+    def decided(self) -> Policy:
+        """The policy, with what was said beside it."""
+        file = read_policy(self.policy) if self.policy else Policy()
+        return file.and_then(policy_of(self.severity, self.skip))
+
+
+def inspect(
+    request: Request,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Report:
+    """Run every check over every row.
+
+    The default base model may be absent where it cannot be fetched: the rows are then not encoded,
+    and the report warns of it.
+
+    Raises:
+        RecipeError: for an objective, a rule or a check that there is not, or an objective that the
+            base model cannot learn.
+        UnknownModel, DownloadError: for another base model that is not here.
+    """
+    decided = request.decided
+    known, missing = Known(shown=request.shown), ""
+    if request.base is not None:
+        try:
+            known = known_of(request.base, request.objective, request.shown, say)
+        except DownloadError as error:
+            if request.base != DEFAULT_BASE:
+                raise
+            missing = str(error)
+    checks, left_out = checks_for(known, decided.skip)
+    files = request.files
+    report = inspect_files(files, checks, decided.severity, progress)
+    if missing:
+        report.findings.add(Finding(BASE_MISSING, Place(str(request.data), 0), missing))
+    return replace(report, base=request.base if known.chat else None, left_out=left_out)
+
+
+def known_of(
+    base: str,
+    objective: str | Mapping[str, Any] | None = None,
+    shown: int = 5,
+    say: Callable[[str], None] = lambda text: None,
+) -> Known:
+    """Format, room and objective of a base model, which is fetched where it is not here."""
+    fields: dict[str, Any] = {"data": {"train": "-"}}
+    wanted = Recipe.parse(fields | ({"objective": objective} if objective else {})).objective
+    from luthier.models.load import check_folder, context_length
+    from luthier.store import models as store
+
+    model = store.find(base, say)
+    chat = store.chat_format(model)
+    context = context_length(check_folder(model.network_folder)) - store.added_tokens(model)
+    if wanted is not None:
+        wanted.check(chat)
+    return Known(chat, wanted, context, shown)

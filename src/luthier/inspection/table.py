@@ -1,0 +1,58 @@
+"""Every check of the gate, in the order they run; to add one, add a line."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from luthier.errors import RecipeError
+from luthier.inspection.check import Check, Known
+from luthier.inspection.findings import Rule
+from luthier.inspection.learning import Learning
+from luthier.inspection.reading import rules as reading_rules
+
+_KINDS: tuple[type[Check], ...] = (Learning,)
+CHECKS: Mapping[str, type[Check]] = {kind.name: kind for kind in _KINDS}
+"""Checks by name. Their modules import heavy libraries only where they use them."""
+
+BASE_MISSING = Rule(
+    "base.missing",
+    "warning",
+    "The base model could not be fetched, so no row was encoded.",
+    "Template, lengths in tokens and what is learned are not checked.",
+    "Run `luthier models pull ID` where there is a network, or choose --no-base.",
+)
+
+
+def checks_for(
+    known: Known, skip: Collection[str] = (), in_jobs: bool = False
+) -> tuple[list[Check], dict[str, str]]:
+    """New checks for what is known, and why others of the table are left out.
+
+    Args:
+        known: model and objective, where there are some.
+        skip: names of checks that are not wanted.
+        in_jobs: only those that each job runs.
+
+    Raises:
+        RecipeError: for a name that is no check.
+    """
+    for name in skip:
+        if name not in CHECKS:
+            raise RecipeError(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
+    chosen, left = [], {}
+    for name, kind in CHECKS.items():
+        if name in skip:
+            left[name] = "skipped, as asked"
+        elif in_jobs and not kind.in_jobs:
+            left[name] = "not run in jobs"
+        elif kind.needs_model and known.chat is None:
+            left[name] = "needs a base model"
+        else:
+            chosen.append(kind.of(known))
+    return chosen, left
+
+
+def all_rules(checks: Iterable[type[Check]] = CHECKS.values()) -> dict[str, Rule]:
+    """Every rule of reading and of the checks, by id."""
+    known = {**reading_rules(), BASE_MISSING.id: BASE_MISSING}
+    return known | {rule.id: rule for check in checks for rule in check.rules}
