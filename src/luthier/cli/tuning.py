@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def tune(
-    data: Path, flags: Mapping[str, Any], settings: Sequence[str], resume: bool, as_json: bool
+    data: str, flags: Mapping[str, Any], settings: Sequence[str], resume: bool, as_json: bool
 ) -> None:
     """Build the recipe, run it, print the result."""
     recipe = recipe_of(data, flags, settings)
@@ -32,21 +32,22 @@ def tune(
         print_result(result)
 
 
-def recipe_of(data: Path, flags: Mapping[str, Any], settings: Sequence[str]) -> Recipe:
+def recipe_of(data: str, flags: Mapping[str, Any], settings: Sequence[str]) -> Recipe:
     """The recipe of a data file or a TOML file, with flags and ``--set`` applied in this order."""
     from luthier.recipe import Recipe
 
     return Recipe.parse(fields_of(data, flags, settings))
 
 
-def fields_of(data: Path, flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def fields_of(data: str, flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """The same as plain values, for recipes that have further fields."""
-    from luthier.recipe import assign, parse_mix, read_toml, set_field
+    from luthier.recipe import assign, parse_columns, parse_mix, read_toml, set_field
 
-    fields = read_toml(data) if data.suffix == ".toml" else {"data": {"train": str(data)}}
+    fields = read_toml(Path(data)) if data.endswith(".toml") else {"data": {"train": data}}
     for key, value in flags.items():
         if value is not None:
             given = [parse_mix(text) for text in value] if key == "data.mix" else value
+            given = parse_columns(value) if key == "data.columns" else given
             assign(fields, key.split("."), given)
     for setting in settings:
         set_field(fields, setting)
@@ -82,17 +83,26 @@ def print_result(result: Result) -> None:
     out.print(f"  use it      luthier {verb.format(result.model_id)}", soft_wrap=True)
 
 
-def inspect(data: Path, base: str, objective: str | None, count: int, as_json: bool) -> None:
+def inspect(
+    data: str,
+    base: str,
+    objective: str | None,
+    count: int,
+    columns: Sequence[str] | None,
+    as_json: bool,
+) -> None:
     """Check a file against a model and show the learned tokens of its first rows."""
     from rich.console import Console
     from rich.text import Text
 
     from luthier.engine.dataset import prepare
     from luthier.models.load import check_folder, context_length
-    from luthier.recipe import Recipe
+    from luthier.recipe import Recipe, parse_columns
     from luthier.store.models import chat_format, find
 
-    fields: dict[str, Any] = {"data": {"train": str(data), "validation_share": 0}}
+    fields: dict[str, Any] = {"data": {"train": data, "validation_share": 0}}
+    if columns:
+        fields["data"]["columns"] = parse_columns(columns)
     if objective is not None:
         fields["objective"] = objective
     recipe = Recipe.parse(fields)
@@ -101,9 +111,12 @@ def inspect(data: Path, base: str, objective: str | None, count: int, as_json: b
     context = context_length(check_folder(model.network_folder))
     dataset = prepare(recipe.data, recipe.objective, chat, context, 0)
     if as_json:
-        print_json({**dataset.counts, "longest": dataset.longest, "context": context})
+        found = asdict(dataset.recognized) if dataset.recognized else None
+        counts = {**dataset.counts, "longest": dataset.longest, "context": context}
+        print_json({**counts, "recognized": found})
         return
     out = Console(highlight=False)
+    out.print(f"Recognized: {dataset.recognized}", markup=False)
     out.print(
         f"{dataset.counts['rows']:,} rows, {dataset.counts['tokens']:,} tokens, of which "
         f"{dataset.counts['learned_tokens']:,} are learned; the longest has {dataset.longest} of "

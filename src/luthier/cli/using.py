@@ -10,16 +10,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from luthier.cli.options import Json, Objective
+from luthier.cli.options import Columns, Json, Objective
 
 
 def inspect(
-    data: Annotated[Path, typer.Argument(help="JSONL or text file.")],
+    data: Annotated[
+        str, typer.Argument(help="File, folder, 'pattern*' or s3:// with rows or text.")
+    ],
     base: Annotated[str, typer.Option(help="Model whose template is shown.")] = (
         "smollm2-135m-instruct"
     ),
     objective: Objective = None,
     rows: Annotated[int, typer.Option(help="Rows to show.")] = 3,
+    columns: Columns = None,
     json_: Json = False,
 ) -> None:
     """Check a data file and show which tokens a model would learn from it."""
@@ -27,7 +30,7 @@ def inspect(
     from luthier.cli.console import errors
 
     with errors(json_):
-        tuning.inspect(data, base, objective, rows, json_)
+        tuning.inspect(data, base, objective, rows, columns, json_)
 
 
 def generate(
@@ -103,7 +106,8 @@ def predict(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
     data: Annotated[
-        Path, typer.Argument(help="JSONL of prompts and replies, of labelled texts, or raw text.")
+        str,
+        typer.Argument(help="Prompts and replies, labelled texts, or raw text; file or folder."),
     ],
     grader: Annotated[
         list[str] | None,
@@ -123,6 +127,7 @@ def evaluate(
     ] = "fail",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
+    columns: Columns = None,
     json_: Json = False,
 ) -> None:
     """Grade a model's replies to held-out rows, or its labels; perplexity where they are raw text."""
@@ -131,5 +136,6 @@ def evaluate(
 
     with errors(json_):
         answering.evaluate(
-            model, data, grader or ["exact"], set_ or [], on_grader_error, max_tokens, output, json_
-        )
+            model, data, columns or [], grader or ["exact"], set_ or [], on_grader_error,
+            max_tokens, output, json_,
+        )  # fmt: skip

@@ -46,17 +46,23 @@ def tune(
         RefusedInput: before any training, for data or settings that cannot work.
     """
     from luthier.engine.train import train
-    from luthier.recipe import Recipe, assign, read_toml
+    from luthier.recipe import Recipe, assign
 
     if isinstance(data, Recipe):
         if fields:
             raise RecipeError("a Recipe is complete; give no further fields beside it")
         return train(data, resume, reporter)
-    path = Path(data)
-    plain: dict[str, Any] = read_toml(path) if path.suffix == ".toml" else {"data": {"train": path}}
+    plain = _fields(str(data))
     for key, value in fields.items():
         assign(plain, key.split("__"), value)
     return train(Recipe.parse(plain), resume, reporter)
+
+
+def _fields(data: str) -> dict[str, Any]:
+    """Fields of a TOML recipe, or those of a recipe for data."""
+    from luthier.recipe import read_toml
+
+    return read_toml(Path(data)) if data.endswith(".toml") else {"data": {"train": data}}
 
 
 def distil(
@@ -89,10 +95,9 @@ def distil(
     from luthier.distillation import DistilRecipe
     from luthier.distillation import distil as run
     from luthier.distillation.recipe import teacher_fields
-    from luthier.recipe import assign, read_toml
+    from luthier.recipe import assign
 
-    path = Path(prompts)
-    plain: dict[str, Any] = read_toml(path) if path.suffix == ".toml" else {"data": {"train": path}}
+    plain = _fields(str(prompts))
     if isinstance(plain.get("teacher"), str):
         plain["teacher"] = teacher_fields(plain["teacher"])
     for key, value in (teacher_fields(teacher) if teacher else {}).items():
@@ -281,7 +286,7 @@ def evaluate(
     from luthier.store.models import find, objective_of
 
     chosen = graders_named(graders)
-    rows = load_rows(Path(data))
+    rows = load_rows(data)
     stored = model.stored if isinstance(model, Model) else find(model)
     if rows and rows[0].reply is not None and not objective_of(stored).reads:
         return Evaluation(preference_scores(stored, rows)[0], len(rows), [])
