@@ -21,6 +21,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.preferences import RULES as PREFERENCE_RULES
 from luthier.data.prompts import RULES as PROMPT_RULES
 from luthier.data.rows import RULES as ROW_RULES
+from luthier.data.targets import RULES as TARGET_RULES
 from luthier.distillation.insights import RULES as INSIGHT_RULES
 from luthier.distillation.recipe import Asking, DistilRecipe, InsightSpec, TeacherSpec
 from luthier.engine.dataset import RULES as TOKEN_RULES
@@ -328,7 +329,7 @@ def _models() -> list[str]:
 
 def _rules() -> list[str]:
     lines = ["## Rules a data file is checked by", "", "| rule | meaning |", "| --- | --- |"]
-    rules = {**ROW_RULES, **PREFERENCE_RULES, **PROMPT_RULES, **TOKEN_RULES}
+    rules = {**ROW_RULES, **PREFERENCE_RULES, **PROMPT_RULES, **TARGET_RULES, **TOKEN_RULES}
     return [*lines, *(f"| `{rule}` | {text} |" for rule, text in rules.items())]
 
 

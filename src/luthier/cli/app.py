@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from luthier.cli.converting import convert
 from luthier.cli.models import models_app
 from luthier.cli.options import Adaptation, Base, Columns, Data, Json, Mix, Objective, Validation
 from luthier.cli.shrinking import student
@@ -267,7 +268,7 @@ def distil(
         distilling.distil(data, named, flags, set_ or [], resume, json_)
 
 
-for command in (inspect, generate, samples, chat, predict, evaluate):
+for command in (inspect, convert, generate, samples, chat, predict, evaluate):
     app.command()(command)
 
 

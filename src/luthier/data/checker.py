@@ -24,6 +24,8 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
 }
 _PAIR, _CHAT, _TEXT, _LABEL, _RATING, _TAGS, _PARTNERS, _PROMPT = _SHAPES
 _ALL_SHAPES = ", ".join([*_SHAPES, *preferences.SHAPES])
+_MOST_KNOWN = 100
+_JUDGES = frozenset(("label", "thumb", "rating", "score"))
 _ROLES = ("system", "user", "assistant")
 _ROLE_NAMES = "system, user and assistant"
 _ROLE_RENAMES: Mapping[str, str] = {
@@ -56,6 +58,10 @@ class Checker:
         self.form: Form | None = None
         """Of the first row, where it is none of our own shapes."""
         self.names: Names = self._called({})
+        self.known: dict[tuple[str, ...], str] = {}
+        """Shapes by the keys of rows of our own shapes, in their order."""
+        self.given: Record = {}
+        """The record in hand, its columns renamed."""
         self.line_of_id: dict[str | int, int] = {}
 
     def begin(self, file: str) -> None:
@@ -77,6 +83,14 @@ class Checker:
     def row(self, line: int, record: Record) -> Row | None:
         """Return the row; None only when a problem was reported."""
         self.line = line
+        keys = tuple(record)
+        known = self.known.get(keys)
+        if known is not None:
+            self.given = record
+            if "id" in record:
+                self.check_id(record["id"])
+            return self.shaped(known, record)
+        given = record
         own = self.own(record)
         if own is None:
             return None
@@ -84,6 +98,16 @@ class Checker:
         if "id" in record:
             self.check_id(record["id"])
         shape = self.shape_of(record)
+        # Where the keys alone tell the shape, the next row with the same ones need not be asked. Of an
+        # answer with a label or a rating it is the value that tells whether it is a judgement.
+        values_tell = "completion" in record and _JUDGES & record.keys()
+        if shape and given is record and not values_tell and len(self.known) < _MOST_KNOWN:
+            self.known[keys] = shape
+        return self.shaped(shape, record)
+
+    def shaped(self, shape: str | None, record: Record) -> Row | None:
+        """The row of a record whose shape is known."""
+        line = self.line
         if shape == _CHAT:
             return self.chat(record["messages"])
         if shape == _TEXT:
@@ -105,6 +129,7 @@ class Checker:
         mapped = self.mapped(record) if self.columns else record
         if mapped is None:
             return None
+        self.given = mapped
         found = forms_of(mapped)
         generic = [f'"{key}"' for key in ("text", "prompt") if key in mapped]
         if len(found) > 1 or (found and generic):

@@ -76,7 +76,7 @@ def parse_line(raw: bytes, number: int) -> Record | None:
 
 def _all_finite(value: Record) -> bool:
     """Whether no number in ``value`` was too large to hold."""
-    stack: list[object] = list(value.values())
+    stack = [one for one in value.values() if type(one) is not str]
     while stack:
         one = stack.pop()
         if type(one) is str:

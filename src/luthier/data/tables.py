@@ -23,7 +23,7 @@ JSON_COLUMNS = frozenset(("messages", "conversations", "tokens", "tags"))
 NUMBER_COLUMNS = frozenset(("rating", "score"))
 OPTIONAL_COLUMNS = frozenset(("id", "expected", "system"))
 
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
 _LONGEST_NAME = 200
 _BATCH_ROWS = 512
 
@@ -129,7 +129,7 @@ def _record(names: Sequence[str], cells: Sequence[str]) -> Record:
         record[name] = _json_cell(name, str(record[name]))
     for name in NUMBER_COLUMNS & record.keys():
         text = str(record[name]).strip()
-        record[name] = float(text) if _NUMBER.fullmatch(text) else record[name]
+        record[name] = float(text) if NUMBER.fullmatch(text) else record[name]
     label = str(record.get("label", "")).strip().lower()
     if label in ("true", "false") and "prompt" in record and "completion" in record:
         record["label"] = label == "true"
