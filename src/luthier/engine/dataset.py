@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ import numpy as np
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, hold_out, total_tokens
 from luthier.data.rows import Recognized, read_rows
-from luthier.data.sources import stem_of
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import sha256_of
@@ -161,11 +161,12 @@ def _mix(spec: DataSpec, sets: Sequence[list[Example]]) -> tuple[list[Example], 
 
 def _shares(spec: DataSpec, mixed: Sequence[Mixed], main: int) -> list[Choice]:
     """What mixing comes to, for people."""
+    name = Path(spec.train).name
     return [
         (
-            f"data.mix {stem_of(each.train)}",
+            f"data.mix {Path(each.train).name}",
             f"{sizes.drawn} of {sizes.rows}",
-            f"rows beside each pass over the {main} of {stem_of(spec.train)}: {each.weight:g} for each",
+            f"rows beside each pass over the {main} of {name}: {each.weight:g} for each",
         )
         for each, sizes in zip(spec.mix, mixed, strict=True)
     ]
