@@ -26,7 +26,7 @@ from luthier.data.chat import ChatFormat
 from luthier.inspection import findings as kept
 from luthier.inspection.check import Check
 from luthier.inspection.encoding import Encoding
-from luthier.inspection.inspect import inspect_files
+from luthier.inspection.inspect import inspect_sources
 from luthier.inspection.language import Language
 from luthier.inspection.lengths import Lengths
 from luthier.inspection.markers import Markers
@@ -72,9 +72,9 @@ def inspected(folder: Path, files: dict[str, Sequence[bytes]], chat: ChatFormat 
     paths = {}
     for split, lines in files.items():
         if lines:
-            paths[split] = [folder / f"{split}.jsonl"]
-            paths[split][0].write_bytes(b"".join(line + b"\n" for line in lines))
-    report = inspect_files(paths, checks(chat))
+            paths[split] = folder / f"{split}.jsonl"
+            paths[split].write_bytes(b"".join(line + b"\n" for line in lines))
+    report = inspect_sources(paths, checks(chat))
     found: Found = defaultdict(set)
     for rule, places in report.findings.kept.items():
         for each in places:

@@ -22,6 +22,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.preferences import RULES as PREFERENCE_RULES
 from luthier.data.prompts import RULES as PROMPT_RULES
 from luthier.data.rows import RULES as ROW_RULES
+from luthier.data.targets import RULES as TARGET_RULES
 from luthier.distillation.insights import RULES as INSIGHT_RULES
 from luthier.distillation.recipe import DistilRecipe, InsightSpec, TeacherSpec
 from luthier.engine.dataset import RULES as TOKEN_RULES
@@ -333,7 +334,7 @@ def _models() -> list[str]:
 def _rules() -> list[str]:
     """Every rule of the data gate, those of checks behind those of reading."""
     known = all_rules()
-    further = {**ROW_RULES, **PREFERENCE_RULES, **PROMPT_RULES, **TOKEN_RULES}
+    further = {**ROW_RULES, **PREFERENCE_RULES, **PROMPT_RULES, **TARGET_RULES, **TOKEN_RULES}
     known |= {
         name: Rule(name, "error", about) for name, about in further.items() if name not in known
     }

@@ -312,13 +312,14 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
 
     recipe = stage.recipe
     if isinstance(recipe, DistilRecipe):
-        (load_prompts if recipe.method == "responses" else load_rows)(recipe.data.train)
+        read = load_prompts if recipe.method == "responses" else load_rows
+        read(recipe.data.train, recipe.data.columns)
         return
     if not isinstance(recipe, Recipe):
         return
     root = next(_roots(stage, stages), None)
     if root is None or (recipe.objective is not None and recipe.objective.others):
-        load_rows(recipe.data.train)
+        load_rows(recipe.data.train, recipe.data.columns)
         return
     model = find(root)
     context = context_length(check_folder(model.network_folder))

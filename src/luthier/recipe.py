@@ -12,10 +12,11 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializeAsAny,
@@ -26,11 +27,18 @@ from pydantic import (
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
+from luthier.data.sources import files_of
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES, Objective
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
+
+
+SourceName = Annotated[
+    str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)
+]
+"""What names data: a path, a folder, a pattern or an address (``luthier.data.sources``)."""
 
 
 class Part(BaseModel):
@@ -44,8 +52,8 @@ class Part(BaseModel):
 class MixSpec(Part):
     """A further file to learn from beside the main one, and how much of it."""
 
-    train: Path
-    """File of rows; all of it is for learning, nothing is held out."""
+    train: SourceName
+    """Rows; all of them are for learning, nothing is held out."""
     weight: float = Field(gt=0)
     """Rows drawn from it for each row of the main file."""
 
@@ -53,14 +61,16 @@ class MixSpec(Part):
 class DataSpec(Part):
     """Which rows are learned from and which are held out."""
 
-    train: Path
-    """File to learn from: JSONL of prompt and completion, messages, or text; or plain text."""
-    validation: Path | None = None
-    """File to measure on; without one, a part of the training rows is held out."""
+    train: SourceName
+    """Rows to learn from: a file, folder or pattern, or ``s3://``; JSONL, CSV, Parquet or text."""
+    validation: SourceName | None = None
+    """Rows to measure on; without them, a part of the training rows is held out."""
     validation_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the training rows to hold out when no validation file is given; 0 for none."""
     long_rows: Literal["error", "drop", "truncate"] = "error"
     """What to do with rows longer than the model's context."""
+    columns: dict[str, str] | None = None
+    """What the data calls our keys, as ``{prompt = "question"}``; an empty name sets a key aside."""
     mix: tuple[MixSpec, ...] = ()
     """Further files to learn from, each with its ``train`` and ``weight``."""
     policy: Path | None = None
@@ -72,22 +82,26 @@ class DataSpec(Part):
 
     @property
     def files(self) -> list[Path]:
-        """Every file that is read."""
-        return [
-            path for path in (self.train, self.validation, *(m.train for m in self.mix)) if path
-        ]
+        """Every file that is read, those of ``s3://`` fetched."""
+        given = (self.train, self.validation, *(m.train for m in self.mix))
+        return [path for source in given if source for path in files_of(source)]
 
     @model_validator(mode="after")
     def _each_file_once(self) -> Self:
-        seen = {path.resolve() for path in (self.train, self.validation) if path}
+        seen = {_place(source) for source in (self.train, self.validation) if source}
         for each in self.mix:
-            if each.train.resolve() in seen:
+            if _place(each.train) in seen:
                 raise ValueError(
                     f"{each.train} is named twice. Rows that are learned from or measured on already "
                     "cannot be mixed in; give another file"
                 )
-            seen.add(each.train.resolve())
+            seen.add(_place(each.train))
         return self
+
+
+def _place(source: str) -> str:
+    """One name for the same source."""
+    return source if "://" in source else str(Path(source).resolve())
 
 
 class Training(Part):
@@ -212,10 +226,15 @@ def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         for key in ("train", "validation", "policy") if isinstance(group, dict) else ():
             value = group.get(key)
             if isinstance(value, str):
-                group[key] = str(folder / value)
+                group[key] = _below(folder, value)
             elif isinstance(value, list):
-                group[key] = [str(folder / str(each)) for each in value]
+                group[key] = [_below(folder, str(each)) for each in value]
     return fields
+
+
+def _below(folder: Path, source: str) -> str:
+    """A source as seen from ``folder``; addresses stay as they are."""
+    return source if "://" in source else str(folder / source)
 
 
 def set_field(fields: dict[str, Any], assignment: str) -> None:
@@ -244,6 +263,19 @@ def parse_mix(text: str) -> dict[str, Any]:
             f"four rows of the data; got {text!r}"
         )
     return {"train": file, "weight": weight}
+
+
+def parse_columns(texts: Sequence[str]) -> dict[str, str]:
+    """``data.columns`` from each ``KEY=COLUMN`` of the command line; nothing sets the key aside."""
+    columns: dict[str, str] = {}
+    for text in texts:
+        key, equals, column = text.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(
+                f"--map takes KEY=COLUMN, for example prompt=question, or text= ; got {text!r}"
+            )
+        columns[key.strip()] = column
+    return columns
 
 
 def toml_value(text: str) -> Any:

@@ -221,7 +221,7 @@ def test_tune_without_json_tells_choices_and_next_steps(
     [
         (['{"prompt": "a", "completion": "b"}', "{nonsense"], "json.invalid", 2),
         (['{"prompt": "a", "completion": ""}'], "field.empty", 1),
-        (['{"question": "a", "answer": "b"}'], "row.unknown_shape", 1),
+        (['{"question": "a", "reply": "b"}'], "row.unknown_shape", 1),
         (['{"prompt": "a", "completion": "b"}', '{"text": "c"}'], "row.mixed_shapes", 2),
         (['{"prompt": "a", "completion": "b"}'], "rows.too_few", 1),
         (['{"prompt": "a", "completion": "b"}', '{"prompt": "x", "completion": "%s"}' % ("y" * 2000)],
@@ -259,10 +259,10 @@ def test_bad_rows_are_refused_with_file_line_rule_and_fix(
     ("name", "content", "rule"),
     [
         ("junk.jsonl", bytes(range(256)) * 40, "file.binary"),
-        ("junk.jsonl", b"\x1f\x8b\x08" + os.urandom(500), "file.binary"),
+        ("junk.jsonl", b"\x1f\x8b\x08" + bytes(500), "file.damaged"),
         ("empty.jsonl", b"", "file.empty"),
         ("blank.jsonl", b"\n\n  \n", "file.empty"),
-        ("table.xlsx", b"PK\x03\x04", "file.unknown_format"),
+        ("table.xlsx", b"PK\x03\x04", "file.binary"),
         ("latin.jsonl", b'{"prompt": "caf\xe9", "completion": "x"}', "encoding.utf8"),
     ],
 )

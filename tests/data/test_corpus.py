@@ -170,3 +170,11 @@ def test_of_many_documents_whole_ones_are_drawn() -> None:
     assert 400 < sum(drawn(7, 0)) < 600
     assert drawn(7, 0) == drawn(7, 10**6 - 1)  # all pieces of a document go the same way
     assert drawn(7, 0) != drawn(8, 0)
+
+
+def test_folders_and_patterns_are_their_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(f"{name} words")
+    for source in (tmp_path, tmp_path / "*.txt"):
+        text = "".join(piece.text for piece in pieces([source]))
+        assert text == "a.txt wordsb.txt words"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data import read
+from luthier.data import parsing
 from luthier.data.read import json_kind, read_records, shown
 from luthier.errors import Problem
 
@@ -183,16 +183,14 @@ def test_permission_denied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert problem.message == "The file could not be read: Permission denied."
 
 
-@pytest.mark.parametrize(
-    ("name", "ending"),
-    [("a.csv", '".csv"'), ("a.json", '".json"'), ("a.jsonl.gz", '".gz"'), ("a", "no ending")],
-)
-def test_unknown_format(folder: Path, name: str, ending: str) -> None:
-    records, problems = read_bytes(folder, b'{"a":1}', name)
+@pytest.mark.parametrize(("name", "ending"), [("a.bin", '".bin"'), ("a", "no ending")])
+@pytest.mark.parametrize("data", [b"just words", b"", b"12", b"a,b\n1,2\n"])
+def test_unknown_format(folder: Path, name: str, ending: str, data: bytes) -> None:
+    records, problems = read_bytes(folder, data, name)
     assert records == []
     problem = only(problems, folder / name, 0, "file.unknown_format")
     assert ending in problem.message
-    for supported in (".jsonl", ".ndjson", ".json-lines", ".txt", ".md", ".text"):
+    for supported in (".jsonl", ".ndjson", ".json-lines", ".csv", ".parquet", ".txt", ".md", ".gz"):
         assert supported in problem.fix
 
 
@@ -216,11 +214,8 @@ def test_empty_file(folder: Path, name: str, data: bytes, said: str) -> None:
     ("data", "said"),
     [
         (b'{"a":1}\n\0', "binary data"),
-        (b"\x1f\x8b\x08abc", "gzip"),
-        (b"\x28\xb5\x2f\xfdabc", "zstd"),
         (b"\xfd7zXZ\x00abc", "xz"),
         (b"PK\x03\x04abc", "zip archive"),
-        (b"PAR1\x15\x04", "Parquet"),
         ('{"a":1}'.encode("utf-16"), "UTF-16"),
         (b'{"a":1}' + bytes(range(1, 8)), "binary data"),
     ],
@@ -235,7 +230,7 @@ def test_binary_file(folder: Path, name: str, data: bytes, said: str) -> None:
 
 
 def test_nul_after_the_head_is_found_where_it_stands(folder: Path) -> None:
-    filler = b'{"a":"' + b"x" * 9000 + b'"}\n'
+    filler = b'{"a":"' + b"x" * 70_000 + b'"}\n'
     records, problems = read_bytes(folder, filler + b'{"a":"\0"}\n')
     assert len(records) == 1
     only(problems, folder / "data.jsonl", 2, "json.invalid")
@@ -307,7 +302,7 @@ def test_wrong_encoding_in_plain_text_names_the_line(folder: Path) -> None:
 def test_long_line_is_skipped_and_counted(
     folder: Path, monkeypatch: pytest.MonkeyPatch, end: bytes
 ) -> None:
-    monkeypatch.setattr(read, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(parsing, "MAX_LINE_BYTES", 100)
     fits = b'{"a":"' + b"x" * 92 + b'"}'
     assert len(fits) == 100
     long = b'{"a":"' + b"x" * 200_000 + b'"}'
@@ -321,7 +316,7 @@ def test_long_line_is_skipped_and_counted(
 
 
 def test_a_file_is_never_whole_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(parsing, "MAX_LINE_BYTES", 1000)
     path = folder / "large.jsonl"
     path.write_bytes(b"x" * 8_000_000 + b"\n" + b'{"text":"some words"}\n' * 100_000)
     problems: list[Problem] = []

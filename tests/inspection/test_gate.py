@@ -39,7 +39,10 @@ def test_rows_are_counted_by_split_and_bad_ones_are_not_looked_at_again(tmp_path
     data = written(tmp_path / "a.jsonl", {"prompt": "a", "completion": ""}, "{", *LABELS[:3])
     report = luthier.inspect(data, validation=written(tmp_path / "b.jsonl", *LABELS), base=None)
     assert report.rows == {"train": 0, "validation": 40}
-    assert report.forms == {"validation": "text with labels"}
+    assert report.forms == {
+        "train": 'jsonl, {"prompt", "completion"}',
+        "validation": 'jsonl, {"text", "label"}',
+    }
     assert broken(report) == {"field.empty": 1, "json.invalid": 1, "row.mixed_shapes": 3}
     assert (report.exit_code, report.plain()["verdict"]) == (2, "refused")
 
@@ -52,7 +55,9 @@ def test_a_plain_text_has_no_row_without_text(tmp_path: Path, tiny_model_folder:
     data = tmp_path / "a.txt"
     data.write_text("some raw text\n" * 20)
     report = luthier.inspect(data, base=str(tiny_model_folder))
-    assert report.exit_code == 0 and report.forms == {"train": "raw text"}
+    assert report.exit_code == 0 and report.forms == {"train": "text, raw text"}
+    data.write_text(" \n" * 20)
+    assert broken(luthier.inspect(data, base=None)) == {"field.empty": 1}
     splits = report.plain()["summaries"]["learning"]["splits"]
     assert splits["train"]["lengths"]["count"] == report.rows["train"]
 

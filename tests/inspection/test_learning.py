@@ -14,7 +14,7 @@ from luthier.data.chat import ChatFormat
 from luthier.engine.dataset import prepare
 from luthier.inspection import learning
 from luthier.inspection.check import Batch
-from luthier.inspection.inspect import Report, batches, inspect_files, inspect_rows
+from luthier.inspection.inspect import Report, batches, inspect_rows, inspect_sources
 from luthier.inspection.learning import Learning
 from luthier.models.load import load_chat_format
 from luthier.objectives import DPO, Objective
@@ -41,7 +41,7 @@ def test_counts_are_those_of_training(chat: ChatFormat, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe = Recipe.parse({"data": {"train": data, "validation_share": 0}})
     trained = prepare(recipe.data, None, chat, 512, 0)
-    report = inspect_files({"train": [data]}, [Learning(None, chat, 512)])
+    report = inspect_sources({"train": data}, [Learning(None, chat, 512)])
     summary: dict[str, Any] = dict(report.summaries["learning"])
     split = summary["splits"]["train"]
     assert report.findings.exit_code == 0 and summary["objective"] == "sft"

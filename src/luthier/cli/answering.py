@@ -156,7 +156,8 @@ def chat(model_id: str, sampling: Mapping[str, Any]) -> None:
 
 def evaluate(
     model_id: str,
-    data: Path,
+    data: str,
+    columns: Sequence[str],
     graders: Sequence[str],
     assignments: Sequence[str],
     on_error: OnError,
@@ -169,6 +170,7 @@ def evaluate(
     from luthier.data.rows import load_rows
     from luthier.evaluation.evaluate import check
     from luthier.files import write_bytes
+    from luthier.recipe import parse_columns
     from luthier.serving.generation import Generator
     from luthier.serving.grading import open_graders
     from luthier.serving.measuring import measure
@@ -176,7 +178,7 @@ def evaluate(
 
     chosen = _graders(graders, assignments)
     check_output(target)
-    rows = load_rows(data)
+    rows = load_rows(data, parse_columns(columns))
     stored = find(model_id)
     if objective_of(stored).reads:
         predicting.evaluate(stored, data, rows, target, as_json)

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from luthier.cli.converting import convert
 from luthier.cli.models import models_app
-from luthier.cli.options import Adaptation, Base, Data, Json, Mix, Objective, Validation
+from luthier.cli.options import Adaptation, Base, Columns, Data, Json, Mix, Objective, Validation
 from luthier.cli.shrinking import student
 from luthier.cli.using import chat, evaluate, generate, inspect, predict, samples
 
@@ -31,7 +32,8 @@ app.add_typer(models_app, name="models")
 
 
 def _named(
-    validation: Path | None,
+    validation: str | None,
+    columns: list[str] | None,
     base: str | None,
     name: str | None,
     objective: str | None,
@@ -40,7 +42,8 @@ def _named(
 ) -> dict[str, Any]:
     """Fields of the recipe by the options that name them."""
     return {
-        "data.validation": validation and str(validation),
+        "data.validation": validation,
+        "data.columns": columns,
         "data.mix": mix,
         "base": base,
         "name": name,
@@ -70,6 +73,7 @@ def root(
 def tune(
     data: Data,
     validation: Validation = None,
+    columns: Columns = None,
     mix: Mix = None,
     base: Base = None,
     name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
@@ -92,7 +96,7 @@ def tune(
     from luthier.cli import tuning
     from luthier.cli.console import errors
 
-    flags = _named(validation, base, name, objective, adaptation, mix) | {
+    flags = _named(validation, columns, base, name, objective, adaptation, mix) | {
         "training.epochs": epochs,
         "training.batch_size": batch_size,
         "training.learning_rate": learning_rate,
@@ -181,6 +185,7 @@ def search(
         ),
     ] = None,
     validation: Validation = None,
+    columns: Columns = None,
     mix: Mix = None,
     base: Base = None,
     name: Annotated[str | None, typer.Option(help="Name of search and custom model.")] = None,
@@ -205,7 +210,7 @@ def search(
     from luthier.cli import searching
     from luthier.cli.console import errors
 
-    flags = _named(validation, base, name, objective, adaptation, mix)
+    flags = _named(validation, columns, base, name, objective, adaptation, mix)
     with errors(json_):
         if range_test:
             searching.range_test(data, flags, set_ or [], json_)
@@ -216,7 +221,7 @@ def search(
 @app.command()
 def distil(
     data: Annotated[
-        Path, typer.Argument(metavar="PROMPTS", help="Prompts (.jsonl, .txt), or a recipe (.toml).")
+        str, typer.Argument(metavar="PROMPTS", help="Prompts or rows, or a recipe (.toml).")
     ],
     teacher: Annotated[
         str | None, typer.Option(help="Model id, or https://host/v1#model of an endpoint.")
@@ -235,6 +240,7 @@ def distil(
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     grader: Annotated[str | None, typer.Option(help="Accept answers by this grader only.")] = None,
     validation: Validation = None,
+    columns: Columns = None,
     name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
     adaptation: Adaptation = None,
     set_: Annotated[
@@ -253,7 +259,7 @@ def distil(
     named = {
         "teacher": teacher, "url": teacher_url, "model": teacher_model, "key_env": teacher_key_env
     }  # fmt: skip
-    flags = _named(validation, student, name, None, adaptation, None) | {
+    flags = _named(validation, columns, student, name, None, adaptation, None) | {
         "method": method,
         "sampling.max_tokens": max_tokens,
         "sampling.temperature": temperature,
@@ -263,7 +269,7 @@ def distil(
         distilling.distil(data, named, flags, set_ or [], resume, json_)
 
 
-for command in (inspect, generate, samples, chat, predict, evaluate):
+for command in (inspect, convert, generate, samples, chat, predict, evaluate):
     app.command()(command)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.console import LiveReporter, heavy_imports, print_json
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def distil(
-    prompts: Path,
+    prompts: str,
     teacher: Mapping[str, str | None],
     flags: Mapping[str, Any],
     settings: Sequence[str],
@@ -37,7 +36,7 @@ def distil(
 
 
 def recipe_of(
-    prompts: Path,
+    prompts: str,
     teacher: Mapping[str, str | None],
     flags: Mapping[str, Any],
     settings: Sequence[str],

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def request_of(
-    data: Path,
-    validation: Path | None,
-    test: Path | None,
+    data: str,
+    validation: str | None,
+    test: str | None,
+    columns: Sequence[str] | None,
     base: str | None,
     no_base: bool,
     objective: str | None,
@@ -32,6 +33,7 @@ def request_of(
     from luthier.errors import RecipeError
     from luthier.inspection.gate import DEFAULT_BASE, Request
     from luthier.inspection.policy import parse_severity
+    from luthier.recipe import parse_columns
 
     if no_base and base:
         raise RecipeError("--no-base and --base contradict each other; give one of them")
@@ -40,8 +42,9 @@ def request_of(
         decided |= parse_severity(each)
     chosen = None if no_base else base or DEFAULT_BASE
     shown = max(rows, 5)  # the page shows some, whatever the terminal does
+    named = parse_columns(columns) if columns else None
     return Request(
-        data, validation, test, chosen, objective, shown, decided, policy, tuple(skip)
+        data, validation, test, named, chosen, objective, shown, decided, policy, tuple(skip)
     )  # fmt: skip
 
 

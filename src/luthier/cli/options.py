@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,8 +15,21 @@ _OBJECTIVES = (
 _ADAPTATIONS = (
     "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters, prompt or prefix."
 )
-Data = Annotated[Path, typer.Argument(help="JSONL or text file, or a recipe (.toml).")]
-Validation = Annotated[Path | None, typer.Option(help="Rows to measure on.")]
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="File, folder, 'pattern*' or s3:// with rows or text, or a recipe (.toml)."
+    ),
+]
+Validation = Annotated[str | None, typer.Option(help="Rows to measure on.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="KEY=COLUMN",
+        help="What the data calls a key: prompt=question; text= sets a column aside. May be repeated.",
+    ),
+]
 Mix = Annotated[
     list[str] | None,
     typer.Option(help="Further rows: FILE=RATIO, so many for each row of the main file."),

@@ -53,7 +53,7 @@ def predict(
 
 
 def evaluate(
-    stored: StoredModel, data: Path, rows: Sequence[Row], target: Path | None, as_json: bool
+    stored: StoredModel, data: str, rows: Sequence[Row], target: Path | None, as_json: bool
 ) -> None:
     """Compare a model's labels, ratings, tags or preferences with those of held-out rows."""
     from luthier.serving.prediction import Predictor
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def prefer(
-    stored: StoredModel, data: Path, rows: Sequence[Row], target: Path | None, as_json: bool
+    stored: StoredModel, data: str, rows: Sequence[Row], target: Path | None, as_json: bool
 ) -> None:
     """How often a model that writes ranks held-out answers as people did."""
     from luthier.serving.preferring import preference_scores
@@ -85,7 +85,7 @@ def prefer(
 
 def _report(
     stored: StoredModel,
-    data: Path,
+    data: str,
     rows: Sequence[Row],
     found: dict[str, float],
     answers: Sequence[dict[str, Any]],

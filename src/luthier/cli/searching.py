@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.console import LiveReporter, heavy_imports, print_json
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def search(
-    data: Path,
+    data: str,
     flags: Mapping[str, Any],
     settings: Sequence[str],
     trials: int,
@@ -42,9 +41,7 @@ def search(
         _print(found)
 
 
-def range_test(
-    data: Path, flags: Mapping[str, Any], settings: Sequence[str], as_json: bool
-) -> None:
+def range_test(data: str, flags: Mapping[str, Any], settings: Sequence[str], as_json: bool) -> None:
     """Run a range test of the learning rate, print what it suggests."""
     recipe = recipe_of(data, flags, settings)
     with heavy_imports():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def tune(
-    data: Path, flags: Mapping[str, Any], settings: Sequence[str], resume: bool, as_json: bool
+    data: str, flags: Mapping[str, Any], settings: Sequence[str], resume: bool, as_json: bool
 ) -> None:
     """Build the recipe, run it, print the result."""
     recipe = recipe_of(data, flags, settings)
@@ -32,21 +32,22 @@ def tune(
         print_result(result)
 
 
-def recipe_of(data: Path, flags: Mapping[str, Any], settings: Sequence[str]) -> Recipe:
+def recipe_of(data: str, flags: Mapping[str, Any], settings: Sequence[str]) -> Recipe:
     """The recipe of a data file or a TOML file, with flags and ``--set`` applied in this order."""
     from luthier.recipe import Recipe
 
     return Recipe.parse(fields_of(data, flags, settings))
 
 
-def fields_of(data: Path, flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def fields_of(data: str, flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """The same as plain values, for recipes that have further fields."""
-    from luthier.recipe import assign, parse_mix, read_toml, set_field
+    from luthier.recipe import assign, parse_columns, parse_mix, read_toml, set_field
 
-    fields = read_toml(data) if data.suffix == ".toml" else {"data": {"train": str(data)}}
+    fields = read_toml(Path(data)) if data.endswith(".toml") else {"data": {"train": data}}
     for key, value in flags.items():
         if value is not None:
             given = [parse_mix(text) for text in value] if key == "data.mix" else value
+            given = parse_columns(value) if key == "data.columns" else given
             assign(fields, key.split("."), given)
     for setting in settings:
         set_field(fields, setting)

@@ -10,13 +10,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from luthier.cli.options import Json, Objective
+from luthier.cli.options import Columns, Json, Objective
 
 
 def inspect(
-    data: Annotated[Path, typer.Argument(help="Rows to learn from.")],
-    validation: Annotated[Path | None, typer.Option(help="Rows to measure on.")] = None,
-    test: Annotated[Path | None, typer.Option(help="Rows kept for the last measurement.")] = None,
+    data: Annotated[
+        str, typer.Argument(help="File, folder, 'pattern*' or s3:// with rows or text.")
+    ],
+    validation: Annotated[str | None, typer.Option(help="Rows to measure on.")] = None,
+    test: Annotated[str | None, typer.Option(help="Rows kept for the last measurement.")] = None,
+    columns: Columns = None,
     base: Annotated[
         str | None,
         typer.Option(help="Model the rows are encoded for; smollm2-135m-instruct if not given."),
@@ -54,7 +57,8 @@ def inspect(
 
     with errors(json_):
         request = inspecting.request_of(
-            data, validation, test, base, no_base, objective, rows, severity or [], policy, skip or []
+            data, validation, test, columns, base, no_base, objective, rows, severity or [], policy,
+            skip or [],
         )  # fmt: skip
         inspecting.inspect(request, rows, html, json_)
 
@@ -132,7 +136,8 @@ def predict(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
     data: Annotated[
-        Path, typer.Argument(help="JSONL of prompts and replies, of labelled texts, or raw text.")
+        str,
+        typer.Argument(help="Prompts and replies, labelled texts, or raw text; file or folder."),
     ],
     grader: Annotated[
         list[str] | None,
@@ -152,6 +157,7 @@ def evaluate(
     ] = "fail",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
+    columns: Columns = None,
     json_: Json = False,
 ) -> None:
     """Grade a model's replies to held-out rows, or its labels; perplexity where they are raw text."""
@@ -160,5 +166,6 @@ def evaluate(
 
     with errors(json_):
         answering.evaluate(
-            model, data, grader or ["exact"], set_ or [], on_grader_error, max_tokens, output, json_
-        )
+            model, data, columns or [], grader or ["exact"], set_ or [], on_grader_error,
+            max_tokens, output, json_,
+        )  # fmt: skip

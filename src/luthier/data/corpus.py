@@ -14,6 +14,7 @@ from pathlib import Path
 
 from luthier.data.read import last_cut
 from luthier.data.rows import stream_rows
+from luthier.data.sources import files_of
 from luthier.errors import DataError, Problem
 from luthier.types import Row
 
@@ -50,7 +51,7 @@ def pieces(paths: Sequence[Path]) -> Iterator[Piece]:
     """All text of ``paths``; :class:`DataError` where a file cannot be read as raw text."""
     problems = _Few()
     document = start = 0
-    for path in paths:
+    for path in (file for source in paths for file in files_of(source)):
         for row, ends in stream_rows(path, problems):
             if not _is_raw(row):
                 problems.append(_not_raw(row))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from luthier.data.read import json_kind, shown
+from luthier.data.parsing import json_kind, shown
 from luthier.errors import RowRefused
 
 _BIO = re.compile(r"O|[BI]-\S+")

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from luthier.data.read import Record, json_kind, shown
+from luthier.data.content import joined
+from luthier.data.parsing import Record, json_kind, shown
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Message, Row
 
@@ -187,7 +188,10 @@ def _turns(value: object, key: str, role: str) -> Turns:
         return (Message(role, value),)
     items = value if isinstance(value, list) and value else [value]
     found = []
-    for item in items:
+    for each in items:
+        item = each
+        if isinstance(each, dict) and "content" in each:
+            item = {**each, "content": joined(each["content"])}
         if not isinstance(item, dict) or not isinstance(item.get("content"), str):
             raise RowRefused(
                 "preference.type",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
-from luthier.data.read import PLAIN_TEXT, Record, read_records
-from luthier.data.rows import Checker, listed, rename_fix
+from luthier.data.checker import Checker
+from luthier.data.parsing import Record
+from luthier.data.read import read_records
+from luthier.data.renames import listed, rename_fix
+from luthier.data.rows import Columns, is_text
+from luthier.data.sources import Source, files_of
 from luthier.errors import DataError, Problem
 from luthier.types import Message, Row
 
@@ -20,26 +23,32 @@ RULES: Mapping[str, str] = {
 """Rules of prompts; those of reading and of the texts themselves are in ``data.rows``."""
 
 
-def load_prompts(path: Path) -> list[Row]:
-    """Read a whole file for what it asks; raise ``DataError`` with every problem if there is any.
+def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
+    """Read a whole source for what it asks; raise ``DataError`` with every problem if there is any.
 
-    Rows are of the shape ``{"prompt"}``, or ``messages`` that end with the user's turn. A row's own
-    reply, its ``completion`` or the assistant's turn at the end of ``messages``, is no part of what is
-    asked: it becomes ``expected``, unless the row has that key itself. In a plain-text file each line
-    that is not blank is a prompt.
+    Rows are of the shape ``{"prompt"}``, or ``messages`` that end with the user's turn, or of a form
+    that becomes one of these. A row's own reply, its ``completion`` or the assistant's turn at the end
+    of ``messages``, is no part of what is asked: it becomes ``expected``, unless the row has that key
+    itself. In a plain-text file each line that is not blank is a prompt.
     """
     problems: list[Problem] = []
-    checker = _Checker(str(path), problems)
+    files = files_of(source)
+    checker = _Checker(str(files[0]), problems, columns)
     rows: list[Row | None] = []
-    for line, record in read_records(path, problems):
-        if path.suffix.lower() in PLAIN_TEXT:
-            texts = enumerate(str(record["text"]).split("\n"), 1)
-            rows += [Row(str(path), n, prompt=text.strip()) for n, text in texts if text.strip()]
-        else:
-            rows.append(checker.row(line, record))
+    for path in files:
+        checker.begin(str(path))
+        text = is_text(path)
+        for line, record in read_records(path, problems):
+            if text:
+                lines = enumerate(str(record["text"]).split("\n"), 1)
+                rows += [
+                    Row(str(path), n, prompt=each.strip()) for n, each in lines if each.strip()
+                ]
+            else:
+                rows.append(checker.row(line, record))
     if not rows and not problems:
         fix = "Write one prompt on each line."
-        problems.append(Problem(str(path), 0, "file.empty", "The file holds no prompts.", fix))
+        problems.append(Problem(str(source), 0, "file.empty", "The file holds no prompts.", fix))
     if problems:
         raise DataError(problems)
     return [row for row in rows if row is not None]
@@ -55,6 +64,10 @@ class _Checker(Checker):
 
     def row(self, line: int, record: Record) -> Row | None:
         self.line = line
+        own = self.own(record)
+        if own is None:
+            return None
+        record = own
         if "id" in record:
             self.check_id(record["id"])
         if "prompt" not in record and "messages" not in record:
@@ -64,7 +77,7 @@ class _Checker(Checker):
             return None
         key = "prompt" if "prompt" in record else "messages"
         self.first = self.first or (key, line)
-        if self.first[0] != key:
+        if self.form is None and self.first[0] != key:
             message = f'The row has "{key}", but the first row (line {self.first[1]}) has not.'
             self.report("prompt.mixed", message, "Move the row to a file of its own kind.")
             return None

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from luthier.data.rows import load_rows
+from luthier.data.sources import hash_of
 from luthier.distillation.base import Distilled
 from luthier.distillation.recipe import OBJECTIVE_OF, DistilRecipe
 from luthier.distillation.responses import by_responses
 from luthier.errors import RecipeError
-from luthier.files import sha256_of
 from luthier.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def by_objective(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Dist
     lineage = {
         "method": recipe.method,
         "teacher": {"model": recipe.teacher.model},
-        "rows": {"file": str(rows), "sha256": sha256_of(rows)},
+        "rows": {"file": str(rows), "sha256": hash_of(rows)},
     }
     result = train(recipe.tuning(), resume, reporter, {"distillation": lineage})
     return Distilled(result, lineage)
@@ -60,5 +60,5 @@ def _bare(recipe: DistilRecipe, objective: Objective) -> bool:
     """Whether the rows are prompts, and what is learned are replies."""
     if "prompt" not in objective.shapes:
         return False
-    first = load_rows(recipe.data.train)[0]
+    first = load_rows(recipe.data.train, recipe.data.columns)[0]
     return first.completion is None and first.messages is None

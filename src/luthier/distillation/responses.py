@@ -27,6 +27,7 @@ from typing import Any
 from luthier import __version__
 from luthier.asking.base import Answerer, Failure, Reply
 from luthier.data.prompts import load_prompts, messages_of
+from luthier.data.sources import hash_of
 from luthier.distillation.base import Distilled
 from luthier.distillation.insights import (
     Insight,
@@ -125,7 +126,7 @@ class _Responses:
 
     def _prompts(self) -> list[Row]:
         spec, path = self.recipe.insights, self.recipe.data.train
-        rows = load_prompts(path)
+        rows = load_prompts(path, self.recipe.data.columns)
         check_grader(rows, spec)
         if len(rows) < spec.minimum:
             raise RecipeError(
@@ -142,7 +143,7 @@ class _Responses:
         request = {
             "recipe": plain,
             "teacher": dict(teacher.identity),
-            "prompts": sha256_of(self.recipe.data.train),
+            "prompts": hash_of(self.recipe.data.train),
             "luthier": __version__,
         }
         path, name = self.folder / _REQUEST, str(self.recipe.name)
@@ -263,7 +264,7 @@ class _Responses:
             "sampling": self.recipe.sampling.model_dump(mode="json"),
             "prompts": {
                 "file": str(self.recipe.data.train),
-                "sha256": sha256_of(self.recipe.data.train),
+                "sha256": hash_of(self.recipe.data.train),
             },
             "insights": {**asdict(found), "file": str(self.folder / INSIGHTS)},
             "answers_sha256": sha256_of(self.folder / ANSWERS),
@@ -272,7 +273,7 @@ class _Responses:
     def _train(self, resume: bool, lineage: dict[str, Any]) -> Result:
         from luthier.engine.train import train
 
-        data = self.recipe.data.model_copy(update={"train": self.folder / ANSWERS})
+        data = self.recipe.data.model_copy(update={"train": str(self.folder / ANSWERS)})
         recipe = self.recipe.tuning(data=data)
         return train(recipe, resume, self.reporter, {"distillation": lineage})
 

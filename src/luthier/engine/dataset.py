@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, hold_out, total_tokens
-from luthier.data.rows import load_rows
+from luthier.data.rows import Recognized, read_rows
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import sha256_of
@@ -57,6 +58,8 @@ class Dataset:
     """Further sets, whose examples stand behind those of the main one in ``train``."""
     report: Report | None = None
     """What the data gate says of the rows; ``None`` where they were never in memory."""
+    recognized: Recognized | None = None
+    """What the main source was taken for."""
 
     @property
     def main(self) -> int:
@@ -70,12 +73,20 @@ class Dataset:
 
 
 def prepare(
-    spec: DataSpec, objective: Objective | None, chat: ChatFormat, context: int, seed: int
+    spec: DataSpec,
+    objective: Objective | None,
+    chat: ChatFormat,
+    context: int,
+    seed: int,
+    told: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Read, check, split and encode the data of a recipe; :class:`DataError` lists what is wrong."""
-    rows = load_rows(spec.train)
-    held = load_rows(spec.validation) if spec.validation else []
-    further = [load_rows(each.train) for each in spec.mix]
+    """Read, check, split and encode the data of a recipe; :class:`DataError` lists what is wrong.
+
+    ``told`` is now and then given how many bytes of how many have been read.
+    """
+    rows, recognized = read_rows(spec.train, spec.columns, told)
+    held = read_rows(spec.validation, spec.columns)[0] if spec.validation else []
+    further = [read_rows(each.train, spec.columns)[0] for each in spec.mix]
     choices: list[Choice] = []
     if objective is None:
         objective = objective_for(rows[0], chat)
@@ -123,6 +134,7 @@ def prepare(
         counts={**counts, "examples": len(train)},
         mixed=mixed,
         report=report,
+        recognized=recognized,
     )
 
 
@@ -160,11 +172,12 @@ def _mix(spec: DataSpec, sets: Sequence[list[Example]]) -> tuple[list[Example], 
 
 def _shares(spec: DataSpec, mixed: Sequence[Mixed], main: int) -> list[Choice]:
     """What mixing comes to, for people."""
+    name = Path(spec.train).name
     return [
         (
-            f"data.mix {each.train.name}",
+            f"data.mix {Path(each.train).name}",
             f"{sizes.drawn} of {sizes.rows}",
-            f"rows beside each pass over the {main} of {spec.train.name}: {each.weight:g} for each",
+            f"rows beside each pass over the {main} of {name}: {each.weight:g} for each",
         )
         for each, sizes in zip(spec.mix, mixed, strict=True)
     ]

@@ -22,6 +22,7 @@ from luthier.adaptations.full import Full
 from luthier.data.chat import ChatFormat
 from luthier.data.corpus import HeldOut, Piece, Survey, pieces, sample, survey
 from luthier.data.read import check_file
+from luthier.data.sources import files_of
 from luthier.data.tokens import TokenFile, TokenWriter, id_type
 from luthier.engine.dataset import Dataset
 from luthier.engine.devices import Machine, choose_machine, keep_freed_memory
@@ -84,7 +85,8 @@ def pretrain(
 
 
 def _request(recipe: PretrainRecipe) -> dict[str, Any]:
-    files = [*recipe.data.train, *recipe.data.validation]
+    given = [*recipe.data.train, *recipe.data.validation]
+    files = [file for source in given for file in files_of(source)]
     problems: list[Problem] = []
     for path in files:
         check_file(path, problems)

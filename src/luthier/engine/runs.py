@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from luthier.data.sources import Source, stem_of
 from luthier.errors import RunConflict
 from luthier.files import lock, luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
@@ -143,7 +144,7 @@ class BaseRun(Run):
             shutil.rmtree(self.folder / part, ignore_errors=True)
 
 
-def automatic_name(base: str, data: Path, resume: bool, parent: Path | None = None) -> str:
+def automatic_name(base: str, data: Source, resume: bool, parent: Path | None = None) -> str:
     """A name for a run that was given none: the data file's, with the first free number.
 
     With ``resume`` it is the last one that was given out, so that the same command goes on.
@@ -151,7 +152,7 @@ def automatic_name(base: str, data: Path, resume: bool, parent: Path | None = No
     """
     import re
 
-    stem = re.sub(r"[^a-z0-9._-]+", "-", data.stem.lower()).strip("-._")[:50] or "model"
+    stem = re.sub(r"[^a-z0-9._-]+", "-", stem_of(data).lower()).strip("-._")[:50] or "model"
     parent = parent or Run(base, stem).folder.parent
     if resume:
         matches = [

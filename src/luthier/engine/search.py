@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier import __version__
+from luthier.data.sources import absolute
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, same_request
 from luthier.engine.space import (
@@ -290,9 +291,9 @@ class _Search:
         """``best.toml``: no name, so that it can be tuned again as it is; paths that work anywhere."""
         data = recipe.data.model_copy(
             update={
-                key: path.absolute()
+                key: absolute(source)
                 for key in ("train", "validation")
-                if (path := getattr(recipe.data, key)) is not None
+                if (source := getattr(recipe.data, key)) is not None
             }
         )
         found = recipe.model_copy(update={"data": data, "base": self.base.id})

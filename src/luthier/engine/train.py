@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -38,6 +38,8 @@ from luthier.models.save import (
 )
 from luthier.recipe import Recipe
 from luthier.store import models as store
+
+_LARGE = 50_000_000
 
 
 def train(
@@ -126,7 +128,8 @@ def _prepare(
             f"{added} added tokens leave no room in the model's context of {context}; use fewer"
         )
     objective = acquainted(recipe.objective, reporter.stage)
-    data = prepare(recipe.data, objective, chat, room, recipe.training.seed)
+    data = prepare(recipe.data, objective, chat, room, recipe.training.seed, _bar(reporter))
+    reporter.note(f"recognized: {data.recognized}")
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
@@ -137,6 +140,16 @@ def _prepare(
     if job.others:
         origin["others"] = {name: other.id for name, other in job.others.items()}
     return replace(job, origin=origin)
+
+
+def _bar(reporter: Reporter) -> Callable[[int, int], None]:
+    """Shows how far reading is, where that takes long enough to ask."""
+
+    def told(done: int, size: int) -> None:
+        if size >= _LARGE:
+            reporter.counted(done // 1_000_000, size // 1_000_000, "MB read")
+
+    return told
 
 
 class Trainer:

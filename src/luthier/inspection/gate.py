@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from luthier.data.rows import Columns
+from luthier.data.sources import Source
 from luthier.errors import DownloadError
 from luthier.inspection.check import Known, Split
 from luthier.inspection.findings import Finding, Place
-from luthier.inspection.inspect import Progress, Report, inspect_files
+from luthier.inspection.inspect import Progress, Report, inspect_sources
 from luthier.inspection.policy import Policy, policy_of, read_policy
 from luthier.inspection.table import BASE_MISSING, checks_for
 from luthier.recipe import Recipe
@@ -22,10 +24,12 @@ DEFAULT_BASE = str(Recipe.model_fields["base"].default)
 class Request:
     """What is to be inspected, and how."""
 
-    data: Path
+    data: Source
     """Rows to learn from."""
-    validation: Path | None = None
-    test: Path | None = None
+    validation: Source | None = None
+    test: Source | None = None
+    columns: Columns | None = None
+    """The file's name for each of our keys."""
     base: str | None = DEFAULT_BASE
     """Model that the rows are encoded for; ``None`` for none."""
     objective: str | Mapping[str, Any] | None = None
@@ -39,10 +43,10 @@ class Request:
     """Checks that are not run."""
 
     @property
-    def files(self) -> dict[Split, list[Path]]:
-        """Files of each split."""
+    def sources(self) -> dict[Split, Source]:
+        """Where the rows of each split are."""
         named = {"train": self.data, "validation": self.validation, "test": self.test}
-        return {split: [path] for split, path in named.items() if path is not None}
+        return {split: source for split, source in named.items() if source is not None}
 
     @property
     def decided(self) -> Policy:
@@ -76,8 +80,7 @@ def inspect(
                 raise
             missing = str(error)
     checks, left_out = checks_for(known, decided.skip)
-    files = request.files
-    report = inspect_files(files, checks, decided.severity, progress)
+    report = inspect_sources(request.sources, checks, decided.severity, request.columns, progress)
     if missing:
         report.findings.add(Finding(BASE_MISSING, Place(str(request.data), 0), missing))
     return replace(report, base=request.base if known.chat else None, left_out=left_out)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from luthier.data.rows import stream_rows
-from luthier.errors import Problem
+from luthier.data.checker import Checker
+from luthier.data.rows import Columns, RowReader
+from luthier.data.sources import Source
+from luthier.errors import DataError, Problem
 from luthier.inspection.check import Batch, Check, Places, Split
 from luthier.inspection.findings import Finding, Findings, Place, Rule, Severity
 from luthier.inspection.reading import rule_of
@@ -26,6 +27,8 @@ ROWS = 1024
 """Rows of a batch at most."""
 CHARACTERS = 1 << 20
 """Characters of a batch, about: long rows come in smaller batches."""
+IDS = 1_000_000
+"""Ids that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -112,45 +115,40 @@ def inspect_rows(
     return gate.report({split: sorted(gate.files[split]) for split in splits})
 
 
-def inspect_files(
-    files: Mapping[Split, Sequence[Path]],
+def inspect_sources(
+    sources: Mapping[Split, Source],
     checks: Sequence[Check],
     overrides: Mapping[str, Severity | Literal["off"]] | None = None,
+    columns: Columns | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
-    """The gate on files of any size; what cannot be read is found by the rules of reading."""
+    """The gate on sources of any size; what cannot be read is found by the rules of reading."""
     gate = _Gate(checks, Findings(overrides or {}))
-    total = sum(path.stat().st_size for paths in files.values() for path in paths if path.is_file())
+    readers: dict[Split, RowReader] = {}
+    for split, source in sources.items():
+        gate.begin(split)
+        try:
+            readers[split] = RowReader(source, columns, _Streaming, whole=False)
+        except DataError as error:
+            gate.note(list(error.problems))
+    total = sum(reader.size for reader in readers.values())
     done = 0
-    for split, paths in files.items():
-        for path in paths:
-            follower = _Follower(path)
-            for line in gate.see_file(split, path):
-                broken = sum(gate.findings.counts.values())
-                at = done + follower.bytes_to(line)
-                progress(Progress(gate.places.total, at, total, broken))
-            done += path.stat().st_size if path.is_file() else 0
-    broken = sum(gate.findings.counts.values())
-    progress(Progress(gate.places.total, total, total, broken))
-    return gate.report({split: [str(path) for path in paths] for split, paths in files.items()})
+    for split, reader in readers.items():
+        for _ in gate.see_all(split, reader):
+            progress(gate.progress(done + reader.done, total))
+        done += reader.size
+    progress(gate.progress(total, total))
+    files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
+    return gate.report({split: [str(sources[split])] for split in sources} | files)
 
 
-class _Follower:
-    """How many bytes of a file its first lines take, found by counting line ends behind the reader."""
+class _Streaming(Checker):
+    """Remembers the first ids only: those of a file larger than memory would not fit either."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines = self._bytes = 0
-
-    def bytes_to(self, line: int) -> int:
-        """Bytes of at least the first ``line - 1`` lines; lines may only grow."""
-        if line - 1 > self._lines and self._path.is_file():
-            with self._path.open("rb") as stream:
-                stream.seek(self._bytes)
-                while self._lines < line - 1 and (data := stream.read(1 << 20)):
-                    self._lines += data.count(b"\n")
-                    self._bytes += len(data)
-        return self._bytes
+    def check_id(self, value: object) -> None:
+        """Report an id that one of the first :data:`IDS` rows has."""
+        if len(self.line_of_id) < IDS or value in self.line_of_id:
+            super().check_id(value)
 
 
 class _Gate:
@@ -165,30 +163,34 @@ class _Gate:
         self.forms: dict[Split, str] = {}
         self.began = time.perf_counter()
 
-    def see(self, split: Split, rows: Iterable[Row]) -> None:
-        """All rows of a split."""
+    def begin(self, split: Split) -> None:
+        """A split may have no row, and is named all the same."""
         self.files.setdefault(split, set())
         self.rows.setdefault(split, 0)
+
+    def see(self, split: Split, rows: Iterable[Row]) -> None:
+        """All rows of a split."""
+        self.begin(split)
         for batch in batches(split, rows):
             self.take(batch)
 
-    def see_file(self, split: Split, path: Path) -> Iterator[int]:
-        """All rows of a file, with a pause after each batch: yields the number of its last line."""
-        problems: list[Problem] = []
-        self.files.setdefault(split, set()).add(str(path))
-        self.rows.setdefault(split, 0)
-        rows = (
-            row
-            for row, _ in stream_rows(path, problems)
-            # A text without characters only ends a document; and no check need look at a row that
-            # was refused in reading.
-            if row.text != "" and not (problems and problems[-1].line == row.line)
-        )
+    def see_all(self, split: Split, reader: RowReader) -> Iterator[None]:
+        """All rows of a source, with a pause after each batch."""
+        problems = reader.problems
+        # No check need look at a row that was refused in reading.
+        rows = (row for row in reader if not (problems and problems[-1].line == row.line))
         for batch in batches(split, rows):
             self.take(batch)
             self.note(problems)
-            yield batch.rows[-1].line
+            yield
         self.note(problems)
+        if reader.rows:
+            told = reader.recognized
+            self.forms[split] = f"{'; '.join(told.containers)}, {told.form}"
+
+    def progress(self, done: int, total: int) -> Progress:
+        """How far the pass is, in bytes."""
+        return Progress(self.places.total, done, total, sum(self.findings.counts.values()))
 
     def take(self, batch: Batch) -> None:
         """One batch through all checks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from luthier.errors import Problem
@@ -48,7 +47,7 @@ def refusals(report: Report) -> list[Problem]:
     ]
 
 
-def warnings(report: Report, data: Path) -> list[str]:
+def warnings(report: Report, data: str) -> list[str]:
     """What to say before training: a line for each rule, and where to see more."""
     found = report.findings
     lines = []

@@ -156,7 +156,9 @@ class Learning(Check):
             except DataError as error:
                 bad, empty = error.problems[0], np.zeros(0, np.int64)
                 start = excerpt_of(batch.rows[0])
-                return Measured(empty, empty, empty, ((0, bad.rule, bad.message, bad.fix, start),), ())
+                return Measured(
+                    empty, empty, empty, ((0, bad.rule, bad.message, bad.fix, start),), ()
+                )
             self.objective.check(self.chat)
         objective = self.objective
         problems: list[tuple[int, str, str, str]] = []

@@ -50,17 +50,23 @@ def tune(
         RefusedInput: before any training, for data or settings that cannot work.
     """
     from luthier.engine.train import train
-    from luthier.recipe import Recipe, assign, read_toml
+    from luthier.recipe import Recipe, assign
 
     if isinstance(data, Recipe):
         if fields:
             raise RecipeError("a Recipe is complete; give no further fields beside it")
         return train(data, resume, reporter)
-    path = Path(data)
-    plain: dict[str, Any] = read_toml(path) if path.suffix == ".toml" else {"data": {"train": path}}
+    plain = _fields(str(data))
     for key, value in fields.items():
         assign(plain, key.split("__"), value)
     return train(Recipe.parse(plain), resume, reporter)
+
+
+def _fields(data: str) -> dict[str, Any]:
+    """Fields of a TOML recipe, or those of a recipe for data."""
+    from luthier.recipe import read_toml
+
+    return read_toml(Path(data)) if data.endswith(".toml") else {"data": {"train": data}}
 
 
 def distil(
@@ -93,10 +99,9 @@ def distil(
     from luthier.asking.spec import address_fields
     from luthier.distillation import DistilRecipe
     from luthier.distillation import distil as run
-    from luthier.recipe import assign, read_toml
+    from luthier.recipe import assign
 
-    path = Path(prompts)
-    plain: dict[str, Any] = read_toml(path) if path.suffix == ".toml" else {"data": {"train": path}}
+    plain = _fields(str(prompts))
     if isinstance(plain.get("teacher"), str):
         plain["teacher"] = address_fields(plain["teacher"])
     for key, value in (address_fields(teacher) if teacher else {}).items():
@@ -178,6 +183,7 @@ def inspect(
     *,
     validation: str | Path | None = None,
     test: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
     base: str | None = DEFAULT_BASE,
     objective: str | Mapping[str, Any] | None = None,
     rows: int = 5,
@@ -188,8 +194,9 @@ def inspect(
     """Say whether data can teach a model, and what is wrong row by row; nothing is trained.
 
     Args:
-        data: rows to learn from.
+        data: rows to learn from: a file, a folder, a pattern, ``file://`` or ``s3://``.
         validation, test: rows of the other splits, which must not stand in ``data`` too.
+        columns: the file's name for each of our keys, such as ``{"prompt": "question"}``.
         base: model that the rows are encoded for; ``None`` leaves out what needs a tokenizer.
         objective: what is to be learned: a name, or a table of ``method`` and fields; chosen by the
             rows when not given.
@@ -209,9 +216,10 @@ def inspect(
     from luthier.inspection import gate
 
     request = gate.Request(
-        Path(data),
-        None if validation is None else Path(validation),
-        None if test is None else Path(test),
+        str(data),
+        None if validation is None else str(validation),
+        None if test is None else str(test),
+        columns,
         base,
         objective,
         rows,
@@ -337,7 +345,7 @@ def evaluate(
     from luthier.store.models import find, objective_of
 
     chosen = graders_named(graders)
-    rows = load_rows(Path(data))
+    rows = load_rows(data)
     stored = model.stored if isinstance(model, Model) else find(model)
     if rows and rows[0].reply is not None and not objective_of(stored).reads:
         return Evaluation(preference_scores(stored, rows)[0], len(rows), [])

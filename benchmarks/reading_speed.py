@@ -1,0 +1,127 @@
+"""How fast rows are read and checked, against json and orjson, and how much memory a large file takes.
+
+    python benchmarks/reading_speed.py [FOLDER] [--large GB]
+
+FOLDER holds JSON Lines files at any depth (data sets of your own). Parsers that are not installed are
+left out. Of one process, rates are by its processor time, which other work on the machine disturbs
+little. ``--large`` writes a file of so many gigabytes and reads it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from luthier.data import parsing
+from luthier.data.checker import Checker
+from luthier.data.read import Chunk, chunks_of, read_records
+from luthier.data.rows import RowReader
+
+BYTES = 20_000_000
+
+
+def parsers() -> Iterator[tuple[str, Callable[[bytes], object]]]:
+    yield "json.loads", json.loads
+    try:
+        import orjson
+
+        yield "orjson.loads (keeps the last of repeated keys)", orjson.loads
+    except ImportError:
+        pass
+    yield "luthier, strict parser", lambda line: parsing._strict(line, 2)
+    yield "luthier, parse_line", lambda line: parsing.parse_line(line, 2)
+
+
+def rate(run: Callable[[], object], size: int, clock: Callable[[], float], times: int = 3) -> float:
+    """The best of several runs, in MB/s."""
+    best = 0.0
+    for _ in range(times):
+        started = clock()
+        run()
+        best = max(best, size / 1e6 / (clock() - started))
+    return best
+
+
+def check_part(job: tuple[Path, Chunk]) -> int:
+    """Read and check one part of a file; its rows."""
+    path, chunk = job
+    problems: list[object] = []
+    checker = Checker(str(path), problems)  # type: ignore[arg-type]
+    found = read_records(path, problems, chunk=chunk)  # type: ignore[arg-type]
+    return sum(checker.row(line, record) is not None for line, record in found)
+
+
+def in_two(path: Path) -> int:
+    size = max(1 << 20, path.stat().st_size // 4 + 1)
+    with multiprocessing.Pool(2) as pool:
+        return sum(pool.imap(check_part, [(path, chunk) for chunk in chunks_of(path, size)]))
+
+
+def measure(source: Path, name: str, folder: Path) -> None:
+    lines = [line for line in source.read_bytes().split(b"\n") if line]
+    lines *= max(1, BYTES // sum(map(len, lines)))
+    path = folder / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    size = path.stat().st_size
+    print(f"{name}: {len(lines):,} lines of {size / len(lines):,.0f} bytes")
+    cpu = time.process_time
+    for parser, parse in parsers():
+
+        def run(parse: Callable[[bytes], object] = parse) -> None:
+            for line in lines:
+                parse(line)
+
+        print(f"  {rate(run, size, cpu):7,.0f} MB/s  {parser}")
+    # As loading is called by everyone, but without holding the rows.
+    found = rate(lambda: sum(1 for _ in RowReader(path)), size, cpu)
+    print(f"  {found:7,.0f} MB/s  read and checked, one process")
+    found = rate(lambda: in_two(path), size, time.perf_counter)
+    print(f"  {found:7,.0f} MB/s  read and checked, two processes (by the wall clock)")
+
+
+def large(gigabytes: float, folder: Path) -> None:
+    path = folder / "large.jsonl"
+    row = json.dumps({"prompt": "words " * 60, "completion": "more \u2028 words " * 60}) + "\n"
+    block = row.encode() * 1000
+    with path.open("wb") as file:
+        while file.tell() < gigabytes * 1e9:
+            file.write(block)
+    process = multiprocessing.get_context("spawn").Process(target=read_large, args=(path,))
+    process.start()
+    process.join()
+    path.unlink()
+
+
+def read_large(path: Path) -> None:
+    told: list[int] = []
+    started = time.perf_counter()
+    reader = RowReader(path, told=lambda done, size: told.append(done))
+    rows = sum(1 for _ in reader)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print(
+        f"{reader.size / 1e9:.2f} GB, {rows:,} rows in {seconds:.0f} s "
+        f"({reader.size / 1e6 / seconds:,.0f} MB/s), peak memory of the process {peak:,.0f} MB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--large", type=float, default=0.0, metavar="GB")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        for path in sorted(given.folder.rglob("train*.jsonl")) if given.folder else []:
+            measure(path, path.relative_to(given.folder).as_posix(), Path(name))
+        if given.large:
+            large(given.large, Path(name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""What a file is made of, told by its bytes: its name decides only where they leave a doubt.
+
+Containers are JSON Lines, a JSON array or object, CSV, TSV, Parquet and plain text, each but Parquet
+also packed with gzip or zstd.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import stat
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from luthier.data.forms import KEYS
+from luthier.data.parsing import Unreadable, shown
+
+Kind = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
+Packing = Literal["", "gzip", "zstd"]
+
+JSON_LINES = (".jsonl", ".ndjson", ".json-lines")
+PLAIN_TEXT = (".txt", ".md", ".text")
+TABLES = (".csv", ".tsv")
+PACKED = (".gz", ".zst")
+DATA_ENDINGS = (*JSON_LINES, ".json", *TABLES, ".parquet", *PLAIN_TEXT)
+"""Endings of files that are read, each but the last kind's also with one of ``PACKED`` behind it."""
+
+_HEAD_BYTES = 65536
+_DELIMITERS = "\t,;|"
+_SUPPORTED = (
+    f"Supported are JSON Lines ({', '.join(JSON_LINES)}), JSON (.json), tables (.csv, .tsv, .parquet) "
+    f"and plain text ({', '.join(PLAIN_TEXT)}), in UTF-8, also packed with gzip (.gz) or zstd (.zst)"
+)
+_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+# Every entry is impossible at the start of UTF-8 text, so a match alone is proof.
+_MAGIC = (
+    (_GZIP, "data packed twice"),
+    (_ZSTD, "data packed twice"),
+    (b"\xfd7zXZ\x00", "xz-compressed data"),
+    (b"PK\x03\x04", "a zip archive or an Office document"),
+    (b"PAR1", "a packed Parquet file"),
+    (b"\xff\xfe", "UTF-16 text"),
+    (b"\xfe\xff", "UTF-16 text"),
+)
+BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)
+"""What unpacking raises where the data is damaged."""
+
+# Tab, line ends, backspace, form feed and escape do occur in text.
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\r\b\f\x1b"))
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What a file is made of."""
+
+    kind: Kind
+    packing: Packing = ""
+    delimiter: str = ","
+    """Character between the cells of a table."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.packing}" if self.packing else self.kind
+
+
+def container_of(path: Path) -> Container:
+    """What the file at ``path`` is made of.
+
+    Raises:
+        Unreadable: for what is no regular file, no text, or of no known kind.
+        OSError: where it cannot be read.
+    """
+    _refuse_irregular(path)
+    packing: Packing = ""
+    with path.open("rb") as raw:
+        head = raw.read(_HEAD_BYTES)
+        if head.startswith((_GZIP, _ZSTD)):
+            packing = "gzip" if head.startswith(_GZIP) else "zstd"
+            raw.seek(0)
+            try:
+                head = unpacked(raw, packing).read(_HEAD_BYTES)
+            except BROKEN as error:
+                raise damaged(error) from None
+    if head.startswith(_PARQUET) and not packing:
+        return Container("parquet")
+    refuse_binary(head)
+    name = path.name.lower()
+    for ending in PACKED if packing else ():
+        name = name.removesuffix(ending)
+    suffix = Path(name).suffix
+    # A character that the head ends in the middle of is left out.
+    text = head.decode("utf-8", errors="ignore").removeprefix("\ufeff")
+    kind = _kind(text, suffix, len(head) < _HEAD_BYTES)
+    if kind is None:
+        raise _unknown(path.suffix.lower())
+    return Container(kind, packing, _delimiter(text, kind) if kind in ("csv", "tsv") else ",")
+
+
+def unpacked(raw: BinaryIO, packing: Packing) -> BinaryIO:
+    """The bytes of ``raw``, unpacked as they are read."""
+    if packing == "gzip":
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    return io.BufferedReader(_Zstd(raw), 1 << 18) if packing else raw
+
+
+def refuse_binary(data: bytes) -> None:
+    """:class:`Unreadable` where ``data`` cannot be the start of UTF-8 text."""
+    kind = next((name for magic, name in _MAGIC if data.startswith(magic)), None)
+    controls = len(data) - len(data.translate(None, _CONTROL))
+    if kind is None and b"\0" not in data and controls * 10 <= len(data):
+        return
+    message = f"The file is not UTF-8 text; it looks like {kind or 'binary data'}."
+    fix = f"Unpack or convert it, then name the result. {_SUPPORTED}."
+    raise Unreadable("file.binary", message, fix)
+
+
+def damaged(error: Exception) -> Unreadable:
+    """The refusal of packed data that cannot be unpacked."""
+    said = str(error).rstrip(".")
+    message = f"The packed file is damaged or cut off: {said[:1].lower()}{said[1:]}."
+    return Unreadable("file.damaged", message, "Pack or fetch the file again.")
+
+
+def needs(package: str, extra: str, what: str) -> Unreadable:
+    """The refusal of a file that an optional package reads."""
+    message = f"Reading {what} needs the package {package}, which is not installed."
+    return Unreadable("file.extra", message, f"Install it: pip install 'luthier[{extra}]'.")
+
+
+class _Zstd(io.RawIOBase):
+    """Frames of zstd, one behind the other; a last one that is cut off is an error, not an end."""
+
+    # A piece of a hostile frame may unpack to 30,000 times its size.
+    _PIECE = 4096
+
+    def __init__(self, raw: BinaryIO) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise needs("zstandard", "zstd", "zstd-compressed data") from None
+        self._raw = raw
+        self._error = zstandard.ZstdError
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new()
+        self._begun = False
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            data = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._begun = self._new(), False
+            data = data or self._raw.read(self._PIECE)
+            if not data:
+                if self._begun:
+                    raise EOFError("the last frame is cut off")
+                return 0
+            self._begun = True
+            try:
+                self._ready = self._frame.decompress(data)
+            except self._error as error:
+                raise EOFError(str(error)) from None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+
+def _refuse_irregular(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the path
+        fix = "Check the path for a spelling mistake."
+        if not path.is_absolute():
+            fix = f"Check the path for a spelling mistake; it is looked up from {Path.cwd()}."
+        raise Unreadable("file.missing", "There is no file at this path.", fix) from None
+    if stat.S_ISDIR(mode):
+        fix = "Name one file inside the folder."
+        raise Unreadable("file.directory", "This is a folder, not a file.", fix)
+    if not stat.S_ISREG(mode):
+        message = "This is a pipe, a socket or a device, not a regular file."
+        raise Unreadable(
+            "file.unreadable", message, "Write the data to a file first, and name that."
+        )
+
+
+def _kind(text: str, suffix: str, whole: bool) -> Kind | None:
+    """What the text at the head of a file is; ``whole`` says that there is no more of it."""
+    start = text.lstrip(" \t\r\n")[:1]
+    if suffix in TABLES or suffix == ".md" or (not start and suffix in PLAIN_TEXT):
+        return "text" if suffix in (".md", *PLAIN_TEXT) else "csv" if suffix == ".csv" else "tsv"
+    lines = [line for line in text.split("\n") if line.strip(" \t\r")]
+    first = _value(lines[0]) if lines and (whole or len(lines) > 1) else None
+    if suffix in PLAIN_TEXT:
+        # Rows in a file that is called text: two objects are no accident, nor is one alone.
+        second = _value(lines[1]) if len(lines) > (1 if whole else 2) else first
+        return "jsonl" if isinstance(first, dict) and isinstance(second, dict) else "text"
+    if start == "[" and (len(lines) < 2 or first is None):
+        return "json"
+    if suffix in JSON_LINES:
+        return "jsonl"
+    if start == "{":
+        return "jsonl" if first is not None or len(lines) < 2 else "json"
+    if suffix == ".json":
+        return "jsonl"
+    return "csv" if _is_table(text) else None
+
+
+def _value(line: str) -> object | None:
+    """The JSON value that a line is, if it is one as a whole."""
+    try:
+        return json.loads(line)  # type: ignore[no-any-return]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_table(text: str) -> bool:
+    """Whether text of unknown kind has a header that names known columns, and rows as long."""
+    delimiter = _delimiter(text, "csv")
+    rows = [row for line in text.split("\n")[:3] if (row := _cells(line, delimiter))]
+    header = {name.strip().lower() for name in rows[0]} if rows else set()
+    return len(header) > 1 and len(rows) > 1 and bool(header & KEYS)
+
+
+def _delimiter(text: str, kind: Kind) -> str:
+    """The character that cuts the header into most cells; by the kind where several do."""
+    header = text.split("\n", 1)[0]
+    usual = "\t" if kind == "tsv" else ","
+    return max(_DELIMITERS, key=lambda each: (len(_cells(header, each)), each == usual))
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line.rstrip("\r")], delimiter=delimiter), [])
+    except csv.Error:
+        return []
+
+
+def _unknown(suffix: str) -> Unreadable:
+    ending = f"The file ending {shown(suffix)} is not known" if suffix else "The file has no ending"
+    message = f"{ending}, and its content is neither JSON nor a table with known columns."
+    fix = f"Convert the file, or rename it if only its ending is wrong. {_SUPPORTED}."
+    return Unreadable("file.unknown_format", message, fix)

@@ -1,0 +1,213 @@
+"""One source to one file, in another form or container: streaming, whole or not at all.
+
+Keys that say nothing of a row's form (an id, a category) are kept beside it, or left out where that was
+asked for. A row with anything that form or container cannot say is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from luthier.data.containers import JSON_LINES, PACKED
+from luthier.data.parsing import Record, shown
+from luthier.data.rows import Columns, Recognized, RowReader
+from luthier.data.sources import Source
+from luthier.data.targets import TARGETS, keys_of
+from luthier.data.writers import Writer, check_columns, check_table, writer_of
+from luthier.errors import DataError, RecipeError, RowRefused
+from luthier.types import Row
+
+Format = Literal["jsonl", "csv", "tsv", "parquet"]
+FORMATS: tuple[Format, ...] = ("jsonl", "csv", "tsv", "parquet")
+
+MOST_PROBLEMS = 100
+"""Reading stops after so many."""
+
+_BESIDE_TEXT = {"role", "content", "from", "value"}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was done."""
+
+    recognized: Recognized
+    rows: int
+    form: str
+    format: Format
+    kept: tuple[str, ...]
+    """Further keys that are written beside the form."""
+    left_out: tuple[str, ...]
+    """Further keys that were left out, as asked."""
+
+
+def format_of(target: Path) -> Format:
+    """The container that a file's ending names; :class:`RecipeError` where it names none."""
+    name = target.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    suffix = Path(name).suffix
+    if suffix in JSON_LINES:
+        return "jsonl"
+    if suffix[1:] in FORMATS:
+        return suffix[1:]  # type: ignore[return-value]
+    raise RecipeError(
+        f"{target} has no ending that tells the format; give one of --format {', '.join(FORMATS)}"
+    )
+
+
+def convert(
+    source: Source,
+    target: Path,
+    form: str = "rows",
+    format_: Format | None = None,
+    columns: Columns | None = None,
+    bare: bool = False,
+    told: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Write the rows of ``source`` to ``target``, which is there whole or not at all.
+
+    Args:
+        source: a file, a folder, a pattern or an address.
+        target: the new file; its ending names the format, and ``.gz`` or ``.zst`` packs it.
+        form: one of ``TARGETS``.
+        format_: the container, where the ending does not tell it.
+        columns: the source's name for each of our keys.
+        bare: leave out keys that are no part of the form.
+        told: now and then given how many bytes of how many have been read.
+
+    Raises:
+        RecipeError: for a form, format or target that cannot be.
+        DataError: with every row that cannot be read or written, up to ``MOST_PROBLEMS``.
+    """
+    if form not in TARGETS:
+        raise RecipeError(f"there is no form {form!r}; there are {', '.join(TARGETS)}")
+    kind = format_ or format_of(target)
+    work = _Conversion(source, form, columns, bare, told)
+    if target.resolve() in {path.resolve() for path in work.reader().files}:
+        raise RecipeError(f"{target} is read from; write to another file")
+    # A table needs the names of all columns before its first row; everything is checked on the way.
+    names = list(work.names()) if kind != "jsonl" else []
+    try:
+        with writer_of(kind, target, names) as writer:
+            reader = work.write(writer, names)
+    except RowRefused as bad:  # of rows that were gathered
+        raise DataError([bad.at(str(source), 0)]) from bad
+    return Conversion(
+        reader.recognized, reader.rows, form, kind, tuple(work.kept), tuple(work.left_out)
+    )
+
+
+class _Conversion:
+    """Reads the source as often as it is needed."""
+
+    def __init__(
+        self,
+        source: Source,
+        form: str,
+        columns: Columns | None,
+        bare: bool,
+        told: Callable[[int, int], None] | None,
+    ) -> None:
+        self.source, self.columns, self.bare, self.told = source, columns, bare, told
+        self.record_of = TARGETS[form]
+        self.first = ""
+        self.kept: dict[str, None] = {}
+        self.left_out: dict[str, None] = {}
+
+    def reader(self) -> RowReader:
+        return RowReader(self.source, self.columns, told=self.told)
+
+    def names(self) -> dict[str, None]:
+        """Every column, in the order of appearance; what no table can hold is refused here."""
+        found: dict[str, None] = {}
+        reader = self.reader()
+        for row, record in self.records(reader):
+            self._try(reader, row, partial(check_table, record))
+            found |= dict.fromkeys(record)
+        self._refuse(reader)
+        return found
+
+    def write(self, writer: Writer, names: Sequence[str]) -> RowReader:
+        """Write every row; nothing is kept of the file where one is refused."""
+        reader = self.reader()
+        for row, record in self.records(reader):
+            if self._try(reader, row, partial(check_columns, record, names)):
+                self._try(reader, row, partial(writer.write, record))
+        self._refuse(reader)
+        return reader
+
+    def records(self, reader: RowReader) -> Iterator[tuple[Row, Record]]:
+        """Each row with what is written of it; problems join those of the reader."""
+        for row in reader:
+            try:
+                record = self._record(row, reader)
+            except RowRefused as bad:
+                reader.problems.append(bad.at(row.file, row.line))
+                self._refuse(reader, MOST_PROBLEMS)
+            else:
+                yield row, record
+            self._refuse(reader, MOST_PROBLEMS)
+
+    def _record(self, row: Row, reader: RowReader) -> Record:
+        given, form = reader.checker.given, reader.checker.form
+        used = set(keys_of(row)) if form is None else set(form.keys | form.used)
+        if form is not None:
+            used |= keys_of(row) & {"rating", "score", "label", "thumb", "expected"}
+        if not self.bare:
+            _refuse_lost(given)
+        made = self.record_of(row)
+        kind = "messages" if "messages" in made else "others"
+        self.first = self.first or kind
+        if kind != self.first:
+            raise RowRefused(
+                "convert.form",
+                "Some rows are conversations (as with a system prompt), others a prompt and a reply.",
+                "Write all as conversations: --to chat.",
+            )
+        for key, value in given.items():
+            if key in used:
+                continue
+            if self.bare:
+                self.left_out[key] = None
+                continue
+            if key in made:
+                raise RowRefused(
+                    "convert.key",
+                    f"The key {shown(key)} is no part of the row, but of what is written.",
+                    "Leave further keys out with --bare, or set it aside with --map.",
+                )
+            self.kept[key] = None
+            made[key] = value
+        return made
+
+    def _try(self, reader: RowReader, row: Row, action: Callable[[], None]) -> bool:
+        """Whether it went well; if not, the problem is noted."""
+        try:
+            action()
+        except RowRefused as bad:
+            reader.problems.append(bad.at(row.file, row.line))
+            self._refuse(reader, MOST_PROBLEMS)
+            return False
+        return True
+
+    def _refuse(self, reader: RowReader, count: int = 1) -> None:
+        if len(reader.problems) >= count:
+            raise DataError(reader.problems)
+
+
+def _refuse_lost(record: Record) -> None:
+    """Refuse messages that say more than who and what."""
+    for key in ("messages", "conversations"):
+        turns = record.get(key)
+        for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
+            more = [k for k, v in turn.items() if k not in _BESIDE_TEXT and v is not None]
+            if more:
+                raise RowRefused(
+                    "convert.message",
+                    f"Message {number} has the key {shown(more[0])}, which would be lost.",
+                    "Leave such keys out with --bare.",
+                )

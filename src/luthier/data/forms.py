@@ -1,0 +1,257 @@
+"""The forms in which people keep rows, told by their keys, and how each becomes one of our shapes.
+
+``FORMS`` is the table: a name, the keys that tell the form, and a function that gives the record in the
+shapes of ``luthier.data.rows``. No text is altered; an Alpaca instruction and its input are joined
+with a blank line between (the fields that the Stanford Alpaca recipe puts under its two headings,
+without the headings). To add a form, write one function and one line of the table.
+
+Considered and left out: ShareGPT with preferences, ``query`` with lists of passages, SQuAD's nested
+answers, triplets with hard negatives, tables of sentence pairs with a score or label (they are no
+pairs that belong together). ``--map`` takes those whose columns only have other names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+
+from luthier.data.parsing import Record
+
+Names = Mapping[str, str]
+"""What the file calls a key of ours, for messages."""
+Converted = tuple[Record, Names]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One form of rows."""
+
+    name: str
+    """As it is shown to people."""
+    keys: frozenset[str]
+    """Keys that together tell the form."""
+    convert: Callable[[Record], Converted]
+    """The same row in a shape of ours; may leave its argument changed."""
+    without: frozenset[str] = frozenset()
+    """Keys beside which the row would mean something else."""
+    used: frozenset[str] = frozenset()
+    """Further keys that are read where they are there."""
+
+
+_ROLES: Mapping[object, str] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
+_OWN = frozenset(
+    (
+        "prompt",
+        "completion",
+        "messages",
+        "text",
+        "tokens",
+        "anchor",
+        "positive",
+        "chosen",
+        "rejected",
+    )
+)
+_JUDGED = frozenset(("label", "labels", "score", "rating", "similarity", "chosen", "rejected"))
+
+
+def _asked(question: str, answer: str, *more: str) -> Callable[[Record], Converted]:
+    """Rows of a question and an answer, with further text below the question where there is any."""
+
+    def convert(record: Record) -> Converted:
+        made: Record = {}
+        if question in record:
+            below = [record[key] for key in more if not _blank(record.get(key))]
+            made["prompt"] = _above(record[question], below)
+        if answer in record:
+            made["completion"] = record[answer]
+        names = {"prompt": question, "completion": answer}
+        system = next((record[k] for k in _SYSTEM_KEYS if not _blank(record.get(k))), None)
+        history = record.get("history")
+        if system is None and not history:
+            return _kept(record, made), names
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        for pair in history if isinstance(history, list) else []:
+            said = pair if isinstance(pair, list) and len(pair) == 2 else [pair, None]
+            turns += _turns(said[0], said[1])
+        turns += _turns(made.get("prompt"), made.get("completion"))
+        return _kept(record, {"messages": turns}), {}
+
+    return convert
+
+
+_BESIDE_ANY = ("id", "expected", "rating", "score", "thumb", "label")
+_SYSTEM_KEYS = ("system", "system_prompt")
+
+
+def _above(text: object, below: list[object]) -> object:
+    """Texts one below the other; the first that is none, to be refused by name."""
+    parts = [text, *below]
+    wrong = [part for part in parts if not isinstance(part, str)]
+    return wrong[0] if wrong else "\n\n".join(map(str, parts))
+
+
+def _turns(asked: object, answered: object) -> list[dict[str, object]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+
+
+def _blank(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _kept(record: Record, made: Record) -> Record:
+    """``made`` with what may stand beside any form: id, expected answer, judgement."""
+    return made | {key: record[key] for key in _BESIDE_ANY if key in record}
+
+
+def _raw_text(record: Record) -> Converted:
+    return _kept(record, {"text": record.get("input")}), {"text": "input"}
+
+
+def _conversation(record: Record) -> Converted:
+    """Bedrock: content is a list of blocks, the system prompt stands beside the messages."""
+    blocks = record.get("system")
+    messages = record.get("messages")
+    if blocks and isinstance(messages, list):
+        messages = [{"role": "system", "content": blocks}, *messages]
+    return _kept(record, {"messages": messages}), {}
+
+
+def _sharegpt(record: Record) -> Converted:
+    turns = record.get("conversations")
+    system = record.get("system")
+    if isinstance(turns, list):
+        turns = [_turn(each) for each in turns]
+        if not _blank(system):
+            turns = [{"role": "system", "content": system}, *turns]
+    return _kept(record, {"messages": turns}), {
+        "messages": "conversations",
+        "role": "from",
+        "content": "value",
+    }
+
+
+def _turn(item: object) -> object:
+    """A turn with ``role`` and ``content``; what is no turn stays, to be refused by name."""
+    if not isinstance(item, dict) or "from" not in item:
+        return item
+    role = item["from"]
+    known = _ROLES.get(role) if isinstance(role, str) else None
+    named = {"role": known or role}
+    return named | ({"content": item["value"]} if "value" in item else {})
+
+
+def _partners(one: str, other: str) -> Callable[[Record], Converted]:
+    """Two texts that belong together."""
+
+    def convert(record: Record) -> Converted:
+        made = {
+            key: record[own] for key, own in (("anchor", one), ("positive", other)) if own in record
+        }
+        return _kept(record, made), {"anchor": one, "positive": other}
+
+    return convert
+
+
+def _form(
+    name: str, keys: str, convert: Callable[[Record], Converted], without: str = "", used: str = ""
+) -> Form:
+    return Form(
+        name,
+        *(frozenset(keys.split()),),
+        convert,
+        frozenset(without.split()),
+        frozenset(used.split()),
+    )
+
+
+_ELSE = "instruction question query system_prompt"
+_NO_TEXT = " ".join(sorted(_OWN | _JUDGED))
+FORMS: tuple[Form, ...] = (
+    _form("Bedrock conversation", "schemaVersion messages", _conversation, used="system"),
+    _form("ShareGPT", "conversations", _sharegpt, used="system"),
+    _form(
+        "Alpaca",
+        "instruction output",
+        _asked("instruction", "output", "input"),
+        used="input system history",
+    ),
+    _form(
+        "instruction and response",
+        "instruction response",
+        _asked("instruction", "response", "context", "input"),
+        used="context input system",
+    ),
+    _form(
+        "question and answer", "question answer", _asked("question", "answer"), "context answers"
+    ),
+    _form(
+        "question and response",
+        "question response",
+        _asked("question", "response"),
+        "context",
+        "system_prompt system",
+    ),
+    _form(
+        "query and response",
+        "query response",
+        _asked("query", "response"),
+        "context",
+        "system history",
+    ),
+    _form("Bedrock input and output", "input output", _asked("input", "output"), _ELSE),
+    _form("query and positive", "query positive", _partners("query", "positive")),
+    _form("question and positive", "question positive", _partners("question", "positive")),
+    _form("sentence pairs", "sentence1 sentence2", _partners("sentence1", "sentence2")),
+    _form("premise and hypothesis", "premise hypothesis", _partners("premise", "hypothesis")),
+    _form(
+        "Bedrock raw text",
+        "input",
+        _raw_text,
+        f"{_ELSE} output answer response target expected {_NO_TEXT}",
+    ),
+)
+"""Every form that is not one of our own shapes, the more telling ones first."""
+
+KEYS = _OWN | _JUDGED | frozenset().union(*(form.keys | form.used for form in FORMS))
+"""Every key that says something of a form or a shape."""
+
+
+def forms_of(record: Record) -> list[Form]:
+    """Forms whose keys the record has; none where it is a complete shape of our own."""
+    keys = record.keys()
+    if _is_own(keys):
+        return []
+    found = [form for form in FORMS if form.keys <= keys and not form.without & keys]
+    # Texts that were compared or classified are no pair that belongs together.
+    return [form for form in found if not (form.keys & _PAIRED and keys & _JUDGED)]
+
+
+_PAIRED = frozenset(("positive", "sentence1", "premise"))
+_WHOLE = (
+    "prompt completion",
+    "messages",
+    "tokens tags",
+    "anchor positive",
+    "chosen",
+    "rejected",
+    "preferred_output",
+    "non_preferred_output",
+    "text label",
+    "text rating",
+)
+
+
+def _is_own(keys: Set[str]) -> bool:
+    if "schemaVersion" in keys:
+        return False
+    return any(frozenset(shape.split()) <= keys for shape in _WHOLE)

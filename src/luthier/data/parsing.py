@@ -1,0 +1,198 @@
+"""Bytes of one JSON value to a record, and what is wrong where they are none.
+
+The fast path is jiter, which refuses what is refused here too: repeated keys, NaN, text that is no
+UTF-8, halves of characters. What it refuses is read again by the strict parser, whose messages
+say where and how to mend it; what it takes is the same value, but for numbers too large to hold,
+which are looked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import jiter
+
+from luthier.errors import Problem
+
+Record = dict[str, object]
+
+MAX_LINE_BYTES = 16 * 1024 * 1024
+"""A longer line is refused, and skipped without being held in memory."""
+
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Unreadable(Exception):
+    """What is wrong with the line or file in hand; becomes a ``Problem`` where both are known."""
+
+    def __init__(self, rule: str, message: str, fix: str, line: int = 0) -> None:
+        super().__init__(rule)
+        self.rule, self.message, self.fix, self.line = rule, message, fix, line
+
+    def at(self, file: str, line: int) -> Problem:
+        """The same as a problem of a file."""
+        return Problem(file, line, self.rule, self.message, self.fix)
+
+
+def json_kind(value: object) -> str:
+    """Name the type of a decoded JSON value in JSON's own words, for messages."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", str: "a string", list: "an array", dict: "an object"}
+    return names.get(type(value), "a number")
+
+
+def shown(text: str) -> str:
+    """Quote text from the data for a message: short, on one line, nothing unprintable."""
+    # Raw escape codes would reach the user's terminal, and a lone surrogate cannot be printed.
+    clipped = text if len(text) <= 40 else text[:39] + "…"
+    return f'"{repr(clipped)[1:-1]}"'
+
+
+def decode(data: bytes, line: int) -> str:
+    """UTF-8 that begins on ``line``; :class:`Unreadable` names the first byte that is none."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        start = data.rfind(b"\n", 0, error.start) + 1
+        number = line + data.count(b"\n", 0, error.start)
+        found = f"0x{data[error.start]:02X}"
+        message = f"Byte {error.start - start + 1} of the line ({found}) is not valid UTF-8."
+        fix = "Save the file as UTF-8; from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW."
+        raise Unreadable("encoding.utf8", message, fix, number) from None
+
+
+def parse_line(raw: bytes, number: int) -> Record | None:
+    """Decode and check one line; None when it is blank."""
+    try:
+        value: object = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True)
+    except ValueError:
+        return _strict(raw, number)
+    return value if isinstance(value, dict) and _all_finite(value) else _strict(raw, number)
+
+
+def _all_finite(value: Record) -> bool:
+    """Whether no number in ``value`` was too large to hold."""
+    stack = [one for one in value.values() if type(one) is not str]
+    while stack:
+        one = stack.pop()
+        if type(one) is str:
+            continue
+        if type(one) is dict:
+            stack += one.values()
+        elif type(one) is list:
+            stack += one
+        elif type(one) is float and math.isinf(one):
+            return False
+    return True
+
+
+def _strict(raw: bytes, number: int) -> Record | None:
+    """What :func:`parse_line` says, by a parser that names the place of each mistake."""
+    text = decode(raw, number).rstrip("\r\n")  # or columns could point past the line
+    if number == 1:
+        text = text.removeprefix("\ufeff")
+    if not text.strip(" \t\r\n"):
+        return None
+    value = loads(text)
+    if not isinstance(value, dict):
+        message = f"The line holds {json_kind(value)}; a row is an object, like {{...}}."
+        fix = 'Write each row as one object on its own line, for example {"text": "..."}.'
+        raise Unreadable("json.not_object", message, fix)
+    if may_hold_surrogates(text):
+        refuse_surrogates(value)
+    return value
+
+
+def may_hold_surrogates(text: str) -> bool:
+    """Whether to look: valid UTF-8 holds none, so only an escape can bring one in."""
+    return "\\u" in text and _SURROGATE_ESCAPE.search(text) is not None
+
+
+def loads(text: str) -> object:
+    """One JSON value on one line; :class:`Unreadable` where it is none, or cannot be held."""
+    try:
+        value: object = DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        reason = error.msg[:1].lower() + error.msg[1:].removesuffix(" at").rstrip(": ")
+        message = f"The line is not valid JSON: {reason}, at column {error.pos + 1}."
+        raise Unreadable("json.invalid", message, _json_fix(text, error)) from None
+    except RecursionError:
+        raise too_deep() from None
+    except ValueError:  # Python refuses to convert integers of more than 4,300 digits
+        raise not_finite("A number with thousands of digits is too large to hold.") from None
+    return value
+
+
+def _json_fix(text: str, error: json.JSONDecodeError) -> str:
+    at = text[error.pos : error.pos + 1]
+    if at == "\ufeff":
+        return "Remove the byte order mark (U+FEFF); it may stand only at the start of the file."
+    if error.msg.startswith("Extra data"):
+        return "Put each object on its own line, with nothing before or after it."
+    if at == "'":
+        return 'Use double quotes (") around keys and text; json.dumps in Python writes them.'
+    if text.strip() in ("[", "{", "]", "}", "},"):
+        return "Write each row on a single line, with no array around the rows."
+    return "Correct the line at that column, or write the file again with a JSON library."
+
+
+def _unique(pairs: list[tuple[str, object]]) -> Record:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                message = f"The key {shown(key)} occurs twice in one object."
+                raise Unreadable(
+                    "json.duplicate_key", message, "Keep one of them, or rename the other."
+                )
+            seen.add(key)
+    return record
+
+
+def too_deep() -> Unreadable:
+    """The refusal of what is nested too deeply."""
+    message = "Arrays or objects are nested too deeply to be read."
+    return Unreadable("json.too_deep", message, "Flatten or remove the nested value.")
+
+
+def not_finite(message: str) -> Unreadable:
+    """The refusal of a number that is none."""
+    fix = "Write null or a finite number, or remove the field."
+    return Unreadable("json.not_finite", message, fix)
+
+
+def _constant(literal: str) -> object:
+    raise not_finite(f"{literal} is not a number in JSON.")
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if math.isinf(value):
+        raise not_finite(f"The number {shown(literal)} is too large to hold.")
+    return value
+
+
+def refuse_surrogates(record: Record) -> None:
+    """:class:`Unreadable` where a string holds half of a character."""
+    for field, content in record.items():
+        stack: list[object] = [field, content]
+        while stack:
+            value = stack.pop()
+            if isinstance(value, dict):
+                stack += value.keys()
+                stack += value.values()
+            elif isinstance(value, list):
+                stack += value
+            elif isinstance(value, str) and (found := _LONE_SURROGATE.search(value)):
+                code = f"\\u{ord(found.group()):04x}"
+                message = f"Field {shown(field)} holds {code}, which is half of a character."
+                fix = "Write the whole character; text cut in the middle of an emoji does this."
+                raise Unreadable("encoding.surrogate", message, fix)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)

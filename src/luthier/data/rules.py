@@ -1,0 +1,52 @@
+"""What can be wrong with files and rows, by stable id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+RULES: Mapping[str, str] = {
+    "file.missing": "The path names no file.",
+    "file.directory": "A folder holds no data, several kinds of files, or splits that must not mix.",
+    "file.unreadable": "The file exists but cannot be opened or read.",
+    "file.unknown_format": "Neither the content nor the ending of a file tells what it is.",
+    "file.binary": "The file is not UTF-8 text: UTF-16, an archive or other binary data.",
+    "file.damaged": "A packed or Parquet file is cut off or damaged.",
+    "file.extra": "The file needs a package that is not installed.",
+    "file.no_match": "A pattern, or a prefix of s3://, matches no file of a known kind.",
+    "file.remote": "An s3:// or file:// address is malformed, or could not be fetched.",
+    "file.empty": "The file holds no rows.",
+    "line.too_long": "A line or row is longer than 16 MiB.",
+    "encoding.utf8": "A text is not valid UTF-8.",
+    "encoding.surrogate": "A string holds half of a surrogate pair, which is no character.",
+    "json.invalid": "A line, file or cell is not valid JSON.",
+    "json.not_object": "A row is valid JSON, but not an object.",
+    "json.duplicate_key": "One object has the same key twice, so one value would be lost.",
+    "json.not_finite": "A number is NaN, infinite or too large to hold.",
+    "json.too_deep": "Arrays or objects are nested too deeply to be read.",
+    "table.header": "The first row of a table does not name each column once.",
+    "table.cells": "A row of a table has more cells than its header, or fewer.",
+    "table.invalid": "A row of a table is no CSV: a quote is not closed, or stands wrong.",
+    "column.missing": "A column that is mapped to another name is not there.",
+    "row.unknown_shape": "A row has the keys of none of the shapes and forms.",
+    "row.ambiguous": "A row has keys of more than one shape or form.",
+    "row.mixed_shapes": "A row has another shape or form than the first row.",
+    "field.missing": "A field that the shape needs is not there.",
+    "field.type": "A field that must be a string is something else.",
+    "field.empty": "A text field is empty or holds only white space.",
+    "id.duplicate": "Two rows of one file have the same id.",
+    "messages.type": "The messages are not an array of objects.",
+    "messages.empty": "The array of messages is empty.",
+    "message.role": "A role is none of system, user and assistant.",
+    "message.order": "Messages do not alternate: system (optional), user, assistant, user, ...",
+    "message.last": "The last message is not from the assistant, so its turn has no target.",
+    "label.type": "A label is neither a string, a whole number, nor an array of them.",
+    "label.duplicate": "One row names the same label twice.",
+    "rating.type": "A rating is not a finite number.",
+    "tags.length": "A row has more tokens than tags, or fewer.",
+    "tags.type": "The tokens or tags are not an array of strings, or a token is empty.",
+    "tags.bio": "A tag is none of O, B-name and I-name.",
+    "message.part": "The content of a message has a part that is no text.",
+    "message.weight": "A turn of the assistant has the weight 0, which cannot be kept yet.",
+    "message.tool_calls": "A message calls a tool, which cannot be learned yet.",
+}
+"""Every rule of reading and checking, with what it refuses; the reference is generated from it."""

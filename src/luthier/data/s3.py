@@ -1,0 +1,126 @@
+"""Objects of ``s3://bucket/key`` as local files: fetched once, kept in the store by their ETag.
+
+A key names one object; one that ends with ``/``, or names none itself, all data files below it.
+Credentials, region and endpoint come from the environment, by the names that boto3 knows
+(``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``,
+``AWS_ENDPOINT_URL`` or ``AWS_ENDPOINT_URL_S3``), or from the machine's role.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from luthier.data.sources import meant, refused
+from luthier.files import luthier_home, new_file
+
+_PIECE = 1 << 23
+
+
+def fetched(address: str, told: Callable[[str, int, int], None] | None = None) -> list[Path]:
+    """Local copies of what ``address`` names, in the order of the keys.
+
+    Args:
+        address: ``s3://bucket/key``, or a prefix.
+        told: given a key, and how many bytes of how many have come.
+
+    Raises:
+        DataError: where nothing is there, or it cannot be read.
+    """
+    try:
+        import obstore
+        from obstore.exceptions import BaseError
+        from obstore.store import S3Store
+    except ImportError:
+        message = "Reading s3:// needs the package obstore, which is not installed."
+        raise refused(address, "file.extra", message, "pip install 'luthier[s3]'.") from None
+    bucket, _, key = address.removeprefix("s3://").partition("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
+        message = "An S3 address names a bucket and a key."
+        raise refused(address, "file.remote", message, "Write s3://bucket/folder/rows.jsonl.")
+    try:
+        store = S3Store(bucket, **_settings())
+        objects = _named(obstore, store, key, address)
+        return [_copy(obstore, store, bucket, each, told or _shown()) for each in objects]
+    except (BaseError, OSError, PermissionError) as error:
+        said = str(error).strip().split("\n", 1)[0][:300]
+        fix = "Check bucket, key, endpoint (AWS_ENDPOINT_URL) and credentials (AWS_ACCESS_KEY_ID, ...)."
+        raise refused(address, "file.remote", f"S3 could not be read: {said}", fix) from None
+
+
+def _settings() -> dict[str, Any]:
+    """What obstore does not take from the environment by itself."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    settings: dict[str, Any] = {"region": region or "us-east-1"}
+    if endpoint:
+        # As boto3: an endpoint of one's own is taken as it stands, http included.
+        allowed = {"allow_http": endpoint.startswith("http://")}
+        settings |= {"endpoint": endpoint, "client_options": allowed}
+    return settings
+
+
+def _named(obstore: Any, store: Any, key: str, address: str) -> list[dict[str, Any]]:
+    if key and not key.endswith("/"):
+        try:
+            return [obstore.head(store, key)]
+        except FileNotFoundError:
+            pass  # a prefix, then
+    prefix = key.rstrip("/")
+    below = [each for batch in obstore.list(store, prefix=prefix or None) for each in batch]
+    below = [each for each in below if each["size"] and not each["path"].endswith("/")]
+    if not below:
+        message = "There is no object at this address, and none below it."
+        raise refused(address, "file.no_match", message, "Check the bucket and the key.")
+    below.sort(key=lambda each: str(each["path"]))
+    start = len(prefix) + 1 if prefix else 0
+    chosen = meant([(each["path"][start:], Path(each["path"])) for each in below], address)
+    wanted = {str(path) for _, path in chosen}
+    return [each for each in below if each["path"] in wanted]
+
+
+def _copy(
+    obstore: Any,
+    store: Any,
+    bucket: str,
+    found: dict[str, Any],
+    told: Callable[[str, int, int], None],
+) -> Path:
+    """The object in the store of this machine, fetched where this version of it is not there yet."""
+    key, size = str(found["path"]), int(found["size"])
+    version = f"{os.environ.get('AWS_ENDPOINT_URL', '')}\n{bucket}\n{key}\n{found['e_tag']}\n{size}"
+    digest = hashlib.sha256(version.encode()).hexdigest()[:16]
+    # Names of objects are no paths: only the last part of one is kept, for its ending.
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", key.rsplit("/", 1)[-1])[-100:].lstrip(".") or "object"
+    target = luthier_home() / "cache" / "s3" / bucket / digest / name
+    if target.is_file() and target.stat().st_size == size:
+        return target
+    answer = obstore.get(
+        store, key, options={"if_match": found["e_tag"]} if found["e_tag"] else None
+    )
+    with new_file(target) as file:
+        done = 0
+        for piece in answer.stream(min_chunk_size=_PIECE):
+            done += file.write(piece)
+            told(key, done, size)
+        if done != size:
+            raise OSError(f"{key} has {size} bytes, and {done} came")
+    return target
+
+
+def _shown() -> Callable[[str, int, int], None]:
+    """Tells on a terminal how far a download is."""
+    if not sys.stderr.isatty():
+        return lambda key, done, size: None
+
+    def told(key: str, done: int, size: int) -> None:
+        end = "\n" if done >= size else ""
+        sys.stderr.write(f"\rfetching {key}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB{end}")
+        sys.stderr.flush()
+
+    return told

@@ -1,0 +1,182 @@
+"""What a path names: one function from a file, a folder, a pattern or an address to local files.
+
+A folder stands for the data files in it, at any depth, in the order of their names; what begins with
+``.`` or ``_`` is passed over, and so are ``README``, ``LICENSE`` and the like. A folder that holds
+other files too, rows beside plain text, or training beside test files, is refused with their names: a
+pattern says what is meant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from glob import glob, has_magic
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT
+from luthier.errors import DataError, Problem
+from luthier.files import sha256_of
+
+Source = str | Path
+
+_BESIDE = re.compile(
+    r"(readme|license|licence|notice|changelog|citation|dataset_infos?|dataset_dict|state)\b.*",
+    re.I,
+)
+_SPLIT = re.compile(
+    r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I
+)
+_SHOWN = 8
+
+
+def files_of(source: Source) -> list[Path]:
+    """The files that ``source`` names, in order; those of ``s3://`` are fetched first, once.
+
+    Raises:
+        DataError: where it names nothing, or not only data; a path to one file is taken as it is.
+    """
+    text = str(source)
+    # A Path turns s3:// into s3:/ .
+    if re.match(r"s3:/+", text):
+        from luthier.data.s3 import fetched
+
+        return fetched(re.sub(r"^s3:/+", "s3://", text))
+    if re.match(r"file:/", text):
+        text = _local(text)
+    path = Path(text)
+    if "\0" in text:
+        return [path]  # refused by the reader
+    if path.is_dir():
+        return _folder(path)
+    if path.exists() or path.is_symlink() or not has_magic(text):
+        return [path]
+    found = sorted(Path(each) for each in glob(text, recursive=True))
+    wanted = [each for each in found if each.is_file()]
+    if not wanted:
+        what = "only folders" if found else "nothing"
+        fix = "Check the pattern; quote it, so that the shell leaves it alone."
+        raise refused(text, "file.no_match", f"The pattern matches {what}.", fix)
+    return wanted
+
+
+def hash_of(source: Source) -> str:
+    """SHA-256 of one file; of several, of their hashes in order."""
+    hashes = [sha256_of(path) for path in files_of(source)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def stem_of(source: Source) -> str:
+    """What a source is called, without endings: of a pattern or a folder, the last plain name."""
+    parts = [part for part in re.split(r"[/\\]+", str(source)) if part not in ("", ".", "..")]
+    for part in reversed(parts):
+        name = part if has_magic(part) else _without_endings(part)
+        if not has_magic(name) and name:
+            return name
+    return "data"
+
+
+def absolute(source: str) -> str:
+    """The same source from any working folder; addresses stay as they are."""
+    return source if "://" in source else str(Path(source).absolute())
+
+
+def is_data(name: str) -> bool:
+    """Whether a file is data by its ending."""
+    return name.lower().endswith(_ENDINGS)
+
+
+_ENDINGS = tuple(f"{ending}{packed}" for ending in DATA_ENDINGS for packed in ("", *PACKED))
+_ENDINGS_LONGEST = tuple(sorted(_ENDINGS, key=len, reverse=True))
+
+
+def _without_endings(name: str) -> str:
+    for ending in _ENDINGS_LONGEST:
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name
+
+
+def _local(address: str) -> str:
+    parts = urlsplit(address)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        message = "A file:// address names a path on this machine from its root."
+        raise refused(
+            address, "file.remote", message, "Write file:///folder/rows.jsonl, or the path."
+        )
+    return unquote(parts.path)
+
+
+def _folder(folder: Path) -> list[Path]:
+    below = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    hidden = (".", "_")
+    found = [
+        path for path in below
+        if not any(part.startswith(hidden) for part in path.relative_to(folder).parts)
+    ]  # fmt: skip
+    chosen = meant([(path.relative_to(folder).as_posix(), path) for path in found], str(folder))
+    return [path for _, path in chosen]
+
+
+def meant(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path]]:
+    """Of the files of a folder or prefix, those that are data.
+
+    Raises:
+        DataError: where there are none, or they are not all of one kind.
+    """
+    files = [(name, path) for name, path in named if not _BESIDE.fullmatch(Path(name).name)]
+    data = [(name, path) for name, path in files if is_data(name)]
+    if not data:
+        others = _listed(name for name, _ in files)
+        message = f"There is no data file in it{f', only {others}' if files else ''}."
+        fix = f"Name a file, or a folder with files that end with {', '.join(DATA_ENDINGS)}."
+        raise refused(where, "file.directory", message, fix)
+    if len(data) < len(files):
+        others = _listed(name for name, _ in files if not is_data(name))
+        message = f"Beside {len(data)} data files it holds {others}."
+        raise refused(where, "file.directory", message, _pattern(where, data[0][0]))
+    texts = [name for name, _ in data if _is_text(name)]
+    if 0 < len(texts) < len(data):
+        message = f"It holds rows and plain text: {_listed(texts)} beside the others."
+        rows = next(name for name, _ in data if not _is_text(name))
+        raise refused(where, "file.directory", message, _pattern(where, rows))
+    splits = {_split(name) for name, _ in data} - {""}
+    if len(splits) > 1:
+        names = _listed(name for name, _ in data)
+        message = f"It holds the splits {' and '.join(sorted(splits))} ({names}), which do not mix."
+        fix = "Name the training file, and the other with --validation or with evaluate."
+        raise refused(where, "file.directory", message, fix)
+    return data
+
+
+def _split(name: str) -> str:
+    """Whether a file is for training, for validation or for testing, as far as its name tells."""
+    found = _SPLIT.search(name)
+    if found is None:
+        return ""
+    word = found[1].lower()
+    return word if word in ("train", "test") else "validation"
+
+
+def _is_text(name: str) -> bool:
+    for packed in PACKED:
+        name = name.lower().removesuffix(packed)
+    return name.endswith(PLAIN_TEXT)
+
+
+def _pattern(where: str, example: str) -> str:
+    ending = next(each for each in _ENDINGS_LONGEST if example.lower().endswith(each))
+    pattern = f"{where.rstrip('/')}/*{ending}"
+    return f"Say which are meant with a pattern, as '{pattern}', or move the others."
+
+
+def _listed(names: Iterable[str]) -> str:
+    all_names = list(names)
+    more = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
+    return ", ".join(all_names[:_SHOWN]) + more
+
+
+def refused(source: str, rule: str, message: str, fix: str) -> DataError:
+    """The refusal of a source as a whole."""
+    return DataError([Problem(source, 0, rule, message, fix)])

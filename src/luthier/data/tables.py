@@ -1,0 +1,205 @@
+"""Tables to records: CSV and TSV (RFC 4180, any of four delimiters), and Parquet.
+
+A cell of a CSV is text. Only where the column is known to hold something else is it read as that:
+``rating`` and ``score`` as a number, ``messages``, ``conversations``, ``tokens`` and ``tags`` as JSON,
+a ``label`` of ``true`` or ``false`` beside a prompt and a completion as a thumb. Whatever does not read
+so stays text, and is refused by name later. An empty cell of ``id``, ``expected`` or ``system`` is no
+value, as a table cannot leave it out; a null of Parquet in these columns is none either.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from luthier.data import parsing
+from luthier.data.containers import needs
+from luthier.data.parsing import Record, Unreadable, decode, loads, shown
+from luthier.errors import Problem
+
+JSON_COLUMNS = frozenset(("messages", "conversations", "tokens", "tags"))
+NUMBER_COLUMNS = frozenset(("rating", "score"))
+OPTIONAL_COLUMNS = frozenset(("id", "expected", "system"))
+
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
+_LONGEST_NAME = 200
+_BATCH_ROWS = 512
+
+
+def read_table(
+    stream: BinaryIO, file: str, problems: list[Problem], delimiter: str
+) -> Iterator[tuple[int, Record]]:
+    """Yield ``(line, record)`` for each row below the header; the line is the row's first one."""
+    csv.field_size_limit(parsing.MAX_LINE_BYTES)
+    lines = _Lines(stream)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    names: Sequence[str] | None = None
+    count = 0
+    while True:
+        line = lines.number + 1
+        try:
+            cells = next(reader)
+            if not cells:
+                continue
+            if names is None:
+                names = _header(cells)
+                continue
+            count += 1
+            record = _record(names, cells)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            problems.append(_not_csv(error, names is not None).at(file, line))
+        except Unreadable as bad:
+            problems.append(bad.at(file, bad.line or line))
+        else:
+            yield line, record
+            continue
+        if names is None:
+            return
+    if not count:
+        raise Unreadable(
+            "file.empty",
+            f"The file holds {'a header and no rows' if names else 'no rows'}.",
+            "Add rows to it, or name another file.",
+        )
+
+
+class _Lines:
+    """Lines of a stream as text, ends included; ``number`` is that of the last one."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.number = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        raw = self.stream.readline(parsing.MAX_LINE_BYTES + 1)
+        if not raw:
+            raise StopIteration
+        self.number += 1
+        if len(raw) > parsing.MAX_LINE_BYTES:
+            while not raw.endswith(b"\n") and (raw := self.stream.readline(1 << 16)):
+                pass
+            raise Unreadable(
+                "line.too_long",
+                f"The line has more than {parsing.MAX_LINE_BYTES:,} bytes.",
+                "Split the row into shorter ones; check the quotes around its cells.",
+            )
+        text = decode(raw, self.number)
+        return text.removeprefix("\ufeff") if self.number == 1 else text
+
+
+def _header(cells: Sequence[str]) -> Sequence[str]:
+    names = [cell.strip() for cell in cells]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None or any(len(name) > _LONGEST_NAME for name in names):
+        what = (
+            "a cell longer than any name"
+            if twice is None
+            else f"the name {shown(twice)} twice"
+            if twice
+            else "empty names"
+        )
+        message = f"The first row has to name the columns, and holds {what}."
+        raise Unreadable(
+            "table.header",
+            message,
+            "Write the name of each column once in the first row, as prompt.",
+        )
+    return names
+
+
+def _record(names: Sequence[str], cells: Sequence[str]) -> Record:
+    if len(cells) != len(names):
+        raise Unreadable(
+            "table.cells",
+            f"The row has {len(cells)} cells, and the header {len(names)}.",
+            "Put cells with a delimiter, a quote or a line break in double quotes, quotes doubled.",
+        )
+    record: Record = dict(zip(names, cells, strict=True))
+    for name in OPTIONAL_COLUMNS & record.keys():
+        if record[name] == "":
+            del record[name]
+    for name in JSON_COLUMNS & record.keys():
+        record[name] = _json_cell(name, str(record[name]))
+    for name in NUMBER_COLUMNS & record.keys():
+        text = str(record[name]).strip()
+        record[name] = float(text) if NUMBER.fullmatch(text) else record[name]
+    label = str(record.get("label", "")).strip().lower()
+    if label in ("true", "false") and "prompt" in record and "completion" in record:
+        record["label"] = label == "true"
+    return record
+
+
+def _json_cell(name: str, text: str) -> object:
+    if not text.lstrip().startswith(("[", "{")):
+        return text
+    try:
+        value = loads(text)
+    except Unreadable as bad:
+        message = f"Column {shown(name)}: {bad.message}"
+        raise Unreadable(bad.rule, message, bad.fix) from None
+    if parsing.may_hold_surrogates(text):
+        parsing.refuse_surrogates({name: value})
+    return value
+
+
+def _not_csv(error: csv.Error, begun: bool) -> Unreadable:
+    message = f"The {'row' if begun else 'header'} is no CSV: {error}."
+    fix = 'Close each quote; inside of quotes, write " as "".'
+    return Unreadable("table.invalid", message, fix)
+
+
+def read_parquet(
+    stream: BinaryIO, file: str, problems: list[Problem]
+) -> Iterator[tuple[int, Record]]:
+    """Yield ``(row, record)``, rows counted from 1, some hundred in memory beside their row group."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise needs("pyarrow", "parquet", "Parquet") from None
+    number = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(stream)
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS):
+            for record in _rows(batch, number, file, problems):
+                number += 1
+                if record is not None:
+                    yield number, _present(record)
+    except (pyarrow.ArrowException, OSError) as error:
+        said = str(error).split("\n", 1)[0].rstrip(".")
+        raise Unreadable(
+            "file.damaged",
+            f"The Parquet file is damaged: {said}.",
+            "Write or fetch the file again.",
+        ) from None
+    if not number:
+        raise Unreadable("file.empty", "The file holds no rows.", "Name another file.")
+
+
+def _rows(batch: Any, before: int, file: str, problems: list[Problem]) -> Iterator[Record | None]:
+    """Rows of a batch as Python values, ``None`` for one whose text is no UTF-8."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass  # found below, row by row
+    for place in range(batch.num_rows):
+        try:
+            yield batch.slice(place, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            message = f"Byte {error.start + 1} of a text is not valid UTF-8."
+            fix = "Write the file again with texts in UTF-8."
+            problems.append(Problem(file, before + place + 1, "encoding.utf8", message, fix))
+            yield None
+
+
+def _present(record: Record) -> Record:
+    """The record without nulls that stand for no value."""
+    return {k: v for k, v in record.items() if v is not None or k not in OPTIONAL_COLUMNS}

@@ -1,0 +1,199 @@
+"""Records to files: JSON Lines, CSV, TSV and Parquet, packed by the ending; whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from luthier.data.containers import needs
+from luthier.data.parsing import Record, json_kind, shown
+from luthier.data.tables import JSON_COLUMNS, NUMBER, NUMBER_COLUMNS, OPTIONAL_COLUMNS
+from luthier.errors import RecipeError, RowRefused
+from luthier.files import new_file
+
+_BATCH_ROWS = 1000
+
+
+class Writer(Protocol):
+    """Takes records one after the other."""
+
+    def write(self, record: Record) -> None:
+        """Write one; :class:`RowRefused` where it cannot be written."""
+
+
+@contextmanager
+def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]:
+    """A writer of ``kind`` to a file that is there when the block ends well; ``names`` are columns."""
+    if target.is_dir():
+        raise RecipeError(f"{target} is a folder; name a file")
+    with ExitStack() as stack:
+        file = stack.enter_context(new_file(target))
+        if kind == "parquet":
+            yield stack.enter_context(_parquet(file, names))
+            return
+        packed = stack.enter_context(_packed(file, target))
+        text = io.TextIOWrapper(packed, encoding="utf-8", newline="", write_through=False)
+        yield _Lines(text) if kind == "jsonl" else _Csv(text, names, "\t" if kind == "tsv" else ",")
+        text.flush()
+        text.detach()
+
+
+@contextmanager
+def _packed(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
+    ending = target.name.lower()
+    if ending.endswith(".gz"):
+        # Without name and time: the same rows are the same bytes.
+        with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
+            yield packed  # type: ignore[misc]
+    elif ending.endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError:
+            missing = needs("zstandard", "zstd", "zstd-compressed data")
+            raise RecipeError(f"{missing.message} {missing.fix}") from None
+        with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed:
+            yield packed
+    else:
+        yield file
+
+
+class _Lines:
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self.text = text
+
+    def write(self, record: Record) -> None:
+        try:
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError):
+            raise _no_place(
+                "JSON", "a value that is neither text, number, list nor object"
+            ) from None
+        self.text.write(line + "\n")
+
+
+class _Csv:
+    def __init__(self, text: io.TextIOWrapper, names: Sequence[str], delimiter: str) -> None:
+        self.names = names
+        # Cells with any line end in them are quoted, as both stand in this one.
+        self.writer = csv.writer(text, delimiter=delimiter, lineterminator="\r\n")
+        self.writer.writerow(names)
+
+    def write(self, record: Record) -> None:
+        self.writer.writerow([cell(name, record.get(name), record) for name in self.names])
+
+
+def cell(name: str, value: object, record: Mapping[str, object]) -> str:
+    """What reads back as ``value``; :class:`RowRefused` where no cell does."""
+    judged = name == "label" and "prompt" in record and "completion" in record
+    if value is None and name in OPTIONAL_COLUMNS:
+        return ""
+    if isinstance(value, str):
+        number = name in NUMBER_COLUMNS and NUMBER.fullmatch(value.strip())
+        nested = name in JSON_COLUMNS and value.lstrip().startswith(("[", "{"))
+        thumb = judged and value.strip().lower() in ("true", "false")
+        lost = name in OPTIONAL_COLUMNS and not value
+        if "\0" not in value and not (number or nested or thumb or lost):
+            return value
+    elif isinstance(value, bool):
+        if judged:
+            return str(value).lower()
+    elif isinstance(value, (int, float)):
+        if name in NUMBER_COLUMNS or name == "id":
+            return repr(value)
+    elif isinstance(value, list) and name in JSON_COLUMNS and value:
+        return json.dumps(value, ensure_ascii=False)
+    raise _no_place("a CSV cell", f"{json_kind(value)} in the column {shown(name)}")
+
+
+def check_table(record: Record) -> None:
+    """Refuse objects in further columns: their own keys would differ from row to row."""
+    for name, value in record.items():
+        if name not in JSON_COLUMNS and name not in _OWN_OBJECTS and _holds_object(value):
+            raise _no_place("a table", f"an object in the column {shown(name)}")
+
+
+def check_columns(record: Record, names: Sequence[str]) -> None:
+    """Refuse a row without a column that others have, unless it may be left empty."""
+    for name in names:
+        if name not in record and name not in OPTIONAL_COLUMNS:
+            raise RowRefused(
+                "convert.container",
+                f"The row has no {shown(name)}, and a table cannot leave it out.",
+                "Write JSON Lines (.jsonl), or leave further keys out with --bare.",
+            )
+
+
+_OWN_OBJECTS = ("chosen", "rejected", "prompt", "input", "preferred_output", "non_preferred_output",
+                "system")  # fmt: skip
+
+
+def _holds_object(value: object) -> bool:
+    if isinstance(value, list):
+        return any(map(_holds_object, value))
+    return isinstance(value, dict)
+
+
+@contextmanager
+def _parquet(file: BinaryIO, names: Sequence[str]) -> Iterator[Writer]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        missing = needs("pyarrow", "parquet", "Parquet")
+        raise RecipeError(f"{missing.message} {missing.fix}") from None
+    writer = _Parquet(file, names, pyarrow)
+    try:
+        yield writer
+        writer.flush()
+    finally:
+        writer.close()
+
+
+class _Parquet:
+    """Batches of rows; the types of the first batch hold for all."""
+
+    def __init__(self, file: BinaryIO, names: Sequence[str], arrow: Any) -> None:
+        self.file, self.names, self.arrow = file, names, arrow
+        self.rows: list[Record] = []
+        self.schema: Any = None
+        self.writer: Any = None
+
+    def write(self, record: Record) -> None:
+        self.rows.append({name: record.get(name) for name in self.names})
+        if len(self.rows) >= _BATCH_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.rows:
+            return
+        try:
+            if self.schema is None:
+                found = self.arrow.Table.from_pylist(self.rows).schema
+                text = self.arrow.string()
+                fields = [f.with_type(text) if str(f.type) == "null" else f for f in found]
+                self.schema = self.arrow.schema(fields)
+                self.writer = self.arrow.parquet.ParquetWriter(self.file, self.schema)
+            table = self.arrow.Table.from_pylist(self.rows, schema=self.schema)
+        except (self.arrow.ArrowException, TypeError) as error:
+            said = str(error).split("\n", 1)[0]
+            raise _no_place("a Parquet column", f"values of several types ({said})") from None
+        self.writer.write_table(table)
+        self.rows = []
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _no_place(where: str, what: str) -> RowRefused:
+    return RowRefused(
+        "convert.container",
+        f"The row has {what}, and {where} has no place for it.",
+        "Write JSON Lines (.jsonl), leave further keys out with --bare, or remove the row.",
+    )

@@ -1,0 +1,124 @@
+"""Folders, patterns, tables and mapped columns through the commands, with a tiny network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import luthier
+from luthier.cli.app import app
+from luthier.files import read_json
+
+COLOURS = {"sky": "blue", "grass": "green", "coal": "black", "snow": "white"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    pairs = [(f"colour of {k}?", v) for k, v in COLOURS.items()]
+    lines = [json.dumps({"question": q, "answer": a, "kind": "x"}) + "\n" for q, a in pairs]
+    (folder / "a.jsonl").write_text("".join(lines[:2]))
+    (folder / "b.jsonl").write_text("".join(lines[2:]))
+    return folder
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def tuned(base: Path, source: object, *more: object) -> dict[str, Any]:
+    options = ["--base", base, "--set", "training.max_steps=1", "--set", "data.validation_share=0"]
+    result = run("tune", source, *options, "--json", *more)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_tune_takes_folders_patterns_and_tables(tiny_model_folder: Path, folder: Path) -> None:
+    several = tuned(tiny_model_folder, folder)
+    assert several["model_id"] == "tiny-llama:rows-1"
+    pattern = tuned(tiny_model_folder, f"{folder}/*.jsonl")
+    assert pattern["model_id"] == "tiny-llama:rows-2"
+    table = folder.parent / "table.csv"
+    assert run("convert", folder, table, "--bare").exit_code == 0
+    one = tuned(tiny_model_folder, table)
+    assert one["train_loss"] == several["train_loss"] == pattern["train_loss"]
+    manifests = [read_json(Path(each["model_dir"]) / "luthier.json") for each in (several, one)]
+    files = [sorted(Path(path).name for path in each["data"]["sha256"]) for each in manifests]
+    assert files == [["a.jsonl", "b.jsonl"], ["table.csv"]]
+
+
+def test_a_recipe_may_name_a_pattern_and_columns(tiny_model_folder: Path, folder: Path) -> None:
+    recipe = folder.parent / "recipe.toml"
+    recipe.write_text(
+        f'base = "{tiny_model_folder}"\n[data]\ntrain = "rows/*.jsonl"\nvalidation_share = 0\n'
+        'columns = {prompt = "question", completion = "kind", answer = ""}\n'
+        "[training]\nmax_steps = 1\n"
+    )
+    result = luthier.tune(recipe)
+    assert result.model_id == "tiny-llama:rows-1"
+
+
+def test_inspect_shows_what_was_recognized(tiny_model_folder: Path, folder: Path) -> None:
+    result = run("inspect", folder, "--base", tiny_model_folder, "--json")
+    found = json.loads(result.stdout)["recognized"]
+    assert found == {
+        "containers": ["jsonl"], "form": "question and answer", "rows": 4, "files": 2
+    }  # fmt: skip
+    columns = ["--map", "prompt=question", "--map", "completion=kind", "--map", "answer="]
+    result = run("inspect", folder, "--base", tiny_model_folder, *columns)
+    assert 'Recognized: jsonl, {"prompt", "completion"}, 4 rows in 2 files' in result.stdout
+    result = run("inspect", folder, "--base", tiny_model_folder, "--map", "prompt")
+    assert result.exit_code == 2 and "--map takes KEY=COLUMN" in result.output
+    result = run("inspect", folder, "--base", tiny_model_folder, "--map", "prompt=nothing")
+    assert result.exit_code == 2 and "[column.missing]" in result.output
+
+
+def test_evaluate_maps_columns(tiny_model_folder: Path, folder: Path) -> None:
+    options = [
+        "--map",
+        "prompt=question",
+        "--map",
+        "completion=answer",
+        "--max-tokens",
+        4,
+        "--json",
+    ]
+    result = run("evaluate", tiny_model_folder, folder, *options)
+    assert result.exit_code == 0, result.output
+    assert "exact" in json.loads(result.stdout)["scores"]
+
+
+def test_convert_counts_refuses_and_never_replaces_unasked(folder: Path) -> None:
+    target = folder.parent / "out.jsonl"
+    result = run("convert", folder, target, "--to", "sharegpt")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "Recognized: jsonl, question and answer, 4 rows in 2 files",
+        f"4 rows written to {target} (jsonl, sharegpt)",
+        "kept beside the form: kind",
+    ]
+    before = target.read_bytes()
+    again = run("convert", folder, target, "--to", "alpaca")
+    assert again.exit_code == 2 and "--overwrite" in again.output
+    assert target.read_bytes() == before
+    refused = run("convert", folder, target, "--to", "text", "--overwrite")
+    assert refused.exit_code == 2 and "[convert.form]" in refused.output
+    assert target.read_bytes() == before
+    result = run("convert", folder, target, "--to", "alpaca", "--overwrite", "--bare", "--json")
+    found = json.loads(result.stdout)
+    assert (found["rows"], found["form"], found["left_out"]) == (4, "alpaca", ["kind"])
+
+
+@pytest.mark.parametrize("command", ["tune", "inspect"])
+def test_a_source_that_names_nothing_is_refused_before_any_work(
+    command: str, tiny_model_folder: Path, tmp_path: Path, luthier_home: Path
+) -> None:
+    result = run(command, f"{tmp_path}/*.jsonl", "--base", tiny_model_folder)
+    assert result.exit_code == 2 and "[file.no_match]" in result.output
+    assert not list(luthier_home.rglob("*.json*"))

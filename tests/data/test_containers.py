@@ -1,0 +1,166 @@
+"""What files are made of is told by their bytes; damaged and packed ones come out right or refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from luthier.data.containers import Container, container_of
+from luthier.data.parsing import Unreadable
+from luthier.data.read import read_records
+from luthier.data.rows import RULES, load_rows
+from luthier.errors import DataError, Problem
+
+zstandard = pytest.importorskip("zstandard")
+
+LINES = b'{"text": "a\xe2\x80\xa8b"}\n{"text": "c"}\n'
+PRETTY = b'{\n  "text": "a"\n}\n'
+ARRAY = b'[\n  {"text": "a"},\n  {"text": "b"}\n]\n'
+
+
+def container(folder: Path, name: str, data: bytes) -> Container:
+    path = folder / name
+    path.write_bytes(data)
+    return container_of(path)
+
+
+def read(path: Path) -> tuple[list[tuple[int, dict[str, object]]], list[Problem]]:
+    problems: list[Problem] = []
+    return list(read_records(path, problems)), problems
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind"),
+    [
+        ("a.jsonl", LINES, "jsonl"),
+        ("a.json", LINES, "jsonl"),
+        ("a", LINES, "jsonl"),
+        ("a.txt", LINES, "jsonl"),
+        ("a.md", LINES, "text"),
+        ("a.data", b"\xef\xbb\xbf" + LINES, "jsonl"),
+        ("a.jsonl", b"", "jsonl"),
+        ("a.json", PRETTY, "json"),
+        ("a.what", PRETTY, "json"),
+        ("a.jsonl", PRETTY, "jsonl"),
+        ("a.json", ARRAY, "json"),
+        ("a.jsonl", ARRAY, "json"),
+        ("a.json", b'[{"text": "a"}]', "json"),
+        ("a.jsonl", b'[1]\n{"text": "a"}\n', "jsonl"),
+        ("a.json", b'{"text": "' + b"x" * 100_000 + b'"}', "jsonl"),
+        ("a.json", b'[{"text": "' + b"x" * 100_000 + b'"}]', "json"),
+        ("a.txt", b'{"text": "one"}\nand then words', "text"),
+        ("a.txt", b"{braces} and words\n", "text"),
+        ("a.txt", b"[1] a footnote\n", "text"),
+        ("a.csv", b"text,label\na,b\n", "csv"),
+        ("a.csv", b'{"text": 1}\n', "csv"),
+        ("a.tsv", b"text\tlabel\na\tb\n", "tsv"),
+        ("a.dat", b"prompt;completion\na;b\n", "csv"),
+        ("a.parquet", b"PAR1\x15\x04", "parquet"),
+        ("wrong.jsonl", b"PAR1\x15\x04", "parquet"),
+    ],
+)
+def test_content_decides_and_the_ending_where_it_cannot(
+    tmp_path: Path, name: str, data: bytes, kind: str
+) -> None:
+    assert container(tmp_path, name, data).kind == kind
+    if kind != "parquet":
+        for packing, packed in (
+            ("gzip", gzip.compress(data)),
+            ("zstd", zstandard.ZstdCompressor().compress(data)),
+        ):
+            ending = {"gzip": ".gz", "zstd": ".zst"}[packing]
+            assert container(tmp_path, name + ending, packed).kind == kind
+            found = container(tmp_path, name, packed)  # the ending does not say that it is packed
+            assert (found.kind, found.packing) == (kind, packing)
+
+
+@pytest.mark.parametrize(
+    ("data", "delimiter"),
+    [
+        (b"prompt,completion\na;b,c\n", ","),
+        (b"prompt;completion\na,b;c\n", ";"),
+        (b"prompt\tcompletion\na,b\tc\n", "\t"),
+        (b"prompt|completion\na|c\n", "|"),
+        (b'"a;b;c;d",completion\n', ","),
+        (b"text\nx, y\n", ","),
+    ],
+)
+def test_the_header_tells_the_delimiter(tmp_path: Path, data: bytes, delimiter: str) -> None:
+    assert container(tmp_path, "a.csv", data).delimiter == delimiter
+
+
+def test_words_of_unknown_kind_are_refused_and_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(Unreadable) as caught:
+        container(tmp_path, "a.dat", b"some words, some more\nand so on, and on\n")
+    assert caught.value.rule == "file.unknown_format"
+    assert "rename" in caught.value.fix
+
+
+@pytest.mark.parametrize("packing", ["gzip", "zstd"])
+def test_packed_files_read_as_if_they_were_not(tmp_path: Path, packing: str) -> None:
+    rows = b"".join(json.dumps({"text": f"{n} \u2028 words"}).encode() + b"\n" for n in range(5000))
+    pack = gzip.compress if packing == "gzip" else zstandard.ZstdCompressor().compress
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.x"
+    plain.write_bytes(rows)
+    packed.write_bytes(
+        pack(rows[:70_000]) + pack(rows[70_000:])
+    )  # two members, as `cat` makes them
+    assert read(packed) == read(plain)
+
+
+@pytest.mark.parametrize("packing", ["gzip", "zstd"])
+@pytest.mark.parametrize("spoil", ["cut", "changed", "head"])
+def test_damaged_packed_files_are_refused(tmp_path: Path, packing: str, spoil: str) -> None:
+    rows = b"".join(b'{"text": "%d %s"}\n' % (n, bytes([97 + n % 26]) * n) for n in range(900))
+    pack = (
+        gzip.compress
+        if packing == "gzip"
+        else zstandard.ZstdCompressor(write_checksum=True).compress
+    )
+    data = pack(rows)
+    middle = len(data) // 2
+    data = {
+        "cut": data[:-20],
+        "changed": data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :],
+        "head": data[:6],
+    }[spoil]
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(data)
+    _, problems = read(path)
+    assert "file.damaged" in [p.rule for p in problems]
+    with pytest.raises(DataError):
+        load_rows(path)
+
+
+def test_a_bomb_is_not_unpacked_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor(level=19).compress(bytes(400_000_000)))
+    tracemalloc.start()
+    _, problems = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [p.rule for p in problems] == ["file.binary"]
+    assert peak < 300_000_000
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "extra"),
+    [
+        ("zstandard", zstandard.ZstdCompressor().compress(LINES), "zstd"),
+        ("pyarrow", b"PAR1\x15\x04", "parquet"),
+    ],
+)
+def test_a_missing_package_is_named_with_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, data: bytes, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+    (problem,) = read(path)[1]
+    assert problem.rule == "file.extra" and problem.rule in RULES
+    assert f"luthier[{extra}]" in problem.fix

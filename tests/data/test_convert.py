@@ -1,0 +1,226 @@
+"""Converting: there and back the texts are the same, and what cannot be said is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from luthier.data.convert import FORMATS, Conversion, convert, format_of
+from luthier.data.rows import load_rows
+from luthier.data.targets import RULES, TARGETS
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.types import Message, Row
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("zstandard")
+
+REPLY = {"role": "assistant", "content": "b"}
+AWKWARD = ' a,"b"\u2028;\t\r\n\rx\x85 \\ud800 [1] '
+
+
+def write(folder: Path, *records: dict[str, Any], name: str = "in.jsonl") -> Path:
+    path = folder / name
+    lines = "".join(json.dumps(each) + "\n" for each in records)
+    path.write_bytes(lines.encode())
+    return path
+
+
+def same(rows: list[Row]) -> list[Row]:
+    """Rows without their places, a prompt with its completion as a conversation."""
+    made = [replace(row, file="", line=0) for row in rows]
+    pairs = [row.prompt is not None and row.completion is not None for row in made]
+    return [as_chat(row) if pair else row for row, pair in zip(made, pairs, strict=True)]
+
+
+def as_chat(row: Row) -> Row:
+    messages = (Message("user", row.prompt or ""), Message("assistant", row.completion or ""))
+    return replace(row, prompt=None, completion=None, messages=messages)
+
+
+def problems_of(*args: Any, **options: Any) -> list[Problem]:
+    with pytest.raises(DataError) as caught:
+        convert(*args, **options)
+    assert not list(Path(args[1]).parent.glob(".tmp-*")) and not Path(args[1]).exists()
+    return list(caught.value.problems)
+
+
+def turns(*texts: str, system: str | None = None) -> dict[str, Any]:
+    said = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant")
+    return {
+        "messages": [*said, *({"role": roles[n % 2], "content": t} for n, t in enumerate(texts))]
+    }
+
+
+SAMPLES: dict[str, list[dict[str, Any]]] = {
+    "pair": [{"prompt": AWKWARD, "completion": "b"}, {"prompt": "c", "completion": AWKWARD}],
+    "chat": [turns("a", AWKWARD)],
+    "system": [turns("a", AWKWARD, system="be kind"), turns("a", "b")],
+    "long": [turns("a", "b", "c", AWKWARD), turns("a", "b", "c", "d", system="s")],
+    "text": [{"text": AWKWARD}],
+    "label": [{"text": AWKWARD, "label": "true"}, {"text": "x", "label": "3"}],
+    "labels": [{"text": AWKWARD, "label": ["a", "b"]}, {"text": "x", "label": ["c"]}],
+    "rating": [{"text": AWKWARD, "rating": 0.1}, {"text": "x", "rating": -3}],
+    "tags": [{"tokens": ["a\u2028", 'b",'], "tags": ["O", "B-x"]}],
+    "partners": [{"anchor": AWKWARD, "positive": "b"}],
+    "prompts": [{"prompt": AWKWARD}, {"prompt": "x", "expected": AWKWARD}],
+    "preference": [{"prompt": AWKWARD, "chosen": "b", "rejected": ""}],
+    "preferences": [{"prompt": turns("a", "b", "c")["messages"], "chosen": AWKWARD, "rejected": "x"}],
+    "rated": [{"prompt": "p", "completion": AWKWARD, "rating": 4.5}],
+    "thumb": [{"prompt": "p", "completion": AWKWARD, "label": False}],
+}  # fmt: skip
+# What each form has a place for; "rows" has it for all.
+SAID = {
+    "prompt-completion": {"pair", "chat"},
+    "chat": {"pair", "chat", "system", "long"},
+    "openai": {"pair", "chat", "system", "long", "preference", "preferences"},
+    "bedrock": {"pair", "chat", "text"},
+    "bedrock-conversation": {"pair", "chat", "system", "long"},
+    "sharegpt": {"pair", "chat", "system", "long"},
+    "alpaca": {"pair", "chat", "system", "long"},
+    "text": {"text"},
+    "rows": set(SAMPLES),
+}
+NOT_IN_A_CELL = {
+    ("rows", "labels"), ("rows", "preferences"), ("openai", "preference"), ("openai", "preferences"),
+    ("alpaca", "long"), ("bedrock-conversation", "system"), ("bedrock-conversation", "long"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("form", TARGETS)
+@pytest.mark.parametrize(
+    "name", ["out.jsonl", "out.csv", "out.tsv.gz", "out.parquet", "out.jsonl.zst"]
+)
+def test_there_and_back(tmp_path: Path, sample: str, form: str, name: str) -> None:
+    source = write(tmp_path, *SAMPLES[sample])
+    target = tmp_path / name
+    table = "sv" in name
+    if sample not in SAID[form]:
+        assert {p.rule for p in problems_of(source, target, form)} == {"convert.form"}
+        return
+    if table and (form, sample) in NOT_IN_A_CELL:
+        assert {p.rule for p in problems_of(source, target, form)} == {"convert.container"}
+        return
+    found = convert(source, target, form)
+    assert (found.rows, found.kept) == (len(SAMPLES[sample]), ())
+    assert same(load_rows(target)) == same(load_rows(source))
+    again = tmp_path / f"again-{name}"
+    # Alpaca's rows are conversations only where there is a system prompt.
+    convert(target, again, "chat" if form == "alpaca" else "rows")
+    assert same(load_rows(again)) == same(load_rows(source))
+
+
+said = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cc"]) | st.sampled_from("\r\n\t"), min_size=1
+).filter(lambda text: bool(text.strip()) and "\0" not in text)
+
+
+@settings(max_examples=80, deadline=None, database=None)
+@given(st.lists(st.tuples(said, said), min_size=1, max_size=4), st.sampled_from(FORMATS))
+@example([("a\rb", "\u2028c")], "csv")
+def test_any_texts_survive_every_container(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], format_: Any
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    source = write(folder, *({"prompt": p, "completion": c} for p, c in rows), name="any.jsonl")
+    target = folder / "any-out"
+    convert(source, target, "prompt-completion", format_)
+    assert [(row.prompt, row.completion) for row in load_rows(target)] == rows
+
+
+def test_further_keys_are_kept_or_left_out_as_asked(tmp_path: Path) -> None:
+    more = {"id": 7, "category": "x", "score": None}
+    source = write(tmp_path, {"question": "a", "answer": "b", **more})
+    target = tmp_path / "out.jsonl"
+    found = convert(source, target, "sharegpt")
+    assert found.kept == ("id", "category", "score")
+    assert json.loads(target.read_text())["category"] == "x"
+    found = convert(source, target, "alpaca", bare=True)
+    assert found.left_out == ("id", "category", "score")
+    assert json.loads(target.read_text()) == {"instruction": "a", "input": "", "output": "b"}
+
+
+@pytest.mark.parametrize(
+    ("records", "name", "rule", "line", "message"),
+    [
+        ([{"text": "a"}, {"text": "b", "x": {"y": 1}}], "o.csv", "convert.container", 2, "object"),
+        ([{"text": "a", "n": 1}], "o.csv", "convert.container", 1, 'a number in the column "n"'),
+        ([{"text": "a", "n": "x"}, {"text": "b"}], "o.csv", "convert.container", 2, 'no "n"'),
+        ([{"text": "a", "n": "x"}, {"text": "b"}], "o.parquet", "convert.container", 2, 'no "n"'),
+        ([{"text": "a", "n": "x"}, {"text": "b", "n": 1}], "o.parquet", "convert.container", 0, "t"),
+        ([{"text": "a", "score": "4"}], "o.csv", "convert.container", 1, '"score"'),
+        ([{"text": "a\0"}], "o.tsv", "convert.container", 1, '"text"'),
+        ([{**turns("a", "b"), "prompt": "c", "x": 1}], "o.jsonl", "row.ambiguous", 1, ""),
+        (
+            [{"messages": [{"role": "user", "content": "a", "name": "Bo"}, REPLY]}],
+            "o.jsonl", "convert.message", 1, 'key "name"',
+        ),
+        ([{"text": "a"}, {"text": ""}], "o.jsonl", "field.empty", 2, "empty"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_is_refused_with_its_row(
+    tmp_path: Path, records: list[dict[str, Any]], name: str, rule: str, line: int, message: str
+) -> None:
+    (problem,) = problems_of(write(tmp_path, *records), tmp_path / name)
+    assert (problem.rule, problem.line) == (rule, line)
+    assert message in problem.message and problem.fix
+
+
+def test_a_further_key_with_the_name_of_one_that_is_written(tmp_path: Path) -> None:
+    source = write(tmp_path, {"prompt": "a", "completion": "b", "output": "c"})
+    (problem,) = problems_of(source, tmp_path / "o.jsonl", "alpaca")
+    assert problem.rule == "convert.key"
+    convert(source, tmp_path / "o.jsonl", "alpaca", bare=True)
+    assert {problem.rule, "convert.form", "convert.container", "convert.message"} == set(RULES)
+
+
+def test_a_file_is_of_one_shape(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "system": "s"}]
+    source = write(tmp_path, *rows)
+    (problem,) = problems_of(source, tmp_path / "o.jsonl")
+    assert (problem.rule, problem.line) == ("convert.form", 2) and "--to chat" in problem.fix
+    convert(source, tmp_path / "o.jsonl", "chat")
+    assert len(load_rows(tmp_path / "o.jsonl")) == 2
+
+
+def test_columns_are_mapped_and_folders_read(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for n in (1, 2):
+        write(folder, {"q": f"a{n}", "a": "b"}, name=f"{n}.jsonl")
+    target = tmp_path / "o.parquet"
+    found = convert(folder, target, columns={"prompt": "q", "completion": "a"})
+    assert isinstance(found, Conversion) and found.rows == 2 and found.recognized.files == 2
+    assert [row.prompt for row in load_rows(target)] == ["a1", "a2"]
+
+
+def test_targets_that_cannot_be(tmp_path: Path) -> None:
+    source = write(tmp_path, {"text": "a"})
+    for options, said_ in (
+        ({"form": "xml"}, "there are rows, prompt-completion"),
+        ({"target": tmp_path / "o.bin"}, "--format"),
+        ({"target": source}, "another file"),
+        ({"target": tmp_path, "format_": "jsonl"}, "is a folder"),
+    ):
+        given_: dict[str, Any] = {"target": tmp_path / "o.jsonl", **options}
+        with pytest.raises(RecipeError, match=said_.replace("[", "\\[")):
+            convert(source, **given_)
+    assert source.read_text() == '{"text": "a"}\n'
+    assert format_of(Path("a.b.NDJSON.gz")) == "jsonl"
+
+
+def test_packed_output_is_the_same_bytes_each_time(tmp_path: Path) -> None:
+    source = write(tmp_path, *({"text": f"words {n}"} for n in range(3000)))
+    for name in ("o.jsonl.gz", "o.csv.zst"):
+        one, other = tmp_path / name, tmp_path / f"x-{name}"
+        convert(source, one)
+        convert(source, other)
+        assert one.read_bytes() == other.read_bytes()
+        assert len(load_rows(one)) == 3000

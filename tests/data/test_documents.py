@@ -1,0 +1,110 @@
+"""A JSON array or object: the same records as one a line, in little memory, every mistake named."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.data import documents, parsing
+from luthier.data.read import read_records
+from luthier.errors import Problem
+
+Records = list[tuple[int, dict[str, object]]]
+
+
+def read(path: Path, data: bytes) -> tuple[Records, list[Problem]]:
+    path.write_bytes(data)
+    problems: list[Problem] = []
+    return list(read_records(path, problems)), problems
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("documents") / "a.json"
+
+
+def test_an_array_gives_its_objects_with_their_lines(path: Path) -> None:
+    data = b'\xef\xbb\xbf\n[\r\n  {"a": 1},\n {"a":\n 2}, {"a": "\xe2\x80\xa8"}\n]\n\n'
+    assert read(path, data) == ([(3, {"a": 1}), (4, {"a": 2}), (5, {"a": "\u2028"})], [])
+
+
+def test_one_object_and_several_behind_each_other(path: Path) -> None:
+    assert read(path, b'{\n"a": 1\n}') == ([(1, {"a": 1})], [])
+    assert read(path, b'{\n"a": 1\n}\n{\n"a": 2\n}\n') == ([(1, {"a": 1}), (4, {"a": 2})], [])
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(
+    st.lists(st.dictionaries(st.text(), values, max_size=4), min_size=1, max_size=5),
+    st.sampled_from([None, 1, 2]),
+    st.sampled_from([1, 7, 64, 1 << 18]),
+)
+def test_any_objects_come_back_whatever_the_pieces(
+    path: Path, objects: list[dict[str, object]], indent: int | None, piece: int
+) -> None:
+    chunk = documents._CHUNK_BYTES
+    documents._CHUNK_BYTES = piece
+    try:
+        text = json.dumps(objects, indent=indent, ensure_ascii=False)
+        records, problems = read(path, text.encode())
+    finally:
+        documents._CHUNK_BYTES = chunk
+    assert problems == []
+    assert [record for _, record in records] == objects
+
+
+@pytest.mark.parametrize(
+    ("data", "before", "line", "rule", "said"),
+    [
+        (b'[\n{"a": 1},\n{"a": 1, "a": 2},\n{"a": 3}]', 2, 3, "json.duplicate_key", '"a"'),
+        (b'[\n{"a": 1},\n{"a": [NaN]},\n{"a": 3}]', 2, 3, "json.not_finite", "NaN"),
+        (b'[{"a": 1},\n{"a": 1e999}, {"a": 3}]', 2, 2, "json.not_finite", "1e999"),
+        (b'[{"a": 1},\n{"a": ' + b"9" * 5000 + b'}, {"a": 3}]', 2, 2, "json.not_finite", "digits"),
+        (b'[{"a": 1},\n{"a": "\\ud83d"},\n{"a": 3}]', 2, 2, "encoding.surrogate", "\\ud83d"),
+        (b'[{"a": 1},\n[1, 2],\n{"a": 3}]', 2, 2, "json.not_object", "an array"),
+        (b'[{"a": 1},\n{"a" 2},\n{"a": 3}]', 1, 2, "json.invalid", "at column 6"),
+        (b'[{"a": 1}\n{"a": 3}]', 1, 2, "json.invalid", "comma, at column 1"),
+        (b'[{"a": 1},\n{"a": 3}', 2, 2, "json.invalid", "no end"),
+        (b'[{"a": 1},\n{"a": "x', 1, 2, "json.invalid", "at column 7"),
+        (b'[{"a": 1}] x', 1, 1, "json.invalid", "follows the array, at column 12"),
+        (b'[{"a": 1}\n,]', 1, 2, "json.invalid", "at column 2"),
+        (b'[{"a": 1},\n{"a": "\xff"}]', 0, 2, "encoding.utf8", "Byte 8"),
+        (b'[{"a": 1},\n' + b"[" * 100_000, 1, 2, "json.too_deep", "nested"),
+        (b"[\n]", 0, 0, "file.empty", "no rows"),
+    ],
+)
+def test_mistakes(path: Path, data: bytes, before: int, line: int, rule: str, said: str) -> None:
+    records, problems = read(path, data)
+    assert len(records) == before
+    assert [(p.line, p.rule) for p in problems] == [(line, rule)]
+    assert said in problems[0].message
+
+
+def test_a_long_element_is_refused_and_a_large_file_is_never_whole_in_memory(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = b",\n".join([b'{"text": "%s"}' % (b"some words " * 20)] * 100_000)
+    path.write_bytes(b"[" + rows + b"]")
+    problems: list[Problem] = []
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(path, problems)) == 100_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert problems == []
+    assert peak < 6_000_000 < len(rows)
+    monkeypatch.setattr(parsing, "MAX_LINE_BYTES", 100_000)
+    records, problems = read(path, b'[{"a": 1},\n{"a": "' + b"x" * 2_000_000 + b'"}]')
+    assert [p.rule for p in problems] == ["line.too_long"] and len(records) == 1

@@ -1,0 +1,289 @@
+"""Forms of other tools become our shapes by their keys, their texts unchanged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.data.forms import FORMS, forms_of
+from luthier.data.prompts import load_prompts
+from luthier.data.rows import RULES, load_rows, read_rows
+from luthier.errors import DataError, Problem
+from luthier.types import Message, Row
+
+AWKWARD = " a\u2028b\r\n\x85 \\ud800 "
+CHAT = (Message("user", "q"), Message("assistant", AWKWARD))
+SYSTEM = Message("system", "be kind")
+
+
+def write(folder: Path, *records: dict[str, Any], name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    return path
+
+
+def problems_of(path: Path, columns: dict[str, str] | None = None) -> list[Problem]:
+    with pytest.raises(DataError) as caught:
+        load_rows(path, columns)
+    return list(caught.value.problems)
+
+
+def block(text: str) -> list[dict[str, str]]:
+    return [{"text": text}]
+
+
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "Bedrock conversation",
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "system": block("be kind"),
+            "messages": [
+                {"role": "user", "content": block("q")},
+                {"role": "assistant", "content": block(AWKWARD)},
+            ],
+        },
+        {"messages": (SYSTEM, *CHAT)},
+    ),
+    (
+        "Bedrock input and output",
+        {"input": "q", "output": AWKWARD},
+        {"prompt": "q", "completion": AWKWARD},
+    ),
+    ("Bedrock raw text", {"input": AWKWARD, "source": "web"}, {"text": AWKWARD}),
+    (
+        "ShareGPT",
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": AWKWARD}]},
+        {"messages": CHAT},
+    ),
+    (
+        "ShareGPT",
+        {
+            "id": "x",
+            "system": "be kind",
+            "conversations": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": AWKWARD},
+            ],
+        },
+        {"messages": (SYSTEM, *CHAT)},
+    ),
+    ("Alpaca", {"instruction": "q", "output": AWKWARD}, {"prompt": "q", "completion": AWKWARD}),
+    (
+        "Alpaca",
+        {"instruction": "q", "input": " i\n", "output": AWKWARD},
+        {"prompt": "q\n\n i\n", "completion": AWKWARD},
+    ),
+    (
+        "Alpaca",
+        {"instruction": "q", "input": "", "output": "a"},
+        {"prompt": "q", "completion": "a"},
+    ),
+    (
+        "Alpaca",
+        {"instruction": "q", "input": "", "output": AWKWARD, "system": "be kind", "history": []},
+        {"messages": (SYSTEM, *CHAT)},
+    ),
+    (
+        "Alpaca",
+        {"instruction": "q", "output": AWKWARD, "history": [["q0", "a0"]]},
+        {"messages": (Message("user", "q0"), Message("assistant", "a0"), *CHAT)},
+    ),
+    (
+        "instruction and response",
+        {"instruction": "q", "context": "c", "response": AWKWARD, "category": "qa"},
+        {"prompt": "q\n\nc", "completion": AWKWARD},
+    ),
+    (
+        "question and answer",
+        {"question": "q", "answer": AWKWARD},
+        {"prompt": "q", "completion": AWKWARD},
+    ),
+    (
+        "question and response",
+        {"id": 1, "system_prompt": "be kind", "question": "q", "response": AWKWARD},
+        {"messages": (SYSTEM, *CHAT)},
+    ),
+    ("query and response", {"query": "q", "response": "a"}, {"prompt": "q", "completion": "a"}),
+    ("query and positive", {"query": "q", "positive": "p"}, {"text": "q", "positive": "p"}),
+    ("question and positive", {"question": "q", "positive": "p"}, {"text": "q", "positive": "p"}),
+    ("sentence pairs", {"sentence1": "q", "sentence2": "p"}, {"text": "q", "positive": "p"}),
+    ("premise and hypothesis", {"premise": "q", "hypothesis": "p"}, {"text": "q", "positive": "p"}),
+    # OpenAI's parts and its newer name of the system role need no form of their own.
+    (
+        '{"messages"}',
+        {
+            "messages": [
+                {"role": "developer", "content": "be kind"},
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {
+                    "role": "assistant",
+                    "weight": 1,
+                    "content": [
+                        {"type": "text", "text": " a\u2028"},
+                        {"type": "text", "text": AWKWARD[3:]},
+                    ],
+                },
+            ]
+        },
+        {"messages": (SYSTEM, *CHAT)},
+    ),
+    (
+        '{"input", "preferred_output", "non_preferred_output"}',
+        {
+            "input": {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]},
+            "preferred_output": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
+            "non_preferred_output": [{"role": "assistant", "content": "b"}],
+        },
+        {
+            "messages": (Message("user", "q"),),
+            "reply": (Message("assistant", "a"),),
+            "rejected": (Message("assistant", "b"),),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "record", "fields"), CASES)
+def test_form(tmp_path: Path, form: str, record: dict[str, Any], fields: dict[str, Any]) -> None:
+    path = write(tmp_path, record, {**record, "id": "other"})
+    rows, recognized = read_rows(path)
+    assert rows == [Row(str(path), line, **fields) for line in (1, 2)]
+    assert recognized.form == form
+    assert str(recognized) == f"jsonl, {form}, 2 rows"
+
+
+def test_every_form_is_tried_and_the_table_is_sound() -> None:
+    assert {form.name for form in FORMS} <= {name for name, *_ in CASES}
+    for form in FORMS:
+        assert form.keys and not form.keys & form.without and not form.used & form.without
+        assert forms_of(dict.fromkeys(form.keys, "x")) == [form]
+
+
+def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": ""}, {"from": "gpt"}, {"value": "x"}]
+    found = problems_of(write(tmp_path, {"conversations": turns}))
+    assert [p.message for p in found] == [
+        '"value" of message 1 is empty.',
+        '"value" of message 2 is missing; the keys are "role".',
+        '"from" of message 3 is missing; the keys are "value".',
+        '"value" of message 3 is missing; the keys are "value".',
+    ]
+    found = problems_of(write(tmp_path, {"conversations": "x"}))
+    assert found[0].message.startswith('"conversations" must be an array')
+    found = problems_of(write(tmp_path, {"instruction": "a", "input": 3, "output": "b"}))
+    assert found[0].message == '"instruction" must be a string, but is a number.'
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": "f"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "f"}]},
+        {"conversations": [{"from": None, "value": "q"}]},
+        {"conversations": None},
+        {"conversations": [1]},
+        {"schemaVersion": "bedrock-conversation-2024", "messages": "x", "system": "s"},
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "messages": [{"role": "user", "content": [{"image": {}}]}],
+        },
+        {"instruction": None, "output": "b"},
+        {"instruction": "a", "output": "b", "history": "x", "system": 3},
+        {"instruction": "a", "output": "b", "history": [["x"]]},
+        {"input": {"messages": []}},
+        {"input": 3, "output": []},
+        {"sentence1": "a", "sentence2": "b", "score": 0.5},
+        {"premise": "a", "hypothesis": "b", "label": "neutral"},
+        {"question": "a", "answer": "b", "context": "c"},
+        {"question": "a", "context": "c", "answers": {"text": ["x"]}},
+        {"input": "x", "label": "y"},
+        {"input": "x", "expected": "y"},
+    ],
+)
+def test_what_is_no_such_form_is_refused_by_rule(tmp_path: Path, record: dict[str, Any]) -> None:
+    for problem in problems_of(write(tmp_path, record)):
+        assert problem.rule in RULES
+        assert problem.message and problem.fix
+
+
+def test_a_form_may_have_a_system_prompt_in_some_rows_only(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"instruction": "a", "output": "b", "system": ""},
+        {"instruction": "a", "output": "b", "system": "be kind"},
+    )
+    assert [row.messages is None for row in load_rows(path)] == [True, False]
+
+
+def test_judgements_stay_beside_a_form(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "a", "answer": "b", "rating": 3})
+    assert load_rows(path)[0].rating == 3.0
+
+
+# --- names of columns ------------------------------------------------------------------------------
+
+
+def test_columns_are_renamed_before_anything_is_recognized(tmp_path: Path) -> None:
+    path = write(tmp_path, {"q": "x", "text": "whole", "a": "y", "id": 1})
+    columns = {"prompt": "q", "completion": "a", "text": ""}
+    (row,) = load_rows(path, columns)
+    assert (row.prompt, row.completion, row.text) == ("x", "y", None)
+    (row,) = load_rows(path, {"text": "q"})
+    assert row.text == "x"
+    (row,) = load_prompts(path, columns)
+    assert (row.prompt, row.expected) == ("x", "y")
+
+
+def test_columns_may_swap_and_files_may_have_our_names_already(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "x", "completion": "y"})
+    (row,) = load_rows(path, {"prompt": "completion", "completion": "prompt"})
+    assert (row.prompt, row.completion) == ("y", "x")
+    assert load_rows(path, {"prompt": "question", "completion": "answer"}) == load_rows(path)
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, {"q": "x", "completion": "y"}, {"completion": "y"})
+    (problem,) = problems_of(path, {"prompt": "q"})
+    assert (problem.line, problem.rule) == (2, "column.missing")
+    assert 'column "q" is not there; the keys are "completion"' in problem.message
+    assert "--map prompt=q" in problem.fix
+
+
+def test_messages_name_the_column_that_was_mapped(tmp_path: Path) -> None:
+    (problem,) = problems_of(
+        write(tmp_path, {"q": "", "a": "y"}), {"prompt": "q", "completion": "a"}
+    )
+    assert problem.message == '"q" is empty.'
+
+
+# --- several files of one source -------------------------------------------------------------------
+
+
+def test_files_of_a_source_are_of_one_form(tmp_path: Path) -> None:
+    write(tmp_path, {"question": "a", "answer": "b", "id": 1}, name="a.jsonl")
+    write(tmp_path, {"question": "c", "answer": "d", "id": 1}, name="b.jsonl")
+    (tmp_path / "c.csv").write_text("question,answer\ne,f\n")
+    rows, recognized = read_rows(tmp_path)
+    assert [row.prompt for row in rows] == ["a", "c", "e"]
+    assert str(recognized) == "jsonl; csv, question and answer, 3 rows in 3 files"
+    write(tmp_path, {"prompt": "a", "completion": "b"}, name="b.jsonl")
+    (problem,) = problems_of(tmp_path)
+    assert problem.file.endswith("b.jsonl") and problem.rule == "row.mixed_shapes"
+    assert f"first row ({tmp_path / 'a.jsonl'}:1) is question and answer" in problem.message
+
+
+def test_plain_text_files_are_a_row_each(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"{name} \u2028\n")
+    rows, recognized = read_rows(tmp_path)
+    assert [row.text for row in rows] == ["a.txt \u2028\n", "b.txt \u2028\n"]
+    assert str(recognized) == 'text, {"text"}, 2 rows in 2 files'

@@ -1,0 +1,129 @@
+"""The fast parser takes exactly what the strict one takes, and the same values."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from luthier.data import parsing
+from luthier.data.parsing import Unreadable, parse_line
+from luthier.data.read import Chunk, chunks_of, read_records
+from luthier.errors import Problem
+
+PROPERTY = settings(max_examples=600, deadline=None, database=None)
+
+
+def outcome(raw: bytes, strict: bool) -> object:
+    try:
+        # repr tells 1 from 1.0 and True, and shows the order of keys.
+        return repr(parsing._strict(raw, 2) if strict else parse_line(raw, 2))
+    except Unreadable as bad:
+        return (bad.rule, bad.message, bad.fix)
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(categories=None), max_size=5)
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+lines = st.builds(
+    lambda value, ascii_only: json.dumps(value, ensure_ascii=ascii_only).encode(
+        errors="surrogatepass"
+    ),
+    st.dictionaries(st.text(max_size=3), values, max_size=4) | values,
+    st.booleans(),
+)
+pieces = st.sampled_from(
+    [b'{"a":1', b',"a":2}', b'"\\u0061":3', b"1e400", b"-1e400", b"9" * 400, b".0", b"1E5", b"-0"]
+    + [b"NaN", b"Infinity", b"\\ud83d", b"\\ude00", b"\xed\xa0\x80", b"\xff", b"\t", b"\x0b", b" "]
+    + [b"{", b"}", b"[", b"]", b":", b",", b'"', b"null", b"\xef\xbb\xbf", b"\xe2\x80\xa8"]
+)  # fmt: skip
+
+
+@PROPERTY
+@given(lines | st.lists(pieces | st.binary(max_size=2), max_size=8).map(b"".join))
+@example(b'{"a":1,"\\u0061":2}')
+@example(b'{"a":[{"b":1e999}]}')
+@example(b'{"a":' + b"9" * 5000 + b"}")
+@example(b'{"a":' + b"9" * 400 + b".5}")
+@example(b'{"a":' + b"[" * 150 + b"]" * 150 + b"}")
+@example(b'{"a":' + b"[" * 400 + b"]" * 400 + b"}")
+@example(b'{"a":0.1000000000000000055511151231257827}')
+@example(b'{"a":2.2250738585072011e-308}')
+@example(b'{"a":"\\ud83d\\ude00 \\ud83d"}')
+@example(b'{"":{"":1,"":2}}')
+def test_both_parsers_say_the_same(raw: bytes) -> None:
+    assert outcome(raw, strict=False) == outcome(raw, strict=True)
+
+
+@PROPERTY
+@given(st.integers(0, 2**64 - 1))
+def test_numbers_keep_every_bit(bits: int) -> None:
+    (number,) = struct.unpack("<d", struct.pack("<Q", bits))
+    if number == number and abs(number) != float("inf"):
+        raw = b'{"a":%s}' % repr(number).encode()
+        assert parse_line(raw, 2) == {"a": number}
+
+
+# --- parts of a file, side by side -----------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            [b'{"a":1}', b"", b"bad", b'{"b":"x\\ny\xe2\x80\xa8"}', b'{"c":"%s"}' % (b"z" * 70_000)]
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    st.sampled_from([b"\n", b"\r\n"]),
+    st.booleans(),
+    st.integers(1, 200_000),
+)  # fmt: skip
+def test_parts_give_together_what_the_file_gives(
+    tmp_path_factory, lines: list[bytes], end: bytes, ended: bool, size: int  # type: ignore[no-untyped-def]
+) -> None:  # fmt: skip
+    path: Path = tmp_path_factory.getbasetemp() / "parts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + end.join(lines) + end * ended)
+    whole: list[Problem] = []
+    records = list(read_records(path, whole))
+    chunks = list(chunks_of(path, size))
+    assert [c.stop for c in chunks[:-1]] == [c.start for c in chunks[1:]]
+    assert (chunks[0].start, chunks[-1].stop) == (0, path.stat().st_size)
+    found: list[Problem] = []
+    parts = [each for chunk in chunks for each in read_records(path, found, chunk=chunk)]
+    assert parts == records
+    assert found == [problem for problem in whole if problem.rule != "file.empty"]
+
+
+def test_a_long_line_in_a_part_is_counted(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(parsing, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(b'{"a":1}\n' + b"x" * 300_000 + b'\n{"a":2}\n{"a":3}\n')
+    chunks = list(chunks_of(path, 10))
+    assert chunks[0] == Chunk(0, 300_009, 1) or chunks[0].start == 0
+    problems: list[Problem] = []
+    found = [each for chunk in chunks for each in read_records(path, problems, chunk=chunk)]
+    assert found == [(1, {"a": 1}), (3, {"a": 2}), (4, {"a": 3})]
+    assert [(p.line, p.rule) for p in problems] == [(2, "line.too_long")]
+
+
+def test_how_far_reading_is_can_be_followed(tmp_path: Path) -> None:
+    path = tmp_path / "told.jsonl"
+    path.write_bytes(b'{"text":"some words"}\n' * 20_000)
+    told: list[int] = []
+    assert sum(1 for _ in read_records(path, [], told=told.append)) == 20_000
+    assert told == sorted(told) and len(told) > 20
+    assert told[-1] == path.stat().st_size

@@ -1,0 +1,230 @@
+"""Tables: cells are text unless the column says otherwise, and every mistake names its row."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.data import parsing
+from luthier.data.read import read_records
+from luthier.data.rows import RULES, load_rows
+from luthier.errors import DataError, Problem
+from luthier.types import Message, Row
+
+pyarrow = pytest.importorskip("pyarrow")
+
+Records = list[tuple[int, dict[str, object]]]
+
+
+def read(path: Path) -> tuple[Records, list[Problem]]:
+    problems: list[Problem] = []
+    return list(read_records(path, problems)), problems
+
+
+def read_csv(folder: Path, data: bytes, name: str = "a.csv") -> tuple[Records, list[Problem]]:
+    path = folder / name
+    path.write_bytes(data)
+    return read(path)
+
+
+def parquet(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+    return path
+
+
+def test_cells_are_text_with_the_line_they_begin_on(tmp_path: Path) -> None:
+    data = (
+        b'\xef\xbb\xbf prompt ,completion\r\n"a, ""b""\r\nc",7\r\n\r\n'
+        b"x\xe2\x80\xa8y,NaN\r\n last,\x85".replace(b"\x85", "\x85".encode())
+    )
+    assert read_csv(tmp_path, data) == (
+        [
+            (2, {"prompt": 'a, "b"\r\nc', "completion": "7"}),
+            (5, {"prompt": "x\u2028y", "completion": "NaN"}),
+            (6, {"prompt": " last", "completion": "\x85"}),
+        ],
+        [],
+    )
+
+
+cells = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cc"])
+    | st.sampled_from('\r\n\t,;"\u2028\x85\ufeff'),
+    max_size=6,
+)
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    st.lists(st.tuples(cells, cells), min_size=1, max_size=5),
+    st.sampled_from([(",", "a.csv"), ("\t", "a.tsv"), (";", "a.csv")]),
+    st.sampled_from(["\n", "\r\n"]),
+)
+def test_any_cells_come_back_identical(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[str, str]],
+    kind: tuple[str, str],
+    end: str,
+) -> None:
+    delimiter, name = kind
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerows([("one", "two"), *rows])
+    records, problems = read_csv(tmp_path_factory.getbasetemp(), text.getvalue().encode(), name)
+    assert problems == []
+    assert [(record["one"], record["two"]) for _, record in records] == rows
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "record"),
+    [
+        ("text,label", "x,3", {"text": "x", "label": "3"}),
+        ("text,label", "x,true", {"text": "x", "label": "true"}),
+        ("text,rating", "x,3.5", {"text": "x", "rating": 3.5}),
+        ("text,rating", "x, -2e1 ", {"text": "x", "rating": -20.0}),
+        ("text,rating", "x,good", {"text": "x", "rating": "good"}),
+        ("text,rating", "x,nan", {"text": "x", "rating": "nan"}),
+        ("text,rating", "x,", {"text": "x", "rating": ""}),
+        ("text,rating", "x,1e999", {"text": "x", "rating": "1e999"}),
+        ("id,prompt,expected", ",x,", {"prompt": "x"}),
+        ("prompt,completion", "x,", {"prompt": "x", "completion": ""}),
+        ("prompt,completion,label", "x,y,TRUE", {"prompt": "x", "completion": "y", "label": True}),
+        ("prompt,completion", '"[1]","{""a"": 1}"', {"prompt": "[1]", "completion": '{"a": 1}'}),
+        ("tokens,tags", '"[""a""]","[""O""]"', {"tokens": ["a"], "tags": ["O"]}),
+        ("messages,x", 'words,"[1]"', {"messages": "words", "x": "[1]"}),
+    ],
+)
+def test_only_columns_that_are_known_to_are_more_than_text(
+    tmp_path: Path, header: str, cells: str, record: dict[str, object]
+) -> None:
+    assert read_csv(tmp_path, f"{header}\n{cells}\n".encode()) == ([(2, record)], [])
+
+
+def test_messages_in_a_cell(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    cell = '[{"role": "user", "content": "a ""b"""}, {"role": "assistant", "content": "c\u2028"}]'
+    path.write_text('messages\n"' + cell.replace('""', '\\"').replace('"', '""') + '"\n')
+    assert load_rows(path) == [
+        Row(str(path), 2, messages=(Message("user", 'a "b"'), Message("assistant", "c\u2028")))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "rule", "said"),
+    [
+        (b"a,b\n1,2\n1,2,3\n1,2\n", 3, "table.cells", "3 cells, and the header 2"),
+        (b"a,b\n1,2\n1\n1,2\n", 3, "table.cells", "1 cells"),
+        (b'a,b\n1,2\n"x"y,2\n1,2\n', 3, "table.invalid", "expected after"),
+        (b"a,b\n1,2\nx\rz,2\n1,2\n", 3, "table.invalid", "new-line"),
+        (b"a,b\n1,2\n\xff,2\n1,2\n", 3, "encoding.utf8", "Byte 1 of the line"),
+        (b'messages,b\n1,2\n"[{",2\n1,2\n', 3, "json.invalid", 'Column "messages"'),
+        (b'messages,b\n1,2\n"[NaN]",2\n1,2\n', 3, "json.not_finite", "NaN"),
+        (b'messages,b\n1,2\n"[""\\ud83d""]",2\n1,2\n', 3, "encoding.surrogate", "messages"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_between_good_ones(
+    tmp_path: Path, data: bytes, line: int, rule: str, said: str
+) -> None:
+    records, problems = read_csv(tmp_path, data)
+    assert [number for number, _ in records] == [2, 4]
+    assert [(p.line, p.rule) for p in problems] == [(line, rule)]
+    assert said in problems[0].message and rule in RULES
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "rule", "said"),
+    [
+        (b"a,a\n1,2\n", 1, "table.header", '"a" twice'),
+        (b"a,,\n1,2,3\n", 1, "table.header", "empty names"),
+        (b"%s,b\n1,2\n" % (b"x" * 300), 1, "table.header", "longer"),
+        (b'a,"b\n1,2\n', 1, "table.invalid", "header is no CSV"),
+        (b"a,b\n", 0, "file.empty", "a header and no rows"),
+        (b"", 0, "file.empty", "no rows"),
+        (b"\xef\xbb\xbf\n", 0, "file.empty", "no rows"),
+    ],
+)
+def test_a_file_that_is_no_table(
+    tmp_path: Path, data: bytes, line: int, rule: str, said: str
+) -> None:
+    records, problems = read_csv(tmp_path, data)
+    assert records == []
+    assert [(p.line, p.rule) for p in problems] == [(line, rule)]
+    assert said in problems[0].message
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parsing, "MAX_LINE_BYTES", 1000)
+    _, problems = read_csv(tmp_path, b'a,b\n1,2\n"x,2\n' + b"some words,2\n" * 1000)
+    assert (problems[0].line, problems[0].rule) == (3, "table.invalid")
+    assert "field limit" in problems[0].message
+    _, problems = read_csv(tmp_path, b"a,b\n1,2\n" + b"x" * 200_000 + b",2\n3,4\n")
+    assert [(p.line, p.rule) for p in problems] == [(3, "line.too_long")]
+    monkeypatch.undo()
+    csv.field_size_limit(parsing.MAX_LINE_BYTES)
+
+
+def test_a_header_that_is_missing_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("How are you?,Fine\nAnd now?,Also\n")
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    assert caught.value.problems[0].rule == "row.unknown_shape"
+    assert '"How are you?", "Fine"' in caught.value.problems[0].message
+    assert "--map" in caught.value.problems[0].fix
+
+
+# --- Parquet --------------------------------------------------------------------------------------
+
+
+def test_parquet_rows(tmp_path: Path) -> None:
+    rows = [
+        {"id": None, "prompt": "a\u2028\r\n", "completion": "NaN"},
+        {"id": 2, "prompt": "c", "completion": None},
+    ]
+    records, problems = read(parquet(tmp_path / "a.parquet", rows))
+    assert problems == []
+    assert records == [(1, {k: v for k, v in rows[0].items() if k != "id"}), (2, rows[1])]
+
+
+def test_nested_parquet_columns_are_messages_tokens_and_tags(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = parquet(tmp_path / "a.parquet", [{"messages": turns}] * 1500, row_group_size=400)
+    rows = load_rows(path)
+    assert len(rows) == 1500 and rows[-1].line == 1500
+    assert rows[0].messages == (Message("user", "a"), Message("assistant", "b"))
+    path = parquet(tmp_path / "b.parquet", [{"tokens": ["a", "b"], "tags": ["O", "B-x"]}])
+    assert load_rows(path)[0].tags == ("O", "B-x")
+
+
+def test_parquet_without_rows_damaged_or_with_broken_text(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([], schema=schema), path)
+    assert [p.rule for p in read(path)[1]] == ["file.empty"]
+    parquet(path, [{"text": f"words {n}"} for n in range(1000)])
+    path.write_bytes(path.read_bytes()[:-50])
+    assert [p.rule for p in read(path)[1]] == ["file.damaged"]
+    bad = pyarrow.array([b"fine", b"\xff", b"fine"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad}), path)
+    records, problems = read(path)
+    assert [number for number, _ in records] == [1, 3]
+    assert [(p.line, p.rule) for p in problems] == [(2, "encoding.utf8")]
+
+
+def test_numbers_that_are_none_are_refused_in_parquet_too(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", [{"text": "x", "rating": float("nan")}])
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    assert [p.rule for p in caught.value.problems] == ["rating.type"]
