@@ -58,6 +58,9 @@ class Check(ABC):
     rules: ClassVar[tuple[Rule, ...]]
     """Every rule it can find broken."""
 
+    def begin(self, batch: Batch) -> None:  # noqa: B027 - most have nothing to learn
+        """Set the fields that :meth:`measure` needs from the first batch, before any is measured."""
+
     @abstractmethod
     def measure(self, batch: Batch) -> Any:
         """What is to be known of a batch, without regard to any other; picklable."""

@@ -143,6 +143,8 @@ class _Gate:
         self.files[batch.split].add(batch.file)
         self.rows[batch.split] += len(batch)
         for check in self.checks:
+            if not where.first:
+                check.begin(batch)
             check.take(where, check.measure(batch), self.findings)
 
     def note(self, problems: list[Problem]) -> None:
