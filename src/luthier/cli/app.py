@@ -16,6 +16,7 @@ import typer
 from luthier.cli.models import models_app
 from luthier.cli.options import Adaptation, Base, Data, Json, Mix, Objective, Validation
 from luthier.cli.shrinking import student
+from luthier.cli.splitting import split
 from luthier.cli.using import chat, evaluate, generate, inspect, predict, samples
 
 app = typer.Typer(
@@ -167,6 +168,7 @@ def pretrain(
 
 
 app.command()(student)
+app.command()(split)
 
 
 @app.command()
