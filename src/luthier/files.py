@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -84,6 +84,18 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             Path(name).unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def copy_lines(source: Path, lines: Sequence[int], target: BinaryIO) -> None:
+    """Copy the 1-based ``lines`` of a file, byte for byte and in its order; each ends with a line end.
+
+    Lines end at ``\\n`` and nowhere else.
+    """
+    wanted = set(lines)
+    with source.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if number in wanted:
+                target.write(line if line.endswith(b"\n") else line + b"\n")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -67,6 +67,8 @@ class DataSpec(Part):
     """Rows to measure on; without them, a part of the training rows is held out."""
     validation_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the training rows to hold out when no validation file is given; 0 for none."""
+    test_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the training rows to keep out for a later test; the run folder says which."""
     long_rows: Literal["error", "drop", "truncate"] = "error"
     """What to do with rows longer than the model's context."""
     columns: dict[str, str] | None = None

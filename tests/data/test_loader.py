@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data.loader import Mixed, RowOrder, hold_out
+from luthier.data.loader import Mixed, RowOrder
 
 PROPERTY = settings(max_examples=60, deadline=None, database=None)
 rows = st.integers(1, 40)
@@ -61,27 +61,6 @@ def test_steps_of_so_many_epochs() -> None:
     order = RowOrder(10, 4, seed=0)
     assert order.steps_per_epoch == 3
     assert [order.steps(epochs) for epochs in (0.01, 1, 2, 2.4)] == [1, 3, 6, 7]
-
-
-@PROPERTY
-@given(st.integers(2, 60), st.floats(0.001, 0.999), seed)
-def test_holding_out_splits_the_rows(rows: int, share: float, seed: int) -> None:
-    kept, held = hold_out(rows, share, seed)
-    assert sorted(kept + held) == list(range(rows))
-    assert kept == sorted(kept) and held == sorted(held)
-    assert kept and held
-    assert abs(len(held) - share * rows) <= 1
-    assert (kept, held) == hold_out(rows, share, seed)
-
-
-def test_what_is_held_out_depends_on_the_seed() -> None:
-    splits = {tuple(hold_out(50, 0.2, seed)[1]) for seed in range(5)}
-    assert {len(split) for split in splits} == {10} and len(splits) == 5
-
-
-def test_nothing_is_held_out_when_nothing_is_asked_or_one_row_is_all() -> None:
-    assert hold_out(3, 0.0, seed=0) == ([0, 1, 2], [])
-    assert hold_out(1, 0.5, seed=0) == ([0], [])
 
 
 mixed = st.lists(st.builds(Mixed, rows=st.integers(1, 30), drawn=st.integers(1, 50)), max_size=3)

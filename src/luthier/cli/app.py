@@ -18,6 +18,7 @@ from luthier.cli.converting import convert
 from luthier.cli.models import models_app
 from luthier.cli.options import Adaptation, Base, Columns, Data, Json, Mix, Objective, Validation
 from luthier.cli.shrinking import student
+from luthier.cli.splitting import split
 from luthier.cli.using import chat, evaluate, generate, inspect, predict, samples
 
 app = typer.Typer(
@@ -172,6 +173,7 @@ def pretrain(
 
 
 app.command()(student)
+app.command()(split)
 
 
 @app.command()

@@ -103,19 +103,6 @@ def _drawn(order: RowOrder, each: Mixed, epoch: int, number: int) -> IntArray:
     return rows[start - skipped : end - skipped]
 
 
-def hold_out(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split row indices into training and validation, each in the order of the file.
-
-    At least one row is held out and at least one is kept when ``share`` is above 0.
-    """
-    if share <= 0 or rows < 2:
-        return list(range(rows)), []
-    count = min(max(1, round(share * rows)), rows - 1)
-    # The third number keeps the split apart from the orders of the epochs.
-    chosen = set(np.random.default_rng([seed, 0, 1]).permutation(rows)[:count].tolist())
-    return [i for i in range(rows) if i not in chosen], sorted(chosen)
-
-
 def total_tokens(examples: Sequence[Example]) -> int:
     """Tokens of all examples, shared prefixes counted in each."""
     return sum(example.tokens for example in examples)

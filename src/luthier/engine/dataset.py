@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from luthier.data.chat import ChatFormat
-from luthier.data.loader import Mixed, hold_out, total_tokens
+from luthier.data.loader import Mixed, total_tokens
 from luthier.data.rows import Recognized, read_rows
+from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import sha256_of
 from luthier.inspection.inspect import Report
 from luthier.inspection.jobs import inspect_job, refusals
+from luthier.inspection.kin import alike
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.choosing import objective_for, shape_of, shapes_named, unlearned
 from luthier.recipe import DataSpec
@@ -60,6 +62,8 @@ class Dataset:
     """What the data gate says of the rows; ``None`` where they were never in memory."""
     recognized: Recognized | None = None
     """What the main source was taken for."""
+    held_out: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """Lines by training file that are not learned from: of ``validation`` and ``test``."""
 
     @property
     def main(self) -> int:
@@ -101,8 +105,9 @@ def prepare(
     splits = {"train": [*rows, *chain(*further)], "validation": held}
     report = inspect_job(spec, {name: each for name, each in splits.items() if each}, objective)
     rows, held, *further = [list(objective.gather(each)) for each in (rows, held, *further)]
-    if not spec.validation:
-        rows, held = _split(spec, rows, seed, choices)
+    rows, chosen, tested = _split(spec, rows, seed, choices)
+    held_out = {"validation": _lines(chosen), "test": _lines(tested)}
+    held = held if spec.validation else chosen
     try:
         objective = objective.fit([*rows, *chain(*further)], chat)
     except RowRefused as bad:
@@ -135,19 +140,34 @@ def prepare(
         mixed=mixed,
         report=report,
         recognized=recognized,
+        held_out={name: lines for name, lines in held_out.items() if lines},
     )
 
 
 def _split(
     spec: DataSpec, rows: Sequence[Row], seed: int, choices: list[Choice]
-) -> tuple[list[Row], list[Row]]:
-    """Rows to learn from and rows to measure on; a share that is chosen here joins ``choices``."""
-    share, reason = spec.validation_share, ""
+) -> list[list[Row]]:
+    """Rows to learn from, to measure on, and to leave for a test; a chosen share joins ``choices``.
+
+    Each label has its share of all parts, and rows that ask the same or nearly the same stay together.
+    """
+    share, reason = (0.0, "") if spec.validation else (spec.validation_share, "")
     if share is None:
         share, reason = validation_share(len(rows))
         choices.append(("data.validation_share", round(share, 4), reason))
-    kept, out = hold_out(len(rows), share, seed)
-    return [rows[i] for i in kept], [rows[i] for i in out]
+    shares = [share, spec.test_share or 0.0]
+    if not any(shares) or len(rows) < 2:
+        return [list(rows), [], []]
+    parts = split_rows(strata_of(rows), alike(rows), shares, seed)
+    return [[rows[i] for i in part.tolist()] for part in parts]
+
+
+def _lines(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Lines of the rows, by file."""
+    found: dict[str, set[int]] = {}
+    for row in rows:
+        found.setdefault(row.file, set()).add(row.line)
+    return {file: sorted(lines) for file, lines in found.items()}
 
 
 def _mix(spec: DataSpec, sets: Sequence[list[Example]]) -> tuple[list[Example], tuple[Mixed, ...]]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from luthier.data.containers import Container, container_of
 from luthier.data.sources import Source, stem_of
 from luthier.errors import RunConflict
-from luthier.files import lock, luthier_home, read_json, sweep, write_json
+from luthier.files import copy_lines, disk_errors, lock, luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
 from luthier.recipe import NAME_PATTERN
 from luthier.store.models import base_folder, custom_folder, short_name
@@ -19,6 +20,8 @@ from luthier.store.models import base_folder, custom_folder, short_name
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 """Texts that the network wrote in training, with what they were worth."""
+HELD_OUT, TEST = "held_out.json", "test.jsonl"
+"""Lines of the training file that were not learned from; the lines kept for a test, as they are."""
 ACTIVATIONS, KEPT = "activations.bin", "kept"
 """What was computed ahead for the rows: by the frozen layers, by the objective."""
 START, TOKENS = "start", "tokens"
@@ -96,6 +99,17 @@ class Run:
         """A field of the request this run began with; ``None`` where it has not begun."""
         path = self.folder / _REQUEST
         return read_json(path).get(field) if path.is_file() else None
+
+    def hold_out(self, lines: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+        """Record which lines of which files are not learned from, by split; copy those of the test."""
+        if not lines:
+            return
+        write_json(self.folder / HELD_OUT, lines)
+        test = {Path(file): each for file, each in lines.get("test", {}).items()}
+        if test and all(container_of(file) == Container("jsonl") for file in test):
+            with disk_errors(self.folder), (self.folder / TEST).open("wb") as target:
+                for file, each in test.items():
+                    copy_lines(file, each, target)
 
     def finish(self, result: Result) -> None:
         """Record the result; only now is the run done. Its checkpoints are no longer needed."""

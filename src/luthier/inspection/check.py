@@ -86,6 +86,9 @@ class Check(ABC):
         """The check with its defaults, for a model and an objective where there are some."""
         return cls()
 
+    def begin(self, batch: Batch) -> None:  # noqa: B027 - most have nothing to learn
+        """Set the fields that :meth:`measure` needs from the first batch, before any is measured."""
+
     @abstractmethod
     def measure(self, batch: Batch) -> Any:
         """What is to be known of a batch, without regard to any other; picklable."""

@@ -200,6 +200,8 @@ class _Gate:
         self.rows[batch.split] += len(batch)
         self.forms.setdefault(batch.split, shapes_named([shape_of(batch.rows[0])]))
         for check in self.checks:
+            if not where.first:
+                check.begin(batch)
             check.take(where, check.measure(batch), self.findings)
 
     def note(self, problems: list[Problem]) -> None:

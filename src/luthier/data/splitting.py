@@ -1,0 +1,136 @@
+"""Training and held-out rows: stratified, with rows that belong together on one side.
+
+A function of the rows and the seed alone, so that a run that goes on holds out the same rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from luthier.errors import RecipeError
+from luthier.types import IntArray, Row
+
+LONGEST = 64
+"""Characters of a completion that may be the name of a class."""
+
+
+def split_rows(
+    strata: Sequence[str], groups_N: IntArray, shares: Sequence[float], seed: int
+) -> list[IntArray]:
+    """Row numbers of the training part and of one part for each of ``shares``, ascending.
+
+    Every stratum gives each part its share of rows, to one row, as far as its groups can be laid out
+    so; one group of it always stays in training. Rows with the same number in ``groups_N`` stay
+    together. A part whose share is above 0 has a row at least, unless every group left is the last one
+    of its stratum.
+
+    Raises:
+        RecipeError: the shares leave nothing to train on.
+    """
+    if sum(shares) >= 1:
+        raise RecipeError(f"held-out shares of {sum(shares):g} in all leave nothing to train on")
+    units = _Units(strata, groups_N, seed)
+    for part, share in enumerate(shares, 1):
+        if share > 0:
+            units.hold_out(part, share)
+    return [np.flatnonzero(units.part_U[units.unit_N] == part) for part in range(len(shares) + 1)]
+
+
+class _Units:
+    """Groups of rows in a random order, and the part that each is in; 0 is training."""
+
+    def __init__(self, strata: Sequence[str], groups_N: IntArray, seed: int) -> None:
+        rows = len(strata)
+        _, first_U, unit_N = np.unique(groups_N, return_index=True, return_inverse=True)
+        # The third number keeps the split apart from the orders of the epochs.
+        drawn = np.random.default_rng([seed, 0, 1]).permutation(len(first_U))
+        self.rows = rows
+        self.unit_N: IntArray = np.argsort(drawn)[unit_N]
+        """Unit of each row; units are numbered in the order in which they are drawn."""
+        self.size_U = np.bincount(self.unit_N, minlength=len(first_U))
+        self.part_U = np.zeros(len(first_U), np.int64)
+        names = {name: number for number, name in enumerate(sorted(set(strata)))}
+        stratum_N = np.fromiter((names[name] for name in strata), np.int64, rows)
+        self.stratum_U = stratum_N[first_U[drawn]]
+        # The first unit that is drawn of each stratum stays: no label is only held out.
+        self.free_U = np.ones(len(first_U), np.bool_)
+        self.free_U[np.unique(self.stratum_U, return_index=True)[1]] = False
+        self.stratum_rows_S = np.bincount(self.stratum_U, self.size_U, len(names))
+
+    def hold_out(self, part: int, share: float) -> None:
+        """Move units of about ``share`` of all rows to ``part``."""
+        goal = min(max(1, round(share * self.rows)), self.rows - 1)
+        left_S = _quotas(share * self.stratum_rows_S, goal)
+        for unit in np.flatnonzero(self.free_U & (self.part_U == 0)).tolist():
+            stratum = self.stratum_U[unit]
+            if self.size_U[unit] <= left_S[stratum]:
+                self.part_U[unit] = part
+                left_S[stratum] -= self.size_U[unit]
+        self._fill(part, goal)
+
+    def _fill(self, part: int, goal: int) -> None:
+        """What strata could not give comes from any of them."""
+        missing = goal - int(self.size_U[self.part_U == part].sum())
+        for unit in np.flatnonzero(self.free_U & (self.part_U == 0)).tolist():
+            if self.size_U[unit] <= missing:
+                self.part_U[unit] = part
+                missing -= int(self.size_U[unit])
+        left = np.flatnonzero(self.free_U & (self.part_U == 0))
+        if missing == goal and len(left):  # each is too large, and the smallest is better than none
+            self.part_U[left[np.argmin(self.size_U[left])]] = part
+
+
+def _quotas(wanted_S: np.ndarray, goal: int) -> IntArray:
+    """Whole numbers that sum to ``goal`` and differ from ``wanted_S`` by less than one."""
+    quotas: IntArray = np.floor(wanted_S).astype(np.int64)
+    order = np.argsort(quotas - wanted_S, kind="stable")
+    quotas[order[: max(0, goal - int(quotas.sum()))]] += 1
+    return quotas
+
+
+class Strata:
+    """What rows count as, collected in order: a label, the rarest one of several, a judgement, or the
+    completion, where there are at least eight rows for each different one."""
+
+    def __init__(self) -> None:
+        self._names: list[tuple[str, ...]] = []
+        self._counts = Counter[str]()
+        self._classes = True
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Take in the next rows."""
+        for row in rows:
+            names = _names(row)
+            self._counts.update(names)
+            self._names.append(names)
+            self._classes &= row.completion is not None
+
+    def names(self) -> list[str]:
+        """``[N]`` stratum of each row; empty where there is nothing to tell rows apart by."""
+        if self._classes and 8 * len(self._counts) > len(self._names):
+            return [""] * len(self._names)
+        return [
+            min(names, key=lambda name: (self._counts[name], name), default="")
+            for names in self._names
+        ]
+
+
+def strata_of(rows: Sequence[Row]) -> list[str]:
+    """:class:`Strata` of rows in memory."""
+    strata = Strata()
+    strata.add(rows)
+    return strata.names()
+
+
+def _names(row: Row) -> tuple[str, ...]:
+    if row.label is not None:
+        return (row.label,) if isinstance(row.label, str) else row.label
+    if row.desirable is not None:
+        return (str(row.desirable),)
+    # A longer completion is no name of a class.
+    if row.completion is not None and len(row.completion) <= LONGEST:
+        return (row.completion,)
+    return ()
