@@ -22,6 +22,7 @@ from luthier.models.catalog import CATALOG
 from luthier.models.heads import Head
 from luthier.models.load import catalogue_config, sketch_of
 from luthier.objectives import Objective
+from luthier.recipe import Recipe
 
 SHOWN = 3
 """Ways out that are named."""
@@ -108,11 +109,11 @@ def _ways(asked: Asked, memory: MemoryEstimate, available: int) -> Iterator[str]
         yield f"--set training.micro_batch_tokens={tokens} ({memory.peak(tokens) / 1e9:.1f} GB)"
     elif (room := _room(memory, available)) >= 32:
         yield f"rows of at most {room:,} tokens (the longest has {asked.longest:,})"
-    for name, kind in ADAPTATIONS.items():
+    usual = Recipe.model_fields["adaptation"].get_default(call_default_factory=True).method
+    for name in dict.fromkeys([usual, *ADAPTATIONS]):
         if name != asked.adaptation.method:
-            yield from _changed(
-                f"--adaptation {name}", asked, asked.config, kind.model_validate({}), available
-            )
+            other = ADAPTATIONS[name].model_validate({})
+            yield from _changed(f"--adaptation {name}", asked, asked.config, other, available)
     for entry in CATALOG.values():
         config = catalogue_config(entry, asked.objective.head())
         command = f"--base {entry.id}"

@@ -53,6 +53,8 @@ class Job:
     """What the manifest says of where the model comes from."""
     others: Mapping[str, store.StoredModel] = field(default_factory=dict)
     """Further models that the objective asked for."""
+    expected_memory: int = 0
+    """Peak in bytes as it was estimated from the sizes of the network alone."""
     sample: Sample | None = None
     """The rows that are run, where a few stand for all of them."""
 
@@ -141,7 +143,8 @@ def settle(
     reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
     steps = defaults.steps_of(recipe, data.main, data.mixed)
     chat = data.objective.format(chat)
-    return Job(recipe, base, chat, data, machine, steps, others=others)
+    expected = estimate.peak(tokens)
+    return Job(recipe, base, chat, data, machine, steps, others=others, expected_memory=expected)
 
 
 def acquainted(objective: Objective | None, say: Callable[[str], None]) -> Objective | None:

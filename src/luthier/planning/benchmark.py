@@ -81,6 +81,8 @@ class Trial:
     kept_disk: int
     checkpoint_bytes: int
     model_bytes: int
+    run_bytes: int
+    """Of what else is left of the run: curves, metrics, the request."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> Trial:
     asked = workload_of(replace(job, steps=len(tries)))
     trainer.release(network)
     trainer.stored(network, loop.progress, lines)
+    model = folder_bytes(folder.model_folder)  # in the folder of the run, for a trial
     return Trial(
         batches=steps,
         tries=tries,
@@ -177,7 +180,8 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> Trial:
         kept_memory=kept,
         kept_disk=sizes[1],
         checkpoint_bytes=sizes[0],
-        model_bytes=folder_bytes(folder.model_folder),
+        model_bytes=model,
+        run_bytes=folder_bytes(folder.folder) - model - sum(sizes),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -66,7 +67,8 @@ def advice(planned: Plan, asked: float) -> str:
             f"{spoken(planned.least)} by themselves, so that is the smallest there is. Take a smaller "
             "base model or more time"
         )
-    epochs = int(planned.epochs) if planned.epochs >= 1 else round(planned.epochs - 5e-3, 2)
+    parts = 1 if planned.epochs >= 1 else 100
+    epochs = math.floor(parts * planned.epochs + 1e-6) / parts
     passes = f"--epochs {epochs:g}" if epochs else f"--set training.max_steps={planned.steps}"
     return (
         f"{passes} ({planned.steps:,} steps), or {int(100 * planned.share)} % of the rows "

@@ -57,6 +57,8 @@ class Estimate:
     raw_seconds: float
     """Without the correction."""
     raw_memory: float
+    modelled_memory: int
+    """What the engine expects from the sizes alone, before anything is loaded."""
     correction: Correction
     tried: list[tuple[int, float]]
     """Distinct tokens and seconds of each step that was run."""
@@ -121,6 +123,7 @@ def estimate_from(measured: Measured, runs: Sequence[Past] = ()) -> Estimate:
         disk=_disk(measured),
         raw_seconds=raw.value,
         raw_memory=memory.value,
+        modelled_memory=job.expected_memory,
         correction=known,
         tried=[(trial.batches[each.batch].tokens, each.seconds) for each in trial.tries],
     )
@@ -179,10 +182,13 @@ def _validation(measured: Measured) -> float:
 
 def _checkpoints(seconds: float, steps: int, cost: float) -> int:
     """How many are written in ``seconds`` of steps, by the rules of the engine."""
-    first = min(checkpoints.FIRST_SECONDS, checkpoints.FIRST_STEP * seconds / max(1, steps))
-    if seconds < first or steps < 1:
+    each = seconds / max(1, steps)
+    if not each:
         return 0
-    return 1 + math.floor((seconds - first) / max(10.0, cost / checkpoints.SHARE_OF_TIME))
+    # One can be due only when a step is done.
+    first = min(checkpoints.FIRST_STEP, math.ceil(checkpoints.FIRST_SECONDS / each))
+    apart = math.ceil(max(10.0, cost / checkpoints.SHARE_OF_TIME) / each)
+    return 1 + (steps - first) // apart if steps >= first else 0
 
 
 def _memory(measured: Measured) -> Interval:
@@ -195,7 +201,8 @@ def _memory(measured: Measured) -> Interval:
 def _disk(measured: Measured) -> Interval:
     trial: Trial = measured.trial
     every = measured.work.row_tokens / max(1, trial.row_tokens)
-    model = trial.model_bytes + trial.kept_disk * every + PER_STEP * measured.work.steps
+    model = trial.model_bytes + trial.kept_disk * every + trial.run_bytes
+    model += PER_STEP * measured.work.steps
     most = model + checkpoints.KEPT * trial.checkpoint_bytes
     parts = _parts(measured)
     going = parts["steps"].value + parts["validation"].value
