@@ -152,6 +152,29 @@ def test_fewer_rows_than_a_batch_are_estimated_too(recipe: Callable[..., Recipe]
     assert found.steps == 3 and found.rows == 3 and len(found.tried) == 2
 
 
+def test_only_batches_that_a_run_comes_to_are_tried(recipe: Callable[..., Recipe]) -> None:
+    from luthier.engine.devices import choose_machine
+    from luthier.engine.metrics import Reporter
+    from luthier.engine.train import settled
+    from luthier.planning.workload import order_of, representative
+    from luthier.store.models import find
+
+    asked = recipe(max_steps=3)
+    job = settled(asked, find(asked.base), choose_machine("float32", 1), Reporter())
+    own = [order_of(job).batch(step) for step in range(3)]
+    assert sorted(representative(job, BATCHES)) == sorted(own)
+    longer = settled(recipe(), find(asked.base), choose_machine("float32", 1), Reporter())
+    chosen, order = representative(longer, BATCHES), order_of(longer)
+
+    def tokens(batch: list[int]) -> int:
+        return sum(longer.data.train[row].tokens for row in batch)
+
+    every = [order.batch(step) for step in range(order.steps_per_epoch)]
+    whole = [batch for batch in every if len(batch) == 4]
+    assert len(chosen) == BATCHES and all(batch in whole for batch in chosen)
+    assert max(map(tokens, chosen)) == max(map(tokens, whole))
+
+
 def test_rows_that_a_run_refuses_are_refused(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     job = recipe()
     write_rows(tmp_path / "sft.jsonl", [{"prompt": "", "completion": ""}] * 4)

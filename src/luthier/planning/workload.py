@@ -71,16 +71,17 @@ def spread_steps(job: Job) -> list[int]:
 
 
 def representative(job: Job, count: int) -> list[list[int]]:
-    """Rows of ``count`` whole batches of the first pass that stand for all.
+    """Rows of ``count`` whole batches of the run's first pass that stand for all.
 
     They lie at quantiles of the tokens, evenly apart, the largest of all among them: it decides the
-    peak of memory. The middle one comes first, as the first step of all is slower.
+    peak of memory. The middle one comes first, as the first step of all is slower. Batches that a
+    short run does not come to are none of its own.
     """
     order, size = order_of(job), job.recipe.training.batch_size or 1
-    steps = range(min(order.steps_per_epoch, LOOKED_AT))
-    batches = [order.batch(step) for step in steps]
+    batches = [order.batch(step) for step in range(min(job.steps, order.steps_per_epoch))]
     whole = [batch for batch in batches if len(batch) == size] or batches[:1]
-    whole.sort(key=lambda batch: _tokens(job, [job.data.train[row] for row in batch]))
+    tokens_R = np.array([_tokens(job, [row]) for row in job.data.train])
+    whole.sort(key=lambda batch: int(tokens_R[batch].sum()))
     count = min(count, len(whole))
     places = [round((place + 0.5) / count * len(whole) - 0.5) for place in range(count)]
     places[-1] = len(whole) - 1
