@@ -6,9 +6,7 @@ python docs/generate.py [--check]
 from __future__ import annotations
 
 import sys
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import typer
@@ -18,7 +16,6 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.asking.spec import Asking
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
-from luthier.data.chat import ChatFormat
 from luthier.data.preferences import RULES as PREFERENCE_RULES
 from luthier.data.prompts import RULES as PROMPT_RULES
 from luthier.data.rows import RULES as ROW_RULES
@@ -30,10 +27,9 @@ from luthier.graders import GRADERS
 from luthier.inspection.findings import Rule
 from luthier.inspection.table import CHECKS, all_rules
 from luthier.models.catalog import CATALOG
-from luthier.models.characters import character_tokenizer
-from luthier.models.heads import Head, Task
 from luthier.models.presets import SHAPES
-from luthier.objectives import OBJECTIVES, Objective
+from luthier.objectives import OBJECTIVES
+from luthier.planning.capabilities import Verdict, family_table
 from luthier.pretraining import (
     Corpus,
     NewNetwork,
@@ -243,62 +239,23 @@ def _support() -> list[str]:
         f"| objective | {' | '.join(FAMILIES)} |",
         "| --- |" + " --- |" * len(FAMILIES),
     ]
+    tables = {family: family_table(family) for family in FAMILIES.values()}
     reasons: dict[str, None] = {}
-    for name, objective in OBJECTIVES.items():
-        cells = [_cell(objective, family, reasons) for family in FAMILIES.values()]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    for name in OBJECTIVES:
+        rows = [[v for v in table if v.objective == name] for table in tables.values()]
+        lines.append(f"| `{name}` | {' | '.join(_cell(row, reasons) for row in rows)} |")
     lines += ["", "Reasons given:", "", *(f"- {reason}" for reason in reasons), ""]
     return lines
 
 
-def _cell(objective: type[Objective], family: str, reasons: dict[str, None]) -> str:
-    from luthier.errors import RecipeError
-
-    try:
-        settings, refusals = _refusals(objective.task, family)
-        # A teacher has no default; any id does for this.
-        asked = {"teacher": "ID"} if "teacher" in objective.model_fields else {}
-        objective.model_validate(asked).check(_format_of(settings))
-    except RecipeError as error:
-        reasons[str(error)] = None
+def _cell(verdicts: list[Verdict], reasons: dict[str, None]) -> str:
+    """All adaptations of one objective on one family."""
+    refused = {v.adaptation: v.reason for v in verdicts if v.reason}
+    reasons |= dict.fromkeys(refused.values())
+    if len(refused) == len(verdicts):
         return "-"
-    reasons |= dict.fromkeys(refusals.values())
-    refused = [f"`{name}`" for name in refusals]
-    return f"all but {', '.join(refused)}" if refused else "all"
-
-
-@cache
-def _refusals(task: Task, family: str) -> tuple[Any, dict[str, str]]:
-    """The family's settings, and why adaptations are refused; raises where all are."""
-    import torch
-    from transformers import AutoConfig
-
-    from luthier.errors import RecipeError
-    from luthier.models import nets
-    from luthier.models.load import sketch_of
-
-    nets.register(family)
-    settings: Any = AutoConfig.for_model(family)
-    head = Head(task, () if task in ("causal_lm", "masked_lm") else ("a", "b"))
-    refusals = {}
-    for name, adaptation in ADAPTATIONS.items():
-        model = sketch_of(settings, head)
-        try:
-            with torch.device("meta"):
-                adaptation.model_validate({}).attach(model)
-        except RecipeError as error:
-            refusals[name] = str(error)
-    return settings, refusals
-
-
-def _format_of(settings: Any) -> ChatFormat:
-    """The format of a family, with a tokenizer of which only what objectives ask for is there."""
-    beside = settings.is_encoder_decoder
-    vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if beside else {}
-    if settings.model_type == "elmo":
-        vocabulary = character_tokenizer().get_vocab()
-    words = SimpleNamespace(mask_token_id=0, get_vocab=lambda: vocabulary)
-    return ChatFormat(words, "plain", (1,), 0 if beside else None)
+    names = ", ".join(f"`{name}`" for name in refused)
+    return f"all but {names}" if refused else "all"
 
 
 def _field(prefix: str, name: str, cls: type[BaseModel]) -> tuple[str, str, str, str]:

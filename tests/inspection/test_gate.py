@@ -55,7 +55,7 @@ def test_a_plain_text_has_no_row_without_text(tmp_path: Path, tiny_model_folder:
     data = tmp_path / "a.txt"
     data.write_text("some raw text\n" * 20)
     report = luthier.inspect(data, base=str(tiny_model_folder))
-    assert report.exit_code == 0 and report.forms == {"train": "text, {\"text\"}"}
+    assert report.exit_code == 0 and report.forms == {"train": 'text, {"text"}'}
     data.write_text(" \n" * 20)
     assert broken(luthier.inspect(data, base=None)) == {"field.empty": 1}
     splits = report.plain()["summaries"]["learning"]["splits"]

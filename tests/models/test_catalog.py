@@ -69,6 +69,7 @@ def entry_for(wheel: Path) -> CatalogEntry:
         download_bytes=1000,
         disk_bytes=1000,
         about="a test",
+        config={},
     )
 
 

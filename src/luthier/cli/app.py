@@ -15,8 +15,19 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli.converting import convert
+from luthier.cli.estimating import estimate
 from luthier.cli.models import models_app
-from luthier.cli.options import Adaptation, Base, Columns, Data, Json, Mix, Objective, Validation
+from luthier.cli.options import (
+    Adaptation,
+    Base,
+    Columns,
+    Data,
+    Json,
+    Mix,
+    Objective,
+    Prices,
+    Validation,
+)
 from luthier.cli.shrinking import student
 from luthier.cli.splitting import split
 from luthier.cli.using import chat, evaluate, generate, inspect, predict, samples
@@ -91,6 +102,16 @@ def tune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
+    estimate_: Annotated[
+        bool, typer.Option("--estimate", help="First say what it will take, from a few steps.")
+    ] = False,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Refuse a run that is estimated to take longer.")
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="Refuse a run that is estimated to cost more.")
+    ] = None,
+    prices: Prices = None,
     json_: Json = False,
 ) -> None:
     """Tune a model on your data and store the custom model."""
@@ -103,8 +124,9 @@ def tune(
         "training.learning_rate": learning_rate,
         "training.seed": seed,
     }
+    limits = tuning.Limits(estimate_, max_minutes, max_cost, prices)
     with errors(json_):
-        tuning.tune(data, flags, set_ or [], resume, json_)
+        tuning.tune(data, flags, set_ or [], resume, json_, limits)
 
 
 @app.command()
@@ -174,6 +196,7 @@ def pretrain(
 
 app.command()(student)
 app.command()(split)
+app.command()(estimate)
 
 
 @app.command()

@@ -32,6 +32,21 @@ def models_show(model: str, json_: Json = False) -> None:
         inventory.show(model, json_)
 
 
+@models_app.command("capabilities")
+def models_capabilities(
+    model: Annotated[
+        str | None, typer.Argument(help="Model; all base models of the list when not given.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Say what a model can be trained for, in which ways, and what fits into memory here."""
+    from luthier.cli import capabilities
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        capabilities.show(model, json_)
+
+
 @models_app.command("pull")
 def models_pull(model: str, json_: Json = False) -> None:
     """Fetch a base model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,4 +38,7 @@ Mix = Annotated[
 Base = Annotated[str | None, typer.Option(help="Model to start from.")]
 Objective = Annotated[str | None, typer.Option(help=_OBJECTIVES)]
 Adaptation = Annotated[str | None, typer.Option(help=_ADAPTATIONS)]
+Prices = Annotated[
+    Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

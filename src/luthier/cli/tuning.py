@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,43 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a run may take, and whether to say first what it will."""
+
+    estimate: bool = False
+    max_minutes: float | None = None
+    max_cost: float | None = None
+    prices: Path | None = None
+
+    def check(self, recipe: Recipe, as_json: bool) -> dict[str, Any] | None:
+        """Estimate the job, if that was asked for or is needed, and refuse it beyond the limits."""
+        if not self.estimate and self.max_minutes is None and self.max_cost is None:
+            return None
+        from luthier.cli import estimating
+        from luthier.planning.prices import read_prices
+
+        prices = read_prices(self.prices)
+        found = estimating.estimated(recipe, as_json)
+        if not as_json:
+            estimating.show(found, prices)
+        from luthier.planning.deadline import check_limits
+
+        check_limits(found, self.max_minutes, self.max_cost, prices)
+        return estimating.as_plain(found, prices)
+
+
 def tune(
-    data: str, flags: Mapping[str, Any], settings: Sequence[str], resume: bool, as_json: bool
+    data: str,
+    flags: Mapping[str, Any],
+    settings: Sequence[str],
+    resume: bool,
+    as_json: bool,
+    limits: Limits = Limits(),
 ) -> None:
     """Build the recipe, run it, print the result."""
     recipe = recipe_of(data, flags, settings)
+    estimate = None if resume else limits.check(recipe, as_json)
     # Loads torch, which takes seconds: only for a recipe that parses.
     with heavy_imports():
         from luthier.engine.train import train
@@ -27,7 +59,7 @@ def tune(
     with closing(LiveReporter(quiet=as_json)) as reporter:
         result = train(recipe, resume, reporter)
     if as_json:
-        print_json(asdict(result))
+        print_json(asdict(result) | ({"estimate": estimate} if estimate else {}))
     else:
         print_result(result)
 

@@ -103,7 +103,9 @@ def prepare(
     _check_augmentation(spec, objective, chat)
     # As the files are: a held-out part of one file is not yet split from it.
     splits = {"train": [*rows, *chain(*further)], "validation": held}
-    report = inspect_job(spec, {name: each for name, each in splits.items() if each}, objective)
+    report = inspect_job(
+        spec, {name: each for name, each in splits.items() if each}, objective, chat
+    )
     rows, held, *further = [list(objective.gather(each)) for each in (rows, held, *further)]
     rows, chosen, tested = _split(spec, rows, seed, choices)
     held_out = {"validation": _lines(chosen), "test": _lines(tested)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -63,6 +64,23 @@ def _cpu_has_bfloat16() -> bool:
     return False
 
 
+def machine_name(device: torch.device) -> str:
+    """What is the same for runs that compute with the same hardware, for people to read."""
+    import psutil
+
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    found = platform.processor() or platform.machine()
+    if platform.system() == "Linux":
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+        named = (line for line in text.splitlines() if line.startswith("model name"))
+        found = next(named, f": {platform.machine()}").partition(":")[2].strip()
+    memory = round(psutil.virtual_memory().total / 2**30)
+    return f"{found}, {os.cpu_count()} cores, {memory} GiB"
+
+
 def keep_freed_memory() -> None:
     """Ask glibc to keep large freed blocks instead of returning them to the system.
 
@@ -99,6 +117,12 @@ def available_memory() -> int:
         if text.isdigit():
             free = min(free, int(text) - int(used.read_text()))
     return free
+
+
+def forget_peak_memory() -> None:
+    """Let :func:`peak_memory` begin anew, where the system can (Linux); elsewhere it goes on."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:

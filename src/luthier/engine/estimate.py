@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.adaptations import Adaptation
-from luthier.errors import DoesNotFit
 
 PROCESS = 480_000_000
 """Resident bytes of Python with PyTorch and transformers loaded."""
@@ -71,20 +70,6 @@ def estimate_memory(
     activations = layers * (11 * hidden + 4 * inner) * bytes_per_number
     least = PROCESS + max(plain, weights + calibration if calibration else 0)
     return MemoryEstimate(PROCESS + weights + optimizer + logits, activations, least)
-
-
-def check_memory(estimate: MemoryEstimate, tokens: int, available: int) -> None:
-    """Refuse a run whose estimated peak is more than what is free."""
-    peak = estimate.peak(tokens)
-    # What the process holds already is part of the estimate, not of what it may still take.
-    if peak - PROCESS > available:
-        raise DoesNotFit(
-            f"this run needs about {peak / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "
-            f"free ({max(estimate.fixed, estimate.least) / 1e9:.1f} GB whatever the batch, "
-            f"{estimate.per_token * tokens / 1e9:.1f} GB for micro-batches of {tokens} tokens). "
-            "Use adaptation lora, a smaller base model, or shorter rows with a smaller "
-            "training.micro_batch_tokens."
-        )
 
 
 def disk_needed(model: Any, bytes_per_number: int, adaptation: Adaptation) -> int:

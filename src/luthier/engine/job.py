@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,13 +14,8 @@ from luthier.data.loader import RowOrder
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset
 from luthier.engine.devices import Machine, available_memory
-from luthier.engine.estimate import (
-    check_memory,
-    disk_needed,
-    estimate_memory,
-    trained_numbers,
-    weight_bytes,
-)
+from luthier.engine.estimate import disk_needed, weight_bytes
+from luthier.engine.fitting import Asked, check_memory, sketched
 from luthier.engine.metrics import Reporter
 from luthier.files import need_disk
 from luthier.models.dropout import check_dropout
@@ -32,6 +27,16 @@ from luthier.objectives import Objective
 from luthier.recipe import Recipe
 from luthier.store import models as store
 from luthier.types import Example
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which rows stand for all, by their places."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    of: int
+    """Training examples there are."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,34 @@ class Job:
     """What the manifest says of where the model comes from."""
     others: Mapping[str, store.StoredModel] = field(default_factory=dict)
     """Further models that the objective asked for."""
+    expected_memory: int = 0
+    """Peak in bytes as it was estimated from the sizes of the network alone."""
+    sample: Sample | None = None
+    """The rows that are run, where a few stand for all of them."""
+
+    @property
+    def rows(self) -> int:
+        """Training examples of the whole run."""
+        return self.sample.of if self.sample else len(self.data.train)
+
+    def sampled(self, train: Sequence[int], validation: Sequence[int]) -> Job:
+        """This job, to be tried on some rows only: the training rows ``train``, in this order."""
+        training = self.recipe.training.model_copy(update={"shuffle": False})
+        recipe = self.recipe.model_copy(update={"training": training})
+        sample = Sample(tuple(train), tuple(validation), len(self.data.train))
+        return replace(self, recipe=recipe, sample=sample)
+
+    def begun(self, train: Sequence[Example]) -> Job:
+        """This job with what the objective made of its training rows, or of those it is tried on."""
+        data = replace(self.data, train=train)
+        if self.sample is not None:
+            data = replace(
+                data,
+                train=[train[index] for index in self.sample.train],
+                validation=[self.data.validation[index] for index in self.sample.validation],
+                mixed=(),
+            )
+        return replace(self, data=data)
 
     def request(self, asked: Recipe) -> dict[str, Any]:
         """What a run that goes on must be asked for again; ``asked`` is the recipe as it was given."""
@@ -72,12 +105,10 @@ def settle(
 
     ``began_with`` is the token budget of the run that is resumed.
     """
-    model = sketch(base.network_folder, data.objective.head())
     size = machine.dtype.itemsize
-    plain = weight_bytes(model, size)
-    with torch.device("meta"):
-        recipe.adaptation.attach(model)
-        data.objective.extend(model)
+    config = read_config(base.network_folder, data.objective.head())
+    drawn = sketched(config, data.objective, recipe.adaptation, size)
+    model = drawn.model
     others = _others(data.objective, chat, reporter)
     if recipe.training.dropout is not None:
         check_dropout(model)
@@ -89,13 +120,11 @@ def settle(
     facts = defaults.Facts(data.main, data.longest, len(data.validation), width, new, data.mixed)
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
-    calibration = recipe.adaptation.calibration_bytes(model)
-    beside = trained_numbers(model) * size if data.objective.refers else 0
-    beside += sum(
+    beside = sum(
         weight_bytes(sketch(o.network_folder, store.objective_of(o).head()), size)
         for o in others.values()
     )
-    estimate = estimate_memory(model, size, plain, calibration).beside(beside)
+    estimate = drawn.memory.beside(beside)
     available = available_memory()
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(
@@ -106,7 +135,9 @@ def settle(
         training = recipe.training.model_copy(update={"micro_batch_tokens": budget})
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
-    check_memory(estimate, recipe.training.micro_batch_tokens or 0, available)
+    tokens = recipe.training.micro_batch_tokens or 0
+    asked = Asked(config, data.objective, recipe.adaptation, size, beside, tokens, data.longest)
+    check_memory(asked, estimate, available)
     need_disk(store.base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
@@ -114,7 +145,8 @@ def settle(
     if cost := data.objective.cost(*_readings(recipe, data, steps)):
         reporter.note(cost)
     chat = data.objective.format(chat)
-    return Job(recipe, base, chat, data, machine, steps, others=others)
+    expected = estimate.peak(tokens)
+    return Job(recipe, base, chat, data, machine, steps, others=others, expected_memory=expected)
 
 
 def _readings(recipe: Recipe, data: Dataset, steps: int) -> tuple[int, int, int]:
@@ -181,7 +213,7 @@ def refer(job: Job, network: Network, reporter: Reporter) -> Job:
     """
     data, training = job.data, job.recipe.training
     # The last batch of a pass may be smaller.
-    again = job.steps > -(-len(data.train) // (training.batch_size or 1))
+    again = job.steps > -(-job.rows // (training.batch_size or 1))
     if not data.objective.refers or not (again or data.validation):
         return job
     network.model.eval()

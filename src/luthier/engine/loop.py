@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from luthier.data.augmentation import Augmentation
 from luthier.data.loader import Mixed, RowOrder
+from luthier.engine.actuals import Clock
 from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
 from luthier.engine.devices import peak_memory
 from luthier.engine.metrics import MetricsFile, Reporter
@@ -57,6 +58,8 @@ class Loop:
     augmentation: Augmentation | None = None
     samples: MetricsFile | None = None
     """Where texts are kept that the network writes in training."""
+    clock: Clock = field(default_factory=Clock)
+    """Counts the time of steps, measurements and checkpoints."""
 
     def __post_init__(self) -> None:
         """Set up what is derived: optimizer, row order, progress."""
@@ -101,26 +104,43 @@ class Loop:
     def run(self) -> Progress:
         """Train to the end, or until stopped early; the best weights are in the network after."""
         if self.progress.step == 0:
-            self._evaluate()
+            self.evaluate()
         with _stop_on_signal() as stopped:
             while self.progress.step < self.steps and not self._patience_spent():
-                started = time.monotonic()
-                self._step()
-                self.progress.seconds += time.monotonic() - started
+                self.step()
                 last = self.progress.step == self.steps
                 if last or self.progress.step % (self.training.evaluate_every or self.steps) == 0:
-                    self._evaluate()
+                    self.evaluate()
                 self._advise()
                 if stopped():
-                    self._checkpoint()
+                    self.checkpoint()
                     raise Interrupted(
                         f"stopped after step {self.progress.step} of {self.steps}; "
                         "the same command with --resume goes on"
                     )
                 if self.checkpoints.due(self.progress.step):
-                    self._checkpoint()
+                    self.checkpoint()
         self._use_best()
         return self.progress
+
+    def step(self) -> float:
+        """One optimizer step on the rows whose turn it is; how many seconds it took."""
+        started = time.monotonic()
+        with self.clock.part("steps"):
+            self._step()
+        seconds = time.monotonic() - started
+        self.progress.seconds += seconds
+        return seconds
+
+    def evaluate(self) -> None:
+        """Measure on the validation rows, and keep the weights if they are the best so far."""
+        with self.clock.part("validation"):
+            self._evaluate()
+
+    def checkpoint(self) -> None:
+        """Write the state that a resumed run goes on from."""
+        with self.clock.part("checkpoints"):
+            self._checkpoint()
 
     def _step(self) -> None:
         self.network.model.train()
@@ -195,7 +215,6 @@ class Loop:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        """Measure on the validation rows, and keep the weights if they are the best so far."""
         if not self.validation:
             return
         self.network.model.eval()

@@ -137,9 +137,13 @@ class Run:
         if not (self.folder / _REQUEST).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def trained(self) -> bool:
+        """Whether it measured or trained anything yet."""
+        return (self.folder / METRICS).exists()
+
     def drop_if_untrained(self) -> None:
         """Forget a run that was refused before it measured or trained anything."""
-        if not (self.folder / METRICS).exists():
+        if not self.trained():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from luthier.engine.actuals import Clock, folder_bytes, record_actual
 from luthier.engine.checkpoints import Checkpoints, Progress
 from luthier.engine.dataset import prepare
 from luthier.engine.devices import (
@@ -60,13 +61,15 @@ def train(
     keep_freed_memory()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
+    clock = Clock()
     # A model tuned further keeps the name of the base model at the bottom of its lineage.
     run = Run(base.root, recipe.name or automatic_name(base.root, recipe.data.train, resume))
     with run.lock():
         try:
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
             budget = run.recorded("micro_batch_tokens") if resume else None
-            job = _prepare(recipe, base, machine, reporter, budget)
+            with clock.part("data"):
+                job = settled(recipe, base, machine, reporter, budget)
             job = replace(job, origin={**job.origin, **(lineage or {})})
             done = run.begin(job.request(recipe), resume)
             run.hold_out(job.data.held_out)
@@ -77,7 +80,7 @@ def train(
             reporter.note(f"{done.model_id} was already finished")
             return done
         try:
-            return Trainer(job, run, reporter).run(resume)
+            return Trainer(job, run, reporter, clock).run(resume)
         except RefusedInput:
             run.drop_if_untrained()
             raise
@@ -99,7 +102,7 @@ def rehearse(
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
     run = Run(base.root, folder.name, rehearsal=folder)
-    job = _prepare(recipe, base, machine, reporter, run.recorded("micro_batch_tokens"))
+    job = settled(recipe, base, machine, reporter, run.recorded("micro_batch_tokens"))
     if measured and not job.data.validation:
         raise RecipeError(
             "trials are compared on validation rows, and there are none; give --validation FILE, or "
@@ -109,14 +112,17 @@ def rehearse(
     return Trainer(job, run, reporter).learn(resume=True)[1]
 
 
-def _prepare(
+def settled(
     recipe: Recipe,
     base: store.StoredModel,
     machine: Machine,
     reporter: Reporter,
-    began_with: int | None,
+    began_with: int | None = None,
 ) -> Job:
-    """Check the data against the model, then the rest."""
+    """The job of ``recipe``: the data checked against the model, then the rest.
+
+    ``began_with`` is the token budget of the run that is resumed.
+    """
     reporter.stage("Checking the data")
     config = check_folder(base.network_folder)
     chat = store.chat_format(base)
@@ -156,42 +162,57 @@ def _bar(reporter: Reporter) -> Callable[[int, int], None]:
 class Trainer:
     """Loads, trains, stores and verifies one job."""
 
-    def __init__(self, job: Job, run: Run, reporter: Reporter) -> None:
+    def __init__(self, job: Job, run: Run, reporter: Reporter, clock: Clock | None = None) -> None:
         self.job, self.run_folder, self.reporter = job, run, reporter
         self.recipe, self.machine = job.recipe, job.machine
+        self.clock = clock or Clock()
+        self.calibration_rows = 0
+        """Rows whose gradients the adaptation asked for."""
+        self.begun = job.data.train
+        """All training rows, with what the objective made of them before the first step."""
 
     def run(self, resume: bool) -> Result:
         """Everything after the last check."""
+        resumed = self.run_folder.trained()
         network, progress, lines = self.learn(resume)
+        result = self.stored(network, progress, lines)
+        disk = folder_bytes(self.run_folder.folder) + folder_bytes(self.run_folder.model_folder)
+        self.run_folder.finish(result)
+        record_actual(self.run_folder, self.machine, self.clock, result, disk, resumed)
+        return result
+
+    def stored(self, network: Network, progress: Progress, lines: list[dict[str, Any]]) -> Result:
+        """Write what was trained, and compare what comes back from disk."""
         self.reporter.stage("Storing and verifying the model")
         storing = Storing(self.job, self.run_folder, progress, lines, self.trained, self.weights)
-        result = storing.store(network)
-        self.run_folder.finish(result)
-        return result
+        with self.clock.part("store"):
+            return storing.store(network)
 
     def learn(self, resume: bool) -> tuple[Network, Progress, list[dict[str, Any]]]:
         """Train; the network with its best weights, how far it came, and the lines of the metrics.
 
         The memory of the optimizer is free again after, which a second copy of the network needs.
         """
-        network = self._network()
+        network, loop = self.ready(resume)
+        progress = loop.run()
+        self.release(network)
+        return network, progress, loop.metrics.read()
+
+    def ready(self, resume: bool) -> tuple[Network, Loop]:
+        """The network and the loop, right before the first step, or the next."""
+        with self.clock.part("load"):
+            network = self._network()
         self._begin(network)
         checkpoints = Checkpoints(self.run_folder.folder / "checkpoints")
         found = checkpoints.latest() if resume else None
         # What is calibrated comes with a checkpoint, but the starting weights do not.
         if found is None or self.job.data.objective.refers:
-            gradients = row_gradients(
-                network,
-                self.job.data.objective,
-                self.job.data.train,
-                self.recipe.training,
-                self.reporter,
-            )
-            self.recipe.adaptation.calibrate(network, gradients)
-            return_freed_memory()
+            with self.clock.part("calibrate"):
+                self._calibrate(network)
         started = time.monotonic()
-        ahead = self._remember(network)
-        self.job = refer(self.job, network, self.reporter)
+        with self.clock.part("ahead"):
+            ahead = self._remember(network)
+            self.job = refer(self.job, network, self.reporter)
         loop = self._loop(network, checkpoints)
         if found is not None:
             loop.resume(*found)
@@ -202,11 +223,26 @@ class Trainer:
             self.reporter.note(f"going on after step {step}" if found else "starting at step 1")
         if ahead and loop.progress.step == 0:
             loop.record("frozen_layers", layers=ahead, seconds=time.monotonic() - started)
-        progress = loop.run()
+        return network, loop
+
+    def release(self, network: Network) -> None:
+        """Let go of what only training needed."""
         network.bottom, network.others, network.kept = None, {}, None
         self.job.data.objective.strip(network.model)
         self._activations.unlink(missing_ok=True)
-        return network, progress, loop.metrics.read()
+
+    def _calibrate(self, network: Network) -> None:
+        data = self.job.data
+        of_rows = row_gradients(
+            network, data.objective, data.train, self.recipe.training, self.reporter
+        )
+
+        def gradients(rows: int) -> Iterator[None]:
+            self.calibration_rows += rows
+            return of_rows(rows)
+
+        self.recipe.adaptation.calibrate(network, gradients)
+        return_freed_memory()
 
     def _network(self) -> Network:
         torch.manual_seed(self.recipe.training.seed)
@@ -243,13 +279,17 @@ class Trainer:
     @torch.no_grad()
     def _begin(self, network: Network) -> None:
         """Let the objective add to the rows what the network says of them before it is trained."""
-        data, budget = self.job.data, self.recipe.training.micro_batch_tokens or 1
+        objective, budget = self.job.data.objective, self.recipe.training.micro_batch_tokens or 1
         network.model.eval()
         budget, note = max(budget, 2048), self.reporter.note
-        train = data.objective.begin(network, data.train, budget, note)
-        rows = chain(train, data.validation)  # rows of a pre-training are read from disk
-        data.objective.keep(network, rows, budget, self.run_folder.folder / KEPT, note)
-        self.job = replace(self.job, data=replace(data, train=train))
+        with self.clock.part("begin"):
+            train = objective.begin(network, self.job.data.train, budget, note)
+        self.begun = train
+        self.job = self.job.begun(train)
+        with self.clock.part("ahead"):
+            # rows of a pre-training are read from disk
+            rows = chain(self.job.data.train, self.job.data.validation)
+            objective.keep(network, rows, budget, self.run_folder.folder / KEPT, note)
         return_freed_memory()  # a teacher may have been let go
 
     def _remember(self, network: Network) -> int:
@@ -261,7 +301,7 @@ class Trainer:
         count = frozen_layers(network.model) if network.layout.flat else 0
         seen = self.job.steps * (self.recipe.training.batch_size or 1)
         fixed = data.objective.fixed and not self.recipe.data.augmentation
-        if not count or not fixed or seen < 2 * len(data.train):
+        if not count or not fixed or seen < 2 * self.job.rows:
             return 0
         rows = data.objective.seen([*data.train, *data.validation])
         size = sum(map(len, rows)) * network.width * network.dtype.itemsize
@@ -296,4 +336,5 @@ class Trainer:
             mixed=self.job.data.mixed,
             augmentation=self.recipe.data.augmentation,
             samples=MetricsFile(self.run_folder.folder / SAMPLES),
+            clock=self.clock,
         )

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from luthier.data.chat import ChatFormat
 from luthier.errors import Problem
 from luthier.inspection.check import Known, Split
 from luthier.inspection.inspect import Report, inspect_rows
@@ -21,7 +22,10 @@ PLACES = 3
 
 
 def inspect_job(
-    spec: DataSpec, splits: Mapping[Split, Iterable[Row]], objective: Objective
+    spec: DataSpec,
+    splits: Mapping[Split, Iterable[Row]],
+    objective: Objective,
+    chat: ChatFormat | None = None,
 ) -> Report:
     """The checks of each job over its rows; what encoding finds is left to encoding.
 
@@ -30,7 +34,7 @@ def inspect_job(
     """
     file = read_policy(spec.policy) if spec.policy else Policy()
     decided = file.and_then(policy_of(spec.severity or {}))
-    checks, left_out = checks_for(Known(objective=objective), decided.skip, in_jobs=True)
+    checks, left_out = checks_for(Known(chat, objective), decided.skip, in_jobs=True)
     report = inspect_rows(splits, checks, decided.severity)
     report.left_out = left_out
     return report

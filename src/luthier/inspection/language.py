@@ -79,6 +79,7 @@ class Language(Check):
 
     name: ClassVar[str] = "language"
     rules: ClassVar[tuple[Rule, ...]] = (MIX, OTHER, ANSWER, SPLITS)
+    in_jobs: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._rows: list[IntArray] = []

@@ -13,10 +13,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from luthier.data.chat import ChatFormat
-from luthier.inspection.check import Batch, Check, Where
+from luthier.inspection.check import Batch, Check, Known, Where
 from luthier.inspection.findings import Findings, Rule
 from luthier.inspection.joined import Joined, Spot, add
 
@@ -124,6 +124,11 @@ class Markers(Check):
 
     name: ClassVar[str] = "markers"
     rules: ClassVar[tuple[Rule, ...]] = (SPECIAL, TEMPLATE, ROLE, PLACEHOLDER, REFUSAL)
+
+    @classmethod
+    def of(cls, known: Known) -> Self:
+        """With the special tokens of the model, where there is one."""
+        return cls(known.chat)
 
     def __init__(self, chat: ChatFormat | None = None) -> None:
         self.tokenizer = None if chat is None else chat.tokenizer

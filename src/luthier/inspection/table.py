@@ -5,12 +5,30 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from luthier.errors import RecipeError
+from luthier.inspection.balance import Balance
 from luthier.inspection.check import Check, Known
+from luthier.inspection.contradictions import Contradictions
+from luthier.inspection.duplicates import Duplicates
+from luthier.inspection.encoding import Encoding
 from luthier.inspection.findings import Rule
+from luthier.inspection.language import Language
 from luthier.inspection.learning import Learning
+from luthier.inspection.lengths import Lengths
+from luthier.inspection.markers import Markers
+from luthier.inspection.privacy import Privacy
 from luthier.inspection.reading import rules as reading_rules
 
-_KINDS: tuple[type[Check], ...] = (Learning,)
+_KINDS: tuple[type[Check], ...] = (
+    Learning,
+    Encoding,
+    Markers,
+    Duplicates,
+    Contradictions,
+    Balance,
+    Lengths,
+    Language,
+    Privacy,
+)
 CHECKS: Mapping[str, type[Check]] = {kind.name: kind for kind in _KINDS}
 """Checks by name. Their modules import heavy libraries only where they use them."""
 

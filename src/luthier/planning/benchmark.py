@@ -1,0 +1,198 @@
+"""A few real steps of a real job, on a copy that is thrown away.
+
+Everything goes through the code that trains (:class:`luthier.engine.train.Trainer`): the rows are read
+and checked, the model is loaded, what is computed ahead is computed for the rows that are tried, steps
+run on batches that stand for the run, a measurement, a checkpoint and the storing are done and timed.
+Only the rows are fewer. What is left in the store is nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from luthier.engine.actuals import Clock, estimates_folder, folder_bytes, request_key
+from luthier.engine.devices import (
+    choose_machine,
+    forget_peak_memory,
+    keep_freed_memory,
+    machine_name,
+    peak_memory,
+)
+from luthier.engine.job import Job
+from luthier.engine.loop import Loop
+from luthier.engine.metrics import Reporter
+from luthier.engine.runs import KEPT, Run
+from luthier.engine.storing import PARITY_ROWS
+from luthier.engine.train import Trainer, settled
+from luthier.models.network import Network
+from luthier.planning.workload import (
+    Step,
+    Workload,
+    order_of,
+    representative,
+    spread_steps,
+    step_of,
+    workload_of,
+)
+from luthier.recipe import Recipe
+from luthier.store import models as store
+
+BATCHES = 5
+"""Batches that are tried, each twice: the first time the machine makes kernels for its sizes."""
+LEAST_STEPS = 3
+PATIENCE = 60.0
+"""Seconds after which no further step is begun, once the least are done."""
+HELD_ROWS = 3 * PARITY_ROWS
+"""Validation rows that are measured on."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """One step that was run."""
+
+    batch: int
+    seconds: float
+    first: bool
+    """Whether it was the first on this batch."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the steps that were tried told. Seconds and bytes are those of the trial."""
+
+    batches: list[Step]
+    """What was run."""
+    tries: list[Try]
+    row_tokens: int
+    """Of the rows that were tried, validation rows among them, each once."""
+    held_tokens: int
+    """Of the validation rows among them."""
+    held_seconds: float
+    """One measurement on these."""
+    token_share: float
+    """Tokens that the steps really had, as a share of what they might have had."""
+    peak_memory: int
+    kept_memory: int
+    """What was computed ahead for the tried rows and is held in memory."""
+    kept_disk: int
+    checkpoint_bytes: int
+    model_bytes: int
+    run_bytes: int
+    """Of what else is left of the run: curves, metrics, the request."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A job, what it is to compute, and what a trial of it told."""
+
+    job: Job
+    key: str
+    """Of the request; see :func:`luthier.engine.actuals.request_key`."""
+    machine: str
+    work: Workload
+    steps: list[Step]
+    """Of the whole run, evenly spread."""
+    trial: Trial
+    seconds: dict[str, float]
+    """Of the parts of the trial, by their names in ``luthier.engine.actuals.PARTS``."""
+    calibration: float
+    """How many times as long calibrating takes with all rows."""
+
+
+def measure(recipe: Recipe, reporter: Reporter) -> Measured:
+    """Try the job of ``recipe``.
+
+    Raises:
+        RefusedInput: as :func:`luthier.engine.train.train` does, for the same reasons.
+    """
+    forget_peak_memory()
+    keep_freed_memory()
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    base = store.find(recipe.base, reporter.stage)
+    clock = Clock()
+    with clock.part("data"):
+        job = settled(recipe, base, machine, reporter)
+    work, batches = workload_of(job), representative(job, BATCHES)
+    rows = [row for batch in batches for row in batch]
+    estimates_folder().mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=estimates_folder()))
+    try:
+        run = Run(base.root, "estimate", rehearsal=folder)
+        trainer = Trainer(job.sampled(rows, _held(job)), run, reporter, clock)
+        network, loop = trainer.ready(resume=False)
+        shares = network.shares
+        trial = _try(trainer, network, loop, len(batches))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    asked = trainer.calibration_rows
+    begun = replace(job, data=replace(job.data, train=trainer.begun))
+    order = order_of(begun)
+    spread = [[begun.data.train[row] for row in order.batch(step)] for step in spread_steps(begun)]
+    return Measured(
+        job=job,
+        key=request_key(recipe.plain(), job.data.hashes, machine),
+        machine=machine_name(machine.device),
+        work=work,
+        steps=[step_of(begun, batch, shares) for batch in spread],
+        trial=trial,
+        seconds=clock.parts,
+        calibration=min(asked, len(job.data.train)) / max(1, min(asked, len(rows))),
+    )
+
+
+def _held(job: Job) -> list[int]:
+    """Validation rows to measure on, evenly spread."""
+    there = len(job.data.validation)
+    count = min(there, HELD_ROWS)
+    return [int(place * there / count) for place in range(count)]
+
+
+def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> Trial:
+    """Run ``count`` batches and what belongs to a run, in the order a run does it."""
+    job, folder = trainer.job, trainer.run_folder
+    batches = [[job.data.train[row] for row in loop.order.batch(step)] for step in range(count)]
+    steps = [step_of(job, batch, network.shares) for batch in batches]
+    kept = network.bottom.bytes if network.bottom is not None else 0
+    loop.evaluate()
+    tries = _tries(loop, count, trainer.reporter)
+    before = loop.clock.parts["validation"]
+    loop.evaluate()
+    held = loop.clock.parts["validation"] - before
+    loop.checkpoint()
+    sizes = folder_bytes(loop.checkpoints.folder), folder_bytes(folder.folder / KEPT)
+    lines = loop.metrics.read()
+    asked = workload_of(replace(job, steps=len(tries)))
+    trainer.release(network)
+    trainer.stored(network, loop.progress, lines)
+    model = folder_bytes(folder.model_folder)  # in the folder of the run, for a trial
+    return Trial(
+        batches=steps,
+        tries=tries,
+        row_tokens=asked.row_tokens,
+        held_tokens=asked.validation_tokens,
+        held_seconds=held,
+        token_share=loop.progress.tokens / max(1, asked.tokens),
+        peak_memory=peak_memory(),
+        kept_memory=kept,
+        kept_disk=sizes[1],
+        checkpoint_bytes=sizes[0],
+        model_bytes=model,
+        run_bytes=folder_bytes(folder.folder) - model - sum(sizes),
+    )
+
+
+def _tries(loop: Loop, batches: int, reporter: Reporter) -> list[Try]:
+    """Each batch twice, one after the other, as long as there is time."""
+    reporter.stage(f"Trying {batches} batches, each twice")
+    started, tries, total = time.monotonic(), list[Try](), 2 * batches
+    for step in range(total):
+        tries.append(Try(step % batches, loop.step(), step < batches))
+        late = time.monotonic() - started > PATIENCE and len(tries) >= LEAST_STEPS
+        reporter.counted(total if late else step + 1, total, "steps tried")
+        if late:
+            break
+    return tries

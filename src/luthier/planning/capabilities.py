@@ -1,0 +1,149 @@
+"""What a model can be trained for, in which ways, and whether that fits, before anything is fetched.
+
+The refusals are those of a run: the objective looks at the tokenizer, the head and the adaptation are
+put on a network without numbers. Nothing here says by itself what goes with what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from luthier.adaptations import ADAPTATIONS, Adaptation
+from luthier.data.chat import ChatFormat
+from luthier.engine.defaults import SMALLEST_BUDGET
+from luthier.engine.devices import available_memory, choose_machine
+from luthier.engine.estimate import PROCESS
+from luthier.engine.fitting import sketched
+from luthier.errors import RefusedInput
+from luthier.models import nets
+from luthier.models.catalog import CATALOG, MANIFEST
+from luthier.models.characters import character_tokenizer
+from luthier.models.heads import Head
+from luthier.models.load import catalogue_config, read_config
+from luthier.objectives import OBJECTIVES, Objective
+from luthier.store.models import base_folder, chat_format, find
+
+Config = Callable[[Head], Any]
+"""Gives transformers' configuration of a network for a head."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One objective with one adaptation on one network."""
+
+    objective: str
+    adaptation: str
+    reason: str = ""
+    """Why it is refused; empty where it is not."""
+    memory: int = 0
+    """Estimated peak in bytes with micro-batches of ``SMALLEST_BUDGET`` tokens, without a teacher."""
+    fits: bool = False
+    """Whether that is free on this machine."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """All objectives with all adaptations on one model."""
+
+    model: str
+    here: bool
+    """Whether its files are on this machine; what is not here is judged by the catalogue."""
+    available: int
+    """Bytes of memory that are free."""
+    verdicts: list[Verdict]
+
+
+def capabilities(model_id: str) -> Capabilities:
+    """What can be done with a model of the catalogue, fetched or not, or any other that is known.
+
+    Raises:
+        UnknownModel: where it is not known.
+    """
+    size = choose_machine().dtype.itemsize
+    available = available_memory()
+    entry = CATALOG.get(model_id)
+    here = entry is None or (base_folder(model_id) / MANIFEST).is_file()
+    config: Config
+    if entry is not None and not here:
+        config = partial(catalogue_config, entry)
+        chat = format_of(config(Head("causal_lm")))
+    else:
+        stored = find(model_id)
+        chat, config = chat_format(stored), partial(read_config, stored.network_folder)
+    verdicts = table(config, chat, size)
+    judged = [
+        replace(each, fits=not each.reason and each.memory - PROCESS <= available)
+        for each in verdicts
+    ]
+    return Capabilities(model_id, here, available, judged)
+
+
+def table(config: Config, chat: ChatFormat, size: int) -> list[Verdict]:
+    """Each objective with each adaptation on a network; ``size`` is the bytes of a number.
+
+    Networks differ by the task of their head alone, so each is drawn once for all objectives of a task.
+    """
+    drawn: dict[tuple[Any, ...], Verdict] = {}
+    found = []
+    for kind in OBJECTIVES.values():
+        objective = default_objective(kind)
+        refused = _refusal(objective, chat)
+        for name, adaptation in ADAPTATIONS.items():
+            key = (objective.task, objective.refers, name)
+            if not refused and key not in drawn:
+                drawn[key] = _drawn(config, objective, adaptation.model_validate({}), size)
+            found.append(
+                replace(drawn[key], objective=objective.method)
+                if not refused
+                else Verdict(objective.method, name, refused)
+            )
+    return found
+
+
+def default_objective(kind: type[Objective]) -> Objective:
+    """An objective with its defaults; a teacher has none, and any id does for what is asked here."""
+    return kind.model_validate({"teacher": "ID"} if "teacher" in kind.model_fields else {})
+
+
+def _refusal(objective: Objective, chat: ChatFormat) -> str:
+    try:
+        objective.check(chat)
+    except RefusedInput as error:
+        return str(error)
+    return ""
+
+
+def _drawn(config: Config, objective: Objective, adaptation: Adaptation, size: int) -> Verdict:
+    plain = objective.task in ("causal_lm", "masked_lm")
+    head = Head(objective.task, () if plain else ("a", "b"))
+    try:
+        memory = sketched(config(head), objective, adaptation, size, head).memory
+    except RefusedInput as error:
+        return Verdict(objective.method, adaptation.method, str(error))
+    return Verdict(objective.method, adaptation.method, "", memory.peak(SMALLEST_BUDGET))
+
+
+def family_table(family: str) -> list[Verdict]:
+    """The same for a family of networks of transformers' default size, and ours."""
+    from transformers import AutoConfig
+
+    nets.register(family)
+
+    def config(head: Head) -> Any:
+        return AutoConfig.for_model(family)
+
+    return table(config, format_of(config(Head("causal_lm"))), 2)
+
+
+def format_of(config: Any) -> ChatFormat:
+    """The format of a network, with a tokenizer of which only what objectives ask for is there."""
+    beside = getattr(config, "is_encoder_decoder", False)
+    vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if beside else {}
+    if config.model_type == "elmo":
+        vocabulary = character_tokenizer().get_vocab()
+    words = SimpleNamespace(mask_token_id=0, get_vocab=lambda: vocabulary)
+    return ChatFormat(words, "plain", (1,), 0 if beside else None)

@@ -1,0 +1,155 @@
+"""How much of a job fits into the time there is."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from luthier.errors import DoesNotFit, RecipeError
+from luthier.planning.estimate import Estimate
+from luthier.planning.prices import Prices
+
+_UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fits into ``seconds``; nine times out of ten, by the upper end of the estimate."""
+
+    seconds: float
+    """Time there is."""
+    needed: float
+    """Time that the whole job takes at most."""
+    fits: bool
+    steps: int
+    """Optimizer steps that fit; 0 where not even one does."""
+    epochs: float
+    """Passes over all rows that these are."""
+    share: float
+    """Share of the rows that fits with the passes asked for."""
+    rows: int
+    """Rows that this share is."""
+    least: float
+    """Seconds that a run of one step takes at most."""
+
+
+def plan(found: Estimate, seconds: float) -> Plan:
+    """How many steps of the job fit into ``seconds``.
+
+    Reading, loading and storing take their time whatever is trained; measurements and checkpoints go
+    with the steps.
+    """
+    upper = found.seconds.high / found.seconds.value
+    fixed = found.fixed * upper
+    per_step = max(1e-9, (found.seconds.high - fixed) / found.steps)
+    # A hair of tolerance: the time that is needed is enough.
+    steps = min(found.steps, int((seconds - fixed) / per_step + 1e-6)) if seconds > fixed else 0
+    share = steps / found.steps
+    return Plan(
+        seconds=seconds,
+        needed=found.seconds.high,
+        fits=seconds >= found.seconds.high,
+        steps=steps,
+        epochs=found.epochs * share,
+        share=share,
+        rows=int(found.rows * share),
+        least=fixed + per_step,
+    )
+
+
+def advice(planned: Plan, asked: float) -> str:
+    """What to type for a run that fits; ``asked`` are the passes of the whole job."""
+    if planned.steps < 1:
+        return (
+            f"not even one step fits: reading the rows, loading and storing the model take "
+            f"{spoken(planned.least)} by themselves, so that is the smallest there is. Take a smaller "
+            "base model or more time"
+        )
+    parts = 1 if planned.epochs >= 1 else 100
+    epochs = math.floor(parts * planned.epochs + 1e-6) / parts
+    passes = f"--epochs {epochs:g}" if epochs else f"--set training.max_steps={planned.steps}"
+    return (
+        f"{passes} ({planned.steps:,} steps), or {int(100 * planned.share)} % of the rows "
+        f"({planned.rows:,}) with --epochs {asked:g}"
+    )
+
+
+def check_limits(
+    found: Estimate, max_minutes: float | None, max_cost: float | None, prices: Prices | None
+) -> None:
+    """Refuse a job that would take longer, or cost more, than was allowed.
+
+    Raises:
+        DoesNotFit: with what would fit.
+        RecipeError: where a cost is limited and there are no prices.
+    """
+    if max_minutes is not None:
+        planned = plan(found, 60 * max_minutes)
+        if not planned.fits:
+            raise DoesNotFit(
+                f"this run needs up to {spoken(planned.needed)} and {max_minutes:g} minutes are "
+                f"allowed. What fits: {advice(planned, found.epochs)}."
+            )
+    if max_cost is None:
+        return
+    if prices is None:
+        raise RecipeError(
+            "a cost can be limited where prices are known; `luthier estimate --prices-example` prints "
+            "a table to begin with"
+        )
+    cost = prices.cost(found.seconds.high, found.tokens.high)
+    if cost > max_cost:
+        # What a run costs goes with its time and its tokens, and both with its steps.
+        planned = plan(found, found.seconds.high * max_cost / cost)
+        raise DoesNotFit(
+            f"this run costs up to {cost:.2f} {prices.currency} and {max_cost:.2f} are allowed. "
+            f"What fits: {advice(planned, found.epochs)}."
+        )
+
+
+def seconds_until(clock: str, now: datetime | None = None) -> float:
+    """Seconds until ``18:00`` (tomorrow's, where today's is over) or ``2026-11-21 18:00``."""
+    now = now or datetime.now()
+    try:
+        if "-" in clock:
+            at = datetime.fromisoformat(clock)
+        else:
+            hour, minute = (int(part) for part in clock.split(":"))
+            at = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+            at += timedelta(days=1) if at <= now else timedelta()
+    except ValueError as error:
+        raise RecipeError(
+            f"--finish-by takes a time such as 18:00 or 2026-11-21T18:00, not {clock!r}"
+        ) from error
+    left = (at - now).total_seconds()
+    if left <= 0:
+        raise RecipeError(f"{clock} is over; give a time to come")
+    return left
+
+
+def duration(text: str) -> float:
+    """Seconds of ``90m``, ``2h``, ``1h30m`` or ``45s``."""
+    parts = re.findall(r"([0-9.]+)\s*(min|[smhd])", text)
+    if not parts or "".join(re.split(r"\s+", text)) != "".join(n + unit for n, unit in parts):
+        raise RecipeError(f"--within takes a time such as 2h, 90m or 1h30m, not {text!r}")
+    try:
+        total = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    except ValueError as error:
+        raise RecipeError(f"--within takes a time such as 2h or 90m, not {text!r}") from error
+    if total <= 0:
+        raise RecipeError("--within takes more than no time at all")
+    return total
+
+
+def spoken(seconds: float) -> str:
+    """Seconds for people: ``45 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    if minutes < 10:
+        return f"{minutes:.1f} min"
+    if minutes < 100:
+        return f"{minutes:.0f} min"
+    return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"

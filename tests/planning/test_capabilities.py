@@ -1,0 +1,107 @@
+"""What goes with what on one model, asked before anything is fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from luthier.adaptations import ADAPTATIONS
+from luthier.engine import fitting
+from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
+from luthier.models.catalog import CATALOG
+from luthier.models.heads import CAUSAL_LM, Head
+from luthier.models.load import catalogue_config, load_chat_format, sketch, sketch_of
+from luthier.objectives import OBJECTIVES
+from luthier.planning import capabilities as module
+from luthier.planning.capabilities import capabilities, default_objective
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_each_verdict_is_what_the_refusals_themselves_say(
+    family: str, family_folder: Callable[[str], Path]
+) -> None:
+    folder = family_folder(family)
+    chat = load_chat_format(folder)
+    found = capabilities(str(folder))
+    assert found.here and len(found.verdicts) == len(OBJECTIVES) * len(ADAPTATIONS)
+    for verdict in found.verdicts:
+        objective = default_objective(OBJECTIVES[verdict.objective])
+        reason = ""
+        try:
+            objective.check(chat)
+            model = sketch(folder, Head(objective.task, ("a", "b")))
+            with torch.device("meta"):
+                ADAPTATIONS[verdict.adaptation].model_validate({}).attach(model)
+        except RefusedInput as error:
+            reason = str(error)
+        assert verdict.reason == reason
+        assert (verdict.memory > 0) == verdict.fits == (not reason)
+
+
+def test_a_model_of_the_catalogue_is_judged_before_it_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, luthier_home: Path
+) -> None:
+    monkeypatch.setattr(module, "available_memory", lambda: 1_500_000_000)
+    found = capabilities("smollm2-135m-instruct")
+    assert not found.here and not luthier_home.exists()
+    of = {(v.objective, v.adaptation): v for v in found.verdicts}
+    assert of["sft", "lora"].fits and not of["sft", "full"].fits
+    assert "masked" in of["masked_lm", "lora"].reason
+    # The reference model of a full tuning is a copy of all weights.
+    weights = CATALOG["smollm2-135m-instruct"].parameters
+    assert of["dpo", "full"].memory - of["sft", "full"].memory in (2 * weights, 4 * weights)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_the_catalogue_knows_the_shape_of_what_it_names(name: str) -> None:
+    entry = CATALOG[name]
+    task = "causal_lm" if entry.kind == "causal_lm" else "embedding"
+    model = sketch_of(catalogue_config(entry, CAUSAL_LM), Head(task))
+    assert sum(weight.numel() for weight in model.parameters()) == entry.parameters
+
+
+def test_a_model_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(UnknownModel):
+        capabilities("no-such-model")
+
+
+def test_each_way_to_fit_that_is_named_fits() -> None:
+    objective = default_objective(OBJECTIVES["sft"])
+    config = catalogue_config(CATALOG["smollm2-135m-instruct"], CAUSAL_LM)
+    full, lora = (ADAPTATIONS[name].model_validate({}) for name in ("full", "lora"))
+    asked = fitting.Asked(config, objective, full, 2, 0, 2000, 100)
+    needs = {a.method: fitting.sketched(config, objective, a, 2).memory for a in (full, lora)}
+    assert needs["lora"].peak(2000) < needs["full"].peak(100)
+
+    def refusal(free: int) -> str:
+        with pytest.raises(DoesNotFit) as caught:
+            fitting.check_memory(asked, needs["full"], free)
+        return str(caught.value)
+
+    fitting.check_memory(asked, needs["full"], needs["full"].peak(2000) - fitting.PROCESS)
+    told = refusal(needs["full"].peak(1000) - fitting.PROCESS)
+    assert "--set training.micro_batch_tokens=1000 (" in told
+    assert "--adaptation lora (" in told  # with micro-batches as large as was asked for
+    told = refusal(needs["lora"].peak(300) - fitting.PROCESS)
+    assert "--adaptation lora --set training.micro_batch_tokens=300 (" in told
+    assert told.count("--adaptation") == fitting.SHOWN and "full" not in told
+    for way in told.splitlines()[1:]:
+        name, tokens = re.match(r"  --adaptation (\w+).*?(?:tokens=(\d+))? \(", way).groups()  # type: ignore[union-attr]
+        other = ADAPTATIONS[name].model_validate({})
+        memory = fitting.sketched(config, objective, other, 2).memory
+        assert memory.peak(int(tokens or 2000)) <= needs["lora"].peak(300)
+    assert "Nothing that is known here would fit" in refusal(1000)
+
+
+def test_rows_that_are_too_long_for_any_way_are_named() -> None:
+    objective = default_objective(OBJECTIVES["sft"])
+    config = catalogue_config(CATALOG["smollm2-135m-instruct"], CAUSAL_LM)
+    lora = ADAPTATIONS["lora"].model_validate({})
+    memory = fitting.sketched(config, objective, lora, 2).memory
+    asked = fitting.Asked(config, objective, lora, 2, 0, 8000, 8000)
+    with pytest.raises(DoesNotFit, match=r"rows of at most 5,000 tokens \(the longest has 8,000\)"):
+        fitting.check_memory(asked, memory, memory.peak(5000) - fitting.PROCESS)

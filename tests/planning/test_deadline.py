@@ -1,0 +1,122 @@
+"""What fits into the time there is."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from luthier.errors import DoesNotFit, RecipeError
+from luthier.planning.deadline import (
+    advice,
+    check_limits,
+    duration,
+    plan,
+    seconds_until,
+    spoken,
+)
+from luthier.planning.estimate import Estimate
+from luthier.planning.history import Correction
+from luthier.planning.interval import Interval
+from luthier.planning.prices import Prices
+
+
+def estimate(**other: Any) -> Estimate:
+    """100 s of steps, 20 s around them, no error at all."""
+    fields: dict[str, Any] = {
+        "key": "k",
+        "machine": "m",
+        "created": "",
+        "base": "b",
+        "objective": "sft",
+        "adaptation": "lora",
+        "rows": 500,
+        "steps": 100,
+        "epochs": 4.0,
+        "tokens": Interval.exactly(1e6),
+        "learned": Interval.exactly(1e5),
+        "parts": {
+            "data": Interval.exactly(15.0),
+            "steps": Interval.exactly(100.0),
+            "store": Interval.exactly(5.0),
+        },
+        "seconds": Interval.exactly(120.0),
+        "memory": Interval.exactly(1e9),
+        "disk": Interval.exactly(1e7),
+        "raw_seconds": 120.0,
+        "raw_memory": 1e9,
+        "modelled_memory": 10**9,
+        "correction": Correction(),
+        "tried": [],
+    }
+    return Estimate(**{**fields, **other})
+
+
+def test_steps_that_fit_leave_room_for_what_is_no_step() -> None:
+    planned = plan(estimate(), 70)
+    assert (planned.fits, planned.steps, planned.rows) == (False, 50, 250)
+    assert planned.share == 0.5 and planned.epochs == 2.0
+    assert advice(planned, 4) == "--epochs 2 (50 steps), or 50 % of the rows (250) with --epochs 4"
+
+
+def test_all_of_it_fits_where_there_is_time() -> None:
+    planned = plan(estimate(), 120)
+    assert planned.fits and planned.steps == 100 and planned.share == 1
+
+
+def test_the_upper_end_is_planned_with() -> None:
+    wide = estimate(seconds=Interval(120.0, 90.0, 240.0))
+    assert not plan(wide, 200).fits
+    assert plan(wide, 140).steps == 50  # everything may take twice as long
+
+
+def test_where_no_step_fits_the_smallest_run_is_named() -> None:
+    planned = plan(estimate(), 10)
+    assert planned.steps == 0 and planned.least == pytest.approx(21)
+    assert "not even one step fits" in advice(planned, 4) and "21 s" in advice(planned, 4)
+
+
+def test_less_than_one_pass_is_a_part_of_one() -> None:
+    assert advice(plan(estimate(), 35), 4).startswith("--epochs 0.6 (15 steps)")
+    assert advice(plan(estimate(epochs=0.01), 21.5), 1).startswith("--set training.max_steps=1 ")
+
+
+def test_limits_refuse_with_what_would_fit() -> None:
+    prices = Prices(per_hour=60)  # a minute costs 1
+    check_limits(estimate(), 2, 2.0, prices)
+    with pytest.raises(DoesNotFit, match=r"2\.0 min and 1 minutes are allowed.*--epochs 1 "):
+        check_limits(estimate(), 1, None, None)
+    with pytest.raises(DoesNotFit, match=r"2\.00 EUR and 1\.00 are allowed.*40 steps"):
+        check_limits(estimate(), None, 1.0, prices)
+    with pytest.raises(RecipeError, match="--prices-example"):
+        check_limits(estimate(), None, 1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("1.5 h", 5400), ("10min", 600)],
+)
+def test_durations_are_read(text: str, seconds: float) -> None:
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "two hours", "2h later", "0m", "1..5h"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="--within"):
+        duration(text)
+
+
+def test_a_time_of_day_that_is_over_is_tomorrow_s() -> None:
+    now = datetime(2026, 11, 20, 17, 30)
+    assert seconds_until("18:00", now) == 1800
+    assert seconds_until("17:00", now) == 23.5 * 3600
+    assert seconds_until("2026-11-21T17:30", now) == 86400
+    for wrong in ("25:00", "soon", "2026-11-20T10:00"):
+        with pytest.raises(RecipeError):
+            seconds_until(wrong, now)
+
+
+def test_times_are_spoken() -> None:
+    times = (45, 300, 3000, 11100)
+    assert [spoken(s) for s in times] == ["45 s", "5.0 min", "50 min", "3 h 05 min"]

@@ -1,0 +1,277 @@
+"""Real jobs on tiny networks: estimated, run, and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from luthier.cli.app import app
+from luthier.engine.actuals import ACTUAL, PARTS, estimates_folder
+from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.train import train
+from luthier.errors import DataError
+from luthier.files import read_json
+from luthier.planning import estimate as module
+from luthier.planning.benchmark import BATCHES
+from luthier.planning.estimate import _checkpoints, estimate, measurements
+from luthier.planning.history import LEAST, Past, correction, past, summary
+from luthier.recipe import Recipe
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "my", "card"]
+
+
+def said(index: int) -> str:
+    return " ".join(WORDS[(index * 7 + k) % len(WORDS)] for k in range(2 + index % 9))
+
+
+ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "sft": lambda n: {"prompt": f"say {said(n)}", "completion": said(n).upper()},
+    "classification": lambda n: {"text": said(n), "label": f"class {n % 3}"},
+    "masked_lm": lambda n: {"text": said(n)},
+    "contrastive": lambda n: {"anchor": said(n), "positive": said(n + 1)},
+    "dpo": lambda n: {"prompt": said(n), "chosen": said(n + 1), "rejected": said(n + 2)},
+    "grpo": lambda n: {"prompt": said(n), "expected": "a"},
+    "logit_distillation": lambda n: {"prompt": said(n), "completion": said(n + 3)},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "num_generations": 2,
+        "max_completion_tokens": 4,
+        "force": True,
+        "grader": {"method": "regex", "pattern": "[a-l]"},
+    },
+}
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[..., Recipe]:
+    def make(method: str = "sft", family: str = "llama", count: int = 60, **fields: Any) -> Recipe:
+        data = write_rows(tmp_path / f"{method}.jsonl", [ROWS[method](n) for n in range(count)])
+        folder = str(family_folder(family))
+        asked = {"teacher": folder} if method.endswith("distillation") else {}
+        training = {
+            "batch_size": 4,
+            "precision": "float32",
+            "threads": 1,
+            "epochs": 2,
+            "patience": 0,
+        }
+        return Recipe.parse(
+            {
+                "base": folder,
+                "name": "x",
+                "data": {"train": str(data)},
+                "objective": {"method": method, **asked, **SETTINGS.get(method, {})},
+                "adaptation": fields.pop("adaptation", "lora"),
+                "training": {**training, **fields},
+            }
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "adaptation"),
+    [
+        ("sft", "llama", "lora"),
+        ("classification", "bert", "feature_extraction"),
+        ("masked_lm", "bert", "full"),
+        ("contrastive", "bert", "lora"),
+        ("dpo", "llama", "lora"),
+        ("grpo", "llama", "lora"),
+        ("logit_distillation", "llama", "freeze"),
+        ("sft", "t5", "full"),
+    ],
+)
+def test_a_job_is_estimated_by_what_it_is_and_leaves_only_the_record(
+    method: str,
+    family: str,
+    adaptation: str,
+    recipe: Callable[..., Recipe],
+    luthier_home: Path,
+) -> None:
+    job = recipe(method, family, adaptation=adaptation)
+    found = estimate(job)
+    left = sorted(path.relative_to(luthier_home) for path in luthier_home.rglob("*"))
+    assert [str(path) for path in left] == ["estimates", f"estimates/{found.key}.json"]
+    assert found.parts.keys() == PARTS.keys()
+    assert 3 <= len(found.tried) <= 2 * BATCHES
+
+    result = train(job)
+    actual = read_json(Path(result.run_dir) / ACTUAL)
+    assert actual["estimate"] == read_json(estimates_folder() / f"{found.key}.json")
+    assert actual["steps"] == found.steps
+    if method == "grpo":  # writes as much as it likes
+        assert found.tokens.low <= actual["tokens"] <= found.tokens.high
+    else:
+        assert found.tokens.value == pytest.approx(actual["tokens"])
+    assert found.disk.low * 0.8 < actual["disk_bytes"] < found.disk.high * 1.2
+    assert actual["parts"].keys() == PARTS.keys() and not actual["resumed"]
+    # The parts are the run: what is between them is next to nothing.
+    assert sum(actual["parts"].values()) == pytest.approx(actual["seconds"], rel=0.15, abs=0.5)
+    # Steps of milliseconds beside other work: the order of size.
+    assert found.parts["steps"].value == pytest.approx(actual["parts"]["steps"], rel=3, abs=2)
+    assert found.memory.value == pytest.approx(actual["peak_memory_bytes"], rel=0.2)
+    (one,) = past(found.machine)
+    assert one.seconds == actual["seconds"] and one.estimated_seconds == found.seconds.value
+
+
+def test_another_request_has_another_key_and_a_name_is_none(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    first = estimate(recipe())
+    assert estimate(recipe().model_copy(update={"name": None})).key == first.key
+    assert estimate(recipe(learning_rate=1e-3)).key != first.key
+    assert estimate(recipe(count=61)).key != first.key
+
+
+def test_steps_and_tokens_do_not_depend_on_which_rows_are_tried(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.planning import benchmark
+
+    whole = estimate(recipe())
+    monkeypatch.setattr(benchmark, "BATCHES", 2)
+    less = estimate(recipe())
+    assert (less.steps, less.tokens, less.learned) == (whole.steps, whole.tokens, whole.learned)
+    assert len(less.tried) == 4
+
+
+def test_fewer_rows_than_a_batch_are_estimated_too(recipe: Callable[..., Recipe]) -> None:
+    found = estimate(recipe(count=3, batch_size=8, epochs=3))
+    assert found.steps == 3 and found.rows == 3 and len(found.tried) == 2
+
+
+def test_only_batches_that_a_run_comes_to_are_tried(recipe: Callable[..., Recipe]) -> None:
+    from luthier.engine.devices import choose_machine
+    from luthier.engine.metrics import Reporter
+    from luthier.engine.train import settled
+    from luthier.planning.workload import order_of, representative
+    from luthier.store.models import find
+
+    asked = recipe(max_steps=3)
+    job = settled(asked, find(asked.base), choose_machine("float32", 1), Reporter())
+    own = [order_of(job).batch(step) for step in range(3)]
+    assert sorted(representative(job, BATCHES)) == sorted(own)
+    longer = settled(recipe(), find(asked.base), choose_machine("float32", 1), Reporter())
+    chosen, order = representative(longer, BATCHES), order_of(longer)
+
+    def tokens(batch: list[int]) -> int:
+        return sum(longer.data.train[row].tokens for row in batch)
+
+    every = [order.batch(step) for step in range(order.steps_per_epoch)]
+    whole = [batch for batch in every if len(batch) == 4]
+    assert len(chosen) == BATCHES and all(batch in whole for batch in chosen)
+    assert max(map(tokens, chosen)) == max(map(tokens, whole))
+
+
+def test_rows_that_a_run_refuses_are_refused(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    job = recipe()
+    write_rows(tmp_path / "sft.jsonl", [{"prompt": "", "completion": ""}] * 4)
+    with pytest.raises(DataError):
+        estimate(job)
+
+
+def test_measurements_are_counted_as_the_loop_makes_them() -> None:
+    for steps in range(1, 40):
+        for every in (None, 1, 3, 7, 40):
+            made = 1
+            for step in range(1, steps + 1):
+                made += step == steps or step % (every or steps) == 0
+            assert measurements(steps, every) == made
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(5, 5), (30, 100), (100, 4), (1000, 310)])
+@pytest.mark.parametrize("cost", [0.05, 1.0])
+def test_checkpoints_are_counted_by_the_rules_of_the_engine(
+    seconds: float, steps: int, cost: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("luthier.engine.checkpoints.time.monotonic", lambda: now)
+    kept = Checkpoints(tmp_path)
+    written = 0
+    for step in range(1, steps + 1):
+        now += seconds / steps
+        if kept.due(step):
+            written += 1
+            kept._cost, kept._last = cost, now
+    assert abs(_checkpoints(seconds, steps, cost) - written) <= 1 + 0.05 * written
+
+
+def run(seconds: float, raw: float, estimated: float | None = None) -> Past:
+    return Past("m", "here", estimated or raw, seconds, 1e9, 1.2e9, raw, 1e9)
+
+
+def test_a_history_corrects_by_its_median_once_it_is_long_enough() -> None:
+    runs = [run(130, 100), run(120, 100), run(900, 100)]
+    assert correction(runs[: LEAST - 1]).runs == 0 and correction([]).seconds == 1
+    known = correction(runs)
+    assert (known.seconds, known.memory, known.runs) == (1.3, 1.2, 3)
+    # What was corrected already is compared as it was before.
+    assert correction([run(130, 100, 130)] * 3).seconds == 1.3
+    told = summary(runs)
+    assert (told["time_close"], told["memory_close"], told["count"]) == (1, 3, 3)
+
+
+def test_corrections_do_not_add_up(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "past", lambda machine: [run(200, 100)] * 5)
+    found = estimate(recipe())
+    assert found.seconds.value == pytest.approx(2 * found.raw_seconds)
+    assert found.memory.value == pytest.approx(1.2 * found.raw_memory)
+    assert found.correction.runs == 5
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_command_line_estimates_runs_and_tells_the_history(
+    recipe: Callable[..., Recipe], luthier_home: Path, family_folder: Callable[[str], Path]
+) -> None:
+    job = recipe()
+    given = [str(job.data.train), "--base", job.base, "--epochs", "1", "--batch-size", "4"]
+    given += ["--set", "training.threads=1", "--set", "training.precision=float32"]
+    assert "No run was estimated" in invoke("estimate", "--history").stdout
+    luthier_home.mkdir()
+    (luthier_home / "prices.toml").write_text('currency = "CHF"\nper_hour = 3.6')
+    told = json.loads(invoke("estimate", *given, "--within", "1s", "--json").stdout)
+    assert told["cost"]["currency"] == "CHF"
+    assert told["cost"]["value"] == pytest.approx(told["seconds"]["value"] / 1000)
+    assert told["plan"]["fits"] == (told["seconds"]["high"] <= 1)
+
+    shown = invoke("estimate", *given, "--within", "9h").stdout
+    assert "peak memory" in shown and "CHF" in shown and "all of it fits" in shown
+    refused = invoke("tune", *given, "--max-minutes", "0.0001", "--json")
+    assert refused.exit_code == 2
+    assert "What fits" in json.loads(refused.stdout)["error"]["message"]
+    assert not (luthier_home / "runs").exists() and not (luthier_home / "models").exists()
+
+    done = json.loads(invoke("tune", *given, "--estimate", "--json").stdout)
+    assert done["estimate"]["steps"] == done["steps"]
+    history = json.loads(invoke("estimate", "--history", "--json").stdout)
+    assert history["count"] == 1 and history["runs"][0]["model_id"] == done["model_id"]
+    assert done["model_id"].rpartition(":")[2] in invoke("estimate", "--history").stdout
+
+
+def test_the_command_line_refuses_what_it_cannot_plan(recipe: Callable[..., Recipe]) -> None:
+    data = str(recipe().data.train)
+    assert "per_hour" in invoke("estimate", "--prices-example").stdout
+    for wrong in (
+        [],
+        [data, "--within", "soon"],
+        [data, "--within", "1h", "--finish-by", "18:00"],
+        [data, "--prices", "none.toml"],
+    ):
+        assert invoke("estimate", *wrong).exit_code == 2
