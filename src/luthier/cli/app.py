@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from luthier.cli.advising import advise
 from luthier.cli.converting import convert
 from luthier.cli.estimating import estimate
 from luthier.cli.models import models_app
@@ -197,6 +198,7 @@ def pretrain(
 app.command()(student)
 app.command()(split)
 app.command()(estimate)
+app.command()(advise)
 
 
 @app.command()

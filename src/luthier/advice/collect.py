@@ -1,0 +1,210 @@
+"""What is known before the advice is given: the gate, the sizes, an estimate, and what was tried."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.advice.evidence import HELD, HELD_LABELS, SEED, Evidence, gather
+from luthier.advice.facts import Facts, Wishes
+from luthier.errors import DataError, RecipeError, RefusedInput
+from luthier.types import Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.engine.metrics import Reporter
+    from luthier.inspection.inspect import Report
+    from luthier.planning.estimate import Estimate
+    from luthier.recipe import Recipe
+    from luthier.store.models import StoredModel
+
+LARGEST_SHARE = 0.3
+"""Of the rows, at most so many are kept for asking."""
+FEWEST = 5
+"""Rows that must be left on both sides."""
+TRIED = frozenset({"prompt", "messages", "label"})
+"""Shapes of rows that ask something with one right answer."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Of the base model and the adaptation, from its shape alone."""
+
+    weights: int
+    trained: int
+    megabytes: float
+    writes: bool
+
+
+def collect(
+    recipe: Recipe,
+    documents: Sequence[str],
+    wishes: Wishes,
+    seconds: float,
+    reporter: Reporter,
+) -> Facts:
+    """Everything advice is given on; the trial of tuning takes about ``seconds``.
+
+    Raises:
+        RefusedInput: for a recipe that cannot be, or a base model that is not here. Data that the
+            gate refuses raises nothing where any row can be read: that is the advice.
+    """
+    from luthier.objectives.choosing import objective_for, shape_of
+    from luthier.store import models as store
+
+    base = store.find(recipe.base, reporter.stage)
+    chat = store.chat_format(base)
+    report = _inspected(recipe, reporter)
+    refused = _rules(report, "error")
+    rows = _rows(recipe, refused)
+    shape = shape_of(rows[0])
+    if recipe.objective is None and shape != "prompt_only":
+        recipe = recipe.model_copy(update={"objective": objective_for(rows[0], chat)})
+    model = _model(recipe, base, rows, chat)
+    estimate: Estimate | None = None
+    evidence: Evidence | None = None
+    if not refused and shape != "prompt_only":
+        estimate = _estimate(recipe, reporter)
+        if shape in TRIED:
+            evidence = _tried(recipe, rows, documents, seconds, reporter)
+    learning: Any = report.summaries.get("learning", {})
+    tokens = learning.get("splits", {}).get("train", {})
+    learned = int(tokens.get("learned_tokens", 0))
+    labels = Counter(str(row.label) for row in rows if row.label is not None)
+    return Facts(
+        wishes=wishes,
+        rows=len(rows),
+        shape=shape,
+        objective=recipe.objective.method if recipe.objective else "",
+        labels=len(labels),
+        smallest_class=min(labels.values(), default=0),
+        learned_tokens=learned,
+        prompt_tokens=int(tokens.get("tokens", 0)) - learned,
+        document_tokens=sum(len(chat.tokenizer.encode(text)) for text in documents),
+        weights=model.weights,
+        trained_weights=model.trained,
+        megabytes=model.megabytes,
+        writes=model.writes,
+        refused=tuple(refused),
+        warned=tuple(_rules(report, "warning")),
+        estimate=estimate,
+        evidence=evidence,
+    )
+
+
+def _inspected(recipe: Recipe, reporter: Reporter) -> Report:
+    from luthier.inspection import gate
+
+    reporter.stage("Inspecting the data")
+    given = recipe.objective.model_dump(mode="json") if recipe.objective else None
+    data = recipe.data
+    return gate.inspect(
+        gate.Request(
+            data.train, data.validation, columns=data.columns, base=recipe.base,
+            objective=given, severity=data.severity or {},
+        )
+    )  # fmt: skip
+
+
+def _rules(report: Report, severity: str) -> list[str]:
+    found = report.findings
+    return [rule.id for rule in found.rules() if found.severity(rule) == severity]
+
+
+def _rows(recipe: Recipe, refused: Sequence[str]) -> list[Row]:
+    """The rows that can be read at all."""
+    from luthier.data.rows import RowReader
+
+    try:
+        rows = list(RowReader(recipe.data.train, recipe.data.columns))
+    except DataError:
+        rows = []
+    if not rows:
+        raise RecipeError(
+            f"nothing can be advised on {recipe.data.train}: no row can be used "
+            f"({', '.join(refused) or 'it is empty'}). `luthier inspect` says what is wrong"
+        )
+    return rows
+
+
+def _model(recipe: Recipe, base: StoredModel, rows: Sequence[Row], chat: ChatFormat) -> _Model:
+    """Sizes of the network with its adaptation, on the meta device."""
+    import torch
+
+    from luthier.engine.devices import choose_machine
+    from luthier.engine.estimate import trained_numbers
+    from luthier.models.heads import Head
+    from luthier.models.load import sketch
+    from luthier.store.models import objective_of
+
+    own = objective_of(base)
+    head = own.head()
+    if recipe.objective is not None:
+        try:
+            head = recipe.objective.fit(rows, chat).head()
+        except RefusedInput:
+            head = Head(own.task)
+    model = sketch(base.network_folder, head)
+    weights = sum(weight.numel() for weight in model.parameters())
+    with torch.device("meta"):
+        recipe.adaptation.attach(model)
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    megabytes = weights * machine.dtype.itemsize / 1e6
+    return _Model(weights, trained_numbers(model), megabytes, own.task == "causal_lm")
+
+
+def _estimate(recipe: Recipe, reporter: Reporter) -> Estimate | None:
+    from luthier.planning.estimate import estimate
+
+    try:
+        return estimate(recipe, reporter)
+    except RefusedInput as error:
+        reporter.note(f"no estimate: {error}")
+        return None
+
+
+def _tried(
+    recipe: Recipe,
+    rows: Sequence[Row],
+    documents: Sequence[str],
+    seconds: float,
+    reporter: Reporter,
+) -> Evidence | None:
+    """Some rows are kept for asking, the others are what everything may learn from."""
+    train, held = _parted(recipe, rows)
+    if len(held) < FEWEST or len(train) < FEWEST:
+        reporter.note("nothing was tried: there are too few rows to keep some apart")
+        return None
+    from luthier.data.targets import TARGETS
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        lines = [json.dumps(TARGETS["rows"](row), ensure_ascii=False) for row in train]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        data = recipe.data.model_copy(
+            update={
+                "train": str(file), "validation": None, "validation_share": 0.0,
+                "test_share": None, "columns": None,
+            }
+        )  # fmt: skip
+        tried = recipe.model_copy(update={"data": data, "name": None})
+        return gather(tried, train, held, documents, seconds, reporter)
+
+
+def _parted(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Rows to learn from, and rows to ask: near-duplicates of these are not learned from."""
+    from luthier.data.rows import read_rows
+    from luthier.data.splitting import split_rows, strata_of
+    from luthier.inspection.kin import alike
+
+    count = HELD_LABELS if recipe.objective and recipe.objective.reads else HELD
+    if recipe.data.validation:
+        return rows, read_rows(recipe.data.validation, recipe.data.columns)[0][:count]
+    share = min(LARGEST_SHARE, count / len(rows))
+    kept_N, held_N = split_rows(strata_of(rows), alike(rows), [share], SEED)
+    return [rows[i] for i in kept_N], [rows[i] for i in held_N][: 2 * count]

@@ -1,0 +1,307 @@
+"""Small real tries of what competes with fine-tuning, and of fine-tuning itself, on held-out rows.
+
+All are asked the same questions. Models that write are asked as they are, with examples, with the
+nearest examples, and with passages of documents where there are some; models that read labels are
+beaten by the most frequent label and by the nearest labelled rows. Then the job itself is trained for
+a few steps on a copy that is thrown away, and asked again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from luthier.errors import LuthierError
+from luthier.serving.prompting import (
+    EXAMPLES,
+    Prompted,
+    Prompting,
+    Question,
+    few_shot,
+    looked_up,
+    questions_of,
+    retrieved,
+)
+from luthier.types import Row
+
+if TYPE_CHECKING:
+    from luthier.engine.job import Job
+    from luthier.engine.loop import Loop
+    from luthier.engine.metrics import Reporter
+    from luthier.models.network import Network
+    from luthier.recipe import Recipe
+
+Technique = Literal["as it is", "prompt engineering", "RAG", "nearest rows", "fine-tuning"]
+HELD = 40
+"""Rows that are asked; the standard error of a share of 50 % among them is 8 points."""
+HELD_LABELS = 400
+"""The same for models that read labels, which takes far less; 2.5 points."""
+NEIGHBOURS = 5
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One way, measured."""
+
+    technique: Technique
+    name: str
+    loss: float | None
+    """Nats for each token of the right answers, for models that write."""
+    score: float | None
+    """Share of right answers, where they are short enough to compare, or labels."""
+    prompt_tokens: float
+    """Tokens read for one answer."""
+    seconds: float
+    """For one answer, in a batch, on this machine."""
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that was tried, on ``held`` rows."""
+
+    held: int
+    tried: list[Tried]
+    steps: int = 0
+    """Optimizer steps of the trial of fine-tuning, of ``all_steps``."""
+    all_steps: int = 0
+    left_out: tuple[str, ...] = ()
+    """What could not be tried, with the reason."""
+
+    def of(self, *techniques: Technique) -> list[Tried]:
+        """What was tried of some techniques."""
+        return [each for each in self.tried if each.technique in techniques]
+
+    def best(self, *techniques: Technique) -> Tried | None:
+        """The best of some techniques: by right answers where all have them, else by loss."""
+        found = self.of(*techniques)
+        scored = [each for each in found if each.score is not None]
+        if scored:
+            return max(scored, key=lambda each: (each.score or 0.0, -(each.loss or 0.0)))
+        return min(found, key=lambda each: each.loss or 0.0, default=None)
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {
+            "held_rows": self.held,
+            "tried": [each.plain() for each in self.tried],
+            "trial_steps": self.steps,
+            "all_steps": self.all_steps,
+            "left_out": list(self.left_out),
+        }
+
+
+def gather(
+    recipe: Recipe,
+    train: Sequence[Row],
+    held: Sequence[Row],
+    documents: Sequence[str],
+    seconds: float,
+    reporter: Reporter,
+) -> Evidence:
+    """Try everything on ``held``; the trial of fine-tuning ``recipe`` takes about ``seconds``.
+
+    Raises:
+        RefusedInput: as :func:`luthier.engine.train.train` does for the recipe.
+    """
+    from luthier.engine.actuals import Clock
+    from luthier.engine.devices import choose_machine
+    from luthier.engine.runs import Run
+    from luthier.engine.train import Trainer, settled
+    from luthier.files import luthier_home
+    from luthier.store import models as store
+
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    base = store.find(recipe.base, reporter.stage)
+    job = settled(recipe, base, machine, reporter)
+    home = luthier_home() / "advice"
+    home.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
+    try:
+        run = Run(base.root, "advice", rehearsal=folder)
+        network, loop = Trainer(job, run, reporter, Clock()).ready(resume=False)
+        reads = job.data.objective.reads
+        ways: _Labels | _Answers = (
+            _Labels(network, job, train, held)
+            if reads
+            else _Answers(network, job, train, held, documents)
+        )
+        reporter.stage(f"Asking {len(held)} held-out rows without training")
+        tried = ways.untrained(reporter.note)
+        steps = _steps(loop, job.steps, seconds, reporter)
+        if steps:
+            reporter.stage("Asking them again")
+            tried.append(ways.trained(f"after {steps} steps"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Evidence(len(held), tried, steps, job.steps, tuple(ways.left_out))
+
+
+def _steps(loop: Loop, most: int, seconds: float, reporter: Reporter) -> int:
+    """Train for about ``seconds``; how many steps that were."""
+    if seconds <= 0:
+        return 0
+    began, done = time.monotonic(), 0
+    reporter.stage(f"Training for about {seconds:.0f} s")
+    while done < most:
+        loop.step()
+        done += 1
+        spent = time.monotonic() - began
+        if spent + spent / done > seconds:
+            break
+        reporter.counted(done, min(most, max(done, round(seconds / (spent / done)))), "steps")
+    return done
+
+
+class _Answers:
+    """A model that writes."""
+
+    def __init__(
+        self,
+        network: Network,
+        job: Job,
+        train: Sequence[Row],
+        held: Sequence[Row],
+        documents: Sequence[str],
+    ) -> None:
+        labels = sorted({row.label for row in train if isinstance(row.label, str)})
+        self.train = questions_of(train, labels)
+        self.held = questions_of(held, labels)
+        self.documents = documents
+        self.asking = Prompting(network, job.chat, _context(job))
+        self.left_out: list[str] = []
+
+    def untrained(self, note: Callable[[str], None]) -> list[Tried]:
+        """As it is, with examples, with the nearest ones, with documents."""
+        shown = few_shot(self.train, EXAMPLES, SEED)
+        nearest = retrieved(self.held, self.train, EXAMPLES)
+        nothing: list[list[Question]] = [[] for _ in self.held]
+        ways: list[tuple[Technique, str, list[list[Question]] | list[list[str]]]] = [
+            ("as it is", "asked as it is", nothing),
+            ("prompt engineering", f"{len(shown)} examples", [shown for _ in self.held]),
+            ("RAG", f"{EXAMPLES} nearest examples", nearest),
+        ]
+        if self.documents:
+            ways.append(("RAG", "passages of the documents", looked_up(self.held, self.documents)))
+        found = []
+        for technique, name, given in ways:
+            prompted = self.asking.measure(name, self.held, given)
+            if prompted is None:
+                self.left_out.append(f"{name}: no question fits into the context with them")
+                continue
+            found.append(_tried(technique, prompted))
+            note(_said(found[-1]))
+        return found
+
+    def trained(self, name: str) -> Tried:
+        """Asked as it is, once trained."""
+        found = self.asking.measure(name, self.held, [[] for _ in self.held])
+        if found is None:
+            raise LuthierError("no held-out row fits into the model's context")
+        return _tried("fine-tuning", found)
+
+
+class _Labels:
+    """A model that reads labels; before it is trained its head says nothing."""
+
+    def __init__(
+        self, network: Network, job: Job, train: Sequence[Row], held: Sequence[Row]
+    ) -> None:
+        self.network, self.job, self.train, self.held = network, job, train, held
+        self.left_out: list[str] = []
+
+    def untrained(self, note: Callable[[str], None]) -> list[Tried]:
+        """The most frequent label, and the label of the nearest rows."""
+        if not all(isinstance(row.label, str) for row in (*self.train, *self.held)):
+            self.left_out.append("the nearest rows: only for texts with one label")
+            return []
+        frequent = Counter(str(row.label) for row in self.train).most_common(1)[0][0]
+        always = [frequent] * len(self.held)
+        near, seconds = self._nearest()
+        found = [
+            self._scored("as it is", "always the most frequent label", always, 0.0),
+            self._scored("nearest rows", f"{NEIGHBOURS} nearest labelled rows", near, seconds),
+        ]
+        for each in found:
+            note(_said(each))
+        return found
+
+    def _scored(
+        self, technique: Technique, name: str, labels: Sequence[str], seconds: float
+    ) -> Tried:
+        right = sum(a == row.label for a, row in zip(labels, self.held, strict=True))
+        tokens = sum(len(row.text or "") for row in self.held) / 4 / len(self.held)
+        return Tried(technique, name, None, right / len(self.held), tokens, seconds)
+
+    def _nearest(self) -> tuple[list[str], float]:
+        """Labels by vote of the nearest training rows (k-NN by the cosine of mean states).
+
+        Also the seconds each takes, once the training rows are indexed.
+        """
+        from luthier.objectives import Contrastive
+        from luthier.serving.prediction import Predictor
+
+        predictor = Predictor(self.network, Contrastive(), self.job.chat, _context(self.job))
+
+        def embedded(rows: Sequence[Row]) -> Any:
+            plain = [replace(row, label=None) for row in rows]
+            found = [answer["embedding"] for answer in predictor.answers(plain)]
+            states = np.asarray(found, np.float32)
+            return states / np.linalg.norm(states, axis=1, keepdims=True)
+
+        index_TH = embedded(self.train)
+        began = time.perf_counter()
+        near_QT = embedded(self.held) @ index_TH.T
+        count = min(NEIGHBOURS, len(self.train))
+        chosen_QK = np.argsort(-near_QT, axis=1)[:, :count]
+        labels = [
+            Counter(str(self.train[i].label) for i in order).most_common(1)[0][0]
+            for order in chosen_QK
+        ]
+        return labels, (time.perf_counter() - began) / len(self.held)
+
+    def trained(self, name: str) -> Tried:
+        """The head's own labels."""
+        from luthier.serving.prediction import Predictor
+
+        objective = self.job.data.objective
+        predictor = Predictor(self.network, objective, self.job.chat, _context(self.job))
+        began = time.perf_counter()
+        answers = predictor.answers(self.held)
+        seconds = (time.perf_counter() - began) / len(self.held)
+        if all(isinstance(row.label, str) for row in self.held):
+            return self._scored("fine-tuning", name, [a["label"] for a in answers], seconds)
+        scores, _ = predictor.scores(self.held)
+        first = next(iter(scores.values()))
+        tokens = sum(len(row.text or "") for row in self.held) / 4 / len(self.held)
+        return Tried("fine-tuning", name, None, first, tokens, seconds)
+
+
+def _context(job: Job) -> int:
+    """Tokens that a question may have with its answer."""
+    from luthier.models.load import check_folder, context_length
+
+    config = check_folder(job.base.network_folder)
+    return context_length(config) - job.recipe.adaptation.added_tokens
+
+
+def _tried(technique: Technique, found: Prompted) -> Tried:
+    return Tried(technique, found.name, found.loss, found.exact, found.prompt_tokens, found.seconds)
+
+
+def _said(each: Tried) -> str:
+    parts = [] if each.score is None else [f"{each.score:.0%} right"]
+    parts += [] if each.loss is None else [f"loss {each.loss:.3f}"]
+    return f"{each.name}: {', '.join(parts)}; {each.prompt_tokens:,.0f} tokens read for an answer"

@@ -1,0 +1,235 @@
+"""The techniques that are compared, each judged on what is known of this data and this machine.
+
+The thresholds are published ones, named where they stand; they are rules of thumb, and what was
+measured on held-out rows goes before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from luthier.advice.facts import Facts
+
+Fit = Literal["yes", "perhaps", "no"]
+Risk = Literal["none", "low", "medium", "high"]
+
+FEW_ROWS = 50
+"""OpenAI's guide: improvements begin with 50 to 100 well-made examples."""
+MANY_ROWS = 1000
+"""Zhou et al. 2023 (LIMA): a thousand careful examples teach a style."""
+PER_CLASS = 8
+"""Tunstall et al. 2022 (SetFit): eight examples of each class make a usable classifier."""
+CORPUS = 100_000
+"""Tokens from which task-adaptive pre-training gains (Gururangan et al. 2020: 80 kB to 3 MB)."""
+LARGE_CORPUS = 10_000_000
+PAIRS = 500
+"""Preference pairs below which reported gains are within the noise of judging."""
+SURE = 0.95
+"""Bedrock's guide to reinforcement: where the reward is that high already, there is nothing to gain."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One technique on this data."""
+
+    technique: str
+    fit: Fit
+    reason: str
+    needs: str
+    """Data it needs, beside what there is."""
+    takes: str
+    """Time and memory before the first answer."""
+    each_answer: str
+    """What an answer costs."""
+    complexity: Risk
+    overfitting: Risk
+    forgetting: Risk
+    measured: str = ""
+    """What was tried of it on held-out rows."""
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return asdict(self)
+
+
+def prompting(facts: Facts) -> Judgement:
+    """Instructions and examples in the prompt."""
+    best = facts.evidence and facts.evidence.best("as it is", "prompt engineering")
+    if not facts.writes:
+        fit: Fit = "no"
+        reason = "the base model reads labels and writes no text"
+    elif best and best.score is not None and best.score >= SURE:
+        fit, reason = "yes", f"{best.name} is right {best.score:.0%} of the time already"
+    else:
+        fit, reason = "perhaps", "no training; every answer reads the examples again"
+    read = f"{best.prompt_tokens:,.0f} tokens read" if best else "the prompt and its examples"
+    return Judgement(
+        "prompt engineering", fit, reason, f"a few good examples; {facts.rows:,} rows are here",
+        "nothing", read, "low", "none", "none", _measured(facts, "as it is", "prompt engineering"),
+    )  # fmt: skip
+
+
+def nearest(facts: Facts) -> Judgement:
+    """Each text gets the label of the rows most like it, for models that read."""
+    best = facts.evidence and facts.evidence.best("nearest rows")
+    fit: Fit = "yes" if best and (best.score or 0) >= SURE else "perhaps"
+    reason = "no training, and new rows count at once; every answer searches all rows"
+    return Judgement(
+        "nearest rows", fit, reason, f"labelled rows; {facts.rows:,} are here",
+        "an index: seconds", "an embedding and a search", "low", "none", "none",
+        _measured(facts, "nearest rows"),
+    )  # fmt: skip
+
+
+def rag(facts: Facts) -> Judgement:
+    """What a search finds goes into the prompt."""
+    if not facts.writes:
+        return nearest(facts)
+    if facts.document_tokens:
+        fit: Fit = "yes" if facts.wishes.goal == "knowledge" else "perhaps"
+        reason = (
+            "facts stay in documents that can be changed without training; tuning teaches facts badly "
+            "(Ovadia et al. 2023)"
+        )
+        needs = f"documents; {facts.document_tokens:,} tokens of them are here"
+    else:
+        fit = "no" if facts.wishes.goal == "knowledge" else "perhaps"
+        reason = "without documents only your own rows can be searched"
+        needs = "documents (--documents); none are given"
+    best = facts.evidence and facts.evidence.best("RAG")
+    each = f"{best.prompt_tokens:,.0f} tokens read, and a search" if best else "a search"
+    return Judgement(
+        "RAG", fit, reason, needs, "an index: seconds", each, "medium", "none", "none",
+        _measured(facts, "RAG"),
+    )  # fmt: skip
+
+
+def fine_tuning(facts: Facts) -> Judgement:
+    """Supervised tuning on labelled rows."""
+    needed = PER_CLASS * facts.labels if facts.labels else FEW_ROWS
+    takes = _takes(facts)
+    if facts.shape in ("text", "prompt_only"):
+        fit: Fit = "no"
+        reason = "the rows hold no answers to learn"
+    elif facts.labels and facts.smallest_class < PER_CLASS:
+        fit, reason = "perhaps", f"the smallest class has {facts.smallest_class} rows"
+    elif facts.rows < needed:
+        fit, reason = "perhaps", f"{facts.rows:,} rows are few"
+    else:
+        fit, reason = "yes", "there are enough rows with answers"
+    if facts.refused:
+        fit, reason = "no", f"the data gate refuses the rows: {', '.join(facts.refused[:3])}"
+    words = "8 rows a class" if facts.labels else f"{FEW_ROWS} to {MANY_ROWS:,} rows with answers"
+    return Judgement(
+        "fine-tuning", fit, reason, f"{words}; {facts.rows:,} are here", takes,
+        f"{facts.prompt_tokens / max(1, facts.rows):,.0f} tokens read",
+        "medium", overfitting(facts), forgetting(facts), _measured(facts, "fine-tuning"),
+    )  # fmt: skip
+
+
+def continued_pretraining(facts: Facts) -> Judgement:
+    """More of the same training on raw text of a field or a language."""
+    tokens = facts.document_tokens + (facts.learned_tokens if facts.shape == "text" else 0)
+    if tokens >= LARGE_CORPUS:
+        fit: Fit = "yes"
+        reason = "enough text of the field to change how the model reads and writes it"
+    elif tokens >= CORPUS:
+        fit, reason = "perhaps", "enough to learn words and style of a field, not its facts"
+    else:
+        fit, reason = "no", "too little raw text"
+    needs = f"{CORPUS:,} tokens of raw text, better {LARGE_CORPUS:,}; {tokens:,} are here"
+    return Judgement(
+        "continued pre-training", fit, reason, needs, "a pass over all text, then tuning",
+        "as the base model", "high", "medium", "high" if tokens >= CORPUS else "medium",
+    )  # fmt: skip
+
+
+def distillation(facts: Facts) -> Judgement:
+    """A larger model teaches a smaller one on the user's prompts."""
+    small = facts.wishes.max_megabytes is not None or facts.wishes.max_seconds is not None
+    too_large = (facts.wishes.max_megabytes or float("inf")) < facts.megabytes
+    slow = _slow(facts)
+    if facts.shape == "prompt_only":
+        fit: Fit = "yes"
+        reason = "there are prompts without answers, which a teacher can write"
+    elif too_large or slow:
+        fit = "yes"
+        reason = "the base model is larger or slower than asked for: tune it, then teach a student"
+    elif facts.wishes.goal in ("latency", "cost") or small:
+        fit, reason = "perhaps", "a smaller student answers faster; quality has to be measured"
+    else:
+        fit, reason = "no", "nothing asks for a smaller model"
+    return Judgement(
+        "distillation", fit, reason, f"prompts and a teacher; {facts.rows:,} prompts are here",
+        "the teacher's answers, then tuning", "less, by the size of the student",
+        "high", "medium", "medium",
+    )  # fmt: skip
+
+
+def preferences(facts: Facts) -> Judgement:
+    """DPO and its kin, and reinforcement by a reward model."""
+    have = facts.rows if facts.shape in ("preference", "rated", "thumb") else 0
+    if have >= PAIRS:
+        fit: Fit = "yes"
+        reason = "people's choices are here; tune on good answers first where there are some"
+    elif have:
+        fit, reason = "perhaps", f"{have:,} judged answers are few"
+    else:
+        fit, reason = "no", "no judged answers"
+    needs = f"{PAIRS:,} pairs of answers; {have:,} are here"
+    takes = _takes(facts) if have else "as fine-tuning, twice the tokens"
+    return Judgement(
+        "preference tuning", fit, reason, needs, takes, "as fine-tuning",
+        "high", "high" if 0 < have < PAIRS else "medium", "low",
+    )  # fmt: skip
+
+
+TECHNIQUES: tuple[Callable[[Facts], Judgement], ...] = (
+    prompting,
+    rag,
+    fine_tuning,
+    continued_pretraining,
+    distillation,
+    preferences,
+)
+
+
+def overfitting(facts: Facts) -> Risk:
+    """By how many weights move for each learned token, and how often each row comes."""
+    ratio = facts.trained_weights / max(1, facts.learned_tokens)
+    if facts.rows < FEW_ROWS or (ratio > 1000 and facts.epochs > 2):
+        return "high"
+    return "medium" if ratio > 30 or facts.epochs > 3 else "low"
+
+
+def forgetting(facts: Facts) -> Risk:
+    """By how much of the network moves (Biderman et al. 2024: LoRA learns less and forgets less)."""
+    share = facts.trained_weights / max(1, facts.weights)
+    if not facts.writes:
+        return "none"
+    return "high" if share > 0.5 else "medium" if share > 0.1 else "low"
+
+
+def _takes(facts: Facts) -> str:
+    found = facts.estimate
+    if found is None:
+        return "not estimated"
+    low, high = found.seconds.low / 60, found.seconds.high / 60
+    return f"{low:,.0f} to {high:,.0f} min, {found.memory.value / 1e9:.1f} GB of memory"
+
+
+def _slow(facts: Facts) -> bool:
+    limit = facts.wishes.max_seconds
+    tuned = facts.evidence and facts.evidence.best("fine-tuning")
+    return bool(limit and tuned and tuned.seconds > limit)
+
+
+def _measured(facts: Facts, *techniques: Any) -> str:
+    best = facts.evidence and facts.evidence.best(*techniques)
+    if not best:
+        return ""
+    parts = [] if best.score is None else [f"{best.score:.0%} right"]
+    parts += [] if best.loss is None else [f"loss {best.loss:.2f}"]
+    return f"{', '.join(parts)} ({best.name})"

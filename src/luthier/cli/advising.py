@@ -1,0 +1,166 @@
+"""``luthier advise``: what to do with this data, computed and measured."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from luthier.cli.options import Adaptation, Base, Columns, Data, Json, Objective, Validation
+
+if TYPE_CHECKING:
+    from luthier.advice.recommend import Advice
+
+
+def advise(
+    data: Data,
+    validation: Validation = None,
+    columns: Columns = None,
+    base: Base = None,
+    objective: Objective = None,
+    adaptation: Adaptation = None,
+    documents: Annotated[
+        list[str] | None,
+        typer.Option(help="Texts that answers should be true to; again for more."),
+    ] = None,
+    goal: Annotated[
+        Literal["quality", "cost", "latency", "knowledge", "style"],
+        typer.Option(help="What matters most; knowledge is facts that stand in documents."),
+    ] = "quality",
+    max_minutes: Annotated[float | None, typer.Option(help="Training may take so long.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="An answer may take so long.")] = None,
+    max_megabytes: Annotated[float | None, typer.Option(help="The model may be so large.")] = None,
+    trial: Annotated[
+        float, typer.Option(min=0, help="Seconds to train on trial; 0 trains nothing.")
+    ] = 60.0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. adaptation.rank=8."),
+    ] = None,
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", help="Write the recipe that is advised (TOML).")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Compare fine-tuning with prompting, search, distillation and the rest, tried on your rows."""
+    from luthier.cli.console import errors
+
+    flags = {
+        "data.validation": validation,
+        "data.columns": columns,
+        "base": base,
+        "objective.method": objective,
+        "adaptation.method": adaptation,
+    }
+    limits = {
+        "max_minutes": max_minutes, "max_seconds": max_seconds, "max_megabytes": max_megabytes
+    }  # fmt: skip
+    with errors(json_):
+        from luthier.advice import advise as run
+        from luthier.advice.facts import Wishes
+        from luthier.cli.console import LiveReporter, heavy_imports, print_json
+        from luthier.cli.tuning import recipe_of
+
+        recipe = recipe_of(data, flags, set_ or [])
+        command = _command(data, flags, set_ or [])
+        reporter = LiveReporter(quiet=json_)
+        with heavy_imports():
+            found = run(recipe, command, documents or [], Wishes(goal, **limits), trial, reporter)
+        if recipe_file is not None:
+            from luthier.files import write_bytes
+
+            write_bytes(recipe_file, recipe_text(recipe.plain(), found).encode())
+        if json_:
+            print_json(found.plain())
+        else:
+            show(found)
+
+
+def _command(data: str, flags: dict[str, Any], settings: Sequence[str]) -> str:
+    """The tuning that is judged, as it is typed."""
+    parts = ["luthier", "tune", data]
+    options = {"base": "--base", "objective.method": "--objective"}
+    options |= {"adaptation.method": "--adaptation", "data.validation": "--validation"}
+    for key, option in options.items():
+        parts += [option, flags[key]] if flags[key] else []
+    for text in flags["data.columns"] or ():
+        parts += ["--map", text]
+    for text in settings:
+        parts += ["--set", text]
+    return shlex.join(parts)
+
+
+def recipe_text(fields: dict[str, Any], advice: Advice) -> str:
+    """The recipe as TOML, with the reasons above it."""
+    lines = [f"# {reason}" for reason in advice.recommendation.reasons]
+    simple = {key: value for key, value in fields.items() if not isinstance(value, dict)}
+    tables = {key: value for key, value in fields.items() if isinstance(value, dict)}
+    lines += _toml(simple)
+    for name, table in tables.items():
+        body = _toml(table)
+        lines += ["", f"[{name}]", *body] if body else []
+    return "\n".join(lines) + "\n"
+
+
+def _toml(table: dict[str, Any]) -> list[str]:
+    import json
+
+    kinds = (str, int, float, bool)
+    return [
+        f"{key} = {json.dumps(value)}"
+        for key, value in table.items()
+        if isinstance(value, kinds) and value != ""
+    ]
+
+
+def show(advice: Advice) -> None:
+    """The comparison as tables, and the recommendation below."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console(highlight=False)
+    facts = advice.facts
+    evidence = facts.evidence
+    if evidence is not None:
+        tried = Table(
+            title=f"Tried on {evidence.held} rows that nothing was learned from",
+            title_justify="left", box=None, padding=(0, 2, 0, 0),
+        )  # fmt: skip
+        for name in ("", "right", "loss", "tokens read", "s an answer"):
+            tried.add_column(name, justify="left" if not name else "right")
+        for each in evidence.tried:
+            tried.add_row(
+                f"{each.technique}: {each.name}",
+                "" if each.score is None else f"{each.score:.0%}",
+                "" if each.loss is None else f"{each.loss:.3f}",
+                f"{each.prompt_tokens:,.0f}",
+                f"{each.seconds:.2f}",
+            )
+        out.print(tried)
+        out.print()
+    colours = {"yes": "green", "perhaps": "yellow", "no": "dim"}
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for judged in advice.judgements:
+        colour = colours[judged.fit]
+        measured = f"; tried: {judged.measured}" if judged.measured else ""
+        table.add_row(
+            f"[{colour}]{judged.technique}[/]", f"[{colour}]{judged.fit}[/]", judged.reason
+        )
+        table.add_row(
+            "", "", f"[dim]needs {judged.needs}. Takes {judged.takes}; an answer: "
+            f"{judged.each_answer}. Complexity {judged.complexity}, overfitting "
+            f"{judged.overfitting}, forgetting {judged.forgetting}{measured}[/]",
+        )  # fmt: skip
+    out.print(table)
+    chosen = advice.recommendation
+    what = ", then ".join(chosen.techniques) or "mend the data first"
+    out.print(f"\n[bold]{what}[/bold]" + ("" if chosen.tune else "  (do not tune)"))
+    for reason in chosen.reasons:
+        out.print(f"  because {reason}", markup=False)
+    for caution in chosen.cautions:
+        out.print(f"  but {caution}", markup=False)
+    for command in chosen.commands:
+        out.print(f"  next    {command}", markup=False, soft_wrap=True)
