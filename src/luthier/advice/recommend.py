@@ -126,8 +126,8 @@ def _without_training(facts: Facts) -> tuple[str, list[str]]:
     gain, sure = _gain(tuned, best, evidence.held)
     share = evidence.steps / max(1, evidence.all_steps)
     said = (
-        f"after {share:.0%} of the training {_said(tuned)}; without training the best is "
-        f"{best.name} with {_said(best)}"
+        f"after {evidence.steps:,} of {evidence.all_steps:,} steps {_said(tuned)}; without training "
+        f"the best is {best.name} with {_said(best)}"
     )
     if gain > 0:
         unsure = [] if sure else ["the difference is within the noise of so few rows"]
@@ -135,10 +135,10 @@ def _without_training(facts: Facts) -> tuple[str, list[str]]:
     dear = best.prompt_tokens > EXPENSIVE * max(1.0, tuned.prompt_tokens)
     if share < 0.5 or (dear and facts.wishes.goal in ("cost", "latency")):
         why = (
-            f"but {best.name} reads {best.prompt_tokens:,.0f} tokens for an answer instead of "
+            f"{best.name} reads {best.prompt_tokens:,.0f} tokens for each answer, the tuned model "
             f"{tuned.prompt_tokens:,.0f}"
             if dear
-            else "but the trial was short"
+            else "the trial was too short to tell; a longer one (--trial) says more"
         )
         return "", [said, why]
     return best.technique, [said]
