@@ -100,7 +100,7 @@ def test_normal_forms_are_counted() -> None:
     rows = [Row("f", n, text=each) for n, each in enumerate([text, text, "plain"], 1)]
     rows.append(Row("f", 4, text=unicodedata.normalize("NFD", text)))
     report = inspect_rows({"train": rows}, [Encoding()])
-    assert report.summaries["encoding"]["normal_forms"] == {"NFC": 2, "other": 1}
+    assert report.summaries["encoding"]["normal_forms"]["counts"] == {"NFC": 2, "other": 1}
     assert [each.place.line for each in report.findings.kept["encoding.not_nfc"]] == [4]
 
 

@@ -28,7 +28,7 @@ def test_strays() -> None:
     report = gate(*texts(EN, 200), *texts(FR, 1, 201), *texts(VI, 2, 202))
     assert [each.place.line for each in report.findings.kept["language.other"]] == [201, 202, 203]
     assert "'fr'; most rows are in 'en'" in report.findings.kept["language.other"][0].message
-    counts = report.summaries["language"]["splits"]["train"]["target"]
+    counts = report.summaries["language"]["splits"]["train"]["target"]["counts"]
     assert counts == {"en": 200, "vi": 2, "fr": 1}
 
 

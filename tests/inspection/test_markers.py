@@ -38,7 +38,7 @@ def test_a_special_token_in_a_message_ends_the_turn_so_it_is_an_error(tokenizer:
     found = report.findings.kept["marker.special_token"][0]
     assert found.message == "completion holds <|im_end|>, and 1 more in this row."
     assert report.findings.exit_code == 2
-    assert report.summaries["markers"]["marks"] == {"<|im_end|>": 1, "<|im_start|>": 1}
+    assert report.summaries["markers"]["marks"]["counts"] == {"<|im_end|>": 1, "<|im_start|>": 1}
 
 
 def test_what_is_special_depends_on_the_model(
@@ -126,7 +126,7 @@ def test_refusals_are_notes_with_a_share(text: str) -> None:
     report = gate(("hi", text), ("hi", "Yes."), (text, "Yes."), ("hi", "No."))
     assert dict(report.findings.counts) == {"marker.refusal": 1}
     assert report.findings.exit_code == 0
-    assert report.summaries["markers"]["refusals"] == 0.25
+    assert report.summaries["markers"]["refusal_share"] == 0.25
 
 
 def test_a_check_of_a_model_is_picklable(tokenizer: Any) -> None:

@@ -33,7 +33,7 @@ def test_counts_by_kind_and_by_row() -> None:
         "completion holds an e-mail address, and 1 more in this row.",
     )
     summary = report.summaries["privacy"]
-    assert summary["items"] == {"email": 3, "phone": 1}
+    assert summary["items"]["counts"] == {"email": 3, "phone": 1}
     assert report.findings.exit_code == 1
 
 

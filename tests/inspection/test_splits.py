@@ -69,8 +69,10 @@ def test_refusals_leave_nothing(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(RecipeError, match="nothing to train on"):
         split_file(source, out, {"validation": 0.5, "test": 0.5}, 0)
-    with pytest.raises(RecipeError, match="JSON Lines"):
-        split_file(source.with_suffix(".txt"), out, SHARES, 0)
+    text = tmp_path / "a.txt"
+    text.write_text("no rows\n")
+    with pytest.raises(RecipeError, match="luthier convert"):
+        split_file(text, out, SHARES, 0)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"}\n{"text": ""}\n')
     with pytest.raises(DataError, match=r"broken.jsonl:2"):

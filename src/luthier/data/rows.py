@@ -16,7 +16,7 @@ from pathlib import Path
 
 from luthier.data.checker import Checker
 from luthier.data.containers import Container, container_of
-from luthier.data.parsing import Unreadable
+from luthier.data.parsing import Record, Unreadable
 from luthier.data.read import read_records
 from luthier.data.renames import listed, rename_fix
 from luthier.data.rules import RULES
@@ -95,25 +95,17 @@ class RowReader:
             if container is None:
                 continue
             self.checker.begin(str(path))
-            told = self._told(before)
+            told, pieces = self._told(before), not self.whole and container.kind == "text"
+            rows = self.rows
             for line, record in read_records(
                 path, self.problems, self.whole, container=container, told=told
             ):
-                if not self.whole and container.kind == "text":
-                    row = self._piece(path, str(record["text"]), before)
-                else:
-                    row = self.checker.row(line, record)
+                row = _piece(path, record) if pieces else self.checker.row(line, record)
                 if row is not None:
                     self.rows += 1
                     yield row
-
-    def _piece(self, path: Path, text: str, before: int) -> Row | None:
-        """A part of a text; one of white space is no row, and refused where it is all there is."""
-        if text.isspace() and (self.rows or self.done - before < path.stat().st_size):
-            return None
-        return (
-            self.checker.row(1, {"text": text}) if text.isspace() else Row(str(path), 1, text=text)
-        )
+            if pieces and rows == self.rows:
+                self.checker.row(1, {"text": " "})  # refused, as nothing else is there
 
     def _told(self, before: int) -> Callable[[int], None]:
         def told(done: int) -> None:
@@ -134,6 +126,12 @@ class RowReader:
         if str(container) not in self._containers:
             self._containers.append(str(container))
         return container
+
+
+def _piece(path: Path, record: Record) -> Row | None:
+    """A part of a plain text; white space alone is none."""
+    text = str(record["text"])
+    return None if text.isspace() else Row(str(path), 1, text=text)
 
 
 def load_rows(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from luthier.data.read import shown
-from luthier.inspection.check import Batch, Check, Places, Where
+from luthier.inspection.check import Batch, Check, Known, Places, Where
 from luthier.inspection.findings import Finding, Findings, Place, Rule
 from luthier.inspection.shingles import normal
 from luthier.types import Row
@@ -62,7 +62,14 @@ class Balance(Check):
     name: ClassVar[str] = "balance"
     rules: ClassVar[tuple[Rule, ...]] = (ONE, UNSEEN, SMALL, SPELLING, UNEVEN)
 
-    def __init__(self) -> None:
+    @classmethod
+    def of(cls, known: Known) -> Self:
+        """Where an objective is fitted to the rows, that says what it cannot learn."""
+        return cls(fitted=known.chat is not None)
+
+    def __init__(self, fitted: bool = False) -> None:
+        self.fitted = fitted
+        """Whether labels that cannot be learned at all are found by fitting the objective."""
         self.counts: dict[str, Counter[str]] = {}
         """Rows of each label, by split."""
         self._places: dict[tuple[str, str], Place] = {}
@@ -105,12 +112,12 @@ class Balance(Check):
             self._judge(train, findings)
         self._spelling(findings)
         for split, counts in self.counts.items():
-            for name in sorted(counts.keys() - train.keys()) if train else ():
+            for name in sorted(counts.keys() - train.keys()) if train and not self.fitted else ():
                 message = f"{shown(name)} has {_rows(counts[name])} in {split} and none in train."
                 findings.add(Finding(UNSEEN, self._places[split, name], message))
 
     def _judge(self, train: Counter[str], findings: Findings) -> None:
-        if len(train) == 1 and not self._tagged and not self._several:
+        if len(train) == 1 and not (self._tagged or self._several or self.fitted):
             name = next(iter(train))
             place = Place(self._places["train", name].file, 0)
             findings.add(Finding(ONE, place, f"every row has the label {shown(name)}."))
@@ -148,6 +155,8 @@ class Balance(Check):
 
     def summary(self) -> Mapping[str, Any]:
         """Rows of each label in each split, labelled rows, and how many labels there are."""
+        if not any(self.counts.values()):
+            return {}
         names = Counter[str]()
         for counts in self.counts.values():
             names.update(counts)
@@ -156,8 +165,8 @@ class Balance(Check):
             "labels": len(names),
             "kind": "tags" if self._tagged else "labels",
             "rows": dict(self._rows),
-            "counts": {
-                split: {name: counts[name] for name in chosen if name in counts}
+            "splits": {
+                split: {"counts": {name: counts[name] for name in chosen if name in counts}}
                 for split, counts in self.counts.items()
             },
         }

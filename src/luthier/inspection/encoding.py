@@ -169,7 +169,10 @@ class Encoding(Check):
 
     def summary(self) -> Mapping[str, Any]:
         """Rows that break each rule; rows with other than ASCII letters in NFC and not."""
-        return {"rows": dict(self.rows.most_common()), "normal_forms": dict(self.forms)}
+        return {
+            "rows": {"counts": dict(self.rows.most_common())},
+            "normal_forms": {"counts": dict(self.forms)},
+        }
 
 
 def _found(rule: Rule, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int, str]]:

@@ -182,7 +182,9 @@ class Language(Check):
         """Rows by language, of each split and part; rows seen, and rows whose language was told."""
         return {
             "splits": {
-                split: {part: dict(counts.most_common(12)) for part, counts in parts.items()}
+                split: {
+                    part: {"counts": dict(counts.most_common(12))} for part, counts in parts.items()
+                }
                 for split, parts in self._shares().items()
             },
             "rows": dict(self._seen),

@@ -185,7 +185,7 @@ class Lengths(Check):
                 for split, names in self._histograms.items()
             },
             "fences": {part: list(pair) for part, pair in self.fences.items()},
-            "rows": dict(self.rows.most_common()),
+            "rows": {"counts": dict(self.rows.most_common())},
             "commonest_start": {"words": excerpt(start), "answers": count, "of": self.answers},
         }
 

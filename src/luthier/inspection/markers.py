@@ -205,9 +205,11 @@ class Markers(Check):
     def summary(self) -> Mapping[str, Any]:
         """Rows that break each rule, marks by their text, and the share of answers that refuse."""
         return {
-            "rows": dict(self.rows.most_common()),
-            "marks": dict(self.marks.most_common(20)),
-            "refusals": round(self.rows[REFUSAL.id] / self.answers, 4) if self.answers else 0.0,
+            "rows": {"counts": dict(self.rows.most_common())},
+            "marks": {"counts": dict(self.marks.most_common(20))},
+            "refusal_share": round(self.rows[REFUSAL.id] / self.answers, 4)
+            if self.answers
+            else 0.0,
             "special_tokens": sorted(self.special)[:50],
         }
 

@@ -112,9 +112,9 @@ class Privacy(Check):
     def summary(self) -> Mapping[str, Any]:
         """Items and rows of each kind."""
         return {
-            "items": {kind: self.items[kind] for kind in KINDS if self.items[kind]},
-            "rows": dict(self.rows.most_common()),
-            "details": dict(self.details.most_common()),
+            "items": {"counts": {kind: self.items[kind] for kind in KINDS if self.items[kind]}},
+            "rows": {"counts": dict(self.rows.most_common())},
+            "details": {"counts": dict(self.details.most_common())},
             "regions": list(self.finder.regions),
             "national_ids_checked": checked(),
         }

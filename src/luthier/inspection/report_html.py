@@ -21,6 +21,7 @@ from luthier.inspection.shown import (
     listed,
     next_step,
     runs,
+    says,
     severities,
     short,
     verdict_line,
@@ -305,7 +306,9 @@ def _groups(report: Report) -> Markup | None:
 
 
 def _summaries(report: Report) -> Markup:
-    shown = {name: each for name, each in report.summaries.items() if name != "learning" and each}
+    shown = {
+        name: each for name, each in report.summaries.items() if name != "learning" and says(each)
+    }
     return join(*(summary_section(name, each) for name, each in shown.items()))
 
 

@@ -24,6 +24,7 @@ from luthier.inspection.shown import (
     number,
     printable,
     runs,
+    says,
     short,
     verdict_line,
 )
@@ -37,6 +38,8 @@ VERDICTS = {
 PLACES = 3
 """Places of each rule that are named."""
 BLOCKS = "▁▂▃▄▅▆▇█"
+QUIET = frozenset({"learning", "encoding", "markers", "lengths", "contradictions", "duplicates"})
+"""Checks whose summaries say what the table of rules says already; the page has all of them."""
 NAMED = 8
 """Counts that are shown of a table of counts."""
 
@@ -47,7 +50,7 @@ def show(report: Report, console: Console, rows: int = 3) -> None:
     _rules(report, console)
     _lengths(report, console)
     for name, summary in report.summaries.items():
-        if name != "learning" and summary:
+        if name not in QUIET and says(summary):
             _heading(name.replace("_", " ").capitalize(), console)
             _summary(summary, console, 2)
     _learned(report, console, rows)

@@ -187,7 +187,7 @@ def _distinct(hashes_S: Words, counts_N: IntArray) -> tuple[IntArray, Words]:
     """Text and hash of each distinct shingle of each text, in ascending order."""
     texts_S = np.repeat(np.arange(len(counts_N), dtype=np.uint64), counts_N)
     packed = np.sort((texts_S << np.uint64(32)) | hashes_S)
-    packed = packed[np.concatenate([[True], packed[1:] != packed[:-1]])]
+    packed = packed[np.concatenate([[True], packed[1:] != packed[:-1]])[: len(packed)]]
     return (packed >> np.uint64(32)).astype(np.int64), packed.astype(np.uint32)
 
 

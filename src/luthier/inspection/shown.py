@@ -158,3 +158,12 @@ def next_step(report: Report) -> tuple[str, str]:
     if report.exit_code:
         return "Look at the warnings; where they are as you want them, train:", typed
     return "The data can be trained on:", typed
+
+
+def says(summary: Any) -> bool:
+    """Whether a check's summary holds any number but 0, or a table."""
+    if isinstance(summary, Mapping):
+        return any(says(each) for each in summary.values())
+    if isinstance(summary, list):
+        return any(isinstance(each, Mapping) for each in summary)
+    return isinstance(summary, int | float) and not isinstance(summary, bool) and summary > 0
