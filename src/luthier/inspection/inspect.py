@@ -109,7 +109,7 @@ def inspect_rows(
     overrides: Mapping[str, Severity | Literal["off"]] | None = None,
 ) -> Report:
     """The gate on rows that are in memory already, as in a job."""
-    gate = _Gate(checks, Findings(overrides or {}))
+    gate = Gate(checks, Findings(overrides or {}))
     for split, rows in splits.items():
         gate.see(split, rows)
     return gate.report({split: sorted(gate.files[split]) for split in splits})
@@ -123,12 +123,12 @@ def inspect_sources(
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
     """The gate on sources of any size; what cannot be read is found by the rules of reading."""
-    gate = _Gate(checks, Findings(overrides or {}))
+    gate = Gate(checks, Findings(overrides or {}))
     readers: dict[Split, RowReader] = {}
     for split, source in sources.items():
         gate.begin(split)
         try:
-            readers[split] = RowReader(source, columns, _Streaming, whole=False)
+            readers[split] = RowReader(source, columns, Streaming, whole=False)
         except DataError as error:
             gate.note(list(error.problems))
     total = sum(reader.size for reader in readers.values())
@@ -142,7 +142,7 @@ def inspect_sources(
     return gate.report({split: [str(sources[split])] for split in sources} | files)
 
 
-class _Streaming(Checker):
+class Streaming(Checker):
     """Remembers the first ids only: those of a file larger than memory would not fit either."""
 
     def check_id(self, value: object) -> None:
@@ -151,7 +151,7 @@ class _Streaming(Checker):
             super().check_id(value)
 
 
-class _Gate:
+class Gate:
     """Batches through all checks, in order."""
 
     def __init__(self, checks: Sequence[Check], findings: Findings) -> None:
