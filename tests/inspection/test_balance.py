@@ -25,7 +25,10 @@ def test_a_balanced_set_is_fine_and_its_counts_are_told() -> None:
         "labels": 2,
         "kind": "labels",
         "rows": {"train": 16, "validation": 3},
-        "counts": {"train": {"a": 8, "b": 8}, "validation": {"a": 2, "b": 1}},
+        "splits": {
+            "train": {"counts": {"a": 8, "b": 8}},
+            "validation": {"counts": {"a": 2, "b": 1}},
+        },
     }
 
 
@@ -65,7 +68,7 @@ def test_one_class_that_drowns_the_others_is_a_note() -> None:
 def test_several_labels_tags_and_rows_without_any() -> None:
     report = inspect_rows({"train": rows(*[("a", "b"), ("a",), ()] * 8)}, [Balance()])
     assert not report.findings.counts
-    assert report.summaries["balance"]["counts"] == {"train": {"a": 16, "b": 8}}
+    assert report.summaries["balance"]["splits"] == {"train": {"counts": {"a": 16, "b": 8}}}
     tags = [Row("f", n, tokens=("x", "y"), tags=("B-person", "I-person")) for n in range(1, 9)]
     assert inspect_rows({"train": tags}, [Balance()]).summaries["balance"]["kind"] == "tags"
     plain = inspect_rows({"train": [Row("f", 1, text="x")]}, [Balance()])

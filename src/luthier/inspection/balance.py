@@ -161,8 +161,8 @@ class Balance(Check):
             "labels": len(names),
             "kind": "tags" if self._tagged else "labels",
             "rows": dict(self._rows),
-            "counts": {
-                split: {name: counts[name] for name in chosen if name in counts}
+            "splits": {
+                split: {"counts": {name: counts[name] for name in chosen if name in counts}}
                 for split, counts in self.counts.items()
             },
         }
