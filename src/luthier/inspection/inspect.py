@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +57,12 @@ class Report:
     """Id of the model whose tokenizer and template the rows were encoded with."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Checks that were not run, and why."""
+    sources: Mapping[Split, str] = field(default_factory=dict)
+    """What was asked to be inspected, where that is not a single file."""
+
+    def source(self, split: Split) -> str:
+        """What a command is to name for the rows of a split."""
+        return self.sources.get(split) or next(iter(self.files.get(split, ())), "")
 
     @property
     def exit_code(self) -> int:
@@ -139,7 +145,8 @@ def inspect_sources(
         done += reader.size
     progress(gate.progress(total, total))
     files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
-    return gate.report({split: [str(sources[split])] for split in sources} | files)
+    report = gate.report({split: [str(sources[split])] for split in sources} | files)
+    return replace(report, sources={split: str(source) for split, source in sources.items()})
 
 
 class Streaming(Checker):
