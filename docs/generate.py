@@ -165,8 +165,8 @@ def _cleaning() -> list[str]:
     lines = [
         "## Plan of a cleaning",
         "",
-        "Options of `luthier clean` (with `-` for `_`), keys of its `--plan FILE.toml`, and keywords of",
-        "`luthier.clean(…)`. Every row is edited first, in the order of this table; what is dropped is",
+        "Options of `luthier clean` (with `-` for `_`), keys of its `--plan FILE.toml`, and keywords",
+        "of `luthier.clean(…)`. Every row is edited first, in the order of this table; what is dropped is",
         "judged by what would be written. The gate then runs on what is left until it finds none of",
         "the rules that were to be dropped.",
         "",
@@ -175,8 +175,8 @@ def _cleaning() -> list[str]:
     return [
         *lines,
         "`TARGET.changes.jsonl` has a line for each thing that happened to a row: `file` and `line` of",
-        "the source, `action` (`changed` or `dropped`), `rule` (of the gate, or the name of the fix) and",
-        "`detail`, which never quotes a text; `TARGET.summary.json` has the counts.",
+        "the source, `action` (`changed` or `dropped`), `rule` (of the gate, or the name of the fix)",
+        "and `detail`, which never quotes a text; `TARGET.summary.json` has the counts.",
         "",
     ]
 

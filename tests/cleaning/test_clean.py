@@ -14,7 +14,8 @@ import pytest
 import luthier
 from luthier.cleaning.clean import Summary, changes_of, clean, summary_of
 from luthier.cleaning.plan import Plan
-from luthier.errors import DataError, RecipeError
+from luthier.cleaning.selection import Selector
+from luthier.errors import DataError, LuthierError, RecipeError
 
 SMS = Path("/work/shared/data/sms_spam")
 SYLLABLES = ("ri", "ver", "sto", "ne", "win", "ter", "gar", "den", "mor", "ning", "let", "lan")
@@ -268,6 +269,40 @@ def test_nothing_is_changed_in_place_or_overwritten(tmp_path: Path) -> None:
     assert target.read_text() == "x\n"
     clean(source, target, Plan.of({"strip": True}), overwrite=True)
     assert read(target) == labelled(3)
+
+
+def test_a_target_inside_its_source_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    written(folder / "a.jsonl", *labelled(3))
+    with pytest.raises(RecipeError, match="name a file elsewhere"):
+        cleaned(folder, folder / "b.jsonl", strip=True)
+    cleaned(folder, tmp_path / "b.jsonl", strip=True)
+    assert read(tmp_path / "b.jsonl") == labelled(3)
+
+
+def test_a_set_of_which_nothing_would_be_left_is_not_written(tmp_path: Path) -> None:
+    rows = [{"text": "a b c", "label": "x"}, {"text": "a b c", "label": "y"}]
+    with pytest.raises(RecipeError, match=r"no row would be left.*label.contradiction 2"):
+        cleaned(written(tmp_path / "a.jsonl", *rows), tmp_path / "b.jsonl", drop=["label.*"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_source_that_changes_in_between_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path / "a.jsonl", *labelled(5))
+    select = Selector.select
+
+    def growing(self: Selector) -> Any:
+        found = select(self)
+        written(source, *labelled(6))
+        return found
+
+    monkeypatch.setattr(Selector, "select", growing)
+    with pytest.raises(LuthierError, match="changed while it was read"):
+        cleaned(source, tmp_path / "b.jsonl", dedupe="exact")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_leaks_need_held_out_rows(tmp_path: Path) -> None:

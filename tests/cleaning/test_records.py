@@ -87,3 +87,12 @@ def test_columns_of_another_name_become_ours(tmp_path: Path) -> None:
     assert made == [
         {"k": 1, "prompt": "a", "completion": "b"}, {"k": 2, "prompt": "c", "completion": "d"}
     ]  # fmt: skip
+
+
+def test_what_a_table_cannot_hold_is_refused_with_its_row(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    rows = [{"text": "a", "label": "b", "more": {"x": 1}}, {"text": f"c{Z}", "label": "d"}]
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(DataError, match=r"a.jsonl:1: \[convert.container\]"):
+        luthier.clean(source, tmp_path / "b.csv", strip=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from luthier.cleaning.edit import Setting
+from luthier.cleaning.edit import Piece, Setting
 from luthier.cleaning.passes import Edited, Pass
 from luthier.cleaning.plan import Plan, key_of
 from luthier.cleaning.selection import Selection, Selector
@@ -24,7 +24,7 @@ from luthier.data.parsing import Record
 from luthier.data.rows import Columns, RowReader
 from luthier.data.sources import Source, files_of
 from luthier.data.writers import Writer, check_columns, check_table, writer_of
-from luthier.errors import DataError, Problem, RecipeError, RowRefused
+from luthier.errors import DataError, LuthierError, Problem, RecipeError, RowRefused
 from luthier.files import new_file, write_json
 from luthier.inspection.check import Known, Split
 from luthier.inspection.inspect import Streaming
@@ -162,11 +162,18 @@ class _Cleaning:
         """Columns of the records that will be written, in the order of appearance."""
         found: dict[str, None] = {}
         number = 0
+        problems: list[Problem] = []
+
+        def seen(record: Record) -> None:
+            check_table(record)
+            found.update(dict.fromkeys(record))
+
         for each in self._edited(self._pass()):
             for piece in each.pieces:
                 if not selection.why(number):
-                    found |= dict.fromkeys(each.record(piece))
+                    _put(each, piece, seen, problems)
                 number += 1
+        _refuse(problems)
         return list(found)
 
     def write(
@@ -182,32 +189,39 @@ class _Cleaning:
         done = self._pass()
         number = 0
         problems: list[Problem] = []
+
+        def put(record: Record) -> None:
+            check_columns(record, names)
+            writer.write(record)
+
         for each in self._edited(done, book):
             book.rows += 1
-            went = [(n, selection.why(n)) for n in range(number, number + len(each.pieces))]
-            number += len(each.pieces)
-            stay = [piece for piece, (_, why) in zip(each.pieces, went, strict=True) if not why]
+            reasons = [selection.why(number + at) for at in range(len(each.pieces))]
+            stay = [piece for piece, why in zip(each.pieces, reasons, strict=True) if not why]
             if stay:
                 book.changed(each)
-            for n, why in went:
+            for at, why in enumerate(reasons):
                 if why:
-                    book.dropped(each.row.file, each.row.line, why, self._about(why, selection, n))
+                    about = self._about(why, selection, number + at)
+                    book.dropped(each.row.file, each.row.line, why, about)
+            number += len(reasons)
             for piece in stay:
-                try:
-                    record = each.record(piece)
-                    if names:
-                        check_table(record)
-                        check_columns(record, names)
-                    writer.write(record)
-                except RowRefused as bad:
-                    problems.append(bad.at(each.row.file, each.row.line))
-            _refuse(problems, MOST_PROBLEMS)
+                _put(each, piece, put, problems)
             summary.rows_out += len(stay)
         _refuse(problems)
+        self._check_end(number, selection, summary, book)
         summary.form = str(done.reader.recognized.form)
         summary.rows_in, summary.kept = book.rows, book.kept
         summary.changed, summary.dropped = dict(book.changes), dict(book.drops)
         summary.edits = {edit.name: dict(edit.counts) for edit in done.edits if edit.counts}
+
+    def _check_end(self, number: int, selection: Selection, summary: Summary, book: _Book) -> None:
+        """Refuse a source that is another than before, and a cleaning that leaves nothing."""
+        if len(selection) not in (0, number):
+            raise LuthierError(f"{self.source} changed while it was read; nothing was written")
+        if not summary.rows_out:
+            went = ", ".join(f"{rule} {count:,}" for rule, count in book.drops.items())
+            raise RecipeError(f"no row would be left of {self.source} ({went}); drop less")
 
     def _pass(self) -> Pass:
         return Pass(self.source, self.columns, self.setting, self.told)
@@ -235,6 +249,17 @@ class _Cleaning:
             return "The class has more rows than asked for."
         other = selection.other(number)
         return self.rules[why].about + (f" See {other}." if other else "")
+
+
+def _put(
+    each: Edited, piece: Piece, action: Callable[[Record], None], problems: list[Problem]
+) -> None:
+    """Do something with the record of a piece; where it cannot be, that is noted."""
+    try:
+        action(each.record(piece))
+    except RowRefused as bad:
+        problems.append(bad.at(each.row.file, each.row.line))
+        _refuse(problems, MOST_PROBLEMS)
 
 
 class _Book:
@@ -273,8 +298,13 @@ def _kind(target: Path) -> str:
     return "text" if target.suffix.lower() in (".txt", ".md", ".text") else format_of(target)
 
 
-def _check_target(target: Path, sources: Iterable[Source], overwrite: bool) -> None:
+def _check_target(target: Path, sources: Sequence[Source], overwrite: bool) -> None:
     written = (target, changes_of(target), summary_of(target))
+    for source in sources:
+        if Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
+            raise RecipeError(
+                f"{target} would be read as a part of {source}; name a file elsewhere"
+            )
     read = {path.resolve() for source in sources for path in files_of(source)}
     for path in written:
         if path.resolve() in read:

@@ -23,7 +23,7 @@ _TURN = 32
 _PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
 _SENTENCE = re.compile(r"[.!?…]['\"”’)\]]*\s+|[。！？]\s*")
 _SPACE = re.compile(r"\s+")
-LOST, CUT, SPLIT = "tokens lost", "rows cut", "rows split"
+LOST, MADE = "tokens lost", "rows made of them"
 
 
 class Truncate(Edit):
@@ -64,7 +64,7 @@ class Truncate(Edit):
             )
             raise RowRefused(TOO_LONG.id, message, "Cut the other side, or --drop row.too_long.")
         lost = before - self._length(cut)[1]
-        self.counts += {CUT: 1, LOST: lost}
+        self.counts[LOST] += lost
         return [Piece(cut, piece.further)], f"{lost} tokens cut at the {self.side}"
 
     def _length(self, row: Row) -> tuple[bool, int]:
@@ -132,7 +132,7 @@ class SplitLong(Edit):
         parts = self._parts(text)
         if len(parts) < 2:
             return [piece], ""
-        self.counts += {SPLIT: 1, "rows made of them": len(parts)}
+        self.counts[MADE] += len(parts)
         pieces = [
             Piece(replace(row, text=part), _numbered(piece.further, number))
             for number, part in enumerate(parts, 1)
