@@ -166,8 +166,8 @@ def _cleaning() -> list[str]:
         "## Plan of a cleaning",
         "",
         "Options of `luthier clean` (with `-` for `_`), keys of its `--plan FILE.toml`, and keywords",
-        "of `luthier.clean(…)`. Every row is edited first, in the order of this table; what is dropped is",
-        "judged by what would be written. The gate then runs on what is left until it finds none of",
+        "of `luthier.clean(…)`. Every row is edited first, in the order of this table; what is dropped",
+        "is judged by what would be written. The gate then runs on what is left until it finds none of",
         "the rules that were to be dropped.",
         "",
     ]
