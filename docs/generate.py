@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from luthier.adaptations import ADAPTATIONS
 from luthier.asking.spec import Asking
+from luthier.cleaning.plan import Plan
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
 from luthier.data.preferences import RULES as PREFERENCE_RULES
@@ -52,6 +53,7 @@ def main() -> int:
                 *_recipe(),
                 *_distillation(),
                 *_pretraining(),
+                *_cleaning(),
                 *_methods(),
                 *_support(),
                 *_models(),
@@ -157,6 +159,26 @@ def _distillation() -> list[str]:
     rules = ["Prompts and answers are rejected by these rules:", "", "| rule | meaning |"]
     rules += ["| --- | --- |", *(f"| `{rule}` | {text} |" for rule, text in INSIGHT_RULES.items())]
     return [*lines, *_fields(rows), *rules, ""]
+
+
+def _cleaning() -> list[str]:
+    lines = [
+        "## Plan of a cleaning",
+        "",
+        "Options of `luthier clean` (with `-` for `_`), keys of its `--plan FILE.toml`, and keywords",
+        "of `luthier.clean(…)`. Every row is edited first, in the order of this table; what is dropped",
+        "is judged by what would be written. The gate then runs on what is left until it finds none of",
+        "the rules that were to be dropped.",
+        "",
+    ]
+    lines += _fields([_field("", name, Plan) for name in Plan.model_fields])
+    return [
+        *lines,
+        "`TARGET.changes.jsonl` has a line for each thing that happened to a row: `file` and `line` of",
+        "the source, `action` (`changed` or `dropped`), `rule` (of the gate, or the name of the fix)",
+        "and `detail`, which never quotes a text; `TARGET.summary.json` has the counts.",
+        "",
+    ]
 
 
 def _pretraining() -> list[str]:

@@ -8,12 +8,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
-    from luthier.sdk import Model, distil, evaluate, inspect, load, pretrain, student, tune
+    from luthier.sdk import Model, clean, distil, evaluate, inspect, load, pretrain, student, tune
 
 __all__ = [
     "Model",
     "Recipe",
     "__version__",
+    "clean",
     "distil",
     "evaluate",
     "inspect",
@@ -26,6 +27,7 @@ __all__ = [
 _HOMES = {
     "Recipe": "luthier.recipe",
     "Model": "luthier.sdk",
+    "clean": "luthier.sdk",
     "distil": "luthier.sdk",
     "evaluate": "luthier.sdk",
     "inspect": "luthier.sdk",

@@ -69,13 +69,14 @@ class DataError(RefusedInput):
 
     shown = 20
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], outcome: str = "nothing was trained") -> None:
         self.problems: Sequence[Problem] = tuple(problems)
+        self.outcome = outcome
         super().__init__(self._text())
 
     def _text(self) -> str:
         count = len(self.problems)
-        lines = [f"{count} problem{'s' if count != 1 else ''} in the data; nothing was trained."]
+        lines = [f"{count} problem{'s' if count != 1 else ''} in the data; {self.outcome}."]
         lines += [f"  {problem}" for problem in self.problems[: self.shown]]
         if count > self.shown:
             lines.append(f"  … and {count - self.shown} more.")

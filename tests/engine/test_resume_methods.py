@@ -61,6 +61,10 @@ WRITES = ("grpo", "ppo")
 GRADED = {"grader": {"method": "regex", "pattern": "[a-l]"}, "max_completion_tokens": 5}
 
 
+SEEN = {"leakage.many": "note"}
+"""Rows that are measured on are those learned from: here it does not matter."""
+
+
 class Broken(Exception):
     """What ends the first run."""
 
@@ -129,7 +133,7 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
             {
                 "base": str(family_folder(family)),
                 "name": name,
-                "data": {"train": data, "validation": data, **more},
+                "data": {"train": data, "validation": data, "severity": SEEN, **more},
                 "objective": {"method": objective, **fields},
                 "adaptation": {"method": adaptation, **further},
                 "training": {"max_steps": 11, "epochs": 9, "batch_size": 2, "patience": 0, **rates},

@@ -49,6 +49,7 @@ def test_a_test_share_is_neither_learned_from_nor_measured_on(
 def test_a_test_share_beside_a_validation_file(tmp_path: Path, tiny_model_folder: Path) -> None:
     data = write(tmp_path / "rows.jsonl")
     spec = {"train": str(data), "validation": str(write(tmp_path / "v.jsonl")), "test_share": 0.2}
+    spec |= {"severity": {"leakage.many": "note"}}
     recipe = Recipe.parse({"data": spec})
     chat = chat_format(find(str(tiny_model_folder)))
     dataset, again = (prepare(recipe.data, None, chat, 1024, 5) for _ in range(2))

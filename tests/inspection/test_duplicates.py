@@ -14,7 +14,7 @@ from luthier.data.rows import Checker
 from luthier.inspection.check import Batch
 from luthier.inspection.duplicates import Duplicates
 from luthier.inspection.findings import Findings
-from luthier.inspection.inspect import Report, _Gate, inspect_rows
+from luthier.inspection.inspect import Gate, Report, inspect_rows
 from luthier.types import Row
 
 DATA = Path("/work/shared/data")
@@ -178,7 +178,7 @@ def test_memory_and_batches_change_nothing() -> None:
     train, held = labelled(*((t, "a") for t in texts)), labelled(*((t, "a") for t in texts[::9]))
     plain = []
     for limit, size in ((1 << 30, 1000), (100, 9)):
-        gate = _Gate([Duplicates(limit)], Findings())
+        gate = Gate([Duplicates(limit)], Findings())
         for split, some in (("train", train), ("test", held)):
             gate.files[split], gate.rows[split] = set(), 0
             for start in range(0, len(some), size):

@@ -21,7 +21,7 @@ from luthier.inspection.histogram import Histogram
 from luthier.inspection.inspect import Report
 from luthier.inspection.markup import element, join
 from luthier.inspection.report_text import show, sparkline
-from luthier.inspection.shown import listed, next_step, printable, runs
+from luthier.inspection.shown import listed, next_steps, printable, runs
 from luthier.inspection.svg import histogram
 
 EVIL = '<script>alert("x")</script>'
@@ -143,13 +143,13 @@ def test_without_a_model_both_say_what_was_not_checked(tmp_path: Path) -> None:
 def test_the_last_line_is_what_to_do() -> None:
     found = Findings()
     report = Report({"train": ["my data.jsonl"], "validation": ["v.jsonl"]}, {"train": 2}, found)
-    words, command = next_step(report)
+    ((words, command),) = next_steps(report)
     assert command == "luthier tune 'my data.jsonl' --validation v.jsonl"
     assert "can be trained" in words
     found.add(Finding(NEAR, Place("a", 1), "x"))
-    assert "warnings" in next_step(report)[0]
+    assert "warnings" in next_steps(report)[0][0]
     found.add(Finding(Rule("an.error", "error", "x"), Place("a", 1), "x"))
-    assert next_step(report)[1] == ""
+    assert next_steps(report)[-1][1] == ""
 
 
 def test_tokens_of_one_colour_come_as_one_piece_and_long_rows_are_cut() -> None:

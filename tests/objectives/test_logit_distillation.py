@@ -193,7 +193,7 @@ def recipe(base: Path, data: Path, **fields: Any) -> Recipe:
         {
             "base": str(base),
             "name": "pupil",
-            "data": {"train": data, "validation": data},
+            "data": {"train": data, "validation": data, "severity": {"leakage.many": "note"}},
             "objective": {"method": "logit_distillation", **fields},
             "adaptation": {"method": "full"},
             "training": {"max_steps": 8, "batch_size": 4, "learning_rate": 1e-2},

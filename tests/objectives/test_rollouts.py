@@ -87,7 +87,7 @@ def recipe_of(folder: Path, rows: Path, objective: Mapping[str, Any], **training
         {
             "base": str(folder),
             "name": "custom",
-            "data": {"train": rows, "validation": rows},
+            "data": {"train": rows, "validation": rows, "severity": {"leakage.many": "note"}},
             "objective": fields,
             "adaptation": "full",
             "training": {

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli.advising import advise
+from luthier.cli.cleaning import clean
 from luthier.cli.converting import convert
 from luthier.cli.estimating import estimate
 from luthier.cli.models import models_app
@@ -296,7 +297,7 @@ def distil(
         distilling.distil(data, named, flags, set_ or [], resume, json_)
 
 
-for command in (inspect, convert, generate, samples, chat, predict, evaluate):
+for command in (inspect, clean, convert, generate, samples, chat, predict, evaluate):
     app.command()(command)
 
 

@@ -16,7 +16,7 @@ from luthier.data.containers import JSON_LINES, PACKED
 from luthier.data.parsing import Record, shown
 from luthier.data.rows import Columns, Recognized, RowReader
 from luthier.data.sources import Source
-from luthier.data.targets import TARGETS, keys_of
+from luthier.data.targets import TARGETS, used_keys
 from luthier.data.writers import Writer, check_columns, check_table, writer_of
 from luthier.errors import DataError, RecipeError, RowRefused
 from luthier.types import Row
@@ -154,9 +154,7 @@ class _Conversion:
 
     def _record(self, row: Row, reader: RowReader) -> Record:
         given, form = reader.checker.given, reader.checker.form
-        used = set(keys_of(row)) if form is None else set(form.keys | form.used)
-        if form is not None:
-            used |= keys_of(row) & {"rating", "score", "label", "thumb", "expected"}
+        used = used_keys(row, form)
         if not self.bare:
             _refuse_lost(given)
         made = self.record_of(row)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from luthier.data.forms import Form
 from luthier.data.parsing import Record
 from luthier.errors import RowRefused
 from luthier.types import Message, Row
@@ -186,3 +187,11 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 def keys_of(row: Row) -> set[str]:
     """Keys of our own shapes that the row was made of."""
     return {key for name, keys in _FIELDS.items() if getattr(row, name) is not None for key in keys}
+
+
+def used_keys(row: Row, form: Form | None) -> set[str]:
+    """Keys of the record that the row was made of; others stand beside it."""
+    if form is None:
+        return keys_of(row)
+    judged = keys_of(row) & {"rating", "score", "label", "thumb", "expected"}
+    return set(form.keys | form.used) | judged

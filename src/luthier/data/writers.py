@@ -39,7 +39,10 @@ def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]
             return
         packed = stack.enter_context(_packed(file, target))
         text = io.TextIOWrapper(packed, encoding="utf-8", newline="", write_through=False)
-        yield _Lines(text) if kind == "jsonl" else _Csv(text, names, "\t" if kind == "tsv" else ",")
+        if kind in ("jsonl", "text"):
+            yield _Lines(text) if kind == "jsonl" else _Text(text)
+        else:
+            yield _Csv(text, names, "\t" if kind == "tsv" else ",")
         text.flush()
         text.detach()
 
@@ -75,6 +78,18 @@ class _Lines:
                 "JSON", "a value that is neither text, number, list nor object"
             ) from None
         self.text.write(line + "\n")
+
+
+class _Text:
+    """Plain text: of records that are nothing else, one behind the other."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self.text = text
+
+    def write(self, record: Record) -> None:
+        if record.keys() != {"text"}:
+            raise _no_place("plain text", "more than a text")
+        self.text.write(str(record["text"]))
 
 
 class _Csv:

@@ -72,7 +72,8 @@ def train(
                 job = settled(recipe, base, machine, reporter, budget)
             job = replace(job, origin={**job.origin, **(lineage or {})})
             done = run.begin(job.request(recipe), resume)
-            run.hold_out(job.data.held_out)
+            if done is None:
+                run.hold_out(job.data.held_out)
         except BaseException:
             run.drop_if_empty()
             raise

@@ -18,6 +18,7 @@ ONE = Rule(
     "All rows have the same label.",
     "There is nothing to tell apart.",
     "Add rows of the other classes.",
+    whole=True,
 )
 UNSEEN = Rule(
     "label.unseen",
@@ -25,6 +26,7 @@ UNSEEN = Rule(
     "A label of held-out rows is in none of the training rows.",
     "The model cannot give a label it was never shown.",
     "Add training rows with it, or make the splits with `luthier split`.",
+    whole=True,
 )
 SMALL = Rule(
     "label.few_rows",
@@ -32,6 +34,7 @@ SMALL = Rule(
     "A class has fewer than 8 training rows.",
     "What so few rows teach depends on which they are.",
     "Add rows of it, or merge it with a class that is near.",
+    whole=True,
 )
 SPELLING = Rule(
     "label.spelling",
@@ -39,6 +42,7 @@ SPELLING = Rule(
     "Names of labels differ in letter case, white space or punctuation only.",
     "They are learned as two classes with the same meaning.",
     "Write the label in one way.",
+    whole=True,
 )
 UNEVEN = Rule(
     "label.imbalance",
@@ -46,6 +50,7 @@ UNEVEN = Rule(
     "One class has nine of ten training rows, or a hundred times those of another.",
     "Accuracy is high for a model that knows one answer only.",
     "Compare by macro F1, which `luthier evaluate` prints too; add rows of the rare classes.",
+    whole=True,
 )
 FEWEST = 8
 """Rows of a class: the fewest with which Tunstall et al. (SetFit, arXiv:2209.11055) report figures."""

@@ -47,11 +47,12 @@ class Where:
     file: str
     lines_N: IntArray
     first: int
-    """Number of its first row among all rows of all splits, from 0."""
+    """Number of its first row among all rows of all splits, from 0; -1 where it is not known."""
 
     def place(self, index: int) -> Place:
         """Place of the row at ``index`` of the batch."""
-        return Place(self.file, int(self.lines_N[index]))
+        number = self.first + index if self.first >= 0 else -1
+        return Place(self.file, int(self.lines_N[index]), number)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Known:
     """Tokens the model reads at most; 0 without a model."""
     shown: int = 5
     """Rows of each split that the report shows as the model sees them."""
+    every: bool = False
+    """Whether every row of a large file is encoded, not one in some for its counts."""
 
 
 class Check(ABC):
@@ -143,7 +146,7 @@ class Places:
     def place(self, number: int) -> Place:
         """File and line of row ``number``."""
         batch, index = self._at(number)
-        return Place(self._batches[batch][1], int(self._lines[batch][index]))
+        return Place(self._batches[batch][1], int(self._lines[batch][index]), number)
 
     def split(self, number: int) -> Split:
         """Split of row ``number``."""

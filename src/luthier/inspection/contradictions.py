@@ -90,7 +90,8 @@ class Contradictions(Check):
             said = f"{different} {words.get(rule, 'opposite preferences between two answers')}"
             others = tuple(places.place(int(row)) for row in group[1 : NAMED + 1])
             message = f"{said}, in {len(group)} rows."
-            findings.add(Finding(rule, places.place(int(group[0])), message, others=others))
+            finding = Finding(rule, places.place(int(group[0])), message, others=others)
+            findings.add(finding, rows=group.tolist())
 
     def summary(self) -> Mapping[str, Any]:
         """By rule, inputs that are concerned and their rows."""

@@ -183,7 +183,8 @@ class Duplicates(Check):
                 message = f"{further} further {rows} {words[rule.id]} this one."
                 others = tuple(places.place(int(row)) for row in group[1 : NAMED + 1])
                 place = places.place(int(group[0]))
-                findings.add(Finding(rule, place, message, others=others), times=further)
+                finding = Finding(rule, place, message, others=others)
+                findings.add(finding, further, rows=group[1:].tolist())
 
     def summary(self) -> Mapping[str, Any]:
         """Groups and copies of each rule, sizes of the largest groups, and leaks of each split."""

@@ -189,6 +189,18 @@ def _found(rule: Rule, pattern: re.Pattern[str], text: str) -> Iterator[tuple[in
         yield start, end, named(rule, match[0])
 
 
+def hidden(text: str) -> tuple[str, int]:
+    """``text`` without what :data:`CONTROL` and :data:`INVISIBLE` find, and how much that was."""
+    count = 0
+    for rule, pattern in ((CONTROL, _CONTROL), (INVISIBLE, _INVISIBLE)):
+        parts, at = [], 0
+        for start, end, _ in _found(rule, pattern, text):
+            parts.append(text[at:start])
+            at, count = end, count + end - start
+        text = "".join([*parts, text[at:]])
+    return text, count
+
+
 def named(rule: Rule, found: str) -> str:
     """What was found, in words."""
     if rule is MOJIBAKE:

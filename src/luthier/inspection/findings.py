@@ -6,6 +6,7 @@ in which every row is wrong takes no more memory than one with a few.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Rule:
     """How to mend it, in one sentence."""
     aliases: tuple[str, ...] = ()
     """What other validators call it."""
+    whole: bool = False
+    """Whether it speaks of the data as a whole, so that no row can be removed for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class Place:
 
     file: str
     line: int
+    number: int = field(default=-1, compare=False)
+    """Number of the row among all rows of all splits, from 0; -1 where it is not known."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.line else self.file
@@ -79,6 +84,21 @@ class Finding:
         return found
 
 
+class Blamed:
+    """Rows that break one rule, however many: 16 bytes each."""
+
+    def __init__(self) -> None:
+        self.rows = array("q")
+        """Numbers of the rows, in the order they were found; one may come twice."""
+        self.others = array("q")
+        """For each, the number of the other row that it was found with; -1 for none."""
+
+    def add(self, rows: Iterable[int], other: int) -> None:
+        """Take in ``rows`` that were found with ``other``."""
+        self.rows.extend(rows)
+        self.others.extend([other] * (len(self.rows) - len(self.others)))
+
+
 @dataclass
 class Findings:
     """All that was found: how often each rule was broken, and the first places of each."""
@@ -87,13 +107,28 @@ class Findings:
     """Severities that a policy sets instead of the rules' own."""
     kept: dict[str, list[Finding]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    blamed: dict[str, Blamed] = field(default_factory=dict)
+    """Rules of which every row is remembered, by its number: those that cleaning drops rows for."""
 
-    def add(self, finding: Finding, times: int = 1) -> None:
-        """Count ``finding``, and keep it while its rule has room."""
+    def add(self, finding: Finding, times: int = 1, rows: Iterable[int] | None = None) -> None:
+        """Count ``finding``, and keep it while its rule has room.
+
+        Args:
+            finding: what is wrong, and where.
+            times: how often the rule is broken by it.
+            rows: numbers of the rows without which nothing would be wrong, where that is not the row
+                at its place: the copies of an original, the training rows that give a test row away.
+        """
         rule = finding.rule.id
         if self.overrides.get(rule) == "off":
             return
         self.counts[rule] += times
+        if rule in self.blamed:
+            number = finding.place.number
+            if rows is not None:
+                self.blamed[rule].add(rows, number)
+            elif number >= 0:
+                self.blamed[rule].add([number], -1)
         places = self.kept.setdefault(rule, [])
         if len(places) < KEPT:
             places.append(finding)

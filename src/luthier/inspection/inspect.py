@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +57,12 @@ class Report:
     """Id of the model whose tokenizer and template the rows were encoded with."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Checks that were not run, and why."""
+    sources: Mapping[Split, str] = field(default_factory=dict)
+    """What was asked to be inspected, where that is not a single file."""
+
+    def source(self, split: Split) -> str:
+        """What a command is to name for the rows of a split."""
+        return self.sources.get(split) or next(iter(self.files.get(split, ())), "")
 
     @property
     def exit_code(self) -> int:
@@ -109,7 +115,7 @@ def inspect_rows(
     overrides: Mapping[str, Severity | Literal["off"]] | None = None,
 ) -> Report:
     """The gate on rows that are in memory already, as in a job."""
-    gate = _Gate(checks, Findings(overrides or {}))
+    gate = Gate(checks, Findings(overrides or {}))
     for split, rows in splits.items():
         gate.see(split, rows)
     return gate.report({split: sorted(gate.files[split]) for split in splits})
@@ -123,12 +129,12 @@ def inspect_sources(
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
     """The gate on sources of any size; what cannot be read is found by the rules of reading."""
-    gate = _Gate(checks, Findings(overrides or {}))
+    gate = Gate(checks, Findings(overrides or {}))
     readers: dict[Split, RowReader] = {}
     for split, source in sources.items():
         gate.begin(split)
         try:
-            readers[split] = RowReader(source, columns, _Streaming, whole=False)
+            readers[split] = RowReader(source, columns, Streaming, whole=False)
         except DataError as error:
             gate.note(list(error.problems))
     total = sum(reader.size for reader in readers.values())
@@ -139,10 +145,11 @@ def inspect_sources(
         done += reader.size
     progress(gate.progress(total, total))
     files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
-    return gate.report({split: [str(sources[split])] for split in sources} | files)
+    report = gate.report({split: [str(sources[split])] for split in sources} | files)
+    return replace(report, sources={split: str(source) for split, source in sources.items()})
 
 
-class _Streaming(Checker):
+class Streaming(Checker):
     """Remembers the first ids only: those of a file larger than memory would not fit either."""
 
     def check_id(self, value: object) -> None:
@@ -151,7 +158,7 @@ class _Streaming(Checker):
             super().check_id(value)
 
 
-class _Gate:
+class Gate:
     """Batches through all checks, in order."""
 
     def __init__(self, checks: Sequence[Check], findings: Findings) -> None:

@@ -29,6 +29,7 @@ MIX = Rule(
     "The rows are in several languages.",
     "Each is learned from its own share of the rows only.",
     "Nothing, if it is meant; else remove the rows of the other languages.",
+    whole=True,
 )
 OTHER = Rule(
     "language.other",
@@ -50,6 +51,7 @@ SPLITS = Rule(
     "Training and held-out rows are in different languages.",
     "What is measured on the held-out rows says little about what was trained.",
     "Draw both from the same rows.",
+    whole=True,
 )
 CERTAIN = 0.9
 """Probability from which a language counts."""

@@ -10,6 +10,7 @@ to stop.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ MANY = Rule(
     "A tenth or more of a held-out split is in the training rows.",
     "Its figures would say how much was learned by heart.",
     "Make new splits with `luthier split`, or remove these rows from one side.",
+    whole=True,
 )
 RULES = (EXACT, INPUT, NEAR, MANY)
 TOO_MANY = 0.1
@@ -90,11 +92,13 @@ class Leaks:
         left = np.ones(len(held), np.bool_)
         given = np.zeros(len(self._splits_N), np.bool_)
         for rule, partner_H in ways:
+            giving = self._giving(rule)
             rows = np.flatnonzero(left & (partner_H < self._none))
             left[rows] = False
             given[held[rows]] = True
             for row in rows.tolist():
-                self._add(rule, int(held[row]), int(partner_H[row]), places, findings)
+                partner = int(partner_H[row])
+                self._add(rule, int(held[row]), partner, giving(partner), places, findings)
         self._judge(given, places, findings)
 
     def summary(self) -> dict[str, dict[str, int]]:
@@ -116,7 +120,29 @@ class Leaks:
         np.minimum.at(best_N, first_N, self._near_N)
         return best_N[first_N]
 
-    def _add(self, rule: Rule, row: int, partner: int, places: Places, findings: Findings) -> None:
+    def _giving(self, rule: Rule) -> Callable[[int], list[int]]:
+        """From a training row to all training rows that give the same away."""
+        keys_N = self._both_N if rule is EXACT else self.input_N
+        train = np.flatnonzero(self._train_N)
+        order = train[np.argsort(keys_N[train], kind="stable")]
+        sorted_N = keys_N[order]
+
+        def rows(partner: int) -> list[int]:
+            low, high = (np.searchsorted(sorted_N, keys_N[partner], s) for s in ("left", "right"))
+            found: list[int] = order[low:high].tolist()
+            return found
+
+        return rows
+
+    def _add(
+        self,
+        rule: Rule,
+        row: int,
+        partner: int,
+        giving: list[int],
+        places: Places,
+        findings: Findings,
+    ) -> None:
         split, other = places.split(row), places.place(partner)
         count = self._counts.setdefault(split, {})
         count[rule.id] = count.get(rule.id, 0) + 1
@@ -125,7 +151,8 @@ class Leaks:
             INPUT.id: f"this {split} row asks the same, with another answer, as the training row",
             NEAR.id: f"this {split} row asks nearly the same as the training row",
         }[rule.id]
-        findings.add(Finding(rule, places.place(row), f"{how} {other}.", others=(other,)))
+        finding = Finding(rule, places.place(row), f"{how} {other}.", others=(other,))
+        findings.add(finding, rows=giving)
 
     def _judge(self, given_N: Any, places: Places, findings: Findings) -> None:
         """Refuse a split of which too much is given away."""

@@ -133,12 +133,18 @@ class Learning(Check):
         """The check for a model; :class:`ValueError` without one."""
         if known.chat is None:
             raise ValueError("the check of what is learned needs a model's tokenizer")
-        return cls(known.objective, known.chat, known.context, known.shown)
+        return cls(known.objective, known.chat, known.context, known.shown, known.every)
 
     def __init__(
-        self, objective: Objective | None, chat: ChatFormat, context: int, kept: int = 5
+        self,
+        objective: Objective | None,
+        chat: ChatFormat,
+        context: int,
+        kept: int = 5,
+        every: bool = False,
     ) -> None:
         self.objective, self.chat, self.context, self.kept = objective, chat, context, kept
+        self.every = every
         self.lengths: dict[str, Histogram] = {}
         self.learned: dict[str, int] = {}
         self.sampled = False
@@ -167,7 +173,7 @@ class Learning(Check):
         gathered, waiting = self._gathered(objective, batch, problems)
         fitted = self._fitted(objective, [row for _, row in gathered])
         for index, row in gathered:
-            times = stands_for(row, self.context)
+            times = 1 if self.every else stands_for(row, self.context)
             if not times:
                 continue
             try:
@@ -310,7 +316,7 @@ class Learning(Check):
                 continue
             lines_N = np.array([row.line for row in pairs], np.int64)
             measured = self.measure(Batch(split, file, pairs))
-            self.take(Where(split, file, lines_N, 0), measured, findings)
+            self.take(Where(split, file, lines_N, -1), measured, findings)
         for finding, count in self.fitting.judge(self.objective, self.chat):
             findings.add(finding, count)
 

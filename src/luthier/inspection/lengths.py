@@ -45,6 +45,7 @@ SAME_START = Rule(
     "Most answers begin with the same words.",
     "The model learns the phrase before anything else, and begins every answer with it.",
     "Remove the phrase, unless it is wanted.",
+    whole=True,
 )
 FENCE = 2.0
 """Interquartile ranges beyond a quartile, on log lengths, that stand out.

@@ -53,6 +53,7 @@ UNCHECKED = Rule(
     "Bank accounts and national ids were not looked for.",
     "They can be told from other numbers by their check digits only.",
     "Install the extra: pip install 'luthier[privacy]'.",
+    whole=True,
 )
 
 

@@ -53,6 +53,7 @@ def rules() -> dict[str, Rule]:
             about,
             WHY.get(rule.partition(".")[0], ""),
             aliases=ALIASES.get(rule, ()),
+            whole=rule.startswith("file."),
         )
         for rule, about in texts.items()
     }
@@ -76,7 +77,8 @@ def late_rules() -> tuple[Rule, ...]:
 
 def late_rule(name: str) -> Rule:
     """A rule of an objective by its id."""
-    return Rule(name, "error", _LATE.get(name, "The objective refuses the row."))
+    about = _LATE.get(name, "The objective refuses the row.")
+    return Rule(name, "error", about, whole=name.startswith(("rows.", "label.", "rating.")))
 
 
 _RULES = rules()

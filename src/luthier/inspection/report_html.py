@@ -19,7 +19,7 @@ from luthier.inspection.shown import (
     learned_of,
     learned_share,
     listed,
-    next_step,
+    next_steps,
     runs,
     says,
     severities,
@@ -62,14 +62,19 @@ def page(report: Report) -> str:
 
 
 def _head(report: Report, name: str) -> Markup:
-    words, command = next_step(report)
+    steps: list[Markup | None] = []
+    for words, command in next_steps(report):
+        steps.append(element("p", words))
+        if command:
+            typed = element("code", command)
+            steps.append(element("pre", typed, class_="command", tabindex=0))
     return element(
         "header",
         element("p", "Data report", class_="soft"),
         element("h1", name),
         element("p", VERDICTS[report.verdict], class_=f"verdict {report.verdict}"),
-        element("p", verdict_line(report), " ", words, class_="lead"),
-        element("pre", element("code", command), class_="command", tabindex=0) if command else None,
+        element("p", verdict_line(report), class_="lead"),
+        *steps,
         _facts(report),
     )
 

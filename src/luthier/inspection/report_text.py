@@ -20,7 +20,7 @@ from luthier.inspection.shown import (
     learned_of,
     learned_share,
     listed,
-    next_step,
+    next_steps,
     number,
     printable,
     runs,
@@ -54,11 +54,11 @@ def show(report: Report, console: Console, rows: int = 3) -> None:
             _heading(name.replace("_", " ").capitalize(), console)
             _summary(summary, console, 2)
     _learned(report, console, rows)
-    words, command = next_step(report)
     console.print()
-    console.print(Text(words, "bold"))
-    if command:
-        console.print(Text(f"  {command}", "bold cyan"), soft_wrap=True)
+    for words, command in next_steps(report):
+        console.print(Text(words, "bold"))
+        if command:
+            console.print(Text(f"  {command}", "bold cyan"), soft_wrap=True)
 
 
 def sparkline(bars: Sequence[Mapping[str, int]], width: int = 16) -> str:

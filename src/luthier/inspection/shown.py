@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.inspection import fixes
 from luthier.inspection.findings import Finding, Place
 from luthier.inspection.inspect import Report
 from luthier.inspection.learning import TOO_LONG
@@ -137,13 +138,17 @@ def learned_share(found: Mapping[str, Any]) -> str:
     return f"{learned / tokens:.0%}" if tokens else "–"
 
 
-def next_step(report: Report) -> tuple[str, str]:
-    """What to do now: in words, and a command to type where there is one."""
-    train = report.files.get("train", [""])
-    command = ["luthier", "tune", train[0]]
-    for split in ("validation",):
-        if report.files.get(split):
-            command += [f"--{split}", report.files[split][0]]
+def next_steps(report: Report) -> list[tuple[str, str]]:
+    """What to do now, one after the other: in words, and a command to type where there is one."""
+    cleaning = fixes.command(report)
+    first = [("Write a new data set in which this is mended:", cleaning)] if cleaning else []
+    return [*first, _training(report)]
+
+
+def _training(report: Report) -> tuple[str, str]:
+    command = ["luthier", "tune", report.source("train")]
+    if report.files.get("validation"):
+        command += ["--validation", report.source("validation")]
     if report.base:
         command += ["--base", report.base]
     if objective := report.summaries.get("learning", {}).get("objective"):

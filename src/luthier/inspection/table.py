@@ -38,6 +38,7 @@ BASE_MISSING = Rule(
     "The base model could not be fetched, so no row was encoded.",
     "Template, lengths in tokens and what is learned are not checked.",
     "Run `luthier models pull ID` where there is a network, or choose --no-base.",
+    whole=True,
 )
 
 

@@ -1,4 +1,4 @@
-"""The Python face: ``luthier.inspect``, ``tune``, ``distil``, ``pretrain``, ``load``, ``evaluate``."""
+"""The Python face: ``inspect``, ``clean``, ``tune``, ``distil``, ``load``, ``evaluate`` and more."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from luthier.cleaning.clean import Summary
     from luthier.distillation import Distilled
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
@@ -228,6 +229,44 @@ def inspect(
         tuple(skip),
     )
     return gate.inspect(request)
+
+
+def clean(
+    source: str | Path,
+    target: str | Path,
+    *,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    **fixes: Any,
+) -> Summary:
+    """Apply chosen fixes to a data set and write a new one, with a log of what became of each row.
+
+    Args:
+        source: a file, a folder, a pattern, ``file://`` or ``s3://``; it is not changed.
+        target: the new file; its ending names the format. The log is ``TARGET.changes.jsonl``.
+        validation, test: held-out rows, for ``drop=["leakage.*"]``.
+        columns: the source's name for each of our keys.
+        overwrite: replace files where there are some.
+        dry_run: find out all that would happen, and write nothing.
+        **fixes: fields of :class:`luthier.cleaning.plan.Plan`, for example ``dedupe="near"``,
+            ``drop=["unreadable"]``, ``redact=["all"]``, ``truncate="end", base="..."``.
+
+    Returns:
+        Rows in and out, and how many were changed or dropped by what.
+
+    Raises:
+        RefusedInput: for fixes that cannot be, or rows that are neither mended nor dropped.
+    """
+    from luthier.cleaning.clean import clean as run
+    from luthier.cleaning.plan import Plan
+
+    held = {"validation": validation, "test": test}
+    splits = {split: str(each) for split, each in held.items() if each is not None}
+    plan = Plan.of(fixes)
+    return run(str(source), Path(target), plan, splits, columns, overwrite, dry_run)
 
 
 class Model:
