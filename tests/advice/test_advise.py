@@ -1,0 +1,85 @@
+"""The whole advice with tiny models: a gate, an estimate, tries on held-out rows, and a recipe."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from luthier.cli.app import app
+from luthier.recipe import Recipe
+
+WORDS = ("fox", "dog", "card", "bank", "river", "tree", "house", "cloud", "stone", "bird")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    rows = [
+        {"text": f"the {a} and the {b} {n}", "label": "animal" if "fox" in (a, b) else "other"}
+        for n, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS if a != b)
+    ]
+    return write(tmp_path / "labelled.jsonl", rows)
+
+
+def asked(*arguments: object) -> dict[str, Any]:
+    found = CliRunner().invoke(app, ["advise", *map(str, arguments), "--json"])
+    assert found.exit_code == 0, found.output
+    answer: dict[str, Any] = json.loads(found.stdout)
+    return answer
+
+
+def test_a_model_that_writes_is_asked_in_four_ways(tmp_path: Path, tiny_model_folder: Path) -> None:
+    rows = [{"prompt": f"say {a} {b}", "completion": b} for a in WORDS for b in WORDS if a != b]
+    data = write(tmp_path / "rows.jsonl", rows)
+    text = tmp_path / "about.txt"
+    text.write_text("A fox is an animal.\nA bank is a house.\n" * 20)
+    recipe = tmp_path / "advised.toml"
+    found = asked(
+        data, "--base", tiny_model_folder, "--documents", text, "--trial", 1, "--recipe", recipe
+    )
+    evidence = found["facts"]["evidence"]
+    names = [each["technique"] for each in evidence["tried"]]
+    assert names == ["as it is", "prompt engineering", "RAG", "RAG", "fine-tuning"]
+    assert all(each["loss"] > 0 and each["prompt_tokens"] > 0 for each in evidence["tried"])
+    assert 5 <= evidence["held_rows"] <= 80 and 1 <= evidence["trial_steps"]
+    assert found["facts"]["estimate"]["seconds"]["value"] > 0
+    assert Recipe.parse(tomllib.loads(recipe.read_text())).data.train == str(data)
+
+
+def test_a_model_that_reads_is_held_against_the_nearest_rows(
+    labelled: Path, family_folder: Any
+) -> None:
+    found = asked(labelled, "--base", family_folder("bert"), "--trial", 1)
+    tried = {each["name"]: each for each in found["facts"]["evidence"]["tried"]}
+    assert "always the most frequent label" in tried and "5 nearest labelled rows" in tried
+    assert all(0 <= each["score"] <= 1 for each in tried.values())
+    assert [each["technique"] for each in found["techniques"]][1] == "nearest rows"
+
+
+def test_without_a_trial_nothing_is_trained(labelled: Path, tiny_model_folder: Path) -> None:
+    found = asked(labelled, "--base", tiny_model_folder, "--trial", 0)
+    evidence = found["facts"]["evidence"]
+    assert evidence["trial_steps"] == 0
+    assert "fine-tuning" not in [each["technique"] for each in evidence["tried"]]
+
+
+def test_refused_data_is_advice_and_no_row_is_an_error(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    rows = [{"prompt": "q", "completion": "a"}] * 3
+    data = write(tmp_path / "rows.jsonl", [*rows, {"prompt": "q", "completion": ""}])
+    found = asked(data, "--base", tiny_model_folder)
+    assert found["recommendation"]["techniques"] == []
+    assert "field.empty" in found["recommendation"]["reasons"][0]
+    data.write_text("{\n")
+    result = CliRunner().invoke(app, ["advise", str(data), "--base", str(tiny_model_folder)])
+    assert result.exit_code == 2 and "luthier inspect" in result.output

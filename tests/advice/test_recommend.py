@@ -1,0 +1,127 @@
+"""From facts to a recommendation: what is measured goes before rules of thumb."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from luthier.advice.evidence import Evidence, Technique, Tried
+from luthier.advice.facts import Facts, Wishes
+from luthier.advice.recommend import Advice, advise
+from luthier.advice.techniques import TECHNIQUES, forgetting, overfitting
+
+COMMAND = "luthier tune rows.jsonl"
+
+
+def tried(
+    technique: Technique, name: str, score: float | None, loss: float | None, tokens: float = 50
+) -> Tried:
+    return Tried(technique, name, loss, score, tokens, 0.1)
+
+
+def evidence(*ways: Tried, steps: int = 80, held: int = 40) -> Evidence:
+    return Evidence(held, list(ways), steps, 100)
+
+
+FACTS = Facts(
+    wishes=Wishes(), rows=400, shape="prompt", objective="sft", labels=0, smallest_class=0,
+    learned_tokens=20_000, prompt_tokens=20_000, document_tokens=0, weights=135_000_000,
+    trained_weights=5_000_000, megabytes=270.0, writes=True, refused=(), warned=(), estimate=None,
+    evidence=None,
+)  # fmt: skip
+
+
+def given(**fields: Any) -> Advice:
+    return advise(replace(FACTS, **fields), COMMAND)
+
+
+def test_every_technique_is_judged_in_full() -> None:
+    found = given()
+    assert [each.technique for each in found.judgements] == [
+        "prompt engineering", "RAG", "fine-tuning", "continued pre-training", "distillation",
+        "preference tuning",
+    ]  # fmt: skip
+    assert len(found.judgements) == len(TECHNIQUES)
+    for each in found.judgements:
+        assert all(each.plain()[name] for name in ("reason", "needs", "takes", "each_answer"))
+    assert "loss" not in str(found.recommendation.reasons)
+
+
+def test_what_works_without_training_is_not_trained() -> None:
+    ways = evidence(
+        tried("as it is", "asked as it is", 0.2, 3.0),
+        tried("RAG", "4 nearest examples", 0.97, 0.2, 400),
+        tried("fine-tuning", "after 80 steps", 0.96, 0.2),
+    )
+    found = given(evidence=ways).recommendation
+    assert (found.techniques, found.tune) == (("RAG",), False)
+    assert "97.0% right without training" in found.reasons[0]
+    assert COMMAND in found.cautions[0]
+
+
+@pytest.mark.parametrize(("score", "sure"), [(0.9, True), (0.55, False)])
+def test_training_that_helps_is_advised_and_noise_is_named(score: float, sure: bool) -> None:
+    ways = evidence(
+        tried("prompt engineering", "4 examples", 0.5, 2.0),
+        tried("fine-tuning", "after 80 steps", score, 1.0),
+    )
+    found = given(evidence=ways).recommendation
+    assert found.techniques == ("fine-tuning",) and found.commands == (COMMAND,)
+    assert any("noise" in reason for reason in found.reasons) != sure
+
+
+def test_training_that_does_not_help_is_not_advised_unless_it_is_cheaper_to_ask() -> None:
+    ways = evidence(
+        tried("prompt engineering", "4 examples", None, 1.0, 400),
+        tried("fine-tuning", "after 80 steps", None, 1.1, 50),
+    )
+    assert not given(evidence=ways).recommendation.tune
+    found = given(evidence=ways, wishes=Wishes(goal="cost")).recommendation
+    assert found.tune and "400 tokens for each answer" in found.reasons[1]
+    same = evidence(*ways.tried[:1], replace(ways.tried[1], prompt_tokens=390), steps=3)
+    short = given(evidence=same).recommendation
+    assert short.tune and "too short to tell" in short.reasons[1]
+
+
+def test_data_that_is_refused_is_mended_first() -> None:
+    found = given(refused=("row.too_long",)).recommendation
+    assert not found.techniques and not found.tune and "luthier inspect" in found.commands[0]
+
+
+def test_facts_that_must_be_true_come_from_documents() -> None:
+    ways = evidence(
+        tried("RAG", "passages of the documents", None, 2.0, 500),
+        tried("fine-tuning", "after 80 steps", None, 1.0),
+    )
+    found = given(
+        evidence=ways, wishes=Wishes(goal="knowledge"), document_tokens=50_000
+    ).recommendation
+    assert found.techniques == ("RAG", "fine-tuning")
+
+
+@pytest.mark.parametrize(
+    ("fields", "techniques", "tune"),
+    [
+        ({"shape": "prompt_only"}, ("distillation",), True),
+        ({"shape": "preference", "rows": 800}, ("preference tuning",), True),
+        ({"shape": "text", "learned_tokens": 2_000}, ("RAG",), False),
+        ({"shape": "text", "learned_tokens": 5_000_000}, ("continued pre-training",), True),
+        ({"wishes": Wishes(max_megabytes=100)}, ("fine-tuning", "distillation"), True),
+    ],
+)
+def test_the_shape_of_the_rows_and_the_limits_decide(
+    fields: dict[str, Any], techniques: tuple[str, ...], tune: bool
+) -> None:
+    found = given(**fields).recommendation
+    assert (found.techniques, found.tune) == (techniques, tune)
+
+
+def test_risks_grow_with_what_moves_and_shrink_with_rows() -> None:
+    order = ["none", "low", "medium", "high"]
+    full = replace(FACTS, trained_weights=FACTS.weights)
+    assert order.index(forgetting(full)) > order.index(forgetting(FACTS))
+    few, many = replace(FACTS, rows=20), replace(FACTS, rows=9000, learned_tokens=5_000_000)
+    assert order.index(overfitting(few)) > order.index(overfitting(many))
+    assert forgetting(replace(FACTS, writes=False)) == "none"
