@@ -52,7 +52,8 @@ def tuned(tiny_model_folder: Path, rows: Path, luthier_home: Path) -> Callable[.
 
     def run(judge: Mapping[str, Any], reporter: Reporter | None = None, **fields: Any) -> Any:
         given = {
-            "base": str(tiny_model_folder), "name": "custom", "data__validation": rows, **FIELDS,
+            "base": str(tiny_model_folder), "name": "custom", "data__validation": rows,
+            "data__severity": {"leakage.many": "note"}, **FIELDS,
             "objective__method": "grpo", "objective__grader": {"method": "judge", **judge},
         }  # fmt: skip
         given |= fields

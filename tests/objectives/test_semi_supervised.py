@@ -209,6 +209,7 @@ def test_from_two_files_to_a_model_that_answers(
         adaptation="full",
         data__mix=[{"train": texts, "weight": 2}],
         data__validation=labelled,
+        data__severity={"leakage.many": "note"},
         training__epochs=12,
         training__batch_size=6,
         training__learning_rate=3e-3,

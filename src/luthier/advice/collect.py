@@ -155,7 +155,8 @@ def _model(recipe: Recipe, base: StoredModel, rows: Sequence[Row], chat: ChatFor
         recipe.adaptation.attach(model)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     megabytes = weights * machine.dtype.itemsize / 1e6
-    return _Model(weights, trained_numbers(model), megabytes, own.task == "causal_lm")
+    writes = recipe.objective is None or not recipe.objective.reads
+    return _Model(weights, trained_numbers(model), megabytes, writes)
 
 
 def _estimate(recipe: Recipe, reporter: Reporter) -> Estimate | None:

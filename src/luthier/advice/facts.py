@@ -47,7 +47,7 @@ class Facts:
     megabytes: float
     """Of the base model in the working type."""
     writes: bool
-    """Whether the base model writes text."""
+    """Whether answers are written; labels are read off by a head."""
     refused: tuple[str, ...]
     """Rules of the data gate that refuse the data."""
     warned: tuple[str, ...]

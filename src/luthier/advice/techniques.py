@@ -59,7 +59,9 @@ def prompting(facts: Facts) -> Judgement:
     best = facts.evidence and facts.evidence.best("as it is", "prompt engineering")
     if not facts.writes:
         fit: Fit = "no"
-        reason = "the base model reads labels and writes no text"
+        reason = (
+            "labels are read off by a head; for a model to write them, give prompt and completion"
+        )
     elif best and best.score is not None and best.score >= SURE:
         fit, reason = "yes", f"{best.name} is right {best.score:.0%} of the time already"
     else:
