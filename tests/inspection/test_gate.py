@@ -52,6 +52,15 @@ def test_rows_are_counted_by_split_and_bad_ones_are_not_looked_at_again(tmp_path
     assert (report.exit_code, report.plain()["verdict"]) == (2, "refused")
 
 
+def test_a_bad_line_of_one_file_hides_no_row_of_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    written(folder / "a.jsonl", "{", *LABELS[:2])
+    written(folder / "b.jsonl", *LABELS[2:])
+    report = luthier.inspect(folder, base=None)
+    assert report.rows == {"train": 40} and broken(report)["json.invalid"] == 1
+
+
 def test_a_file_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
     assert broken(luthier.inspect(tmp_path / "no.jsonl", base=None)) == {"file.missing": 1}
 

@@ -18,7 +18,7 @@ from luthier.data.rows import Columns, RowReader
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
 from luthier.inspection.check import Batch, Check, Places, Split
-from luthier.inspection.findings import Finding, Findings, Place, Rule, Severity
+from luthier.inspection.findings import Finding, Findings, Place, Severity
 from luthier.inspection.reading import rule_of
 from luthier.objectives.choosing import shape_of, shapes_named
 from luthier.types import Row
@@ -185,7 +185,11 @@ class Gate:
         """All rows of a source, with a pause after each batch."""
         problems = reader.problems
         # No check need look at a row that was refused in reading.
-        rows = (row for row in reader if not (problems and problems[-1].line == row.line))
+        rows = (
+            row
+            for row in reader
+            if not (problems and (problems[-1].file, problems[-1].line) == (row.file, row.line))
+        )
         for batch in batches(split, rows):
             self.take(batch)
             self.note(problems)
@@ -239,8 +243,3 @@ def batches(split: Split, rows: Iterable[Row]) -> Iterator[Batch]:
         size += len(row.text or row.completion or "") + len(row.prompt or "")
     if held:
         yield Batch(split, held[0].file, held)
-
-
-def rules_of(checks: Sequence[Check]) -> list[Rule]:
-    """Every rule that ``checks`` may find broken."""
-    return [rule for check in checks for rule in check.rules]
