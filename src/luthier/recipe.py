@@ -27,7 +27,7 @@ from pydantic import (
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
-from luthier.data.sources import files_of
+from luthier.data.sources import absolute, files_of
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES, Objective
 
@@ -291,6 +291,18 @@ def toml_value(text: str) -> Any:
 def to_toml(fields: Mapping[str, Any]) -> str:
     """Plain values as TOML that :func:`read_toml` reads back: first the values, then the groups."""
     return "\n".join(_toml_lines(fields, ())) + "\n"
+
+
+def portable(recipe: Recipe) -> dict[str, Any]:
+    """What was set of ``recipe``, for a file that works in any folder: no name, whole paths."""
+    fields = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    fields.pop("name", None)
+    data = fields["data"]
+    for group in (data, *data.get("mix", ())):
+        for key in ("train", "validation", "policy"):
+            if key in group:
+                group[key] = absolute(group[key])
+    return fields
 
 
 def _toml_lines(fields: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:

@@ -71,8 +71,9 @@ def advise(
             found = run(recipe, command, documents or [], Wishes(goal, **limits), trial, reporter)
         if recipe_file is not None:
             from luthier.files import write_bytes
+            from luthier.recipe import portable
 
-            write_bytes(recipe_file, recipe_text(recipe.plain(), found).encode())
+            write_bytes(recipe_file, recipe_text(portable(recipe), found).encode())
         if json_:
             print_json(found.plain())
         else:
@@ -95,25 +96,10 @@ def _command(data: str, flags: dict[str, Any], settings: Sequence[str]) -> str:
 
 def recipe_text(fields: dict[str, Any], advice: Advice) -> str:
     """The recipe as TOML, with the reasons above it."""
-    lines = [f"# {reason}" for reason in advice.recommendation.reasons]
-    simple = {key: value for key, value in fields.items() if not isinstance(value, dict)}
-    tables = {key: value for key, value in fields.items() if isinstance(value, dict)}
-    lines += _toml(simple)
-    for name, table in tables.items():
-        body = _toml(table)
-        lines += ["", f"[{name}]", *body] if body else []
-    return "\n".join(lines) + "\n"
+    from luthier.recipe import to_toml
 
-
-def _toml(table: dict[str, Any]) -> list[str]:
-    import json
-
-    kinds = (str, int, float, bool)
-    return [
-        f"{key} = {json.dumps(value)}"
-        for key, value in table.items()
-        if isinstance(value, kinds) and value != ""
-    ]
+    reasons = [f"# {reason}\n" for reason in advice.recommendation.reasons]
+    return "".join(reasons) + to_toml(fields)
 
 
 def show(advice: Advice) -> None:

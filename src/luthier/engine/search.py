@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier import __version__
-from luthier.data.sources import absolute
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, same_request
 from luthier.engine.space import (
@@ -59,7 +58,7 @@ from luthier.errors import Diverged, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
 from luthier.models.heads import CAUSAL_LM
 from luthier.models.load import read_config
-from luthier.recipe import Recipe, to_toml
+from luthier.recipe import Recipe, portable, to_toml
 from luthier.store.models import StoredModel, find
 
 if TYPE_CHECKING:
@@ -289,16 +288,7 @@ class _Search:
 
     def _write_recipe(self, recipe: Recipe, best: Trial) -> Path:
         """``best.toml``: no name, so that it can be tuned again as it is; paths that work anywhere."""
-        data = recipe.data.model_copy(
-            update={
-                key: absolute(source)
-                for key in ("train", "validation")
-                if (source := getattr(recipe.data, key)) is not None
-            }
-        )
-        found = recipe.model_copy(update={"data": data, "base": self.base.id})
-        fields = found.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-        fields.pop("name", None)
+        fields = portable(recipe.model_copy(update={"base": self.base.id}))
         head = (
             f"# Found by `luthier search`: trial {best.number} of {self.count}, validation loss "
             f"{best.value:.4f}.\n\n"

@@ -81,7 +81,7 @@ class Check(ABC):
     needs_model: ClassVar[bool] = False
     """Whether it can do nothing without a model's tokenizer."""
     in_jobs: ClassVar[bool] = True
-    """Whether it costs so little (under a tenth of a second for 10,000 short rows) that each job
+    """Whether it costs so little (under half a second for 10,000 short rows) that each job
     runs it before training, and finds what encoding the rows does not find anyway."""
 
     @classmethod
