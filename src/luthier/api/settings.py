@@ -1,0 +1,24 @@
+"""How one server is set up: what its command line says, as one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings that the faces and the workers share."""
+
+    region: str = "us-east-1"
+    """Stands in the ARNs made here."""
+    account: str = "000000000000"
+    """The account of the root user that is made at the first start."""
+    database: str | None = None
+    """Address of the database; ``luthier.db`` in the store where it is ``None``."""
+    s3_endpoint: str | None = None
+    """Another S3-compatible endpoint that ``s3://`` means; the built-in store where it is ``None``."""
+    file_roots: tuple[Path, ...] = ()
+    """Folders that ``file://`` may name; none by default."""
+    strict_region: bool = False
+    """Refuse signatures whose scope names another region."""

@@ -1,0 +1,156 @@
+"""What a face of the service receives and gives: a call that is let in, and its answer.
+
+A face never sees a socket. The application (``luthier.api.app``) reads the request, finds out who sent
+it, and hands a :class:`Call` to the face whose routes match; what comes back is an :class:`Answer`, or
+a :class:`Fault` that the face writes in its own way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Protocol
+
+from luthier.errors import LuthierError
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sends a call, as its signature or key proved."""
+
+    account: str
+    """Twelve digits; what one account owns does not exist for another."""
+    user: str
+    policies: tuple[Mapping[str, Any], ...]
+    """IAM policy documents."""
+    bearer: bool = False
+    """Whether a bearer key was shown, and not a signature."""
+
+    @property
+    def arn(self) -> str:
+        """The user's ARN, as refusals name it."""
+        return f"arn:aws:iam::{self.account}:user/{self.user}"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A request before its body, as it came over the wire."""
+
+    method: str
+    path: str
+    """Raw: percent-encoded as sent."""
+    query: str
+    """Raw, without the question mark."""
+    headers: Sequence[tuple[str, str]]
+    """Names in lower case, in their order; a name that was sent twice stands here twice."""
+    tls: bool
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A caller who was let in, and what a body that is still to come has to match."""
+
+    caller: Caller
+    service: str = ""
+    """Of the credential scope: ``bedrock``, ``bedrock-mantle`` or ``s3``; empty for a bearer key."""
+    payload: str = ""
+    """``X-Amz-Content-SHA256`` as it was signed: hexadecimal, ``UNSIGNED-PAYLOAD``, ``STREAMING-…``."""
+    signature: str = ""
+    """Hexadecimal: what the signatures of chunks go on from."""
+    signing_key: bytes = field(default=b"", repr=False)
+    scope: str = ""
+    """``yyyymmdd/region/service/aws4_request``."""
+    moment: str = ""
+    """``X-Amz-Date`` as it was sent."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request that was let in."""
+
+    request_id: str
+    caller: Caller
+    method: str
+    path: str
+    """As it was sent: segments still percent-encoded, without the query."""
+    query: Mapping[str, list[str]]
+    """Decoded; a key without a value has an empty one."""
+    headers: Mapping[str, str]
+    """By names in lower case."""
+    body: bytes
+    received: datetime
+    params: Mapping[str, str] = field(default_factory=dict)
+    """Segments of the path by the names that the route gives them, each decoded once."""
+
+    @cached_property
+    def json(self) -> Any:
+        """The body as JSON; ``None`` where there is none.
+
+        Raises:
+            ValueError: for what is not JSON in UTF-8, or holds numbers that are not finite.
+        """
+        return json.loads(self.body, parse_constant=_not_finite) if self.body.strip() else None
+
+
+def _not_finite(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a face gives back: a whole body, or pieces as they come."""
+
+    status: int = 200
+    body: bytes | Iterator[bytes] = b""
+    """Pieces are sent one by one; the iterator is closed as soon as the client has hung up."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(value: Any, status: int = 200, **headers: str) -> Answer:
+        """``value`` as JSON."""
+        body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return Answer(status, body, {"Content-Type": "application/json", **headers})
+
+
+class Fault(LuthierError):
+    """A refusal or failure that the client is told of; each face has its own shape for it.
+
+    ``code`` is the name of Bedrock's exception without the word Exception, such as ``Validation``,
+    ``ResourceNotFound``, ``Conflict``, ``AccessDenied``, ``Throttling``; ``parameter`` is the member of
+    the request that is meant, where it is one.
+    """
+
+    def __init__(
+        self, code: str, message: str, *, parameter: str | None = None, **details: Any
+    ) -> None:
+        super().__init__(message)
+        self.code, self.message, self.parameter, self.details = code, message, parameter, details
+
+
+Handler = Callable[[Call], Answer]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a face does with a method and a path."""
+
+    operation: str
+    """``CreateModelCustomizationJob``, ``openai.files.create``: what the audit log and metrics name."""
+    handler: Handler
+    params: Mapping[str, str] = field(default_factory=dict)
+    """Segments of the path by name, each decoded once."""
+    body_limit: int = 25_000_000
+    """Bytes of a body at most; a larger one is refused before it is read whole."""
+
+
+class Face(Protocol):
+    """One way to talk to the service."""
+
+    def route(self, method: str, path: str) -> Route:
+        """What answers to ``method`` on the raw ``path``; raises :class:`Fault` where nothing does."""
+
+    def refusal(self, fault: Fault, request_id: str) -> Answer:
+        """``fault`` as this face's clients expect it."""

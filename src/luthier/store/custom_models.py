@@ -1,0 +1,43 @@
+"""Custom models as the service knows them: whose they are, what they are called, where they came from."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column
+
+from luthier.store.database import Base
+
+RESERVED, CREATING, ACTIVE, FAILED = "Reserved", "Creating", "Active", "Failed"
+"""``Reserved`` keeps a name for a job that has not ended; clients never see it."""
+
+
+class CustomModel(Base):
+    """One custom model. Its row goes when it is deleted, fails or its job is stopped: the name is free."""
+
+    __tablename__ = "custom_models"
+    __table_args__ = (UniqueConstraint("account", "name"),)
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    """Twelve letters and digits: the end of its ARN."""
+    account: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
+    foundation: Mapped[str]
+    """Of its ARN: ``provider.name``, or ``imported``."""
+    root: Mapped[str]
+    """``provider.name`` of the foundation model at the bottom; empty where that is not one of ours."""
+    base_model: Mapped[str]
+    """ARN of what it was trained from."""
+    stored_id: Mapped[str | None]
+    """Id under which ``luthier.store.models.find`` opens it; none before its files are there."""
+    job_id: Mapped[str | None] = mapped_column(index=True)
+    """The customization job that made it."""
+    openai_id: Mapped[str | None] = mapped_column(index=True)
+    """``ft:model:organization:suffix:id``."""
+    status: Mapped[str] = mapped_column(default=RESERVED)
+    failure: Mapped[str | None]
+    details: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created: Mapped[datetime]

@@ -1,0 +1,160 @@
+"""The database of the service: SQLite in the store by default, PostgreSQL by its address.
+
+Each part of the service declares its tables on :class:`Base` beside the functions that change them;
+``luthier.store.schema`` imports them all. Every change is one transaction, and what was acknowledged is
+on disk: SQLite runs in WAL mode with ``synchronous=FULL``.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import JSON, DateTime, Engine, create_engine, event, inspect, make_url
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.types import TypeDecorator
+
+from luthier.errors import LuthierError, RefusedInput
+from luthier.files import luthier_home
+
+_ALPHABET = string.ascii_lowercase + string.digits
+BUSY_SECONDS = 30
+"""How long a transaction waits for another one that writes."""
+
+
+class Moment(TypeDecorator[datetime]):
+    """A point in time, UTC, to the microsecond; both databases give it back with its time zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        """In: times of any zone, never without one."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        """Out: SQLite keeps no zone, what it holds is UTC."""
+        return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
+
+
+Plain = JSON().with_variant(JSONB(), "postgresql")
+"""Values ready for JSON."""
+
+
+class Base(DeclarativeBase):
+    """Parent of all tables."""
+
+    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy reads it off the class)
+        datetime: Moment(),
+        dict[str, Any]: Plain,
+        list[Any]: Plain,
+    }
+
+
+def now() -> datetime:
+    """This moment, UTC."""
+    return datetime.now(UTC)
+
+
+def new_id() -> str:
+    """Twelve random lower-case letters and digits, as they stand at the end of an ARN."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(12))
+
+
+def default_url() -> str:
+    """Address of the database in the store."""
+    return f"sqlite:///{luthier_home() / 'luthier.db'}"
+
+
+class Database:
+    """One database, its connections and its transactions. Safe to share between threads."""
+
+    def __init__(self, url: str | None = None) -> None:
+        """Connect to ``url``; without one, to ``luthier.db`` in the store.
+
+        Raises:
+            RefusedInput: for an address that is not SQLite's or PostgreSQL's.
+            LuthierError: where it cannot be reached.
+        """
+        self.url = url or default_url()
+        self.engine = _engine(self.url)
+        try:
+            with self.engine.connect():
+                pass
+        except OperationalError as error:
+            raise LuthierError(
+                f"the database {self.engine.url.render_as_string()} cannot be reached: {error.orig}"
+            ) from error
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether it is a file beside the models, which takes one writer at a time."""
+        return self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction that changes something: committed at the end, rolled back by an exception.
+
+        On SQLite it holds the only right to write from its first line, so that what is read in it
+        cannot change before it is written. On PostgreSQL rows are locked by ``with_for_update``.
+        """
+        with Session(self.engine, expire_on_commit=False) as session:
+            if self.is_sqlite:
+                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            # An exception leaves through the session, which rolls back.
+            yield session
+            session.commit()
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A transaction that only reads, and sees one state throughout."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            if self.is_sqlite:
+                session.connection().exec_driver_sql("BEGIN")
+            yield session
+
+    def tables(self) -> set[str]:
+        """Names of the tables that are there."""
+        return set(inspect(self.engine).get_table_names())
+
+    def close(self) -> None:
+        """Give all connections back."""
+        self.engine.dispose()
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise RefusedInput(f"{url!r} is not the address of a database") from error
+    if parsed.get_backend_name() == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+        # A connection that died with a restarted server is noticed before it is used.
+        return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
+    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+        raise RefusedInput(
+            f"{parsed.render_as_string()} is no database luthier knows; use sqlite:///FILE or "
+            "postgresql://USER@HOST/NAME"
+        )
+    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS})
+    event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    # Transactions are begun by us: the driver would begin them late, after what was read.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")

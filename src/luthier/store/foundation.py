@@ -1,0 +1,57 @@
+"""Foundation models: the base models of this machine under the ids that Bedrock's clients can use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from luthier.models.catalog import CATALOG
+from luthier.store.models import pretrained_models, short_name
+
+_PROVIDERS = {
+    "smollm2-135m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 135M"),
+    "all-minilm-l6-v2": ("sentence-transformers", "SBERT", "MiniLM L6 v2"),
+}
+"""First part of the id, provider and name (at most 20 letters each) by the catalogue's id."""
+
+
+@dataclass(frozen=True)
+class FoundationModel:
+    """A base model that jobs start from and that can be asked."""
+
+    id: str
+    """``provider.name``: one dot, no colon."""
+    base: str
+    """Its id in luthier, which is also its alias."""
+    provider: str
+    name: str
+    writes: bool
+    """Whether it writes text; an encoder gives embeddings."""
+    created: datetime | None = None
+    """When it was made here; ``None`` for one of the catalogue."""
+
+
+def foundation_models() -> list[FoundationModel]:
+    """Those of the catalogue, then those that were pre-trained in this store."""
+    known = [
+        FoundationModel(f"{prefix}.{base}", base, provider, name, CATALOG[base].kind == "causal_lm")
+        for base, (prefix, provider, name) in _PROVIDERS.items()
+    ]
+    return known + [_made_here(model.id, model.manifest) for model in pretrained_models()]
+
+
+def foundation_model(identifier: str) -> FoundationModel | None:
+    """The one with this id, alias or ARN; ``None`` where there is none."""
+    wanted = identifier.rpartition(":foundation-model/")[2]
+    return next((each for each in foundation_models() if wanted in (each.id, each.base)), None)
+
+
+def _made_here(base: str, manifest: dict[str, Any]) -> FoundationModel:
+    # Names of models made here may hold dots and underscores, which the ids must not.
+    name = short_name(base).replace(".", "-").replace("_", "-")
+    created = manifest.get("created")
+    moment = datetime.fromisoformat(created) if created else None
+    return FoundationModel(
+        f"luthier.{name}", base, "luthier", name[:20], manifest.get("kind") != "encoder", moment
+    )
