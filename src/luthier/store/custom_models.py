@@ -1,4 +1,4 @@
-"""Custom models as the service knows them: whose they are, what they are called, where they came from."""
+"""Custom models as the service knows them: whose they are, their names, where they came from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESERVED, CREATING, ACTIVE, FAILED = "Reserved", "Creating", "Active", "Failed"
 
 
 class CustomModel(Base):
-    """One custom model. Its row goes when it is deleted, fails or its job is stopped: the name is free."""
+    """One custom model. When it is deleted, or its job failed or stopped, its row goes: the name is free."""
 
     __tablename__ = "custom_models"
     __table_args__ = (UniqueConstraint("account", "name"),)
