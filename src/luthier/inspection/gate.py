@@ -95,12 +95,10 @@ def known_of(
     """Format, room and objective of a base model, which is fetched where it is not here."""
     fields: dict[str, Any] = {"data": {"train": "-"}}
     wanted = Recipe.parse(fields | ({"objective": objective} if objective else {})).objective
-    from luthier.models.load import check_folder, context_length
     from luthier.store import models as store
 
     model = store.find(base, say)
     chat = store.chat_format(model)
-    context = context_length(check_folder(model.network_folder)) - store.added_tokens(model)
     if wanted is not None:
         wanted.check(chat)
-    return Known(chat, wanted, context, shown)
+    return Known(chat, wanted, store.room_of(model), shown)

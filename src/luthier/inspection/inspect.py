@@ -58,7 +58,7 @@ class Report:
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Checks that were not run, and why."""
     sources: Mapping[Split, str] = field(default_factory=dict)
-    """What was asked to be inspected, where that is not a single file."""
+    """What was asked to be inspected: files, folders, patterns or addresses."""
 
     def source(self, split: Split) -> str:
         """What a command is to name for the rows of a split."""
