@@ -59,8 +59,9 @@ def inspect(
     request: Request,
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[Progress], None] = lambda _: None,
+    processes: int = 1,
 ) -> Report:
-    """Run every check over every row.
+    """Run every check over every row, those of large sources in so many ``processes``.
 
     The default base model may be absent where it cannot be fetched: the rows are then not encoded,
     and the report warns of it.
@@ -80,7 +81,9 @@ def inspect(
                 raise
             missing = str(error)
     checks, left_out = checks_for(known, decided.skip)
-    report = inspect_sources(request.sources, checks, decided.severity, request.columns, progress)
+    report = inspect_sources(
+        request.sources, checks, decided.severity, request.columns, progress, processes
+    )
     if missing:
         report.findings.add(Finding(BASE_MISSING, Place(str(request.data), 0), missing))
     return replace(report, base=request.base if known.chat else None, left_out=left_out)
