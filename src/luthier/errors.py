@@ -7,7 +7,9 @@
     │   ├── RecipeError         unknown option, impossible value, pair that cannot work
     │   ├── UnknownModel        no such base or custom model
     │   ├── DoesNotFit          not enough memory or disk for what was asked
-    │   └── RunConflict         the name is taken, or there is nothing to resume
+    │   ├── RunConflict         the name is taken, or there is nothing to resume
+    │   ├── LocationRefused     an address of data that cannot be read from, or written to
+    │   └── ObjectRefused       what the object store does not do; carries S3's name for it
     ├── DownloadError           a source could not be read, or gave other bytes than pinned
     ├── CorruptFile             a stored file no longer matches its recorded hash
     ├── GradingFailed           a grader raised, hung, or gave no score; carries each problem
@@ -97,6 +99,18 @@ class DoesNotFit(RefusedInput):
 
 class RunConflict(RefusedInput):
     """The name is taken by another run, or there is no run to resume."""
+
+
+class LocationRefused(RefusedInput):
+    """Data cannot be read from, or written to, an address of the service's clients."""
+
+
+class ObjectRefused(RefusedInput):
+    """The object store refuses: ``code`` is S3's name for it, such as ``NoSuchKey``."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
 
 
 class DownloadError(LuthierError):
