@@ -146,8 +146,8 @@ class Application:
             seen.refused(fault)
             answer = face.refusal(fault, seen.request_id)
         except RefusedInput as refused:
-            answer = face.refusal(Fault("Validation", str(refused)), seen.request_id)
-            seen.error = "Validation"
+            seen.refused(fault := Fault.of(refused))
+            answer = face.refusal(fault, seen.request_id)
         except ClientGone:
             raise
         except Exception:

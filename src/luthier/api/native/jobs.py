@@ -13,7 +13,6 @@ from pydantic import Field
 from luthier.api.native.context import Context
 from luthier.api.native.operations import Operation, Part, Request, Told
 from luthier.api.wire import Answer, Fault
-from luthier.errors import NameInUse, QuotaExceeded, WrongState
 from luthier.jobs.submit import Submission, submit
 from luthier.store import jobs as queue
 from luthier.store.jobs import ENDED, Job
@@ -150,37 +149,32 @@ class _Jobs:
             context.locations.check(request.account, address)
         if asked.output is not None:
             context.locations.check_writable(request.account, asked.output)
-        try:
-            with context.database.write() as session:
-                job = submit(
-                    session,
-                    Submission(
-                        account=request.account,
-                        face="native",
-                        job_name=asked.name,
-                        model_name=asked.model_name,
-                        customization_type=asked.customization_type,
-                        base=context.base(session, request.account, asked.base),
-                        training=asked.training,
-                        validators=asked.validation,
-                        settings=asked.settings,
-                        teacher=context.base(session, request.account, asked.teacher)
-                        if asked.teacher
-                        else None,
-                        grader=asked.grader,
-                        output=asked.output,
-                        request=asked.model_dump(mode="json", exclude_unset=True),
-                        priority=asked.priority,
-                        time_limit=asked.time_limit_seconds,
-                    ),
-                    context.arns,
-                    context.limits(request.account),
-                )
-                told = _told(job)
-        except NameInUse as error:
-            raise Fault("Conflict", str(error), parameter=f"{error.kind}_name") from error
-        except QuotaExceeded as error:
-            raise Fault("ServiceQuotaExceeded", str(error)) from error
+        with context.database.write() as session:
+            job = submit(
+                session,
+                Submission(
+                    account=request.account,
+                    face="native",
+                    job_name=asked.name,
+                    model_name=asked.model_name,
+                    customization_type=asked.customization_type,
+                    base=context.base(session, request.account, asked.base),
+                    training=asked.training,
+                    validators=asked.validation,
+                    settings=asked.settings,
+                    teacher=context.base(session, request.account, asked.teacher)
+                    if asked.teacher
+                    else None,
+                    grader=asked.grader,
+                    output=asked.output,
+                    request=asked.model_dump(mode="json", exclude_unset=True),
+                    priority=asked.priority,
+                    time_limit=asked.time_limit_seconds,
+                ),
+                context.arns,
+                context.limits(request.account),
+            )
+            told = _told(job)
         context.wake()
         return told
 
@@ -212,10 +206,7 @@ class _Jobs:
                 job = queue.get(session, request.account, request.params["job"], lock=True)
                 if job is None:
                     raise _missing(request)
-                try:
-                    told = _told(act(session, job))
-                except WrongState as error:
-                    raise Fault("Conflict", str(error)) from error
+                told = _told(act(session, job))
             self.context.wake()
             return told
 
