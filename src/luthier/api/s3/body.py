@@ -33,7 +33,14 @@ class ClientLeft(Exception):
 class Body:
     """What the body of one request has to be; nothing of it is read before :meth:`receive`."""
 
-    def __init__(self, head: Head, headers: Mapping[str, str], signed: Signed, limit: int) -> None:
+    def __init__(
+        self,
+        head: Head,
+        headers: Mapping[str, str],
+        signed: Signed,
+        limit: int,
+        of_body: bool = True,
+    ) -> None:
         """Refuse what the headers alone are reason for.
 
         Args:
@@ -41,6 +48,7 @@ class Body:
             headers: by names in lower case.
             signed: what was signed of the body.
             limit: bytes at most, once decoded.
+            of_body: whether the checksums in the headers are of the body.
 
         Raises:
             Fault: ``EntityTooLarge``, ``InvalidRequest``, ``NotImplemented``, ``InvalidDigest``, ...
@@ -57,7 +65,7 @@ class Body:
             raise Fault("NotImplemented", f"Bodies signed as {kind[:80]} are not taken.")
         if not (hexadecimal or streaming or kind == _UNSIGNED):
             raise Fault("InvalidArgument", "x-amz-content-sha256 must be a hash or a known name.")
-        self._expected = Expected(headers, kind if hexadecimal else None)
+        self._expected = Expected(headers, kind if hexadecimal else None, of_body)
         self._chunked: Chunked | None = None
         if streaming:
             keys = signed if kind in _SIGNED_CHUNKS else None

@@ -73,7 +73,7 @@ class S3Face:
         self, operation: Operation, request: Request, head: Head, signed: Signed, receive: Receive
     ) -> Answer:
         limit = OBJECT_LIMIT if operation.keeps else DOCUMENT_LIMIT
-        body = Body(head, request.headers, signed, limit)
+        body = Body(head, request.headers, signed, limit, not operation.whole)
         if operation.works is not None:
             text = bytearray()
             await body.receive(receive, text.extend, self._run)
