@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 import boto3
 import pytest
@@ -29,8 +26,9 @@ from cryptography.x509.oid import NameOID
 from luthier.api.app import Application, Faces
 from luthier.api.observability import Observer
 from luthier.api.s3.face import S3Face
+from luthier.api.sigv4 import Credential, verify
 from luthier.api.wire import Caller, Fault, Head, Signed
-from luthier.store.database import Base, Database
+from luthier.store.database import Base, Database, now
 from luthier.store.object_files import ObjectFiles
 from luthier.store.objects import Objects
 
@@ -39,29 +37,14 @@ SECRET = "a secret of thirty letters, or so"
 
 
 class Names:
-    """Lets everybody in whose access key is known, with what the body's signatures go on from."""
+    """Lets two users in, each of an account of its own, if their signatures are right."""
 
     def authenticate(self, head: Head, body: bytes | None) -> Signed:
-        headers, query = dict(head.headers), parse_qs(head.query)
-        presigned = "X-Amz-Signature" in query
-        if presigned:
-            credential, signature = query["X-Amz-Credential"][0], query["X-Amz-Signature"][0]
-            moment, payload = query["X-Amz-Date"][0], "UNSIGNED-PAYLOAD"
-        else:
-            fields = dict(
-                each.strip().split("=", 1)
-                for each in headers["authorization"].split(" ", 1)[1].split(",")
-            )
-            credential, signature = fields["Credential"], fields["Signature"]
-            moment, payload = headers["x-amz-date"], headers["x-amz-content-sha256"]
-        access, _, scope = credential.partition("/")
-        if access not in ACCOUNTS:
-            raise Fault("UnrecognizedClient", "The access key is not known.")
-        key = b"AWS4" + SECRET.encode()
-        for part in scope.split("/"):
-            key = hmac.new(key, part.encode(), hashlib.sha256).digest()
-        caller = Caller(ACCOUNTS[access], "somebody", ())
-        return Signed(caller, "s3", payload, signature, key, scope, moment)
+        return verify(head, body, self.look_up, now())
+
+    def look_up(self, access: str) -> Credential | None:
+        account = ACCOUNTS.get(access)
+        return Credential(SECRET, Caller(account, "somebody", ())) if account else None
 
 
 @dataclass
@@ -194,8 +177,3 @@ def code_of(call: Callable[..., Any], **arguments: Any) -> tuple[str, int]:
         call(**arguments)
     answer = caught.value.response
     return answer["Error"]["Code"], answer["ResponseMetadata"]["HTTPStatusCode"]
-
-
-def keys(answer: dict[str, Any]) -> Sequence[str]:
-    """Of a listing."""
-    return [each["Key"] for each in answer.get("Contents", [])]
