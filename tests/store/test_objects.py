@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ def put(objects: Objects, key: str, body: bytes) -> None:
 
 
 def read(objects: Objects, key: str) -> bytes:
-    found, pieces = objects.reading(ONE, "data", key, lambda found: (0, found.size))
+    _, pieces = objects.reading(ONE, "data", key, lambda found: (0, found.size))
     return b"".join(pieces)
 
 
@@ -97,7 +99,7 @@ def test_a_kill_around_the_commit(data: Objects, moment: str, left: bytes) -> No
     assert read(data, "k") == left and len(files(data)) == 1
 
 
-def test_a_refused_object_leaves_nothing(data: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_object_leaves_nothing(data: Objects) -> None:
     def refuse(now: object) -> None:
         raise ObjectRefused("PreconditionFailed", "")
 
@@ -106,25 +108,31 @@ def test_a_refused_object_leaves_nothing(data: Objects, monkeypatch: pytest.Monk
         with pytest.raises(ObjectRefused):
             data.put(ONE, bucket, "k", written(data, b"new"), Described(), check)
     assert read(data, "k") == b"old" and len(files(data)) == 1
-    with pytest.raises(KeyError), data.files.begin(ONE) as writing:
+    with suppress(KeyError), data.files.begin(ONE) as writing:
         writing.write(b"x")
         raise KeyError
     assert len(files(data)) == 1
 
+
+def test_a_disk_that_is_full(data: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def write(self, data: bytes) -> int:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(DoesNotFit), data.files.begin(ONE) as writing:
-        monkeypatch.setattr(writing, "_file", Full())
-        writing.write(b"x")
-    assert len(files(data)) == 1
+    def fill() -> None:
+        with data.files.begin(ONE) as writing:
+            monkeypatch.setattr(writing, "_file", Full())
+            writing.write(b"x")
+
+    with pytest.raises(DoesNotFit, match="is full"):
+        fill()
+    assert files(data) == []
 
 
 def test_a_reader_keeps_what_it_opened(data: Objects) -> None:
     body = os.urandom(3 << 20)
     put(data, "k", body)
-    found, pieces = data.reading(ONE, "data", "k", lambda found: (0, found.size))
+    _, pieces = data.reading(ONE, "data", "k", lambda found: (0, found.size))
     first = next(pieces)
     put(data, "k", b"new")
     assert first + b"".join(pieces) == body and read(data, "k") == b"new"
@@ -175,6 +183,19 @@ def test_writers_of_which_one_may_make_the_key(data: Objects) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(make, range(16))) == 1
     assert len(files(data)) == 1
+
+
+def test_a_bucket_is_made_once(objects: Objects) -> None:
+    def make(number: int) -> str:
+        try:
+            objects.create_bucket(ONE, "data")
+        except ObjectRefused as refused:
+            return refused.code
+        return ""
+
+    with ThreadPoolExecutor(8) as pool:
+        said = sorted(pool.map(make, range(8)))
+    assert said == ["", *["BucketAlreadyOwnedByYou"] * 7]
 
 
 def test_accounts_do_not_see_each_other(data: Objects) -> None:
