@@ -15,7 +15,7 @@ RESERVED, CREATING, ACTIVE, FAILED = "Reserved", "Creating", "Active", "Failed"
 
 
 class CustomModel(Base):
-    """One custom model. When it is deleted, or its job failed or stopped, its row goes: the name is free."""
+    """One custom model. Once deleted, or its job failed or stopped, it has no row: the name is free."""
 
     __tablename__ = "custom_models"
     __table_args__ = (UniqueConstraint("account", "name"),)

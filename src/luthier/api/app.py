@@ -1,0 +1,330 @@
+"""The application: reads requests, finds out who sends them, hands them to a face, sends the answer.
+
+One port serves every face. Which one is meant is known before anything is read: by the path for the
+OpenAI and native faces, by the scope of the signature for object storage, and else it is Bedrock.
+Nothing is looked up, parsed or changed for a request that has not proved who sent it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+from urllib.parse import parse_qs
+
+import anyio
+import anyio.to_thread
+
+from luthier.api.observability import Observed, Observer
+from luthier.api.wire import Answer, Call, Caller, Face, Fault, Head, Route, Signed
+from luthier.errors import RefusedInput
+from luthier.store.database import now
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+OPENAI_PATHS = ("/v1/", "/openai/v1/")
+NATIVE_PATH = "/api/"
+OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
+"""Answered to everybody: they say nothing of anybody's data."""
+THREADS = 256
+"""Requests worked on at once; each stream that waits for its next token holds one."""
+
+_log = logging.getLogger("luthier.api")
+
+
+class Authenticates(Protocol):
+    """Finds out who sends a request."""
+
+    def authenticate(self, head: Head, body: bytes | None) -> Signed:
+        """The caller; raises :class:`Fault` for one who is not let in."""
+
+
+class Streams(Protocol):
+    """A face that reads bodies as they come: object storage."""
+
+    async def handle(
+        self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str
+    ) -> int:
+        """Answer the request; the status that was sent."""
+
+    def refusal(self, fault: Fault, request_id: str) -> Answer:
+        """``fault`` as this face's clients expect it."""
+
+
+@dataclass(frozen=True)
+class Faces:
+    """All that one port answers with."""
+
+    bedrock: Face
+    openai: Face
+    native: Face
+    objects: Streams
+
+
+class Application:
+    """An ASGI application. ``ready`` says whether the service can do its work."""
+
+    def __init__(
+        self,
+        faces: Faces,
+        authenticator: Authenticates,
+        admit: Callable[[Caller], None],
+        observer: Observer,
+        ready: Callable[[], str | None],
+    ) -> None:
+        """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing."""
+        self.faces, self.authenticator, self.admit = faces, authenticator, admit
+        self.observer, self.ready = observer, ready
+        self._threads: anyio.CapacityLimiter | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection's request; other kinds of connections are refused."""
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head, request_id = head_of(scope), str(uuid.uuid4())
+        seen = Observed(request_id, head.method, _address(scope))
+        began = time.perf_counter()
+        try:
+            if head.path in OPEN_PATHS:
+                seen.status = await send_answer(send, receive, self._open(head.path), self.run)
+            elif _service(head) == "s3" and not _named_face(head.path):
+                await self._objects(head, receive, send, seen)
+            else:
+                await self._face(head, receive, send, seen)
+        except ClientGone:
+            seen.status = 499
+        finally:
+            self.observer.finished(seen, time.perf_counter() - began)
+
+    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call something that blocks, in a thread."""
+        if self._threads is None:
+            self._threads = anyio.CapacityLimiter(THREADS)
+        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._threads)
+
+    def _open(self, path: str) -> Answer:
+        if path == "/metrics":
+            return Answer(200, *self.observer.exposition())
+        reason = self.ready() if path == "/readyz" else None
+        return Answer.of({"status": reason or "ok"}, 503 if reason else 200)
+
+    async def _objects(self, head: Head, receive: Receive, send: Send, seen: Observed) -> None:
+        face = self.faces.objects
+        try:
+            # The body is compared with its signed hash as it is read.
+            signed = await self.run(self.authenticator.authenticate, head, None)
+            seen.let_in("s3", signed.caller)
+            self.admit(signed.caller)
+            seen.operation = f"s3.{head.method}"
+            seen.status = await face.handle(head, signed, receive, send, seen.request_id)
+        except Fault as fault:
+            seen.refused(fault)
+            answer = _closing(head, face.refusal(fault, seen.request_id))
+            seen.status = await send_answer(send, receive, answer, self.run)
+
+    async def _face(self, head: Head, receive: Receive, send: Send, seen: Observed) -> None:
+        name, face = self._chosen(head.path)
+        seen.face = name
+        try:
+            answer = await self._answer(face, head, receive, seen)
+        except Fault as fault:
+            seen.refused(fault)
+            answer = face.refusal(fault, seen.request_id)
+        except RefusedInput as refused:
+            seen.refused(fault := Fault.of(refused))
+            answer = face.refusal(fault, seen.request_id)
+        except ClientGone:
+            raise
+        except Exception:
+            # What went wrong inside is told to the log alone.
+            _log.exception("request failed", extra={"request_id": seen.request_id})
+            text = f"Something failed inside the service; its log has request {seen.request_id}."
+            answer = face.refusal(Fault("InternalServer", text), seen.request_id)
+            seen.error = "InternalServer"
+        seen.status = await send_answer(send, receive, answer, self.run)
+
+    def _chosen(self, path: str) -> tuple[str, Face]:
+        if path.startswith(OPENAI_PATHS):
+            return "openai", self.faces.openai
+        if path.startswith(NATIVE_PATH):
+            return "native", self.faces.native
+        return "bedrock", self.faces.bedrock
+
+    async def _answer(self, face: Face, head: Head, receive: Receive, seen: Observed) -> Answer:
+        route, unknown = _routed(face, head)
+        limit = route.body_limit if route else 0
+        signed = None
+        if _bearer(head):
+            # A key needs no body to be known; a large one is only read from those who may send it.
+            signed = await self.run(self.authenticator.authenticate, head, b"")
+        body = await _read(head, receive, limit)
+        if signed is None:
+            signed = await self.run(self.authenticator.authenticate, head, body)
+        seen.let_in(seen.face, signed.caller)
+        self.admit(signed.caller)
+        if route is None:
+            raise unknown or Fault("UnknownOperation", "There is no such operation.")
+        seen.operation = route.operation
+        call = Call(
+            seen.request_id,
+            signed.caller,
+            head.method,
+            head.path,
+            parse_qs(head.query, keep_blank_values=True),
+            dict(head.headers),
+            body,
+            now(),
+            route.params,
+        )
+        answer: Answer = await self.run(route.handler, call)
+        return answer
+
+
+def head_of(scope: Scope) -> Head:
+    """The request of an ASGI scope as it came over the wire."""
+    raw = scope.get("raw_path") or scope["path"].encode()
+    headers = [(k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in scope["headers"]]
+    path, query = raw.decode("latin-1"), scope["query_string"].decode("latin-1")
+    return Head(scope["method"], path, query, headers, scope.get("scheme") == "https")
+
+
+class ClientGone(Exception):
+    """The client hung up before its request or its answer was whole."""
+
+
+def _closing(head: Head, answer: Answer) -> Answer:
+    """``answer``, after which the connection ends if the client still waits to send its body.
+
+    It will not send it now, and what it sends next on the connection would be taken for it.
+    """
+    if not any(name == "expect" for name, _ in head.headers):
+        return answer
+    return replace(answer, headers={**answer.headers, "Connection": "close"})
+
+
+def _routed(face: Face, head: Head) -> tuple[Route | None, Fault | None]:
+    """The route, or why there is none: that is told only to those who are let in."""
+    try:
+        return face.route(head.method, head.path), None
+    except Fault as fault:
+        return None, fault
+
+
+def _named_face(path: str) -> bool:
+    return path.startswith((*OPENAI_PATHS, NATIVE_PATH))
+
+
+def _service(head: Head) -> str:
+    """The service of the credential scope, in the header or in a presigned query; unverified."""
+    for name, value in head.headers:
+        if name == "authorization":
+            _, _, after = value.partition("Credential=")
+            parts = after.partition(",")[0].strip().split("/")
+            return parts[3] if len(parts) > 3 else ""
+    presigned = parse_qs(head.query).get("X-Amz-Credential", [""])[0].split("/")
+    return presigned[3] if len(presigned) > 3 else ""
+
+
+def _bearer(head: Head) -> bool:
+    given = [value for name, value in head.headers if name == "authorization"]
+    return len(given) == 1 and given[0][:7].lower() == "bearer "
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return client[0] if client else ""
+
+
+async def _read(head: Head, receive: Receive, limit: int) -> bytes:
+    """The whole body, of ``limit`` bytes at most."""
+    told = [value for name, value in head.headers if name == "content-length"]
+    if told and told[0].isdigit() and int(told[0]) > limit:
+        raise _too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _too_large(limit: int) -> Fault:
+    text = f"The body of the request is larger than the {limit:,} bytes that are taken here."
+    return Fault("RequestEntityTooLarge", text)
+
+
+async def send_answer(
+    send: Send, receive: Receive, answer: Answer, run: Callable[..., Awaitable[Any]]
+) -> int:
+    """Send an answer, whole or piece by piece as ``run`` gets them; its status."""
+    headers = [
+        (k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in answer.headers.items()
+    ]
+    whole = isinstance(answer.body, bytes)
+    if isinstance(answer.body, bytes) and not any(name == b"content-length" for name, _ in headers):
+        headers.append((b"content-length", str(len(answer.body)).encode()))
+    start = {"type": "http.response.start", "status": answer.status, "headers": headers}
+    await send(start)
+    if whole:
+        await send({"type": "http.response.body", "body": answer.body})
+    else:
+        await _stream(send, receive, answer.body, run)  # type: ignore[arg-type]
+    return answer.status
+
+
+async def _stream(
+    send: Send, receive: Receive, pieces: Iterator[bytes], run: Callable[..., Awaitable[Any]]
+) -> None:
+    """Send pieces as they come; stop asking for more as soon as the client has hung up."""
+    gone = asyncio.ensure_future(_hung_up(receive))
+    try:
+        while not gone.done():
+            piece = await run(partial(next, pieces, None))
+            if piece is None:
+                break
+            if piece:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if gone.done():
+            raise ClientGone
+        await send({"type": "http.response.body", "body": b""})
+    finally:
+        gone.cancel()
+        with suppress(asyncio.CancelledError):
+            await gone
+        close = getattr(pieces, "close", None)
+        if close is not None:
+            await run(close)
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
