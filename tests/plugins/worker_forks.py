@@ -84,7 +84,7 @@ def _work(job: dict[str, Any]) -> None:
             os.dup2(log, number)
         os.environ.clear()
         os.environ.update(job["environment"])
-        exec(os.environ.get("LUTHIER_TEST_BEFORE", ""))
+        exec(os.environ.get("LUTHIER_TEST_BEFORE", ""), {})
         import logging
 
         from luthier.jobs.worker import Worker
