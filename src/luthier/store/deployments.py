@@ -38,7 +38,9 @@ class Deployment(Base):
     modified: Mapped[datetime]
 
 
-def find(session: Session, account: str, identifier: str, *, lock: bool = False) -> Deployment | None:
+def find(
+    session: Session, account: str, identifier: str, *, lock: bool = False
+) -> Deployment | None:
     """The account's deployment of this id or name."""
     found = select(Deployment).where(Deployment.account == account)
     found = found.where(or_(Deployment.id == identifier, Deployment.name == identifier))

@@ -24,7 +24,7 @@ class Provisioned(Base):
     account: Mapped[str] = mapped_column(index=True)
     name: Mapped[str]
     foundation: Mapped[str]
-    """``provider.name`` of the foundation model at the bottom; ``imported`` where it is none of ours."""
+    """``provider.name`` of the foundation model at the bottom; a stand-in where it is none of ours."""
     model: Mapped[str] = mapped_column(index=True)
     """ARN of who answers: a foundation model, or a custom model of the account."""
     next_model: Mapped[str] = mapped_column(index=True)

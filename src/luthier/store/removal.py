@@ -30,9 +30,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     if deployments.uses(session, arn):
         raise ModelInUse(f"The model {model.name} is deployed. Delete its deployments first.")
     if provisioned.uses(session, arn):
-        raise ModelInUse(
-            f"The model {model.name} has provisioned throughput. Delete that first."
-        )
+        raise ModelInUse(f"The model {model.name} has provisioned throughput. Delete that first.")
     started = select(Job.seq).where(
         Job.account == model.account, Job.base_model == arn, Job.state.not_in(ENDED)
     )

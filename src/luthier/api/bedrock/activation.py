@@ -1,4 +1,4 @@
-"""Deployments and provisioned throughput become usable: their models are made ready in the background."""
+"""Deployments and provisioned throughput become usable: models are made ready in the background."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Kind(Generic[Row]):
     awaited: Callable[[Row], str | None]
     settle: Callable[[Row, str, str | None], None]
 
-    def asked(self, identifier: str) -> Select[tuple[Row]]:
+    def asked(self, identifier: str) -> Select[Row]:
         return select(self.table).filter_by(id=identifier)
 
 

@@ -109,9 +109,7 @@ class Request:
         A refusal names ``shown``: who asked by a name learns no ARN from it, nor whether there is one.
         """
         try:
-            self.control.authorize(
-                self.call.caller, f"bedrock:{self.operation.name}", resource
-            )
+            self.control.authorize(self.call.caller, f"bedrock:{self.operation.name}", resource)
         except Fault as fault:
             if shown is None or shown == resource:
                 raise

@@ -44,7 +44,9 @@ def list_models(request: Request) -> dict[str, Any]:
         CustomModel.account == request.account,
         CustomModel.status != RESERVED,
         *contains(CustomModel.name, request.get("nameContains")),
-        *created_within(_ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")),
+        *created_within(
+            _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
+        ),
     )
     if not request.get("isOwned", True):
         wanted = wanted.where(CustomModel.account != request.account)

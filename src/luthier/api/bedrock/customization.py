@@ -130,7 +130,9 @@ def _base(request: Request, kind: str) -> BaseModel:
 
 def _training(config: Mapping[str, Any]) -> str:
     if "invocationLogsConfig" in config:
-        raise _invalid("trainingDataConfig", "invocationLogsConfig is not supported by this server.")
+        raise _invalid(
+            "trainingDataConfig", "invocationLogsConfig is not supported by this server."
+        )
     if "s3Uri" not in config:
         raise _invalid("trainingDataConfig", "trainingDataConfig needs s3Uri.")
     return str(config["s3Uri"])

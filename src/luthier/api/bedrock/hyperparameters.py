@@ -152,5 +152,3 @@ def _refusal(name: str, text: str, known: HyperParameter | None) -> str:
     )
     accepted = "; ".join(f"{each.name}: {each.accepted}" for each in HYPERPARAMETERS.values())
     return f"The hyper-parameters are not valid: {wrong}. Accepted are {accepted}."
-
-

@@ -52,7 +52,9 @@ def list_jobs(request: Request) -> dict[str, Any]:
     wanted = select(Job).where(
         Job.account == request.account,
         *contains(Job.name, request.get("nameContains")),
-        *created_within(_ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")),
+        *created_within(
+            _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
+        ),
     )
     if status := request.get("statusEquals"):
         wanted = wanted.where(Job.state.in_([s for s, shown in _STATUS.items() if shown == status]))
@@ -116,7 +118,9 @@ def learned(job: Job) -> dict[str, Any]:
         "validationDataConfig": {"validators": [{"s3Uri": uri} for uri in job.validators]},
         "outputDataConfig": asked.get("outputDataConfig", {"s3Uri": job.output or "s3://none"}),
         "customizationConfig": asked.get("customizationConfig"),
-        "trainingMetrics": {"trainingLoss": result["train_loss"]} if "train_loss" in result else None,
+        "trainingMetrics": {"trainingLoss": result["train_loss"]}
+        if "train_loss" in result
+        else None,
         "validationMetrics": [{"validationLoss": loss} for loss in losses] if losses else None,
     }
 

@@ -37,7 +37,7 @@ class Order:
 
 
 def page(
-    request: Request, session: Session, wanted: Select[tuple[Row]], order: Order
+    request: Request, session: Session, wanted: Select[Row], order: Order
 ) -> tuple[Sequence[Row], str | None]:
     """Rows of the page that is asked for, and the token of the next one.
 

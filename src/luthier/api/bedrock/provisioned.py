@@ -81,7 +81,9 @@ def list_provisioned(request: Request) -> dict[str, Any]:
     wanted = select(Provisioned).where(
         Provisioned.account == request.account,
         *contains(Provisioned.name, request.get("nameContains")),
-        *created_within(_ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")),
+        *created_within(
+            _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
+        ),
     )
     if status := request.get("statusEquals"):
         wanted = wanted.where(Provisioned.status == status)
@@ -97,7 +99,9 @@ def update_provisioned(request: Request) -> dict[str, Any]:
     with request.control.database.write() as session:
         found = _asked(request, session, lock=True)
         if found.status != provisioned.IN_SERVICE:
-            text = f"The provisioned throughput is {found.status}; only one InService can be updated."
+            text = (
+                f"The provisioned throughput is {found.status}; only one InService can be updated."
+            )
             raise Fault("Validation", text)
         name = request.get("desiredProvisionedModelName", found.name)
         if name != found.name:
