@@ -11,7 +11,7 @@ from luthier.api.openai.requests import Body, Metadata
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, le=100, strict=False)]
+Rate = Annotated[float, Field(gt=0, le=100)]
 MOST_EPOCHS = 100
 ARMS = ("supervised", "dpo", "reinforcement")
 
@@ -30,14 +30,14 @@ class Hyperparameters(Body):
 class DpoHyperparameters(Hyperparameters):
     """Those of preferences."""
 
-    beta: Auto | Annotated[float, Field(gt=0, le=2, strict=False)] = "auto"
+    beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
     """How far the model may go from where it starts; higher is less."""
 
 
 class ReinforcementHyperparameters(Hyperparameters):
     """Those of rewards."""
 
-    compute_multiplier: Auto | Annotated[float, Field(gt=0, le=16, strict=False)] = "auto"
+    compute_multiplier: Auto | Annotated[float, Field(gt=0, le=16)] = "auto"
     """Factor of the completions that are drawn for each prompt."""
     eval_interval: Auto | Count = "auto"
     """Steps between measurements."""
