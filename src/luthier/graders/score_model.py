@@ -115,10 +115,14 @@ class ScoreModel(AskedModel, Grader):
         """What the model reads."""
         scope, low_high = scope_of(answer), self.range
         turns = [
-            Message("system" if turn.role == "developer" else turn.role, filled(turn.content, scope))
+            Message(
+                "system" if turn.role == "developer" else turn.role, filled(turn.content, scope)
+            )
             for turn in self.input
         ]
-        line = f"End your answer with one number from {low_high[0]:g} to {low_high[1]:g}: the score."
+        line = (
+            f"End your answer with one number from {low_high[0]:g} to {low_high[1]:g}: the score."
+        )
         if turns[-1].role == "user":
             return [*turns[:-1], Message("user", f"{turns[-1].content}\n\n{line}")]
         return [*turns, Message("user", line)]

@@ -6,6 +6,7 @@ they are, anything else as JSON. Nothing is executed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -45,10 +46,8 @@ def scope_of(answer: Answer) -> Scope:
     if answer.expected is not None:
         item.setdefault("expected", answer.expected)
     sample: dict[str, Any] = {"output_text": answer.reply}
-    try:
+    with contextlib.suppress(ValueError):
         sample["output_json"] = json.loads(answer.reply)
-    except ValueError:
-        pass
     return {"item": item, "sample": sample}
 
 

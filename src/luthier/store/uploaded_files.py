@@ -100,7 +100,10 @@ class UploadedFiles:
     def get(self, account: str, file_id: str) -> UploadedFile | None:
         """The file of this account; ``None`` for what is gone or another's."""
         with self.database.read() as session:
-            return session.scalar(_there(account).where(UploadedFile.id == file_id))
+            found: UploadedFile | None = session.scalar(
+                _there(account).where(UploadedFile.id == file_id)
+            )
+            return found
 
     def ever(self, account: str, file_id: str) -> bool:
         """Whether there is or was such a file."""
@@ -132,9 +135,7 @@ class UploadedFiles:
 
     def read(self, row: UploadedFile) -> Iterator[bytes]:
         """The bytes of a file, in pieces."""
-        _, pieces = self.objects.reading(
-            row.account, BUCKET, row.id, lambda found: (0, found.size)
-        )
+        _, pieces = self.objects.reading(row.account, BUCKET, row.id, lambda found: (0, found.size))
         return pieces
 
     def delete(self, account: str, file_id: str) -> bool:

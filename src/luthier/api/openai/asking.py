@@ -94,7 +94,7 @@ class Sampling(Body):
             if not key.isascii() or not key.isdigit() or len(key) > 9:
                 raise invalid(f"{key!r} is no id of a token.", "logit_bias", "invalid_value")
             bias[int(key)] = value
-        given = {
+        given: dict[str, Any] = {
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,
             "temperature": self.temperature,
@@ -153,9 +153,7 @@ def refusals(model: str) -> Iterator[None]:
         raise Fault(failed.code, str(failed)) from failed
 
 
-def events_of(
-    chunks: Iterator[Mapping[str, Any]], streams: Sequence[Stream], model: str
-) -> Answer:
+def events_of(chunks: Iterator[Mapping[str, Any]], streams: Sequence[Stream], model: str) -> Answer:
     """Server-sent events: a chunk each, then ``[DONE]``; a failure is the last one, as an error."""
 
     def pieces() -> Iterator[bytes]:
@@ -238,5 +236,3 @@ def chat_logprobs(scores: Sequence[Score]) -> dict[str, Any]:
 
 def _token(text: bytes, logprob: float) -> dict[str, Any]:
     return {"token": token_text(text), "logprob": logprob, "bytes": list(text)}
-
-

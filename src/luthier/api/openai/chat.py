@@ -17,8 +17,8 @@ from luthier.api.openai.asking import (
     usage,
 )
 from luthier.api.openai.conversations import ChatRequest
-from luthier.api.openai.face import Operation
 from luthier.api.openai.requests import body, checked
+from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller
 from luthier.serving.decoder import Stream
 from luthier.serving.inference import Called, End, Piece, ToolCall, Whole
@@ -151,5 +151,3 @@ class _Chunks:
         choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
         further = {"usage": None} if self._asked.wants_usage else {}
         return {**self._head, "choices": [choice], **further}
-
-

@@ -19,9 +19,9 @@ from luthier.api.openai.asking import (
     usage,
 )
 from luthier.api.openai.errors import invalid
-from luthier.api.openai.face import Operation
 from luthier.api.openai.models import Resolved
 from luthier.api.openai.requests import body, checked
+from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller
 from luthier.serving.decoder import Stream
 from luthier.serving.inference import End, Piece, Prompt, Request, Score
@@ -94,9 +94,7 @@ class Completions:
         asked = checked({**given, "stream": False}, CompletionRequest)
         return _completion(asked, *self._begin(caller, asked))
 
-    def _begin(
-        self, caller: Caller, asked: CompletionRequest
-    ) -> tuple[list[Stream], list[str]]:
+    def _begin(self, caller: Caller, asked: CompletionRequest) -> tuple[list[Stream], list[str]]:
         """A stream for each prompt, and the text that stands before its answers."""
         target = self.asker.target(caller, ACTION, asked.model)
         asked.check()

@@ -53,7 +53,9 @@ class ChatMessage(Body):
         """The same for the engine."""
         content = self._text(where)
         if content is None and not (self.role == "assistant" and self.tool_calls):
-            raise invalid(f"Invalid value for '{where}.content': it must be text.", f"{where}.content")
+            raise invalid(
+                f"Invalid value for '{where}.content': it must be text.", f"{where}.content"
+            )
         if self.role == "tool" and not self.tool_call_id:
             name = f"{where}.tool_call_id"
             raise invalid(f"Missing required parameter: '{name}'.", name)
@@ -161,9 +163,11 @@ class ChatRequest(Sampling):
             Tool(each.function.name, each.function.description or "", _parameters(each.function))
             for each in self.tools or ()
         )
-        choice = self.tool_choice or "auto"
-        if isinstance(choice, ToolChoice):
-            choice = f"name:{choice.function.name}"
+        choice: str
+        if isinstance(self.tool_choice, ToolChoice):
+            choice = f"name:{self.tool_choice.function.name}"
+        else:
+            choice = self.tool_choice or "auto"
         tokens = self.max_completion_tokens or self.max_tokens
         return self.request(
             Chat(turns, tools, choice),

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from luthier.api.openai.asking import Asker, refusals
 from luthier.api.openai.errors import invalid
-from luthier.api.openai.face import Operation
 from luthier.api.openai.requests import Body, body, checked
+from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller
 from luthier.types import FloatArray
 
@@ -34,7 +34,7 @@ class EmbeddingRequest(Body):
         if isinstance(self.input, str):
             return [self.input]
         if self.input and isinstance(self.input[0], int):
-            return [self.input]  # type: ignore[list-item]
+            return [self.input]
         return list(self.input)  # type: ignore[arg-type]
 
     def check(self) -> None:

@@ -1,78 +1,97 @@
-"""Which resource answers to which method and path below ``/v1/`` and ``/openai/v1/``."""
+"""All resources of the OpenAI API, put together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
-from urllib.parse import unquote
+from collections.abc import Callable
 
-from luthier.api.openai import errors
-from luthier.api.wire import Answer, Call, Fault, Handler, Route
+from luthier.api.openai.asking import Asker, Pool
+from luthier.api.openai.batch_runner import BatchRunner
+from luthier.api.openai.batches import Batches
+from luthier.api.openai.chat import Chats
+from luthier.api.openai.completions import Completions
+from luthier.api.openai.embeddings import Embeddings
+from luthier.api.openai.files import Files
+from luthier.api.openai.fine_tuning import FineTuning
+from luthier.api.openai.graders import Graders
+from luthier.api.openai.grading import PooledModels
+from luthier.api.openai.models import Catalogue, DeleteModel, Models, Resolve
+from luthier.api.openai.requests import Access, Authorize
+from luthier.api.openai.routing import Routing
+from luthier.api.settings import Settings
+from luthier.jobs.submit import Limits
+from luthier.store.arns import Arns
+from luthier.store.database import Database
+from luthier.store.objects import Objects
+from luthier.store.uploaded_files import UploadedFiles
 
-PREFIXES = ("/openai/v1/", "/v1/")
-BODY_LIMIT = 25_000_000
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One method and path, and what carries it out."""
-
-    method: str
-    path: str
-    """Segments below the prefix; one in braces is a parameter by that name."""
-    name: str
-    """``files.create``: what policies, the audit log and metrics call it, behind ``openai.``."""
-    handler: Handler
-    body_limit: int = BODY_LIMIT
-
-    def match(self, method: str, segments: list[str]) -> Mapping[str, str] | None:
-        """The parameters in the decoded ``segments``; ``None`` where they are another path."""
-        wanted = self.path.split("/")
-        if method != self.method or len(wanted) != len(segments):
-            return None
-        params = {}
-        for name, given in zip(wanted, segments, strict=True):
-            if name.startswith("{"):
-                params[name[1:-1]] = given
-            elif name != given:
-                return None
-        return params if all(params.values()) else None
+FILE_LIMIT = 512_000_000
+"""Bytes of an uploaded file at most."""
 
 
-class Resource(Protocol):
-    """A part of the API."""
+class OpenAIFace(Routing):
+    """What the ``openai`` client talks to; fulfils :class:`luthier.api.wire.Face`."""
 
-    def operations(self) -> Iterable[Operation]:
-        """What it can do."""
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        pool: Pool,
+        resolve: Resolve,
+        authorize: Authorize,
+        objects: Objects,
+        delete_model: DeleteModel,
+        *,
+        limits: Limits | None = None,
+        file_limit: int = FILE_LIMIT,
+        submitted: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Put the face together; :meth:`start` begins the work on batches.
 
+        Args:
+            database: where everything is kept.
+            settings: of the server.
+            pool: the models that answer.
+            resolve: finds what an ARN means for an account: a deployment, a profile.
+            authorize: asks the policies.
+            objects: the built-in object store, which holds the bytes of files.
+            delete_model: deletes a custom model with all that belongs to it.
+            limits: how many jobs an account may have.
+            file_limit: bytes of an uploaded file at most.
+            submitted: called after a job was put into the queue.
+        """
+        arns = Arns(settings.region)
+        access = Access(authorize, settings.region)
+        self.files = UploadedFiles(database, objects)
+        catalogue = Catalogue(database, arns, resolve)
+        asker = Asker(catalogue, access, pool)
+        chats, completions, embeddings = Chats(asker), Completions(asker), Embeddings(asker)
+        self.batches = BatchRunner(
+            database,
+            self.files,
+            {
+                "/v1/chat/completions": chats.answer,
+                "/v1/completions": completions.answer,
+                "/v1/embeddings": embeddings.answer,
+            },
+        )
+        super().__init__(
+            (
+                Files(self.files, access, file_limit),
+                FineTuning(database, self.files, catalogue, access, arns, limits, submitted),
+                Graders(access, catalogue.judge, PooledModels(pool)),
+                Models(catalogue, access, delete_model),
+                chats,
+                completions,
+                embeddings,
+                Batches(database, self.files, access, self.batches),
+            )
+        )
 
-class Face:
-    """The OpenAI face over its resources."""
+    def start(self) -> None:
+        """Begin to work on batches, those of an earlier server first."""
+        self.files.remove_expired()
+        self.batches.start()
 
-    def __init__(self, resources: Iterable[Resource]) -> None:
-        self.operations = [each for resource in resources for each in resource.operations()]
-
-    def route(self, method: str, path: str) -> Route:
-        """What answers to ``method`` on the raw ``path``; raises :class:`Fault` where nothing does."""
-        prefix = next((each for each in PREFIXES if path.startswith(each)), "")
-        rest = path[len(prefix) :].rstrip("/")
-        segments = [unquote(segment) for segment in rest.split("/")]
-        for operation in self.operations if prefix else ():
-            params = operation.match(method, segments)
-            if params is not None:
-                name = f"openai.{operation.name}"
-                return Route(name, _answered(operation.handler), params, operation.body_limit)
-        raise Fault("UnknownOperation", f"Unknown request URL: {method} {path}.")
-
-    def refusal(self, fault: Fault, request_id: str) -> Answer:
-        """``fault`` in OpenAI's envelope."""
-        return errors.refusal(fault, request_id)
-
-
-def _answered(handler: Handler) -> Callable[[Call], Answer]:
-    def handle(call: Call) -> Answer:
-        answer = handler(call)
-        return replace(answer, headers={**answer.headers, "x-request-id": call.request_id})
-
-    return handle
+    def close(self) -> None:
+        """Stop working on batches."""
+        self.batches.close()

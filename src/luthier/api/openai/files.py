@@ -8,9 +8,9 @@ from datetime import timedelta
 from typing import Any
 
 from luthier.api.openai.errors import absent, invalid
-from luthier.api.openai.face import Operation
 from luthier.api.openai.forms import form_of
 from luthier.api.openai.requests import Access, number_of, one_of, page, seconds, text_of
+from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call
 from luthier.store.uploaded_files import UploadedFile, UploadedFiles
 
@@ -139,4 +139,3 @@ def _lifetime(fields: Mapping[str, str]) -> timedelta | None:
         text = f"Seconds must be from {SHORTEST} to {LONGEST}."
         raise invalid(text, "expires_after[seconds]")
     return timedelta(seconds=int(after))
-

@@ -14,13 +14,13 @@ from sqlalchemy.orm import Session
 
 from luthier.api.openai import progress
 from luthier.api.openai.errors import absent, invalid
-from luthier.api.openai.face import Operation
 from luthier.api.openai.fine_tuning_jobs import organization, shown
 from luthier.api.openai.graders import grader_fields
 from luthier.api.openai.methods import CreateJob, settings_of
 from luthier.api.openai.models import Catalogue
 from luthier.api.openai.requests import Access, body, number_of, page, text_of
-from luthier.api.wire import Answer, Call
+from luthier.api.openai.routing import Operation
+from luthier.api.wire import Answer, Call, Fault
 from luthier.errors import NameInUse, QuotaExceeded, WrongState
 from luthier.jobs.submit import FINE_TUNING, REINFORCEMENT, Limits, Submission, submit
 from luthier.store import jobs
@@ -57,9 +57,12 @@ class FineTuning:
         access: Access,
         arns: Arns,
         limits: Limits | None = None,
+        submitted: Callable[[], None] = lambda: None,
     ) -> None:
+        """``submitted`` is called after a job was put into the queue."""
         self.database, self.files, self.catalogue = database, files, catalogue
         self.access, self.arns, self.limits = access, arns, limits
+        self._submitted = submitted
 
     def operations(self) -> Iterable[Operation]:
         """What can be done with jobs."""
@@ -100,11 +103,10 @@ class FineTuning:
                 job = submit(session, submission, self.arns, self.limits)
                 seen = _seen(session, job)
         except QuotaExceeded as refused:
-            from luthier.api.wire import Fault
-
             raise Fault("ServiceQuotaExceeded", str(refused)) from refused
         except NameInUse as refused:  # ids are drawn at random: somebody took this one by hand
             raise invalid(str(refused)) from refused
+        self._submitted()
         return Answer.of(_shown(seen))
 
     def _submission(
@@ -119,6 +121,7 @@ class FineTuning:
         root = self.catalogue.root_of(base)
         suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", asked.suffix or "").strip("-")
         writes = root is None or root.writes
+        name = root.base if root is not None else "imported"
         request = asked.model_dump(mode="json", exclude_none=True)
         return Submission(
             account=account,
@@ -132,7 +135,7 @@ class FineTuning:
             settings=settings_of(asked, seed, writes),
             grader=grader,
             request={**request, "seed": seed, "metadata": asked.metadata or {}},
-            openai_id=f"ft:{root.base if root else 'imported'}:{organization(account)}:{suffix}:{new_id()}",
+            openai_id=":".join(("ft", name, organization(account), suffix, new_id())),
         )
 
     def _check_file(self, account: str, file_id: str, parameter: str) -> None:
@@ -237,9 +240,7 @@ class FineTuning:
 
     def _metrics(self, job: Job) -> Sequence[jobs.JobEvent]:
         with self.database.read() as session:
-            return jobs.events(
-                session, job, kinds=("metrics",), limit=_EVERYTHING, ascending=True
-            )
+            return jobs.events(session, job, kinds=("metrics",), limit=_EVERYTHING, ascending=True)
 
     def _with_results(self, seen: Seen) -> Seen:
         """The same with the file of results, which is written when it is first asked for.

@@ -94,7 +94,7 @@ def _resolved(job: Job, given: dict[str, Any]) -> dict[str, Any]:
         }
     known = {name: value for name, value in found.items() if value is not None}
     asked = {name: value for name, value in given.items() if value != "auto"}
-    return {**{name: "auto" for name in given}, **known, **asked}
+    return {**dict.fromkeys(given, "auto"), **known, **asked}
 
 
 def _method(asked: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:

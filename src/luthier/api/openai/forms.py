@@ -74,7 +74,7 @@ def form_of(call: Call) -> closing[Form]:
             on_field,
             on_file,
             boundary=options[b"boundary"],
-            config=limits,  # type: ignore[arg-type]
+            config=limits,
         )
         source = BytesIO(call.body)
         while piece := source.read(CHUNK):

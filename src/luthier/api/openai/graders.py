@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from luthier.api.openai.errors import invalid
-from luthier.api.openai.face import Operation
 from luthier.api.openai.requests import Access, Body, body
+from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer as HttpAnswer
 from luthier.api.wire import Call
 from luthier.errors import LuthierError, RecipeError
@@ -57,10 +57,8 @@ class ValidateGrader(Body):
 class Graders:
     """The resource."""
 
-    def __init__(
-        self, access: Access, judges: Callable[[str], Judge], models: Callable[[str], Models]
-    ) -> None:
-        """``judges`` and ``models`` resolve and open the models that graders of an account ask."""
+    def __init__(self, access: Access, judges: Callable[[str], Judge], models: Models) -> None:
+        """``judges`` finds the models that graders of an account ask, ``models`` opens them."""
         self.access, self.judges, self.models = access, judges, models
 
     def operations(self) -> Iterable[Operation]:
@@ -85,7 +83,7 @@ class Graders:
         account = call.caller.account
         grader = grader_from(grader_fields(asked.grader, "grader", self.judges(account)))
         if grader.models:
-            grader = grader.with_models(self.models(account))
+            grader = grader.with_models(self.models)
         began = time.perf_counter()
         sample = Answer((), asked.model_sample, None, Row("item", 1, members=asked.item or {}))
         score, parts, trouble = graded_once(grader, sample)
@@ -107,9 +105,7 @@ class Graders:
         )
 
 
-def graded_once(
-    grader: Grader, sample: Answer
-) -> tuple[float, dict[str, float], Trouble | None]:
+def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float], Trouble | None]:
     """Reward of one reply, those of a formula's graders, and why there is none (then it is 0)."""
     troubles: dict[int, Trouble] = {}
     parts: dict[str, float] = {}
@@ -195,7 +191,8 @@ def _content(given: Any) -> Any:
     """Text of a message; blocks of text are joined, anything else is refused with its type."""
     blocks = given if isinstance(given, list) else [given]
     texts = [block.get("text") if isinstance(block, Mapping) else block for block in blocks]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else given
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known) if len(known) == len(texts) else given
 
 
 def _errors(kind: str, trouble: Trouble | None) -> dict[str, Any]:
@@ -206,7 +203,10 @@ def _errors(kind: str, trouble: Trouble | None) -> dict[str, Any]:
         "model_grader_server_error_details": None,
     }
     if trouble is not None:
-        name = {"grader.no_member": "invalid_variable_error", "grader.formula": "formula_parse_error"}
+        name = {
+            "grader.no_member": "invalid_variable_error",
+            "grader.formula": "formula_parse_error",
+        }
         kinds = {"python": "python_grader_runtime_error", "score_model": "model_grader_parse_error"}
         found[name.get(trouble.rule) or kinds.get(kind, "other_error")] = True
         if kind == "python":

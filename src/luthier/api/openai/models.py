@@ -9,9 +9,9 @@ from typing import Any, Protocol
 from sqlalchemy import or_, select
 
 from luthier.api.openai.errors import model_not_found
-from luthier.api.openai.face import Operation
 from luthier.api.openai.graders import Judge
 from luthier.api.openai.requests import Access, seconds
+from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Fault
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import ACTIVE, CustomModel

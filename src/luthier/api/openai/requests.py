@@ -58,7 +58,7 @@ def checked(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> Pa
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = _telling(error)
         where = _named([part for part in (under, *first["loc"]) if part != ""])
         if first["type"] == "missing":
             text = f"Missing required parameter: '{where}'."
@@ -66,6 +66,17 @@ def checked(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> Pa
         message = first["msg"].removeprefix("Value error, ")
         text = f"Invalid value for '{where}': {message[:1].lower()}{message[1:]}."
         raise invalid(text, where or None, "invalid_value") from error
+
+
+def _telling(error: ValidationError) -> Any:
+    """The first error; of a member with alternatives, the one about its value and not its type."""
+    found = error.errors(include_url=False)
+    same = [each for each in found if each["loc"][:1] == found[0]["loc"][:1]]
+    value = [each for each in same if each["type"] not in _ABOUT_TYPES]
+    return (value or same)[0]
+
+
+_ABOUT_TYPES = {"literal_error", "string_type", "int_type", "list_type", "model_type", "dict_type"}
 
 
 def _named(location: Sequence[str | int]) -> str:
@@ -157,10 +168,10 @@ class Access:
             resource = f"arn:aws:luthier:{self._region}:{account}:{kind}/{identifier or '*'}"
         self._authorize(call.caller, f"luthier:openai.{action}", resource)
 
-    def to_model(self, call: Call, action: str, arn: str) -> None:
+    def to_model(self, caller: Caller, action: str, arn: str) -> None:
         """Whether the caller may have a model answer."""
-        self._authorize(call.caller, f"luthier:openai.{action}", arn)
-        self._authorize(call.caller, "bedrock:InvokeModel", arn)
+        self._authorize(caller, f"luthier:openai.{action}", arn)
+        self._authorize(caller, "bedrock:InvokeModel", arn)
 
 
 def guarded(function: Callable[[], Any], parameter: str) -> Any:
