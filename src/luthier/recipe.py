@@ -117,6 +117,8 @@ class Training(Part):
     """Rows in one optimizer step."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Highest learning rate of the schedule."""
+    rate_factor: float = Field(default=1.0, gt=0)
+    """Factor of the learning rate that is chosen where none is given."""
     schedule: Literal["cosine", "linear", "constant", "step", "one_cycle", "exponential"] = "cosine"
     """How the rate goes after warm-up; ``one_cycle`` rises and falls, ``exponential`` only rises."""
     warmup_share: float | None = Field(default=None, ge=0, lt=1)
