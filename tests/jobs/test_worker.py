@@ -51,8 +51,8 @@ def models(queue: Any) -> list[CustomModel]:
 
 
 def running(step: int = 1) -> Any:
-    return lambda job: job.state == "Running" and (
-        job.details.get("progress", {}).get("step", 0) >= step
+    return lambda job: (
+        job.state == "Running" and (job.details.get("progress", {}).get("step", 0) >= step)
     )
 
 

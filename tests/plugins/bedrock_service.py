@@ -157,9 +157,7 @@ class serving:  # noqa: N801  (a context manager)
         self.service = Service(database, control, face, places, preparation, set())
         unused = _Unused()
         faces = Faces(face, unused, unused, unused)
-        app = Application(
-            faces, ByAccessKey(), lambda caller: None, Observer(dict), lambda: None
-        )
+        app = Application(faces, ByAccessKey(), lambda caller: None, Observer(dict), lambda: None)
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
