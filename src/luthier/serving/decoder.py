@@ -2,7 +2,7 @@
 
 One thread owns the network. In each round it reads a little of the prompts that came, then every
 answer that is being written grows by one token. What an answer is depends on its own request alone, not
-on what else runs (:mod:`luthier.serving.stepping`), so it is the same through every face, streamed or not.
+on what else runs (:mod:`luthier.serving.stepping`): it is the same through every face, streamed or not.
 """
 
 from __future__ import annotations

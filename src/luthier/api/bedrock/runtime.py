@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import logging
 import math
 import time
@@ -20,7 +21,7 @@ from luthier.api.bedrock.invoke import ChatForm, EmbeddingBody, Form, Timed, for
 from luthier.api.wire import Answer, Call, Caller, Fault, Handler
 from luthier.errors import UnknownModel
 from luthier.serving.decoder import Stream
-from luthier.serving.inference import InferenceFailed, InferenceRefused, Request
+from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request
 from luthier.serving.pool import ModelPool
 
 INVOKE, STREAM = "bedrock:InvokeModel", "bedrock:InvokeModelWithResponseStream"
@@ -108,14 +109,13 @@ class _Runtime:
                 stream = self.pool.submit(stored_id, form.request())
                 value, written = form.answer(stream)
             read = stream.prompt_tokens
-        return Answer.of(
-            value,
-            **{
-                "X-Amzn-Bedrock-Input-Token-Count": str(read),
-                "X-Amzn-Bedrock-Output-Token-Count": str(written),
-                "X-Amzn-Bedrock-Invocation-Latency": str(timed.latency()),
-            },
-        )
+        headers = {
+            "Content-Type": "application/json",
+            "X-Amzn-Bedrock-Input-Token-Count": str(read),
+            "X-Amzn-Bedrock-Output-Token-Count": str(written),
+            "X-Amzn-Bedrock-Invocation-Latency": str(timed.latency()),
+        }
+        return Answer(200, json.dumps(value, ensure_ascii=False).encode(), headers)
 
     def invoke_stream(self, call: Call) -> Answer:
         """The same as it is written."""
@@ -133,21 +133,9 @@ class _Runtime:
     def count(self, call: Call) -> Answer:
         """How many tokens a request would be read as."""
         stored_id = self._model(call, COUNT)
-        given = json_object(call).get("input")
-        kinds = [
-            kind
-            for kind in ("converse", "invokeModel")
-            if isinstance(given, dict) and kind in given
-        ]
-        if len(kinds) != 1 or not isinstance(given[kinds[0]], dict):
-            raise Fault(
-                "Validation",
-                "1 validation error detected: Value at 'input' failed to satisfy constraint: "
-                "exactly one of converse and invokeModel is set",
-            )
-        value = given[kinds[0]]
-        if kinds == ["converse"]:
-            prompt = parsed(Conversation, value, "input.converse").chat()
+        kind, value = _counted(json_object(call).get("input"))
+        if kind == "converse":
+            prompt: Prompt = parsed(Conversation, value, "input.converse").chat()
         else:
             form = form_of(_decoded(value.get("body")), self.chat)
             if isinstance(form, EmbeddingBody):
@@ -231,6 +219,19 @@ class Events:
 
 def _timed() -> Timed:
     return Timed(time.perf_counter, time.perf_counter())
+
+
+def _counted(given: Any) -> tuple[str, dict[str, Any]]:
+    """Which kind of request is to be counted, and its members."""
+    if isinstance(given, dict):
+        kinds = [kind for kind in ("converse", "invokeModel") if given.get(kind) is not None]
+        if len(kinds) == 1 and isinstance(given[kinds[0]], dict):
+            return kinds[0], given[kinds[0]]
+    raise Fault(
+        "Validation",
+        "1 validation error detected: Value at 'input' failed to satisfy constraint: exactly one of "
+        "converse and invokeModel is set",
+    )
 
 
 def _decoded(body: Any) -> Mapping[str, Any]:
