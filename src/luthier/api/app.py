@@ -177,8 +177,9 @@ class Application:
             self._refused(head, seen, fault)
             answer = face.refusal(fault, seen.request_id)
         except RefusedInput as refused:
-            seen.refused(fault := Fault.of(refused))
-            answer = face.refusal(fault, seen.request_id)
+            told = Fault.of(refused)
+            seen.refused(told)
+            answer = face.refusal(told, seen.request_id)
         except ClientGone:
             raise
         except Exception:

@@ -13,26 +13,32 @@ from luthier.api.app import Application, Faces
 from luthier.api.auditing import Trail
 from luthier.api.authentication import Authenticator
 from luthier.api.bedrock.activation import Activation
-from luthier.api.bedrock.control import Control, Quotas
+from luthier.api.bedrock.control import Control
 from luthier.api.bedrock.face import BedrockFace
+from luthier.api.bedrock.identifiers import Invocable, invocable
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.limits import RateLimits
 from luthier.api.native.context import Context
 from luthier.api.native.face import native_face
 from luthier.api.observability import Observer
+from luthier.api.openai import OpenAIFace
 from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
+from luthier.api.wire import Fault
 from luthier.jobs.scheduler import Scheduler
 from luthier.jobs.submit import Limits
 from luthier.serving.pool import ModelPool
 from luthier.store import bootstrap
 from luthier.store.accounts import quota_of
 from luthier.store.arns import Arns
+from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
+from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job
 from luthier.store.locations import Locations
 from luthier.store.objects import Objects
+from luthier.store.removal import ModelInUse, remove, remove_files
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key, server_key
 
@@ -61,6 +67,7 @@ class Service:
         self.activation = Activation(self.database)
         self.scheduler = Scheduler(self.database, options=_worker_options(settings))
         self.trail = Trail(self.database)
+        self.openai = self._openai()
         self.application = Application(
             self._faces(purpose_key(key, "lists")),
             Authenticator(self.database, settings, key),
@@ -97,13 +104,7 @@ class Service:
 
     def _faces(self, secret: bytes) -> Faces:
         control = Control(
-            self.database,
-            self.arns,
-            self.locations,
-            authorize,
-            secret,
-            self.activation,
-            quotas=Quotas(),
+            self.database, self.arns, self.locations, authorize, secret, self.activation
         )
         runtime = runtime_handlers(self.pool, self._stored, authorize)
         context = Context(
@@ -115,6 +116,48 @@ class Service:
             native_face(context, __version__),
             S3Face(self.objects, authorize, self.settings.region),
         )
+
+    def _openai(self) -> OpenAIFace:
+        return OpenAIFace(
+            self.database,
+            self.settings,
+            self.pool,
+            self._answering,
+            authorize,
+            self.objects,
+            self._delete,
+            submitted=self.scheduler.wake,
+        )
+
+    def _stored(self, account: str, model_id: str) -> str:
+        """Id in the store of what Bedrock's clients call ``model_id``."""
+        with self.database.read() as session:
+            return invocable(session, self.arns, account, model_id).stored_id
+
+    def _resource(self, model_id: str) -> str:
+        """The ARN that policies decide on; nothing is looked up that belongs to anybody."""
+        base = None if model_id.startswith("arn:") else foundation_model(model_id)
+        return self.arns.foundation_model(base.id) if base else model_id
+
+    def _answering(self, account: str, arn: str) -> Invocable | None:
+        """What answers at an ARN that an OpenAI client names as a model."""
+        try:
+            with self.database.read() as session:
+                return invocable(session, self.arns, account, arn)
+        except Fault as fault:
+            if fault.code in ("ResourceNotFound", "Validation"):
+                return None
+            raise
+
+    def _delete(self, account: str, model: CustomModel) -> None:
+        """Delete a custom model that nobody answers with."""
+        with self.database.write() as session:
+            arn = self.arns.custom_model(account, model.foundation, model.id)
+            try:
+                remove(session, session.get_one(CustomModel, model.seq, with_for_update=True), arn)
+            except ModelInUse as error:
+                raise Fault("Conflict", str(error)) from error
+        remove_files(model.stored_id)
 
     def _limits(self, account: str) -> Limits:
         with self.database.read() as session:
