@@ -127,7 +127,7 @@ def log_as_json(level: int = logging.INFO) -> None:
     """Let the service's own loggers and uvicorn's write lines of JSON to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name in ("luthier", "uvicorn.error"):
+    for name, least in (("luthier", level), ("uvicorn.error", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
+        logger.setLevel(least)

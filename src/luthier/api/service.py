@@ -77,12 +77,13 @@ class Service:
             self.missing,
         )
 
-    def start(self) -> None:
-        """Go on with what an earlier server left, and begin to work on the queue."""
+    def start(self, work: bool = True) -> None:
+        """Go on with what an earlier server left; ``work`` on the queue, too."""
         self.objects.sweep()
         self.activation.resume()
         self.openai.start()
-        self.scheduler.start()
+        if work:
+            self.scheduler.start()
 
     def close(self) -> None:
         """End what works in the background; workers go on, and the next server finds them."""

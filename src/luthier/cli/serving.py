@@ -41,6 +41,9 @@ def serve(
     requests_per_second: Annotated[
         float | None, typer.Option(help="Rate of each account that has no quota of its own.")
     ] = None,
+    no_work: Annotated[
+        bool, typer.Option("--no-work", help="Take jobs, and leave the work to other servers.")
+    ] = False,
     strict_region: Annotated[
         bool, typer.Option("--strict-region", help="Refuse signatures for other regions.")
     ] = False,
@@ -69,7 +72,7 @@ def serve(
         service = Service(settings)
 
         def ready(addresses: list[str]) -> None:
-            service.start()
+            service.start(work=not no_work)
             _tell(addresses, region, service.issued)
 
         try:
