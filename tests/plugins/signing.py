@@ -5,18 +5,23 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from unittest.mock import patch
 from urllib.parse import urlsplit
 
+import pytest
 from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth, SigV4Auth, SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from luthier.api.wire import Head
+from luthier.api.sigv4 import Credential, verify
+from luthier.api.wire import Caller, Fault, Head, Signed
 
 ACCESS_KEY, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 HOST = "models.example:8080"
+CALLER = Caller("000000000000", "root", ())
+NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
 
 
 @contextmanager
@@ -100,3 +105,27 @@ def _head(request: AWSRequest) -> Head:
     url = urlsplit(request.url)
     headers = [(name.lower(), str(value)) for name, value in request.headers.items()]
     return Head(request.method, url.path, url.query, headers, url.scheme == "https")
+
+
+def keys(access_key: str) -> Credential | None:
+    return Credential(SECRET, CALLER) if access_key == ACCESS_KEY else None
+
+
+def verified(head: Head, body: bytes | None = b"", at: datetime = NOW) -> Signed:
+    return verify(head, body, keys, at)
+
+
+def refused(head: Head, body: bytes | None = b"", at: datetime = NOW) -> str:
+    with pytest.raises(Fault) as caught:
+        verified(head, body, at)
+    assert SECRET not in caught.value.message
+    return caught.value.code
+
+
+def header(head: Head, name: str) -> str:
+    return next(value for key, value in head.headers if key == name)
+
+
+def with_header(head: Head, name: str, value: str | None) -> Head:
+    kept = [(key, text) for key, text in head.headers if key != name]
+    return replace(head, headers=kept if value is None else [*kept, (name, value)])
