@@ -138,7 +138,7 @@ def test_tables_for_people(database: Database, ann: str) -> None:
     assert "developer" in run(admin_app, "users", "list")
     assert "sk-" in run(admin_app, "keys", "list")
     assert "bedrock:*, luthier:*, s3:*" in run(admin_app, "roles")
-    assert "luthier:admin.keys.create  ok" in run(audit_app, "list")
+    assert "luthier:admin.keys.create" in run(audit_app, "list")
 
 
 def test_a_database_without_tables(tmp_path: Path) -> None:

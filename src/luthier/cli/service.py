@@ -10,7 +10,6 @@ from typing import Any
 from luthier.errors import RefusedInput
 from luthier.store.database import Database
 
-
 WIDE = 240
 """Characters of a line that no terminal breaks."""
 
