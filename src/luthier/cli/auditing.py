@@ -65,5 +65,7 @@ def audit_list(
     if json_:
         print_json({"entries": rows})
         return
-    columns = ("seq", "at", "account", "user", "action", "resource", "outcome", "address")
+    for row in rows:
+        row["at"] = row["at"][:19]
+    columns = ("seq", "at", "account", "user", "action", "outcome", "resource", "details")
     table_of(columns, rows)

@@ -37,10 +37,10 @@ def list_accounts(url: str | None, as_json: bool) -> None:
     """Print the accounts."""
     with opened(url) as database, database.read() as session:
         found = [
-            _account(account) | accounts.quota_of(session, account.id)
+            _account(account) | {"quotas": accounts.quota_of(session, account.id)}
             for account in accounts.accounts(session)
         ]
-    _print("accounts", ("id", "name", "disabled", "created", *accounts.QUOTAS), found, as_json)
+    _print("accounts", ("id", "name", "disabled", "created", "quotas"), found, as_json)
 
 
 def change_account(

@@ -10,6 +10,9 @@ from typing import Any
 from luthier.errors import RefusedInput
 from luthier.store.database import Database
 
+WIDE = 240
+"""Characters of a line that no terminal breaks."""
+
 
 @contextmanager
 def opened(url: str | None) -> Iterator[Database]:
@@ -44,7 +47,9 @@ def table_of(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(escape(_text(row.get(column))) for column in columns))
-    Console().print(table)
+    out = Console()
+    # Into a pipe or file nothing has to be broken.
+    (out if out.is_terminal else Console(width=WIDE)).print(table)
 
 
 def _text(value: Any) -> str:
@@ -52,4 +57,6 @@ def _text(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else ""
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={each}" for name, each in value.items())
     return str(value)

@@ -9,7 +9,7 @@ from datetime import datetime
 from itertools import count
 from typing import Any
 
-from sqlalchemy import ForeignKey, event, func, select
+from sqlalchemy import ForeignKey, MetaData, event, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput
@@ -177,8 +177,11 @@ def quota_of(session: Session, account: str) -> dict[str, Any]:
 
 
 def _owned(session: Session, account: str) -> list[tuple[str, int]]:
+    # As the database has them: not every part of the service need be loaded here.
+    tables = MetaData()
+    tables.reflect(session.connection())
     counted = []
-    for table in Base.metadata.sorted_tables:
+    for table in tables.sorted_tables:
         if "account" in table.c and (table.name not in _OWN or table.name == "users"):
             query = select(func.count()).select_from(table).where(table.c.account == account)
             number = session.scalar(query) or 0
