@@ -139,21 +139,28 @@ class Uploads:
     ) -> StoredObject:
         """Make the object from the chosen parts, without copying them; the others are gone.
 
-        ``checksum`` gives the checksums of the whole, given those of its parts; it may raise.
+        ``checksum`` gives the checksums of the whole, given those of its parts; it may raise. A client
+        that asks again, because the answer did not reach it, gets the object that it made.
 
         Raises:
             ObjectRefused: ``NoSuchUpload``, ``InvalidPart``, ``InvalidPartOrder``, ``EntityTooSmall``.
         """
         with self.database.write() as session:
             found = owned(session, account, bucket, lock=True)
-            upload = _upload(session, account, bucket, key, upload_id, lock=True)
+            try:
+                upload = _upload(session, account, bucket, key, upload_id, lock=True)
+            except ObjectRefused:
+                made = _made_before(session, found, key, chosen)
+                if made is None:
+                    raise
+                return made
             there = _parts(session, upload_id)
             pieces = _picked(there, chosen)
             taken = {piece.id for piece in pieces}
             gone = replace(session, found, key, check)
             gone += [piece.id for piece in there if piece.id not in taken]
             described = Described(upload.headers, upload.user_metadata, checksum(upload, pieces))
-            etag = f"{_md5_of_md5s(pieces)}-{len(pieces)}"
+            etag = _etag([piece.md5 for piece in pieces])
             made = new_object(found, key, pieces, etag, len(pieces), described)
             session.add(made)
             session.flush()
@@ -235,6 +242,21 @@ def _picked(there: Sequence[Piece], chosen: Sequence[Chosen]) -> list[Piece]:
     return picked
 
 
-def _md5_of_md5s(pieces: Sequence[Piece]) -> str:
-    digests = b"".join(bytes.fromhex(piece.md5) for piece in pieces)
-    return hashlib.md5(digests, usedforsecurity=False).hexdigest()
+def _made_before(
+    session: Session, bucket: Bucket, key: str, chosen: Sequence[Chosen]
+) -> StoredObject | None:
+    """The object, if it is already what the chosen parts make."""
+    try:
+        etag = _etag([each.etag for each in chosen])
+    except ValueError:
+        return None
+    wanted = select(StoredObject).where(
+        StoredObject.bucket_seq == bucket.seq, StoredObject.key == key, StoredObject.etag == etag
+    )
+    return session.scalar(wanted)
+
+
+def _etag(parts: Sequence[str]) -> str:
+    """Of an object that is made of parts with these MD5s."""
+    digests = b"".join(bytes.fromhex(part) for part in parts)
+    return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"

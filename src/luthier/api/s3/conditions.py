@@ -94,4 +94,4 @@ def _moment(text: str) -> datetime | None:
 
 def _failed(condition: str) -> Fault:
     text = "At least one of the pre-conditions you specified did not hold"
-    return Fault("PreconditionFailed", text, Condition=condition)
+    return Fault("PreconditionFailed", text, fields={"Condition": condition})

@@ -137,4 +137,4 @@ def _check(request: Request) -> None:
     for name in request.headers:
         if name.startswith(_REFUSED) and request.method in ("PUT", "POST"):
             text = "A header you provided implies functionality that is not implemented"
-            raise Fault("NotImplemented", text, Header=name)
+            raise Fault("NotImplemented", text, fields={"Header": name})
