@@ -14,8 +14,6 @@ from luthier.store.objects import Objects
 @pytest.fixture
 def objects(luthier_home: Path) -> Iterator[Objects]:
     """Buckets of two accounts can be made in it; nothing is there."""
-    import luthier.store.uploads  # noqa: F401
-
     database = Database()
     Base.metadata.create_all(database.engine)
     yield Objects(database)

@@ -5,50 +5,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
 
-from sqlalchemy import ForeignKey, delete, select
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
 
 from luthier.errors import ObjectRefused
-from luthier.store.database import Base, new_id, now
+from luthier.store.database import new_id, now
 from luthier.store.object_files import Written
-from luthier.store.objects import (
+from luthier.store.object_rows import (
     Bucket,
     Check,
     Described,
-    Key,
-    Objects,
     Piece,
     StoredObject,
+    Upload,
     check_key,
+    forget_upload,
     new_object,
     owned,
     replace,
 )
+from luthier.store.objects import Objects
 
 LEAST_PART = 5 << 20
 """Bytes of every part but the last, at least."""
 MOST_PARTS = 10_000
-
-
-class Upload(Base):
-    """A multipart upload that was neither completed nor aborted."""
-
-    __tablename__ = "uploads"
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    account: Mapped[str]
-    bucket_seq: Mapped[int] = mapped_column(ForeignKey("buckets.seq"), index=True)
-    key: Mapped[str] = mapped_column(Key)
-    headers: Mapped[dict[str, Any]]
-    user_metadata: Mapped[dict[str, Any]]
-    checksum: Mapped[str]
-    """Algorithm of its parts' checksums, such as ``crc32``; empty for none."""
-    checksum_type: Mapped[str]
-    """``COMPOSITE`` or ``FULL_OBJECT``; empty for none."""
-    created: Mapped[datetime]
 
 
 @dataclass(frozen=True)
@@ -108,7 +89,8 @@ class Uploads:
                     session.flush()
                 piece.upload_id = upload_id
                 session.add(piece)
-        except BaseException:
+        except ObjectRefused:
+            # After any other error the row may have been committed: the sweep knows.
             self.files.remove(account, [written.id])
             raise
         self.files.remove(account, [old.id] if old is not None else [])
@@ -176,24 +158,8 @@ class Uploads:
         """Give up an upload and its parts."""
         with self.database.write() as session:
             upload = _upload(session, account, bucket, key, upload_id, lock=True)
-            gone = _forget(session, upload)
+            gone = forget_upload(session, upload)
         self.files.remove(account, gone)
-
-
-def forget_uploads(session: Session, bucket: Bucket) -> list[str]:
-    """Remove the uploads of a bucket that is to go; the files that nothing names then."""
-    gone: list[str] = []
-    for upload in session.scalars(select(Upload).where(Upload.bucket_seq == bucket.seq)).all():
-        gone += _forget(session, upload)
-    return gone
-
-
-def _forget(session: Session, upload: Upload) -> list[str]:
-    gone = list(session.scalars(select(Piece.id).where(Piece.upload_id == upload.id)))
-    session.execute(delete(Piece).where(Piece.upload_id == upload.id))
-    session.delete(upload)
-    session.flush()
-    return gone
 
 
 def _upload(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
 
 from luthier.api.wire import Caller, Fault, Head
-from luthier.store.objects import Described, Objects
+from luthier.store.object_rows import Described
+from luthier.store.objects import Objects
 from luthier.store.uploads import Uploads
 
 Authorize = Callable[[Caller, str, str], None]
