@@ -15,9 +15,9 @@ import pytest
 
 from luthier.errors import CorruptFile, DoesNotFit, ObjectRefused
 from luthier.store.listing import beyond, page
+from luthier.store.locations import Locations
 from luthier.store.object_files import Written
 from luthier.store.object_rows import Described
-from luthier.store.locations import Locations
 from luthier.store.objects import Content, Objects
 from luthier.store.uploads import Chosen, Uploads
 
