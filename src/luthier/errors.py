@@ -8,12 +8,16 @@
     │   ├── UnknownModel        no such base or custom model
     │   ├── DoesNotFit          not enough memory or disk for what was asked
     │   ├── RunConflict         the name is taken, or there is nothing to resume
+    │   ├── NameInUse           another job or model of the account has the name
+    │   ├── QuotaExceeded       the account has as many as it may have
+    │   ├── WrongState          what is asked of a job is not possible where it stands
     │   ├── LocationRefused     an address of data that cannot be read from, or written to
     │   └── ObjectRefused       what the object store does not do; carries S3's name for it
     ├── DownloadError           a source could not be read, or gave other bytes than pinned
     ├── CorruptFile             a stored file no longer matches its recorded hash
     ├── GradingFailed           a grader raised, hung, or gave no score; carries each problem
     ├── Diverged                the loss is no longer a finite number
+    ├── LeaseLost               a worker no longer holds its job; it must not write
     └── Interrupted             exit 130: stopped by the user; the run can be resumed
 
 To add an error, subclass the nearest branch; the exit code is inherited.
@@ -101,6 +105,23 @@ class RunConflict(RefusedInput):
     """The name is taken by another run, or there is no run to resume."""
 
 
+class NameInUse(RefusedInput):
+    """A name is taken in this account. ``kind`` is what has it: ``job`` or ``model``."""
+
+    def __init__(self, kind: str) -> None:
+        # Clients compare this text byte for byte (Airflow's operator of Bedrock).
+        super().__init__(f"The provided {kind} name is currently in use.")
+        self.kind = kind
+
+
+class QuotaExceeded(RefusedInput):
+    """The account has as many of something as it may have."""
+
+
+class WrongState(RefusedInput):
+    """What is asked of a job is not possible in the state it is in."""
+
+
 class LocationRefused(RefusedInput):
     """Data cannot be read from, or written to, an address of the service's clients."""
 
@@ -111,6 +132,10 @@ class ObjectRefused(RefusedInput):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code, self.message = code, message
+
+
+class LeaseLost(LuthierError):
+    """A worker wrote for a job that it no longer holds; nothing was written."""
 
 
 class DownloadError(LuthierError):

@@ -1,19 +1,39 @@
-"""Customization jobs as the database keeps them: what was asked, where each stands, who works on it."""
+"""Customization jobs as the database keeps them: what was asked, where each stands, what happened.
+
+A job's state changes in :func:`move` and nowhere else: one conditional update, one event, one look
+into ``TRANSITIONS``. What people ask of a job (stop, pause, resume) is here; what its worker writes is
+in ``luthier.store.leases``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ForeignKey, UniqueConstraint
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint, delete, func, select, update
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.store.database import Base
+from luthier.errors import LeaseLost, WrongState
+from luthier.store.custom_models import RESERVED, CustomModel
+from luthier.store.database import Base, now
 
 QUEUED, RUNNING, PAUSED, STOPPING = "Queued", "Running", "Paused", "Stopping"
 COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
 ENDED = (COMPLETED, FAILED, STOPPED)
 """States that nothing leaves."""
+TRANSITIONS: Mapping[str, frozenset[str]] = {
+    QUEUED: frozenset((RUNNING, PAUSED, STOPPING, STOPPED, FAILED)),
+    # Back to the queue: its worker died, or gave it back at a checkpoint.
+    RUNNING: frozenset((QUEUED, PAUSED, STOPPING, COMPLETED, FAILED)),
+    PAUSED: frozenset((QUEUED, STOPPING, STOPPED, FAILED)),
+    STOPPING: frozenset((STOPPED,)),
+    COMPLETED: frozenset(),
+    FAILED: frozenset(),
+    STOPPED: frozenset(),
+}
+"""Where a job may go from each state; every change of a state is looked up here."""
 
 
 class Job(Base):
@@ -56,19 +76,30 @@ class Job(Base):
     result: Mapped[dict[str, Any] | None]
     """What the run gave back: losses, steps, tokens, the model's id in the store."""
     details: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """Settings that were chosen for it, times of its parts, progress (step, steps)."""
+    """``chosen``: settings by name; ``parts``: state and times of each part of the work; ``progress``:
+    step, steps, loss, seconds of a step; ``crashed_at``: the step of the last crash."""
     priority: Mapped[int] = mapped_column(default=0)
     """Higher is started first."""
     attempts: Mapped[int] = mapped_column(default=0)
     """Workers that were started for it."""
-    memory: Mapped[int] = mapped_column(default=0)
+    memory: Mapped[int] = mapped_column(BigInteger, default=0)
     """Estimated peak in bytes, for admission; 0 while unknown."""
+    cores: Mapped[int] = mapped_column(default=1)
+    """Threads it computes with, for admission; part of what its bits depend on."""
+    crashes: Mapped[int] = mapped_column(default=0)
+    """Workers that died one after the other with no step between them."""
+    worked: Mapped[float] = mapped_column(default=0.0)
+    """Seconds that workers spent on it."""
     time_limit: Mapped[int | None]
     """Seconds of work after which it is stopped and failed."""
     lease: Mapped[str | None]
     """Token of the worker that holds it; what any other worker writes is refused."""
     lease_ends: Mapped[datetime | None]
     """The holder is taken for dead after this moment, unless it has been heard from."""
+    worker: Mapped[dict[str, Any] | None]
+    """The process that holds the lease: ``host``, ``pid``, and when it was ``born``."""
+    littered: Mapped[bool] = mapped_column(default=False)
+    """Whether working files of it may be on disk."""
     created: Mapped[datetime]
     modified: Mapped[datetime]
     started: Mapped[datetime | None]
@@ -89,3 +120,177 @@ class JobEvent(Base):
     message: Mapped[str]
     data: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Of ``metrics``: ``step``, ``train_loss`` or ``valid_loss``, and what else the run recorded."""
+
+
+def move(
+    session: Session,
+    job: Job,
+    target: str,
+    message: str,
+    *,
+    holder: str | None = None,
+    **changes: Any,
+) -> Job:
+    """Bring ``job`` to the state ``target``, with an event that says why; other columns with it.
+
+    ``holder`` is the lease of the worker that writes. A job that failed or was stopped gives the name
+    of its model back.
+
+    Raises:
+        WrongState: where ``TRANSITIONS`` has no such way, or somebody else moved it meanwhile.
+        LeaseLost: where another worker holds it now.
+    """
+    if target not in TRANSITIONS[job.state]:
+        raise WrongState(f"job {job.name} is {job.state}, which does not lead to {target}")
+    values = {"state": target, "modified": now(), **changes}
+    if target in ENDED:
+        values |= {"ended": values["modified"], "lease": None, "lease_ends": None, "worker": None}
+    conditions = [Job.id == job.id, Job.state == job.state]
+    if holder is not None:
+        conditions.append(Job.lease == holder)
+    statement = update(Job).where(*conditions).values(**values).returning(Job.seq)
+    if session.execute(statement).first() is None:
+        if holder is not None:
+            raise LeaseLost(f"job {job.name} is held by another worker")
+        raise WrongState(f"job {job.name} is no longer {job.state}")
+    if target in (FAILED, STOPPED):
+        freed = CustomModel.job_id == job.id, CustomModel.status == RESERVED
+        session.execute(delete(CustomModel).where(*freed))
+    record(session, job.id, "error" if target == FAILED else "state", message, state=target)
+    session.refresh(job)
+    return job
+
+
+def record(session: Session, job_id: str, kind: str, message: str, **data: Any) -> None:
+    """Add an event."""
+    session.add(JobEvent(job_id=job_id, at=now(), kind=kind, message=message, data=data))
+    session.flush()
+
+
+def get(session: Session, account: str, identifier: str, *, lock: bool = False) -> Job | None:
+    """The account's job of this id or name; ``lock`` keeps it as it is until the transaction ends."""
+    found = select(Job).where(Job.account == account)
+    found = found.where((Job.id == identifier) | (Job.name == identifier))
+    # A name may look like another job's id: ids come first.
+    found = found.order_by((Job.id == identifier).desc()).limit(1)
+    if lock:
+        found = found.with_for_update().execution_options(populate_existing=True)
+    return session.scalars(found).first()
+
+
+def stop(session: Session, job: Job) -> Job:
+    """End a job without a model: at once, or as soon as its worker has let go of it.
+
+    ``job`` was read with ``lock``. One that is stopping or stopped stays as it is.
+
+    Raises:
+        WrongState: where it is completed or failed.
+    """
+    if job.state in (STOPPING, STOPPED):
+        return job
+    if job.state in ENDED:
+        raise WrongState(f"job {job.name} is {job.state} and cannot be stopped")
+    if job.lease is not None:
+        return move(session, job, STOPPING, "The job is being stopped.")
+    return move(session, job, STOPPED, "The job was stopped.")
+
+
+def pause(session: Session, job: Job) -> Job:
+    """Keep a job from being worked on; its worker makes a checkpoint and lets go of it.
+
+    Raises:
+        WrongState: where it is being stopped, or has ended.
+    """
+    if job.state == PAUSED:
+        return job
+    if job.state not in (QUEUED, RUNNING):
+        raise WrongState(f"job {job.name} is {job.state} and cannot be paused")
+    return move(session, job, PAUSED, "The job was paused.")
+
+
+def resume(session: Session, job: Job) -> Job:
+    """Queue a paused job again; it goes on from its last checkpoint.
+
+    Raises:
+        WrongState: where it is being stopped, or has ended.
+    """
+    if job.state in (QUEUED, RUNNING):
+        return job
+    if job.state != PAUSED:
+        raise WrongState(f"job {job.name} is {job.state} and cannot be resumed")
+    return move(session, job, QUEUED, "The job was resumed.")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which jobs a list holds; everything that is said has to hold."""
+
+    states: Sequence[str] = ()
+    face: str | None = None
+    name_contains: str | None = None
+    created_after: datetime | None = None
+    """Later than this moment."""
+    created_before: datetime | None = None
+    """Earlier than this moment."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Values that ``request["metadata"]`` has."""
+
+    def conditions(self) -> list[Any]:
+        """The same for a query."""
+        wanted: list[Any] = []
+        if self.states:
+            wanted.append(Job.state.in_(self.states))
+        if self.face is not None:
+            wanted.append(Job.face == self.face)
+        if self.name_contains:
+            # LIKE tells small letters from capitals on one database and not on the other.
+            wanted.append(func.replace(Job.name, self.name_contains, "") != Job.name)
+        if self.created_after is not None:
+            wanted.append(Job.created > self.created_after)
+        if self.created_before is not None:
+            wanted.append(Job.created < self.created_before)
+        for key, value in self.metadata.items():
+            wanted.append(Job.request["metadata"][key].as_string() == value)
+        return wanted
+
+
+def listed(
+    session: Session,
+    account: str,
+    wanted: Wanted,
+    *,
+    limit: int,
+    position: int | None = None,
+    ascending: bool = False,
+) -> list[Job]:
+    """At most ``limit`` jobs by creation, those that follow the one whose ``seq`` is ``position``."""
+    found = select(Job).where(Job.account == account, *wanted.conditions())
+    if position is not None:
+        found = found.where(Job.seq > position if ascending else Job.seq < position)
+    order = Job.seq.asc() if ascending else Job.seq.desc()
+    return list(session.scalars(found.order_by(order).limit(limit)))
+
+
+def in_flight(session: Session, account: str) -> int:
+    """How many jobs of an account have not ended."""
+    counted = select(func.count()).where(Job.account == account, Job.state.not_in(ENDED))
+    return session.scalar(counted) or 0
+
+
+def events(
+    session: Session,
+    job: Job,
+    *,
+    kinds: Sequence[str] = (),
+    limit: int,
+    position: int | None = None,
+    ascending: bool = False,
+) -> list[JobEvent]:
+    """At most ``limit`` events of a job, those that follow the one whose ``seq`` is ``position``."""
+    found = select(JobEvent).where(JobEvent.job_id == job.id)
+    if kinds:
+        found = found.where(JobEvent.kind.in_(kinds))
+    if position is not None:
+        found = found.where(JobEvent.seq > position if ascending else JobEvent.seq < position)
+    order = JobEvent.seq.asc() if ascending else JobEvent.seq.desc()
+    return list(session.scalars(found.order_by(order).limit(limit)))

@@ -1,0 +1,37 @@
+"""``luthier worker``: the process that the scheduler starts for a job. People do not call it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DATABASE = "LUTHIER_DATABASE"
+"""Variable with the address of the database: it may hold a password, which no command line may."""
+
+
+def worker(
+    job: Annotated[str, typer.Option(help="Id of the job.")],
+    lease: Annotated[str, typer.Option(help="Token by which the worker holds it.")],
+    s3_endpoint: Annotated[str | None, typer.Option(help="Where s3:// addresses are.")] = None,
+    file_root: Annotated[
+        list[Path] | None, typer.Option(help="Folder that file:// may name; may be repeated.")
+    ] = None,
+) -> None:
+    """Train one job of the service."""
+    # What answers requests beside it comes first.
+    os.nice(5)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    from luthier.cli.console import heavy_imports
+
+    with heavy_imports():
+        from luthier.jobs.worker import Worker
+        from luthier.store.database import Database
+        from luthier.store.locations import Locations
+
+    database = Database(os.environ.get(DATABASE) or None)
+    locations = Locations(database, s3_endpoint=s3_endpoint, file_roots=tuple(file_root or ()))
+    raise typer.Exit(Worker(database, locations, job, lease).run())

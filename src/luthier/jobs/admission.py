@@ -1,0 +1,52 @@
+"""How much memory a job will take, told from its recipe before its rows are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.pipeline import KINDS
+from luthier.recipe import Recipe, parse
+
+TOKENS = 2048
+"""Tokens of a micro-batch that is reckoned with; what is not free makes the engine take fewer."""
+
+
+def memory_of(command: str, recipe: dict[str, Any]) -> int:
+    """Estimated peak in bytes, by the engine's own estimate.
+
+    Networks that are not on this machine are described by the catalogue; nothing is fetched.
+
+    Raises:
+        LuthierError: where the job cannot work at all; the worker says why.
+    """
+    from luthier.engine.devices import choose_machine
+    from luthier.engine.estimate import weight_bytes
+    from luthier.engine.fitting import sketched
+    from luthier.models.load import catalogue_config, read_config, sketch_of
+    from luthier.objectives import OBJECTIVES
+    from luthier.store.models import base_folder, find, objective_of
+
+    def config(model_id: str, head: Any) -> Any:
+        from luthier.models.catalog import CATALOG, MANIFEST
+
+        if model_id in CATALOG and not (base_folder(model_id) / MANIFEST).is_file():
+            return catalogue_config(CATALOG[model_id], head)
+        return read_config(find(model_id).network_folder, head)
+
+    parsed = parse(KINDS[command].recipe, recipe)
+    assert isinstance(parsed, Recipe)
+    machine = choose_machine(parsed.training.precision, None)
+    size = machine.dtype.itemsize
+    objective = parsed.objective or OBJECTIVES["sft"].model_validate({})
+    network = config(parsed.base, objective.head())
+    memory = sketched(network, objective, parsed.adaptation, size).memory
+    teacher = recipe.get("teacher", {})
+    others = list(objective.others.values())
+    if teacher and not teacher.get("url"):
+        others.append(teacher["model"])
+    for other in others:
+        head = OBJECTIVES["causal_lm"].model_validate({}).head()
+        if ":" in other:
+            head = objective_of(find(other)).head()
+        memory = memory.beside(weight_bytes(sketch_of(config(other, head), head), size))
+    return memory.peak(TOKENS)

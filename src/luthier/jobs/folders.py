@@ -1,0 +1,91 @@
+"""What a job keeps on disk, and how all of it goes.
+
+jobs/<id>/                    its data, as they were when it first ran
+jobs/<id>.lock                held by the worker as long as it lives
+jobs/<id>.log                 what the worker printed
+runs/<base>/job-<id>/         the run: checkpoints, metrics
+distillations/<base>/job-<id>/
+models/custom/<base>/job-<id>/
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from luthier.files import disk_errors, lock, luthier_home, sweep
+from luthier.store.database import Database
+from luthier.store.jobs import COMPLETED, Job
+
+LONGEST_LOG = 4_000_000
+"""Bytes of a log; of a longer one the first half is cut."""
+
+
+def run_name(job_id: str) -> str:
+    """Name of the run and of the model of a job: no tenant's names ever meet in the store."""
+    return f"job-{job_id}"
+
+
+class JobFolders:
+    """The places of one job."""
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+        self.parent = luthier_home() / "jobs"
+        self.data = self.parent / job_id
+        self.log = self.parent / f"{job_id}.log"
+
+    def locked(self) -> AbstractContextManager[bool]:
+        """Hold the only hand on the files of the job; yields whether nobody else does."""
+        return lock(self.parent / f"{self.job_id}.lock")
+
+    def drop_working_files(self) -> None:
+        """Free the disk of what the finished job no longer needs; its run and its model stay."""
+        sweep(self.parent, self.job_id)
+        shutil.rmtree(self.data, ignore_errors=True)
+        # Nobody waits for the files of a job that has ended.
+        (self.parent / f"{self.job_id}.lock").unlink(missing_ok=True)
+        for folder in self._below("distillations"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def drop_all(self) -> None:
+        """Remove everything but the log: the job has no model, or its model is deleted."""
+        self.drop_working_files()
+        for parent in (luthier_home() / "models" / "custom").glob("*"):
+            sweep(parent, run_name(self.job_id))
+        for place in ("models/custom", "runs"):
+            for folder in self._below(place):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def open_log(self) -> int:
+        """A file descriptor to append to the log by."""
+        with disk_errors(self.parent):
+            self.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def trim_log(self) -> None:
+        """Cut the older half of a log that is too long; who appends to it goes on at its end."""
+        if self.log.is_file() and self.log.stat().st_size > LONGEST_LOG:
+            kept = self.log.read_bytes()[-LONGEST_LOG // 2 :]
+            with self.log.open("r+b") as file:
+                file.truncate()
+                file.write(b"...\n" + kept.partition(b"\n")[2])
+                file.truncate()
+
+    def _below(self, place: str) -> Iterator[Path]:
+        return (luthier_home() / place).glob(f"*/{run_name(self.job_id)}")
+
+
+def tidy(database: Database, job: Job, folders: JobFolders) -> None:
+    """Remove what an ended job leaves on disk. Whoever calls holds the lock of its files."""
+    if job.state == COMPLETED:
+        folders.drop_working_files()
+    else:
+        folders.drop_all()
+    with database.write() as session:
+        found = session.get(Job, job.seq)
+        if found is not None:
+            found.littered = False

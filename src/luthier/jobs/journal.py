@@ -1,0 +1,159 @@
+"""What a run reports, on its way into the events of its job: each thing once, however often it ran.
+
+A worker that goes on after a crash hears of the steps since the last checkpoint again, with the same
+numbers. The journal knows what was written before, and leaves it out.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.engine.metrics import Reporter
+from luthier.store.database import now
+from luthier.store.jobs import Job, JobEvent
+
+PARTS = ("validation", "data_processing", "training")
+"""What the work on a job is divided into, as Bedrock shows it."""
+_NAMES = {"train": "train_loss", "validation": "valid_loss"}
+
+
+@dataclass
+class Pending:
+    """What is not in the database yet."""
+
+    events: list[JobEvent] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.events or self.details)
+
+
+class Journal(Reporter):
+    """Keeps what a run says until it is written. Two threads may use it."""
+
+    def __init__(self, job: Job, told: Callable[[str], str]) -> None:
+        """``told`` puts the names that the owner knows into a text."""
+        self.job_id, self.told = job.id, told
+        self.details: dict[str, Any] = dict(job.details)
+        self._pending = Pending()
+        self._lock = threading.Lock()
+        self._messages: set[str] = set()
+        self._steps = dict.fromkeys(_NAMES, -1)
+        self._began: tuple[float, int] | None = None
+
+    def remember(self, session: Session) -> None:
+        """Learn what earlier workers wrote."""
+        written = select(JobEvent.kind, JobEvent.message, JobEvent.data)
+        for kind, message, data in session.execute(written.where(JobEvent.job_id == self.job_id)):
+            if kind == "metrics":
+                event = "train" if "train_loss" in data else "validation"
+                self._steps[event] = max(self._steps[event], int(data["step"]))
+            else:
+                self._messages.add(message)
+
+    def stage(self, text: str) -> None:
+        """A part of the work begins."""
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """A message, once."""
+        text = self.told(text)
+        if text in self._messages:
+            return
+        self._messages.add(text)
+        kind = "warning" if text.startswith("warning") else "message"
+        self._add(kind, text, {})
+
+    def chosen(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+        """Settings that were left open are part of what the job shows; its data are fine."""
+        self._detail(chosen={name: _plain(value) for name, value, _ in defaults})
+        self.part("validation", "Completed")
+        self.part("data_processing", "Completed")
+        self.part("training", "InProgress")
+
+    def counted(self, done: int, total: int, what: str) -> None:
+        """How far something is that is no training: a teacher's answers."""
+        self._detail(counted={"done": done, "total": total, "what": what})
+
+    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        """A line of the metrics becomes an event; the progress of the job is that of its last step."""
+        event, step = line["event"], int(line["step"])
+        if event not in _NAMES:
+            return
+        if event == "train":
+            self._progress(line, step, steps)
+        if step <= self._steps[event]:
+            return
+        self._steps[event] = step
+        values = {key: _plain(value) for key, value in line.items() if key not in ("event", "loss")}
+        data = {"step": step, _NAMES[event]: _plain(line["loss"]), "total_steps": steps, **values}
+        self._add("metrics", f"Step {step}/{steps}: {event} loss {line['loss']:.4f}", data)
+
+    def part(self, name: str, status: str) -> None:
+        """A part of the work begins, or is over: ``status`` in Bedrock's words."""
+        moment = now().isoformat()
+        parts = dict(self.details.get("parts", {}))
+        before = parts.get(name, {"created": moment})
+        if before.get("status") != "Completed":
+            parts[name] = {**before, "status": status, "modified": moment}
+            self._detail(parts=parts)
+
+    def catch_up(self, lines: Sequence[Mapping[str, Any]], steps: int) -> None:
+        """Record what is in the metrics of the run and was lost on its way here."""
+        for line in lines:
+            self.recorded(line, steps)
+
+    def take(self) -> Pending:
+        """What is to be written now; :meth:`give_back` it where that failed."""
+        with self._lock:
+            taken, self._pending = self._pending, Pending()
+        return taken
+
+    def give_back(self, taken: Pending) -> None:
+        """Keep ``taken`` for the next time, before what came since."""
+        copies = [copied(event) for event in taken.events]
+        with self._lock:
+            self._pending.events[:0] = copies
+            self._pending.details = {**taken.details, **self._pending.details}
+
+    def _progress(self, line: Mapping[str, Any], step: int, steps: int) -> None:
+        if self._began is None or step <= self._began[1]:
+            self._began = (time.monotonic(), step)
+        started, first = self._began
+        progress = {"step": step, "steps": steps, "loss": _plain(line["loss"])}
+        if step > first:
+            left = (time.monotonic() - started) / (step - first) * (steps - step)
+            progress["estimated_finish"] = (now() + timedelta(seconds=left)).isoformat()
+        self._detail(progress=progress)
+
+    def _detail(self, **values: Any) -> None:
+        with self._lock:
+            self.details |= values
+            self._pending.details |= values
+
+    def _add(self, kind: str, message: str, data: dict[str, Any]) -> None:
+        event = JobEvent(job_id=self.job_id, at=now(), kind=kind, message=message, data=data)
+        with self._lock:
+            self._pending.events.append(event)
+
+
+def copied(event: JobEvent) -> JobEvent:
+    """The same event, unknown to any session."""
+    names = ("job_id", "at", "kind", "message", "data")
+    return JobEvent(**{name: getattr(event, name) for name in names})
+
+
+def _plain(value: Any) -> Any:
+    """A number or text ready for JSON, which has no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

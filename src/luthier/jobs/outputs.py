@@ -1,0 +1,110 @@
+"""What a finished job writes to the address it was given, laid out as Bedrock does."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.files import luthier_home
+from luthier.jobs.data import JobData
+from luthier.jobs.folders import run_name
+from luthier.store.jobs import Job
+from luthier.store.models import StoredModel
+
+_TRAINING = "training_artifacts"
+_VALIDATION = "validation_artifacts/post_fine_tuning_validation"
+_NO_COLUMNS = frozenset(("event", "step", "loss", "best", "best_step", "measure"))
+
+
+def files(
+    job: Job,
+    model: StoredModel,
+    lines: Sequence[Mapping[str, Any]],
+    result: Mapping[str, Any],
+    data: JobData,
+) -> Iterator[tuple[str, bytes]]:
+    """Names below the job's address, and what they hold.
+
+    ``lines`` are the metrics of the run; ``result`` has ``validation_losses``, one for each validator.
+    """
+    top = f"model-customization-job-{job.id}"
+    epoch = _Epochs(model, int(result["rows"]))
+    yield f"{top}/{_TRAINING}/step_wise_training_metrics.csv", training_csv(lines, epoch)
+    losses = result.get("validation_losses", [])
+    if losses:
+        yield f"{top}/{_VALIDATION}/validation/validation_metrics.csv", validation_csv(lines, epoch)
+    for number, loss in enumerate(losses if len(losses) > 1 else (), 1):
+        last = {"event": "validation", "step": result["steps"], "loss": loss}
+        name = f"{top}/{_VALIDATION}/validation-{number}/validation_metrics.csv"
+        yield name, validation_csv([last], epoch)
+    manifest = data.told(json.dumps(model.manifest, indent=2, ensure_ascii=False))
+    yield f"{top}/{_TRAINING}/manifest.json", (manifest + "\n").encode()
+    for name, shown in (("train", "synthetic_data"), ("insights", "prompt_insights")):
+        for path in _distillation(job.id, f"{name}.jsonl"):
+            yield f"{top}/{_TRAINING}/{shown}.jsonl", path.read_bytes()
+
+
+class _Epochs:
+    """Which pass over the rows a step belongs to, counted from 0."""
+
+    def __init__(self, model: StoredModel, rows: int) -> None:
+        self.batch = int(model.manifest["recipe"]["training"]["batch_size"])
+        self.rows = max(1, rows)
+
+    def of(self, step: int) -> int:
+        """Of the step with this number, counted from 0."""
+        return step // math.ceil(self.rows / self.batch)
+
+
+def training_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
+    """``step_number`` from 0, ``epoch_number``, ``training_loss``, ``perplexity``; further columns."""
+    train = [line for line in lines if line["event"] == "train"]
+    # A mean reward is called so by those who read these files; the rest keeps its name.
+    further = list(dict.fromkeys(k for line in train for k in line if k not in _NO_COLUMNS))
+    names = ["reward_mean" if name == "reward" else name for name in further]
+    rows = [
+        [
+            line["step"] - 1,
+            epochs.of(line["step"] - 1),
+            line["loss"],
+            _perplexity(line["loss"]),
+            *(line.get(key, "") for key in further),
+        ]
+        for line in train
+    ]
+    return _csv(["step_number", "epoch_number", "training_loss", "perplexity", *names], rows)
+
+
+def validation_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
+    """``step_number``, ``epoch_number``, ``validation_loss``, ``perplexity``; a line a measurement."""
+    held = [line for line in lines if line["event"] == "validation"]
+    rewards = any("reward" in line for line in held)
+    rows = []
+    for line in held:
+        # Measured after so many steps.
+        step = line["step"]
+        row = [step, epochs.of(max(0, step - 1)), line["loss"], _perplexity(line["loss"])]
+        rows.append([*row, line.get("reward", "")] if rewards else row)
+    names = ["step_number", "epoch_number", "validation_loss", "perplexity"]
+    return _csv([*names, *["reward_mean"] * rewards], rows)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _distillation(job_id: str, name: str) -> list[Path]:
+    return sorted((luthier_home() / "distillations").glob(f"*/{run_name(job_id)}/{name}"))

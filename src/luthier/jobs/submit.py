@@ -1,0 +1,236 @@
+"""From what a face was asked to a job in the queue: names, quota, recipe, one transaction."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from luthier.distillation.recipe import DistilRecipe
+from luthier.errors import NameInUse, QuotaExceeded, RecipeError
+from luthier.jobs.folders import run_name
+from luthier.recipe import Recipe, parse
+from luthier.store.arns import Arns
+from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
+from luthier.store.database import new_id, now
+from luthier.store.foundation import FoundationModel
+from luthier.store.jobs import QUEUED, Job, in_flight, record
+
+FINE_TUNING, CONTINUED_PRE_TRAINING = "FINE_TUNING", "CONTINUED_PRE_TRAINING"
+DISTILLATION, REINFORCEMENT = "DISTILLATION", "REINFORCEMENT_FINE_TUNING"
+TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING, DISTILLATION, REINFORCEMENT)
+
+BaseModel = FoundationModel | CustomModel
+"""What a job starts from, and what teaches."""
+
+_GROUPS = ("training", "adaptation", "objective", "sampling", "insights", "teacher", "method")
+_DATA = ("long_rows", "validation_share", "columns", "augmentation", "severity")
+"""Fields of a recipe that a request may set; the others name files, models or other machines."""
+_TEACHER = ("batch_size",)
+MOST_CORES = 16
+"""Threads of one job where nothing is said; more hardly help networks of the sizes tuned here."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one account may have."""
+
+    in_flight: int = 5000
+    """Jobs that have not ended."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A customization job as a face understood it: checked for form, not yet for names and quota."""
+
+    account: str
+    face: str
+    """``bedrock``, ``openai`` or ``native``."""
+    job_name: str
+    model_name: str
+    customization_type: str
+    """One of ``TYPES``."""
+    base: BaseModel
+    """A custom model is ``Active``."""
+    training: Sequence[str]
+    """Addresses of the training data."""
+    validators: Sequence[str] = ()
+    """Addresses of validation data; each is measured by itself."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the recipe by group: ``{"training": {"epochs": 2}, "adaptation": {"rank": 8}}``."""
+    teacher: BaseModel | None = None
+    """Of a distillation."""
+    grader: Mapping[str, Any] | None = None
+    """Of reinforcement fine-tuning: ``method`` and fields of a grader."""
+    output: str | None = None
+    """Address below which metrics are written."""
+    request: Mapping[str, Any] = field(default_factory=dict)
+    """What the face shows again, ready for JSON."""
+    openai_id: str | None = None
+    """``ft:…`` id that the model is to have."""
+    priority: int = 0
+    time_limit: int | None = None
+    """Seconds of work at most."""
+
+
+def submit(session: Session, asked: Submission, arns: Arns, limits: Limits | None = None) -> Job:
+    """Put a job into the queue and reserve the name of its model, in the caller's transaction.
+
+    Raises:
+        NameInUse: where the account has a job or a model of that name.
+        QuotaExceeded: where it has too many jobs that have not ended.
+        RecipeError: for settings that no recipe can have.
+    """
+    limits = limits or Limits()
+    _one_at_a_time(session, asked.account)
+    _check_names(session, asked)
+    if in_flight(session, asked.account) >= limits.in_flight:
+        raise QuotaExceeded(
+            f"the account has {limits.in_flight} customization jobs that have not ended, which is its "
+            "quota. Wait for some of them, or stop them"
+        )
+    job_id, moment = new_id(), now()
+    recipe = recipe_of(asked, job_id)
+    job = Job(
+        id=job_id,
+        account=asked.account,
+        name=asked.job_name,
+        model_name=asked.model_name,
+        face=asked.face,
+        customization_type=asked.customization_type,
+        foundation=_root(asked.base),
+        base_model=_arn(asked.base, asked.account, arns),
+        command="distil" if isinstance(recipe, DistilRecipe) else "tune",
+        recipe=recipe.plain(),
+        request=dict(asked.request),
+        output=asked.output,
+        validators=list(asked.validators),
+        state=QUEUED,
+        details={"sources": list(asked.training)},
+        priority=asked.priority,
+        cores=recipe.training.threads,
+        time_limit=asked.time_limit,
+        created=moment,
+        modified=moment,
+    )
+    session.add(job)
+    _flushed(session, "job")
+    session.add(_reserved(asked, job))
+    _flushed(session, "model")
+    record(session, job.id, "state", "The job was created.", state=QUEUED)
+    return job
+
+
+def recipe_of(asked: Submission, job_id: str) -> Recipe:
+    """The recipe of a job; its data are addresses.
+
+    Raises:
+        RecipeError: naming each field that cannot be used.
+    """
+    fields = _settings(asked.settings)
+    fields["name"] = run_name(job_id)
+    fields["base"] = _stored(asked.base)
+    data = {"train": asked.training[0], **fields.get("data", {})}
+    if not asked.validators:
+        # Every row is there to be learned: nobody asked to hold some out.
+        data.setdefault("validation_share", 0.0)
+    fields["data"] = data
+    training = dict(fields.get("training", {}))
+    training.setdefault("threads", min(os.cpu_count() or 1, MOST_CORES))
+    fields["training"] = training
+    objective = dict(fields.get("objective", {}))
+    kind = asked.customization_type
+    if kind == DISTILLATION:
+        if asked.teacher is None:
+            raise RecipeError("a distillation needs a teacher")
+        fields["teacher"] = {**fields.get("teacher", {}), "model": _stored(asked.teacher)}
+    elif kind == REINFORCEMENT:
+        if asked.grader is None:
+            raise RecipeError("reinforcement fine-tuning needs a grader")
+        objective = {"method": "grpo", **objective, "grader": dict(asked.grader)}
+    elif kind == CONTINUED_PRE_TRAINING:
+        writes = asked.base.writes if isinstance(asked.base, FoundationModel) else True
+        objective = {"method": "causal_lm" if writes else "masked_lm", **objective}
+    elif kind != FINE_TUNING:
+        raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
+    # Fine-tuning goes by its rows: what is preferred is learned by DPO.
+    if objective:
+        fields["objective"] = objective
+    return parse(DistilRecipe if kind == DISTILLATION else Recipe, fields)
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, where only fields are set that a request may set."""
+    data, teacher = given.get("data", {}), given.get("teacher", {})
+    refused = [key for key in given if key not in (*_GROUPS, "data")]
+    refused += [f"data.{key}" for key in data if key not in _DATA]
+    refused += [f"teacher.{key}" for key in teacher if key not in _TEACHER]
+    if refused:
+        raise RecipeError(f"a customization job cannot set {', '.join(refused)}")
+    return dict(given)
+
+
+def _one_at_a_time(session: Session, account: str) -> None:
+    """Names and quota hold against other submissions of the account until the transaction ends."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtext(f"submit {account}"))))
+
+
+def _check_names(session: Session, asked: Submission) -> None:
+    for kind, table, name in (
+        ("job", Job, asked.job_name),
+        ("model", CustomModel, asked.model_name),
+    ):
+        taken = select(table.id).where(table.account == asked.account, table.name == name)
+        if session.scalar(taken) is not None:
+            raise NameInUse(kind)
+
+
+def _flushed(session: Session, kind: str) -> None:
+    try:
+        session.flush()
+    except IntegrityError as error:
+        raise NameInUse(kind) from error
+
+
+def _reserved(asked: Submission, job: Job) -> CustomModel:
+    return CustomModel(
+        id=new_id(),
+        account=job.account,
+        name=job.model_name,
+        foundation=job.foundation,
+        root=asked.base.root if isinstance(asked.base, CustomModel) else asked.base.id,
+        base_model=job.base_model,
+        job_id=job.id,
+        openai_id=asked.openai_id,
+        status=RESERVED,
+        details={},
+        created=job.created,
+    )
+
+
+def _stored(model: BaseModel) -> str:
+    """Id under which the store opens it."""
+    if isinstance(model, FoundationModel):
+        return model.base
+    if model.status != ACTIVE or model.stored_id is None:
+        raise RecipeError(f"custom model {model.name} is {model.status}; wait until it is Active")
+    return model.stored_id
+
+
+def _root(model: BaseModel) -> str:
+    """``provider.name`` for ARNs."""
+    if isinstance(model, FoundationModel):
+        return model.id
+    return model.root or "luthier.imported"
+
+
+def _arn(model: BaseModel, account: str, arns: Arns) -> str:
+    if isinstance(model, FoundationModel):
+        return arns.foundation_model(model.id)
+    return arns.custom_model(account, model.foundation, model.id)

@@ -1,0 +1,132 @@
+"""Workers for tests: real processes that begin with everything imported.
+
+Importing torch and transformers takes seconds. One process does it, computes nothing, and forks for
+each worker that a scheduler starts. ``python worker_forks.py SOCKET --job … --lease …`` is the command
+of the scheduler: it asks for a fork, and ends as the fork does. What a worker reads and writes is
+``file://``, below a folder for each account.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Folders:
+    """``file://`` addresses, without a look at whose they are."""
+
+    def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
+        import shutil
+
+        from luthier.errors import RefusedInput
+
+        source = Path(uri.removeprefix("file://"))
+        files = sorted(source.glob("*.jsonl")) if uri.endswith("/") else [source]
+        if not files or not all(path.is_file() for path in files):
+            raise RefusedInput(f"there is nothing at {uri}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return [Path(shutil.copy(path, folder)) for path in files]
+
+    def write(self, account: str, uri: str, name: str, data: bytes) -> None:
+        from luthier.files import write_bytes
+
+        write_bytes(Path(uri.removeprefix("file://")) / name, data)
+
+
+def serve(path: str) -> None:
+    """Import everything, then fork for who asks."""
+    import matplotlib.pyplot
+    import peft
+    import transformers.models.llama.modeling_llama
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    import luthier.distillation
+    import luthier.engine.train
+    import luthier.jobs.measuring
+    import luthier.jobs.worker
+    import luthier.models.load  # noqa: F401
+
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(path)
+    listening.listen(64)
+    waiting: dict[int, socket.socket] = {}
+    parent = os.getppid()
+    while os.getppid() == parent:
+        if select.select([listening], [], [], 0.02)[0]:
+            connection, _ = listening.accept()
+            job = json.loads(connection.makefile().readline())
+            pid = os.fork()
+            if not pid:
+                listening.close()
+                _work(job)
+            waiting[pid] = connection
+        while waiting:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            connection = waiting.pop(pid)
+            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            connection.close()
+
+
+def _work(job: dict[str, Any]) -> None:
+    code = 70
+    try:
+        os.setsid()
+        for number in (1, 2):
+            log = os.open(f"/proc/{job['pid']}/fd/{number}", os.O_WRONLY | os.O_APPEND)
+            os.dup2(log, number)
+        os.environ.clear()
+        os.environ.update(job["environment"])
+        exec(os.environ.get("LUTHIER_TEST_BEFORE", ""))
+        import logging
+
+        from luthier.jobs.worker import Worker
+        from luthier.store.database import Database
+
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+        options = dict(zip(job["options"][::2], job["options"][1::2], strict=True))
+        database = Database(os.environ["LUTHIER_DATABASE"])
+        code = Worker(database, Folders(), options["--job"], options["--lease"]).run()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def ask(path: str, options: list[str]) -> int:
+    """Have a worker forked; how it ended."""
+    connection = socket.socket(socket.AF_UNIX)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            connection.connect(path)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+    job = {"pid": os.getpid(), "options": options, "environment": dict(os.environ)}
+    connection.sendall(json.dumps(job).encode() + b"\n")
+    status = connection.makefile().readline()
+    return int(status or 70)
+
+
+if __name__ == "__main__":
+    if sys.argv[2:]:
+        ended = ask(sys.argv[1], sys.argv[2:])
+        if ended < 0:
+            import signal
+
+            signal.signal(-ended, signal.SIG_DFL) if -ended != signal.SIGKILL else None
+            os.kill(os.getpid(), -ended)
+        sys.exit(ended)
+    serve(sys.argv[1])
