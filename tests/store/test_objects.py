@@ -81,7 +81,7 @@ from luthier.store.locations import Locations
 from luthier.store.objects import Content, Objects
 
 
-objects = Objects(Database())
+objects = Objects(Database(sys.argv[2]))
 if sys.argv[1] == "before":
     objects.place = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
 else:
@@ -96,7 +96,8 @@ objects.put("000000000001", "data", "k", done, Described())
 @pytest.mark.parametrize(("moment", "left"), [("before", b"old"), ("after", b"new")])
 def test_a_kill_around_the_commit(data: Objects, moment: str, left: bytes) -> None:
     put(data, "k", b"old")
-    ended = subprocess.run([sys.executable, "-c", KILLED, moment], check=False, timeout=60)
+    command = [sys.executable, "-c", KILLED, moment, data.database.url]
+    ended = subprocess.run(command, check=False, timeout=60)
     assert ended.returncode == -signal.SIGKILL
     assert read(data, "k") == left and len(files(data)) == 2
     assert data.sweep(older_than=0) == 1
