@@ -161,9 +161,7 @@ class Queue:
 
 
 @pytest.fixture
-def queue(
-    database: Database, tmp_path: Path, tiny_base: str, forks: list[str]
-) -> Iterator[Queue]:
+def queue(database: Database, tmp_path: Path, tiny_base: str, forks: list[str]) -> Iterator[Queue]:
     """An empty queue; what still works in it when the test ends is killed."""
     made = Queue(database, tmp_path / "data", forks)
     yield made
