@@ -26,6 +26,7 @@ ONCE = Capacity(memory=10**12, cores=2)
 def claimed(queue: Any, worker: dict[str, Any]) -> Job:
     queue.submit()
     with queue.database.write() as session:
+        session.query(Job).update({"memory": 1})
         job = leases.claim(session, worker, 10**12, 9)
         assert job is not None
         return job

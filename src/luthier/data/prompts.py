@@ -93,12 +93,14 @@ class PromptChecker(Checker):
         row = self.chat(record["messages"], answered=False)
         if row is None or not row.messages:
             return row
-        messages, expected = row.messages, None
+        messages: tuple[Message, ...] = row.messages
+        expected: str | None = None
         if messages[-1].role == "assistant":
             messages, expected = messages[:-1], messages[-1].content
         # What Bedrock's rows for reinforcement fine-tuning call it; there it may be of any type.
-        if isinstance(record.get("reference_answer"), str):
-            expected = record["reference_answer"]
+        reference = record.get("reference_answer")
+        if isinstance(reference, str):
+            expected = reference
         if "expected" in record:
             expected = self.text(record, "expected")
         if not messages or messages[-1].role != "user":
