@@ -36,5 +36,5 @@ def worker(
 
     assert METADATA.tables  # importing it has declared every table
     database = Database(os.environ.get(DATABASE) or None)
-    locations = Locations(Objects(database), s3_endpoint, tuple(file_root or ()))
+    locations = Locations(Objects(database), s3_endpoint, file_root or ())
     raise typer.Exit(Worker(database, locations, job, lease).run())
