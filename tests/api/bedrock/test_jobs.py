@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from bedrock_service import ALICE, BASE, ENCODER, ROLE, Service, job_members
+from bedrock_service import ALICE, BASE, ENCODER, Service, job_members
 from botocore.exceptions import ClientError
 
 DISTILLATION = {
@@ -25,7 +25,9 @@ REINFORCEMENT = {
     "customizationConfig": {
         "rftConfig": {
             "graderConfig": {
-                "lambdaGrader": {"lambdaArn": "arn:aws:lambda:us-east-1:111111111111:function:grade"}
+                "lambdaGrader": {
+                    "lambdaArn": "arn:aws:lambda:us-east-1:111111111111:function:grade"
+                }
             },
             "hyperParameters": {"epochCount": 3, "trainingSamplePerPrompt": 4, "batchSize": 16},
         }
@@ -320,4 +322,3 @@ def test_details_of_the_parts(service: Service, bedrock: Any, submit: Callable[.
     bedrock.stop_model_customization_job(jobIdentifier=arn)
     told = bedrock.get_model_customization_job(jobIdentifier=arn)["statusDetails"]
     assert told["validationDetails"]["status"] == "Stopped"
-
