@@ -77,7 +77,8 @@ class Service:
     """What stands behind the server."""
 
     def __init__(self, server: Server, database: Database, quotas: Quotas, handlers: Any) -> None:
-        self.client, self.url, self.database = server.client, server.url, database
+        self.server, self.client, self.url = server, server.client, server.url
+        self.database = database
         self.places, self.preparation = Places(), Preparation()
         self.denied: set[tuple[str, str]] = set()
         """Action and a pattern of resources that policies refuse."""

@@ -41,9 +41,6 @@ class Folders:
 
 def serve(path: str) -> None:
     """Import everything, then fork for who asks."""
-    import matplotlib.pyplot
-    import peft
-    import transformers.models.llama.modeling_llama
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     import luthier.distillation
