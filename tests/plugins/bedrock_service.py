@@ -6,7 +6,8 @@ import re
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import boto3
@@ -19,13 +20,13 @@ from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.control import Control, Quotas
 from luthier.api.bedrock.face import BedrockFace
 from luthier.api.observability import Observer
-from luthier.api.wire import Answer, Caller, Call, Fault, Head, Signed
+from luthier.api.wire import Answer, Caller, Fault, Head, Signed
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.store import jobs as queue
 from luthier.store import leases
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base, Database
+from luthier.store.database import Database
 from luthier.store.jobs import Job
 
 ALICE, BOB = "111111111111", "222222222222"
@@ -72,32 +73,26 @@ class Preparation:
             raise CorruptFile(f"/secret/place/{stored_id} is missing")
 
 
-@dataclass
 class Service:
-    """The server, and what stands behind it."""
+    """What stands behind the server."""
 
-    database: Database
-    control: Control
-    face: BedrockFace
-    places: Places
-    preparation: Preparation
-    denied: set[tuple[str, str]]
-    """Action and a pattern of resources that policies refuse."""
-    url: str = ""
-    calls: list[Call] = field(default_factory=list)
-
-    def client(self, account: str = ALICE, **config: Any) -> Any:
-        """boto3's ``bedrock``; each answer is held against the service model."""
-        made = boto3.client(
-            "bedrock",
-            endpoint_url=self.url,
-            region_name="us-east-1",
-            aws_access_key_id=account,
-            aws_secret_access_key="secret",  # noqa: S106
-            config=Config(retries={"total_max_attempts": 1}, max_pool_connections=32, **config),
+    def __init__(self, server: Server, database: Database, quotas: Quotas, handlers: Any) -> None:
+        self.server, self.client, self.url = server, server.client, server.url
+        self.database = database
+        self.places, self.preparation = Places(), Preparation()
+        self.denied: set[tuple[str, str]] = set()
+        """Action and a pattern of resources that policies refuse."""
+        self.control = Control(
+            database,
+            Arns("us-east-1"),
+            self.places,
+            self.authorize,
+            b"the server's own secret",
+            Activation(database, self.preparation),
+            graders,
+            quotas,
         )
-        made.meta.events.register("before-parse.bedrock.*", check_answer)
-        return made
+        self.face = BedrockFace(self.control, handlers)
 
     def job(self, account: str, name: str) -> Job:
         with self.database.read() as session:
@@ -133,48 +128,67 @@ class Service:
                 )
 
 
-class serving:  # noqa: N801  (a context manager)
-    """A server on ``database``, as after each start."""
+class Server:
+    """One uvicorn for all tests of a process; what answers is exchanged."""
 
-    def __init__(self, database: Database, quotas: Quotas | None = None, **handlers: Any) -> None:
-        places, preparation = Places(), Preparation()
-        self.service: Service
-
-        def authorize(caller: Caller, action: str, resource: str) -> None:
-            self.service.authorize(caller, action, resource)
-
-        control = Control(
-            database,
-            Arns("us-east-1"),
-            places,
-            authorize,
-            b"the server's own secret",
-            Activation(database, preparation),
-            graders,
-            quotas or Quotas(),
-        )
-        face = BedrockFace(control, handlers)
-        self.service = Service(database, control, face, places, preparation, set())
-        unused = _Unused()
-        faces = Faces(face, unused, unused, unused)
-        app = Application(faces, ByAccessKey(), lambda caller: None, Observer(dict), lambda: None)
-        self._socket = socket.socket()
+    def __init__(self) -> None:
+        self.app: Application | None = None
+        # asyncio sends without delay only where it is told that the socket is one of TCP.
+        self._socket = socket.socket(proto=socket.IPPROTO_TCP)
         self._socket.bind(("127.0.0.1", 0))
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
-
-    def __enter__(self) -> Service:
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        config = uvicorn.Config(self._call, interface="asgi3", log_level="critical", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
+        )
         self._thread.start()
         eventually(lambda: self._server.started)
-        self.service.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        return self.service
+        self._clients: dict[str, Any] = {}
 
-    def __exit__(self, *error: Any) -> None:
-        self.service.preparation.free.set()
+    async def _call(self, scope: Any, receive: Any, send: Any) -> None:
+        assert self.app is not None
+        await self.app(scope, receive, send)
+
+    def client(self, account: str = ALICE) -> Any:
+        """boto3's ``bedrock``; each answer is held against the service model."""
+        if account not in self._clients:
+            made = boto3.client(
+                "bedrock",
+                endpoint_url=self.url,
+                region_name="us-east-1",
+                aws_access_key_id=account,
+                aws_secret_access_key="secret",
+                config=Config(retries={"total_max_attempts": 1}, max_pool_connections=32),
+            )
+            made.meta.events.register("before-parse.bedrock.*", check_answer)
+            self._clients[account] = made
+        return self._clients[account]
+
+    def close(self) -> None:
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
-        self.service.control.activation.close()
+
+    @contextmanager
+    def serving(
+        self, database: Database, quotas: Quotas | None = None, handlers: Any = None
+    ) -> Iterator[Service]:
+        """The service on ``database``, as after each of its starts."""
+        made = Service(self, database, quotas or Quotas(), handlers or {})
+        unused = _Unused()
+        self.app = Application(
+            Faces(made.face, unused, unused, unused),
+            ByAccessKey(),
+            lambda caller: None,
+            Observer(dict),
+            lambda: None,
+        )
+        try:
+            yield made
+        finally:
+            made.preparation.free.set()
+            made.control.activation.close()
 
 
 def graders(account: str, function: str) -> dict[str, Any] | None:

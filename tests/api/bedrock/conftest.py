@@ -7,19 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bedrock_service import ALICE, BOB, Service, job_members, serving
+from bedrock_service import ALICE, BOB, Server, Service, job_members
 
 from luthier.store.database import Base, Database
 
 
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """On a free port."""
+    made = Server()
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    """A server on a free port, with its database in a file."""
-    database = Database(f"sqlite:///{tmp_path / 'service.db'}")
-    Base.metadata.create_all(database.engine)
-    with serving(database) as made:
+def database(tmp_path: Path) -> Iterator[Database]:
+    """In a file, with all tables."""
+    made = Database(f"sqlite:///{tmp_path / 'service.db'}")
+    with made.write() as session:
+        Base.metadata.create_all(session.connection())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def service(server: Server, database: Database) -> Iterator[Service]:
+    """The service behind the server."""
+    with server.serving(database) as made:
         yield made
-    database.close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from bedrock_service import ALICE, BASE, ENCODER, ROLE, Service, job_members
+from bedrock_service import ALICE, BASE, ENCODER, Service, job_members
 from botocore.exceptions import ClientError
 
 DISTILLATION = {
