@@ -218,7 +218,8 @@ class _Run:
         v_RHKD = all_v[self.slot : self.slot + self.count]
         heads, room = k_RHKD.shape[1:3]
         # Query heads that share a key head are stacked as queries.
-        q = query[0].transpose(0, 1).reshape(self.count * heads, -1, query.shape[-1])
+        # Contiguous also where a view would do: products of other strides are other kernels.
+        q = query[0].transpose(0, 1).contiguous().view(self.count * heads, -1, query.shape[-1])
         scores = torch.bmm(q, k_RHKD.flatten(0, 1).mT).mul_(scale)
         scores.view(self.count, -1, room).add_(self.mask_R1K.to(scores.dtype))
         out = torch.bmm(torch.softmax(scores, -1), v_RHKD.flatten(0, 1))

@@ -22,7 +22,17 @@ from luthier.models import heads
 from luthier.models.layouts import Flat
 from luthier.models.packing import packed, packed_weight
 from luthier.models.prefix import prefix_cache, prefix_tokens
-from luthier.serving.cache import CHUNK_STEP, Bank, Banks, Chunk, Span, Step, in_order, room_for
+from luthier.serving.cache import (
+    CHUNK_STEP,
+    STEP,
+    Bank,
+    Banks,
+    Chunk,
+    Span,
+    Step,
+    in_order,
+    room_for,
+)
 
 if TYPE_CHECKING:
     from luthier.models.network import Network
@@ -30,6 +40,9 @@ if TYPE_CHECKING:
 
 SIZES = (4, 8, 16, 32, 64)
 """Numbers of rows that may run in one step. Products of one or two rows are made by other kernels."""
+SMALL = 4096
+"""Batched products of no more multiplications are made by another kernel, where numbers have 16 bits;
+one sequence alone must not fall below it."""
 CHUNK = 256
 """Tokens of a prompt that are read at once; between two chunks the others take a step."""
 PROBES = 16
@@ -118,7 +131,8 @@ class Together:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = torch.empty(0, dtype=network.dtype).element_size()
         self._bytes = 2 * int(config.num_hidden_layers) * int(key_heads) * int(size) * width
-        self.sizes = self._probe()
+        large = int(config.num_attention_heads) * int(size) * STEP > SMALL
+        self.sizes = self._probe() if large or network.dtype == torch.float32 else (1,)
 
     def bytes_of(self, tokens: int) -> int:
         """Memory that a sequence of ``tokens`` takes at most."""
