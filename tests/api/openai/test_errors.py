@@ -27,7 +27,10 @@ def asked(service: Any, method: str, path: str, body: bytes | None = None) -> tu
 
 
 def test_an_unknown_key(service: Any) -> None:
-    with service.client("sk-nobody") as client, pytest.raises(openai.AuthenticationError) as refused:
+    with (
+        service.client("sk-nobody") as client,
+        pytest.raises(openai.AuthenticationError) as refused,
+    ):
         client.models.list()
     assert refused.value.code == "invalid_api_key"
     assert refused.value.type == "invalid_request_error"
@@ -83,4 +86,6 @@ def test_both_prefixes_and_ids_on_every_answer(service: Any, client: openai.Open
     with openai.OpenAI(
         api_key="sk-one", base_url=service.url.replace("/v1", "/openai/v1"), max_retries=0
     ) as second:
-        assert [each.id for each in second.models.list()] == [each.id for each in client.models.list()]
+        assert [each.id for each in second.models.list()] == [
+            each.id for each in client.models.list()
+        ]

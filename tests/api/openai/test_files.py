@@ -95,7 +95,11 @@ def test_what_one_account_has_does_not_exist_for_another(
 
 @pytest.mark.parametrize(
     ("purpose", "data", "param"),
-    [("secret", DATA, "purpose"), ("fine-tune", b"", "file"), ("fine-tune-results", DATA, "purpose")],
+    [
+        ("secret", DATA, "purpose"),
+        ("fine-tune", b"", "file"),
+        ("fine-tune-results", DATA, "purpose"),
+    ],
 )
 def test_uploads_that_are_refused(
     client: openai.OpenAI, purpose: Any, data: bytes, param: str
@@ -143,9 +147,7 @@ def test_files_that_expire(client: openai.OpenAI, service: Any) -> None:
     kept = upload(client)
     with service.database.write() as session:
         past = now() - timedelta(seconds=1)
-        session.execute(
-            update(UploadedFile).where(UploadedFile.id == made.id).values(expires=past)
-        )
+        session.execute(update(UploadedFile).where(UploadedFile.id == made.id).values(expires=past))
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(made.id)
     assert [each.id for each in client.files.list()] == [kept]
