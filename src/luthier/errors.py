@@ -122,10 +122,6 @@ class WrongState(RefusedInput):
     """What is asked of a job is not possible in the state it is in."""
 
 
-class LeaseLost(LuthierError):
-    """A worker wrote for a job that it no longer holds; nothing was written."""
-
-
 class LocationRefused(RefusedInput):
     """Data cannot be read from, or written to, an address of the service's clients."""
 
@@ -136,6 +132,10 @@ class ObjectRefused(RefusedInput):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code, self.message = code, message
+
+
+class LeaseLost(LuthierError):
+    """A worker wrote for a job that it no longer holds; nothing was written."""
 
 
 class DownloadError(LuthierError):

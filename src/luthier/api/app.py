@@ -146,8 +146,7 @@ class Application:
             seen.refused(fault)
             answer = face.refusal(fault, seen.request_id)
         except RefusedInput as refused:
-            fault = Fault("Validation", str(refused))
-            seen.refused(fault)
+            seen.refused(fault := Fault.of(refused))
             answer = face.refusal(fault, seen.request_id)
         except ClientGone:
             raise
@@ -156,6 +155,7 @@ class Application:
             _log.exception("request failed", extra={"request_id": seen.request_id})
             text = f"Something failed inside the service; its log has request {seen.request_id}."
             answer = face.refusal(Fault("InternalServer", text), seen.request_id)
+            seen.error = "InternalServer"
         seen.status = await send_answer(send, receive, answer, self.run)
 
     def _chosen(self, path: str) -> tuple[str, Face]:
