@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ForeignKey, Index, Text, UniqueConstraint, delete, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import ObjectRefused
@@ -141,12 +142,13 @@ class Objects:
         """
         if not _bucket_name(name):
             raise ObjectRefused("InvalidBucketName", "The specified bucket is not valid.")
-        with self.database.write() as session:
-            if _bucket(session, account, name) is not None:
-                text = "Your previous request to create the named bucket succeeded and it is yours."
-                raise ObjectRefused("BucketAlreadyOwnedByYou", text)
-            bucket = Bucket(account=account, name=name, created=now())
-            session.add(bucket)
+        bucket = Bucket(account=account, name=name, created=now())
+        try:
+            with self.database.write() as session:
+                session.add(bucket)
+        except IntegrityError:
+            text = "Your previous request to create the named bucket succeeded and it is yours."
+            raise ObjectRefused("BucketAlreadyOwnedByYou", text) from None
         return bucket
 
     def buckets(self, account: str) -> list[Bucket]:

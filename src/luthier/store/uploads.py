@@ -72,7 +72,7 @@ class Uploads:
         """Begin; ``checksum`` is the algorithm and the type, both empty for none."""
         check_key(key)
         with self.database.write() as session:
-            found = owned(session, account, bucket)
+            found = owned(session, account, bucket, lock=True)
             made = Upload(
                 id=new_id() + new_id(), account=account, bucket_seq=found.seq, key=key,
                 headers=dict(described.headers), user_metadata=dict(described.metadata),
