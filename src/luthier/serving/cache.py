@@ -210,9 +210,7 @@ class _Run:
         mask_RK = torch.zeros(sees_RK.shape, device=device).masked_fill_(~sees_RK, -torch.inf)
         return _Run(bank, slot, first, len(spans), slot_R, length_R, mask_RK[:, None])
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         all_k, all_v = self.bank.of(layer, key, value)
         all_k[self.slot_R, :, self.length_R] = key[0].transpose(0, 1)
         all_v[self.slot_R, :, self.length_R] = value[0].transpose(0, 1)

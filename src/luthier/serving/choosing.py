@@ -29,7 +29,9 @@ class Chooser:
         self._request, self.matcher = request, matcher
         self._random = random.Random(f"{seed}/{index}")
         self._written: Counter[int] = Counter()
-        self._read = torch.from_numpy(prompt_T).unique() if request.repetition_penalty != 1 else None
+        self._read = (
+            torch.from_numpy(prompt_T).unique() if request.repetition_penalty != 1 else None
+        )
         self._penalised = bool(
             request.frequency_penalty or request.presence_penalty or request.logit_bias
         )
@@ -72,7 +74,9 @@ class Chooser:
             times = torch.tensor([float(self._written[i]) for i in written], device=at.device)
             logits_V[at] -= request.frequency_penalty * times + request.presence_penalty
         if self.matcher is not None:
-            logits_V.masked_fill_(~self.matcher.allowed(len(logits_V)).to(logits_V.device), -torch.inf)
+            logits_V.masked_fill_(
+                ~self.matcher.allowed(len(logits_V)).to(logits_V.device), -torch.inf
+            )
         return logits_V
 
     def _drawn(self, logits_V: Tensor) -> int:

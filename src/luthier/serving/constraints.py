@@ -21,7 +21,7 @@ KEPT = 64
 """Compiled grammars that are kept."""
 LARGEST = 200_000
 """Characters of a schema at most."""
-_FORM = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+_FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """White space as Python writes it, and no other: a model cannot fill an answer with line breaks."""
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 
@@ -142,7 +142,7 @@ def _grammar(schema: Mapping[str, Any]) -> str:
     if not isinstance(schema, Mapping):
         raise InferenceRefused("A JSON schema is an object.", "schema")
     try:
-        grammar: str = LLMatcher.grammar_from_json_schema(dict(schema), overrides=_FORM)
+        grammar: str = LLMatcher.grammar_from_json_schema(dict(schema), None, _FORM)
     except (ValueError, TypeError, RecursionError) as error:
         raise InferenceRefused(f"The JSON schema cannot be read: {error}", "schema") from error
     return grammar

@@ -1,8 +1,8 @@
 """One model in memory that answers many requests at once: the engine behind every face.
 
-One thread owns the network. In each round it reads a little of the prompts that came, then every answer
-that is being written grows by one token. What an answer is depends on its own request alone, not on what
-else runs (:mod:`luthier.serving.stepping`), so it is the same through every face, streamed or not.
+One thread owns the network. In each round it reads a little of the prompts that came, then every
+answer that is being written grows by one token. What an answer is depends on its own request alone, not
+on what else runs (:mod:`luthier.serving.stepping`): it is the same through every face, streamed or not.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ class Stream:
         if isinstance(event, BaseException):
             self.close()
             raise event
-        if event is _ENDED:
-            self.close()
+        if event is _ENDED or not self._left:
             raise StopIteration
         if isinstance(event, End):
             self._left -= 1
@@ -96,6 +95,7 @@ class Stream:
         self._left = 0
         while self._at_end:
             self._at_end.pop()()
+        self._events.put(_ENDED)  # for one who waits for the next piece
 
     def whole(self) -> list[Whole]:
         """All answers, once they are there."""

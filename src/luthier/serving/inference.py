@@ -100,7 +100,8 @@ class Request:
     min_p: float = 0.0
     """Draw no token that is less likely than this share of the likeliest (arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that stand before are divided by it, or multiplied below 0 (arXiv:1909.05858)."""
+    """Logits of tokens that stand before are divided by it, negative ones multiplied (Keskar et al.
+    2019, arXiv:1909.05858)."""
     frequency_penalty: float = 0.0
     """Taken from a logit for each time the token was written already."""
     presence_penalty: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -144,7 +144,9 @@ class ModelPool:
             self._load(model_id, entry)
         elif not entry.ready.wait(LOADING_SECONDS):
             self._release(entry)
-            raise InferenceFailed("ModelNotReady", "The model is still being loaded. Try again soon.")
+            raise InferenceFailed(
+                "ModelNotReady", "The model is still being loaded. Try again soon."
+            )
         if entry.error is not None:
             self._release(entry)
             raise entry.error

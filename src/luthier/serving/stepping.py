@@ -139,9 +139,7 @@ class Together:
         padded_N = np.zeros(size, dtype=np.int64)
         padded_N[: len(ids_N)] = ids_N
         start = self._first + chunk.start + chunk.before
-        hidden_NH = self._run(
-            torch.from_numpy(padded_N), torch.arange(start, start + size), chunk
-        )
+        hidden_NH = self._run(torch.from_numpy(padded_N), torch.arange(start, start + size), chunk)
         state.read += len(ids_N)
         state.span.length += chunk.before + len(ids_N)
         if state.unread:

@@ -1,8 +1,8 @@
 """Conversations with tools as a model reads them, and the calls in what it writes.
 
 A template that has a place for tools gets them as it wants them. For other models the tools are listed
-in the system text, in JSON, and the call is asked for as JSON; what was called and what came back stands
-in the conversation as text.
+in the system text, in JSON, and the call is asked for as JSON; what was called and what came back
+stands in the conversation as text.
 """
 
 from __future__ import annotations

@@ -37,7 +37,14 @@ class Job:
         """While its prompt is read."""
         self.cancelled = False
 
-    def add(self, chat: ChatFormat, token_bytes: TokenBytes, seed: int, index: int, matcher: Matcher | None) -> None:
+    def add(
+        self,
+        chat: ChatFormat,
+        token_bytes: TokenBytes,
+        seed: int,
+        index: int,
+        matcher: Matcher | None,
+    ) -> None:
         """One more answer to it."""
         self.answers.append(Writing(self, chat, token_bytes, seed, index, matcher))
 
@@ -46,8 +53,13 @@ class Writing:
     """One answer on its way."""
 
     def __init__(
-        self, job: Job, chat: ChatFormat, token_bytes: TokenBytes,
-        seed: int, index: int, matcher: Matcher | None,
+        self,
+        job: Job,
+        chat: ChatFormat,
+        token_bytes: TokenBytes,
+        seed: int,
+        index: int,
+        matcher: Matcher | None,
     ) -> None:
         request, self.job, self.index = job.request, job, index
         self.state: Any = None
