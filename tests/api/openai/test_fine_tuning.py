@@ -80,12 +80,14 @@ def handlers() -> Iterator[None]:
         signal.signal(each, handler)
 
 
-def work(service: Any) -> None:
-    """Do the next job in this process."""
+def work(service: Any, **objective: Any) -> None:
+    """Do the next job in this process; ``objective`` are fields that clients do not set."""
     database: Database = service.database
     with database.write() as session:
         job = leases.claim(session, this_process(), 1 << 40, 64, idle=True)
         assert job is not None and job.lease is not None
+        if objective:
+            job.recipe = {**job.recipe, "objective": {**job.recipe["objective"], **objective}}
         job_id, lease = job.id, job.lease
     Worker(database, Locations(service.objects), job_id, lease).run()
 
@@ -104,7 +106,11 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
     assert made.id.startswith("ftjob-")
     assert (made.object, made.model, made.status) == ("fine_tuning.job", "tiny", "queued")
     assert (made.training_file, made.validation_file) == (training, held)
-    assert (made.seed, made.metadata, made.organization_id) == (3, {"team": "a"}, "org-000000000000")
+    assert (made.seed, made.metadata, made.organization_id) == (
+        3,
+        {"team": "a"},
+        "org-000000000000",
+    )
     assert made.fine_tuned_model is made.finished_at is made.error is made.trained_tokens is None
     assert made.result_files == [] and made.integrations == []
     assert made.method.supervised.hyperparameters.n_epochs == 2
@@ -203,10 +209,12 @@ def test_preferences_and_rewards(client: openai.OpenAI, service: Any) -> None:
         },
         "calculate_output": "same + 0.5 * near",
     }
-    rewards = method("reinforcement", n_epochs=1, batch_size=2, compute_multiplier=0.25, grader=grader)
+    rewards = method(
+        "reinforcement", n_epochs=1, batch_size=2, compute_multiplier=0.25, grader=grader
+    )
     made = created(client, questions(), method=rewards)
     assert made.method.reinforcement.grader.model_dump()["calculate_output"] == "same + 0.5 * near"
-    work(service)
+    work(service, max_completion_tokens=8)
     job = client.fine_tuning.jobs.retrieve(made.id)
     assert job.status == "succeeded", job.error
     metrics = [e.data for e in client.fine_tuning.jobs.list_events(made.id) if e.type == "metrics"]
