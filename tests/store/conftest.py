@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,11 +11,9 @@ from luthier.store.objects import Objects
 
 
 @pytest.fixture
-def objects(luthier_home: Path) -> Iterator[Objects]:
-    """Buckets of two accounts can be made in it; nothing is there."""
-    import luthier.store.uploads  # noqa: F401
-
-    database = Database()
+def objects(database_url: str) -> Iterator[Objects]:
+    """Nothing is in it, once with each kind of database."""
+    database = Database(database_url)
     Base.metadata.create_all(database.engine)
     yield Objects(database)
     database.close()

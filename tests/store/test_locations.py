@@ -9,7 +9,8 @@ import pytest
 
 from luthier.errors import CorruptFile, LocationRefused
 from luthier.store.locations import Locations
-from luthier.store.objects import Described, Objects
+from luthier.store.object_rows import Described
+from luthier.store.objects import Objects
 
 ONE, TWO = "000000000001", "000000000002"
 

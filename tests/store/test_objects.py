@@ -15,8 +15,10 @@ import pytest
 
 from luthier.errors import CorruptFile, DoesNotFit, ObjectRefused
 from luthier.store.listing import beyond, page
+from luthier.store.locations import Locations
 from luthier.store.object_files import Written
-from luthier.store.objects import Described, Objects
+from luthier.store.object_rows import Described
+from luthier.store.objects import Content, Objects
 from luthier.store.uploads import Chosen, Uploads
 
 ONE, TWO = "000000000001", "000000000002"
@@ -74,10 +76,12 @@ def test_a_file_without_a_row_is_swept(data: Objects) -> None:
 KILLED = """
 import os, signal, sys
 from luthier.store.database import Database
-from luthier.store.objects import Described, Objects
-import luthier.store.objects as module, luthier.store.uploads
+from luthier.store.object_rows import Described
+from luthier.store.locations import Locations
+from luthier.store.objects import Content, Objects
 
-objects = Objects(Database())
+
+objects = Objects(Database(sys.argv[2]))
 if sys.argv[1] == "before":
     objects.place = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
 else:
@@ -92,7 +96,8 @@ objects.put("000000000001", "data", "k", done, Described())
 @pytest.mark.parametrize(("moment", "left"), [("before", b"old"), ("after", b"new")])
 def test_a_kill_around_the_commit(data: Objects, moment: str, left: bytes) -> None:
     put(data, "k", b"old")
-    ended = subprocess.run([sys.executable, "-c", KILLED, moment], check=False, timeout=60)
+    command = [sys.executable, "-c", KILLED, moment, data.database.url]
+    ended = subprocess.run(command, check=False, timeout=60)
     assert ended.returncode == -signal.SIGKILL
     assert read(data, "k") == left and len(files(data)) == 2
     assert data.sweep(older_than=0) == 1
@@ -152,12 +157,38 @@ def test_an_object_that_is_replaced_while_it_is_looked_up(data: Objects) -> None
     assert b"".join(pieces) == b"newer" and found.size == 5 and len(calls) == 2
 
 
+def test_an_object_that_is_replaced_while_it_is_copied(
+    data: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Objects.open
+    late: list[bytes] = []
+
+    def replaced(self: Objects, *name: str) -> Content:
+        content = real(self, *name)
+        if late:
+            put(data, "k", late.pop())
+        return content
+
+    monkeypatch.setattr(Objects, "open", replaced)
+    put(data, "k", b"old")
+    late.append(b"newer")
+    data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: Described())
+    assert read(data, "l") == b"newer"
+    late.append(b"newest")
+    (path,) = Locations(data).fetch(ONE, "s3://data/k", tmp_path)
+    assert path.read_bytes() == b"newest" and len(files(data)) == 2
+
+
 def test_a_file_that_is_cut_short_is_found_out(data: Objects) -> None:
     put(data, "k", b"0123456789")
     (path,) = files(data)
     path.write_bytes(b"0123")
     with pytest.raises(CorruptFile):
         read(data, "k")
+    path.unlink()
+    with pytest.raises(CorruptFile):
+        data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: Described())
+    assert files(data) == []
 
 
 def test_writers_of_one_key_at_once(data: Objects) -> None:

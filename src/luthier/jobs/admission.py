@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from luthier.pipeline import KINDS
-from luthier.recipe import Recipe, parse
-
 TOKENS = 2048
 """Tokens of a micro-batch that is reckoned with; what is not free makes the engine take fewer."""
 
@@ -24,6 +21,8 @@ def memory_of(command: str, recipe: dict[str, Any]) -> int:
     from luthier.engine.fitting import sketched
     from luthier.models.load import catalogue_config, read_config, sketch_of
     from luthier.objectives import OBJECTIVES
+    from luthier.pipeline import KINDS
+    from luthier.recipe import Recipe, parse
     from luthier.store.models import base_folder, find, objective_of
 
     def config(model_id: str, head: Any) -> Any:

@@ -11,25 +11,19 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from luthier.serving.inference import (
-    Called,
     Chat,
-    End,
-    Event,
     InferenceFailed,
     InferenceRefused,
-    Piece,
     Prompt,
     Request,
     TooLong,
-    Whole,
 )
+from luthier.serving.stream import Stream
 from luthier.serving.writing import Job, Writing
 from luthier.types import Message
 
@@ -48,61 +42,8 @@ WAITING = 256
 """Requests that may wait for others to end; further ones are turned away."""
 READ = 512
 """Tokens of prompts that are read between two tokens of those who write."""
-_ENDED: Any = None
 
 _log = logging.getLogger("luthier.serving")
-
-
-class Stream:
-    """What a model writes for one request, as it comes. Closing it ends the work at once."""
-
-    def __init__(self, events: SimpleQueue[Any], prompt_tokens: int, n: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        """Tokens of the prompt, template included."""
-        self._events, self._left = events, n
-        self._at_end: list[Callable[[], None]] = []
-
-    def at_end(self, act: Callable[[], None]) -> None:
-        """Call ``act`` once, when the last answer ended or the stream was closed."""
-        self._at_end.append(act)
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> Event:
-        """The next piece; blocks.
-
-        Raises:
-            InferenceFailed: where the work failed; nothing follows.
-        """
-        if not self._left:
-            raise StopIteration
-        event = self._events.get()
-        if isinstance(event, BaseException):
-            self.close()
-            raise event
-        if event is _ENDED or not self._left:
-            raise StopIteration
-        if isinstance(event, End):
-            self._left -= 1
-            if not self._left:
-                self.close()
-        assert isinstance(event, Piece | Called | End)
-        return event
-
-    def close(self) -> None:
-        """Let go of it; the answers that are not whole are not written further."""
-        self._left = 0
-        while self._at_end:
-            self._at_end.pop()()
-        self._events.put(_ENDED)  # for one who waits for the next piece
-
-    def whole(self) -> list[Whole]:
-        """All answers, once they are there."""
-        answers = [Whole() for _ in range(self._left)]
-        for event in self:
-            answers[event.index].take(event)
-        return answers
 
 
 class Decoder:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.errors import LuthierError, UnknownModel
-from luthier.serving.decoder import Decoder, Stream
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request, TooLong
+from luthier.serving.stream import Stream
 from luthier.types import Row
 
 if TYPE_CHECKING:
+    from luthier.serving.decoder import Decoder
     from luthier.store.models import StoredModel
 
 LOADING_SECONDS = 300.0
@@ -177,6 +178,7 @@ class ModelPool:
 
     def _load(self, model_id: str, entry: _Entry) -> None:
         """Load it once for all who wait; a failure is told to them, and not remembered."""
+        from luthier.serving.decoder import Decoder
         from luthier.store import models as store
 
         try:
@@ -211,6 +213,8 @@ def _close_all(entries: OrderedDict[str, _Entry]) -> None:
 
 
 def _writer(model: Any, model_id: str) -> Decoder:
+    from luthier.serving.decoder import Decoder
+
     if not isinstance(model, Decoder):
         raise InferenceRefused(f"{model_id} reads texts and does not write any.", "model")
     return model

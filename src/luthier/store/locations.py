@@ -20,7 +20,8 @@ from luthier.store.external import ExternalBuckets
 from luthier.store.file_roots import FileRoots
 from luthier.store.listing import page
 from luthier.store.object_files import READ_SIZE
-from luthier.store.objects import BUCKET, Described, Objects, Piece, check_key
+from luthier.store.object_rows import Described, Piece, check_key
+from luthier.store.objects import BUCKET, Objects
 
 ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
@@ -173,7 +174,7 @@ class BuiltInBuckets:
             raise LocationRefused(f"There is no object s3://{bucket}/{key} any more.") from None
         except FileNotFoundError:
             # Replaced since it was looked up: the new one is meant. If not, the bytes are lost.
-            if self._objects.head(account, bucket, key).seq == content.found.seq:
+            if self._objects.open(account, bucket, key).ids == content.ids:
                 raise CorruptFile(f"the bytes of s3://{bucket}/{key} are missing") from None
             self.fetch(account, bucket, key, target)
 

@@ -11,10 +11,27 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from luthier.errors import LuthierError
-from luthier.store import custom_models, jobs
+from luthier.store import (
+    accounts,
+    audit,
+    batches,
+    custom_models,
+    deployments,
+    idempotency,
+    jobs,
+    objects,
+    principals,
+    provisioned,
+    tags,
+    uploaded_files,
+    uploads,
+)
 from luthier.store.database import Base, Database
 
-_MODULES = (custom_models, jobs)
+_MODULES = (
+    accounts, audit, batches, custom_models, deployments, idempotency, jobs, objects, principals,
+    provisioned, tags, uploaded_files, uploads,
+)  # fmt: skip
 """Each declares its tables when it is imported."""
 METADATA = Base.metadata
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
@@ -16,12 +13,12 @@ from typing import Any
 
 import boto3
 import pytest
-import uvicorn
 from botocore.config import Config
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from served import served
 
 from luthier.api.app import Application, Faces
 from luthier.api.observability import Observer
@@ -69,24 +66,6 @@ class Service:
         )  # fmt: skip
 
 
-@contextmanager
-def serving(app: Any, **settings: Any) -> Iterator[int]:
-    """uvicorn in a thread; the port."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", **settings)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 20
-        while not server.started:
-            assert time.monotonic() < deadline and thread.is_alive()
-            time.sleep(0.01)
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-
-
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1 that signs itself, and its key."""
@@ -129,8 +108,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
     faces = Faces(None, None, None, S3Face(objects, authorize))  # type: ignore[arg-type]
     app = Application(faces, Names(), lambda caller: None, Observer(dict), lambda: None)
-    with serving(app) as port:
-        found = Service(f"http://127.0.0.1:{port}", objects, denied)
+    with served(app) as url:
+        found = Service(url, objects, denied)
         found.app = app  # type: ignore[attr-defined]
         yield found
     database.close()
@@ -146,8 +125,8 @@ def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service
     other = Application(
         replace(app.faces, objects=face), app.authenticator, app.admit, app.observer, app.ready
     )
-    with serving(other, ssl_certfile=certfile, ssl_keyfile=keyfile) as port:
-        yield replace(service, url=f"https://127.0.0.1:{port}", verify=certfile)
+    with served(other, ssl_certfile=certfile, ssl_keyfile=keyfile) as url:
+        yield replace(service, url=url, verify=certfile)
 
 
 @pytest.fixture(params=["http", "https"])

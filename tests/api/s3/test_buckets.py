@@ -138,7 +138,7 @@ def test_prefixes_and_delimiters(
 def test_a_prefix_of_many_keys_is_passed_over_at_once(service: Any, bucket: str) -> None:
     from luthier.store.listing import page
     from luthier.store.object_files import Written
-    from luthier.store.objects import Described, Piece, new_object, owned
+    from luthier.store.object_rows import Described, Piece, new_object, owned
 
     database = service.objects.database
     with database.write() as session:

@@ -264,3 +264,37 @@ def test_what_policies_do_not_allow(service: Any, bucket: str, refused: Any) -> 
         assert client.list_objects_v2(Bucket=bucket)["KeyCount"] == 1
     finally:
         service.denied.clear()
+
+
+def test_each_operation_asks_for_its_own_right(service: Any, bucket: str) -> None:
+    from luthier.api.s3.operations import OPERATIONS
+
+    asked = {each.name: each.action for each in OPERATIONS}
+    # DeleteObjects asks for each key.
+    assert [name for name, action in asked.items() if not action] == ["DeleteObjects"]
+    client, name = service.client(), {"Bucket": bucket, "Key": "k"}
+    client.put_object(**name, Body=b"x")
+    upload = client.create_multipart_upload(**name)["UploadId"]
+    calls = {
+        "s3:ListAllMyBuckets": client.list_buckets,
+        "s3:CreateBucket": lambda: client.create_bucket(Bucket="another"),
+        "s3:DeleteBucket": lambda: client.delete_bucket(Bucket=bucket),
+        "s3:ListBucket": lambda: client.list_objects_v2(Bucket=bucket),
+        "s3:GetBucketLocation": lambda: client.get_bucket_location(Bucket=bucket),
+        "s3:GetObject": lambda: client.get_object(**name),
+        "s3:PutObject": lambda: client.put_object(**name, Body=b"changed"),
+        "s3:DeleteObject": lambda: client.delete_object(**name),
+        "s3:AbortMultipartUpload": lambda: client.abort_multipart_upload(**name, UploadId=upload),
+        "s3:ListBucketMultipartUploads": lambda: client.list_multipart_uploads(Bucket=bucket),
+        "s3:ListMultipartUploadParts": lambda: client.list_parts(**name, UploadId=upload),
+    }
+    assert set(calls) == set(asked.values()) - {""}
+    for action, call in calls.items():
+        service.denied.append((action, "*"))
+        try:
+            with pytest.raises(client.exceptions.ClientError) as caught:
+                call()
+        finally:
+            service.denied.clear()
+        assert caught.value.response["Error"]["Code"] == "AccessDenied", action
+    assert client.get_object(**name)["Body"].read() == b"x"

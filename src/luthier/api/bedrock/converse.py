@@ -12,8 +12,8 @@ from luthier.api.bedrock.bodies import Body, NativeBody, parsed_native
 from luthier.api.bedrock.conversations import Conversation, schema_of
 from luthier.api.bedrock.eventstream import event
 from luthier.api.wire import Fault
-from luthier.serving.decoder import Stream
 from luthier.serving.inference import Called, End, Piece, Request, ToolCall, Whole
+from luthier.serving.stream import Stream
 
 TEMPERATURE, TOP_P = 0.5, 0.9
 """Where a request names none: what Llama has on Bedrock."""

@@ -14,7 +14,6 @@ from luthier.api.openai.models import Catalogue, Resolved
 from luthier.api.openai.requests import Access, Body
 from luthier.api.wire import Answer, Caller, Fault
 from luthier.errors import UnknownModel
-from luthier.serving.decoder import Stream
 from luthier.serving.inference import (
     InferenceFailed,
     InferenceRefused,
@@ -24,6 +23,7 @@ from luthier.serving.inference import (
     TooLong,
 )
 from luthier.serving.pool import Embedded
+from luthier.serving.stream import Stream
 
 MOST_STOPS = 4
 FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}

@@ -20,8 +20,8 @@ from luthier.api.openai.conversations import ChatRequest
 from luthier.api.openai.requests import body, checked
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller
-from luthier.serving.decoder import Stream
-from luthier.serving.inference import Called, End, Piece, ToolCall, Whole
+from luthier.serving.inference import Called, End, Event, Piece, Request, ToolCall, Whole
+from luthier.serving.stream import Stream
 
 ACTION = "chat.completions.create"
 
@@ -41,7 +41,7 @@ class Chats:
         asked = body(call, ChatRequest)
         stream = self._begin(call.caller, asked)
         if asked.stream:
-            return events_of(_Chunks(asked).of(stream), [stream], asked.model)
+            return events_of(_Chunks(asked).of(stream, stream.prompt_tokens), [stream], asked.model)
         return Answer.of(_completion(asked, stream))
 
     def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +53,38 @@ class Chats:
         target = self.asker.target(caller, ACTION, asked.model)
         asked.check()
         return self.asker.submit(target, asked.model, asked.built)
+
+
+class InvokedChat:
+    """A body of chat completions that came through Bedrock's InvokeModel, which names the model."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        """Check ``given``; :class:`Fault` for what is wrong in it."""
+        self._asked = checked({"model": "model", **given, "stream": False}, ChatRequest)
+        self._asked.check()
+
+    def request(self) -> Request:
+        """The request for the engine."""
+        return self._asked.built()
+
+    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+        """The whole completion, and how many tokens were written."""
+        found = _completion(self._asked, stream)
+        return found, found["usage"]["completion_tokens"]
+
+    def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
+        """Its chunks, each with the tokens that are known to be written."""
+        ended = [0]
+        for chunk in _Chunks(self._asked).of(_counting(stream, ended), stream.prompt_tokens):
+            yield dict(chunk), ended[0]
+
+
+def _counting(stream: Stream, ended: list[int]) -> Iterator[Event]:
+    """The events of ``stream``; the tokens of answers that have ended are added up in ``ended``."""
+    for each in stream:
+        if isinstance(each, End):
+            ended[0] += each.tokens
+        yield each
 
 
 def _completion(asked: ChatRequest, stream: Stream) -> dict[str, Any]:
@@ -112,7 +144,7 @@ class _Chunks:
         self._head = _head("chat.completion.chunk", asked.model)
         self._calls: dict[int, int] = {}
 
-    def of(self, stream: Stream) -> Iterator[Mapping[str, Any]]:
+    def of(self, stream: Iterable[Event], prompt_tokens: int = 0) -> Iterator[Mapping[str, Any]]:
         """All chunks of all answers, each answer's in its order."""
         written = 0
         for index in range(self._asked.n or 1):
@@ -128,7 +160,7 @@ class _Chunks:
                 reason = FINISH.get(event.reason, "stop")
                 yield self._chunk(event.index, {}, finish=reason)
         if self._asked.wants_usage:
-            yield {**self._head, "choices": [], "usage": usage(stream.prompt_tokens, written)}
+            yield {**self._head, "choices": [], "usage": usage(prompt_tokens, written)}
 
     def _called(self, event: Called) -> Iterator[Mapping[str, Any]]:
         """A call: its name first, then its arguments."""

@@ -24,8 +24,8 @@ from luthier.api.openai.models import Resolved
 from luthier.api.openai.requests import body, checked
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller
-from luthier.serving.decoder import Stream
 from luthier.serving.inference import End, Piece, Prompt, Request, Score
+from luthier.serving.stream import Stream
 
 ACTION = "completions.create"
 MOST_PROMPTS = 128
@@ -63,7 +63,7 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
 
     def built(self, prompt: Prompt) -> Request:

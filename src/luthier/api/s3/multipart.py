@@ -24,8 +24,8 @@ from luthier.api.s3.objects import copied
 from luthier.api.s3.request import Request, Stores, arn, copy_source, described
 from luthier.api.wire import Answer, Fault
 from luthier.store.object_files import Written
-from luthier.store.objects import Piece
-from luthier.store.uploads import MOST_PARTS, Chosen, Upload
+from luthier.store.object_rows import Piece, Upload
+from luthier.store.uploads import MOST_PARTS, Chosen
 
 _PAGE = 1000
 

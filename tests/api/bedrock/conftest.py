@@ -1,0 +1,56 @@
+"""A server with the Bedrock face, clients of two accounts, and jobs and models made through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bedrock_service import ALICE, BOB, Service, job_members, serving
+
+from luthier.store.database import Base, Database
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    """A server on a free port, with its database in a file."""
+    database = Database(f"sqlite:///{tmp_path / 'service.db'}")
+    Base.metadata.create_all(database.engine)
+    with serving(database) as made:
+        yield made
+    database.close()
+
+
+@pytest.fixture
+def bedrock(service: Service) -> Any:
+    """Alice's client."""
+    return service.client()
+
+
+@pytest.fixture
+def bob(service: Service) -> Any:
+    """The client of another account."""
+    return service.client(BOB)
+
+
+@pytest.fixture
+def submit(bedrock: Any) -> Callable[..., str]:
+    """``submit(name, **members)`` makes a job of Alice's; its ARN."""
+
+    def make(name: str = "job-1", client: Any = bedrock, **members: Any) -> str:
+        return client.create_model_customization_job(**job_members(name, **members))["jobArn"]
+
+    return make
+
+
+@pytest.fixture
+def model(service: Service, submit: Callable[..., str]) -> Callable[..., str]:
+    """``model(name)`` makes a custom model of Alice's by a job of that name; its ARN."""
+
+    def make(name: str = "job-1", account: str = ALICE, **members: Any) -> str:
+        submit(name, service.client(account), **members)
+        made = service.complete(account, name)
+        return service.control.arns.custom_model(account, made.foundation, made.id)
+
+    return make
