@@ -113,7 +113,7 @@ class Service:
         )
         return Faces(
             BedrockFace(control, runtime),
-            self._openai(),
+            self.openai,
             native_face(context, __version__),
             S3Face(self.objects, authorize, self.settings.region),
         )
@@ -127,6 +127,7 @@ class Service:
             authorize,
             self.objects,
             self._delete,
+            limits=self._limits,
             submitted=self.scheduler.wake,
         )
 

@@ -54,6 +54,9 @@ class Batch(Base):
     user_metadata: Mapped[dict[str, Any]]
     total: Mapped[int] = mapped_column(default=0)
     """Lines to answer."""
+    succeeded: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    """Lines of each kind once it has ended."""
     moments: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Unix time of each status that it had."""
     created: Mapped[datetime]
@@ -186,13 +189,17 @@ def results(session: Session, batch_id: str, failed: bool) -> Sequence[dict[str,
     return list(session.scalars(wanted.order_by(BatchLine.number)))
 
 
-def counts(session: Session, batch_id: str) -> tuple[int, int]:
+def counts(session: Session, batch: Batch) -> tuple[int, int]:
     """Lines that succeeded, and that failed."""
-    counted = select(BatchLine.failed, func.count()).where(BatchLine.batch_id == batch_id)
-    found = dict(session.execute(counted.group_by(BatchLine.failed)))
+    if batch.status in ENDED:
+        return batch.succeeded, batch.failed
+    counted = select(BatchLine.failed, func.count()).where(BatchLine.batch_id == batch.id)
+    found = dict(session.execute(counted.group_by(BatchLine.failed)).all())
     return found.get(False, 0), found.get(True, 0)
 
 
-def drop_lines(session: Session, batch_id: str) -> None:
-    """Forget the lines: they are in the files."""
-    session.execute(delete(BatchLine).where(BatchLine.batch_id == batch_id))
+def end(session: Session, batch: Batch, status: str) -> None:
+    """End a batch; its lines are in its files by now, and are forgotten here."""
+    batch.succeeded, batch.failed = counts(session, batch)
+    session.execute(delete(BatchLine).where(BatchLine.batch_id == batch.id))
+    enter(batch, status)

@@ -167,7 +167,7 @@ def service(luthier_home: Path) -> Iterator[Service]:
         authorize,
         objects,
         delete_model,
-        limits=Limits(in_flight=20),
+        limits=lambda account: Limits(in_flight=20),
         file_limit=2_000_000,
     )
     listening = socket.socket()

@@ -28,8 +28,9 @@ from luthier.serving.stream import Stream
 MOST_STOPS = 4
 FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
 """What ended an answer, in OpenAI's words; all else is ``stop``."""
-_NAMES = {"schema": "response_format", "repetition_penalty": None}
+_NAMES = {"schema": "response_format"}
 """Members of ours that clients know by another name."""
+_PROMPTS = ("messages", "prompt", "input")
 
 
 class Pool(Protocol):
@@ -131,21 +132,24 @@ class Asker:
             raise model_not_found(name)
         return found
 
-    def submit(self, target: Resolved, name: str, build: Callable[[], Request]) -> Stream:
-        """Begin to answer; refusals of the engine become OpenAI's."""
-        with refusals(name):
+    def submit(
+        self, target: Resolved, name: str, build: Callable[[], Request], member: str = "messages"
+    ) -> Stream:
+        """Begin to answer; refusals of the engine become OpenAI's, the prompt's those of ``member``."""
+        with refusals(name, member):
             return self.pool.submit(target.stored_id, build())
 
 
 @contextmanager
-def refusals(model: str) -> Iterator[None]:
-    """What the engine refuses, as faults."""
+def refusals(model: str, member: str = "messages") -> Iterator[None]:
+    """What the engine refuses, as faults; ``member`` is what the client calls the prompt."""
     try:
         yield
     except TooLong as refused:
-        raise invalid(str(refused), refused.parameter, "context_length_exceeded") from refused
+        raise invalid(str(refused), member, "context_length_exceeded") from refused
     except InferenceRefused as refused:
-        parameter = _NAMES.get(refused.parameter or "", refused.parameter)
+        parameter = refused.parameter
+        parameter = member if parameter in _PROMPTS else _NAMES.get(parameter or "", parameter)
         raise invalid(str(refused), parameter, "invalid_value") from refused
     except UnknownModel as refused:
         raise model_not_found(model) from refused

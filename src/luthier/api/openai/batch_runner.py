@@ -173,7 +173,7 @@ class BatchRunner:
             ends = {store.CANCELLING: store.CANCELLED}
             end = ends.get(held.status, store.COMPLETED)
             if held.status == store.IN_PROGRESS:
-                missing = held.total > sum(store.counts(session, batch.id))
+                missing = held.total > sum(store.counts(session, held))
                 end = store.EXPIRED if missing else end
                 store.enter(held, store.FINALIZING)
         files = {}
@@ -193,14 +193,14 @@ class BatchRunner:
             if held is not None and held.lease == self._token:
                 for column, file_id in files.items():
                     setattr(held, column, file_id)
-                store.enter(held, end)
+                store.end(session, held, end)
 
     def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
         with self.database.write() as session:
             held = store.get(session, batch.account, batch.id, lock=True)
             if held is not None and held.status not in store.ENDED:
                 held.errors = errors[:MOST_ERRORS]
-                store.enter(held, store.FAILED)
+                store.end(session, held, store.FAILED)
 
 
 def _lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:

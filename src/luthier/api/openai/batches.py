@@ -143,7 +143,7 @@ def caller_fields(caller: Caller) -> dict[str, Any]:
 
 
 def _seen(session: Session, batch: Batch) -> dict[str, Any]:
-    return shown(batch, store.counts(session, batch.id))
+    return shown(batch, store.counts(session, batch))
 
 
 def shown(batch: Batch, counts: tuple[int, int]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -102,8 +103,9 @@ class Completions:
         streams: list[Stream] = []
         try:
             for prompt in asked.prompts:
-                request = asked.built(prompt)
-                streams.append(self.asker.submit(target, asked.model, lambda r=request: r))  # type: ignore[misc]
+                streams.append(
+                    self.asker.submit(target, asked.model, partial(asked.built, prompt), "prompt")
+                )
         except BaseException:
             for stream in streams:
                 stream.close()
@@ -115,7 +117,7 @@ class Completions:
             return ""
         if isinstance(prompt, str):
             return prompt
-        with refusals(asked.model):
+        with refusals(asked.model, "prompt"):
             return token_text(b"".join(self.asker.pool.token_bytes(target.stored_id, prompt)))
 
 
@@ -124,7 +126,7 @@ def _completion(
 ) -> dict[str, Any]:
     choices: list[dict[str, Any]] = []
     read = written = 0
-    with refusals(asked.model):
+    with refusals(asked.model, "prompt"):
         for stream, echo in zip(streams, echoes, strict=True):
             read += stream.prompt_tokens
             for answer in stream.whole():
@@ -151,7 +153,7 @@ def _chunks(
                 scores = None
                 if asked.logprobs is not None:
                     scores = _logprobs(event.scores, offsets[event.index])
-                    offsets[event.index] += sum(len(token_text(s.text)) for s in event.scores)
+                    offsets[event.index] += sum(map(_length, event.scores))
                 choice = _choice(number * n + event.index, event.text, scores, None)
             elif isinstance(event, End):
                 written += event.tokens
@@ -182,13 +184,29 @@ def _choice(
 
 def _logprobs(scores: Sequence[Score], offset: int) -> dict[str, Any]:
     """How likely each token was, as text completions tell it; ``offset`` is where the first begins."""
-    offsets = []
+    offsets, tops = [], []
     for score in scores:
         offsets.append(offset)
-        offset += len(token_text(score.text))
+        offset += _length(score)
+        # The token that was drawn is told with the likeliest ones, also where it is none of them.
+        top = {_token(text): value for text, value in score.top}
+        tops.append(top | {_token(score.text): score.logprob})
     return {
-        "tokens": [token_text(score.text) for score in scores],
+        "tokens": [_token(score.text) for score in scores],
         "token_logprobs": [score.logprob for score in scores],
-        "top_logprobs": [{token_text(t): value for t, value in score.top} for score in scores],
+        "top_logprobs": tops,
         "text_offset": offsets,
     }
+
+
+def _length(score: Score) -> int:
+    """Characters that a token stands for; parts of one are shown as one."""
+    return len(token_text(score.text))
+
+
+def _token(text: bytes) -> str:
+    """A token by its text, and by its bytes where it is no text alone: names have to differ."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)

@@ -66,7 +66,7 @@ class Embeddings:
     def _vectors(self, caller: Caller, asked: EmbeddingRequest) -> dict[str, Any]:
         target = self.asker.target(caller, ACTION, asked.model)
         asked.check()
-        with refusals(asked.model):
+        with refusals(asked.model, "input"):
             found = self.asker.pool.embed(target.stored_id, asked.texts)
         tokens = sum(each.tokens for each in found)
         data = [

@@ -41,7 +41,7 @@ class OpenAIFace(Routing):
         objects: Objects,
         delete_model: DeleteModel,
         *,
-        limits: Limits | None = None,
+        limits: Callable[[str], Limits] = lambda account: Limits(),
         file_limit: int = FILE_LIMIT,
         submitted: Callable[[], None] = lambda: None,
     ) -> None:
@@ -55,7 +55,7 @@ class OpenAIFace(Routing):
             authorize: asks the policies.
             objects: the built-in object store, which holds the bytes of files.
             delete_model: deletes a custom model with all that belongs to it.
-            limits: how many jobs an account may have.
+            limits: how many jobs an account may have, by the account.
             file_limit: bytes of an uploaded file at most.
             submitted: called after a job was put into the queue.
         """

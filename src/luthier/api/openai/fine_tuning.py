@@ -56,7 +56,7 @@ class FineTuning:
         catalogue: Catalogue,
         access: Access,
         arns: Arns,
-        limits: Limits | None = None,
+        limits: Callable[[str], Limits],
         submitted: Callable[[], None] = lambda: None,
     ) -> None:
         """``submitted`` is called after a job was put into the queue."""
@@ -100,7 +100,7 @@ class FineTuning:
         submission = self._submission(account, asked, base, seed, grader)
         try:
             with self.database.write() as session:
-                job = submit(session, submission, self.arns, self.limits)
+                job = submit(session, submission, self.arns, self.limits(account))
                 seen = _seen(session, job)
         except QuotaExceeded as refused:
             raise Fault("ServiceQuotaExceeded", str(refused)) from refused
