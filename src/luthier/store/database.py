@@ -147,7 +147,7 @@ def _engine(url: str) -> Engine:
             raise RefusedInput("PostgreSQL needs psycopg: pip install 'luthier[postgres]'")
         # A connection that died with a restarted server is noticed before it is used.
         return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
-    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
         raise RefusedInput(
             f"{parsed.render_as_string()} is no database luthier knows; use sqlite:///FILE or "
             "postgresql://USER@HOST/NAME"

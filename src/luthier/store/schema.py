@@ -19,18 +19,17 @@ from luthier.store import (
     deployments,
     idempotency,
     jobs,
-    objects,
+    object_rows,
     principals,
     provisioned,
     tags,
     uploaded_files,
-    uploads,
 )
 from luthier.store.database import Base, Database
 
 _MODULES = (
-    accounts, audit, batches, custom_models, deployments, idempotency, jobs, objects, principals,
-    provisioned, tags, uploaded_files, uploads,
+    accounts, audit, batches, custom_models, deployments, idempotency, jobs, object_rows, principals,
+    provisioned, tags, uploaded_files,
 )  # fmt: skip
 """Each declares its tables when it is imported."""
 METADATA = Base.metadata

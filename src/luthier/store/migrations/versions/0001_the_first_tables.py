@@ -70,6 +70,8 @@ def upgrade() -> None:
         sa.Column("errors", Plain, nullable=False),
         sa.Column("user_metadata", Plain, nullable=False),
         sa.Column("total", sa.Integer(), nullable=False),
+        sa.Column("succeeded", sa.Integer(), nullable=False),
+        sa.Column("failed", sa.Integer(), nullable=False),
         sa.Column("moments", Plain, nullable=False),
         sa.Column("created", Moment(), nullable=False),
         sa.Column("expires", Moment(), nullable=False),
@@ -276,6 +278,28 @@ def upgrade() -> None:
         batch_op.create_index("ix_job_events_job_id", ["job_id"], unique=False)
 
     op.create_table(
+        "object_uploads",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("bucket_seq", sa.Integer(), nullable=False),
+        sa.Column(
+            "key", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False
+        ),
+        sa.Column("headers", Plain, nullable=False),
+        sa.Column("user_metadata", Plain, nullable=False),
+        sa.Column("checksum", sa.String(), nullable=False),
+        sa.Column("checksum_type", sa.String(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["bucket_seq"],
+            ["buckets.seq"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    with op.batch_alter_table("object_uploads", schema=None) as batch_op:
+        batch_op.create_index("ix_object_uploads_bucket_seq", ["bucket_seq"], unique=False)
+
+    op.create_table(
         "objects",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("account", sa.String(), nullable=False),
@@ -283,7 +307,7 @@ def upgrade() -> None:
         sa.Column(
             "key", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False
         ),
-        sa.Column("size", sa.Integer(), nullable=False),
+        sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("etag", sa.String(), nullable=False),
         sa.Column("parts", sa.Integer(), nullable=False),
         sa.Column("headers", Plain, nullable=False),
@@ -310,28 +334,6 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("account"),
     )
-    op.create_table(
-        "uploads",
-        sa.Column("id", sa.String(), nullable=False),
-        sa.Column("account", sa.String(), nullable=False),
-        sa.Column("bucket_seq", sa.Integer(), nullable=False),
-        sa.Column(
-            "key", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False
-        ),
-        sa.Column("headers", Plain, nullable=False),
-        sa.Column("user_metadata", Plain, nullable=False),
-        sa.Column("checksum", sa.String(), nullable=False),
-        sa.Column("checksum_type", sa.String(), nullable=False),
-        sa.Column("created", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["bucket_seq"],
-            ["buckets.seq"],
-        ),
-        sa.PrimaryKeyConstraint("id"),
-    )
-    with op.batch_alter_table("uploads", schema=None) as batch_op:
-        batch_op.create_index("ix_uploads_bucket_seq", ["bucket_seq"], unique=False)
-
     op.create_table(
         "users",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -400,7 +402,7 @@ def upgrade() -> None:
         sa.Column("object_seq", sa.Integer(), nullable=True),
         sa.Column("upload_id", sa.String(), nullable=True),
         sa.Column("number", sa.Integer(), nullable=False),
-        sa.Column("size", sa.Integer(), nullable=False),
+        sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("md5", sa.String(), nullable=False),
         sa.Column("sha256", sa.String(), nullable=False),
         sa.Column("checksums", Plain, nullable=False),
@@ -411,7 +413,7 @@ def upgrade() -> None:
         ),
         sa.ForeignKeyConstraint(
             ["upload_id"],
-            ["uploads.id"],
+            ["object_uploads.id"],
         ),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("upload_id", "number"),
@@ -440,12 +442,12 @@ def downgrade() -> None:
         batch_op.drop_index("ix_users_account")
 
     op.drop_table("users")
-    with op.batch_alter_table("uploads", schema=None) as batch_op:
-        batch_op.drop_index("ix_uploads_bucket_seq")
-
-    op.drop_table("uploads")
     op.drop_table("quotas")
     op.drop_table("objects")
+    with op.batch_alter_table("object_uploads", schema=None) as batch_op:
+        batch_op.drop_index("ix_object_uploads_bucket_seq")
+
+    op.drop_table("object_uploads")
     with op.batch_alter_table("job_events", schema=None) as batch_op:
         batch_op.drop_index("ix_job_events_job_id")
 
