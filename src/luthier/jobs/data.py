@@ -21,8 +21,8 @@ class Locations(Protocol):
     def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
         """Local copies, made in ``folder``, of what ``uri`` names."""
 
-    def write(self, account: str, uri: str, name: str, data: bytes) -> None:
-        """Put ``data`` at ``name`` below ``uri``."""
+    def write(self, account: str, uri: str, name: str, data: bytes) -> str:
+        """Put ``data`` at ``name`` below ``uri``; the address of what was written."""
 
 
 @dataclass(frozen=True)
