@@ -37,7 +37,7 @@ def data(objects: Objects) -> Objects:
 
 
 def test_an_object_and_all_rows_below_a_prefix(data: Objects, tmp_path: Path) -> None:
-    locations = Locations(data)
+    locations = Locations(data.database)
     for uri in ("s3://data/one.csv", "s3://data/train/", "s3://data/"):
         locations.check(ONE, uri)
     (path,) = locations.fetch(ONE, "s3://data/one.csv", tmp_path / "x")
@@ -52,14 +52,14 @@ def test_an_object_and_all_rows_below_a_prefix(data: Objects, tmp_path: Path) ->
 def test_keys_are_no_paths(data: Objects, tmp_path: Path) -> None:
     for key in ("x/../../escape.jsonl", "x/..", "x/.jsonl", "x/a b?.jsonl"):
         put(data, key, key.encode())
-    paths = Locations(data).fetch(ONE, "s3://data/x/", tmp_path / "in")
+    paths = Locations(data.database).fetch(ONE, "s3://data/x/", tmp_path / "in")
     assert all(path.parent == tmp_path / "in" for path in paths) and len(paths) == 3
-    (path,) = Locations(data).fetch(ONE, "s3://data/x/..", tmp_path / "dots")
+    (path,) = Locations(data.database).fetch(ONE, "s3://data/x/..", tmp_path / "dots")
     assert path.parent == tmp_path / "dots" and path.is_file()
 
 
 def test_what_cannot_be_read(data: Objects) -> None:
-    locations = Locations(data)
+    locations = Locations(data.database)
     assert "no object" in refusal(locations.check, ONE, "s3://data/none")
     assert "no object below" in refusal(locations.check, ONE, "s3://data/none/")
     assert "names a bucket" in refusal(locations.check, ONE, "s3://data")
@@ -75,7 +75,7 @@ def test_what_cannot_be_read(data: Objects) -> None:
 
 
 def test_what_is_written(data: Objects, tmp_path: Path) -> None:
-    locations = Locations(data)
+    locations = Locations(data.database)
     source = tmp_path / "file"
     source.write_bytes(os.urandom(3 << 20))
     for uri in ("s3://data/out", "s3://data/out/"):
@@ -95,11 +95,11 @@ def test_bytes_that_are_not_what_was_stored(data: Objects, tmp_path: Path) -> No
     path = data.files.path(ONE, piece.id)
     path.write_bytes(b"two.csv")
     with pytest.raises(CorruptFile):
-        Locations(data).fetch(ONE, "s3://data/one.csv", tmp_path / "x")
+        Locations(data.database).fetch(ONE, "s3://data/one.csv", tmp_path / "x")
     assert not list((tmp_path / "x").iterdir())
     path.unlink()
     with pytest.raises(CorruptFile):
-        Locations(data).fetch(ONE, "s3://data/one.csv", tmp_path / "x")
+        Locations(data.database).fetch(ONE, "s3://data/one.csv", tmp_path / "x")
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_files_inside_a_root(data: Objects, root: Path, tmp_path: Path) -> None:
-    locations = Locations(data, file_roots=[root])
+    locations = Locations(data.database, file_roots=[root])
     for uri in (f"file://{root}/sub/../a%20ü.jsonl", (root / "a ü.jsonl").as_uri()):
         locations.check(ONE, uri)
         (path,) = locations.fetch(ONE, uri, tmp_path / str(len(uri)))
@@ -133,7 +133,7 @@ def test_nothing_is_told_of_files_outside(data: Objects, root: Path, tmp_path: P
     (root / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     (root / "loop").symlink_to(root / "loop")
     (tmp_path / "root2").mkdir()
-    locations = Locations(data, file_roots=[root])
+    locations = Locations(data.database, file_roots=[root])
     outside = [
         f"file://{tmp_path}/secret.jsonl", f"file://{tmp_path}/none", f"file://{root}/link.jsonl",
         f"file://{root}/../secret.jsonl", f"file://{root}/%2e%2e/secret.jsonl", "file:///",
@@ -141,7 +141,7 @@ def test_nothing_is_told_of_files_outside(data: Objects, root: Path, tmp_path: P
     ]  # fmt: skip
     said = {refusal(locations.check, ONE, uri) for uri in outside}
     assert len(said) == 1 and str(tmp_path) not in said.pop()
-    assert len({refusal(Locations(data).check, ONE, uri) for uri in outside}) == 1
+    assert len({refusal(Locations(data.database).check, ONE, uri) for uri in outside}) == 1
     for uri in (f"file://{tmp_path}", f"file://{root}/.."):
         refusal(locations.check_writable, ONE, uri)
         refusal(locations.write, ONE, uri, "x", b"")

@@ -62,7 +62,7 @@ class Service:
         """Keys of the root user, if it was made now: they are shown once."""
         self.arns = Arns(settings.region)
         self.objects = Objects(self.database)
-        self.locations = Locations(self.objects, settings.s3_endpoint, settings.file_roots)
+        self.locations = Locations(self.database, settings.s3_endpoint, settings.file_roots)
         self.pool = ModelPool()
         self.activation = Activation(self.database)
         self.scheduler = Scheduler(self.database, options=_worker_options(settings))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from luthier.data.s3 import settings
-from luthier.errors import LocationRefused
+from luthier.errors import DownloadError, LocationRefused
 from luthier.files import new_file
 
 _PIECE = 1 << 23
@@ -78,14 +79,16 @@ class ExternalBuckets:
 
 @contextmanager
 def _reached(what: str) -> Iterator[None]:
-    """Turn what the endpoint says into a refusal, without addresses and keys of the service."""
+    """Turn what the endpoint says into an error of ours, without its address and our keys."""
     from obstore.exceptions import BaseError
 
     try:
         yield
-    except FileNotFoundError:
-        raise LocationRefused(f"There is nothing at {what}.") from None
-    except PermissionError:
-        raise LocationRefused(f"The service may not read or write {what}.") from None
     except (BaseError, OSError) as error:
-        raise LocationRefused(f"{what} could not be reached ({type(error).__name__}).") from error
+        # Some operations have no error of their own for a status, and say it in their text alone.
+        status = re.search(r"status code: (4[0-9]{2})\b", str(error))
+        if isinstance(error, FileNotFoundError) or (status and status[1] == "404"):
+            raise LocationRefused(f"There is nothing at {what}.") from None
+        if isinstance(error, PermissionError) or (status and status[1] in ("401", "403")):
+            raise LocationRefused(f"The service may not read or write {what}.") from None
+        raise DownloadError(f"{what} could not be reached ({type(error).__name__}).") from error

@@ -16,10 +16,11 @@ from typing import Protocol
 from luthier.data.s3 import local_name
 from luthier.errors import CorruptFile, LocationRefused, ObjectRefused
 from luthier.files import new_file
+from luthier.store.database import Database
 from luthier.store.external import ExternalBuckets
 from luthier.store.file_roots import FileRoots
 from luthier.store.listing import page
-from luthier.store.object_files import READ_SIZE
+from luthier.store.object_files import READ_SIZE, ObjectFiles
 from luthier.store.object_rows import Described, Piece, check_key
 from luthier.store.objects import BUCKET, Objects
 
@@ -47,17 +48,27 @@ class Buckets(Protocol):
 
 
 class Locations:
-    """Reads and writes data by address. Raises :class:`LocationRefused` for what cannot be."""
+    """Reads and writes data by address.
+
+    All raise :class:`LocationRefused` for what cannot be, and :class:`luthier.errors.DownloadError`
+    where another endpoint does not answer, and trying again may help.
+    """
 
     def __init__(
         self,
-        objects: Objects,
+        database: Database,
         s3_endpoint: str | None = None,
         file_roots: Sequence[Path] = (),
+        files: ObjectFiles | None = None,
     ) -> None:
-        """``s3://`` means ``objects``, or the buckets of another endpoint where one is given."""
+        """``s3://`` means the buckets of this service, or of another endpoint where one is given.
+
+        ``files`` of the built-in buckets are below the store unless said otherwise.
+        """
         self._buckets: Buckets = (
-            ExternalBuckets(s3_endpoint) if s3_endpoint else BuiltInBuckets(objects)
+            ExternalBuckets(s3_endpoint)
+            if s3_endpoint
+            else BuiltInBuckets(Objects(database, files))
         )
         self._roots = FileRoots(file_roots)
 
@@ -101,19 +112,19 @@ class Locations:
             fetched.append(target)
         return fetched
 
-    def write(self, account: str, uri: str, name: str, content: bytes | Path) -> str:
+    def write(self, account: str, uri: str, name: str, data: bytes | Path) -> str:
         """Write bytes, or a file's, as ``name`` below an address; the address of what was written.
 
         ``name`` may hold ``/``.
         """
         if _is_file(uri):
             with new_file(self._roots.path(uri, name)) as file:
-                for data in _pieces(content):
-                    file.write(data)
+                for piece in _pieces(data):
+                    file.write(piece)
             return f"{uri.rstrip('/')}/{name}"
         address = _address(uri)
         key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
-        self._buckets.write(account, address.bucket, key, content)
+        self._buckets.write(account, address.bucket, key, data)
         return f"s3://{address.bucket}/{key}"
 
     def _keys(self, account: str, address: _Address) -> list[str]:

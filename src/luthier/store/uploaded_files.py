@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, or_, select
+from sqlalchemy import BigInteger, Select, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import ObjectRefused
@@ -40,7 +40,7 @@ class UploadedFile(Base):
     name: Mapped[str]
     """As the client called it: a label, never a path."""
     purpose: Mapped[str]
-    size: Mapped[int]
+    size: Mapped[int] = mapped_column(BigInteger)
     """Bytes."""
     sha256: Mapped[str]
     created: Mapped[datetime]

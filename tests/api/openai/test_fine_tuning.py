@@ -89,7 +89,7 @@ def work(service: Any, **objective: Any) -> None:
         if objective:
             job.recipe = {**job.recipe, "objective": {**job.recipe["objective"], **objective}}
         job_id, lease = job.id, job.lease
-    Worker(database, Locations(service.objects), job_id, lease).run()
+    Worker(database, Locations(service.objects.database), job_id, lease).run()
 
 
 @pytest.mark.usefixtures("handlers")

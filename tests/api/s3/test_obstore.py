@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from luthier.data.rows import load_rows
-from luthier.errors import LocationRefused
+from luthier.errors import DownloadError, LocationRefused
 from luthier.store.locations import Locations
 
 pytest.importorskip("obstore")
@@ -24,7 +24,7 @@ def locations(service: Any, monkeypatch: pytest.MonkeyPatch) -> Locations:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKONE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    return Locations(service.objects, s3_endpoint=service.url)
+    return Locations(service.objects.database, s3_endpoint=service.url)
 
 
 def test_data_at_another_endpoint(
@@ -50,6 +50,18 @@ def test_data_at_another_endpoint(
     for uri in (f"s3://{bucket}/none", f"s3://{bucket}/none/", "s3://no-such-bucket/k"):
         with pytest.raises(LocationRefused):
             locations.check(ACCOUNT, uri)
+
+
+def test_an_endpoint_that_does_not_let_us_in_or_answer(
+    service: Any, bucket: str, locations: Locations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    for call in (locations.check, locations.check_writable):
+        with pytest.raises(LocationRefused, match="may not read"):
+            call(ACCOUNT, f"s3://{bucket}/k")
+    silent = Locations(service.objects.database, s3_endpoint="http://127.0.0.1:1")
+    with pytest.raises(DownloadError, match="could not be reached"):
+        silent.check(ACCOUNT, f"s3://{bucket}/k")
 
 
 def test_rows_of_an_address(

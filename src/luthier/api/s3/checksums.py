@@ -61,7 +61,7 @@ def new_digest(algorithm: str) -> Digest:
 def _awscrt(name: str) -> Callable[..., int]:
     """A function of ``awscrt.checksums``: there is no other fast one for what zlib does not have."""
     try:
-        from awscrt import checksums  # type: ignore[import-not-found, unused-ignore]
+        from awscrt import checksums  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:
         raise _not_computed(name) from None
     found: Callable[..., int] = getattr(checksums, name)
