@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 
 import pytest
 from served import served
+from trails import Remembered
 
 from luthier.api.app import Application, Faces
 from luthier.api.observability import Observer
 from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
-from luthier.store.audit import Event
 
 ANNA = Caller("111111111111", "anna", ())
 
@@ -81,25 +81,6 @@ class Echo:
             self.closed.set()
 
 
-class Trail:
-    """Remembers what would be in the audit log."""
-
-    def __init__(self) -> None:
-        self.lines: list[tuple[str, ...]] = []
-
-    def changed(self, event: Event) -> None:
-        self.lines.append(("changed", event.action, event.resource, event.user))
-
-    def refused(self, caller: Caller, action: str, resource: str, code: str, **about: str) -> None:
-        self.lines.append(("refused", action, resource, caller.user))
-
-    def turned_away(self, code: str, address: str) -> None:
-        self.lines.append(("turned away", code, address))
-
-    def used(self, caller: Caller, action: str, resource: str, address: str = "") -> None:
-        self.lines.append(("used", action, resource, caller.user))
-
-
 class Objects:
     """Stands where object storage does."""
 
@@ -120,7 +101,7 @@ class Server:
         self.admitted: list[str] = []
         faces = Faces(self.echo, self.echo, self.echo, Objects())
         self.observer = Observer(lambda: {"jobs": {"Queued": 3.0}, "free": {"": 1.0}})
-        self.trail = Trail()
+        self.trail = Remembered()
         self.app = Application(
             faces, self.door, self.admit, self.observer, self.trail, lambda: self.missing
         )
@@ -236,12 +217,20 @@ def test_health_is_told_to_everybody_and_metrics_hold_no_paths_of_clients(server
     assert "secret-path" not in text
 
 
+def fields_of(caplog: pytest.LogCaptureFixture) -> list[Any]:
+    return [record.fields for record in caplog.records if record.message == "request"]  # type: ignore[attr-defined]
+
+
 def test_one_line_of_json_a_request_without_its_secrets(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="luthier.api"):
         server.ask("POST", "/x/echo?token=s3cret", b"body-text")
-    (line,) = [record.fields for record in caplog.records if record.message == "request"]  # type: ignore[attr-defined]
+        deadline = time.monotonic() + 5
+        # It is written once the answer has left.
+        while not (lines := fields_of(caplog)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    (line,) = lines
     assert line["operation"] == "test.echo" and line["user"] == "anna" and line["status"] == 200
     assert "s3cret" not in str(line) and "good" not in str(line) and "body-text" not in str(line)
 

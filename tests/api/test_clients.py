@@ -18,6 +18,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 from principals_of import FIRST, KEY, OTHER
 from signing import ACCESS_KEY, SECRET, presigned, short_term_key, signed
+from trails import Remembered
 
 from luthier.api.app import Application, Faces, Receive, Send
 from luthier.api.authentication import Authenticator
@@ -107,6 +108,7 @@ def server(database: Database, api_key: str) -> Iterator[Running]:
         Authenticator(database, Settings(), KEY),
         RateLimits(database).admit,
         Observer(dict),
+        Remembered(),
         lambda: None,
     )
     config = uvicorn.Config(application, port=0, log_level="warning", ws="none")

@@ -14,6 +14,7 @@ import boto3
 import uvicorn
 from answers import check_answer
 from botocore.config import Config
+from trails import Remembered
 
 from luthier.api.app import Application, Faces
 from luthier.api.bedrock.activation import Activation
@@ -182,6 +183,7 @@ class Server:
             ByAccessKey(),
             lambda caller: None,
             Observer(dict),
+            Remembered(),
             lambda: None,
         )
         try:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from served import served
+from trails import Remembered
 
 from luthier.api.app import Application, Faces
 from luthier.api.observability import Observer
@@ -107,7 +108,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
                 raise Fault("AccessDenied", f"{caller.arn} is not authorized to perform: {action}")
 
     faces = Faces(None, None, None, S3Face(objects, authorize))  # type: ignore[arg-type]
-    app = Application(faces, Names(), lambda caller: None, Observer(dict), lambda: None)
+    app = Application(
+        faces, Names(), lambda caller: None, Observer(dict), Remembered(), lambda: None
+    )
     with served(app) as url:
         found = Service(url, objects, denied)
         found.app = app  # type: ignore[attr-defined]
@@ -123,7 +126,12 @@ def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service
     # An application belongs to one loop: the second server has its own over the same store.
     face = S3Face(service.objects, lambda *asked: None)
     other = Application(
-        replace(app.faces, objects=face), app.authenticator, app.admit, app.observer, app.ready
+        replace(app.faces, objects=face),
+        app.authenticator,
+        app.admit,
+        app.observer,
+        app.trail,
+        app.ready,
     )
     with served(other, ssl_certfile=certfile, ssl_keyfile=keyfile) as url:
         yield replace(service, url=url, verify=certfile)
