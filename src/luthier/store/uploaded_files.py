@@ -20,7 +20,8 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import ObjectRefused
 from luthier.store.database import Base, Database, now
-from luthier.store.objects import Described, Objects
+from luthier.store.object_rows import Described
+from luthier.store.objects import Objects
 
 BUCKET = "luthier-files"
 """Name of the bucket in each account."""

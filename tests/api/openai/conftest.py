@@ -27,10 +27,10 @@ from luthier.jobs.submit import Limits
 from luthier.models.catalog import MANIFEST
 from luthier.serving.pool import ModelPool
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base, Database, now
+from luthier.store.database import Database, now
 from luthier.store.models import base_folder
 from luthier.store.objects import Objects
-from luthier.store.uploads import Upload  # noqa: F401  (its table is pointed at)
+from luthier.store.schema import METADATA
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
 KEYS = {"sk-one": ACCOUNT, "sk-other": OTHER, "sk-weak": ACCOUNT, "sk-fast": ACCOUNT}
@@ -150,7 +150,7 @@ def _base(name: str, kind: str, folder: Path) -> str:
 def service(luthier_home: Path) -> Iterator[Service]:
     """A face on a free port, with an empty database."""
     database = Database()
-    Base.metadata.create_all(database.engine)
+    METADATA.create_all(database.engine)
     objects, pool = Objects(database), ModelPool(budget=1 << 30)
     deleted: list[str] = []
 

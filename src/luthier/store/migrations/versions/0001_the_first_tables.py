@@ -70,6 +70,8 @@ def upgrade() -> None:
         sa.Column("errors", Plain, nullable=False),
         sa.Column("user_metadata", Plain, nullable=False),
         sa.Column("total", sa.Integer(), nullable=False),
+        sa.Column("succeeded", sa.Integer(), nullable=False),
+        sa.Column("failed", sa.Integer(), nullable=False),
         sa.Column("moments", Plain, nullable=False),
         sa.Column("created", Moment(), nullable=False),
         sa.Column("expires", Moment(), nullable=False),
