@@ -27,10 +27,10 @@ from luthier.jobs.submit import Limits
 from luthier.models.catalog import MANIFEST
 from luthier.serving.pool import ModelPool
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base, Database, now
+from luthier.store.database import Database, now
 from luthier.store.models import base_folder
 from luthier.store.objects import Objects
-from luthier.store.uploads import Upload  # noqa: F401  (its table is pointed at)
+from luthier.store.schema import METADATA
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
 KEYS = {"sk-one": ACCOUNT, "sk-other": OTHER, "sk-weak": ACCOUNT, "sk-fast": ACCOUNT}
@@ -146,11 +146,22 @@ def _base(name: str, kind: str, folder: Path) -> str:
     return name
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with all tables and no rows, to be copied."""
+    path = tmp_path_factory.mktemp("database") / "luthier.db"
+    made = Database(f"sqlite:///{path}")
+    METADATA.create_all(made.engine)
+    made.close()
+    return path
+
+
 @pytest.fixture
-def service(luthier_home: Path) -> Iterator[Service]:
+def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
     """A face on a free port, with an empty database."""
+    luthier_home.mkdir(exist_ok=True)
+    shutil.copy(empty_database, luthier_home / "luthier.db")
     database = Database()
-    Base.metadata.create_all(database.engine)
     objects, pool = Objects(database), ModelPool(budget=1 << 30)
     deleted: list[str] = []
 

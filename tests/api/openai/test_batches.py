@@ -211,3 +211,21 @@ def test_lists_tenants_and_refusals(client: openai.OpenAI, other: openai.OpenAI)
         with pytest.raises(openai.BadRequestError) as refused:
             caller.batches.create(**fields)
         assert refused.value.param == param
+
+
+def test_a_batch_whose_time_is_over(client: openai.OpenAI, service: Any) -> None:
+    made = created(client, [line(number) for number in range(2 * AT_ONCE)])
+
+    def answer(caller: Any, body: Any) -> dict[str, Any]:
+        with service.database.write() as session:
+            batch = store.get(session, "000000000000", made.id)
+            assert batch is not None
+            batch.expires = batch.created
+        return {}
+
+    runner = BatchRunner(service.database, service.face.files, {CHAT: answer})
+    assert runner.run_once()
+    batch = client.batches.retrieve(made.id)
+    assert batch.status == "expired" and batch.expired_at
+    assert batch.request_counts and batch.request_counts.completed == AT_ONCE
+    assert len(lines_of(client, batch.output_file_id)) == AT_ONCE

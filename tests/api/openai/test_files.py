@@ -157,3 +157,10 @@ def test_files_that_expire(client: openai.OpenAI, service: Any) -> None:
         with pytest.raises(openai.BadRequestError) as refused:
             client.files.create(file=("a", DATA), purpose="batch", expires_after=wrong)  # type: ignore[arg-type]
         assert refused.value.param is not None and refused.value.param.startswith("expires_after")
+
+
+def test_bytes_that_were_deleted_as_an_object(client: openai.OpenAI, service: Any) -> None:
+    file_id = upload(client)
+    service.objects.delete("000000000000", "luthier-files", [file_id])
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(file_id)

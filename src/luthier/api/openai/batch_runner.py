@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -28,6 +29,8 @@ MOST_ERRORS = 50
 """What is wrong with more lines is not told."""
 _IDLE = 2.0
 """Seconds between two looks for batches of other servers that fell silent."""
+_SWEEP = 600.0
+"""Seconds between two looks for files whose time is over."""
 _log = logging.getLogger("luthier.api")
 
 
@@ -76,8 +79,12 @@ class BatchRunner:
         return True
 
     def _run(self) -> None:
+        swept = -_SWEEP
         while not self._closed.is_set():
             try:
+                if time.monotonic() - swept > _SWEEP:
+                    swept = time.monotonic()
+                    self.files.remove_expired()
                 while not self._closed.is_set() and self.run_once():
                     pass
             except Exception:
@@ -123,7 +130,7 @@ class BatchRunner:
                 status = self._status(batch)
                 if status is None:
                     return False
-                if status != store.IN_PROGRESS or now() > batch.expires:
+                if status != store.IN_PROGRESS:
                     return True
                 futures: list[tuple[int, Future[tuple[bool, dict[str, Any]]]]] = [
                     (number, threads.submit(self._answer, batch, caller, line))
@@ -144,7 +151,9 @@ class BatchRunner:
             if not store.renew(session, batch.id, self._token):
                 return None
             held = store.get(session, batch.account, batch.id)
-            return held.status if held is not None else None
+            if held is None:
+                return None
+            return store.EXPIRED if now() > held.expires else held.status
 
     def _answer(self, batch: Batch, caller: Caller, line: bytes) -> tuple[bool, dict[str, Any]]:
         asked = json.loads(line)

@@ -89,7 +89,6 @@ class OpenAIFace(Routing):
 
     def start(self) -> None:
         """Begin to work on batches, those of an earlier server first."""
-        self.files.remove_expired()
         self.batches.start()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from luthier.api.openai.forms import form_of
 from luthier.api.openai.requests import Access, number_of, one_of, page, seconds, text_of
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call
+from luthier.errors import ObjectRefused
 from luthier.store.uploaded_files import UploadedFile, UploadedFiles
 
 PURPOSES = ("fine-tune", "batch", "evals", "user_data", "assistants", "vision")
@@ -94,13 +95,17 @@ class Files:
     def content(self, call: Call) -> Answer:
         """The exact bytes."""
         row = self._found(call, "files.content")
+        try:
+            pieces = self.store.read(row)
+        except ObjectRefused as gone:  # deleted as an object of the account's bucket
+            raise absent("File object", row.id, "id") from gone
         name = re.sub(r"[^A-Za-z0-9._-]", "_", row.name)
         headers = {
             "Content-Type": "application/octet-stream",
             "Content-Length": str(row.size),
             "Content-Disposition": f'attachment; filename="{name}"',
         }
-        return Answer(200, self.store.read(row), headers)
+        return Answer(200, pieces, headers)
 
     def _found(self, call: Call, action: str) -> UploadedFile:
         file_id = call.params["file"]
