@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
 from principals_of import ALLOW_ALL
 
-from luthier.api.policies import allows, authorize
+from luthier.api.policies import allows, authorize, noted
 from luthier.api.wire import Caller, Fault
 from luthier.errors import RefusedInput
 from luthier.store.policy_documents import ROLES, check_document, check_role
@@ -125,6 +127,20 @@ def test_bearer_keys_need_one_right_more() -> None:
     assert not allows(
         caller(both, deny("bedrock:CallWith*"), bearer=True), "bedrock:InvokeModel", MODEL
     )
+
+
+def test_what_was_asked_for_is_noted_across_threads() -> None:
+    ann = caller(allow())
+
+    async def handle() -> list[tuple[str, str]]:
+        with noted() as asked:
+            await anyio.to_thread.run_sync(authorize, ann, "bedrock:GetCustomModel", MODEL)
+            assert not await anyio.to_thread.run_sync(allows, caller(), "s3:GetObject", "arn:x")
+        authorize(ann, "bedrock:ListCustomModels", "*")
+        return asked
+
+    asked = anyio.run(handle)
+    assert asked == [("bedrock:GetCustomModel", MODEL), ("s3:GetObject", "arn:x")]
 
 
 def test_patterns_take_time_in_proportion() -> None:
