@@ -8,6 +8,8 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from principals_of import ALLOW_ALL
 
 from luthier.api.policies import allows, authorize, noted
@@ -149,6 +151,26 @@ def test_patterns_take_time_in_proportion() -> None:
     began = time.monotonic()
     assert not allows(caller(allow("*", pattern)), "s3:GetObject", "arn:" + "a" * 2000)
     assert time.monotonic() - began < 1
+
+
+def naive(pattern: str, text: str) -> bool:
+    """The same by the definition, one letter after the other."""
+    reached = {0}
+    for letter in pattern:
+        if letter == "*":
+            reached = set(range(min(reached, default=len(text) + 1), len(text) + 1))
+        else:
+            reached = {
+                place + 1 for place in reached if place < len(text) and letter in ("?", text[place])
+            }
+    return len(text) in reached
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab*?[].\n", max_size=10), st.text("ab[].\n", max_size=10))
+def test_wildcards_mean_what_they_are_defined_to(pattern: str, text: str) -> None:
+    statement = allow("*", f"arn:{pattern}")
+    assert allows(caller(statement), "s3:GetObject", f"arn:{text}") is naive(pattern, text)
 
 
 ROLE_MAY = {
