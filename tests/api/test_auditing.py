@@ -89,6 +89,26 @@ def test_what_changes_nothing_is_counted(database: Database) -> None:
         trail.changed(Event("x:late"))
 
 
+def test_each_call_is_noted_as_its_kind_asks_for(database: Database) -> None:
+    trail = Trail(database)
+    for action in ("bedrock:ListCustomModels", "s3:GetObject", "luthier:openai.chat.create"):
+        trail.record(ANN, action, "*")
+    assert written(database) == []
+    trail.record(ANN, "bedrock:DeleteCustomModel", "arn:m", request_id="r", address="a")
+    trail.record(ANN, "luthier:openai.files.create", "*")
+    assert [entry.action for entry in written(database)] == [
+        "bedrock:DeleteCustomModel", "luthier:openai.files.create"
+    ]  # fmt: skip
+    trail.record(ANN, "bedrock:DeleteCustomModel", "arn:m", "ResourceNotFound")
+    trail.record(ANN, "bedrock:ListCustomModels", "*", "AccessDenied", "r2", "a")
+    trail.close()
+    found = {(entry.action, entry.outcome): entry for entry in written(database)}
+    assert found["bedrock:ListCustomModels", "AccessDenied"].request_id == "r2"
+    assert found["bedrock:ListCustomModels", "ok"].details["count"] == 1
+    assert found["bedrock:DeleteCustomModel", "ResourceNotFound"].details["count"] == 1
+    assert found["bedrock:DeleteCustomModel", "ok"].request_id == "r"
+
+
 def test_a_flood_of_addresses_does_not_fill_memory(database: Database) -> None:
     trail = Trail(database)
     for number in range(MOST_COUNTS + 500):

@@ -124,6 +124,8 @@ def test_a_changed_short_term_key(authenticator: Authenticator) -> None:
         ("&Version=1", "&Version=1&X-Amz-Expires=43200"),
         ("X-Amz-SignedHeaders=host", "X-Amz-SignedHeaders="),
         (ACCESS_KEY, "AKIDOTHER"),
+        ("bedrock.amazonaws.com/?", "bedrock.example.com/?"),
+        ("bedrock.amazonaws.com/?", "bedrock.amazonaws.com/model?"),
     ):
         changed = text.replace(old, new)
         assert changed != text

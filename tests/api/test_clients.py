@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +11,10 @@ from typing import Any
 import boto3
 import openai
 import pytest
-import uvicorn
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from principals_of import FIRST, KEY, OTHER
+from served import served
 from signing import ACCESS_KEY, SECRET, presigned, short_term_key, signed
 from trails import Remembered
 
@@ -67,14 +65,10 @@ class Plain:
 
 @dataclass
 class Running:
-    port: int
+    url: str
     face: Plain
     database: Database
     api_key: str
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def client(self, service: str, keys: tuple[str, str] = (ACCESS_KEY, SECRET)) -> Any:
         # Without a version boto3 presigns objects in the manner of 2006.
@@ -86,7 +80,7 @@ class Running:
         )  # fmt: skip
 
     def send(self, head: Head, body: bytes = b"") -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=10)
         target = head.path + (f"?{head.query}" if head.query else "")
         connection.putrequest(head.method, target, skip_host=True, skip_accept_encoding=True)
         for name, value in head.headers:
@@ -111,16 +105,8 @@ def server(database: Database, api_key: str) -> Iterator[Running]:
         Remembered(),
         lambda: None,
     )
-    config = uvicorn.Config(application, port=0, log_level="warning", ws="none")
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.005)
-    port = running.servers[0].sockets[0].getsockname()[1]
-    yield Running(port, face, database, api_key)
-    running.should_exit = True
-    thread.join()
+    with served(application) as url:
+        yield Running(url, face, database, api_key)
 
 
 def test_boto3_on_the_control_plane(server: Running) -> None:
@@ -149,7 +135,7 @@ def test_boto3_and_objects(server: Running) -> None:
     s3.list_objects_v2(Bucket="bucket", Prefix="a b/", Delimiter="/")
     url = s3.generate_presigned_url("get_object", {"Bucket": "bucket", "Key": "a b+c"})
     path, _, query = url.removeprefix(server.url).partition("?")
-    host = [("host", f"127.0.0.1:{server.port}")]
+    host = [("host", server.url.removeprefix("http://"))]
     assert server.send(Head("GET", path, query, host, tls=False)) == 200
     assert (
         server.send(Head("GET", path, query.replace("Expires=3600", "Expires=36000"), host, False))

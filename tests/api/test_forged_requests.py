@@ -16,6 +16,7 @@ from signing import (
     SECRET,
     header,
     keys,
+    presigned,
     refused,
     signed,
     verified,
@@ -28,6 +29,7 @@ from luthier.api.wire import Fault, Head
 
 # --- forged, changed, ambiguous
 
+EMPTY = sigv4.hashlib.sha256(b"").hexdigest()
 Change = Callable[[Head], Head]
 
 
@@ -138,6 +140,29 @@ def test_a_changed_request_is_refused(name: str) -> None:
     assert refused(change(head), body) == code
 
 
+def test_a_scope_of_another_day() -> None:
+    """Signed so, and not only changed."""
+    for day, let_in in (("20260131", True), ("20260130", False), ("20260201", False)):
+        head = resigned(signed(at=NOW), "bedrock", EMPTY, day)
+        if let_in:
+            assert verified(head).caller == CALLER
+        else:
+            assert refused(head) == "InvalidSignature"
+
+
+def test_two_valid_ways_at_once() -> None:
+    query = presigned("GET", "/custom-models", service="bedrock", at=NOW)
+    both = replace(query, headers=signed("GET", "/custom-models", at=NOW).headers)
+    assert verified(query).caller == CALLER
+    assert refused(both) == "IncompleteSignature"
+
+
+def test_an_empty_header_that_was_signed_has_to_be_there() -> None:
+    head = signed(at=NOW, headers={"X-Empty": ""})
+    assert verified(head).caller == CALLER
+    assert refused(with_header(head, "x-empty", None)) == "InvalidSignature"
+
+
 def test_a_signature_of_another_secret() -> None:
     head = signed(at=NOW, keys=(ACCESS_KEY, "guessed"))
     assert refused(head) == "InvalidSignature"
@@ -174,7 +199,7 @@ def test_payloads_of_object_storage() -> None:
     def told(value: str | None, tls: bool) -> Head:
         head = signed("PUT", "/b/k", b"x", service="s3", at=NOW)
         plain = with_header(head, "x-amz-content-sha256", value)
-        return replace(resigned(plain), tls=tls)
+        return replace(resigned(plain, "s3", value or ""), tls=tls)
 
     assert verified(told("UNSIGNED-PAYLOAD", True), None).payload == "UNSIGNED-PAYLOAD"
     assert refused(told("UNSIGNED-PAYLOAD", False), None) == "SignatureDoesNotMatch"
@@ -188,15 +213,14 @@ def test_payloads_of_object_storage() -> None:
     assert refused(told(None, True), None) == "IncompleteSignature"
 
 
-def resigned(head: Head) -> Head:
+def resigned(head: Head, service: str, payload: str, day: str = "20260131") -> Head:
     """With the signature that fits what it says."""
     names = sorted(key for key, _ in head.headers if key not in ("authorization", "user-agent"))
-    start = f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/20260131/us-east-1/s3/aws4_request, "
+    start = f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/{day}/us-east-1/{service}/aws4_request, "
     start += f"SignedHeaders={';'.join(names)}, Signature="
     claim = sigv4.claim_of(with_header(head, "authorization", start + "0" * 64))
-    told = [value for key, value in head.headers if key == "x-amz-content-sha256"]
     key = sigv4.signing_key(SECRET, claim.day, claim.region, claim.service)
-    value = sigv4.signature(key, claim, sigv4.canonical_request(head, claim, (told or [""])[0]))
+    value = sigv4.signature(key, claim, sigv4.canonical_request(head, claim, payload))
     return with_header(head, "authorization", start + value)
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from principals_of import ALLOW_ALL
 
-from luthier.api.policies import allows, authorize
+from luthier.api.policies import allows, authorize, noted
 from luthier.api.wire import Caller, Fault
 from luthier.errors import RefusedInput
 from luthier.store.policy_documents import ROLES, check_document, check_role
@@ -127,12 +131,46 @@ def test_bearer_keys_need_one_right_more() -> None:
     )
 
 
+def test_what_was_asked_for_is_noted_across_threads() -> None:
+    ann = caller(allow())
+
+    async def handle() -> list[tuple[str, str]]:
+        with noted() as asked:
+            await anyio.to_thread.run_sync(authorize, ann, "bedrock:GetCustomModel", MODEL)
+            assert not await anyio.to_thread.run_sync(allows, caller(), "s3:GetObject", "arn:x")
+        authorize(ann, "bedrock:ListCustomModels", "*")
+        return asked
+
+    asked = anyio.run(handle)
+    assert asked == [("bedrock:GetCustomModel", MODEL), ("s3:GetObject", "arn:x")]
+
+
 def test_patterns_take_time_in_proportion() -> None:
     """Where each star may go back, this pattern takes longer than anybody lives."""
     pattern = "arn:" + "a*" * 500 + "b"
     began = time.monotonic()
     assert not allows(caller(allow("*", pattern)), "s3:GetObject", "arn:" + "a" * 2000)
     assert time.monotonic() - began < 1
+
+
+def naive(pattern: str, text: str) -> bool:
+    """The same by the definition, one letter after the other."""
+    reached = {0}
+    for letter in pattern:
+        if letter == "*":
+            reached = set(range(min(reached, default=len(text) + 1), len(text) + 1))
+        else:
+            reached = {
+                place + 1 for place in reached if place < len(text) and letter in ("?", text[place])
+            }
+    return len(text) in reached
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab*?[].\n", max_size=10), st.text("ab[].\n", max_size=10))
+def test_wildcards_mean_what_they_are_defined_to(pattern: str, text: str) -> None:
+    statement = allow("*", f"arn:{pattern}")
+    assert allows(caller(statement), "s3:GetObject", f"arn:{text}") is naive(pattern, text)
 
 
 ROLE_MAY = {

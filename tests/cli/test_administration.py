@@ -141,6 +141,19 @@ def test_tables_for_people(database: Database, ann: str) -> None:
     assert "luthier:admin.keys.create" in run(audit_app, "list")
 
 
+def test_backup_and_restore(
+    database: Database, ann: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = admin("keys", "create", ann, "--kind", "access")
+    made = admin("backup", str(tmp_path / "backup"), "--with-key")
+    assert (made["database"], made["key"]) == (True, True)
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "restored"))
+    admin("restore", str(tmp_path / "backup"))
+    assert admin("keys", "list")["keys"][0]["id"] == access["access_key_id"]
+    assert run(audit_app, "verify", "--json")["intact"] is True
+    admin("restore", str(tmp_path / "backup"), code=2)
+
+
 def test_a_database_without_tables(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'empty.db'}"
     error = admin("users", "list", "--database", url, code=2)["error"]

@@ -9,7 +9,7 @@ import pytest
 from signing import ACCESS_KEY, SECRET
 
 from luthier.store import accounts, audit, principals
-from luthier.store.database import Base, Database
+from luthier.store.database import Base, Database, default_url
 from luthier.store.sealing import Sealing
 
 KEY = bytes(range(32))
@@ -22,13 +22,18 @@ ALLOW_ALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def database() -> Iterator[Database]:
-    """An empty database in the test's store."""
-    made = Database()
+def made_at(url: str) -> Iterator[Database]:
+    """A database with the tables that are loaded; closed at the end."""
+    made = Database(url)
     Base.metadata.create_all(made.engine)
     yield made
     made.close()
+
+
+@pytest.fixture
+def database() -> Iterator[Database]:
+    """An empty database in the test's store."""
+    yield from made_at(default_url())
 
 
 @pytest.fixture

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 
 import pytest
-from principals_of import FIRST, OTHER
+from principals_of import FIRST, OTHER, made_at
 from sqlalchemy import text
 
 from luthier.store.audit import Event, append, entries, last, shown, verify
 from luthier.store.database import Database, now
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    yield from made_at(database_url)
 
 
 def fill(database: Database, number: int = 5) -> None:
@@ -50,9 +56,9 @@ def test_entries_are_chained(database: Database) -> None:
 @pytest.mark.parametrize(
     ("change", "seq"),
     [
-        ("UPDATE audit_log SET user='bob' WHERE seq=3", 3),
+        ("UPDATE audit_log SET \"user\"='bob' WHERE seq=3", 3),
         ("UPDATE audit_log SET outcome='AccessDenied' WHERE seq=1", 1),
-        ("UPDATE audit_log SET at=datetime('now') WHERE seq=5", 5),
+        ("UPDATE audit_log SET at=CURRENT_TIMESTAMP WHERE seq=5", 5),
         ("UPDATE audit_log SET details='[1]' WHERE seq=2", 2),
         ("UPDATE audit_log SET hash=previous WHERE seq=2", 2),
         ("UPDATE audit_log SET previous=hash WHERE seq=4", 4),
@@ -64,8 +70,8 @@ def test_entries_are_chained(database: Database) -> None:
         ("UPDATE audit_head SET seq=4", 6),
         ("DELETE FROM audit_head", 6),
         (
-            "INSERT INTO audit_log SELECT 6, at, account, user, action, resource, outcome, request_id,"
-            " address, details, previous, hash FROM audit_log WHERE seq=5",
+            "INSERT INTO audit_log SELECT 6, at, account, action, resource, outcome, outcome,"
+            " request_id, address, details, previous, hash FROM audit_log WHERE seq=5",
             6,
         ),
     ],

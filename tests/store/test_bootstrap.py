@@ -7,11 +7,13 @@ import json
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from principals_of import ALLOW_ALL, FIRST, KEY, OTHER
+from principals_of import ALLOW_ALL, FIRST, KEY, OTHER, made_at
 
 from luthier.errors import CorruptFile, LuthierError, RefusedInput
 from luthier.store import principals
@@ -31,6 +33,11 @@ ROOT: dict[str, Any] = {
     "policies": [ALLOW_ALL],
 }
 GUEST = {**ROOT, "account": OTHER, "user": "guest", "access_key_id": "AKIAGUEST", "api_key": None}
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    yield from made_at(database_url)
 
 
 def boot(database: Database, folder: Path, monkeypatch: pytest.MonkeyPatch, *who: Any) -> None:
@@ -62,6 +69,14 @@ def test_a_root_user_is_made_once(database: Database) -> None:
     assert prepare(database, SEALING, FIRST) is None
     with database.read() as session:
         assert [each.action for each in entries(session)] == ["luthier:bootstrap"]
+
+
+def test_servers_that_start_at_once_make_one_root_user(database: Database) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        made = list(pool.map(lambda _: prepare(database, SEALING, FIRST), range(6)))
+    assert len([issued for issued in made if issued is not None]) == 1
+    with database.read() as session:
+        assert len(principals.users(session)) == 1
 
 
 def test_a_file_gives_principals(

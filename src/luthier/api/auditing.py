@@ -7,6 +7,7 @@ waiting; what only reads or infers is counted.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,13 @@ MOST_COUNTS = 5000
 """Different things that are counted in that time; further addresses are counted together."""
 MOST_WAITING = 20_000
 """Refusals that wait to be written; beyond it they are only counted."""
+
+COUNTED = re.compile(
+    r"(bedrock|s3):(Get|List|Head|Invoke|Converse|Count|Apply)\w*"
+    r"|luthier:openai\.(chat|completions|embeddings|responses)\..*"
+    r"|luthier:.*\.(get|list|retrieve|content|events|checkpoints|run|validate)"
+)
+"""Actions that change nothing."""
 
 _log = logging.getLogger("luthier.api")
 
@@ -50,6 +58,34 @@ class Trail:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
+
+    def record(
+        self,
+        caller: Caller,
+        action: str,
+        resource: str,
+        outcome: str = "ok",
+        request_id: str = "",
+        address: str = "",
+    ) -> None:
+        """Note a call that has been handled, before its answer leaves, as its kind asks for.
+
+        Args:
+            caller: who sent it.
+            action: as the policies know it: ``bedrock:DeleteCustomModel``.
+            resource: what it acted on.
+            outcome: ``ok``, or the code of the fault.
+            request_id: as the client is told.
+            address: of the client.
+        """
+        if outcome == "AccessDenied":
+            self.refused(caller, action, resource, outcome, request_id=request_id, address=address)
+        elif outcome != "ok" or COUNTED.fullmatch(action):
+            self.used(caller, action, resource, address, outcome)
+        else:
+            self.changed(
+                Event(action, resource, outcome, caller.account, caller.user, request_id, address)
+            )
 
     def changed(self, event: Event) -> None:
         """Write ``event``; back when it is on disk. Raises what kept it from there."""

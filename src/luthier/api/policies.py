@@ -10,7 +10,9 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -42,6 +44,23 @@ class _Statement:
         return self.actions.match(action) and self.resources.match(resource)
 
 
+_asked: ContextVar[list[tuple[str, str]] | None] = ContextVar("asked", default=None)
+
+
+@contextmanager
+def noted() -> Iterator[list[tuple[str, str]]]:
+    """Actions and resources that :func:`authorize` is asked for in the block, by its threads too.
+
+    The audit log names them: what a call acted on is known to who handles it, and asked for here.
+    """
+    asked: list[tuple[str, str]] = []
+    token = _asked.set(asked)
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)
+
+
 def authorize(caller: Caller, action: str, resource: str) -> None:
     """Let ``caller`` do ``action`` (``bedrock:InvokeModel``) to ``resource`` (an ARN or ``*``).
 
@@ -50,6 +69,8 @@ def authorize(caller: Caller, action: str, resource: str) -> None:
     Raises:
         Fault: ``AccessDenied``, with the words of AWS.
     """
+    if (asked := _asked.get()) is not None:
+        asked.append((action, resource))
     if caller.bearer:
         _decide(caller, BEARER, "*")
     _decide(caller, action, resource)

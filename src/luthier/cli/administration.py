@@ -9,7 +9,7 @@ import typer
 
 from luthier.cli.options import Json, ServiceDatabase
 
-admin_app = typer.Typer(help="Accounts, users, keys and quotas.", no_args_is_help=True)
+admin_app = typer.Typer(help="Accounts, users, keys, quotas and backups.", no_args_is_help=True)
 accounts_app = typer.Typer(help="Accounts (tenants) and their quotas.", no_args_is_help=True)
 users_app = typer.Typer(help="Users and what they may do.", no_args_is_help=True)
 keys_app = typer.Typer(help="Access keys and API keys.", no_args_is_help=True)
@@ -34,6 +34,33 @@ def roles(json_: Json = False) -> None:
 
     with errors(json_):
         principals.list_roles(json_)
+
+
+@admin_app.command("backup")
+def backup(
+    folder: Annotated[Path, typer.Argument(help="New folder for the backup.")],
+    with_key: Annotated[
+        bool, typer.Option("--with-key", help="Put the server's key into it, too.")
+    ] = False,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Back up database and store while the service runs."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.back_up(database, folder, with_key, json_)
+
+
+@admin_app.command("restore")
+def restore(folder: Annotated[Path, typer.Argument(help="A backup.")], json_: Json = False) -> None:
+    """Check a backup and restore it into an empty LUTHIER_HOME."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.restore(folder, json_)
 
 
 @accounts_app.command("list")

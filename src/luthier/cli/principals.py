@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 from luthier.cli.console import note, print_json
 from luthier.cli.service import opened, operator, table_of
 from luthier.errors import CorruptFile, RefusedInput
-from luthier.files import read_json
+from luthier.files import luthier_home, read_json
 from luthier.store import accounts, principals
+from luthier.store import backup as backups
 from luthier.store.audit import Event, append
 from luthier.store.database import now
 from luthier.store.policy_documents import ROLES
@@ -181,6 +182,25 @@ def list_roles(as_json: bool) -> None:
         for statement in document["Statement"]
     ]
     table_of(("role", "effect", "action"), rows)
+
+
+def back_up(url: str | None, folder: Path, with_key: bool, as_json: bool) -> None:
+    """Back up the service."""
+    with opened(url) as database:
+        made = backups.backup(database, luthier_home(), folder, with_key)
+    if not made.key:
+        note(f"  without {backups.KEY}: keep it apart; access keys do not open without it")
+    if not made.database:
+        note("  without the database: PostgreSQL's is backed up by pg_dump")
+    _done(as_json, folder=str(folder), **asdict(made))
+
+
+def restore(folder: Path, as_json: bool) -> None:
+    """Restore a backup into this store."""
+    made = backups.restore(folder, luthier_home())
+    if not made.key:
+        note(f"  put {backups.KEY} back before the service starts")
+    _done(as_json, store=str(luthier_home()), **asdict(made))
 
 
 def _document(path: Path) -> Any:

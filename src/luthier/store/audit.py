@@ -116,7 +116,9 @@ def verify(session: Session, noted: str | None = None) -> Broken | None:
         session: one that reads.
         noted: a hash that was the last one once; it has to stand in the chain still.
     """
-    previous, seq, seen = GENESIS, 0, noted in (None, GENESIS)
+    # What is added while we read stands after this one.
+    told = last(session)
+    previous, seq, seen, anchored = GENESIS, 0, noted in (None, GENESIS), told == (0, GENESIS)
     for entry in _all(session):
         seq += 1
         if entry.seq != seq:
@@ -127,15 +129,15 @@ def verify(session: Session, noted: str | None = None) -> Broken | None:
             return Broken(seq, "its hash is not that of its content")
         previous = entry.hash
         seen = seen or previous == noted
-    head = session.get(AuditHead, 1)
-    if (head.seq, head.hash) != (seq, previous) if head else seq:
+        anchored = anchored or (seq, previous) == told
+    if not anchored or seq > last(session)[0]:
         return Broken(seq + 1, f"the log ends at entry {seq} and should end at another one")
     return None if seen else Broken(seq, "the noted hash does not stand in the log")
 
 
 def last(session: Session) -> tuple[int, str]:
     """Number and hash of the last entry."""
-    head = session.get(AuditHead, 1)
+    head = session.get(AuditHead, 1, populate_existing=True)
     return (head.seq, head.hash) if head else (0, GENESIS)
 
 

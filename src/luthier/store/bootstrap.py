@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from luthier.errors import RefusedInput
@@ -34,6 +34,8 @@ from luthier.store.sealing import Sealing
 
 ENVIRONMENT = "LUTHIER_BOOTSTRAP"
 ROOT = "root"
+_LOCK = 7015122
+"""Number of PostgreSQL's lock."""
 _MEMBERS = (
     "account", "user", "access_key_id", "secret_access_key", "api_key", "policies", "role"
 )  # fmt: skip
@@ -61,6 +63,9 @@ def prepare(database: Database, sealing: Sealing, account: str) -> Issued | None
     """
     named = os.environ.get(ENVIRONMENT)
     with database.write() as session:
+        if not database.is_sqlite:
+            # Servers that start together do this one after the other.
+            session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
         if named:
             before = version(session)
             apply(session, read(Path(named)), sealing)
