@@ -377,3 +377,25 @@ def test_a_base_that_is_gone_fails_the_job_and_names_nobody_else(
     job = queue.ended(queue.submit("further", base=first, steps=2))
     assert job.state == "Failed" and "no longer there" in job.failure
     assert others.id not in job.failure
+
+
+@sqlite
+def test_other_files_than_lines_are_refused_by_the_name_their_owner_knows(queue: Any) -> None:
+    queue.scheduler()
+    array = queue.file("array.jsonl", [json.dumps(queue.pairs(5))])
+    job = queue.ended(queue.submit("array", training=[array]))
+    assert job.state == "Failed" and f"{array}: [file.form]" in job.failure
+    native = queue.ended(queue.submit("native", training=[array], face="native", steps=2))
+    assert native.state == "Completed", native.failure
+
+
+@sqlite
+def test_rows_to_measure_on_may_be_those_that_are_learned(queue: Any) -> None:
+    address = queue.file("same.jsonl", queue.pairs(12))
+    job_id = queue.submit(training=[address], validators=[address], steps=2)
+    queue.scheduler()
+    job = queue.ended(job_id)
+    assert job.state == "Completed", job.failure
+    with queue.database.read() as session:
+        told = [event.message for event in events(session, job, limit=99)]
+    assert any("leakage.many" in text or "are in the training rows" in text for text in told), told
