@@ -20,6 +20,8 @@ class Message:
     role: str
     """``system``, ``user``, ``assistant`` or ``tool``."""
     content: str
+    learned: bool = True
+    """False for a turn of the assistant that is only read."""
 
 
 @dataclass(frozen=True, slots=True)

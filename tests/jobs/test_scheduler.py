@@ -123,8 +123,11 @@ def test_a_worker_that_cannot_be_started_costs_no_job(queue: Any) -> None:
     scheduler = Scheduler(queue.database, ONCE, command=["/no/such/program"])
     scheduler.tick()
     job = queue.job(job_id)
-    assert (job.state, job.lease, job.crashes) == ("Queued", None, 1)
+    assert (job.state, job.lease, job.crashes) == ("Queued", None, 0)
     assert job.memory > 100_000_000
+    # It is not tried again at once: whatever is missing takes time to mend.
+    scheduler.tick()
+    assert queue.job(job_id).attempts == 1
 
 
 @sqlite

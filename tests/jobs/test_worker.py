@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +336,66 @@ def of_type(queue: Any, command: str) -> dict[str, Any]:
         "customization_type": "CONTINUED_PRE_TRAINING",
         "steps": 2,
     }
+
+
+FLAKY = """
+from __main__ import Folders
+from luthier.errors import LuthierError
+calls = 0
+def flaky(method):
+    def call(*arguments):
+        global calls
+        calls += 1
+        if calls % 3:
+            raise LuthierError("the bucket does not answer")
+        return method(*arguments)
+    return call
+Folders.fetch, Folders.write = flaky(Folders.fetch), flaky(Folders.write)
+"""
+
+
+@sqlite
+def test_a_bucket_that_fails_now_and_then_costs_no_job(queue: Any) -> None:
+    output = queue.folder / "out"
+    job_id = queue.submit(output=f"file://{output}", steps=2)
+    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": FLAKY})
+    job = queue.ended(job_id)
+    assert job.state == "Completed", job.failure
+    assert list(output.rglob("step_wise_training_metrics.csv"))
+
+
+@sqlite
+def test_a_base_that_is_gone_fails_the_job_and_names_nobody_else(
+    queue: Any, luthier_home: Path
+) -> None:
+    queue.scheduler()
+    queue.ended(queue.submit("first", steps=2))
+    others = queue.ended(queue.submit("second", account=OTHER, steps=2))
+    first = next(model for model in models(queue) if model.name == "first")
+    (folder,) = (luthier_home / "models" / "custom").glob(f"*/job-{first.job_id}")
+    shutil.rmtree(folder)
+    job = queue.ended(queue.submit("further", base=first, steps=2))
+    assert job.state == "Failed" and "no longer there" in job.failure
+    assert others.id not in job.failure
+
+
+@sqlite
+def test_other_files_than_lines_are_refused_by_the_name_their_owner_knows(queue: Any) -> None:
+    queue.scheduler()
+    array = queue.file("array.jsonl", [json.dumps(queue.pairs(5))])
+    job = queue.ended(queue.submit("array", training=[array]))
+    assert job.state == "Failed" and f"{array}: [file.form]" in job.failure
+    native = queue.ended(queue.submit("native", training=[array], face="native", steps=2))
+    assert native.state == "Completed", native.failure
+
+
+@sqlite
+def test_rows_to_measure_on_may_be_those_that_are_learned(queue: Any) -> None:
+    address = queue.file("same.jsonl", queue.pairs(12))
+    job_id = queue.submit(training=[address], validators=[address], steps=2)
+    queue.scheduler()
+    job = queue.ended(job_id)
+    assert job.state == "Completed", job.failure
+    with queue.database.read() as session:
+        told = [event.message for event in events(session, job, limit=99)]
+    assert any("leakage.many" in text or "are in the training rows" in text for text in told), told

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from luthier.data.containers import Container, container_of
+from luthier.data.parsing import Unreadable
+from luthier.errors import DataError, Problem
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.jobs.folders import JobFolders
 from luthier.store.jobs import Job
@@ -75,7 +78,27 @@ def fetched(job: Job, folders: JobFolders, locations: Locations) -> JobData:
         with new_folder(folders.data) as fresh:
             _fetch(job, fresh, locations)
     recorded = read_json(folders.data / _SOURCES)
-    return JobData(folders.data, recorded["train"], recorded["validators"], recorded["addresses"])
+    data = JobData(folders.data, recorded["train"], recorded["validators"], recorded["addresses"])
+    if job.face != "native":
+        _check_lines(data)
+    return data
+
+
+def _check_lines(data: JobData) -> None:
+    """Refuse files that are not JSON Lines, which is all that Bedrock and OpenAI take."""
+    problems = []
+    for name, address in data.addresses.items():
+        try:
+            found = container_of(data.folder / name)
+        except Unreadable as bad:
+            problems.append(bad.at(address, 0))
+            continue
+        if found != Container("jsonl"):
+            message = f"The file is {found}, and JSON Lines are wanted: one object a line."
+            fix = "Write it anew with `luthier convert`, without packing it."
+            problems.append(Problem(address, 0, "file.form", message, fix))
+    if problems:
+        raise DataError(problems)
 
 
 def _fetch(job: Job, folder: Path, locations: Locations) -> None:
