@@ -10,7 +10,9 @@
     │   ├── RunConflict         the name is taken, or there is nothing to resume
     │   ├── NameInUse           another job or model of the account has the name
     │   ├── QuotaExceeded       the account has as many as it may have
-    │   └── WrongState          what is asked of a job is not possible where it stands
+    │   ├── WrongState          what is asked of a job is not possible where it stands
+    │   ├── LocationRefused     an address of data that cannot be read from, or written to
+    │   └── ObjectRefused       what the object store does not do; carries S3's name for it
     ├── DownloadError           a source could not be read, or gave other bytes than pinned
     ├── CorruptFile             a stored file no longer matches its recorded hash
     ├── GradingFailed           a grader raised, hung, or gave no score; carries each problem
@@ -118,6 +120,18 @@ class QuotaExceeded(RefusedInput):
 
 class WrongState(RefusedInput):
     """What is asked of a job is not possible in the state it is in."""
+
+
+class LocationRefused(RefusedInput):
+    """Data cannot be read from, or written to, an address of the service's clients."""
+
+
+class ObjectRefused(RefusedInput):
+    """The object store refuses: ``code`` is S3's name for it, such as ``NoSuchKey``."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
 
 
 class LeaseLost(LuthierError):

@@ -307,8 +307,7 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
     from luthier.data.prompts import load_prompts
     from luthier.data.rows import load_rows
     from luthier.engine.dataset import prepare
-    from luthier.models.load import check_folder, context_length
-    from luthier.store.models import chat_format, find
+    from luthier.store.models import chat_format, find, room_of
 
     recipe = stage.recipe
     if isinstance(recipe, DistilRecipe):
@@ -322,8 +321,8 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
         load_rows(recipe.data.train, recipe.data.columns)
         return
     model = find(root)
-    context = context_length(check_folder(model.network_folder))
-    prepare(recipe.data, recipe.objective, chat_format(model), context, recipe.training.seed)
+    room = room_of(model) - recipe.adaptation.added_tokens
+    prepare(recipe.data, recipe.objective, chat_format(model), room, recipe.training.seed)
 
 
 def _roots(stage: Stage, stages: tuple[Stage, ...]) -> Iterator[str]:

@@ -291,10 +291,9 @@ class _Labels:
 
 def _context(job: Job) -> int:
     """Tokens that a question may have with its answer."""
-    from luthier.models.load import check_folder, context_length
+    from luthier.store.models import room_of
 
-    config = check_folder(job.base.network_folder)
-    return context_length(config) - job.recipe.adaptation.added_tokens
+    return room_of(job.base) - job.recipe.adaptation.added_tokens
 
 
 def _tried(technique: Technique, found: Prompted) -> Tried:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 from urllib.parse import parse_qs
@@ -101,7 +101,7 @@ class Application:
         began = time.perf_counter()
         try:
             if head.path in OPEN_PATHS:
-                seen.status = await _send(send, receive, self._open(head.path), self.run)
+                seen.status = await send_answer(send, receive, self._open(head.path), self.run)
             elif _service(head) == "s3" and not _named_face(head.path):
                 await self._objects(head, receive, send, seen)
             else:
@@ -134,7 +134,8 @@ class Application:
             seen.status = await face.handle(head, signed, receive, send, seen.request_id)
         except Fault as fault:
             seen.refused(fault)
-            seen.status = await _send(send, receive, face.refusal(fault, seen.request_id), self.run)
+            answer = _closing(head, face.refusal(fault, seen.request_id))
+            seen.status = await send_answer(send, receive, answer, self.run)
 
     async def _face(self, head: Head, receive: Receive, send: Send, seen: Observed) -> None:
         name, face = self._chosen(head.path)
@@ -145,8 +146,7 @@ class Application:
             seen.refused(fault)
             answer = face.refusal(fault, seen.request_id)
         except RefusedInput as refused:
-            fault = Fault("Validation", str(refused))
-            seen.refused(fault)
+            seen.refused(fault := Fault.of(refused))
             answer = face.refusal(fault, seen.request_id)
         except ClientGone:
             raise
@@ -155,7 +155,8 @@ class Application:
             _log.exception("request failed", extra={"request_id": seen.request_id})
             text = f"Something failed inside the service; its log has request {seen.request_id}."
             answer = face.refusal(Fault("InternalServer", text), seen.request_id)
-        seen.status = await _send(send, receive, answer, self.run)
+            seen.error = "InternalServer"
+        seen.status = await send_answer(send, receive, answer, self.run)
 
     def _chosen(self, path: str) -> tuple[str, Face]:
         if path.startswith(OPENAI_PATHS):
@@ -204,6 +205,16 @@ def head_of(scope: Scope) -> Head:
 
 class ClientGone(Exception):
     """The client hung up before its request or its answer was whole."""
+
+
+def _closing(head: Head, answer: Answer) -> Answer:
+    """``answer``, after which the connection ends if the client still waits to send its body.
+
+    It will not send it now, and what it sends next on the connection would be taken for it.
+    """
+    if not any(name == "expect" for name, _ in head.headers):
+        return answer
+    return replace(answer, headers={**answer.headers, "Connection": "close"})
 
 
 def _routed(face: Face, head: Head) -> tuple[Route | None, Fault | None]:
@@ -263,9 +274,10 @@ def _too_large(limit: int) -> Fault:
     return Fault("RequestEntityTooLarge", text)
 
 
-async def _send(
+async def send_answer(
     send: Send, receive: Receive, answer: Answer, run: Callable[..., Awaitable[Any]]
 ) -> int:
+    """Send an answer, whole or piece by piece as ``run`` gets them; its status."""
     headers = [
         (k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in answer.headers.items()
     ]

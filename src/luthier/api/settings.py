@@ -20,5 +20,7 @@ class Settings:
     """Another S3-compatible endpoint that ``s3://`` means; the built-in store where it is ``None``."""
     file_roots: tuple[Path, ...] = ()
     """Folders that ``file://`` may name; none by default."""
+    requests_per_second: float | None = None
+    """Rate of each account that has no quota of its own; ``None`` for no limit."""
     strict_region: bool = False
     """Refuse signatures whose scope names another region."""

@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Protocol
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, QuotaExceeded, RefusedInput, WrongState
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,13 @@ class Fault(LuthierError):
     ) -> None:
         super().__init__(message)
         self.code, self.message, self.parameter, self.details = code, message, parameter, details
+
+    @staticmethod
+    def of(error: RefusedInput) -> Fault:
+        """What a refusal of the parts below becomes, where a face says nothing closer."""
+        kinds = ((QuotaExceeded, "ServiceQuotaExceeded"), (WrongState, "Conflict"))
+        code = next((name for kind, name in kinds if isinstance(error, kind)), "Validation")
+        return Fault(code, str(error))
 
 
 Handler = Callable[[Call], Answer]

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import typer
 
 from luthier.engine.metrics import Reporter
-from luthier.errors import DataError, LuthierError, RecipeError
+from luthier.errors import DataError, LuthierError, RecipeError, RefusedInput
 
 
 def print_json(value: Any) -> None:
@@ -46,6 +46,18 @@ def heavy_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Say which extra has the library that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "luthier":
+            raise
+        text = f"this needs {error.name}: pip install 'luthier[{name}]'"
+        raise RefusedInput(text) from error
 
 
 @contextmanager

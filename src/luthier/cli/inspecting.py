@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,7 @@ def inspect(request: Request, rows: int, html: Path | None, as_json: bool) -> No
             note.print(f"[bold]{text}[/bold] …", highlight=False)
 
     with bar() as progress:
-        report = gate.inspect(request, say, progress)
+        report = gate.inspect(request, say, progress, os.cpu_count() or 1)
     if html is not None:
         from luthier.files import write_bytes
 

@@ -91,12 +91,10 @@ class Checker:
                 self.check_id(record["id"])
             return self.shaped(known, record)
         given = record
-        own = self.own(record)
+        own = self.identified(record)
         if own is None:
             return None
         record = own
-        if "id" in record:
-            self.check_id(record["id"])
         shape = self.shape_of(record)
         # Where the keys alone tell the shape, the next row with the same ones need not be asked. Of an
         # answer with a label or a rating it is the value that tells whether it is a judgement.
@@ -104,6 +102,13 @@ class Checker:
         if shape and given is record and not values_tell and len(self.known) < _MOST_KNOWN:
             self.known[keys] = shape
         return self.shaped(shape, record)
+
+    def identified(self, record: Record) -> Record | None:
+        """The record in our own keys, its id checked; None only when a problem was reported."""
+        own = self.own(record)
+        if own is not None and "id" in own:
+            self.check_id(own["id"])
+        return own
 
     def shaped(self, shape: str | None, record: Record) -> Row | None:
         """The row of a record whose shape is known."""

@@ -64,12 +64,10 @@ class _Checker(Checker):
 
     def row(self, line: int, record: Record) -> Row | None:
         self.line = line
-        own = self.own(record)
+        own = self.identified(record)
         if own is None:
             return None
         record = own
-        if "id" in record:
-            self.check_id(record["id"])
         if "prompt" not in record and "messages" not in record:
             fix = rename_fix(record, ("prompt",)) or 'Write {"prompt": "..."} on each line.'
             message = f"The row has neither a prompt nor messages: its keys are {listed(record)}."

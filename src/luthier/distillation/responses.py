@@ -49,7 +49,7 @@ from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
 from luthier.graders import Grader
 from luthier.objectives import OBJECTIVES
-from luthier.store.models import StoredModel, added_tokens, chat_format, find, short_name
+from luthier.store.models import StoredModel, chat_format, find, room_of, short_name
 from luthier.types import Message, Row
 
 INSIGHTS, ANSWERS, _REQUEST = "insights.jsonl", "train.jsonl", "request.json"
@@ -220,13 +220,10 @@ class _Responses:
 
     def _overflow(self) -> Callable[[Row, str], str]:
         """Says what of a prompt and its answer the student's context does not hold."""
-        from luthier.models.load import check_folder, context_length
-
         if self.recipe.data.long_rows != "error":
             return lambda row, answer: ""  # as the user asked, training cuts or drops them
         chat = chat_format(self.student)
-        context = context_length(check_folder(self.student.network_folder))
-        context -= self.recipe.adaptation.added_tokens + added_tokens(self.student)
+        context = room_of(self.student) - self.recipe.adaptation.added_tokens
         objective = self.recipe.objective or OBJECTIVES["sft"].model_validate({})
 
         def overflow(row: Row, answer: str) -> str:

@@ -83,11 +83,16 @@ class Check(ABC):
     in_jobs: ClassVar[bool] = True
     """Whether it costs so little (under half a second for 10,000 short rows) that each job
     runs it before training, and finds what encoding the rows does not find anyway."""
+    measures_with: ClassVar[tuple[str, ...]] = ()
+    """The fields that :meth:`measure` reads; a copy in another process has only these."""
 
     @classmethod
     def of(cls, known: Known) -> Self:
         """The check with its defaults, for a model and an objective where there are some."""
         return cls()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in self.measures_with}
 
     def begin(self, batch: Batch) -> None:  # noqa: B027 - most have nothing to learn
         """Set the fields that :meth:`measure` needs from the first batch, before any is measured."""

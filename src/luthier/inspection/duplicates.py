@@ -65,6 +65,7 @@ class Duplicates(Check):
 
     name: ClassVar[str] = "duplicates"
     rules: ClassVar[tuple[Rule, ...]] = (EXACT, NEAR, NUMBERS, *leakage.RULES)
+    measures_with: ClassVar[tuple[str, ...]] = ("common",)
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.common: tuple[Words, Words] | None = None

@@ -59,8 +59,9 @@ def inspect(
     request: Request,
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[Progress], None] = lambda _: None,
+    processes: int = 1,
 ) -> Report:
-    """Run every check over every row.
+    """Run every check over every row, those of large sources in so many ``processes``.
 
     The default base model may be absent where it cannot be fetched: the rows are then not encoded,
     and the report warns of it.
@@ -80,7 +81,9 @@ def inspect(
                 raise
             missing = str(error)
     checks, left_out = checks_for(known, decided.skip)
-    report = inspect_sources(request.sources, checks, decided.severity, request.columns, progress)
+    report = inspect_sources(
+        request.sources, checks, decided.severity, request.columns, progress, processes
+    )
     if missing:
         report.findings.add(Finding(BASE_MISSING, Place(str(request.data), 0), missing))
     return replace(report, base=request.base if known.chat else None, left_out=left_out)
@@ -95,12 +98,10 @@ def known_of(
     """Format, room and objective of a base model, which is fetched where it is not here."""
     fields: dict[str, Any] = {"data": {"train": "-"}}
     wanted = Recipe.parse(fields | ({"objective": objective} if objective else {})).objective
-    from luthier.models.load import check_folder, context_length
     from luthier.store import models as store
 
     model = store.find(base, say)
     chat = store.chat_format(model)
-    context = context_length(check_folder(model.network_folder)) - store.added_tokens(model)
     if wanted is not None:
         wanted.check(chat)
-    return Known(chat, wanted, context, shown)
+    return Known(chat, wanted, store.room_of(model), shown)

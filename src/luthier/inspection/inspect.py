@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
 from luthier.inspection.check import Batch, Check, Places, Split
 from luthier.inspection.findings import Finding, Findings, Place, Severity
+from luthier.inspection.measuring import Measuring
 from luthier.inspection.reading import rule_of
 from luthier.objectives.choosing import shape_of, shapes_named
 from luthier.types import Row
@@ -27,6 +28,8 @@ ROWS = 1024
 """Rows of a batch at most."""
 CHARACTERS = 1 << 20
 """Characters of a batch, about: long rows come in smaller batches."""
+LARGE = 8_000_000
+"""Bytes of sources beyond which other processes pay for their start of some seconds."""
 IDS = 1_000_000
 """Ids that are remembered."""
 
@@ -58,7 +61,7 @@ class Report:
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Checks that were not run, and why."""
     sources: Mapping[Split, str] = field(default_factory=dict)
-    """What was asked to be inspected, where that is not a single file."""
+    """What was asked to be inspected: files, folders, patterns or addresses."""
 
     def source(self, split: Split) -> str:
         """What a command is to name for the rows of a split."""
@@ -115,10 +118,10 @@ def inspect_rows(
     overrides: Mapping[str, Severity | Literal["off"]] | None = None,
 ) -> Report:
     """The gate on rows that are in memory already, as in a job."""
-    gate = Gate(checks, Findings(overrides or {}))
-    for split, rows in splits.items():
-        gate.see(split, rows)
-    return gate.report({split: sorted(gate.files[split]) for split in splits})
+    with Gate(checks, Findings(overrides or {})) as gate:
+        for split, rows in splits.items():
+            gate.see(split, rows)
+        return gate.report({split: sorted(gate.files[split]) for split in splits})
 
 
 def inspect_sources(
@@ -127,25 +130,34 @@ def inspect_sources(
     overrides: Mapping[str, Severity | Literal["off"]] | None = None,
     columns: Columns | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    processes: int = 1,
 ) -> Report:
-    """The gate on sources of any size; what cannot be read is found by the rules of reading."""
-    gate = Gate(checks, Findings(overrides or {}))
+    """The gate on sources of any size; what cannot be read is found by the rules of reading.
+
+    Sources of more than :data:`LARGE` bytes are measured by so many further processes; the report is
+    the same.
+    """
     readers: dict[Split, RowReader] = {}
+    refused: list[Problem] = []
     for split, source in sources.items():
-        gate.begin(split)
         try:
             readers[split] = RowReader(source, columns, Streaming, whole=False)
         except DataError as error:
-            gate.note(list(error.problems))
+            refused += error.problems
     total = sum(reader.size for reader in readers.values())
+    processes = processes if total > LARGE else 1
     done = 0
-    for split, reader in readers.items():
-        for _ in gate.see_all(split, reader):
-            progress(gate.progress(done + reader.done, total))
-        done += reader.size
-    progress(gate.progress(total, total))
-    files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
-    report = gate.report({split: [str(sources[split])] for split in sources} | files)
+    with Gate(checks, Findings(overrides or {}), processes) as gate:
+        for split in sources:
+            gate.begin(split)
+        gate.note(refused)
+        for split, reader in readers.items():
+            for _ in gate.see_all(split, reader):
+                progress(gate.progress(done + reader.done, total))
+            done += reader.size
+        progress(gate.progress(total, total))
+        files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
+        report = gate.report({split: [str(sources[split])] for split in sources} | files)
     return replace(report, sources={split: str(source) for split, source in sources.items()})
 
 
@@ -161,14 +173,22 @@ class Streaming(Checker):
 class Gate:
     """Batches through all checks, in order."""
 
-    def __init__(self, checks: Sequence[Check], findings: Findings) -> None:
+    def __init__(self, checks: Sequence[Check], findings: Findings, processes: int = 1) -> None:
         self.checks = checks
+        self.measuring = Measuring(checks, processes)
+        self._begun = False
         self.findings = findings
         self.places = Places()
         self.files: dict[Split, set[str]] = {}
         self.rows: dict[Split, int] = {}
         self.forms: dict[Split, str] = {}
         self.began = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.measuring.close()
 
     def begin(self, split: Split) -> None:
         """A split may have no row, and is named all the same."""
@@ -180,6 +200,7 @@ class Gate:
         self.begin(split)
         for batch in batches(split, rows):
             self.take(batch)
+        self.drain()
 
     def see_all(self, split: Split, reader: RowReader) -> Iterator[None]:
         """All rows of a source, with a pause after each batch."""
@@ -195,6 +216,7 @@ class Gate:
             self.note(problems)
             yield
         self.note(problems)
+        self.drain()
         if reader.rows:
             told = reader.recognized
             self.forms[split] = f"{'; '.join(told.containers)}, {told.form}"
@@ -204,16 +226,27 @@ class Gate:
         return Progress(self.places.total, done, total, sum(self.findings.counts.values()))
 
     def take(self, batch: Batch) -> None:
-        """One batch through all checks."""
+        """One batch on its way through all checks."""
+        if not self._begun:
+            self._begun = True
+            for check in self.checks:
+                check.begin(batch)
+        for each, measured in self.measuring.push(batch):
+            self._taken(each, measured)
+
+    def drain(self) -> None:
+        """Take in all that is being measured."""
+        for each, measured in self.measuring.rest():
+            self._taken(each, measured)
+
+    def _taken(self, batch: Batch, measured: Sequence[Any]) -> None:
         lines_N = np.fromiter((row.line for row in batch.rows), np.int64, len(batch))
         where = self.places.add(batch.split, batch.file, lines_N)
         self.files[batch.split].add(batch.file)
         self.rows[batch.split] += len(batch)
         self.forms.setdefault(batch.split, shapes_named([shape_of(batch.rows[0])]))
-        for check in self.checks:
-            if not where.first:
-                check.begin(batch)
-            check.take(where, check.measure(batch), self.findings)
+        for check, found in zip(self.checks, measured, strict=True):
+            check.take(where, found, self.findings)
 
     def note(self, problems: list[Problem]) -> None:
         """What reading found, as findings; the list is emptied."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
 from typing import Any, ClassVar, Self
@@ -127,6 +128,7 @@ class Learning(Check):
     rules: ClassVar[tuple[Rule, ...]] = (*_KNOWN.values(), *late_rules())
     needs_model: ClassVar[bool] = True
     in_jobs: ClassVar[bool] = False
+    measures_with: ClassVar[tuple[str, ...]] = ("objective", "chat", "context", "kept", "every")
 
     @classmethod
     def of(cls, known: Known) -> Self:
@@ -154,19 +156,21 @@ class Learning(Check):
         self.waiting: dict[tuple[str, str], list[Row]] = {}
         """Kept in memory until the end, unlike other rows: their partners may come last."""
 
-    def measure(self, batch: Batch) -> Measured:
-        """Encode the rows; the objective is chosen by the first one where none was asked for."""
+    def begin(self, batch: Batch) -> None:
+        """Choose the objective by the first row, where none was asked for and the row tells."""
         if self.objective is None:
-            try:
+            with suppress(DataError):
                 self.objective = objective_for(batch.rows[0], self.chat)
-            except DataError as error:
-                bad, empty = error.problems[0], np.zeros(0, np.int64)
-                start = excerpt_of(batch.rows[0])
-                return Measured(
-                    empty, empty, empty, ((0, bad.rule, bad.message, bad.fix, start),), ()
-                )
-            self.objective.check(self.chat)
-        objective = self.objective
+                self.objective.check(self.chat)
+
+    def measure(self, batch: Batch) -> Measured:
+        """Encode the rows."""
+        try:
+            objective = self.objective or objective_for(batch.rows[0], self.chat)
+        except DataError as error:
+            bad, empty = error.problems[0], np.zeros(0, np.int64)
+            start = excerpt_of(batch.rows[0])
+            return Measured(empty, empty, empty, ((0, bad.rule, bad.message, bad.fix, start),), ())
         problems: list[tuple[int, str, str, str]] = []
         tokens_N, learned_N, times_N = np.zeros((3, len(batch)), np.int64)
         shown: list[Shown] = []

@@ -124,6 +124,7 @@ class Markers(Check):
 
     name: ClassVar[str] = "markers"
     rules: ClassVar[tuple[Rule, ...]] = (SPECIAL, TEMPLATE, ROLE, PLACEHOLDER, REFUSAL)
+    measures_with: ClassVar[tuple[str, ...]] = ("tokenizer", "special", "_special")
 
     @classmethod
     def of(cls, known: Known) -> Self:

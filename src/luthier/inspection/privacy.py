@@ -71,6 +71,7 @@ class Privacy(Check):
 
     name: ClassVar[str] = "privacy"
     rules: ClassVar[tuple[Rule, ...]] = (*RULES.values(), UNCHECKED)
+    measures_with: ClassVar[tuple[str, ...]] = ("finder",)
 
     def __init__(self, finder: Finder | None = None) -> None:
         self.finder = finder or Finder()

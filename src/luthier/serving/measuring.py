@@ -59,7 +59,7 @@ class Perplexity:
 def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
     """Loss of a causal language model on raw text, packed as it was trained (512 tokens elsewhere)."""
     from luthier.engine.devices import choose_machine
-    from luthier.models.load import as_network, check_folder, context_length
+    from luthier.models.load import as_network
     from luthier.objectives import CausalLM
     from luthier.store import models as store
 
@@ -68,7 +68,7 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
     if trained.task != "causal_lm":
         raise RecipeError(f"{stored.id} is no causal language model, so raw text has no perplexity")
     chat = store.chat_format(stored)
-    context = context_length(check_folder(stored.network_folder))
+    context = store.room_of(stored)
     encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
     sequences = objective.arrange(encoded, context)
     machine = choose_machine()

@@ -32,8 +32,8 @@ class Predictor:
     def open(stored: StoredModel) -> Predictor:
         """Load ``stored`` on the best device of this machine."""
         from luthier.engine.devices import choose_machine
-        from luthier.models.load import as_network, check_folder, context_length
-        from luthier.store.models import added_tokens, chat_format, load, objective_of
+        from luthier.models.load import as_network
+        from luthier.store.models import chat_format, load, objective_of, room_of
 
         objective = objective_of(stored)
         if not objective.reads:
@@ -43,8 +43,7 @@ class Predictor:
         machine = choose_machine()
         model = load(stored, machine.dtype, machine.device)
         network = as_network(model, machine.device, machine.dtype)
-        context = context_length(check_folder(stored.network_folder)) - added_tokens(stored)
-        return Predictor(network, objective, chat_format(stored), context)
+        return Predictor(network, objective, chat_format(stored), room_of(stored))
 
     def answers(
         self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None

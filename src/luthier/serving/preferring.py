@@ -87,10 +87,9 @@ def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
 
 
 def _check_context(stored: StoredModel, rows: Sequence[Row], sides: Sequence[Example]) -> None:
-    from luthier.models.load import check_folder, context_length
-    from luthier.store.models import added_tokens
+    from luthier.store.models import room_of
 
-    context = context_length(check_folder(stored.network_folder)) - added_tokens(stored)
+    context = room_of(stored)
     longest = max(sides, key=lambda side: side.longest)
     if longest.longest > context:
         row = rows[longest.row // (len(sides) // len(rows))]

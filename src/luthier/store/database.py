@@ -12,6 +12,7 @@ import string
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def _engine(url: str) -> Engine:
         raise RefusedInput(f"{url!r} is not the address of a database") from error
     if parsed.get_backend_name() == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
+        if find_spec("psycopg") is None:
+            raise RefusedInput("PostgreSQL needs psycopg: pip install 'luthier[postgres]'")
         # A connection that died with a restarted server is noticed before it is used.
         return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
     if parsed.get_backend_name() != "sqlite" or not parsed.database:

@@ -152,6 +152,13 @@ def added_tokens(model: StoredModel) -> int:
     return int(adaptation_of(model).added_tokens) + added_tokens(model.parent)
 
 
+def room_of(model: StoredModel) -> int:
+    """Tokens that a row of ``model`` may have: its context, less what its adapters take of it."""
+    from luthier.models.load import check_folder, context_length
+
+    return context_length(check_folder(model.network_folder)) - added_tokens(model)
+
+
 def adaptation_of(model: StoredModel) -> Any:
     """The adaptation a custom model was trained with."""
     from luthier.adaptations import ADAPTATIONS

@@ -1,0 +1,67 @@
+"""What the operations of the native face work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.api.native.operations import Request
+from luthier.api.wire import Caller, Fault
+from luthier.jobs.submit import Limits
+from luthier.store.arns import Arn, Arns
+from luthier.store.custom_models import ACTIVE, CustomModel
+from luthier.store.database import Database
+from luthier.store.foundation import FoundationModel, foundation_model
+from luthier.store.locations import Locations
+
+Authorize = Callable[[Caller, str, str], None]
+"""Raises :class:`Fault` where the caller may not do the action to the resource."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """The service, as one face sees it."""
+
+    database: Database
+    arns: Arns
+    locations: Locations
+    authorize: Authorize
+    limits: Callable[[str], Limits]
+    """The quota of an account."""
+    wake: Callable[[], None]
+    """Tells the scheduler that there is something to do."""
+
+    def allow(self, request: Request, action: str, path: str) -> None:
+        """Refuse a caller who may not; ``path`` is the end of an ARN, or ``*`` for everything."""
+        resource = path
+        if path != "*":
+            kind, _, rest = path.partition("/")
+            resource = self.arns.of(request.account, kind, rest)
+        self.authorize(request.call.caller, f"luthier:{action}", resource)
+
+    def base(
+        self, session: Session, account: str, identifier: str
+    ) -> FoundationModel | CustomModel:
+        """The foundation model, or the account's custom model, of an id, alias, name or ARN."""
+        found = foundation_model(identifier)
+        return found or self.custom(session, account, identifier, active=True)
+
+    def custom(
+        self, session: Session, account: str, identifier: str, active: bool = False
+    ) -> CustomModel:
+        """The account's custom model of this name, id or ARN."""
+        arn = Arn.parse(identifier)
+        wanted = select(CustomModel).where(CustomModel.account == account)
+        if arn is None:
+            wanted = wanted.where((CustomModel.name == identifier) | (CustomModel.id == identifier))
+        elif (arn.account, arn.region, arn.kind) == (account, self.arns.region, "custom-model"):
+            wanted = wanted.where(CustomModel.id == arn.id)
+        else:
+            wanted = wanted.where(CustomModel.id == "")
+        model = session.scalars(wanted.where(CustomModel.stored_id.is_not(None))).first()
+        if model is None or (active and model.status != ACTIVE):
+            raise Fault("ResourceNotFound", f"There is no model {identifier!r}.")
+        return model

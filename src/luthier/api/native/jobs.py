@@ -1,0 +1,259 @@
+"""Jobs of the native face: a whole recipe goes in, progress comes out as it happens."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import Field
+
+from luthier.api.native.context import Context
+from luthier.api.native.operations import Operation, Part, Request, Told
+from luthier.api.wire import Answer, Fault
+from luthier.jobs.submit import Submission, submit
+from luthier.store import jobs as queue
+from luthier.store.jobs import ENDED, Job
+
+_NAME = r"[a-zA-Z0-9](-*[a-zA-Z0-9+\-.])*"
+POLL_SECONDS = 0.5
+"""Between two looks for new events."""
+QUIET_SECONDS = 15.0
+"""After so long without an event a comment is sent, so that nothing between closes the stream."""
+
+
+class NewJob(Part):
+    """What is to be trained, from what, and how."""
+
+    name: str = Field(min_length=1, max_length=63, pattern=f"^{_NAME}$")
+    """Of the job; no other of the account has it, ended or not."""
+    model_name: str = Field(min_length=1, max_length=63, pattern=r"^([0-9a-zA-Z][_-]?){1,63}$")
+    """Of the custom model."""
+    base: str = Field(min_length=1, max_length=2048)
+    """A foundation model's id or alias, or a custom model's name or ARN."""
+    training: tuple[str, ...] = Field(min_length=1, max_length=100)
+    """Addresses of rows: ``s3://bucket/key``, a key that ends in ``/`` for all below it, ``file://``."""
+    validation: tuple[str, ...] = Field(default=(), max_length=10)
+    """Addresses of rows to measure on."""
+    customization_type: Literal[
+        "FINE_TUNING", "CONTINUED_PRE_TRAINING", "DISTILLATION", "REINFORCEMENT_FINE_TUNING"
+    ] = "FINE_TUNING"
+    """What is made of the rows; fine-tuning goes by their shape."""
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Fields of a recipe by group: ``{"training": {"epochs": 2}, "adaptation": {"rank": 8}}``."""
+    teacher: str | None = None
+    """Of a distillation: named as ``base`` is."""
+    grader: dict[str, Any] | None = None
+    """Of reinforcement fine-tuning: ``method`` and fields of a grader."""
+    output: str | None = None
+    """Address below which metrics and certificate are written."""
+    priority: int = Field(default=0, ge=-100, le=100)
+    """Higher is started first."""
+    time_limit_seconds: int | None = Field(default=None, ge=1)
+    """Seconds of work after which it is failed."""
+
+
+class JobTold(Told):
+    """Where a job stands."""
+
+    id: str
+    name: str
+    model_name: str
+    state: str
+    face: str
+    customization_type: str
+    base: str
+    """ARN of what it starts from."""
+    created: datetime
+    modified: datetime
+    started: datetime | None
+    ended: datetime | None
+    failure: str | None
+    priority: int
+    attempts: int
+    """Workers that were started for it."""
+    recipe: dict[str, Any]
+    details: dict[str, Any]
+    """Progress, settings that were chosen and why, times of its parts."""
+    result: dict[str, Any] | None
+
+
+class JobsTold(Told):
+    """Jobs, the newest first."""
+
+    jobs: list[JobTold]
+    next: int | None
+    """``position`` of the next page; none at the end."""
+
+
+class Page(Part):
+    """Which jobs are wanted."""
+
+    state: str | None = None
+    limit: int = Field(default=100, ge=1, le=1000)
+    position: int | None = Field(default=None, ge=0)
+    """``next`` of the page before."""
+
+
+class Since(Part):
+    """Which events are wanted."""
+
+    after: int = Field(default=0, ge=0)
+    """``id`` of the last event that is known."""
+    follow: bool = True
+    """Stay until the job has ended; else only what is there now."""
+
+
+def operations(context: Context) -> list[Operation]:
+    """Everything about jobs."""
+    jobs = _Jobs(context)
+    one = "/api/v1/jobs/{job}"
+    acts = {"stop": queue.stop, "pause": queue.pause, "resume": queue.resume}
+    changes = [
+        Operation(
+            f"{name}Job", "POST", f"{one}/{name}", jobs.changed(name, act),
+            f"{name.capitalize()} a job; one that has ended is a conflict.", JobTold,
+        )
+        for name, act in acts.items()
+    ]  # fmt: skip
+    return [
+        Operation(
+            "createJob", "POST", "/api/v1/jobs", jobs.create, "Put a job into the queue.", JobTold,
+            body=NewJob, status=201,
+        ),
+        Operation(
+            "listJobs", "GET", "/api/v1/jobs", jobs.listed, "Jobs, the newest first.", JobsTold,
+            query=Page,
+        ),
+        Operation("getJob", "GET", one, jobs.get, "One job by its name or id.", JobTold),
+        *changes,
+        Operation(
+            "jobEvents", "GET", f"{one}/events", jobs.events,
+            "What happens to a job, as server-sent events: states, messages, metrics of each step.",
+            query=Since, media="text/event-stream",
+        ),
+    ]  # fmt: skip
+
+
+class _Jobs:
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def create(self, request: Request) -> JobTold:
+        asked: NewJob = request.body
+        context = self.context
+        context.allow(request, "CreateJob", "model-customization-job/*")
+        for address in (*asked.training, *asked.validation):
+            context.locations.check(request.account, address)
+        if asked.output is not None:
+            context.locations.check_writable(request.account, asked.output)
+        with context.database.write() as session:
+            job = submit(
+                session,
+                Submission(
+                    account=request.account,
+                    face="native",
+                    job_name=asked.name,
+                    model_name=asked.model_name,
+                    customization_type=asked.customization_type,
+                    base=context.base(session, request.account, asked.base),
+                    training=asked.training,
+                    validators=asked.validation,
+                    settings=asked.settings,
+                    teacher=context.base(session, request.account, asked.teacher)
+                    if asked.teacher
+                    else None,
+                    grader=asked.grader,
+                    output=asked.output,
+                    request=asked.model_dump(mode="json", exclude_unset=True),
+                    priority=asked.priority,
+                    time_limit=asked.time_limit_seconds,
+                ),
+                context.arns,
+                context.limits(request.account),
+            )
+            told = _told(job)
+        context.wake()
+        return told
+
+    def listed(self, request: Request) -> JobsTold:
+        page: Page = request.query
+        self.context.allow(request, "ListJobs", "*")
+        if page.state is not None and page.state not in queue.TRANSITIONS:
+            states = ", ".join(queue.TRANSITIONS)
+            raise Fault("Validation", f"There are the states {states}.", parameter="state")
+        wanted = queue.Wanted(states=(page.state,) if page.state else ())
+        with self.context.database.read() as session:
+            found = queue.listed(
+                session, request.account, wanted, limit=page.limit + 1, position=page.position
+            )
+        following = found[page.limit - 1].seq if len(found) > page.limit else None
+        return JobsTold(jobs=[_told(job) for job in found[: page.limit]], next=following)
+
+    def get(self, request: Request) -> JobTold:
+        self.context.allow(request, "GetJob", f"model-customization-job/{request.params['job']}")
+        return _told(self._job(request))
+
+    def changed(self, name: str, act: Any) -> Any:
+        """The handler that does ``act`` to a job."""
+
+        def run(request: Request) -> JobTold:
+            resource = f"model-customization-job/{request.params['job']}"
+            self.context.allow(request, f"{name.capitalize()}Job", resource)
+            with self.context.database.write() as session:
+                job = queue.get(session, request.account, request.params["job"], lock=True)
+                if job is None:
+                    raise _missing(request)
+                told = _told(act(session, job))
+            self.context.wake()
+            return told
+
+        return run
+
+    def events(self, request: Request) -> Answer:
+        self.context.allow(request, "GetJob", f"model-customization-job/{request.params['job']}")
+        job, since = self._job(request), request.query
+        known = request.call.headers.get("last-event-id", "")
+        # A number beyond what databases hold is nobody's event.
+        after = int(known) if known.isdigit() and len(known) < 19 else since.after
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        return Answer(200, self._stream(job, min(after, 2**62), since.follow), headers)
+
+    def _stream(self, job: Job, after: int, follow: bool) -> Iterator[bytes]:
+        quiet = time.monotonic()
+        while True:
+            with self.context.database.read() as session:
+                # The state is read first: events of the end are never missed.
+                state = session.get_one(Job, job.seq).state
+                found = queue.events(session, job, limit=500, position=after, ascending=True)
+            for event in found:
+                after, quiet = event.seq, time.monotonic()
+                told = {"at": event.at.isoformat(), "message": event.message, **event.data}
+                line = json.dumps(told, ensure_ascii=False)
+                yield f"id: {event.seq}\nevent: {event.kind}\ndata: {line}\n\n".encode()
+            if not found and (state in ENDED or not follow):
+                return
+            if not found:
+                if time.monotonic() - quiet > QUIET_SECONDS:
+                    quiet = time.monotonic()
+                    yield b": still here\n\n"
+                time.sleep(POLL_SECONDS)
+                yield b""
+
+    def _job(self, request: Request) -> Job:
+        with self.context.database.read() as session:
+            job = queue.get(session, request.account, request.params["job"])
+        if job is None:
+            raise _missing(request)
+        return job
+
+
+def _missing(request: Request) -> Fault:
+    return Fault("ResourceNotFound", f"There is no job {request.params['job']!r}.")
+
+
+def _told(job: Job) -> JobTold:
+    fields = {name: getattr(job, name) for name in JobTold.model_fields if name != "base"}
+    return JobTold(**fields, base=job.base_model)

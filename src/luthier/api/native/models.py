@@ -1,0 +1,129 @@
+"""Models of the native face: what there is, where each came from, and what is certified of it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+
+from luthier.api.native.context import Context
+from luthier.api.native.operations import Operation, Request, Told
+from luthier.api.wire import Fault
+from luthier.store.custom_models import RESERVED, CustomModel
+from luthier.store.foundation import FoundationModel, foundation_models
+
+
+class ModelTold(Told):
+    """One model."""
+
+    id: str
+    """Of a foundation model ``provider.name``; of a custom model the end of its ARN."""
+    name: str
+    arn: str
+    kind: str
+    """``foundation`` or ``custom``."""
+    status: str
+    base: str | None = None
+    """ARN of what a custom model was trained from."""
+    job: str | None = None
+    """Id of the job that made it."""
+    created: datetime | None = None
+
+
+class ModelsTold(Told):
+    """Foundation models, then the account's own in the order they were made."""
+
+    models: list[ModelTold]
+
+
+class CertificateTold(Told):
+    """What was recorded when a custom model was made, and what it goes back to."""
+
+    model: str
+    certificate: dict[str, Any]
+    """Recipe, data and their hashes, checks, metrics, files and their SHA-256."""
+    lineage: list[str]
+    """ARNs from this model down to the foundation model."""
+
+
+def operations(context: Context) -> list[Operation]:
+    """Everything about models."""
+    models, one = _Models(context), "/api/v1/models/{model}"
+    return [
+        Operation(
+            "listModels", "GET", "/api/v1/models", models.listed, "All models there are.", ModelsTold
+        ),
+        Operation("getModel", "GET", one, models.get, "One model by id, name or ARN.", ModelTold),
+        Operation(
+            "getCertificate", "GET", f"{one}/certificate", models.certificate,
+            "What is certified of a custom model, and its lineage.", CertificateTold,
+        ),
+    ]  # fmt: skip
+
+
+class _Models:
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def listed(self, request: Request) -> ModelsTold:
+        self.context.allow(request, "ListModels", "*")
+        own = select(CustomModel).where(
+            CustomModel.account == request.account, CustomModel.status != RESERVED
+        )
+        with self.context.database.read() as session:
+            found = list(session.scalars(own.order_by(CustomModel.seq)))
+        told = [self._foundation(each) for each in foundation_models()]
+        return ModelsTold(models=told + [self._custom(each) for each in found])
+
+    def get(self, request: Request) -> ModelTold:
+        name = request.params["model"]
+        self.context.allow(request, "GetModel", f"custom-model/{name}")
+        with self.context.database.read() as session:
+            found = self.context.base(session, request.account, name)
+        if isinstance(found, FoundationModel):
+            return self._foundation(found)
+        return self._custom(found)
+
+    def certificate(self, request: Request) -> CertificateTold:
+        from luthier.store.models import find
+
+        name, lineage = request.params["model"], []
+        self.context.allow(request, "GetModel", f"custom-model/{name}")
+        with self.context.database.read() as session:
+            model = self.context.custom(session, request.account, name)
+            stored, below = str(model.stored_id), model
+            lineage.append(self._arn(below))
+            lineage.append(below.base_model)
+            while ":custom-model/" in lineage[-1]:
+                try:
+                    below = self.context.custom(session, request.account, lineage[-1])
+                except Fault:
+                    break  # deleted since; its ARN is all that is left of it here
+                lineage.append(below.base_model)
+        return CertificateTold(model=lineage[0], certificate=find(stored).manifest, lineage=lineage)
+
+    def _arn(self, model: CustomModel) -> str:
+        return self.context.arns.custom_model(model.account, model.foundation, model.id)
+
+    def _foundation(self, model: FoundationModel) -> ModelTold:
+        return ModelTold(
+            id=model.id,
+            name=model.base,
+            arn=self.context.arns.foundation_model(model.id),
+            kind="foundation",
+            status="ACTIVE",
+            created=model.created,
+        )
+
+    def _custom(self, model: CustomModel) -> ModelTold:
+        return ModelTold(
+            id=model.id,
+            name=model.name,
+            arn=self._arn(model),
+            kind="custom",
+            status=model.status,
+            base=model.base_model,
+            job=model.job_id,
+            created=model.created,
+        )

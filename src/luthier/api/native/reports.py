@@ -1,0 +1,181 @@
+"""The data gate and the estimate as operations: work of seconds to minutes, in a process of its own.
+
+A report needs a tokenizer, an estimate real training steps. Neither is done in the process that
+answers everybody; at most :data:`AT_ONCE` run, and each ends after its time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from luthier.api.native.context import Context
+from luthier.api.native.operations import Operation, Part, Request, Told
+from luthier.api.wire import Fault
+from luthier.jobs.submit import Submission, recipe_of
+from luthier.recipe import to_toml
+from luthier.store.custom_models import CustomModel
+
+AT_ONCE = 2
+"""Reports and estimates that run at the same time; more are asked to come again."""
+SECONDS = 600.0
+"""Of one report or estimate at most."""
+
+
+class Inspection(Part):
+    """Rows that are to be looked at."""
+
+    training: str
+    """Address of rows to learn from."""
+    validation: str | None = None
+    """Address of held-out rows."""
+    base: str = "smollm2-135m-instruct"
+    """Model that the rows are encoded for."""
+    objective: str | None = None
+    """What is to be learned; the rows decide where it is not given."""
+
+
+class ReportTold(Told):
+    """What the data gate says."""
+
+    verdict: str
+    """``passed``, ``warnings`` or ``refused``."""
+    report: dict[str, Any]
+
+
+class Planned(Part):
+    """A job that may be submitted."""
+
+    training: str
+    """Address of rows to learn from."""
+    validation: tuple[str, ...] = Field(default=(), max_length=10)
+    base: str = "smollm2-135m-instruct"
+    customization_type: str = "FINE_TUNING"
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Fields of a recipe by group."""
+
+
+class EstimateTold(Told):
+    """What a job will take on this machine."""
+
+    estimate: dict[str, Any]
+    """Tokens, steps, seconds, memory and disk, each with its interval."""
+
+
+def operations(context: Context) -> list[Operation]:
+    """Reports and estimates."""
+    reports = _Reports(context)
+    return [
+        Operation(
+            "inspectData", "POST", "/api/v1/inspections", reports.inspect,
+            "Say whether data can teach a model, and what is wrong row by row.", ReportTold,
+            body=Inspection,
+        ),
+        Operation(
+            "estimateJob", "POST", "/api/v1/estimates", reports.estimate,
+            "Say what a job will take, from a few real steps on its rows.", EstimateTold,
+            body=Planned,
+        ),
+    ]  # fmt: skip
+
+
+class _Reports:
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._free = threading.BoundedSemaphore(AT_ONCE)
+
+    def inspect(self, request: Request) -> ReportTold:
+        asked: Inspection = request.body
+        self.context.allow(request, "InspectData", "*")
+        base = self._model(request, asked.base)
+        with self._folder() as folder:
+            rows = self._fetched(request, asked.training, folder / "training")
+            command = ["inspect", str(rows), "--base", base]
+            addresses = {str(rows): asked.training}
+            if asked.validation is not None:
+                held = self._fetched(request, asked.validation, folder / "validation")
+                command += ["--validation", str(held)]
+                addresses[str(held)] = asked.validation
+            if asked.objective is not None:
+                command += ["--objective", asked.objective]
+            report = _answered(command, addresses, codes=(0, 1, 2))
+        return ReportTold(verdict=report["verdict"], report=report)
+
+    def estimate(self, request: Request) -> EstimateTold:
+        asked: Planned = request.body
+        self.context.allow(request, "EstimateJob", "*")
+        with self.context.database.read() as session:
+            base = self.context.base(session, request.account, asked.base)
+        with self._folder() as folder:
+            rows = self._fetched(request, asked.training, folder / "training")
+            held = [
+                str(self._fetched(request, each, folder / f"validation{number}"))
+                for number, each in enumerate(asked.validation)
+            ]
+            submission = Submission(
+                account=request.account,
+                face="native",
+                job_name="estimate",
+                model_name="estimate",
+                customization_type=asked.customization_type,
+                base=base,
+                training=[str(rows)],
+                validators=held,
+                settings=asked.settings,
+            )
+            fields = recipe_of(submission, "estimate").plain()
+            if held:
+                fields["data"]["validation"] = held[0]
+            recipe = folder / "recipe.toml"
+            recipe.write_text(to_toml(fields), encoding="utf-8")
+            addresses = {str(rows): asked.training}
+            found = _answered(["estimate", str(recipe)], addresses, codes=(0,))
+        return EstimateTold(estimate=found)
+
+    def _model(self, request: Request, identifier: str) -> str:
+        with self.context.database.read() as session:
+            found = self.context.base(session, request.account, identifier)
+        return str(found.stored_id) if isinstance(found, CustomModel) else found.base
+
+    def _fetched(self, request: Request, address: str, folder: Path) -> Path:
+        """The rows of an address on this machine: a file, or a folder of several."""
+        folder.mkdir()
+        self.context.locations.check(request.account, address)
+        files = self.context.locations.fetch(request.account, address, folder)
+        return files[0] if len(files) == 1 else folder
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        if not self._free.acquire(blocking=False):
+            text = f"{AT_ONCE} reports and estimates are being made; ask again in a few seconds."
+            raise Fault("Throttling", text, retry_after=5)
+        try:
+            with tempfile.TemporaryDirectory(prefix="luthier-report-") as folder:
+                yield Path(folder)
+        finally:
+            self._free.release()
+
+
+def _answered(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:
+    """What the command line answers as JSON; what its user calls files stands for their paths."""
+    whole = [sys.executable, "-m", "luthier", *command, "--json"]
+    try:
+        done = subprocess.run(whole, capture_output=True, text=True, check=False, timeout=SECONDS)
+    except subprocess.TimeoutExpired as error:
+        text = f"It was not done after {SECONDS:.0f} seconds; take a part of the rows."
+        raise Fault("Validation", text) from error
+    out = done.stdout if done.returncode in codes and done.stdout.strip() else done.stderr
+    for path, address in addresses.items():
+        out = out.replace(path, address)
+    if out is done.stderr or done.returncode not in codes or not done.stdout.strip():
+        raise Fault("Validation", out.strip()[-4000:] or "It failed without a word.")
+    return json.loads(out)

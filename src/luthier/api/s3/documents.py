@@ -1,0 +1,127 @@
+"""XML as S3 writes and reads it: small trees of elements, no attributes, no entities."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from xml.parsers import expat
+from xml.sax.saxutils import escape
+
+from luthier.api.wire import Fault
+
+NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+DOCUMENT_LIMIT = 4 << 20
+"""Bytes of a document at most: ten thousand parts, or a thousand keys."""
+_DEPTH = 8
+_ELEMENTS = 100_000
+_CONTROLS = {chr(code): f"&#{code};" for code in (*range(1, 9), 11, 12, 13, *range(14, 32))}
+
+Content = str | int | bool | Iterable["Element | None"]
+Element = tuple[str, "Content"]
+
+
+def document(name: str, content: Sequence[Element | None]) -> bytes:
+    """A document of S3's namespace. Elements that are ``None`` are left out."""
+    inner = "".join(_text(each) for each in content if each is not None)
+    head = '<?xml version="1.0" encoding="UTF-8"?>\n'
+    return f'{head}<{name} xmlns="{NAMESPACE}">{inner}</{name}>'.encode()
+
+
+def error_document(fields: Sequence[Element]) -> bytes:
+    """An error, which S3 writes without a namespace."""
+    inner = "".join(_text(each) for each in fields)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<Error>{inner}</Error>'.encode()
+
+
+def iso(moment: datetime) -> str:
+    """A time as S3 writes it in documents: UTC, milliseconds."""
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+
+
+def _text(element: Element) -> str:
+    name, content = element
+    if isinstance(content, bool):
+        inner = "true" if content else "false"
+    elif isinstance(content, (str, int)):
+        inner = escape(str(content), _CONTROLS)
+    else:
+        inner = "".join(_text(each) for each in content if each is not None)
+    return f"<{name}>{inner}</{name}>"
+
+
+@dataclass
+class Node:
+    """An element that was read."""
+
+    name: str
+    """Without its namespace."""
+    text: str = ""
+    children: list[Node] = field(default_factory=list)
+
+    def all(self, name: str) -> list[Node]:
+        """The children of that name."""
+        return [child for child in self.children if child.name == name]
+
+    def value(self, name: str) -> str | None:
+        """Text of the first child of that name; ``None`` where there is none."""
+        return next((child.text for child in self.children if child.name == name), None)
+
+
+def parse(body: bytes, root: str) -> Node:
+    """The tree of a document whose outermost element is ``root``.
+
+    Raises:
+        Fault: ``MalformedXML``; a document type, which is where entities are declared, included.
+    """
+    reader = _Reader()
+    parser = expat.ParserCreate(namespace_separator=" ")
+    # Text comes in large pieces, however many lines and references it has.
+    parser.buffer_text, parser.buffer_size = True, 1 << 20
+    parser.StartElementHandler = reader.start
+    parser.EndElementHandler = reader.end
+    parser.CharacterDataHandler = reader.characters
+    parser.StartDoctypeDeclHandler = reader.refuse
+    try:
+        parser.Parse(body, True)
+    except expat.ExpatError:
+        raise malformed() from None
+    if reader.root is None or reader.root.name != root:
+        raise malformed()
+    return reader.root
+
+
+def malformed() -> Fault:
+    """The refusal of a document."""
+    text = (
+        "The XML you provided was not well-formed or did not validate against our published schema"
+    )
+    return Fault("MalformedXML", text)
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.root: Node | None = None
+        self.open: list[Node] = []
+        self.count = 0
+
+    def start(self, name: str, attributes: dict[str, str]) -> None:
+        node = Node(re.sub(r"^.* ", "", name))
+        if self.open:
+            self.open[-1].children.append(node)
+        else:
+            self.root = node
+        self.open.append(node)
+        self.count += 1
+        if len(self.open) > _DEPTH or self.count > _ELEMENTS:
+            raise malformed()
+
+    def end(self, name: str) -> None:
+        self.open.pop()
+
+    def characters(self, data: str) -> None:
+        self.open[-1].text += data
+
+    def refuse(self, *declared: object) -> None:
+        raise malformed()

@@ -1,0 +1,62 @@
+"""S3's names for what goes wrong, with their statuses, and the documents that tell them."""
+
+from __future__ import annotations
+
+from luthier.api.s3.documents import error_document
+from luthier.api.wire import Answer, Fault
+from luthier.errors import DoesNotFit, ObjectRefused
+
+_STATUS = {
+    "AccessDenied": 403,
+    "BucketAlreadyOwnedByYou": 409,
+    "BucketNotEmpty": 409,
+    "InternalError": 500,
+    "InvalidAccessKeyId": 403,
+    "InvalidRange": 416,
+    "MethodNotAllowed": 405,
+    "MissingContentLength": 411,
+    "NoSuchBucket": 404,
+    "NoSuchKey": 404,
+    "NoSuchUpload": 404,
+    "NotImplemented": 501,
+    "NotModified": 304,
+    "PreconditionFailed": 412,
+    "RequestTimeTooSkewed": 403,
+    "ServiceUnavailable": 503,
+    "SignatureDoesNotMatch": 403,
+    "SlowDown": 503,
+}
+"""Of all others 400."""
+_NAMES = {
+    "AccessDenied": "AccessDenied",
+    "IncompleteSignature": "AuthorizationHeaderMalformed",
+    "InternalServer": "InternalError",
+    "InvalidSignature": "SignatureDoesNotMatch",
+    "MissingAuthenticationToken": "AccessDenied",
+    "RequestEntityTooLarge": "EntityTooLarge",
+    "ServiceUnavailable": "ServiceUnavailable",
+    "Throttling": "SlowDown",
+    "UnrecognizedClient": "InvalidAccessKeyId",
+    "Validation": "InvalidRequest",
+}
+"""By the names that the rest of the service has for the same."""
+
+
+def refusal(fault: Fault, request_id: str) -> Answer:
+    """``fault`` as clients of S3 expect it."""
+    code = _NAMES.get(fault.code.removesuffix("Exception"), fault.code)
+    headers = {"x-amz-request-id": request_id, **fault.details.get("headers", {})}
+    status = _STATUS.get(code, 400)
+    if status == 304:
+        return Answer(status, b"", headers)
+    told = [("Code", code), ("Message", fault.message)]
+    told += [(name, value) for name, value in fault.details.items() if isinstance(value, str)]
+    body = error_document([*told, ("RequestId", request_id)])
+    return Answer(status, body, {"Content-Type": "application/xml", **headers})
+
+
+def as_fault(error: ObjectRefused | DoesNotFit) -> Fault:
+    """A refusal of the store as a fault of this face."""
+    if isinstance(error, ObjectRefused):
+        return Fault(error.code, error.message)
+    return Fault("ServiceUnavailable", "There is no room for this object on the server.")

@@ -1,0 +1,95 @@
+"""The face of the object store: unlike the others it takes and gives bytes as they come."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+
+from luthier.api.app import THREADS, ClientGone, Receive, Send, send_answer
+from luthier.api.s3 import errors
+from luthier.api.s3.body import OBJECT_LIMIT, Body, ClientLeft
+from luthier.api.s3.documents import DOCUMENT_LIMIT
+from luthier.api.s3.operations import Operation, operation_of
+from luthier.api.s3.request import Authorize, Request, Stores, read_request
+from luthier.api.wire import Answer, Fault, Head, Signed
+from luthier.errors import DoesNotFit, ObjectRefused
+from luthier.store.objects import Objects
+from luthier.store.uploads import Uploads
+
+_T = TypeVar("_T")
+_log = logging.getLogger("luthier.api")
+
+
+class S3Face:
+    """Path-style S3 on the built-in object store."""
+
+    def __init__(self, objects: Objects, authorize: Authorize, region: str = "us-east-1") -> None:
+        """``authorize`` is given caller, action and ARN, and raises :class:`Fault`."""
+        self.stores = Stores(objects, Uploads(objects), authorize, region)
+        self._threads: anyio.CapacityLimiter | None = None
+
+    async def handle(
+        self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str
+    ) -> int:
+        """Answer a request that was let in; the status that was sent.
+
+        Raises:
+            Fault: what the caller is to be told with :meth:`refusal`; nothing was changed.
+            ClientGone: where the client hung up.
+        """
+        try:
+            request = read_request(head, signed.caller, request_id)
+            operation = operation_of(request)
+            if operation.action:
+                await self._run(
+                    self.stores.authorize, request.caller, operation.action, request.resource
+                )
+            answer = await self._answer(operation, request, head, signed, receive)
+        except (ObjectRefused, DoesNotFit) as refused:
+            raise errors.as_fault(refused) from refused
+        except ClientLeft:
+            raise ClientGone from None
+        except (Fault, ClientGone):
+            raise
+        except Exception:
+            _log.exception("request failed", extra={"request_id": request_id})
+            text = "We encountered an internal error. Please try again."
+            raise Fault("InternalServer", text) from None
+        headers = {**answer.headers, "x-amz-request-id": request_id}
+        return await send_answer(
+            send, receive, Answer(answer.status, answer.body, headers), self._run
+        )
+
+    def refusal(self, fault: Fault, request_id: str) -> Answer:
+        """``fault`` as clients of S3 expect it."""
+        return errors.refusal(fault, request_id)
+
+    async def _answer(
+        self, operation: Operation, request: Request, head: Head, signed: Signed, receive: Receive
+    ) -> Answer:
+        limit = OBJECT_LIMIT if operation.keeps else DOCUMENT_LIMIT
+        body = Body(head, request.headers, signed, limit)
+        if operation.works is not None:
+            text = bytearray()
+            await body.receive(receive, text.extend, self._run)
+            return await self._run(operation.works, self.stores, request, bytes(text))
+        assert operation.keeps is not None
+        await self._run(operation.before, self.stores, request)
+        if not body.has_length:
+            text_of_it = "You must provide the Content-Length HTTP header."
+            raise Fault("MissingContentLength", text_of_it)
+        with await self._run(self.stores.objects.files.begin, request.account) as writing:
+            checksums = await body.receive(receive, writing.write, self._run)
+            written = await self._run(writing.finish)
+            return await self._run(operation.keeps, self.stores, request, written, checksums)
+
+    async def _run(self, function: Callable[..., _T], *arguments: object) -> _T:
+        """Call something that blocks, in a thread."""
+        if self._threads is None:
+            self._threads = anyio.CapacityLimiter(THREADS)
+        return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._threads)

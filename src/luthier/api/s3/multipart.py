@@ -1,0 +1,254 @@
+"""Operations on multipart uploads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from luthier.api.s3 import documents
+from luthier.api.s3.buckets import encoding, owner, xml
+from luthier.api.s3.checksums import (
+    COMPOSITE,
+    FULL_OBJECT,
+    as_elements,
+    as_headers,
+    composite,
+    from_elements,
+    new_digest,
+    told,
+)
+from luthier.api.s3.conditions import check_read, check_write, span
+from luthier.api.s3.documents import Element, document, iso
+from luthier.api.s3.objects import copied
+from luthier.api.s3.request import Request, Stores, arn, copy_source, described
+from luthier.api.wire import Answer, Fault
+from luthier.store.object_files import Written
+from luthier.store.objects import Piece
+from luthier.store.uploads import MOST_PARTS, Chosen, Upload
+
+_PAGE = 1000
+
+
+def create_upload(stores: Stores, request: Request, body: bytes) -> Answer:
+    """Begin an upload."""
+    algorithm = request.headers.get("x-amz-checksum-algorithm", "").lower()
+    kind = request.headers.get("x-amz-checksum-type", "").upper()
+    if kind not in ("", COMPOSITE, FULL_OBJECT):
+        raise Fault("InvalidRequest", "Value for x-amz-checksum-type header is invalid.")
+    if algorithm:
+        new_digest(algorithm)
+        kind = kind or (FULL_OBJECT if algorithm == "crc64nvme" else COMPOSITE)
+    made = stores.uploads.create(
+        request.account, request.bucket, request.key, described(request, {}), (algorithm, kind)
+    )
+    headers = {}
+    if algorithm:
+        headers = {"x-amz-checksum-algorithm": algorithm.upper(), "x-amz-checksum-type": kind}
+    return xml(document("InitiateMultipartUploadResult", [*_named(request), _id(made)]), **headers)
+
+
+def before_part(stores: Stores, request: Request) -> None:
+    """What can be refused before the bytes have come."""
+    _number(request)
+    stores.uploads.upload(request.account, request.bucket, request.key, request.query["uploadId"])
+
+
+def upload_part(
+    stores: Stores, request: Request, written: Written, checksums: Mapping[str, str]
+) -> Answer:
+    """Keep a part."""
+    piece = _put(stores, request, written, checksums)
+    return Answer(200, b"", {"ETag": f'"{piece.md5}"', **_without_type(piece.checksums)})
+
+
+def copy_part(stores: Stores, request: Request, body: bytes) -> Answer:
+    """Keep bytes of another object as a part."""
+    source = copy_source(request)
+    stores.authorize(request.caller, "s3:GetObject", arn(*source))
+    before_part(stores, request)
+    asked = request.headers.get("x-amz-copy-source-range")
+    if asked is not None and not re.fullmatch(r"bytes=[0-9]+-[0-9]+", asked):
+        text = "The x-amz-copy-source-range value must be of the form bytes=first-last"
+        raise Fault("InvalidArgument", text)
+    content = stores.objects.open(request.account, *source)
+    check_read(request.headers, content.found, "x-amz-copy-source-if-")
+    first, length = span(asked, content.found.size) or (0, content.found.size)
+    with stores.objects.files.begin(request.account) as writing:
+        for data in content.read(first, length):
+            writing.write(data)
+        piece = _put(stores, request, writing.finish(), {})
+    return xml(document("CopyPartResult", copied(piece.md5, piece, {})))
+
+
+def complete_upload(stores: Stores, request: Request, body: bytes) -> Answer:
+    """Make the object from the parts that a document names."""
+    chosen = _chosen(body)
+    expected = told(request.headers)
+
+    def checksum(upload: Upload, pieces: Sequence[Piece]) -> dict[str, str]:
+        return _of_whole(upload, pieces, expected)
+
+    made = stores.uploads.complete(
+        request.account,
+        request.bucket,
+        request.key,
+        request.query["uploadId"],
+        chosen,
+        checksum,
+        lambda now: check_write(request.headers, now),
+    )
+    content = [
+        ("Location", f"/{request.bucket}/{request.key}"),
+        *_named(request),
+        ("ETag", f'"{made.etag}"'),
+        *as_elements(made.checksums),
+    ]
+    return xml(document("CompleteMultipartUploadResult", content))
+
+
+def abort_upload(stores: Stores, request: Request, body: bytes) -> Answer:
+    """Give an upload up."""
+    stores.uploads.abort(request.account, request.bucket, request.key, request.query["uploadId"])
+    return Answer(204)
+
+
+def list_parts(stores: Stores, request: Request, body: bytes) -> Answer:
+    """The parts that have come."""
+    upload_id = request.query["uploadId"]
+    most = request.number("max-parts", _PAGE, _PAGE)
+    after = request.number("part-number-marker", 0, MOST_PARTS)
+    every = stores.uploads.parts(request.account, request.bucket, request.key, upload_id)
+    left = [piece for piece in every if piece.number > after]
+    shown = left[:most]
+    content: list[Element | None] = [
+        *_named(request),
+        ("UploadId", upload_id),
+        owner(request, "Initiator"),
+        owner(request),
+        ("StorageClass", "STANDARD"),
+        ("PartNumberMarker", after),
+        ("NextPartNumberMarker", shown[-1].number) if shown else None,
+        ("MaxParts", most),
+        ("IsTruncated", len(left) > len(shown)),
+    ]
+    return xml(document("ListPartsResult", [*content, *map(_part, shown)]))
+
+
+def list_uploads(stores: Stores, request: Request, body: bytes) -> Answer:
+    """The uploads of a bucket that are not done."""
+    asked, encode = request.query, encoding(request)
+    if asked.get("delimiter"):
+        raise Fault("NotImplemented", "Uploads are listed without delimiter.")
+    most, prefix = request.number("max-uploads", _PAGE, _PAGE, least=1), asked.get("prefix", "")
+    marker, of_key = asked.get("key-marker", ""), asked.get("upload-id-marker", "")
+    every = stores.uploads.of_bucket(request.account, request.bucket)
+    left = [each for each in every if each.key.startswith(prefix) and each.key > marker]
+    if of_key:
+        same = [each for each in every if each.key == marker]
+        ids = [each.id for each in same]
+        left = (same[ids.index(of_key) + 1 :] if of_key in ids else []) + left
+    shown = left[:most]
+    more = len(left) > len(shown)
+    content: list[Element | None] = [
+        ("Bucket", request.bucket),
+        ("KeyMarker", encode(marker)),
+        ("UploadIdMarker", of_key),
+        ("NextKeyMarker", encode(shown[-1].key)) if more else None,
+        ("NextUploadIdMarker", shown[-1].id) if more else None,
+        ("EncodingType", "url") if "encoding-type" in asked else None,
+        ("Prefix", encode(prefix)),
+        ("MaxUploads", most),
+        ("IsTruncated", more),
+    ]
+    uploads: list[Element] = [
+        (
+            "Upload",
+            [
+                ("Key", encode(each.key)),
+                _id(each),
+                owner(request, "Initiator"),
+                owner(request),
+                ("StorageClass", "STANDARD"),
+                ("Initiated", iso(each.created)),
+            ],
+        )
+        for each in shown
+    ]
+    return xml(document("ListMultipartUploadsResult", [*content, *uploads]))
+
+
+def _put(stores: Stores, request: Request, written: Written, checksums: Mapping[str, str]) -> Piece:
+    return stores.uploads.put_part(
+        request.account,
+        request.bucket,
+        request.key,
+        request.query["uploadId"],
+        _number(request),
+        written,
+        dict(checksums),
+    )
+
+
+def _number(request: Request) -> int:
+    text = request.query["partNumber"]
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= MOST_PARTS:
+        said = f"Part number must be an integer between 1 and {MOST_PARTS}, inclusive"
+        raise Fault("InvalidArgument", said)
+    return int(text)
+
+
+def _chosen(body: bytes) -> list[Chosen]:
+    parts = documents.parse(body, "CompleteMultipartUpload").all("Part")
+    if not 1 <= len(parts) <= MOST_PARTS:
+        raise documents.malformed()
+    chosen = []
+    for part in parts:
+        values = {child.name: child.text.strip() for child in part.children}
+        number, etag = values.get("PartNumber", ""), values.get("ETag", "").strip('"')
+        if not re.fullmatch(r"[0-9]{1,9}", number) or not etag:
+            raise documents.malformed()
+        chosen.append(Chosen(int(number), etag, from_elements(values)))
+    return chosen
+
+
+def _of_whole(
+    upload: Upload, pieces: Sequence[Piece], expected: Mapping[str, str]
+) -> dict[str, str]:
+    """The checksum of the object, as far as it follows from those of its parts."""
+    name, made = upload.checksum, {}
+    of_parts = [piece.checksums.get(name) for piece in pieces]
+    known = [each for each in of_parts if each is not None]
+    if name and upload.checksum_type == COMPOSITE and len(known) == len(pieces):
+        made = {name: composite(name, known)}
+    for algorithm, value in expected.items():
+        if made.get(algorithm, value).partition("-")[0] != value.partition("-")[0]:
+            text = f"The {algorithm.upper()} you specified did not match the calculated checksum."
+            raise Fault("BadDigest", text)
+    return made
+
+
+def _part(piece: Piece) -> Element:
+    return (
+        "Part",
+        [
+            ("PartNumber", piece.number),
+            ("LastModified", iso(piece.modified)),
+            ("ETag", f'"{piece.md5}"'),
+            *as_elements(piece.checksums),
+            ("Size", piece.size),
+        ],
+    )
+
+
+def _named(request: Request) -> list[Element]:
+    return [("Bucket", request.bucket), ("Key", request.key)]
+
+
+def _id(upload: Upload) -> Element:
+    return ("UploadId", upload.id)
+
+
+def _without_type(checksums: Mapping[str, str]) -> dict[str, str]:
+    headers = as_headers(checksums)
+    headers.pop("x-amz-checksum-type", None)
+    return headers

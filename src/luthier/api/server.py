@@ -1,0 +1,119 @@
+"""Runs an application on its ports until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from luthier.errors import RefusedInput
+
+GRACE = 30
+"""Seconds that requests in flight are given when the server ends; streams are cut after them."""
+
+_log = logging.getLogger("luthier.server")
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where a server listens."""
+
+    host: str = "127.0.0.1"
+    """Loopback, unless told otherwise."""
+    port: int = 8080
+    """0 takes a free one."""
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_port: int | None = None
+    """A second port, for TLS; without it TLS takes the place of plain HTTP on ``port``."""
+
+    def check(self) -> None:
+        """Refuse half a certificate, or a port for TLS without one."""
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise RefusedInput("TLS needs both --tls-cert and --tls-key")
+        if self.tls_port is not None and self.tls_certificate is None:
+            raise RefusedInput("--tls-port needs --tls-cert and --tls-key")
+        for path in (self.tls_certificate, self.tls_key):
+            if path is not None and not path.is_file():
+                raise RefusedInput(f"{path} is not a file")
+
+
+class _Server(uvicorn.Server):
+    """Signals are handled once, for all ports."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them alone."""
+        yield
+
+
+def run(application: Any, ports: Ports, ready: Callable[[list[str]], None]) -> None:
+    """Serve until SIGINT or SIGTERM; ``ready`` hears the addresses once all ports are open.
+
+    Raises:
+        RefusedInput: where a port is taken, or the certificate cannot be used.
+    """
+    ports.check()
+    asyncio.run(_run(application, ports, ready))
+
+
+async def _run(application: Any, ports: Ports, ready: Callable[[list[str]], None]) -> None:
+    servers = [_Server(config) for config in _configs(application, ports)]
+    for server in servers:
+        try:
+            server.config.load()
+        except OSError as error:
+            raise RefusedInput(f"the certificate cannot be used: {error}") from error
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        for server in servers:
+            # The second signal does not wait for requests in flight.
+            server.force_exit = server.should_exit
+            server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end)
+    tasks = [asyncio.ensure_future(server.serve()) for server in servers]
+    while not all(server.started for server in servers):
+        if any(task.done() for task in tasks):
+            end()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise RefusedInput(f"port {ports.port} of {ports.host} cannot be opened")
+        await asyncio.sleep(0.01)
+    ready([_address(server) for server in servers])
+    await asyncio.gather(*tasks)
+
+
+def _configs(application: Any, ports: Ports) -> list[uvicorn.Config]:
+    def config(port: int, tls: bool) -> uvicorn.Config:
+        return uvicorn.Config(
+            application,
+            host=ports.host,
+            port=port,
+            http="httptools",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE,
+            ssl_certfile=ports.tls_certificate if tls else None,
+            ssl_keyfile=ports.tls_key if tls else None,
+        )
+
+    if ports.tls_port is not None:
+        return [config(ports.port, False), config(ports.tls_port, True)]
+    return [config(ports.port, ports.tls_certificate is not None)]
+
+
+def _address(server: uvicorn.Server) -> str:
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"http{'s' if server.config.is_ssl else ''}://{shown}:{port}"

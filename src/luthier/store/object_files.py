@@ -1,0 +1,178 @@
+"""Bytes of objects: files with random names, by account. A key of a client never becomes a path.
+
+A file is on disk before a row of the database names it, and leaves the disk only after no row does, so
+a process that dies in between leaves files that nobody names: :meth:`ObjectFiles.sweep` removes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from luthier.errors import CorruptFile
+from luthier.files import disk_errors, luthier_home, new_file
+
+READ_SIZE = 1 << 20
+"""Bytes that are held of an object while it is read."""
+UNNAMED_SECONDS = 600.0
+"""A file that no row names may belong to a request that is not done; one this old does not."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is whole and on disk."""
+
+    id: str
+    size: int
+    """Bytes."""
+    md5: str
+    sha256: str
+    """Both in hexadecimal."""
+
+
+class Writing:
+    """A file as it is being written: gone at the end of its ``with`` unless it was finished."""
+
+    def __init__(self, folder: Path, file_id: str) -> None:
+        self._id, self._folder = file_id, folder
+        self._size = 0
+        self._md5 = hashlib.md5(usedforsecurity=False)
+        self._sha256 = hashlib.sha256()
+        self._context = new_file(folder / file_id)
+        self._file = self._context.__enter__()
+        self._open = True
+
+    def __enter__(self) -> Writing:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._open:
+            self._open = False
+            reason = error or _Abandoned()
+            # The file is removed by passing on what ended the block.
+            with suppress(_Abandoned):
+                self._context.__exit__(type(reason), reason, trace)
+
+    def write(self, data: bytes) -> None:
+        """Add ``data``; raises :class:`luthier.errors.DoesNotFit` where the disk is full."""
+        with disk_errors(self._folder):
+            self._file.write(data)
+        self._size += len(data)
+        self._md5.update(data)
+        self._sha256.update(data)
+
+    def finish(self) -> Written:
+        """Force it to disk and give it its name."""
+        self._open = False
+        self._context.__exit__(None, None, None)
+        return Written(self._id, self._size, self._md5.hexdigest(), self._sha256.hexdigest())
+
+
+class _Abandoned(Exception):
+    """A file was not finished."""
+
+
+class ObjectFiles:
+    """The files of all accounts below one folder: ``<account>/<first two of the id>/<id>``."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """``folder`` is ``objects`` in the store unless said otherwise."""
+        self.folder = folder or luthier_home() / "objects"
+
+    def begin(self, account: str) -> Writing:
+        """A new file, to be used in a ``with``."""
+        file_id = secrets.token_hex(16)
+        return Writing(self.path(account, file_id).parent, file_id)
+
+    def path(self, account: str, file_id: str) -> Path:
+        """Where a file is."""
+        return self.folder / account / file_id[:2] / file_id
+
+    def link(self, account: str, file_id: str) -> str:
+        """Id of a second name for the bytes of a file, which live as long as either.
+
+        Raises:
+            FileNotFoundError: where the file has been removed in the meantime.
+        """
+        copy = secrets.token_hex(16)
+        target = self.path(account, copy)
+        with disk_errors(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(self.path(account, file_id), target)
+        return copy
+
+    def remove(self, account: str, file_ids: Iterable[str]) -> None:
+        """Remove files that no row names any more."""
+        for file_id in file_ids:
+            self.path(account, file_id).unlink(missing_ok=True)
+
+    def read(
+        self, account: str, files: Sequence[tuple[str, int]], start: int, length: int
+    ) -> Iterator[bytes]:
+        """``length`` bytes from ``start`` of files that stand one after the other.
+
+        Args:
+            account: whose they are.
+            files: ids and sizes in bytes, in order.
+            start: first byte, counted from 0.
+            length: bytes at most; the files hold as many from ``start``.
+
+        Raises:
+            FileNotFoundError: before the first piece, where a file was removed in the meantime.
+            CorruptFile: for a file that is shorter than recorded.
+        """
+        for file_id, size in files:
+            if start >= size:
+                start -= size
+                continue
+            path = self.path(account, file_id)
+            with path.open("rb") as file:
+                file.seek(start)
+                left = min(size - start, length)
+                while left:
+                    data = file.read(min(left, READ_SIZE))
+                    if not data:
+                        raise CorruptFile(f"{path} is shorter than it was recorded")
+                    left, length = left - len(data), length - len(data)
+                    yield data
+            start = 0
+            if not length:
+                return
+
+    def sweep(self, named: Callable[[str], set[str]], older_than: float = UNNAMED_SECONDS) -> int:
+        """Remove files that no row names; how many there were.
+
+        Args:
+            named: given the first two of their ids, the ids that rows name.
+            older_than: seconds since a file was last changed.
+        """
+        newest, removed = time.time() - older_than, 0
+        for folder in sorted(self.folder.glob("*/??")):
+            # Seen before the rows are asked: what is named by then is kept.
+            seen = [path for path in folder.iterdir() if _changed(path) <= newest]
+            known = named(folder.name) if seen else set()
+            for path in seen:
+                if path.name not in known:
+                    path.unlink(missing_ok=True)
+                    removed += 1
+        return removed
+
+
+def _changed(path: Path) -> float:
+    """When a file was written, renamed or given a second name; never, for one that is gone."""
+    try:
+        return path.stat().st_ctime
+    except FileNotFoundError:
+        return float("inf")

@@ -1,0 +1,49 @@
+"""All tables of the service, and how a database gets them: by migrations, never by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from luthier.errors import LuthierError
+from luthier.store import custom_models, jobs
+from luthier.store.database import Base, Database
+
+_MODULES = (custom_models, jobs)
+"""Each declares its tables when it is imported."""
+METADATA = Base.metadata
+
+
+def upgrade(database: Database) -> None:
+    """Bring the tables to what this version needs; servers that start together wait for each other.
+
+    Raises:
+        LuthierError: where a newer version of luthier made the database.
+    """
+    config = _config()
+    with database.write() as session:
+        connection = session.connection()
+        if not database.is_sqlite:
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7015121)")
+        found = MigrationContext.configure(connection).get_current_revision()
+        script = ScriptDirectory.from_config(config)
+        if found is not None and found not in {each.revision for each in script.walk_revisions()}:
+            raise LuthierError(
+                f"the database {database.engine.url.render_as_string()} was made by a newer version of "
+                f"luthier (revision {found}); start that version, or use another database"
+            )
+        if found != script.get_current_head():
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+
+def _config(**attributes: Any) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes.update(attributes)
+    return config

@@ -1,0 +1,240 @@
+"""Multipart uploads: parts of an object that are kept until it is completed from them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ForeignKey, delete, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.errors import ObjectRefused
+from luthier.store.database import Base, new_id, now
+from luthier.store.object_files import Written
+from luthier.store.objects import (
+    Bucket,
+    Check,
+    Described,
+    Key,
+    Objects,
+    Piece,
+    StoredObject,
+    check_key,
+    new_object,
+    owned,
+    replace,
+)
+
+LEAST_PART = 5 << 20
+"""Bytes of every part but the last, at least."""
+MOST_PARTS = 10_000
+
+
+class Upload(Base):
+    """A multipart upload that was neither completed nor aborted."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str]
+    bucket_seq: Mapped[int] = mapped_column(ForeignKey("buckets.seq"), index=True)
+    key: Mapped[str] = mapped_column(Key)
+    headers: Mapped[dict[str, Any]]
+    user_metadata: Mapped[dict[str, Any]]
+    checksum: Mapped[str]
+    """Algorithm of its parts' checksums, such as ``crc32``; empty for none."""
+    checksum_type: Mapped[str]
+    """``COMPOSITE`` or ``FULL_OBJECT``; empty for none."""
+    created: Mapped[datetime]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A part as the client names it when it completes an upload."""
+
+    number: int
+    etag: str
+    checksums: dict[str, str]
+
+
+class Uploads:
+    """Multipart uploads of an object store."""
+
+    def __init__(self, objects: Objects) -> None:
+        self.objects, self.database, self.files = objects, objects.database, objects.files
+
+    def create(
+        self, account: str, bucket: str, key: str, described: Described, checksum: tuple[str, str]
+    ) -> Upload:
+        """Begin; ``checksum`` is the algorithm and the type, both empty for none."""
+        check_key(key)
+        with self.database.write() as session:
+            found = owned(session, account, bucket)
+            made = Upload(
+                id=new_id() + new_id(), account=account, bucket_seq=found.seq, key=key,
+                headers=dict(described.headers), user_metadata=dict(described.metadata),
+                checksum=checksum[0], checksum_type=checksum[1], created=now(),
+            )  # fmt: skip
+            session.add(made)
+        return made
+
+    def upload(self, account: str, bucket: str, key: str, upload_id: str) -> Upload:
+        """The upload; ``NoSuchBucket`` or ``NoSuchUpload`` where there is none for this key."""
+        with self.database.read() as session:
+            return _upload(session, account, bucket, key, upload_id)
+
+    def put_part(
+        self,
+        account: str,
+        bucket: str,
+        key: str,
+        upload_id: str,
+        number: int,
+        written: Written,
+        checksums: dict[str, str],
+    ) -> Piece:
+        """Keep a part; one with the same number is replaced. A refusal removes what was written."""
+        piece = Piece.of(account, number, written, checksums)
+        try:
+            with self.database.write() as session:
+                _upload(session, account, bucket, key, upload_id, lock=True)
+                before = select(Piece).where(Piece.upload_id == upload_id, Piece.number == number)
+                old = session.scalar(before)
+                if old is not None:
+                    session.delete(old)
+                    session.flush()
+                piece.upload_id = upload_id
+                session.add(piece)
+        except BaseException:
+            self.files.remove(account, [written.id])
+            raise
+        self.files.remove(account, [old.id] if old is not None else [])
+        return piece
+
+    def parts(self, account: str, bucket: str, key: str, upload_id: str) -> list[Piece]:
+        """The parts that have come, by number."""
+        with self.database.read() as session:
+            _upload(session, account, bucket, key, upload_id)
+            return _parts(session, upload_id)
+
+    def of_bucket(self, account: str, bucket: str) -> list[Upload]:
+        """Uploads that are not done, by key and then by age."""
+        with self.database.read() as session:
+            seq = owned(session, account, bucket).seq
+            wanted = select(Upload).where(Upload.bucket_seq == seq)
+            return list(session.scalars(wanted.order_by(Upload.key, Upload.created, Upload.id)))
+
+    def complete(
+        self,
+        account: str,
+        bucket: str,
+        key: str,
+        upload_id: str,
+        chosen: Sequence[Chosen],
+        checksum: Callable[[Upload, Sequence[Piece]], dict[str, str]],
+        check: Check | None = None,
+    ) -> StoredObject:
+        """Make the object from the chosen parts, without copying them; the others are gone.
+
+        ``checksum`` gives the checksums of the whole, given those of its parts; it may raise.
+
+        Raises:
+            ObjectRefused: ``NoSuchUpload``, ``InvalidPart``, ``InvalidPartOrder``, ``EntityTooSmall``.
+        """
+        with self.database.write() as session:
+            found = owned(session, account, bucket, lock=True)
+            upload = _upload(session, account, bucket, key, upload_id, lock=True)
+            there = _parts(session, upload_id)
+            pieces = _picked(there, chosen)
+            taken = {piece.id for piece in pieces}
+            gone = replace(session, found, key, check)
+            gone += [piece.id for piece in there if piece.id not in taken]
+            described = Described(upload.headers, upload.user_metadata, checksum(upload, pieces))
+            etag = f"{_md5_of_md5s(pieces)}-{len(pieces)}"
+            made = new_object(found, key, pieces, etag, len(pieces), described)
+            session.add(made)
+            session.flush()
+            for piece in pieces:
+                piece.object_seq, piece.upload_id = made.seq, None
+            session.flush()
+            session.execute(delete(Piece).where(Piece.upload_id == upload_id))
+            session.delete(upload)
+        self.files.remove(account, gone)
+        return made
+
+    def abort(self, account: str, bucket: str, key: str, upload_id: str) -> None:
+        """Give up an upload and its parts."""
+        with self.database.write() as session:
+            upload = _upload(session, account, bucket, key, upload_id, lock=True)
+            gone = _forget(session, upload)
+        self.files.remove(account, gone)
+
+
+def forget_uploads(session: Session, bucket: Bucket) -> list[str]:
+    """Remove the uploads of a bucket that is to go; the files that nothing names then."""
+    gone: list[str] = []
+    for upload in session.scalars(select(Upload).where(Upload.bucket_seq == bucket.seq)).all():
+        gone += _forget(session, upload)
+    return gone
+
+
+def _forget(session: Session, upload: Upload) -> list[str]:
+    gone = list(session.scalars(select(Piece.id).where(Piece.upload_id == upload.id)))
+    session.execute(delete(Piece).where(Piece.upload_id == upload.id))
+    session.delete(upload)
+    session.flush()
+    return gone
+
+
+def _upload(
+    session: Session, account: str, bucket: str, key: str, upload_id: str, *, lock: bool = False
+) -> Upload:
+    seq = owned(session, account, bucket).seq
+    wanted = select(Upload).where(
+        Upload.id == upload_id, Upload.bucket_seq == seq, Upload.key == key
+    )
+    found = session.scalar(wanted.with_for_update() if lock else wanted)
+    if found is None:
+        text = (
+            "The specified upload does not exist. The upload ID may be invalid, or the upload may "
+            "have been aborted or completed."
+        )
+        raise ObjectRefused("NoSuchUpload", text)
+    return found
+
+
+def _parts(session: Session, upload_id: str) -> list[Piece]:
+    wanted = select(Piece).where(Piece.upload_id == upload_id).order_by(Piece.number)
+    return list(session.scalars(wanted))
+
+
+def _picked(there: Sequence[Piece], chosen: Sequence[Chosen]) -> list[Piece]:
+    """The parts that the client names, which have to be as it says."""
+    numbers = [each.number for each in chosen]
+    if numbers != sorted(set(numbers)):
+        text = "The list of parts was not in ascending order. Parts must be ordered by part number."
+        raise ObjectRefused("InvalidPartOrder", text)
+    by_number = {piece.number: piece for piece in there}
+    picked: list[Piece] = []
+    for each in chosen:
+        piece = by_number.get(each.number)
+        told = each.checksums.items()
+        if piece is None or piece.md5 != each.etag or not told <= piece.checksums.items():
+            text = (
+                "One or more of the specified parts could not be found. The part may not have been "
+                "uploaded, or the specified entity tag may not match the part's entity tag."
+            )
+            raise ObjectRefused("InvalidPart", text)
+        picked.append(piece)
+    if any(piece.size < LEAST_PART for piece in picked[:-1]):
+        text = "Your proposed upload is smaller than the minimum allowed size"
+        raise ObjectRefused("EntityTooSmall", text)
+    return picked
+
+
+def _md5_of_md5s(pieces: Sequence[Piece]) -> str:
+    digests = b"".join(bytes.fromhex(piece.md5) for piece in pieces)
+    return hashlib.md5(digests, usedforsecurity=False).hexdigest()

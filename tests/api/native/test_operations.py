@@ -1,0 +1,130 @@
+"""How operations are found, checked and described, apart from what they do."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from pydantic import Field
+
+from luthier.api.native.openapi import document
+from luthier.api.native.operations import NativeFace, Operation, Part, Request, Told
+from luthier.api.wire import Answer, Call, Caller, Fault
+
+
+class Page(Part):
+    limit: int = Field(default=10, ge=1, le=100)
+
+
+class Thing(Part):
+    name: str = Field(min_length=1)
+    size: int | None = None
+
+
+class ThingTold(Told):
+    name: str
+    size: int | None = None
+
+
+def made(request: Request) -> ThingTold:
+    return ThingTold(name=f"{request.params['kind']}:{request.body.name}")
+
+
+def listed(request: Request) -> Answer:
+    return Answer.of({"limit": request.query.limit})
+
+
+OPERATIONS = [
+    Operation("make", "POST", "/api/v1/{kind}/things", made, "Make one.", ThingTold, body=Thing,
+              status=201),
+    Operation("list", "GET", "/api/v1/{kind}/things", listed, "List them.", query=Page),
+]  # fmt: skip
+
+
+def call(method: str, path: str, body: Any = None, **query: str) -> Call:
+    text = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    caller = Caller("111111111111", "anna", ())
+    face = NativeFace(OPERATIONS)
+    found = face.route(method, path)
+    given = {key: [value] for key, value in query.items()}
+    return Call("r1", caller, method, path, given, {}, text, datetime.now(UTC), found.params)
+
+
+def answered(method: str, path: str, body: Any = None, **query: str) -> Answer:
+    return NativeFace(OPERATIONS).route(method, path).handler(call(method, path, body, **query))
+
+
+def test_segments_are_decoded_once_and_take_no_slash() -> None:
+    answer = answered("POST", "/api/v1/a%2Fb%2520/things", {"name": "x"})
+    assert (answer.status, json.loads(answer.body)) == (201, {"name": "a/b%20:x"})  # type: ignore[arg-type]
+    assert answer.headers["x-request-id"] == "r1"
+    with pytest.raises(Fault) as missing:
+        NativeFace(OPERATIONS).route("POST", "/api/v1/a/b/things")
+    assert missing.value.code == "UnknownOperation"
+
+
+def test_another_method_names_those_there_are() -> None:
+    face = NativeFace(OPERATIONS)
+    with pytest.raises(Fault) as refused:
+        face.route("DELETE", "/api/v1/a/things")
+    answer = face.refusal(refused.value, "r1")
+    assert (answer.status, answer.headers["Allow"]) == (405, "GET, POST")
+
+
+@pytest.mark.parametrize(
+    ("body", "parameter"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": 1}, "name"),
+        ({}, "name"),
+        ({"name": "a", "sise": 1}, "sise"),
+        ({"name": "a", "size": "many"}, "size"),
+        ([], None),
+        (b"{", None),
+        (b'{"name": NaN}', None),
+        (b"[" * 100_000, None),
+        (b"\xff", None),
+    ],
+)
+def test_what_is_wrong_is_named(body: Any, parameter: str | None) -> None:
+    with pytest.raises(Fault) as refused:
+        answered("POST", "/api/v1/a/things", body)
+    assert refused.value.code in ("Validation", "Serialization")
+    assert refused.value.parameter == parameter
+    answer = NativeFace(OPERATIONS).refusal(refused.value, "r1")
+    assert answer.status == 400
+    assert json.loads(answer.body)["error"].get("parameter") == parameter  # type: ignore[arg-type]
+
+
+def test_the_query_is_checked_too() -> None:
+    assert json.loads(answered("GET", "/api/v1/a/things", limit="7").body) == {"limit": 7}  # type: ignore[arg-type]
+    for query in ({"limit": "0"}, {"limit": "x"}, {"other": "1"}):
+        with pytest.raises(Fault):
+            answered("GET", "/api/v1/a/things", **query)
+
+
+def test_faults_have_their_status() -> None:
+    face = NativeFace(OPERATIONS)
+    limited = face.refusal(Fault("Throttling", "slow down", retry_after=3), "r1")
+    assert (limited.status, limited.headers["Retry-After"]) == (429, "3")
+    statuses = {code: face.refusal(Fault(code, "no"), "r").status for code in (
+        "AccessDenied", "ResourceNotFound", "Conflict", "UnrecognizedClient", "InternalServer", "New"
+    )}  # fmt: skip
+    assert list(statuses.values()) == [403, 404, 409, 401, 500, 400]
+
+
+def test_the_document_describes_every_operation() -> None:
+    told = document(OPERATIONS, "1.0")
+    assert told["openapi"] == "3.1.0"
+    methods = told["paths"]["/api/v1/{kind}/things"]
+    assert set(methods) == {"post", "get"}
+    body = methods["post"]["requestBody"]["content"]["application/json"]["schema"]
+    schema = {"$ref": body["$ref"], "components": told["components"]}
+    check = Draft202012Validator(schema)
+    assert check.is_valid({"name": "x"}) and not check.is_valid({"name": ""})
+    assert [each["name"] for each in methods["get"]["parameters"]] == ["kind", "limit"]
+    assert methods["post"]["responses"]["201"]["content"]["application/json"]["schema"]
+    assert {"400", "403", "404", "429"} <= methods["get"]["responses"].keys()

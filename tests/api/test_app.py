@@ -1,0 +1,255 @@
+"""The application over real sockets: who is let in, what is read, and what happens when clients go."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from served import served
+
+from luthier.api.app import Application, Faces
+from luthier.api.observability import Observer
+from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
+
+ANNA = Caller("111111111111", "anna", ())
+
+
+class Door:
+    """Lets in whoever shows the key, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes | None] = []
+
+    def authenticate(self, head: Head, body: bytes | None) -> Signed:
+        self.bodies.append(body)
+        given = [value for name, value in head.headers if name == "authorization"]
+        if given in (["Bearer good"], ["AWS4-HMAC-SHA256 Credential=A/20260101/r/bedrock/x"]):
+            return Signed(ANNA)
+        raise Fault("UnrecognizedClient", "The key is not known.")
+
+
+class Echo:
+    """A face that answers with what it was given."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self.sent = 0
+
+    def route(self, method: str, path: str) -> Route:
+        name = path.rpartition("/")[2]
+        works = {"echo": self.echo, "fail": self.fail, "stream": self.stream, "full": self.full}
+        if name not in works:
+            raise Fault("UnknownOperation", "There is no such operation.")
+        return Route(f"test.{name}", works[name], {"name": name}, body_limit=1000)
+
+    def refusal(self, fault: Fault, request_id: str) -> Answer:
+        return Answer.of({"code": fault.code, "message": fault.message, "id": request_id}, 400)
+
+    def echo(self, call: Call) -> Answer:
+        told = {"path": call.path, "query": dict(call.query), "body": call.body.decode()}
+        return Answer.of({**told, "user": call.caller.user, "params": dict(call.params)})
+
+    def fail(self, call: Call) -> Answer:
+        raise RuntimeError("the password is hunter2")
+
+    def full(self, call: Call) -> Answer:
+        raise Fault("Throttling", "Slow down.", retry_after=1)
+
+    def stream(self, call: Call) -> Answer:
+        return Answer(200, self.pieces(), {"Content-Type": "text/plain"})
+
+    def pieces(self) -> Iterator[bytes]:
+        try:
+            for number in range(1000):
+                self.sent = number
+                yield f"{number}\n".encode()
+                time.sleep(0.01)
+        finally:
+            self.closed.set()
+
+
+class Objects:
+    """Stands where object storage does."""
+
+    async def handle(self, head: Head, signed: Signed, receive: Any, send: Any, rid: str) -> int:
+        start = {"type": "http.response.start", "status": 204, "headers": []}
+        await send(start)
+        await send({"type": "http.response.body", "body": b""})
+        return 204
+
+    def refusal(self, fault: Fault, request_id: str) -> Answer:
+        return Answer(403, b"<Error/>", {"Content-Type": "application/xml"})
+
+
+class Server:
+    def __init__(self) -> None:
+        self.door, self.echo = Door(), Echo()
+        self.missing: str | None = None
+        self.admitted: list[str] = []
+        faces = Faces(self.echo, self.echo, self.echo, Objects())
+        self.observer = Observer(lambda: {"jobs": {"Queued": 3.0}, "free": {"": 1.0}})
+        self.app = Application(faces, self.door, self.admit, self.observer, lambda: self.missing)
+        self.address = ""
+
+    def admit(self, caller: Caller) -> None:
+        self.admitted.append(caller.user)
+
+    def ask(
+        self, method: str, path: str, body: bytes = b"", key: str | None = "Bearer good"
+    ) -> tuple[int, Any]:
+        parts = urlsplit(self.address)
+        client = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+        headers = {"Authorization": key} if key else {}
+        client.request(method, path, body, headers)
+        answer = client.getresponse()
+        text = answer.read()
+        client.close()
+        kind = answer.getheader("content-type") or ""
+        return answer.status, json.loads(text) if "json" in kind else text.decode()
+
+    def raw(self, text: bytes) -> bytes:
+        parts = urlsplit(self.address)
+        with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
+            connection.sendall(text)
+            connection.settimeout(3)
+            found = b""
+            try:
+                while piece := connection.recv(65536):
+                    found += piece
+            except TimeoutError:
+                pass
+            return found
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    with served(made.app) as address:
+        made.address = address
+        yield made
+
+
+def test_the_raw_path_reaches_the_face_and_the_query_is_decoded(server: Server) -> None:
+    status, told = server.ask("POST", "/model/arn%3Aaws%2Fx/echo?a=1%202&a=3&b=", b"hello")
+    assert status == 200
+    assert told["path"] == "/model/arn%3Aaws%2Fx/echo"
+    assert told["query"] == {"a": ["1 2", "3"], "b": [""]}
+    assert (told["body"], told["user"], told["params"]) == ("hello", "anna", {"name": "echo"})
+
+
+@pytest.mark.parametrize("path", ["/x/echo", "/v1/echo", "/openai/v1/echo", "/api/v1/echo"])
+def test_every_face_wants_a_key(server: Server, path: str) -> None:
+    assert server.ask("POST", path, b"{}")[0] == 200
+    assert server.admitted == ["anna"]
+    for key in (None, "Bearer bad", "good"):
+        status, told = server.ask("POST", path, b"{}", key=key)
+        assert (status, told["code"]) == (400, "UnrecognizedClient")
+    assert server.admitted == ["anna"]
+
+
+def test_an_unknown_path_is_told_to_those_alone_who_are_let_in(server: Server) -> None:
+    assert server.ask("GET", "/nowhere")[1]["code"] == "UnknownOperation"
+    assert server.ask("GET", "/nowhere", key=None)[1]["code"] == "UnrecognizedClient"
+
+
+def test_a_signature_is_checked_over_the_body_and_a_key_before_it(server: Server) -> None:
+    server.ask("POST", "/x/echo", b"abc", key="AWS4-HMAC-SHA256 Credential=A/20260101/r/bedrock/x")
+    server.ask("POST", "/x/echo", b"abc")
+    assert server.door.bodies == [b"abc", b""]
+
+
+def test_large_bodies_are_refused_before_they_are_read(server: Server) -> None:
+    status, told = server.ask("POST", "/x/echo", b"a" * 1001)
+    assert (status, told["code"]) == (400, "RequestEntityTooLarge")
+    chunked = b"POST /x/echo HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
+    chunked += b"Transfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b"a" * 1024 + b"\r\n"
+    assert b"RequestEntityTooLarge" in server.raw(chunked + b"0\r\n\r\n")
+
+
+def test_what_fails_inside_is_told_to_the_log_alone(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    status, told = server.ask("GET", "/x/fail")
+    assert (status, told["code"]) == (400, "InternalServer")
+    assert "hunter2" not in json.dumps(told) and told["id"] in told["message"]
+    assert "hunter2" in caplog.text
+
+
+def test_pieces_are_sent_as_they_come_and_a_client_that_hangs_up_ends_them(server: Server) -> None:
+    parts = urlsplit(server.address)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=10)
+    connection.sendall(b"GET /x/stream HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n\r\n")
+    found = b""
+    while b"\n3\n" not in found.replace(b"\r\n", b"\n"):
+        found += connection.recv(4096)
+    assert server.echo.sent < 100
+    connection.close()
+    assert server.echo.closed.wait(1.0)
+    assert server.echo.sent < 200
+
+
+def test_health_is_told_to_everybody_and_metrics_hold_no_paths_of_clients(server: Server) -> None:
+    assert server.ask("GET", "/healthz", key=None) == (200, {"status": "ok"})
+    assert server.ask("GET", "/readyz", key=None) == (200, {"status": "ok"})
+    server.missing = "the database cannot be reached"
+    assert server.ask("GET", "/readyz", key=None) == (503, {"status": server.missing})
+    server.ask("GET", "/secret-path-of-a-client")
+    server.ask("GET", "/x/full")
+    text = server.ask("GET", "/metrics", key=None)[1]
+    assert 'luthier_jobs{kind="Queued"} 3.0' in text and "luthier_free 1.0" in text
+    assert 'operation="test.full",status="400"' in text
+    assert "secret-path" not in text
+
+
+def test_one_line_of_json_a_request_without_its_secrets(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="luthier.api"):
+        server.ask("POST", "/x/echo?token=s3cret", b"body-text")
+    (line,) = [record.fields for record in caplog.records if record.message == "request"]  # type: ignore[attr-defined]
+    assert line["operation"] == "test.echo" and line["user"] == "anna" and line["status"] == 200
+    assert "s3cret" not in str(line) and "good" not in str(line) and "body-text" not in str(line)
+
+
+SMUGGLED = {
+    "two lengths": b"Content-Length: 5\r\nContent-Length: 50\r\n\r\nhello",
+    "length and chunks": b"Content-Length: 50\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "odd coding": b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "space before the colon": b"Content-Length : 5\r\n\r\nhello",
+    "folded header": b"X-A: b\r\n Content-Length: 5\r\n\r\n",
+    "bare line feed in a name": b"X\nA: b\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", SMUGGLED)
+def test_ambiguous_requests_never_become_two(server: Server, name: str) -> None:
+    first = b"POST /x/echo HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n" + SMUGGLED[name]
+    second = b"GET /smuggled/echo HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n\r\n"
+    found = server.raw(first + second)
+    assert b"/smuggled/echo" not in found or found.count(b"HTTP/1.1 200") < 2
+
+
+def test_a_presigned_or_signed_call_for_s3_goes_to_object_storage(server: Server) -> None:
+    key = "AWS4-HMAC-SHA256 Credential=A/20260101/us-east-1/s3/aws4_request, x"
+    status, text = server.ask("GET", "/bucket/key", key=key)
+    assert (status, text) == (403, "<Error/>")
+    assert server.door.bodies == [None]
+
+
+def test_many_at_once(server: Server) -> None:
+    found: list[int] = []
+    ask = partial(server.ask, "POST", "/x/echo", b"x")
+    threads = [threading.Thread(target=lambda: found.append(ask()[0])) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [200] * 50
