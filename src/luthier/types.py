@@ -53,6 +53,8 @@ class Row:
     """The answer to ``messages`` that was not chosen."""
     desirable: bool | None = None
     """Thumb up or down for ``reply``."""
+    members: Mapping[str, Any] | None = None
+    """Whatever else a row says of itself whose answer is not learned; graders may look at it."""
 
 
 @dataclass(frozen=True, slots=True)

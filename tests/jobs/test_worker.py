@@ -17,6 +17,7 @@ from luthier.store.jobs import JobEvent, Wanted, events, get, listed, pause, res
 from luthier.store.models import find, load
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
+sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 SLOWLY = """
 import time
 from luthier.engine.metrics import MetricsFile
@@ -51,8 +52,11 @@ def models(queue: Any) -> list[CustomModel]:
 
 
 def running(step: int = 1) -> Any:
-    return lambda job: job.state == "Running" and (
-        job.details.get("progress", {}).get("step", 0) >= step
+    """Whether a worker that came so far is at work, and not only being started."""
+    return lambda job: (
+        job.state == "Running"
+        and not job.worker.get("starting")
+        and job.details.get("progress", {}).get("step", 0) >= step
     )
 
 
@@ -112,6 +116,7 @@ def check_events(queue: Any, job_id: str, steps: int) -> None:
     assert newest[0].seq > newest[1].seq
 
 
+@sqlite
 def test_bad_rows_fail_the_job_with_the_line_and_leave_nothing(
     queue: Any, luthier_home: Path
 ) -> None:
@@ -151,6 +156,7 @@ def test_a_stopped_job_leaves_nothing(queue: Any, luthier_home: Path) -> None:
     assert not temporary(luthier_home)
 
 
+@sqlite
 def test_pause_and_resume_give_the_bits_of_an_unbroken_run(queue: Any) -> None:
     whole = queue.submit("whole", steps=14)
     broken = queue.submit("broken", steps=14)
@@ -183,7 +189,6 @@ def test_workers_that_are_killed_again_and_again_make_the_same_model(
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     killed = set()
     for step in (1, 6, 11):
-        queue.until(broken, lambda job, step=step: job.state != "Running" or running(step)(job))
         queue.until(broken, running(step))
         pid = queue.kill(broken)
         killed.add(pid)
@@ -197,6 +202,7 @@ def test_workers_that_are_killed_again_and_again_make_the_same_model(
     check_events_once(queue, broken, 16)
 
 
+@sqlite
 def test_a_worker_goes_on_while_the_server_is_gone(queue: Any) -> None:
     job_id = queue.submit(steps=20)
     scheduler: Scheduler = queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
@@ -210,6 +216,7 @@ def test_a_worker_goes_on_while_the_server_is_gone(queue: Any) -> None:
     assert job.state == "Completed" and job.attempts == 1
 
 
+@sqlite
 def test_a_server_that_ends_can_have_its_jobs_given_back(queue: Any) -> None:
     job_id = queue.submit(steps=300)
     scheduler: Scheduler = queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
@@ -220,6 +227,7 @@ def test_a_server_that_ends_can_have_its_jobs_given_back(queue: Any) -> None:
     assert job.details["progress"]["step"] >= 2
 
 
+@sqlite
 def test_a_job_that_takes_longer_than_it_may_fails_and_says_so(queue: Any) -> None:
     job_id = queue.submit(steps=500, time_limit=1)
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
@@ -229,6 +237,7 @@ def test_a_job_that_takes_longer_than_it_may_fails_and_says_so(queue: Any) -> No
     assert models(queue) == []
 
 
+@sqlite
 def test_a_worker_that_lost_its_lease_writes_nothing_more(queue: Any, luthier_home: Path) -> None:
     job_id = queue.submit(steps=500)
     scheduler: Scheduler = queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
@@ -245,36 +254,58 @@ def test_a_worker_that_lost_its_lease_writes_nothing_more(queue: Any, luthier_ho
     assert len(metrics.splitlines()) < 100
 
 
-@pytest.mark.parametrize("command", ["distil", "grpo", "dpo", "text"])
-def test_each_type_of_customization(queue: Any, command: str, database_url: str) -> None:
-    if not database_url.startswith("sqlite"):
-        pytest.skip("the same on every database")
+@sqlite
+@pytest.mark.parametrize("command", ["grpo", "dpo", "text"])
+def test_each_type_of_customization(queue: Any, command: str) -> None:
     queue.scheduler()
     job = queue.ended(queue.submit(**of_type(queue, command)))
     assert job.state == "Completed", job.failure
     recipe = find(job.result["stored_id"]).manifest["recipe"]
-    wanted = {"distil": "sft", "grpo": "grpo", "dpo": "dpo", "text": "causal_lm"}
+    wanted = {"grpo": "grpo", "dpo": "dpo", "text": "causal_lm"}
     assert recipe["objective"]["method"] == wanted[command]
+
+
+@sqlite
+def test_a_model_made_here_teaches_and_is_tuned_further(queue: Any, luthier_home: Path) -> None:
+    queue.scheduler()
+    # So many passes that it stops where the rows do: what is cut off teaches nothing.
+    rows = [{"prompt": f"Say {n}", "completion": f"{n}"} for n in range(8)]
+    queue.ended(queue.submit("teacher", training=[queue.file("few.jsonl", rows)], steps=150))
+    (teacher,) = models(queue)
+    asked = [
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "messages": [{"role": "user", "content": [{"text": row["prompt"]}]}],
+        }
+        for row in rows
+    ]
+    job_id = queue.submit(
+        "student",
+        training=[queue.file("asked.jsonl", asked)],
+        customization_type="DISTILLATION",
+        teacher=teacher,
+        base=teacher,
+        output=f"file://{queue.folder / 'out'}",
+        settings={
+            "training": {"max_steps": 2},
+            "sampling": {"max_tokens": 24},
+            "insights": {"minimum": 2},
+        },
+    )
+    job = queue.ended(job_id)
+    assert job.state == "Completed", job.failure
+    found = find(job.result["stored_id"])
+    assert (found.root, found.manifest["parent"]) == ("tiny", teacher.stored_id)
+    assert job.base_model.endswith(f"custom-model/luthier.tiny/{teacher.id}")
+    assert job.foundation == "luthier.tiny"
+    written = queue.folder / "out" / f"model-customization-job-{job_id}" / "training_artifacts"
+    assert len((written / "synthetic_data.jsonl").read_text().splitlines()) >= 2
+    assert len((written / "prompt_insights.jsonl").read_text().splitlines()) == 8
+    assert not list((luthier_home / "distillations").glob(f"*/job-{job_id}"))
 
 
 def of_type(queue: Any, command: str) -> dict[str, Any]:
     prompts = [f"Say {n}" for n in range(12)]
-    if command == "distil":
-        asked = [
-            {
-                "schemaVersion": "bedrock-conversation-2024",
-                "messages": [{"role": "user", "content": [{"text": prompt}]}],
-            }
-            for prompt in prompts
-        ]
-        base = queue.submission().base
-        settings = {"training": {"max_steps": 2}, "sampling": {"max_tokens": 4}}
-        return {
-            "training": [queue.file("asked.jsonl", asked)],
-            "customization_type": "DISTILLATION",
-            "teacher": base,
-            "settings": {**settings, "insights": {"minimum": 2, "refusals": False}},
-        }
     if command == "grpo":
         rows = [
             {"messages": [{"role": "user", "content": prompt}], "reference_answer": "x"}

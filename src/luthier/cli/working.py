@@ -31,7 +31,8 @@ def worker(
         from luthier.jobs.worker import Worker
         from luthier.store.database import Database
         from luthier.store.locations import Locations
+        from luthier.store.objects import Objects
 
     database = Database(os.environ.get(DATABASE) or None)
-    locations = Locations(database, s3_endpoint=s3_endpoint, file_roots=tuple(file_root or ()))
+    locations = Locations(Objects(database), s3_endpoint, file_root or ())
     raise typer.Exit(Worker(database, locations, job, lease).run())

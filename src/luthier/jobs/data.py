@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from luthier.files import new_folder, read_json, sweep, write_json
+from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.jobs.folders import JobFolders
 from luthier.store.jobs import Job
 
@@ -18,11 +18,11 @@ _SOURCES = "sources.json"
 class Locations(Protocol):
     """Reads and writes what addresses name, with the rights of an account."""
 
-    def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
+    def fetch(self, account: str, uri: str, folder: Path, /) -> list[Path]:
         """Local copies, made in ``folder``, of what ``uri`` names."""
 
-    def write(self, account: str, uri: str, name: str, data: bytes) -> None:
-        """Put ``data`` at ``name`` below ``uri``."""
+    def write(self, account: str, uri: str, name: str, content: bytes, /) -> object:
+        """Put ``content`` at ``name`` below ``uri``."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class JobData:
             text = text.replace(str(self.folder / name), address)
         for part in ("train", "held"):
             text = text.replace(f"{self.folder / part}", f"the {part} data")
-        return text
+        return text.replace(f"{luthier_home()}/", "")
 
     def _source(self, part: str, names: Sequence[str]) -> str:
         return str(self.folder / (names[0] if len(names) == 1 else part))

@@ -34,6 +34,8 @@ TICK = 1.0
 """Seconds between two looks at the queue, where nobody asks for one."""
 SHARE = 0.9
 """Part of the machine's memory that workers may take together."""
+ESTIMATES = 20
+"""New jobs that are estimated at one look: those that are started next come first."""
 RETURN = 60.0
 """Seconds that workers are given to make a checkpoint when the server ends."""
 
@@ -178,7 +180,9 @@ class Scheduler:
         """Estimate the memory of jobs that are new."""
         with self.database.read() as session:
             new = select(Job).where(Job.state == QUEUED, Job.memory == 0)
-            jobs = list(session.scalars(new.order_by(Job.priority.desc(), Job.seq).limit(50)))
+            jobs = list(
+                session.scalars(new.order_by(Job.priority.desc(), Job.seq).limit(ESTIMATES))
+            )
         for job in jobs:
             try:
                 memory = memory_of(job.command, job.recipe)
