@@ -26,7 +26,7 @@ from luthier.store import jobs as queue
 from luthier.store import leases
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Database
+from luthier.store.database import Base, Database
 from luthier.store.jobs import Job
 
 ALICE, BOB = "111111111111", "222222222222"
@@ -55,6 +55,10 @@ class Places:
         self.checked.append((account, uri))
         if not uri.startswith(("s3://data/", "file:///data/")):
             raise RefusedInput(f"{uri} cannot be read.")
+
+    def check_writable(self, account: str, uri: str) -> None:
+        if not uri.startswith("s3://data/"):
+            raise RefusedInput(f"{uri} cannot be written.")
 
 
 class Preparation:
@@ -189,6 +193,15 @@ class Server:
         finally:
             made.preparation.free.set()
             made.control.activation.close()
+
+
+def opened(url: str) -> Iterator[Database]:
+    """A database with all tables."""
+    made = Database(url)
+    with made.write() as session:
+        Base.metadata.create_all(session.connection())
+    yield made
+    made.close()
 
 
 def graders(account: str, function: str) -> dict[str, Any] | None:

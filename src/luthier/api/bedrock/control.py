@@ -38,6 +38,9 @@ class ChecksLocations(Protocol):
     def check(self, account: str, uri: str) -> None:
         """Raise :class:`~luthier.errors.RefusedInput` unless data there can be read."""
 
+    def check_writable(self, account: str, uri: str) -> None:
+        """Raise the same unless files can be written below it."""
+
 
 class Authorizes(Protocol):
     """Decides by the caller's policies."""

@@ -49,6 +49,8 @@ def create_job(request: Request) -> dict[str, Any]:
     asked = _submission(request)
     for uri in (*asked.training, *asked.validators):
         request.control.locations.check(request.account, uri)
+    if asked.output is not None:
+        request.control.locations.check_writable(request.account, asked.output)
 
     def make(session: Session) -> dict[str, Any]:
         job = submit(session, asked, request.arns, request.control.quotas.jobs)
