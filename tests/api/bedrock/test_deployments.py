@@ -10,7 +10,7 @@ from bedrock_service import ALICE, BASE, BOB, ENCODER, Service, eventually
 from botocore.exceptions import ClientError
 
 from luthier.api.bedrock.control import Quotas
-from luthier.api.bedrock.identifiers import invocable, invoked_arn
+from luthier.api.bedrock.identifiers import ModelIds, invocable, invoked_arn
 from luthier.api.wire import Fault
 
 FOUNDATION = f"arn:aws:bedrock:us-east-1::foundation-model/{BASE}"
@@ -319,6 +319,11 @@ def test_what_can_be_asked(service: Service, bedrock: Any, model: Callable[..., 
     assert code == "Validation" and "on-demand throughput isn’t supported" in message
     deploy(bedrock, arn, "my-deployment")
     elsewhere = FOUNDATION.replace("us-east-1", "eu-west-1")
+    for malformed in ("", "not a model", "a" * 3000, "arn:aws:bedrock:x", "a/b", "\n"):
+        code, message = not_asked(service, malformed)
+        assert (code, message) == ("Validation", "The provided model identifier is invalid.")
+    ids = ModelIds(service.database, service.control.arns)
+    assert ids.stored_id(ALICE, BASE) == "smollm2-135m-instruct" and ids.resource(arn) == arn
     for unknown in ("my-deployment", "no.such-model", "nothing", elsewhere):
         assert not_asked(service, unknown)[0] == "ResourceNotFound"
     assert not_asked(service, arn, BOB)[0] == "ResourceNotFound"

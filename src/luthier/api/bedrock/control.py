@@ -173,7 +173,8 @@ def handler(control: Control, operation: Operation, operate: Operate) -> Callabl
         except TooManyTags as error:
             raise Fault("TooManyTags", str(error), resourceName=error.resource) from error
         except tuple(_FAULTS) as error:
-            raise Fault(_FAULTS[type(error)], str(error)) from error
+            code = next(code for kind, code in _FAULTS.items() if isinstance(error, kind))
+            raise Fault(code, str(error)) from error
 
     return handle
 
