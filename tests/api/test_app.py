@@ -18,6 +18,7 @@ from served import served
 from luthier.api.app import Application, Faces
 from luthier.api.observability import Observer
 from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
+from luthier.store.audit import Event
 
 ANNA = Caller("111111111111", "anna", ())
 
@@ -46,6 +47,7 @@ class Echo:
     def route(self, method: str, path: str) -> Route:
         name = path.rpartition("/")[2]
         works = {"echo": self.echo, "fail": self.fail, "stream": self.stream, "full": self.full}
+        works["deny"] = self.deny
         if name not in works:
             raise Fault("UnknownOperation", "There is no such operation.")
         return Route(f"test.{name}", works[name], {"name": name}, body_limit=1000)
@@ -59,6 +61,9 @@ class Echo:
 
     def fail(self, call: Call) -> Answer:
         raise RuntimeError("the password is hunter2")
+
+    def deny(self, call: Call) -> Answer:
+        raise Fault("AccessDenied", "You may not.")
 
     def full(self, call: Call) -> Answer:
         raise Fault("Throttling", "Slow down.", retry_after=1)
@@ -74,6 +79,25 @@ class Echo:
                 time.sleep(0.01)
         finally:
             self.closed.set()
+
+
+class Trail:
+    """Remembers what would be in the audit log."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, ...]] = []
+
+    def changed(self, event: Event) -> None:
+        self.lines.append(("changed", event.action, event.resource, event.user))
+
+    def refused(self, caller: Caller, action: str, resource: str, code: str, **about: str) -> None:
+        self.lines.append(("refused", action, resource, caller.user))
+
+    def turned_away(self, code: str, address: str) -> None:
+        self.lines.append(("turned away", code, address))
+
+    def used(self, caller: Caller, action: str, resource: str, address: str = "") -> None:
+        self.lines.append(("used", action, resource, caller.user))
 
 
 class Objects:
@@ -96,7 +120,10 @@ class Server:
         self.admitted: list[str] = []
         faces = Faces(self.echo, self.echo, self.echo, Objects())
         self.observer = Observer(lambda: {"jobs": {"Queued": 3.0}, "free": {"": 1.0}})
-        self.app = Application(faces, self.door, self.admit, self.observer, lambda: self.missing)
+        self.trail = Trail()
+        self.app = Application(
+            faces, self.door, self.admit, self.observer, self.trail, lambda: self.missing
+        )
         self.address = ""
 
     def admit(self, caller: Caller) -> None:
@@ -217,6 +244,20 @@ def test_one_line_of_json_a_request_without_its_secrets(
     (line,) = [record.fields for record in caplog.records if record.message == "request"]  # type: ignore[attr-defined]
     assert line["operation"] == "test.echo" and line["user"] == "anna" and line["status"] == 200
     assert "s3cret" not in str(line) and "good" not in str(line) and "body-text" not in str(line)
+
+
+def test_the_audit_log_has_changes_refusals_and_counts(server: Server) -> None:
+    server.ask("POST", "/x%2Fy/echo")
+    server.ask("GET", "/x/echo")
+    server.ask("POST", "/x/deny")
+    server.ask("POST", "/x/full")
+    server.ask("POST", "/x/echo", key="Bearer bad")
+    assert server.trail.lines == [
+        ("changed", "test.echo", "/x/y/echo", "anna"),
+        ("used", "test.echo", "/x/echo", "anna"),
+        ("refused", "test.deny", "/x/deny", "anna"),
+        ("turned away", "UnrecognizedClient", "127.0.0.1"),
+    ]
 
 
 SMUGGLED = {

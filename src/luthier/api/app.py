@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
 import anyio
 import anyio.to_thread
@@ -24,6 +24,7 @@ import anyio.to_thread
 from luthier.api.observability import Observed, Observer
 from luthier.api.wire import Answer, Call, Caller, Face, Fault, Head, Route, Signed
 from luthier.errors import RefusedInput
+from luthier.store.audit import Event
 from luthier.store.database import now
 
 Scope = MutableMapping[str, Any]
@@ -34,6 +35,13 @@ OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
+READING = frozenset({
+    "Converse", "ConverseStream", "InvokeModel", "InvokeModelWithResponseStream", "CountTokens",
+    "ListTagsForResource", "openai.chat.completions.create", "openai.completions.create",
+    "openai.embeddings.create", "openai.fine_tuning.alpha.graders.run",
+    "openai.fine_tuning.alpha.graders.validate", "native.inspectData", "native.estimateJob",
+})  # fmt: skip
+"""Operations that change nothing, although they are posted."""
 THREADS = 256
 """Requests worked on at once; each stream that waits for its next token holds one."""
 
@@ -45,6 +53,22 @@ class Authenticates(Protocol):
 
     def authenticate(self, head: Head, body: bytes | None) -> Signed:
         """The caller; raises :class:`Fault` for one who is not let in."""
+
+
+class Audits(Protocol):
+    """The audit log, as :class:`luthier.api.auditing.Trail` writes it."""
+
+    def changed(self, event: Event) -> None:
+        """Something was changed: back when it is on disk."""
+
+    def refused(self, caller: Caller, action: str, resource: str, code: str, **about: str) -> None:
+        """A known caller was refused by a policy."""
+
+    def turned_away(self, code: str, address: str) -> None:
+        """Somebody unknown was not let in."""
+
+    def used(self, caller: Caller, action: str, resource: str, address: str = "") -> None:
+        """Something was read or inferred: it is counted."""
 
 
 class Streams(Protocol):
@@ -78,11 +102,12 @@ class Application:
         authenticator: Authenticates,
         admit: Callable[[Caller], None],
         observer: Observer,
+        trail: Audits,
         ready: Callable[[], str | None],
     ) -> None:
         """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing."""
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
-        self.observer, self.ready = observer, ready
+        self.observer, self.trail, self.ready = observer, trail, ready
         self._threads: anyio.CapacityLimiter | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,15 +150,21 @@ class Application:
 
     async def _objects(self, head: Head, receive: Receive, send: Send, seen: Observed) -> None:
         face = self.faces.objects
+
+        async def audited(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                await self.run(self._note, head, seen, signed.caller)
+            await send(message)
+
         try:
             # The body is compared with its signed hash as it is read.
             signed = await self.run(self.authenticator.authenticate, head, None)
             seen.let_in("s3", signed.caller)
             self.admit(signed.caller)
             seen.operation = f"s3.{head.method}"
-            seen.status = await face.handle(head, signed, receive, send, seen.request_id)
+            seen.status = await face.handle(head, signed, receive, audited, seen.request_id)
         except Fault as fault:
-            seen.refused(fault)
+            self._refused(head, seen, fault)
             answer = _closing(head, face.refusal(fault, seen.request_id))
             seen.status = await send_answer(send, receive, answer, self.run)
 
@@ -143,11 +174,12 @@ class Application:
         try:
             answer = await self._answer(face, head, receive, seen)
         except Fault as fault:
-            seen.refused(fault)
+            self._refused(head, seen, fault)
             answer = face.refusal(fault, seen.request_id)
         except RefusedInput as refused:
-            seen.refused(fault := Fault.of(refused))
-            answer = face.refusal(fault, seen.request_id)
+            told = Fault.of(refused)
+            seen.refused(told)
+            answer = face.refusal(told, seen.request_id)
         except ClientGone:
             raise
         except Exception:
@@ -191,8 +223,39 @@ class Application:
             now(),
             route.params,
         )
-        answer: Answer = await self.run(route.handler, call)
+        answer: Answer = await self.run(self._work, route, call, head, seen)
         return answer
+
+    def _work(self, route: Route, call: Call, head: Head, seen: Observed) -> Answer:
+        answer = route.handler(call)
+        self._note(head, seen, call.caller)
+        return answer
+
+    def _note(self, head: Head, seen: Observed, caller: Caller) -> None:
+        """What was changed is in the audit log before the answer leaves; the rest is counted."""
+        resource = unquote(head.path)
+        if head.method in ("GET", "HEAD") or seen.operation in READING:
+            self.trail.used(caller, seen.operation, resource, seen.address)
+            return
+        event = Event(
+            seen.operation,
+            resource,
+            "ok",
+            caller.account,
+            caller.user,
+            seen.request_id,
+            seen.address,
+        )
+        self.trail.changed(event)
+
+    def _refused(self, head: Head, seen: Observed, fault: Fault) -> None:
+        seen.refused(fault)
+        if not seen.user:
+            self.trail.turned_away(fault.code, seen.address)
+        elif fault.code == "AccessDenied":
+            caller = Caller(seen.account, seen.user, ())
+            about = {"request_id": seen.request_id, "address": seen.address}
+            self.trail.refused(caller, seen.operation, unquote(head.path), fault.code, **about)
 
 
 def head_of(scope: Scope) -> Head:

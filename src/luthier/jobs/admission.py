@@ -6,9 +6,6 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from luthier.pipeline import KINDS
-from luthier.recipe import Recipe, parse
-
 TOKENS = 2048
 """Tokens of a micro-batch that is reckoned with; what is not free makes the engine take fewer."""
 
@@ -35,6 +32,8 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.engine.fitting import sketched
     from luthier.models.load import catalogue_config, read_config, sketch_of
     from luthier.objectives import OBJECTIVES
+    from luthier.pipeline import KINDS
+    from luthier.recipe import Recipe, parse
     from luthier.store.models import base_folder, find, objective_of
 
     def config(model_id: str, head: Any) -> Any:
