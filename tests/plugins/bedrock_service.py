@@ -16,6 +16,7 @@ from answers import check_answer
 from botocore.config import Config
 
 from luthier.api.app import Application, Faces
+from luthier.api.auditing import Trail
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.control import Control, Quotas
 from luthier.api.bedrock.face import BedrockFace
@@ -84,6 +85,9 @@ class Service:
         self.server, self.client, self.url = server, server.client, server.url
         self.database = database
         self.places, self.preparation = Places(), Preparation()
+        self.told_of = threading.Event()
+        """Whether the scheduler was told of a job."""
+        self.trail = Trail(database)
         self.denied: set[tuple[str, str]] = set()
         """Action and a pattern of resources that policies refuse."""
         self.control = Control(
@@ -94,7 +98,8 @@ class Service:
             b"the server's own secret",
             Activation(database, self.preparation),
             graders,
-            quotas,
+            lambda account: quotas,
+            self.told_of.set,
         )
         self.face = BedrockFace(self.control, handlers)
 
@@ -186,6 +191,7 @@ class Server:
             ByAccessKey(),
             lambda caller: None,
             Observer(dict),
+            made.trail,
             lambda: None,
         )
         try:
@@ -193,6 +199,7 @@ class Server:
         finally:
             made.preparation.free.set()
             made.control.activation.close()
+            made.trail.close()
 
 
 def opened(url: str) -> Iterator[Database]:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from bedrock_service import ALICE, BASE, BOB, ENCODER, Service, eventually
+from bedrock_service import ALICE, BASE, BOB, ENCODER, Service, eventually, job_members
 from botocore.exceptions import ClientError
 
 from luthier.api.bedrock.control import Quotas
 from luthier.api.bedrock.identifiers import ModelIds, invocable, invoked_arn
 from luthier.api.wire import Fault
+from luthier.jobs.submit import Limits as JobLimits
 
 FOUNDATION = f"arn:aws:bedrock:us-east-1::foundation-model/{BASE}"
 
@@ -184,6 +185,21 @@ def test_quota_of_deployments(
         again = {"provisionedModelName": "two", "modelId": arn, "modelUnits": 1}
         create = bedrock.create_provisioned_model_throughput
         assert refused(create, **again) == "ServiceQuotaExceededException"
+
+
+@pytest.mark.parametrize("quotas", [Quotas(custom_models=1), Quotas(JobLimits(in_flight=1))])
+def test_quotas_of_models_and_jobs(
+    service: Service, bedrock: Any, database: Any, quotas: Quotas
+) -> None:
+    create = bedrock.create_model_customization_job
+    with service.server.serving(database, quotas) as limited:
+        create(**job_members("job-1"))
+        assert limited.told_of.is_set()
+        limited.told_of.clear()
+        assert refused(create, **job_members("job-2")) == "ServiceQuotaExceededException"
+        assert not limited.told_of.is_set()
+    found = bedrock.list_model_customization_jobs()["modelCustomizationJobSummaries"]
+    assert [job["jobName"] for job in found] == ["job-1"]
 
 
 def test_a_server_that_starts_goes_on(

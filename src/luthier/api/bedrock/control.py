@@ -64,6 +64,11 @@ def no_graders(account: str, function: str) -> Mapping[str, Any] | None:
     return None
 
 
+def default_quotas(account: str) -> Quotas:
+    """The same for everybody."""
+    return Quotas()
+
+
 @dataclass(frozen=True)
 class Control:
     """The parts of the server that its control plane stands on."""
@@ -77,7 +82,10 @@ class Control:
     activation: Activation
     grader: Callable[[str, str], Mapping[str, Any] | None] = no_graders
     """Method and fields of the grader behind the ARN of a Lambda function, for an account."""
-    quotas: Quotas = field(default_factory=Quotas)
+    quotas: Callable[[str], Quotas] = default_quotas
+    """Of an account."""
+    submitted: Callable[[], None] = lambda: None
+    """Told that there is a new job."""
 
 
 @dataclass(frozen=True)
