@@ -14,9 +14,9 @@ import boto3
 import uvicorn
 from answers import check_answer
 from botocore.config import Config
-from trails import Remembered
 
 from luthier.api.app import Application, Faces
+from luthier.api.auditing import Trail
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.control import Control, Quotas
 from luthier.api.bedrock.face import BedrockFace
@@ -27,7 +27,7 @@ from luthier.store import jobs as queue
 from luthier.store import leases
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Database
+from luthier.store.database import Base, Database
 from luthier.store.jobs import Job
 
 ALICE, BOB = "111111111111", "222222222222"
@@ -57,6 +57,10 @@ class Places:
         if not uri.startswith(("s3://data/", "file:///data/")):
             raise RefusedInput(f"{uri} cannot be read.")
 
+    def check_writable(self, account: str, uri: str) -> None:
+        if not uri.startswith("s3://data/"):
+            raise RefusedInput(f"{uri} cannot be written.")
+
 
 class Preparation:
     """Stands for loading: it can be held up, and it can fail."""
@@ -81,6 +85,9 @@ class Service:
         self.server, self.client, self.url = server, server.client, server.url
         self.database = database
         self.places, self.preparation = Places(), Preparation()
+        self.told_of = threading.Event()
+        """Whether the scheduler was told of a job."""
+        self.trail = Trail(database)
         self.denied: set[tuple[str, str]] = set()
         """Action and a pattern of resources that policies refuse."""
         self.control = Control(
@@ -91,7 +98,8 @@ class Service:
             b"the server's own secret",
             Activation(database, self.preparation),
             graders,
-            quotas,
+            lambda account: quotas,
+            self.told_of.set,
         )
         self.face = BedrockFace(self.control, handlers)
 
@@ -183,7 +191,7 @@ class Server:
             ByAccessKey(),
             lambda caller: None,
             Observer(dict),
-            Remembered(),
+            made.trail,
             lambda: None,
         )
         try:
@@ -191,6 +199,16 @@ class Server:
         finally:
             made.preparation.free.set()
             made.control.activation.close()
+            made.trail.close()
+
+
+def opened(url: str) -> Iterator[Database]:
+    """A database with all tables."""
+    made = Database(url)
+    with made.write() as session:
+        Base.metadata.create_all(session.connection())
+    yield made
+    made.close()
 
 
 def graders(account: str, function: str) -> dict[str, Any] | None:

@@ -13,9 +13,9 @@ from luthier.api.app import Application, Faces
 from luthier.api.auditing import Trail
 from luthier.api.authentication import Authenticator
 from luthier.api.bedrock.activation import Activation
-from luthier.api.bedrock.control import Control
+from luthier.api.bedrock.control import Control, Quotas
 from luthier.api.bedrock.face import BedrockFace
-from luthier.api.bedrock.identifiers import Invocable, invocable
+from luthier.api.bedrock.identifiers import Invocable, ModelIds, invocable
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.limits import RateLimits
 from luthier.api.native.context import Context
@@ -34,7 +34,6 @@ from luthier.store.accounts import quota_of
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
-from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job
 from luthier.store.locations import Locations
 from luthier.store.objects import Objects
@@ -42,6 +41,7 @@ from luthier.store.removal import ModelInUse, remove, remove_files
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key, server_key
 
+_QUOTAS = ("custom_models", "deployments")
 _log = logging.getLogger("luthier.server")
 
 
@@ -105,9 +105,18 @@ class Service:
 
     def _faces(self, secret: bytes) -> Faces:
         control = Control(
-            self.database, self.arns, self.locations, authorize, secret, self.activation
+            self.database,
+            self.arns,
+            self.locations,
+            authorize,
+            secret,
+            self.activation,
+            quotas=self._quotas,
+            submitted=self.scheduler.wake,
         )
-        runtime = runtime_handlers(self.pool, self._stored, authorize)
+        # A policy names the ARN of a base model, whatever the client calls it by.
+        ids = ModelIds(self.database, self.arns)
+        runtime = runtime_handlers(self.pool, ids.stored_id, authorize, ids.resource)
         context = Context(
             self.database, self.arns, self.locations, authorize, self._limits, self.scheduler.wake
         )
@@ -131,16 +140,6 @@ class Service:
             submitted=self.scheduler.wake,
         )
 
-    def _stored(self, account: str, model_id: str) -> str:
-        """Id in the store of what Bedrock's clients call ``model_id``."""
-        with self.database.read() as session:
-            return invocable(session, self.arns, account, model_id).stored_id
-
-    def _resource(self, model_id: str) -> str:
-        """The ARN that policies decide on; nothing is looked up that belongs to anybody."""
-        base = None if model_id.startswith("arn:") else foundation_model(model_id)
-        return self.arns.foundation_model(base.id) if base else model_id
-
     def _answering(self, account: str, arn: str) -> Invocable | None:
         """What answers at an ARN that an OpenAI client names as a model."""
         try:
@@ -162,10 +161,15 @@ class Service:
         remove_files(model.stored_id)
 
     def _limits(self, account: str) -> Limits:
+        return self._quotas(account).jobs
+
+    def _quotas(self, account: str) -> Quotas:
+        """The account's own quotas; the server's where it has none."""
         with self.database.read() as session:
             given = quota_of(session, account)
+        found = {name: int(given[name]) for name in _QUOTAS if given.get(name) is not None}
         jobs = given.get("jobs_in_flight")
-        return Limits() if jobs is None else Limits(int(jobs))
+        return Quotas(jobs=Limits() if jobs is None else Limits(int(jobs)), **found)
 
     def _gauges(self) -> Mapping[str, Mapping[str, float]]:
         with self.database.read() as session:

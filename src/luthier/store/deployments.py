@@ -17,8 +17,7 @@ class Deployment(Base):
     """One deployment. A deleted one has no row."""
 
     __tablename__ = "deployments"
-    # A number is never given twice, so that a place in a list stays one.
-    __table_args__ = (UniqueConstraint("account", "name"), {"sqlite_autoincrement": True})
+    __table_args__ = (UniqueConstraint("account", "name"),)
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)

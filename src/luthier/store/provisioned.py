@@ -16,7 +16,7 @@ class Provisioned(Base):
     """One of them. A deleted one has no row."""
 
     __tablename__ = "provisioned"
-    __table_args__ = (UniqueConstraint("account", "name"), {"sqlite_autoincrement": True})
+    __table_args__ = (UniqueConstraint("account", "name"),)
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bedrock_service import ALICE, BOB, Server, Service, job_members
+from bedrock_service import ALICE, BOB, Server, Service, job_members, opened
 
-from luthier.store.database import Base, Database
+from luthier.store.database import Database
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +23,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
     """In a file, with all tables."""
-    made = Database(f"sqlite:///{tmp_path / 'service.db'}")
-    with made.write() as session:
-        Base.metadata.create_all(session.connection())
-    yield made
-    made.close()
+    yield from opened(f"sqlite:///{tmp_path / 'service.db'}")
 
 
 @pytest.fixture

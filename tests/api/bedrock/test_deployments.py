@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from bedrock_service import ALICE, BASE, BOB, ENCODER, Service, eventually
+from bedrock_service import ALICE, BASE, BOB, ENCODER, Service, eventually, job_members
 from botocore.exceptions import ClientError
 
 from luthier.api.bedrock.control import Quotas
-from luthier.api.bedrock.identifiers import invocable, invoked_arn
+from luthier.api.bedrock.identifiers import ModelIds, invocable, invoked_arn
 from luthier.api.wire import Fault
+from luthier.jobs.submit import Limits as JobLimits
 
 FOUNDATION = f"arn:aws:bedrock:us-east-1::foundation-model/{BASE}"
 
@@ -186,6 +187,21 @@ def test_quota_of_deployments(
         assert refused(create, **again) == "ServiceQuotaExceededException"
 
 
+@pytest.mark.parametrize("quotas", [Quotas(custom_models=1), Quotas(JobLimits(in_flight=1))])
+def test_quotas_of_models_and_jobs(
+    service: Service, bedrock: Any, database: Any, quotas: Quotas
+) -> None:
+    create = bedrock.create_model_customization_job
+    with service.server.serving(database, quotas) as limited:
+        create(**job_members("job-1"))
+        assert limited.told_of.is_set()
+        limited.told_of.clear()
+        assert refused(create, **job_members("job-2")) == "ServiceQuotaExceededException"
+        assert not limited.told_of.is_set()
+    found = bedrock.list_model_customization_jobs()["modelCustomizationJobSummaries"]
+    assert [job["jobName"] for job in found] == ["job-1"]
+
+
 def test_a_server_that_starts_goes_on(
     service: Service, bedrock: Any, model: Callable[..., str], database: Any
 ) -> None:
@@ -319,6 +335,11 @@ def test_what_can_be_asked(service: Service, bedrock: Any, model: Callable[..., 
     assert code == "Validation" and "on-demand throughput isn’t supported" in message
     deploy(bedrock, arn, "my-deployment")
     elsewhere = FOUNDATION.replace("us-east-1", "eu-west-1")
+    for malformed in ("", "not a model", "a" * 3000, "arn:aws:bedrock:x", "a/b", "\n"):
+        code, message = not_asked(service, malformed)
+        assert (code, message) == ("Validation", "The provided model identifier is invalid.")
+    ids = ModelIds(service.database, service.control.arns)
+    assert ids.stored_id(ALICE, BASE) == "smollm2-135m-instruct" and ids.resource(arn) == arn
     for unknown in ("my-deployment", "no.such-model", "nothing", elsewhere):
         assert not_asked(service, unknown)[0] == "ResourceNotFound"
     assert not_asked(service, arn, BOB)[0] == "ResourceNotFound"

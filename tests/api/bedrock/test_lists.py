@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from bedrock_service import ALICE, BASE, BOB, Service, job_members
+from bedrock_service import ALICE, BASE, BOB, Service, job_members, opened
 from botocore.exceptions import ClientError
+
+from luthier.store.database import Database
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """Once SQLite and once PostgreSQL: what waits for what differs."""
+    yield from opened(database_url)
 
 
 def refused(call: Callable[..., Any], **members: Any) -> tuple[str, str]:

@@ -38,6 +38,9 @@ class ChecksLocations(Protocol):
     def check(self, account: str, uri: str) -> None:
         """Raise :class:`~luthier.errors.RefusedInput` unless data there can be read."""
 
+    def check_writable(self, account: str, uri: str) -> None:
+        """Raise the same unless files can be written below it."""
+
 
 class Authorizes(Protocol):
     """Decides by the caller's policies."""
@@ -61,6 +64,11 @@ def no_graders(account: str, function: str) -> Mapping[str, Any] | None:
     return None
 
 
+def default_quotas(account: str) -> Quotas:
+    """The same for everybody."""
+    return Quotas()
+
+
 @dataclass(frozen=True)
 class Control:
     """The parts of the server that its control plane stands on."""
@@ -74,7 +82,10 @@ class Control:
     activation: Activation
     grader: Callable[[str, str], Mapping[str, Any] | None] = no_graders
     """Method and fields of the grader behind the ARN of a Lambda function, for an account."""
-    quotas: Quotas = field(default_factory=Quotas)
+    quotas: Callable[[str], Quotas] = default_quotas
+    """Of an account."""
+    submitted: Callable[[], None] = lambda: None
+    """Told that there is a new job."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,8 @@ def handler(control: Control, operation: Operation, operate: Operate) -> Callabl
         except TooManyTags as error:
             raise Fault("TooManyTags", str(error), resourceName=error.resource) from error
         except tuple(_FAULTS) as error:
-            raise Fault(_FAULTS[type(error)], str(error)) from error
+            code = next(code for kind, code in _FAULTS.items() if isinstance(error, kind))
+            raise Fault(code, str(error)) from error
 
     return handle
 

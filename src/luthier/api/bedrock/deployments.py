@@ -147,7 +147,7 @@ def _check_room(request: Request, session: Session) -> None:
     name = request["modelDeploymentName"]
     if session.scalar(select(Deployment.seq).where(own, Deployment.name == name)) is not None:
         raise NameInUse("model deployment")
-    most = request.control.quotas.deployments
+    most = request.control.quotas(request.account).deployments
     if (session.scalar(select(func.count()).where(own)) or 0) >= most:
         raise QuotaExceeded(f"The account has {most} custom model deployments, which is its quota.")
 

@@ -114,6 +114,10 @@ def read(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, 
             raise Fault("Validation", _refusal(name, text, known), parameter="hyperParameters")
         group, field = known.field
         fields.setdefault(group, {})[field] = value
+    training = fields["training"]
+    if "learning_rate" in training and "rate_factor" in training:
+        # The recipe's factor is of a rate that it chooses itself.
+        training["learning_rate"] *= training.pop("rate_factor")
     return shown, fields
 
 

@@ -11,10 +11,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.activation import stored_of
+from luthier.api.bedrock.constraints import matches
+from luthier.api.bedrock.operations import operations
 from luthier.api.wire import Fault
 from luthier.store import deployments, provisioned
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import RESERVED, CustomModel
+from luthier.store.database import Database
 from luthier.store.deployments import Deployment
 from luthier.store.foundation import FoundationModel, foundation_model
 from luthier.store.jobs import Job
@@ -149,8 +152,11 @@ def invocable(session: Session, arns: Arns, account: str, model_id: str) -> Invo
 
     Raises:
         Fault: ResourceNotFound for what is not there; Validation for a custom model by its own ARN,
-            which has to be deployed; ModelNotReady while its model is being made ready.
+            which has to be deployed, and for what is no identifier; ModelNotReady while its model is
+            being made ready.
     """
+    if not _well_formed(model_id):
+        raise Fault("Validation", "The provided model identifier is invalid.", parameter="modelId")
     base = find_foundation(arns, model_id)
     if base is not None:
         arn = arns.foundation_model(base.id)
@@ -168,6 +174,33 @@ def invocable(session: Session, arns: Arns, account: str, model_id: str) -> Invo
     if kind is not None and kind.kind == PROVISIONED:
         return _provided(session, arns, account, model_id)
     raise _unknown(model_id)
+
+
+@dataclass(frozen=True)
+class ModelIds:
+    """What ``modelId`` means to the operations of the runtime."""
+
+    database: Database
+    arns: Arns
+
+    def stored_id(self, account: str, model_id: str) -> str:
+        """Id in the store of what answers to ``model_id``; see :func:`invocable`."""
+        with self.database.read() as session:
+            return invocable(session, self.arns, account, model_id).stored_id
+
+    def resource(self, model_id: str) -> str:
+        """The ARN that a policy decides on; see :func:`invoked_arn`."""
+        return invoked_arn(self.arns, model_id)
+
+
+def _well_formed(model_id: str) -> bool:
+    """By the shape of ``modelId`` in Converse; that of InvokeModel takes the same."""
+    if model_id.startswith("arn:") and Arn.parse(model_id) is None:
+        # The shape takes letters and colons in any order.
+        return False
+    shape = operations().by_name["Converse"].input.members["modelId"]  # type: ignore[union-attr]
+    longest = shape.metadata["max"]
+    return 0 < len(model_id) <= longest and matches(shape, model_id)
 
 
 def _deployed(session: Session, arns: Arns, account: str, model_id: str) -> Invocable:
