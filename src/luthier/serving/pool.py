@@ -47,6 +47,8 @@ class _Entry:
     model: Any = None
     error: Exception | None = None
     uses: int = 0
+    gone: bool = False
+    """Whether it is let go of once nothing is asked of it."""
 
 
 class ModelPool:
@@ -111,8 +113,11 @@ class ModelPool:
         """Let go of a model that was deleted, as soon as nothing is asked of it."""
         with self._lock:
             entry = self._entries.pop(model_id, None)
-        if entry is not None and entry.ready.is_set() and entry.model is not None:
-            threading.Thread(target=entry.model.close, daemon=True).start()
+            if entry is not None:
+                entry.uses += 1
+                entry.gone = True
+        if entry is not None:
+            self._release(entry)
 
     def close(self) -> None:
         """End all work and let go of everything."""
@@ -201,6 +206,9 @@ class ModelPool:
     def _release(self, entry: _Entry) -> None:
         with self._lock:
             entry.uses -= 1
+            last = entry.gone and not entry.uses
+        if last and entry.model is not None:
+            entry.model.close()
 
 
 def _close_all(entries: OrderedDict[str, _Entry]) -> None:
