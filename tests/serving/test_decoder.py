@@ -32,6 +32,7 @@ from luthier.serving.inference import (
     Turn,
     Whole,
 )
+from luthier.serving.memory import CacheBudget
 from luthier.store.models import chat_format, find, load
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def opened(tiny_model_folder: Path) -> Iterator[Decoder]:
     with pytest.MonkeyPatch.context() as patch:
         machine = Machine(CPU, torch.float32, 1, "a test")
         patch.setattr(devices, "choose_machine", lambda *arguments: machine)
-        made = Decoder.open(find(str(tiny_model_folder)), MEMORY)
+        made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
     yield made
     made.close()
 
@@ -68,7 +69,7 @@ def settled(decoder: Decoder) -> bool:
     """Whether it comes to rest, with nothing kept, within a second."""
     until = time.monotonic() + 1
     while time.monotonic() < until:
-        if decoder.idle and decoder._reserved == decoder._answers == 0:
+        if decoder.idle and decoder.memory.taken == decoder._answers == 0:
             return not any(bank.spans for bank in decoder._stepper._banks._banks.values())  # type: ignore[attr-defined]
         time.sleep(0.01)
     return False
@@ -338,7 +339,7 @@ def test_too_many_are_turned_away(opened: Decoder, monkeypatch: pytest.MonkeyPat
 
 def test_memory_is_bounded(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     one = opened._stepper.bytes_of(len(opened.encode(asked("Hi").prompt)) + 24)
-    monkeypatch.setattr(opened, "memory", 2 * one)
+    monkeypatch.setattr(opened, "memory", CacheBudget(2 * one))
     seen: list[int] = []
     write = opened._write
     monkeypatch.setattr(opened, "_write", lambda: (seen.append(opened._answers), write())[1])
@@ -347,6 +348,7 @@ def test_memory_is_bounded(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> 
     assert max(seen) == 2
     with pytest.raises(InferenceRefused, match="MiB of memory"):
         opened.submit(asked("Hi", n=3))
+    assert settled(opened)
 
 
 def test_a_failure_is_told_and_the_next_request_is_answered(
@@ -384,7 +386,7 @@ def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
 def test_a_closed_decoder_says_so(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(CPU, torch.float32, 1, "a test")
     monkeypatch.setattr(devices, "choose_machine", lambda *arguments: machine)
-    made = Decoder.open(find(str(tiny_model_folder)), MEMORY)
+    made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
     stream = made.submit(asked("Hi", max_tokens=900, logit_bias={1: -100.0}))
     next(stream)
     made.close()
@@ -400,7 +402,7 @@ def test_generators_of_other_shapes(family_folder: Callable[[str], Path]) -> Non
         with pytest.MonkeyPatch.context() as patch:
             machine = Machine(CPU, torch.float32, 1, "a test")
             patch.setattr(devices, "choose_machine", lambda *arguments, m=machine: m)
-            made = Decoder.open(find(str(family_folder(family))), MEMORY)
+            made = Decoder.open(find(str(family_folder(family))), CacheBudget(MEMORY))
         stored = find(str(family_folder(family)))
         generator = Generator(load(stored, torch.float32, CPU), chat_format(stored), CPU)
         expected = "".join(generator.stream("What is it?", Sampling(max_tokens=12)))

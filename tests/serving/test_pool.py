@@ -14,7 +14,6 @@ import torch
 from luthier.engine import devices
 from luthier.engine.devices import Machine
 from luthier.errors import UnknownModel
-from luthier.serving import pool as module
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Request, TooLong
 from luthier.serving.pool import ModelPool
@@ -37,7 +36,7 @@ def folders(tmp_path: Path, tiny_model_folder: Path) -> list[str]:
 def pool(folders: list[str]) -> Iterator[ModelPool]:
     """With room for two of them."""
     size = sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors"))
-    made = ModelPool(int(2.5 * 2.5 * size))
+    made = ModelPool(int(2.5 * 2.5 * size), cache=1 << 28)
     yield made
     made.close()
 
@@ -47,7 +46,6 @@ def test_many_who_ask_at_once_load_it_once(
 ) -> None:
     loads: list[str] = []
     honest = Decoder.open
-    monkeypatch.setattr(module, "CACHE_SHARE", 1000)
     monkeypatch.setattr(
         Decoder, "open", lambda stored, memory: (loads.append(stored.id), honest(stored, memory))[1]
     )
@@ -58,10 +56,7 @@ def test_many_who_ask_at_once_load_it_once(
     assert len(set(texts)) == len(loads) == 1
 
 
-def test_the_longest_unused_goes(
-    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "CACHE_SHARE", 1000)
+def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     for folder in (folders[0], folders[1], folders[0], folders[2]):
         pool.submit(folder, REQUEST).whole()
     assert pool.loaded() == [folders[0], folders[2]]
@@ -80,10 +75,7 @@ def test_the_longest_unused_goes(
     assert [entry.uses for entry in pool._entries.values()] == [0, 0]
 
 
-def test_a_failure_is_told_and_not_kept(
-    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "CACHE_SHARE", 1000)
+def test_a_failure_is_told_and_not_kept(pool: ModelPool, folders: list[str]) -> None:
     weights = Path(folders[0]) / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -126,10 +118,19 @@ def test_embeddings_do_not_depend_on_their_batch(
     large.close()
 
 
-def test_a_model_that_is_deleted_is_let_go_of(
-    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "CACHE_SHARE", 1000)
+def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[str]) -> None:
+    """One waits until the other gives it back."""
+    bias = {1: -100.0}
+    first = pool.submit(folders[0], Request("x", max_tokens=300, temperature=1, logit_bias=bias))
+    next(first)
+    pool.memory.total = pool.memory.taken + 100
+    second = pool.submit(folders[1], Request("x", max_tokens=4, temperature=0, logit_bias=bias))
+    assert second.whole()[0].tokens == 4
+    assert pool.memory.taken == 0
+    assert first.whole()[0].tokens == 300
+
+
+def test_a_model_that_is_deleted_is_let_go_of(pool: ModelPool, folders: list[str]) -> None:
     stream = pool.submit(folders[0], REQUEST)
     entry = pool._entries[folders[0]]
     pool.forget(folders[0])

@@ -15,6 +15,7 @@ import numpy as np
 from luthier.errors import LuthierError, UnknownModel
 from luthier.serving.decoder import Decoder, Stream
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request, TooLong
+from luthier.serving.memory import CacheBudget
 from luthier.types import Row
 
 if TYPE_CHECKING:
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
 
 LOADING_SECONDS = 300.0
 """How long a request waits for its model to be loaded."""
-SHARE = 0.6
-"""Of the memory that is free at the start, for weights, keys and values."""
-CACHE_SHARE = 0.25
-"""Of the pool's memory, for the keys and values of one model."""
+WEIGHTS_SHARE, CACHE_SHARE = 0.45, 0.15
+"""Of the memory that is free at the start: for weights, and for keys and values."""
 _LOADED_TWICE = 2.5
 """Bytes in memory for each stored one: weights are kept a second time in the kernels' order."""
 
@@ -54,13 +53,15 @@ class _Entry:
 class ModelPool:
     """Answers for every model of the store, by its stored id. Safe to share between threads."""
 
-    def __init__(self, budget: int | None = None) -> None:
-        """``budget`` bytes for all models together; by default a share of the free memory."""
-        if budget is None:
-            from luthier.engine.devices import available_memory
+    def __init__(self, budget: int | None = None, cache: int | None = None) -> None:
+        """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
+        sequences; by default shares of the free memory.
+        """
+        from luthier.engine.devices import available_memory
 
-            budget = int(SHARE * available_memory())
-        self.budget = budget
+        free = available_memory()
+        self.budget = int(WEIGHTS_SHARE * free) if budget is None else budget
+        self.memory = CacheBudget(int(CACHE_SHARE * free) if cache is None else cache)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._lock = threading.Lock()
         # Networks that run while the interpreter ends would take it down.
@@ -187,7 +188,7 @@ class ModelPool:
         try:
             stored = store.find(model_id)
             if store.objective_of(stored).task == "causal_lm":
-                entry.model = Decoder.open(stored, int(CACHE_SHARE * self.budget))
+                entry.model = Decoder.open(stored, self.memory)
             else:
                 entry.model = Embedder.open(stored)
         except LuthierError as error:

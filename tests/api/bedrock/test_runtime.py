@@ -28,7 +28,7 @@ from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.wire import Answer, Call, Caller, Fault
 from luthier.engine import devices
 from luthier.engine.devices import Machine
-from luthier.serving.inference import InferenceFailed
+from luthier.serving.inference import InferenceFailed, Request
 from luthier.serving.pool import ModelPool
 from luthier.store.database import now
 
@@ -488,3 +488,40 @@ def test_streams_closed_unread_end_too(service: tuple[Service, str]) -> None:
     events: Any = service[0].handlers["ConverseStream"](call).body
     events.close()
     assert list(events) == []
+
+
+class Upper:
+    """A form of bodies that another face knows."""
+
+    def __init__(self, body: Any) -> None:
+        if body["messages"] != "hello":
+            raise Fault("Validation", "no")
+
+    def request(self) -> Request:
+        return Request("The quick", max_tokens=4, temperature=0)
+
+    def answer(self, stream: Any) -> tuple[dict[str, Any], int]:
+        (whole,) = stream.whole()
+        return {"said": whole.text}, whole.tokens
+
+    def chunks(self, stream: Any) -> Iterator[tuple[dict[str, Any], int]]:
+        for event in stream:
+            yield {"kind": type(event).__name__}, getattr(event, "tokens", 0)
+
+
+def test_bodies_of_another_face_s_form(pool: ModelPool, tiny_model_folder: Path) -> None:
+    handlers = runtime_handlers(
+        pool, lambda account, name: str(tiny_model_folder), lambda *given: None, chat=Upper
+    )
+
+    def call(body: Any) -> Call:
+        raw = json.dumps(body).encode()
+        return Call("id", CALLER, "POST", "/", {}, {}, raw, now(), {"modelId": MODEL})
+
+    answer = handlers["InvokeModel"](call({"messages": "hello"}))
+    assert set(json.loads(answer.body)) == {"said"}  # type: ignore[arg-type]
+    assert answer.headers["X-Amzn-Bedrock-Output-Token-Count"] == "4"
+    stream: Any = handlers["InvokeModelWithResponseStream"](call({"messages": "hello"})).body
+    assert b"".join(stream).count(b"chunk") > 1
+    with pytest.raises(Fault, match="no"):
+        handlers["InvokeModelWithResponseStream"](call({"messages": "bye"}))
