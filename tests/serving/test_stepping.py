@@ -15,7 +15,6 @@ from luthier.adaptations.prompt import Prompt
 from luthier.models.heads import prompt_ids
 from luthier.models.load import as_network, load_model
 from luthier.models.sampler import sample
-from luthier.serving import stepping
 from luthier.serving.cache import STEP, Bank, room_for
 from luthier.serving.stepping import CHUNK, SIZES, Alone, Stepper, Together, stepper_of
 
@@ -113,7 +112,7 @@ def test_logits_have_the_same_bits_whatever_runs_beside(
         return kept
 
     together = run(list(range(70)))
-    for i in (1, 2, 4, 5, 7, 8, 65, 68):
+    for i in (1, 5, 8, 65):
         for one, other in zip(run([i])[i], together[i], strict=True):
             assert torch.equal(one, other)
     assert not any(bank.spans for bank in stepper._banks._banks.values())
@@ -128,11 +127,9 @@ def test_networks_of_very_small_products_step_alone(family_folder: Callable[[str
 def test_a_long_prompt_is_read_in_chunks(family_folder: Callable[[str], Path]) -> None:
     made = network(family_folder("llama"))
     ids = np.random.default_rng(0).integers(3, 300, 2 * CHUNK + 45)
-    expected = made.model.base_model  # its own forward needs its own attention
     made.model.set_attn_implementation("sdpa")
     whole = made.model(torch.from_numpy(ids)[None]).logits[0, -1]
     made.model.set_attn_implementation("luthier_tree")
-    assert expected is made.model.base_model
     stepper = Together(made, 1024)
     state, counts, logits = stepper.begin(ids), [], None
     while logits is None:
@@ -210,8 +207,3 @@ def test_a_bank_gives_memory_back() -> None:
         bank.remove(span)
     assert bank.capacity == 0
     assert not bank.layers
-
-
-def test_the_module_says_what_it_uses() -> None:
-    assert list(stepping.SIZES) == sorted(stepping.SIZES)
-    assert stepping.PROBES % max(s for s in SIZES if s <= stepping.PROBES) == 0

@@ -23,6 +23,7 @@ from luthier.serving.inference import (
     Request,
     TooLong,
 )
+from luthier.serving.memory import CacheBudget
 from luthier.serving.stream import Stream
 from luthier.serving.writing import Job, Writing
 from luthier.types import Message
@@ -42,6 +43,8 @@ WAITING = 256
 """Requests that may wait for others to end; further ones are turned away."""
 READ = 512
 """Tokens of prompts that are read between two tokens of those who write."""
+RETRY_SECONDS = 0.05
+"""How often memory that other models hold is asked for again."""
 
 _log = logging.getLogger("luthier.serving")
 
@@ -50,9 +53,14 @@ class Decoder:
     """Answers requests to one model. Safe to share between threads."""
 
     def __init__(
-        self, stepper: Stepper, chat: ChatFormat, soft: IntArray, vocabulary: int, memory: int
+        self,
+        stepper: Stepper,
+        chat: ChatFormat,
+        soft: IntArray,
+        vocabulary: int,
+        memory: CacheBudget,
     ) -> None:
-        """``soft`` stands before every prompt; ``memory`` bytes are for what sequences keep."""
+        """``soft`` stands before every prompt; what sequences keep is taken from ``memory``."""
         from luthier.serving.constraints import Constraints
 
         self.chat, self.memory, self.vocabulary = chat, memory, vocabulary
@@ -63,13 +71,13 @@ class Decoder:
         self._waiting: deque[Job] = deque()
         self._reading: deque[Job] = deque()
         self._writing: list[Job] = []
-        self._reserved = self._answers = 0
+        self._answers = 0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="luthier-decoder", daemon=True)
         self._thread.start()
 
     @staticmethod
-    def open(stored: StoredModel, memory: int) -> Decoder:
+    def open(stored: StoredModel, memory: CacheBudget) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine."""
         from luthier.engine.devices import choose_machine
         from luthier.models.heads import prompt_ids
@@ -153,10 +161,10 @@ class Decoder:
             raise InferenceRefused("logit_bias names ids that are no tokens.", "logit_bias")
         longest = min(request.max_tokens or room, room)
         memory = request.n * self._stepper.bytes_of(len(self._soft) + len(ids_T) + longest)
-        if memory > self.memory:
+        if memory > self.memory.total:
             raise InferenceRefused(
-                f"This request may need {memory >> 20} MiB of memory, and {self.memory >> 20} MiB are "
-                "there for the model. Ask for fewer tokens or answers.",
+                f"This request may need {memory >> 20} MiB of memory, and there are "
+                f"{self.memory.total >> 20} MiB. Ask for fewer tokens or answers.",
                 "max_tokens",
             )
         job = Job(request, np.concatenate([self._soft, ids_T]), len(ids_T), room, memory)
@@ -211,18 +219,25 @@ class Decoder:
                 gone = InferenceFailed("ServiceUnavailable", "The model was unloaded.")
                 for job in (*self._waiting, *self._reading, *self._writing):
                     job.events.put(gone)
+                for job in [*self._reading, *self._writing]:
+                    self._forget(job)
                 return False
-            while self._waiting and self._fits(self._waiting[0]):
-                job = self._waiting.popleft()
-                if not job.cancelled:
-                    self._reserved += job.memory
-                    self._answers += job.request.n
-                    self._reading.append(job)
+            while self._waiting and self._lets_in(self._waiting[0]):
+                self._waiting.popleft()
+            if not (self._reading or self._writing):
+                # Other models hold the memory; they do not tell when they give it back.
+                self._wake.wait(RETRY_SECONDS)
         return True
 
-    def _fits(self, job: Job) -> bool:
-        memory = self._reserved + job.memory <= self.memory
-        return job.cancelled or (memory and self._answers + job.request.n <= ANSWERS)
+    def _lets_in(self, job: Job) -> bool:
+        """Begin ``job`` where there is room for it; whether it need not wait any longer."""
+        if job.cancelled:
+            return True
+        if self._answers + job.request.n > ANSWERS or not self.memory.take(job.memory):
+            return False
+        self._answers += job.request.n
+        self._reading.append(job)
+        return True
 
     def _sweep(self) -> None:
         """Forget the requests of clients who hung up."""
@@ -242,7 +257,7 @@ class Decoder:
             self._reading.remove(job)
         else:
             self._writing.remove(job)
-        self._reserved -= job.memory
+        self.memory.give(job.memory)
         self._answers -= job.request.n
 
     def _read(self) -> None:

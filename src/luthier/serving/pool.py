@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.engine.memory import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request, TooLong
+from luthier.serving.memory import CacheBudget
 from luthier.serving.stream import Stream
 from luthier.types import Row
 
@@ -23,10 +25,8 @@ if TYPE_CHECKING:
 
 LOADING_SECONDS = 300.0
 """How long a request waits for its model to be loaded."""
-SHARE = 0.6
-"""Of the memory that is free at the start, for weights, keys and values."""
-CACHE_SHARE = 0.25
-"""Of the pool's memory, for the keys and values of one model."""
+WEIGHTS_SHARE, CACHE_SHARE = 0.45, 0.15
+"""Of the memory that is free at the start: for weights, and for keys and values."""
 _LOADED_TWICE = 2.5
 """Bytes in memory for each stored one: weights are kept a second time in the kernels' order."""
 
@@ -48,18 +48,20 @@ class _Entry:
     model: Any = None
     error: Exception | None = None
     uses: int = 0
+    gone: bool = False
+    """Whether it is let go of once nothing is asked of it."""
 
 
 class ModelPool:
     """Answers for every model of the store, by its stored id. Safe to share between threads."""
 
-    def __init__(self, budget: int | None = None) -> None:
-        """``budget`` bytes for all models together; by default a share of the free memory."""
-        if budget is None:
-            from luthier.engine.devices import available_memory
-
-            budget = int(SHARE * available_memory())
-        self.budget = budget
+    def __init__(self, budget: int | None = None, cache: int | None = None) -> None:
+        """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
+        sequences; by default shares of the free memory.
+        """
+        free = available_memory()
+        self.budget = int(WEIGHTS_SHARE * free) if budget is None else budget
+        self.memory = CacheBudget(int(CACHE_SHARE * free) if cache is None else cache)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._lock = threading.Lock()
         # Networks that run while the interpreter ends would take it down.
@@ -112,8 +114,11 @@ class ModelPool:
         """Let go of a model that was deleted, as soon as nothing is asked of it."""
         with self._lock:
             entry = self._entries.pop(model_id, None)
-        if entry is not None and entry.ready.is_set() and entry.model is not None:
-            threading.Thread(target=entry.model.close, daemon=True).start()
+            if entry is not None:
+                entry.uses += 1
+                entry.gone = True
+        if entry is not None:
+            self._release(entry)
 
     def close(self) -> None:
         """End all work and let go of everything."""
@@ -178,13 +183,14 @@ class ModelPool:
 
     def _load(self, model_id: str, entry: _Entry) -> None:
         """Load it once for all who wait; a failure is told to them, and not remembered."""
-        from luthier.serving.decoder import Decoder
         from luthier.store import models as store
 
         try:
             stored = store.find(model_id)
             if store.objective_of(stored).task == "causal_lm":
-                entry.model = Decoder.open(stored, int(CACHE_SHARE * self.budget))
+                from luthier.serving.decoder import Decoder
+
+                entry.model = Decoder.open(stored, self.memory)
             else:
                 entry.model = Embedder.open(stored)
         except LuthierError as error:
@@ -203,6 +209,9 @@ class ModelPool:
     def _release(self, entry: _Entry) -> None:
         with self._lock:
             entry.uses -= 1
+            last = entry.gone and not entry.uses
+        if last and entry.model is not None:
+            entry.model.close()
 
 
 def _close_all(entries: OrderedDict[str, _Entry]) -> None:
