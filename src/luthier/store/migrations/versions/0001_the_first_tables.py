@@ -137,7 +137,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("account", "name"),
         sa.UniqueConstraint("id"),
-        sqlite_autoincrement=True,
     )
     with op.batch_alter_table("deployments", schema=None) as batch_op:
         batch_op.create_index("ix_deployments_account", ["account"], unique=False)
@@ -211,7 +210,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("account", "name"),
         sa.UniqueConstraint("id"),
-        sqlite_autoincrement=True,
     )
     with op.batch_alter_table("provisioned", schema=None) as batch_op:
         batch_op.create_index("ix_provisioned_account", ["account"], unique=False)
