@@ -422,77 +422,28 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Go back."""
-    with op.batch_alter_table("object_pieces", schema=None) as batch_op:
-        batch_op.drop_index("object_pieces_of")
-
-    op.drop_table("object_pieces")
-    with op.batch_alter_table("api_keys", schema=None) as batch_op:
-        batch_op.drop_index("ix_api_keys_user")
-        batch_op.drop_index("ix_api_keys_account")
-
-    op.drop_table("api_keys")
-    with op.batch_alter_table("access_keys", schema=None) as batch_op:
-        batch_op.drop_index("ix_access_keys_user")
-        batch_op.drop_index("ix_access_keys_account")
-
-    op.drop_table("access_keys")
-    with op.batch_alter_table("users", schema=None) as batch_op:
-        batch_op.drop_index("ix_users_account")
-
-    op.drop_table("users")
-    op.drop_table("quotas")
-    op.drop_table("objects")
-    with op.batch_alter_table("object_uploads", schema=None) as batch_op:
-        batch_op.drop_index("ix_object_uploads_bucket_seq")
-
-    op.drop_table("object_uploads")
-    with op.batch_alter_table("job_events", schema=None) as batch_op:
-        batch_op.drop_index("ix_job_events_job_id")
-
-    op.drop_table("job_events")
-    with op.batch_alter_table("batch_lines", schema=None) as batch_op:
-        batch_op.drop_index("ix_batch_lines_batch_id")
-
-    op.drop_table("batch_lines")
-    with op.batch_alter_table("uploaded_files", schema=None) as batch_op:
-        batch_op.drop_index("ix_uploaded_files_account")
-
-    op.drop_table("uploaded_files")
-    op.drop_table("tags")
-    with op.batch_alter_table("provisioned", schema=None) as batch_op:
-        batch_op.drop_index("ix_provisioned_next_model")
-        batch_op.drop_index("ix_provisioned_model")
-        batch_op.drop_index("ix_provisioned_account")
-
-    op.drop_table("provisioned")
-    op.drop_table("principals_version")
-    with op.batch_alter_table("jobs", schema=None) as batch_op:
-        batch_op.drop_index("ix_jobs_state")
-        batch_op.drop_index("ix_jobs_account")
-
-    op.drop_table("jobs")
-    with op.batch_alter_table("deployments", schema=None) as batch_op:
-        batch_op.drop_index("ix_deployments_next_model")
-        batch_op.drop_index("ix_deployments_model")
-        batch_op.drop_index("ix_deployments_account")
-
-    op.drop_table("deployments")
-    with op.batch_alter_table("custom_models", schema=None) as batch_op:
-        batch_op.drop_index("ix_custom_models_openai_id")
-        batch_op.drop_index("ix_custom_models_job_id")
-        batch_op.drop_index("ix_custom_models_account")
-
-    op.drop_table("custom_models")
-    op.drop_table("buckets")
-    with op.batch_alter_table("batches", schema=None) as batch_op:
-        batch_op.drop_index("ix_batches_status")
-        batch_op.drop_index("ix_batches_account")
-
-    op.drop_table("batches")
-    with op.batch_alter_table("audit_log", schema=None) as batch_op:
-        batch_op.drop_index("ix_audit_log_account")
-
-    op.drop_table("audit_log")
-    op.drop_table("audit_head")
-    op.drop_table("answered_requests")
-    op.drop_table("accounts")
+    for table in (
+        "object_pieces",
+        "api_keys",
+        "access_keys",
+        "users",
+        "quotas",
+        "objects",
+        "object_uploads",
+        "job_events",
+        "batch_lines",
+        "uploaded_files",
+        "tags",
+        "provisioned",
+        "principals_version",
+        "jobs",
+        "deployments",
+        "custom_models",
+        "buckets",
+        "batches",
+        "audit_log",
+        "audit_head",
+        "answered_requests",
+        "accounts",
+    ):
+        op.drop_table(table)
