@@ -20,10 +20,10 @@ def rate_factor(
 ) -> float:
     """Factor of the learning rate for optimizer step ``step`` of ``steps`` (0-based).
 
-    Linear warm-up over ``warmup_steps``, or over ``warmup_share`` of the steps, then ``cosine`` or ``linear`` to zero at the
-    end, ``constant``, or ``step``: divided by ten after each third of the steps. ``one_cycle`` is
-    below; ``exponential`` is the range test's and rises a millionfold to 1. Without a share each takes
-    its own: ``WARMUP_SHARE`` or ``RISE_SHARE``.
+    Linear warm-up over ``warmup_steps``, or over ``warmup_share`` of the steps, then ``cosine`` or
+    ``linear`` to zero at the end, ``constant``, or ``step``: divided by ten after each third of the
+    steps. ``one_cycle`` is below; ``exponential`` is the range test's and rises a millionfold to 1.
+    Without a share each takes its own: ``WARMUP_SHARE`` or ``RISE_SHARE``.
     """
     if schedule == "one_cycle":
         if warmup_steps is not None:
