@@ -159,8 +159,8 @@ def test_a_stopped_job_leaves_nothing(queue: Any, luthier_home: Path) -> None:
 
 @sqlite
 def test_pause_and_resume_give_the_bits_of_an_unbroken_run(queue: Any) -> None:
-    whole = queue.submit("whole", steps=14)
-    broken = queue.submit("broken", steps=14)
+    whole = queue.submit("whole", steps=30)
+    broken = queue.submit("broken", steps=30)
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     queue.until(broken, running(3))
     change(queue, pause, broken)
@@ -172,7 +172,7 @@ def test_pause_and_resume_give_the_bits_of_an_unbroken_run(queue: Any) -> None:
     assert jobs[1].attempts == 2
     bits = [find(job.result["stored_id"]).manifest["trained_weights_sha256"] for job in jobs]
     assert bits[0] == bits[1]
-    check_events_once(queue, broken, 14)
+    check_events_once(queue, broken, 30)
 
 
 def check_events_once(queue: Any, job_id: str, steps: int) -> None:
@@ -182,14 +182,15 @@ def check_events_once(queue: Any, job_id: str, steps: int) -> None:
     assert trained == list(range(1, steps + 1))
 
 
+@sqlite
 def test_workers_that_are_killed_again_and_again_make_the_same_model(
     queue: Any, luthier_home: Path
 ) -> None:
-    whole = queue.submit("whole", steps=16)
-    broken = queue.submit("broken", steps=16)
+    whole = queue.submit("whole", steps=40)
+    broken = queue.submit("broken", steps=40)
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     killed = set()
-    for step in (1, 6, 11):
+    for step in (1, 8, 16):
         queue.until(broken, running(step))
         pid = queue.kill(broken)
         killed.add(pid)
@@ -200,12 +201,12 @@ def test_workers_that_are_killed_again_and_again_make_the_same_model(
     bits = [find(job.result["stored_id"]).manifest["trained_weights_sha256"] for job in jobs]
     assert bits[0] == bits[1]
     assert len(models(queue)) == 2 and not temporary(luthier_home)
-    check_events_once(queue, broken, 16)
+    check_events_once(queue, broken, 40)
 
 
 @sqlite
 def test_a_worker_goes_on_while_the_server_is_gone(queue: Any) -> None:
-    job_id = queue.submit(steps=20)
+    job_id = queue.submit(steps=60)
     scheduler: Scheduler = queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     queue.until(job_id, running())
     scheduler.stop()
