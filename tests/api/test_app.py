@@ -18,9 +18,13 @@ from trails import Remembered
 
 from luthier.api.app import Application, Faces
 from luthier.api.observability import Observer
+from luthier.api.policies import authorize
 from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
 
 ANNA = Caller("111111111111", "anna", ())
+MAY = Caller(
+    "111111111111", "anna", ({"Statement": {"Effect": "Allow", "Action": "*", "Resource": "*"}},)
+)
 
 
 class Door:
@@ -56,6 +60,7 @@ class Echo:
         return Answer.of({"code": fault.code, "message": fault.message, "id": request_id}, 400)
 
     def echo(self, call: Call) -> Answer:
+        authorize(MAY, "test:Echo", call.path)
         told = {"path": call.path, "query": dict(call.query), "body": call.body.decode()}
         return Answer.of({**told, "user": call.caller.user, "params": dict(call.params)})
 
@@ -63,7 +68,8 @@ class Echo:
         raise RuntimeError("the password is hunter2")
 
     def deny(self, call: Call) -> Answer:
-        raise Fault("AccessDenied", "You may not.")
+        authorize(ANNA, "test:Deny", "*")
+        raise AssertionError("it was allowed")
 
     def full(self, call: Call) -> Answer:
         raise Fault("Throttling", "Slow down.", retry_after=1)
@@ -237,14 +243,12 @@ def test_one_line_of_json_a_request_without_its_secrets(
 
 def test_the_audit_log_has_changes_refusals_and_counts(server: Server) -> None:
     server.ask("POST", "/x%2Fy/echo")
-    server.ask("GET", "/x/echo")
     server.ask("POST", "/x/deny")
     server.ask("POST", "/x/full")
     server.ask("POST", "/x/echo", key="Bearer bad")
     assert server.trail.lines == [
-        ("changed", "test.echo", "/x/y/echo", "anna"),
-        ("used", "test.echo", "/x/echo", "anna"),
-        ("refused", "test.deny", "/x/deny", "anna"),
+        ("ok", "test:Echo", "/x%2Fy/echo", "anna"),
+        ("AccessDenied", "test:Deny", "*", "anna"),
         ("turned away", "UnrecognizedClient", "127.0.0.1"),
     ]
 

@@ -16,15 +16,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs
 
 import anyio
 import anyio.to_thread
 
 from luthier.api.observability import Observed, Observer
+from luthier.api.policies import noted
 from luthier.api.wire import Answer, Call, Caller, Face, Fault, Head, Route, Signed
 from luthier.errors import RefusedInput
-from luthier.store.audit import Event
 from luthier.store.database import now
 
 Scope = MutableMapping[str, Any]
@@ -35,13 +35,6 @@ OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
-READING = frozenset({
-    "Converse", "ConverseStream", "InvokeModel", "InvokeModelWithResponseStream", "CountTokens",
-    "ListTagsForResource", "openai.chat.completions.create", "openai.completions.create",
-    "openai.embeddings.create", "openai.fine_tuning.alpha.graders.run",
-    "openai.fine_tuning.alpha.graders.validate", "native.inspectData", "native.estimateJob",
-})  # fmt: skip
-"""Operations that change nothing, although they are posted."""
 THREADS = 256
 """Requests worked on at once; each stream that waits for its next token holds one."""
 
@@ -58,17 +51,19 @@ class Authenticates(Protocol):
 class Audits(Protocol):
     """The audit log, as :class:`luthier.api.auditing.Trail` writes it."""
 
-    def changed(self, event: Event) -> None:
-        """Something was changed: back when it is on disk."""
-
-    def refused(self, caller: Caller, action: str, resource: str, code: str, **about: str) -> None:
-        """A known caller was refused by a policy."""
+    def record(
+        self,
+        caller: Caller,
+        action: str,
+        resource: str,
+        outcome: str = "ok",
+        request_id: str = "",
+        address: str = "",
+    ) -> None:
+        """Note a call that was handled: what it changed is on disk when this is back."""
 
     def turned_away(self, code: str, address: str) -> None:
         """Somebody unknown was not let in."""
-
-    def used(self, caller: Caller, action: str, resource: str, address: str = "") -> None:
-        """Something was read or inferred: it is counted."""
 
 
 class Streams(Protocol):
@@ -153,7 +148,7 @@ class Application:
 
         async def audited(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start" and message["status"] < 400:
-                await self.run(self._note, head, seen, signed.caller)
+                await self.run(self._note, seen)
             await send(message)
 
         try:
@@ -162,9 +157,10 @@ class Application:
             seen.let_in("s3", signed.caller)
             self.admit(signed.caller)
             seen.operation = f"s3.{head.method}"
-            seen.status = await face.handle(head, signed, receive, audited, seen.request_id)
+            with noted() as seen.asked:
+                seen.status = await face.handle(head, signed, receive, audited, seen.request_id)
         except Fault as fault:
-            self._refused(head, seen, fault)
+            self._refused(seen, fault)
             answer = _closing(head, face.refusal(fault, seen.request_id))
             seen.status = await send_answer(send, receive, answer, self.run)
 
@@ -174,7 +170,7 @@ class Application:
         try:
             answer = await self._answer(face, head, receive, seen)
         except Fault as fault:
-            self._refused(head, seen, fault)
+            self._refused(seen, fault)
             answer = face.refusal(fault, seen.request_id)
         except RefusedInput as refused:
             told = Fault.of(refused)
@@ -223,39 +219,29 @@ class Application:
             now(),
             route.params,
         )
-        answer: Answer = await self.run(self._work, route, call, head, seen)
+        answer: Answer = await self.run(self._work, route, call, seen)
         return answer
 
-    def _work(self, route: Route, call: Call, head: Head, seen: Observed) -> Answer:
-        answer = route.handler(call)
-        self._note(head, seen, call.caller)
+    def _work(self, route: Route, call: Call, seen: Observed) -> Answer:
+        with noted() as seen.asked:
+            answer = route.handler(call)
+        self._note(seen)
         return answer
 
-    def _note(self, head: Head, seen: Observed, caller: Caller) -> None:
+    def _note(self, seen: Observed, outcome: str = "ok") -> None:
         """What was changed is in the audit log before the answer leaves; the rest is counted."""
-        resource = unquote(head.path)
-        if head.method in ("GET", "HEAD") or seen.operation in READING:
-            self.trail.used(caller, seen.operation, resource, seen.address)
-            return
-        event = Event(
-            seen.operation,
-            resource,
-            "ok",
-            caller.account,
-            caller.user,
-            seen.request_id,
-            seen.address,
-        )
-        self.trail.changed(event)
+        caller = Caller(seen.account, seen.user, ())
+        for action, resource in seen.asked:
+            self.trail.record(caller, action, resource, outcome, seen.request_id, seen.address)
 
-    def _refused(self, head: Head, seen: Observed, fault: Fault) -> None:
+    def _refused(self, seen: Observed, fault: Fault) -> None:
         seen.refused(fault)
         if not seen.user:
             self.trail.turned_away(fault.code, seen.address)
-        elif fault.code == "AccessDenied":
-            caller = Caller(seen.account, seen.user, ())
-            about = {"request_id": seen.request_id, "address": seen.address}
-            self.trail.refused(caller, seen.operation, unquote(head.path), fault.code, **about)
+        else:
+            # Only what was asked for last can have been refused.
+            seen.asked = seen.asked[-1:]
+            self._note(seen, fault.code)
 
 
 def head_of(scope: Scope) -> Head:

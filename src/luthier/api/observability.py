@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from luthier.api.wire import Caller, Fault
@@ -42,6 +42,8 @@ class Observed:
     status: int = 0
     """499 for a client that hung up, as nginx logs it."""
     error: str = ""
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    """Actions and resources that the policies were asked for: what the audit log names."""
 
     def let_in(self, face: str, caller: Caller) -> None:
         """Who sends it is known."""
@@ -75,7 +77,8 @@ class Observer:
         self._requests.labels(seen.face, seen.operation, str(seen.status)).inc()
         self._seconds.labels(seen.face, seen.operation).observe(seconds)
         fields = {**vars(seen), "milliseconds": round(seconds * 1000, 2)}
-        log.info("request", extra={"fields": {k: v for k, v in fields.items() if v != ""}})
+        told = {key: value for key, value in fields.items() if key != "asked" and value != ""}
+        log.info("request", extra={"fields": told})
 
     def exposition(self) -> tuple[bytes, dict[str, str]]:
         """The metrics as Prometheus reads them, and their content type."""

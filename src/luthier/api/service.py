@@ -22,6 +22,7 @@ from luthier.api.native.context import Context
 from luthier.api.native.face import native_face
 from luthier.api.observability import Observer
 from luthier.api.openai import OpenAIFace
+from luthier.api.openai.chat import InvokedChat
 from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
@@ -116,7 +117,7 @@ class Service:
         )
         # A policy names the ARN of a base model, whatever the client calls it by.
         ids = ModelIds(self.database, self.arns)
-        runtime = runtime_handlers(self.pool, ids.stored_id, authorize, ids.resource)
+        runtime = runtime_handlers(self.pool, ids.stored_id, authorize, ids.resource, InvokedChat)
         context = Context(
             self.database, self.arns, self.locations, authorize, self._limits, self.scheduler.wake
         )

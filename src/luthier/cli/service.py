@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from luthier.errors import RefusedInput
 from luthier.store.database import Database
 
 WIDE = 240
@@ -16,13 +15,12 @@ WIDE = 240
 
 @contextmanager
 def opened(url: str | None) -> Iterator[Database]:
-    """The service's database; refused where the service has not made its tables yet."""
+    """The service's database, its tables made where there are none."""
+    from luthier.store.schema import upgrade
+
     database = Database(url)
     try:
-        if "principals_version" not in database.tables():
-            raise RefusedInput(
-                "this database has no tables of the service; luthier serve makes them"
-            )
+        upgrade(database)
         yield database
     finally:
         database.close()
