@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from signing import ACCESS_KEY, SECRET
 
-from luthier.store import accounts, audit, principals
-from luthier.store.database import Base, Database, default_url
+from luthier.store import accounts, principals
+from luthier.store.database import Database, default_url
+from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing
 
 KEY = bytes(range(32))
 FIRST = "000000000000"
 OTHER = "111111111111"
-TABLES = (accounts.Account, principals.User, audit.AuditEntry)
 ALLOW_ALL: dict[str, Any] = {
     "Version": "2012-10-17",
     "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
@@ -23,9 +23,9 @@ ALLOW_ALL: dict[str, Any] = {
 
 
 def made_at(url: str) -> Iterator[Database]:
-    """A database with the tables that are loaded; closed at the end."""
+    """A database with all tables; closed at the end."""
     made = Database(url)
-    Base.metadata.create_all(made.engine)
+    upgrade(made)
     yield made
     made.close()
 

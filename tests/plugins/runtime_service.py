@@ -18,7 +18,7 @@ import torch
 import uvicorn
 from botocore.config import Config
 
-from luthier.api.app import _send, head_of
+from luthier.api.app import head_of, send_answer
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.wire import Answer, Call, Caller, Fault
 from luthier.engine import devices
@@ -80,7 +80,7 @@ class Service:
             {"modelId": unquote(model)},
         )  # fmt: skip
         answer = await anyio.to_thread.run_sync(self.answer, OPERATIONS[operation], call)
-        await _send(send, receive, answer, run)
+        await send_answer(send, receive, answer, run)
 
     def answer(self, operation: str, call: Call) -> Answer:
         try:

@@ -11,12 +11,14 @@ from typing import Any
 
 import openai
 import pytest
+from sqlalchemy import update
 
 from luthier.jobs.processes import this_process
 from luthier.jobs.worker import Worker
 from luthier.store import jobs, leases
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
+from luthier.store.jobs import Job
 from luthier.store.locations import Locations
 
 WORDS = ("red", "blue", "green", "small", "tall", "loud", "quiet")
@@ -84,6 +86,8 @@ def work(service: Any, **objective: Any) -> None:
     """Do the next job in this process; ``objective`` are fields that clients do not set."""
     database: Database = service.database
     with database.write() as session:
+        # The scheduler estimates the memory of jobs; there is none here.
+        session.execute(update(Job).where(Job.memory == 0).values(memory=1))
         job = leases.claim(session, this_process(), 1 << 40, 64, idle=True)
         assert job is not None and job.lease is not None
         if objective:
