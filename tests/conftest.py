@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-pytest_plugins = ["openai_endpoint", "postgres"]
+pytest_plugins = ["openai_endpoint", "postgres", "principals_of"]
 
 torch.set_num_threads(1)
 

@@ -68,7 +68,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
+def new_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
     """Fill a temporary file; when the block ends well it becomes ``path``, else it is gone."""
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
+            os.chmod(name, mode)
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

@@ -117,10 +117,14 @@ class Training(Part):
     """Rows in one optimizer step."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Highest learning rate of the schedule."""
+    rate_factor: float = Field(default=1.0, gt=0)
+    """Factor of the learning rate that is chosen where none is given."""
     schedule: Literal["cosine", "linear", "constant", "step", "one_cycle", "exponential"] = "cosine"
     """How the rate goes after warm-up; ``one_cycle`` rises and falls, ``exponential`` only rises."""
     warmup_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the rate rises: 0.05 when not given, 0.45 for ``one_cycle``."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """The same as a number of steps; goes before ``warmup_share``."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the rate from each layer to the one below; heads have the full rate, 1 is off."""
     head_rate: float | None = Field(default=None, gt=0)
@@ -143,6 +147,8 @@ class Training(Part):
     """Steps between measurements on the validation rows."""
     patience: int = Field(default=3, ge=0)
     """Stop after so many measurements without a better one; 0 never stops early."""
+    least_gain: float = Field(default=0.0, ge=0)
+    """A measurement counts as better for ``patience`` only where it is so by more than this."""
     shuffle: bool = True
     """Take the rows in a new random order each epoch; otherwise in the order of the file."""
     seed: int = Field(default=0, ge=0, lt=2**63)

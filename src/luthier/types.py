@@ -20,6 +20,8 @@ class Message:
     role: str
     """``system``, ``user``, ``assistant`` or ``tool``."""
     content: str
+    learned: bool = True
+    """False for a turn of the assistant that is only read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Row:
     """The answer to ``messages`` that was not chosen."""
     desirable: bool | None = None
     """Thumb up or down for ``reply``."""
+    members: Mapping[str, Any] | None = None
+    """Whatever else a row says of itself whose answer is not learned; graders may look at it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,17 @@ from urllib.parse import urlsplit
 
 import pytest
 from served import served
+from trails import Remembered
 
 from luthier.api.app import Application, Faces
 from luthier.api.observability import Observer
+from luthier.api.policies import authorize
 from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
 
 ANNA = Caller("111111111111", "anna", ())
+MAY = Caller(
+    "111111111111", "anna", ({"Statement": {"Effect": "Allow", "Action": "*", "Resource": "*"}},)
+)
 
 
 class Door:
@@ -46,6 +51,7 @@ class Echo:
     def route(self, method: str, path: str) -> Route:
         name = path.rpartition("/")[2]
         works = {"echo": self.echo, "fail": self.fail, "stream": self.stream, "full": self.full}
+        works["deny"] = self.deny
         if name not in works:
             raise Fault("UnknownOperation", "There is no such operation.")
         return Route(f"test.{name}", works[name], {"name": name}, body_limit=1000)
@@ -54,11 +60,16 @@ class Echo:
         return Answer.of({"code": fault.code, "message": fault.message, "id": request_id}, 400)
 
     def echo(self, call: Call) -> Answer:
+        authorize(MAY, "test:Echo", call.path)
         told = {"path": call.path, "query": dict(call.query), "body": call.body.decode()}
         return Answer.of({**told, "user": call.caller.user, "params": dict(call.params)})
 
     def fail(self, call: Call) -> Answer:
         raise RuntimeError("the password is hunter2")
+
+    def deny(self, call: Call) -> Answer:
+        authorize(ANNA, "test:Deny", "*")
+        raise AssertionError("it was allowed")
 
     def full(self, call: Call) -> Answer:
         raise Fault("Throttling", "Slow down.", retry_after=1)
@@ -96,7 +107,10 @@ class Server:
         self.admitted: list[str] = []
         faces = Faces(self.echo, self.echo, self.echo, Objects())
         self.observer = Observer(lambda: {"jobs": {"Queued": 3.0}, "free": {"": 1.0}})
-        self.app = Application(faces, self.door, self.admit, self.observer, lambda: self.missing)
+        self.trail = Remembered()
+        self.app = Application(
+            faces, self.door, self.admit, self.observer, self.trail, lambda: self.missing
+        )
         self.address = ""
 
     def admit(self, caller: Caller) -> None:
@@ -209,14 +223,34 @@ def test_health_is_told_to_everybody_and_metrics_hold_no_paths_of_clients(server
     assert "secret-path" not in text
 
 
+def fields_of(caplog: pytest.LogCaptureFixture) -> list[Any]:
+    return [record.fields for record in caplog.records if record.message == "request"]  # type: ignore[attr-defined]
+
+
 def test_one_line_of_json_a_request_without_its_secrets(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="luthier.api"):
         server.ask("POST", "/x/echo?token=s3cret", b"body-text")
-    (line,) = [record.fields for record in caplog.records if record.message == "request"]  # type: ignore[attr-defined]
+        deadline = time.monotonic() + 5
+        # It is written once the answer has left.
+        while not (lines := fields_of(caplog)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    (line,) = lines
     assert line["operation"] == "test.echo" and line["user"] == "anna" and line["status"] == 200
     assert "s3cret" not in str(line) and "good" not in str(line) and "body-text" not in str(line)
+
+
+def test_the_audit_log_has_changes_refusals_and_counts(server: Server) -> None:
+    server.ask("POST", "/x%2Fy/echo")
+    server.ask("POST", "/x/deny")
+    server.ask("POST", "/x/full")
+    server.ask("POST", "/x/echo", key="Bearer bad")
+    assert server.trail.lines == [
+        ("ok", "test:Echo", "/x%2Fy/echo", "anna"),
+        ("AccessDenied", "test:Deny", "*", "anna"),
+        ("turned away", "UnrecognizedClient", "127.0.0.1"),
+    ]
 
 
 SMUGGLED = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from luthier.data.chat import ChatFormat, Encoded
+from luthier.data.rows import load_rows
 from luthier.errors import RecipeError
 from luthier.types import Message
 
@@ -232,3 +235,21 @@ def test_a_byte_level_vocabulary_may_hold_a_token_like_a_word_piece(
     tokenizer.add_tokens(["##"])
     chat = ChatFormat.of(tokenizer, "plain")
     assert "".join(chat.pieces(tokenizer("the dog ## jumps")["input_ids"])) == "the dog ## jumps"
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned(tokenizer: Any, tmp_path: Path) -> None:
+    chat = ChatFormat.of(tokenizer)
+    turns = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "First.", "weight": 0},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Second.", "weight": 1},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    (row,) = load_rows(path)
+    assert row.messages is not None
+    encoded = chat.encode_reply(row.messages)
+    learned = tokenizer.decode(encoded.ids_T[encoded.learned_T])
+    assert learned == "Second.<|im_end|>"
+    assert "First." in tokenizer.decode(encoded.ids_T)

@@ -177,7 +177,7 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
         "message.weight",
         [{"messages": [USER, {"role": "assistant", "content": "b", "weight": 0}]}],
         1,
-        "Message 2 has the weight 0",
+        "Every turn of the assistant has the weight 0",
         "Remove the weight",
     ),
     ("row.unknown_shape", [{"Text": "x"}], 1, '"Text"', 'Rename "Text" to "text".'),

@@ -35,6 +35,15 @@ def test_after_the_warm_up_it_falls(schedule: str, expected: list[float]) -> Non
     assert found == pytest.approx(expected)
 
 
+def test_the_warm_up_may_be_a_number_of_steps() -> None:
+    found = [rate_factor("constant", step, 7, 0.9, warmup_steps=3) for step in range(5)]
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rate_factor("cosine", 0, 7, warmup_steps=0) == 1.0
+    assert rate_factor("linear", 6, 7, warmup_steps=100) == pytest.approx(7 / 101)
+    cycle = [rate_factor("one_cycle", step, 10, warmup_steps=4) for step in range(10)]
+    assert cycle.index(max(cycle)) == 4
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_last_step_is_just_above_nothing(schedule: str) -> None:
     assert 0 < rate_factor(schedule, 999, 1000, 0.05) < 2e-3

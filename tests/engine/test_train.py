@@ -216,6 +216,22 @@ def test_early_stopping_stops_and_the_best_weights_are_stored(
     )
 
 
+def test_gains_that_are_too_small_use_up_the_patience(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "say", "completion": "B B B B"}] * 2
+    held = str(write_rows(tmp_path / "b.jsonl", rows))
+    training = {"max_steps": 12, "learning_rate": 0.01, "evaluate_every": 1, "warmup_steps": 0}
+    data = {"train": held, "validation": held}
+    patient = {**training, "patience": 3}
+    result = train.train(recipe(patient, data=data, adaptation="full", name="small"))
+    assert result.steps == 12
+    demanding = {**patient, "least_gain": 1e6}
+    result = train.train(recipe(demanding, data=data, adaptation="full", name="large"))
+    measured = [line["loss"] for line in metrics_of(result) if line["event"] == "validation"]
+    assert result.steps == 3 and result.validation_loss == min(measured) < measured[0]
+
+
 def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

@@ -28,6 +28,11 @@ NEEDED: dict[str, dict[str, Any]] = {
     "code": {"allow_code": True},
     "mix": {"parts": {"a": "exact"}},
     "reward": {"model": "base:judge"},
+    "string_check": {"reference": "{{item.answer}}"},
+    "text_similarity": {"reference": "{{item.answer}}"},
+    "python": {"source": "def grade(sample, item):\n    return 1.0"},
+    "score_model": {"model": "base:judge", "input": [{"role": "user", "content": "?"}]},
+    "multi": {"graders": {"a": "exact"}, "calculate_output": "a"},
 }
 
 

@@ -8,6 +8,7 @@ of the scheduler: it asks for a fork, and ends as the fork does. What a worker r
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -16,6 +17,12 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+HEAVY = (
+    "luthier.distillation", "luthier.engine.train", "luthier.jobs.measuring", "luthier.jobs.worker",
+    "luthier.serving.generation", "matplotlib.pyplot", "peft",
+    "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 
 
 class Folders:
@@ -33,25 +40,16 @@ class Folders:
         folder.mkdir(parents=True, exist_ok=True)
         return [Path(shutil.copy(path, folder)) for path in files]
 
-    def write(self, account: str, uri: str, name: str, data: bytes) -> None:
+    def write(self, account: str, uri: str, name: str, content: bytes) -> None:
         from luthier.files import write_bytes
 
-        write_bytes(Path(uri.removeprefix("file://")) / name, data)
+        write_bytes(Path(uri.removeprefix("file://")) / name, content)
 
 
 def serve(path: str) -> None:
     """Import everything, then fork for who asks."""
-    import matplotlib.pyplot
-    import peft
-    import transformers.models.llama.modeling_llama
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-    import luthier.distillation
-    import luthier.engine.train
-    import luthier.jobs.measuring
-    import luthier.jobs.worker
-    import luthier.models.load  # noqa: F401
-
+    for name in HEAVY:
+        importlib.import_module(name)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
     listening.listen(64)
@@ -84,7 +82,7 @@ def _work(job: dict[str, Any]) -> None:
             os.dup2(log, number)
         os.environ.clear()
         os.environ.update(job["environment"])
-        exec(os.environ.get("LUTHIER_TEST_BEFORE", ""))
+        exec(os.environ.get("LUTHIER_TEST_BEFORE", ""), {})
         import logging
 
         from luthier.jobs.worker import Worker

@@ -22,6 +22,7 @@ import anyio
 import anyio.to_thread
 
 from luthier.api.observability import Observed, Observer
+from luthier.api.policies import noted
 from luthier.api.wire import Answer, Call, Caller, Face, Fault, Head, Route, Signed
 from luthier.errors import RefusedInput
 from luthier.store.database import now
@@ -45,6 +46,24 @@ class Authenticates(Protocol):
 
     def authenticate(self, head: Head, body: bytes | None) -> Signed:
         """The caller; raises :class:`Fault` for one who is not let in."""
+
+
+class Audits(Protocol):
+    """The audit log, as :class:`luthier.api.auditing.Trail` writes it."""
+
+    def record(
+        self,
+        caller: Caller,
+        action: str,
+        resource: str,
+        outcome: str = "ok",
+        request_id: str = "",
+        address: str = "",
+    ) -> None:
+        """Note a call that was handled: what it changed is on disk when this is back."""
+
+    def turned_away(self, code: str, address: str) -> None:
+        """Somebody unknown was not let in."""
 
 
 class Streams(Protocol):
@@ -78,11 +97,12 @@ class Application:
         authenticator: Authenticates,
         admit: Callable[[Caller], None],
         observer: Observer,
+        trail: Audits,
         ready: Callable[[], str | None],
     ) -> None:
         """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing."""
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
-        self.observer, self.ready = observer, ready
+        self.observer, self.trail, self.ready = observer, trail, ready
         self._threads: anyio.CapacityLimiter | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,15 +145,22 @@ class Application:
 
     async def _objects(self, head: Head, receive: Receive, send: Send, seen: Observed) -> None:
         face = self.faces.objects
+
+        async def audited(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                await self.run(self._note, seen)
+            await send(message)
+
         try:
             # The body is compared with its signed hash as it is read.
             signed = await self.run(self.authenticator.authenticate, head, None)
             seen.let_in("s3", signed.caller)
             self.admit(signed.caller)
             seen.operation = f"s3.{head.method}"
-            seen.status = await face.handle(head, signed, receive, send, seen.request_id)
+            with noted() as seen.asked:
+                seen.status = await face.handle(head, signed, receive, audited, seen.request_id)
         except Fault as fault:
-            seen.refused(fault)
+            self._refused(seen, fault)
             answer = _closing(head, face.refusal(fault, seen.request_id))
             seen.status = await send_answer(send, receive, answer, self.run)
 
@@ -143,11 +170,12 @@ class Application:
         try:
             answer = await self._answer(face, head, receive, seen)
         except Fault as fault:
-            seen.refused(fault)
+            self._refused(seen, fault)
             answer = face.refusal(fault, seen.request_id)
         except RefusedInput as refused:
-            seen.refused(fault := Fault.of(refused))
-            answer = face.refusal(fault, seen.request_id)
+            told = Fault.of(refused)
+            seen.refused(told)
+            answer = face.refusal(told, seen.request_id)
         except ClientGone:
             raise
         except Exception:
@@ -191,8 +219,29 @@ class Application:
             now(),
             route.params,
         )
-        answer: Answer = await self.run(route.handler, call)
+        answer: Answer = await self.run(self._work, route, call, seen)
         return answer
+
+    def _work(self, route: Route, call: Call, seen: Observed) -> Answer:
+        with noted() as seen.asked:
+            answer = route.handler(call)
+        self._note(seen)
+        return answer
+
+    def _note(self, seen: Observed, outcome: str = "ok") -> None:
+        """What was changed is in the audit log before the answer leaves; the rest is counted."""
+        caller = Caller(seen.account, seen.user, ())
+        for action, resource in seen.asked:
+            self.trail.record(caller, action, resource, outcome, seen.request_id, seen.address)
+
+    def _refused(self, seen: Observed, fault: Fault) -> None:
+        seen.refused(fault)
+        if not seen.user:
+            self.trail.turned_away(fault.code, seen.address)
+        else:
+            # Only what was asked for last can have been refused.
+            seen.asked = seen.asked[-1:]
+            self._note(seen, fault.code)
 
 
 def head_of(scope: Scope) -> Head:

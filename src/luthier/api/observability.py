@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from luthier.api.wire import Caller, Fault
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Seconds: from a read of the control plane to a long answer of a model."""
+
+Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
+"""Gives values by label, by the name of the gauge; one without labels has its value under ``""``."""
 
 log = logging.getLogger("luthier.api")
 
@@ -39,6 +42,8 @@ class Observed:
     status: int = 0
     """499 for a client that hung up, as nginx logs it."""
     error: str = ""
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    """Actions and resources that the policies were asked for: what the audit log names."""
 
     def let_in(self, face: str, caller: Caller) -> None:
         """Who sends it is known."""
@@ -52,7 +57,7 @@ class Observed:
 class Observer:
     """Counts and logs requests; ``gauges`` are read when somebody looks."""
 
-    def __init__(self, gauges: Callable[[], dict[str, dict[str, float]]]) -> None:
+    def __init__(self, gauges: Gauges) -> None:
         """``gauges`` gives values by label, by the name of the gauge: ``jobs`` by state, ..."""
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -72,7 +77,8 @@ class Observer:
         self._requests.labels(seen.face, seen.operation, str(seen.status)).inc()
         self._seconds.labels(seen.face, seen.operation).observe(seconds)
         fields = {**vars(seen), "milliseconds": round(seconds * 1000, 2)}
-        log.info("request", extra={"fields": {k: v for k, v in fields.items() if v != ""}})
+        told = {key: value for key, value in fields.items() if key != "asked" and value != ""}
+        log.info("request", extra={"fields": told})
 
     def exposition(self) -> tuple[bytes, dict[str, str]]:
         """The metrics as Prometheus reads them, and their content type."""
@@ -84,7 +90,7 @@ class Observer:
 class _Gauges:
     """What is there now, asked for when it is read."""
 
-    def __init__(self, read: Callable[[], dict[str, dict[str, float]]]) -> None:
+    def __init__(self, read: Gauges) -> None:
         self._read = read
 
     def collect(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
@@ -124,7 +130,7 @@ def log_as_json(level: int = logging.INFO) -> None:
     """Let the service's own loggers and uvicorn's write lines of JSON to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name in ("luthier", "uvicorn.error"):
+    for name, least in (("luthier", level), ("uvicorn.error", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
+        logger.setLevel(least)

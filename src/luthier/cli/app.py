@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from luthier.cli.administration import admin_app
 from luthier.cli.advising import advise
+from luthier.cli.auditing import audit_app
 from luthier.cli.cleaning import clean
 from luthier.cli.converting import convert
 from luthier.cli.estimating import estimate
@@ -30,9 +32,11 @@ from luthier.cli.options import (
     Prices,
     Validation,
 )
+from luthier.cli.serving import serve
 from luthier.cli.shrinking import student
 from luthier.cli.splitting import split
 from luthier.cli.using import chat, evaluate, generate, inspect, predict, samples
+from luthier.cli.working import worker
 
 app = typer.Typer(
     name="luthier",
@@ -43,6 +47,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(models_app, name="models")
+app.add_typer(admin_app, name="admin")
+app.add_typer(audit_app, name="audit")
 
 
 def _named(
@@ -297,7 +303,8 @@ def distil(
         distilling.distil(data, named, flags, set_ or [], resume, json_)
 
 
-for command in (inspect, clean, convert, generate, samples, chat, predict, evaluate):
+app.command(hidden=True)(worker)
+for command in (inspect, clean, convert, generate, samples, chat, predict, evaluate, serve):
     app.command()(command)
 
 

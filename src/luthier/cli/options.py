@@ -42,3 +42,11 @@ Prices = Annotated[
     Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+ServiceDatabase = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        help="The service's database; the one in LUTHIER_HOME if not given.",
+    ),
+]

@@ -31,7 +31,9 @@ def worker(
         from luthier.jobs.worker import Worker
         from luthier.store.database import Database
         from luthier.store.locations import Locations
+        from luthier.store.schema import METADATA
 
+    assert METADATA.tables  # importing it has declared every table
     database = Database(os.environ.get(DATABASE) or None)
-    locations = Locations(database, s3_endpoint=s3_endpoint, file_roots=tuple(file_root or ()))
+    locations = Locations(database, s3_endpoint, file_root or ())
     raise typer.Exit(Worker(database, locations, job, lease).run())

@@ -80,7 +80,7 @@ class ChatFormat:
     def encode_reply(self, messages: Sequence[Message], given: int = 0) -> Encoded:
         """A conversation with every assistant turn learned, its end-of-turn token included.
 
-        Turns among the first ``given`` messages are not learned.
+        Turns among the first ``given`` messages are not learned, nor those that say so.
 
         What follows the last learned token (a newline, in many templates) is left out: nothing
         would be learned from it.
@@ -105,7 +105,7 @@ class ChatFormat:
             prompt_T = self._tokens(before[len(done) :], first=False)
             reply_T = self._tokens(after[len(before) :], first=False)
             parts += [prompt_T, reply_T]
-            learned_T = self._up_to_stop(reply_T) & (index >= given)
+            learned_T = self._up_to_stop(reply_T) & (index >= given and message.learned)
             learned += [np.zeros(len(prompt_T), bool), learned_T]
             done = after
         ids_T = np.concatenate(parts)

@@ -312,6 +312,11 @@ class Checker:
         # With a message missing or a role unknown, the order cannot be judged.
         if len(messages) == len(turns):
             self.check_order([message.role for message in messages], answered)
+            spoken = [turn for turn in messages if turn.role == "assistant"]
+            if answered and spoken and not any(turn.learned for turn in spoken):
+                message = "Every turn of the assistant has the weight 0: nothing would be learned."
+                fix = "Remove the weight of a turn that is to be learned, or remove the row."
+                self.report("message.weight", message, fix)
         return Row(self.file, self.line, messages=messages)
 
     def message(self, number: int, item: object) -> Message | None:
@@ -327,20 +332,16 @@ class Checker:
             self.report("message.tool_calls", message, fix)
             return None
         role = self.role(number, item)
-        if role == "assistant" and type(item.get("weight")) in (int, float) and not item["weight"]:
-            message = (
-                f"Message {number} has the weight 0, and every turn of the assistant is learned."
-            )
-            fix = "Remove the weight, or end the conversation before that turn."
-            self.report("message.weight", message, fix)
-            return None
+        weight = item.get("weight")
+        # As OpenAI has it: 1 or 0; what else stands there says something else.
+        learned = not (role == "assistant" and type(weight) in (int, float) and not weight)
         try:
             item = {**item, "content": joined(item["content"])} if "content" in item else item
         except RowRefused as bad:
             self.report(bad.rule, f"Message {number}: {bad.message}", bad.fix)
             return None
         content = self.text(item, "content", number, target=role == "assistant")
-        return None if role is None or content is None else Message(role, content)
+        return None if role is None or content is None else Message(role, content, learned)
 
     def role(self, number: int, item: Record) -> str | None:
         """Who speaks; ``None`` when a problem was reported."""

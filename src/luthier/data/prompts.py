@@ -33,7 +33,7 @@ def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
     """
     problems: list[Problem] = []
     files = files_of(source)
-    checker = _Checker(str(files[0]), problems, columns)
+    checker = PromptChecker(str(files[0]), problems, columns)
     rows: list[Row | None] = []
     for path in files:
         checker.begin(str(path))
@@ -59,10 +59,11 @@ def messages_of(row: Row) -> tuple[Message, ...]:
     return row.messages or (Message("user", row.prompt or ""),)
 
 
-class _Checker(Checker):
+class PromptChecker(Checker):
     """Checks rows for what they ask."""
 
     def row(self, line: int, record: Record) -> Row | None:
+        """Return what is asked; None only when a problem was reported."""
         self.line = line
         own = self.identified(record)
         if own is None:
@@ -80,18 +81,26 @@ class _Checker(Checker):
             self.report("prompt.mixed", message, "Move the row to a file of its own kind.")
             return None
         if key == "messages":
-            return self.turns(record)
-        reply = record.get("completion")
-        return self.prompt({"expected": reply, **record} if isinstance(reply, str) else record)
+            row = self.turns(record)
+        else:
+            reply = record.get("completion")
+            row = self.prompt({"expected": reply, **record} if isinstance(reply, str) else record)
+        members = {key: value for key, value in self.given.items() if key != "messages"}
+        return row and replace(row, members=members)
 
     def turns(self, record: Record) -> Row | None:
         """The turns of a conversation up to the last of the user."""
         row = self.chat(record["messages"], answered=False)
         if row is None or not row.messages:
             return row
-        messages, expected = row.messages, None
+        messages: tuple[Message, ...] = row.messages
+        expected: str | None = None
         if messages[-1].role == "assistant":
             messages, expected = messages[:-1], messages[-1].content
+        # What Bedrock's rows for reinforcement fine-tuning call it; there it may be of any type.
+        reference = record.get("reference_answer")
+        if isinstance(reference, str):
+            expected = reference
         if "expected" in record:
             expected = self.text(record, "expected")
         if not messages or messages[-1].role != "user":

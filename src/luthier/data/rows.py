@@ -147,9 +147,10 @@ def read_rows(
     source: Source,
     columns: Columns | None = None,
     told: Callable[[int, int], None] | None = None,
+    checker: type[Checker] = Checker,
 ) -> tuple[list[Row], Recognized]:
     """The same as :func:`load_rows`, and what the source was taken for."""
-    reader = RowReader(source, columns, told=told)
+    reader = RowReader(source, columns, checker, told=told)
     rows = list(reader)
     if reader.problems:
         raise DataError(reader.problems)

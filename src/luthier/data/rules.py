@@ -46,7 +46,7 @@ RULES: Mapping[str, str] = {
     "tags.type": "The tokens or tags are not an array of strings, or a token is empty.",
     "tags.bio": "A tag is none of O, B-name and I-name.",
     "message.part": "The content of a message has a part that is no text.",
-    "message.weight": "A turn of the assistant has the weight 0, which cannot be kept yet.",
+    "message.weight": "Every turn of the assistant has the weight 0.",
     "message.tool_calls": "A message calls a tool, which cannot be learned yet.",
 }
 """Every rule of reading and checking, with what it refuses; the reference is generated from it."""

@@ -44,7 +44,7 @@ def fetched(address: str, told: Callable[[str, int, int], None] | None = None) -
         message = "An S3 address names a bucket and a key."
         raise refused(address, "file.remote", message, "Write s3://bucket/folder/rows.jsonl.")
     try:
-        store = S3Store(bucket, **_settings())
+        store = S3Store(bucket, **settings())
         objects = _named(obstore, store, key, address)
         return [_copy(obstore, store, bucket, each, told or _shown()) for each in objects]
     except (BaseError, OSError, PermissionError) as error:
@@ -53,16 +53,23 @@ def fetched(address: str, told: Callable[[str, int, int], None] | None = None) -
         raise refused(address, "file.remote", f"S3 could not be read: {said}", fix) from None
 
 
-def _settings() -> dict[str, Any]:
-    """What obstore does not take from the environment by itself."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+def settings(endpoint: str | None = None) -> dict[str, Any]:
+    """What obstore does not take from the environment by itself, which ``endpoint`` overrides."""
+    endpoint = (
+        endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    )
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    settings: dict[str, Any] = {"region": region or "us-east-1"}
+    found: dict[str, Any] = {"region": region or "us-east-1"}
     if endpoint:
         # As boto3: an endpoint of one's own is taken as it stands, http included.
         allowed = {"allow_http": endpoint.startswith("http://")}
-        settings |= {"endpoint": endpoint, "client_options": allowed}
-    return settings
+        found |= {"endpoint": endpoint, "client_options": allowed}
+    return found
+
+
+def local_name(key: str) -> str:
+    """A file name for an object: keys are no paths, so only the last part is kept, for its ending."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", key.rsplit("/", 1)[-1])[-100:].lstrip(".") or "object"
 
 
 def _named(obstore: Any, store: Any, key: str, address: str) -> list[dict[str, Any]]:
@@ -95,9 +102,7 @@ def _copy(
     key, size = str(found["path"]), int(found["size"])
     version = f"{os.environ.get('AWS_ENDPOINT_URL', '')}\n{bucket}\n{key}\n{found['e_tag']}\n{size}"
     digest = hashlib.sha256(version.encode()).hexdigest()[:16]
-    # Names of objects are no paths: only the last part of one is kept, for its ending.
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", key.rsplit("/", 1)[-1])[-100:].lstrip(".") or "object"
-    target = luthier_home() / "cache" / "s3" / bucket / digest / name
+    target = luthier_home() / "cache" / "s3" / bucket / digest / local_name(key)
     if target.is_file() and target.stat().st_size == size:
         return target
     answer = obstore.get(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, total_tokens
-from luthier.data.rows import Recognized, read_rows
+from luthier.data.prompts import PromptChecker
+from luthier.data.rows import Checker, Recognized, read_rows
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
@@ -88,9 +90,10 @@ def prepare(
 
     ``told`` is now and then given how many bytes of how many have been read.
     """
-    rows, recognized = read_rows(spec.train, spec.columns, told)
-    held = read_rows(spec.validation, spec.columns)[0] if spec.validation else []
-    further = [read_rows(each.train, spec.columns)[0] for each in spec.mix]
+    rows_of = partial(read_rows, columns=spec.columns, checker=_checker(objective))
+    rows, recognized = rows_of(spec.train, told=told)
+    held = rows_of(spec.validation)[0] if spec.validation else []
+    further = [rows_of(each.train)[0] for each in spec.mix]
     choices: list[Choice] = []
     if objective is None:
         objective = objective_for(rows[0], chat)
@@ -217,6 +220,11 @@ def _check_augmentation(spec: DataSpec, objective: Objective, chat: ChatFormat) 
             "data.augmentation moves whole words, and this model's tokenizer does not say which tokens "
             "make a word. Leave it out here"
         )
+
+
+def _checker(objective: Objective | None) -> type[Checker]:
+    """What reads rows: those that the network answers itself are read for what they ask."""
+    return PromptChecker if objective and "prompt_only" in objective.shapes else Checker
 
 
 def _check_shapes(

@@ -76,7 +76,9 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     factor = recipe.objective.rate_factor if recipe.objective is not None else 1.0
     if factor != 1:
         reason += f"; {recipe.objective.method} takes {factor:g} of it"  # type: ignore[union-attr]
-    fill("learning_rate", rate * factor, reason)
+    if training.rate_factor != 1:
+        reason += f"; times {training.rate_factor:g}, as asked"
+    fill("learning_rate", rate * factor * training.rate_factor, reason)
     factor = recipe.adaptation.new_head_rate if apart else 1.0
     if factor == 1:  # nothing to tell
         training = training.model_copy(update={"head_rate": training.head_rate or 1.0})

@@ -106,19 +106,6 @@ def return_freed_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def available_memory() -> int:
-    """Bytes this process may still take: the machine's, or its control group's if that is less."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file():
-        text = limit.read_text().strip()
-        if text.isdigit():
-            free = min(free, int(text) - int(used.read_text()))
-    return free
-
-
 def forget_peak_memory() -> None:
     """Let :func:`peak_memory` begin anew, where the system can (Linux); elsewhere it goes on."""
     with suppress(OSError):

@@ -13,9 +13,10 @@ from luthier.data.chat import ChatFormat
 from luthier.data.loader import RowOrder
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset
-from luthier.engine.devices import Machine, available_memory
+from luthier.engine.devices import Machine
 from luthier.engine.estimate import disk_needed, weight_bytes
 from luthier.engine.fitting import Asked, check_memory, sketched
+from luthier.engine.memory import available_memory
 from luthier.engine.metrics import Reporter
 from luthier.files import need_disk
 from luthier.models.dropout import check_dropout

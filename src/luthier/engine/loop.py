@@ -147,7 +147,11 @@ class Loop:
         chosen = self._rows()
         started = time.monotonic()
         rate = self.rate * rate_factor(
-            self.training.schedule, self.progress.step, self.steps, self.training.warmup_share
+            self.training.schedule,
+            self.progress.step,
+            self.steps,
+            self.training.warmup_share,
+            self.training.warmup_steps,
         )
         batches = self._batches(chosen)
         for turn in self.objective.turns(batches):
@@ -221,11 +225,12 @@ class Loop:
         loss = self.objective.validation_loss(self.network, self.validation, self.budget)
         progress = self.progress
         progress.validation_loss = loss
-        if progress.best_loss is None or loss < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
+        before = progress.best_loss
+        if before is None or loss < before:
+            progress.best_loss, progress.best_step = loss, progress.step
             self.best = {n: w.detach().clone() for n, w in self.optimizer.weights.items()}
-        else:
-            progress.worse += 1
+        gained = before is None or loss < before - self.training.least_gain
+        progress.worse = 0 if gained else progress.worse + 1
         measured = {} if self.objective.measure == "loss" else {self.objective.measure: -loss}
         self.record(
             "validation",

@@ -11,19 +11,29 @@ CYCLE_START = 1 / 25
 """Factor at both ends of the cycle, as in fastai and PyTorch."""
 
 
-def rate_factor(schedule: str, step: int, steps: int, warmup_share: float | None = None) -> float:
+def rate_factor(
+    schedule: str,
+    step: int,
+    steps: int,
+    warmup_share: float | None = None,
+    warmup_steps: int | None = None,
+) -> float:
     """Factor of the learning rate for optimizer step ``step`` of ``steps`` (0-based).
 
-    Linear warm-up over ``warmup_share`` of the steps, then ``cosine`` or ``linear`` to zero at the
-    end, ``constant``, or ``step``: divided by ten after each third of the steps. ``one_cycle`` is
-    below; ``exponential`` is the range test's and rises a millionfold to 1. Without a share each takes
-    its own: ``WARMUP_SHARE`` or ``RISE_SHARE``.
+    Linear warm-up over ``warmup_steps``, or over ``warmup_share`` of the steps, then ``cosine`` or
+    ``linear`` to zero at the end, ``constant``, or ``step``: divided by ten after each third of the
+    steps. ``one_cycle`` is below; ``exponential`` is the range test's and rises a millionfold to 1.
+    Without a share each takes its own: ``WARMUP_SHARE`` or ``RISE_SHARE``.
     """
     if schedule == "one_cycle":
+        if warmup_steps is not None:
+            warmup_share = min(1.0, warmup_steps / steps)
         return _one_cycle(step / steps, RISE_SHARE if warmup_share is None else warmup_share)
     if schedule == "exponential":
         return float(10.0 ** (6 * ((step + 1) / steps - 1)))
-    warmup = math.ceil((WARMUP_SHARE if warmup_share is None else warmup_share) * steps)
+    warmup = warmup_steps
+    if warmup is None:
+        warmup = math.ceil((WARMUP_SHARE if warmup_share is None else warmup_share) * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)

@@ -16,13 +16,13 @@ from luthier.engine.checkpoints import Checkpoints, Progress
 from luthier.engine.dataset import prepare
 from luthier.engine.devices import (
     Machine,
-    available_memory,
     choose_machine,
     keep_freed_memory,
     return_freed_memory,
 )
 from luthier.engine.job import Job, acquainted, opened, refer, settle
 from luthier.engine.loop import Loop, row_gradients
+from luthier.engine.memory import available_memory
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.runs import ACTIVATIONS, KEPT, METRICS, SAMPLES, Result, Run, automatic_name
 from luthier.engine.storing import Storing

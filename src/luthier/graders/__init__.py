@@ -9,15 +9,20 @@ from luthier.asking.base import Writer
 from luthier.graders.base import Answer, Grader, Models, Scorer, Trouble, Ungraded
 from luthier.graders.code import Code
 from luthier.graders.exact import Exact, FirstLine
+from luthier.graders.formula import Multi
 from luthier.graders.json_schema import JsonSchema
 from luthier.graders.judge import Judge
 from luthier.graders.mix import Mix
 from luthier.graders.number import Number
+from luthier.graders.python_source import PythonSource
 from luthier.graders.regex import Regex
 from luthier.graders.reward import Reward
 from luthier.graders.running import Grades, OnError, check_rows, graded
+from luthier.graders.score_model import ScoreModel
 from luthier.graders.similarity import Similarity
 from luthier.graders.specs import AnyGrader, Spec, grader_from, graders_named, read_graders
+from luthier.graders.string_check import StringCheck
+from luthier.graders.text_similarity import TextSimilarity
 
 GRADERS: dict[str, type[Grader]] = {
     "exact": Exact,
@@ -30,6 +35,11 @@ GRADERS: dict[str, type[Grader]] = {
     "judge": Judge,
     "reward": Reward,
     "mix": Mix,
+    "string_check": StringCheck,
+    "text_similarity": TextSimilarity,
+    "python": PythonSource,
+    "score_model": ScoreModel,
+    "multi": Multi,
 }
 
 __all__ = [
@@ -45,13 +55,18 @@ __all__ = [
     "Judge",
     "Mix",
     "Models",
+    "Multi",
     "Number",
     "OnError",
+    "PythonSource",
     "Regex",
     "Reward",
+    "ScoreModel",
     "Scorer",
     "Similarity",
     "Spec",
+    "StringCheck",
+    "TextSimilarity",
     "Trouble",
     "Ungraded",
     "Writer",

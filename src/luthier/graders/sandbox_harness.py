@@ -6,12 +6,13 @@ import sys
 
 
 def main(writes: int) -> None:
-    """Read what to run from standard input; write the token when it has run."""
+    """Read what to run from standard input; write the token when it has run, and what was asked for."""
     wanted = json.load(sys.stdin)
     names = {"__name__": "reply"}
     exec(compile(wanted["code"], "reply.py", "exec"), names)  # noqa: S102
     exec(compile(wanted["tests"], "tests.py", "exec"), names)  # noqa: S102
-    os.write(writes, wanted["token"].encode())
+    said = json.dumps(names.get("result")) if wanted["value"] else ""
+    os.write(writes, (wanted["token"] + said)[:4096].encode())
     os._exit(0)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from typing import Any
-
-from luthier.pipeline import KINDS
-from luthier.recipe import Recipe, parse
 
 TOKENS = 2048
 """Tokens of a micro-batch that is reckoned with; what is not free makes the engine take fewer."""
@@ -19,11 +18,22 @@ def memory_of(command: str, recipe: dict[str, Any]) -> int:
     Raises:
         LuthierError: where the job cannot work at all; the worker says why.
     """
+    # Many jobs of a queue differ in what they are called and what they read only.
+    alike = {**recipe, "name": None, "data": {"train": ""}}
+    return _memory_of(command, json.dumps(alike, sort_keys=True))
+
+
+@lru_cache(maxsize=512)
+def _memory_of(command: str, fields: str) -> int:
+    import torch
+
     from luthier.engine.devices import choose_machine
     from luthier.engine.estimate import weight_bytes
     from luthier.engine.fitting import sketched
     from luthier.models.load import catalogue_config, read_config, sketch_of
     from luthier.objectives import OBJECTIVES
+    from luthier.pipeline import KINDS
+    from luthier.recipe import Recipe, parse
     from luthier.store.models import base_folder, find, objective_of
 
     def config(model_id: str, head: Any) -> Any:
@@ -33,9 +43,11 @@ def memory_of(command: str, recipe: dict[str, Any]) -> int:
             return catalogue_config(CATALOG[model_id], head)
         return read_config(find(model_id).network_folder, head)
 
+    recipe = json.loads(fields)
     parsed = parse(KINDS[command].recipe, recipe)
     assert isinstance(parsed, Recipe)
-    machine = choose_machine(parsed.training.precision, None)
+    # The threads of a server that answers beside it stay as they are.
+    machine = choose_machine(parsed.training.precision, torch.get_num_threads())
     size = machine.dtype.itemsize
     objective = parsed.objective or OBJECTIVES["sft"].model_validate({})
     network = config(parsed.base, objective.head())

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from luthier.files import new_folder, read_json, sweep, write_json
+from luthier.data.containers import Container, container_of
+from luthier.data.parsing import Unreadable
+from luthier.errors import DataError, Problem
+from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.jobs.folders import JobFolders
 from luthier.store.jobs import Job
 
@@ -18,11 +21,11 @@ _SOURCES = "sources.json"
 class Locations(Protocol):
     """Reads and writes what addresses name, with the rights of an account."""
 
-    def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
+    def fetch(self, account: str, uri: str, folder: Path, /) -> list[Path]:
         """Local copies, made in ``folder``, of what ``uri`` names."""
 
-    def write(self, account: str, uri: str, name: str, data: bytes) -> None:
-        """Put ``data`` at ``name`` below ``uri``."""
+    def write(self, account: str, uri: str, name: str, content: bytes, /) -> object:
+        """Put ``content`` at ``name`` below ``uri``."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class JobData:
             text = text.replace(str(self.folder / name), address)
         for part in ("train", "held"):
             text = text.replace(f"{self.folder / part}", f"the {part} data")
-        return text
+        return text.replace(f"{luthier_home()}/", "")
 
     def _source(self, part: str, names: Sequence[str]) -> str:
         return str(self.folder / (names[0] if len(names) == 1 else part))
@@ -75,7 +78,27 @@ def fetched(job: Job, folders: JobFolders, locations: Locations) -> JobData:
         with new_folder(folders.data) as fresh:
             _fetch(job, fresh, locations)
     recorded = read_json(folders.data / _SOURCES)
-    return JobData(folders.data, recorded["train"], recorded["validators"], recorded["addresses"])
+    data = JobData(folders.data, recorded["train"], recorded["validators"], recorded["addresses"])
+    if job.face != "native":
+        _check_lines(data)
+    return data
+
+
+def _check_lines(data: JobData) -> None:
+    """Refuse files that are not JSON Lines, which is all that Bedrock and OpenAI take."""
+    problems = []
+    for name, address in data.addresses.items():
+        try:
+            found = container_of(data.folder / name)
+        except Unreadable as bad:
+            problems.append(bad.at(address, 0))
+            continue
+        if found != Container("jsonl"):
+            message = f"The file is {found}, and JSON Lines are wanted: one object a line."
+            fix = "Write it anew with `luthier convert`, without packing it."
+            problems.append(Problem(address, 0, "file.form", message, fix))
+    if problems:
+        raise DataError(problems)
 
 
 def _fetch(job: Job, folder: Path, locations: Locations) -> None:

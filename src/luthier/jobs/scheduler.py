@@ -16,11 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 from sqlalchemy import select
-from sqlalchemy.exc import SQLAlchemyError
 
 from luthier.errors import LeaseLost, LuthierError
 from luthier.jobs import processes
@@ -34,6 +32,10 @@ TICK = 1.0
 """Seconds between two looks at the queue, where nobody asks for one."""
 SHARE = 0.9
 """Part of the machine's memory that workers may take together."""
+ESTIMATES = 20
+"""New jobs that are estimated at one look: those that are started next come first."""
+LATER = 10.0
+"""Seconds until the next try, where the machine cannot start a process."""
 RETURN = 60.0
 """Seconds that workers are given to make a checkpoint when the server ends."""
 
@@ -83,6 +85,8 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._wanted = threading.Event()
         self._ending = False
+        self._not_before = 0.0
+        """When workers may be started again, after one could not."""
 
     def start(self) -> None:
         """Begin to look at the queue, in a thread."""
@@ -129,9 +133,9 @@ class Scheduler:
         while not self._ending:
             try:
                 self.tick()
-            except (SQLAlchemyError, OSError, LuthierError) as error:
+            except Exception:
                 # The database or the disk is away: whatever is missed is found at the next look.
-                _log.warning("the queue cannot be worked on now: %s", error)
+                _log.exception("the queue cannot be worked on now")
             self._wanted.wait(TICK)
             self._wanted.clear()
 
@@ -178,7 +182,9 @@ class Scheduler:
         """Estimate the memory of jobs that are new."""
         with self.database.read() as session:
             new = select(Job).where(Job.state == QUEUED, Job.memory == 0)
-            jobs = list(session.scalars(new.order_by(Job.priority.desc(), Job.seq).limit(50)))
+            jobs = list(
+                session.scalars(new.order_by(Job.priority.desc(), Job.seq).limit(ESTIMATES))
+            )
         for job in jobs:
             try:
                 memory = memory_of(job.command, job.recipe)
@@ -192,6 +198,8 @@ class Scheduler:
 
     def _start_next(self) -> bool:
         """Start a worker for the next job that fits; whether there was one."""
+        if time.monotonic() < self._not_before:
+            return False
         # Until the worker is there, the server stands for it.
         process = {**processes.this_process(), "starting": True}
         with self.database.write() as session:
@@ -208,8 +216,11 @@ class Scheduler:
             return False
         try:
             self.children[str(job.lease)] = self._spawn(job)
-        except OSError as error:
-            self._expire(job, f"its worker could not be started ({error})")
+        except (OSError, LuthierError) as error:
+            _log.error("no worker could be started for job %s: %s", job.id, error)
+            self._not_before = time.monotonic() + LATER
+            with self.database.write() as session:
+                leases.release(session, job.id, str(job.lease), f"No worker could start: {error}")
             return False
         return True
 
@@ -222,7 +233,6 @@ class Scheduler:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **self.environment},
-                cwd=Path("/"),
                 start_new_session=True,
             )
         finally:

@@ -21,7 +21,14 @@ from sqlalchemy.exc import OperationalError
 
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, Run
-from luthier.errors import Interrupted, LeaseLost, LuthierError, RefusedInput, WrongState
+from luthier.errors import (
+    Interrupted,
+    LeaseLost,
+    LuthierError,
+    RefusedInput,
+    UnknownModel,
+    WrongState,
+)
 from luthier.files import verify
 from luthier.jobs import outputs
 from luthier.jobs.data import JobData, Locations, fetched
@@ -169,8 +176,7 @@ class Worker:
             # Stopped or paused in the last moment: its model waits in the store, or goes.
             return self._interrupted(heart, error)
         _log.exception("job %s failed", self.job_id)
-        text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
-        failure = self._told(text)
+        failure = self._told(explained(error))
         return self._end(heart, lambda s: leases.fail(s, self.job_id, self.lease, failure))
 
     def _end(self, heart: Heart, change: Callable[[Any], Job]) -> int:
@@ -228,6 +234,14 @@ class Worker:
         # Between steps the loop has a handler of its own, which makes a checkpoint first.
         if not self._deaf:
             raise Interrupted("stopped before the next step")
+
+
+def explained(error: Exception) -> str:
+    """Why a job failed, in words for whoever asked for it."""
+    if isinstance(error, UnknownModel):
+        # The store would name what there is, and with it the models of others.
+        return "a model that the job starts from, or learns from, is no longer there."
+    return str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
 
 
 def recipe_fields(job: Job, data: JobData) -> dict[str, Any]:

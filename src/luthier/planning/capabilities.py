@@ -15,9 +15,10 @@ from typing import Any
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.chat import ChatFormat
 from luthier.engine.defaults import SMALLEST_BUDGET
-from luthier.engine.devices import available_memory, choose_machine
+from luthier.engine.devices import choose_machine
 from luthier.engine.estimate import PROCESS
 from luthier.engine.fitting import sketched
+from luthier.engine.memory import available_memory
 from luthier.errors import RefusedInput
 from luthier.models import nets
 from luthier.models.catalog import CATALOG, MANIFEST

@@ -69,7 +69,8 @@ def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
     """Log-probability of the learned tokens of each text under ``stored``."""
     import torch
 
-    from luthier.engine.devices import available_memory, choose_machine
+    from luthier.engine.devices import choose_machine
+    from luthier.engine.memory import available_memory
     from luthier.models.load import as_network
     from luthier.objectives.references import referred
     from luthier.store import models as store

@@ -123,6 +123,8 @@ class Database:
         with Session(self.engine, expire_on_commit=False) as session:
             if self.is_sqlite:
                 session.connection().exec_driver_sql("BEGIN")
+            else:
+                session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             yield session
 
     def tables(self) -> set[str]:
@@ -145,7 +147,7 @@ def _engine(url: str) -> Engine:
             raise RefusedInput("PostgreSQL needs psycopg: pip install 'luthier[postgres]'")
         # A connection that died with a restarted server is noticed before it is used.
         return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
-    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
         raise RefusedInput(
             f"{parsed.render_as_string()} is no database luthier knows; use sqlite:///FILE or "
             "postgresql://USER@HOST/NAME"

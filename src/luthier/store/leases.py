@@ -31,7 +31,7 @@ from luthier.store.jobs import (
 
 LEASE = timedelta(seconds=30)
 """How long a worker is believed alive after it was last heard from."""
-MOST_CRASHES = 10
+MOST_CRASHES = 25
 """So many workers may die one after the other without a step between them."""
 PATIENCE = timedelta(minutes=10)
 """How long a job that does not fit now is overtaken by smaller ones."""
@@ -50,6 +50,8 @@ def claim(
 ) -> Job | None:
     """Take the next job that fits: by priority, then in the order they came; ``None`` for none.
 
+    Those whose memory is not estimated yet wait for that.
+
     Args:
         worker: the process that holds the lease until the worker itself is there.
         free_memory: bytes that a job may take.
@@ -62,7 +64,7 @@ def claim(
         session.execute(select(func.pg_advisory_xact_lock(_CLAIMS)))
     busy = _running(session)
     waiting = select(Job.id, Job.account, Job.memory, Job.cores, Job.modified)
-    waiting = waiting.where(Job.state == QUEUED, Job.lease.is_(None))
+    waiting = waiting.where(Job.state == QUEUED, Job.lease.is_(None), Job.memory > 0)
     for row in session.execute(waiting.order_by(Job.priority.desc(), Job.seq)):
         if per_account is not None and busy.get(row.account, 0) >= per_account:
             continue

@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.store.database import Database
-from luthier.store.objects import StoredObject, owned
+from luthier.store.object_rows import StoredObject, owned
 
 _BATCH = 1000
 

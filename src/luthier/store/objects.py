@@ -9,105 +9,35 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from sqlalchemy import ForeignKey, Index, Text, UniqueConstraint, delete, select
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
-from luthier.errors import ObjectRefused
-from luthier.store.database import Base, Database, now
+from luthier.errors import CorruptFile, LuthierError, ObjectRefused
+from luthier.store.database import Database, now
 from luthier.store.object_files import UNNAMED_SECONDS, ObjectFiles, Written
+from luthier.store.object_rows import (
+    Bucket,
+    Check,
+    Described,
+    Piece,
+    StoredObject,
+    check_key,
+    forget_uploads,
+    new_object,
+    owned,
+    pieces_of,
+    replace,
+)
 
-Key = Text().with_variant(Text(collation="C"), "postgresql")
-"""Names that are ordered by their UTF-8 bytes."""
-KEY_BYTES = 1024
-"""Of a key in UTF-8, at most."""
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
 """Names that are paths of the other faces on the same port."""
 BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 _FOUND_AGAIN = 5
 """Times that an object is looked up again because it was replaced before its file was opened."""
-
-
-class Bucket(Base):
-    """A bucket of one account."""
-
-    __tablename__ = "buckets"
-    __table_args__ = (UniqueConstraint("account", "name"),)
-
-    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    account: Mapped[str]
-    name: Mapped[str] = mapped_column(Key)
-    created: Mapped[datetime]
-
-
-class StoredObject(Base):
-    """An object: what a key of a bucket names."""
-
-    __tablename__ = "objects"
-    __table_args__ = (UniqueConstraint("bucket_seq", "key"),)
-
-    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    account: Mapped[str]
-    bucket_seq: Mapped[int] = mapped_column(ForeignKey("buckets.seq"))
-    key: Mapped[str] = mapped_column(Key)
-    size: Mapped[int]
-    """Bytes."""
-    etag: Mapped[str]
-    """MD5 in hexadecimal; of an object made of parts, the MD5 of their MD5s, ``-`` and their number."""
-    parts: Mapped[int] = mapped_column(default=0)
-    """Parts that it was uploaded in; 0 for one that came as a whole."""
-    headers: Mapped[dict[str, Any]]
-    """``Content-Type`` and the like, to be given back as they came."""
-    user_metadata: Mapped[dict[str, Any]]
-    """Values of ``x-amz-meta-*`` by the rest of the name."""
-    checksums: Mapped[dict[str, Any]]
-    """Base64 by algorithm, such as ``crc32``; of parts, with ``-`` and their number."""
-    modified: Mapped[datetime]
-
-
-class Piece(Base):
-    """A file of bytes: of an object, or of a part whose upload is not complete."""
-
-    __tablename__ = "object_pieces"
-    __table_args__ = (
-        UniqueConstraint("upload_id", "number"),
-        Index("object_pieces_of", "object_seq", "number"),
-    )
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    """Name of the file."""
-    account: Mapped[str]
-    object_seq: Mapped[int | None] = mapped_column(ForeignKey("objects.seq"))
-    upload_id: Mapped[str | None] = mapped_column(ForeignKey("uploads.id"))
-    number: Mapped[int]
-    """1 to 10,000: the order of the parts, which may leave numbers out."""
-    size: Mapped[int]
-    md5: Mapped[str]
-    sha256: Mapped[str]
-    checksums: Mapped[dict[str, Any]]
-    modified: Mapped[datetime]
-
-    @staticmethod
-    def of(account: str, number: int, written: Written, checksums: Mapping[str, str]) -> Piece:
-        """A piece that nothing owns yet."""
-        return Piece(
-            id=written.id, account=account, number=number, size=written.size, md5=written.md5,
-            sha256=written.sha256, checksums=dict(checksums), modified=now(),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Described:
-    """What a client says of an object beside its bytes."""
-
-    headers: Mapping[str, str] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    """Verified."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +49,10 @@ class Content:
     read: Callable[[int, int], Iterator[bytes]]
     """Given the first byte and a number of bytes, yields them; read once."""
 
-
-Check = Callable[[StoredObject | None], None]
-"""Given what a key names now; raises where the caller's condition does not hold."""
+    @property
+    def ids(self) -> list[str]:
+        """Names of its files, which tell it from what the key named before and names after."""
+        return [piece.id for piece in self.pieces]
 
 
 class Objects:
@@ -141,12 +72,13 @@ class Objects:
         """
         if not _bucket_name(name):
             raise ObjectRefused("InvalidBucketName", "The specified bucket is not valid.")
-        with self.database.write() as session:
-            if _bucket(session, account, name) is not None:
-                text = "Your previous request to create the named bucket succeeded and it is yours."
-                raise ObjectRefused("BucketAlreadyOwnedByYou", text)
-            bucket = Bucket(account=account, name=name, created=now())
-            session.add(bucket)
+        bucket = Bucket(account=account, name=name, created=now())
+        try:
+            with self.database.write() as session:
+                session.add(bucket)
+        except IntegrityError:
+            text = "Your previous request to create the named bucket succeeded and it is yours."
+            raise ObjectRefused("BucketAlreadyOwnedByYou", text) from None
         return bucket
 
     def buckets(self, account: str) -> list[Bucket]:
@@ -166,8 +98,6 @@ class Objects:
         Raises:
             ObjectRefused: ``NoSuchBucket``, ``BucketNotEmpty``.
         """
-        from luthier.store.uploads import forget_uploads
-
         with self.database.write() as session:
             bucket = owned(session, account, name, lock=True)
             held = select(StoredObject.seq).where(StoredObject.bucket_seq == bucket.seq).limit(1)
@@ -221,7 +151,8 @@ class Objects:
                 for piece in pieces:
                     piece.object_seq = made.seq
                 session.add_all(pieces)
-        except BaseException:
+        except LuthierError:
+            # Refused. After any other error the rows may have been committed: the sweep knows.
             self.files.remove(account, [piece.id for piece in pieces])
             raise
         self.files.remove(account, gone)
@@ -285,7 +216,10 @@ class Objects:
                 )
                 pieces.append(Piece.of(account, piece.number, written, piece.checksums))
         except FileNotFoundError:
+            # Replaced since it was looked up: the new one is meant. If not, the bytes are lost.
             self.files.remove(account, [piece.id for piece in pieces])
+            if self.open(account, *source).ids == content.ids:
+                raise CorruptFile(f"the bytes of {'/'.join(source)} are missing") from None
             return self.copy(account, source, target, described)
         found = content.found
         return self.place(account, *target, pieces, found.etag, found.parts, told)
@@ -306,70 +240,6 @@ class Objects:
     def _named_files(self, start: str) -> set[str]:
         with self.database.read() as session:
             return set(session.scalars(select(Piece.id).where(Piece.id.startswith(start))))
-
-
-def owned(session: Session, account: str, name: str, *, lock: bool = False) -> Bucket:
-    """The account's bucket; with ``lock``, nobody else changes what is in it meanwhile.
-
-    Raises:
-        ObjectRefused: ``NoSuchBucket``.
-    """
-    bucket = _bucket(session, account, name, lock)
-    if bucket is None:
-        raise ObjectRefused("NoSuchBucket", "The specified bucket does not exist")
-    return bucket
-
-
-def replace(session: Session, bucket: Bucket, key: str, check: Check | None) -> list[str]:
-    """Remove the rows of what ``key`` names, if anything; the files that nothing names then."""
-    found = session.scalar(
-        select(StoredObject).where(StoredObject.bucket_seq == bucket.seq, StoredObject.key == key)
-    )
-    if check is not None:
-        check(found)
-    if found is None:
-        return []
-    gone = list(session.scalars(select(Piece.id).where(Piece.object_seq == found.seq)))
-    session.execute(delete(Piece).where(Piece.object_seq == found.seq))
-    session.delete(found)
-    session.flush()
-    return gone
-
-
-def new_object(
-    bucket: Bucket,
-    key: str,
-    pieces: Sequence[Piece],
-    etag: str,
-    parts: int,
-    described: Described,
-) -> StoredObject:
-    """The row of an object, not yet in the database."""
-    return StoredObject(
-        account=bucket.account, bucket_seq=bucket.seq, key=key,
-        size=sum(piece.size for piece in pieces), etag=etag, parts=parts,
-        headers=dict(described.headers), user_metadata=dict(described.metadata),
-        checksums=dict(described.checksums), modified=now(),
-    )  # fmt: skip
-
-
-def pieces_of(session: Session, found: StoredObject) -> list[Piece]:
-    """The files of an object, in order."""
-    wanted = select(Piece).where(Piece.object_seq == found.seq).order_by(Piece.number)
-    return list(session.scalars(wanted))
-
-
-def check_key(key: str) -> None:
-    """Refuse what cannot be a key: ``KeyTooLongError``, ``InvalidArgument``."""
-    if len(key.encode()) > KEY_BYTES:
-        raise ObjectRefused("KeyTooLongError", "Your key is too long")
-    if not key or "\0" in key:
-        raise ObjectRefused("InvalidArgument", "A key is not empty and holds no NUL.")
-
-
-def _bucket(session: Session, account: str, name: str, lock: bool = False) -> Bucket | None:
-    wanted = select(Bucket).where(Bucket.account == account, Bucket.name == name)
-    return session.scalar(wanted.with_for_update() if lock else wanted)
 
 
 def _named(session: Session, account: str, bucket: str, key: str) -> StoredObject:

@@ -11,10 +11,26 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from luthier.errors import LuthierError
-from luthier.store import custom_models, jobs
+from luthier.store import (
+    accounts,
+    audit,
+    batches,
+    custom_models,
+    deployments,
+    idempotency,
+    jobs,
+    object_rows,
+    principals,
+    provisioned,
+    tags,
+    uploaded_files,
+)
 from luthier.store.database import Base, Database
 
-_MODULES = (custom_models, jobs)
+_MODULES = (
+    accounts, audit, batches, custom_models, deployments, idempotency, jobs, object_rows, principals,
+    provisioned, tags, uploaded_files,
+)  # fmt: skip
 """Each declares its tables when it is imported."""
 METADATA = Base.metadata
 

@@ -5,50 +5,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
 
-from sqlalchemy import ForeignKey, delete, select
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
 
 from luthier.errors import ObjectRefused
-from luthier.store.database import Base, new_id, now
+from luthier.store.database import new_id, now
 from luthier.store.object_files import Written
-from luthier.store.objects import (
+from luthier.store.object_rows import (
     Bucket,
     Check,
     Described,
-    Key,
-    Objects,
     Piece,
     StoredObject,
+    Upload,
     check_key,
+    forget_upload,
     new_object,
     owned,
     replace,
 )
+from luthier.store.objects import Objects
 
 LEAST_PART = 5 << 20
 """Bytes of every part but the last, at least."""
 MOST_PARTS = 10_000
-
-
-class Upload(Base):
-    """A multipart upload that was neither completed nor aborted."""
-
-    __tablename__ = "uploads"
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    account: Mapped[str]
-    bucket_seq: Mapped[int] = mapped_column(ForeignKey("buckets.seq"), index=True)
-    key: Mapped[str] = mapped_column(Key)
-    headers: Mapped[dict[str, Any]]
-    user_metadata: Mapped[dict[str, Any]]
-    checksum: Mapped[str]
-    """Algorithm of its parts' checksums, such as ``crc32``; empty for none."""
-    checksum_type: Mapped[str]
-    """``COMPOSITE`` or ``FULL_OBJECT``; empty for none."""
-    created: Mapped[datetime]
 
 
 @dataclass(frozen=True)
@@ -72,7 +53,7 @@ class Uploads:
         """Begin; ``checksum`` is the algorithm and the type, both empty for none."""
         check_key(key)
         with self.database.write() as session:
-            found = owned(session, account, bucket)
+            found = owned(session, account, bucket, lock=True)
             made = Upload(
                 id=new_id() + new_id(), account=account, bucket_seq=found.seq, key=key,
                 headers=dict(described.headers), user_metadata=dict(described.metadata),
@@ -108,7 +89,8 @@ class Uploads:
                     session.flush()
                 piece.upload_id = upload_id
                 session.add(piece)
-        except BaseException:
+        except ObjectRefused:
+            # After any other error the row may have been committed: the sweep knows.
             self.files.remove(account, [written.id])
             raise
         self.files.remove(account, [old.id] if old is not None else [])
@@ -139,21 +121,28 @@ class Uploads:
     ) -> StoredObject:
         """Make the object from the chosen parts, without copying them; the others are gone.
 
-        ``checksum`` gives the checksums of the whole, given those of its parts; it may raise.
+        ``checksum`` gives the checksums of the whole, given those of its parts; it may raise. A client
+        that asks again, because the answer did not reach it, gets the object that it made.
 
         Raises:
             ObjectRefused: ``NoSuchUpload``, ``InvalidPart``, ``InvalidPartOrder``, ``EntityTooSmall``.
         """
         with self.database.write() as session:
             found = owned(session, account, bucket, lock=True)
-            upload = _upload(session, account, bucket, key, upload_id, lock=True)
+            try:
+                upload = _upload(session, account, bucket, key, upload_id, lock=True)
+            except ObjectRefused:
+                made = _made_before(session, found, key, chosen)
+                if made is None:
+                    raise
+                return made
             there = _parts(session, upload_id)
             pieces = _picked(there, chosen)
             taken = {piece.id for piece in pieces}
             gone = replace(session, found, key, check)
             gone += [piece.id for piece in there if piece.id not in taken]
             described = Described(upload.headers, upload.user_metadata, checksum(upload, pieces))
-            etag = f"{_md5_of_md5s(pieces)}-{len(pieces)}"
+            etag = _etag([piece.md5 for piece in pieces])
             made = new_object(found, key, pieces, etag, len(pieces), described)
             session.add(made)
             session.flush()
@@ -169,24 +158,8 @@ class Uploads:
         """Give up an upload and its parts."""
         with self.database.write() as session:
             upload = _upload(session, account, bucket, key, upload_id, lock=True)
-            gone = _forget(session, upload)
+            gone = forget_upload(session, upload)
         self.files.remove(account, gone)
-
-
-def forget_uploads(session: Session, bucket: Bucket) -> list[str]:
-    """Remove the uploads of a bucket that is to go; the files that nothing names then."""
-    gone: list[str] = []
-    for upload in session.scalars(select(Upload).where(Upload.bucket_seq == bucket.seq)).all():
-        gone += _forget(session, upload)
-    return gone
-
-
-def _forget(session: Session, upload: Upload) -> list[str]:
-    gone = list(session.scalars(select(Piece.id).where(Piece.upload_id == upload.id)))
-    session.execute(delete(Piece).where(Piece.upload_id == upload.id))
-    session.delete(upload)
-    session.flush()
-    return gone
 
 
 def _upload(
@@ -235,6 +208,21 @@ def _picked(there: Sequence[Piece], chosen: Sequence[Chosen]) -> list[Piece]:
     return picked
 
 
-def _md5_of_md5s(pieces: Sequence[Piece]) -> str:
-    digests = b"".join(bytes.fromhex(piece.md5) for piece in pieces)
-    return hashlib.md5(digests, usedforsecurity=False).hexdigest()
+def _made_before(
+    session: Session, bucket: Bucket, key: str, chosen: Sequence[Chosen]
+) -> StoredObject | None:
+    """The object, if it is already what the chosen parts make."""
+    try:
+        etag = _etag([each.etag for each in chosen])
+    except ValueError:
+        return None
+    wanted = select(StoredObject).where(
+        StoredObject.bucket_seq == bucket.seq, StoredObject.key == key, StoredObject.etag == etag
+    )
+    return session.scalar(wanted)
+
+
+def _etag(parts: Sequence[str]) -> str:
+    """Of an object that is made of parts with these MD5s."""
+    digests = b"".join(bytes.fromhex(part) for part in parts)
+    return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"

@@ -22,7 +22,6 @@ from luthier.api.native.context import Context
 from luthier.api.native.operations import Operation, Part, Request, Told
 from luthier.api.wire import Fault
 from luthier.jobs.submit import Submission, recipe_of
-from luthier.recipe import to_toml
 from luthier.store.custom_models import CustomModel
 
 AT_ONCE = 2
@@ -111,6 +110,8 @@ class _Reports:
         return ReportTold(verdict=report["verdict"], report=report)
 
     def estimate(self, request: Request) -> EstimateTold:
+        from luthier.recipe import to_toml
+
         asked: Planned = request.body
         self.context.allow(request, "EstimateJob", "*")
         with self.context.database.read() as session:

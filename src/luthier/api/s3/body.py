@@ -9,7 +9,7 @@ from typing import Any
 
 from luthier.api.s3.checksums import Expected
 from luthier.api.s3.chunked import Chunked
-from luthier.api.wire import Fault, Head, Signed
+from luthier.api.wire import Fault, Signed
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Run = Callable[..., Awaitable[Any]]
@@ -33,31 +33,33 @@ class ClientLeft(Exception):
 class Body:
     """What the body of one request has to be; nothing of it is read before :meth:`receive`."""
 
-    def __init__(self, head: Head, headers: Mapping[str, str], signed: Signed, limit: int) -> None:
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        signed: Signed,
+        limit: int,
+        of_body: bool = True,
+    ) -> None:
         """Refuse what the headers alone are reason for.
 
         Args:
-            head: the request.
             headers: by names in lower case.
-            signed: what was signed of the body.
+            signed: what was signed of the body. That a body is not signed is refused, or let in, by
+                who verified the signature.
             limit: bytes at most, once decoded.
+            of_body: whether the checksums in the headers are of the body.
 
         Raises:
             Fault: ``EntityTooLarge``, ``InvalidRequest``, ``NotImplemented``, ``InvalidDigest``, ...
         """
         kind = signed.payload
-        # The query of a presigned request has no hash of the body either, and needs no TLS.
-        bare = kind in (_UNSIGNED, _UNSIGNED_TRAILER) and "x-amz-content-sha256" in headers
-        if bare and not head.tls:
-            text = "A body that is not signed is taken over TLS only."
-            raise Fault("InvalidRequest", text)
         hexadecimal = re.fullmatch(r"[0-9a-f]{64}", kind)
         streaming = kind.startswith("STREAMING-")
         if streaming and kind not in (_UNSIGNED_TRAILER, *_SIGNED_CHUNKS):
             raise Fault("NotImplemented", f"Bodies signed as {kind[:80]} are not taken.")
         if not (hexadecimal or streaming or kind == _UNSIGNED):
             raise Fault("InvalidArgument", "x-amz-content-sha256 must be a hash or a known name.")
-        self._expected = Expected(headers, kind if hexadecimal else None)
+        self._expected = Expected(headers, kind if hexadecimal else None, of_body)
         self._chunked: Chunked | None = None
         if streaming:
             keys = signed if kind in _SIGNED_CHUNKS else None

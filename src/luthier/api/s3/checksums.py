@@ -13,6 +13,8 @@ from luthier.api.wire import Fault
 PREFIX = "x-amz-checksum-"
 _SETTINGS = ("algorithm", "type", "mode")
 """What follows the prefix in headers that hold no checksum."""
+_WIDTHS = {"crc32": 4, "crc32c": 4, "crc64nvme": 8}
+"""Bytes of those that can be computed from the parts of a whole."""
 COMPOSITE, FULL_OBJECT = "COMPOSITE", "FULL_OBJECT"
 
 
@@ -51,16 +53,23 @@ def new_digest(algorithm: str) -> Digest:
         return Cyclic(zlib.crc32, 4)
     if algorithm in ("sha1", "sha256", "sha512"):
         return hashlib.new(algorithm, usedforsecurity=False)
-    if algorithm in ("crc32c", "crc64nvme"):
-        try:
-            from awscrt import checksums  # type: ignore[import-not-found, unused-ignore]
-        except ImportError:
-            pass
-        else:
-            return Cyclic(getattr(checksums, algorithm), 4 if algorithm == "crc32c" else 8)
-    raise Fault(
-        "NotImplemented", f"Checksums by {algorithm.upper()} are not computed by this server."
-    )
+    if algorithm in _WIDTHS:
+        return Cyclic(_awscrt(algorithm), _WIDTHS[algorithm])
+    raise _not_computed(algorithm)
+
+
+def _awscrt(name: str) -> Callable[..., int]:
+    """A function of ``awscrt.checksums``: there is no other fast one for what zlib does not have."""
+    try:
+        from awscrt import checksums  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        raise _not_computed(name) from None
+    found: Callable[..., int] = getattr(checksums, name)
+    return found
+
+
+def _not_computed(name: str) -> Fault:
+    return Fault("NotImplemented", f"Checksums by {name.upper()} are not computed by this server.")
 
 
 def told(headers: Mapping[str, str]) -> dict[str, str]:
@@ -77,6 +86,24 @@ def composite(algorithm: str, parts: Sequence[str]) -> str:
     for part in parts:
         digest.update(base64.b64decode(part))
     return f"{base64.b64encode(digest.digest()).decode()}-{len(parts)}"
+
+
+def check_type(algorithm: str, kind: str) -> None:
+    """Refuse, before any part has come, what :func:`composite` or :func:`full` could not compute."""
+    if kind == FULL_OBJECT and algorithm not in _WIDTHS:
+        text = f"The {kind} checksum type cannot be used with the {algorithm} checksum algorithm."
+        raise Fault("InvalidRequest", text)
+    new_digest(algorithm)
+    if kind == FULL_OBJECT:
+        _awscrt(f"combine_{algorithm}")
+
+
+def full(algorithm: str, parts: Sequence[tuple[str, int]]) -> str:
+    """The checksum of all bytes of an object, given those of its parts and their sizes in bytes."""
+    combine, whole = _awscrt(f"combine_{algorithm}"), 0
+    for part, size in parts:
+        whole = combine(whole, int.from_bytes(base64.b64decode(part), "big"), size)
+    return base64.b64encode(whole.to_bytes(_WIDTHS[algorithm], "big")).decode()
 
 
 def as_headers(checksums: Mapping[str, str]) -> dict[str, str]:
@@ -108,11 +135,16 @@ def from_elements(values: Mapping[str, str]) -> dict[str, str]:
 class Expected:
     """What the bytes of a request have to be like; computed as they come."""
 
-    def __init__(self, headers: Mapping[str, str], sha256: str | None) -> None:
-        """``headers`` by names in lower case; ``sha256`` in hexadecimal, as it was signed."""
+    def __init__(
+        self, headers: Mapping[str, str], sha256: str | None, of_body: bool = True
+    ) -> None:
+        """``headers`` by names in lower case; ``sha256`` in hexadecimal, as it was signed.
+
+        ``of_body`` says whether the checksums in the headers are of the body.
+        """
         self._sha256 = sha256
         self._md5 = _base64(headers["content-md5"], 16) if "content-md5" in headers else None
-        self._told = told(headers)
+        self._told = told(headers) if of_body else {}
         trailers = headers.get("x-amz-trailer", "")
         self.trailers = [each.strip().lower() for each in trailers.split(",") if each.strip()]
         later = [name[len(PREFIX) :] for name in self.trailers if name.startswith(PREFIX)]

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 
 from luthier.api.wire import Fault
-from luthier.store.objects import StoredObject
+from luthier.store.object_rows import StoredObject
 
 
 def http_date(moment: datetime) -> str:
@@ -94,4 +94,4 @@ def _moment(text: str) -> datetime | None:
 
 def _failed(condition: str) -> Fault:
     text = "At least one of the pre-conditions you specified did not hold"
-    return Fault("PreconditionFailed", text, Condition=condition)
+    return Fault("PreconditionFailed", text, fields={"Condition": condition})

@@ -43,14 +43,20 @@ _NAMES = {
 
 
 def refusal(fault: Fault, request_id: str) -> Answer:
-    """``fault`` as clients of S3 expect it."""
+    """``fault`` as clients of S3 expect it.
+
+    Of its details, ``headers`` are sent with it, ``fields`` stand in the document, and ``retry_after``
+    is a number of seconds.
+    """
     code = _NAMES.get(fault.code.removesuffix("Exception"), fault.code)
     headers = {"x-amz-request-id": request_id, **fault.details.get("headers", {})}
+    if "retry_after" in fault.details:
+        headers["Retry-After"] = str(fault.details["retry_after"])
     status = _STATUS.get(code, 400)
     if status == 304:
         return Answer(status, b"", headers)
     told = [("Code", code), ("Message", fault.message)]
-    told += [(name, value) for name, value in fault.details.items() if isinstance(value, str)]
+    told += fault.details.get("fields", {}).items()
     body = error_document([*told, ("RequestId", request_id)])
     return Answer(status, body, {"Content-Type": "application/xml", **headers})
 

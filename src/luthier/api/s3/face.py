@@ -49,7 +49,7 @@ class S3Face:
                 await self._run(
                     self.stores.authorize, request.caller, operation.action, request.resource
                 )
-            answer = await self._answer(operation, request, head, signed, receive)
+            answer = await self._answer(operation, request, signed, receive)
         except (ObjectRefused, DoesNotFit) as refused:
             raise errors.as_fault(refused) from refused
         except ClientLeft:
@@ -70,10 +70,10 @@ class S3Face:
         return errors.refusal(fault, request_id)
 
     async def _answer(
-        self, operation: Operation, request: Request, head: Head, signed: Signed, receive: Receive
+        self, operation: Operation, request: Request, signed: Signed, receive: Receive
     ) -> Answer:
         limit = OBJECT_LIMIT if operation.keeps else DOCUMENT_LIMIT
-        body = Body(head, request.headers, signed, limit)
+        body = Body(request.headers, signed, limit, not operation.whole)
         if operation.works is not None:
             text = bytearray()
             await body.receive(receive, text.extend, self._run)

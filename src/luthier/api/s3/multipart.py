@@ -12,9 +12,10 @@ from luthier.api.s3.checksums import (
     FULL_OBJECT,
     as_elements,
     as_headers,
+    check_type,
     composite,
     from_elements,
-    new_digest,
+    full,
     told,
 )
 from luthier.api.s3.conditions import check_read, check_write, span
@@ -23,8 +24,8 @@ from luthier.api.s3.objects import copied
 from luthier.api.s3.request import Request, Stores, arn, copy_source, described
 from luthier.api.wire import Answer, Fault
 from luthier.store.object_files import Written
-from luthier.store.objects import Piece
-from luthier.store.uploads import MOST_PARTS, Chosen, Upload
+from luthier.store.object_rows import Piece, Upload
+from luthier.store.uploads import MOST_PARTS, Chosen
 
 _PAGE = 1000
 
@@ -36,8 +37,8 @@ def create_upload(stores: Stores, request: Request, body: bytes) -> Answer:
     if kind not in ("", COMPOSITE, FULL_OBJECT):
         raise Fault("InvalidRequest", "Value for x-amz-checksum-type header is invalid.")
     if algorithm:
-        new_digest(algorithm)
         kind = kind or (FULL_OBJECT if algorithm == "crc64nvme" else COMPOSITE)
+        check_type(algorithm, kind)
     made = stores.uploads.create(
         request.account, request.bucket, request.key, described(request, {}), (algorithm, kind)
     )
@@ -218,10 +219,17 @@ def _of_whole(
     name, made = upload.checksum, {}
     of_parts = [piece.checksums.get(name) for piece in pieces]
     known = [each for each in of_parts if each is not None]
-    if name and upload.checksum_type == COMPOSITE and len(known) == len(pieces):
-        made = {name: composite(name, known)}
+    if name and len(known) == len(pieces):
+        if upload.checksum_type == COMPOSITE:
+            made = {name: composite(name, known)}
+        else:
+            sizes = [piece.size for piece in pieces]
+            made = {name: full(name, list(zip(known, sizes, strict=True)))}
     for algorithm, value in expected.items():
-        if made.get(algorithm, value).partition("-")[0] != value.partition("-")[0]:
+        if algorithm not in made:
+            text = f"The {algorithm.upper()} of the whole is not known: its parts came without."
+            raise Fault("InvalidRequest", text)
+        if made[algorithm].partition("-")[0] != value.partition("-")[0]:
             text = f"The {algorithm.upper()} you specified did not match the calculated checksum."
             raise Fault("BadDigest", text)
     return made

@@ -13,7 +13,7 @@ from luthier.api.s3.request import Request, Stores, arn, copy_source, described
 from luthier.api.wire import Answer, Fault
 from luthier.errors import ObjectRefused
 from luthier.store.object_files import Written
-from luthier.store.objects import Described, StoredObject, check_key
+from luthier.store.object_rows import Described, StoredObject, check_key
 
 MOST_DELETED = 1000
 _RESPONSE = "response-"

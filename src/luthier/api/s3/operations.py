@@ -34,6 +34,8 @@ class Operation:
     """Keys of the query that are there."""
     may: frozenset[str] = frozenset()
     """Keys of the query that may be there too."""
+    whole: bool = False
+    """Whether checksums in its headers are those of the object, and not of the body it has."""
     copies: bool = False
     """Whether another object is named in place of a body."""
 
@@ -82,7 +84,7 @@ OPERATIONS = (
     Operation("UploadPartCopy", "PUT", "object", "s3:PutObject", multipart.copy_part,
               needs=_PART, copies=True),
     Operation("CompleteMultipartUpload", "POST", "object", "s3:PutObject",
-              multipart.complete_upload, needs=_UPLOAD),
+              multipart.complete_upload, needs=_UPLOAD, whole=True),
     Operation("AbortMultipartUpload", "DELETE", "object", "s3:AbortMultipartUpload",
               multipart.abort_upload, needs=_UPLOAD),
     Operation("ListParts", "GET", "object", _LIST_PARTS, multipart.list_parts,

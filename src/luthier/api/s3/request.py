@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
 
 from luthier.api.wire import Caller, Fault, Head
-from luthier.store.objects import Described, Objects
+from luthier.store.object_rows import Described
+from luthier.store.objects import Objects
 from luthier.store.uploads import Uploads
 
 Authorize = Callable[[Caller, str, str], None]
@@ -137,4 +138,4 @@ def _check(request: Request) -> None:
     for name in request.headers:
         if name.startswith(_REFUSED) and request.method in ("PUT", "POST"):
             text = "A header you provided implies functionality that is not implemented"
-            raise Fault("NotImplemented", text, Header=name)
+            raise Fault("NotImplemented", text, fields={"Header": name})

@@ -1,0 +1,132 @@
+"""Who sends a request: by AWS signature, by a key issued here, or by a short-term key of Bedrock's."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+from luthier.api.settings import Settings
+from luthier.api.sigv4 import Credential, claim_of, verify
+from luthier.api.wire import Caller, Fault, Head, Signed
+from luthier.store.accounts import Watch
+from luthier.store.database import Database, now
+from luthier.store.principals import SHORT_TERM, Principal, bearer, digest_of, signer
+from luthier.store.sealing import Sealing, server_key
+
+LONGEST_SHORT_TERM = 12 * 3600
+"""Seconds that a short-term key may be good for."""
+_HOST = "bedrock.amazonaws.com"
+_ACTION = ("Action", "CallWithBearerToken")
+_MOST = 10_000
+"""Keys that are remembered, known and unknown ones."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    principal: Principal | None
+    token: str
+    """Version of the principals that it was read at."""
+
+
+class Authenticator:
+    """Finds out who sends a request.
+
+    Keys that were looked up are remembered until any principal changes. A key that is disabled in this
+    process is refused at once; in another one, after a second at most
+    (:data:`luthier.store.accounts.FRESH_SECONDS`).
+    """
+
+    def __init__(self, database: Database, settings: Settings, key: bytes | None = None) -> None:
+        """``key`` is the server's; without one it is read from its place."""
+        self._database = database
+        self._region = settings.region if settings.strict_region else None
+        self._sealing = Sealing(key or server_key())
+        self._watch = Watch(database)
+        self._lock = threading.Lock()
+        self._known: dict[str, _Entry] = {}
+
+    def authenticate(self, head: Head, body: bytes | None) -> Signed:
+        """The caller of a request.
+
+        Args:
+            head: the request as it came.
+            body: the whole body; ``None`` for object storage, whose body is compared as it is read.
+
+        Raises:
+            Fault: as :func:`luthier.api.sigv4.verify` says; ``AccessDenied`` with
+                ``credentials=True`` in its details for a bearer key that lets nobody in.
+        """
+        given = [value for name, value in head.headers if name == "authorization"]
+        if len(given) == 1 and given[0][:7].lower() == "bearer ":
+            # A presigned query beside a key: which of them is meant is not for us to guess.
+            if "X-Amz-Signature" in head.query or body is None:
+                raise Fault("IncompleteSignature", "A request carries one authorization.")
+            return Signed(self._bearer(given[0][7:].strip()))
+        return verify(head, body, self._credential, now(), self._region)
+
+    def _bearer(self, key: str) -> Caller:
+        if key.startswith(SHORT_TERM):
+            return self._short_term(key.removeprefix(SHORT_TERM))
+        digest = digest_of(key)
+        # Digests and access keys cannot be taken for each other: one is longer than the other may be.
+        found = self._remembered(f"sha256:{digest}", lambda: self._read_bearer(digest))
+        if found is None or (found.expires is not None and found.expires <= now()):
+            raise _no_entry()
+        return Caller(found.account, found.user, found.policies, bearer=True)
+
+    def _short_term(self, text: str) -> Caller:
+        """Such a key is a presigned request that is never sent: its signature proves the signer."""
+        try:
+            url = base64.b64decode(text, validate=True).decode("ascii")
+        except (binascii.Error, ValueError) as error:
+            raise _no_entry() from error
+        place, _, query = url.partition("?")
+        kept = [part for part in query.split("&") if part.partition("=")[0] != "Version"]
+        pairs = parse_qsl(query, keep_blank_values=True)
+        if place != f"{_HOST}/" or [pair for pair in pairs if pair[0] == "Action"] != [_ACTION]:
+            raise _no_entry()
+        head = Head("POST", "/", "&".join(kept), [("host", _HOST)], tls=True)
+        try:
+            claim = claim_of(head)
+            if claim.service != "bedrock" or (claim.expires or 0) > LONGEST_SHORT_TERM:
+                raise _no_entry()
+            signed = verify(head, b"", self._credential, now(), self._region)
+        except Fault as fault:
+            raise _no_entry() from fault
+        caller = signed.caller
+        return Caller(caller.account, caller.user, caller.policies, bearer=True)
+
+    def _credential(self, access_key: str) -> Credential | None:
+        found = self._remembered(access_key, lambda: self._read_signer(access_key))
+        if found is None:
+            return None
+        return Credential(found.secret, Caller(found.account, found.user, found.policies))
+
+    def _remembered(self, name: str, read: Callable[[], Principal | None]) -> Principal | None:
+        # The version is asked for before the key is read: what is newer than it is read again.
+        token = self._watch.token()
+        entry = self._known.get(name)
+        if entry is None or entry.token != token:
+            entry = _Entry(read(), token)
+            with self._lock:
+                if len(self._known) >= _MOST:
+                    self._known.clear()
+                self._known[name] = entry
+        return entry.principal
+
+    def _read_signer(self, access_key: str) -> Principal | None:
+        with self._database.read() as session:
+            return signer(session, access_key, self._sealing)
+
+    def _read_bearer(self, digest: str) -> Principal | None:
+        with self._database.read() as session:
+            return bearer(session, digest)
+
+
+def _no_entry() -> Fault:
+    text = "Authentication failed: Please make sure your API Key is valid."
+    return Fault("AccessDenied", text, credentials=True)

@@ -1,0 +1,110 @@
+"""Bodies of the runtime's requests: read, and refused with the words of AWS."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from luthier.api.wire import Call, Fault
+
+
+class Body(BaseModel):
+    """A part of a request. Types are strict; members that are not known are let be."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class NativeBody(Body):
+    """A body in a model's own form, whose members are all known."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def json_object(call: Call) -> dict[str, Any]:
+    """The body of ``call``, which is JSON whatever its Content-Type says."""
+    try:
+        found = call.json
+    except (ValueError, RecursionError) as error:
+        raise Fault("Serialization", "The body of the request is no JSON.") from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise Fault("Serialization", "The body of the request is no JSON object.")
+    return found
+
+
+def parsed(kind: type[T], given: Mapping[str, Any], at: str = "") -> T:
+    """``given`` as ``kind``; ``at`` is where it stands in the request.
+
+    Raises:
+        Fault: Validation, with every member that is wrong.
+    """
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        wrong = [_constraint(dict(each), at) for each in error.errors(include_url=False)]
+    count = f"{len(wrong)} validation error{'s' * (len(wrong) != 1)} detected: "
+    raise Fault("Validation", count + "; ".join(wrong))
+
+
+def parsed_native(kind: type[T], given: Mapping[str, Any]) -> T:
+    """The same for a body in a model's own form, in the words AWS has for those."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        wrong = [_malformed(dict(each)) for each in error.errors(include_url=False)]
+    text = ", ".join(wrong)
+    raise Fault(
+        "Validation",
+        f"Malformed input request: {text}, please reformat your input and try again.",
+    )
+
+
+def _place(error: Mapping[str, Any]) -> str:
+    return ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
+
+
+def _constraint(error: Mapping[str, Any], at: str) -> str:
+    place = ".".join(part for part in (at, _place(error)) if part)
+    said = _said(error)
+    if error["type"] == "missing":
+        return f"Value at '{place}' failed to satisfy constraint: {said}"
+    value = json.dumps(error["input"], ensure_ascii=False, default=str)[:100].strip('"')
+    return f"Value '{value}' at '{place}' failed to satisfy constraint: {said}"
+
+
+def _malformed(error: Mapping[str, Any]) -> str:
+    place = _place(error)
+    if error["type"] == "extra_forbidden":
+        return f"extraneous key [{place}] is not permitted"
+    if error["type"] == "missing":
+        return f"required key [{place}] not found"
+    return f"#/{place.replace('.', '/')}: {_said(error)}"
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "missing":
+            return "Member must not be null"
+        case "greater_than_equal":
+            return f"Member must have value greater than or equal to {context['ge']}"
+        case "greater_than":
+            return f"Member must have value greater than {context['gt']}"
+        case "less_than_equal":
+            return f"Member must have value less than or equal to {context['le']}"
+        case "too_short" | "string_too_short":
+            return f"Member must have length greater than or equal to {context['min_length']}"
+        case "too_long" | "string_too_long":
+            return f"Member must have length less than or equal to {context['max_length']}"
+        case "string_pattern_mismatch":
+            return f"Member must satisfy regular expression pattern: {context['pattern']}"
+        case "literal_error":
+            return f"Member must satisfy enum value set: [{context['expected']}]"
+    return str(error["msg"])

@@ -1,0 +1,134 @@
+"""Custom models: get, list, delete, and making one from files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.api.bedrock.control import Operate, Request, not_found, shown_as
+from luthier.api.bedrock.identifiers import (
+    FOUNDATION,
+    MODEL,
+    find_model,
+    job_arn,
+    model_arn,
+    own,
+)
+from luthier.api.bedrock.jobs import learned
+from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
+from luthier.store.custom_models import RESERVED, CustomModel
+from luthier.store.jobs import Job
+from luthier.store.removal import remove, remove_files
+
+_ORDER = Order(CustomModel.created, CustomModel.seq)
+_UNKNOWN_ROOT = "luthier.imported"
+"""Base of a model whose own base is none of ours; Bedrock's clients are promised one."""
+_LONGEST = 2048
+
+
+def get_model(request: Request) -> dict[str, Any]:
+    """One model by ARN or name."""
+    with request.control.database.read() as session:
+        model = asked_model(request, session, request["modelIdentifier"])
+        made = select(Job).where(Job.id == model.job_id)
+        job = session.scalars(made).one_or_none() if model.job_id else None
+        return _described(request, model, job)
+
+
+def list_models(request: Request) -> dict[str, Any]:
+    """Models of the account by creation; nobody shares theirs."""
+    request.allow("*")
+    wanted = select(CustomModel).where(
+        CustomModel.account == request.account,
+        CustomModel.status != RESERVED,
+        *contains(CustomModel.name, request.get("nameContains")),
+        *created_within(
+            _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
+        ),
+    )
+    if not request.get("isOwned", True):
+        wanted = wanted.where(CustomModel.account != request.account)
+    if base := request.get("baseModelArnEquals"):
+        wanted = wanted.where(CustomModel.base_model == base)
+    if foundation := request.get("foundationModelArnEquals"):
+        arn = own(request.arns, "", FOUNDATION, foundation)
+        wanted = wanted.where(CustomModel.root == (arn.path if arn else None))
+    if status := request.get("modelStatus"):
+        wanted = wanted.where(CustomModel.status == status)
+    with request.control.database.read() as session:
+        rows, token = page(request, session, wanted, _ORDER)
+        jobs = _jobs(session, rows)
+        summaries = [_summary(request, model, jobs.get(str(model.job_id))) for model in rows]
+    return listed("modelSummaries", summaries, token)
+
+
+def delete_model(request: Request) -> dict[str, Any]:
+    """Delete a model that nobody answers with; its job stays."""
+    with request.control.database.write() as session:
+        model = asked_model(request, session, request["modelIdentifier"], lock=True)
+        remove(session, model, model_arn(request.arns, model))
+    remove_files(model.stored_id)
+    return {}
+
+
+def asked_model(
+    request: Request, session: Session, identifier: str, *, lock: bool = False
+) -> CustomModel:
+    """The model of an ARN or name, where the caller may do this to it."""
+    found = find_model(session, request.arns, request.account, identifier, lock=lock)
+    shown = shown_as(request, MODEL, identifier)
+    request.allow(model_arn(request.arns, found) if found else shown, shown)
+    if found is None:
+        raise not_found("custom model", identifier)
+    return found
+
+
+def root_of(model: CustomModel) -> str:
+    """``provider.name`` of the foundation model at the bottom."""
+    return model.root or _UNKNOWN_ROOT
+
+
+def _described(request: Request, model: CustomModel, job: Job | None) -> dict[str, Any]:
+    told = learned(job) if job else {"customizationType": "IMPORTED"}
+    return {
+        "modelArn": model_arn(request.arns, model),
+        "modelName": model.name,
+        "jobName": job.name if job else None,
+        "jobArn": job_arn(request.arns, job) if job else None,
+        "baseModelArn": _base(request, model),
+        "creationTime": model.created,
+        "modelStatus": model.status,
+        "failureMessage": model.failure[:_LONGEST] if model.failure else None,
+        **told,
+    }
+
+
+def _summary(request: Request, model: CustomModel, job: Job | None) -> dict[str, Any]:
+    return {
+        "modelArn": model_arn(request.arns, model),
+        "modelName": model.name,
+        "creationTime": model.created,
+        "baseModelArn": _base(request, model),
+        "baseModelName": root_of(model),
+        "customizationType": job.customization_type if job else "IMPORTED",
+        "ownerAccountId": model.account,
+        "modelStatus": model.status,
+    }
+
+
+def _base(request: Request, model: CustomModel) -> str:
+    return model.base_model or request.arns.foundation_model(root_of(model))
+
+
+def _jobs(session: Session, models: Any) -> dict[str, Job]:
+    asked = select(Job).where(Job.id.in_([model.job_id for model in models if model.job_id]))
+    return {job.id: job for job in session.scalars(asked)}
+
+
+OPERATIONS: dict[str, Operate] = {
+    "GetCustomModel": get_model,
+    "ListCustomModels": list_models,
+    "DeleteCustomModel": delete_model,
+}

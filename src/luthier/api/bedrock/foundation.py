@@ -1,0 +1,86 @@
+"""Foundation models: list, get, availability."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.api.bedrock.control import Operate, Request, not_found
+from luthier.api.bedrock.identifiers import find_foundation, invoked_arn
+from luthier.api.wire import Fault
+from luthier.store.foundation import FoundationModel, foundation_models
+
+WRITER_TYPES = ("FINE_TUNING", "CONTINUED_PRE_TRAINING", "DISTILLATION")
+ENCODER_TYPES = ("FINE_TUNING", "CONTINUED_PRE_TRAINING")
+_INFERENCE = ["ON_DEMAND", "PROVISIONED"]
+
+
+def list_foundation_models(request: Request) -> dict[str, Any]:
+    """All that fit the filters; there are no pages."""
+    request.allow("*")
+    found = [_described(request, model) for model in foundation_models()]
+    if provider := request.get("byProvider"):
+        found = [each for each in found if each["providerName"].lower() == provider.lower()]
+    for filtered, member in (
+        ("byCustomizationType", "customizationsSupported"),
+        ("byOutputModality", "outputModalities"),
+        ("byInferenceType", "inferenceTypesSupported"),
+    ):
+        wanted = request.get(filtered)
+        found = [each for each in found if wanted is None or wanted in each[member]]
+    return {"modelSummaries": found}
+
+
+def get_foundation_model(request: Request) -> dict[str, Any]:
+    """One by id, alias or ARN."""
+    identifier = request["modelIdentifier"]
+    return {"modelDetails": _described(request, _asked(request, identifier))}
+
+
+def get_availability(request: Request) -> dict[str, Any]:
+    """What is here can be used: nobody has to agree to anything first."""
+    model = _asked(request, request["modelId"])
+    return {
+        "modelId": model.id,
+        "agreementAvailability": {"status": "AVAILABLE"},
+        "authorizationStatus": "AUTHORIZED",
+        "entitlementAvailability": "AVAILABLE",
+        "regionAvailability": "AVAILABLE",
+    }
+
+
+def customizations(model: FoundationModel) -> tuple[str, ...]:
+    """Kinds of customization that start from ``model``, as far as Bedrock's clients know them."""
+    return WRITER_TYPES if model.writes else ENCODER_TYPES
+
+
+def _asked(request: Request, identifier: str) -> FoundationModel:
+    request.allow(invoked_arn(request.arns, identifier))
+    found = find_foundation(request.arns, identifier)
+    if found is None and "." not in identifier:
+        # Neither an alias that is known here nor what Bedrock takes for an id.
+        raise Fault("Validation", "The provided model identifier is invalid.")
+    if found is None:
+        raise not_found("foundation model", identifier)
+    return found
+
+
+def _described(request: Request, model: FoundationModel) -> dict[str, Any]:
+    return {
+        "modelArn": request.arns.foundation_model(model.id),
+        "modelId": model.id,
+        "modelName": model.name,
+        "providerName": model.provider,
+        "inputModalities": ["TEXT"],
+        "outputModalities": ["TEXT" if model.writes else "EMBEDDING"],
+        "responseStreamingSupported": model.writes,
+        "customizationsSupported": list(customizations(model)),
+        "inferenceTypesSupported": _INFERENCE,
+        "modelLifecycle": {"status": "ACTIVE"},
+    }
+
+
+OPERATIONS: dict[str, Operate] = {
+    "ListFoundationModels": list_foundation_models,
+    "GetFoundationModel": get_foundation_model,
+    "GetFoundationModelAvailability": get_availability,
+}

@@ -1,0 +1,158 @@
+"""Hyper-parameters of customization jobs: Bedrock's names, our ranges, and the recipe's fields.
+
+Bedrock gives them as strings; they come back as they were sent, with the defaults filled in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.adaptations import ADAPTATIONS
+from luthier.api.wire import Fault
+
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_DECIMAL = re.compile(r"[+-]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")
+
+
+@dataclass(frozen=True)
+class HyperParameter:
+    """One of them."""
+
+    name: str
+    field: tuple[str, str]
+    """Group and field of the recipe."""
+    kind: type
+    """``int``, ``float``, ``bool`` or ``str``."""
+    low: float = 0
+    high: float = 0
+    choices: tuple[str, ...] = ()
+    default: str | None = None
+    """Filled in where it is not given; ``None``: chosen later, by the data and the model."""
+
+    @property
+    def accepted(self) -> str:
+        """What it takes, in words."""
+        if self.kind is bool:
+            return "true or false"
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        kind = "integer" if self.kind is int else "number"
+        return f"{kind} from {self.low:g} to {self.high:.10g}"
+
+    def read(self, text: str) -> Any:
+        """The value of ``text``; ``None`` where it is none that is taken."""
+        if self.kind is bool:
+            return {"true": True, "false": False}.get(text)
+        if self.kind is str:
+            return text if text in self.choices else None
+        if not (_WHOLE if self.kind is int else _DECIMAL).fullmatch(text):
+            return None
+        value = self.kind(text)
+        return value if self.low <= value <= self.high else None
+
+
+def _own(name: str, group: str, field: str, kind: type, *rest: Any, **more: Any) -> HyperParameter:
+    return HyperParameter(f"luthier.{name}", (group, field), kind, *rest, **more)
+
+
+_SCHEDULES = ("cosine", "linear", "constant", "step", "one_cycle")
+
+HYPERPARAMETERS: Mapping[str, HyperParameter] = {
+    each.name: each
+    for each in (
+        HyperParameter("epochCount", ("training", "epochs"), int, 1, 100, default="2"),
+        HyperParameter("batchSize", ("training", "batch_size"), int, 1, 256, default="8"),
+        HyperParameter("learningRate", ("training", "learning_rate"), float, 1e-8, 1),
+        HyperParameter("learningRateWarmupSteps", ("training", "warmup_steps"), int, 0, 10_000),
+        HyperParameter("learningRateMultiplier", ("training", "rate_factor"), float, 0.01, 10),
+        HyperParameter("earlyStoppingThreshold", ("training", "least_gain"), float, 0, 0.1),
+        HyperParameter("earlyStoppingPatience", ("training", "patience"), int, 1, 10),
+        _own("adaptation", "adaptation", "method", str, choices=tuple(ADAPTATIONS)),
+        _own("loraRank", "adaptation", "rank", int, 1, 1024),
+        _own("loraAlpha", "adaptation", "alpha", float, 1e-3, 1e4),
+        _own("loraDropout", "adaptation", "dropout", float, 0, 0.99),
+        _own("schedule", "training", "schedule", str, choices=_SCHEDULES),
+        _own("weightDecay", "training", "weight_decay", float, 0, 1),
+        _own("maxSteps", "training", "max_steps", int, 1, 1_000_000),
+        _own("evaluateEvery", "training", "evaluate_every", int, 1, 1_000_000),
+        _own("seed", "training", "seed", int, 0, 2**63 - 1),
+        _own("longRows", "data", "long_rows", str, choices=("error", "drop", "truncate")),
+        _own("validationShare", "data", "validation_share", float, 0, 0.9),
+        _own("shuffle", "training", "shuffle", bool),
+    )
+}
+"""By name; those with a dot are ours."""
+
+RFT_FIELDS: Mapping[str, tuple[str, str]] = {
+    "epochCount": ("training", "epochs"),
+    "batchSize": ("training", "batch_size"),
+    "learningRate": ("training", "learning_rate"),
+    "trainingSamplePerPrompt": ("objective", "num_generations"),
+    "inferenceMaxTokens": ("objective", "max_completion_tokens"),
+    "evalInterval": ("training", "evaluate_every"),
+}
+"""The typed ones of reinforcement fine-tuning. Models here have no settings of reasoning effort."""
+
+
+def read(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """What is shown again (``given`` and the defaults), and fields of the recipe by group.
+
+    Raises:
+        Fault: Validation, for a name that is not known and for values that are not taken; it lists
+            the accepted ones.
+    """
+    shown = {p.name: p.default for p in HYPERPARAMETERS.values() if p.default is not None}
+    shown |= given
+    fields: dict[str, dict[str, Any]] = {}
+    for name, text in shown.items():
+        known = HYPERPARAMETERS.get(name)
+        value = known.read(text) if known else None
+        if known is None or value is None:
+            raise Fault("Validation", _refusal(name, text, known), parameter="hyperParameters")
+        group, field = known.field
+        fields.setdefault(group, {})[field] = value
+    training = fields["training"]
+    if "learning_rate" in training and "rate_factor" in training:
+        # The recipe's factor is of a rate that it chooses itself.
+        training["learning_rate"] *= training.pop("rate_factor")
+    return shown, fields
+
+
+def read_rft(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fields of the recipe by group, from ``rftConfig.hyperParameters``; their shapes were checked.
+
+    Raises:
+        Fault: Validation, for lengths that are not positive.
+    """
+    fields: dict[str, dict[str, Any]] = {}
+    for name, value in given.items():
+        if name in ("maxPromptLength", "inferenceMaxTokens") and value < 1:
+            text = f"{name} has to be an integer of at least 1, not {value}."
+            raise Fault("Validation", text, parameter="customizationConfig")
+        if name in RFT_FIELDS:
+            group, field = RFT_FIELDS[name]
+            fields.setdefault(group, {})[field] = value
+    return fields
+
+
+def merged(*layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Fields by group; a later layer wins."""
+    found: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        for group, fields in layer.items():
+            found.setdefault(group, {}).update(fields)
+    return found
+
+
+def _refusal(name: str, text: str, known: HyperParameter | None) -> str:
+    shown = text if len(text) <= 100 else f"{text[:100]}..."
+    wrong = (
+        f"the value '{shown}' of the hyper-parameter {name} has to be {known.accepted}"
+        if known
+        else f"there is no hyper-parameter {name[:100]}"
+    )
+    accepted = "; ".join(f"{each.name}: {each.accepted}" for each in HYPERPARAMETERS.values())
+    return f"The hyper-parameters are not valid: {wrong}. Accepted are {accepted}."

@@ -1,0 +1,237 @@
+"""What clients call things by (ARN, name, id), and what that names in their account.
+
+What belongs to another account or stands in another region is not there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.api.bedrock.activation import stored_of
+from luthier.api.bedrock.constraints import matches
+from luthier.api.bedrock.operations import operations
+from luthier.api.wire import Fault
+from luthier.store import deployments, provisioned
+from luthier.store.arns import Arn, Arns
+from luthier.store.custom_models import RESERVED, CustomModel
+from luthier.store.database import Database
+from luthier.store.deployments import Deployment
+from luthier.store.foundation import FoundationModel, foundation_model
+from luthier.store.jobs import Job
+from luthier.store.provisioned import Provisioned
+
+JOB, MODEL, FOUNDATION = "model-customization-job", "custom-model", "foundation-model"
+DEPLOYMENT, PROVISIONED = "custom-model-deployment", "provisioned-model"
+
+
+def job_arn(arns: Arns, job: Job) -> str:
+    """Of a customization job."""
+    return arns.job(job.account, job.foundation, job.id)
+
+
+def model_arn(arns: Arns, model: CustomModel) -> str:
+    """Of a custom model."""
+    return arns.custom_model(model.account, model.foundation, model.id)
+
+
+def deployment_arn(arns: Arns, deployment: Deployment) -> str:
+    """Of a deployment."""
+    return arns.of(deployment.account, DEPLOYMENT, deployment.id)
+
+
+def provisioned_arn(arns: Arns, found: Provisioned) -> str:
+    """Of provisioned throughput."""
+    return arns.of(found.account, PROVISIONED, found.id)
+
+
+def own(arns: Arns, account: str, kind: str, text: str) -> Arn | None:
+    """The ARN ``text`` where it is one of this kind, region and account."""
+    arn = Arn.parse(text)
+    if arn is None or (arn.region, arn.account, arn.kind) != (arns.region, account, kind):
+        return None
+    return arn
+
+
+def find_foundation(arns: Arns, identifier: str) -> FoundationModel | None:
+    """A foundation model by id, alias or ARN."""
+    if not identifier.startswith("arn:"):
+        return foundation_model(identifier)
+    arn = own(arns, "", FOUNDATION, identifier)
+    found = foundation_model(arn.path) if arn else None
+    # An alias is no part of an ARN.
+    return found if found and arn and found.id == arn.path else None
+
+
+def find_job(
+    session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
+) -> Job | None:
+    """A customization job by ARN or name."""
+    asked = select(Job).where(Job.account == account)
+    if identifier.startswith("arn:"):
+        arn = own(arns, account, JOB, identifier)
+        if arn is None:
+            return None
+        asked = asked.where(Job.id == arn.id, Job.foundation == arn.path.rpartition("/")[0])
+    else:
+        asked = asked.where(Job.name == identifier)
+    if lock:
+        asked = asked.with_for_update()
+    return session.scalars(asked).one_or_none()
+
+
+def find_model(
+    session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
+) -> CustomModel | None:
+    """A custom model by ARN or name. One of a job that has not ended is not there yet."""
+    asked = select(CustomModel).where(
+        CustomModel.account == account, CustomModel.status != RESERVED
+    )
+    if identifier.startswith("arn:"):
+        arn = own(arns, account, MODEL, identifier)
+        if arn is None:
+            return None
+        kind = arn.path.rpartition("/")[0]
+        asked = asked.where(CustomModel.id == arn.id, CustomModel.foundation == kind)
+    else:
+        asked = asked.where(CustomModel.name == identifier)
+    if lock:
+        asked = asked.with_for_update()
+    return session.scalars(asked).one_or_none()
+
+
+def find_deployment(
+    session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
+) -> Deployment | None:
+    """A deployment by ARN or name."""
+    wanted = _wanted(arns, account, DEPLOYMENT, identifier)
+    return deployments.find(session, account, wanted, lock=lock) if wanted else None
+
+
+def find_provisioned(
+    session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
+) -> Provisioned | None:
+    """Provisioned throughput by ARN or name."""
+    wanted = _wanted(arns, account, PROVISIONED, identifier)
+    return provisioned.find(session, account, wanted, lock=lock) if wanted else None
+
+
+def _wanted(arns: Arns, account: str, kind: str, identifier: str) -> str | None:
+    if not identifier.startswith("arn:"):
+        return identifier
+    arn = own(arns, account, kind, identifier)
+    return arn.path if arn else None
+
+
+@dataclass(frozen=True)
+class Invocable:
+    """A model that can be asked."""
+
+    stored_id: str
+    """Under which ``luthier.store.models.find`` opens it."""
+    arn: str
+    """Of what was called by ``modelId``."""
+    model: str
+    """ARN of the foundation model or custom model that answers."""
+    units: int = 0
+    """Of provisioned throughput."""
+
+
+def invoked_arn(arns: Arns, model_id: str) -> str:
+    """What a policy decides on for a ``modelId``, without a look at anybody's resources."""
+    if model_id.startswith("arn:"):
+        return model_id
+    found = foundation_model(model_id)
+    return arns.foundation_model(found.id if found else model_id)
+
+
+def invocable(session: Session, arns: Arns, account: str, model_id: str) -> Invocable:
+    """What answers to ``modelId``: a foundation model, deployment or provisioned throughput.
+
+    Raises:
+        Fault: ResourceNotFound for what is not there; Validation for a custom model by its own ARN,
+            which has to be deployed, and for what is no identifier; ModelNotReady while its model is
+            being made ready.
+    """
+    if not _well_formed(model_id):
+        raise Fault("Validation", "The provided model identifier is invalid.", parameter="modelId")
+    base = find_foundation(arns, model_id)
+    if base is not None:
+        arn = arns.foundation_model(base.id)
+        return Invocable(base.base, arn, arn)
+    if find_model(session, arns, account, model_id) is not None:
+        raise Fault(
+            "Validation",
+            f"Invocation of model ID {model_id} with on-demand throughput isn’t supported. Retry your "
+            "request with the ARN of a custom model deployment or of provisioned throughput that "
+            "contains this model.",
+        )
+    kind = Arn.parse(model_id)
+    if kind is not None and kind.kind == DEPLOYMENT:
+        return _deployed(session, arns, account, model_id)
+    if kind is not None and kind.kind == PROVISIONED:
+        return _provided(session, arns, account, model_id)
+    raise _unknown(model_id)
+
+
+@dataclass(frozen=True)
+class ModelIds:
+    """What ``modelId`` means to the operations of the runtime."""
+
+    database: Database
+    arns: Arns
+
+    def stored_id(self, account: str, model_id: str) -> str:
+        """Id in the store of what answers to ``model_id``; see :func:`invocable`."""
+        with self.database.read() as session:
+            return invocable(session, self.arns, account, model_id).stored_id
+
+    def resource(self, model_id: str) -> str:
+        """The ARN that a policy decides on; see :func:`invoked_arn`."""
+        return invoked_arn(self.arns, model_id)
+
+
+def _well_formed(model_id: str) -> bool:
+    """By the shape of ``modelId`` in Converse; that of InvokeModel takes the same."""
+    if model_id.startswith("arn:") and Arn.parse(model_id) is None:
+        # The shape takes letters and colons in any order.
+        return False
+    shape = operations().by_name["Converse"].input.members["modelId"]  # type: ignore[union-attr]
+    longest = shape.metadata["max"]
+    return 0 < len(model_id) <= longest and matches(shape, model_id)
+
+
+def _deployed(session: Session, arns: Arns, account: str, model_id: str) -> Invocable:
+    found = find_deployment(session, arns, account, model_id)
+    if found is None:
+        raise _unknown(model_id)
+    if found.status == deployments.CREATING:
+        raise Fault("ModelNotReady", "The deployment is being created. Try again in a moment.")
+    if found.status != deployments.ACTIVE:
+        raise Fault("Validation", f"The deployment is {found.status} and cannot answer.")
+    return Invocable(_stored(session, found.model, model_id), model_id, found.model)
+
+
+def _provided(session: Session, arns: Arns, account: str, model_id: str) -> Invocable:
+    found = find_provisioned(session, arns, account, model_id)
+    if found is None:
+        raise _unknown(model_id)
+    if found.status == provisioned.CREATING:
+        text = "The provisioned throughput is being created. Try again in a moment."
+        raise Fault("ModelNotReady", text)
+    if found.status == provisioned.FAILED:
+        raise Fault("Validation", "The provisioned throughput is Failed and cannot answer.")
+    return Invocable(_stored(session, found.model, model_id), model_id, found.model, found.units)
+
+
+def _stored(session: Session, model: str, model_id: str) -> str:
+    stored_id = stored_of(session, model)
+    if stored_id is None:
+        raise _unknown(model_id)
+    return stored_id
+
+
+def _unknown(model_id: str) -> Fault:
+    return Fault("ResourceNotFound", f"Could not find the model {model_id}.")

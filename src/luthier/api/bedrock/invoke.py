@@ -1,0 +1,233 @@
+"""InvokeModel and its stream: bodies in the model's own form, told apart by their members.
+
+{"prompt", …}                              Meta's: the text as it is, without a template
+{"schemaVersion": "messages-v1", …}        Amazon's: like Converse
+{"messages", …}                            OpenAI's chat completion
+{"inputText"}                              Titan's embedding
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field
+
+from luthier.api.bedrock.bodies import NativeBody, parsed_native
+from luthier.api.bedrock.conversations import Conversation
+from luthier.api.bedrock.converse import (
+    STOP_REASONS,
+    TEMPERATURE,
+    TOP_P,
+    message_of,
+    named_events,
+    usage,
+)
+from luthier.api.bedrock.eventstream import event
+from luthier.api.wire import Fault
+from luthier.serving.inference import End, Piece, Request, Whole
+from luthier.serving.stream import Stream
+
+LENGTH = 512
+"""``max_gen_len`` where a request names none, as Llama's is on Bedrock."""
+
+
+class Form(Protocol):
+    """One form of bodies for models that write."""
+
+    def request(self) -> Request:
+        """The request for the engine."""
+        ...
+
+    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+        """The whole answer in this form, and how many tokens were written."""
+        ...
+
+    def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
+        """The answer piece by piece, and how many tokens were written so far as is known."""
+        ...
+
+
+ChatForm = Callable[[Mapping[str, Any]], Form]
+"""Reads a body of OpenAI's chat completions; it is the OpenAI face that knows them."""
+
+
+class PromptBody(NativeBody):
+    """Meta's form."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    max_gen_len: Annotated[int, Field(ge=1)] = LENGTH
+    temperature: Annotated[float, Field(ge=0, le=1)] = TEMPERATURE
+    top_p: Annotated[float, Field(ge=0, le=1)] = TOP_P
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=2500)] = Field(
+        default_factory=list
+    )
+
+    def request(self) -> Request:
+        """The text as it is."""
+        further = self.model_dump(include={"temperature", "top_p", "top_k", "min_p"})
+        return Request(
+            self.prompt,
+            max_tokens=self.max_gen_len,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=tuple(self.stop),
+            **further,
+        )
+
+    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+        """All of it at once."""
+        (answer,) = stream.whole()
+        return _generation(answer.text, stream, answer.tokens, answer), answer.tokens
+
+    def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
+        """A piece of ``generation`` each; the last has the reason and the counts."""
+        answer = Whole()
+        for each in stream:
+            answer.take(each)
+            if isinstance(each, Piece) and each.text:
+                yield _generation(each.text, stream, None, None), 0
+            elif isinstance(each, End):
+                yield _generation("", stream, each.tokens, answer), each.tokens
+
+
+def _generation(
+    text: str, stream: Stream, tokens: int | None, ended: Whole | None
+) -> dict[str, Any]:
+    reason = None
+    if ended is not None:
+        reason = "length" if ended.reason in ("length", "context") else "stop"
+    return {
+        "generation": text,
+        "prompt_token_count": stream.prompt_tokens,
+        "generation_token_count": tokens,
+        "stop_reason": reason,
+    }
+
+
+class MessagesConfig(NativeBody):
+    """How the answer is drawn, in Amazon's form."""
+
+    maxTokens: Annotated[int, Field(ge=1)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1)] = TEMPERATURE
+    topP: Annotated[float, Field(ge=0, le=1)] = TOP_P
+    topK: Annotated[int, Field(ge=0)] = 0
+    stopSequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=2500)] = (
+        Field(default_factory=list)
+    )
+
+
+class MessagesBody(Conversation):
+    """Amazon's form."""
+
+    schemaVersion: Literal["messages-v1"]
+    inferenceConfig: MessagesConfig = Field(default_factory=MessagesConfig)
+
+    def request(self) -> Request:
+        """The conversation."""
+        config = self.inferenceConfig
+        return Request(
+            self.chat(),
+            max_tokens=config.maxTokens or config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.topP,
+            top_k=config.topK,
+            stop=tuple(config.stopSequences),
+        )
+
+    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+        """As Converse has it."""
+        (answer,) = stream.whole()
+        found = {
+            "output": {"message": message_of(answer)},
+            "stopReason": STOP_REASONS[answer.reason],
+            "usage": usage(stream.prompt_tokens, answer.tokens),
+        }
+        return found, answer.tokens
+
+    def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
+        """Events as ConverseStream has them, each under its name."""
+        for kind, value in named_events([], stream):
+            used = value["usage"]["outputTokens"] if kind == "metadata" else 0
+            yield {kind: value}, used
+
+
+class EmbeddingBody(NativeBody):
+    """Titan's form."""
+
+    inputText: Annotated[str, Field(min_length=1)]
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    normalize: bool = False
+    embeddingTypes: list[Literal["float"]] | None = None
+
+
+def form_of(body: Mapping[str, Any], chat: ChatForm | None) -> Form | EmbeddingBody:
+    """The form that ``body`` is in.
+
+    Raises:
+        Fault: Validation, where it is in none, or has what does not belong there.
+    """
+    if "inputText" in body:
+        return parsed_native(EmbeddingBody, body)
+    if "prompt" in body:
+        return parsed_native(PromptBody, body)
+    if "schemaVersion" in body:
+        return parsed_native(MessagesBody, body)
+    if "messages" in body and chat is not None:
+        return chat(body)
+    raise Fault(
+        "Validation",
+        "Malformed input request: required key [prompt], [messages] or [inputText] not found, "
+        "please reformat your input and try again.",
+    )
+
+
+@dataclass
+class Timed:
+    """When an answer began, and when its first piece came."""
+
+    now: Callable[[], float]
+    began: float
+    first: float | None = None
+
+    def latency(self) -> int:
+        """Milliseconds so far."""
+        return round((self.now() - self.began) * 1000)
+
+    def invocation(self, read: int, written: int) -> dict[str, int]:
+        """What the last chunk tells."""
+        first = self.first if self.first is not None else self.now()
+        return {
+            "inputTokenCount": read,
+            "outputTokenCount": written,
+            "invocationLatency": self.latency(),
+            "firstByteLatency": round((first - self.began) * 1000),
+        }
+
+
+def framed(form: Form, stream: Stream, timed: Timed) -> Iterator[bytes]:
+    """The chunks of a form on the wire; each is sent once the next is known, so the last can tell."""
+    held: dict[str, Any] | None = None
+    written = 0
+    for value, tokens in form.chunks(stream):
+        written = max(written, tokens)
+        if timed.first is None:
+            timed.first = timed.now()
+        if held is not None:
+            yield _chunk(held)
+        held = value
+    metrics = timed.invocation(stream.prompt_tokens, written)
+    yield _chunk({**(held or {}), "amazon-bedrock-invocationMetrics": metrics})
+
+
+def _chunk(value: Mapping[str, Any]) -> bytes:
+    raw = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return event("chunk", {"bytes": base64.b64encode(raw).decode()})

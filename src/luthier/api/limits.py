@@ -1,0 +1,82 @@
+"""How many requests an account may send: one bucket of tokens each, in memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from luthier.api.wire import Caller, Fault
+from luthier.store.accounts import Watch, quota_of
+from luthier.store.database import Database
+
+BURST_SECONDS = 2.0
+"""A bucket holds the tokens of this long: what an idle account may send at once."""
+
+
+@dataclass
+class _Bucket:
+    rate: float
+    """Tokens a second; infinite for no limit."""
+    tokens: float
+    filled: float
+    """When it was filled last."""
+    version: str
+    """Of the principals, when the rate was read."""
+
+
+class RateLimits:
+    """Admits callers; each account has its rate from its quota, or the server's default.
+
+    A bucket is kept by each process of its own.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        requests_per_second: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``requests_per_second`` is the default; ``None`` for no limit."""
+        self._database, self._default, self._clock = database, requests_per_second, clock
+        self._watch = Watch(database)
+        self._lock = threading.Lock()
+        self._buckets: dict[str, _Bucket] = {}
+
+    def admit(self, caller: Caller) -> None:
+        """Take a token of the caller's account.
+
+        Raises:
+            Fault: ``Throttling``, with whole seconds in ``retry_after`` of its details.
+        """
+        version = self._watch.token()
+        known = self._buckets.get(caller.account)
+        rate = known.rate if known and known.version == version else self._rate(caller.account)
+        with self._lock:
+            missing = self._take(caller.account, rate, version)
+        if missing > 0:
+            wait = max(1, round(missing / rate + 0.5)) if rate > 0 else 60
+            text = "Too many requests, please wait before trying again."
+            raise Fault("Throttling", text, retry_after=wait)
+
+    def _take(self, account: str, rate: float, version: str) -> float:
+        """Take a token; tokens that are missing, 0 where there was one."""
+        moment = self._clock()
+        size = max(1.0, rate * BURST_SECONDS) if rate > 0 else 0.0
+        bucket = self._buckets.setdefault(account, _Bucket(rate, size, moment, version))
+        grown = 0.0 if rate == float("inf") else (moment - bucket.filled) * rate
+        if rate != bucket.rate:
+            grown = size
+        bucket.tokens = size if size == float("inf") else min(size, bucket.tokens + grown)
+        bucket.rate, bucket.filled, bucket.version = rate, moment, version
+        if bucket.tokens < 1:
+            return 1 - bucket.tokens
+        bucket.tokens -= 1
+        return 0.0
+
+    def _rate(self, account: str) -> float:
+        with self._database.read() as session:
+            own = quota_of(session, account).get("requests_per_second")
+        rate = self._default if own is None else own
+        return float("inf") if rate is None else float(rate)

@@ -1,0 +1,242 @@
+"""Having a model answer: what the three resources that do have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Protocol
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from luthier.api.openai.errors import error_of, invalid, model_not_found
+from luthier.api.openai.models import Catalogue, Resolved
+from luthier.api.openai.requests import Access, Body
+from luthier.api.wire import Answer, Caller, Fault
+from luthier.errors import UnknownModel
+from luthier.serving.inference import (
+    InferenceFailed,
+    InferenceRefused,
+    Prompt,
+    Request,
+    Score,
+    TooLong,
+)
+from luthier.serving.pool import Embedded
+from luthier.serving.stream import Stream
+
+MOST_STOPS = 4
+FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
+"""What ended an answer, in OpenAI's words; all else is ``stop``."""
+_NAMES = {"schema": "response_format"}
+"""Members of ours that clients know by another name."""
+_PROMPTS = ("messages", "prompt", "input")
+
+
+class Pool(Protocol):
+    """The models in memory (``luthier.serving.pool.ModelPool``)."""
+
+    def submit(self, model_id: str, request: Request) -> Stream:
+        """Begin to answer."""
+
+    def token_bytes(self, model_id: str, ids: Sequence[int]) -> list[bytes]:
+        """What tokens stand for."""
+
+    def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedded]:
+        """Vectors of texts."""
+
+
+def _stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _some(value: list[str] | None) -> list[str] | None:
+    if value is not None and (len(value) > MOST_STOPS or not all(value)):
+        raise ValueError(f"at most {MOST_STOPS} texts are taken, none of them empty")
+    return value
+
+
+class StreamOptions(Body):
+    """What a stream tells beside the text."""
+
+    include_usage: bool = False
+
+
+class Sampling(Body):
+    """Members that chat and text completions share."""
+
+    model: Annotated[str, Field(min_length=1)]
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, float] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stops), AfterValidator(_some)] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    def check(self) -> None:
+        """Refuse what does not belong together."""
+        if self.stream_options is not None and not self.stream:
+            text = "'stream_options' is only taken with 'stream'."
+            raise invalid(text, "stream_options", "invalid_value")
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the stream ends with what was used."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def request(self, prompt: Prompt, **further: Any) -> Request:
+        """The same for the engine; what was not said has its default."""
+        bias = {}
+        for key, value in (self.logit_bias or {}).items():
+            if not key.isascii() or not key.isdigit() or len(key) > 9:
+                raise invalid(f"{key!r} is no id of a token.", "logit_bias", "invalid_value")
+            bias[int(key)] = value
+        given: dict[str, Any] = {
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "n": self.n,
+            # Any whole number is a seed; the engine's have 63 bits.
+            "seed": None if self.seed is None else self.seed % 2**63,
+        }
+        return Request(
+            prompt,
+            logit_bias=bias,
+            stop=tuple(self.stop or ()),
+            **{name: value for name, value in given.items() if value is not None},
+            **further,
+        )
+
+
+class Asker:
+    """Finds models, asks whether the caller may have them answer, and has them do so."""
+
+    def __init__(self, catalogue: Catalogue, access: Access, pool: Pool) -> None:
+        self.catalogue, self.access, self.pool = catalogue, access, pool
+
+    def target(self, caller: Caller, action: str, name: str) -> Resolved:
+        """The model that ``name`` means.
+
+        Raises:
+            Fault: ``AccessDenied``, which is decided first; 404 ``model_not_found``.
+        """
+        found = self.catalogue.target(caller.account, name)
+        arn = self.catalogue.arns.foundation_model(name) if found is None else found.arn
+        self.access.to_model(caller, action, arn)
+        if found is None:
+            raise model_not_found(name)
+        return found
+
+    def submit(
+        self, target: Resolved, name: str, build: Callable[[], Request], member: str = "messages"
+    ) -> Stream:
+        """Begin to answer; refusals of the engine become OpenAI's, the prompt's those of ``member``."""
+        with refusals(name, member):
+            return self.pool.submit(target.stored_id, build())
+
+
+@contextmanager
+def refusals(model: str, member: str = "messages") -> Iterator[None]:
+    """What the engine refuses, as faults; ``member`` is what the client calls the prompt."""
+    try:
+        yield
+    except TooLong as refused:
+        raise invalid(str(refused), member, "context_length_exceeded") from refused
+    except InferenceRefused as refused:
+        parameter = refused.parameter
+        parameter = member if parameter in _PROMPTS else _NAMES.get(parameter or "", parameter)
+        raise invalid(str(refused), parameter, "invalid_value") from refused
+    except UnknownModel as refused:
+        raise model_not_found(model) from refused
+    except InferenceFailed as failed:
+        raise Fault(failed.code, str(failed)) from failed
+
+
+def events_of(chunks: Iterator[Mapping[str, Any]], streams: Sequence[Stream], model: str) -> Answer:
+    """Server-sent events: a chunk each, then ``[DONE]``; a failure is the last one, as an error."""
+
+    def pieces() -> Iterator[bytes]:
+        try:
+            with refusals(model):
+                for chunk in chunks:
+                    yield event(chunk)
+            yield b"data: [DONE]\n\n"
+        except Fault as fault:
+            yield event({"error": error_of(fault)})
+        finally:
+            for stream in streams:
+                stream.close()
+
+    headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+    return Answer(200, Streamed(pieces(), streams), headers)
+
+
+class Streamed:
+    """Pieces of an answer; closing it lets go of the work, also where nothing was read yet."""
+
+    def __init__(self, pieces: Iterator[bytes], streams: Sequence[Stream]) -> None:
+        self._pieces, self._streams = pieces, streams
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the work."""
+        for stream in self._streams:
+            stream.close()
+        close = getattr(self._pieces, "close", None)
+        if close is not None:
+            close()
+
+
+def event(value: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+def usage(prompt: int, completion: int) -> dict[str, Any]:
+    """Tokens that were read and written."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def token_text(token: bytes) -> str:
+    """A token as text; parts of a character are shown as a replacement."""
+    return token.decode("utf-8", "replace")
+
+
+def chat_logprobs(scores: Sequence[Score]) -> dict[str, Any]:
+    """How likely each token was, as chat completions tell it."""
+    return {
+        "content": [
+            {
+                **_token(score.text, score.logprob),
+                "top_logprobs": [_token(text, value) for text, value in score.top],
+            }
+            for score in scores
+        ],
+        "refusal": None,
+    }
+
+
+def _token(text: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token_text(text), "logprob": logprob, "bytes": list(text)}

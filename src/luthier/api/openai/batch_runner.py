@@ -1,0 +1,277 @@
+"""Works on batches in the background: one thread, which goes on where a killed server stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from luthier.api.openai.errors import error_of, status_of
+from luthier.api.wire import Caller, Fault
+from luthier.errors import LuthierError
+from luthier.store import batches as store
+from luthier.store.batches import Batch
+from luthier.store.database import Database, now
+from luthier.store.uploaded_files import UploadedFiles
+
+Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
+"""Answers a body of an endpoint with the rights of a caller."""
+
+AT_ONCE = 8
+"""Lines of a batch that are answered side by side."""
+MOST_LINES = 50_000
+MOST_ERRORS = 50
+"""What is wrong with more lines is not told."""
+_IDLE = 2.0
+"""Seconds between two looks for batches of other servers that fell silent."""
+_SWEEP = 600.0
+"""Seconds between two looks for files whose time is over."""
+_log = logging.getLogger("luthier.api")
+
+
+class BatchRunner:
+    """Answers the lines of batches. Start it with the server; several servers may share a database."""
+
+    def __init__(
+        self, database: Database, files: UploadedFiles, endpoints: Mapping[str, Answers]
+    ) -> None:
+        self.database, self.files, self.endpoints = database, files, endpoints
+        self._token = secrets.token_hex(8)
+        self._wake, self._closed = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look for work now."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """Stop after the lines in hand; the batch can go on anywhere."""
+        self._closed.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def run_once(self) -> bool:
+        """Work on one batch as far as possible; whether there was one."""
+        with self.database.write() as session:
+            batch = store.claim(session, self._token)
+        if batch is None:
+            return False
+        try:
+            self._work(batch)
+        except Fault as fault:
+            self._fail(batch, [_error("server_error", fault.message, None)])
+        except LuthierError as error:
+            self._fail(batch, [_error("invalid_file", str(error), None)])
+        finally:
+            with self.database.write() as session:
+                store.release(session, batch.id, self._token)
+        return True
+
+    def _run(self) -> None:
+        swept = -_SWEEP
+        while not self._closed.is_set():
+            try:
+                if time.monotonic() - swept > _SWEEP:
+                    swept = time.monotonic()
+                    self.files.remove_expired()
+                while not self._closed.is_set() and self.run_once():
+                    pass
+            except Exception:
+                # The database may be away; the batch is found again.
+                _log.exception("a batch could not be worked on")
+            self._wake.wait(_IDLE)
+            self._wake.clear()
+
+    def _work(self, batch: Batch) -> None:
+        row = self.files.get(batch.account, batch.input_file)
+        if row is None:
+            self._fail(batch, [_error("file_not_found", "The input file is gone.", None)])
+            return
+        lines = list(_lines(self.files.read(row)))
+        if batch.status == store.VALIDATING:
+            errors = _problems(lines, batch.endpoint)
+            if errors:
+                self._fail(batch, errors)
+                return
+            with self.database.write() as session:
+                held = store.get(session, batch.account, batch.id, lock=True)
+                if held is not None and held.status == store.VALIDATING:
+                    held.total = len(lines)
+                    store.enter(held, store.IN_PROGRESS)
+        if self._answer_all(batch, lines):
+            self._finish(batch)
+
+    def _answer_all(self, batch: Batch, lines: Sequence[tuple[int, bytes]]) -> bool:
+        """Answer what is not answered; whether the batch is through, and not only this server."""
+        with self.database.read() as session:
+            done = store.done_lines(session, batch.id)
+        left = [each for each in lines if each[0] not in done]
+        caller = Caller(
+            batch.caller["account"],
+            batch.caller["user"],
+            tuple(batch.caller["policies"]),
+            batch.caller["bearer"],
+        )
+        with ThreadPoolExecutor(AT_ONCE, "batch") as threads:
+            for first in range(0, len(left), AT_ONCE):
+                if self._closed.is_set():
+                    return False
+                status = self._status(batch)
+                if status is None:
+                    return False
+                if status != store.IN_PROGRESS:
+                    return True
+                futures: list[tuple[int, Future[tuple[bool, dict[str, Any]]]]] = [
+                    (number, threads.submit(self._answer, batch, caller, line))
+                    for number, line in left[first : first + AT_ONCE]
+                ]
+                answered = [(number, *future.result()) for number, future in futures]
+                with self.database.write() as session:
+                    # Written only by who still holds the batch: no line is answered twice.
+                    if not store.renew(session, batch.id, self._token):
+                        return False
+                    for number, failed, result in answered:
+                        store.record(session, batch.id, number, failed, result)
+        return True
+
+    def _status(self, batch: Batch) -> str | None:
+        """Where the batch stands now; ``None`` where another server works on it."""
+        with self.database.write() as session:
+            if not store.renew(session, batch.id, self._token):
+                return None
+            held = store.get(session, batch.account, batch.id)
+            if held is None:
+                return None
+            return store.EXPIRED if now() > held.expires else held.status
+
+    def _answer(self, batch: Batch, caller: Caller, line: bytes) -> tuple[bool, dict[str, Any]]:
+        asked = json.loads(line)
+        try:
+            status, answer = 200, self.endpoints[batch.endpoint](caller, asked["body"])
+        except Fault as fault:
+            status, answer = status_of(fault), {"error": error_of(fault)}
+        except Exception as error:
+            _log.exception("a line of %s failed", batch.id)
+            failure = Fault("InternalServer", f"The request failed: {type(error).__name__}.")
+            status, answer = status_of(failure), {"error": error_of(failure)}
+        response = {"status_code": status, "request_id": secrets.token_hex(12), "body": answer}
+        return status != 200, {
+            "id": f"batch_req_{secrets.token_hex(12)}",
+            "custom_id": asked["custom_id"],
+            "response": response,
+            "error": None,
+        }
+
+    def _finish(self, batch: Batch) -> None:
+        """Write the files, then say so: whoever reads ``completed`` can read them."""
+        with self.database.write() as session:
+            held = store.get(session, batch.account, batch.id, lock=True)
+            if held is None or held.lease != self._token:
+                return
+            ends = {store.CANCELLING: store.CANCELLED}
+            end = ends.get(held.status, store.COMPLETED)
+            if held.status == store.IN_PROGRESS:
+                missing = held.total > sum(store.counts(session, held))
+                end = store.EXPIRED if missing else end
+                store.enter(held, store.FINALIZING)
+        files = {}
+        for failed, column in ((False, "output_file"), (True, "error_file")):
+            with self.database.read() as session:
+                found = store.results(session, batch.id, failed)
+            if found:
+                # By an id that follows from the batch's: written again after a crash, it is one file.
+                name = f"{batch.id}_{'error' if failed else 'output'}"
+                file_id = f"file-{name.replace('_', '')}"
+                self.files.add(
+                    batch.account, _written(found), f"{name}.jsonl", "batch_output", file_id=file_id
+                )
+                files[column] = file_id
+        with self.database.write() as session:
+            held = store.get(session, batch.account, batch.id, lock=True)
+            if held is not None and held.lease == self._token:
+                for column, file_id in files.items():
+                    setattr(held, column, file_id)
+                store.end(session, held, end)
+
+    def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
+        with self.database.write() as session:
+            held = store.get(session, batch.account, batch.id, lock=True)
+            if held is not None and held.status not in store.ENDED:
+                held.errors = errors[:MOST_ERRORS]
+                store.end(session, held, store.FAILED)
+
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers; they end at ``\\n`` and nowhere else."""
+    rest, number = b"", 0
+    for piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            number += 1
+            if line.strip():
+                yield number, line
+    if rest.strip():
+        yield number + 1, rest
+
+
+def _problems(lines: Sequence[tuple[int, bytes]], endpoint: str) -> list[dict[str, Any]]:
+    """What is wrong with the lines of an input file."""
+    if not lines:
+        return [_error("empty_file", "The input file has no lines.", None)]
+    if len(lines) > MOST_LINES:
+        return [_error("too_many_lines", f"A batch has at most {MOST_LINES:,} lines.", None)]
+    found: list[dict[str, Any]] = []
+    first: dict[str, int] = {}
+    for number, line in lines:
+        try:
+            asked = json.loads(line)
+        except ValueError:
+            found.append(_error("invalid_json_line", "The line is no JSON.", number))
+            continue
+        code, text, param = _problem(asked, endpoint, first, number)
+        if code:
+            found.append(_error(code, text, number, param))
+    return found
+
+
+def _problem(
+    asked: Any, endpoint: str, first: dict[str, int], number: int
+) -> tuple[str, str, str | None]:
+    """Code, text and member of what is wrong with one line; empty where nothing is."""
+    if not isinstance(asked, dict):
+        return "invalid_json_line", "The line is no JSON object.", None
+    custom_id = asked.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        return "missing_required_parameter", "A line needs its 'custom_id'.", "custom_id"
+    if first.setdefault(custom_id, number) != number:
+        text = f"The custom_id {custom_id!r} stands on line {first[custom_id]} already."
+        return "duplicate_custom_id", text, "custom_id"
+    if asked.get("method") != "POST":
+        return "invalid_method", "The method of a line is POST.", "method"
+    if asked.get("url") != endpoint:
+        return "mismatched_url", f"The url of a line is the batch's, {endpoint}.", "url"
+    if not isinstance(asked.get("body"), dict):
+        return "missing_required_parameter", "A line needs its 'body', an object.", "body"
+    if asked["body"].get("stream"):
+        return "invalid_request", "Lines of a batch are not streamed.", "body.stream"
+    return "", "", None
+
+
+def _error(code: str, text: str, line: int | None, param: str | None = None) -> dict[str, Any]:
+    return {"code": code, "message": text, "param": param, "line": line}
+
+
+def _written(results: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
+    for result in results:
+        yield json.dumps(result, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,212 @@
+"""``/completions``: texts that are continued as they are, without a template."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from luthier.api.openai.asking import (
+    FINISH,
+    Asker,
+    Sampling,
+    events_of,
+    refusals,
+    token_text,
+    usage,
+)
+from luthier.api.openai.errors import invalid
+from luthier.api.openai.models import Resolved
+from luthier.api.openai.requests import body, checked
+from luthier.api.openai.routing import Operation
+from luthier.api.wire import Answer, Call, Caller
+from luthier.serving.inference import End, Piece, Prompt, Request, Score
+from luthier.serving.stream import Stream
+
+ACTION = "completions.create"
+MOST_PROMPTS = 128
+DEFAULT_TOKENS = 16
+
+
+class CompletionRequest(Sampling):
+    """The body of a text completion."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def check(self) -> None:
+        """Refuse what does not belong together, and what is not done here."""
+        super().check()
+        if self.suffix:
+            raise invalid("These models do not fill gaps: 'suffix' is not taken.", "suffix")
+        if self.best_of not in (None, self.n or 1):
+            raise invalid("'best_of' must be 'n': all answers that are drawn are given.", "best_of")
+        if self.echo and self.logprobs is not None:
+            text = "'echo' with 'logprobs' is not taken: tokens of the prompt are not scored."
+            raise invalid(text, "logprobs")
+        if not self.prompts or not all(len(each) for each in self.prompts):
+            raise invalid("The prompt is empty.", "prompt", "invalid_value")
+        if len(self.prompts) > MOST_PROMPTS:
+            raise invalid(f"At most {MOST_PROMPTS} prompts are taken.", "prompt")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several texts or lists of tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    def built(self, prompt: Prompt) -> Request:
+        """The request for the engine."""
+        tokens = self.max_tokens or DEFAULT_TOKENS
+        return self.request(prompt, max_tokens=tokens, top_logprobs=self.logprobs)
+
+
+class Completions:
+    """The resource."""
+
+    def __init__(self, asker: Asker) -> None:
+        self.asker = asker
+
+    def operations(self) -> Iterable[Operation]:
+        """What can be done."""
+        return (Operation("POST", "completions", ACTION, self.create),)
+
+    def create(self, call: Call) -> Answer:
+        """Continue texts, at once or as it is written."""
+        asked = body(call, CompletionRequest)
+        streams, echoes = self._begin(call.caller, asked)
+        if asked.stream:
+            return events_of(_chunks(asked, streams, echoes), streams, asked.model)
+        return Answer.of(_completion(asked, streams, echoes))
+
+    def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a body that came another way; never a stream."""
+        asked = checked({**given, "stream": False}, CompletionRequest)
+        return _completion(asked, *self._begin(caller, asked))
+
+    def _begin(self, caller: Caller, asked: CompletionRequest) -> tuple[list[Stream], list[str]]:
+        """A stream for each prompt, and the text that stands before its answers."""
+        target = self.asker.target(caller, ACTION, asked.model)
+        asked.check()
+        echoes = [self._echo(target, asked, prompt) for prompt in asked.prompts]
+        streams: list[Stream] = []
+        try:
+            for prompt in asked.prompts:
+                streams.append(
+                    self.asker.submit(target, asked.model, partial(asked.built, prompt), "prompt")
+                )
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams, echoes
+
+    def _echo(self, target: Resolved, asked: CompletionRequest, prompt: str | list[int]) -> str:
+        if not asked.echo:
+            return ""
+        if isinstance(prompt, str):
+            return prompt
+        with refusals(asked.model, "prompt"):
+            return token_text(b"".join(self.asker.pool.token_bytes(target.stored_id, prompt)))
+
+
+def _completion(
+    asked: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
+) -> dict[str, Any]:
+    choices: list[dict[str, Any]] = []
+    read = written = 0
+    with refusals(asked.model, "prompt"):
+        for stream, echo in zip(streams, echoes, strict=True):
+            read += stream.prompt_tokens
+            for answer in stream.whole():
+                written += answer.tokens
+                scores = _logprobs(answer.scores, 0) if asked.logprobs is not None else None
+                reason = FINISH.get(answer.reason, "stop")
+                choices.append(_choice(len(choices), echo + answer.text, scores, reason))
+    return {**_head(asked.model), "choices": choices, "usage": usage(read, written)}
+
+
+def _chunks(
+    asked: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
+) -> Iterator[Mapping[str, Any]]:
+    head, n = _head(asked.model), asked.n or 1
+    further = {"usage": None} if asked.wants_usage else {}
+    read = written = 0
+    for number, (stream, echo) in enumerate(zip(streams, echoes, strict=True)):
+        read += stream.prompt_tokens
+        offsets = [0] * n
+        for index in range(n if echo else 0):
+            yield {**head, "choices": [_choice(number * n + index, echo, None, None)], **further}
+        for event in stream:
+            if isinstance(event, Piece):
+                scores = None
+                if asked.logprobs is not None:
+                    scores = _logprobs(event.scores, offsets[event.index])
+                    offsets[event.index] += sum(map(_length, event.scores))
+                choice = _choice(number * n + event.index, event.text, scores, None)
+            elif isinstance(event, End):
+                written += event.tokens
+                reason = FINISH.get(event.reason, "stop")
+                choice = _choice(number * n + event.index, "", None, reason)
+            else:
+                continue
+            yield {**head, "choices": [choice], **further}
+    if asked.wants_usage:
+        yield {**head, "choices": [], "usage": usage(read, written)}
+
+
+def _head(model: str) -> dict[str, Any]:
+    return {
+        "id": f"cmpl-{secrets.token_hex(12)}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": None,
+    }
+
+
+def _choice(
+    index: int, text: str, scores: Mapping[str, Any] | None, reason: str | None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": scores, "finish_reason": reason}
+
+
+def _logprobs(scores: Sequence[Score], offset: int) -> dict[str, Any]:
+    """How likely each token was, as text completions tell it; ``offset`` is where the first begins."""
+    offsets, tops = [], []
+    for score in scores:
+        offsets.append(offset)
+        offset += _length(score)
+        # The token that was drawn is told with the likeliest ones, also where it is none of them.
+        top = {_token(text): value for text, value in score.top}
+        tops.append(top | {_token(score.text): score.logprob})
+    return {
+        "tokens": [_token(score.text) for score in scores],
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
+
+
+def _length(score: Score) -> int:
+    """Characters that a token stands for; parts of one are shown as one."""
+    return len(token_text(score.text))
+
+
+def _token(text: bytes) -> str:
+    """A token by its text, and by its bytes where it is no text alone: names have to differ."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)

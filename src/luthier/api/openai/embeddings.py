@@ -1,0 +1,109 @@
+"""``/embeddings``."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from luthier.api.openai.asking import Asker, refusals
+from luthier.api.openai.errors import invalid
+from luthier.api.openai.requests import Body, body, checked
+from luthier.api.openai.routing import Operation
+from luthier.api.wire import Answer, Call, Caller
+from luthier.types import FloatArray
+
+ACTION = "embeddings.create"
+MOST_INPUTS = 2048
+
+
+class EmbeddingRequest(Body):
+    """The body."""
+
+    model: Annotated[str, Field(min_length=1)]
+    input: str | list[int] | list[str] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """One or several texts or lists of tokens."""
+        if isinstance(self.input, str):
+            return [self.input]
+        if self.input and isinstance(self.input[0], int):
+            return [self.input]
+        return list(self.input)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Refuse what is empty or too much."""
+        if not self.texts or not all(len(each) for each in self.texts):
+            raise invalid("'input' cannot be empty, and neither can a text in it.", "input")
+        if len(self.texts) > MOST_INPUTS:
+            raise invalid(f"At most {MOST_INPUTS} texts are taken.", "input")
+
+
+class Embeddings:
+    """The resource."""
+
+    def __init__(self, asker: Asker) -> None:
+        self.asker = asker
+
+    def operations(self) -> Iterable[Operation]:
+        """What can be done."""
+        return (Operation("POST", "embeddings", ACTION, self.create),)
+
+    def create(self, call: Call) -> Answer:
+        """Vectors of texts."""
+        return Answer.of(self._vectors(call.caller, body(call, EmbeddingRequest)))
+
+    def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a body that came another way."""
+        return self._vectors(caller, checked(given, EmbeddingRequest))
+
+    def _vectors(self, caller: Caller, asked: EmbeddingRequest) -> dict[str, Any]:
+        target = self.asker.target(caller, ACTION, asked.model)
+        asked.check()
+        with refusals(asked.model, "input"):
+            found = self.asker.pool.embed(target.stored_id, asked.texts)
+        tokens = sum(each.tokens for each in found)
+        data = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _written(
+                    _shortened(np.asarray(each.vector, dtype="<f4"), asked.dimensions),
+                    asked.encoding_format,
+                ),
+            }
+            for index, each in enumerate(found)
+        ]
+        return {
+            "object": "list",
+            "data": data,
+            "model": asked.model,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+
+def _shortened(vector_D: FloatArray, dimensions: int | None) -> FloatArray:
+    """The first ``dimensions`` numbers, of length 1 again."""
+    if dimensions is None or dimensions == len(vector_D):
+        return vector_D
+    if dimensions > len(vector_D):
+        text = f"The model's vectors have {len(vector_D)} dimensions."
+        raise invalid(text, "dimensions", "invalid_value")
+    cut_D = vector_D[:dimensions]
+    norm = float(np.linalg.norm(cut_D))
+    shortened: FloatArray = (cut_D / norm if norm else cut_D).astype("<f4")
+    return shortened
+
+
+def _written(vector_D: FloatArray, encoding: str | None) -> list[float] | str:
+    """Numbers, or base64 of little-endian float32."""
+    if encoding == "base64":
+        return base64.b64encode(vector_D.tobytes()).decode()
+    numbers: list[float] = vector_D.tolist()
+    return numbers

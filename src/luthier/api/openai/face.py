@@ -1,0 +1,96 @@
+"""All resources of the OpenAI API, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from luthier.api.openai.asking import Asker, Pool
+from luthier.api.openai.batch_runner import BatchRunner
+from luthier.api.openai.batches import Batches
+from luthier.api.openai.chat import Chats
+from luthier.api.openai.completions import Completions
+from luthier.api.openai.embeddings import Embeddings
+from luthier.api.openai.files import Files
+from luthier.api.openai.fine_tuning import FineTuning
+from luthier.api.openai.graders import Graders
+from luthier.api.openai.grading import PooledModels
+from luthier.api.openai.models import Catalogue, DeleteModel, Models, Resolve
+from luthier.api.openai.requests import Access, Authorize
+from luthier.api.openai.routing import Routing
+from luthier.api.settings import Settings
+from luthier.jobs.submit import Limits
+from luthier.store.arns import Arns
+from luthier.store.database import Database
+from luthier.store.objects import Objects
+from luthier.store.uploaded_files import UploadedFiles
+
+FILE_LIMIT = 512_000_000
+"""Bytes of an uploaded file at most."""
+
+
+class OpenAIFace(Routing):
+    """What the ``openai`` client talks to; fulfils :class:`luthier.api.wire.Face`."""
+
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        pool: Pool,
+        resolve: Resolve,
+        authorize: Authorize,
+        objects: Objects,
+        delete_model: DeleteModel,
+        *,
+        limits: Callable[[str], Limits] = lambda account: Limits(),
+        file_limit: int = FILE_LIMIT,
+        submitted: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Put the face together; :meth:`start` begins the work on batches.
+
+        Args:
+            database: where everything is kept.
+            settings: of the server.
+            pool: the models that answer.
+            resolve: finds what an ARN means for an account: a deployment, a profile.
+            authorize: asks the policies.
+            objects: the built-in object store, which holds the bytes of files.
+            delete_model: deletes a custom model with all that belongs to it.
+            limits: how many jobs an account may have, by the account.
+            file_limit: bytes of an uploaded file at most.
+            submitted: called after a job was put into the queue.
+        """
+        arns = Arns(settings.region)
+        access = Access(authorize, settings.region)
+        self.files = UploadedFiles(database, objects)
+        catalogue = Catalogue(database, arns, resolve)
+        asker = Asker(catalogue, access, pool)
+        chats, completions, embeddings = Chats(asker), Completions(asker), Embeddings(asker)
+        self.batches = BatchRunner(
+            database,
+            self.files,
+            {
+                "/v1/chat/completions": chats.answer,
+                "/v1/completions": completions.answer,
+                "/v1/embeddings": embeddings.answer,
+            },
+        )
+        super().__init__(
+            (
+                Files(self.files, access, file_limit),
+                FineTuning(database, self.files, catalogue, access, arns, limits, submitted),
+                Graders(access, catalogue.judge, PooledModels(pool)),
+                Models(catalogue, access, delete_model),
+                chats,
+                completions,
+                embeddings,
+                Batches(database, self.files, access, self.batches),
+            )
+        )
+
+    def start(self) -> None:
+        """Begin to work on batches, those of an earlier server first."""
+        self.batches.start()
+
+    def close(self) -> None:
+        """Stop working on batches."""
+        self.batches.close()

@@ -1,0 +1,220 @@
+"""Graders as OpenAI writes them, and ``/fine_tuning/alpha/graders``, which tries one out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from luthier.api.openai.errors import invalid
+from luthier.api.openai.requests import Access, Body, body
+from luthier.api.openai.routing import Operation
+from luthier.api.wire import Answer as HttpAnswer
+from luthier.api.wire import Call
+from luthier.errors import LuthierError, RecipeError
+from luthier.graders import Answer, Grader, Models, Multi, Trouble, grader_from, graders_named
+from luthier.graders.running import attempt
+from luthier.types import Row
+
+Judge = Callable[[str, str], str]
+"""Given a model's name and the member that holds it: its id in the store; raises where it has none."""
+
+_MEMBERS = {
+    "string_check": ("input", "reference", "operation"),
+    "text_similarity": ("input", "reference", "evaluation_metric"),
+    "python": ("source",),
+    "score_model": ("model", "input", "range"),
+    "multi": ("graders", "calculate_output"),
+}
+"""Members that mean something here, by type; a name is a label."""
+_SAMPLING = {"max_completions_tokens": "max_tokens", "temperature": "temperature"} | {
+    "top_p": "top_p",
+    "seed": "seed",
+}
+_ERRORS = (
+    "formula_parse_error", "sample_parse_error", "truncated_observation_error",
+    "unresponsive_reward_error", "invalid_variable_error", "other_error",
+    "python_grader_server_error", "python_grader_runtime_error", "model_grader_server_error",
+    "model_grader_refusal_error", "model_grader_parse_error",
+)  # fmt: skip
+
+
+class RunGrader(Body):
+    """The body of a trial."""
+
+    grader: dict[str, Any]
+    model_sample: str
+    item: dict[str, Any] | None = None
+
+
+class ValidateGrader(Body):
+    """The body of a check."""
+
+    grader: dict[str, Any]
+
+
+class Graders:
+    """The resource."""
+
+    def __init__(self, access: Access, judges: Callable[[str], Judge], models: Models) -> None:
+        """``judges`` finds the models that graders of an account ask, ``models`` opens them."""
+        self.access, self.judges, self.models = access, judges, models
+
+    def operations(self) -> Iterable[Operation]:
+        """What can be done with graders."""
+        root, name = "fine_tuning/alpha/graders", "fine_tuning.alpha.graders"
+        return (
+            Operation("POST", f"{root}/run", f"{name}.run", self.run),
+            Operation("POST", f"{root}/validate", f"{name}.validate", self.validate),
+        )
+
+    def validate(self, call: Call) -> HttpAnswer:
+        """Give a grader back that can be used; 400 for one that cannot."""
+        self.access.to(call, "fine_tuning.alpha.graders.validate")
+        given = body(call, ValidateGrader).grader
+        grader_fields(given, "grader", self.judges(call.caller.account))
+        return HttpAnswer.of({"grader": given})
+
+    def run(self, call: Call) -> HttpAnswer:
+        """Grade one reply. What goes wrong in the grader is told in the answer, with reward 0."""
+        self.access.to(call, "fine_tuning.alpha.graders.run")
+        asked = body(call, RunGrader)
+        account = call.caller.account
+        grader = grader_from(grader_fields(asked.grader, "grader", self.judges(account)))
+        if grader.models:
+            grader = grader.with_models(self.models)
+        began = time.perf_counter()
+        sample = Answer((), asked.model_sample, None, Row("item", 1, members=asked.item or {}))
+        score, parts, trouble = graded_once(grader, sample)
+        return HttpAnswer.of(
+            {
+                "reward": score,
+                "sub_rewards": parts,
+                "model_grader_token_usage_per_model": {},
+                "metadata": {
+                    "name": str(asked.grader.get("name", asked.grader["type"])),
+                    "type": asked.grader["type"],
+                    "errors": _errors(asked.grader["type"], trouble),
+                    "execution_time": time.perf_counter() - began,
+                    "scores": parts,
+                    "token_usage": None,
+                    "sampled_model_name": asked.grader.get("model"),
+                },
+            }
+        )
+
+
+def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float], Trouble | None]:
+    """Reward of one reply, those of a formula's graders, and why there is none (then it is 0)."""
+    troubles: dict[int, Trouble] = {}
+    parts: dict[str, float] = {}
+    if isinstance(grader, Multi):
+        each = grader.each([sample], troubles)
+        parts = {name: _finite(scores[0]) for name, scores in each.items()}
+    if not troubles:
+        try:
+            (score,), troubles = attempt(grader, [sample])
+        except LuthierError as error:
+            troubles[0] = Trouble("grader.raised", str(error), "Mend the grader.")
+    return (0.0 if troubles else _finite(score)), parts, troubles.get(0)
+
+
+def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
+    """A grader of the API as ``method`` and fields of luthier's own.
+
+    Args:
+        given: the grader as it was sent.
+        where: the member of the request that holds it.
+        judge: finds the model that a ``score_model`` asks.
+
+    Raises:
+        Fault: 400 for a type that there is not, a member that is missing, a value that cannot be.
+    """
+    fields = _fields(given, where, judge)
+    try:
+        graders_named({"grader": fields})
+    except RecipeError as error:
+        raise invalid(str(error), where, "invalid_grader") from error
+    return fields
+
+
+def _fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
+    kind = given.get("type")
+    if kind not in _MEMBERS:
+        known = ", ".join(_MEMBERS)
+        raise invalid(f"Unknown grader type {kind!r}; there are {known}.", f"{where}.type")
+    fields = {name: given[name] for name in _MEMBERS[kind] if name in given}
+    if kind == "multi":
+        fields["graders"] = {
+            name: _fields(part, f"{where}.graders.{name}", judge)
+            for name, part in _parts(given.get("graders"), f"{where}.graders").items()
+        }
+    if kind == "score_model":
+        fields |= _asking(given, where)
+        fields["model"] = judge(str(given.get("model", "")), f"{where}.model")
+    return {"method": kind, **fields}
+
+
+def _parts(given: Any, where: str) -> dict[str, Mapping[str, Any]]:
+    """Graders of a formula by name: a table, a list of named ones, or a single one."""
+    if isinstance(given, Mapping) and isinstance(given.get("type"), str):
+        given = [given]
+    if isinstance(given, list):
+        given = {str(each.get("name")): each for each in given if isinstance(each, Mapping)}
+    if not isinstance(given, Mapping) or not given:
+        raise invalid("A multi grader needs graders by name.", where)
+    for name, part in given.items():
+        if not isinstance(part, Mapping) or part.get("type") == "multi":
+            raise invalid("Graders in a multi grader are objects, and no multi graders.", where)
+        if not str(name).isidentifier():
+            raise invalid(f"{name!r} cannot stand in a formula.", where)
+    return dict(given)
+
+
+def _asking(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Turns and sampling of a model that grades."""
+    turns = given.get("input")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise invalid("A score_model grader needs a list of messages.", f"{where}.input")
+    made = [{"role": turn.get("role"), "content": _content(turn.get("content"))} for turn in turns]
+    asked = given.get("sampling_params") or {}
+    if not isinstance(asked, Mapping):
+        raise invalid("sampling_params must be an object.", f"{where}.sampling_params")
+    sampling = {
+        ours: asked[theirs] for theirs, ours in _SAMPLING.items() if asked.get(theirs) is not None
+    }
+    return {"input": made, "sampling": sampling}
+
+
+def _content(given: Any) -> Any:
+    """Text of a message; blocks of text are joined, anything else is refused with its type."""
+    blocks = given if isinstance(given, list) else [given]
+    texts = [block.get("text") if isinstance(block, Mapping) else block for block in blocks]
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known) if len(known) == len(texts) else given
+
+
+def _errors(kind: str, trouble: Trouble | None) -> dict[str, Any]:
+    found: dict[str, Any] = dict.fromkeys(_ERRORS, False)
+    details: dict[str, Any] = {
+        "python_grader_server_error_type": None,
+        "python_grader_runtime_error_details": None,
+        "model_grader_server_error_details": None,
+    }
+    if trouble is not None:
+        name = {
+            "grader.no_member": "invalid_variable_error",
+            "grader.formula": "formula_parse_error",
+        }
+        kinds = {"python": "python_grader_runtime_error", "score_model": "model_grader_parse_error"}
+        found[name.get(trouble.rule) or kinds.get(kind, "other_error")] = True
+        if kind == "python":
+            details["python_grader_runtime_error_details"] = trouble.message
+        elif kind == "score_model":
+            details["model_grader_server_error_details"] = trouble.message
+    return {**found, **details}
+
+
+def _finite(score: float) -> float:
+    return score if math.isfinite(score) else 0.0

@@ -1,0 +1,192 @@
+"""``/models``, and which model a name of a request means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sqlalchemy import or_, select
+
+from luthier.api.openai.errors import model_not_found
+from luthier.api.openai.graders import Judge
+from luthier.api.openai.requests import Access, seconds
+from luthier.api.openai.routing import Operation
+from luthier.api.wire import Answer, Call, Fault
+from luthier.store.arns import Arn, Arns
+from luthier.store.custom_models import ACTIVE, CustomModel
+from luthier.store.database import Database
+from luthier.store.foundation import FoundationModel, foundation_model, foundation_models
+
+OWNER = "luthier"
+
+
+class Resolved(Protocol):
+    """A model that answers."""
+
+    @property
+    def stored_id(self) -> str:
+        """Id under which the pool opens it."""
+
+    @property
+    def arn(self) -> str:
+        """What policies are asked about."""
+
+
+Resolve = Callable[[str, str], Resolved | None]
+"""Given an account and an ARN, what answers there: a deployment, a profile; ``None`` for nothing."""
+DeleteModel = Callable[[str, CustomModel], None]
+"""Deletes an account's custom model with all that belongs to it.
+
+Raises:
+    Fault: ``Conflict`` where it is deployed or provisioned.
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that answers to a name."""
+
+    stored_id: str
+    arn: str
+
+
+class Catalogue:
+    """The models that an account can name: base models, its own ones, and what it deployed."""
+
+    def __init__(self, database: Database, arns: Arns, resolve: Resolve) -> None:
+        self.database, self.arns, self._resolve = database, arns, resolve
+
+    def target(self, account: str, name: str) -> Resolved | None:
+        """What answers to ``name``; ``None`` where nothing does."""
+        found = self.find(account, name)
+        if isinstance(found, FoundationModel):
+            return Target(found.base, self.arns.foundation_model(found.id))
+        if found is not None and found.stored_id is not None:
+            return Target(found.stored_id, self.arn_of(found))
+        return self._resolve(account, name) if name.startswith("arn:") else None
+
+    def find(self, account: str, name: str) -> FoundationModel | CustomModel | None:
+        """The base model of this alias or id, or the account's own by its ``ft:`` id or name."""
+        if name.startswith("arn:") and ":foundation-model/" not in name:
+            return None
+        base = foundation_model(name)
+        if base is not None:
+            return base
+        mine = select(CustomModel).where(
+            CustomModel.account == account,
+            CustomModel.status == ACTIVE,
+            CustomModel.openai_id == name,
+        )
+        with self.database.read() as session:
+            return session.scalar(mine)
+
+    def base(self, account: str, name: str) -> FoundationModel | CustomModel:
+        """What a fine-tuning job starts from.
+
+        Raises:
+            Fault: 404 ``model_not_found``.
+        """
+        arn = Arn.parse(name)
+        if arn is not None and arn.kind == "custom-model" and arn.account == account:
+            wanted = select(CustomModel).where(
+                CustomModel.account == account,
+                CustomModel.id == arn.id,
+                CustomModel.status == ACTIVE,
+            )
+            with self.database.read() as session:
+                found: FoundationModel | CustomModel | None = session.scalar(wanted)
+        else:
+            found = self.find(account, name)
+        if found is None:
+            raise model_not_found(name)
+        return found
+
+    def root_of(self, base: FoundationModel | CustomModel) -> FoundationModel | None:
+        """The foundation model at the bottom; ``None`` where it is none of ours."""
+        return base if isinstance(base, FoundationModel) else foundation_model(base.root)
+
+    def judge(self, account: str) -> Judge:
+        """Finds models that grade, for this account."""
+
+        def find(name: str, where: str) -> str:
+            found = self.target(account, name)
+            if found is None:
+                raise Fault(
+                    "Validation",
+                    f"The model `{name}` does not exist.",
+                    parameter=where,
+                    reason="model_not_found",
+                )
+            return found.stored_id
+
+        return find
+
+    def own(self, account: str) -> list[CustomModel]:
+        """The account's models that answer to an ``ft:`` id, the oldest first."""
+        mine = select(CustomModel).where(
+            CustomModel.account == account,
+            CustomModel.status == ACTIVE,
+            or_(CustomModel.openai_id.is_not(None)),
+        )
+        with self.database.read() as session:
+            return list(session.scalars(mine.order_by(CustomModel.seq)))
+
+    def arn_of(self, model: CustomModel) -> str:
+        """Of a custom model."""
+        return self.arns.custom_model(model.account, model.foundation, model.id)
+
+
+class Models:
+    """The resource."""
+
+    def __init__(self, catalogue: Catalogue, access: Access, delete_model: DeleteModel) -> None:
+        self.catalogue, self.access, self._delete = catalogue, access, delete_model
+
+    def operations(self) -> Iterable[Operation]:
+        """What can be done with models."""
+        return (
+            Operation("GET", "models", "models.list", self.list),
+            Operation("GET", "models/{model}", "models.retrieve", self.retrieve),
+            Operation("DELETE", "models/{model}", "models.delete", self.delete),
+        )
+
+    def list(self, call: Call) -> Answer:
+        """Every base model by its alias, and the account's own."""
+        self.access.to(call, "models.list")
+        data = [shown(each, each.base) for each in foundation_models()]
+        for model in self.catalogue.own(call.caller.account):
+            data.append(shown(model, model.openai_id or model.name))
+        return Answer.of({"object": "list", "data": data})
+
+    def retrieve(self, call: Call) -> Answer:
+        """One of them, by any of its names."""
+        name = call.params["model"]
+        self.access.to(call, "models.retrieve", "model", name)
+        found = self.catalogue.find(call.caller.account, name)
+        if found is None:
+            raise model_not_found(name)
+        return Answer.of(shown(found, name))
+
+    def delete(self, call: Call) -> Answer:
+        """Delete an own model; base models belong to everybody."""
+        name = call.params["model"]
+        self.access.to(call, "models.delete", "model", name)
+        found = self.catalogue.find(call.caller.account, name)
+        if found is None:
+            raise model_not_found(name)
+        if isinstance(found, FoundationModel):
+            raise Fault("AccessDenied", f"The base model `{name}` cannot be deleted.")
+        self._delete(call.caller.account, found)
+        return Answer.of({"id": name, "object": "model", "deleted": True})
+
+
+def shown(model: FoundationModel | CustomModel, name: str) -> dict[str, Any]:
+    """A model as clients see it; those of the catalogue were made before all time."""
+    owner = OWNER if isinstance(model, FoundationModel) else f"org-{model.account}"
+    return {
+        "id": name,
+        "object": "model",
+        "created": seconds(model.created) or 0,
+        "owned_by": owner,
+    }

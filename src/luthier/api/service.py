@@ -1,0 +1,191 @@
+"""All that one server is made of, put together; nothing here decides anything."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from luthier import __version__
+from luthier.api.app import Application, Faces
+from luthier.api.auditing import Trail
+from luthier.api.authentication import Authenticator
+from luthier.api.bedrock.activation import Activation
+from luthier.api.bedrock.control import Control, Quotas
+from luthier.api.bedrock.face import BedrockFace
+from luthier.api.bedrock.identifiers import Invocable, ModelIds, invocable
+from luthier.api.bedrock.runtime import runtime_handlers
+from luthier.api.limits import RateLimits
+from luthier.api.native.context import Context
+from luthier.api.native.face import native_face
+from luthier.api.observability import Observer
+from luthier.api.openai import OpenAIFace
+from luthier.api.openai.chat import InvokedChat
+from luthier.api.policies import authorize
+from luthier.api.s3.face import S3Face
+from luthier.api.settings import Settings
+from luthier.api.wire import Fault
+from luthier.jobs.scheduler import Scheduler
+from luthier.jobs.submit import Limits
+from luthier.serving.pool import ModelPool
+from luthier.store import bootstrap
+from luthier.store.accounts import quota_of
+from luthier.store.arns import Arns
+from luthier.store.custom_models import CustomModel
+from luthier.store.database import Database
+from luthier.store.jobs import Job
+from luthier.store.locations import Locations
+from luthier.store.objects import Objects
+from luthier.store.removal import ModelInUse, remove, remove_files
+from luthier.store.schema import upgrade
+from luthier.store.sealing import Sealing, purpose_key, server_key
+
+_QUOTAS = ("custom_models", "deployments")
+_log = logging.getLogger("luthier.server")
+
+
+class Service:
+    """The parts of a server. :meth:`start` begins what works in the background."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the database, bring its tables up to date, and build every face.
+
+        Raises:
+            LuthierError: where the database cannot be reached, or is of a newer version.
+        """
+        self.settings = settings
+        self.database = Database(settings.database)
+        upgrade(self.database)
+        key = server_key()
+        self.issued = bootstrap.prepare(self.database, Sealing(key), settings.account)
+        """Keys of the root user, if it was made now: they are shown once."""
+        self.arns = Arns(settings.region)
+        self.objects = Objects(self.database)
+        self.locations = Locations(self.database, settings.s3_endpoint, settings.file_roots)
+        self.pool = ModelPool()
+        self.activation = Activation(self.database)
+        self.scheduler = Scheduler(self.database, options=_worker_options(settings))
+        self.trail = Trail(self.database)
+        self.openai = self._openai()
+        self.application = Application(
+            self._faces(purpose_key(key, "lists")),
+            Authenticator(self.database, settings, key),
+            RateLimits(self.database, settings.requests_per_second).admit,
+            Observer(self._gauges),
+            self.trail,
+            self.missing,
+        )
+
+    def start(self, work: bool = True) -> None:
+        """Go on with what an earlier server left; ``work`` on the queue, too."""
+        self.objects.sweep()
+        self.activation.resume()
+        self.openai.start()
+        if work:
+            self.scheduler.start()
+
+    def close(self) -> None:
+        """End what works in the background; workers go on, and the next server finds them."""
+        self.scheduler.stop()
+        self.openai.close()
+        self.activation.close()
+        self.trail.close()
+        self.pool.close()
+        self.database.close()
+
+    def missing(self) -> str | None:
+        """Why the service cannot do its work now; ``None`` where it can."""
+        try:
+            with self.database.read() as session:
+                session.execute(text("SELECT 1"))
+        except SQLAlchemyError:
+            return "the database cannot be reached"
+        return None
+
+    def _faces(self, secret: bytes) -> Faces:
+        control = Control(
+            self.database,
+            self.arns,
+            self.locations,
+            authorize,
+            secret,
+            self.activation,
+            quotas=self._quotas,
+            submitted=self.scheduler.wake,
+        )
+        # A policy names the ARN of a base model, whatever the client calls it by.
+        ids = ModelIds(self.database, self.arns)
+        runtime = runtime_handlers(self.pool, ids.stored_id, authorize, ids.resource, InvokedChat)
+        context = Context(
+            self.database, self.arns, self.locations, authorize, self._limits, self.scheduler.wake
+        )
+        return Faces(
+            BedrockFace(control, runtime),
+            self.openai,
+            native_face(context, __version__),
+            S3Face(self.objects, authorize, self.settings.region),
+        )
+
+    def _openai(self) -> OpenAIFace:
+        return OpenAIFace(
+            self.database,
+            self.settings,
+            self.pool,
+            self._answering,
+            authorize,
+            self.objects,
+            self._delete,
+            limits=self._limits,
+            submitted=self.scheduler.wake,
+        )
+
+    def _answering(self, account: str, arn: str) -> Invocable | None:
+        """What answers at an ARN that an OpenAI client names as a model."""
+        try:
+            with self.database.read() as session:
+                return invocable(session, self.arns, account, arn)
+        except Fault as fault:
+            if fault.code in ("ResourceNotFound", "Validation"):
+                return None
+            raise
+
+    def _delete(self, account: str, model: CustomModel) -> None:
+        """Delete a custom model that nobody answers with."""
+        with self.database.write() as session:
+            arn = self.arns.custom_model(account, model.foundation, model.id)
+            try:
+                remove(session, session.get_one(CustomModel, model.seq, with_for_update=True), arn)
+            except ModelInUse as error:
+                raise Fault("Conflict", str(error)) from error
+        remove_files(model.stored_id)
+
+    def _limits(self, account: str) -> Limits:
+        return self._quotas(account).jobs
+
+    def _quotas(self, account: str) -> Quotas:
+        """The account's own quotas; the server's where it has none."""
+        with self.database.read() as session:
+            given = quota_of(session, account)
+        found = {name: int(given[name]) for name in _QUOTAS if given.get(name) is not None}
+        jobs = given.get("jobs_in_flight")
+        return Quotas(jobs=Limits() if jobs is None else Limits(int(jobs)), **found)
+
+    def _gauges(self) -> Mapping[str, Mapping[str, float]]:
+        with self.database.read() as session:
+            counted = session.execute(select(Job.state, func.count()).group_by(Job.state)).all()
+        return {
+            "jobs": {state: float(count) for state, count in counted},
+            "models_in_memory": {"": float(len(self.pool.loaded()))},
+            "workers": {"": float(len(self.scheduler.children))},
+        }
+
+
+def _worker_options(settings: Settings) -> list[str]:
+    options: list[str] = []
+    if settings.s3_endpoint:
+        options += ["--s3-endpoint", settings.s3_endpoint]
+    for root in settings.file_roots:
+        options += ["--file-root", str(root)]
+    return options

@@ -1,0 +1,279 @@
+"""``luthier admin``: the commands; what they do is in ``principals``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.cli.options import Json, ServiceDatabase
+
+admin_app = typer.Typer(help="Accounts, users, keys, quotas and backups.", no_args_is_help=True)
+accounts_app = typer.Typer(help="Accounts (tenants) and their quotas.", no_args_is_help=True)
+users_app = typer.Typer(help="Users and what they may do.", no_args_is_help=True)
+keys_app = typer.Typer(help="Access keys and API keys.", no_args_is_help=True)
+for name, part in (("accounts", accounts_app), ("users", users_app), ("keys", keys_app)):
+    admin_app.add_typer(part, name=name)
+
+Account = Annotated[str, typer.Option(help="Twelve digits.")]
+Role = Annotated[
+    str | None, typer.Option(help="admin, developer, auditor or invoke-only; see admin roles.")
+]
+Policies = Annotated[
+    list[Path] | None, typer.Option("--policy", help="File with an IAM policy document.")
+]
+FIRST = "000000000000"
+
+
+@admin_app.command("roles")
+def roles(json_: Json = False) -> None:
+    """List the built-in roles and what they allow."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.list_roles(json_)
+
+
+@admin_app.command("backup")
+def backup(
+    folder: Annotated[Path, typer.Argument(help="New folder for the backup.")],
+    with_key: Annotated[
+        bool, typer.Option("--with-key", help="Put the server's key into it, too.")
+    ] = False,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Back up database and store while the service runs."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.back_up(database, folder, with_key, json_)
+
+
+@admin_app.command("restore")
+def restore(folder: Annotated[Path, typer.Argument(help="A backup.")], json_: Json = False) -> None:
+    """Check a backup and restore it into an empty LUTHIER_HOME."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.restore(folder, json_)
+
+
+@accounts_app.command("list")
+def accounts_list(database: ServiceDatabase = None, json_: Json = False) -> None:
+    """List accounts with the quotas that are their own."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.list_accounts(database, json_)
+
+
+@accounts_app.command("create")
+def accounts_create(
+    account: str,
+    name: Annotated[str, typer.Option(help="What people call it.")] = "",
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Add an account."""
+    _change_account("create", account, database, json_, name)
+
+
+@accounts_app.command("disable")
+def accounts_disable(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Let no key of an account in any more."""
+    _change_account("disable", account, database, json_)
+
+
+@accounts_app.command("enable")
+def accounts_enable(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Let the keys of an account in again."""
+    _change_account("enable", account, database, json_)
+
+
+@accounts_app.command("remove")
+def accounts_remove(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Remove an account without users that owns nothing."""
+    _change_account("remove", account, database, json_)
+
+
+@accounts_app.command("quota")
+def accounts_quota(
+    account: str,
+    jobs_in_flight: Annotated[int | None, typer.Option(help="Jobs that have not ended.")] = None,
+    custom_models: Annotated[int | None, typer.Option(help="Custom models.")] = None,
+    deployments: Annotated[int | None, typer.Option(help="Deployments.")] = None,
+    requests_per_second: Annotated[float | None, typer.Option(help="Requests a second.")] = None,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="First go back to the server's defaults.")
+    ] = False,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Set what an account may have at most; show it, where nothing is set."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    given = {
+        "jobs_in_flight": jobs_in_flight,
+        "custom_models": custom_models,
+        "deployments": deployments,
+        "requests_per_second": requests_per_second,
+    }
+    values = {name: value for name, value in given.items() if reset or value is not None}
+    with errors(json_):
+        principals.set_quota(database, account, values, json_)
+
+
+@users_app.command("list")
+def users_list(
+    account: Annotated[str | None, typer.Option(help="Only of this account.")] = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """List users."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.list_users(database, account, json_)
+
+
+@users_app.command("create")
+def users_create(
+    user: str,
+    account: Account = FIRST,
+    role: Role = None,
+    policy: Policies = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Add a user with a role, policies of its own, or both."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.create_user(database, account, user, role, policy or [], json_)
+
+
+@users_app.command("policies")
+def users_policies(
+    user: str,
+    account: Account = FIRST,
+    role: Role = None,
+    policy: Policies = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Replace role and policies of a user; without any it may do nothing."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.set_policies(database, account, user, role, policy or [], json_)
+
+
+@users_app.command("disable")
+def users_disable(
+    user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
+) -> None:
+    """Let no key of a user in any more."""
+    _change_user("disable", user, account, database, json_)
+
+
+@users_app.command("enable")
+def users_enable(
+    user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
+) -> None:
+    """Let the keys of a user in again."""
+    _change_user("enable", user, account, database, json_)
+
+
+@users_app.command("remove")
+def users_remove(
+    user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
+) -> None:
+    """Remove a user and its keys."""
+    _change_user("remove", user, account, database, json_)
+
+
+@keys_app.command("list")
+def keys_list(
+    user: Annotated[str | None, typer.Option(help="Only of this user.")] = None,
+    account: Account = FIRST,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """List keys; their secrets are not told again."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.list_keys(database, account, user, json_)
+
+
+@keys_app.command("create")
+def keys_create(
+    user: str,
+    kind: Annotated[str, typer.Option(help="access (signs requests) or api (sk-…).")] = "api",
+    account: Account = FIRST,
+    days: Annotated[float | None, typer.Option(min=0, help="An API key ends after these.")] = None,
+    label: Annotated[str, typer.Option(help="What an API key is for.")] = "",
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Make a key and print it, once."""
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(json_):
+        principals.create_key(database, account, user, kind, days, label, json_)
+
+
+@keys_app.command("disable")
+def keys_disable(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Let a key in no more; running servers notice within a second."""
+    _change_key("disable", key, database, json_)
+
+
+@keys_app.command("enable")
+def keys_enable(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Let a key in again."""
+    _change_key("enable", key, database, json_)
+
+
+@keys_app.command("remove")
+def keys_remove(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Forget a key."""
+    _change_key("remove", key, database, json_)
+
+
+def _change_account(
+    action: str, account: str, database: str | None, as_json: bool, name: str = ""
+) -> None:
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(as_json):
+        principals.change_account(database, action, account, as_json, name)
+
+
+def _change_user(action: str, user: str, account: str, database: str | None, as_json: bool) -> None:
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(as_json):
+        principals.change_user(database, action, account, user, as_json)
+
+
+def _change_key(action: str, key: str, database: str | None, as_json: bool) -> None:
+    from luthier.cli import principals
+    from luthier.cli.console import errors
+
+    with errors(as_json):
+        principals.change_key(database, action, key, as_json)

@@ -1,0 +1,71 @@
+"""``luthier audit``: read the audit log, and check that nobody has changed it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from luthier.cli.options import Json, ServiceDatabase
+
+audit_app = typer.Typer(help="The service's audit log.", no_args_is_help=True)
+
+
+@audit_app.command("verify")
+def audit_verify(
+    noted: Annotated[
+        str | None,
+        typer.Option("--noted", help="Hash that was the last one once: it has to be there still."),
+    ] = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Check every entry against the chain; ends with 1 where it is broken."""
+    from luthier.cli.console import errors, note, print_json
+    from luthier.cli.service import opened
+    from luthier.store.audit import last, verify
+
+    with errors(json_), opened(database) as service, service.read() as session:
+        broken = verify(session, noted)
+        number, hash_ = last(session)
+    if json_:
+        found = {"seq": broken.seq, "reason": broken.reason} if broken else None
+        print_json({"intact": broken is None, "broken": found, "entries": number, "last": hash_})
+    elif broken:
+        note(f"luthier: the audit log is broken at entry {broken.seq}: {broken.reason}")
+    else:
+        typer.echo(f"{number} entries, intact; the last hash is\n{hash_}")
+    if broken:
+        raise typer.Exit(1)
+
+
+@audit_app.command("list")
+def audit_list(
+    account: Annotated[str | None, typer.Option(help="Only of this account.")] = None,
+    user: Annotated[str | None, typer.Option(help="Only of this user.")] = None,
+    action: Annotated[str | None, typer.Option(help="Only actions that contain this.")] = None,
+    since: Annotated[
+        datetime | None, typer.Option(help="Only from this time on, UTC: 2026-01-31T12:00:00.")
+    ] = None,
+    before: Annotated[int | None, typer.Option(help="Only entries before this number.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Entries at most.")] = 50,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Print entries, the newest first."""
+    from luthier.cli.console import errors, print_json
+    from luthier.cli.service import opened, table_of
+    from luthier.store.audit import entries, shown
+
+    from_ = since.replace(tzinfo=UTC) if since else None
+    with errors(json_), opened(database) as service, service.read() as session:
+        found = entries(session, account, user, action, from_, before, limit)
+        rows = [shown(entry) for entry in found]
+    if json_:
+        print_json({"entries": rows})
+        return
+    for row in rows:
+        row["at"] = row["at"][:19]
+    columns = ("seq", "at", "account", "user", "action", "outcome", "resource", "details")
+    table_of(columns, rows)

@@ -1,0 +1,260 @@
+"""What the commands of ``luthier admin`` do. Each change and its audit entry are one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from luthier.cli.console import note, print_json
+from luthier.cli.service import opened, operator, table_of
+from luthier.errors import CorruptFile, RefusedInput
+from luthier.files import luthier_home, read_json
+from luthier.store import accounts, principals
+from luthier.store import backup as backups
+from luthier.store.audit import Event, append
+from luthier.store.database import now
+from luthier.store.policy_documents import ROLES
+from luthier.store.sealing import Sealing, server_key
+
+Row = dict[str, Any]
+
+
+@contextmanager
+def changing(url: str | None, action: str, account: str, name: str) -> Iterator[Session]:
+    """A transaction that changes something and says so in the audit log."""
+    with opened(url) as database, database.write() as session:
+        yield session
+        event = Event(f"luthier:admin.{action}", f"{account}/{name}".strip("/"), user=operator())
+        append(session, replace(event, account=account, address="local"))
+
+
+def list_accounts(url: str | None, as_json: bool) -> None:
+    """Print the accounts."""
+    with opened(url) as database, database.read() as session:
+        found = [
+            _account(account) | {"quotas": accounts.quota_of(session, account.id)}
+            for account in accounts.accounts(session)
+        ]
+    _print("accounts", ("id", "name", "disabled", "created", "quotas"), found, as_json)
+
+
+def change_account(
+    url: str | None, action: str, account: str, as_json: bool, name: str = ""
+) -> None:
+    """Create, disable, enable or remove an account."""
+    with changing(url, f"accounts.{action}", account, "") as session:
+        if action == "create":
+            accounts.create_account(session, account, name)
+        elif action == "remove":
+            accounts.remove_account(session, account)
+        else:
+            accounts.disable_account(session, account, action == "disable")
+    _done(as_json, account=account, action=action)
+
+
+def set_quota(
+    url: str | None, account: str, values: dict[str, float | None], as_json: bool
+) -> None:
+    """Change quotas of an account, and show them."""
+    if values:
+        with changing(url, "quotas.set", account, "") as session:
+            accounts.set_quota(session, account, **values)
+    with opened(url) as database, database.read() as session:
+        accounts.account_of(session, account)
+        found = accounts.quota_of(session, account)
+    _done(as_json, account=account, quotas=found)
+
+
+def list_users(url: str | None, account: str | None, as_json: bool) -> None:
+    """Print users and what they may do."""
+    with opened(url) as database, database.read() as session:
+        found = [_user(user) for user in principals.users(session, account)]
+    if as_json:
+        print_json({"users": found})
+        return
+    for user in found:
+        user["policies"] = len(user["policies"])
+    table_of(("account", "name", "role", "policies", "disabled", "created"), found)
+
+
+def create_user(
+    url: str | None, account: str, name: str, role: str | None, policies: list[Path], as_json: bool
+) -> None:
+    """Add a user."""
+    documents = [_document(path) for path in policies]
+    with changing(url, "users.create", account, name) as session:
+        user = _user(principals.create_user(session, account, name, documents, role))
+    if not role and not documents:
+        note("  it may do nothing yet: luthier admin users policies")
+    _done(as_json, **user)
+
+
+def change_user(url: str | None, action: str, account: str, name: str, as_json: bool) -> None:
+    """Disable, enable or remove a user."""
+    with changing(url, f"users.{action}", account, name) as session:
+        user = principals.user_of(session, account, name)
+        if action == "remove":
+            principals.remove_user(session, user)
+        else:
+            principals.disable_user(session, user, action == "disable")
+    _done(as_json, account=account, user=name, action=action)
+
+
+def set_policies(
+    url: str | None, account: str, name: str, role: str | None, policies: list[Path], as_json: bool
+) -> None:
+    """Replace what a user may do."""
+    documents = [_document(path) for path in policies]
+    with changing(url, "users.policies", account, name) as session:
+        user = principals.user_of(session, account, name)
+        principals.set_policies(session, user, documents, role)
+        shown = _user(user)
+    _done(as_json, **shown)
+
+
+def list_keys(url: str | None, account: str, name: str | None, as_json: bool) -> None:
+    """Print keys, never their secrets."""
+    found: list[Row] = []
+    with opened(url) as database, database.read() as session:
+        for user in principals.users(session, account):
+            if name in (None, user.name):
+                keys = principals.access_keys(session, user), principals.api_keys(session, user)
+                found += [_key(user, key) for kind in keys for key in kind]
+    columns = ("id", "kind", "user", "shown", "label", "disabled", "expires", "created")
+    _print("keys", columns, found, as_json)
+
+
+def create_key(
+    url: str | None,
+    account: str,
+    name: str,
+    kind: str,
+    days: float | None,
+    label: str,
+    as_json: bool,
+) -> None:
+    """Make a key and tell it, once."""
+    if kind not in ("access", "api"):
+        raise RefusedInput(f"there is no kind of key {kind!r}; there are access and api")
+    if kind == "access" and days is not None:
+        raise RefusedInput("access keys do not expire; disable or remove them")
+    told: Row
+    with changing(url, "keys.create", account, name) as session:
+        user = principals.user_of(session, account, name)
+        if kind == "access":
+            access, secret = principals.create_access_key(session, user, Sealing(server_key()))
+            told = {"access_key_id": access.id, "secret_access_key": secret}
+        else:
+            expires = None if days is None else now() + timedelta(days=days)
+            key, text = principals.create_api_key(session, user, expires, label)
+            told = {"id": key.id, "api_key": text, "expires": expires and expires.isoformat()}
+    note("  shown now and never again:")
+    _done(as_json, **told)
+
+
+def change_key(url: str | None, action: str, identifier: str, as_json: bool) -> None:
+    """Disable, enable or remove a key."""
+    with opened(url) as database, database.read() as session:
+        account = principals.key_of(session, identifier).account
+    with changing(url, f"keys.{action}", account, identifier) as session:
+        key = principals.key_of(session, identifier)
+        if action == "remove":
+            principals.remove_key(session, key)
+        else:
+            principals.disable_key(session, key, action == "disable")
+    _done(as_json, key=identifier, action=action)
+
+
+def list_roles(as_json: bool) -> None:
+    """Print the built-in roles."""
+    if as_json:
+        print_json({"roles": {name: dict(document) for name, document in ROLES.items()}})
+        return
+    rows = [
+        {"role": name, "effect": statement["Effect"], "action": ", ".join(statement["Action"])}
+        for name, document in ROLES.items()
+        for statement in document["Statement"]
+    ]
+    table_of(("role", "effect", "action"), rows)
+
+
+def back_up(url: str | None, folder: Path, with_key: bool, as_json: bool) -> None:
+    """Back up the service."""
+    with opened(url) as database:
+        made = backups.backup(database, luthier_home(), folder, with_key)
+    if not made.key:
+        note(f"  without {backups.KEY}: keep it apart; access keys do not open without it")
+    if not made.database:
+        note("  without the database: PostgreSQL's is backed up by pg_dump")
+    _done(as_json, folder=str(folder), **asdict(made))
+
+
+def restore(folder: Path, as_json: bool) -> None:
+    """Restore a backup into this store."""
+    made = backups.restore(folder, luthier_home())
+    if not made.key:
+        note(f"  put {backups.KEY} back before the service starts")
+    _done(as_json, store=str(luthier_home()), **asdict(made))
+
+
+def _document(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except CorruptFile as error:
+        raise RefusedInput(str(error)) from error
+
+
+def _account(account: accounts.Account) -> Row:
+    return {
+        "id": account.id,
+        "name": account.name,
+        "disabled": account.disabled,
+        "created": account.created.isoformat(timespec="seconds"),
+    }
+
+
+def _user(user: principals.User) -> Row:
+    return {
+        "account": user.account,
+        "name": user.name,
+        "role": user.role,
+        "policies": list(user.policies),
+        "disabled": user.disabled,
+        "created": user.created.isoformat(timespec="seconds"),
+    }
+
+
+def _key(user: principals.User, key: principals.AccessKey | principals.ApiKey) -> Row:
+    row = {
+        "id": key.id,
+        "user": user.name,
+        "disabled": key.disabled,
+        "created": key.created.isoformat(timespec="seconds"),
+    }
+    if isinstance(key, principals.AccessKey):
+        return row | {"kind": "access"}
+    expires = key.expires and key.expires.isoformat(timespec="seconds")
+    return row | {"kind": "api", "shown": f"{key.shown}…", "label": key.label, "expires": expires}
+
+
+def _print(name: str, columns: Sequence[str], rows: list[Row], as_json: bool) -> None:
+    if as_json:
+        print_json({name: rows})
+    else:
+        table_of(columns, rows)
+
+
+def _done(as_json: bool, **values: Any) -> None:
+    if as_json:
+        print_json(values)
+        return
+    write: Callable[[str], None] = print
+    for name, value in values.items():
+        if value not in (None, "", [], False):
+            write(f"{name:<18} {value}")

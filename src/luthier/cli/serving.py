@@ -1,0 +1,102 @@
+"""``luthier serve``: the service on one port."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from luthier.store.bootstrap import Issued
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; loopback alone by default.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port of all faces; 0 for a free one.")] = 8080,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    tls_port: Annotated[
+        int | None, typer.Option(help="Further port for TLS; else TLS is spoken on --port.")
+    ] = None,
+    region: Annotated[str, typer.Option(help="Region that ARNs name.")] = "us-east-1",
+    account: Annotated[str, typer.Option(help="Account of the root user made first.")] = (
+        "000000000000"
+    ),
+    database: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LUTHIER_DATABASE",
+            help="sqlite:///FILE or postgresql://…; luthier.db in the store when not given.",
+        ),
+    ] = None,
+    s3_endpoint: Annotated[
+        str | None, typer.Option(help="Another S3 endpoint that s3:// addresses mean.")
+    ] = None,
+    file_root: Annotated[
+        list[Path] | None, typer.Option(help="Folder that file:// may name. May be repeated.")
+    ] = None,
+    requests_per_second: Annotated[
+        float | None, typer.Option(help="Rate of each account that has no quota of its own.")
+    ] = None,
+    no_work: Annotated[
+        bool, typer.Option("--no-work", help="Take jobs, and leave the work to other servers.")
+    ] = False,
+    strict_region: Annotated[
+        bool, typer.Option("--strict-region", help="Refuse signatures for other regions.")
+    ] = False,
+) -> None:
+    """Serve the Bedrock, OpenAI, S3 and native APIs on one port."""
+    from luthier.cli.console import errors, extra
+
+    with errors(False), extra("server"):
+        from luthier.api import server
+        from luthier.api.observability import log_as_json
+        from luthier.api.service import Service
+        from luthier.api.settings import Settings
+
+        ports = server.Ports(host, port, tls_cert, tls_key, tls_port)
+        ports.check()
+        settings = Settings(
+            region=region,
+            account=account,
+            database=database,
+            s3_endpoint=s3_endpoint,
+            file_roots=tuple(file_root or ()),
+            strict_region=strict_region,
+            requests_per_second=requests_per_second,
+        )
+        log_as_json()
+        service = Service(settings)
+
+        def ready(addresses: list[str]) -> None:
+            service.start(work=not no_work)
+            _tell(addresses, region, service.issued)
+
+        try:
+            server.run(service.application, ports, ready)
+        finally:
+            service.close()
+
+
+def _tell(addresses: list[str], region: str, issued: Issued | None) -> None:
+    """Where it listens, and the first keys, which are told once."""
+    from rich.console import Console
+
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}")
+    if issued is None:
+        return
+    out.print("The first start made a root user. Its keys are shown now and never again:\n")
+    lines: dict[str, Any] = {
+        "AWS_ENDPOINT_URL": addresses[0],
+        "AWS_REGION": region,
+        "AWS_ACCESS_KEY_ID": issued.access_key,
+        "AWS_SECRET_ACCESS_KEY": issued.secret,
+        "OPENAI_BASE_URL": f"{addresses[0]}/v1",
+        "OPENAI_API_KEY": issued.api_key,
+    }
+    for name, value in lines.items():
+        out.print(f"export {name}={value}", markup=False)

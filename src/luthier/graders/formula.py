@@ -1,0 +1,180 @@
+"""Several graders, and a formula of their scores, as OpenAI's ``multi`` has it."""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded
+from luthier.graders.mix import Mix
+from luthier.graders.specs import AnyGrader
+
+LONGEST = 1000
+_OPERATORS: Mapping[type, Callable[..., float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: math.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+_FUNCTIONS: Mapping[str, Callable[..., float]] = {
+    "min": min, "max": max, "abs": abs, "floor": math.floor, "ceil": math.ceil,
+    "exp": math.exp, "sqrt": math.sqrt, "log": math.log,
+}  # fmt: skip
+
+
+class Multi(Grader):
+    """What ``calculate_output`` gives of the scores of ``graders``, by their names.
+
+    The formula knows ``+ - * / ^``, brackets, numbers, the names, and min, max, abs, floor, ceil, exp,
+    sqrt, log. It is read as a tree of these and nothing else; no Python is executed.
+    """
+
+    method: Literal["multi"] = "multi"
+    graders: dict[str, AnyGrader] = Field(min_length=1, max_length=16)
+    """The graders by names of your own."""
+    calculate_output: str = Field(min_length=1, max_length=LONGEST)
+    """The formula."""
+
+    @model_validator(mode="after")
+    def _computable(self) -> Self:
+        tree = parsed(self.calculate_output)
+        unknown = names_in(tree) - self.graders.keys()
+        if unknown:
+            raise ValueError(
+                f"the formula names {sorted(unknown)}; there are {', '.join(self.graders)}"
+            )
+        return self
+
+    @property
+    def bounded(self) -> bool:
+        """A formula may give any number."""
+        return False
+
+    @property
+    def batched(self) -> bool:
+        """When one of the graders is."""
+        return self._mix.batched
+
+    @property
+    def models(self) -> frozenset[str]:
+        """Those of all graders."""
+        return self._mix.models
+
+    @property
+    def writers(self) -> frozenset[str]:
+        """Those of all graders."""
+        return self._mix.writers
+
+    @property
+    def judgements(self) -> int:
+        """Those of all graders."""
+        return self._mix.judgements
+
+    def with_models(self, models: Models) -> Self:
+        """The same with the models of all graders opened."""
+        return self.model_copy(update={"graders": self._mix.with_models(models).parts})
+
+    def rehearse(self) -> str:
+        """Each grader's trial."""
+        return self._mix.rehearse()
+
+    def check(self) -> None:
+        """Refuse what a grader lacks."""
+        self._mix.check()
+
+    def check_expected(self, expected: str | None) -> None:
+        """Refuse what a grader refuses."""
+        self._mix.check_expected(expected)
+
+    def grade(self, answers: Sequence[Answer]) -> list[float]:
+        """The formula for each answer; :class:`Ungraded` where a grader or the formula gives none."""
+        troubles: dict[int, Trouble] = {}
+        return self.combined(self.each(answers, troubles), len(answers), troubles)
+
+    def each(
+        self, answers: Sequence[Answer], troubles: dict[int, Trouble]
+    ) -> dict[str, list[float]]:
+        """Scores of each grader, NaN where there is none; why goes to ``troubles``."""
+        return self._mix.each(answers, troubles)
+
+    def combined(
+        self, scores: Mapping[str, Sequence[float]], count: int, troubles: dict[int, Trouble]
+    ) -> list[float]:
+        """The formula of ``scores``."""
+        tree, totals = parsed(self.calculate_output), []
+        for index in range(count):
+            total = math.nan
+            if index not in troubles:
+                try:
+                    total = value_of(tree, {name: each[index] for name, each in scores.items()})
+                except (ArithmeticError, ValueError) as error:
+                    text = f"the formula {self.calculate_output!r} has no value: {error}."
+                    fix = "Mend the formula."
+                    troubles[index] = Trouble("grader.formula", text, fix)
+            totals.append(total)
+        if troubles:
+            raise Ungraded(totals, troubles)
+        return totals
+
+    @property
+    def _mix(self) -> Mix:
+        """All that a mixture does with its parts, but their sum."""
+        return Mix(parts=self.graders)
+
+
+def parsed(formula: str) -> ast.expr:
+    """The formula as a tree; :class:`ValueError` for what is none."""
+    try:
+        tree = ast.parse(formula.strip().replace("^", "**"), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{formula!r} is no formula") from error
+    names_in(tree)
+    return tree
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Names of scores; :class:`ValueError` for anything a formula does not have."""
+    if isinstance(tree, ast.Name):
+        return {tree.id}
+    if isinstance(tree, ast.Constant) and type(tree.value) in (int, float):
+        return set()
+    parts: list[ast.AST] = []
+    if isinstance(tree, ast.BinOp) and type(tree.op) in _OPERATORS:
+        parts = [tree.left, tree.right]
+    elif isinstance(tree, ast.UnaryOp) and type(tree.op) in _OPERATORS:
+        parts = [tree.operand]
+    elif isinstance(tree, ast.Call) and _called(tree) in _FUNCTIONS and not tree.keywords:
+        parts = list(tree.args)
+    if not parts:
+        raise ValueError("a formula has numbers, names, + - * / ^, brackets and few functions")
+    return set[str]().union(*map(names_in, parts))
+
+
+def value_of(tree: ast.AST, scores: Mapping[str, float]) -> float:
+    """The value of a formula."""
+    if isinstance(tree, ast.Name):
+        return scores[tree.id]
+    if isinstance(tree, ast.Constant):
+        return float(tree.value)  # type: ignore[arg-type]
+    if isinstance(tree, ast.BinOp):
+        return _OPERATORS[type(tree.op)](value_of(tree.left, scores), value_of(tree.right, scores))
+    if isinstance(tree, ast.UnaryOp):
+        return _OPERATORS[type(tree.op)](value_of(tree.operand, scores))
+    assert isinstance(tree, ast.Call)
+    arguments: list[Any] = [value_of(each, scores) for each in tree.args]
+    try:
+        return float(_FUNCTIONS[_called(tree)](*arguments))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _called(tree: ast.Call) -> str:
+    return tree.func.id if isinstance(tree.func, ast.Name) else ""

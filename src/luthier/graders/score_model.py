@@ -1,0 +1,135 @@
+"""Grading by a model that is asked in words of one's own, as OpenAI's ``score_model`` does."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+from pydantic.json_schema import SkipJsonSchema
+
+from luthier.asking.base import Failure, Writer
+from luthier.asking.spec import AskedModel, Asking
+from luthier.errors import RecipeError
+from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded
+from luthier.graders.string_check import Template
+from luthier.graders.templates import filled, scope_of
+from luthier.types import Message
+
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+
+
+class Turn(BaseModel):
+    """One message to the model that grades."""
+
+    model_config = AskedModel.model_config
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """Who speaks."""
+    content: Template
+    """What is said; may hold places."""
+
+
+class ScoreModel(AskedModel, Grader):
+    """The last number of what a model answers to ``input``.
+
+    The messages say what is to be graded and how; a line that asks for a number in ``range`` is put
+    behind them. An answer without a number in that range is an error, never a guess.
+    """
+
+    method: Literal["score_model"] = "score_model"
+    input: Annotated[tuple[Turn, ...], Field(min_length=1)]
+    """What the model is asked."""
+    range: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest score."""
+    sampling: Asking = Asking()
+    """How it chooses its words."""
+    writer: SkipJsonSchema[Writer | None] = Field(default=None, exclude=True, repr=False)
+    """The model: conversations to replies. Not stored."""
+
+    role: ClassVar[str] = "judge"
+    set_by: ClassVar[str] = "the judge's "
+    needs_expected = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.range[0] >= self.range[1]:
+            raise ValueError("the range's first number must be below its second")
+        return self
+
+    @property
+    def bounded(self) -> bool:
+        """Whether its range is."""
+        return self.range[0] >= 0 and self.range[1] <= 1
+
+    @property
+    def batched(self) -> bool:
+        """All answers of a batch are asked for at once."""
+        return True
+
+    @property
+    def limited(self) -> bool:
+        """A local model is limited by its tokens."""
+        return False
+
+    @property
+    def models(self) -> frozenset[str]:
+        """The model that grades, where it is one of this machine."""
+        return frozenset({self.model} if self.url is None else ())
+
+    @property
+    def writers(self) -> frozenset[str]:
+        """The same."""
+        return self.models
+
+    @property
+    def judgements(self) -> int:
+        """One."""
+        return 1
+
+    def with_models(self, models: Models) -> Self:
+        """The same with its model opened."""
+        return self.model_copy(update={"writer": models.writer(self, self.sampling)})
+
+    def grade(self, answers: Sequence[Answer]) -> list[float]:
+        """A score for each answer; :class:`Ungraded` where the model gave none."""
+        if self.writer is None:
+            raise RecipeError(f"the judge {self.model} is not open; open it with `with_models`")
+        replies = self.writer([self.asked(answer) for answer in answers])
+        scores, troubles = [], {}
+        for index, reply in enumerate(replies):
+            found = None if isinstance(reply, Failure) else number_in(reply, self.range)
+            if found is None:
+                said = reply.reason if isinstance(reply, Failure) else repr(reply[-200:])
+                text = f"grader `score_model`: there is no score: {said}"
+                fix = "Use a stronger model, allow it more tokens, or score such answers 0."
+                troubles[index] = Trouble("grader.verdict", text, fix)
+            scores.append(math.nan if found is None else found)
+        if troubles:
+            raise Ungraded(scores, troubles)
+        return scores
+
+    def asked(self, answer: Answer) -> list[Message]:
+        """What the model reads."""
+        scope, low_high = scope_of(answer), self.range
+        turns = [
+            Message(
+                "system" if turn.role == "developer" else turn.role, filled(turn.content, scope)
+            )
+            for turn in self.input
+        ]
+        line = (
+            f"End your answer with one number from {low_high[0]:g} to {low_high[1]:g}: the score."
+        )
+        if turns[-1].role == "user":
+            return [*turns[:-1], Message("user", f"{turns[-1].content}\n\n{line}")]
+        return [*turns, Message("user", line)]
+
+
+def number_in(text: str, span: tuple[float, float]) -> float | None:
+    """The last number in ``text``, if it lies within ``span``."""
+    found = _NUMBER.findall(text)
+    value = float(found[-1]) if found else math.nan
+    return value if span[0] <= value <= span[1] else None

@@ -1,0 +1,270 @@
+"""The models that are in memory: loaded when they are first asked, the longest unused let go of."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from luthier.engine.memory import available_memory
+from luthier.errors import LuthierError, UnknownModel
+from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request, TooLong
+from luthier.serving.memory import CacheBudget
+from luthier.serving.stream import Stream
+from luthier.types import Row
+
+if TYPE_CHECKING:
+    from luthier.serving.decoder import Decoder
+    from luthier.store.models import StoredModel
+
+LOADING_SECONDS = 300.0
+"""How long a request waits for its model to be loaded."""
+WEIGHTS_SHARE, CACHE_SHARE = 0.45, 0.15
+"""Of the memory that is free at the start: for weights, and for keys and values."""
+_LOADED_TWICE = 2.5
+"""Bytes in memory for each stored one: weights are kept a second time in the kernels' order."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A text as a vector."""
+
+    vector: tuple[float, ...]
+    tokens: int
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A model that is loaded, or about to be."""
+
+    bytes: int
+    ready: threading.Event = field(default_factory=threading.Event)
+    model: Any = None
+    error: Exception | None = None
+    uses: int = 0
+    gone: bool = False
+    """Whether it is let go of once nothing is asked of it."""
+
+
+class ModelPool:
+    """Answers for every model of the store, by its stored id. Safe to share between threads."""
+
+    def __init__(self, budget: int | None = None, cache: int | None = None) -> None:
+        """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
+        sequences; by default shares of the free memory.
+        """
+        free = available_memory()
+        self.budget = int(WEIGHTS_SHARE * free) if budget is None else budget
+        self.memory = CacheBudget(int(CACHE_SHARE * free) if cache is None else cache)
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        # Networks that run while the interpreter ends would take it down.
+        self._finally = weakref.finalize(self, _close_all, self._entries)
+
+    def submit(self, model_id: str, request: Request) -> Stream:
+        """Begin to answer ``request`` with a model that writes.
+
+        Raises:
+            UnknownModel: where there is no such model.
+            InferenceRefused: for a request that is wrong.
+            InferenceFailed: where the model cannot be loaded, or too many requests wait.
+        """
+        entry = self._acquire(model_id)
+        try:
+            stream = _writer(entry.model, model_id).submit(request)
+        except BaseException:
+            self._release(entry)
+            raise
+        stream.at_end(lambda: self._release(entry))
+        return stream
+
+    def count(self, model_id: str, prompt: Prompt) -> int:
+        """Tokens of ``prompt`` as the model reads it."""
+        with self._using(model_id) as model:
+            return len(_writer(model, model_id).encode(prompt))
+
+    def token_bytes(self, model_id: str, ids: Sequence[int]) -> list[bytes]:
+        """What tokens of a model stand for."""
+        with self._using(model_id) as model:
+            return [_writer(model, model_id).constraints.token_bytes(i) for i in ids]
+
+    def writes(self, model_id: str) -> bool:
+        """Whether it writes text, and does not read it only."""
+        from luthier.store import models as store
+
+        return store.objective_of(store.find(model_id)).task == "causal_lm"
+
+    def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedded]:
+        """Vectors of texts, or of texts as tokens.
+
+        Each is computed alone, so that it does not depend on what stands beside it.
+        """
+        with self._using(model_id) as model:
+            if not isinstance(model, Embedder):
+                raise InferenceRefused(f"{model_id} does not give embeddings.", "model")
+            return [model.embed(text) for text in texts]
+
+    def forget(self, model_id: str) -> None:
+        """Let go of a model that was deleted, as soon as nothing is asked of it."""
+        with self._lock:
+            entry = self._entries.pop(model_id, None)
+            if entry is not None:
+                entry.uses += 1
+                entry.gone = True
+        if entry is not None:
+            self._release(entry)
+
+    def close(self) -> None:
+        """End all work and let go of everything."""
+        _close_all(self._entries)
+
+    def loaded(self) -> list[str]:
+        """Ids of the models in memory, the longest unused first."""
+        with self._lock:
+            return [name for name, entry in self._entries.items() if entry.model is not None]
+
+    @contextmanager
+    def _using(self, model_id: str) -> Iterator[Any]:
+        entry = self._acquire(model_id)
+        try:
+            yield entry.model
+        finally:
+            self._release(entry)
+
+    def _acquire(self, model_id: str) -> _Entry:
+        """The loaded model, not to be let go of until it is released."""
+        with self._lock:
+            entry = self._entries.get(model_id)
+            first = entry is None
+            if entry is None:
+                entry = self._begin(model_id)
+            entry.uses += 1
+            self._entries.move_to_end(model_id)
+        if first:
+            self._load(model_id, entry)
+        elif not entry.ready.wait(LOADING_SECONDS):
+            self._release(entry)
+            raise InferenceFailed(
+                "ModelNotReady", "The model is still being loaded. Try again soon."
+            )
+        if entry.error is not None:
+            self._release(entry)
+            raise entry.error
+        return entry
+
+    def _begin(self, model_id: str) -> _Entry:
+        """A place for the model, made free where needed. Called with the lock."""
+        from luthier.store import models as store
+
+        stored = store.find(model_id)
+        size = _weights(stored)
+        if size > self.budget:
+            raise InferenceFailed(
+                "ModelNotReady",
+                f"The model needs {size >> 20} MiB of memory, and {self.budget >> 20} MiB are there.",
+            )
+        while sum(entry.bytes for entry in self._entries.values()) + size > self.budget:
+            idle = next((n for n, e in self._entries.items() if not e.uses), None)
+            if idle is None:
+                raise InferenceFailed(
+                    "ModelNotReady", "Other models are at work in all memory. Try again soon."
+                )
+            gone = self._entries.pop(idle)
+            if gone.model is not None:
+                gone.model.close()
+        self._entries[model_id] = entry = _Entry(size)
+        return entry
+
+    def _load(self, model_id: str, entry: _Entry) -> None:
+        """Load it once for all who wait; a failure is told to them, and not remembered."""
+        from luthier.store import models as store
+
+        try:
+            stored = store.find(model_id)
+            if store.objective_of(stored).task == "causal_lm":
+                from luthier.serving.decoder import Decoder
+
+                entry.model = Decoder.open(stored, self.memory)
+            else:
+                entry.model = Embedder.open(stored)
+        except LuthierError as error:
+            entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
+        except Exception as error:
+            entry.error = InferenceFailed(
+                "ModelError", f"The model cannot be loaded: {type(error).__name__}."
+            )
+            entry.error.__cause__ = error
+        if entry.error is not None:
+            with self._lock:
+                if self._entries.get(model_id) is entry:
+                    del self._entries[model_id]
+        entry.ready.set()
+
+    def _release(self, entry: _Entry) -> None:
+        with self._lock:
+            entry.uses -= 1
+            last = entry.gone and not entry.uses
+        if last and entry.model is not None:
+            entry.model.close()
+
+
+def _close_all(entries: OrderedDict[str, _Entry]) -> None:
+    while entries:
+        _, entry = entries.popitem()
+        if entry.model is not None:
+            entry.model.close()
+
+
+def _writer(model: Any, model_id: str) -> Decoder:
+    from luthier.serving.decoder import Decoder
+
+    if not isinstance(model, Decoder):
+        raise InferenceRefused(f"{model_id} reads texts and does not write any.", "model")
+    return model
+
+
+def _weights(stored: StoredModel) -> int:
+    """Bytes that a model takes in memory without what its sequences keep."""
+    files = list(stored.network_folder.glob("*.safetensors"))
+    if not files:
+        raise UnknownModel(f"{stored.id} has no weights")
+    return int(_LOADED_TWICE * sum(path.stat().st_size for path in files))
+
+
+class Embedder:
+    """A model in memory that reads: texts become vectors."""
+
+    def __init__(self, predictor: Any) -> None:
+        self._predictor = predictor
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def open(stored: StoredModel) -> Embedder:
+        """Load ``stored`` on the best device of this machine."""
+        from luthier.serving.prediction import Predictor
+
+        return Embedder(Predictor.open(stored))
+
+    def embed(self, text: str | Sequence[int]) -> Embedded:
+        """One text, or its tokens, as a vector."""
+        with self._lock:
+            given = text if isinstance(text, str) else self._predictor.chat.decode(list(text))
+            tokens = len(self._predictor.chat.encode_whole(given))
+            if tokens > self._predictor.context:
+                raise TooLong("Input is too long for requested model.", "input")
+            answer = self._predictor.answers([Row("", 1, text=given)])[0]
+        if "embedding" not in answer:
+            raise InferenceRefused("This model gives labels and no embeddings.", "model")
+        vector = np.asarray(answer["embedding"], dtype=np.float32)
+        return Embedded(tuple(vector.tolist()), tokens)
+
+    def close(self) -> None:
+        """Let go of the network."""
+        with self._lock:
+            self._predictor.network.close()

@@ -1,0 +1,64 @@
+"""What a model writes, as those read it who asked. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+from luthier.serving.inference import Called, End, Event, Piece, Whole
+
+ENDED: Any = None
+"""Stands behind the last event of a stream that was cut short."""
+
+
+class Stream:
+    """What a model writes for one request, as it comes. Closing it ends the work at once."""
+
+    def __init__(self, events: SimpleQueue[Any], prompt_tokens: int, n: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        """Tokens of the prompt, template included."""
+        self._events, self._left = events, n
+        self._at_end: list[Callable[[], None]] = []
+
+    def at_end(self, act: Callable[[], None]) -> None:
+        """Call ``act`` once, when the last answer ended or the stream was closed."""
+        self._at_end.append(act)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        """The next piece; blocks.
+
+        Raises:
+            InferenceFailed: where the work failed; nothing follows.
+        """
+        if not self._left:
+            raise StopIteration
+        event = self._events.get()
+        if isinstance(event, BaseException):
+            self.close()
+            raise event
+        if event is ENDED or not self._left:
+            raise StopIteration
+        if isinstance(event, End):
+            self._left -= 1
+            if not self._left:
+                self.close()
+        assert isinstance(event, Piece | Called | End)
+        return event
+
+    def close(self) -> None:
+        """Let go of it; the answers that are not whole are not written further."""
+        self._left = 0
+        while self._at_end:
+            self._at_end.pop()()
+        self._events.put(ENDED)  # for one who waits for the next piece
+
+    def whole(self) -> list[Whole]:
+        """All answers, once they are there."""
+        answers = [Whole() for _ in range(self._left)]
+        for event in self:
+            answers[event.index].take(event)
+        return answers

@@ -1,0 +1,231 @@
+"""Conversations with tools as a model reads them, and the calls in what it writes.
+
+A template that has a place for tools gets them as it wants them. For other models the tools are listed
+in the system text, in JSON, and the call is asked for as JSON; what was called and what came back
+stands in the conversation as text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from luthier.errors import RecipeError
+from luthier.serving.constraints import CALL_CLOSE, CALL_OPEN
+from luthier.serving.inference import Chat, InferenceRefused, Tool, ToolCall, Turn
+from luthier.types import Message
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.types import IntArray
+
+LISTED = """You can call these functions, each described in JSON:
+
+{tools}
+
+To call one, answer with nothing but a JSON object with the members "name", the function's name, and \
+"arguments", an object that matches its parameters. Where no function helps, answer in words."""
+_ALPHABET = string.ascii_letters + string.digits
+
+
+def new_call_id() -> str:
+    """An id for a call, as Bedrock writes them."""
+    return "tooluse_" + "".join(secrets.choice(_ALPHABET) for _ in range(22))
+
+
+def template_of(chat: ChatFormat) -> str:
+    """The text of the model's chat template; empty without one."""
+    found = chat.tokenizer.chat_template if chat.template == "chat" else ""
+    if isinstance(found, dict):
+        found = found.get("tool_use") or found.get("default") or ""
+    return str(found or "")
+
+
+def knows_tools(chat: ChatFormat) -> bool:
+    """Whether the model's template has a place for tools."""
+    return re.search(r"\btools\b", template_of(chat)) is not None
+
+
+def marks_calls(chat: ChatFormat) -> bool:
+    """Whether the model's template puts calls between tags."""
+    return knows_tools(chat) and CALL_OPEN in template_of(chat)
+
+
+def encode(chat: ChatFormat, asked: Chat) -> IntArray:
+    """Token ids that an answer to ``asked`` continues.
+
+    Raises:
+        InferenceRefused: for a conversation that the model's template does not take.
+    """
+    if not asked.turns:
+        raise InferenceRefused("A conversation has at least one message.", "messages")
+    tools = () if asked.tool_choice == "none" else asked.tools
+    native = knows_tools(chat)
+    try:
+        if native and (tools or any(turn.calls or turn.role == "tool" for turn in asked.turns)):
+            return _rendered(chat, asked.turns, tools)
+        return chat.encode_prompt(_plain(asked.turns, tools))
+    except RecipeError as error:
+        raise InferenceRefused(str(error), "messages") from error
+
+
+def _rendered(chat: ChatFormat, turns: Sequence[Turn], tools: Sequence[Tool]) -> IntArray:
+    from jinja2 import TemplateError
+
+    try:
+        text = chat.tokenizer.apply_chat_template(
+            [_for_template(turn, turns) for turn in turns],
+            tools=[_function(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except TemplateError as error:
+        raise InferenceRefused(
+            f"the model's chat template refuses this conversation: {error}", "messages"
+        ) from error
+    ids = chat.tokenizer.encode(text, add_special_tokens=False)
+    return np.asarray(ids, dtype=np.int64)
+
+
+def _for_template(turn: Turn, turns: Sequence[Turn]) -> dict[str, Any]:
+    """A turn as transformers' templates read it."""
+    made: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.calls:
+        made["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": dict(call.arguments)},
+            }
+            for call in turn.calls
+        ]
+    if turn.role == "tool":
+        made |= {"tool_call_id": turn.call_id, "name": _called(turn, turns)}
+    return made
+
+
+def _function(tool: Tool) -> dict[str, Any]:
+    described = {
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": dict(tool.parameters),
+    }
+    return {"type": "function", "function": described}
+
+
+def _called(result: Turn, turns: Sequence[Turn]) -> str:
+    """Name of the function that a result belongs to."""
+    calls = [call for turn in turns for call in turn.calls if call.id == result.call_id]
+    return calls[-1].name if calls else "function"
+
+
+def _plain(turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Message]:
+    """The conversation in words, for templates without a place for tools."""
+    messages: list[Message] = []
+    for turn in turns:
+        content = turn.content
+        if turn.calls:
+            calls = [json.dumps(_as_json(call), ensure_ascii=False) for call in turn.calls]
+            content = "\n".join([*([content] if content else []), *calls])
+        role = turn.role
+        if role == "tool":
+            role, content = "user", f"Result of {_called(turn, turns)}: {content}"
+        if messages and messages[-1].role == role == "user":
+            # Results and what is said behind them are one turn: many templates want them to take turns.
+            content = f"{messages.pop().content}\n{content}"
+        messages.append(Message(role, content))
+    if tools:
+        listed = "\n".join(json.dumps(_function(tool)["function"]) for tool in tools)
+        text = LISTED.format(tools=listed)
+        if messages[0].role == "system":
+            text = f"{messages.pop(0).content}\n\n{text}"
+        messages.insert(0, Message("system", text))
+    return messages
+
+
+def _as_json(call: ToolCall) -> dict[str, Any]:
+    return {"name": call.name, "arguments": dict(call.arguments)}
+
+
+class CallSplitter:
+    """Parts the text of an answer, as it comes, into words for the reader and calls of tools.
+
+    What may be a call is held back until it is whole.
+    """
+
+    def __init__(self, tools: Sequence[Tool]) -> None:
+        self._names = {tool.name for tool in tools}
+        self._held = ""
+        self._shown = False
+        self._calling = False
+
+    def feed(self, text: str) -> str:
+        """The next characters; what of all that is held can be shown."""
+        self._held += text
+        if self._calling:
+            return ""
+        if not self._shown:
+            begun = self._held.lstrip()
+            if not begun:
+                return ""
+            if begun[0] in "{[":
+                self._calling = True
+                return ""
+        at = self._held.find(CALL_OPEN)
+        if at >= 0:
+            self._calling = True
+        else:
+            at = len(self._held) - _overlap(self._held, CALL_OPEN)
+        shown, self._held = self._held[:at], self._held[at:]
+        if self._calling and not shown.strip():
+            shown = ""
+        self._shown = self._shown or bool(shown.strip())
+        return shown
+
+    def end(self) -> tuple[str, list[ToolCall]]:
+        """Words that are left, and the calls."""
+        calls = parse_calls(self._held, self._names)
+        return ("" if calls else self._held), calls
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Length of the longest end of ``text`` that ``mark`` begins with, and is longer than."""
+    for size in range(min(len(text), len(mark) - 1), 0, -1):
+        if mark.startswith(text[-size:]):
+            return size
+    return 0
+
+
+def parse_calls(text: str, names: set[str]) -> list[ToolCall]:
+    """The calls in ``text``; none where it is anything but calls of the functions ``names``."""
+    if CALL_OPEN in text:
+        bodies = [part.partition(CALL_CLOSE)[0] for part in text.split(CALL_OPEN)[1:]]
+    else:
+        bodies = [text]
+    calls: list[ToolCall] = []
+    for body in bodies:
+        try:
+            found = json.loads(body)
+        except ValueError:
+            return []
+        for each in found if isinstance(found, list) else [found]:
+            call = _call_in(each, names)
+            if call is None:
+                return []
+            calls.append(call)
+    return calls
+
+
+def _call_in(found: Any, names: set[str]) -> ToolCall | None:
+    if not isinstance(found, dict):
+        return None
+    arguments = found.get("arguments", found.get("parameters"))
+    if found.get("name") not in names or not isinstance(arguments, dict):
+        return None
+    return ToolCall(new_call_id(), found["name"], arguments)

@@ -1,0 +1,205 @@
+"""Batches of the OpenAI API: files of requests that are answered in the background.
+
+Lines are answered one after the other and written down one by one, so that what a killed server had
+done is not done again, and no line is answered twice in the files.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, or_, select, update
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.store.database import Base, now
+
+VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
+    "validating",
+    "in_progress",
+    "finalizing",
+    "completed",
+)
+FAILED, EXPIRED, CANCELLING, CANCELLED = "failed", "expired", "cancelling", "cancelled"
+ENDED = (COMPLETED, FAILED, EXPIRED, CANCELLED)
+LEASE = timedelta(seconds=60)
+"""How long a server may be silent before another one goes on with its batch."""
+_LETTERS = string.ascii_lowercase + string.digits
+
+
+class Batch(Base):
+    """One batch."""
+
+    __tablename__ = "batches"
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    """``batch_`` and letters and digits."""
+    account: Mapped[str] = mapped_column(index=True)
+    caller: Mapped[dict[str, Any]]
+    """Who asked, with the policies of that moment: lines are answered with these rights."""
+    endpoint: Mapped[str]
+    """``/v1/chat/completions``, ..."""
+    window: Mapped[str]
+    """``24h``."""
+    input_file: Mapped[str]
+    output_file: Mapped[str | None]
+    error_file: Mapped[str | None]
+    status: Mapped[str] = mapped_column(default=VALIDATING, index=True)
+    errors: Mapped[list[Any]] = mapped_column(default=list)
+    """What is wrong with the input file: ``code``, ``message``, ``param``, ``line``."""
+    user_metadata: Mapped[dict[str, Any]]
+    total: Mapped[int] = mapped_column(default=0)
+    """Lines to answer."""
+    succeeded: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    """Lines of each kind once it has ended."""
+    moments: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """Unix time of each status that it had."""
+    created: Mapped[datetime]
+    expires: Mapped[datetime]
+    lease: Mapped[str | None]
+    """Token of the server that works on it."""
+    lease_ends: Mapped[datetime | None]
+
+
+class BatchLine(Base):
+    """A line that is answered."""
+
+    __tablename__ = "batch_lines"
+    __table_args__ = (UniqueConstraint("batch_id", "number"),)
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id"), index=True)
+    number: Mapped[int]
+    """Line of the input file, from 1."""
+    failed: Mapped[bool]
+    result: Mapped[dict[str, Any]]
+    """The line of the output file."""
+
+
+def create(
+    session: Session,
+    account: str,
+    caller: dict[str, Any],
+    endpoint: str,
+    window: str,
+    input_file: str,
+    metadata: dict[str, str],
+) -> Batch:
+    """A new batch, to be validated."""
+    moment = now()
+    batch = Batch(
+        id="batch_" + "".join(secrets.choice(_LETTERS) for _ in range(24)),
+        account=account,
+        caller=caller,
+        endpoint=endpoint,
+        window=window,
+        input_file=input_file,
+        output_file=None,
+        error_file=None,
+        status=VALIDATING,
+        errors=[],
+        user_metadata=metadata,
+        total=0,
+        moments={},
+        created=moment,
+        expires=moment + timedelta(hours=24),
+        lease=None,
+        lease_ends=None,
+    )
+    session.add(batch)
+    session.flush()
+    return batch
+
+
+def get(session: Session, account: str, batch_id: str, *, lock: bool = False) -> Batch | None:
+    """The account's batch."""
+    found = select(Batch).where(Batch.account == account, Batch.id == batch_id)
+    return session.scalar(found.with_for_update() if lock else found)
+
+
+def listed(session: Session, account: str, limit: int, position: int | None) -> list[Batch]:
+    """``limit`` batches, the newest first, those older than the one whose ``seq`` is ``position``."""
+    found = select(Batch).where(Batch.account == account)
+    if position is not None:
+        found = found.where(Batch.seq < position)
+    return list(session.scalars(found.order_by(Batch.seq.desc()).limit(limit)))
+
+
+def enter(batch: Batch, status: str) -> None:
+    """Bring a batch to ``status``, and note when."""
+    batch.status = status
+    batch.moments = {**batch.moments, status: int(now().timestamp())}
+
+
+def cancel(batch: Batch) -> bool:
+    """Ask that no further line is answered; whether there was anything to cancel."""
+    if batch.status in (*ENDED, FINALIZING):
+        return False
+    if batch.status != CANCELLING:
+        enter(batch, CANCELLING)
+    return True
+
+
+def claim(session: Session, token: str) -> Batch | None:
+    """The oldest batch that nobody works on, now held by ``token``."""
+    free = or_(Batch.lease.is_(None), Batch.lease_ends < now())
+    oldest = select(Batch).where(Batch.status.not_in(ENDED), free).order_by(Batch.seq).limit(1)
+    batch = session.scalar(oldest.with_for_update(skip_locked=True))
+    if batch is not None:
+        batch.lease, batch.lease_ends = token, now() + LEASE
+    return batch
+
+
+def renew(session: Session, batch_id: str, token: str) -> bool:
+    """Go on holding a batch; whether ``token`` still does."""
+    mine = Batch.id == batch_id, Batch.lease == token
+    held = update(Batch).where(*mine).values(lease_ends=now() + LEASE).returning(Batch.seq)
+    return session.execute(held).first() is not None
+
+
+def release(session: Session, batch_id: str, token: str) -> None:
+    """Let others go on with a batch at once."""
+    mine = Batch.id == batch_id, Batch.lease == token
+    session.execute(update(Batch).where(*mine).values(lease=None, lease_ends=None))
+
+
+def done_lines(session: Session, batch_id: str) -> set[int]:
+    """Numbers of the lines that are answered."""
+    return set(session.scalars(select(BatchLine.number).where(BatchLine.batch_id == batch_id)))
+
+
+def record(
+    session: Session, batch_id: str, number: int, failed: bool, result: dict[str, Any]
+) -> None:
+    """Write an answer down."""
+    session.add(BatchLine(batch_id=batch_id, number=number, failed=failed, result=result))
+    session.flush()
+
+
+def results(session: Session, batch_id: str, failed: bool) -> Sequence[dict[str, Any]]:
+    """Lines of one of the two files, in the order of the input."""
+    wanted = select(BatchLine.result).where(
+        BatchLine.batch_id == batch_id, BatchLine.failed == failed
+    )
+    return list(session.scalars(wanted.order_by(BatchLine.number)))
+
+
+def counts(session: Session, batch: Batch) -> tuple[int, int]:
+    """Lines that succeeded, and that failed."""
+    if batch.status in ENDED:
+        return batch.succeeded, batch.failed
+    counted = select(BatchLine.failed, func.count()).where(BatchLine.batch_id == batch.id)
+    found = dict(session.execute(counted.group_by(BatchLine.failed)).all())
+    return found.get(False, 0), found.get(True, 0)
+
+
+def end(session: Session, batch: Batch, status: str) -> None:
+    """End a batch; its lines are in its files by now, and are forgotten here."""
+    batch.succeeded, batch.failed = counts(session, batch)
+    session.execute(delete(BatchLine).where(BatchLine.batch_id == batch.id))
+    enter(batch, status)

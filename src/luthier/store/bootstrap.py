@@ -1,0 +1,184 @@
+"""The first principals: from a file that a container or test gives, else a root user made once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from luthier.errors import RefusedInput
+from luthier.store.accounts import Account, create_account, version
+from luthier.store.audit import Event, append
+from luthier.store.database import Database
+from luthier.store.principals import (
+    BOOTSTRAP,
+    AccessKey,
+    ApiKey,
+    User,
+    access_keys,
+    api_keys,
+    create_access_key,
+    create_api_key,
+    create_user,
+    digest_of,
+    remove_key,
+    set_policies,
+)
+from luthier.store.sealing import Sealing
+
+ENVIRONMENT = "LUTHIER_BOOTSTRAP"
+ROOT = "root"
+_LOCK = 7015122
+"""Number of PostgreSQL's lock."""
+_MEMBERS = (
+    "account", "user", "access_key_id", "secret_access_key", "api_key", "policies", "role"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Issued:
+    """Keys as they are told once."""
+
+    account: str
+    user: str
+    access_key: str
+    secret: str = field(repr=False)
+    api_key: str = field(repr=False)
+
+
+def prepare(database: Database, sealing: Sealing, account: str) -> Issued | None:
+    """Make sure that somebody can use the service.
+
+    With ``LUTHIER_BOOTSTRAP`` its principals are created or brought up to date; doing it again changes
+    nothing. Without it, and without any user, a root user of ``account`` is made.
+
+    Returns:
+        The root user's keys, if it was made now; they cannot be told again.
+    """
+    named = os.environ.get(ENVIRONMENT)
+    with database.write() as session:
+        if not database.is_sqlite:
+            # Servers that start together do this one after the other.
+            session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+        if named:
+            before = version(session)
+            apply(session, read(Path(named)), sealing)
+            session.flush()
+            if version(session) != before:
+                append(session, Event("luthier:bootstrap", named, user=BOOTSTRAP))
+            return None
+        if session.scalar(select(User.seq).limit(1)) is not None:
+            return None
+        made = make_root(session, sealing, account)
+        append(session, Event("luthier:bootstrap", "root", account=account, user=BOOTSTRAP))
+        return made
+
+
+def make_root(session: Session, sealing: Sealing, account: str) -> Issued:
+    """A root user with an access key and an API key."""
+    if session.get(Account, account) is None:
+        create_account(session, account, ROOT)
+    user = create_user(session, account, ROOT, role="admin")
+    access_key, secret = create_access_key(session, user, sealing)
+    _, text = create_api_key(session, user, label="made at the first start")
+    return Issued(account, ROOT, access_key.id, secret, text)
+
+
+def read(path: Path) -> list[Mapping[str, Any]]:
+    """The principals of a bootstrap file, checked for form.
+
+    Raises:
+        RefusedInput: with the place that is wrong; never with a secret.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RefusedInput(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RefusedInput(f"{path} is not JSON") from error
+    listed = document.get("principals") if isinstance(document, dict) else None
+    if not isinstance(listed, list):
+        raise RefusedInput(f'{path} has no list "principals"')
+    for number, entry in enumerate(listed):
+        _check(entry, f"{path}: principals[{number}]")
+    return listed
+
+
+def apply(session: Session, principals: list[Mapping[str, Any]], sealing: Sealing) -> None:
+    """Create or update; keys that an earlier file gave a user and this one does not are removed."""
+    _forget(session, principals)
+    for entry in principals:
+        if session.get(Account, entry["account"]) is None:
+            create_account(session, entry["account"])
+        user = session.scalar(
+            select(User).where(User.account == entry["account"], User.name == entry["user"])
+        ) or create_user(session, entry["account"], entry["user"])
+        policies, role = entry.get("policies") or [], entry.get("role")
+        if (user.policies, user.role) != (policies, role):
+            set_policies(session, user, policies, role)
+        _set_access_key(session, user, entry, sealing)
+        _set_api_key(session, user, entry)
+
+
+def _check(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise RefusedInput(f"{where} is not an object")
+    if unknown := set(entry) - set(_MEMBERS):
+        raise RefusedInput(f"{where}: unknown member {', '.join(sorted(unknown))}")
+    for name in ("account", "user", "access_key_id", "secret_access_key"):
+        if not isinstance(entry.get(name), str) or not entry[name]:
+            raise RefusedInput(f"{where}.{name} is missing, or not a string")
+    for name in ("api_key", "role"):
+        if not isinstance(entry.get(name), str | None):
+            raise RefusedInput(f"{where}.{name} is neither a string nor null")
+    if not isinstance(entry.get("policies", []), list):
+        raise RefusedInput(f"{where}.policies is not a list of policy documents")
+    if "policies" not in entry and not entry.get("role"):
+        raise RefusedInput(f"{where} has neither policies nor a role: it could do nothing")
+
+
+def _set_access_key(
+    session: Session, user: User, entry: Mapping[str, Any], sealing: Sealing
+) -> None:
+    identifier, secret = entry["access_key_id"], entry["secret_access_key"]
+    key = session.get(AccessKey, identifier)
+    if key is not None and key.user != user.seq:
+        raise RefusedInput(f"the access key {identifier} belongs to another user")
+    if key is not None and sealing.open(key.sealed, key.id) == secret:
+        return
+    if key is not None:
+        remove_key(session, key)
+        session.flush()
+    create_access_key(session, user, sealing, identifier, secret, BOOTSTRAP)
+    session.flush()
+
+
+def _set_api_key(session: Session, user: User, entry: Mapping[str, Any]) -> None:
+    given = entry.get("api_key")
+    if given and digest_of(given) not in {key.digest for key in api_keys(session, user)}:
+        create_api_key(session, user, label=BOOTSTRAP, key=given, origin=BOOTSTRAP)
+        session.flush()
+
+
+def _forget(session: Session, principals: list[Mapping[str, Any]]) -> None:
+    """What an earlier file gave these users and this one does not is gone."""
+    kept: dict[tuple[str, str], set[str]] = {}
+    for entry in principals:
+        of_user = kept.setdefault((entry["account"], entry["user"]), set())
+        of_user |= {entry["access_key_id"], digest_of(entry.get("api_key") or "")}
+    for (account, name), of_user in kept.items():
+        user = session.scalar(select(User).where(User.account == account, User.name == name))
+        if user is None:
+            continue
+        given: dict[str, AccessKey | ApiKey] = {key.id: key for key in access_keys(session, user)}
+        given |= {key.digest: key for key in api_keys(session, user)}
+        for identifier, key in given.items():
+            if key.origin == BOOTSTRAP and identifier not in of_user:
+                remove_key(session, key)
+    session.flush()

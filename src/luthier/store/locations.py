@@ -1,0 +1,254 @@
+"""Where the data of the service's clients are: ``s3://`` in the object store, ``file://`` in a root.
+
+An account reads and writes with its own rights: a bucket of another account is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from luthier.data.s3 import local_name
+from luthier.errors import CorruptFile, LocationRefused, ObjectRefused
+from luthier.files import new_file
+from luthier.store.database import Database
+from luthier.store.external import ExternalBuckets
+from luthier.store.file_roots import FileRoots
+from luthier.store.listing import page
+from luthier.store.object_files import READ_SIZE, ObjectFiles
+from luthier.store.object_rows import Described, Piece, check_key
+from luthier.store.objects import BUCKET, Objects
+
+ROWS = ".jsonl"
+"""Ending of the files that are meant by an address which ends with ``/``."""
+
+
+class Buckets(Protocol):
+    """What ``s3://`` means. Everything raises :class:`LocationRefused`."""
+
+    def check_bucket(self, account: str, bucket: str) -> None:
+        """Refuse a bucket that the account cannot use."""
+
+    def holds(self, account: str, bucket: str, key: str) -> bool:
+        """Whether the key names an object."""
+
+    def below(self, account: str, bucket: str, prefix: str) -> Iterable[str]:
+        """The keys that begin with ``prefix``, in order."""
+
+    def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
+        """Copy an object to a file."""
+
+    def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
+        """Let the key name these bytes, or those of a file."""
+
+
+class Locations:
+    """Reads and writes data by address.
+
+    All raise :class:`LocationRefused` for what cannot be, and :class:`luthier.errors.DownloadError`
+    where another endpoint does not answer, and trying again may help.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        s3_endpoint: str | None = None,
+        file_roots: Sequence[Path] = (),
+        files: ObjectFiles | None = None,
+    ) -> None:
+        """``s3://`` means the buckets of this service, or of another endpoint where one is given.
+
+        ``files`` of the built-in buckets are below the store unless said otherwise.
+        """
+        self._buckets: Buckets = (
+            ExternalBuckets(s3_endpoint)
+            if s3_endpoint
+            else BuiltInBuckets(Objects(database, files))
+        )
+        self._roots = FileRoots(file_roots)
+
+    def check(self, account: str, uri: str) -> None:
+        """Refuse an address that is malformed, names nothing, or that the account cannot read."""
+        if _is_file(uri):
+            for path in self._roots.named(uri, ROWS):
+                self._roots.open(path, uri).close()
+        else:
+            self._keys(account, _address(uri))
+
+    def check_writable(self, account: str, uri: str) -> None:
+        """Refuse an address below which nothing can be written: malformed, outside, no bucket."""
+        if _is_file(uri):
+            self._roots.check_writable(uri)
+        else:
+            self._buckets.check_bucket(account, _address(uri).bucket)
+
+    def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
+        """Copies in ``folder`` of what an address names, in the order of the keys.
+
+        A key or path that ends with ``/`` means all ``.jsonl`` below it. Bytes of the built-in store
+        are compared with the hashes that were recorded when they came.
+
+        Raises:
+            LocationRefused: where there is nothing (any more).
+            CorruptFile: for bytes that are no longer what was stored.
+        """
+        fetched: list[Path] = []
+        if _is_file(uri):
+            for path in self._roots.named(uri, ROWS):
+                target = _free(folder, path.name, len(fetched))
+                with self._roots.open(path, uri) as source, new_file(target) as file:
+                    shutil.copyfileobj(source, file, READ_SIZE)
+                fetched.append(target)
+            return fetched
+        address = _address(uri)
+        for key in self._keys(account, address):
+            target = _free(folder, local_name(key), len(fetched))
+            self._buckets.fetch(account, address.bucket, key, target)
+            fetched.append(target)
+        return fetched
+
+    def write(self, account: str, uri: str, name: str, data: bytes | Path) -> str:
+        """Write bytes, or a file's, as ``name`` below an address; the address of what was written.
+
+        ``name`` may hold ``/``.
+        """
+        if _is_file(uri):
+            with new_file(self._roots.path(uri, name)) as file:
+                for piece in _pieces(data):
+                    file.write(piece)
+            return f"{uri.rstrip('/')}/{name}"
+        address = _address(uri)
+        key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
+        self._buckets.write(account, address.bucket, key, data)
+        return f"s3://{address.bucket}/{key}"
+
+    def _keys(self, account: str, address: _Address) -> list[str]:
+        """Keys of the objects that an address names."""
+        bucket, key = address.bucket, address.key
+        self._buckets.check_bucket(account, bucket)
+        if not key and not address.folder:
+            raise LocationRefused(f"s3://{bucket} names a bucket and no object in it.")
+        if not address.folder:
+            if not self._buckets.holds(account, bucket, key):
+                raise LocationRefused(f"There is no object s3://{bucket}/{key}.")
+            return [key]
+        keys = [each for each in self._buckets.below(account, bucket, key) if each.endswith(ROWS)]
+        if not keys:
+            text = f"There is no object below s3://{bucket}/{key} whose key ends with {ROWS}."
+            raise LocationRefused(text)
+        return keys
+
+
+class BuiltInBuckets:
+    """The buckets of this service."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+
+    def check_bucket(self, account: str, bucket: str) -> None:
+        """Refuse a bucket that the account does not have."""
+        try:
+            self._objects.bucket(account, bucket)
+        except ObjectRefused:
+            raise LocationRefused(f"There is no bucket {bucket}.") from None
+
+    def holds(self, account: str, bucket: str, key: str) -> bool:
+        """Whether the key names an object."""
+        try:
+            self._objects.head(account, bucket, key)
+        except ObjectRefused:
+            return False
+        return True
+
+    def below(self, account: str, bucket: str, prefix: str) -> Iterator[str]:
+        """The keys that begin with ``prefix``, in order."""
+        start: str | None = ""
+        while start is not None:
+            found = page(self._objects.database, account, bucket, prefix=prefix, start=start)
+            yield from (each.key for each in found.objects)
+            start = found.next
+
+    def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
+        """Copy an object to a file, comparing its bytes with their recorded hashes."""
+        try:
+            content = self._objects.open(account, bucket, key)
+            with new_file(target) as file:
+                for piece in content.pieces:
+                    for data in self._verified(account, piece):
+                        file.write(data)
+        except ObjectRefused:
+            raise LocationRefused(f"There is no object s3://{bucket}/{key} any more.") from None
+        except FileNotFoundError:
+            # Replaced since it was looked up: the new one is meant. If not, the bytes are lost.
+            if self._objects.open(account, bucket, key).ids == content.ids:
+                raise CorruptFile(f"the bytes of s3://{bucket}/{key} are missing") from None
+            self.fetch(account, bucket, key, target)
+
+    def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
+        """Let the key name these bytes, or those of a file."""
+        self.check_bucket(account, bucket)
+        try:
+            check_key(key)
+            with self._objects.files.begin(account) as writing:
+                for data in _pieces(content):
+                    writing.write(data)
+                written = writing.finish()
+            self._objects.put(account, bucket, key, written, Described())
+        except ObjectRefused as refused:
+            text = f"s3://{bucket}/{key} cannot be written: {refused.message}"
+            raise LocationRefused(text) from None
+
+    def _verified(self, account: str, piece: Piece) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        for data in self._objects.files.read(account, [(piece.id, piece.size)], 0, piece.size):
+            digest.update(data)
+            yield data
+        if digest.hexdigest() != piece.sha256:
+            raise CorruptFile(
+                "an object no longer has the bytes that were stored (SHA-256 differs)"
+            )
+
+
+@dataclass(frozen=True)
+class _Address:
+    bucket: str
+    key: str
+    folder: bool
+    """Whether it ends with ``/``."""
+
+
+def _address(uri: str) -> _Address:
+    found = re.fullmatch(rf"s3://({BUCKET})(?:/(.*))?", uri, re.DOTALL)
+    if found is None:
+        text = "A location is s3://bucket/key, or file:///path where the server allows files."
+        raise LocationRefused(text)
+    key = found[2] or ""
+    try:
+        if key:
+            check_key(key)
+    except ObjectRefused as refused:
+        raise LocationRefused(refused.message) from None
+    return _Address(found[1], key, uri.endswith("/"))
+
+
+def _is_file(uri: str) -> bool:
+    return uri.startswith("file:")
+
+
+def _free(folder: Path, name: str, number: int) -> Path:
+    """A path in ``folder`` for the file with this number: two keys can end alike."""
+    return folder / name if not (folder / name).exists() else folder / f"{number + 1}-{name}"
+
+
+def _pieces(content: bytes | Path) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as file:
+        while data := file.read(READ_SIZE):
+            yield data

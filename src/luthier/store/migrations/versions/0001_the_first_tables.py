@@ -1,0 +1,449 @@
+"""The first tables."""
+
+import sqlalchemy as sa
+from alembic import op
+
+from luthier.store.database import Moment, Plain
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    """Go to this revision."""
+    op.create_table(
+        "accounts",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("disabled", sa.Boolean(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_table(
+        "answered_requests",
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("operation", sa.String(), nullable=False),
+        sa.Column("token", sa.String(), nullable=False),
+        sa.Column("parameters", sa.String(), nullable=False),
+        sa.Column("answer", Plain, nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.PrimaryKeyConstraint("account", "operation", "token"),
+    )
+    op.create_table(
+        "audit_head",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("seq", sa.Integer(), nullable=False),
+        sa.Column("hash", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_table(
+        "audit_log",
+        sa.Column("seq", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("at", Moment(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("user", sa.String(), nullable=False),
+        sa.Column("action", sa.String(), nullable=False),
+        sa.Column("resource", sa.String(), nullable=False),
+        sa.Column("outcome", sa.String(), nullable=False),
+        sa.Column("request_id", sa.String(), nullable=False),
+        sa.Column("address", sa.String(), nullable=False),
+        sa.Column("details", Plain, nullable=False),
+        sa.Column("previous", sa.String(), nullable=False),
+        sa.Column("hash", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("seq"),
+    )
+    with op.batch_alter_table("audit_log", schema=None) as batch_op:
+        batch_op.create_index("ix_audit_log_account", ["account"], unique=False)
+
+    op.create_table(
+        "batches",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("caller", Plain, nullable=False),
+        sa.Column("endpoint", sa.String(), nullable=False),
+        sa.Column("window", sa.String(), nullable=False),
+        sa.Column("input_file", sa.String(), nullable=False),
+        sa.Column("output_file", sa.String(), nullable=True),
+        sa.Column("error_file", sa.String(), nullable=True),
+        sa.Column("status", sa.String(), nullable=False),
+        sa.Column("errors", Plain, nullable=False),
+        sa.Column("user_metadata", Plain, nullable=False),
+        sa.Column("total", sa.Integer(), nullable=False),
+        sa.Column("succeeded", sa.Integer(), nullable=False),
+        sa.Column("failed", sa.Integer(), nullable=False),
+        sa.Column("moments", Plain, nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.Column("expires", Moment(), nullable=False),
+        sa.Column("lease", sa.String(), nullable=True),
+        sa.Column("lease_ends", Moment(), nullable=True),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("id"),
+    )
+    with op.batch_alter_table("batches", schema=None) as batch_op:
+        batch_op.create_index("ix_batches_account", ["account"], unique=False)
+        batch_op.create_index("ix_batches_status", ["status"], unique=False)
+
+    op.create_table(
+        "buckets",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column(
+            "name", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False
+        ),
+        sa.Column("created", Moment(), nullable=False),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("account", "name"),
+    )
+    op.create_table(
+        "custom_models",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("foundation", sa.String(), nullable=False),
+        sa.Column("root", sa.String(), nullable=False),
+        sa.Column("base_model", sa.String(), nullable=False),
+        sa.Column("stored_id", sa.String(), nullable=True),
+        sa.Column("job_id", sa.String(), nullable=True),
+        sa.Column("openai_id", sa.String(), nullable=True),
+        sa.Column("status", sa.String(), nullable=False),
+        sa.Column("failure", sa.String(), nullable=True),
+        sa.Column("details", Plain, nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("account", "name"),
+        sa.UniqueConstraint("id"),
+    )
+    with op.batch_alter_table("custom_models", schema=None) as batch_op:
+        batch_op.create_index("ix_custom_models_account", ["account"], unique=False)
+        batch_op.create_index("ix_custom_models_job_id", ["job_id"], unique=False)
+        batch_op.create_index("ix_custom_models_openai_id", ["openai_id"], unique=False)
+
+    op.create_table(
+        "deployments",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("model", sa.String(), nullable=False),
+        sa.Column("description", sa.String(), nullable=True),
+        sa.Column("status", sa.String(), nullable=False),
+        sa.Column("failure", sa.String(), nullable=True),
+        sa.Column("next_model", sa.String(), nullable=True),
+        sa.Column("update_status", sa.String(), nullable=True),
+        sa.Column("created", Moment(), nullable=False),
+        sa.Column("modified", Moment(), nullable=False),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("account", "name"),
+        sa.UniqueConstraint("id"),
+    )
+    with op.batch_alter_table("deployments", schema=None) as batch_op:
+        batch_op.create_index("ix_deployments_account", ["account"], unique=False)
+        batch_op.create_index("ix_deployments_model", ["model"], unique=False)
+        batch_op.create_index("ix_deployments_next_model", ["next_model"], unique=False)
+
+    op.create_table(
+        "jobs",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("model_name", sa.String(), nullable=False),
+        sa.Column("face", sa.String(), nullable=False),
+        sa.Column("customization_type", sa.String(), nullable=False),
+        sa.Column("foundation", sa.String(), nullable=False),
+        sa.Column("base_model", sa.String(), nullable=False),
+        sa.Column("command", sa.String(), nullable=False),
+        sa.Column("recipe", Plain, nullable=False),
+        sa.Column("request", Plain, nullable=False),
+        sa.Column("output", sa.String(), nullable=True),
+        sa.Column("validators", Plain, nullable=False),
+        sa.Column("state", sa.String(), nullable=False),
+        sa.Column("failure", sa.String(), nullable=True),
+        sa.Column("result", Plain, nullable=True),
+        sa.Column("details", Plain, nullable=False),
+        sa.Column("priority", sa.Integer(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("memory", sa.BigInteger(), nullable=False),
+        sa.Column("cores", sa.Integer(), nullable=False),
+        sa.Column("crashes", sa.Integer(), nullable=False),
+        sa.Column("worked", sa.Double(), nullable=False),
+        sa.Column("time_limit", sa.Integer(), nullable=True),
+        sa.Column("lease", sa.String(), nullable=True),
+        sa.Column("lease_ends", Moment(), nullable=True),
+        sa.Column("worker", Plain, nullable=True),
+        sa.Column("littered", sa.Boolean(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.Column("modified", Moment(), nullable=False),
+        sa.Column("started", Moment(), nullable=True),
+        sa.Column("ended", Moment(), nullable=True),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("account", "name"),
+        sa.UniqueConstraint("id"),
+    )
+    with op.batch_alter_table("jobs", schema=None) as batch_op:
+        batch_op.create_index("ix_jobs_account", ["account"], unique=False)
+        batch_op.create_index("ix_jobs_state", ["state"], unique=False)
+
+    op.create_table(
+        "principals_version",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("token", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_table(
+        "provisioned",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("foundation", sa.String(), nullable=False),
+        sa.Column("model", sa.String(), nullable=False),
+        sa.Column("next_model", sa.String(), nullable=False),
+        sa.Column("units", sa.Integer(), nullable=False),
+        sa.Column("commitment", sa.String(), nullable=True),
+        sa.Column("status", sa.String(), nullable=False),
+        sa.Column("failure", sa.String(), nullable=True),
+        sa.Column("created", Moment(), nullable=False),
+        sa.Column("modified", Moment(), nullable=False),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("account", "name"),
+        sa.UniqueConstraint("id"),
+    )
+    with op.batch_alter_table("provisioned", schema=None) as batch_op:
+        batch_op.create_index("ix_provisioned_account", ["account"], unique=False)
+        batch_op.create_index("ix_provisioned_model", ["model"], unique=False)
+        batch_op.create_index("ix_provisioned_next_model", ["next_model"], unique=False)
+
+    op.create_table(
+        "tags",
+        sa.Column("resource", sa.String(), nullable=False),
+        sa.Column("key", sa.String(), nullable=False),
+        sa.Column("value", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("resource", "key"),
+    )
+    op.create_table(
+        "uploaded_files",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("purpose", sa.String(), nullable=False),
+        sa.Column("size", sa.BigInteger(), nullable=False),
+        sa.Column("sha256", sa.String(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.Column("expires", Moment(), nullable=True),
+        sa.Column("deleted", Moment(), nullable=True),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("id"),
+    )
+    with op.batch_alter_table("uploaded_files", schema=None) as batch_op:
+        batch_op.create_index("ix_uploaded_files_account", ["account"], unique=False)
+
+    op.create_table(
+        "batch_lines",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("batch_id", sa.String(), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("failed", sa.Boolean(), nullable=False),
+        sa.Column("result", Plain, nullable=False),
+        sa.ForeignKeyConstraint(
+            ["batch_id"],
+            ["batches.id"],
+        ),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("batch_id", "number"),
+    )
+    with op.batch_alter_table("batch_lines", schema=None) as batch_op:
+        batch_op.create_index("ix_batch_lines_batch_id", ["batch_id"], unique=False)
+
+    op.create_table(
+        "job_events",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("job_id", sa.String(), nullable=False),
+        sa.Column("at", Moment(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("message", sa.String(), nullable=False),
+        sa.Column("data", Plain, nullable=False),
+        sa.ForeignKeyConstraint(
+            ["job_id"],
+            ["jobs.id"],
+        ),
+        sa.PrimaryKeyConstraint("seq"),
+    )
+    with op.batch_alter_table("job_events", schema=None) as batch_op:
+        batch_op.create_index("ix_job_events_job_id", ["job_id"], unique=False)
+
+    op.create_table(
+        "object_uploads",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("bucket_seq", sa.Integer(), nullable=False),
+        sa.Column(
+            "key", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False
+        ),
+        sa.Column("headers", Plain, nullable=False),
+        sa.Column("user_metadata", Plain, nullable=False),
+        sa.Column("checksum", sa.String(), nullable=False),
+        sa.Column("checksum_type", sa.String(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["bucket_seq"],
+            ["buckets.seq"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    with op.batch_alter_table("object_uploads", schema=None) as batch_op:
+        batch_op.create_index("ix_object_uploads_bucket_seq", ["bucket_seq"], unique=False)
+
+    op.create_table(
+        "objects",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("bucket_seq", sa.Integer(), nullable=False),
+        sa.Column(
+            "key", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False
+        ),
+        sa.Column("size", sa.BigInteger(), nullable=False),
+        sa.Column("etag", sa.String(), nullable=False),
+        sa.Column("parts", sa.Integer(), nullable=False),
+        sa.Column("headers", Plain, nullable=False),
+        sa.Column("user_metadata", Plain, nullable=False),
+        sa.Column("checksums", Plain, nullable=False),
+        sa.Column("modified", Moment(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["bucket_seq"],
+            ["buckets.seq"],
+        ),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("bucket_seq", "key"),
+    )
+    op.create_table(
+        "quotas",
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("jobs_in_flight", sa.Integer(), nullable=True),
+        sa.Column("custom_models", sa.Integer(), nullable=True),
+        sa.Column("deployments", sa.Integer(), nullable=True),
+        sa.Column("requests_per_second", sa.Double(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["account"],
+            ["accounts.id"],
+        ),
+        sa.PrimaryKeyConstraint("account"),
+    )
+    op.create_table(
+        "users",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("role", sa.String(), nullable=True),
+        sa.Column("policies", Plain, nullable=False),
+        sa.Column("disabled", sa.Boolean(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["account"],
+            ["accounts.id"],
+        ),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("account", "name"),
+    )
+    with op.batch_alter_table("users", schema=None) as batch_op:
+        batch_op.create_index("ix_users_account", ["account"], unique=False)
+
+    op.create_table(
+        "access_keys",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("user", sa.Integer(), nullable=False),
+        sa.Column("sealed", sa.LargeBinary(), nullable=False),
+        sa.Column("origin", sa.String(), nullable=False),
+        sa.Column("disabled", sa.Boolean(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["user"],
+            ["users.seq"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    with op.batch_alter_table("access_keys", schema=None) as batch_op:
+        batch_op.create_index("ix_access_keys_account", ["account"], unique=False)
+        batch_op.create_index("ix_access_keys_user", ["user"], unique=False)
+
+    op.create_table(
+        "api_keys",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("digest", sa.String(), nullable=False),
+        sa.Column("shown", sa.String(), nullable=False),
+        sa.Column("label", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("user", sa.Integer(), nullable=False),
+        sa.Column("origin", sa.String(), nullable=False),
+        sa.Column("expires", Moment(), nullable=True),
+        sa.Column("disabled", sa.Boolean(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["user"],
+            ["users.seq"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+        sa.UniqueConstraint("digest"),
+    )
+    with op.batch_alter_table("api_keys", schema=None) as batch_op:
+        batch_op.create_index("ix_api_keys_account", ["account"], unique=False)
+        batch_op.create_index("ix_api_keys_user", ["user"], unique=False)
+
+    op.create_table(
+        "object_pieces",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("object_seq", sa.Integer(), nullable=True),
+        sa.Column("upload_id", sa.String(), nullable=True),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("size", sa.BigInteger(), nullable=False),
+        sa.Column("md5", sa.String(), nullable=False),
+        sa.Column("sha256", sa.String(), nullable=False),
+        sa.Column("checksums", Plain, nullable=False),
+        sa.Column("modified", Moment(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["object_seq"],
+            ["objects.seq"],
+        ),
+        sa.ForeignKeyConstraint(
+            ["upload_id"],
+            ["object_uploads.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+        sa.UniqueConstraint("upload_id", "number"),
+    )
+    with op.batch_alter_table("object_pieces", schema=None) as batch_op:
+        batch_op.create_index("object_pieces_of", ["object_seq", "number"], unique=False)
+
+
+def downgrade() -> None:
+    """Go back."""
+    for table in (
+        "object_pieces",
+        "api_keys",
+        "access_keys",
+        "users",
+        "quotas",
+        "objects",
+        "object_uploads",
+        "job_events",
+        "batch_lines",
+        "uploaded_files",
+        "tags",
+        "provisioned",
+        "principals_version",
+        "jobs",
+        "deployments",
+        "custom_models",
+        "buckets",
+        "batches",
+        "audit_log",
+        "audit_head",
+        "answered_requests",
+        "accounts",
+    ):
+        op.drop_table(table)

@@ -1,0 +1,291 @@
+"""Who may use the service: users of accounts with their policies, access keys and API keys.
+
+The secret of an access key is kept sealed, because signatures need it; of an API key only the hash is
+kept. Both are told once, when they are made.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ForeignKey, UniqueConstraint, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.errors import RefusedInput
+from luthier.store.accounts import Account, account_of, changed
+from luthier.store.database import Base, new_id, now
+from luthier.store.policy_documents import ROLES, Document, check_document, check_role
+from luthier.store.sealing import Sealing
+
+ISSUED, BOOTSTRAP = "issued", "bootstrap"
+"""Where a key comes from."""
+SHORT_TERM = "bedrock-api-key-"
+"""Beginning of keys that are signed by a client and not issued here."""
+_NAME = re.compile(r"[A-Za-z0-9_+=,.@-]{1,64}")
+_ACCESS_KEY = re.compile(r"[A-Za-z0-9_.+=@-]{1,128}")
+_PRINTABLE = re.compile(r"[!-~]{1,512}")
+
+
+class User(Base):
+    """A principal: a person or a program of one account."""
+
+    __tablename__ = "users"
+    __table_args__ = (UniqueConstraint("account", "name"),)
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    account: Mapped[str] = mapped_column(ForeignKey("accounts.id"), index=True)
+    name: Mapped[str]
+    role: Mapped[str | None]
+    """One of ``ROLES``, beside the policies."""
+    policies: Mapped[list[Any]]
+    """IAM policy documents."""
+    disabled: Mapped[bool] = mapped_column(default=False)
+    created: Mapped[datetime]
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """All policies: the role's and the user's own."""
+        return (*([ROLES[self.role]] if self.role else []), *self.policies)
+
+
+class AccessKey(Base):
+    """An access key that signs requests."""
+
+    __tablename__ = "access_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str] = mapped_column(index=True)
+    user: Mapped[int] = mapped_column(ForeignKey("users.seq"), index=True)
+    sealed: Mapped[bytes]
+    origin: Mapped[str]
+    disabled: Mapped[bool] = mapped_column(default=False)
+    created: Mapped[datetime]
+
+
+class ApiKey(Base):
+    """A bearer key."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    """SHA-256 of the key, hexadecimal. Keys are random: there is nothing to guess, nothing to salt."""
+    shown: Mapped[str]
+    """Its first letters, to be recognised by."""
+    label: Mapped[str]
+    account: Mapped[str] = mapped_column(index=True)
+    user: Mapped[int] = mapped_column(ForeignKey("users.seq"), index=True)
+    origin: Mapped[str]
+    expires: Mapped[datetime | None]
+    disabled: Mapped[bool] = mapped_column(default=False)
+    created: Mapped[datetime]
+
+
+@dataclass(frozen=True)
+class Principal:
+    """A user as a key proves it."""
+
+    account: str
+    user: str
+    policies: tuple[Document, ...]
+    expires: datetime | None = None
+    """After this moment the key proves nothing."""
+    secret: str = field(default="", repr=False)
+    """Of the access key; empty for an API key."""
+
+
+def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | None:
+    """Whose access key it is; ``None`` unless key, user and account may be used."""
+    row = session.execute(
+        select(AccessKey, User, Account)
+        .join(User, User.seq == AccessKey.user)
+        .join(Account, Account.id == User.account)
+        .where(AccessKey.id == access_key)
+    ).one_or_none()
+    if row is None or any(part.disabled for part in row):
+        return None
+    key, user, _ = row
+    secret = sealing.open(key.sealed, key.id)
+    return Principal(user.account, user.name, user.documents, secret=secret)
+
+
+def bearer(session: Session, digest: str) -> Principal | None:
+    """Whose API key has this SHA-256; ``None`` unless key, user and account may be used."""
+    row = session.execute(
+        select(ApiKey, User, Account)
+        .join(User, User.seq == ApiKey.user)
+        .join(Account, Account.id == User.account)
+        .where(ApiKey.digest == digest)
+    ).one_or_none()
+    if row is None or any(part.disabled for part in row):
+        return None
+    key, user, _ = row
+    return Principal(user.account, user.name, user.documents, key.expires)
+
+
+def digest_of(key: str) -> str:
+    """SHA-256 of an API key, as it is kept."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def create_user(
+    session: Session,
+    account: str,
+    name: str,
+    policies: Sequence[Any] = (),
+    role: str | None = None,
+) -> User:
+    """Add a user; without policies and role it may do nothing."""
+    account_of(session, account)
+    if not _NAME.fullmatch(name):
+        raise RefusedInput(f"{name!r} is no user name: 1 to 64 of A-Z a-z 0-9 _ + = , . @ -")
+    if _user(session, account, name) is not None:
+        raise RefusedInput(f"account {account} has a user {name} already")
+    user = User(account=account, name=name, policies=[], disabled=False, created=now())
+    set_policies(session, user, policies, role)
+    session.add(user)
+    session.flush()
+    return user
+
+
+def user_of(session: Session, account: str, name: str) -> User:
+    """A user; raises :class:`RefusedInput` where there is none."""
+    found = _user(session, account, name)
+    if found is None:
+        raise RefusedInput(f"account {account} has no user {name}")
+    return found
+
+
+def users(session: Session, account: str | None = None) -> list[User]:
+    """Users of one account, or of all."""
+    query = select(User).order_by(User.account, User.name)
+    return list(session.scalars(query if account is None else query.where(User.account == account)))
+
+
+def set_policies(
+    session: Session, user: User, policies: Sequence[Any], role: str | None = None
+) -> None:
+    """Replace what a user may do."""
+    checked = [check_document(each, f"policies[{number}]") for number, each in enumerate(policies)]
+    user.policies, user.role = [dict(each) for each in checked], role and check_role(role)
+    changed(session)
+
+
+def disable_user(session: Session, user: User, disabled: bool = True) -> None:
+    """Let no key of the user in any more, or let them in again."""
+    user.disabled = disabled
+    changed(session)
+
+
+def remove_user(session: Session, user: User) -> None:
+    """Remove a user and all its keys."""
+    for key in (*access_keys(session, user), *api_keys(session, user)):
+        session.delete(key)
+    session.flush()
+    session.delete(user)
+    changed(session)
+
+
+def create_access_key(
+    session: Session,
+    user: User,
+    sealing: Sealing,
+    access_key: str | None = None,
+    secret: str | None = None,
+    origin: str = ISSUED,
+) -> tuple[AccessKey, str]:
+    """A new access key and its secret; both are drawn unless they are given."""
+    access_key = access_key or "AKIA" + base64.b32encode(secrets.token_bytes(10)).decode()
+    secret = secret or secrets.token_urlsafe(30)
+    if not _ACCESS_KEY.fullmatch(access_key):
+        raise RefusedInput("an access key id is 1 to 128 of A-Z a-z 0-9 _ . + = @ -")
+    if not _PRINTABLE.fullmatch(secret):
+        raise RefusedInput("a secret access key is 1 to 512 letters without blanks")
+    if session.get(AccessKey, access_key) is not None:
+        raise RefusedInput(f"there is an access key {access_key} already")
+    key = AccessKey(
+        id=access_key,
+        account=user.account,
+        user=user.seq,
+        sealed=sealing.seal(secret, access_key),
+        origin=origin,
+        disabled=False,
+        created=now(),
+    )
+    session.add(key)
+    changed(session)
+    return key, secret
+
+
+def create_api_key(
+    session: Session,
+    user: User,
+    expires: datetime | None = None,
+    label: str = "",
+    key: str | None = None,
+    origin: str = ISSUED,
+) -> tuple[ApiKey, str]:
+    """A new API key, and its text, which nobody can tell again."""
+    text = key or f"sk-{secrets.token_urlsafe(36)}"
+    if not _PRINTABLE.fullmatch(text) or text.startswith(SHORT_TERM):
+        raise RefusedInput("an API key is 1 to 512 letters without blanks, such as sk-…")
+    if session.scalar(select(ApiKey.id).where(ApiKey.digest == digest_of(text))) is not None:
+        raise RefusedInput("this API key is in use already")
+    made = ApiKey(
+        id=new_id(),
+        digest=digest_of(text),
+        shown=text[:7] if len(text) >= 24 else text[:3],
+        label=label,
+        account=user.account,
+        user=user.seq,
+        origin=origin,
+        expires=expires,
+        disabled=False,
+        created=now(),
+    )
+    session.add(made)
+    changed(session)
+    return made, text
+
+
+def access_keys(session: Session, user: User) -> list[AccessKey]:
+    """Access keys of a user, the oldest first."""
+    query = select(AccessKey).where(AccessKey.user == user.seq)
+    return list(session.scalars(query.order_by(AccessKey.created)))
+
+
+def api_keys(session: Session, user: User) -> list[ApiKey]:
+    """API keys of a user, the oldest first."""
+    query = select(ApiKey).where(ApiKey.user == user.seq)
+    return list(session.scalars(query.order_by(ApiKey.created)))
+
+
+def key_of(session: Session, identifier: str) -> AccessKey | ApiKey:
+    """A key of either kind by its id; raises :class:`RefusedInput` where there is none."""
+    found = session.get(AccessKey, identifier) or session.get(ApiKey, identifier)
+    if found is None:
+        raise RefusedInput(f"there is no key {identifier}")
+    return found
+
+
+def disable_key(session: Session, key: AccessKey | ApiKey, disabled: bool = True) -> None:
+    """Let the key in no more, or again."""
+    key.disabled = disabled
+    changed(session)
+
+
+def remove_key(session: Session, key: AccessKey | ApiKey) -> None:
+    """Forget the key."""
+    session.delete(key)
+    changed(session)
+
+
+def _user(session: Session, account: str, name: str) -> User | None:
+    return session.scalar(select(User).where(User.account == account, User.name == name))

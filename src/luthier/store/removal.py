@@ -1,0 +1,55 @@
+"""Deletion of custom models: refused while somebody answers with one or learns from it."""
+
+from __future__ import annotations
+
+import shutil
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.errors import RefusedInput
+from luthier.files import luthier_home
+from luthier.store import deployments, provisioned, tags
+from luthier.store.custom_models import CustomModel
+from luthier.store.jobs import ENDED, Job
+from luthier.store.models import custom_models
+
+
+class ModelInUse(RefusedInput):
+    """A custom model cannot be deleted now."""
+
+
+def remove(session: Session, model: CustomModel, arn: str) -> None:
+    """Delete the record of ``model``, whose ARN is ``arn``, and its tags. Its name is free then.
+
+    ``model`` was read with a lock. Its files are for :func:`remove_files`, after the transaction.
+
+    Raises:
+        ModelInUse: where a deployment or provisioned throughput has it, or a job starts from it.
+    """
+    if deployments.uses(session, arn):
+        raise ModelInUse(f"The model {model.name} is deployed. Delete its deployments first.")
+    if provisioned.uses(session, arn):
+        raise ModelInUse(f"The model {model.name} has provisioned throughput. Delete that first.")
+    started = select(Job.seq).where(
+        Job.account == model.account, Job.base_model == arn, Job.state.not_in(ENDED)
+    )
+    if session.scalar(started.limit(1)) is not None:
+        raise ModelInUse(f"A job that has not ended starts from the model {model.name}.")
+    tags.drop(session, arn)
+    session.delete(model)
+    session.flush()
+
+
+def remove_files(stored_id: str | None) -> None:
+    """Delete the files of a model that has no record any more, and those of its run.
+
+    They stay as long as another model's adapters stand on them.
+    """
+    stored = custom_models()
+    found = next((each for each in stored if each.id == stored_id), None)
+    if found is None or any(each.manifest.get("parent") == stored_id for each in stored):
+        return
+    shutil.rmtree(found.folder, ignore_errors=True)
+    base, name = found.folder.parent.name, found.folder.name
+    shutil.rmtree(luthier_home() / "runs" / base / name, ignore_errors=True)

@@ -1,0 +1,102 @@
+"""The server's key, and secrets encrypted under it.
+
+Signatures need the secret of an access key itself, so it cannot be hashed; it is kept encrypted
+(AES-256-GCM), and the key is not in the database.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from luthier.errors import CorruptFile, LuthierError, RefusedInput
+from luthier.files import lock, luthier_home, new_file
+
+ENVIRONMENT = "LUTHIER_SERVER_KEY"
+KEY_BYTES = 32
+_NONCE_BYTES = 12
+_VERSION = b"\x01"
+
+
+def server_key(folder: Path | None = None) -> bytes:
+    """The server's 32 bytes: from ``LUTHIER_SERVER_KEY``, else ``server.key`` in the store.
+
+    The file is made at the first call, readable by its owner alone.
+
+    Raises:
+        RefusedInput: for a variable that is not 32 bytes in base64.
+        LuthierError: for a file that others may read, or that is no key.
+    """
+    given = os.environ.get(ENVIRONMENT)
+    if given:
+        return _parsed(given)
+    path = (folder or luthier_home()) / "server.key"
+    if not path.exists():
+        # Of several processes that start at once, one makes it.
+        with lock(path.with_name("server.key.lock"), wait=True):
+            if not path.exists():
+                with new_file(path, mode=0o600) as file:
+                    file.write(base64.b64encode(secrets.token_bytes(KEY_BYTES)) + b"\n")
+    if path.stat().st_mode & 0o077:
+        raise LuthierError(f"{path} can be read by others; chmod 600 {path}")
+    try:
+        return _parsed(path.read_text().strip())
+    except (RefusedInput, UnicodeDecodeError) as error:
+        raise CorruptFile(f"{path} is not 32 bytes in base64") from error
+
+
+class Sealing:
+    """Encrypts and decrypts secrets; each is bound to a name, and opens under no other."""
+
+    def __init__(self, key: bytes) -> None:
+        """``key`` is the server's."""
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        self._cipher = AESGCM(_derived(key, b"secrets of access keys"))
+
+    def seal(self, secret: str, name: str) -> bytes:
+        """``secret`` encrypted: version (1 byte), nonce (12), ciphertext and tag."""
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        return _VERSION + nonce + self._cipher.encrypt(nonce, secret.encode(), name.encode())
+
+    def open(self, sealed: bytes, name: str) -> str:
+        """What was sealed for ``name``.
+
+        Raises:
+            CorruptFile: where it was sealed under another key or for another name, or was changed.
+        """
+        from cryptography.exceptions import InvalidTag
+
+        nonce, rest = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
+        try:
+            if sealed[:1] != _VERSION:
+                raise InvalidTag
+            return self._cipher.decrypt(nonce, rest, name.encode()).decode()
+        except (InvalidTag, ValueError) as error:
+            raise CorruptFile(
+                f"the secret of {name} does not open with this server's key; give back the "
+                f"server.key or {ENVIRONMENT} that it was made under"
+            ) from error
+
+
+def purpose_key(key: bytes, purpose: str) -> bytes:
+    """32 bytes for one purpose, such as signing tokens of lists; tells nothing of the server's key."""
+    return _derived(key, purpose.encode())
+
+
+def _derived(key: bytes, purpose: bytes) -> bytes:
+    return hmac.digest(key, b"luthier: " + purpose, "sha256")
+
+
+def _parsed(text: str) -> bytes:
+    try:
+        key = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RefusedInput(f"{ENVIRONMENT} is not base64") from error
+    if len(key) != KEY_BYTES:
+        raise RefusedInput(f"{ENVIRONMENT} has {len(key)} bytes; it needs {KEY_BYTES}, in base64")
+    return key

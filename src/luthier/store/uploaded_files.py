@@ -1,0 +1,184 @@
+"""Files that clients of the OpenAI API uploaded, and those that jobs and batches wrote for them.
+
+The bytes are objects of the built-in object store, in one bucket of the account: jobs read and write
+them as they do any other data, by ``s3://luthier-files/<id>``. What only OpenAI's clients know of a
+file (its label, purpose and end) is a row here. A file that is deleted or whose time is over keeps its
+row without its bytes, so that a list which is being read page by page finds its place again; clients
+see neither.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import BigInteger, Select, or_, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.errors import ObjectRefused
+from luthier.store.database import Base, Database, now
+from luthier.store.object_rows import Described
+from luthier.store.objects import Objects
+
+BUCKET = "luthier-files"
+"""Name of the bucket in each account."""
+_LETTERS = string.ascii_letters + string.digits
+
+
+class UploadedFile(Base):
+    """One file."""
+
+    __tablename__ = "uploaded_files"
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    """``file-`` and letters and digits, drawn at random; the key of its object."""
+    account: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
+    """As the client called it: a label, never a path."""
+    purpose: Mapped[str]
+    size: Mapped[int] = mapped_column(BigInteger)
+    """Bytes."""
+    sha256: Mapped[str]
+    created: Mapped[datetime]
+    expires: Mapped[datetime | None]
+    deleted: Mapped[datetime | None]
+
+
+def address_of(file_id: str) -> str:
+    """How jobs name the bytes of a file."""
+    return f"s3://{BUCKET}/{file_id}"
+
+
+class UploadedFiles:
+    """The files of all accounts. Safe to share between threads and processes."""
+
+    def __init__(self, database: Database, objects: Objects) -> None:
+        self.database, self.objects = database, objects
+
+    def add(
+        self,
+        account: str,
+        pieces: Iterable[bytes],
+        name: str,
+        purpose: str,
+        lives: timedelta | None = None,
+        file_id: str | None = None,
+    ) -> UploadedFile:
+        """Keep bytes as a file of ``account``, whole or not at all; it is gone after ``lives``.
+
+        With a ``file_id`` that is there already, what is there stays and is returned.
+        """
+        file_id = file_id or "file-" + "".join(secrets.choice(_LETTERS) for _ in range(24))
+        self._need_bucket(account)
+        with self.objects.files.begin(account) as file:
+            for piece in pieces:
+                file.write(piece)
+            written = file.finish()
+        self.objects.put(account, BUCKET, file_id, written, Described())
+        created = now()
+        row = UploadedFile(
+            id=file_id,
+            account=account,
+            name=name,
+            purpose=purpose,
+            size=written.size,
+            sha256=written.sha256,
+            created=created,
+            expires=created + lives if lives else None,
+            deleted=None,
+        )
+        with self.database.write() as session:
+            there = session.scalar(select(UploadedFile).where(UploadedFile.id == file_id))
+            if there is not None:
+                return there
+            session.add(row)
+        return row
+
+    def get(self, account: str, file_id: str) -> UploadedFile | None:
+        """The file of this account; ``None`` for what is gone or another's."""
+        with self.database.read() as session:
+            found: UploadedFile | None = session.scalar(
+                _there(account).where(UploadedFile.id == file_id)
+            )
+            return found
+
+    def ever(self, account: str, file_id: str) -> bool:
+        """Whether there is or was such a file."""
+        with self.database.read() as session:
+            return _place(session, account, file_id) is not None
+
+    def listed(
+        self,
+        account: str,
+        limit: int,
+        *,
+        after: str | None = None,
+        purpose: str | None = None,
+        ascending: bool = False,
+    ) -> list[UploadedFile] | None:
+        """``limit`` files behind ``after``, by creation; ``None`` where ``after`` never was."""
+        wanted = _there(account)
+        if purpose is not None:
+            wanted = wanted.where(UploadedFile.purpose == purpose)
+        order = UploadedFile.seq.asc() if ascending else UploadedFile.seq.desc()
+        with self.database.read() as session:
+            if after is not None:
+                place = _place(session, account, after)
+                if place is None:
+                    return None
+                behind = UploadedFile.seq > place if ascending else UploadedFile.seq < place
+                wanted = wanted.where(behind)
+            return list(session.scalars(wanted.order_by(order).limit(limit)))
+
+    def read(self, row: UploadedFile) -> Iterator[bytes]:
+        """The bytes of a file, in pieces."""
+        _, pieces = self.objects.reading(row.account, BUCKET, row.id, lambda found: (0, found.size))
+        return pieces
+
+    def delete(self, account: str, file_id: str) -> bool:
+        """Forget a file and its bytes; whether there was one."""
+        with self.database.write() as session:
+            row = session.scalar(_there(account).where(UploadedFile.id == file_id))
+            if row is None:
+                return False
+            row.deleted = now()
+        self.objects.delete(account, BUCKET, [file_id])
+        return True
+
+    def remove_expired(self) -> int:
+        """Delete what is past its time; how many files that were."""
+        late = select(UploadedFile).where(
+            UploadedFile.deleted.is_(None), UploadedFile.expires <= now()
+        )
+        with self.database.write() as session:
+            rows = list(session.scalars(late))
+            for row in rows:
+                row.deleted = now()
+        for row in rows:
+            self.objects.delete(row.account, BUCKET, [row.id])
+        return len(rows)
+
+    def _need_bucket(self, account: str) -> None:
+        try:
+            self.objects.create_bucket(account, BUCKET)
+        except ObjectRefused as refused:
+            if refused.code != "BucketAlreadyOwnedByYou":
+                raise
+
+
+def _place(session: Session, account: str, file_id: str) -> int | None:
+    mine = UploadedFile.account == account, UploadedFile.id == file_id
+    return session.scalar(select(UploadedFile.seq).where(*mine))
+
+
+def _there(account: str) -> Select[Any]:
+    """Files of an account that are neither deleted nor past their time."""
+    return select(UploadedFile).where(
+        UploadedFile.account == account,
+        UploadedFile.deleted.is_(None),
+        or_(UploadedFile.expires.is_(None), UploadedFile.expires > now()),
+    )

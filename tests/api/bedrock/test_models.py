@@ -1,0 +1,193 @@
+"""Foundation models and custom models through boto3."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bedrock_service import ALICE, BASE, ENCODER, Service, eventually, job_members
+from botocore.exceptions import ClientError
+
+FOUNDATION = f"arn:aws:bedrock:us-east-1::foundation-model/{BASE}"
+
+
+def refused(call: Callable[..., Any], **members: Any) -> str:
+    with pytest.raises(ClientError) as caught:
+        call(**members)
+    return str(caught.value.response["Error"]["Code"])
+
+
+def test_foundation_models(bedrock: Any, bob: Any) -> None:
+    found = {m["modelId"]: m for m in bedrock.list_foundation_models()["modelSummaries"]}
+    assert found.keys() == {BASE, ENCODER}
+    assert found[BASE]["outputModalities"] == ["TEXT"] and found[BASE]["responseStreamingSupported"]
+    assert found[ENCODER]["outputModalities"] == ["EMBEDDING"]
+    assert bob.list_foundation_models()["modelSummaries"] == list(found.values())
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"byProvider": "SBERT"}, [ENCODER]),
+        ({"byProvider": "Nobody"}, []),
+        ({"byCustomizationType": "DISTILLATION"}, [BASE]),
+        ({"byOutputModality": "EMBEDDING"}, [ENCODER]),
+        ({"byOutputModality": "IMAGE"}, []),
+        ({"byInferenceType": "ON_DEMAND", "byOutputModality": "TEXT"}, [BASE]),
+    ],
+)
+def test_filters_of_foundation_models(bedrock: Any, filters: Any, expected: list[str]) -> None:
+    found = bedrock.list_foundation_models(**filters)["modelSummaries"]
+    assert [model["modelId"] for model in found] == expected
+
+
+def test_filters_that_do_not_exist(bedrock: Any) -> None:
+    assert (
+        refused(bedrock.list_foundation_models, byOutputModality="SMELL") == "ValidationException"
+    )
+
+
+@pytest.mark.parametrize("identifier", [BASE, FOUNDATION, "smollm2-135m-instruct"])
+def test_one_foundation_model(bedrock: Any, identifier: str) -> None:
+    told = bedrock.get_foundation_model(modelIdentifier=identifier)["modelDetails"]
+    assert told["modelArn"] == FOUNDATION and told["modelLifecycle"] == {"status": "ACTIVE"}
+
+
+def test_availability(bedrock: Any) -> None:
+    told = bedrock.get_foundation_model_availability(modelId=BASE)
+    assert told["agreementAvailability"] == {"status": "AVAILABLE"}
+    assert told["authorizationStatus"] == "AUTHORIZED"
+    missing = refused(bedrock.get_foundation_model_availability, modelId="no.such-model")
+    assert missing == "ResourceNotFoundException"
+
+
+def test_foundation_models_that_are_not_there(bedrock: Any) -> None:
+    get = bedrock.get_foundation_model
+    for unknown in (
+        "no.such-model",
+        FOUNDATION.replace("us-east-1", "eu-west-1"),
+        FOUNDATION + "x",
+    ):
+        assert refused(get, modelIdentifier=unknown) == "ResourceNotFoundException"
+    for malformed in ("nothing", "two words", "a..b", "UPPER.case"):
+        assert refused(get, modelIdentifier=malformed) == "ValidationException"
+
+
+def test_a_model_tells_how_it_was_made(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    job = submit("job-1", customModelName="mine", hyperParameters={"epochCount": "1"})
+    missing = refused(bedrock.get_custom_model, modelIdentifier="mine")
+    assert missing == "ResourceNotFoundException"
+    assert bedrock.list_custom_models()["modelSummaries"] == []
+    made = service.complete(ALICE, "job-1", train_loss=0.5)
+    told = bedrock.get_custom_model(modelIdentifier="mine")
+    arn = told["modelArn"]
+    assert arn == f"arn:aws:bedrock:us-east-1:{ALICE}:custom-model/{BASE}/{made.id}"
+    assert told["jobArn"] == job and told["jobName"] == "job-1" and told["modelStatus"] == "Active"
+    assert told["baseModelArn"] == FOUNDATION and told["customizationType"] == "FINE_TUNING"
+    assert told["hyperParameters"] == {"epochCount": "1", "batchSize": "8"}
+    assert told["trainingMetrics"] == {"trainingLoss": 0.5}
+    again = bedrock.get_custom_model(modelIdentifier=arn)
+    assert again["modelArn"] == arn
+    (listed,) = bedrock.list_custom_models()["modelSummaries"]
+    assert listed["modelArn"] == arn and listed["baseModelName"] == BASE
+    assert listed["ownerAccountId"] == ALICE
+
+
+def test_filters_of_custom_models(bedrock: Any, model: Callable[..., str]) -> None:
+    first = model("job-1", customModelName="first")
+    model("job-2", customModelName="second", baseModelIdentifier=first)
+    model("job-3", customModelName="encoder", baseModelIdentifier=ENCODER)
+
+    def names(**filters: Any) -> list[str]:
+        found = bedrock.list_custom_models(**filters)["modelSummaries"]
+        return [each["modelName"] for each in found]
+
+    assert names() == ["encoder", "second", "first"]
+    assert names(baseModelArnEquals=FOUNDATION) == ["first"]
+    assert names(baseModelArnEquals=first) == ["second"]
+    assert names(foundationModelArnEquals=FOUNDATION) == ["second", "first"]
+    assert names(foundationModelArnEquals=FOUNDATION.replace("us-east-1", "eu-west-1")) == []
+    assert names(isOwned=False) == [] and len(names(isOwned=True)) == 3
+    assert names(modelStatus="Active", nameContains="co") == ["encoder", "second"]
+    assert names(modelStatus="Failed") == []
+    middle = bedrock.get_custom_model(modelIdentifier="second")["creationTime"]
+    assert names(creationTimeAfter=middle) == ["encoder"]
+    assert names(creationTimeBefore=middle, sortOrder="Ascending") == ["first"]
+
+
+def test_models_are_ordered_by_their_own_creation(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    for name in ("job-1", "job-2", "job-3"):
+        submit(name)
+    for name in ("job-3", "job-1", "job-2"):
+        service.complete(ALICE, name)
+    pages = bedrock.get_paginator("list_custom_models").paginate(
+        sortOrder="Ascending", PaginationConfig={"PageSize": 1}
+    )
+    found = [model["modelName"] for page in pages for model in page["modelSummaries"]]
+    assert found == ["model-of-job-3", "model-of-job-1", "model-of-job-2"]
+
+
+def test_delete_a_model(
+    service: Service, bedrock: Any, model: Callable[..., str], luthier_home: Path
+) -> None:
+    arn = model("job-1", customModelName="mine")
+    stored = f"smollm2:job-{service.job(ALICE, 'job-1').id}"
+    folder = luthier_home / "models" / "custom" / "smollm2" / stored.partition(":")[2]
+    folder.mkdir(parents=True)
+    (folder / "luthier.json").write_text(json.dumps({"id": stored}))
+    bedrock.delete_custom_model(modelIdentifier=arn)
+    assert not folder.exists()
+    for call in (bedrock.get_custom_model, bedrock.delete_custom_model):
+        assert refused(call, modelIdentifier=arn) == "ResourceNotFoundException"
+        assert refused(call, modelIdentifier="mine") == "ResourceNotFoundException"
+    told = bedrock.get_model_customization_job(jobIdentifier="job-1")
+    assert told["status"] == "Completed" and "outputModelArn" not in told
+    model("job-2", customModelName="mine")
+
+
+def test_files_stay_while_adapters_stand_on_them(
+    service: Service, bedrock: Any, model: Callable[..., str], luthier_home: Path
+) -> None:
+    arn = model("job-1")
+    stored = f"smollm2:job-{service.job(ALICE, 'job-1').id}"
+    places = luthier_home / "models" / "custom" / "smollm2"
+    for name, manifest in ((stored, {"id": stored}), ("smollm2:child", {"parent": stored})):
+        folder = places / name.partition(":")[2]
+        folder.mkdir(parents=True)
+        (folder / "luthier.json").write_text(json.dumps({"id": name, **manifest}))
+    bedrock.delete_custom_model(modelIdentifier=arn)
+    assert (places / stored.partition(":")[2] / "luthier.json").is_file()
+
+
+def test_a_model_in_use_cannot_be_deleted(
+    service: Service, bedrock: Any, model: Callable[..., str], submit: Callable[..., str]
+) -> None:
+    arn = model("job-1")
+    deployment = bedrock.create_custom_model_deployment(modelDeploymentName="d", modelArn=arn)
+    deployed = deployment["customModelDeploymentArn"]
+    get = bedrock.get_custom_model_deployment
+    eventually(lambda: get(customModelDeploymentIdentifier=deployed)["status"] == "Active")
+    assert refused(bedrock.delete_custom_model, modelIdentifier=arn) == "ConflictException"
+    bedrock.delete_custom_model_deployment(customModelDeploymentIdentifier=deployed)
+    submit("job-2", baseModelIdentifier=arn)
+    assert refused(bedrock.delete_custom_model, modelIdentifier=arn) == "ConflictException"
+    bedrock.stop_model_customization_job(jobIdentifier="job-2")
+    assert bedrock.get_custom_model(modelIdentifier=arn)["modelStatus"] == "Active"
+    bedrock.delete_custom_model(modelIdentifier=arn)
+
+
+def test_models_of_others(bob: Any, bedrock: Any, model: Callable[..., str]) -> None:
+    arn = model("job-1")
+    for call in (bob.get_custom_model, bob.delete_custom_model):
+        assert refused(call, modelIdentifier=arn) == "ResourceNotFoundException"
+        assert refused(call, modelIdentifier="model-of-job-1") == "ResourceNotFoundException"
+    assert bob.list_custom_models()["modelSummaries"] == []
+    assert bedrock.get_custom_model(modelIdentifier=arn)
+    bob.create_model_customization_job(**job_members("job-1"))

@@ -1,0 +1,213 @@
+"""The face behind a real server, tiny models in the pool, and the unmodified client."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import anyio.to_thread
+import openai
+import pytest
+import uvicorn
+
+from luthier.api.openai import OpenAIFace
+from luthier.api.settings import Settings
+from luthier.api.wire import Answer, Call, Caller, Fault
+from luthier.errors import RefusedInput
+from luthier.files import write_json
+from luthier.jobs.submit import Limits
+from luthier.models.catalog import MANIFEST
+from luthier.serving.pool import ModelPool
+from luthier.store.custom_models import CustomModel
+from luthier.store.database import Database, now
+from luthier.store.models import base_folder
+from luthier.store.objects import Objects
+from luthier.store.schema import METADATA
+
+ACCOUNT, OTHER = "000000000000", "111111111111"
+KEYS = {"sk-one": ACCOUNT, "sk-other": OTHER, "sk-weak": ACCOUNT, "sk-fast": ACCOUNT}
+
+
+class Server:
+    """A face over HTTP: keys name accounts, bodies are read whole, answers are sent as they come."""
+
+    def __init__(self, face: OpenAIFace) -> None:
+        self.face = face
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        request_id = str(uuid.uuid4())
+        headers = {k.decode().lower(): v.decode() for k, v in scope["headers"]}
+        path = scope["raw_path"].decode()
+        try:
+            caller = self._caller(headers)
+            route = self.face.route(scope["method"], path)
+            body = await _body(receive, route.body_limit)
+            call = Call(
+                request_id,
+                caller,
+                scope["method"],
+                path,
+                parse_qs(scope["query_string"].decode(), keep_blank_values=True),
+                headers,
+                body,
+                now(),
+                route.params,
+            )
+            answer = await anyio.to_thread.run_sync(route.handler, call)
+        except Fault as fault:
+            answer = self.face.refusal(fault, request_id)
+        except RefusedInput as refused:
+            answer = self.face.refusal(Fault("Validation", str(refused)), request_id)
+        await _send(send, answer)
+
+    def _caller(self, headers: Mapping[str, str]) -> Caller:
+        key = headers.get("authorization", "").removeprefix("Bearer ")
+        if key not in KEYS:
+            raise Fault("UnrecognizedClient", "Incorrect API key provided.")
+        if key == "sk-fast":
+            raise Fault("Throttling", "Too many requests.", retry_after=3)
+        policies = ({"weak": True},) if key == "sk-weak" else ({},)
+        return Caller(KEYS[key], "somebody", policies, bearer=True)
+
+
+async def _body(receive: Any, limit: int) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise Fault("RequestEntityTooLarge", "The body is too large.")
+        if not message.get("more_body"):
+            return body
+
+
+async def _send(send: Any, answer: Answer) -> None:
+    headers = [(k.lower().encode(), v.encode()) for k, v in answer.headers.items()]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    if isinstance(answer.body, bytes):
+        await send({"type": "http.response.body", "body": answer.body})
+        return
+    while True:
+        piece = await anyio.to_thread.run_sync(next, answer.body, None)
+        if piece is None:
+            break
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def authorize(caller: Caller, action: str, resource: str) -> None:
+    """Everybody may do everything, but the weak may only read files."""
+    if any("weak" in policy for policy in caller.policies) and not action.endswith("files.list"):
+        raise Fault("AccessDenied", f"{caller.arn} is not authorized to perform: {action}")
+
+
+@dataclass
+class Service:
+    """A running face and what is behind it."""
+
+    face: OpenAIFace
+    database: Database
+    objects: Objects
+    pool: ModelPool
+    url: str
+    deleted: list[str] = field(default_factory=list)
+
+    def client(self, key: str = "sk-one", retries: int = 0) -> openai.OpenAI:
+        """An unmodified client."""
+        return openai.OpenAI(api_key=key, base_url=self.url, max_retries=retries, timeout=60)
+
+
+@pytest.fixture
+def tiny_base(luthier_home: Path, tiny_model_folder: Path) -> str:
+    """A base model in the store that writes."""
+    return _base("tiny", "causal_lm", tiny_model_folder)
+
+
+@pytest.fixture
+def tiny_encoder(luthier_home: Path, family_folder: Callable[[str], Path]) -> str:
+    """A base model in the store that reads."""
+    return _base("tiny-encoder", "encoder", family_folder("bert"))
+
+
+def _base(name: str, kind: str, folder: Path) -> str:
+    shutil.copytree(folder, base_folder(name))
+    manifest = {"id": name, "kind": kind, "created": "2026-01-01T00:00:00+00:00"}
+    write_json(base_folder(name) / MANIFEST, manifest)
+    return name
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with all tables and no rows, to be copied."""
+    path = tmp_path_factory.mktemp("database") / "luthier.db"
+    made = Database(f"sqlite:///{path}")
+    METADATA.create_all(made.engine)
+    made.close()
+    return path
+
+
+@pytest.fixture
+def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
+    """A face on a free port, with an empty database."""
+    luthier_home.mkdir(exist_ok=True)
+    shutil.copy(empty_database, luthier_home / "luthier.db")
+    database = Database()
+    objects, pool = Objects(database), ModelPool(budget=1 << 30)
+    deleted: list[str] = []
+
+    def delete_model(account: str, model: CustomModel) -> None:
+        with database.write() as session:
+            session.delete(session.merge(model))
+        deleted.append(model.id)
+
+    face = OpenAIFace(
+        database,
+        Settings(),
+        pool,
+        lambda account, arn: None,
+        authorize,
+        objects,
+        delete_model,
+        limits=lambda account: Limits(in_flight=20),
+        file_limit=2_000_000,
+    )
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(Server(face), log_level="error", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    yield Service(face, database, objects, pool, url, deleted)
+    face.close()
+    server.should_exit = True
+    thread.join()
+    listening.close()
+    pool.close()
+    database.close()
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    """The client of one account."""
+    with service.client() as made:
+        yield made
+
+
+@pytest.fixture
+def other(service: Service) -> Iterator[openai.OpenAI]:
+    """The client of another account."""
+    with service.client("sk-other") as made:
+        yield made

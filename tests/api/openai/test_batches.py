@@ -1,0 +1,231 @@
+"""Batches, by the unmodified client: results, files, and servers that are killed."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import openai
+import pytest
+
+from luthier.api.openai.batch_runner import AT_ONCE, BatchRunner
+from luthier.store import batches as store
+
+CHAT = "/v1/chat/completions"
+pytestmark = pytest.mark.usefixtures("tiny_base")
+
+
+def line(number: int, url: str = CHAT, **body: Any) -> dict[str, Any]:
+    asked = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": f"My card {number}"}],
+        "max_tokens": 4,
+        "temperature": 0,
+    }
+    return {"custom_id": f"r{number}", "method": "POST", "url": url, "body": body or asked}
+
+
+def uploaded(client: openai.OpenAI, lines: list[Any]) -> str:
+    text = "".join(f"{each if isinstance(each, str) else json.dumps(each)}\n" for each in lines)
+    return client.files.create(file=("in.jsonl", text.encode()), purpose="batch").id
+
+
+def created(client: openai.OpenAI, lines: list[Any], endpoint: Any = CHAT) -> Any:
+    return client.batches.create(
+        input_file_id=uploaded(client, lines),
+        endpoint=endpoint,
+        completion_window="24h",
+        metadata={"a": "b"},
+    )
+
+
+def ended(client: openai.OpenAI, batch_id: str) -> Any:
+    deadline = time.monotonic() + 30
+    while True:
+        batch = client.batches.retrieve(batch_id)
+        if batch.status in store.ENDED:
+            return batch
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.02)
+
+
+def lines_of(client: openai.OpenAI, file_id: str | None) -> list[Any]:
+    assert file_id is not None
+    text = client.files.content(file_id).text
+    return [json.loads(each) for each in text.split("\n") if each]
+
+
+def test_successes_and_failures_have_a_file_each(client: openai.OpenAI, service: Any) -> None:
+    service.face.start()
+    asked = [
+        line(1),
+        line(2, model="no-such-model", messages=[{"role": "user", "content": "a"}]),
+        line(3, model="tiny", messages=[], max_tokens=3),
+        line(4),
+    ]
+    made = created(client, asked)
+    assert made.id.startswith("batch_")
+    assert (made.object, made.status, made.endpoint) == ("batch", "validating", CHAT)
+    assert made.metadata == {"a": "b"}
+    batch = ended(client, made.id)
+    assert batch.status == "completed", batch
+    assert batch.request_counts.model_dump() == {"total": 4, "completed": 2, "failed": 2}
+    assert batch.created_at <= batch.in_progress_at <= batch.finalizing_at <= batch.completed_at
+    good, bad = lines_of(client, batch.output_file_id), lines_of(client, batch.error_file_id)
+    assert [each["custom_id"] for each in good] == ["r1", "r4"]
+    assert [each["custom_id"] for each in bad] == ["r2", "r3"]
+    assert [each["response"]["status_code"] for each in bad] == [404, 400]
+    assert bad[0]["response"]["body"]["error"]["code"] == "model_not_found"
+    body: Any = asked[0]["body"]
+    direct = client.chat.completions.create(**body)
+    told = good[0]["response"]["body"]["choices"][0]["message"]["content"]
+    assert told == direct.choices[0].message.content
+    assert {each["id"] for each in good}.isdisjoint({each["id"] for each in bad})
+    assert client.files.retrieve(batch.output_file_id).purpose == "batch_output"
+
+
+def test_other_endpoints(client: openai.OpenAI, service: Any, tiny_encoder: str) -> None:
+    service.face.start()
+    for url, body, kind in (
+        ("/v1/embeddings", {"model": "tiny-encoder", "input": "a card"}, "list"),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 2}, "text_completion"),
+    ):
+        batch = ended(client, created(client, [line(1, url, **body)], url).id)
+        (told,) = lines_of(client, batch.output_file_id)
+        assert told["response"]["body"]["object"] == kind
+        assert batch.error_file_id is None
+
+
+UNUSABLE: list[tuple[list[Any], str, int | None]] = [
+    (["{"], "invalid_json_line", 1),
+    ([line(1), line(1)], "duplicate_custom_id", 2),
+    ([line(1), {**line(2), "url": "/v1/embeddings"}], "mismatched_url", 2),
+    ([{**line(1), "method": "GET"}], "invalid_method", 1),
+    ([{"method": "POST"}], "missing_required_parameter", 1),
+    (["  "], "empty_file", None),
+]
+
+
+def test_a_file_that_cannot_be_used_fails_the_batch(client: openai.OpenAI, service: Any) -> None:
+    for lines, code, number in UNUSABLE:
+        made = created(client, lines)
+        assert service.face.batches.run_once()
+        batch = client.batches.retrieve(made.id)
+        assert batch.status == "failed"
+        assert batch.failed_at
+        assert batch.errors is not None and batch.errors.data is not None
+        assert (batch.errors.data[0].code, batch.errors.data[0].line) == (code, number)
+        assert batch.output_file_id is None
+
+
+def test_a_killed_server_answers_no_line_twice(client: openai.OpenAI, service: Any) -> None:
+    made = created(client, [line(number) for number in range(3 * AT_ONCE)])
+    answered: list[Any] = []
+
+    class Killed(BaseException):
+        pass
+
+    def answer(caller: Any, body: Any) -> dict[str, Any]:
+        if len(answered) == AT_ONCE + 2:
+            raise Killed
+        answered.append(body["messages"][0]["content"])
+        return {"answer": len(answered)}
+
+    first = BatchRunner(service.database, service.face.files, {CHAT: answer})
+    with pytest.raises(Killed):
+        first.run_once()
+    before = client.batches.retrieve(made.id)
+    assert before.status == "in_progress"
+    assert before.request_counts and before.request_counts.completed == AT_ONCE
+
+    again: list[Any] = []
+
+    def other(caller: Any, body: Any) -> dict[str, Any]:
+        again.append(body["messages"][0]["content"])
+        return {"answer": "second"}
+
+    second = BatchRunner(service.database, service.face.files, {CHAT: other})
+    assert second.run_once()
+    batch = client.batches.retrieve(made.id)
+    assert batch.status == "completed"
+    told = lines_of(client, batch.output_file_id)
+    assert [each["custom_id"] for each in told] == [f"r{number}" for number in range(3 * AT_ONCE)]
+    assert len(again) == 2 * AT_ONCE
+    assert not second.run_once()
+
+
+def test_a_held_batch_is_left_alone(client: openai.OpenAI, service: Any) -> None:
+    created(client, [line(1)])
+    with service.database.write() as session:
+        assert store.claim(session, "another server") is not None
+    assert not service.face.batches.run_once()
+
+
+def test_a_cancelled_batch_keeps_what_was_answered(client: openai.OpenAI, service: Any) -> None:
+    made = created(client, [line(number) for number in range(2 * AT_ONCE)])
+
+    def answer(caller: Any, body: Any) -> dict[str, Any]:
+        if client.batches.retrieve(made.id).status == "in_progress":
+            client.batches.cancel(made.id)
+        return {}
+
+    assert BatchRunner(service.database, service.face.files, {CHAT: answer}).run_once()
+    batch = client.batches.retrieve(made.id)
+    assert batch.status == "cancelled"
+    assert batch.cancelling_at and batch.cancelled_at
+    assert len(lines_of(client, batch.output_file_id)) == AT_ONCE
+    with pytest.raises(openai.BadRequestError):
+        client.batches.cancel(made.id)
+
+
+def test_lines_have_the_rights_of_who_asked(client: openai.OpenAI, service: Any) -> None:
+    made = created(client, [line(1)])
+    with service.database.write() as session:
+        batch = store.get(session, "000000000000", made.id)
+        assert batch is not None
+        batch.caller = {**batch.caller, "policies": [{"weak": True}]}
+    assert service.face.batches.run_once()
+    batch = client.batches.retrieve(made.id)
+    (told,) = lines_of(client, batch.error_file_id)
+    assert told["response"]["status_code"] == 403
+
+
+def test_lists_tenants_and_refusals(client: openai.OpenAI, other: openai.OpenAI) -> None:
+    made = [created(client, [line(1)]).id for _ in range(3)]
+    assert [each.id for each in client.batches.list(limit=2)] == made[::-1]
+    assert not list(other.batches.list())
+    for attempt in (other.batches.retrieve, other.batches.cancel):
+        with pytest.raises(openai.NotFoundError):
+            attempt(made[0])
+    file_id = uploaded(client, [line(1)])
+    wrong: Any
+    for caller, wrong, param in (
+        (client, {"endpoint": "/v1/moderations"}, "endpoint"),
+        (client, {"completion_window": "1h"}, "completion_window"),
+        (client, {"input_file_id": "file-never"}, "input_file_id"),
+        (other, {}, "input_file_id"),
+        (client, {"metadata": {str(n): "a" for n in range(17)}}, "metadata"),
+    ):
+        fields = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h", **wrong}
+        with pytest.raises(openai.BadRequestError) as refused:
+            caller.batches.create(**fields)
+        assert refused.value.param == param
+
+
+def test_a_batch_whose_time_is_over(client: openai.OpenAI, service: Any) -> None:
+    made = created(client, [line(number) for number in range(2 * AT_ONCE)])
+
+    def answer(caller: Any, body: Any) -> dict[str, Any]:
+        with service.database.write() as session:
+            batch = store.get(session, "000000000000", made.id)
+            assert batch is not None
+            batch.expires = batch.created
+        return {}
+
+    runner = BatchRunner(service.database, service.face.files, {CHAT: answer})
+    assert runner.run_once()
+    batch = client.batches.retrieve(made.id)
+    assert batch.status == "expired" and batch.expired_at
+    assert batch.request_counts and batch.request_counts.completed == AT_ONCE
+    assert len(lines_of(client, batch.output_file_id)) == AT_ONCE

@@ -1,0 +1,104 @@
+"""Text completions, by the unmodified client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.usefixtures("tiny_base")
+
+
+def complete(client: openai.OpenAI, **changes: Any) -> Any:
+    fields = {"model": "tiny", "prompt": "The quick", "max_tokens": 6, "temperature": 0, **changes}
+    return client.completions.create(**fields)
+
+
+def test_a_text_is_continued_without_a_template(client: openai.OpenAI) -> None:
+    made = complete(client)
+    assert made.object == "text_completion"
+    assert made.id.startswith("cmpl-")
+    assert made.choices[0].finish_reason == "length"
+    assert made.usage.completion_tokens == 6
+    asked: Any = [{"role": "user", "content": "The quick"}]
+    chat = client.chat.completions.create(model="tiny", messages=asked, max_tokens=6, temperature=0)
+    assert chat.usage and made.usage.prompt_tokens < chat.usage.prompt_tokens
+    assert complete(client, max_tokens=None).usage.completion_tokens == 16
+
+
+def test_several_prompts_with_several_answers_each(client: openai.OpenAI) -> None:
+    prompts = ["The quick", "What is the", "My card"]
+    made = complete(client, prompt=prompts, n=2, temperature=1, seed=3)
+    assert [choice.index for choice in made.choices] == list(range(6))
+    for number, prompt in enumerate(prompts):
+        alone = complete(client, prompt=prompt, n=2, temperature=1, seed=3)
+        texts = [choice.text for choice in made.choices[2 * number : 2 * number + 2]]
+        assert texts == [choice.text for choice in alone.choices]
+    assert made.usage.completion_tokens <= 36
+
+
+def test_prompts_of_tokens(client: openai.OpenAI, service: Any, tokenizer: Any) -> None:
+    text = complete(client)
+    ids = tokenizer.encode("The quick")
+    made = complete(client, prompt=ids, echo=True)
+    assert made.choices[0].text == "The quick" + text.choices[0].text
+    both = complete(client, prompt=[ids, ids])
+    assert [choice.text for choice in both.choices] == [text.choices[0].text] * 2
+
+
+def test_echo_and_streams(client: openai.OpenAI) -> None:
+    whole = complete(client, echo=True, prompt=["The quick", "My card"])
+    assert whole.choices[0].text.startswith("The quick")
+    options = {"include_usage": True}
+    chunks = list(
+        complete(
+            client, echo=True, prompt=["The quick", "My card"], stream=True, stream_options=options
+        )
+    )
+    texts, ends = ["", ""], ["", ""]
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        ends[choice.index] += choice.finish_reason or ""
+    assert texts == [choice.text for choice in whole.choices]
+    assert ends == ["length", "length"]
+    assert chunks[-1].usage == whole.usage
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    made = complete(client, logprobs=2)
+    scores = made.choices[0].logprobs
+    assert len(scores.tokens) == len(scores.token_logprobs) == len(scores.text_offset) == 6
+    assert scores.text_offset[0] == 0
+    assert all(2 <= len(top) <= 3 for top in scores.top_logprobs)
+    for token, value, top in zip(
+        scores.tokens, scores.token_logprobs, scores.top_logprobs, strict=True
+    ):
+        assert top[token] == value
+    streamed = [c.choices[0].logprobs for c in complete(client, logprobs=2, stream=True)]
+    assert [t for each in streamed if each for t in each.tokens] == scores.tokens
+    assert [t for each in streamed if each for t in each.text_offset] == scores.text_offset
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"prompt": [99999]}, "prompt"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"suffix": "end"}, "suffix"),
+    ({"best_of": 3}, "best_of"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"echo": True, "logprobs": 1}, "logprobs"),
+    ({"prompt": "The quick brown fox. " * 400}, "prompt"),
+]
+
+
+def test_requests_that_are_refused(client: openai.OpenAI) -> None:
+    for changes, param in REFUSED:
+        with pytest.raises(openai.BadRequestError) as refused:
+            complete(client, **changes)
+        assert refused.value.param == param, changes

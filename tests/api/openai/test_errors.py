@@ -1,0 +1,91 @@
+"""Refusals as the client raises them."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+import openai
+import pytest
+
+
+def asked(service: Any, method: str, path: str, body: bytes | None = None) -> tuple[int, Any, Any]:
+    request = urllib.request.Request(
+        f"{service.url}{path}",
+        body,
+        {"Authorization": "Bearer sk-one", "Content-Type": "application/json"},
+        method=method,
+    )
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, answer.headers, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, json.load(error)
+
+
+def test_an_unknown_key(service: Any) -> None:
+    with (
+        service.client("sk-nobody") as client,
+        pytest.raises(openai.AuthenticationError) as refused,
+    ):
+        client.models.list()
+    assert refused.value.code == "invalid_api_key"
+    assert refused.value.type == "invalid_request_error"
+
+
+def test_what_policies_do_not_allow(service: Any) -> None:
+    with service.client("sk-weak") as client:
+        assert not list(client.files.list())
+        for attempt in (
+            lambda: client.files.retrieve("file-never"),
+            lambda: client.models.retrieve("no-such-model"),
+            lambda: client.fine_tuning.jobs.retrieve("ftjob-never"),
+            lambda: client.batches.cancel("batch_never"),
+            lambda: client.chat.completions.create(
+                model="no-such-model", messages=[{"role": "user", "content": "a"}]
+            ),
+        ):
+            with pytest.raises(openai.PermissionDeniedError) as refused:
+                attempt()
+            assert refused.value.type == "permission_error"
+
+
+def test_too_many_requests(service: Any) -> None:
+    with service.client("sk-fast") as client, pytest.raises(openai.RateLimitError) as refused:
+        client.models.list()
+    assert refused.value.code == "rate_limit_exceeded"
+    assert refused.value.response.headers["retry-after"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/nothing"), ("POST", "/moderations"), ("PATCH", "/files"), ("GET", "/files/a/b/c")],
+)
+def test_an_unknown_route(service: Any, method: str, path: str) -> None:
+    status, headers, body = asked(service, method, path, b"{}" if method != "GET" else None)
+    assert status == 404
+    assert body["error"]["type"] == "invalid_request_error"
+    assert headers["x-request-id"]
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"null", b'"a"', b'{"model": NaN}', b"\xff", b""])
+def test_bodies_that_are_no_object(service: Any, body: bytes) -> None:
+    for path in ("/chat/completions", "/fine_tuning/jobs", "/embeddings", "/batches"):
+        status, headers, answer = asked(service, "POST", path, body)
+        assert status == 400
+        assert set(answer) == {"error"}
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+        assert headers["x-request-id"]
+
+
+def test_both_prefixes_and_ids_on_every_answer(service: Any, client: openai.OpenAI) -> None:
+    assert client.models.with_raw_response.list().headers["x-request-id"]
+    with openai.OpenAI(
+        api_key="sk-one", base_url=service.url.replace("/v1", "/openai/v1"), max_retries=0
+    ) as second:
+        assert [each.id for each in second.models.list()] == [
+            each.id for each in client.models.list()
+        ]

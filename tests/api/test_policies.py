@@ -1,0 +1,235 @@
+"""What callers may do, as IAM evaluates it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from principals_of import ALLOW_ALL
+
+from luthier.api.policies import allows, authorize, noted
+from luthier.api.wire import Caller, Fault
+from luthier.errors import RefusedInput
+from luthier.store.policy_documents import ROLES, check_document, check_role
+
+MODEL = "arn:aws:bedrock:us-east-1:000000000000:custom-model/hf.smol/abcdefabcdef"
+
+
+def caller(*statements: dict[str, Any], bearer: bool = False) -> Caller:
+    policies = tuple({"Version": "2012-10-17", "Statement": each} for each in statements)
+    for policy in policies:
+        check_document(policy)
+    return Caller("000000000000", "ann", policies, bearer)
+
+
+def allow(action: Any = "*", resource: Any = "*", **more: Any) -> dict[str, Any]:
+    return {"Effect": "Allow", "Action": action, "Resource": resource, **more}
+
+
+def deny(action: Any = "*", resource: Any = "*", **more: Any) -> dict[str, Any]:
+    return {**allow(action, resource, **more), "Effect": "Deny"}
+
+
+def test_nothing_is_allowed_by_default() -> None:
+    with pytest.raises(Fault) as caught:
+        authorize(caller(), "bedrock:GetCustomModel", MODEL)
+    assert caught.value.code == "AccessDenied"
+    assert caught.value.message == (
+        "User: arn:aws:iam::000000000000:user/ann is not authorized to perform: "
+        f"bedrock:GetCustomModel on resource: {MODEL} because no identity-based policy allows the "
+        "bedrock:GetCustomModel action"
+    )
+
+
+def test_deny_wins_wherever_it_stands() -> None:
+    for statements in ([allow(), deny("bedrock:Delete*")], [deny("bedrock:Delete*"), allow()]):
+        ann = caller(*statements)
+        assert allows(ann, "bedrock:GetCustomModel", MODEL)
+        with pytest.raises(Fault, match="with an explicit deny in an identity-based policy"):
+            authorize(ann, "bedrock:DeleteCustomModel", MODEL)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "action", "matches"),
+    [
+        ("*", "bedrock:InvokeModel", True),
+        ("bedrock:*", "bedrock:InvokeModel", True),
+        ("BEDROCK:invokemodel", "bedrock:InvokeModel", True),
+        ("bedrock:Invoke*", "bedrock:InvokeModelWithResponseStream", True),
+        ("bedrock:Invoke", "bedrock:InvokeModel", False),
+        ("bedrock:?nvokeModel", "bedrock:InvokeModel", True),
+        ("bedrock:?nvokeModel", "bedrock:nvokeModel", False),
+        ("s3:*", "bedrock:InvokeModel", False),
+        ("*:InvokeModel", "bedrock:InvokeModel", None),
+        ("bedrock.InvokeModel", "bedrock:InvokeModel", None),
+        ("luthier:openai.*", "luthier:openai.files.create", True),
+        ("luthier:openai.*", "luthier:openaixfiles.create", False),
+    ],
+)
+def test_actions(pattern: str, action: str, matches: bool | None) -> None:
+    if matches is None:
+        with pytest.raises(RefusedInput, match="is not like"):
+            caller(allow(pattern))
+    else:
+        assert allows(caller(allow(["s3:None", pattern])), action, MODEL) is matches
+
+
+@pytest.mark.parametrize(
+    ("pattern", "resource", "matches"),
+    [
+        ("*", MODEL, True),
+        (MODEL, MODEL, True),
+        (MODEL.upper().replace("ARN", "arn"), MODEL, False),
+        ("arn:aws:bedrock:*:*:custom-model/*", MODEL, True),
+        ("arn:aws:bedrock:*:custom-model/*", MODEL, True),
+        ("arn:aws:bedrock:*:111111111111:custom-model/*", MODEL, False),
+        ("arn:aws:s3:::bucket/rows/*", "arn:aws:s3:::bucket/rows/a/b.jsonl", True),
+        ("arn:aws:s3:::bucket/rows/*", "arn:aws:s3:::bucket/rows", False),
+        ("arn:aws:s3:::bucket/[ab]", "arn:aws:s3:::bucket/a", False),
+        ("arn:aws:s3:::bucket/[ab]", "arn:aws:s3:::bucket/[ab]", True),
+        ("arn:aws:s3:::bucket/?", "arn:aws:s3:::bucket/\n", True),
+        ("arn:aws:s3:::bucket/a", "arn:aws:s3:::bucket/a\n", False),
+        ("arn:aws:s3:::b.c/*", "arn:aws:s3:::bxc/k", False),
+    ],
+)
+def test_resources(pattern: str, resource: str, matches: bool) -> None:
+    assert allows(caller(allow("*", pattern)), "s3:GetObject", resource) is matches
+
+
+def test_negated_elements() -> None:
+    others = caller({"Effect": "Allow", "NotAction": "bedrock:Delete*", "Resource": "*"})
+    assert allows(others, "bedrock:GetCustomModel", MODEL)
+    assert not allows(others, "bedrock:DeleteCustomModel", MODEL)
+    fenced = caller(
+        allow(), {"Effect": "Deny", "Action": "*", "NotResource": [MODEL, "arn:aws:s3:*"]}
+    )
+    assert allows(fenced, "bedrock:GetCustomModel", MODEL)
+    assert not allows(fenced, "bedrock:GetCustomModel", f"{MODEL}x")
+
+
+def test_conditions_allow_nothing_and_deny_always() -> None:
+    condition = {"Condition": {"IpAddress": {"aws:SourceIp": "10.0.0.0/8"}}}
+    assert not allows(caller(allow(**condition)), "bedrock:InvokeModel", MODEL)
+    assert not allows(caller(allow(), deny(**condition)), "bedrock:InvokeModel", MODEL)
+    assert allows(caller(allow(Condition={})), "bedrock:InvokeModel", MODEL)
+
+
+def test_bearer_keys_need_one_right_more() -> None:
+    invoke = allow("bedrock:InvokeModel")
+    assert allows(caller(invoke), "bedrock:InvokeModel", MODEL)
+    with pytest.raises(Fault, match="bedrock:CallWithBearerToken on resource: \\*"):
+        authorize(caller(invoke, bearer=True), "bedrock:InvokeModel", MODEL)
+    both = allow(["bedrock:InvokeModel", "bedrock:CallWithBearerToken"])
+    assert allows(caller(both, bearer=True), "bedrock:InvokeModel", MODEL)
+    assert not allows(
+        caller(both, deny("bedrock:CallWith*"), bearer=True), "bedrock:InvokeModel", MODEL
+    )
+
+
+def test_what_was_asked_for_is_noted_across_threads() -> None:
+    ann = caller(allow())
+
+    async def handle() -> list[tuple[str, str]]:
+        with noted() as asked:
+            await anyio.to_thread.run_sync(authorize, ann, "bedrock:GetCustomModel", MODEL)
+            assert not await anyio.to_thread.run_sync(allows, caller(), "s3:GetObject", "arn:x")
+        authorize(ann, "bedrock:ListCustomModels", "*")
+        return asked
+
+    asked = anyio.run(handle)
+    assert asked == [("bedrock:GetCustomModel", MODEL), ("s3:GetObject", "arn:x")]
+
+
+def test_patterns_take_time_in_proportion() -> None:
+    """Where each star may go back, this pattern takes longer than anybody lives."""
+    pattern = "arn:" + "a*" * 500 + "b"
+    began = time.monotonic()
+    assert not allows(caller(allow("*", pattern)), "s3:GetObject", "arn:" + "a" * 2000)
+    assert time.monotonic() - began < 1
+
+
+def naive(pattern: str, text: str) -> bool:
+    """The same by the definition, one letter after the other."""
+    reached = {0}
+    for letter in pattern:
+        if letter == "*":
+            reached = set(range(min(reached, default=len(text) + 1), len(text) + 1))
+        else:
+            reached = {
+                place + 1 for place in reached if place < len(text) and letter in ("?", text[place])
+            }
+    return len(text) in reached
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab*?[].\n", max_size=10), st.text("ab[].\n", max_size=10))
+def test_wildcards_mean_what_they_are_defined_to(pattern: str, text: str) -> None:
+    statement = allow("*", f"arn:{pattern}")
+    assert allows(caller(statement), "s3:GetObject", f"arn:{text}") is naive(pattern, text)
+
+
+ROLE_MAY = {
+    "admin": {"bedrock:DeleteCustomModel", "luthier:admin.users.create", "bedrock:GetCustomModel",
+              "bedrock:InvokeModel", "s3:GetObject", "luthier:audit.list",
+              "luthier:openai.files.list"},
+    "developer": {"bedrock:DeleteCustomModel", "bedrock:GetCustomModel", "bedrock:InvokeModel",
+                  "s3:GetObject", "luthier:openai.files.list"},
+    "auditor": {"bedrock:GetCustomModel", "luthier:audit.list", "luthier:openai.files.list"},
+    "invoke-only": {"bedrock:InvokeModel"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_roles(role: str) -> None:
+    user = Caller("000000000000", "u", (check_document(ROLES[role]),), bearer=True)
+    assert {each for each in ROLE_MAY["admin"] if allows(user, each, MODEL)} == ROLE_MAY[role]
+    assert check_role(role) == role
+    with pytest.raises(RefusedInput, match="there are admin, developer, auditor, invoke-only"):
+        check_role("king")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"Effect": "allow"}, 'Effect is neither "Allow" nor "Deny"'),
+        ({"Action": None}, "Action is not a string"),
+        ({"Action": []}, "Action is empty"),
+        ({"Action": "InvokeModel"}, "is not like"),
+        ({"Action": "bedrock:a b"}, "is not like"),
+        ({"Resource": "custom-model/x"}, 'neither "\\*" nor an ARN'),
+        ({"Resource": "arn:" + "x" * 2050}, "1 to 2048 characters"),
+        ({"Resource": "arn:aws:s3:::${aws:username}/*"}, "policy variables"),
+        ({"NotAction": "s3:*"}, "needs one of Action and NotAction"),
+        ({"Principal": "*"}, "Principal cannot stand here"),
+        ({"Condition": []}, "Condition is not an object"),
+        ({"Sid": 1}, "Sid is not a string"),
+    ],
+)
+def test_documents_that_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RefusedInput, match=message):
+        check_document({"Statement": [allow("s3:*"), {**allow("s3:*"), **change}]})
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ([], "policy is not an object"),
+        ({}, "has no Statement"),
+        ({"Statement": []}, "0 statements"),
+        ({"Statement": ["x"]}, r"Statement\[0\] is not an object"),
+        ({**ALLOW_ALL, "Version": "2020-01-01"}, "Version is not"),
+        ({**ALLOW_ALL, "Extra": 1}, "unknown member Extra"),
+        (
+            {"Statement": {"Effect": "Allow", "Action": "*"}},
+            "needs one of Resource and NotResource",
+        ),
+    ],
+)
+def test_forms_that_are_refused(document: Any, message: str) -> None:
+    with pytest.raises(RefusedInput, match=message):
+        check_document(document)

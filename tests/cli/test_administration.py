@@ -1,0 +1,159 @@
+"""``luthier admin`` and ``luthier audit``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from principals_of import ALLOW_ALL, FIRST, OTHER
+from sqlalchemy import text
+from typer.testing import CliRunner
+
+from luthier.cli.administration import admin_app
+from luthier.cli.auditing import audit_app
+from luthier.store import principals
+from luthier.store.database import Database
+from luthier.store.sealing import Sealing, server_key
+
+
+def run(app: Any, *arguments: str, code: int = 0) -> Any:
+    """What a command prints with ``--json``, as an object; its output, where that is none."""
+    done = CliRunner().invoke(app, [*arguments])
+    assert done.exit_code == code, done.output
+    return json.loads(done.stdout) if "--json" in arguments else done.stdout
+
+
+def admin(*arguments: str, code: int = 0) -> Any:
+    return run(admin_app, *arguments, "--json", code=code)
+
+
+@pytest.fixture
+def ann(database: Database) -> str:
+    admin("accounts", "create", FIRST, "--name", "first")
+    admin("users", "create", "ann", "--role", "developer")
+    return "ann"
+
+
+def test_accounts_and_quotas(database: Database) -> None:
+    admin("accounts", "create", OTHER, "--name", "other")
+    admin("accounts", "quota", OTHER, "--jobs-in-flight", "2", "--requests-per-second", "0.5")
+    (listed,) = admin("accounts", "list")["accounts"]
+    assert (listed["id"], listed["name"], listed["quotas"]["jobs_in_flight"]) == (OTHER, "other", 2)
+    assert admin("accounts", "quota", OTHER)["quotas"]["requests_per_second"] == 0.5
+    assert admin("accounts", "quota", OTHER, "--reset", "--deployments", "3")["quotas"] == {
+        "deployments": 3
+    }
+    admin("accounts", "disable", OTHER)
+    assert admin("accounts", "list")["accounts"][0]["disabled"] is True
+    admin("accounts", "enable", OTHER)
+    admin("accounts", "remove", OTHER)
+    assert admin("accounts", "list")["accounts"] == []
+    error = admin("accounts", "disable", OTHER, code=2)["error"]
+    assert error["message"] == f"there is no account {OTHER}"
+
+
+def test_users_and_policies(database: Database, ann: str, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps(ALLOW_ALL))
+    shown = admin("users", "policies", ann, "--policy", str(policy))
+    assert (shown["role"], shown["policies"]) == (None, [ALLOW_ALL])
+    policy.write_text('{"Statement": [{"Effect": "allow"}]}')
+    error = admin("users", "policies", ann, "--policy", str(policy), code=2)["error"]
+    assert "Effect is neither" in error["message"]
+    assert admin("users", "list")["users"][0]["policies"] == [ALLOW_ALL]
+    admin("users", "disable", ann)
+    assert admin("users", "list", "--account", FIRST)["users"][0]["disabled"] is True
+    admin("users", "remove", ann)
+    assert admin("users", "list")["users"] == []
+    assert set(admin("roles")["roles"]) == {"admin", "developer", "auditor", "invoke-only"}
+
+
+def test_keys(database: Database, ann: str) -> None:
+    access = admin("keys", "create", ann, "--kind", "access")
+    api = admin("keys", "create", ann, "--days", "1", "--label", "build")
+    with database.read() as session:
+        sealing = Sealing(server_key())
+        found = principals.signer(session, access["access_key_id"], sealing)
+        assert found is not None
+        assert found.secret == access["secret_access_key"]
+        digest = principals.digest_of(api["api_key"])
+        assert principals.bearer(session, digest) is not None
+    listed = admin("keys", "list", "--user", ann)["keys"]
+    assert [key["kind"] for key in listed] == ["access", "api"]
+    assert access["secret_access_key"] not in json.dumps(listed)
+    assert api["api_key"] not in json.dumps(listed)
+    for key in listed:
+        admin("keys", "disable", key["id"])
+    with database.read() as session:
+        assert principals.signer(session, access["access_key_id"], sealing) is None
+        assert principals.bearer(session, digest) is None
+    for key in listed:
+        admin("keys", "enable", key["id"])
+        admin("keys", "remove", key["id"])
+    assert admin("keys", "list")["keys"] == []
+    assert "there are access and api" in admin(
+        "keys", "create", ann, "--kind", "ssh", code=2
+    )["error"]["message"]  # fmt: skip
+    admin("keys", "create", ann, "--kind", "access", "--days", "1", code=2)
+    admin("keys", "disable", "x", code=2)
+
+
+def test_changes_are_in_the_audit_log_and_refusals_change_nothing(
+    database: Database, ann: str
+) -> None:
+    made = admin("keys", "create", ann)
+    admin("users", "create", ann, code=2)
+    listed = run(audit_app, "list", "--json")["entries"]
+    assert [entry["action"] for entry in listed] == [
+        "luthier:admin.keys.create", "luthier:admin.users.create", "luthier:admin.accounts.create"
+    ]  # fmt: skip
+    assert listed[0]["resource"] == f"{FIRST}/ann"
+    assert listed[0]["user"].startswith("cli")
+    assert made["api_key"] not in json.dumps(listed)
+    assert run(audit_app, "list", "--action", "KEYS", "--since", "2020-01-01", "--json") == {
+        "entries": listed[:1]
+    }
+
+
+def test_verifying_the_log(database: Database, ann: str) -> None:
+    intact = run(audit_app, "verify", "--json")
+    assert (intact["intact"], intact["entries"]) == (True, 2)
+    assert intact["last"] in run(audit_app, "verify")
+    run(audit_app, "verify", "--noted", intact["last"])
+    run(audit_app, "verify", "--noted", "f" * 64, code=1)
+    with database.write() as session:
+        session.execute(text("UPDATE audit_log SET user='bob' WHERE seq=1"))
+    found = run(audit_app, "verify", "--json", code=1)
+    assert found["broken"] == {"seq": 1, "reason": "its hash is not that of its content"}
+    assert "2 entries" not in run(audit_app, "verify", code=1)
+
+
+def test_tables_for_people(database: Database, ann: str) -> None:
+    admin("accounts", "quota", FIRST, "--deployments", "3")
+    assert "sk-" in run(admin_app, "keys", "create", ann)
+    assert f"{FIRST}  first" in run(admin_app, "accounts", "list")
+    assert "deployments=3" in run(admin_app, "accounts", "list")
+    assert "developer" in run(admin_app, "users", "list")
+    assert "sk-" in run(admin_app, "keys", "list")
+    assert "bedrock:*, luthier:*, s3:*" in run(admin_app, "roles")
+    assert "luthier:admin.keys.create" in run(audit_app, "list")
+
+
+def test_backup_and_restore(
+    database: Database, ann: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = admin("keys", "create", ann, "--kind", "access")
+    made = admin("backup", str(tmp_path / "backup"), "--with-key")
+    assert (made["database"], made["key"]) == (True, True)
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "restored"))
+    admin("restore", str(tmp_path / "backup"))
+    assert admin("keys", "list")["keys"][0]["id"] == access["access_key_id"]
+    assert run(audit_app, "verify", "--json")["intact"] is True
+    admin("restore", str(tmp_path / "backup"), code=2)
+
+
+def test_a_new_database_gets_its_tables(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'empty.db'}"
+    assert admin("users", "list", "--database", url) == {"users": []}

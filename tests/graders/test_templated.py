@@ -1,0 +1,268 @@
+"""Graders with places for the row's members and the reply, in OpenAI's terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from luthier.asking.base import Failure
+from luthier.errors import GradingFailed, RecipeError
+from luthier.graders import (
+    Answer,
+    Multi,
+    PythonSource,
+    ScoreModel,
+    StringCheck,
+    TextSimilarity,
+    graded,
+)
+from luthier.graders.formula import names_in, parsed, value_of
+from luthier.graders.score_model import number_in
+from luthier.types import Message, Row
+
+MEMBERS = {"answer": "Paris", "tags": ["a", "b"], "deep": {"list": [{"x": "é"}]}, "size": 3}
+
+
+def answer(reply: str, **members: Any) -> Answer:
+    row = Row("rows.jsonl", 4, members={**MEMBERS, **members})
+    return Answer((Message("user", "Capital of France?"),), reply, None, row)
+
+
+def one(grader: Any, reply: str, **members: Any) -> float:
+    return graded(grader, [answer(reply, **members)]).scores[0]
+
+
+@pytest.mark.parametrize(
+    ("operation", "reply", "score"),
+    [
+        ("eq", "Paris", 1),
+        ("eq", "paris", 0),
+        ("ne", "paris", 1),
+        ("ne", "Paris", 0),
+        ("like", "It is Paris.", 1),
+        ("like", "It is paris.", 0),
+        ("ilike", "It is PARIS.", 1),
+        ("ilike", "It is Rome.", 0),
+    ],
+)
+def test_string_checks(operation: Any, reply: str, score: float) -> None:
+    assert one(StringCheck(reference="{{ item.answer }}", operation=operation), reply) == score
+
+
+def test_places() -> None:
+    for template, text in (
+        ("{{item.deep.list[0].x}}!", "é!"),
+        ("{{item.tags}}", '["a", "b"]'),
+        ("{{item.size}} {{item.answer}}", "3 Paris"),
+        ("{{item.messages[0].content}}", "Capital of France?"),
+        ("{{sample.output_json.a[1]}}", "2"),
+        ("{ {{sample.output_text}} }", '{ {"a": [1, "2"]} }'),
+    ):
+        grader = StringCheck(input=template, reference=text)
+        assert one(grader, '{"a": [1, "2"]}') == 1, template
+    # What stands in a row is never a place itself.
+    assert (
+        one(StringCheck(reference="{{item.answer}}"), "{{item.size}}", answer="{{item.size}}") == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{answer}}",
+        "{{item}}",
+        "{{item.a.__class__()}}",
+        "{{sample.secret}}",
+        "{{ 1 + 1 }}",
+        "{{}}",
+    ],
+)
+def test_places_that_name_nothing(template: str) -> None:
+    with pytest.raises(ValidationError):
+        StringCheck(reference=template)
+
+
+def test_a_member_that_the_row_does_not_have() -> None:
+    for template in (
+        "{{item.other}}",
+        "{{item.tags[2]}}",
+        "{{item.answer.x}}",
+        "{{sample.output_json.a}}",
+    ):
+        with pytest.raises(GradingFailed, match="not there") as failed:
+            one(StringCheck(reference=template), "no JSON")
+        assert failed.value.problems[0].line == 4
+
+
+@pytest.mark.parametrize(
+    ("metric", "reply", "reference", "score"),
+    [
+        ("fuzzy_match", "abcd", "abxd", 2 * 3 / 8),
+        ("fuzzy_match", "", "", 1.0),
+        ("rouge_1", "the cat sat", "The cat ran", 2 / 3),
+        ("rouge_2", "the cat sat", "the cat ran", 1 / 2),
+        ("rouge_5", "the cat sat", "the cat sat", 1.0),
+        ("rouge_l", "a x b y c", "a b c", 2 * 3 / 8),
+        ("bleu", "the cat sat down", "the cat sat down", 1.0),
+        ("bleu", "dog", "the cat", 0.0),
+        # One of two words; nothing but what is added above them; no brevity to be punished.
+        ("bleu", "a b", "a c", (1 / 2 * 1 / 2 * 1 * 1) ** 0.25),
+        ("bleu", "a", "a b", math.exp(1 - 2)),
+        # Of 4+3+2+1 n-grams each: the words a, b, c, and "a b", "b c", "a b c" are shared.
+        ("gleu", "a b c d", "a b c e", 6 / 10),
+        ("gleu", "a", "a b", 1 / 3),
+        # Four words in one piece: half of (1/4) cubed is taken away.
+        ("meteor", "a b c d", "a b c d", 1 - 0.5 / 64),
+        # Two words in two pieces: half is taken away.
+        ("meteor", "b a", "a b", 0.5),
+        ("meteor", "x", "y", 0.0),
+        ("rouge_l", "", "word", 0.0),
+    ],
+)
+def test_similarities(metric: Any, reply: str, reference: str, score: float) -> None:
+    grader = TextSimilarity(reference="{{item.answer}}", evaluation_metric=metric)
+    assert one(grader, reply, answer=reference) == pytest.approx(score)
+
+
+def test_a_python_function() -> None:
+    source = (
+        "import json\n"
+        "def grade(sample, item):\n"
+        "    if sample['output_text'] == 'raise':\n"
+        "        raise ValueError('no such thing')\n"
+        "    if sample['output_text'] == 'end':\n"
+        "        import os; os._exit(0)\n"
+        "    return len(sample['output_text']) + item['size'] / 10\n"
+    )
+    grader = PythonSource(source=source)
+    assert graded(grader, [answer("four"), answer("")]).scores == [4.3, 0.3]
+    with pytest.raises(GradingFailed, match="ValueError: no such thing"):
+        one(grader, "raise")
+    with pytest.raises(GradingFailed, match="did not end"):
+        one(grader, "end")
+
+
+def test_a_python_function_cannot_see_this_machine(tmp_path: Any) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    source = (
+        "def grade(sample, item):\n"
+        "    import os, socket\n"
+        "    seen = os.path.exists(item['path']) or bool(os.environ.get('HOME'))\n"
+        "    try:\n"
+        "        socket.create_connection(('127.0.0.1', 1), 1)\n"
+        "    except OSError as error:\n"
+        "        seen = seen or 'unreachable' not in str(error).lower()\n"
+        "    return float(seen)\n"
+    )
+    assert one(PythonSource(source=source), "", path=str(secret)) == 0
+
+
+@pytest.mark.parametrize("source", ["def other(): pass", "def grade(:", "x = 1\n" * 100_000, ""])
+def test_sources_that_are_refused(source: str) -> None:
+    with pytest.raises(ValidationError):
+        PythonSource(source=source)
+
+
+def test_a_function_that_takes_too_long() -> None:
+    source = "def grade(sample, item):\n    while True: pass"
+    with pytest.raises(GradingFailed, match="did not end"):
+        one(PythonSource(source=source, seconds=0.3), "")
+
+
+class Opens:
+    """A judge that says what it is told to."""
+
+    def __init__(self, *replies: str | Failure) -> None:
+        self.replies, self.asked = list(replies), [list[Message]()]
+
+    def scorer(self, model: str) -> Any:
+        raise AssertionError
+
+    def writer(self, judge: Any, sampling: Any) -> Any:
+        def write(asked: Sequence[Sequence[Message]]) -> list[str | Failure]:
+            self.asked = [list(each) for each in asked]
+            return self.replies[: len(asked)]
+
+        return write
+
+
+def test_a_model_that_scores() -> None:
+    turns = (
+        {"role": "developer", "content": "Grade."},
+        {"role": "user", "content": "{{item.answer}} or {{sample.output_text}}?"},
+    )
+    grader = ScoreModel.model_validate({"model": "judge", "input": turns, "range": [0, 5]})
+    assert not grader.bounded
+    assert grader.models == grader.writers == {"judge"}
+    with pytest.raises(RecipeError, match="not open"):
+        one(grader, "Rome")
+    judge = Opens("I think: 4.5", "5 of 10, so 3")
+    opened = grader.with_models(judge)
+    assert graded(opened, [answer("Rome"), answer("Oslo")]).scores == [4.5, 3.0]
+    assert judge.asked[0][0] == Message("system", "Grade.")
+    assert judge.asked[0][1].content.startswith("Paris or Rome?")
+    assert judge.asked[0][1].content.endswith("number from 0 to 5: the score.")
+    for bad in ("no idea", "6", Failure("judge.failed", "it is gone")):
+        with pytest.raises(GradingFailed):
+            one(grader.with_models(Opens(bad)), "Rome")
+    with pytest.raises(ValidationError, match="range"):
+        ScoreModel.model_validate({"model": "judge", "input": turns, "range": [1, 1]})
+
+
+def test_numbers_in_text() -> None:
+    assert number_in("Score: 0.5", (0, 1)) == 0.5
+    assert number_in("-1e-1", (-1, 1)) == -0.1
+    assert number_in("from 1 to 7", (0, 5)) is None
+    assert number_in("", (0, 5)) is None
+
+
+def test_a_formula_of_graders() -> None:
+    parts = {
+        "same": StringCheck(reference="{{item.answer}}"),
+        "near": TextSimilarity(reference="{{item.answer}}"),
+    }
+    grader = Multi(graders=parts, calculate_output="max(same, near) - 2 ^ (1 - same) / 4")
+    assert graded(grader, [answer("Paris"), answer("Pxris")]).scores == pytest.approx([0.75, 0.3])
+    again = Multi.model_validate(grader.model_dump(mode="json"))
+    assert again == grader
+    with pytest.raises(GradingFailed, match="no value"):
+        one(Multi(graders=parts, calculate_output="1 / (same - same)"), "x")
+    with pytest.raises(GradingFailed, match="not there"):
+        one(Multi(graders={"a": StringCheck(reference="{{item.no}}")}, calculate_output="a"), "x")
+
+
+@pytest.mark.parametrize(
+    ("formula", "value"),
+    [("1 + 2 * 3", 7), ("(1 + 2) * 3", 9), ("2 ^ 3 - -1", 9), ("min(a, b, 0.5)", 0.5)]
+    + [("sqrt(abs(-4))", 2), ("floor(1.9) + ceil(1.1)", 3), ("exp(log(2))", 2), ("a / b", 0.5)],
+)
+def test_formulas(formula: str, value: float) -> None:
+    assert value_of(parsed(formula), {"a": 1.0, "b": 2.0}) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    ["", "a +", "a.b", "a[0]", "__import__('os')", "f(a)", "lambda: a", "a if a else a", "'a'"]
+    + ["[a]", "a == a", "a and a", "min(*a)", "min(a, key=a)", "a; a", "True", "abs", "max()"],
+)
+def test_what_is_no_formula(formula: str) -> None:
+    if formula == "abs":  # a name like any other
+        assert names_in(parsed(formula)) == {"abs"}
+        return
+    with pytest.raises(ValueError, match="formula"):
+        parsed(formula)
+
+
+def test_a_formula_that_is_too_large_has_no_value() -> None:
+    with pytest.raises(OverflowError):
+        value_of(parsed("9 ^ 9 ^ 9 ^ 9"), {})
+
+
+def test_a_formula_names_its_graders() -> None:
+    with pytest.raises(ValidationError, match="names"):
+        Multi(graders={"a": StringCheck(reference="x")}, calculate_output="a + b")

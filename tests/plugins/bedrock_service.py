@@ -1,0 +1,246 @@
+"""A real server with the Bedrock face, real clients of it, and a check of every answer they get."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import boto3
+import uvicorn
+from answers import check_answer
+from botocore.config import Config
+
+from luthier.api.app import Application, Faces
+from luthier.api.auditing import Trail
+from luthier.api.bedrock.activation import Activation
+from luthier.api.bedrock.control import Control, Quotas
+from luthier.api.bedrock.face import BedrockFace
+from luthier.api.observability import Observer
+from luthier.api.wire import Answer, Caller, Fault, Head, Signed
+from luthier.errors import CorruptFile, RefusedInput
+from luthier.store import jobs as queue
+from luthier.store import leases
+from luthier.store.arns import Arns
+from luthier.store.custom_models import CustomModel
+from luthier.store.database import Base, Database
+from luthier.store.jobs import Job
+
+ALICE, BOB = "111111111111", "222222222222"
+BASE = "huggingfacetb.smollm2-135m-instruct"
+ENCODER = "sentence-transformers.all-minilm-l6-v2"
+ROLE = f"arn:aws:iam::{ALICE}:role/tuner"
+
+
+class ByAccessKey:
+    """Stands for authentication: the access key is the account."""
+
+    def authenticate(self, head: Head, body: bytes | None) -> Signed:
+        found = re.search(r"Credential=([0-9]{12})/", dict(head.headers).get("authorization", ""))
+        if found is None:
+            raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
+        return Signed(Caller(found[1], "tester", ()), "bedrock")
+
+
+class Places:
+    """Stands for data locations: everything below ``s3://data/`` and ``file:///data/`` is there."""
+
+    def __init__(self) -> None:
+        self.checked: list[tuple[str, str]] = []
+
+    def check(self, account: str, uri: str) -> None:
+        self.checked.append((account, uri))
+        if not uri.startswith(("s3://data/", "file:///data/")):
+            raise RefusedInput(f"{uri} cannot be read.")
+
+    def check_writable(self, account: str, uri: str) -> None:
+        if not uri.startswith("s3://data/"):
+            raise RefusedInput(f"{uri} cannot be written.")
+
+
+class Preparation:
+    """Stands for loading: it can be held up, and it can fail."""
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+        self.free.set()
+        self.broken: set[str] = set()
+        self.seen: list[str] = []
+
+    def __call__(self, stored_id: str) -> None:
+        self.seen.append(stored_id)
+        assert self.free.wait(20)
+        if stored_id in self.broken:
+            raise CorruptFile(f"/secret/place/{stored_id} is missing")
+
+
+class Service:
+    """What stands behind the server."""
+
+    def __init__(self, server: Server, database: Database, quotas: Quotas, handlers: Any) -> None:
+        self.server, self.client, self.url = server, server.client, server.url
+        self.database = database
+        self.places, self.preparation = Places(), Preparation()
+        self.told_of = threading.Event()
+        """Whether the scheduler was told of a job."""
+        self.trail = Trail(database)
+        self.denied: set[tuple[str, str]] = set()
+        """Action and a pattern of resources that policies refuse."""
+        self.control = Control(
+            database,
+            Arns("us-east-1"),
+            self.places,
+            self.authorize,
+            b"the server's own secret",
+            Activation(database, self.preparation),
+            graders,
+            lambda account: quotas,
+            self.told_of.set,
+        )
+        self.face = BedrockFace(self.control, handlers)
+
+    def job(self, account: str, name: str) -> Job:
+        with self.database.read() as session:
+            return session.query(Job).filter_by(account=account, name=name).one()
+
+    def complete(self, account: str, name: str, **result: Any) -> CustomModel:
+        """Let the job end as its worker would; the model that it made."""
+        job = self.job(account, name)
+        with self.database.write() as session:
+            claimed = session.get(Job, job.seq)
+            assert claimed is not None
+            queue.move(session, claimed, queue.RUNNING, "started", lease="token", lease_ends=None)
+        told = {"stored_id": f"smollm2:job-{job.id}", "train_loss": 1.5, "validation_losses": []}
+        with self.database.write() as session:
+            leases.complete(session, job.id, "token", {**told, **result})
+        with self.database.read() as session:
+            return session.query(CustomModel).filter_by(job_id=job.id).one()
+
+    def fail(self, account: str, name: str, failure: str) -> None:
+        job = self.job(account, name)
+        with self.database.write() as session:
+            claimed = session.get(Job, job.seq)
+            assert claimed is not None
+            queue.move(session, claimed, queue.FAILED, failure, failure=failure)
+
+    def authorize(self, caller: Caller, action: str, resource: str) -> None:
+        for refused, pattern in self.denied:
+            if refused == action and re.fullmatch(pattern, resource):
+                raise Fault(
+                    "AccessDenied",
+                    f"User: {caller.arn} is not authorized to perform: {action} on resource: "
+                    f"{resource} because no identity-based policy allows the {action} action",
+                )
+
+
+class Server:
+    """One uvicorn for all tests of a process; what answers is exchanged."""
+
+    def __init__(self) -> None:
+        self.app: Application | None = None
+        # asyncio sends without delay only where it is told that the socket is one of TCP.
+        self._socket = socket.socket(proto=socket.IPPROTO_TCP)
+        self._socket.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        config = uvicorn.Config(self._call, interface="asgi3", log_level="critical", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
+        )
+        self._thread.start()
+        eventually(lambda: self._server.started)
+        self._clients: dict[str, Any] = {}
+
+    async def _call(self, scope: Any, receive: Any, send: Any) -> None:
+        assert self.app is not None
+        await self.app(scope, receive, send)
+
+    def client(self, account: str = ALICE) -> Any:
+        """boto3's ``bedrock``; each answer is held against the service model."""
+        if account not in self._clients:
+            made = boto3.client(
+                "bedrock",
+                endpoint_url=self.url,
+                region_name="us-east-1",
+                aws_access_key_id=account,
+                aws_secret_access_key="secret",
+                config=Config(retries={"total_max_attempts": 1}, max_pool_connections=32),
+            )
+            made.meta.events.register("before-parse.bedrock.*", check_answer)
+            self._clients[account] = made
+        return self._clients[account]
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+    @contextmanager
+    def serving(
+        self, database: Database, quotas: Quotas | None = None, handlers: Any = None
+    ) -> Iterator[Service]:
+        """The service on ``database``, as after each of its starts."""
+        made = Service(self, database, quotas or Quotas(), handlers or {})
+        unused = _Unused()
+        self.app = Application(
+            Faces(made.face, unused, unused, unused),
+            ByAccessKey(),
+            lambda caller: None,
+            Observer(dict),
+            made.trail,
+            lambda: None,
+        )
+        try:
+            yield made
+        finally:
+            made.preparation.free.set()
+            made.control.activation.close()
+            made.trail.close()
+
+
+def opened(url: str) -> Iterator[Database]:
+    """A database with all tables."""
+    made = Database(url)
+    with made.write() as session:
+        Base.metadata.create_all(session.connection())
+    yield made
+    made.close()
+
+
+def graders(account: str, function: str) -> dict[str, Any] | None:
+    """One function is registered."""
+    return {"method": "exact"} if function.endswith(":function:grade") else None
+
+
+def eventually(holds: Callable[[], Any], seconds: float = 20) -> None:
+    """Wait until it does."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+class _Unused:
+    """A face that no test asks."""
+
+    def refusal(self, fault: Fault, request_id: str) -> Answer:
+        raise AssertionError(fault)
+
+    route = handle = refusal
+
+
+def job_members(name: str = "job-1", **members: Any) -> dict[str, Any]:
+    """Members of a request that is fine."""
+    return {
+        "jobName": name,
+        "customModelName": f"model-of-{name}",
+        "roleArn": ROLE,
+        "baseModelIdentifier": BASE,
+        "trainingDataConfig": {"s3Uri": "s3://data/train.jsonl"},
+        "outputDataConfig": {"s3Uri": "s3://data/out/"},
+        **members,
+    }

@@ -1,0 +1,46 @@
+"""A database with the service's tables, and principals in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from signing import ACCESS_KEY, SECRET
+
+from luthier.store import accounts, principals
+from luthier.store.database import Database, default_url
+from luthier.store.schema import upgrade
+from luthier.store.sealing import Sealing
+
+KEY = bytes(range(32))
+FIRST = "000000000000"
+OTHER = "111111111111"
+ALLOW_ALL: dict[str, Any] = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
+}
+
+
+def made_at(url: str) -> Iterator[Database]:
+    """A database with all tables; closed at the end."""
+    made = Database(url)
+    upgrade(made)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def database() -> Iterator[Database]:
+    """An empty database in the test's store."""
+    yield from made_at(default_url())
+
+
+@pytest.fixture
+def api_key(database: Database) -> str:
+    """Root of the first account has botocore's example key and this API key."""
+    with database.write() as session:
+        accounts.create_account(session, FIRST, "first")
+        root = principals.create_user(session, FIRST, "root", role="admin")
+        principals.create_access_key(session, root, Sealing(KEY), ACCESS_KEY, SECRET)
+        return principals.create_api_key(session, root)[1]

@@ -1,0 +1,131 @@
+"""Requests signed by botocore, as they come over the wire."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from unittest.mock import patch
+from urllib.parse import urlsplit
+
+import pytest
+from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth, SigV4Auth, SigV4QueryAuth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+from luthier.api.sigv4 import Credential, verify
+from luthier.api.wire import Caller, Fault, Head, Signed
+
+ACCESS_KEY, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
+HOST = "models.example:8080"
+CALLER = Caller("000000000000", "root", ())
+NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
+
+
+@contextmanager
+def clock(at: datetime) -> Iterator[None]:
+    """botocore's time."""
+    with patch("botocore.auth.get_current_datetime", lambda: at.replace(tzinfo=None)):
+        yield
+
+
+def signed(
+    method: str = "GET",
+    target: str = "/",
+    body: bytes = b"",
+    *,
+    service: str = "bedrock",
+    at: datetime | None = None,
+    headers: Mapping[str, str] | None = None,
+    keys: tuple[str, str] = (ACCESS_KEY, SECRET),
+    region: str = "us-east-1",
+    scheme: str = "http",
+    token: str | None = None,
+) -> Head:
+    """A request with the ``Authorization`` that botocore gives it."""
+    kind = S3SigV4Auth if service == "s3" else SigV4Auth
+    request = _request(method, target, body, headers, scheme)
+    with clock(at or datetime.now(UTC)):
+        kind(Credentials(*keys, token), service, region).add_auth(request)
+    return _head(request)
+
+
+def presigned(
+    method: str = "GET",
+    target: str = "/",
+    body: bytes = b"",
+    *,
+    service: str = "s3",
+    at: datetime | None = None,
+    expires: int = 300,
+    headers: Mapping[str, str] | None = None,
+    keys: tuple[str, str] = (ACCESS_KEY, SECRET),
+    host: str = HOST,
+) -> Head:
+    """A request with the query that botocore gives it."""
+    kind = S3SigV4QueryAuth if service == "s3" else SigV4QueryAuth
+    request = _request(method, target, body, headers, "http", host)
+    with clock(at or datetime.now(UTC)):
+        kind(Credentials(*keys), service, "us-east-1", expires=expires).add_auth(request)
+    return _head(request)
+
+
+def short_term_key(
+    keys: tuple[str, str] = (ACCESS_KEY, SECRET),
+    *,
+    at: datetime | None = None,
+    expires: int = 3600,
+    action: str = "CallWithBearerToken",
+    host: str = "bedrock.amazonaws.com",
+    service: str = "bedrock",
+) -> str:
+    """A short-term key as Amazon's token generators make it."""
+    head = presigned(
+        "POST", f"/?Action={action}", service=service, at=at, expires=expires, keys=keys, host=host
+    )
+    text = f"{host}/?{head.query}&Version=1"
+    return "bedrock-api-key-" + base64.b64encode(text.encode()).decode()
+
+
+def _request(
+    method: str,
+    target: str,
+    body: bytes,
+    headers: Mapping[str, str] | None,
+    scheme: str,
+    host: str = HOST,
+) -> AWSRequest:
+    given = {"Host": host, "User-Agent": "tests", **(headers or {})}
+    return AWSRequest(method, f"{scheme}://{host}{target}", headers=given, data=body)
+
+
+def _head(request: AWSRequest) -> Head:
+    url = urlsplit(request.url)
+    headers = [(name.lower(), str(value)) for name, value in request.headers.items()]
+    return Head(request.method, url.path, url.query, headers, url.scheme == "https")
+
+
+def keys(access_key: str) -> Credential | None:
+    return Credential(SECRET, CALLER) if access_key == ACCESS_KEY else None
+
+
+def verified(head: Head, body: bytes | None = b"", at: datetime = NOW) -> Signed:
+    return verify(head, body, keys, at)
+
+
+def refused(head: Head, body: bytes | None = b"", at: datetime = NOW) -> str:
+    with pytest.raises(Fault) as caught:
+        verified(head, body, at)
+    assert SECRET not in caught.value.message
+    return caught.value.code
+
+
+def header(head: Head, name: str) -> str:
+    return next(value for key, value in head.headers if key == name)
+
+
+def with_header(head: Head, name: str, value: str | None) -> Head:
+    kept = [(key, text) for key, text in head.headers if key != name]
+    return replace(head, headers=kept if value is None else [*kept, (name, value)])

@@ -1,0 +1,26 @@
+"""An audit log that is only remembered."""
+
+from __future__ import annotations
+
+from luthier.api.wire import Caller
+
+
+class Remembered:
+    """What would stand in the audit log, line by line."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, ...]] = []
+
+    def record(
+        self,
+        caller: Caller,
+        action: str,
+        resource: str,
+        outcome: str = "ok",
+        request_id: str = "",
+        address: str = "",
+    ) -> None:
+        self.lines.append((outcome, action, resource, caller.user))
+
+    def turned_away(self, code: str, address: str) -> None:
+        self.lines.append(("turned away", code, address))

@@ -1,0 +1,411 @@
+"""One engine: answers do not depend on what else runs, and who hangs up leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import validate
+
+from luthier.engine import devices
+from luthier.engine.devices import Machine
+from luthier.serving import decoder as module
+from luthier.serving.decoder import Decoder
+from luthier.serving.generation import Generator, Sampling
+from luthier.serving.inference import (
+    Chat,
+    InferenceFailed,
+    InferenceRefused,
+    Piece,
+    Request,
+    Tool,
+    TooLong,
+    Turn,
+    Whole,
+)
+from luthier.serving.memory import CacheBudget
+from luthier.store.models import chat_format, find, load
+
+CPU = torch.device("cpu")
+MEMORY = 1 << 28
+QUESTIONS = [
+    "Hi",
+    "What is the capital of France?",
+    "ü日本👋",
+    "fox " * 60,
+    "My card has not arrived",
+]
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_model_folder: Path) -> Iterator[Decoder]:
+    with pytest.MonkeyPatch.context() as patch:
+        machine = Machine(CPU, torch.float32, 1, "a test")
+        patch.setattr(devices, "choose_machine", lambda *arguments: machine)
+        made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
+    yield made
+    made.close()
+
+
+def asked(text: str, **fields: Any) -> Request:
+    fields = {"temperature": 0, "max_tokens": 24, **fields}
+    return Request(Chat((Turn("user", text),)), **fields)
+
+
+def answer(decoder: Decoder, request: Request) -> Whole:
+    return decoder.submit(request).whole()[0]
+
+
+def settled(decoder: Decoder) -> bool:
+    """Whether it comes to rest, with nothing kept, within a second."""
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        if decoder.idle and decoder.memory.taken == decoder._answers == 0:
+            return not any(bank.spans for bank in decoder._stepper._banks._banks.values())  # type: ignore[attr-defined]
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_likeliest_answer_is_the_generator_s(
+    opened: Decoder, question: str, tiny_model_folder: Path
+) -> None:
+    stored = find(str(tiny_model_folder))
+    generator = Generator(load(stored, torch.float32, CPU), chat_format(stored), CPU)
+    expected = generator.answers([question], Sampling(max_tokens=24))[0]
+    found = answer(opened, asked(question))
+    assert found.text == expected.text.rstrip("\ufffd")
+    assert found.tokens == expected.tokens
+    assert found.reason == ("stop" if expected.finished else "length")
+
+
+def test_streamed_pieces_are_the_whole_text(opened: Decoder) -> None:
+    for question in QUESTIONS:
+        pieces = [e.text for e in opened.submit(asked(question)) if isinstance(e, Piece)]
+        assert len(pieces) > 1
+        assert "".join(pieces) == answer(opened, asked(question)).text
+        assert all(pieces)
+
+
+def test_64_clients_get_what_each_gets_alone(opened: Decoder) -> None:
+    requests = [
+        asked(QUESTIONS[i % 5] + str(i), temperature=(i % 3) / 2, seed=i, max_tokens=5 + i)
+        for i in range(64)
+    ]
+    alone = [answer(opened, request) for request in requests[::7]]
+    with ThreadPoolExecutor(64) as threads:
+        together = list(threads.map(lambda request: answer(opened, request), requests))
+    assert together[::7] == alone
+    assert len({each.text for each in together}) > 50
+    assert settled(opened)
+
+
+def test_seeds(opened: Decoder) -> None:
+    def text(**fields: Any) -> str:
+        return answer(opened, asked("Hi", temperature=1, **fields)).text
+
+    assert text(seed=1) == text(seed=1) != text(seed=2)
+    assert len({text() for _ in range(4)}) == 4
+    several = opened.submit(asked("Hi", temperature=1, seed=1, n=5)).whole()
+    assert several[0].text == text(seed=1)
+    assert len({each.text for each in several}) == 5
+
+
+@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}])
+def test_draws_among_one_take_the_likeliest(opened: Decoder, fields: dict[str, Any]) -> None:
+    drawn = answer(opened, asked("Hi", temperature=2, **fields))
+    assert drawn.text == answer(opened, asked("Hi")).text
+
+
+def first_tokens(opened: Decoder, count: int, **fields: Any) -> set[bytes]:
+    """The first tokens of ``count`` draws."""
+    found = opened.submit(asked("Hi", max_tokens=1, n=count, top_logprobs=0, seed=3, **fields))
+    return {score.text for each in found.whole() for score in each.scores}
+
+
+def test_draws_stay_within_what_was_asked(opened: Decoder) -> None:
+    (told,) = opened.submit(asked("Hi", max_tokens=1, top_logprobs=20)).whole()
+    top = told.scores[0].top
+    ranked = [text for text, _ in top]
+    assert first_tokens(opened, 100, temperature=1, top_k=3) == set(ranked[:3])
+    share = sum(torch.exp(torch.tensor([logprob for _, logprob in top[:4]]))) - 1e-4
+    assert first_tokens(opened, 128, temperature=1, top_p=float(share)) <= set(ranked[:4])
+    least = float(torch.exp(torch.tensor(top[2][1] - top[0][1]))) - 1e-4
+    assert first_tokens(opened, 128, temperature=1, min_p=least) <= set(ranked[:3])
+    assert len(first_tokens(opened, 128, temperature=2)) > 20
+
+
+def test_logprobs_are_the_network_s_own(opened: Decoder, tiny_model_folder: Path) -> None:
+    """Also where something else than they chose: they are told before penalties and temperature."""
+    model: Any = load(find(str(tiny_model_folder)), torch.float32, CPU).eval()
+    request = asked("Hi", temperature=1.5, seed=5, top_logprobs=3, repetition_penalty=1.3)
+    found = answer(opened, request)
+    prompt = opened.encode(request.prompt).tolist()
+    chosen = opened.chat.tokenizer
+    by_bytes = {opened.constraints.token_bytes(i): i for i in range(len(chosen))}
+    ids = [by_bytes[score.text] for score in found.scores]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    logp = torch.log_softmax(logits, -1)
+    assert len(found.scores) == found.tokens > 3
+    for row, token, score in zip(logp, ids, found.scores, strict=True):
+        assert score.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        expected = row.topk(3)
+        assert [by_bytes[text] for text, _ in score.top] == expected.indices.tolist()
+        assert [value for _, value in score.top] == pytest.approx(
+            expected.values.tolist(), abs=1e-4
+        )
+
+
+def test_penalties_and_bias(opened: Decoder, tiny_model_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    request = asked("Hi", repetition_penalty=1.7, top_logprobs=0)
+    ids = torch.from_numpy(opened.encode(request.prompt))[None]
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+        repetition_penalty=1.7,
+    )[0, ids.shape[1] :]  # fmt: skip
+    expected = [opened.constraints.token_bytes(i) for i in out.tolist()]
+    assert [score.text for score in answer(opened, request).scores] == expected[:24]
+    plain = answer(opened, asked("Hi", top_logprobs=0))
+    first = next(i for i in range(320) if opened.constraints.token_bytes(i) == plain.scores[0].text)
+    banned = answer(opened, asked("Hi", top_logprobs=0, logit_bias={first: -100.0}))
+    assert plain.scores[0].text not in [score.text for score in banned.scores]
+    forced = answer(opened, asked("Hi", top_logprobs=0, logit_bias={first: 100.0}))
+    assert {score.text for score in forced.scores} == {plain.scores[0].text}
+    mixed = asked("Hi", top_logprobs=0, frequency_penalty=2, presence_penalty=2)
+    repeats = [score.text for score in answer(opened, mixed).scores]
+    usual = [score.text for score in plain.scores]
+    assert len(set(repeats)) >= len(set(usual))
+    assert repeats != usual
+
+
+def test_stop_sequences_over_borders_of_tokens(opened: Decoder) -> None:
+    whole = answer(opened, asked("Hi", max_tokens=40)).text
+    for start in range(0, len(whole) - 3, 3):
+        stop = whole[start : start + 3]
+        events = list(opened.submit(asked("Hi", max_tokens=40, stop=("never there", stop))))
+        pieces = [event.text for event in events if isinstance(event, Piece)]
+        assert "".join(pieces) == whole[: whole.index(stop)]
+        assert (events[-1].reason, events[-1].stop) == ("stop_sequence", stop)  # type: ignore[union-attr]
+    assert settled(opened)
+
+
+def test_characters_of_several_tokens_come_whole(opened: Decoder) -> None:
+    text = "日本👋 ü𝄞"
+    found = opened.submit(asked("Hi", schema={"const": text}, max_tokens=200))
+    pieces = [event.text for event in found if isinstance(event, Piece)]
+    assert json.loads("".join(pieces)) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+SCALARS = st.sampled_from(
+    [
+        {"type": "integer", "minimum": 0, "maximum": 99},
+        {"type": "boolean"},
+        {"enum": ["red", "grün"]},
+        {"type": "null"},
+        {"type": "string", "maxLength": 4},
+    ]
+)
+SCHEMAS = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.dictionaries(st.sampled_from("abc"), inner, min_size=1).map(
+            lambda members: {
+                "type": "object",
+                "properties": members,
+                "required": sorted(members),
+                "additionalProperties": False,
+            }
+        ),
+        inner.map(lambda items: {"type": "array", "items": items, "minItems": 1, "maxItems": 2}),
+        st.lists(inner, min_size=1, max_size=2).map(lambda either: {"anyOf": either}),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(SCHEMAS, st.integers(0, 9))
+def test_what_is_drawn_matches_the_schema(
+    opened: Decoder, schema: dict[str, Any], seed: int
+) -> None:
+    request = asked("Hi", temperature=1.5, seed=seed, schema=schema, max_tokens=600)
+    found = answer(opened, request)
+    assert found.reason == "stop"
+    validate(json.loads(found.text), schema)
+
+
+def test_any_object_and_schemas_that_are_none(opened: Decoder) -> None:
+    found = answer(opened, asked("Hi", schema=True, max_tokens=400, logit_bias={}))
+    if found.reason == "stop":
+        assert isinstance(json.loads(found.text), dict)
+    assert found.text.startswith("{")
+    for wrong in ({"type": "objekt"}, {"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}):
+        with pytest.raises(InferenceRefused, match="cannot be enforced"):
+            opened.submit(asked("Hi", schema=wrong))
+
+
+TOOLS = (
+    Tool("weather", "Tells it.", {
+        "$defs": {"place": {"enum": ["Rome", "Oslo"]}},
+        "type": "object",
+        "properties": {"city": {"$ref": "#/$defs/place"}, "days": {"type": "integer", "maximum": 9}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }),
+    Tool("stop", "", {"type": "object", "properties": {}, "additionalProperties": False}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", ["required", "name:weather", "name:stop"])
+def test_a_call_is_enforced(opened: Decoder, choice: str) -> None:
+    for seed in range(2):
+        chat = Chat((Turn("user", "Hi"),), TOOLS, choice)
+        request = Request(chat, max_tokens=200, temperature=1, seed=seed)
+        found = answer(opened, request)
+        assert (found.text, found.reason) == ("", "tool_calls")
+        (call,) = found.calls
+        tool = next(tool for tool in TOOLS if tool.name == call.name)
+        assert choice in ("required", f"name:{call.name}")
+        validate(dict(call.arguments), dict(tool.parameters))
+
+
+def test_words_beside_tools_are_streamed(opened: Decoder) -> None:
+    chat = Chat((Turn("user", "Hi"),), TOOLS)
+    counts = []
+    for seed in range(4):
+        request = Request(chat, 20, seed=seed, logit_bias={1: -100.0})
+        counts.append(sum(isinstance(event, Piece) for event in opened.submit(request)))
+    assert max(counts) > 5
+    none = Request(Chat((Turn("user", "Hi"),), TOOLS, "none"), 20, 0)
+    assert answer(opened, none).text == answer(opened, asked("Hi", max_tokens=20)).text
+
+
+def test_who_hangs_up_leaves_nothing(opened: Decoder) -> None:
+    streams = [opened.submit(asked(f"Hi {i}", max_tokens=900, temperature=1)) for i in range(64)]
+    for number, stream in enumerate(streams):
+        if number % 2:
+            next(stream)
+        stream.close()
+    assert settled(opened)
+    waiting = opened.submit(asked("Hi", max_tokens=900, temperature=1, logit_bias={1: -100.0}))
+    ended = threading.Thread(target=lambda: list(waiting))
+    ended.start()
+    waiting.close()
+    ended.join(1)
+    assert not ended.is_alive()
+    assert settled(opened)
+
+
+def test_the_context_ends_an_answer(opened: Decoder) -> None:
+    prompt = [5, 6, 7] * 330
+    found = answer(opened, Request(prompt, temperature=1, logit_bias={1: -100.0}))
+    assert (found.reason, found.tokens) == ("context", 1024 - 990)
+    with pytest.raises(TooLong, match="Input is too long for requested model"):
+        opened.submit(Request([5] * 1024))
+    for wrong in ([], [320], "", [-1]):
+        with pytest.raises(InferenceRefused):
+            opened.submit(Request(wrong))
+
+
+def test_too_many_are_turned_away(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WAITING", 3)
+    monkeypatch.setattr(module, "ANSWERS", 1)
+    streams: list[Any] = []
+    request = asked("Hi", max_tokens=500, logit_bias={1: -100.0})
+    with pytest.raises(InferenceFailed, match="Too many requests") as refused:
+        streams.extend(opened.submit(request) for _ in range(9))
+    assert refused.value.code == "Throttling"
+    assert 3 <= len(streams) <= 5
+    for stream in streams:
+        stream.close()
+    assert settled(opened)
+
+
+def test_memory_is_bounded(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = opened._stepper.bytes_of(len(opened.encode(asked("Hi").prompt)) + 24)
+    monkeypatch.setattr(opened, "memory", CacheBudget(2 * one))
+    seen: list[int] = []
+    write = opened._write
+    monkeypatch.setattr(opened, "_write", lambda: (seen.append(opened._answers), write())[1])
+    streams = [opened.submit(asked("Hi")) for _ in range(6)]
+    assert len({stream.whole()[0].text for stream in streams}) == 1
+    assert max(seen) == 2
+    with pytest.raises(InferenceRefused, match="MiB of memory"):
+        opened.submit(asked("Hi", n=3))
+    assert settled(opened)
+
+
+def test_a_failure_is_told_and_the_next_request_is_answered(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = opened._stepper.step
+
+    def fail(*arguments: Any) -> Any:
+        monkeypatch.setattr(opened._stepper, "step", step)
+        raise RuntimeError("a secret of ours")
+
+    monkeypatch.setattr(opened._stepper, "step", fail)
+    with pytest.raises(InferenceFailed, match=r"The model failed: RuntimeError\.$") as failed:
+        answer(opened, asked("Hi"))
+    assert failed.value.code == "ModelError"
+    assert settled(opened)
+    assert answer(opened, asked("Hi")).tokens == 24
+
+
+WRONG: list[dict[str, Any]] = [
+    {"max_tokens": 0}, {"temperature": 2.1}, {"temperature": float("nan")}, {"top_p": -0.1},
+    {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}, {"n": 0}, {"n": 129},
+    {"frequency_penalty": 3}, {"presence_penalty": -3}, {"logit_bias": {1: 101}},
+    {"top_logprobs": 21}, {"stop": ("",)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", WRONG)
+def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InferenceRefused) as refused:
+        Request("x", **fields)
+    assert refused.value.parameter == next(iter(fields))
+
+
+def test_a_closed_decoder_says_so(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(CPU, torch.float32, 1, "a test")
+    monkeypatch.setattr(devices, "choose_machine", lambda *arguments: machine)
+    made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
+    stream = made.submit(asked("Hi", max_tokens=900, logit_bias={1: -100.0}))
+    next(stream)
+    made.close()
+    with pytest.raises(InferenceFailed):
+        list(stream)
+    with pytest.raises(InferenceFailed, match="unloaded"):
+        made.submit(asked("Hi"))
+
+
+def test_generators_of_other_shapes(family_folder: Callable[[str], Path]) -> None:
+    """An encoder-decoder and a recurrent network, each stepping alone."""
+    for family in ("t5", "transfo_xl"):
+        with pytest.MonkeyPatch.context() as patch:
+            machine = Machine(CPU, torch.float32, 1, "a test")
+            patch.setattr(devices, "choose_machine", lambda *arguments, m=machine: m)
+            made = Decoder.open(find(str(family_folder(family))), CacheBudget(MEMORY))
+        stored = find(str(family_folder(family)))
+        generator = Generator(load(stored, torch.float32, CPU), chat_format(stored), CPU)
+        expected = "".join(generator.stream("What is it?", Sampling(max_tokens=12)))
+        found = [made.submit(asked("What is it?", max_tokens=12, n=2)).whole()[1]]
+        assert found[0].text == expected.rstrip("\ufffd")
+        made.close()

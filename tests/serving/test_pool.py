@@ -1,0 +1,144 @@
+"""Models in memory: loaded once, let go of when others need the place, failures not kept."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.engine import devices
+from luthier.engine.devices import Machine
+from luthier.errors import UnknownModel
+from luthier.serving.decoder import Decoder
+from luthier.serving.inference import InferenceFailed, InferenceRefused, Request, TooLong
+from luthier.serving.pool import ModelPool
+
+REQUEST = Request("The quick", max_tokens=4, temperature=0)
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(torch.device("cpu"), torch.float32, 1, "a test")
+    monkeypatch.setattr(devices, "choose_machine", lambda *arguments: machine)
+
+
+@pytest.fixture
+def folders(tmp_path: Path, tiny_model_folder: Path) -> list[str]:
+    return [str(shutil.copytree(tiny_model_folder, tmp_path / f"m{i}")) for i in range(3)]
+
+
+@pytest.fixture
+def pool(folders: list[str]) -> Iterator[ModelPool]:
+    """With room for two of them."""
+    size = sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors"))
+    made = ModelPool(int(2.5 * 2.5 * size), cache=1 << 28)
+    yield made
+    made.close()
+
+
+def test_many_who_ask_at_once_load_it_once(
+    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    honest = Decoder.open
+    monkeypatch.setattr(
+        Decoder, "open", lambda stored, memory: (loads.append(stored.id), honest(stored, memory))[1]
+    )
+    with ThreadPoolExecutor(8) as threads:
+        texts = list(
+            threads.map(lambda _: pool.submit(folders[0], REQUEST).whole()[0].text, range(8))
+        )
+    assert len(set(texts)) == len(loads) == 1
+
+
+def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
+    for folder in (folders[0], folders[1], folders[0], folders[2]):
+        pool.submit(folder, REQUEST).whole()
+    assert pool.loaded() == [folders[0], folders[2]]
+    bias = {1: -100.0}
+    busy = [
+        pool.submit(folder, Request("x", max_tokens=900, temperature=1, logit_bias=bias))
+        for folder in (folders[0], folders[2])
+    ]
+    with pytest.raises(InferenceFailed, match="at work") as refused:
+        pool.submit(folders[1], REQUEST)
+    assert refused.value.code == "ModelNotReady"
+    busy[0].close()
+    assert pool.submit(folders[1], REQUEST).whole()[0].tokens == 4
+    assert pool.loaded() == [folders[2], folders[1]]
+    busy[1].close()
+    assert [entry.uses for entry in pool._entries.values()] == [0, 0]
+
+
+def test_a_failure_is_told_and_not_kept(pool: ModelPool, folders: list[str]) -> None:
+    weights = Path(folders[0]) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InferenceFailed, match="cannot be loaded") as failed:
+        pool.submit(folders[0], REQUEST)
+    assert failed.value.code == "ModelError"
+    assert pool.loaded() == []
+    weights.write_bytes(whole)
+    assert pool.submit(folders[0], REQUEST).whole()[0].tokens == 4
+    with pytest.raises(UnknownModel):
+        pool.submit("nothing-like-it", REQUEST)
+    with pytest.raises(InferenceFailed, match="MiB of memory"):
+        ModelPool(10).submit(folders[0], REQUEST)
+    assert pool.count(folders[0], [5, 6, 7]) == 3
+    assert pool.token_bytes(folders[0], [1]) == [b"<|im_end|>"]
+
+
+def test_embeddings_do_not_depend_on_their_batch(
+    family_folder: Callable[[str], Path], tmp_path: Path, pool: ModelPool
+) -> None:
+    from luthier.files import write_json
+    from luthier.models.catalog import MANIFEST
+
+    encoder = tmp_path / "luthier-home" / "models" / "base" / "reader"
+    shutil.copytree(family_folder("bert"), encoder)
+    write_json(encoder / MANIFEST, {"id": "reader", "kind": "encoder"})
+    texts = ["a card", "my new card has not arrived", "fox", "the quick brown fox " * 4]
+    large = ModelPool(1 << 30)
+    together = large.embed("reader", texts)
+    for text, found in zip(texts, together, strict=True):
+        assert large.embed("reader", [text]) == [found]
+        assert np.linalg.norm(found.vector) > 0
+        assert found.tokens > 2
+    assert len({found.vector for found in together}) == len(texts)
+    with pytest.raises(TooLong):
+        large.embed("reader", ["fox " * 500])
+    with pytest.raises(InferenceRefused, match="reads texts"):
+        large.submit("reader", REQUEST)
+    assert not large.writes("reader")
+    large.close()
+
+
+def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[str]) -> None:
+    """One waits until the other gives it back."""
+    bias = {1: -100.0}
+    first = pool.submit(folders[0], Request("x", max_tokens=300, temperature=1, logit_bias=bias))
+    next(first)
+    pool.memory.total = pool.memory.taken + 100
+    second = pool.submit(folders[1], Request("x", max_tokens=4, temperature=0, logit_bias=bias))
+    assert second.whole()[0].tokens == 4
+    until = time.monotonic() + 1
+    while pool.memory.taken and time.monotonic() < until:  # given back behind the last piece
+        time.sleep(0.01)
+    assert pool.memory.taken == 0
+    assert first.whole()[0].tokens == 300
+
+
+def test_a_model_that_is_deleted_is_let_go_of(pool: ModelPool, folders: list[str]) -> None:
+    stream = pool.submit(folders[0], REQUEST)
+    entry = pool._entries[folders[0]]
+    pool.forget(folders[0])
+    pool.forget("never loaded")
+    assert pool.loaded() == []
+    assert stream.whole()[0].tokens == 4
+    assert not entry.model._thread.is_alive()

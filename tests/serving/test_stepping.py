@@ -1,0 +1,209 @@
+"""Many sequences step together, and none can tell: the bits are those it has alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.adaptations.prefix import Prefix
+from luthier.adaptations.prompt import Prompt
+from luthier.models.heads import prompt_ids
+from luthier.models.load import as_network, load_model
+from luthier.models.sampler import sample
+from luthier.serving.cache import STEP, Bank, room_for
+from luthier.serving.stepping import CHUNK, SIZES, Alone, Stepper, Together, stepper_of
+
+CPU = torch.device("cpu")
+FAMILIES = ("llama", "gpt2", "palm", "t5", "transfo_xl")
+PROMPTS = [np.arange(5, 5 + size) % 300 + 3 for size in (1, 7, 31, 33, 64, 90)]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def network(folder: Path, adaptation: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+    with torch.inference_mode(False):
+        torch.manual_seed(0)
+        model = load_model(folder, dtype, CPU)
+        made = as_network(model, CPU, dtype)
+        if adaptation is not None:
+            adaptation.attach(model)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    if weight.requires_grad:
+                        weight += 0.3 * torch.randn(weight.shape)
+    return made
+
+
+def begin(stepper: Stepper, ids: Any) -> tuple[Any, int]:
+    state, logits = stepper.begin(ids), None
+    while logits is None:
+        logits = stepper.read(state)
+    return stepper.fork(state, 1)[0], int(logits.argmax())
+
+
+def written(stepper: Stepper, prompts: list[Any], count: int) -> list[list[int]]:
+    """The likeliest tokens behind each prompt, all of them stepping together."""
+    begun = [begin(stepper, ids) for ids in prompts]
+    found = [[token] for _, token in begun]
+    for _ in range(count - 1):
+        logits = stepper.step([state for state, _ in begun], [ids[-1] for ids in found])
+        for ids, row in zip(found, logits, strict=True):
+            ids.append(int(row.argmax()))
+    for state, _ in begun:
+        stepper.drop(state)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_is_what_training_samples(
+    family: str, family_folder: Callable[[str], Path]
+) -> None:
+    made = network(family_folder(family))
+    prompts = [ids % 250 + 3 for ids in PROMPTS[:4]]
+    expected = sample(made, prompts, 1, max_tokens=12, temperature=0.0)
+    stepper = stepper_of(made, 512)
+    assert isinstance(stepper, Together if family in ("llama", "gpt2", "palm") else Alone)
+    assert written(stepper, prompts, 12) == [row.ids_T.tolist() for (row,) in expected]
+
+
+@pytest.mark.parametrize("adaptation", [Prefix(virtual_tokens=5), Prompt(virtual_tokens=5)])
+def test_a_prefix_and_a_soft_prompt_stand_before(
+    adaptation: Any, family_folder: Callable[[str], Path]
+) -> None:
+    made = network(family_folder("llama"), adaptation)
+    expected = sample(made, PROMPTS[:3], 1, max_tokens=12, temperature=0.0)
+    soft = np.array(prompt_ids(made.model), dtype=np.int64)
+    stepper = stepper_of(made, 512)
+    found = written(stepper, [np.concatenate([soft, ids]) for ids in PROMPTS[:3]], 12)
+    assert found == [row.ids_T.tolist() for (row,) in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_have_the_same_bits_whatever_runs_beside(
+    dtype: torch.dtype, tiny_llama: Callable[..., Any]
+) -> None:
+    with torch.inference_mode(False):
+        model = tiny_llama(hidden_size=128).to(dtype).eval()
+        stepper = Together(as_network(model, CPU, dtype), 1024)
+    assert stepper.sizes[-1] == SIZES[-1]
+    tokens = [list(range(10 + 7 * i, 90 + 7 * i)) for i in range(70)]
+
+    def run(which: list[int]) -> dict[int, list[Any]]:
+        states = {i: begin(stepper, PROMPTS[i % len(PROMPTS)])[0] for i in which}
+        kept: dict[int, list[Any]] = {i: [] for i in which}
+        for at in range(70):
+            logits = stepper.step(list(states.values()), [tokens[i][at] % 300 for i in states])
+            for i, row in zip(states, logits, strict=True):
+                kept[i].append(row.clone())
+            if at == 30 and len(states) > 3:  # others leave, and the banks move together
+                for i in list(states)[::3]:
+                    stepper.drop(states.pop(i))
+        for state in states.values():
+            stepper.drop(state)
+        return kept
+
+    together = run(list(range(70)))
+    for i in (1, 5, 8, 65):
+        for one, other in zip(run([i])[i], together[i], strict=True):
+            assert torch.equal(one, other)
+    assert not any(bank.spans for bank in stepper._banks._banks.values())
+    assert not any(bank.capacity for bank in stepper._banks._banks.values())
+
+
+def test_networks_of_very_small_products_step_alone(family_folder: Callable[[str], Path]) -> None:
+    small = network(family_folder("llama"), dtype=torch.bfloat16)
+    assert Together(small, 1024).sizes == (1,)
+
+
+def test_a_long_prompt_is_read_in_chunks(family_folder: Callable[[str], Path]) -> None:
+    made = network(family_folder("llama"))
+    ids = np.random.default_rng(0).integers(3, 300, 2 * CHUNK + 45)
+    made.model.set_attn_implementation("sdpa")
+    whole = made.model(torch.from_numpy(ids)[None]).logits[0, -1]
+    made.model.set_attn_implementation("luthier_tree")
+    stepper = Together(made, 1024)
+    state, counts, logits = stepper.begin(ids), [], None
+    while logits is None:
+        counts.append(state.unread)
+        logits = stepper.read(state)
+    assert counts == [2 * CHUNK + 45, CHUNK + 45, 45]
+    assert torch.allclose(logits, whole, atol=1e-4)
+
+
+def test_sizes_that_give_other_bits_are_not_used(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = network(family_folder("llama"))
+    assert Together(made, 1024).sizes[-1] == SIZES[-1]
+    honest = Together._probed
+
+    def but_small(self: Any, ids: Any) -> Any:
+        found = honest(self, ids)
+        return found if len(ids) > 8 else found + 1e-3
+
+    monkeypatch.setattr(Together, "_probed", but_small)
+    assert Together(made, 1024).sizes == (16, 32, 64)
+
+    def by_neighbours(self: Any, ids: Any) -> Any:
+        return honest(self, ids) + ids.sum()
+
+    monkeypatch.setattr(Together, "_probed", by_neighbours)
+    alone = Together(made, 1024)
+    assert alone.sizes == (1,)
+    assert written(alone, PROMPTS[:2], 4) == written(stepper_of(made, 1024), PROMPTS[:2], 4)
+
+
+def test_forks_of_one_prompt_go_their_own_ways(family_folder: Callable[[str], Path]) -> None:
+    stepper = Together(network(family_folder("llama")), 1024)
+    state = stepper.begin(PROMPTS[2])
+    stepper.read(state)
+    one, two = stepper.fork(state, 2)
+    first = stepper.step([one, two], [7, 9])
+    other, _ = begin(stepper, PROMPTS[2])
+    assert torch.equal(stepper.step([other], [9])[0], first[1])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_a_window_ends_the_context(family_folder: Callable[[str], Path]) -> None:
+    made = network(family_folder("llama"))
+    made.model.config.sliding_window = 40
+    assert Together(made, 1024).context == 40
+
+
+def test_rooms_and_what_they_take(family_folder: Callable[[str], Path]) -> None:
+    rooms = [room_for(tokens) for tokens in range(1, 2000)]
+    assert all(room >= tokens for tokens, room in enumerate(rooms, 1))
+    assert all(room <= max(STEP, 2 * tokens) for tokens, room in enumerate(rooms, 1))
+    assert len(set(rooms)) < 15
+    stepper = Together(network(family_folder("llama")), 1024)
+    state, _ = begin(stepper, PROMPTS[0])
+    real = sum(
+        p.numel() * p.element_size() for pair in state.span.bank.layers.values() for p in pair
+    )
+    assert real <= stepper.bytes_of(1)
+
+
+def test_a_bank_gives_memory_back() -> None:
+    bank = Bank(STEP)
+    spans = [bank.add() for _ in range(9)]
+    key = torch.zeros(1, 2, 1, 4)
+    for number, span in enumerate(spans):
+        bank.of(0, key, key)[0][span.slot] = number
+    for span in spans[:5]:
+        bank.remove(span)
+    assert [float(bank.layers[0][0][span.slot, 0, 0, 0]) for span in spans[5:]] == [5, 6, 7, 8]
+    assert sorted(span.slot for span in spans[5:]) == [0, 1, 2, 3]
+    assert bank.capacity < 9
+    for span in spans[5:]:
+        bank.remove(span)
+    assert bank.capacity == 0
+    assert not bank.layers

@@ -1,0 +1,79 @@
+"""What is shown is whole characters, and nothing of a stop sequence, however it was cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.serving.inference import Score
+from luthier.serving.text import BROKEN, Answer, Detokenizer, StopFinder
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(st.characters(codec="utf-8", exclude_characters=BROKEN), max_size=40))
+def test_characters_of_several_tokens_come_whole(tokenizer: Any, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    shown = Detokenizer(lambda part: str(tokenizer.decode(part, skip_special_tokens=True)))
+    pieces = [shown.feed(token) for token in ids]
+    assert "".join(pieces) == text
+    assert not any(BROKEN in piece for piece in pieces)
+
+
+def test_half_a_character_at_the_end_is_not_shown(tokenizer: Any) -> None:
+    ids = tokenizer.encode("a日", add_special_tokens=False)
+    shown = Detokenizer(lambda part: str(tokenizer.decode(part)))
+    assert "".join(shown.feed(token) for token in ids[:-1]) == "a"
+
+
+STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.text("ab\n", max_size=3), max_size=12), STOPS)
+def test_text_ends_before_the_first_stop(pieces: list[str], stops: list[str]) -> None:
+    """As one who sees the whole text would cut it, for every way of cutting it into pieces."""
+    whole = "".join(pieces)
+    places = [whole.find(stop) for stop in stops if stop in whole]
+    expected = whole[: min(places)] if places else whole
+    finder = StopFinder(stops)
+    shown = ""
+    for piece in pieces:
+        shown += finder.feed(piece)
+        assert expected.startswith(shown)
+        if finder.found:
+            break
+    shown += finder.end()
+    assert shown == expected
+    assert finder.passed == len(expected)
+    if places:
+        assert finder.found is not None and whole.startswith(finder.found, min(places))
+    else:
+        assert finder.found is None
+
+
+def test_no_more_is_held_back_than_may_be_a_stop() -> None:
+    finder = StopFinder(["</end>"])
+    assert finder.feed("one </e") == "one "
+    assert finder.feed("lse") == "</else"
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "text"), [("cd", 2, "ab"), ("d", 2, "abc"), ("zz", 3, "abcdef")]
+)
+def test_tokens_are_counted_that_begin_in_what_is_shown(stop: str, tokens: int, text: str) -> None:
+    words = ["ab", "cd", "ef"]
+    answer = Answer(lambda ids: "".join(words[i] for i in ids), [stop])
+    shown, scores = "", []
+    for token, word in enumerate(words):
+        more, found = answer.feed(token, Score(word.encode(), -1.0))
+        shown, scores = shown + more, scores + found
+        if answer.stop:
+            break
+    more, found = answer.end()
+    assert shown + more == text
+    expected = 1 if stop == "cd" else tokens
+    assert answer.tokens == expected
+    assert [score.text.decode() for score in scores + found] == words[:expected]

@@ -1,0 +1,125 @@
+"""Tools in the prompt of models with and without a place for them, and calls in what they write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from luthier.data.chat import ChatFormat
+from luthier.serving.constraints import Constraints
+from luthier.serving.inference import Chat, InferenceRefused, Tool, ToolCall, Turn
+from luthier.serving.toolcalls import CallSplitter, encode, knows_tools, marks_calls, parse_calls
+from luthier.types import Message
+
+WEATHER = Tool("weather", "Tells it.", {"type": "object", "properties": {"city": {}}})
+CALL = ToolCall("tooluse_1", "weather", {"city": "Róma"})
+TALK = (
+    Turn("system", "Be kind."),
+    Turn("user", "And in Rome?"),
+    Turn("assistant", "", (CALL,)),
+    Turn("tool", "sun", call_id="tooluse_1"),
+    Turn("user", "Sure?"),
+)
+HERMES = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}</tool_call>{% endfor %}"
+    "{% if m.role == 'tool' %}({{ m.name }}){% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+
+
+def text(chat: ChatFormat, asked: Chat) -> str:
+    return str(chat.tokenizer.decode(encode(chat, asked).tolist()))
+
+
+def test_a_template_with_a_place_for_tools_gets_them(new_tokenizer: Callable[..., Any]) -> None:
+    chat = ChatFormat.of(new_tokenizer(HERMES, SPECIAL, "<|im_end|>"))
+    assert knows_tools(chat) and marks_calls(chat)
+    found = text(chat, Chat(TALK, (WEATHER,)))
+    listed = found[len("<tools>") : found.index("</tools>")]
+    function = json.loads(listed)[0]["function"]
+    assert (function["name"], function["description"]) == ("weather", "Tells it.")
+    assert function["parameters"] == dict(WEATHER.parameters)
+    assert '<tool_call>weather{"city": "R' in found
+    assert "sun(weather)" in found
+    assert "<tools>" not in text(chat, Chat(TALK[:2], (WEATHER,), "none"))
+
+
+def test_other_templates_are_told_in_words(tokenizer: Any) -> None:
+    chat = ChatFormat.of(tokenizer)
+    assert not knows_tools(chat)
+    found = text(chat, Chat(TALK, (WEATHER,)))
+    assert found.count("<|im_start|>system\n") == 1
+    assert found.startswith("<|im_start|>system\nBe kind.\n\nYou can call these functions")
+    assert (
+        json.dumps({"name": "weather", "arguments": {"city": "Róma"}}, ensure_ascii=False) in found
+    )
+    assert "user\nResult of weather: sun\nSure?<|im_end|>" in found
+
+
+def test_without_tools_it_is_the_prompt_that_was_trained(tokenizer: Any) -> None:
+    chat = ChatFormat.of(tokenizer)
+    messages = [Message("system", "Be kind."), Message("user", "Hi")]
+    turns = (Turn("system", "Be kind."), Turn("user", "Hi"))
+    assert encode(chat, Chat(turns)).tolist() == chat.encode_prompt(messages).tolist()
+    plain = ChatFormat.of(tokenizer, "plain")
+    assert encode(plain, Chat(turns[1:])).tolist() == plain.encode_prompt(messages[1:]).tolist()
+    for wrong in (Chat(turns), Chat(())):
+        with pytest.raises(InferenceRefused):
+            encode(plain, wrong)
+
+
+@pytest.mark.parametrize(
+    ("written", "calls"),
+    [
+        ('{"name": "weather", "arguments": {"city": "Oslo"}}', 1),
+        ('{"name": "weather", "parameters": {"city": "Oslo"}}', 1),
+        ('<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>' * 2, 2),
+        ('[{"name": "weather", "arguments": {}}]', 1),
+        ('{"name": "other", "arguments": {}}', 0),
+        ('{"name": "weather", "arguments": 3}', 0),
+        ('{"name": "weather", "argu', 0),
+        ('{"answer": 42}', 0),
+        ("It is sunny.", 0),
+        ("A list: [1] and {x}", 0),
+    ],
+)
+def test_calls_and_words_are_told_apart(written: str, calls: int) -> None:
+    for size in (1, 3, 1000):
+        splitter = CallSplitter([WEATHER])
+        shown = ""
+        for start in range(0, len(written), size):
+            shown += splitter.feed(written[start : start + size])
+        left, found = splitter.end()
+        assert len(found) == calls == len(parse_calls(written, {"weather"}))
+        assert shown + left == ("" if calls else written)
+        assert len({call.id for call in found}) == calls
+
+
+def test_words_before_a_call_are_shown_as_they_come() -> None:
+    splitter = CallSplitter([WEATHER])
+    assert splitter.feed("Let me see. <tool") == "Let me see. "
+    assert splitter.feed('_call>{"name": "weather", "arguments": {}}</tool_call>') == ""
+    left, calls = splitter.end()
+    assert (left, calls[0].name) == ("", "weather")
+
+
+def test_the_grammar_of_a_marked_call(tokenizer: Any) -> None:
+    constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer))
+    matcher = constraints.calls([WEATHER], marked=True)
+    written = '<tool_call>\n{"name": "weather", "arguments": {"city": 3}}\n</tool_call>'
+    for token in tokenizer.encode(written, add_special_tokens=False):
+        assert matcher.allowed(len(tokenizer))[token]
+        matcher.take(token)
+    assert matcher.finished
+    again = constraints.calls([WEATHER], marked=True)
+    first = again.copy().allowed(len(tokenizer))
+    assert first.sum() >= 1
+    assert not first[tokenizer.encode("x")[0]]
+    assert len(constraints._compiled) == 1

@@ -1,0 +1,150 @@
+"""The audit log: a chain that shows every change to it, whoever writes at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+
+import pytest
+from principals_of import FIRST, OTHER, made_at
+from sqlalchemy import text
+
+from luthier.store.audit import Event, append, entries, last, shown, verify
+from luthier.store.database import Database, now
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    yield from made_at(database_url)
+
+
+def fill(database: Database, number: int = 5) -> None:
+    for index in range(number):
+        with database.write() as session:
+            append(session, Event(f"bedrock:Act{index}", "arn:x", account=FIRST, user="ann"))
+
+
+def broken(database: Database, noted: str | None = None) -> tuple[int, str] | None:
+    with database.read() as session:
+        found = verify(session, noted)
+        return (found.seq, found.reason) if found else None
+
+
+def head_of(database: Database) -> tuple[int, str]:
+    with database.read() as session:
+        return last(session)
+
+
+def test_an_empty_log_is_intact(database: Database) -> None:
+    assert broken(database) is None
+    assert head_of(database) == (0, "0" * 64)
+
+
+def test_entries_are_chained(database: Database) -> None:
+    fill(database, 3)
+    assert broken(database) is None
+    with database.read() as session:
+        newest, middle, oldest = entries(session)
+    assert [newest.seq, middle.seq, oldest.seq] == [3, 2, 1]
+    assert (oldest.previous, middle.previous) == ("0" * 64, oldest.hash)
+    assert head_of(database) == (3, newest.hash)
+    assert shown(newest)["action"] == "bedrock:Act2"
+
+
+@pytest.mark.parametrize(
+    ("change", "seq"),
+    [
+        ("UPDATE audit_log SET \"user\"='bob' WHERE seq=3", 3),
+        ("UPDATE audit_log SET outcome='AccessDenied' WHERE seq=1", 1),
+        ("UPDATE audit_log SET at=CURRENT_TIMESTAMP WHERE seq=5", 5),
+        ("UPDATE audit_log SET details='[1]' WHERE seq=2", 2),
+        ("UPDATE audit_log SET hash=previous WHERE seq=2", 2),
+        ("UPDATE audit_log SET previous=hash WHERE seq=4", 4),
+        ("DELETE FROM audit_log WHERE seq=1", 1),
+        ("DELETE FROM audit_log WHERE seq=3", 3),
+        ("DELETE FROM audit_log WHERE seq=5", 5),
+        ("DELETE FROM audit_log", 1),
+        ("UPDATE audit_log SET seq=9 WHERE seq=5", 5),
+        ("UPDATE audit_head SET seq=4", 6),
+        ("DELETE FROM audit_head", 6),
+        (
+            "INSERT INTO audit_log SELECT 6, at, account, action, resource, outcome, outcome,"
+            " request_id, address, details, previous, hash FROM audit_log WHERE seq=5",
+            6,
+        ),
+    ],
+)
+def test_what_was_changed_is_found(database: Database, change: str, seq: int) -> None:
+    fill(database)
+    with database.write() as session:
+        session.execute(text(change))
+    found = broken(database)
+    assert found is not None
+    assert found[0] == seq
+
+
+def test_a_log_that_was_written_anew(database: Database) -> None:
+    """Whole in itself; a hash that was noted elsewhere tells."""
+    fill(database)
+    noted = head_of(database)[1]
+    fill(database, 2)
+    assert broken(database, noted) is None
+    with database.write() as session:
+        session.execute(text("DELETE FROM audit_log"))
+        session.execute(text("DELETE FROM audit_head"))
+    fill(database, 7)
+    assert broken(database) is None
+    assert broken(database, noted) == (7, "the noted hash does not stand in the log")
+
+
+def test_writers_at_once(database: Database) -> None:
+    def write(name: str) -> None:
+        for index in range(10):
+            with database.write() as session:
+                append(session, Event(f"x:{name}{index}"), Event("x:second"))
+
+    threads = [threading.Thread(target=write, args=(f"w{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert head_of(database)[0] == 160
+    assert broken(database) is None
+
+
+def test_an_entry_is_part_of_its_transaction(database: Database) -> None:
+    fill(database, 1)
+    with suppress(KeyError), database.write() as session:
+        append(session, Event("x:never"))
+        raise KeyError
+    assert head_of(database)[0] == 1
+    fill(database, 1)
+    assert broken(database) is None
+
+
+def test_odd_values(database: Database) -> None:
+    odd = "\x00\ud800é你" + "x" * 5000
+    with database.write() as session:
+        append(session, Event("x:y", odd, user=odd, details={"count": 3, "name": "é"}))
+    assert broken(database) is None
+    with database.read() as session:
+        entry = entries(session)[0]
+    assert entry.resource.startswith("\ufffd?é你")
+    assert len(entry.resource) == 2048
+
+
+def test_looking_for_entries(database: Database) -> None:
+    fill(database, 4)
+    with database.write() as session:
+        append(session, Event("s3:PutObject", "b", account=OTHER, user="bob"))
+        append(session, Event("x:old", at=now() - timedelta(days=2)))
+    with database.read() as session:
+        assert [each.seq for each in entries(session, account=FIRST)] == [4, 3, 2, 1]
+        assert [each.seq for each in entries(session, user="bob")] == [5]
+        assert [each.seq for each in entries(session, action="act2")] == [3]
+        assert [each.seq for each in entries(session, action="%")] == []
+        assert [each.seq for each in entries(session, limit=2, before=4)] == [3, 2]
+        recent = entries(session, since=now() - timedelta(days=1))
+        assert [each.seq for each in recent] == [5, 4, 3, 2, 1]
