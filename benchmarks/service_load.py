@@ -3,8 +3,8 @@
     python benchmarks/service_load.py [--rate 500] [--seconds 20] [--jobs 1000] [--streams 64]
 
 A server of its own is started on an empty store. Reads are sent at a fixed rate, whether or not earlier
-ones were answered: what a request waits counts from the moment it should have been sent. The clients run
-on the same machine, in a process of their own.
+ones were answered: what a request waits counts from the moment it should have been sent. The clients
+run on the same machine, in a process of their own.
 """
 
 from __future__ import annotations
