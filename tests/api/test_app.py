@@ -41,17 +41,40 @@ class Door:
         raise Fault("UnrecognizedClient", "The key is not known.")
 
 
+class Waiting:
+    """Pieces of which the second never comes; closing it wakes who waits."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self.begun = False
+
+    def __iter__(self) -> Waiting:
+        return self
+
+    def __next__(self) -> bytes:
+        if not self.begun:
+            self.begun = True
+            return b"first"
+        self.closed.wait(30)
+        raise StopIteration
+
+    def close(self) -> None:
+        self.closed.set()
+
+
 class Echo:
     """A face that answers with what it was given."""
 
     def __init__(self) -> None:
         self.closed = threading.Event()
         self.sent = 0
+        self.waiting = Waiting()
 
     def route(self, method: str, path: str) -> Route:
         name = path.rpartition("/")[2]
         works = {"echo": self.echo, "fail": self.fail, "stream": self.stream, "full": self.full}
         works["deny"] = self.deny
+        works["wait"] = lambda call: Answer(200, self.waiting)
         if name not in works:
             raise Fault("UnknownOperation", "There is no such operation.")
         return Route(f"test.{name}", works[name], {"name": name}, body_limit=1000)
@@ -208,6 +231,16 @@ def test_pieces_are_sent_as_they_come_and_a_client_that_hangs_up_ends_them(serve
     connection.close()
     assert server.echo.closed.wait(1.0)
     assert server.echo.sent < 200
+
+
+def test_a_client_that_hangs_up_wakes_what_waits_for_its_next_piece(server: Server) -> None:
+    parts = urlsplit(server.address)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=10)
+    connection.sendall(b"GET /x/wait HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n\r\n")
+    assert b"200" in connection.recv(4096)
+    assert not server.echo.waiting.closed.is_set()
+    connection.close()
+    assert server.echo.waiting.closed.wait(1.0)
 
 
 def test_health_is_told_to_everybody_and_metrics_hold_no_paths_of_clients(server: Server) -> None:

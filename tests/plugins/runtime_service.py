@@ -18,8 +18,9 @@ import torch
 import uvicorn
 from botocore.config import Config
 
-from luthier.api.app import head_of, send_answer
+from luthier.api.app import head_of
 from luthier.api.bedrock.runtime import runtime_handlers
+from luthier.api.sending import send_answer
 from luthier.api.wire import Answer, Call, Caller, Fault
 from luthier.engine import devices
 from luthier.engine.devices import Machine

@@ -7,14 +7,11 @@ Nothing is looked up, parsed or changed for a request that has not proved who se
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
@@ -23,13 +20,12 @@ import anyio.to_thread
 
 from luthier.api.observability import Observed, Observer
 from luthier.api.policies import noted
+from luthier.api.sending import ClientGone, Receive, Send, read_body, send_answer
 from luthier.api.wire import Answer, Call, Caller, Face, Fault, Head, Route, Signed
 from luthier.errors import RefusedInput
 from luthier.store.database import now
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
@@ -200,7 +196,7 @@ class Application:
         if _bearer(head):
             # A key needs no body to be known; a large one is only read from those who may send it.
             signed = await self.run(self.authenticator.authenticate, head, b"")
-        body = await _read(head, receive, limit)
+        body = await read_body(head, receive, limit)
         if signed is None:
             signed = await self.run(self.authenticator.authenticate, head, body)
         seen.let_in(seen.face, signed.caller)
@@ -252,10 +248,6 @@ def head_of(scope: Scope) -> Head:
     return Head(scope["method"], path, query, headers, scope.get("scheme") == "https")
 
 
-class ClientGone(Exception):
-    """The client hung up before its request or its answer was whole."""
-
-
 def _closing(head: Head, answer: Answer) -> Answer:
     """``answer``, after which the connection ends if the client still waits to send its body.
 
@@ -297,78 +289,6 @@ def _bearer(head: Head) -> bool:
 def _address(scope: Scope) -> str:
     client = scope.get("client")
     return client[0] if client else ""
-
-
-async def _read(head: Head, receive: Receive, limit: int) -> bytes:
-    """The whole body, of ``limit`` bytes at most."""
-    told = [value for name, value in head.headers if name == "content-length"]
-    if told and told[0].isdigit() and int(told[0]) > limit:
-        raise _too_large(limit)
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            raise _too_large(limit)
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-def _too_large(limit: int) -> Fault:
-    text = f"The body of the request is larger than the {limit:,} bytes that are taken here."
-    return Fault("RequestEntityTooLarge", text)
-
-
-async def send_answer(
-    send: Send, receive: Receive, answer: Answer, run: Callable[..., Awaitable[Any]]
-) -> int:
-    """Send an answer, whole or piece by piece as ``run`` gets them; its status."""
-    headers = [
-        (k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in answer.headers.items()
-    ]
-    whole = isinstance(answer.body, bytes)
-    if isinstance(answer.body, bytes) and not any(name == b"content-length" for name, _ in headers):
-        headers.append((b"content-length", str(len(answer.body)).encode()))
-    start = {"type": "http.response.start", "status": answer.status, "headers": headers}
-    await send(start)
-    if whole:
-        await send({"type": "http.response.body", "body": answer.body})
-    else:
-        await _stream(send, receive, answer.body, run)  # type: ignore[arg-type]
-    return answer.status
-
-
-async def _stream(
-    send: Send, receive: Receive, pieces: Iterator[bytes], run: Callable[..., Awaitable[Any]]
-) -> None:
-    """Send pieces as they come; stop asking for more as soon as the client has hung up."""
-    gone = asyncio.ensure_future(_hung_up(receive))
-    try:
-        while not gone.done():
-            piece = await run(partial(next, pieces, None))
-            if piece is None:
-                break
-            if piece:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-        if gone.done():
-            raise ClientGone
-        await send({"type": "http.response.body", "body": b""})
-    finally:
-        gone.cancel()
-        with suppress(asyncio.CancelledError):
-            await gone
-        close = getattr(pieces, "close", None)
-        if close is not None:
-            await run(close)
-
-
-async def _hung_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -10,12 +10,13 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from luthier.api.app import THREADS, ClientGone, Receive, Send, send_answer
+from luthier.api.app import THREADS
 from luthier.api.s3 import errors
 from luthier.api.s3.body import OBJECT_LIMIT, Body, ClientLeft
 from luthier.api.s3.documents import DOCUMENT_LIMIT
 from luthier.api.s3.operations import Operation, operation_of
 from luthier.api.s3.request import Authorize, Request, Stores, read_request
+from luthier.api.sending import ClientGone, Receive, Send, send_answer
 from luthier.api.wire import Answer, Fault, Head, Signed
 from luthier.errors import DoesNotFit, ObjectRefused
 from luthier.store.objects import Objects

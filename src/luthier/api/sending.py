@@ -1,0 +1,107 @@
+"""Bodies over a connection: requests are read up to their limit, answers sent whole or in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from luthier.api.wire import Answer, Fault, Head
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Run = Callable[..., Awaitable[Any]]
+"""Calls something that blocks, in a thread."""
+
+
+class ClientGone(Exception):
+    """The client hung up before its request or its answer was whole."""
+
+
+async def read_body(head: Head, receive: Receive, limit: int) -> bytes:
+    """The whole body of a request, of ``limit`` bytes at most.
+
+    Raises:
+        Fault: RequestEntityTooLarge, where its length says so before any of it is read.
+        ClientGone: where it ends before its end.
+    """
+    told = [value for name, value in head.headers if name == "content-length"]
+    if told and told[0].isdigit() and int(told[0]) > limit:
+        raise _too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _too_large(limit: int) -> Fault:
+    text = f"The body of the request is larger than the {limit:,} bytes that are taken here."
+    return Fault("RequestEntityTooLarge", text)
+
+
+async def send_answer(send: Send, receive: Receive, answer: Answer, run: Run) -> int:
+    """Send an answer, whole or piece by piece as ``run`` gets them; its status.
+
+    Raises:
+        ClientGone: where nobody reads it any more.
+    """
+    headers = [
+        (k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in answer.headers.items()
+    ]
+    body = answer.body
+    if isinstance(body, bytes) and not any(name == b"content-length" for name, _ in headers):
+        headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    if isinstance(body, bytes):
+        await send({"type": "http.response.body", "body": body})
+    else:
+        await _stream(send, receive, body, run)
+    return answer.status
+
+
+async def _stream(send: Send, receive: Receive, pieces: Iterator[bytes], run: Run) -> None:
+    """Send pieces as they come; end the work as soon as the client has hung up."""
+    gone = asyncio.ensure_future(_hung_up(receive))
+    try:
+        while True:
+            piece = asyncio.ensure_future(run(partial(next, pieces, None)))
+            await asyncio.wait((piece, gone), return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                # It may wait long for its next piece; closing wakes those that can be woken.
+                await run(_close, pieces)
+                with suppress(Exception):
+                    await piece
+                raise ClientGone
+            if (found := piece.result()) is None:
+                break
+            if found:
+                await send({"type": "http.response.body", "body": found, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+    finally:
+        gone.cancel()
+        with suppress(asyncio.CancelledError):
+            await gone
+        await run(_close, pieces)
+
+
+def _close(pieces: Iterator[bytes]) -> None:
+    close = getattr(pieces, "close", None)
+    # A generator that is at work cannot be closed by another thread; it is closed after its piece.
+    with suppress(ValueError):
+        if close is not None:
+            close()
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

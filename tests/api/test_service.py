@@ -1,0 +1,280 @@
+"""``luthier serve`` as its users have it: a process of its own, unmodified clients, ``kill -9``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+import boto3
+import openai
+import pytest
+from botocore.exceptions import ClientError
+
+from luthier.files import write_json
+from luthier.models.catalog import MANIFEST
+
+BASE = "luthier.tiny"
+KEYS = {
+    account: {
+        "account": account,
+        "user": f"user-{account[0]}",
+        "access_key_id": f"AKIATEST{account}",
+        "secret_access_key": f"secret-{account}-0123456789abcdef",
+        "api_key": f"sk-{account}-0123456789abcdef0123456789abcdef",
+        "policies": [
+            {
+                "Version": "2012-10-17",
+                "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
+            }
+        ],
+    }
+    for account in ("000000000000", "111111111111")
+}
+ONE, OTHER = KEYS
+
+
+class Served:
+    """A server, and clients of an account."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.process: subprocess.Popen[str] | None = None
+        self.url = ""
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            "LUTHIER_HOME": str(self.home),
+            "LUTHIER_BOOTSTRAP": str(self.home / "bootstrap.json"),
+            "OMP_NUM_THREADS": "1",
+        }
+        environment.pop("LUTHIER_DATABASE", None)
+        command = [sys.executable, "-m", "luthier", "serve", "--port", "0"]
+        with (self.home / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, text=True, stdout=subprocess.PIPE, stderr=log
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert "http://" in line, (self.home / "server.log").read_text()
+        self.url = line.split()[-1]
+        self.process.stdout.close()
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def client(self, service: str, account: str = ONE) -> Any:
+        keys = KEYS[account]
+        return boto3.client(
+            service, endpoint_url=self.url, region_name="us-east-1",
+            aws_access_key_id=keys["access_key_id"],
+            aws_secret_access_key=keys["secret_access_key"],
+        )  # fmt: skip
+
+    def ask(self, method: str, path: str, body: Any = None, account: str = ONE) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, method=method)
+        request.add_header("Authorization", f"Bearer {KEYS[account]['api_key']}")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+        except HTTPError as error:
+            return error.code, json.loads(error.read())
+        kind = answer.headers["content-type"]
+        return answer.status, json.loads(text) if "json" in kind else text.decode()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
+    home = tmp_path_factory.mktemp("service")
+    base = home / "models" / "base" / "tiny"
+    shutil.copytree(tiny_model_folder, base)
+    manifest = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
+    write_json(base / MANIFEST, manifest)
+    write_json(home / "bootstrap.json", {"principals": list(KEYS.values())})
+    made = Served(home)
+    made.start()
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.process.send_signal(signal.SIGTERM)
+        assert made.process.wait(60) == 0
+
+
+def until(wanted: Callable[[], Any], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := wanted():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not come to be in time")
+
+
+@pytest.fixture(scope="module")
+def rows(server: Served) -> str:
+    s3 = server.client("s3")
+    s3.create_bucket(Bucket="training")
+    lines = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in range(24)]
+    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    s3.put_object(Bucket="training", Key="rows.jsonl", Body=body)
+    return "s3://training/rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def job(server: Served, rows: str) -> dict[str, Any]:
+    """A job that was under way when the server was killed, and ended under the next one."""
+    bedrock = server.client("bedrock")
+    arn = bedrock.create_model_customization_job(
+        jobName="first", customModelName="first-model", roleArn="arn:aws:iam::000000000000:role/x",
+        baseModelIdentifier=BASE, trainingDataConfig={"s3Uri": rows},
+        outputDataConfig={"s3Uri": "s3://training/out/"},
+        hyperParameters={"epochCount": "2", "batchSize": "4"},
+    )["jobArn"]  # fmt: skip
+    until(lambda: server.ask("GET", "/api/v1/jobs/first")[1]["state"] == "Running")
+    server.kill()
+    server.start()
+    bedrock = server.client("bedrock")
+    asked: Callable[[], Any] = lambda: bedrock.get_model_customization_job(jobIdentifier=arn)  # noqa: E731
+    until(lambda: asked()["status"] != "InProgress")
+    found: dict[str, Any] = asked()
+    return found
+
+
+def test_a_job_outlives_a_killed_server_and_becomes_a_model(
+    server: Served, job: dict[str, Any]
+) -> None:
+    assert job["status"] == "Completed", job.get("failureMessage")
+    keys = [o["Key"] for o in server.client("s3").list_objects_v2(Bucket="training")["Contents"]]
+    folder = f"out/model-customization-job-{job['jobArn'].rpartition('/')[2]}/training_artifacts"
+    assert f"{folder}/step_wise_training_metrics.csv" in keys
+    bedrock = server.client("bedrock")
+    deployment = bedrock.create_custom_model_deployment(
+        modelDeploymentName="first-deployment", modelArn=job["outputModelArn"]
+    )["customModelDeploymentArn"]
+    until(
+        lambda: bedrock.get_custom_model_deployment(
+            customModelDeploymentIdentifier=deployment
+        )["status"] == "Active"
+    )  # fmt: skip
+    runtime = server.client("bedrock-runtime")
+    message = [{"role": "user", "content": [{"text": "number 3?"}]}]
+    settings = {"maxTokens": 8, "temperature": 0.0}
+    whole = runtime.converse(modelId=deployment, messages=message, inferenceConfig=settings)
+    text = whole["output"]["message"]["content"][0]["text"]
+    streamed = runtime.converse_stream(
+        modelId=deployment, messages=message, inferenceConfig=settings
+    )
+    pieces = [each["contentBlockDelta"]["delta"]["text"] for each in streamed["stream"]
+              if "contentBlockDelta" in each]  # fmt: skip
+    assert "".join(pieces) == text
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])
+    chat = client.chat.completions.create(
+        model=deployment, messages=[{"role": "user", "content": "number 3?"}], max_tokens=8,
+        temperature=0,
+    )  # fmt: skip
+    assert chat.choices[0].message.content == text
+    body = {"messages": [{"role": "user", "content": "number 3?"}], "max_tokens": 8,
+            "temperature": 0}  # fmt: skip
+    invoked = runtime.invoke_model(modelId=deployment, body=json.dumps(body))
+    told = json.loads(invoked["body"].read())
+    assert told["choices"][0]["message"]["content"] == text
+    assert told["usage"]["completion_tokens"] == whole["usage"]["outputTokens"]
+
+
+def test_the_native_face_says_what_the_others_cannot(server: Served, job: dict[str, Any]) -> None:
+    assert server.ask("GET", "/api/v1/whoami")[1]["account"] == ONE
+    status, events = server.ask("GET", "/api/v1/jobs/first/events")
+    kinds = [line.removeprefix("event: ") for line in events.split("\n") if "event: " in line]
+    assert (status, kinds[0], kinds[-1]) == (200, "state", "state")
+    assert "metrics" in kinds
+    status, told = server.ask("GET", "/api/v1/models/first-model/certificate")
+    assert status == 200 and told["lineage"][-1] == job["baseModelArn"]
+    assert told["certificate"]["files"] and told["certificate"]["recipe"]["base"] == "tiny"
+    listed = server.ask("GET", "/api/v1/jobs?limit=1")[1]
+    assert [each["name"] for each in listed["jobs"]] == ["first"]
+    assert server.ask("POST", "/api/v1/jobs/first/stop")[0] == 409
+    assert server.ask("GET", "/api/v1/jobs/none")[0] == 404
+    assert "createJob" in json.dumps(server.ask("GET", "/api/v1/openapi.json")[1])
+
+
+def test_a_recipe_goes_in_whole_and_bad_ones_are_refused(server: Served, rows: str) -> None:
+    settings = {"training": {"max_steps": 2}, "adaptation": {"method": "bitfit"}}
+    asked = {"name": "second", "model_name": "second-model", "base": "tiny", "training": [rows]}
+    asked["settings"] = settings
+    status, told = server.ask("POST", "/api/v1/jobs", asked)
+    assert (status, told.get("recipe", told)["adaptation"]["method"]) == (201, "bitfit")
+    assert server.ask("POST", "/api/v1/jobs/second/stop")[0] == 200
+    wrong = [
+        ({"settings": {"training": {"epochs": -1}}}, "epochs"),
+        ({"base": "nobody.knows"}, "nobody.knows"),
+        ({"training": ["s3://training/none.jsonl"]}, "none.jsonl"),
+        ({"training": ["file:///etc/passwd"]}, "folders"),
+        ({"name": "second"}, "in use"),
+        ({"model_name": "first-model"}, "in use"),
+    ]
+    for change, word in wrong:
+        fresh = {**asked, "name": "third", "model_name": "third-model"}
+        status, told = server.ask("POST", "/api/v1/jobs", {**fresh, **change})
+        assert 400 <= status < 410 and word in told["error"]["message"], told
+
+
+def test_a_report_and_an_estimate_are_made_beside_the_server(server: Served, rows: str) -> None:
+    status, told = server.ask("POST", "/api/v1/inspections", {"training": rows, "base": "tiny"})
+    assert status == 200, told
+    assert told["verdict"] in ("passed", "warnings")
+    assert told["report"]["rows"]["train"] == 24 and "/tmp" not in json.dumps(
+        told["report"]["files"]
+    )
+    planned = {"training": rows, "base": "tiny", "settings": {"training": {"max_steps": 3}}}
+    status, told = server.ask("POST", "/api/v1/estimates", planned)
+    assert status == 200, told
+    assert told["estimate"]["steps"]
+
+
+def test_another_account_sees_nothing_of_it(server: Served, job: dict[str, Any]) -> None:
+    bedrock = server.client("bedrock", OTHER)
+    assert bedrock.list_model_customization_jobs()["modelCustomizationJobSummaries"] == []
+    never = job["outputModelArn"][:-12] + "zzzzzzzzzzzz"
+    told = []
+    for arn in (job["outputModelArn"], never):
+        with pytest.raises(ClientError) as refused:
+            bedrock.get_custom_model(modelIdentifier=arn)
+        told.append(str(refused.value).replace(arn, "ARN"))
+    assert told[0] == told[1] and "ResourceNotFound" in told[0]
+    with pytest.raises(ClientError, match="NoSuchBucket"):
+        server.client("s3", OTHER).list_objects_v2(Bucket="training")
+    assert server.ask("GET", "/api/v1/jobs/first", account=OTHER)[0] == 404
+
+
+def test_the_log_and_the_audit_hold_no_secret_and_the_chain_holds(
+    server: Served, job: dict[str, Any]
+) -> None:
+    environment = {**os.environ, "LUTHIER_HOME": str(server.home)}
+
+    def luthier(*arguments: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-m", "luthier", *arguments, "--json"], env=environment,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert luthier("audit", "verify")["entries"] > 3
+    entries = json.dumps(luthier("audit", "list"))
+    assert "CreateModelCustomizationJob" in entries and "s3:PutObject" in entries
+    log = (server.home / "server.log").read_text()
+    assert '"operation": "CreateModelCustomizationJob"' in log
+    for keys in KEYS.values():
+        for name in ("secret_access_key", "api_key"):
+            assert keys[name] not in log and keys[name] not in entries
