@@ -86,9 +86,12 @@ class Service:
         if work:
             self.scheduler.start()
 
-    def close(self) -> None:
-        """End what works in the background; workers go on, and the next server finds them."""
-        self.scheduler.stop()
+    def close(self, give_back: bool = False) -> None:
+        """End what works in the background.
+
+        Workers go on, and the next server finds them; ``give_back`` makes them leave their jobs first.
+        """
+        self.scheduler.stop(give_back)
         self.openai.close()
         self.activation.close()
         self.trail.close()

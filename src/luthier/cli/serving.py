@@ -44,6 +44,13 @@ def serve(
     no_work: Annotated[
         bool, typer.Option("--no-work", help="Take jobs, and leave the work to other servers.")
     ] = False,
+    give_back: Annotated[
+        bool,
+        typer.Option(
+            "--give-back",
+            help="At the end workers write a checkpoint and their jobs wait; without it they go on.",
+        ),
+    ] = False,
     strict_region: Annotated[
         bool, typer.Option("--strict-region", help="Refuse signatures for other regions.")
     ] = False,
@@ -78,7 +85,7 @@ def serve(
         try:
             server.run(service.application, ports, ready)
         finally:
-            service.close()
+            service.close(give_back)
 
 
 def _tell(addresses: list[str], region: str, issued: Issued | None) -> None:
