@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
+from typing import Any
 
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -44,6 +46,10 @@ from luthier.store.sealing import Sealing, purpose_key, server_key
 
 _QUOTAS = ("custom_models", "deployments")
 _log = logging.getLogger("luthier.server")
+LAMBDA = re.compile(
+    r"arn:aws:lambda:[a-z0-9-]+:(?P<account>\d{12}):function:(?P<name>[\w-]{1,140})(:[\w$-]+)?"
+)
+"""ARN of a function, with or without a version."""
 
 
 class Service:
@@ -115,6 +121,7 @@ class Service:
             authorize,
             secret,
             self.activation,
+            self._grader,
             quotas=self._quotas,
             submitted=self.scheduler.wake,
         )
@@ -144,6 +151,13 @@ class Service:
             submitted=self.scheduler.wake,
         )
 
+    def _grader(self, account: str, function: str) -> Mapping[str, Any] | None:
+        """The grader that stands for a Lambda function of the account, by the function's name."""
+        found = LAMBDA.fullmatch(function)
+        if found is None or found["account"] != account:
+            return None
+        return self.settings.graders.get(found["name"])
+
     def _answering(self, account: str, arn: str) -> Invocable | None:
         """What answers at an ARN that an OpenAI client names as a model."""
         try:
@@ -163,6 +177,8 @@ class Service:
             except ModelInUse as error:
                 raise Fault("Conflict", str(error)) from error
         remove_files(model.stored_id)
+        if model.stored_id is not None:
+            self.pool.forget(model.stored_id)
 
     def _limits(self, account: str) -> Limits:
         return self._quotas(account).jobs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Settings:
     """Another S3-compatible endpoint that ``s3://`` means; the built-in store where it is ``None``."""
     file_roots: tuple[Path, ...] = ()
     """Folders that ``file://`` may name; none by default."""
+    graders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Method and fields of the graders that rewards name as Lambda functions, by function name."""
     requests_per_second: float | None = None
     """Rate of each account that has no quota of its own; ``None`` for no limit."""
     strict_region: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,13 @@ def serve(
     file_root: Annotated[
         list[Path] | None, typer.Option(help="Folder that file:// may name. May be repeated.")
     ] = None,
+    grader: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="TOML grader that the Lambda function NAME stands for in rewards. May be repeated.",
+        ),
+    ] = None,
     requests_per_second: Annotated[
         float | None, typer.Option(help="Rate of each account that has no quota of its own.")
     ] = None,
@@ -73,6 +81,7 @@ def serve(
             s3_endpoint=s3_endpoint,
             file_roots=tuple(file_root or ()),
             strict_region=strict_region,
+            graders=_graders(grader or ()),
             requests_per_second=requests_per_second,
         )
         log_as_json()
@@ -86,6 +95,26 @@ def serve(
             server.run(service.application, ports, ready)
         finally:
             service.close(give_back)
+
+
+def _graders(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Graders by the names that ``--grader`` gives them, checked before anything is served."""
+    from luthier.errors import RefusedInput
+    from luthier.graders import grader_from
+    from luthier.recipe import read_toml
+
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not (name and equals and file):
+            raise RefusedInput(f"--grader {text!r}: write NAME=FILE")
+        fields = read_toml(Path(file))
+        try:
+            grader_from(fields)
+        except ValueError as error:
+            raise RefusedInput(f"--grader {file}: {error}") from error
+        found[name] = fields
+    return found
 
 
 def _tell(addresses: list[str], region: str, issued: Issued | None) -> None:

@@ -24,6 +24,8 @@ from luthier.store.object_files import READ_SIZE, ObjectFiles
 from luthier.store.object_rows import Described, Piece, check_key
 from luthier.store.objects import BUCKET, Objects
 
+UPLOADS = "luthier-files"
+"""Bucket of each account with what was uploaded through the OpenAI API."""
 ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
 
@@ -65,11 +67,8 @@ class Locations:
 
         ``files`` of the built-in buckets are below the store unless said otherwise.
         """
-        self._buckets: Buckets = (
-            ExternalBuckets(s3_endpoint)
-            if s3_endpoint
-            else BuiltInBuckets(Objects(database, files))
-        )
+        self._own: Buckets = BuiltInBuckets(Objects(database, files))
+        self._given: Buckets = ExternalBuckets(s3_endpoint) if s3_endpoint else self._own
         self._roots = FileRoots(file_roots)
 
     def check(self, account: str, uri: str) -> None:
@@ -85,7 +84,8 @@ class Locations:
         if _is_file(uri):
             self._roots.check_writable(uri)
         else:
-            self._buckets.check_bucket(account, _address(uri).bucket)
+            bucket = _address(uri).bucket
+            self._buckets(bucket).check_bucket(account, bucket)
 
     def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
         """Copies in ``folder`` of what an address names, in the order of the keys.
@@ -108,7 +108,7 @@ class Locations:
         address = _address(uri)
         for key in self._keys(account, address):
             target = _free(folder, local_name(key), len(fetched))
-            self._buckets.fetch(account, address.bucket, key, target)
+            self._buckets(address.bucket).fetch(account, address.bucket, key, target)
             fetched.append(target)
         return fetched
 
@@ -124,20 +124,25 @@ class Locations:
             return f"{uri.rstrip('/')}/{name}"
         address = _address(uri)
         key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
-        self._buckets.write(account, address.bucket, key, data)
+        self._buckets(address.bucket).write(account, address.bucket, key, data)
         return f"s3://{address.bucket}/{key}"
+
+    def _buckets(self, bucket: str) -> Buckets:
+        """Files that were uploaded through the OpenAI API are here, whatever ``s3://`` else means."""
+        return self._own if bucket == UPLOADS else self._given
 
     def _keys(self, account: str, address: _Address) -> list[str]:
         """Keys of the objects that an address names."""
         bucket, key = address.bucket, address.key
-        self._buckets.check_bucket(account, bucket)
+        buckets = self._buckets(bucket)
+        buckets.check_bucket(account, bucket)
         if not key and not address.folder:
             raise LocationRefused(f"s3://{bucket} names a bucket and no object in it.")
         if not address.folder:
-            if not self._buckets.holds(account, bucket, key):
+            if not buckets.holds(account, bucket, key):
                 raise LocationRefused(f"There is no object s3://{bucket}/{key}.")
             return [key]
-        keys = [each for each in self._buckets.below(account, bucket, key) if each.endswith(ROWS)]
+        keys = [each for each in buckets.below(account, bucket, key) if each.endswith(ROWS)]
         if not keys:
             text = f"There is no object below s3://{bucket}/{key} whose key ends with {ROWS}."
             raise LocationRefused(text)

@@ -20,11 +20,10 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import ObjectRefused
 from luthier.store.database import Base, Database, now
+from luthier.store.locations import UPLOADS
 from luthier.store.object_rows import Described
 from luthier.store.objects import Objects
 
-BUCKET = "luthier-files"
-"""Name of the bucket in each account."""
 _LETTERS = string.ascii_letters + string.digits
 
 
@@ -50,7 +49,7 @@ class UploadedFile(Base):
 
 def address_of(file_id: str) -> str:
     """How jobs name the bytes of a file."""
-    return f"s3://{BUCKET}/{file_id}"
+    return f"s3://{UPLOADS}/{file_id}"
 
 
 class UploadedFiles:
@@ -78,7 +77,7 @@ class UploadedFiles:
             for piece in pieces:
                 file.write(piece)
             written = file.finish()
-        self.objects.put(account, BUCKET, file_id, written, Described())
+        self.objects.put(account, UPLOADS, file_id, written, Described())
         created = now()
         row = UploadedFile(
             id=file_id,
@@ -136,7 +135,9 @@ class UploadedFiles:
 
     def read(self, row: UploadedFile) -> Iterator[bytes]:
         """The bytes of a file, in pieces."""
-        _, pieces = self.objects.reading(row.account, BUCKET, row.id, lambda found: (0, found.size))
+        _, pieces = self.objects.reading(
+            row.account, UPLOADS, row.id, lambda found: (0, found.size)
+        )
         return pieces
 
     def delete(self, account: str, file_id: str) -> bool:
@@ -146,7 +147,7 @@ class UploadedFiles:
             if row is None:
                 return False
             row.deleted = now()
-        self.objects.delete(account, BUCKET, [file_id])
+        self.objects.delete(account, UPLOADS, [file_id])
         return True
 
     def remove_expired(self) -> int:
@@ -159,12 +160,12 @@ class UploadedFiles:
             for row in rows:
                 row.deleted = now()
         for row in rows:
-            self.objects.delete(row.account, BUCKET, [row.id])
+            self.objects.delete(row.account, UPLOADS, [row.id])
         return len(rows)
 
     def _need_bucket(self, account: str) -> None:
         try:
-            self.objects.create_bucket(account, BUCKET)
+            self.objects.create_bucket(account, UPLOADS)
         except ObjectRefused as refused:
             if refused.code != "BucketAlreadyOwnedByYou":
                 raise

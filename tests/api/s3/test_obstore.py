@@ -10,7 +10,7 @@ import pytest
 
 from luthier.data.rows import load_rows
 from luthier.errors import DownloadError, LocationRefused
-from luthier.store.locations import Locations
+from luthier.store.locations import UPLOADS, Locations
 
 pytest.importorskip("obstore")
 SECRET = "a secret of thirty letters, or so"
@@ -50,6 +50,24 @@ def test_data_at_another_endpoint(
     for uri in (f"s3://{bucket}/none", f"s3://{bucket}/none/", "s3://no-such-bucket/k"):
         with pytest.raises(LocationRefused):
             locations.check(ACCOUNT, uri)
+
+
+def test_uploads_are_here_whatever_else_is_at_another_endpoint(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKONE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    objects = service.objects
+    objects.create_bucket(ACCOUNT, UPLOADS)
+    Locations(objects.database, files=objects.files).write(
+        ACCOUNT, f"s3://{UPLOADS}", "file-1", b"rows"
+    )
+    silent = Locations(objects.database, s3_endpoint="http://127.0.0.1:1", files=objects.files)
+    silent.check(ACCOUNT, f"s3://{UPLOADS}/file-1")
+    with pytest.raises(LocationRefused):
+        silent.check(ACCOUNT, f"s3://{UPLOADS}/file-2")
+    with pytest.raises(DownloadError):
+        silent.check(ACCOUNT, "s3://elsewhere/rows.jsonl")
 
 
 def test_an_endpoint_that_does_not_let_us_in_or_answer(

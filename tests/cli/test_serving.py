@@ -1,0 +1,53 @@
+"""What ``luthier serve`` is told, before it serves anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from luthier.api.service import LAMBDA
+from luthier.cli.app import app
+from luthier.cli.serving import _graders
+from luthier.errors import RefusedInput
+
+
+def refused(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["serve", *arguments])
+    assert done.exit_code == 2, done.output
+    return done.output
+
+
+def test_graders_are_named_and_checked(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text('method = "exact"\n')
+    bad.write_text('method = "telepathy"\n')
+    assert _graders([f"reward={good}"]) == {"reward": {"method": "exact"}}
+    for given in ("reward", "=x", "reward=", f"reward={bad}", f"reward={tmp_path / 'none.toml'}"):
+        with pytest.raises(RefusedInput):
+            _graders([given])
+
+
+@pytest.mark.parametrize(
+    ("arn", "name"),
+    [
+        ("arn:aws:lambda:us-east-1:000000000000:function:reward", "reward"),
+        ("arn:aws:lambda:us-east-1:000000000000:function:reward:7", "reward"),
+        ("arn:aws:lambda:us-east-1:000000000000:function:", None),
+        ("arn:aws:s3:us-east-1:000000000000:function:reward", None),
+        ("reward", None),
+    ],
+)
+def test_functions_are_known_by_name(arn: str, name: str | None) -> None:
+    found = LAMBDA.fullmatch(arn)
+    assert (found["name"] if found else None) == name
+
+
+def test_what_cannot_be_served_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "cert.pem"
+    file.write_text("no certificate")
+    assert "--tls-cert and --tls-key" in refused("--tls-cert", str(file))
+    assert "--tls-port" in refused("--tls-port", "1")
+    assert "not a file" in refused("--tls-cert", str(file), "--tls-key", str(tmp_path / "none"))
+    assert "no database luthier knows" in refused("--database", "mysql://a/b")
