@@ -146,7 +146,14 @@ class Server:
         self._socket = socket.socket(proto=socket.IPPROTO_TCP)
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(self._call, interface="asgi3", log_level="critical", lifespan="off")
+        config = uvicorn.Config(
+            self._call,
+            interface="asgi3",
+            log_level="critical",
+            lifespan="off",
+            # Clients keep connections open that nobody closes.
+            timeout_graceful_shutdown=1,
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
@@ -176,7 +183,7 @@ class Server:
 
     def close(self) -> None:
         self._server.should_exit = True
-        self._thread.join()
+        self._thread.join(10)
         self._socket.close()
 
     @contextmanager

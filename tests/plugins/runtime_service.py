@@ -121,7 +121,9 @@ def runtime_service(
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(made, "127.0.0.1", port, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(made, "127.0.0.1", port, log_level="error", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -183,7 +183,9 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
     )
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(Server(face), log_level="error", lifespan="off", ws="none")
+    config = uvicorn.Config(
+        Server(face), log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
