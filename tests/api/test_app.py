@@ -74,10 +74,12 @@ class Echo:
         name = path.rpartition("/")[2]
         works = {"echo": self.echo, "fail": self.fail, "stream": self.stream, "full": self.full}
         works["deny"] = self.deny
+        works["large"] = lambda call: Answer.of(len(call.body))
         works["wait"] = lambda call: Answer(200, self.waiting)
         if name not in works:
             raise Fault("UnknownOperation", "There is no such operation.")
-        return Route(f"test.{name}", works[name], {"name": name}, body_limit=1000)
+        limit = 10_000_000 if name == "large" else 1000
+        return Route(f"test.{name}", works[name], {"name": name}, limit)
 
     def refusal(self, fault: Fault, request_id: str) -> Answer:
         return Answer.of({"code": fault.code, "message": fault.message, "id": request_id}, 400)
@@ -197,10 +199,16 @@ def test_an_unknown_path_is_told_to_those_alone_who_are_let_in(server: Server) -
     assert server.ask("GET", "/nowhere", key=None)[1]["code"] == "UnrecognizedClient"
 
 
+def test_an_unknown_path_with_a_body_is_an_unknown_path(server: Server) -> None:
+    assert server.ask("POST", "/v1/moderations", b"a" * 5000)[1]["code"] == "UnknownOperation"
+
+
 def test_a_signature_is_checked_over_the_body_and_a_key_before_it(server: Server) -> None:
     server.ask("POST", "/x/echo", b"abc", key="AWS4-HMAC-SHA256 Credential=A/20260101/r/bedrock/x")
     server.ask("POST", "/x/echo", b"abc")
-    assert server.door.bodies == [b"abc", b""]
+    assert server.ask("POST", "/x/large", b"a" * 3_000_000)[0] == 200
+    assert server.ask("POST", "/x/large", b"a" * 3_000_000, key="Bearer bad")[0] == 400
+    assert server.door.bodies == [b"abc", b"abc", b"", b""]
 
 
 def test_large_bodies_are_refused_before_they_are_read(server: Server) -> None:

@@ -221,7 +221,6 @@ def test_a_recipe_goes_in_whole_and_bad_ones_are_refused(server: Served, rows: s
         ({"training": ["s3://training/none.jsonl"]}, "none.jsonl"),
         ({"training": ["file:///etc/passwd"]}, "folders"),
         ({"name": "second"}, "in use"),
-        ({"model_name": "first-model"}, "in use"),
     ]
     for change, word in wrong:
         fresh = {**asked, "name": "third", "model_name": "third-model"}

@@ -15,12 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
-import anyio
-import anyio.to_thread
-
 from luthier.api.observability import Observed, Observer
 from luthier.api.policies import noted
 from luthier.api.sending import ClientGone, Receive, Send, read_body, send_answer
+from luthier.api.threads import Threads
 from luthier.api.wire import Answer, Call, Caller, Face, Fault, Head, Route, Signed
 from luthier.errors import RefusedInput
 from luthier.store.database import now
@@ -31,8 +29,12 @@ OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
-THREADS = 256
-"""Requests worked on at once; each stream that waits for its next token holds one."""
+SMALL = 2_000_000
+"""Bytes of a body that is read from anybody: of a signature it is part, an unknown path ignores it."""
+LARGEST_SIGNED = 25_000_000
+"""Bytes of a signed body, which is read before its sender is known."""
+THREADS, STREAMS = 64, 256
+"""Requests that are worked on at once, and streams that wait for their next piece."""
 
 _log = logging.getLogger("luthier.api")
 
@@ -99,7 +101,7 @@ class Application:
         """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing."""
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
         self.observer, self.trail, self.ready = observer, trail, ready
-        self._threads: anyio.CapacityLimiter | None = None
+        self._run, self._wait = Threads(THREADS, "request"), Threads(STREAMS, "stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request; other kinds of connections are refused."""
@@ -117,7 +119,8 @@ class Application:
         began = time.perf_counter()
         try:
             if head.path in OPEN_PATHS:
-                seen.status = await send_answer(send, receive, self._open(head.path), self.run)
+                answer = await self._run(self._open, head.path)
+                seen.status = await send_answer(send, receive, answer, self._wait)
             elif _service(head) == "s3" and not _named_face(head.path):
                 await self._objects(head, receive, send, seen)
             else:
@@ -126,12 +129,6 @@ class Application:
             seen.status = 499
         finally:
             self.observer.finished(seen, time.perf_counter() - began)
-
-    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call something that blocks, in a thread."""
-        if self._threads is None:
-            self._threads = anyio.CapacityLimiter(THREADS)
-        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._threads)
 
     def _open(self, path: str) -> Answer:
         if path == "/metrics":
@@ -144,12 +141,12 @@ class Application:
 
         async def audited(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start" and message["status"] < 400:
-                await self.run(self._note, seen)
+                await self._run(self._note, seen)
             await send(message)
 
         try:
             # The body is compared with its signed hash as it is read.
-            signed = await self.run(self.authenticator.authenticate, head, None)
+            signed = await self._run(self.authenticator.authenticate, head, None)
             seen.let_in("s3", signed.caller)
             self.admit(signed.caller)
             seen.operation = f"s3.{head.method}"
@@ -158,7 +155,7 @@ class Application:
         except Fault as fault:
             self._refused(seen, fault)
             answer = _closing(head, face.refusal(fault, seen.request_id))
-            seen.status = await send_answer(send, receive, answer, self.run)
+            seen.status = await send_answer(send, receive, answer, self._wait)
 
     async def _face(self, head: Head, receive: Receive, send: Send, seen: Observed) -> None:
         name, face = self._chosen(head.path)
@@ -180,7 +177,7 @@ class Application:
             text = f"Something failed inside the service; its log has request {seen.request_id}."
             answer = face.refusal(Fault("InternalServer", text), seen.request_id)
             seen.error = "InternalServer"
-        seen.status = await send_answer(send, receive, answer, self.run)
+        seen.status = await send_answer(send, receive, answer, self._wait)
 
     def _chosen(self, path: str) -> tuple[str, Face]:
         if path.startswith(OPENAI_PATHS):
@@ -191,14 +188,29 @@ class Application:
 
     async def _answer(self, face: Face, head: Head, receive: Receive, seen: Observed) -> Answer:
         route, unknown = _routed(face, head)
-        limit = route.body_limit if route else 0
-        signed = None
-        if _bearer(head):
-            # A key needs no body to be known; a large one is only read from those who may send it.
-            signed = await self.run(self.authenticator.authenticate, head, b"")
+        signed, limit = None, route.body_limit if route else SMALL
+        if _is_large(head):
+            # A key needs no body to be known: a large one is only read from those who may send it.
+            # Of signatures it is part, so that nobody's is read without end.
+            if _bearer(head) or not _signed(head):
+                signed = await self._run(self.authenticator.authenticate, head, b"")
+            else:
+                limit = min(limit, LARGEST_SIGNED)
         body = await read_body(head, receive, limit)
-        if signed is None:
-            signed = await self.run(self.authenticator.authenticate, head, body)
+        # One thread does all of it: to change threads costs as much as to look something up.
+        answer: Answer = await self._run(self._work, head, body, route, unknown, seen, signed)
+        return answer
+
+    def _work(
+        self,
+        head: Head,
+        body: bytes,
+        route: Route | None,
+        unknown: Fault | None,
+        seen: Observed,
+        signed: Signed | None,
+    ) -> Answer:
+        signed = signed or self.authenticator.authenticate(head, body)
         seen.let_in(seen.face, signed.caller)
         self.admit(signed.caller)
         if route is None:
@@ -215,10 +227,6 @@ class Application:
             now(),
             route.params,
         )
-        answer: Answer = await self.run(self._work, route, call, seen)
-        return answer
-
-    def _work(self, route: Route, call: Call, seen: Observed) -> Answer:
         with noted() as seen.asked:
             answer = route.handler(call)
         self._note(seen)
@@ -279,6 +287,17 @@ def _service(head: Head) -> str:
             return parts[3] if len(parts) > 3 else ""
     presigned = parse_qs(head.query).get("X-Amz-Credential", [""])[0].split("/")
     return presigned[3] if len(presigned) > 3 else ""
+
+
+def _is_large(head: Head) -> bool:
+    """Whether the body may be more than :data:`SMALL`, by what the head says of it."""
+    told = [value for name, value in head.headers if name == "content-length"]
+    return not (told and told[0].isdigit() and int(told[0]) <= SMALL) and head.method != "GET"
+
+
+def _signed(head: Head) -> bool:
+    named = any(name == "authorization" for name, _ in head.headers)
+    return named or "X-Amz-Signature" in head.query
 
 
 def _bearer(head: Head) -> bool:

@@ -14,6 +14,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Run = Callable[..., Awaitable[Any]]
 """Calls something that blocks, in a thread."""
+POLL_SECONDS = 0.5
+"""After an empty piece: there is nothing yet, and it is asked for again."""
+IDLE_SECONDS = 60.0
+"""Between two parts of a request's body at most."""
 
 
 class ClientGone(Exception):
@@ -33,7 +37,10 @@ async def read_body(head: Head, receive: Receive, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
+        try:
+            message = await asyncio.wait_for(receive(), IDLE_SECONDS)
+        except TimeoutError:
+            raise Fault("Validation", "The body of the request did not come to its end.") from None
         if message["type"] == "http.disconnect":
             raise ClientGone
         parts.append(message.get("body", b""))
@@ -86,6 +93,8 @@ async def _stream(send: Send, receive: Receive, pieces: Iterator[bytes], run: Ru
                 break
             if found:
                 await send({"type": "http.response.body", "body": found, "more_body": True})
+            else:
+                await asyncio.wait((gone,), timeout=POLL_SECONDS)
         await send({"type": "http.response.body", "body": b""})
     finally:
         gone.cancel()

@@ -103,6 +103,8 @@ def _configs(application: Any, ports: Ports) -> list[uvicorn.Config]:
             log_config=None,
             access_log=False,
             server_header=False,
+            # Who is logged is who is connected: nobody says of himself where he comes from.
+            proxy_headers=False,
             timeout_graceful_shutdown=GRACE,
             ssl_certfile=ports.tls_certificate if tls else None,
             ssl_keyfile=ports.tls_key if tls else None,

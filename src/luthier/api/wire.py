@@ -8,13 +8,21 @@ a :class:`Fault` that the face writes in its own way.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Protocol
 
-from luthier.errors import LuthierError, QuotaExceeded, RefusedInput, WrongState
+from luthier.errors import (
+    DoesNotFit,
+    LuthierError,
+    QuotaExceeded,
+    RefusedInput,
+    UnknownModel,
+    WrongState,
+)
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,30 @@ class Call:
         """The body as JSON; ``None`` where there is none.
 
         Raises:
-            ValueError: for what is not JSON in UTF-8, or holds numbers that are not finite.
+            ValueError: for what is not JSON in UTF-8, is nested too deeply, or holds numbers that are
+                not finite.
         """
-        return json.loads(self.body, parse_constant=_not_finite) if self.body.strip() else None
+        try:
+            found = json.loads(self.body, parse_constant=_not_finite) if self.body.strip() else None
+            if b"\\u" in self.body:
+                _check_text(found)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        return found
+
+
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def _check_text(value: Any) -> None:
+    """Refuse what no database keeps: halves of surrogate pairs, and the character 0."""
+    text = json.dumps(value, ensure_ascii=False)
+    if _NUL.search(text):
+        raise ValueError("it holds the character U+0000")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a surrogate pair") from None
 
 
 def _not_finite(text: str) -> Any:
@@ -111,7 +140,7 @@ class Answer:
     @staticmethod
     def of(value: Any, status: int = 200, **headers: str) -> Answer:
         """``value`` as JSON."""
-        body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        body = json.dumps(value, separators=(",", ":")).encode()
         return Answer(status, body, {"Content-Type": "application/json", **headers})
 
 
@@ -132,6 +161,11 @@ class Fault(LuthierError):
     @staticmethod
     def of(error: RefusedInput) -> Fault:
         """What a refusal of the parts below becomes, where a face says nothing closer."""
+        if isinstance(error, DoesNotFit):
+            # Names of the server's folders are not for clients.
+            return Fault("ServiceUnavailable", "The server has no room for it now.")
+        if isinstance(error, UnknownModel):
+            return Fault("ResourceNotFound", "The files of the model are not there.")
         kinds = ((QuotaExceeded, "ServiceQuotaExceeded"), (WrongState, "Conflict"))
         code = next((name for kind, name in kinds if isinstance(error, kind)), "Validation")
         return Fault(code, str(error))

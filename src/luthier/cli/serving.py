@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,6 +73,8 @@ def serve(
         from luthier.api.service import Service
         from luthier.api.settings import Settings
 
+        # Keys, data and databases are for nobody else on this machine.
+        os.umask(0o077)
         ports = server.Ports(host, port, tls_cert, tls_key, tls_port)
         ports.check()
         settings = Settings(

@@ -22,6 +22,7 @@ def worker(
     ] = None,
 ) -> None:
     """Train one job of the service."""
+    os.umask(0o077)
     # What answers requests beside it comes first.
     os.nice(5)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")

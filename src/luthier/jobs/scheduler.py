@@ -39,6 +39,7 @@ LATER = 10.0
 RETURN = 60.0
 """Seconds that workers are given to make a checkpoint when the server ends."""
 
+_SECRETS = ("LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP")
 _log = logging.getLogger(__name__)
 
 
@@ -232,7 +233,7 @@ class Scheduler:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **self.environment},
+                env={**_inherited(), **self.environment},
                 start_new_session=True,
             )
         finally:
@@ -273,6 +274,11 @@ class Watch:
     def forget(self, kept: set[str]) -> None:
         """Drop what is known of leases that are no more."""
         self._seen = {lease: seen for lease, seen in self._seen.items() if lease in kept}
+
+
+def _inherited() -> dict[str, str]:
+    """This process's variables, but for those that open the service to whoever reads them."""
+    return {name: value for name, value in os.environ.items() if name not in _SECRETS}
 
 
 def _how(status: int | None) -> str:

@@ -33,6 +33,8 @@ _GROUPS = ("training", "adaptation", "objective", "sampling", "insights", "teach
 _DATA = ("long_rows", "validation_share", "columns", "augmentation", "severity")
 """Fields of a recipe that a request may set; the others name files, models or other machines."""
 _TEACHER = ("batch_size",)
+_NAMING = ("grader", "graders", "teacher", "judge", "reward", "model", "url")
+"""Fields that name a model, an address or what grades."""
 MOST_CORES = 16
 """Threads of one job where nothing is said; more hardly help networks of the sizes tuned here."""
 
@@ -148,7 +150,10 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
     data["severity"] = {"leakage.many": "warning", **data.get("severity", {})}
     fields["data"] = data
     training = dict(fields.get("training", {}))
-    training.setdefault("threads", min(os.cpu_count() or 1, MOST_CORES))
+    cores = os.cpu_count() or 1
+    training.setdefault("threads", min(cores, MOST_CORES))
+    if isinstance(training["threads"], int) and training["threads"] > cores:
+        raise RecipeError(f"training.threads: there are {cores} cores")
     fields["training"] = training
     objective = dict(fields.get("objective", {}))
     kind = asked.customization_type
@@ -168,18 +173,34 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
     # Fine-tuning goes by its rows: what is preferred is learned by DPO.
     if objective:
         fields["objective"] = objective
-    return parse(DistilRecipe if kind == DISTILLATION else Recipe, fields)
+    recipe = parse(DistilRecipe if kind == DISTILLATION else Recipe, fields)
+    if kind != DISTILLATION and recipe.objective is not None and recipe.objective.others:
+        raise RecipeError(f"objective {recipe.objective.method} needs DISTILLATION and a teacher")
+    return recipe
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, where only fields are set that a request may set."""
+    """The same, where only fields are set that a request may set.
+
+    Models, graders and teachers are never among them: whose they are is for the faces to find out.
+    """
     data, teacher = given.get("data", {}), given.get("teacher", {})
     refused = [key for key in given if key not in (*_GROUPS, "data")]
+    for group in ("objective", "insights", "sampling"):
+        named = given.get(group, {})
+        refused += [f"{group}.{key}" for key in named if key in _NAMING or _nested(named[key])]
     refused += [f"data.{key}" for key in data if key not in _DATA]
     refused += [f"teacher.{key}" for key in teacher if key not in _TEACHER]
     if refused:
         raise RecipeError(f"a customization job cannot set {', '.join(refused)}")
     return dict(given)
+
+
+def _nested(value: Any) -> bool:
+    """Whether a value could hold a field of :data:`_NAMING` further down."""
+    return isinstance(value, Mapping) or (
+        isinstance(value, list | tuple) and any(isinstance(each, Mapping) for each in value)
+    )
 
 
 def _one_at_a_time(session: Session, account: str) -> None:

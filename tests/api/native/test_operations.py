@@ -128,3 +128,15 @@ def test_the_document_describes_every_operation() -> None:
     assert [each["name"] for each in methods["get"]["parameters"]] == ["kind", "limit"]
     assert methods["post"]["responses"]["201"]["content"]["application/json"]["schema"]
     assert {"400", "403", "404", "429"} <= methods["get"]["responses"].keys()
+
+
+@pytest.mark.parametrize("text", ['{"name": "\\ud800"}', '{"name": "a\\u0000"}', "[" * 200_000])
+def test_what_no_database_keeps_is_refused(text: str) -> None:
+    with pytest.raises(Fault) as refused:
+        answered("POST", "/api/v1/a/things", text.encode())
+    assert refused.value.code == "Serialization"
+
+
+def test_a_backslash_before_u0000_is_text() -> None:
+    answer = answered("POST", "/api/v1/a/things", b'{"name": "\\\\u0000"}')
+    assert json.loads(answer.body)["name"] == "a:\\u0000"  # type: ignore[arg-type]

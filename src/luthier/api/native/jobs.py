@@ -13,13 +13,12 @@ from pydantic import Field
 from luthier.api.native.context import Context
 from luthier.api.native.operations import Operation, Part, Request, Told
 from luthier.api.wire import Answer, Fault
+from luthier.jobs.rewards import clients_grader
 from luthier.jobs.submit import Submission, submit
 from luthier.store import jobs as queue
 from luthier.store.jobs import ENDED, Job
 
 _NAME = r"[a-zA-Z0-9](-*[a-zA-Z0-9+\-.])*"
-POLL_SECONDS = 0.5
-"""Between two looks for new events."""
 QUIET_SECONDS = 15.0
 """After so long without an event a comment is sent, so that nothing between closes the stream."""
 
@@ -49,9 +48,9 @@ class NewJob(Part):
     """Of reinforcement fine-tuning: ``method`` and fields of a grader."""
     output: str | None = None
     """Address below which metrics and certificate are written."""
-    priority: int = Field(default=0, ge=-100, le=100)
-    """Higher is started first."""
-    time_limit_seconds: int | None = Field(default=None, ge=1)
+    priority: int = Field(default=0, ge=-100, le=0)
+    """Lower is started later than the jobs of others."""
+    time_limit_seconds: int | None = Field(default=None, ge=1, le=10**8)
     """Seconds of work after which it is failed."""
 
 
@@ -93,14 +92,14 @@ class Page(Part):
 
     state: str | None = None
     limit: int = Field(default=100, ge=1, le=1000)
-    position: int | None = Field(default=None, ge=0)
+    position: int | None = Field(default=None, ge=0, le=2**62)
     """``next`` of the page before."""
 
 
 class Since(Part):
     """Which events are wanted."""
 
-    after: int = Field(default=0, ge=0)
+    after: int = Field(default=0, ge=0, le=2**62)
     """``id`` of the last event that is known."""
     follow: bool = True
     """Stay until the job has ended; else only what is there now."""
@@ -165,7 +164,7 @@ class _Jobs:
                     teacher=context.base(session, request.account, asked.teacher)
                     if asked.teacher
                     else None,
-                    grader=asked.grader,
+                    grader=clients_grader(asked.grader) if asked.grader else None,
                     output=asked.output,
                     request=asked.model_dump(mode="json", exclude_unset=True),
                     priority=asked.priority,
@@ -239,7 +238,7 @@ class _Jobs:
                 if time.monotonic() - quiet > QUIET_SECONDS:
                     quiet = time.monotonic()
                     yield b": still here\n\n"
-                time.sleep(POLL_SECONDS)
+                # Nothing yet: the application asks again, and no thread waits.
                 yield b""
 
     def _job(self, request: Request) -> Job:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from luthier.api.app import THREADS
+from luthier.api.app import STREAMS
 from luthier.api.s3 import errors
 from luthier.api.s3.body import OBJECT_LIMIT, Body, ClientLeft
 from luthier.api.s3.documents import DOCUMENT_LIMIT
@@ -92,5 +92,5 @@ class S3Face:
     async def _run(self, function: Callable[..., _T], *arguments: object) -> _T:
         """Call something that blocks, in a thread."""
         if self._threads is None:
-            self._threads = anyio.CapacityLimiter(THREADS)
+            self._threads = anyio.CapacityLimiter(STREAMS)
         return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._threads)
