@@ -31,9 +31,12 @@ class Arn:
 
     @staticmethod
     def parse(text: str) -> Arn | None:
-        """The parts of ``text``; ``None`` where it is no ARN of Bedrock."""
+        """The parts of ``text``; ``None`` where it is no ARN of Bedrock.
+
+        Other partitions than ``aws`` name nothing here: a policy would not know them again.
+        """
         found = re.fullmatch(
-            r"arn:aws(?:-[^:]+)?:bedrock:([a-z0-9-]{1,20}):([0-9]{12})?:([a-z-]+)/([^\s:]+)", text
+            r"arn:aws:bedrock:([a-z0-9-]{1,20}):([0-9]{12})?:([a-z-]+)/([^\s:]+)", text
         )
         return Arn(found[1], found[2] or "", found[3], found[4]) if found else None
 

@@ -34,13 +34,21 @@ class Context:
     wake: Callable[[], None]
     """Tells the scheduler that there is something to do."""
 
-    def allow(self, request: Request, action: str, path: str) -> None:
-        """Refuse a caller who may not; ``path`` is the end of an ARN, or ``*`` for everything."""
-        resource = path
-        if path != "*":
-            kind, _, rest = path.partition("/")
-            resource = self.arns.of(request.account, kind, rest)
-        self.authorize(request.call.caller, f"luthier:{action}", resource)
+    def allow(self, request: Request, action: str, path: str, shown: str | None = None) -> None:
+        """Refuse a caller who may not; ``path`` is the end of an ARN, or ``*`` for everything.
+
+        A refusal names ``shown``, the end as the caller wrote it: who asked by a name learns no id.
+        """
+        resource = self._resource(request, path)
+        try:
+            self.authorize(request.call.caller, f"luthier:{action}", resource)
+        except Fault as fault:
+            told = fault.message.replace(resource, self._resource(request, shown or path))
+            raise Fault(fault.code, told) from None
+
+    def _resource(self, request: Request, path: str) -> str:
+        kind, _, rest = path.partition("/")
+        return path if path == "*" else self.arns.of(request.account, kind, rest)
 
     def base(
         self, session: Session, account: str, identifier: str

@@ -192,19 +192,15 @@ class _Jobs:
         return JobsTold(jobs=[_told(job) for job in found[: page.limit]], next=following)
 
     def get(self, request: Request) -> JobTold:
-        self.context.allow(request, "GetJob", f"model-customization-job/{request.params['job']}")
-        return _told(self._job(request))
+        return _told(self._job(request, "GetJob"))
 
     def changed(self, name: str, act: Any) -> Any:
         """The handler that does ``act`` to a job."""
 
         def run(request: Request) -> JobTold:
-            resource = f"model-customization-job/{request.params['job']}"
-            self.context.allow(request, f"{name.capitalize()}Job", resource)
             with self.context.database.write() as session:
                 job = queue.get(session, request.account, request.params["job"], lock=True)
-                if job is None:
-                    raise _missing(request)
+                job = self._allowed(request, f"{name.capitalize()}Job", job)
                 told = _told(act(session, job))
             self.context.wake()
             return told
@@ -212,8 +208,7 @@ class _Jobs:
         return run
 
     def events(self, request: Request) -> Answer:
-        self.context.allow(request, "GetJob", f"model-customization-job/{request.params['job']}")
-        job, since = self._job(request), request.query
+        job, since = self._job(request, "GetJob"), request.query
         known = request.call.headers.get("last-event-id", "")
         # A number beyond what databases hold is nobody's event.
         after = int(known) if known.isdigit() and len(known) < 19 else since.after
@@ -241,16 +236,19 @@ class _Jobs:
                 # Nothing yet: the application asks again, and no thread waits.
                 yield b""
 
-    def _job(self, request: Request) -> Job:
+    def _job(self, request: Request, action: str) -> Job:
         with self.context.database.read() as session:
             job = queue.get(session, request.account, request.params["job"])
+        return self._allowed(request, action, job)
+
+    def _allowed(self, request: Request, action: str, job: Job | None) -> Job:
+        """The job, where the caller may; a policy decides on its ARN, whatever it was called by."""
+        shown = f"model-customization-job/{request.params['job']}"
+        path = f"model-customization-job/{job.foundation}/{job.id}" if job else shown
+        self.context.allow(request, action, path, shown)
         if job is None:
-            raise _missing(request)
+            raise Fault("ResourceNotFound", f"There is no job {request.params['job']!r}.")
         return job
-
-
-def _missing(request: Request) -> Fault:
-    return Fault("ResourceNotFound", f"There is no job {request.params['job']!r}.")
 
 
 def _told(job: Job) -> JobTold:

@@ -6,12 +6,13 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from luthier.api.native.context import Context
 from luthier.api.native.operations import Operation, Request, Told
 from luthier.api.wire import Fault
 from luthier.store.custom_models import RESERVED, CustomModel
-from luthier.store.foundation import FoundationModel, foundation_models
+from luthier.store.foundation import FoundationModel, foundation_model, foundation_models
 
 
 class ModelTold(Told):
@@ -77,10 +78,8 @@ class _Models:
         return ModelsTold(models=told + [self._custom(each) for each in found])
 
     def get(self, request: Request) -> ModelTold:
-        name = request.params["model"]
-        self.context.allow(request, "GetModel", f"custom-model/{name}")
         with self.context.database.read() as session:
-            found = self.context.base(session, request.account, name)
+            found = foundation_model(request.params["model"]) or self._own(request, session)
         if isinstance(found, FoundationModel):
             return self._foundation(found)
         return self._custom(found)
@@ -88,10 +87,9 @@ class _Models:
     def certificate(self, request: Request) -> CertificateTold:
         from luthier.store.models import find
 
-        name, lineage = request.params["model"], []
-        self.context.allow(request, "GetModel", f"custom-model/{name}")
+        lineage: list[str] = []
         with self.context.database.read() as session:
-            model = self.context.custom(session, request.account, name)
+            model = self._own(request, session)
             stored, below = str(model.stored_id), model
             lineage.append(self._arn(below))
             lineage.append(below.base_model)
@@ -102,6 +100,19 @@ class _Models:
                     break  # deleted since; its ARN is all that is left of it here
                 lineage.append(below.base_model)
         return CertificateTold(model=lineage[0], certificate=find(stored).manifest, lineage=lineage)
+
+    def _own(self, request: Request, session: Session) -> CustomModel:
+        """The account's model, where the caller may; a policy decides on its ARN."""
+        name, missing = request.params["model"], None
+        try:
+            model = self.context.custom(session, request.account, name)
+            path = f"custom-model/{model.foundation}/{model.id}"
+        except Fault as fault:
+            path, missing = f"custom-model/{name}", fault
+        self.context.allow(request, "GetModel", path, f"custom-model/{name}")
+        if missing is not None:
+            raise missing
+        return model
 
     def _arn(self, model: CustomModel) -> str:
         return self.context.arns.custom_model(model.account, model.foundation, model.id)
