@@ -81,6 +81,8 @@ class _Models:
         with self.context.database.read() as session:
             found = foundation_model(request.params["model"]) or self._own(request, session)
         if isinstance(found, FoundationModel):
+            arn = self.context.arns.foundation_model(found.id)
+            self.context.authorize(request.call.caller, "luthier:GetModel", arn)
             return self._foundation(found)
         return self._custom(found)
 
