@@ -88,7 +88,7 @@ def test_messages_of_amazon_s_form(runtime_client: Any) -> None:
         {"prompt": "x", "top_p": 1.5},
         {"prompt": "x", "temperature": -1},
         {"prompt": "x", "unknown": 1},
-        {"inputText": "x"},
+        {"inputText": ""},
         {"schemaVersion": "messages-v2", "messages": []},
     ],
 )
