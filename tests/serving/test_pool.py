@@ -119,6 +119,34 @@ def test_embeddings_do_not_depend_on_their_batch(
     large.close()
 
 
+def test_a_model_that_writes_gives_the_mean_of_its_states(
+    pool: ModelPool, folders: list[str], tiny_model_folder: Path
+) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["a card", "my new card has not arrived", "fox"]
+    writing = pool.submit(folders[0], Request("The quick", max_tokens=20, temperature=0))
+    found = pool.embed(folders[0], texts)
+    assert (
+        writing.whole()[0].text
+        == pool.submit(folders[0], Request("The quick", max_tokens=20, temperature=0))
+        .whole()[0]
+        .text
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    network = AutoModel.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
+    for text, given in zip(texts, found, strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            mean_H = network(input_ids=ids).last_hidden_state[0].mean(0).numpy()
+        assert given.tokens == ids.shape[1]
+        assert np.allclose(given.vector, mean_H / np.linalg.norm(mean_H), atol=1e-5)
+        assert pool.embed(folders[0], [text]) == [given]
+    assert pool.embed(folders[0], [[5, 6, 7]])[0].vector
+    with pytest.raises(TooLong):
+        pool.embed(folders[0], ["fox " * 2000])
+
+
 def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[str]) -> None:
     """One waits until the other gives it back."""
     bias = {1: -100.0}

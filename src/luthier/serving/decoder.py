@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network
     from luthier.serving.constraints import Matcher
     from luthier.serving.stepping import Stepper
     from luthier.store.models import StoredModel
@@ -95,6 +96,11 @@ class Decoder:
         vocabulary = int(network.model.config.vocab_size)
         stepper = stepper_of(network, context)
         return Decoder(stepper, chat_format(stored), soft, vocabulary, memory)
+
+    @property
+    def network(self) -> Network:
+        """The network, to read with beside what is written; weights do not change."""
+        return self._stepper.network
 
     @property
     def idle(self) -> bool:

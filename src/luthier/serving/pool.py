@@ -46,10 +46,19 @@ class _Entry:
     bytes: int
     ready: threading.Event = field(default_factory=threading.Event)
     model: Any = None
+    reader: Any = None
+    """The :class:`Embedder` over its network; a model that reads is one itself."""
     error: Exception | None = None
     uses: int = 0
     gone: bool = False
     """Whether it is let go of once nothing is asked of it."""
+
+    def close(self) -> None:
+        """End its work, where it was loaded."""
+        if self.model is not None:
+            self.model.close()
+        if self.reader is not self.model:
+            self.reader.close()
 
 
 class ModelPool:
@@ -77,7 +86,7 @@ class ModelPool:
         """
         entry = self._acquire(model_id)
         try:
-            stream = _writer(entry.model, model_id).submit(request)
+            stream = _writer(entry).submit(request)
         except BaseException:
             self._release(entry)
             raise
@@ -86,13 +95,13 @@ class ModelPool:
 
     def count(self, model_id: str, prompt: Prompt) -> int:
         """Tokens of ``prompt`` as the model reads it."""
-        with self._using(model_id) as model:
-            return len(_writer(model, model_id).encode(prompt))
+        with self._using(model_id) as entry:
+            return len(_writer(entry).encode(prompt))
 
     def token_bytes(self, model_id: str, ids: Sequence[int]) -> list[bytes]:
         """What tokens of a model stand for."""
-        with self._using(model_id) as model:
-            return [_writer(model, model_id).constraints.token_bytes(i) for i in ids]
+        with self._using(model_id) as entry:
+            return [_writer(entry).constraints.token_bytes(i) for i in ids]
 
     def writes(self, model_id: str) -> bool:
         """Whether it writes text, and does not read it only."""
@@ -103,12 +112,11 @@ class ModelPool:
     def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedded]:
         """Vectors of texts, or of texts as tokens.
 
-        Each is computed alone, so that it does not depend on what stands beside it.
+        That of a model that writes is the mean of its last hidden states, with length 1. Each is
+        computed alone, so that it does not depend on what stands beside it.
         """
-        with self._using(model_id) as model:
-            if not isinstance(model, Embedder):
-                raise InferenceRefused(f"{model_id} does not give embeddings.", "model")
-            return [model.embed(text) for text in texts]
+        with self._using(model_id) as entry:
+            return [entry.reader.embed(text) for text in texts]
 
     def forget(self, model_id: str) -> None:
         """Let go of a model that was deleted, as soon as nothing is asked of it."""
@@ -130,10 +138,10 @@ class ModelPool:
             return [name for name, entry in self._entries.items() if entry.model is not None]
 
     @contextmanager
-    def _using(self, model_id: str) -> Iterator[Any]:
+    def _using(self, model_id: str) -> Iterator[_Entry]:
         entry = self._acquire(model_id)
         try:
-            yield entry.model
+            yield entry
         finally:
             self._release(entry)
 
@@ -175,9 +183,7 @@ class ModelPool:
                 raise InferenceFailed(
                     "ModelNotReady", "Other models are at work in all memory. Try again soon."
                 )
-            gone = self._entries.pop(idle)
-            if gone.model is not None:
-                gone.model.close()
+            self._entries.pop(idle).close()
         self._entries[model_id] = entry = _Entry(size)
         return entry
 
@@ -191,8 +197,9 @@ class ModelPool:
                 from luthier.serving.decoder import Decoder
 
                 entry.model = Decoder.open(stored, self.memory)
+                entry.reader = Embedder.of(entry.model)
             else:
-                entry.model = Embedder.open(stored)
+                entry.model = entry.reader = Embedder.open(stored)
         except LuthierError as error:
             entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
         except Exception as error:
@@ -210,23 +217,22 @@ class ModelPool:
         with self._lock:
             entry.uses -= 1
             last = entry.gone and not entry.uses
-        if last and entry.model is not None:
-            entry.model.close()
+        if last:
+            entry.close()
 
 
 def _close_all(entries: OrderedDict[str, _Entry]) -> None:
     while entries:
         _, entry = entries.popitem()
-        if entry.model is not None:
-            entry.model.close()
+        entry.close()
 
 
-def _writer(model: Any, model_id: str) -> Decoder:
+def _writer(entry: _Entry) -> Decoder:
     from luthier.serving.decoder import Decoder
 
-    if not isinstance(model, Decoder):
-        raise InferenceRefused(f"{model_id} reads texts and does not write any.", "model")
-    return model
+    if not isinstance(entry.model, Decoder):
+        raise InferenceRefused("This model reads texts and does not write any.", "model")
+    return entry.model
 
 
 def _weights(stored: StoredModel) -> int:
@@ -238,7 +244,7 @@ def _weights(stored: StoredModel) -> int:
 
 
 class Embedder:
-    """A model in memory that reads: texts become vectors."""
+    """A network in memory that reads: texts become vectors."""
 
     def __init__(self, predictor: Any) -> None:
         self._predictor = predictor
@@ -251,11 +257,22 @@ class Embedder:
 
         return Embedder(Predictor.open(stored))
 
+    @staticmethod
+    def of(writer: Decoder) -> Embedder:
+        """The mean over the network of a model that writes, in the same memory."""
+        from luthier.objectives.contrastive import Contrastive
+        from luthier.serving.prediction import Predictor
+
+        mean = Contrastive(pooling="mean")
+        return Embedder(Predictor(writer.network, mean, writer.chat, writer.context))
+
     def embed(self, text: str | Sequence[int]) -> Embedded:
         """One text, or its tokens, as a vector."""
         with self._lock:
             given = text if isinstance(text, str) else self._predictor.chat.decode(list(text))
             tokens = len(self._predictor.chat.encode_whole(given))
+            if not tokens:
+                raise InferenceRefused("The input has no tokens.", "input")
             if tokens > self._predictor.context:
                 raise TooLong("Input is too long for requested model.", "input")
             answer = self._predictor.answers([Row("", 1, text=given)])[0]

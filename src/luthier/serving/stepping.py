@@ -63,6 +63,8 @@ class Stepper(Protocol):
 
     context: int
     """Tokens of prompt and answer together at most."""
+    network: Network
+    """What it runs."""
 
     def bytes_of(self, tokens: int) -> int:
         """Memory that a sequence of ``tokens`` takes at most."""
@@ -119,7 +121,7 @@ class Together:
         window = getattr(network.model.config, "sliding_window", None)
         # Attention here sees everything; where a network would forget, a sequence ends.
         self.context = min(context, window) if isinstance(window, int) and window else context
-        self._network, self._layout = network, network.layout
+        self.network, self._layout = network, network.layout
         assert isinstance(self._layout, Flat)
         self._first = self._layout.first_position
         self._before = prefix_tokens(network.model)
@@ -148,7 +150,7 @@ class Together:
         """Read the next chunk of the prompt."""
         ids_N = state.ids_T[state.read : state.read + CHUNK]
         size = -(-len(ids_N) // CHUNK_STEP) * CHUNK_STEP
-        device = self._network.device
+        device = self.network.device
         chunk = Chunk(state.span, size, self._before, device)
         padded_N = np.zeros(size, dtype=np.int64)
         padded_N[: len(ids_N)] = ids_N
@@ -193,13 +195,13 @@ class Together:
         """Let go of the network and of all keys and values."""
         self._open.close()
         self._banks = Banks()
-        self._network.close()
+        self.network.close()
 
     def _step(self, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
         size = next(size for size in self.sizes if size >= len(spans))
         fill = [0] * (size - len(spans))
         positions = [self._first + span.length for span in spans]
-        step = Step(spans, self._network.device)
+        step = Step(spans, self.network.device)
         hidden_NH = self._run(
             torch.tensor([*tokens, *fill]), torch.tensor([*positions, *fill]), step
         )
@@ -208,8 +210,8 @@ class Together:
         return self._logits(hidden_NH)[: len(spans)]
 
     def _run(self, ids_N: Tensor, position_N: Tensor, attention: Any) -> Tensor:
-        device = self._network.device
-        output = self._network.model.base_model(
+        device = self.network.device
+        output = self.network.model.base_model(
             input_ids=ids_N[None].to(device),
             position_ids=position_N[None].to(device),
             tree=attention,
@@ -219,10 +221,10 @@ class Together:
         return hidden_NH
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
-        head = packed_weight(self._network.model.get_output_embeddings())
+        head = packed_weight(self.network.model.get_output_embeddings())
         if head is None:
-            return self._network.logits(hidden_NH)
-        return head.product(self._network.before_vocabulary(hidden_NH))
+            return self.network.logits(hidden_NH)
+        return head.product(self.network.before_vocabulary(hidden_NH))
 
     @torch.inference_mode()
     def _probe(self) -> tuple[int, ...]:
@@ -230,7 +232,7 @@ class Together:
 
         Where none does, each sequence steps by itself.
         """
-        size = int(self._network.model.config.vocab_size)
+        size = int(self.network.model.config.vocab_size)
         ids = np.random.default_rng(0).integers(size // 2, size, SIZES[-1])
         whole = self._probed(ids)
         moved = self._probed(np.roll(ids, PROBES) + np.where(np.arange(len(ids)) < PROBES, -1, 0))
@@ -251,7 +253,7 @@ class Together:
         spans = [banks.keep(Bank(room_for(1)).add(), 1) for _ in ids]
         ids_N = torch.from_numpy(ids.astype(np.int64))
         for place in range(2):
-            attention = Step(spans, self._network.device)
+            attention = Step(spans, self.network.device)
             hidden_NH = self._run(ids_N, torch.full_like(ids_N, self._first + place), attention)
             for span in spans:
                 span.length += 1
@@ -274,7 +276,7 @@ class Alone:
     """Networks that need their own forward and cache: each sequence steps by itself."""
 
     def __init__(self, network: Network, context: int) -> None:
-        self._network, self.context = network, context
+        self.network, self.context = network, context
         model = network.model
         self._beside = heads.decoder_of(model) is not None
         config = model.config
@@ -293,7 +295,7 @@ class Alone:
     @torch.inference_mode()
     def read(self, state: Any) -> Tensor | None:
         """Read the whole prompt."""
-        model, device = self._network.model, self._network.device
+        model, device = self.network.model, self.network.device
         ids = torch.from_numpy(state.ids_T)[None].to(device)
         state.cache = prefix_cache(model, rows=1)
         if self._beside:
@@ -314,7 +316,7 @@ class Alone:
     @torch.inference_mode()
     def step(self, states: Sequence[Any], tokens: Sequence[int]) -> Tensor:
         """One after the other."""
-        device = self._network.device
+        device = self.network.device
         return torch.stack(
             [
                 self._forward(state, torch.tensor([[token]], device=device))
@@ -328,11 +330,11 @@ class Alone:
 
     def close(self) -> None:
         """Let go of the network."""
-        self._network.close()
+        self.network.close()
 
     def _forward(self, state: _Single, ids: Tensor) -> Tensor:
         name = "decoder_input_ids" if self._beside else "input_ids"
-        out = self._network.model(
+        out = self.network.model(
             **{name: ids}, past_key_values=state.cache, use_cache=True, **state.further
         )
         state.cache = out.past_key_values

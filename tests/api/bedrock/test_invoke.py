@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from botocore.exceptions import ClientError
 from runtime_service import CALLER, MODEL, TOOL, said, text_of
 
 from luthier.api.bedrock.runtime import runtime_handlers
+from luthier.api.openai.chat import InvokedChat
 from luthier.api.wire import Call, Fault
 from luthier.serving.inference import Request
 from luthier.serving.pool import ModelPool
@@ -85,7 +88,7 @@ def test_messages_of_amazon_s_form(runtime_client: Any) -> None:
         {"prompt": "x", "top_p": 1.5},
         {"prompt": "x", "temperature": -1},
         {"prompt": "x", "unknown": 1},
-        {"inputText": "x"},
+        {"inputText": ""},
         {"schemaVersion": "messages-v2", "messages": []},
     ],
 )
@@ -126,9 +129,9 @@ def test_tokens_are_counted_as_they_are_read(runtime_client: Any) -> None:
 class Upper:
     """A form of bodies that another face knows."""
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, model_id: str, body: Any) -> None:
         if body["messages"] != "hello":
-            raise Fault("Validation", "no")
+            raise Fault("Validation", "no.")
 
     def request(self) -> Request:
         return Request("The quick", max_tokens=4, temperature=0)
@@ -156,5 +159,25 @@ def test_bodies_of_another_face_s_form(runtime_pool: ModelPool, tiny_model_folde
     assert answer.headers["X-Amzn-Bedrock-Output-Token-Count"] == "4"
     stream: Any = handlers["InvokeModelWithResponseStream"](call({"messages": "hello"})).body
     assert b"".join(stream).count(b"chunk") > 1
-    with pytest.raises(Fault, match="no"):
+    with pytest.raises(Fault, match="Malformed input request: no, please"):
         handlers["InvokeModelWithResponseStream"](call({"messages": "bye"}))
+
+
+def test_a_chat_completion_names_the_model_that_was_invoked(
+    runtime_pool: ModelPool, tiny_model_folder: Path
+) -> None:
+    handlers = runtime_handlers(
+        runtime_pool,
+        lambda account, name: str(tiny_model_folder),
+        lambda *given: None,
+        chat=InvokedChat,
+    )
+    body = {"model": "another", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    raw = json.dumps(body).encode()
+    asked = Call("id", CALLER, "POST", "/", {}, {}, raw, now(), {"modelId": MODEL})
+    answer = json.loads(handlers["InvokeModel"](asked).body)  # type: ignore[arg-type]
+    assert answer["model"] == MODEL
+    stream: Any = handlers["InvokeModelWithResponseStream"](asked).body
+    messages = re.findall(rb'"bytes": ?"([A-Za-z0-9+/=]+)"', b"".join(stream))
+    assert len(messages) > 1
+    assert {json.loads(base64.b64decode(each))["model"] for each in messages} == {MODEL}

@@ -59,10 +59,14 @@ def parsed_native(kind: type[T], given: Mapping[str, Any]) -> T:
         return kind.model_validate(given)
     except ValidationError as error:
         wrong = [_malformed(dict(each)) for each in error.errors(include_url=False)]
-    text = ", ".join(wrong)
-    raise Fault(
+    raise malformed(", ".join(wrong))
+
+
+def malformed(text: str) -> Fault:
+    """What is wrong with a body in a model's own form, in the words AWS has for those."""
+    return Fault(
         "Validation",
-        f"Malformed input request: {text}, please reformat your input and try again.",
+        f"Malformed input request: {text.rstrip('.')}, please reformat your input and try again.",
     )
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from luthier.api.bedrock.bodies import NativeBody, parsed_native
+from luthier.api.bedrock.bodies import NativeBody, malformed, parsed_native
 from luthier.api.bedrock.conversations import Conversation
 from luthier.api.bedrock.converse import (
     STOP_REASONS,
@@ -51,8 +51,8 @@ class Form(Protocol):
         ...
 
 
-ChatForm = Callable[[Mapping[str, Any]], Form]
-"""Reads a body of OpenAI's chat completions; it is the OpenAI face that knows them."""
+ChatForm = Callable[[str, Mapping[str, Any]], Form]
+"""Reads a body of OpenAI's chat completions to a model; it is the OpenAI face that knows them."""
 
 
 class PromptBody(NativeBody):
@@ -169,8 +169,8 @@ class EmbeddingBody(NativeBody):
     embeddingTypes: list[Literal["float"]] | None = None
 
 
-def form_of(body: Mapping[str, Any], chat: ChatForm | None) -> Form | EmbeddingBody:
-    """The form that ``body`` is in.
+def form_of(model_id: str, body: Mapping[str, Any], chat: ChatForm | None) -> Form | EmbeddingBody:
+    """The form that ``body``, sent to ``model_id``, is in.
 
     Raises:
         Fault: Validation, where it is in none, or has what does not belong there.
@@ -182,12 +182,11 @@ def form_of(body: Mapping[str, Any], chat: ChatForm | None) -> Form | EmbeddingB
     if "schemaVersion" in body:
         return parsed_native(MessagesBody, body)
     if "messages" in body and chat is not None:
-        return chat(body)
-    raise Fault(
-        "Validation",
-        "Malformed input request: required key [prompt], [messages] or [inputText] not found, "
-        "please reformat your input and try again.",
-    )
+        try:
+            return chat(model_id, body)
+        except Fault as fault:
+            raise malformed(fault.message) from fault
+    raise malformed("required key [prompt], [messages] or [inputText] not found")
 
 
 @dataclass

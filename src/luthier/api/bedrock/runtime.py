@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.api.bedrock import converse, invoke
-from luthier.api.bedrock.bodies import json_object, parsed
+from luthier.api.bedrock.bodies import json_object, malformed, parsed
 from luthier.api.bedrock.conversations import Conversation
 from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
 from luthier.api.bedrock.invoke import ChatForm, EmbeddingBody, Form, Timed, form_of
@@ -137,7 +137,7 @@ class _Runtime:
         if kind == "converse":
             prompt: Prompt = parsed(Conversation, value, "input.converse").chat()
         else:
-            form = form_of(_decoded(value.get("body")), self.chat)
+            form = form_of(call.params["modelId"], _decoded(value.get("body")), self.chat)
             if isinstance(form, EmbeddingBody):
                 _, tokens = self._embedding(stored_id, form)
                 return Answer.of({"inputTokens": tokens})
@@ -162,7 +162,7 @@ class _Runtime:
         kind = call.headers.get("content-type", "").partition(";")[0].strip()
         if kind not in ("", "application/json"):
             raise Fault("Validation", f"The content type {kind} is not supported by the model.")
-        return form_of(json_object(call), self.chat)
+        return form_of(call.params["modelId"], json_object(call), self.chat)
 
     def _embedding(self, stored_id: str, form: EmbeddingBody) -> tuple[dict[str, Any], int]:
         with faults():
@@ -170,10 +170,8 @@ class _Runtime:
         vector = list(found.vector)
         if form.dimensions is not None:
             if form.dimensions > len(vector):
-                raise Fault(
-                    "Validation",
-                    f"Malformed input request: #/dimensions: {form.dimensions} is more than the "
-                    f"model's {len(vector)}, please reformat your input and try again.",
+                raise malformed(
+                    f"#/dimensions: {form.dimensions} is more than the model's {len(vector)}"
                 )
             vector = vector[: form.dimensions]
         if form.normalize or form.dimensions is not None:

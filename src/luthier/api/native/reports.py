@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,8 @@ class _Reports:
             base = self.context.base(session, request.account, asked.base)
         with self._folder() as folder:
             rows = self._fetched(request, asked.training, folder / "training")
-            held = [
-                str(self._fetched(request, each, folder / f"validation{number}"))
-                for number, each in enumerate(asked.validation)
-            ]
+            addresses = {str(rows): asked.training}
+            held = self._held(request, asked.validation, folder / "held", addresses)
             submission = Submission(
                 account=request.account,
                 face="native",
@@ -130,15 +128,14 @@ class _Reports:
                 customization_type=asked.customization_type,
                 base=base,
                 training=[str(rows)],
-                validators=held,
+                validators=list(asked.validation),
                 settings=asked.settings,
             )
             fields = recipe_of(submission, "estimate").plain()
-            if held:
-                fields["data"]["validation"] = held[0]
+            if held is not None:
+                fields["data"]["validation"] = str(held)
             recipe = folder / "recipe.toml"
             recipe.write_text(to_toml(fields), encoding="utf-8")
-            addresses = {str(rows): asked.training}
             found = _answered(["estimate", str(recipe)], addresses, codes=(0,))
         return EstimateTold(estimate=found)
 
@@ -146,6 +143,21 @@ class _Reports:
         with self.context.database.read() as session:
             found = self.context.base(session, request.account, identifier)
         return str(found.stored_id) if isinstance(found, CustomModel) else found.base
+
+    def _held(
+        self, request: Request, named: Sequence[str], folder: Path, addresses: dict[str, str]
+    ) -> Path | None:
+        """The held-out rows of all addresses, below ``folder``; what is where goes to ``addresses``."""
+        if not named:
+            return None
+        folder.mkdir()
+        found: list[Path] = []
+        for number, address in enumerate(named):
+            found.append(self._fetched(request, address, folder / f"{number:02d}"))
+            addresses[str(found[-1])] = address
+        # Behind those within it: what is said of all of them names them all.
+        addresses[str(folder)] = ", ".join(named)
+        return found[0] if len(found) == 1 else folder
 
     def _fetched(self, request: Request, address: str, folder: Path) -> Path:
         """The rows of an address on this machine: a file, or a folder of several."""

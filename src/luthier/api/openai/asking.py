@@ -125,9 +125,17 @@ class Asker:
         Raises:
             Fault: ``AccessDenied``, which is decided first; 404 ``model_not_found``.
         """
+        named = name.startswith("arn:")
+        if named:
+            # Before the look: that it is there, or not ready yet, is for those who may ask it.
+            self.access.to_model(caller, action, name)
         found = self.catalogue.target(caller.account, name)
-        arn = self.catalogue.arns.foundation_model(name) if found is None else found.arn
-        self.access.to_model(caller, action, arn)
+        if found is not None:
+            arn = found.arn
+        else:
+            arn = name if named else self.catalogue.arns.foundation_model(name)
+        if arn != name:
+            self.access.to_model(caller, action, arn)
         if found is None:
             raise model_not_found(name)
         return found

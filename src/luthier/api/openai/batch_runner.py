@@ -8,12 +8,15 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from luthier.api.openai.errors import error_of, status_of
 from luthier.api.wire import Caller, Fault
-from luthier.errors import LuthierError
+from luthier.errors import DoesNotFit, LuthierError
 from luthier.store import batches as store
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now
@@ -21,12 +24,15 @@ from luthier.store.uploaded_files import UploadedFiles
 
 Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
 """Answers a body of an endpoint with the rights of a caller."""
+_Answered = Future[tuple[bool, dict[str, Any]]]
 
 AT_ONCE = 8
 """Lines of a batch that are answered side by side."""
 MOST_LINES = 50_000
 MOST_ERRORS = 50
 """What is wrong with more lines is not told."""
+_RENEWED = store.LEASE.total_seconds() / 3
+"""Seconds after which the lease is renewed where no line is done."""
 _IDLE = 2.0
 """Seconds between two looks for batches of other servers that fell silent."""
 _SWEEP = 600.0
@@ -71,8 +77,16 @@ class BatchRunner:
             self._work(batch)
         except Fault as fault:
             self._fail(batch, [_error("server_error", fault.message, None)])
+        except (DoesNotFit, SQLAlchemyError):
+            # A full disk or a database that is away pass: the batch keeps what is answered, and waits.
+            raise
         except LuthierError as error:
             self._fail(batch, [_error("invalid_file", str(error), None)])
+        except Exception as error:
+            # Tried again it would fail again, and all batches after it would wait for ever.
+            _log.exception("%s failed", batch.id)
+            text = f"The batch failed: {type(error).__name__}."
+            self._fail(batch, [_error("server_error", text, None)])
         finally:
             with self.database.write() as session:
                 store.release(session, batch.id, self._token)
@@ -88,7 +102,7 @@ class BatchRunner:
                 while not self._closed.is_set() and self.run_once():
                     pass
             except Exception:
-                # The database may be away; the batch is found again.
+                # The database may be away, or the disk full; the batch is found again.
                 _log.exception("a batch could not be worked on")
             self._wake.wait(_IDLE)
             self._wake.clear()
@@ -116,40 +130,37 @@ class BatchRunner:
         """Answer what is not answered; whether the batch is through, and not only this server."""
         with self.database.read() as session:
             done = store.done_lines(session, batch.id)
-        left = [each for each in lines if each[0] not in done]
+        left = (each for each in lines if each[0] not in done)
         caller = Caller(
             batch.caller["account"],
             batch.caller["user"],
             tuple(batch.caller["policies"]),
             batch.caller["bearer"],
         )
+        running: dict[_Answered, int] = {}
         with ThreadPoolExecutor(AT_ONCE, "batch") as threads:
-            for first in range(0, len(left), AT_ONCE):
-                if self._closed.is_set():
-                    return False
-                status = self._status(batch)
-                if status is None:
-                    return False
-                if status != store.IN_PROGRESS:
-                    return True
-                futures: list[tuple[int, Future[tuple[bool, dict[str, Any]]]]] = [
-                    (number, threads.submit(self._answer, batch, caller, line))
-                    for number, line in left[first : first + AT_ONCE]
-                ]
-                answered = [(number, *future.result()) for number, future in futures]
-                with self.database.write() as session:
-                    # Written only by who still holds the batch: no line is answered twice.
-                    if not store.renew(session, batch.id, self._token):
-                        return False
-                    for number, failed, result in answered:
-                        store.record(session, batch.id, number, failed, result)
-        return True
+            status = self._keep(batch, {})
+            while status is not None:
+                if status == store.IN_PROGRESS and not self._closed.is_set():
+                    for number, line in islice(left, AT_ONCE - len(running)):
+                        running[threads.submit(self._answer, batch, caller, line)] = number
+                if not running:
+                    return not self._closed.is_set()
+                ended, _ = wait(running, _RENEWED, FIRST_COMPLETED)
+                status = self._keep(batch, {running.pop(each): each for each in ended})
+        return False
 
-    def _status(self, batch: Batch) -> str | None:
-        """Where the batch stands now; ``None`` where another server works on it."""
+    def _keep(self, batch: Batch, answered: Mapping[int, _Answered]) -> str | None:
+        """Go on holding the batch and write answers down by their lines.
+
+        Gives where the batch stands now; ``None`` where another server works on it.
+        """
         with self.database.write() as session:
+            # Written only by who still holds the batch: no line is answered twice.
             if not store.renew(session, batch.id, self._token):
                 return None
+            for number, answer in answered.items():
+                store.record(session, batch.id, number, *answer.result())
             held = store.get(session, batch.account, batch.id)
             if held is None:
                 return None
@@ -179,11 +190,11 @@ class BatchRunner:
             held = store.get(session, batch.account, batch.id, lock=True)
             if held is None or held.lease != self._token:
                 return
-            ends = {store.CANCELLING: store.CANCELLED}
-            end = ends.get(held.status, store.COMPLETED)
-            if held.status == store.IN_PROGRESS:
-                missing = held.total > sum(store.counts(session, held))
-                end = store.EXPIRED if missing else end
+            missing = held.total > sum(store.counts(session, held))
+            end = store.EXPIRED if missing else store.COMPLETED
+            if held.status == store.CANCELLING:
+                end = store.CANCELLED
+            elif held.status == store.IN_PROGRESS:
                 store.enter(held, store.FINALIZING)
         files = {}
         for failed, column in ((False, "output_file"), (True, "error_file")):
@@ -236,7 +247,7 @@ def _problems(lines: Sequence[tuple[int, bytes]], endpoint: str) -> list[dict[st
     for number, line in lines:
         try:
             asked = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             found.append(_error("invalid_json_line", "The line is no JSON.", number))
             continue
         code, text, param = _problem(asked, endpoint, first, number)

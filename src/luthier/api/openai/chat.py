@@ -58,9 +58,9 @@ class Chats:
 class InvokedChat:
     """A body of chat completions that came through Bedrock's InvokeModel, which names the model."""
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    def __init__(self, model_id: str, given: Mapping[str, Any]) -> None:
         """Check ``given``; :class:`Fault` for what is wrong in it."""
-        self._asked = checked({"model": "model", **given, "stream": False}, ChatRequest)
+        self._asked = checked({**given, "model": model_id, "stream": False}, ChatRequest)
         self._asked.check()
 
     def request(self) -> Request:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sqlalchemy import or_, select
+from sqlalchemy import select
 
 from luthier.api.openai.errors import model_not_found
 from luthier.api.openai.graders import Judge
-from luthier.api.openai.requests import Access, seconds
+from luthier.api.openai.requests import Access, page, seconds
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Fault
 from luthier.store.arns import Arn, Arns
@@ -127,7 +127,7 @@ class Catalogue:
         mine = select(CustomModel).where(
             CustomModel.account == account,
             CustomModel.status == ACTIVE,
-            or_(CustomModel.openai_id.is_not(None)),
+            CustomModel.openai_id.is_not(None),
         )
         with self.database.read() as session:
             return list(session.scalars(mine.order_by(CustomModel.seq)))
@@ -154,10 +154,11 @@ class Models:
     def list(self, call: Call) -> Answer:
         """Every base model by its alias, and the account's own."""
         self.access.to(call, "models.list")
-        data = [shown(each, each.base) for each in foundation_models()]
+        named: list[tuple[FoundationModel | CustomModel, str]]
+        named = [(each, each.base) for each in foundation_models()]
         for model in self.catalogue.own(call.caller.account):
-            data.append(shown(model, model.openai_id or model.name))
-        return Answer.of({"object": "list", "data": data})
+            named.append((model, model.openai_id or model.name))
+        return page(named, len(named), lambda each: shown(*each))
 
     def retrieve(self, call: Call) -> Answer:
         """One of them, by any of its names."""
