@@ -99,6 +99,14 @@ def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:
     assert put(queue, "c", limits=limits)
 
 
+def test_the_quota_counts_models_with_those_in_the_making(queue: Any) -> None:
+    limits = Limits(custom_models=1)
+    put(queue, "a", face="openai", limits=limits)
+    with pytest.raises(QuotaExceeded, match="1 custom models"):
+        put(queue, "b", face="openai", limits=limits)
+    assert put(queue, "b", limits=limits, account=OTHER)
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_the_objective_follows_the_type(queue: Any) -> None:
     grader = {"method": "regex", "pattern": "x"}

@@ -43,6 +43,8 @@ class Limits:
 
     in_flight: int = 5000
     """Jobs that have not ended."""
+    custom_models: int = 10_000
+    """Those in the making among them."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,13 @@ def submit(session: Session, asked: Submission, arns: Arns, limits: Limits | Non
 
     Raises:
         NameInUse: where the account has a job or a model of that name.
-        QuotaExceeded: where it has too many jobs that have not ended.
+        QuotaExceeded: where it has too many jobs that have not ended, or too many models.
         RecipeError: for settings that no recipe can have.
     """
     limits = limits or Limits()
     _one_at_a_time(session, asked.account)
     _check_names(session, asked)
-    if in_flight(session, asked.account) >= limits.in_flight:
-        raise QuotaExceeded(
-            f"the account has {limits.in_flight} customization jobs that have not ended, which is its "
-            "quota. Wait for some of them, or stop them"
-        )
+    _check_quota(session, asked.account, limits)
     job_id, moment = new_id(), now()
     recipe = recipe_of(asked, job_id)
     job = Job(
@@ -196,6 +194,20 @@ def _check_names(session: Session, asked: Submission) -> None:
         taken = select(table.id).where(table.account == asked.account, table.name == name)
         if session.scalar(taken) is not None:
             raise NameInUse(kind)
+
+
+def _check_quota(session: Session, account: str, limits: Limits) -> None:
+    if in_flight(session, account) >= limits.in_flight:
+        raise QuotaExceeded(
+            f"the account has {limits.in_flight} customization jobs that have not ended, which is its "
+            "quota. Wait for some of them, or stop them"
+        )
+    own = select(func.count()).where(CustomModel.account == account)
+    if (session.scalar(own) or 0) >= limits.custom_models:
+        raise QuotaExceeded(
+            f"the account has {limits.custom_models} custom models, those in the making among them, "
+            "which is its quota. Delete some of them"
+        )
 
 
 def _flushed(session: Session, kind: str) -> None:

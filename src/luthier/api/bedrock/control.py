@@ -54,7 +54,6 @@ class Quotas:
     """What one account may have."""
 
     jobs: JobLimits = field(default_factory=JobLimits)
-    custom_models: int = 10_000
     deployments: int = 1_000
     provisioned: int = 1_000
 
