@@ -64,9 +64,7 @@ def find_foundation(arns: Arns, identifier: str) -> FoundationModel | None:
     if not identifier.startswith("arn:"):
         return foundation_model(identifier)
     arn = own(arns, "", FOUNDATION, identifier)
-    found = foundation_model(arn.path) if arn else None
-    # An alias is no part of an ARN.
-    return found if found and arn and found.id == arn.path else None
+    return foundation_model(identifier) if arn else None
 
 
 def find_job(
