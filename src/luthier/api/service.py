@@ -40,7 +40,7 @@ from luthier.store.database import Database
 from luthier.store.jobs import Job
 from luthier.store.locations import Locations
 from luthier.store.objects import Objects
-from luthier.store.removal import ModelInUse, remove, remove_files
+from luthier.store.removal import delete
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key, server_key
 
@@ -120,6 +120,7 @@ class Service:
             authorize,
             secret,
             self.activation,
+            self._delete,
             self._grader,
             quotas=self._quotas,
             submitted=self.scheduler.wake,
@@ -168,14 +169,8 @@ class Service:
             raise
 
     def _delete(self, account: str, model: CustomModel) -> None:
-        """Delete a custom model that nobody answers with."""
-        with self.database.write() as session:
-            arn = self.arns.custom_model(account, model.foundation, model.id)
-            try:
-                remove(session, session.get_one(CustomModel, model.seq, with_for_update=True), arn)
-            except ModelInUse as error:
-                raise Fault("Conflict", str(error)) from error
-        remove_files(model.stored_id)
+        """Delete a custom model that nobody answers with; it leaves the memory, too."""
+        delete(self.database, self.arns, model)
         if model.stored_id is not None:
             self.pool.forget(model.stored_id)
 

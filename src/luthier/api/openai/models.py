@@ -39,7 +39,7 @@ DeleteModel = Callable[[str, CustomModel], None]
 """Deletes an account's custom model with all that belongs to it.
 
 Raises:
-    Fault: ``Conflict`` where it is deployed or provisioned.
+    WrongState: where it is deployed or provisioned, or a job starts from it.
 """
 
 
