@@ -176,11 +176,20 @@ def test_wildcards_mean_what_they_are_defined_to(pattern: str, text: str) -> Non
 ROLE_MAY = {
     "admin": {"bedrock:DeleteCustomModel", "luthier:admin.users.create", "bedrock:GetCustomModel",
               "bedrock:InvokeModel", "s3:GetObject", "luthier:audit.list",
-              "luthier:openai.files.list"},
+              "luthier:openai.files.list", "luthier:openai.fine_tuning.jobs.list_events",
+              "luthier:openai.batches.retrieve", "luthier:openai.files.content",
+              "luthier:openai.models.retrieve", "luthier:ListJobs", "luthier:GetModel",
+              "luthier:CreateJob"},
     "developer": {"bedrock:DeleteCustomModel", "bedrock:GetCustomModel", "bedrock:InvokeModel",
-                  "s3:GetObject", "luthier:openai.files.list"},
-    "auditor": {"bedrock:GetCustomModel", "luthier:audit.list", "luthier:openai.files.list"},
-    "invoke-only": {"bedrock:InvokeModel"},
+                  "s3:GetObject", "luthier:openai.files.list",
+                  "luthier:openai.fine_tuning.jobs.list_events",
+                  "luthier:openai.batches.retrieve", "luthier:openai.files.content",
+                  "luthier:openai.models.retrieve", "luthier:ListJobs", "luthier:GetModel",
+                  "luthier:CreateJob"},
+    "auditor": {"bedrock:GetCustomModel", "luthier:audit.list", "luthier:openai.files.list",
+                "luthier:openai.fine_tuning.jobs.list_events", "luthier:openai.batches.retrieve",
+                "luthier:openai.models.retrieve", "luthier:ListJobs", "luthier:GetModel"},
+    "invoke-only": {"bedrock:InvokeModel", "luthier:openai.models.retrieve"},
 }  # fmt: skip
 
 
