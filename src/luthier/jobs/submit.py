@@ -16,7 +16,7 @@ from luthier.jobs.folders import run_name
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import new_id, now
-from luthier.store.foundation import FoundationModel
+from luthier.store.foundation import FoundationModel, root_of
 from luthier.store.jobs import QUEUED, Job, in_flight, record
 
 if TYPE_CHECKING:
@@ -159,8 +159,9 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
             raise RecipeError("reinforcement fine-tuning needs a grader")
         objective = {"method": "grpo", **objective, "grader": dict(asked.grader)}
     elif kind == CONTINUED_PRE_TRAINING:
-        writes = asked.base.writes if isinstance(asked.base, FoundationModel) else True
-        objective = {"method": "causal_lm" if writes else "masked_lm", **objective}
+        root = root_of(asked.base)
+        reads = root is not None and not root.writes
+        objective = {"method": "masked_lm" if reads else "causal_lm", **objective}
     elif kind != FINE_TUNING:
         raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
     # Fine-tuning goes by its rows: what is preferred is learned by DPO.

@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier.models.catalog import CATALOG
 from luthier.store.arns import Arn
+from luthier.store.custom_models import CustomModel
 from luthier.store.models import pretrained_models, short_name
 
 _PROVIDERS = {
@@ -51,6 +52,11 @@ def foundation_model(identifier: str) -> FoundationModel | None:
         return None
     # An alias is no part of an ARN.
     return next((model for model in foundation_models() if model.id == arn.path), None)
+
+
+def root_of(model: FoundationModel | CustomModel) -> FoundationModel | None:
+    """The foundation model at the bottom of ``model``; ``None`` where it is none of ours."""
+    return model if isinstance(model, FoundationModel) else foundation_model(model.root)
 
 
 def _made_here(base: str, manifest: dict[str, Any]) -> FoundationModel:

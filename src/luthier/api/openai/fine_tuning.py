@@ -27,7 +27,7 @@ from luthier.store import jobs
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database, new_id
-from luthier.store.foundation import FoundationModel
+from luthier.store.foundation import FoundationModel, root_of
 from luthier.store.jobs import Job
 from luthier.store.uploaded_files import UploadedFiles, address_of
 
@@ -113,7 +113,7 @@ class FineTuning:
         grader: dict[str, Any] | None,
     ) -> Submission:
         job_name = "ftjob-" + "".join(secrets.choice(_LETTERS) for _ in range(24))
-        root = self.catalogue.root_of(base)
+        root = root_of(base)
         suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", asked.suffix or "").strip("-")
         writes = root is None or root.writes
         name = root.base if root is not None else "imported"

@@ -102,10 +102,6 @@ class Catalogue:
             raise model_not_found(name)
         return found
 
-    def root_of(self, base: FoundationModel | CustomModel) -> FoundationModel | None:
-        """The foundation model at the bottom; ``None`` where it is none of ours."""
-        return base if isinstance(base, FoundationModel) else foundation_model(base.root)
-
     def judge(self, account: str) -> Judge:
         """Finds models that grade, for this account."""
 
