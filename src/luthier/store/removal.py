@@ -59,7 +59,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
 def remove_files(stored_id: str | None) -> None:
     """Delete the files of a model that has no record any more, and those of its run.
 
-    They stay as long as another model's adapters stand on them.
+    They stay where another model's adapters stand on them, also when that one is deleted later.
     """
     stored = custom_models()
     found = next((each for each in stored if each.id == stored_id), None)

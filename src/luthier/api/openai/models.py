@@ -67,7 +67,7 @@ class Catalogue:
         return self._resolve(account, name) if name.startswith("arn:") else None
 
     def find(self, account: str, name: str) -> FoundationModel | CustomModel | None:
-        """The base model of this alias or id, or the account's own by its ``ft:`` id or name."""
+        """The base model of this alias or id, or the account's own by its ``ft:`` id."""
         if name.startswith("arn:") and ":foundation-model/" not in name:
             return None
         base = foundation_model(name)
