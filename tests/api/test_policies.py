@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from principals_of import ALLOW_ALL
 
-from luthier.api.policies import allows, authorize, noted
+from luthier.api.policies import authorize, noted
 from luthier.api.wire import Caller, Fault
 from luthier.errors import RefusedInput
 from luthier.store.policy_documents import ROLES, check_document, check_role
@@ -33,6 +33,15 @@ def allow(action: Any = "*", resource: Any = "*", **more: Any) -> dict[str, Any]
 
 def deny(action: Any = "*", resource: Any = "*", **more: Any) -> dict[str, Any]:
     return {**allow(action, resource, **more), "Effect": "Deny"}
+
+
+def allows(caller: Caller, action: str, resource: str) -> bool:
+    """Whether :func:`authorize` would let it pass."""
+    try:
+        authorize(caller, action, resource)
+    except Fault:
+        return False
+    return True
 
 
 def test_nothing_is_allowed_by_default() -> None:

@@ -140,8 +140,6 @@ class Invocable:
     """Of what was called by ``modelId``."""
     model: str
     """ARN of the foundation model or custom model that answers."""
-    units: int = 0
-    """Of provisioned throughput."""
 
 
 def invoked_arn(arns: Arns, model_id: str) -> str:
@@ -228,7 +226,7 @@ def _provided(session: Session, arns: Arns, account: str, model_id: str) -> Invo
         raise Fault("ModelNotReady", text)
     if found.status == provisioned.FAILED:
         raise Fault("Validation", "The provisioned throughput is Failed and cannot answer.")
-    return Invocable(_stored(session, found.model, model_id), model_id, found.model, found.units)
+    return Invocable(_stored(session, found.model, model_id), model_id, found.model)
 
 
 def _stored(session: Session, model: str, model_id: str) -> str:
