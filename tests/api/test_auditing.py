@@ -10,7 +10,7 @@ import pytest
 from principals_of import FIRST
 from sqlalchemy import event
 
-from luthier.api.auditing import MOST_COUNTS, Trail
+from luthier.api.auditing import COUNTED, MOST_COUNTS, Trail
 from luthier.api.wire import Caller
 from luthier.store.audit import AuditEntry, Event, entries, verify
 from luthier.store.database import Database
@@ -66,6 +66,22 @@ def test_refusals_are_written_without_waiting(database: Database, trail: Trail) 
         time.sleep(0.01)
     (entry,) = written(database)
     assert (entry.outcome, entry.address, entry.account) == ("AccessDenied", "10.0.0.1", FIRST)
+
+
+@pytest.mark.parametrize(
+    ("action", "counted"),
+    [
+        ("luthier:openai.fine_tuning.jobs.list_events", True),
+        ("luthier:openai.fine_tuning.jobs.list_checkpoints", True),
+        ("luthier:openai.files.list", True),
+        ("luthier:openai.files.content", True),
+        ("luthier:openai.files.delete", False),
+        ("luthier:openai.fine_tuning.jobs.cancel", False),
+        ("luthier:CreateJob", False),
+    ],
+)
+def test_what_counts_as_reading(action: str, counted: bool) -> None:
+    assert bool(COUNTED.fullmatch(action)) is counted
 
 
 def test_what_changes_nothing_is_counted(database: Database) -> None:

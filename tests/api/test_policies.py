@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from principals_of import ALLOW_ALL
 
-from luthier.api.policies import allows, authorize, noted
+from luthier.api.policies import authorize, noted
 from luthier.api.wire import Caller, Fault
 from luthier.errors import RefusedInput
 from luthier.store.policy_documents import ROLES, check_document, check_role
@@ -33,6 +33,15 @@ def allow(action: Any = "*", resource: Any = "*", **more: Any) -> dict[str, Any]
 
 def deny(action: Any = "*", resource: Any = "*", **more: Any) -> dict[str, Any]:
     return {**allow(action, resource, **more), "Effect": "Deny"}
+
+
+def allows(caller: Caller, action: str, resource: str) -> bool:
+    """Whether :func:`authorize` would let it pass."""
+    try:
+        authorize(caller, action, resource)
+    except Fault:
+        return False
+    return True
 
 
 def test_nothing_is_allowed_by_default() -> None:
@@ -176,11 +185,20 @@ def test_wildcards_mean_what_they_are_defined_to(pattern: str, text: str) -> Non
 ROLE_MAY = {
     "admin": {"bedrock:DeleteCustomModel", "luthier:admin.users.create", "bedrock:GetCustomModel",
               "bedrock:InvokeModel", "s3:GetObject", "luthier:audit.list",
-              "luthier:openai.files.list"},
+              "luthier:openai.files.list", "luthier:openai.fine_tuning.jobs.list_events",
+              "luthier:openai.batches.retrieve", "luthier:openai.files.content",
+              "luthier:openai.models.retrieve", "luthier:ListJobs", "luthier:GetModel",
+              "luthier:CreateJob"},
     "developer": {"bedrock:DeleteCustomModel", "bedrock:GetCustomModel", "bedrock:InvokeModel",
-                  "s3:GetObject", "luthier:openai.files.list"},
-    "auditor": {"bedrock:GetCustomModel", "luthier:audit.list", "luthier:openai.files.list"},
-    "invoke-only": {"bedrock:InvokeModel"},
+                  "s3:GetObject", "luthier:openai.files.list",
+                  "luthier:openai.fine_tuning.jobs.list_events",
+                  "luthier:openai.batches.retrieve", "luthier:openai.files.content",
+                  "luthier:openai.models.retrieve", "luthier:ListJobs", "luthier:GetModel",
+                  "luthier:CreateJob"},
+    "auditor": {"bedrock:GetCustomModel", "luthier:audit.list", "luthier:openai.files.list",
+                "luthier:openai.fine_tuning.jobs.list_events", "luthier:openai.batches.retrieve",
+                "luthier:openai.models.retrieve", "luthier:ListJobs", "luthier:GetModel"},
+    "invoke-only": {"bedrock:InvokeModel", "luthier:openai.models.retrieve"},
 }  # fmt: skip
 
 

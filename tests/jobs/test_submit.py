@@ -13,6 +13,7 @@ from luthier.pipeline import KINDS
 from luthier.recipe import parse
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
+from luthier.store.database import new_id, now
 from luthier.store.jobs import Job, get, move
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
@@ -99,6 +100,14 @@ def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:
     assert put(queue, "c", limits=limits)
 
 
+def test_the_quota_counts_models_with_those_in_the_making(queue: Any) -> None:
+    limits = Limits(custom_models=1)
+    put(queue, "a", face="openai", limits=limits)
+    with pytest.raises(QuotaExceeded, match="1 custom models"):
+        put(queue, "b", face="openai", limits=limits)
+    assert put(queue, "b", limits=limits, account=OTHER)
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_the_objective_follows_the_type(queue: Any) -> None:
     grader = {"method": "regex", "pattern": "x"}
@@ -114,6 +123,24 @@ def test_the_objective_follows_the_type(queue: Any) -> None:
     assert (distilled.command, distilled.recipe["teacher"]["model"]) == ("distil", "tiny")
     for job in (tuned, raw, reinforced, distilled):
         assert parse(KINDS[job.command].recipe, job.recipe).plain() == job.recipe
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("root", "method"),
+    [
+        ("sentence-transformers.all-minilm-l6-v2", "masked_lm"),
+        ("luthier.tiny", "causal_lm"),
+        ("", "causal_lm"),
+    ],
+)
+def test_pre_training_goes_on_as_the_custom_model_began(queue: Any, root: str, method: str) -> None:
+    tuned = CustomModel(
+        id=new_id(), account=ACCOUNT, name="mine", foundation="a.b", root=root, base_model="arn",
+        stored_id="tiny:mine", status="Active", created=now(),
+    )  # fmt: skip
+    job = put(queue, "b", base=tuned, customization_type="CONTINUED_PRE_TRAINING")
+    assert job.recipe["objective"]["method"] == method
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -29,6 +29,7 @@ from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Base, Database
 from luthier.store.jobs import Job
+from luthier.store.removal import delete
 
 ALICE, BOB = "111111111111", "222222222222"
 BASE = "huggingfacetb.smollm2-135m-instruct"
@@ -88,6 +89,8 @@ class Service:
         self.told_of = threading.Event()
         """Whether the scheduler was told of a job."""
         self.trail = Trail(database)
+        self.deleted: list[str | None] = []
+        """Ids in the store of models that the control plane had deleted."""
         self.denied: set[tuple[str, str]] = set()
         """Action and a pattern of resources that policies refuse."""
         self.control = Control(
@@ -97,6 +100,7 @@ class Service:
             self.authorize,
             b"the server's own secret",
             Activation(database, self.preparation),
+            self.delete,
             graders,
             lambda account: quotas,
             self.told_of.set,
@@ -119,6 +123,10 @@ class Service:
             leases.complete(session, job.id, "token", {**told, **result})
         with self.database.read() as session:
             return session.query(CustomModel).filter_by(job_id=job.id).one()
+
+    def delete(self, account: str, model: CustomModel) -> None:
+        delete(self.database, Arns(), model)
+        self.deleted.append(model.stored_id)
 
     def fail(self, account: str, name: str, failure: str) -> None:
         job = self.job(account, name)

@@ -29,7 +29,7 @@ COUNTED = re.compile(
     r"(bedrock|s3):(Get|List|Head|Invoke|Converse|Count|Apply)\w*"
     r"|luthier:openai\.(chat|completions|embeddings|responses)\..*"
     r"|luthier:(Get|List|Inspect|Estimate)\w*"
-    r"|luthier:.*\.(get|list|retrieve|content|events|checkpoints|run|validate)"
+    r"|luthier:.*\.(get|list\w*|retrieve|content|run|validate)"
 )
 """Actions that change nothing."""
 

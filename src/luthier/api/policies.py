@@ -76,15 +76,6 @@ def authorize(caller: Caller, action: str, resource: str) -> None:
     _decide(caller, action, resource)
 
 
-def allows(caller: Caller, action: str, resource: str) -> bool:
-    """Whether :func:`authorize` would let it pass."""
-    try:
-        authorize(caller, action, resource)
-    except Fault:
-        return False
-    return True
-
-
 def _decide(caller: Caller, action: str, resource: str) -> None:
     allowed = False
     for policy in caller.policies:

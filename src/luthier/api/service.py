@@ -40,11 +40,10 @@ from luthier.store.database import Database
 from luthier.store.jobs import Job
 from luthier.store.locations import Locations
 from luthier.store.objects import Objects
-from luthier.store.removal import ModelInUse, remove, remove_files
+from luthier.store.removal import delete
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key, server_key
 
-_QUOTAS = ("custom_models", "deployments")
 _log = logging.getLogger("luthier.server")
 LAMBDA = re.compile(
     r"arn:aws:lambda:[a-z0-9-]+:(?P<account>\d{12}):function:(?P<name>[\w-]{1,140})(:[\w$-]+)?"
@@ -121,6 +120,7 @@ class Service:
             authorize,
             secret,
             self.activation,
+            self._delete,
             self._grader,
             quotas=self._quotas,
             submitted=self.scheduler.wake,
@@ -169,27 +169,29 @@ class Service:
             raise
 
     def _delete(self, account: str, model: CustomModel) -> None:
-        """Delete a custom model that nobody answers with."""
-        with self.database.write() as session:
-            arn = self.arns.custom_model(account, model.foundation, model.id)
-            try:
-                remove(session, session.get_one(CustomModel, model.seq, with_for_update=True), arn)
-            except ModelInUse as error:
-                raise Fault("Conflict", str(error)) from error
-        remove_files(model.stored_id)
+        """Delete a custom model that nobody answers with; it leaves the memory, too."""
+        delete(self.database, self.arns, model)
         if model.stored_id is not None:
             self.pool.forget(model.stored_id)
 
     def _limits(self, account: str) -> Limits:
-        return self._quotas(account).jobs
+        """What jobs the account may have; the server's defaults where it has no quota of its own."""
+        own = self._own_quotas(account, in_flight="jobs_in_flight", custom_models="custom_models")
+        return Limits(**own)
 
     def _quotas(self, account: str) -> Quotas:
-        """The account's own quotas; the server's where it has none."""
+        own = self._own_quotas(account, deployments="deployments")
+        return Quotas(jobs=self._limits(account), **own)
+
+    def _own_quotas(self, account: str, **wanted: str) -> dict[str, int]:
+        """The account's own quotas, ``wanted`` by what they are called here."""
         with self.database.read() as session:
             given = quota_of(session, account)
-        found = {name: int(given[name]) for name in _QUOTAS if given.get(name) is not None}
-        jobs = given.get("jobs_in_flight")
-        return Quotas(jobs=Limits() if jobs is None else Limits(int(jobs)), **found)
+        return {
+            name: int(given[quota])
+            for name, quota in wanted.items()
+            if given.get(quota) is not None
+        }
 
     def _gauges(self) -> Mapping[str, Mapping[str, float]]:
         with self.database.read() as session:

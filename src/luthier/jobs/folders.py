@@ -52,7 +52,7 @@ class JobFolders:
             shutil.rmtree(folder, ignore_errors=True)
 
     def drop_all(self) -> None:
-        """Remove everything but the log: the job has no model, or its model is deleted."""
+        """Remove everything but the log: the job has made no model."""
         self.drop_working_files()
         for parent in (luthier_home() / "models" / "custom").glob("*"):
             sweep(parent, run_name(self.job_id))

@@ -16,7 +16,7 @@ from luthier.jobs.folders import run_name
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import new_id, now
-from luthier.store.foundation import FoundationModel
+from luthier.store.foundation import FoundationModel, root_of
 from luthier.store.jobs import QUEUED, Job, in_flight, record
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Limits:
 
     in_flight: int = 5000
     """Jobs that have not ended."""
+    custom_models: int = 10_000
+    """Those in the making among them."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,13 @@ def submit(session: Session, asked: Submission, arns: Arns, limits: Limits | Non
 
     Raises:
         NameInUse: where the account has a job or a model of that name.
-        QuotaExceeded: where it has too many jobs that have not ended.
+        QuotaExceeded: where it has too many jobs that have not ended, or too many models.
         RecipeError: for settings that no recipe can have.
     """
     limits = limits or Limits()
     _one_at_a_time(session, asked.account)
     _check_names(session, asked)
-    if in_flight(session, asked.account) >= limits.in_flight:
-        raise QuotaExceeded(
-            f"the account has {limits.in_flight} customization jobs that have not ended, which is its "
-            "quota. Wait for some of them, or stop them"
-        )
+    _check_quota(session, asked.account, limits)
     job_id, moment = new_id(), now()
     recipe = recipe_of(asked, job_id)
     job = Job(
@@ -166,8 +164,9 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
             raise RecipeError("reinforcement fine-tuning needs a grader")
         objective = {"method": "grpo", **objective, "grader": dict(asked.grader)}
     elif kind == CONTINUED_PRE_TRAINING:
-        writes = asked.base.writes if isinstance(asked.base, FoundationModel) else True
-        objective = {"method": "causal_lm" if writes else "masked_lm", **objective}
+        root = root_of(asked.base)
+        reads = root is not None and not root.writes
+        objective = {"method": "masked_lm" if reads else "causal_lm", **objective}
     elif kind != FINE_TUNING:
         raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
     # Fine-tuning goes by its rows: what is preferred is learned by DPO.
@@ -217,6 +216,20 @@ def _check_names(session: Session, asked: Submission) -> None:
         taken = select(table.id).where(table.account == asked.account, table.name == name)
         if session.scalar(taken) is not None:
             raise NameInUse(kind)
+
+
+def _check_quota(session: Session, account: str, limits: Limits) -> None:
+    if in_flight(session, account) >= limits.in_flight:
+        raise QuotaExceeded(
+            f"the account has {limits.in_flight} customization jobs that have not ended, which is its "
+            "quota. Wait for some of them, or stop them"
+        )
+    own = select(func.count()).where(CustomModel.account == account)
+    if (session.scalar(own) or 0) >= limits.custom_models:
+        raise QuotaExceeded(
+            f"the account has {limits.custom_models} custom models, those in the making among them, "
+            "which is its quota. Delete some of them"
+        )
 
 
 def _flushed(session: Session, kind: str) -> None:

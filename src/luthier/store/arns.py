@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-FOUNDATION_ID = r"[a-z0-9-]{1,63}[.][a-z0-9-]{2,63}"
-"""Provider, one dot, name; no further dot and no colon, or ARNs of custom models would not match."""
-
 
 @dataclass(frozen=True)
 class Arn:

@@ -1,6 +1,6 @@
 """Batches of the OpenAI API: files of requests that are answered in the background.
 
-Lines are answered one after the other and written down one by one, so that what a killed server had
+Several lines are answered at a time. Each is written down by itself, so that what a killed server had
 done is not done again, and no line is answered twice in the files.
 """
 

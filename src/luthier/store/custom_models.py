@@ -10,7 +10,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from luthier.store.database import Base
 
-RESERVED, CREATING, ACTIVE, FAILED = "Reserved", "Creating", "Active", "Failed"
+RESERVED, ACTIVE = "Reserved", "Active"
 """``Reserved`` keeps a name for a job that has not ended; clients never see it."""
 
 

@@ -37,19 +37,6 @@ class Deployment(Base):
     modified: Mapped[datetime]
 
 
-def find(
-    session: Session, account: str, identifier: str, *, lock: bool = False
-) -> Deployment | None:
-    """The account's deployment of this id or name."""
-    found = select(Deployment).where(Deployment.account == account)
-    found = found.where(or_(Deployment.id == identifier, Deployment.name == identifier))
-    # A name may look like another one's id: ids come first.
-    found = found.order_by((Deployment.id == identifier).desc()).limit(1)
-    if lock:
-        found = found.with_for_update().execution_options(populate_existing=True)
-    return session.scalars(found).first()
-
-
 def unfinished(session: Session) -> list[str]:
     """Ids of those that wait for a model, of all accounts: a server that starts goes on with them."""
     waits = or_(Deployment.status == CREATING, Deployment.update_status == UPDATING)

@@ -7,6 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from luthier.models.catalog import CATALOG
+from luthier.store.arns import Arn
+from luthier.store.custom_models import CustomModel
 from luthier.store.models import pretrained_models, short_name
 
 _PROVIDERS = {
@@ -43,8 +45,18 @@ def foundation_models() -> list[FoundationModel]:
 
 def foundation_model(identifier: str) -> FoundationModel | None:
     """The one with this id, alias or ARN; ``None`` where there is none."""
-    wanted = identifier.rpartition(":foundation-model/")[2]
-    return next((each for each in foundation_models() if wanted in (each.id, each.base)), None)
+    arn = Arn.parse(identifier)
+    if arn is None:
+        return next((m for m in foundation_models() if identifier in (m.id, m.base)), None)
+    if (arn.kind, arn.account) != ("foundation-model", ""):
+        return None
+    # An alias is no part of an ARN.
+    return next((model for model in foundation_models() if model.id == arn.path), None)
+
+
+def root_of(model: FoundationModel | CustomModel) -> FoundationModel | None:
+    """The foundation model at the bottom of ``model``; ``None`` where it is none of ours."""
+    return model if isinstance(model, FoundationModel) else foundation_model(model.root)
 
 
 def _made_here(base: str, manifest: dict[str, Any]) -> FoundationModel:

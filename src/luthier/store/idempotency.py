@@ -16,11 +16,11 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.errors import RefusedInput
+from luthier.errors import WrongState
 from luthier.store.database import Base, now
 
 
-class TokenReused(RefusedInput):
+class TokenReused(WrongState):
     """The token came before, with other parameters."""
 
 

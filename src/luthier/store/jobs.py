@@ -227,11 +227,6 @@ class Wanted:
 
     states: Sequence[str] = ()
     face: str | None = None
-    name_contains: str | None = None
-    created_after: datetime | None = None
-    """Later than this moment."""
-    created_before: datetime | None = None
-    """Earlier than this moment."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Values that ``request["metadata"]`` has."""
 
@@ -242,13 +237,6 @@ class Wanted:
             wanted.append(Job.state.in_(self.states))
         if self.face is not None:
             wanted.append(Job.face == self.face)
-        if self.name_contains:
-            # LIKE tells small letters from capitals on one database and not on the other.
-            wanted.append(func.replace(Job.name, self.name_contains, "") != Job.name)
-        if self.created_after is not None:
-            wanted.append(Job.created > self.created_after)
-        if self.created_before is not None:
-            wanted.append(Job.created < self.created_before)
         for key, value in self.metadata.items():
             wanted.append(Job.request["metadata"][key].as_string() == value)
         return wanted

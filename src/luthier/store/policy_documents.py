@@ -40,8 +40,9 @@ ROLES: Mapping[str, Document] = MappingProxyType(
         ),
         "auditor": _document(
             _allow(
-                "bedrock:Get*", "bedrock:List*", "bedrock:CallWithBearerToken", "luthier:*.get",
-                "luthier:*.list", "luthier:audit.*", "s3:ListAllMyBuckets", "s3:ListBucket",
+                "bedrock:Get*", "bedrock:List*", "bedrock:CallWithBearerToken", "luthier:Get*",
+                "luthier:List*", "luthier:openai.*.retrieve", "luthier:openai.*.list*",
+                "luthier:audit.*", "s3:ListAllMyBuckets", "s3:ListBucket",
             ),
             # Contents are not the auditor's business, what was done to them is.
             {"Effect": "Deny", "Action": ["s3:GetObject"], "Resource": "*"},
@@ -53,7 +54,7 @@ ROLES: Mapping[str, Document] = MappingProxyType(
                 "bedrock:ListFoundationModels", "bedrock:GetFoundationModel",
                 "luthier:openai.chat.*", "luthier:openai.completions.*",
                 "luthier:openai.embeddings.*", "luthier:openai.models.list",
-                "luthier:openai.models.get", "luthier:openai.models.retrieve",
+                "luthier:openai.models.retrieve",
             )
         ),
     }

@@ -38,18 +38,6 @@ class Provisioned(Base):
     modified: Mapped[datetime]
 
 
-def find(
-    session: Session, account: str, identifier: str, *, lock: bool = False
-) -> Provisioned | None:
-    """The account's provisioned throughput of this id or name."""
-    found = select(Provisioned).where(Provisioned.account == account)
-    found = found.where(or_(Provisioned.id == identifier, Provisioned.name == identifier))
-    found = found.order_by((Provisioned.id == identifier).desc()).limit(1)
-    if lock:
-        found = found.with_for_update().execution_options(populate_existing=True)
-    return session.scalars(found).first()
-
-
 def unfinished(session: Session) -> list[str]:
     """Ids of those that wait for a model, of all accounts."""
     waits = Provisioned.status.in_((CREATING, UPDATING))

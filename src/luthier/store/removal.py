@@ -7,16 +7,31 @@ import shutil
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.errors import RefusedInput
+from luthier.errors import WrongState
 from luthier.files import luthier_home
 from luthier.store import deployments, provisioned, tags
+from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
+from luthier.store.database import Database
 from luthier.store.jobs import ENDED, Job
 from luthier.store.models import custom_models
 
 
-class ModelInUse(RefusedInput):
+class ModelInUse(WrongState):
     """A custom model cannot be deleted now."""
+
+
+def delete(database: Database, arns: Arns, model: CustomModel) -> None:
+    """Delete ``model``: its record and tags, then its files. One that is gone already stays so.
+
+    Raises:
+        ModelInUse: see :func:`remove`.
+    """
+    with database.write() as session:
+        found = session.get(CustomModel, model.seq, with_for_update=True)
+        if found is not None:
+            remove(session, found, arns.custom_model(found.account, found.foundation, found.id))
+    remove_files(model.stored_id)
 
 
 def remove(session: Session, model: CustomModel, arn: str) -> None:
@@ -44,7 +59,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
 def remove_files(stored_id: str | None) -> None:
     """Delete the files of a model that has no record any more, and those of its run.
 
-    They stay as long as another model's adapters stand on them.
+    They stay where another model's adapters stand on them, also when that one is deleted later.
     """
     stored = custom_models()
     found = next((each for each in stored if each.id == stored_id), None)

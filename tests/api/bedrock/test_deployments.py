@@ -187,7 +187,27 @@ def test_quota_of_deployments(
         assert refused(create, **again) == "ServiceQuotaExceededException"
 
 
-@pytest.mark.parametrize("quotas", [Quotas(custom_models=1), Quotas(JobLimits(in_flight=1))])
+def test_a_name_is_no_part_of_an_arn(bedrock: Any, model: Callable[..., str]) -> None:
+    arn = model()
+    name = "asidlookedid"
+    deployed, provided = deploy(bedrock, arn, name), throughput(bedrock, arn, name)
+    by_name = f"{deployed.rpartition('/')[0]}/{name}"
+    get = bedrock.get_custom_model_deployment
+    refusal = refused(get, customModelDeploymentIdentifier=by_name)
+    assert refusal == "ResourceNotFoundException"
+    by_name = f"{provided.rpartition('/')[0]}/{name}"
+    refusal = refused(bedrock.get_provisioned_model_throughput, provisionedModelId=by_name)
+    assert refusal == "ResourceNotFoundException"
+    # What one is called may look like the id of another.
+    last = deployed.rpartition("/")[2]
+    other = deploy(bedrock, arn, last)
+    assert deployment(bedrock, last)["customModelDeploymentArn"] == other
+    assert deployment(bedrock, deployed)["modelDeploymentName"] == name
+
+
+@pytest.mark.parametrize(
+    "quotas", [Quotas(JobLimits(custom_models=1)), Quotas(JobLimits(in_flight=1))]
+)
 def test_quotas_of_models_and_jobs(
     service: Service, bedrock: Any, database: Any, quotas: Quotas
 ) -> None:
@@ -249,7 +269,7 @@ def test_provisioned_throughput(
     assert told["modelUnits"] == told["desiredModelUnits"] == 3
     assert told["commitmentDuration"] == "OneMonth" and told["commitmentExpirationTime"]
     found = asked(service, made)
-    assert found.model == arn and found.units == 3
+    assert found.model == arn
     assert refused(bedrock.delete_custom_model, modelIdentifier=arn) == "ConflictException"
     missing = refused(bob.get_provisioned_model_throughput, provisionedModelId=made)
     assert missing == "ResourceNotFoundException"

@@ -172,6 +172,18 @@ def test_names_in_use(bedrock: Any, submit: Callable[..., str], bob: Any) -> Non
         ({**DISTILLATION, "customizationType": "FINE_TUNING"}, "takes none"),
         ({**REINFORCEMENT, "customizationType": "DISTILLATION"}, "needs distillationConfig"),
         ({"customizationType": "REINFORCEMENT_FINE_TUNING"}, "needs rftConfig"),
+        (
+            {
+                "customizationType": "REINFORCEMENT_FINE_TUNING",
+                "customizationConfig": {
+                    "rftConfig": {
+                        **REINFORCEMENT["customizationConfig"]["rftConfig"],  # type: ignore[index]
+                        "hyperParameters": {"maxPromptLength": 100},
+                    }
+                },
+            },
+            "maxPromptLength is not supported",
+        ),
         ({"baseModelIdentifier": ENCODER, **DISTILLATION}, "does not support DISTILLATION"),
         ({"jobTags": [{"key": "a", "value": "1"}, {"key": "a", "value": "2"}]}, "more than once"),
         ({"jobTags": [{"key": "aws:x", "value": "1"}]}, "aws:"),

@@ -128,7 +128,7 @@ def stored_of(session: Session, model: str) -> str | None:
     if arn is None:
         return None
     if arn.kind == "foundation-model":
-        base = foundation_model(arn.path)
+        base = foundation_model(model)
         return base.base if base else None
     asked = select(CustomModel).filter_by(account=arn.account, id=arn.id)
     found = session.scalars(asked).one_or_none()

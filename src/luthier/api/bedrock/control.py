@@ -13,22 +13,14 @@ from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.messages import answer_of, members_of
 from luthier.api.bedrock.operations import Operation
 from luthier.api.wire import Answer, Call, Caller, Fault
-from luthier.errors import NameInUse, QuotaExceeded, RefusedInput, WrongState
 from luthier.jobs.submit import Limits as JobLimits
 from luthier.store.arns import Arn, Arns
+from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
-from luthier.store.idempotency import Attempt, TokenReused, recall, remember
-from luthier.store.removal import ModelInUse
+from luthier.store.idempotency import Attempt, recall, remember
 from luthier.store.tags import TooManyTags
 
 TOKEN = "clientRequestToken"  # noqa: S105  (the name of a member)
-_FAULTS: dict[type[RefusedInput], str] = {
-    NameInUse: "Validation",
-    QuotaExceeded: "ServiceQuotaExceeded",
-    WrongState: "Conflict",
-    TokenReused: "Conflict",
-    ModelInUse: "Conflict",
-}
 _ATTEMPTS = 3
 
 
@@ -54,7 +46,6 @@ class Quotas:
     """What one account may have."""
 
     jobs: JobLimits = field(default_factory=JobLimits)
-    custom_models: int = 10_000
     deployments: int = 1_000
     provisioned: int = 1_000
 
@@ -80,6 +71,9 @@ class Control:
     secret: bytes = field(repr=False)
     """Kept by the server; tokens of lists are signed with it."""
     activation: Activation
+    delete_model: Callable[[str, CustomModel], None]
+    """Deletes a model of an account, wherever it is; raises :class:`~luthier.errors.WrongState` where
+    it is in use."""
     grader: Callable[[str, str], Mapping[str, Any] | None] = no_graders
     """Method and fields of the grader behind the ARN of a Lambda function, for an account."""
     quotas: Callable[[str], Quotas] = default_quotas
@@ -180,9 +174,6 @@ def handler(control: Control, operation: Operation, operate: Operate) -> Callabl
             return answer_of(operation, operate(request))
         except TooManyTags as error:
             raise Fault("TooManyTags", str(error), resourceName=error.resource) from error
-        except tuple(_FAULTS) as error:
-            code = next(code for kind, code in _FAULTS.items() if isinstance(error, kind))
-            raise Fault(code, str(error)) from error
 
     return handle
 

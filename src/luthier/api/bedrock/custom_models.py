@@ -1,4 +1,4 @@
-"""Custom models: get, list, delete, and making one from files."""
+"""Custom models: get, list and delete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from luthier.api.bedrock.jobs import learned
 from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import Job
-from luthier.store.removal import remove, remove_files
 
 _ORDER = Order(CustomModel.created, CustomModel.seq)
 _UNKNOWN_ROOT = "luthier.imported"
@@ -66,18 +65,15 @@ def list_models(request: Request) -> dict[str, Any]:
 
 def delete_model(request: Request) -> dict[str, Any]:
     """Delete a model that nobody answers with; its job stays."""
-    with request.control.database.write() as session:
-        model = asked_model(request, session, request["modelIdentifier"], lock=True)
-        remove(session, model, model_arn(request.arns, model))
-    remove_files(model.stored_id)
+    with request.control.database.read() as session:
+        model = asked_model(request, session, request["modelIdentifier"])
+    request.control.delete_model(request.account, model)
     return {}
 
 
-def asked_model(
-    request: Request, session: Session, identifier: str, *, lock: bool = False
-) -> CustomModel:
+def asked_model(request: Request, session: Session, identifier: str) -> CustomModel:
     """The model of an ARN or name, where the caller may do this to it."""
-    found = find_model(session, request.arns, request.account, identifier, lock=lock)
+    found = find_model(session, request.arns, request.account, identifier)
     shown = shown_as(request, MODEL, identifier)
     request.allow(model_arn(request.arns, found) if found else shown, shown)
     if found is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from luthier.api.bedrock import hyperparameters
@@ -19,7 +18,6 @@ from luthier.api.bedrock.identifiers import (
     model_arn,
 )
 from luthier.api.wire import Fault
-from luthier.errors import QuotaExceeded
 from luthier.jobs.submit import BaseModel, Submission, submit
 from luthier.store import tags
 from luthier.store.custom_models import ACTIVE, CustomModel
@@ -54,11 +52,10 @@ def create_job(request: Request) -> dict[str, Any]:
     if asked.output is not None:
         request.control.locations.check_writable(request.account, asked.output)
 
-    quotas = request.control.quotas(request.account)
+    limits = request.control.quotas(request.account).jobs
 
     def make(session: Session) -> dict[str, Any]:
-        job = submit(session, asked, request.arns, quotas.jobs)
-        _check_room(session, request.account, quotas.custom_models)
+        job = submit(session, asked, request.arns, limits)
         arn = job_arn(request.arns, job)
         tags.put(session, arn, job_tags)
         reserved = session.query(CustomModel).filter_by(job_id=job.id).one()
@@ -69,15 +66,6 @@ def create_job(request: Request) -> dict[str, Any]:
     answer = request.once(make)
     request.control.submitted()
     return answer
-
-
-def _check_room(session: Session, account: str, most: int) -> None:
-    """Refuse a job whose model, which has its row by now, would be one too many."""
-    own = select(func.count()).where(CustomModel.account == account)
-    if (session.scalar(own) or 0) > most:
-        raise QuotaExceeded(
-            f"The account has {most} custom models, those in the making among them, which is its quota."
-        )
 
 
 def _submission(request: Request) -> Submission:

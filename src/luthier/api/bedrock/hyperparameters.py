@@ -125,11 +125,18 @@ def read_rft(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Fields of the recipe by group, from ``rftConfig.hyperParameters``; their shapes were checked.
 
     Raises:
-        Fault: Validation, for lengths that are not positive.
+        Fault: Validation, for a length that is not positive, and for ``maxPromptLength``, which nothing
+            here keeps.
     """
     fields: dict[str, dict[str, Any]] = {}
     for name, value in given.items():
-        if name in ("maxPromptLength", "inferenceMaxTokens") and value < 1:
+        if name == "maxPromptLength":
+            text = (
+                "maxPromptLength is not supported by this server: prompts may be as long as the "
+                "model can read. Leave it out; luthier.longRows says what becomes of longer rows."
+            )
+            raise Fault("Validation", text, parameter="customizationConfig")
+        if name == "inferenceMaxTokens" and value < 1:
             text = f"{name} has to be an integer of at least 1, not {value}."
             raise Fault("Validation", text, parameter="customizationConfig")
         if name in RFT_FIELDS:

@@ -5,7 +5,9 @@ What belongs to another account or stands in another region is not there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -25,6 +27,8 @@ from luthier.store.provisioned import Provisioned
 
 JOB, MODEL, FOUNDATION = "model-customization-job", "custom-model", "foundation-model"
 DEPLOYMENT, PROVISIONED = "custom-model-deployment", "provisioned-model"
+
+Row = TypeVar("Row", Job, CustomModel, Deployment, Provisioned)
 
 
 def job_arn(arns: Arns, job: Job) -> str:
@@ -60,69 +64,70 @@ def find_foundation(arns: Arns, identifier: str) -> FoundationModel | None:
     if not identifier.startswith("arn:"):
         return foundation_model(identifier)
     arn = own(arns, "", FOUNDATION, identifier)
-    found = foundation_model(arn.path) if arn else None
-    # An alias is no part of an ARN.
-    return found if found and arn and found.id == arn.path else None
+    return foundation_model(identifier) if arn else None
 
 
 def find_job(
     session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> Job | None:
     """A customization job by ARN or name."""
-    asked = select(Job).where(Job.account == account)
-    if identifier.startswith("arn:"):
-        arn = own(arns, account, JOB, identifier)
-        if arn is None:
-            return None
-        asked = asked.where(Job.id == arn.id, Job.foundation == arn.path.rpartition("/")[0])
-    else:
-        asked = asked.where(Job.name == identifier)
-    if lock:
-        asked = asked.with_for_update()
-    return session.scalars(asked).one_or_none()
+    return _find(session, _Sought(arns, account, JOB, identifier, lock), Job, job_arn)
 
 
 def find_model(
     session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> CustomModel | None:
     """A custom model by ARN or name. One of a job that has not ended is not there yet."""
-    asked = select(CustomModel).where(
-        CustomModel.account == account, CustomModel.status != RESERVED
-    )
-    if identifier.startswith("arn:"):
-        arn = own(arns, account, MODEL, identifier)
-        if arn is None:
-            return None
-        kind = arn.path.rpartition("/")[0]
-        asked = asked.where(CustomModel.id == arn.id, CustomModel.foundation == kind)
-    else:
-        asked = asked.where(CustomModel.name == identifier)
-    if lock:
-        asked = asked.with_for_update()
-    return session.scalars(asked).one_or_none()
+    sought = _Sought(arns, account, MODEL, identifier, lock)
+    found = _find(session, sought, CustomModel, model_arn)
+    return found if found and found.status != RESERVED else None
 
 
 def find_deployment(
     session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> Deployment | None:
     """A deployment by ARN or name."""
-    wanted = _wanted(arns, account, DEPLOYMENT, identifier)
-    return deployments.find(session, account, wanted, lock=lock) if wanted else None
+    sought = _Sought(arns, account, DEPLOYMENT, identifier, lock)
+    return _find(session, sought, Deployment, deployment_arn)
 
 
 def find_provisioned(
     session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> Provisioned | None:
     """Provisioned throughput by ARN or name."""
-    wanted = _wanted(arns, account, PROVISIONED, identifier)
-    return provisioned.find(session, account, wanted, lock=lock) if wanted else None
+    sought = _Sought(arns, account, PROVISIONED, identifier, lock)
+    return _find(session, sought, Provisioned, provisioned_arn)
 
 
-def _wanted(arns: Arns, account: str, kind: str, identifier: str) -> str | None:
-    if not identifier.startswith("arn:"):
-        return identifier
-    arn = own(arns, account, kind, identifier)
-    return arn.path if arn else None
+@dataclass(frozen=True)
+class _Sought:
+    """What one looks for, and whose."""
+
+    arns: Arns
+    account: str
+    kind: str
+    identifier: str
+    lock: bool
+
+
+def _find(
+    session: Session, sought: _Sought, table: type[Row], arn_of: Callable[[Arns, Row], str]
+) -> Row | None:
+    """The row with this ARN or this name. A name may look like the end of another one's ARN."""
+    asked = select(table).where(table.account == sought.account)
+    arn = None
+    if sought.identifier.startswith("arn:"):
+        arn = own(sought.arns, sought.account, sought.kind, sought.identifier)
+        if arn is None:
+            return None
+        asked = asked.where(table.id == arn.id)
+    else:
+        asked = asked.where(table.name == sought.identifier)
+    if sought.lock:
+        asked = asked.with_for_update().execution_options(populate_existing=True)
+    found = session.scalars(asked).one_or_none()
+    # The foundation model that an ARN names has to be right, too.
+    return None if found and arn and str(arn) != arn_of(sought.arns, found) else found
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,6 @@ class Invocable:
     """Of what was called by ``modelId``."""
     model: str
     """ARN of the foundation model or custom model that answers."""
-    units: int = 0
-    """Of provisioned throughput."""
 
 
 def invoked_arn(arns: Arns, model_id: str) -> str:
@@ -223,7 +226,7 @@ def _provided(session: Session, arns: Arns, account: str, model_id: str) -> Invo
         raise Fault("ModelNotReady", text)
     if found.status == provisioned.FAILED:
         raise Fault("Validation", "The provisioned throughput is Failed and cannot answer.")
-    return Invocable(_stored(session, found.model, model_id), model_id, found.model, found.units)
+    return Invocable(_stored(session, found.model, model_id), model_id, found.model)
 
 
 def _stored(session: Session, model: str, model_id: str) -> str:

@@ -29,7 +29,6 @@ _SHAPES = {
     "IncompleteSignature": _UNKNOWN_KEY,
     "UnrecognizedClient": _UNKNOWN_KEY,
     "InvalidSignature": _UNKNOWN_KEY,
-    "ExpiredToken": _UNKNOWN_KEY,
     "AccessDenied": _Shape(403, "permission_error", "permission_denied"),
     "ResourceNotFound": _Shape(404, INVALID, "not_found"),
     "UnknownOperation": _Shape(404, INVALID, "unknown_url"),

@@ -17,8 +17,6 @@ from luthier.store.uploaded_files import UploadedFile, UploadedFiles
 
 PURPOSES = ("fine-tune", "batch", "evals", "user_data", "assistants", "vision")
 """What clients may upload for."""
-OWN_PURPOSES = ("fine-tune-results", "batch_output")
-"""Of files that the service writes."""
 SHORTEST, LONGEST = 3600, 30 * 86400
 """Seconds that a file may be told to live."""
 MOST = 10_000

@@ -20,14 +20,14 @@ from luthier.api.openai.methods import CreateJob, settings_of
 from luthier.api.openai.models import Catalogue
 from luthier.api.openai.requests import Access, body, number_of, page, text_of
 from luthier.api.openai.routing import Operation
-from luthier.api.wire import Answer, Call, Fault
-from luthier.errors import NameInUse, QuotaExceeded, WrongState
+from luthier.api.wire import Answer, Call
+from luthier.errors import WrongState
 from luthier.jobs.submit import FINE_TUNING, REINFORCEMENT, Limits, Submission, submit
 from luthier.store import jobs
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database, new_id
-from luthier.store.foundation import FoundationModel
+from luthier.store.foundation import FoundationModel, root_of
 from luthier.store.jobs import Job
 from luthier.store.uploaded_files import UploadedFiles, address_of
 
@@ -98,14 +98,9 @@ class FineTuning:
             )
         seed = asked.seed if asked.seed is not None else secrets.randbelow(2**31)
         submission = self._submission(account, asked, base, seed, grader)
-        try:
-            with self.database.write() as session:
-                job = submit(session, submission, self.arns, self.limits(account))
-                seen = _seen(session, job)
-        except QuotaExceeded as refused:
-            raise Fault("ServiceQuotaExceeded", str(refused)) from refused
-        except NameInUse as refused:  # ids are drawn at random: somebody took this one by hand
-            raise invalid(str(refused)) from refused
+        with self.database.write() as session:
+            job = submit(session, submission, self.arns, self.limits(account))
+            seen = _seen(session, job)
         self._submitted()
         return Answer.of(_shown(seen))
 
@@ -118,7 +113,7 @@ class FineTuning:
         grader: dict[str, Any] | None,
     ) -> Submission:
         job_name = "ftjob-" + "".join(secrets.choice(_LETTERS) for _ in range(24))
-        root = self.catalogue.root_of(base)
+        root = root_of(base)
         suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", asked.suffix or "").strip("-")
         writes = root is None or root.writes
         name = root.base if root is not None else "imported"

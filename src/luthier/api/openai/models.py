@@ -39,7 +39,7 @@ DeleteModel = Callable[[str, CustomModel], None]
 """Deletes an account's custom model with all that belongs to it.
 
 Raises:
-    Fault: ``Conflict`` where it is deployed or provisioned.
+    WrongState: where it is deployed or provisioned, or a job starts from it.
 """
 
 
@@ -67,7 +67,7 @@ class Catalogue:
         return self._resolve(account, name) if name.startswith("arn:") else None
 
     def find(self, account: str, name: str) -> FoundationModel | CustomModel | None:
-        """The base model of this alias or id, or the account's own by its ``ft:`` id or name."""
+        """The base model of this alias or id, or the account's own by its ``ft:`` id."""
         if name.startswith("arn:") and ":foundation-model/" not in name:
             return None
         base = foundation_model(name)
@@ -101,10 +101,6 @@ class Catalogue:
         if found is None:
             raise model_not_found(name)
         return found
-
-    def root_of(self, base: FoundationModel | CustomModel) -> FoundationModel | None:
-        """The foundation model at the bottom; ``None`` where it is none of ours."""
-        return base if isinstance(base, FoundationModel) else foundation_model(base.root)
 
     def judge(self, account: str) -> Judge:
         """Finds models that grade, for this account."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from luthier.api.openai.errors import invalid
-from luthier.api.wire import Answer, Call, Caller, Fault
+from luthier.api.wire import Answer, Call, Caller
 
 METADATA_KEYS = 16
 
@@ -28,14 +28,6 @@ class Authorize(Protocol):
 
     def __call__(self, caller: Caller, action: str, resource: str) -> None:
         """Whether ``caller`` may do ``action`` to the ARN ``resource``, or to ``*``."""
-
-
-class Listed(Protocol):
-    """Something that stands in lists."""
-
-    @property
-    def id(self) -> str:
-        """By which a client names it as the end of a page."""
 
 
 def body(call: Call, kind: type[Parsed]) -> Parsed:
@@ -172,15 +164,3 @@ class Access:
         """Whether the caller may have a model answer."""
         self._authorize(caller, f"luthier:openai.{action}", arn)
         self._authorize(caller, "bedrock:InvokeModel", arn)
-
-
-def guarded(function: Callable[[], Any], parameter: str) -> Any:
-    """What ``function`` gives; a refusal of the library becomes one of ``parameter``."""
-    from luthier.errors import RefusedInput
-
-    try:
-        return function()
-    except Fault:
-        raise
-    except RefusedInput as refused:
-        raise invalid(str(refused), parameter) from refused

@@ -28,13 +28,11 @@ _STATUS = {
 }
 """Of all others 400."""
 _NAMES = {
-    "AccessDenied": "AccessDenied",
     "IncompleteSignature": "AuthorizationHeaderMalformed",
     "InternalServer": "InternalError",
     "InvalidSignature": "SignatureDoesNotMatch",
     "MissingAuthenticationToken": "AccessDenied",
     "RequestEntityTooLarge": "EntityTooLarge",
-    "ServiceUnavailable": "ServiceUnavailable",
     "Throttling": "SlowDown",
     "UnrecognizedClient": "InvalidAccessKeyId",
     "Validation": "InvalidRequest",
