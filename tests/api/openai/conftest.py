@@ -67,7 +67,7 @@ class Server:
         except Fault as fault:
             answer = self.face.refusal(fault, request_id)
         except RefusedInput as refused:
-            answer = self.face.refusal(Fault("Validation", str(refused)), request_id)
+            answer = self.face.refusal(Fault.of(refused), request_id)
         await _send(send, answer)
 
     def _caller(self, headers: Mapping[str, str]) -> Caller:
