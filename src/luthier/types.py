@@ -23,6 +23,11 @@ class Message:
     learned: bool = True
     """False for a turn of the assistant that is only read."""
 
+    @property
+    def said(self) -> dict[str, str]:
+        """Who says what, ready for JSON: what a model is given of the turn."""
+        return {"role": self.role, "content": self.content}
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

@@ -305,7 +305,7 @@ def _pair(insight: Insight) -> dict[str, Any]:
     if row.messages is None:
         return {"prompt": row.prompt, "completion": answer}
     turns = (*row.messages, Message("assistant", answer))
-    return {"messages": [asdict(turn) for turn in turns]}
+    return {"messages": [turn.said for turn in turns]}
 
 
 @contextmanager
