@@ -177,9 +177,11 @@ async def reads(
     async def read(due: float, path: str) -> None:
         nonlocal bad
         connection = await free.get()
-        status, _ = await connection.ask("GET", path)
+        status, text = await connection.ask("GET", path)
         times.append(time.perf_counter() - due)
-        bad += status != 200
+        if status != 200:
+            bad += 1
+            print(f"{status} {path}: {text.decode()[:200]}")
         free.put_nowait(connection)
 
     cpu, began, tasks = server.cpu_times(), time.perf_counter(), []
