@@ -167,7 +167,7 @@ class Checker:
 def matches(shape: Shape, value: str) -> bool:
     """Whether all of ``value`` is matched by the pattern of ``shape``, within its time.
 
-    The time is the clock's: where many threads wait for their turn a short one passes with nothing done.
+    The time is the clock's: where many threads wait for their turn a short one passes unused.
     What did not end in it is tried once more, with time enough for all but patterns that blow up.
     """
     for seconds in (PATTERN_SECONDS, PATIENT_SECONDS):
