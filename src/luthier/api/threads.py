@@ -7,7 +7,9 @@ import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Threads:
@@ -20,7 +22,7 @@ class Threads:
         """At most ``most`` at once; what is beyond waits for its turn."""
         self._pool = ThreadPoolExecutor(most, name)
 
-    async def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def __call__(self, function: Callable[..., T], *arguments: Any) -> T:
         """What ``function`` returns, or raises."""
         context = contextvars.copy_context()
         work = partial(context.run, function, *arguments)

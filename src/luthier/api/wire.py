@@ -172,6 +172,8 @@ class Fault(LuthierError):
 
 
 Handler = Callable[[Call], Answer]
+Authorize = Callable[[Caller, str, str], None]
+"""Given caller, action and ARN: raises :class:`Fault` ``AccessDenied`` where no policy allows it."""
 
 
 @dataclass(frozen=True)

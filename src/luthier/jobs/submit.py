@@ -268,10 +268,10 @@ def _root(model: BaseModel) -> str:
     """``provider.name`` for ARNs."""
     if isinstance(model, FoundationModel):
         return model.id
-    return model.root or "luthier.imported"
+    return model.bottom
 
 
 def _arn(model: BaseModel, account: str, arns: Arns) -> str:
     if isinstance(model, FoundationModel):
         return arns.foundation_model(model.id)
-    return arns.custom_model(account, model.foundation, model.id)
+    return model.arn(arns)

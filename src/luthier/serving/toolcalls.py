@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
-import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ import numpy as np
 from luthier.errors import RecipeError
 from luthier.serving.constraints import CALL_CLOSE, CALL_OPEN
 from luthier.serving.inference import Chat, InferenceRefused, Tool, ToolCall, Turn
+from luthier.store.ids import random_id
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -31,12 +30,11 @@ LISTED = """You can call these functions, each described in JSON:
 
 To call one, answer with nothing but a JSON object with the members "name", the function's name, and \
 "arguments", an object that matches its parameters. Where no function helps, answer in words."""
-_ALPHABET = string.ascii_letters + string.digits
 
 
 def new_call_id() -> str:
     """An id for a call, as Bedrock writes them."""
-    return "tooluse_" + "".join(secrets.choice(_ALPHABET) for _ in range(22))
+    return "tooluse_" + random_id(22)
 
 
 def template_of(chat: ChatFormat) -> str:

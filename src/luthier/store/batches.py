@@ -6,8 +6,6 @@ done is not done again, and no line is answered twice in the files.
 
 from __future__ import annotations
 
-import secrets
-import string
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,6 +14,7 @@ from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, or_, select, 
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.store.database import Base, now
+from luthier.store.ids import SMALL, random_id
 
 VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
     "validating",
@@ -27,7 +26,6 @@ FAILED, EXPIRED, CANCELLING, CANCELLED = "failed", "expired", "cancelling", "can
 ENDED = (COMPLETED, FAILED, EXPIRED, CANCELLED)
 LEASE = timedelta(seconds=60)
 """How long a server may be silent before another one goes on with its batch."""
-_LETTERS = string.ascii_lowercase + string.digits
 
 
 class Batch(Base):
@@ -93,7 +91,7 @@ def create(
     """A new batch, to be validated."""
     moment = now()
     batch = Batch(
-        id="batch_" + "".join(secrets.choice(_LETTERS) for _ in range(24)),
+        id="batch_" + random_id(24, SMALL),
         account=account,
         caller=caller,
         endpoint=endpoint,

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
+from luthier.store.arns import Arns
 from luthier.store.database import Base
 
 RESERVED, ACTIVE = "Reserved", "Active"
@@ -41,3 +42,12 @@ class CustomModel(Base):
     failure: Mapped[str | None]
     details: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created: Mapped[datetime]
+
+    def arn(self, arns: Arns) -> str:
+        """Its ARN on the server that ``arns`` are of."""
+        return arns.custom_model(self.account, self.foundation, self.id)
+
+    @property
+    def bottom(self) -> str:
+        """``provider.name`` at the bottom as ARNs name it: also where that is not one of ours."""
+        return self.root or "luthier.imported"

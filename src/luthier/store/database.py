@@ -7,8 +7,6 @@ on disk: SQLite runs in WAL mode with ``synchronous=FULL``.
 
 from __future__ import annotations
 
-import secrets
-import string
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -24,8 +22,8 @@ from sqlalchemy.types import TypeDecorator
 
 from luthier.errors import LuthierError, RefusedInput
 from luthier.files import luthier_home
+from luthier.store.ids import SMALL, random_id
 
-_ALPHABET = string.ascii_lowercase + string.digits
 BUSY_SECONDS = 30
 """How long a transaction waits for another one that writes."""
 
@@ -70,7 +68,7 @@ def now() -> datetime:
 
 def new_id() -> str:
     """Twelve random lower-case letters and digits, as they stand at the end of an ARN."""
-    return "".join(secrets.choice(_ALPHABET) for _ in range(12))
+    return random_id(12, SMALL)
 
 
 def default_url() -> str:

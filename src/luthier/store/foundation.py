@@ -36,27 +36,37 @@ class FoundationModel:
 
 def foundation_models() -> list[FoundationModel]:
     """Those of the catalogue, then those that were pre-trained in this store."""
-    known = [
-        FoundationModel(f"{prefix}.{base}", base, provider, name, CATALOG[base].kind == "causal_lm")
-        for base, (prefix, provider, name) in _PROVIDERS.items()
-    ]
-    return known + [_made_here(model.id, model.manifest) for model in pretrained_models()]
+    return [*_catalogued(), *_made()]
 
 
 def foundation_model(identifier: str) -> FoundationModel | None:
     """The one with this id, alias or ARN; ``None`` where there is none."""
     arn = Arn.parse(identifier)
-    if arn is None:
-        return next((m for m in foundation_models() if identifier in (m.id, m.base)), None)
-    if (arn.kind, arn.account) != ("foundation-model", ""):
+    if arn is not None and (arn.kind, arn.account) != ("foundation-model", ""):
         return None
-    # An alias is no part of an ARN.
-    return next((model for model in foundation_models() if model.id == arn.path), None)
+    # Those of the catalogue first: each request asks, and the others stand on the disk.
+    for models in (_catalogued, _made):
+        for model in models():
+            # An alias is no part of an ARN.
+            if identifier in (model.id, model.base) if arn is None else arn.path == model.id:
+                return model
+    return None
 
 
 def root_of(model: FoundationModel | CustomModel) -> FoundationModel | None:
     """The foundation model at the bottom of ``model``; ``None`` where it is none of ours."""
     return model if isinstance(model, FoundationModel) else foundation_model(model.root)
+
+
+def _catalogued() -> list[FoundationModel]:
+    return [
+        FoundationModel(f"{prefix}.{base}", base, provider, name, CATALOG[base].kind == "causal_lm")
+        for base, (prefix, provider, name) in _PROVIDERS.items()
+    ]
+
+
+def _made() -> list[FoundationModel]:
+    return [_made_here(model.id, model.manifest) for model in pretrained_models()]
 
 
 def _made_here(base: str, manifest: dict[str, Any]) -> FoundationModel:

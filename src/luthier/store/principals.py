@@ -13,9 +13,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import ForeignKey, UniqueConstraint, select
+from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput
@@ -88,6 +88,9 @@ class ApiKey(Base):
     created: Mapped[datetime]
 
 
+Key = TypeVar("Key", AccessKey, ApiKey)
+
+
 @dataclass(frozen=True)
 class Principal:
     """A user as a key proves it."""
@@ -103,31 +106,36 @@ class Principal:
 
 def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | None:
     """Whose access key it is; ``None`` unless key, user and account may be used."""
-    row = session.execute(
-        select(AccessKey, User, Account)
-        .join(User, User.seq == AccessKey.user)
-        .join(Account, Account.id == User.account)
-        .where(AccessKey.id == access_key)
-    ).one_or_none()
-    if row is None or any(part.disabled for part in row):
+    found = _usable(session, AccessKey, AccessKey.id == access_key)
+    if found is None:
         return None
-    key, user, _ = row
+    key, user = found
     secret = sealing.open(key.sealed, key.id)
     return Principal(user.account, user.name, user.documents, secret=secret)
 
 
 def bearer(session: Session, digest: str) -> Principal | None:
     """Whose API key has this SHA-256; ``None`` unless key, user and account may be used."""
+    found = _usable(session, ApiKey, ApiKey.digest == digest)
+    if found is None:
+        return None
+    key, user = found
+    return Principal(user.account, user.name, user.documents, key.expires)
+
+
+def _usable(
+    session: Session, table: type[Key], wanted: ColumnElement[bool]
+) -> tuple[Key, User] | None:
+    """The key and its user, unless one of them or their account is disabled."""
     row = session.execute(
-        select(ApiKey, User, Account)
-        .join(User, User.seq == ApiKey.user)
+        select(table, User, Account)
+        .join(User, User.seq == table.user)
         .join(Account, Account.id == User.account)
-        .where(ApiKey.digest == digest)
+        .where(wanted)
     ).one_or_none()
     if row is None or any(part.disabled for part in row):
         return None
-    key, user, _ = row
-    return Principal(user.account, user.name, user.documents, key.expires)
+    return row[0], row[1]
 
 
 def digest_of(key: str) -> str:

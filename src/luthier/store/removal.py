@@ -30,7 +30,7 @@ def delete(database: Database, arns: Arns, model: CustomModel) -> None:
     with database.write() as session:
         found = session.get(CustomModel, model.seq, with_for_update=True)
         if found is not None:
-            remove(session, found, arns.custom_model(found.account, found.foundation, found.id))
+            remove(session, found, found.arn(arns))
     remove_files(model.stored_id)
 
 

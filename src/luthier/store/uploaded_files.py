@@ -9,8 +9,6 @@ see neither.
 
 from __future__ import annotations
 
-import secrets
-import string
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
@@ -20,11 +18,10 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import ObjectRefused
 from luthier.store.database import Base, Database, now
+from luthier.store.ids import random_id
 from luthier.store.locations import UPLOADS
 from luthier.store.object_rows import Described
 from luthier.store.objects import Objects
-
-_LETTERS = string.ascii_letters + string.digits
 
 
 class UploadedFile(Base):
@@ -71,7 +68,7 @@ class UploadedFiles:
 
         With a ``file_id`` that is there already, what is there stays and is returned.
         """
-        file_id = file_id or "file-" + "".join(secrets.choice(_LETTERS) for _ in range(24))
+        file_id = file_id or "file-" + random_id(24)
         self._need_bucket(account)
         with self.objects.files.begin(account) as file:
             for piece in pieces:

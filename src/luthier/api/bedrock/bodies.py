@@ -30,12 +30,12 @@ def json_object(call: Call) -> dict[str, Any]:
     """The body of ``call``, which is JSON whatever its Content-Type says."""
     try:
         found = call.json
-    except (ValueError, RecursionError) as error:
-        raise Fault("Serialization", "The body of the request is no JSON.") from error
+    except ValueError as error:
+        raise Fault("Serialization", "The body of the request is not JSON in UTF-8.") from error
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise Fault("Serialization", "The body of the request is no JSON object.")
+        raise Fault("Serialization", "The body of the request has to be a JSON object.")
     return found
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.messages import answer_of, members_of
 from luthier.api.bedrock.operations import Operation
-from luthier.api.wire import Answer, Call, Caller, Fault
+from luthier.api.wire import Answer, Authorize, Call, Fault
 from luthier.jobs.submit import Limits as JobLimits
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
@@ -32,13 +32,6 @@ class ChecksLocations(Protocol):
 
     def check_writable(self, account: str, uri: str) -> None:
         """Raise the same unless files can be written below it."""
-
-
-class Authorizes(Protocol):
-    """Decides by the caller's policies."""
-
-    def __call__(self, caller: Caller, action: str, resource: str) -> None:
-        """Raise :class:`Fault` AccessDenied where they do not allow it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class Control:
     database: Database
     arns: Arns
     locations: ChecksLocations
-    authorize: Authorizes
+    authorize: Authorize
     secret: bytes = field(repr=False)
     """Kept by the server; tokens of lists are signed with it."""
     activation: Activation

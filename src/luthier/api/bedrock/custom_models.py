@@ -13,7 +13,6 @@ from luthier.api.bedrock.identifiers import (
     MODEL,
     find_model,
     job_arn,
-    model_arn,
     own,
 )
 from luthier.api.bedrock.jobs import learned
@@ -22,7 +21,6 @@ from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import Job
 
 _ORDER = Order(CustomModel.created, CustomModel.seq)
-_UNKNOWN_ROOT = "luthier.imported"
 """Base of a model whose own base is none of ours; Bedrock's clients are promised one."""
 _LONGEST = 2048
 
@@ -75,21 +73,16 @@ def asked_model(request: Request, session: Session, identifier: str) -> CustomMo
     """The model of an ARN or name, where the caller may do this to it."""
     found = find_model(session, request.arns, request.account, identifier)
     shown = shown_as(request, MODEL, identifier)
-    request.allow(model_arn(request.arns, found) if found else shown, shown)
+    request.allow(found.arn(request.arns) if found else shown, shown)
     if found is None:
         raise not_found("custom model", identifier)
     return found
 
 
-def root_of(model: CustomModel) -> str:
-    """``provider.name`` of the foundation model at the bottom."""
-    return model.root or _UNKNOWN_ROOT
-
-
 def _described(request: Request, model: CustomModel, job: Job | None) -> dict[str, Any]:
     told = learned(job) if job else {"customizationType": "IMPORTED"}
     return {
-        "modelArn": model_arn(request.arns, model),
+        "modelArn": model.arn(request.arns),
         "modelName": model.name,
         "jobName": job.name if job else None,
         "jobArn": job_arn(request.arns, job) if job else None,
@@ -103,11 +96,11 @@ def _described(request: Request, model: CustomModel, job: Job | None) -> dict[st
 
 def _summary(request: Request, model: CustomModel, job: Job | None) -> dict[str, Any]:
     return {
-        "modelArn": model_arn(request.arns, model),
+        "modelArn": model.arn(request.arns),
         "modelName": model.name,
         "creationTime": model.created,
         "baseModelArn": _base(request, model),
-        "baseModelName": root_of(model),
+        "baseModelName": model.bottom,
         "customizationType": job.customization_type if job else "IMPORTED",
         "ownerAccountId": model.account,
         "modelStatus": model.status,
@@ -115,7 +108,7 @@ def _summary(request: Request, model: CustomModel, job: Job | None) -> dict[str,
 
 
 def _base(request: Request, model: CustomModel) -> str:
-    return model.base_model or request.arns.foundation_model(root_of(model))
+    return model.base_model or request.arns.foundation_model(model.bottom)
 
 
 def _jobs(session: Session, models: Any) -> dict[str, Job]:

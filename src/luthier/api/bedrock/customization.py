@@ -15,16 +15,20 @@ from luthier.api.bedrock.identifiers import (
     find_foundation,
     find_model,
     job_arn,
-    model_arn,
 )
 from luthier.api.wire import Fault
-from luthier.jobs.submit import BaseModel, Submission, submit
+from luthier.jobs.submit import (
+    DISTILLATION,
+    FINE_TUNING,
+    REINFORCEMENT,
+    BaseModel,
+    Submission,
+    submit,
+)
 from luthier.store import tags
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.foundation import FoundationModel
 
-FINE_TUNING, DISTILLATION = "FINE_TUNING", "DISTILLATION"
-REINFORCEMENT = "REINFORCEMENT_FINE_TUNING"
 _CONFIGS = {DISTILLATION: "distillationConfig", REINFORCEMENT: "rftConfig"}
 """Which member of ``customizationConfig`` a type needs; the others take none."""
 _SHOWN = (
@@ -60,7 +64,7 @@ def create_job(request: Request) -> dict[str, Any]:
         tags.put(session, arn, job_tags)
         reserved = session.query(CustomModel).filter_by(job_id=job.id).one()
         # The model has them from its first moment.
-        tags.put(session, model_arn(request.arns, reserved), model_tags)
+        tags.put(session, reserved.arn(request.arns), model_tags)
         return {"jobArn": arn}
 
     answer = request.once(make)

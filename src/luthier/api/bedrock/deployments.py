@@ -8,13 +8,11 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.control import Operate, Request, not_found, shown_as, tags_of
-from luthier.api.bedrock.custom_models import root_of
 from luthier.api.bedrock.identifiers import (
     DEPLOYMENT,
     deployment_arn,
     find_deployment,
     find_model,
-    model_arn,
 )
 from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
 from luthier.api.wire import Fault
@@ -45,7 +43,7 @@ def create_deployment(request: Request) -> dict[str, Any]:
             id=new_id(),
             account=request.account,
             name=request["modelDeploymentName"],
-            model=model_arn(request.arns, model),
+            model=model.arn(request.arns),
             description=request.get("description"),
             created=moment,
             modified=moment,
@@ -103,9 +101,9 @@ def update_deployment(request: Request) -> dict[str, Any]:
         if found.status != deployments.ACTIVE:
             raise _invalid(f"The deployment is {found.status}; only an Active one can be updated.")
         before = find_model(session, request.arns, request.account, found.model)
-        if before is None or root_of(before) != root_of(model):
+        if before is None or before.bottom != model.bottom:
             raise _invalid("The model has another base than the one that is deployed.")
-        found.next_model = model_arn(request.arns, model)
+        found.next_model = model.arn(request.arns)
         found.update_status, found.modified = deployments.UPDATING, now()
     request.control.activation.deployment(found.id)
     return {"customModelDeploymentArn": deployment_arn(request.arns, found)}

@@ -7,10 +7,11 @@ from typing import Any
 from luthier.api.bedrock.control import Operate, Request, not_found
 from luthier.api.bedrock.identifiers import find_foundation, invoked_arn
 from luthier.api.wire import Fault
+from luthier.jobs.submit import CONTINUED_PRE_TRAINING, DISTILLATION, FINE_TUNING
 from luthier.store.foundation import FoundationModel, foundation_models
 
-WRITER_TYPES = ("FINE_TUNING", "CONTINUED_PRE_TRAINING", "DISTILLATION")
-ENCODER_TYPES = ("FINE_TUNING", "CONTINUED_PRE_TRAINING")
+WRITER_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING, DISTILLATION)
+ENCODER_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING)
 _INFERENCE = ["ON_DEMAND", "PROVISIONED"]
 
 

@@ -36,11 +36,6 @@ def job_arn(arns: Arns, job: Job) -> str:
     return arns.job(job.account, job.foundation, job.id)
 
 
-def model_arn(arns: Arns, model: CustomModel) -> str:
-    """Of a custom model."""
-    return arns.custom_model(model.account, model.foundation, model.id)
-
-
 def deployment_arn(arns: Arns, deployment: Deployment) -> str:
     """Of a deployment."""
     return arns.of(deployment.account, DEPLOYMENT, deployment.id)
@@ -79,7 +74,7 @@ def find_model(
 ) -> CustomModel | None:
     """A custom model by ARN or name. One of a job that has not ended is not there yet."""
     sought = _Sought(arns, account, MODEL, identifier, lock)
-    found = _find(session, sought, CustomModel, model_arn)
+    found = _find(session, sought, CustomModel, lambda arns, model: model.arn(arns))
     return found if found and found.status != RESERVED else None
 
 

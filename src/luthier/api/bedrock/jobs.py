@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.control import Operate, Request, not_found, shown_as
 from luthier.api.bedrock.customization import create_job
-from luthier.api.bedrock.identifiers import JOB, find_job, job_arn, model_arn
+from luthier.api.bedrock.identifiers import JOB, find_job, job_arn
 from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
 from luthier.store import jobs as queue
 from luthier.store.custom_models import RESERVED, CustomModel
@@ -150,7 +150,7 @@ def _models(session: Session, found: Any) -> dict[str, CustomModel]:
 
 
 def _made(request: Request, model: CustomModel | None) -> str | None:
-    return model_arn(request.arns, model) if model else None
+    return model.arn(request.arns) if model else None
 
 
 def _details(job: Job) -> dict[str, Any]:

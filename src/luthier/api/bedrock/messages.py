@@ -9,6 +9,7 @@ from typing import Any
 
 from botocore.model import ListShape, MapShape, Shape, StructureShape
 
+from luthier.api.bedrock.bodies import json_object
 from luthier.api.bedrock.constraints import Checker, moment_of
 from luthier.api.bedrock.operations import Operation
 from luthier.api.wire import Answer, Call, Fault
@@ -84,15 +85,7 @@ def _body(shape: StructureShape, call: Call) -> Mapping[str, Any]:
     """The body, an object; empty where the operation has none."""
     if all(member.serialization.get("location") for member in shape.members.values()):
         return {}
-    try:
-        body = call.json
-    except (ValueError, RecursionError) as error:
-        raise Fault("Serialization", "The body of the request is not JSON in UTF-8.") from error
-    if body is None:
-        return {}
-    if not isinstance(body, dict):
-        raise Fault("Serialization", "The body of the request has to be a JSON object.")
-    return body
+    return json_object(call)
 
 
 def _of_query(shape: Shape, values: list[str] | None, name: str) -> Any:

@@ -9,13 +9,11 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.control import Operate, Request, not_found, shown_as, tags_of
-from luthier.api.bedrock.custom_models import root_of
 from luthier.api.bedrock.identifiers import (
     PROVISIONED,
     find_foundation,
     find_model,
     find_provisioned,
-    model_arn,
     provisioned_arn,
 )
 from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
@@ -148,7 +146,7 @@ def _model(request: Request, session: Session, identifier: str) -> tuple[str, st
     if model.status != custom_models.ACTIVE:
         text = f"The model is {model.status}; only an Active one can be provisioned."
         raise Fault("Validation", text)
-    return model_arn(request.arns, model), root_of(model)
+    return model.arn(request.arns), model.bottom
 
 
 def _change_model(request: Request, session: Session, found: Provisioned) -> None:

@@ -18,7 +18,7 @@ from luthier.api.bedrock.bodies import json_object, malformed, parsed
 from luthier.api.bedrock.conversations import Conversation
 from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
 from luthier.api.bedrock.invoke import ChatForm, EmbeddingBody, Form, Timed, form_of
-from luthier.api.wire import Answer, Call, Caller, Fault, Handler
+from luthier.api.wire import Answer, Authorize, Call, Fault, Handler
 from luthier.errors import UnknownModel
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request
 from luthier.serving.pool import ModelPool
@@ -41,7 +41,7 @@ _log = logging.getLogger("luthier.api")
 def runtime_handlers(
     pool: ModelPool,
     resolve: Callable[[str, str], str],
-    authorize: Callable[[Caller, str, str], None],
+    authorize: Authorize,
     resource: Callable[[str], str] = lambda model_id: model_id,
     chat: ChatForm | None = None,
 ) -> Mapping[str, Handler]:
@@ -78,7 +78,7 @@ def faults() -> Iterator[None]:
 class _Runtime:
     pool: ModelPool
     resolve: Callable[[str, str], str]
-    authorize: Callable[[Caller, str, str], None]
+    authorize: Authorize
     resource: Callable[[str], str]
     chat: ChatForm | None
 

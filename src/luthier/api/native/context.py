@@ -9,16 +9,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.api.native.operations import Request
-from luthier.api.wire import Caller, Fault
+from luthier.api.wire import Authorize, Fault
 from luthier.jobs.submit import Limits
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
 from luthier.store.foundation import FoundationModel, foundation_model
 from luthier.store.locations import Locations
-
-Authorize = Callable[[Caller, str, str], None]
-"""Raises :class:`Fault` where the caller may not do the action to the resource."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class _Models:
         with self.context.database.read() as session:
             model = self._own(request, session)
             stored, below = str(model.stored_id), model
-            lineage.append(self._arn(below))
+            lineage.append(below.arn(self.context.arns))
             lineage.append(below.base_model)
             while ":custom-model/" in lineage[-1]:
                 try:
@@ -116,9 +116,6 @@ class _Models:
             raise missing
         return model
 
-    def _arn(self, model: CustomModel) -> str:
-        return self.context.arns.custom_model(model.account, model.foundation, model.id)
-
     def _foundation(self, model: FoundationModel) -> ModelTold:
         return ModelTold(
             id=model.id,
@@ -133,7 +130,7 @@ class _Models:
         return ModelTold(
             id=model.id,
             name=model.name,
-            arn=self._arn(model),
+            arn=model.arn(self.context.arns),
             kind="custom",
             status=model.status,
             base=model.base_model,

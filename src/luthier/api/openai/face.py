@@ -15,9 +15,10 @@ from luthier.api.openai.fine_tuning import FineTuning
 from luthier.api.openai.graders import Graders
 from luthier.api.openai.grading import PooledModels
 from luthier.api.openai.models import Catalogue, DeleteModel, Models, Resolve
-from luthier.api.openai.requests import Access, Authorize
+from luthier.api.openai.requests import Access
 from luthier.api.openai.routing import Routing
 from luthier.api.settings import Settings
+from luthier.api.wire import Authorize
 from luthier.jobs.submit import Limits
 from luthier.store.arns import Arns
 from luthier.store.database import Database

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +27,13 @@ from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database, new_id
 from luthier.store.foundation import FoundationModel, root_of
+from luthier.store.ids import random_id
 from luthier.store.jobs import Job
 from luthier.store.uploaded_files import UploadedFiles, address_of
 
 FACE = "openai"
 MOST = 100
 _EVERYTHING = 1_000_000
-_LETTERS = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class FineTuning:
         seed: int,
         grader: dict[str, Any] | None,
     ) -> Submission:
-        job_name = "ftjob-" + "".join(secrets.choice(_LETTERS) for _ in range(24))
+        job_name = "ftjob-" + random_id(24)
         root = root_of(base)
         suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", asked.suffix or "").strip("-")
         writes = root is None or root.writes

@@ -63,7 +63,7 @@ class Catalogue:
         if isinstance(found, FoundationModel):
             return Target(found.base, self.arns.foundation_model(found.id))
         if found is not None and found.stored_id is not None:
-            return Target(found.stored_id, self.arn_of(found))
+            return Target(found.stored_id, found.arn(self.arns))
         return self._resolve(account, name) if name.startswith("arn:") else None
 
     def find(self, account: str, name: str) -> FoundationModel | CustomModel | None:
@@ -127,10 +127,6 @@ class Catalogue:
         )
         with self.database.read() as session:
             return list(session.scalars(mine.order_by(CustomModel.seq)))
-
-    def arn_of(self, model: CustomModel) -> str:
-        """Of a custom model."""
-        return self.arns.custom_model(model.account, model.foundation, model.id)
 
 
 class Models:

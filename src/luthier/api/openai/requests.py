@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from luthier.api.openai.errors import invalid
-from luthier.api.wire import Answer, Call, Caller
+from luthier.api.wire import Answer, Authorize, Call, Caller
 
 METADATA_KEYS = 16
 
@@ -21,13 +21,6 @@ class Body(BaseModel):
 
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
-
-
-class Authorize(Protocol):
-    """Raises :class:`Fault` ``AccessDenied`` where no policy allows the action."""
-
-    def __call__(self, caller: Caller, action: str, resource: str) -> None:
-        """Whether ``caller`` may do ``action`` to the ARN ``resource``, or to ``*``."""
 
 
 def body(call: Call, kind: type[Parsed]) -> Parsed:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from luthier.api.s3.checksums import Expected
 from luthier.api.s3.chunked import Chunked
+from luthier.api.sending import ClientGone, Receive, Run
 from luthier.api.wire import Fault, Signed
-
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Run = Callable[..., Awaitable[Any]]
 
 OBJECT_LIMIT = 5 << 30
 """Bytes of one request at most; larger objects come in parts."""
@@ -24,10 +22,6 @@ _SIGNED_CHUNKS = (
     "STREAMING-AWS4-HMAC-SHA256-PAYLOAD",
     "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER",
 )
-
-
-class ClientLeft(Exception):
-    """The client hung up before its request was whole."""
 
 
 class Body:
@@ -79,7 +73,7 @@ class Body:
 
         Raises:
             Fault: where it is not as it was signed or told: what went into ``sink`` counts for nothing.
-            ClientLeft: where it ends too early.
+            ClientGone: where it ends too early.
         """
         held: list[bytes] = []
         size, more = 0, True
@@ -119,7 +113,7 @@ async def _next(receive: Receive) -> tuple[bytes, bool]:
         text = "Your socket connection to the server was not read from or written to in time."
         raise Fault("RequestTimeout", text) from None
     if message["type"] == "http.disconnect":
-        raise ClientLeft
+        raise ClientGone
     return message.get("body", b""), bool(message.get("more_body"))
 
 

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from functools import partial
-from typing import TypeVar
-
-import anyio
-import anyio.to_thread
 
 from luthier.api.app import STREAMS
 from luthier.api.s3 import errors
-from luthier.api.s3.body import OBJECT_LIMIT, Body, ClientLeft
+from luthier.api.s3.body import OBJECT_LIMIT, Body
 from luthier.api.s3.documents import DOCUMENT_LIMIT
 from luthier.api.s3.operations import Operation, operation_of
-from luthier.api.s3.request import Authorize, Request, Stores, read_request
+from luthier.api.s3.request import Request, Stores, read_request
 from luthier.api.sending import ClientGone, Receive, Send, send_answer
-from luthier.api.wire import Answer, Fault, Head, Signed
+from luthier.api.threads import Threads
+from luthier.api.wire import Answer, Authorize, Fault, Head, Signed
 from luthier.errors import DoesNotFit, ObjectRefused
 from luthier.store.objects import Objects
 from luthier.store.uploads import Uploads
 
-_T = TypeVar("_T")
 _log = logging.getLogger("luthier.api")
 
 
@@ -32,7 +26,7 @@ class S3Face:
     def __init__(self, objects: Objects, authorize: Authorize, region: str = "us-east-1") -> None:
         """``authorize`` is given caller, action and ARN, and raises :class:`Fault`."""
         self.stores = Stores(objects, Uploads(objects), authorize, region)
-        self._threads: anyio.CapacityLimiter | None = None
+        self._run = Threads(STREAMS, "objects")
 
     async def handle(
         self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str
@@ -53,8 +47,6 @@ class S3Face:
             answer = await self._answer(operation, request, signed, receive)
         except (ObjectRefused, DoesNotFit) as refused:
             raise errors.as_fault(refused) from refused
-        except ClientLeft:
-            raise ClientGone from None
         except (Fault, ClientGone):
             raise
         except Exception:
@@ -88,9 +80,3 @@ class S3Face:
             checksums = await body.receive(receive, writing.write, self._run)
             written = await self._run(writing.finish)
             return await self._run(operation.keeps, self.stores, request, written, checksums)
-
-    async def _run(self, function: Callable[..., _T], *arguments: object) -> _T:
-        """Call something that blocks, in a thread."""
-        if self._threads is None:
-            self._threads = anyio.CapacityLimiter(STREAMS)
-        return await anyio.to_thread.run_sync(partial(function, *arguments), limiter=self._threads)

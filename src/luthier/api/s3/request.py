@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
 
-from luthier.api.wire import Caller, Fault, Head
+from luthier.api.wire import Authorize, Caller, Fault, Head
 from luthier.store.object_rows import Described
 from luthier.store.objects import Objects
 from luthier.store.uploads import Uploads
-
-Authorize = Callable[[Caller, str, str], None]
-"""Given the caller, an action and a resource; raises :class:`Fault` where policies do not allow it."""
 
 DESCRIBING = (
     "cache-control", "content-disposition", "content-encoding", "content-language", "content-type",

@@ -52,9 +52,7 @@ def upgrade() -> None:
         sa.Column("hash", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("seq"),
     )
-    with op.batch_alter_table("audit_log", schema=None) as batch_op:
-        batch_op.create_index("ix_audit_log_account", ["account"], unique=False)
-
+    op.create_index("ix_audit_log_account", "audit_log", ["account"])
     op.create_table(
         "batches",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -80,10 +78,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("id"),
     )
-    with op.batch_alter_table("batches", schema=None) as batch_op:
-        batch_op.create_index("ix_batches_account", ["account"], unique=False)
-        batch_op.create_index("ix_batches_status", ["status"], unique=False)
-
+    op.create_index("ix_batches_account", "batches", ["account"])
+    op.create_index("ix_batches_status", "batches", ["status"])
     op.create_table(
         "buckets",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -115,11 +111,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("account", "name"),
         sa.UniqueConstraint("id"),
     )
-    with op.batch_alter_table("custom_models", schema=None) as batch_op:
-        batch_op.create_index("ix_custom_models_account", ["account"], unique=False)
-        batch_op.create_index("ix_custom_models_job_id", ["job_id"], unique=False)
-        batch_op.create_index("ix_custom_models_openai_id", ["openai_id"], unique=False)
-
+    op.create_index("ix_custom_models_account", "custom_models", ["account"])
+    op.create_index("ix_custom_models_job_id", "custom_models", ["job_id"])
+    op.create_index("ix_custom_models_openai_id", "custom_models", ["openai_id"])
     op.create_table(
         "deployments",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -138,11 +132,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("account", "name"),
         sa.UniqueConstraint("id"),
     )
-    with op.batch_alter_table("deployments", schema=None) as batch_op:
-        batch_op.create_index("ix_deployments_account", ["account"], unique=False)
-        batch_op.create_index("ix_deployments_model", ["model"], unique=False)
-        batch_op.create_index("ix_deployments_next_model", ["next_model"], unique=False)
-
+    op.create_index("ix_deployments_account", "deployments", ["account"])
+    op.create_index("ix_deployments_model", "deployments", ["model"])
+    op.create_index("ix_deployments_next_model", "deployments", ["next_model"])
     op.create_table(
         "jobs",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -182,10 +174,8 @@ def upgrade() -> None:
         sa.UniqueConstraint("account", "name"),
         sa.UniqueConstraint("id"),
     )
-    with op.batch_alter_table("jobs", schema=None) as batch_op:
-        batch_op.create_index("ix_jobs_account", ["account"], unique=False)
-        batch_op.create_index("ix_jobs_state", ["state"], unique=False)
-
+    op.create_index("ix_jobs_account", "jobs", ["account"])
+    op.create_index("ix_jobs_state", "jobs", ["state"])
     op.create_table(
         "principals_version",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -211,11 +201,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("account", "name"),
         sa.UniqueConstraint("id"),
     )
-    with op.batch_alter_table("provisioned", schema=None) as batch_op:
-        batch_op.create_index("ix_provisioned_account", ["account"], unique=False)
-        batch_op.create_index("ix_provisioned_model", ["model"], unique=False)
-        batch_op.create_index("ix_provisioned_next_model", ["next_model"], unique=False)
-
+    op.create_index("ix_provisioned_account", "provisioned", ["account"])
+    op.create_index("ix_provisioned_model", "provisioned", ["model"])
+    op.create_index("ix_provisioned_next_model", "provisioned", ["next_model"])
     op.create_table(
         "tags",
         sa.Column("resource", sa.String(), nullable=False),
@@ -238,9 +226,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("id"),
     )
-    with op.batch_alter_table("uploaded_files", schema=None) as batch_op:
-        batch_op.create_index("ix_uploaded_files_account", ["account"], unique=False)
-
+    op.create_index("ix_uploaded_files_account", "uploaded_files", ["account"])
     op.create_table(
         "batch_lines",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -248,16 +234,11 @@ def upgrade() -> None:
         sa.Column("number", sa.Integer(), nullable=False),
         sa.Column("failed", sa.Boolean(), nullable=False),
         sa.Column("result", Plain, nullable=False),
-        sa.ForeignKeyConstraint(
-            ["batch_id"],
-            ["batches.id"],
-        ),
+        sa.ForeignKeyConstraint(["batch_id"], ["batches.id"]),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("batch_id", "number"),
     )
-    with op.batch_alter_table("batch_lines", schema=None) as batch_op:
-        batch_op.create_index("ix_batch_lines_batch_id", ["batch_id"], unique=False)
-
+    op.create_index("ix_batch_lines_batch_id", "batch_lines", ["batch_id"])
     op.create_table(
         "job_events",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -266,15 +247,10 @@ def upgrade() -> None:
         sa.Column("kind", sa.String(), nullable=False),
         sa.Column("message", sa.String(), nullable=False),
         sa.Column("data", Plain, nullable=False),
-        sa.ForeignKeyConstraint(
-            ["job_id"],
-            ["jobs.id"],
-        ),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"]),
         sa.PrimaryKeyConstraint("seq"),
     )
-    with op.batch_alter_table("job_events", schema=None) as batch_op:
-        batch_op.create_index("ix_job_events_job_id", ["job_id"], unique=False)
-
+    op.create_index("ix_job_events_job_id", "job_events", ["job_id"])
     op.create_table(
         "object_uploads",
         sa.Column("id", sa.String(), nullable=False),
@@ -288,15 +264,10 @@ def upgrade() -> None:
         sa.Column("checksum", sa.String(), nullable=False),
         sa.Column("checksum_type", sa.String(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["bucket_seq"],
-            ["buckets.seq"],
-        ),
+        sa.ForeignKeyConstraint(["bucket_seq"], ["buckets.seq"]),
         sa.PrimaryKeyConstraint("id"),
     )
-    with op.batch_alter_table("object_uploads", schema=None) as batch_op:
-        batch_op.create_index("ix_object_uploads_bucket_seq", ["bucket_seq"], unique=False)
-
+    op.create_index("ix_object_uploads_bucket_seq", "object_uploads", ["bucket_seq"])
     op.create_table(
         "objects",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -312,10 +283,7 @@ def upgrade() -> None:
         sa.Column("user_metadata", Plain, nullable=False),
         sa.Column("checksums", Plain, nullable=False),
         sa.Column("modified", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["bucket_seq"],
-            ["buckets.seq"],
-        ),
+        sa.ForeignKeyConstraint(["bucket_seq"], ["buckets.seq"]),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("bucket_seq", "key"),
     )
@@ -326,10 +294,7 @@ def upgrade() -> None:
         sa.Column("custom_models", sa.Integer(), nullable=True),
         sa.Column("deployments", sa.Integer(), nullable=True),
         sa.Column("requests_per_second", sa.Double(), nullable=True),
-        sa.ForeignKeyConstraint(
-            ["account"],
-            ["accounts.id"],
-        ),
+        sa.ForeignKeyConstraint(["account"], ["accounts.id"]),
         sa.PrimaryKeyConstraint("account"),
     )
     op.create_table(
@@ -341,16 +306,11 @@ def upgrade() -> None:
         sa.Column("policies", Plain, nullable=False),
         sa.Column("disabled", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["account"],
-            ["accounts.id"],
-        ),
+        sa.ForeignKeyConstraint(["account"], ["accounts.id"]),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("account", "name"),
     )
-    with op.batch_alter_table("users", schema=None) as batch_op:
-        batch_op.create_index("ix_users_account", ["account"], unique=False)
-
+    op.create_index("ix_users_account", "users", ["account"])
     op.create_table(
         "access_keys",
         sa.Column("id", sa.String(), nullable=False),
@@ -360,16 +320,11 @@ def upgrade() -> None:
         sa.Column("origin", sa.String(), nullable=False),
         sa.Column("disabled", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["user"],
-            ["users.seq"],
-        ),
+        sa.ForeignKeyConstraint(["user"], ["users.seq"]),
         sa.PrimaryKeyConstraint("id"),
     )
-    with op.batch_alter_table("access_keys", schema=None) as batch_op:
-        batch_op.create_index("ix_access_keys_account", ["account"], unique=False)
-        batch_op.create_index("ix_access_keys_user", ["user"], unique=False)
-
+    op.create_index("ix_access_keys_account", "access_keys", ["account"])
+    op.create_index("ix_access_keys_user", "access_keys", ["user"])
     op.create_table(
         "api_keys",
         sa.Column("id", sa.String(), nullable=False),
@@ -382,17 +337,12 @@ def upgrade() -> None:
         sa.Column("expires", Moment(), nullable=True),
         sa.Column("disabled", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["user"],
-            ["users.seq"],
-        ),
+        sa.ForeignKeyConstraint(["user"], ["users.seq"]),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("digest"),
     )
-    with op.batch_alter_table("api_keys", schema=None) as batch_op:
-        batch_op.create_index("ix_api_keys_account", ["account"], unique=False)
-        batch_op.create_index("ix_api_keys_user", ["user"], unique=False)
-
+    op.create_index("ix_api_keys_account", "api_keys", ["account"])
+    op.create_index("ix_api_keys_user", "api_keys", ["user"])
     op.create_table(
         "object_pieces",
         sa.Column("id", sa.String(), nullable=False),
@@ -405,19 +355,12 @@ def upgrade() -> None:
         sa.Column("sha256", sa.String(), nullable=False),
         sa.Column("checksums", Plain, nullable=False),
         sa.Column("modified", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["object_seq"],
-            ["objects.seq"],
-        ),
-        sa.ForeignKeyConstraint(
-            ["upload_id"],
-            ["object_uploads.id"],
-        ),
+        sa.ForeignKeyConstraint(["object_seq"], ["objects.seq"]),
+        sa.ForeignKeyConstraint(["upload_id"], ["object_uploads.id"]),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("upload_id", "number"),
     )
-    with op.batch_alter_table("object_pieces", schema=None) as batch_op:
-        batch_op.create_index("object_pieces_of", ["object_seq", "number"], unique=False)
+    op.create_index("object_pieces_of", "object_pieces", ["object_seq", "number"])
 
 
 def downgrade() -> None:
