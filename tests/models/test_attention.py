@@ -148,6 +148,7 @@ def ancestors(tree: TokenTree) -> Tensor:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "TILE", 4)
+    monkeypatch.setattr(attention, "SHORT_TILE", 4)
     monkeypatch.setattr(attention, "KEY_STEP", 3)
 
 

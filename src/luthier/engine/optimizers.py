@@ -74,13 +74,16 @@ class MasterAdamW:
         """Clip, move the masters, copy them to the network; returns the gradient norm."""
         for name, master in self.masters.items():
             master.grad = self._sums.get(name)
-        norm = nn.utils.clip_grad_norm_(
-            self.masters.values(), self._max_norm or float("inf"), foreach=True
-        )
+        gradients = [self._sums[name] for name in self.masters if name in self._sums]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
         if not torch.isfinite(norm):
             raise Diverged(
                 "a gradient is no longer finite. Lower the learning rate, or look for rows with "
                 "extreme content; the last checkpoint is from before this step."
+            )
+        if self._max_norm and norm > self._max_norm:
+            nn.utils.clip_grads_with_norm_(
+                self.masters.values(), self._max_norm, norm, foreach=True
             )
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate * group["share"]

@@ -28,9 +28,9 @@ from luthier.errors import RecipeError
 from luthier.types import IntArray
 
 NAME = "luthier_tree"
-TILE = 128
-"""Queries in a tile: long enough for full matmul speed, short enough that what is computed and
-masked out beside the diagonal stays small."""
+TILE, SHORT_TILE = 64, 32
+"""Queries in a tile, and where no row is longer than ``TILE``: long enough for full matmul speed,
+short enough that what is computed and masked out beside the diagonal stays small."""
 KEY_STEP = 64
 """Keys of a tile are rounded up to a multiple of this."""
 
@@ -114,8 +114,9 @@ def plan_attention(
         mask = _flex_mask(torch.from_numpy(seen).to(device), both_ways, before)
         return AttentionPlan((), longest, before, mask)
     shapes: dict[tuple[int, int], list[tuple[int, IntArray]]] = {}
-    for start in range(0, len(tree), TILE):
-        stop = min(start + TILE, len(tree))
+    tile = TILE if longest - before > TILE else SHORT_TILE
+    for start in range(0, len(tree), tile):
+        stop = min(start + tile, len(tree))
         if first_N is None:
             keys_K = np.concatenate([tree.path(start)[:-1], np.arange(start, stop)])
         else:
