@@ -227,3 +227,52 @@ def test_the_demo_does_what_it_promises(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert [model["id"] for model in json.loads(listed.stdout)["custom"]] == [report["model_id"]]
+
+
+@pytest.mark.slow
+def test_the_service_does_what_its_chapter_shows(tmp_path: Path) -> None:
+    """``luthier serve``, the variables it prints and the chapter's Python, pasted as they stand."""
+    chapter = (ROOT / "README.md").read_text().partition("\n## The service\n")[2]
+    aws, compatible = blocks(chapter.partition("\n## ")[0], "python")
+    (tmp_path / "my.jsonl").write_text(
+        "".join((ROOT / "src/luthier/demo/train.jsonl").read_text().splitlines(keepends=True)[:40])
+    )
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    plain |= {"LUTHIER_HOME": str(tmp_path / "home")}
+    plain.pop("HF_HUB_OFFLINE", None)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "luthier", "serve", "--port", "0"],
+        env=plain, text=True, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        printed: dict[str, str] = {}
+        while "OPENAI_API_KEY" not in printed:
+            line = server.stdout.readline()
+            assert line, "the server ended"
+            if line.startswith("export "):
+                name, _, value = line.removeprefix("export ").strip().partition("=")
+                printed[name] = value
+
+        def paste(body: str) -> str:
+            done = subprocess.run(
+                [sys.executable, "-c", body], env=plain | printed, cwd=tmp_path,
+                capture_output=True, text=True, check=False, timeout=1200,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        assert "[route: " in paste(aws), "it learned nothing"
+        end = (
+            "import time\n"
+            "while client.fine_tuning.jobs.retrieve(job.id).status not in ('succeeded', 'failed'):\n"
+            "    time.sleep(2)\n"
+            "done = client.fine_tuning.jobs.retrieve(job.id)\n"
+            "said = client.chat.completions.create(model=done.fine_tuned_model, max_tokens=12,\n"
+            "    messages=[{'role': 'user', 'content': 'My chain keeps slipping'}])\n"
+            "print(done.status, said.choices[0].message.content)\n"
+        )
+        assert paste(compatible + end).startswith("succeeded ")
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)

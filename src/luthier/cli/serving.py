@@ -131,6 +131,8 @@ def _tell(addresses: list[str], region: str, issued: Issued | None) -> None:
     out.print("The first start made a root user. Its keys are shown now and never again:\n")
     lines: dict[str, Any] = {
         "AWS_ENDPOINT_URL": addresses[0],
+        # boto3 and older tools read the one, newer SDKs of AWS the other.
+        "AWS_DEFAULT_REGION": region,
         "AWS_REGION": region,
         "AWS_ACCESS_KEY_ID": issued.access_key,
         "AWS_SECRET_ACCESS_KEY": issued.secret,
