@@ -6,6 +6,7 @@
     │   ├── RowRefused          one such row, on its way to a DataError
     │   ├── RecipeError         unknown option, impossible value, pair that cannot work
     │   ├── UnknownModel        no such base or custom model
+    │   ├── ModelRefused        a model from outside breaks a rule; carries file, rule and fix
     │   ├── DoesNotFit          not enough memory or disk for what was asked
     │   ├── RunConflict         the name is taken, or there is nothing to resume
     │   ├── NameInUse           another job or model of the account has the name
@@ -95,6 +96,14 @@ class RecipeError(RefusedInput):
 
 class UnknownModel(RefusedInput):
     """No base or custom model answers to this id."""
+
+
+class ModelRefused(RefusedInput):
+    """A model from outside that cannot be taken: its file, the rule that it breaks, and the fix."""
+
+    def __init__(self, file: str, rule: str, message: str, fix: str) -> None:
+        self.problem = Problem(file, 0, rule, message, fix)
+        super().__init__(str(self.problem))
 
 
 class DoesNotFit(RefusedInput):

@@ -58,6 +58,10 @@ class Places:
         if not uri.startswith(("s3://data/", "file:///data/")):
             raise RefusedInput(f"{uri} cannot be read.")
 
+    def folder(self, account: str, uri: str) -> list[tuple[str, int]]:
+        self.check(account, uri)
+        return [("config.json", 2)]
+
     def check_writable(self, account: str, uri: str) -> None:
         if not uri.startswith("s3://data/"):
             raise RefusedInput(f"{uri} cannot be written.")
@@ -103,6 +107,7 @@ class Service:
             self.delete,
             graders,
             lambda account: quotas,
+            self.told_of.set,
             self.told_of.set,
         )
         self.face = BedrockFace(self.control, handlers)

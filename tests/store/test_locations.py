@@ -58,6 +58,27 @@ def test_keys_are_no_paths(data: Objects, tmp_path: Path) -> None:
     assert path.parent == tmp_path / "dots" and path.is_file()
 
 
+def test_the_files_right_below_a_folder(data: Objects, root: Path, tmp_path: Path) -> None:
+    locations = Locations(data.database, file_roots=[root])
+    for uri in ("s3://data/train/", "s3://data/train"):
+        assert locations.folder(ONE, uri) == [("a.jsonl", 13), ("b.jsonl", 13), ("note.txt", 14)]
+        locations.fetch_from(ONE, uri, "note.txt", tmp_path / "note")
+        assert (tmp_path / "note").read_text() == "train/note.txt"
+    assert locations.folder(ONE, "s3://data") == [("one.csv", 7)]
+    for uri in (f"file://{root}", f"file://{root}/"):
+        assert locations.folder(ONE, uri) == [("a ü.jsonl", 1)]
+        locations.fetch_from(ONE, uri, "a ü.jsonl", tmp_path / "a")
+        assert (tmp_path / "a").read_text() == "a"
+    for uri in ("s3://data/trai", "s3://none/x", f"file://{root}/none", f"file://{tmp_path}"):
+        assert refusal(locations.folder, ONE, uri)
+    assert "no bucket" in refusal(locations.folder, TWO, "s3://data/train")
+    assert refusal(locations.fetch_from, ONE, f"file://{root}", "../secret.jsonl", tmp_path / "x")
+    (root / "link").symlink_to(tmp_path / "secret.jsonl")
+    assert refusal(locations.folder, ONE, f"file://{root}") == refusal(
+        locations.folder, ONE, f"file://{tmp_path}"
+    )
+
+
 def test_what_cannot_be_read(data: Objects) -> None:
     locations = Locations(data.database)
     assert "no object" in refusal(locations.check, ONE, "s3://data/none")

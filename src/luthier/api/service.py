@@ -29,6 +29,7 @@ from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.wire import Fault
+from luthier.jobs.imports import Importer
 from luthier.jobs.scheduler import Scheduler
 from luthier.jobs.submit import Limits
 from luthier.serving.pool import ModelPool
@@ -71,7 +72,9 @@ class Service:
         self.locations = Locations(self.database, settings.s3_endpoint, settings.file_roots)
         self.pool = ModelPool()
         self.activation = Activation(self.database)
-        self.scheduler = Scheduler(self.database, options=_worker_options(settings))
+        options = _worker_options(settings)
+        self.scheduler = Scheduler(self.database, options=options)
+        self.importer = Importer(self.database, options=[*options, "--region", settings.region])
         self.trail = Trail(self.database)
         self.openai = self._openai()
         self.application = Application(
@@ -90,6 +93,7 @@ class Service:
         self.openai.start()
         if work:
             self.scheduler.start()
+            self.importer.start()
 
     def close(self, give_back: bool = False) -> None:
         """End what works in the background.
@@ -97,6 +101,7 @@ class Service:
         Workers go on, and the next server finds them; ``give_back`` makes them leave their jobs first.
         """
         self.scheduler.stop(give_back)
+        self.importer.stop(give_back)
         self.openai.close()
         self.activation.close()
         self.trail.close()
@@ -124,6 +129,7 @@ class Service:
             self._grader,
             quotas=self._quotas,
             submitted=self.scheduler.wake,
+            import_asked=self.importer.wake,
         )
         # A policy names the ARN of a base model, whatever the client calls it by.
         ids = ModelIds(self.database, self.arns)

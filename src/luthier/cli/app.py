@@ -36,7 +36,7 @@ from luthier.cli.serving import serve
 from luthier.cli.shrinking import student
 from luthier.cli.splitting import split
 from luthier.cli.using import chat, evaluate, generate, inspect, predict, samples
-from luthier.cli.working import worker
+from luthier.cli.working import import_worker, worker
 
 app = typer.Typer(
     name="luthier",
@@ -304,6 +304,7 @@ def distil(
 
 
 app.command(hidden=True)(worker)
+app.command("import-worker", hidden=True)(import_worker)
 for command in (inspect, clean, convert, generate, samples, chat, predict, evaluate, serve):
     app.command()(command)
 

@@ -101,6 +101,16 @@ def _listed(model: StoredModel) -> dict[str, Any]:
                 "validation_loss": None,
                 "parameters": manifest["parameters"],
             }
+        if "source" in manifest:
+            return {
+                "id": model.id,
+                "parent": manifest["parent"],
+                "created": manifest["created"],
+                "objective": "",
+                "adaptation": f"imported {manifest['saved']}",
+                "validation_loss": None,
+                "source": manifest["source"],
+            }
         return {
             "id": model.id,
             "parent": manifest["parent"],

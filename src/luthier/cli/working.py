@@ -1,9 +1,10 @@
-"""``luthier worker``: the process that the scheduler starts for a job. People do not call it."""
+"""``luthier worker`` and ``import-worker``: processes that a server starts. People do not call them."""
 
 from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +23,7 @@ def worker(
     ] = None,
 ) -> None:
     """Train one job of the service."""
-    os.umask(0o077)
-    # What answers requests beside it comes first.
-    os.nice(5)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    _begin()
     from luthier.cli.console import heavy_imports
 
     with heavy_imports():
@@ -38,3 +36,40 @@ def worker(
     database = Database(os.environ.get(DATABASE) or None)
     locations = Locations(database, s3_endpoint, file_root or ())
     raise typer.Exit(Worker(database, locations, job, lease).run())
+
+
+def import_worker(
+    model: Annotated[str, typer.Option(help="Id of the custom model.")],
+    lease: Annotated[str, typer.Option(help="Token by which the process holds it.")],
+    region: Annotated[str, typer.Option(help="Region that ARNs name.")] = "us-east-1",
+    s3_endpoint: Annotated[str | None, typer.Option(help="Where s3:// addresses are.")] = None,
+    file_root: Annotated[
+        list[Path] | None, typer.Option(help="Folder that file:// may name; may be repeated.")
+    ] = None,
+) -> None:
+    """Take one model from outside into the store."""
+    _begin()
+    # Where memory ends, this process is the one to go.
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    from luthier.cli.console import heavy_imports
+
+    with heavy_imports():
+        from luthier.jobs.import_worker import ImportWorker
+        from luthier.store.arns import Arns
+        from luthier.store.database import Database
+        from luthier.store.locations import Locations
+        from luthier.store.schema import METADATA
+
+    assert METADATA.tables  # importing it has declared every table
+    database = Database(os.environ.get(DATABASE) or None)
+    locations = Locations(database, s3_endpoint, file_root or ())
+    worker = ImportWorker(database, locations, Arns(region), model, lease)
+    raise typer.Exit(worker.run())
+
+
+def _begin() -> None:
+    os.umask(0o077)
+    # What answers requests beside it comes first.
+    os.nice(5)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -77,9 +77,7 @@ class Scheduler:
         """
         self.database, self.capacity = database, capacity or Capacity()
         self.command = [*command, *options]
-        # Not in the command line, which everybody on the machine can read.
-        address = database.engine.url.render_as_string(hide_password=False)
-        self.environment = {"LUTHIER_DATABASE": address, **(environment or {})}
+        self.environment = {**address_of(database), **(environment or {})}
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         """Workers that this scheduler started and has not seen end, by their leases."""
         self._watch = Watch(leases.LEASE.total_seconds())
@@ -148,7 +146,7 @@ class Scheduler:
         for job in held:
             lease, worker = str(job.lease), job.worker or {}
             if ended.get(lease) is not None:
-                self._expire(job, f"its worker ended {_how(ended[lease])}")
+                self._expire(job, f"its worker ended {how_it_ended(ended[lease])}")
             elif worker and processes.is_here(worker) and not processes.is_alive(worker):
                 self._expire(job, "its worker is gone")
             elif self._watch.silent(lease, job.lease_ends):
@@ -233,7 +231,7 @@ class Scheduler:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**_inherited(), **self.environment},
+                env={**inherited(), **self.environment},
                 start_new_session=True,
             )
         finally:
@@ -276,12 +274,18 @@ class Watch:
         self._seen = {lease: seen for lease, seen in self._seen.items() if lease in kept}
 
 
-def _inherited() -> dict[str, str]:
-    """This process's variables, but for those that open the service to whoever reads them."""
+def address_of(database: Database) -> dict[str, str]:
+    """The database for a worker: not in its command line, which everybody on the machine can read."""
+    return {"LUTHIER_DATABASE": database.engine.url.render_as_string(hide_password=False)}
+
+
+def inherited() -> dict[str, str]:
+    """Variables of this process that workers have, too: not those that open the service."""
     return {name: value for name, value in os.environ.items() if name not in _SECRETS}
 
 
-def _how(status: int | None) -> str:
+def how_it_ended(status: int | None) -> str:
+    """An exit status in words."""
     if status is not None and status < 0:
         return f"by signal {-status} ({signal.strsignal(-status)})"
     return f"with status {status}"

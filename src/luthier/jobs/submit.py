@@ -16,7 +16,7 @@ from luthier.jobs.folders import run_name
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import new_id, now
-from luthier.store.foundation import FoundationModel, root_of
+from luthier.store.foundation import FoundationModel, writes
 from luthier.store.jobs import QUEUED, Job, in_flight, record
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def submit(session: Session, asked: Submission, arns: Arns, limits: Limits | Non
         RecipeError: for settings that no recipe can have.
     """
     limits = limits or Limits()
-    _one_at_a_time(session, asked.account)
+    one_at_a_time(session, asked.account)
     _check_names(session, asked)
     _check_quota(session, asked.account, limits)
     job_id, moment = new_id(), now()
@@ -164,9 +164,8 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
             raise RecipeError("reinforcement fine-tuning needs a grader")
         objective = {"method": "grpo", **objective, "grader": dict(asked.grader)}
     elif kind == CONTINUED_PRE_TRAINING:
-        root = root_of(asked.base)
-        reads = root is not None and not root.writes
-        objective = {"method": "masked_lm" if reads else "causal_lm", **objective}
+        method = "causal_lm" if writes(asked.base) else "masked_lm"
+        objective = {"method": method, **objective}
     elif kind != FINE_TUNING:
         raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
     # Fine-tuning goes by its rows: what is preferred is learned by DPO.
@@ -202,7 +201,7 @@ def _nested(value: Any) -> bool:
     )
 
 
-def _one_at_a_time(session: Session, account: str) -> None:
+def one_at_a_time(session: Session, account: str) -> None:
     """Names and quota hold against other submissions of the account until the transaction ends."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(func.hashtext(f"submit {account}"))))
@@ -224,6 +223,11 @@ def _check_quota(session: Session, account: str, limits: Limits) -> None:
             f"the account has {limits.in_flight} customization jobs that have not ended, which is its "
             "quota. Wait for some of them, or stop them"
         )
+    check_model_quota(session, account, limits)
+
+
+def check_model_quota(session: Session, account: str, limits: Limits) -> None:
+    """Raise :class:`QuotaExceeded` where the account has all the custom models that it may have."""
     own = select(func.count()).where(CustomModel.account == account)
     if (session.scalar(own) or 0) >= limits.custom_models:
         raise QuotaExceeded(
@@ -240,6 +244,7 @@ def _flushed(session: Session, kind: str) -> None:
 
 
 def _reserved(asked: Submission, job: Job) -> CustomModel:
+    kind = asked.base.details.get("kind") if isinstance(asked.base, CustomModel) else None
     return CustomModel(
         id=new_id(),
         account=job.account,
@@ -250,7 +255,7 @@ def _reserved(asked: Submission, job: Job) -> CustomModel:
         job_id=job.id,
         openai_id=asked.openai_id,
         status=RESERVED,
-        details={},
+        details={"kind": kind} if kind else {},
         created=job.created,
     )
 

@@ -11,8 +11,11 @@ from sqlalchemy.orm import Mapped, mapped_column
 from luthier.store.arns import Arns
 from luthier.store.database import Base
 
-RESERVED, ACTIVE = "Reserved", "Active"
-"""``Reserved`` keeps a name for a job that has not ended; clients never see it."""
+RESERVED, CREATING, ACTIVE, FAILED = "Reserved", "Creating", "Active", "Failed"
+"""``Reserved`` keeps a name for a job that has not ended; clients never see it. Only models from
+outside are ``Creating`` or ``Failed``."""
+IMPORTED = "imported"
+"""In the ARN of a model from outside, in the place of its foundation model."""
 
 
 class CustomModel(Base):
@@ -29,9 +32,10 @@ class CustomModel(Base):
     foundation: Mapped[str]
     """Of its ARN: ``provider.name``, or ``imported``."""
     root: Mapped[str]
-    """``provider.name`` of the foundation model at the bottom; empty where that is not one of ours."""
+    """``provider.name`` of the foundation model at the bottom. A whole network from outside has one of
+    its own, that nothing else answers to: what is made from it has the same."""
     base_model: Mapped[str]
-    """ARN of what it was trained from."""
+    """ARN of what it was trained from; empty for a whole network from outside."""
     stored_id: Mapped[str | None]
     """Id under which ``luthier.store.models.find`` opens it; none before its files are there."""
     job_id: Mapped[str | None] = mapped_column(index=True)
@@ -41,6 +45,8 @@ class CustomModel(Base):
     status: Mapped[str] = mapped_column(default=RESERVED)
     failure: Mapped[str | None]
     details: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """Of a model from outside: ``request``, what was asked; ``kind``, ``causal_lm`` or ``encoder``,
+    which models made from it have, too."""
     created: Mapped[datetime]
 
     def arn(self, arns: Arns) -> str:
@@ -50,4 +56,4 @@ class CustomModel(Base):
     @property
     def bottom(self) -> str:
         """``provider.name`` at the bottom as ARNs name it: also where that is not one of ours."""
-        return self.root or "luthier.imported"
+        return self.root or f"luthier.{IMPORTED}"

@@ -44,15 +44,14 @@ class ExternalBuckets:
                 return False
         return True
 
-    def below(self, account: str, bucket: str, prefix: str) -> list[str]:
-        """The keys that begin with ``prefix``, which is empty or ends with ``/``, in order."""
+    def below(self, account: str, bucket: str, prefix: str) -> list[tuple[str, int]]:
+        """The keys that begin with ``prefix``, which is empty or ends with ``/``, and their sizes."""
         import obstore
 
         with _reached(f"s3://{bucket}/{prefix}"):
             batches = obstore.list(self._store(bucket), prefix=prefix.rstrip("/") or None)
-            return sorted(
-                (str(each["path"]) for batch in batches for each in batch), key=str.encode
-            )
+            found = [(str(each["path"]), int(each["size"])) for batch in batches for each in batch]
+            return sorted(found, key=lambda each: each[0].encode())
 
     def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
         """Copy one version of an object to a file."""

@@ -50,6 +50,16 @@ class FileRoots:
             raise LocationRefused(f"There is no file below {uri} that ends with {ending}.")
         return [self.path(each.as_uri()) for each in below]
 
+    def folder(self, uri: str) -> list[tuple[str, Path]]:
+        """Names and paths of the files right below an address, in order."""
+        path = self.path(uri)
+        try:
+            # What is a link there may lead outside, and is looked at again.
+            found = [(each.name, self.path(each.as_uri())) for each in sorted(path.iterdir())]
+        except OSError as error:
+            raise LocationRefused(f"{uri} cannot be read: {error.strerror}") from None
+        return [(name, each) for name, each in found if each.is_file()]
+
     def open(self, path: Path, uri: str) -> BinaryIO:
         """A plain file, for reading."""
         try:

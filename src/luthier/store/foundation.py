@@ -58,6 +58,14 @@ def root_of(model: FoundationModel | CustomModel) -> FoundationModel | None:
     return model if isinstance(model, FoundationModel) else foundation_model(model.root)
 
 
+def writes(model: FoundationModel | CustomModel) -> bool:
+    """Whether ``model`` writes text; an encoder reads it only."""
+    root = root_of(model)
+    if root is not None:
+        return root.writes
+    return isinstance(model, CustomModel) and model.details.get("kind") != "encoder"
+
+
 def _catalogued() -> list[FoundationModel]:
     return [
         FoundationModel(f"{prefix}.{base}", base, provider, name, CATALOG[base].kind == "causal_lm")

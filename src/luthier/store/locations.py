@@ -28,6 +28,8 @@ UPLOADS = "luthier-files"
 """Bucket of each account with what was uploaded through the OpenAI API."""
 ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
+MOST_ENTRIES = 10_000
+"""Files below a folder at most, where all of them are looked at."""
 
 
 class Buckets(Protocol):
@@ -39,8 +41,8 @@ class Buckets(Protocol):
     def holds(self, account: str, bucket: str, key: str) -> bool:
         """Whether the key names an object."""
 
-    def below(self, account: str, bucket: str, prefix: str) -> Iterable[str]:
-        """The keys that begin with ``prefix``, in order."""
+    def below(self, account: str, bucket: str, prefix: str) -> Iterable[tuple[str, int]]:
+        """The keys that begin with ``prefix``, in order, and the sizes of their objects in bytes."""
 
     def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
         """Copy an object to a file."""
@@ -112,6 +114,44 @@ class Locations:
             fetched.append(target)
         return fetched
 
+    def folder(self, account: str, uri: str) -> list[tuple[str, int]]:
+        """Names and sizes in bytes of the files right below an address, in order.
+
+        The address of a folder may end with ``/`` or not; what lies in folders below it is left out.
+
+        Raises:
+            LocationRefused: where there is none, or too much to look at.
+        """
+        if _is_file(uri):
+            found = [(name, path.stat().st_size) for name, path in self._roots.folder(uri)]
+        else:
+            address = _address(uri)
+            prefix = f"{address.key.rstrip('/')}/".lstrip("/")
+            buckets = self._buckets(address.bucket)
+            buckets.check_bucket(account, address.bucket)
+            found = []
+            below = enumerate(buckets.below(account, address.bucket, prefix), 1)
+            for number, (key, size) in below:
+                if number > MOST_ENTRIES:
+                    text = f"There are more than {MOST_ENTRIES:,} objects below {uri}."
+                    raise LocationRefused(text)
+                if (name := key.removeprefix(prefix)) and "/" not in name:
+                    found.append((name, size))
+        if not found:
+            raise LocationRefused(f"There is no file right below {uri}.")
+        return found
+
+    def fetch_from(self, account: str, uri: str, name: str, target: Path) -> None:
+        """Copy the file ``name`` right below an address to ``target``; see :meth:`folder`."""
+        if _is_file(uri):
+            path = self._roots.path(uri, name)
+            with self._roots.open(path, uri) as source, new_file(target) as file:
+                shutil.copyfileobj(source, file, READ_SIZE)
+            return
+        address = _address(uri)
+        key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
+        self._buckets(address.bucket).fetch(account, address.bucket, key, target)
+
     def write(self, account: str, uri: str, name: str, data: bytes | Path) -> str:
         """Write bytes, or a file's, as ``name`` below an address; the address of what was written.
 
@@ -142,7 +182,7 @@ class Locations:
             if not buckets.holds(account, bucket, key):
                 raise LocationRefused(f"There is no object s3://{bucket}/{key}.")
             return [key]
-        keys = [each for each in buckets.below(account, bucket, key) if each.endswith(ROWS)]
+        keys = [each for each, _ in buckets.below(account, bucket, key) if each.endswith(ROWS)]
         if not keys:
             text = f"There is no object below s3://{bucket}/{key} whose key ends with {ROWS}."
             raise LocationRefused(text)
@@ -170,12 +210,12 @@ class BuiltInBuckets:
             return False
         return True
 
-    def below(self, account: str, bucket: str, prefix: str) -> Iterator[str]:
-        """The keys that begin with ``prefix``, in order."""
+    def below(self, account: str, bucket: str, prefix: str) -> Iterator[tuple[str, int]]:
+        """The keys that begin with ``prefix``, in order, and the sizes of their objects in bytes."""
         start: str | None = ""
         while start is not None:
             found = page(self._objects.database, account, bucket, prefix=prefix, start=start)
-            yield from (each.key for each in found.objects)
+            yield from ((each.key, each.size) for each in found.objects)
             start = found.next
 
     def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:

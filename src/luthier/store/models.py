@@ -1,6 +1,7 @@
 """The models on this machine: base models, and the custom models made from them.
 
     models/base/<id>/              a Hugging Face directory and ``luthier.json``
+    models/custom/imported/<name>/ a model from outside
     models/custom/<base>/<name>/   adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
 
 A custom model's id is ``base:name``. Local directories and hub ids are opened as they are.

@@ -11,7 +11,7 @@ from luthier.errors import WrongState
 from luthier.files import luthier_home
 from luthier.store import deployments, provisioned, tags
 from luthier.store.arns import Arns
-from luthier.store.custom_models import CustomModel
+from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, Job
 from luthier.store.models import custom_models
@@ -40,8 +40,12 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     ``model`` was read with a lock. Its files are for :func:`remove_files`, after the transaction.
 
     Raises:
-        ModelInUse: where a deployment or provisioned throughput has it, or a job starts from it.
+        ModelInUse: where a deployment or provisioned throughput has it, a job starts from it, or it is
+            still being taken from outside.
     """
+    if model.status == CREATING:
+        text = f"The model {model.name} is Creating. Wait until it is Active or Failed."
+        raise ModelInUse(text)
     if deployments.uses(session, arn):
         raise ModelInUse(f"The model {model.name} is deployed. Delete its deployments first.")
     if provisioned.uses(session, arn):

@@ -18,6 +18,7 @@ from luthier.store import (
     custom_models,
     deployments,
     idempotency,
+    imports,
     jobs,
     object_rows,
     principals,
@@ -28,8 +29,8 @@ from luthier.store import (
 from luthier.store.database import Base, Database
 
 _MODULES = (
-    accounts, audit, batches, custom_models, deployments, idempotency, jobs, object_rows, principals,
-    provisioned, tags, uploaded_files,
+    accounts, audit, batches, custom_models, deployments, idempotency, imports, jobs, object_rows,
+    principals, provisioned, tags, uploaded_files,
 )  # fmt: skip
 """Each declares its tables when it is imported."""
 METADATA = Base.metadata

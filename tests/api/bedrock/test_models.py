@@ -11,6 +11,9 @@ import pytest
 from bedrock_service import ALICE, BASE, ENCODER, Service, eventually, job_members
 from botocore.exceptions import ClientError
 
+from luthier.api.bedrock.control import Quotas
+from luthier.jobs.submit import Limits as JobLimits
+
 FOUNDATION = f"arn:aws:bedrock:us-east-1::foundation-model/{BASE}"
 
 
@@ -193,3 +196,64 @@ def test_models_of_others(bob: Any, bedrock: Any, model: Callable[..., str]) -> 
     assert bob.list_custom_models()["modelSummaries"] == []
     assert bedrock.get_custom_model(modelIdentifier=arn)
     bob.create_model_customization_job(**job_members("job-1"))
+
+
+SOURCE = {"s3DataSource": {"s3Uri": "s3://data/folder/"}}
+
+
+def test_a_model_from_outside_is_asked_for_once(service: Service, bedrock: Any) -> None:
+    create = bedrock.create_custom_model
+    asked: dict[str, Any] = {
+        "modelName": "mine", "modelSourceConfig": SOURCE, "clientRequestToken": "token",
+        "modelTags": [{"key": "a", "value": "b"}],
+        "modelKmsKeyArn": f"arn:aws:kms:us-east-1:{ALICE}:key/" + "1" * 36,
+    }  # fmt: skip
+    answer = create(**asked)
+    assert answer["ResponseMetadata"]["HTTPStatusCode"] == 202 and service.told_of.is_set()
+    arn = answer["modelArn"]
+    assert arn.startswith(f"arn:aws:bedrock:us-east-1:{ALICE}:custom-model/imported/")
+    assert create(**asked)["modelArn"] == arn
+    assert refused(create, **{**asked, "modelName": "other"}) == "ConflictException"
+    assert refused(create, **{**asked, "clientRequestToken": "new"}) == "ValidationException"
+    told = bedrock.get_custom_model(modelIdentifier="mine")
+    assert told["modelStatus"] == "Creating" and told["modelKmsKeyArn"] == asked["modelKmsKeyArn"]
+    assert "baseModelArn" not in told
+    (listed,) = bedrock.list_custom_models(modelStatus="Creating")["modelSummaries"]
+    assert (listed["modelArn"], listed["customizationType"]) == (arn, "IMPORTED")
+    assert bedrock.list_custom_models(modelStatus="Active")["modelSummaries"] == []
+    assert bedrock.list_tags_for_resource(resourceARN=arn)["tags"] == asked["modelTags"]
+    assert refused(bedrock.delete_custom_model, modelIdentifier=arn) == "ConflictException"
+    with pytest.raises(ClientError, match="wait until it is Active"):
+        bedrock.create_model_customization_job(**job_members("job", baseModelIdentifier=arn))
+
+
+def test_models_from_outside_that_are_refused(
+    service: Service, bedrock: Any, bob: Any, database: Any
+) -> None:
+    create = bedrock.create_custom_model
+    tag = {"key": "aws:x", "value": ""}
+    package = f"arn:aws:sagemaker:us-east-1:{ALICE}:model-package/x/1"
+    for members in (
+        {"modelName": "a b", "modelSourceConfig": SOURCE},
+        {"modelName": "mine"},
+        {"modelName": "mine", "modelSourceConfig": {"s3DataSource": {"s3Uri": "s3://x/y"}}},
+        {"modelName": "mine", "modelSourceConfig": {"s3DataSource": {"s3Uri": "s3://elsewhere/"}}},
+        {"modelName": "mine", "modelSourceConfig": SOURCE, "modelTags": [tag]},
+        {"modelName": "mine", "modelSourceConfig": SOURCE, "roleArn": "me"},
+        {
+            "modelName": "mine",
+            "customModelDataSource": {"modelPackageArnDataSource": {"modelPackageArn": package}},
+        },
+    ):
+        assert refused(create, **members) == "ValidationException", members
+    tags = [{"key": f"k{n}", "value": ""} for n in range(51)]
+    many = refused(create, modelName="mine", modelSourceConfig=SOURCE, modelTags=tags)
+    assert many == "TooManyTagsException"
+    service.denied = {("bedrock:CreateCustomModel", f".*:{ALICE}:custom-model/\\*")}
+    assert refused(create, modelName="mine", modelSourceConfig=SOURCE) == "AccessDeniedException"
+    assert bob.create_custom_model(modelName="mine", modelSourceConfig=SOURCE)["modelArn"]
+    with service.server.serving(database, Quotas(JobLimits(custom_models=1))):
+        create(modelName="one", modelSourceConfig=SOURCE)
+        over = refused(create, modelName="two", modelSourceConfig=SOURCE)
+        assert over == "ServiceQuotaExceededException"
+    assert [m["modelName"] for m in bedrock.list_custom_models()["modelSummaries"]] == ["one"]

@@ -29,6 +29,10 @@ _ALIAS = "([0-9a-zA-Z][_-]?)+"
 _WIDER = {
     # Data of one machine; where they may lie, the locations themselves decide.
     "S3Uri": _FILE,
+    # A model from outside, which is a base like any other here.
+    "BaseModelIdentifier": (
+        "arn:aws:bedrock:[a-z0-9-]{1,20}:[0-9]{12}:custom-model/imported/[a-z0-9]{12}"
+    ),
     # The alias of a base model.
     "GetFoundationModelIdentifier": _ALIAS,
     "BedrockModelId": _ALIAS,

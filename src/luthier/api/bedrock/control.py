@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ class ChecksLocations(Protocol):
 
     def check(self, account: str, uri: str) -> None:
         """Raise :class:`~luthier.errors.RefusedInput` unless data there can be read."""
+
+    def folder(self, account: str, uri: str) -> Sequence[tuple[str, int]]:
+        """Names and sizes of the files right below a folder; raises the same where there is none."""
 
     def check_writable(self, account: str, uri: str) -> None:
         """Raise the same unless files can be written below it."""
@@ -73,6 +76,8 @@ class Control:
     """Of an account."""
     submitted: Callable[[], None] = lambda: None
     """Told that there is a new job."""
+    import_asked: Callable[[], None] = lambda: None
+    """Told that a model from outside was asked for."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Custom models: get, list and delete."""
+"""Custom models: import from outside, get, list and delete. The others are made by jobs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.api.bedrock.control import Operate, Request, not_found, shown_as
+from luthier.api.bedrock.control import Operate, Request, not_found, shown_as, tags_of
 from luthier.api.bedrock.identifiers import (
     FOUNDATION,
     MODEL,
@@ -17,12 +17,52 @@ from luthier.api.bedrock.identifiers import (
 )
 from luthier.api.bedrock.jobs import learned
 from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
+from luthier.api.wire import Fault
+from luthier.jobs.imports import submit_import
+from luthier.store import tags
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import Job
 
 _ORDER = Order(CustomModel.created, CustomModel.seq)
 """Base of a model whose own base is none of ours; Bedrock's clients are promised one."""
 _LONGEST = 2048
+_SHOWN = ("modelSourceConfig", "roleArn", "modelKmsKeyArn", "clientRequestToken")
+"""Members of a request for a model from outside that are kept with it."""
+
+
+def create_model(request: Request) -> dict[str, Any]:
+    """Have a model copied from outside; it is Creating until it was tried."""
+    request.allow_kind(MODEL)
+    answer = request.replayed()
+    if answer is not None:
+        return answer
+    given, source = tags_of(request.get("modelTags")), _source(request)
+    request.control.locations.folder(request.account, source)
+    shown = {name: request[name] for name in _SHOWN if name in request.members}
+    limits = request.control.quotas(request.account).jobs
+
+    def make(session: Session) -> dict[str, Any]:
+        name = request["modelName"]
+        model = submit_import(session, request.account, name, source, shown, limits)
+        arn = model.arn(request.arns)
+        tags.put(session, arn, given)
+        return {"modelArn": arn}
+
+    answer = request.once(make)
+    request.control.import_asked()
+    return answer
+
+
+def _source(request: Request) -> str:
+    """The folder that a model is to be copied from."""
+    if "customModelDataSource" in request.members:
+        text = "Model packages of SageMaker are not supported by this server; name an S3 folder."
+        raise Fault("Validation", text, parameter="customModelDataSource")
+    place = request.get("modelSourceConfig", {}).get("s3DataSource")
+    if place is None:
+        text = "A model needs modelSourceConfig.s3DataSource.s3Uri, the folder of its files."
+        raise Fault("Validation", text, parameter="modelSourceConfig")
+    return str(place["s3Uri"])
 
 
 def get_model(request: Request) -> dict[str, Any]:
@@ -81,12 +121,15 @@ def asked_model(request: Request, session: Session, identifier: str) -> CustomMo
 
 def _described(request: Request, model: CustomModel, job: Job | None) -> dict[str, Any]:
     told = learned(job) if job else {"customizationType": "IMPORTED"}
+    asked = model.details.get("request", {})
     return {
         "modelArn": model.arn(request.arns),
         "modelName": model.name,
         "jobName": job.name if job else None,
         "jobArn": job_arn(request.arns, job) if job else None,
-        "baseModelArn": _base(request, model),
+        # A whole network from outside has none; lists promise one to their readers.
+        "baseModelArn": model.base_model or None,
+        "modelKmsKeyArn": asked.get("modelKmsKeyArn"),
         "creationTime": model.created,
         "modelStatus": model.status,
         "failureMessage": model.failure[:_LONGEST] if model.failure else None,
@@ -117,6 +160,7 @@ def _jobs(session: Session, models: Any) -> dict[str, Job]:
 
 
 OPERATIONS: dict[str, Operate] = {
+    "CreateCustomModel": create_model,
     "GetCustomModel": get_model,
     "ListCustomModels": list_models,
     "DeleteCustomModel": delete_model,

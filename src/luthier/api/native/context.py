@@ -12,7 +12,7 @@ from luthier.api.native.operations import Request
 from luthier.api.wire import Authorize, Fault
 from luthier.jobs.submit import Limits
 from luthier.store.arns import Arn, Arns
-from luthier.store.custom_models import ACTIVE, CustomModel
+from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import Database
 from luthier.store.foundation import FoundationModel, foundation_model
 from luthier.store.locations import Locations
@@ -66,7 +66,7 @@ class Context:
             wanted = wanted.where(CustomModel.id == arn.id)
         else:
             wanted = wanted.where(CustomModel.id == "")
-        model = session.scalars(wanted.where(CustomModel.stored_id.is_not(None))).first()
+        model = session.scalars(wanted.where(CustomModel.status != RESERVED)).first()
         if model is None or (active and model.status != ACTIVE):
             raise Fault("ResourceNotFound", f"There is no model {identifier!r}.")
         return model

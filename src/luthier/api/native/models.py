@@ -26,9 +26,13 @@ class ModelTold(Told):
     """``foundation`` or ``custom``."""
     status: str
     base: str | None = None
-    """ARN of what a custom model was trained from."""
+    """ARN of what a custom model was trained from; none of a whole network from outside."""
     job: str | None = None
-    """Id of the job that made it."""
+    """Id of the job that made it; none of a model from outside."""
+    source: str | None = None
+    """Address that a model from outside was copied from."""
+    failure: str | None = None
+    """Why a model from outside was not taken."""
     created: datetime | None = None
 
 
@@ -92,15 +96,20 @@ class _Models:
         lineage: list[str] = []
         with self.context.database.read() as session:
             model = self._own(request, session)
-            stored, below = str(model.stored_id), model
+            if model.stored_id is None:
+                text = f"The model {model.name} is {model.status} and has no certificate."
+                raise Fault("Conflict", text)
+            stored, below = model.stored_id, model
             lineage.append(below.arn(self.context.arns))
-            lineage.append(below.base_model)
-            while ":custom-model/" in lineage[-1]:
+            # A whole network from outside has nothing below it.
+            while below.base_model:
+                lineage.append(below.base_model)
+                if ":custom-model/" not in lineage[-1]:
+                    break
                 try:
                     below = self.context.custom(session, request.account, lineage[-1])
                 except Fault:
                     break  # deleted since; its ARN is all that is left of it here
-                lineage.append(below.base_model)
         return CertificateTold(model=lineage[0], certificate=find(stored).manifest, lineage=lineage)
 
     def _own(self, request: Request, session: Session) -> CustomModel:
@@ -133,7 +142,15 @@ class _Models:
             arn=model.arn(self.context.arns),
             kind="custom",
             status=model.status,
-            base=model.base_model,
+            base=model.base_model or None,
             job=model.job_id,
+            source=_source(model),
+            failure=model.failure,
             created=model.created,
         )
+
+
+def _source(model: CustomModel) -> str | None:
+    asked = model.details.get("request", {}).get("modelSourceConfig", {})
+    source: str | None = asked.get("s3DataSource", {}).get("s3Uri")
+    return source

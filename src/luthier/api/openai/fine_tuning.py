@@ -26,7 +26,7 @@ from luthier.store import jobs
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database, new_id
-from luthier.store.foundation import FoundationModel, root_of
+from luthier.store.foundation import FoundationModel, root_of, writes
 from luthier.store.ids import random_id
 from luthier.store.jobs import Job
 from luthier.store.uploaded_files import UploadedFiles, address_of
@@ -114,7 +114,6 @@ class FineTuning:
         job_name = "ftjob-" + random_id(24)
         root = root_of(base)
         suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", asked.suffix or "").strip("-")
-        writes = root is None or root.writes
         name = root.base if root is not None else "imported"
         request = asked.model_dump(mode="json", exclude_none=True)
         return Submission(
@@ -126,7 +125,7 @@ class FineTuning:
             base=base,
             training=[address_of(asked.training_file)],
             validators=[address_of(asked.validation_file)] if asked.validation_file else [],
-            settings=settings_of(asked, seed, writes),
+            settings=settings_of(asked, seed, writes(base)),
             grader=grader,
             request={**request, "seed": seed, "metadata": asked.metadata or {}},
             openai_id=":".join(("ft", name, organization(account), suffix, new_id())),

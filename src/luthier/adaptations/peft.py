@@ -1,0 +1,94 @@
+"""LoRA adapters that PEFT wrote, as our :class:`~luthier.adaptations.lora.LoRA`.
+
+Names and shapes of the weights are the same; what has to be understood is ``adapter_config.json``. A
+setting that changes what the adapter does and that we do not have is refused by its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from luthier.adaptations.lora import LoRA
+from luthier.adaptations.targets import linear_targets
+from luthier.errors import ModelRefused, RecipeError
+from luthier.models.outside import ADAPTER_CONFIG
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_READ = frozenset(
+    (
+        "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules",
+        "task_type", "base_model_name_or_path", "init_lora_weights",
+    )
+)  # fmt: skip
+_HARMLESS = frozenset(
+    (
+        "auto_mapping", "inference_mode", "revision", "peft_version", "fan_in_fan_out",
+        "runtime_config", "ensure_weight_tying", "qalora_group_size", "megatron_core",
+    )
+)  # fmt: skip
+"""Of training, of loading, or without meaning where the others have their defaults."""
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Where the matrices started; other ways change the weights of the base model, too."""
+_LORA_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
+
+
+def lora_of(fields: Mapping[str, Any], names: Iterable[str], model: nn.Module) -> LoRA:
+    """The adaptation of an adapter on ``model`` from its configuration and the names of its weights.
+
+    Raises:
+        ModelRefused: for another method, settings that we do not have, and layers that are not there.
+    """
+    from peft import LoraConfig
+
+    if fields.get("peft_type") != "LORA":
+        raise _refused(f"peft_type is {fields.get('peft_type')!r}, and LORA is taken.")
+    if fields.get("task_type") not in ("CAUSAL_LM", None):
+        raise _refused(f"task_type is {fields.get('task_type')!r}, and CAUSAL_LM is taken.")
+    if fields.get("init_lora_weights", True) not in _STARTS:
+        text = (
+            f"init_lora_weights is {fields['init_lora_weights']!r}, which changes the base model."
+        )
+        raise _refused(text)
+    usual = LoraConfig().to_dict()
+    for name, value in fields.items():
+        if name in _READ or name in _HARMLESS or not value or value == usual.get(name):
+            continue
+        if name == "bias" and value == "none":
+            continue
+        raise _refused(f"{name} is {str(value)[:100]!r}, which is not supported here.")
+    try:
+        return LoRA(
+            rank=fields["r"],
+            alpha=fields["lora_alpha"],
+            dropout=fields.get("lora_dropout", 0.0),
+            rslora=fields.get("use_rslora", False),
+            dora=fields.get("use_dora", False),
+            targets=_targets(names, model),
+        )
+    except (KeyError, ValueError) as error:
+        raise _refused(f"Its numbers are no LoRA's: {str(error)[:300]}") from error
+    except RecipeError as error:
+        raise _refused(f"It is made for another network: {error}") from error
+
+
+def _targets(names: Iterable[str], model: nn.Module) -> tuple[str, ...]:
+    """The adapted layers: by the ends of their names where these mean no others, else in full.
+
+    ``target_modules`` may be a pattern, or mean layers by what PEFT knows of a family; names of
+    weights are plain.
+    """
+    layers = sorted(found[1] for name in names if (found := _LORA_A.fullmatch(name)))
+    if not layers:
+        raise _refused("adapter_model.safetensors has no weights of LoRA.")
+    ends = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
+    short = sorted(linear_targets(model, ends)) == layers
+    return ends if short else tuple(layers)
+
+
+def _refused(message: str) -> ModelRefused:
+    fix = "Merge the adapter into its model (merge_and_unload), save that and name its folder."
+    return ModelRefused(ADAPTER_CONFIG, "adapter.config", message, fix)

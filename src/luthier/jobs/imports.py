@@ -1,0 +1,239 @@
+"""Models from outside: they are asked for here, and a process of its own takes each of them.
+
+What is asked is on disk before it is acknowledged. The process copies the files, tries the model and
+stores it (``luthier.jobs.import_worker``); a server that is killed leaves it at work, and the next one
+finds it by its lease, or starts another where it died.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.errors import LeaseLost, NameInUse
+from luthier.files import luthier_home, sweep
+from luthier.jobs import processes
+from luthier.jobs.folders import JobFolders
+from luthier.jobs.scheduler import RETURN, TICK, Watch, address_of, how_it_ended, inherited
+from luthier.jobs.submit import Limits, check_model_quota, one_at_a_time
+from luthier.store import imports
+from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, CustomModel
+from luthier.store.database import Database, new_id, now
+from luthier.store.imports import ModelImport
+from luthier.store.leases import LEASE
+from luthier.store.models import custom_folder
+
+AT_ONCE = 1
+"""Models that one machine takes at a time: each may need much of its memory."""
+
+_log = logging.getLogger(__name__)
+
+
+def model_name(model_id: str) -> str:
+    """Name in the store of the custom model with this id: no tenant's names ever meet there."""
+    return f"model-{model_id}"
+
+
+class ImportFolders(JobFolders):
+    """The places of one import: lock and log, and the model that comes of it."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"import-{model_id}")
+        self.model = custom_folder(IMPORTED, model_name(model_id))
+
+    def drop(self, *, model: bool) -> None:
+        """Remove what only the import needed; the ``model``, too, where none came of it.
+
+        Whoever calls holds the lock, which goes last: where it is, there may be something to remove.
+        """
+        sweep(self.model.parent, self.model.name)
+        if model:
+            shutil.rmtree(self.model, ignore_errors=True)
+        self.drop_working_files()
+
+
+def submit_import(
+    session: Session,
+    account: str,
+    name: str,
+    source: str,
+    request: Mapping[str, Any],
+    limits: Limits | None = None,
+) -> CustomModel:
+    """Have a model copied from the folder ``source``, in the caller's transaction.
+
+    ``request`` is what the face shows again.
+
+    Raises:
+        NameInUse: where the account has a model of that name.
+        QuotaExceeded: where it has all the models that it may have.
+    """
+    one_at_a_time(session, account)
+    taken = select(CustomModel.id).where(CustomModel.account == account, CustomModel.name == name)
+    if session.scalar(taken) is not None:
+        raise NameInUse("model")
+    check_model_quota(session, account, limits or Limits())
+    model = CustomModel(
+        id=new_id(),
+        account=account,
+        name=name,
+        foundation=IMPORTED,
+        root="",
+        base_model="",
+        status=CREATING,
+        details={"request": dict(request)},
+        created=now(),
+    )
+    session.add(model)
+    session.flush()
+    imports.begin(session, model, source)
+    return model
+
+
+class Importer:
+    """The thread of a server that has models from outside looked at."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        command: Sequence[str] = (sys.executable, "-m", "luthier", "import-worker"),
+        options: Sequence[str] = (),
+    ) -> None:
+        """Prepare; :meth:`start` begins. ``options`` are what every process is told."""
+        self.database, self.command = database, [*command, *options]
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
+        """Processes that were started here and not seen to end, by their leases."""
+        self._watch = Watch(LEASE.total_seconds())
+        self._thread: threading.Thread | None = None
+        self._wanted = threading.Event()
+        self._ending = False
+
+    def start(self) -> None:
+        """Begin to look for imports, in a thread."""
+        self._thread = threading.Thread(target=self._loop, name="imports", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look now: a model was asked for."""
+        self._wanted.set()
+
+    def stop(self, give_back: bool = False) -> None:
+        """End the thread. Processes go on, and the next server finds them; ``give_back`` ends them."""
+        self._ending = True
+        self.wake()
+        if self._thread is not None:
+            self._thread.join()
+        if give_back:
+            for child in self.children.values():
+                child.terminate()
+            for child in self.children.values():
+                child.wait(RETURN)
+
+    def tick(self) -> None:
+        """One look: who died, what is left to tidy, what can be started."""
+        self._bury()
+        self._tidy()
+        while not self._ending and self._start_next():
+            pass
+
+    def _loop(self) -> None:
+        while not self._ending:
+            try:
+                self.tick()
+            except Exception:
+                # The database or the disk is away: whatever is missed is found at the next look.
+                _log.exception("models cannot be imported now")
+            self._wanted.wait(TICK)
+            self._wanted.clear()
+
+    def _bury(self) -> None:
+        with self.database.read() as session:
+            held = imports.held(session)
+        ended = {lease: child.poll() for lease, child in self.children.items()}
+        for found in held:
+            lease, worker = str(found.lease), found.worker or {}
+            if ended.get(lease) is not None:
+                self._expire(found, f"it ended {how_it_ended(ended[lease])}")
+            elif worker and processes.is_here(worker) and not processes.is_alive(worker):
+                self._expire(found, "it is gone")
+            elif self._watch.silent(lease, found.lease_ends):
+                if worker and not worker.get("starting"):
+                    processes.send(worker, signal.SIGKILL)
+                self._expire(found, "it was not heard from any more")
+        self._watch.forget({str(found.lease) for found in held})
+        for lease, status in ended.items():
+            if status is not None:
+                del self.children[lease]
+
+    def _expire(self, found: ModelImport, why: str) -> None:
+        try:
+            with self.database.write() as session:
+                again = imports.expire(session, found.model_id, str(found.lease), why)
+            what = "another one tries" if again else "it failed"
+            _log.warning("import of model %s: %s; %s", found.model_id, why, what)
+        except LeaseLost:
+            pass  # it came to its end meanwhile
+
+    def _tidy(self) -> None:
+        """Remove what processes left that died as their imports ended."""
+        for lock in sorted((luthier_home() / "jobs").glob("import-*.lock")):
+            model_id = lock.stem.removeprefix("import-")
+            folders = ImportFolders(model_id)
+            with folders.locked() as free:
+                if not free:
+                    continue
+                with self.database.read() as session:
+                    if imports.unfinished(session, model_id):
+                        continue
+                    kept = select(CustomModel.id).filter_by(id=model_id, status=ACTIVE)
+                    made = session.scalar(kept) is not None
+                folders.drop(model=not made)
+
+    def _start_next(self) -> bool:
+        """Start a process for the next import; whether there was one, and room for it."""
+        # Until the process is there, the server stands for it.
+        server = {**processes.this_process(), "starting": True}
+        with self.database.write() as session:
+            here = [e for e in imports.held(session) if processes.is_here(e.worker or server)]
+            found = imports.claim(session, server) if len(here) < AT_ONCE else None
+        if found is None:
+            return False
+        try:
+            self.children[str(found.lease)] = self._spawn(found)
+        except OSError as error:
+            _log.error("no process could be started for model %s: %s", found.model_id, error)
+            with self.database.write() as session:
+                imports.release(session, found.model_id, str(found.lease))
+            return False
+        return True
+
+    def _spawn(self, found: ModelImport) -> subprocess.Popen[bytes]:
+        log = ImportFolders(found.model_id).open_log()
+        try:
+            return subprocess.Popen(
+                [*self.command, "--model", found.model_id, "--lease", str(found.lease)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**inherited(), **address_of(self.database)},
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)
+
+
+def stored_at(model_id: str) -> tuple[str, Path]:
+    """Id in the store and folder of the model with this id."""
+    return f"{IMPORTED}:{model_name(model_id)}", ImportFolders(model_id).model

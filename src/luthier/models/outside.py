@@ -1,0 +1,213 @@
+"""Models that were made elsewhere: which files of their folder are taken, and what rules they keep.
+
+Taken are weights in safetensors, the configuration and the tokenizer, of a Hugging Face model or of a
+PEFT adapter. A pickle can run code when it is read, so that a folder with one is refused as a whole:
+nobody should believe that it was looked at. Code (``.py``) and everything else is left where it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import CorruptFile, ModelRefused
+from luthier.files import read_json
+
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+INDEX = "model.safetensors.index.json"
+MOST_BYTES = 200_000_000_000
+"""Of all files of a model together."""
+MOST_TEXT = 100_000_000
+"""Bytes of one file that holds no weights."""
+MOST_LAYERS = 1000
+"""Layers that a configuration may ask for: they are built before the weights are looked at."""
+_TEXTS = frozenset(
+    (
+        CONFIG, ADAPTER_CONFIG, INDEX, "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+        "vocab.txt", "merges.txt",
+        "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+        "chat_template.json",
+    )
+)  # fmt: skip
+_TOKENIZERS = frozenset(
+    (
+        "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
+        "vocab.json",
+    )
+)  # fmt: skip
+"""One of them at least is what a tokenizer is made from."""
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5")
+_NUMBERS = frozenset(("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL"))
+"""Types of safetensors that are weights, or counted positions and masks beside them."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The files of a folder that are taken."""
+
+    files: tuple[tuple[str, int], ...]
+    """Names and sizes in bytes."""
+    left: tuple[str, ...]
+    """Names of those that are not."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that is taken."""
+        return sum(size for _, size in self.files)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights among it."""
+        return sum(size for name, size in self.files if name.endswith(".safetensors"))
+
+    @property
+    def adapter(self) -> bool:
+        """Whether it is an adapter on another model."""
+        names = {name for name, _ in self.files}
+        return ADAPTER_CONFIG in names and CONFIG not in names
+
+
+def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Chosen:
+    """Which of the files right in a folder, by names and sizes, make the model.
+
+    Raises:
+        ModelRefused: where one must not be there, one is missing, or they are too large.
+    """
+    entries = list(entries)
+    for name, _ in entries:
+        if name.lower().endswith(_PICKLES):
+            raise ModelRefused(
+                name, "model.pickle", "It is of a form that can run code when it is read (pickle).",
+                "Delete it; weights are saved by save_pretrained(..., safe_serialization=True) as "
+                ".safetensors.",
+            )  # fmt: skip
+    taken = [e for e in entries if e[0] in _TEXTS or re.fullmatch(r"[\w.-]+\.safetensors", e[0])]
+    chosen = Chosen(tuple(taken), tuple(n for n, s in entries if (n, s) not in taken))
+    names = {name for name, _ in taken}
+    if not names & {CONFIG, ADAPTER_CONFIG}:
+        raise ModelRefused(
+            CONFIG, "model.config", "It is missing, and so is adapter_config.json.",
+            "Name the folder itself in which save_pretrained wrote the model.",
+        )  # fmt: skip
+    if {CONFIG, ADAPTER_CONFIG} <= names:
+        raise ModelRefused(
+            ADAPTER_CONFIG, "model.config", "It lies beside config.json: is it a model, or an adapter?",
+            "Keep model and adapter in folders of their own, and name one of them.",
+        )  # fmt: skip
+    if not chosen.weights:
+        raise ModelRefused(
+            "model.safetensors", "model.weights", "There is no .safetensors file beside config.json.",
+            "Save the model with save_pretrained(..., safe_serialization=True) into the folder.",
+        )  # fmt: skip
+    if not chosen.adapter and not names & _TOKENIZERS:
+        raise ModelRefused(
+            "tokenizer.json", "model.tokenizer", "The folder has no tokenizer.",
+            "Call tokenizer.save_pretrained(folder) with the tokenizer of the model.",
+        )  # fmt: skip
+    for name, size in taken:
+        if name in _TEXTS and size > MOST_TEXT:
+            raise ModelRefused(
+                name, "model.size", f"It has {size:,} bytes, and {MOST_TEXT:,} are taken.",
+                "Save configuration and tokenizer anew.",
+            )  # fmt: skip
+    if chosen.size > most:
+        raise ModelRefused(
+            "*", "model.size", f"The files have {chosen.size:,} bytes, and {most:,} are taken.",
+            "Save the weights in bfloat16, or take a smaller model.",
+        )  # fmt: skip
+    return chosen
+
+
+def check_texts(folder: Path) -> dict[str, Any]:
+    """The configuration in ``folder``, after a look at what can be seen before anything is loaded.
+
+    Raises:
+        ModelRefused: for files that are no JSON, shards that are missing, weights of few bits, and
+            networks of more layers than are taken.
+    """
+    config = _object(folder, CONFIG)
+    if (folder / INDEX).is_file():
+        shards = _object(folder, INDEX).get("weight_map")
+        named = set(shards.values()) if isinstance(shards, dict) else {None}
+        if missing := sorted(str(n) for n in named if not _is_file_of(folder, n)):
+            raise ModelRefused(
+                INDEX, "model.shards", f"It names {missing[0]}, which is not in the folder.",
+                "Copy all shards of the model into the folder.",
+            )  # fmt: skip
+    if config.get("quantization_config"):
+        raise ModelRefused(
+            CONFIG, "model.quantized", "The weights are quantized (quantization_config).",
+            "Save the model dequantized, in bfloat16 or float16.",
+        )  # fmt: skip
+    for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
+        count = config.get(key)
+        if isinstance(count, int) and count > MOST_LAYERS:
+            raise ModelRefused(
+                CONFIG, "model.layers", f"{key} is {count:,}, and {MOST_LAYERS:,} are taken.",
+                "Take the config.json that belongs to the weights.",
+            )  # fmt: skip
+    return config
+
+
+def check_weights(folder: Path) -> int:
+    """How many numbers the safetensors of ``folder`` hold, by their headers alone.
+
+    Raises:
+        ModelRefused: for files that are none, and for types that are no weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    if (kind := part.get_dtype()) not in _NUMBERS:
+                        raise ModelRefused(
+                            path.name, "model.quantized", f"{name} has the type {kind}.",
+                            "Save the model dequantized, in bfloat16, float16 or float32.",
+                        )  # fmt: skip
+                    total += _product(part.get_shape())
+        except (OSError, SafetensorError) as error:
+            raise ModelRefused(
+                path.name, "model.weights", f"It is no whole safetensors file: {error}.",
+                "Copy it again, and compare its size and SHA-256 with the original's.",
+            ) from error  # fmt: skip
+    return total
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found = read_json(folder / name)
+    except (CorruptFile, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ModelRefused(
+            name,
+            "model.config",
+            "It is no JSON object.",
+            "Save the model anew with save_pretrained.",
+        )
+    return found
+
+
+def adapter_fields(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json`` as it was written; raises :class:`ModelRefused` for what is none."""
+    return _object(folder, ADAPTER_CONFIG)
+
+
+def _is_file_of(folder: Path, name: Any) -> bool:
+    # Names with a folder in them would be looked for elsewhere.
+    return isinstance(name, str) and "/" not in name and (folder / name).is_file()
+
+
+def _product(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,260 @@
+"""Models from outside are tried before anybody can use them: they load, compute right, and answer.
+
+A folder becomes a model only where
+
+- its files keep the rules of :mod:`luthier.models.outside`;
+- the network has all of its weights, and its tokenizer is its own;
+- the layout that trains and serves here gives the numbers of transformers (an adapter: those of PEFT);
+- it answers through the engine that will serve it.
+
+Everything else is refused with the file, the rule and the fix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
+from luthier.models.outside import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    adapter_fields,
+    check_texts,
+    check_weights,
+)
+from luthier.models.save import ADAPTER
+from luthier.serving.inference import Chat, Request, Turn
+from luthier.store.models import StoredModel, chat_format, load, short_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ANSWER = 8
+"""Tokens that a model has to write."""
+_SLACK = 10_000_000
+"""Numbers that a network may have beside the stored ones: a pooler that embeddings do not look at."""
+_SAME = 1e-3
+"""Relative error between PEFT and our adapter in float32."""
+_GIB = 1 << 30
+_LOADED = 3
+"""Bytes of memory for each byte of weights while a model is tried."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A model that was tried."""
+
+    fields: dict[str, Any]
+    """What its manifest says of it, beside where it came from."""
+    parent: StoredModel | None
+    """The base model of an adapter."""
+
+
+def accept_network(folder: Path, model_id: str, room: Callable[[int], None]) -> Accepted:
+    """Try the Hugging Face model in ``folder``.
+
+    ``room`` is told how many bytes of memory loading takes, and comes back when they are free.
+
+    Raises:
+        ModelRefused: where it cannot be taken.
+    """
+    from luthier.models.heads import Head, head_in
+    from luthier.models.load import (
+        check_vocabulary,
+        context_length,
+        load_chat_format,
+        read_config,
+        sketch_of,
+    )
+
+    config = check_texts(folder)
+    stored = check_weights(folder)
+    with _as(CONFIG, "model.network", "Take a family of networks that transformers has built in."):
+        known = read_config(folder, Head("embedding"))
+        task = head_in(known).task
+        if task not in ("causal_lm", "masked_lm", "embedding"):
+            raise ModelRefused(
+                CONFIG, "model.task", f"The network is a {task.replace('_', ' ')} model.",
+                "Take a model that writes text, or an encoder; classifiers are made here by a job.",
+            )  # fmt: skip
+        kind = "causal_lm" if task == "causal_lm" else "encoder"
+        drawn = sketch_of(known, Head("causal_lm" if task == "causal_lm" else "embedding"))
+        numbers = sum(weight.numel() for weight in drawn.parameters())
+        context = context_length(config)
+    if numbers > stored + _SLACK:
+        raise ModelRefused(
+            CONFIG, "model.weights",
+            f"It describes a network of {numbers:,} numbers, and the .safetensors hold {stored:,}.",
+            "Take the config.json that belongs to the weights, and all of their shards.",
+        )  # fmt: skip
+    with _as(
+        "tokenizer.json", "model.tokenizer", "Save the model's own tokenizer into the folder."
+    ):
+        check_vocabulary(load_chat_format(folder), config, "the model")
+    fields = {"kind": kind, "saved": "network", "parameters": numbers, "context": context}
+    candidate = StoredModel(model_id, folder, fields)
+    room(_LOADED * sum(path.stat().st_size for path in folder.glob("*.safetensors")) + _GIB // 2)
+    return Accepted({**fields, "checks": _tried(candidate)}, None)
+
+
+def accept_adapter(
+    folder: Path,
+    model_id: str,
+    base_of: Callable[[str], StoredModel | None],
+    room: Callable[[int], None],
+) -> Accepted:
+    """Try the PEFT adapter in ``folder`` on the base model that it names.
+
+    ``base_of`` opens a base model of ours by its short name. See :func:`accept_network`.
+    """
+    import torch
+
+    from luthier.adaptations.peft import lora_of
+    from luthier.models.load import check_folder, check_vocabulary, read_config, sketch
+    from luthier.models.save import read_adapter
+    from luthier.objectives import OBJECTIVES
+
+    fields = adapter_fields(folder)
+    named = str(fields.get("base_model_name_or_path") or "")
+    base = base_of(short_name(named)) if named else None
+    if base is None or base.manifest.get("kind") == "encoder":
+        raise ModelRefused(
+            ADAPTER_CONFIG, "adapter.base",
+            f"The adapter belongs to {named[:200]!r}, which is no base model of this server.",
+            "Merge it into its model (merge_and_unload), save that and name its folder.",
+        )  # fmt: skip
+    check_weights(folder)
+    head = OBJECTIVES["causal_lm"].model_validate({}).head()
+    lora = lora_of(fields, read_adapter(folder), sketch(base.network_folder, head))
+    with _as(
+        "tokenizer.json", "model.tokenizer", "Save the base model's tokenizer into the folder."
+    ):
+        written = _format(folder, base)
+        candidate = StoredModel(
+            model_id,
+            folder,
+            {
+                "kind": "causal_lm",
+                "saved": "adapter",
+                "parent": base.id,
+                "root": base.root,
+                "recipe": {"base": base.id, "adaptation": lora.model_dump(mode="json")},
+                "format": written,
+            },
+            base,
+        )
+        check_vocabulary(chat_format(candidate), check_folder(base.network_folder), "the adapter")
+    config = read_config(base.network_folder, head)
+    weights = sum(path.stat().st_size for path in base.network_folder.glob("*.safetensors"))
+    room(2 * _LOADED * weights + _GIB // 2)
+    with _as(ADAPTER, "adapter.weights", "Save the adapter anew with PEFT's save_pretrained."):
+        expected = _by_peft(folder, base, int(config.vocab_size))
+        ours = load(candidate, torch.float32, torch.device("cpu"))
+        error = _difference(ours, expected, int(config.vocab_size))
+        if not error < _SAME:
+            raise ModelRefused(
+                ADAPTER, "adapter.parity",
+                f"Put on {base.id} here it computes other numbers than under PEFT (relative error "
+                f"{error:.2g}).",
+                "Merge it into its model (merge_and_unload), save that and name its folder.",
+            )  # fmt: skip
+    checks = {"peft": "same numbers as PEFT", "peft_error": error, **_tried(candidate)}
+    return Accepted({**candidate.manifest, "adapter_of": named, "checks": checks}, base)
+
+
+def _tried(candidate: StoredModel) -> dict[str, Any]:
+    """Load it as it is served, compare the layout, and let it answer."""
+    with _as("*.safetensors", "model.load", "Save the whole model anew with save_pretrained."):
+        if candidate.manifest["kind"] == "encoder":
+            return _embeds(candidate)
+        return _answers(candidate)
+
+
+def _answers(candidate: StoredModel) -> dict[str, Any]:
+    from luthier.engine.memory import available_memory
+    from luthier.serving.decoder import Decoder
+    from luthier.serving.memory import CacheBudget
+
+    # Opening it compares the layout with the network's own forward.
+    decoder = Decoder.open(candidate, CacheBudget(max(_GIB // 4, available_memory() // 4)))
+    try:
+        asked = Request(Chat((Turn("user", "Hello."),)), max_tokens=ANSWER, temperature=0.0)
+        stream = decoder.submit(asked)
+        stream.whole()
+        read = stream.prompt_tokens
+    finally:
+        decoder.close()
+    return {"layout": "same numbers as transformers", "answered": True, "prompt_tokens": read}
+
+
+def _embeds(candidate: StoredModel) -> dict[str, Any]:
+    import math
+
+    from luthier.serving.pool import Embedder
+
+    embedder = Embedder.open(candidate)
+    try:
+        found = embedder.embed("Hello.")
+    finally:
+        embedder.close()
+    if not all(math.isfinite(value) for value in found.vector):
+        raise LuthierError("its vector of a text holds numbers that are not finite")
+    return {"layout": "same numbers as transformers", "dimensions": len(found.vector)}
+
+
+def _format(folder: Path, base: StoredModel) -> dict[str, Any]:
+    """Tokenizer, template and stop tokens of an adapter: its own, where it brings a tokenizer."""
+    from luthier.data.chat import ChatFormat
+    from luthier.models.load import load_tokenizer
+    from luthier.models.save import save_format
+
+    chat = chat_format(base)
+    if (folder / "tokenizer_config.json").is_file():
+        own = load_tokenizer(folder)
+        chat = ChatFormat.of(own, "auto", list(chat.stop_ids), chat.start_id)
+    else:
+        save_format(chat, folder)
+    return {
+        "template": chat.template,
+        "stop_ids": list(chat.stop_ids),
+        "start_id": chat.start_id,
+    }
+
+
+def _by_peft(folder: Path, base: StoredModel, vocabulary: int) -> Tensor:
+    import torch
+    from peft import PeftModel
+
+    network: Any = load(base, torch.float32, torch.device("cpu"))
+    adapted: Any = PeftModel.from_pretrained(network, str(folder))
+    return _logits(adapted, vocabulary)
+
+
+def _difference(network: Any, expected: Tensor, vocabulary: int) -> float:
+    return float((_logits(network, vocabulary) - expected).norm() / expected.norm())
+
+
+def _logits(network: Any, vocabulary: int) -> Tensor:
+    """Logits ``[1, 16, V]`` of tokens that are always the same."""
+    import torch
+
+    ids_1T = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found: Tensor = network.eval()(input_ids=ids_1T).logits
+    return found
+
+
+@contextmanager
+def _as(file: str, rule: str, fix: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is the model's: libraries raise all there is for odd files."""
+    try:
+        yield
+    except (ModelRefused, DoesNotFit, Interrupted):
+        raise
+    except Exception as error:
+        text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
+        raise ModelRefused(file, rule, f"{text.strip()[:1000].rstrip('.')}.", fix) from error

@@ -1,0 +1,175 @@
+"""Imports: custom models that are copied from outside and looked at, and who works on which.
+
+An import has a row as long as it goes on; its model is ``Creating`` for just as long. As with jobs
+(``luthier.store.leases``), who works on one holds it by the token of a lease, and what anybody else
+writes is refused.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.errors import LeaseLost
+from luthier.store.custom_models import ACTIVE, CREATING, FAILED, CustomModel
+from luthier.store.database import Base, now
+from luthier.store.leases import LEASE
+
+MOST_CRASHES = 3
+"""So many processes may die over one model."""
+_LONGEST = 2048
+"""Letters of a failure message."""
+
+
+class ModelImport(Base):
+    """One import."""
+
+    __tablename__ = "model_imports"
+
+    model_id: Mapped[str] = mapped_column(primary_key=True)
+    """Id of the custom model."""
+    seq: Mapped[int] = mapped_column(index=True)
+    """That of the model: the order in which they came."""
+    account: Mapped[str]
+    source: Mapped[str]
+    """Address of the folder."""
+    crashes: Mapped[int] = mapped_column(default=0)
+    lease: Mapped[str | None]
+    lease_ends: Mapped[datetime | None]
+    """The holder is taken for dead after this moment, unless it has been heard from."""
+    worker: Mapped[dict[str, Any] | None]
+    """The process that holds the lease: ``host``, ``pid``, and when it was ``born``."""
+
+
+def begin(session: Session, model: CustomModel, source: str) -> ModelImport:
+    """Have ``model``, which is ``Creating``, copied from ``source``."""
+    made = ModelImport(
+        model_id=model.id,
+        seq=model.seq,
+        account=model.account,
+        source=source,
+        lease=None,
+        lease_ends=None,
+        worker=None,
+    )
+    session.add(made)
+    session.flush()
+    return made
+
+
+def claim(session: Session, worker: Mapping[str, Any]) -> ModelImport | None:
+    """Take the import that has waited longest; ``worker`` holds it until its process is there."""
+    waiting = select(ModelImport).where(ModelImport.lease.is_(None)).order_by(ModelImport.seq)
+    found = session.scalars(waiting.limit(1).with_for_update(skip_locked=True)).first()
+    if found is not None:
+        found.lease, found.lease_ends = secrets.token_hex(16), now() + LEASE
+        found.worker = dict(worker)
+        session.flush()
+    return found
+
+
+def held(session: Session) -> list[ModelImport]:
+    """Every import that somebody works on."""
+    working = select(ModelImport).where(ModelImport.lease.is_not(None))
+    return list(session.scalars(working.order_by(ModelImport.seq)))
+
+
+def holding(session: Session, model_id: str, lease: str) -> ModelImport:
+    """The import, kept as it is until the transaction ends.
+
+    Raises:
+        LeaseLost: where ``lease`` does not hold it.
+    """
+    asked = select(ModelImport).where(ModelImport.model_id == model_id, ModelImport.lease == lease)
+    asked = asked.with_for_update().execution_options(populate_existing=True)
+    found = session.scalars(asked).first()
+    if found is None:
+        raise LeaseLost(f"the lease of the import of model {model_id} is lost")
+    return found
+
+
+def renew(
+    session: Session, model_id: str, lease: str, worker: Mapping[str, Any] | None = None
+) -> ModelImport:
+    """Hear from the process that works on it.
+
+    Raises:
+        LeaseLost: as :func:`holding`.
+    """
+    found = holding(session, model_id, lease)
+    found.lease_ends = now() + LEASE
+    if worker is not None:
+        found.worker = dict(worker)
+    return found
+
+
+def release(session: Session, model_id: str, lease: str) -> None:
+    """Let somebody else go on with it, from the beginning. A lost lease is let go of already."""
+    mine = ModelImport.model_id == model_id, ModelImport.lease == lease
+    session.execute(update(ModelImport).where(*mine).values(lease=None, lease_ends=None))
+
+
+def complete(
+    session: Session, model_id: str, lease: str, changes: Mapping[str, Any], told: Mapping[str, Any]
+) -> None:
+    """The model is ``Active``, with ``changes`` to its columns, and ``told`` among its details.
+
+    Raises:
+        LeaseLost: as :func:`holding`.
+    """
+    model = _model(session, holding(session, model_id, lease))
+    model.status, model.failure = ACTIVE, None
+    for name, value in changes.items():
+        setattr(model, name, value)
+    model.details = {**model.details, **told}
+    session.flush()
+
+
+def fail(session: Session, model_id: str, lease: str, failure: str) -> None:
+    """The model is ``Failed``; ``failure`` is told to its owner.
+
+    Raises:
+        LeaseLost: as :func:`holding`.
+    """
+    model = _model(session, holding(session, model_id, lease))
+    model.status, model.failure = FAILED, failure[:_LONGEST]
+    session.flush()
+
+
+def expire(session: Session, model_id: str, lease: str, why: str) -> bool:
+    """Take the lease from a process that died; whether another one may try.
+
+    Raises:
+        LeaseLost: as :func:`holding`.
+    """
+    found = holding(session, model_id, lease)
+    found.crashes += 1
+    if found.crashes >= MOST_CRASHES:
+        failure = (
+            f"{found.crashes} processes died one after the other while they looked at the model (the "
+            f"last one: {why}). Where this is the system's way to end what takes too much memory, take "
+            "a smaller model, or a server with more memory."
+        )
+        fail(session, model_id, lease, failure)
+        return False
+    found.lease, found.lease_ends, found.worker = None, None, None
+    session.flush()
+    return True
+
+
+def unfinished(session: Session, model_id: str) -> bool:
+    """Whether there is anything to do for a model."""
+    return session.get(ModelImport, model_id) is not None
+
+
+def _model(session: Session, found: ModelImport) -> CustomModel:
+    """The model of an import that ends."""
+    model = session.scalars(select(CustomModel).filter_by(id=found.model_id)).one()
+    assert model.status == CREATING
+    session.delete(found)
+    return model

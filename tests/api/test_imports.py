@@ -1,0 +1,425 @@
+"""Models from outside through boto3, against ``luthier serve`` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from botocore.exceptions import ClientError
+from luthier_server import BASE, OTHER, Served, home_with_tiny, until
+
+BUCKET = "models"
+GREEDY = {"maxTokens": 12, "temperature": 0.0}
+QUESTION = [{"role": "user", "content": [{"text": "What is the capital of France?"}]}]
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    tiny_llama: Any,
+    tokenizer: Any,
+) -> Iterator[Served]:
+    """With the base model ``tiny``, and a folder of another tiny model in a bucket."""
+    made = Served(home_with_tiny(tmp_path_factory.mktemp("imports"), tiny_model_folder))
+    made.start()
+    made.client("s3").create_bucket(Bucket=BUCKET)
+    other = tmp_path_factory.mktemp("other")
+    network = tiny_llama(seed=7, eos_token_id=tokenizer.eos_token_id)
+    network.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    (other / "README.md").write_text("by somebody else")
+    put(made, other, "other")
+    put(made, tiny_model_folder, "same")
+    yield made
+    made.end()
+
+
+def put(server: Served, folder: Path, prefix: str, **changed: bytes | None) -> str:
+    """The files of ``folder`` in the bucket; ``changed`` by name, ``__`` for a dot."""
+    changes = {name.replace("__", "."): content for name, content in changed.items()}
+    s3 = server.client("s3")
+    for path in folder.iterdir():
+        if path.name not in changes:
+            s3.put_object(Bucket=BUCKET, Key=f"{prefix}/{path.name}", Body=path.read_bytes())
+    for name, content in changes.items():
+        if content is not None:
+            s3.put_object(Bucket=BUCKET, Key=f"{prefix}/{name}", Body=content)
+    return f"s3://{BUCKET}/{prefix}/"
+
+
+def create(server: Served, name: str, uri: str, **members: Any) -> str:
+    source = {"s3DataSource": {"s3Uri": uri}}
+    bedrock = server.client("bedrock")
+    arn: str = bedrock.create_custom_model(modelName=name, modelSourceConfig=source, **members)[
+        "modelArn"
+    ]
+    return arn
+
+
+def ended(server: Served, arn: str) -> dict[str, Any]:
+    """The model once it is no longer Creating."""
+    found: dict[str, Any] = {}
+
+    def done() -> bool:
+        found.update(server.client("bedrock").get_custom_model(modelIdentifier=arn))
+        assert found["modelStatus"] in ("Creating", "Active", "Failed")
+        return bool(found["modelStatus"] != "Creating")
+
+    until(done)
+    return found
+
+
+def says(server: Served, model_id: str) -> str:
+    told = server.client("bedrock-runtime").converse(
+        modelId=model_id, messages=QUESTION, inferenceConfig=GREEDY
+    )
+    text: str = told["output"]["message"]["content"][0]["text"]
+    return text
+
+
+def deployed(server: Served, name: str, model: str) -> str:
+    bedrock = server.client("bedrock")
+    arn: str = bedrock.create_custom_model_deployment(modelDeploymentName=name, modelArn=model)[
+        "customModelDeploymentArn"
+    ]
+    get = bedrock.get_custom_model_deployment
+    until(lambda: get(customModelDeploymentIdentifier=arn)["status"] == "Active")
+    return arn
+
+
+def nothing_left(home: Path) -> bool:
+    """Whether no import left anything but its model."""
+    left = [*home.rglob(".tmp-*"), *(home / "jobs").glob("import-*")]
+    return not left
+
+
+@pytest.fixture(scope="module")
+def imported(server: Served) -> str:
+    arn = create(
+        server, "other", f"s3://{BUCKET}/other",
+        modelTags=[{"key": "team", "value": "one"}], clientRequestToken="first",
+        roleArn="arn:aws:iam::000000000000:role/importer",
+    )  # fmt: skip
+    told = server.client("bedrock").get_custom_model(modelIdentifier=arn)
+    assert told["modelStatus"] == "Creating"
+    with pytest.raises(ClientError, match=r"ConflictException.*Creating"):
+        server.client("bedrock").delete_custom_model(modelIdentifier=arn)
+    with pytest.raises(ClientError, match="Creating"):
+        deployed(server, "too-early", arn)
+    found = ended(server, arn)
+    assert found["modelStatus"] == "Active", found
+    return arn
+
+
+def test_a_model_from_outside_answers(
+    server: Served, imported: str, tiny_llama: Any, tokenizer: Any
+) -> None:
+    bedrock = server.client("bedrock")
+    told = bedrock.get_custom_model(modelIdentifier="other")
+    assert told["modelArn"] == imported and ":custom-model/imported/" in imported
+    assert told["customizationType"] == "IMPORTED" and "jobArn" not in told
+    (listed,) = bedrock.list_custom_models(nameContains="other")["modelSummaries"]
+    assert listed["modelStatus"] == "Active" and listed["customizationType"] == "IMPORTED"
+    tags = bedrock.list_tags_for_resource(resourceARN=imported)["tags"]
+    assert tags == [{"key": "team", "value": "one"}]
+    # What transformers itself says with the same weights and template, in the same precision.
+    text = says(server, deployed(server, "other", imported))
+    network = tiny_llama(seed=7, eos_token_id=tokenizer.eos_token_id)
+    turns = [{"role": "user", "content": QUESTION[0]["content"][0]["text"]}]  # type: ignore[index]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+    ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
+    from luthier.engine.devices import choose_machine
+
+    network = network.to(choose_machine().dtype)
+    written = network.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert text == tokenizer.decode(written, skip_special_tokens=True)
+    assert nothing_left(server.home)
+
+
+@pytest.mark.slow
+def test_it_is_a_base_like_any_other(server: Served, imported: str) -> None:
+    s3, bedrock = server.client("s3"), server.client("bedrock")
+    lines = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in range(16)]
+    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    s3.put_object(Bucket=BUCKET, Key="rows.jsonl", Body=body)
+    job = bedrock.create_model_customization_job(
+        jobName="on-imported", customModelName="tuned", roleArn="arn:aws:iam::000000000000:role/x",
+        baseModelIdentifier=imported, trainingDataConfig={"s3Uri": f"s3://{BUCKET}/rows.jsonl"},
+        outputDataConfig={"s3Uri": f"s3://{BUCKET}/out/"},
+        hyperParameters={"epochCount": "1", "batchSize": "8"},
+    )["jobArn"]  # fmt: skip
+    get = bedrock.get_model_customization_job
+    until(lambda: get(jobIdentifier=job)["status"] != "InProgress")
+    done = get(jobIdentifier=job)
+    assert done["status"] == "Completed", done.get("failureMessage")
+    tuned = done["outputModelArn"]
+    assert bedrock.get_custom_model(modelIdentifier=tuned)["baseModelArn"] == imported
+    told = server.ask("GET", "/api/v1/models/tuned/certificate")[1]
+    assert told["lineage"] == [tuned, imported]
+    shown = server.ask("GET", "/api/v1/models/other")[1]
+    assert (shown["kind"], shown["status"]) == ("custom", "Active")
+    assert shown["source"] == f"s3://{BUCKET}/other" and "base" not in shown
+    certificate = server.ask("GET", "/api/v1/models/other/certificate")[1]
+    assert certificate["lineage"] == [imported]
+    assert certificate["certificate"]["left_out"] == ["README.md"]
+    assert certificate["certificate"]["checks"]["answered"] is True
+    # Throughput goes over from one to the other: their base is the same.
+    made = bedrock.create_provisioned_model_throughput(
+        provisionedModelName="both", modelId=imported, modelUnits=1
+    )["provisionedModelArn"]
+    ready = bedrock.get_provisioned_model_throughput
+    until(lambda: ready(provisionedModelId=made)["status"] == "InService")
+    before = says(server, made)
+    bedrock.update_provisioned_model_throughput(provisionedModelId=made, desiredModelId=tuned)
+    until(lambda: ready(provisionedModelId=made)["status"] == "InService")
+    assert ready(provisionedModelId=made)["modelArn"] == tuned and before
+    bedrock.delete_provisioned_model_throughput(provisionedModelId=made)
+
+
+@pytest.mark.slow
+def test_the_command_line_has_it_too(server: Served, imported: str) -> None:
+    name = f"imported:model-{imported.rpartition('/')[2]}"
+
+    def luthier(*arguments: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-m", "luthier", *arguments, "--json"], check=False, text=True,
+            env={**os.environ, "LUTHIER_HOME": str(server.home)}, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    listed = {each["id"]: each for each in luthier("models", "list")["custom"]}
+    assert listed[name]["adaptation"] == "imported network" and "damaged" not in listed[name]
+    shown = luthier("models", "show", name)
+    assert all(each["intact"] for each in shown["files"].values() if each["intact"] is not None)
+    assert luthier("models", "capabilities", name)
+
+
+def test_the_same_request_makes_one_model(server: Served, imported: str) -> None:
+    members: dict[str, Any] = {
+        "modelTags": [{"key": "team", "value": "one"}],
+        "clientRequestToken": "first",
+        "roleArn": "arn:aws:iam::000000000000:role/importer",
+    }
+    assert create(server, "other", f"s3://{BUCKET}/other", **members) == imported
+    with pytest.raises(ClientError, match="ConflictException"):
+        create(server, "another", f"s3://{BUCKET}/other", **members)
+    with pytest.raises(ClientError, match="model name is currently in use"):
+        create(server, "other", f"s3://{BUCKET}/other")
+
+
+@pytest.mark.slow
+def test_a_killed_server_and_a_killed_worker_lose_nothing(server: Served) -> None:
+    arn = create(server, "killed", f"s3://{BUCKET}/same/")
+    assert server.process is not None
+    found = until(lambda: workers(arn))
+    server.kill()
+    for process in found:
+        process.kill()
+    server.start()
+    told = server.client("bedrock").get_custom_model(modelIdentifier=arn)
+    assert told["modelStatus"] == "Creating"
+    assert ended(server, arn)["modelStatus"] == "Active"
+    until(lambda: nothing_left(server.home))
+    # The worker alone, which the same server replaces.
+    arn = create(server, "killed-again", f"s3://{BUCKET}/same/")
+    for process in until(lambda: workers(arn)):
+        process.kill()
+    assert ended(server, arn)["modelStatus"] == "Active"
+    # The server alone: its worker goes on, or the next server finds that it ended.
+    arn = create(server, "orphan", f"s3://{BUCKET}/same/")
+    until(lambda: workers(arn))
+    server.kill()
+    server.start()
+    assert ended(server, arn)["modelStatus"] == "Active"
+    text = says(server, deployed(server, "orphan", arn))
+    assert text == says(server, BASE)
+    until(lambda: nothing_left(server.home))
+
+
+def workers(arn: str) -> list[psutil.Process]:
+    """Processes that look at a model."""
+    wanted = arn.rpartition("/")[2]
+    return [p for p in psutil.process_iter() if wanted in _command(p)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.mark.slow
+def test_an_adapter_of_peft_stands_on_its_base_model(
+    server: Served, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=".*layers.[01].*q_proj", use_rslora=True)
+    network: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_folder), config)
+    for name, weight in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    network.save_pretrained(tmp_path / "adapter")
+    config_file = tmp_path / "adapter" / "adapter_config.json"
+    fields = json.loads(config_file.read_text())
+    # As of a model on the hub, whose name is all that is known of it here.
+    fields["base_model_name_or_path"] = "somebody/Tiny"
+    config_file.write_text(json.dumps(fields))
+    uri = put(server, tmp_path / "adapter", "adapter")
+    arn = create(server, "adapter", uri)
+    found = ended(server, arn)
+    assert found["modelStatus"] == "Active", found
+    assert found["baseModelArn"].endswith(f"::foundation-model/{BASE}")
+    told = server.ask("GET", "/api/v1/models/adapter/certificate")[1]
+    assert told["certificate"]["checks"]["peft_error"] < 1e-3
+    assert told["lineage"] == [arn, found["baseModelArn"]]
+    deployment = deployed(server, "adapter", arn)
+    assert says(server, deployment) != says(server, BASE)
+    for number, (change, word) in enumerate(
+        [
+            ({"base_model_name_or_path": "nobody/knows"}, "adapter.base"),
+            ({"r": 8}, "adapter.weights"),
+            ({"bias": "all"}, "bias"),
+            ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ]
+    ):
+        body = json.dumps({**fields, **change}).encode()
+        uri = put(server, tmp_path / "adapter", f"bad-{number}", adapter_config__json=body)
+        told = ended(server, create(server, f"bad-adapter-{number}", uri))
+        assert told["modelStatus"] == "Failed" and word in told["failureMessage"], told
+
+
+@pytest.fixture(scope="module")
+def broken(server: Served, tiny_model_folder: Path) -> dict[str, dict[str, Any]]:
+    """Models that cannot be taken, by what is wrong with them."""
+    config = json.loads((tiny_model_folder / "config.json").read_text())
+    weights = (tiny_model_folder / "model.safetensors").read_bytes()
+
+    def of(**change: Any) -> dict[str, bytes | None]:
+        return {"config__json": json.dumps({**config, **change}).encode()}
+
+    cases: dict[str, dict[str, bytes | None]] = {
+        "pickle": {"pytorch_model__bin": b"\x80\x04."},
+        "truncated": {"model__safetensors": weights[: len(weights) // 2]},
+        "no-config": {"config__json": None},
+        "no-tokenizer": {"tokenizer__json": None},
+        "no-weights": {"model__safetensors": None},
+        "not-json": {"config__json": b"{"},
+        "unknown-family": of(model_type="never-heard-of"),
+        "huge": of(vocab_size=50_000_000, hidden_size=65_536),
+        "deep": of(num_hidden_layers=5_000_000),
+        "other-shape": of(intermediate_size=65),
+        "too-few-words": of(vocab_size=100),
+        "quantized": of(quantization_config={"quant_method": "gptq"}),
+    }
+    arns = {
+        name: create(server, f"broken-{name}", put(server, tiny_model_folder, name, **changed))
+        for name, changed in cases.items()
+    }
+    return {name: ended(server, arn) for name, arn in arns.items()}
+
+
+RULES = {
+    "pickle": ("pytorch_model.bin", "[model.pickle]", "Delete it"),
+    "truncated": ("model.safetensors", "[model.weights]", "Copy it again"),
+    "no-config": ("config.json", "[model.config]", "folder itself"),
+    "no-tokenizer": ("tokenizer.json", "[model.tokenizer]", "save_pretrained"),
+    "no-weights": ("model.safetensors", "[model.weights]", "safe_serialization"),
+    "not-json": ("config.json", "[model.config]", "anew"),
+    "unknown-family": ("config.json", "[model.network]", "never-heard-of"),
+    "huge": ("config.json", "[model.weights]", "shards"),
+    "deep": ("config.json", "[model.layers]", "1,000"),
+    "other-shape": ("*.safetensors", "[model.load]", "missing or of another shape"),
+    "too-few-words": ("tokenizer.json", "[model.tokenizer]", "does not belong"),
+    "quantized": ("config.json", "[model.quantized]", "dequantized"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_what_is_wrong_is_told_with_file_rule_and_fix(
+    broken: dict[str, dict[str, Any]], name: str
+) -> None:
+    told = broken[name]
+    assert told["modelStatus"] == "Failed"
+    file, *words = RULES[name]
+    assert told["failureMessage"].startswith(f"{file}: "), told["failureMessage"]
+    assert all(word in told["failureMessage"] for word in words), told["failureMessage"]
+    assert "Fix: " in told["failureMessage"]
+    # The server's own folders are nobody's business.
+    assert not any(word in told["failureMessage"] for word in (".tmp-", "custom/imported"))
+
+
+@pytest.mark.slow
+def test_models_that_failed_leave_nothing_and_can_be_deleted(
+    server: Served, broken: dict[str, dict[str, Any]]
+) -> None:
+    until(lambda: nothing_left(server.home))
+    bedrock = server.client("bedrock")
+    failed = broken["pickle"]
+    folder = server.home / "models" / "custom" / "imported"
+    assert not list(folder.glob(f"*{failed['modelArn'].rpartition('/')[2]}*"))
+    with pytest.raises(ClientError, match="Failed"):
+        deployed(server, "never", failed["modelArn"])
+    assert server.ask("GET", "/api/v1/models/broken-pickle")[1]["failure"]
+    assert server.ask("GET", "/api/v1/models/broken-pickle/certificate")[0] == 409
+    bedrock.delete_custom_model(modelIdentifier=failed["modelArn"])
+    with pytest.raises(ClientError, match="ResourceNotFound"):
+        bedrock.get_custom_model(modelIdentifier=failed["modelArn"])
+    again = ended(server, create(server, "broken-pickle", f"s3://{BUCKET}/same/"))
+    assert again["modelStatus"] == "Active"
+    stored = folder / f"model-{again['modelArn'].rpartition('/')[2]}"
+    assert stored.is_dir()
+    bedrock.delete_custom_model(modelIdentifier="broken-pickle")
+    assert not stored.exists()
+
+
+def test_addresses_are_looked_at_at_once(server: Served, tmp_path: Path) -> None:
+    for uri in (f"s3://{BUCKET}/none/", "s3://nobodys-bucket/x", f"file://{tmp_path}", "s3://x"):
+        with pytest.raises(ClientError, match="ValidationException"):
+            create(server, "nowhere", uri)
+    bedrock = server.client("bedrock")
+    with pytest.raises(ClientError, match=r"ValidationException.*modelSourceConfig"):
+        bedrock.create_custom_model(modelName="nowhere")
+    package = "arn:aws:sagemaker:us-east-1:000000000000:model-package/x/1"
+    with pytest.raises(ClientError, match="ValidationException"):
+        bedrock.create_custom_model(
+            modelName="nowhere",
+            customModelDataSource={"modelPackageArnDataSource": {"modelPackageArn": package}},
+        )
+    # A bucket of another account is not there.
+    source = {"s3DataSource": {"s3Uri": f"s3://{BUCKET}/other/"}}
+    with pytest.raises(ClientError, match="There is no bucket"):
+        server.client("bedrock", OTHER).create_custom_model(
+            modelName="stolen", modelSourceConfig=source
+        )
+    with pytest.raises(ClientError, match="ResourceNotFound"):
+        bedrock.get_custom_model(modelIdentifier="nowhere")
+
+
+@pytest.mark.slow
+def test_encoders_are_taken_too(
+    server: Served, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "bert"
+    shutil.copytree(family_folder("bert"), folder)
+    found = ended(server, create(server, "encoder", put(server, folder, "bert")))
+    assert found["modelStatus"] == "Active", found
+    deployment = deployed(server, "encoder", found["modelArn"])
+    body = json.dumps({"inputText": "My card has not arrived yet."})
+    told = server.client("bedrock-runtime").invoke_model(modelId=deployment, body=body)
+    assert len(json.loads(told["body"].read())["embedding"]) == 32

@@ -1,0 +1,68 @@
+"""Which files of a folder from outside are taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from luthier.errors import ModelRefused
+from luthier.models.outside import INDEX, check_texts, check_weights, choose
+
+WHOLE = [("config.json", 10), ("model.safetensors", 100), ("tokenizer.json", 10)]
+
+
+def rule(*entries: tuple[str, int], most: int = 10_000) -> tuple[str, str]:
+    with pytest.raises(ModelRefused) as caught:
+        choose(entries, most)
+    return caught.value.problem.file, caught.value.problem.rule
+
+
+def test_only_what_makes_the_model_is_taken() -> None:
+    further = ["README.md", "modeling_x.py", ".gitattributes", "vocab.png", "a b.safetensors"]
+    chosen = choose([*WHOLE, *((name, 1) for name in further)])
+    assert list(chosen.files) == WHOLE and list(chosen.left) == further
+    assert (chosen.size, chosen.weights, chosen.adapter) == (120, 100, False)
+    assert choose([("adapter_config.json", 1), ("adapter_model.safetensors", 1)]).adapter
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "training_args.bin", "x.PT", "model.pkl", "a.pth", "tf_model.h5"]
+)
+def test_what_can_run_code_is_refused_by_name(name: str) -> None:
+    assert rule(*WHOLE, (name, 1)) == (name, "model.pickle")
+
+
+def test_what_is_missing_or_too_large() -> None:
+    assert rule() == ("config.json", "model.config")
+    assert rule(*WHOLE, ("adapter_config.json", 1)) == ("adapter_config.json", "model.config")
+    assert rule(WHOLE[0], WHOLE[2]) == ("model.safetensors", "model.weights")
+    assert rule(WHOLE[0], ("model.safetensors", 0), WHOLE[2])[1] == "model.weights"
+    assert rule(WHOLE[0], WHOLE[1]) == ("tokenizer.json", "model.tokenizer")
+    assert rule(*WHOLE, most=119) == ("*", "model.size")
+    assert choose(WHOLE, most=120)
+    assert rule(*WHOLE, ("vocab.json", 100_000_001)) == ("vocab.json", "model.size")
+
+
+def test_shards_that_are_named_have_to_be_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(3, 4)}, tmp_path / "one.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    assert check_texts(tmp_path) == {} and check_weights(tmp_path) == 12
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("two.safetensors", "../one.safetensors", None, 3):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(ModelRefused, match=r"model\.shards"):
+            check_texts(tmp_path)
+    (tmp_path / INDEX).write_text("[]")
+    with pytest.raises(ModelRefused, match="no JSON object"):
+        check_texts(tmp_path)
+
+
+def test_weights_of_few_bits_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, tmp_path / "one.safetensors")
+    with pytest.raises(ModelRefused, match="F8_E4M3"):
+        check_weights(tmp_path)

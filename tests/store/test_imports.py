@@ -1,0 +1,90 @@
+"""Imports: each is worked on by one process, and only that one writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from luthier.errors import LeaseLost, NameInUse, QuotaExceeded
+from luthier.jobs.imports import submit_import
+from luthier.jobs.submit import Limits
+from luthier.store import imports
+from luthier.store.custom_models import ACTIVE, CREATING, FAILED, CustomModel
+from luthier.store.database import Base, Database
+from luthier.store.removal import ModelInUse, remove
+
+ACCOUNT = "000000000000"
+WORKER = {"host": "here", "pid": 1, "born": 0.0}
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """With two models that wait, one after the other."""
+    made = Database(database_url)
+    Base.metadata.create_all(made.engine)
+    for name in ("first", "second"):
+        with made.write() as session:
+            submit_import(session, ACCOUNT, name, f"s3://data/{name}", {"roleArn": "r"})
+    yield made
+    made.close()
+
+
+def model(database: Database, name: str) -> CustomModel:
+    with database.read() as session:
+        return session.query(CustomModel).filter_by(name=name).one()
+
+
+def claimed(database: Database) -> imports.ModelImport | None:
+    with database.write() as session:
+        return imports.claim(session, WORKER)
+
+
+def test_each_is_claimed_once_in_the_order_they_came(database: Database) -> None:
+    first, second, third = (claimed(database) for _ in range(3))
+    assert first and second and third is None
+    assert [first.model_id, second.model_id] == [model(database, n).id for n in ("first", "second")]
+    with database.write() as session:
+        imports.release(session, first.model_id, str(first.lease))
+    again = claimed(database)
+    assert again and again.model_id == first.model_id and again.lease != first.lease
+    for write in (imports.renew, lambda s, i, lease: imports.complete(s, i, lease, {}, {})):
+        with pytest.raises(LeaseLost), database.write() as session:
+            write(session, first.model_id, str(first.lease))
+    assert model(database, "first").status == CREATING
+
+
+def test_how_an_import_ends(database: Database) -> None:
+    first, second = claimed(database), claimed(database)
+    assert first and second
+    with database.write() as session:
+        changes = {"stored_id": "imported:x", "root": "luthier.imported-x"}
+        imports.complete(session, first.model_id, str(first.lease), changes, {"kind": "encoder"})
+        imports.fail(session, second.model_id, str(second.lease), "x" * 5000)
+    done, failed = model(database, "first"), model(database, "second")
+    assert (done.status, done.stored_id, done.details["kind"]) == (ACTIVE, "imported:x", "encoder")
+    assert done.details["request"] == {"roleArn": "r"} and done.bottom == "luthier.imported-x"
+    assert (failed.status, len(str(failed.failure))) == (FAILED, 2048)
+    with database.read() as session:
+        assert not any(imports.unfinished(session, m.id) for m in (done, failed))
+        assert imports.held(session) == []
+
+
+def test_a_model_that_kills_its_processes_fails(database: Database) -> None:
+    for number in range(imports.MOST_CRASHES):
+        found = claimed(database)
+        assert found and found.model_id == model(database, "first").id
+        with database.write() as session:
+            again = imports.expire(session, found.model_id, str(found.lease), "by signal 9")
+        assert again is (number + 1 < imports.MOST_CRASHES)
+    failed = model(database, "first")
+    assert failed.status == FAILED and "signal 9" in str(failed.failure)
+
+
+def test_names_quota_and_removal(database: Database) -> None:
+    with pytest.raises(NameInUse), database.write() as session:
+        submit_import(session, ACCOUNT, "first", "s3://data/x", {})
+    with pytest.raises(QuotaExceeded), database.write() as session:
+        submit_import(session, ACCOUNT, "third", "s3://data/x", {}, Limits(custom_models=2))
+    with pytest.raises(ModelInUse, match="Creating"), database.write() as session:
+        remove(session, session.query(CustomModel).filter_by(name="first").one(), "arn")
