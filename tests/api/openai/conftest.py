@@ -33,7 +33,13 @@ from luthier.store.objects import Objects
 from luthier.store.schema import METADATA
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
-KEYS = {"sk-one": ACCOUNT, "sk-other": OTHER, "sk-weak": ACCOUNT, "sk-fast": ACCOUNT}
+KEYS = {
+    "sk-one": ACCOUNT,
+    "sk-other": OTHER,
+    "sk-weak": ACCOUNT,
+    "sk-fast": ACCOUNT,
+    "sk-mute": ACCOUNT,
+}
 
 
 class Server:
@@ -76,7 +82,7 @@ class Server:
             raise Fault("UnrecognizedClient", "Incorrect API key provided.")
         if key == "sk-fast":
             raise Fault("Throttling", "Too many requests.", retry_after=3)
-        policies = ({"weak": True},) if key == "sk-weak" else ({},)
+        policies = ({key.removeprefix("sk-"): True},) if key in ("sk-weak", "sk-mute") else ({},)
         return Caller(KEYS[key], "somebody", policies, bearer=True)
 
 
@@ -106,7 +112,9 @@ async def _send(send: Any, answer: Answer) -> None:
 
 
 def authorize(caller: Caller, action: str, resource: str) -> None:
-    """Everybody may do everything, but the weak may only read files."""
+    """Everybody may do everything, but the weak may only read files, and the mute ask no model."""
+    if action == "bedrock:InvokeModel" and any("mute" in policy for policy in caller.policies):
+        raise Fault("AccessDenied", f"{caller.arn} is not authorized to perform: {action}")
     if any("weak" in policy for policy in caller.policies) and not action.endswith("files.list"):
         raise Fault("AccessDenied", f"{caller.arn} is not authorized to perform: {action}")
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from luthier.api.openai.errors import error_of, invalid, model_not_found
+from luthier.api.openai.graders import Judge
 from luthier.api.openai.models import Catalogue, Resolved
 from luthier.api.openai.requests import Access, Body
 from luthier.api.wire import Answer, Caller, Fault
@@ -125,19 +126,36 @@ class Asker:
         Raises:
             Fault: ``AccessDenied``, which is decided first; 404 ``model_not_found``.
         """
+        found = self._found(caller, name, lambda arn: self.access.to_model(caller, action, arn))
+        if found is None:
+            raise model_not_found(name)
+        return found
+
+    def judge(self, caller: Caller) -> Judge:
+        """Finds models that grade, where the caller may have them answer."""
+
+        def find(name: str, where: str) -> str:
+            found = self._found(caller, name, lambda arn: self.access.to_invoke(caller, arn))
+            if found is None:
+                text = f"The model `{name}` does not exist."
+                raise Fault("Validation", text, parameter=where, reason="model_not_found")
+            return found.stored_id
+
+        return find
+
+    def _found(self, caller: Caller, name: str, ask: Callable[[str], None]) -> Resolved | None:
+        """What ``name`` means, after ``ask`` let the caller to its ARN; ``None`` for nothing."""
         named = name.startswith("arn:")
         if named:
             # Before the look: that it is there, or not ready yet, is for those who may ask it.
-            self.access.to_model(caller, action, name)
+            ask(name)
         found = self.catalogue.target(caller.account, name)
         if found is not None:
             arn = found.arn
         else:
             arn = name if named else self.catalogue.arns.foundation_model(name)
         if arn != name:
-            self.access.to_model(caller, action, arn)
-        if found is None:
-            raise model_not_found(name)
+            ask(arn)
         return found
 
     def submit(

@@ -78,8 +78,8 @@ class OpenAIFace(Routing):
         super().__init__(
             (
                 Files(self.files, access, file_limit),
-                FineTuning(database, self.files, catalogue, access, arns, limits, submitted),
-                Graders(access, catalogue.judge, PooledModels(pool)),
+                FineTuning(database, self.files, asker, arns, limits, submitted),
+                Graders(access, asker.judge, PooledModels(pool)),
                 Models(catalogue, access, delete_model),
                 chats,
                 completions,

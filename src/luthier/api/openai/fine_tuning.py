@@ -12,12 +12,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.api.openai import progress
+from luthier.api.openai.asking import Asker
 from luthier.api.openai.errors import absent, invalid
 from luthier.api.openai.fine_tuning_jobs import organization, shown
 from luthier.api.openai.graders import grader_fields
 from luthier.api.openai.methods import CreateJob, settings_of
-from luthier.api.openai.models import Catalogue
-from luthier.api.openai.requests import Access, body, number_of, page, text_of
+from luthier.api.openai.requests import body, number_of, page, text_of
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call
 from luthier.errors import WrongState
@@ -52,15 +52,15 @@ class FineTuning:
         self,
         database: Database,
         files: UploadedFiles,
-        catalogue: Catalogue,
-        access: Access,
+        asker: Asker,
         arns: Arns,
         limits: Callable[[str], Limits],
         submitted: Callable[[], None] = lambda: None,
     ) -> None:
         """``submitted`` is called after a job was put into the queue."""
-        self.database, self.files, self.catalogue = database, files, catalogue
-        self.access, self.arns, self.limits = access, arns, limits
+        self.database, self.files, self.asker = database, files, asker
+        self.catalogue, self.access = asker.catalogue, asker.access
+        self.arns, self.limits = arns, limits
         self._submitted = submitted
 
     def operations(self) -> Iterable[Operation]:
@@ -93,7 +93,7 @@ class FineTuning:
             grader = grader_fields(
                 asked.method.reinforcement.grader,
                 "method.reinforcement.grader",
-                self.catalogue.judge(account),
+                self.asker.judge(call.caller),
             )
         seed = asked.seed if asked.seed is not None else secrets.randbelow(2**31)
         submission = self._submission(account, asked, base, seed, grader)

@@ -11,7 +11,7 @@ from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Access, Body, body
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer as HttpAnswer
-from luthier.api.wire import Call
+from luthier.api.wire import Call, Caller
 from luthier.errors import LuthierError, RecipeError
 from luthier.graders import Answer, Grader, Models, Multi, Trouble, grader_from, graders_named
 from luthier.graders.running import attempt
@@ -57,8 +57,8 @@ class ValidateGrader(Body):
 class Graders:
     """The resource."""
 
-    def __init__(self, access: Access, judges: Callable[[str], Judge], models: Models) -> None:
-        """``judges`` finds the models that graders of an account ask, ``models`` opens them."""
+    def __init__(self, access: Access, judges: Callable[[Caller], Judge], models: Models) -> None:
+        """``judges`` finds the models that graders of a caller ask, ``models`` opens them."""
         self.access, self.judges, self.models = access, judges, models
 
     def operations(self) -> Iterable[Operation]:
@@ -73,15 +73,15 @@ class Graders:
         """Give a grader back that can be used; 400 for one that cannot."""
         self.access.to(call, "fine_tuning.alpha.graders.validate")
         given = body(call, ValidateGrader).grader
-        grader_fields(given, "grader", self.judges(call.caller.account))
+        grader_fields(given, "grader", self.judges(call.caller))
         return HttpAnswer.of({"grader": given})
 
     def run(self, call: Call) -> HttpAnswer:
         """Grade one reply. What goes wrong in the grader is told in the answer, with reward 0."""
         self.access.to(call, "fine_tuning.alpha.graders.run")
         asked = body(call, RunGrader)
-        account = call.caller.account
-        grader = grader_from(grader_fields(asked.grader, "grader", self.judges(account)))
+        fields = grader_fields(asked.grader, "grader", self.judges(call.caller))
+        grader = grader_from(fields)
         if grader.models:
             grader = grader.with_models(self.models)
         began = time.perf_counter()

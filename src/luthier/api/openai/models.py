@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from sqlalchemy import select
 
 from luthier.api.openai.errors import model_not_found
-from luthier.api.openai.graders import Judge
 from luthier.api.openai.requests import Access, page, seconds
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Fault
@@ -101,22 +100,6 @@ class Catalogue:
         if found is None:
             raise model_not_found(name)
         return found
-
-    def judge(self, account: str) -> Judge:
-        """Finds models that grade, for this account."""
-
-        def find(name: str, where: str) -> str:
-            found = self.target(account, name)
-            if found is None:
-                raise Fault(
-                    "Validation",
-                    f"The model `{name}` does not exist.",
-                    parameter=where,
-                    reason="model_not_found",
-                )
-            return found.stored_id
-
-        return find
 
     def own(self, account: str) -> list[CustomModel]:
         """The account's models that answer to an ``ft:`` id, the oldest first."""

@@ -154,6 +154,10 @@ class Access:
         self._authorize(call.caller, f"luthier:openai.{action}", resource)
 
     def to_model(self, caller: Caller, action: str, arn: str) -> None:
-        """Whether the caller may have a model answer."""
+        """Whether the caller may have a model answer through this face."""
         self._authorize(caller, f"luthier:openai.{action}", arn)
+        self.to_invoke(caller, arn)
+
+    def to_invoke(self, caller: Caller, arn: str) -> None:
+        """Whether the caller may have a model answer at all."""
         self._authorize(caller, "bedrock:InvokeModel", arn)
