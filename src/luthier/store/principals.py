@@ -138,6 +138,19 @@ def _usable(
     return row[0], row[1]
 
 
+def standing(session: Session, account: str, name: str) -> tuple[Document, ...] | None:
+    """What a user may do now; ``None`` where user or account is disabled, or gone."""
+    row = session.execute(
+        select(User, Account)
+        .join(Account, Account.id == User.account)
+        .where(User.account == account, User.name == name)
+    ).one_or_none()
+    if row is None or any(part.disabled for part in row):
+        return None
+    user: User = row[0]
+    return user.documents
+
+
 def digest_of(key: str) -> str:
     """SHA-256 of an API key, as it is kept."""
     return hashlib.sha256(key.encode()).hexdigest()

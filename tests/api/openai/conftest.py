@@ -26,10 +26,12 @@ from luthier.files import write_json
 from luthier.jobs.submit import Limits
 from luthier.models.catalog import MANIFEST
 from luthier.serving.pool import ModelPool
+from luthier.store.accounts import Account
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database, now
 from luthier.store.models import base_folder
 from luthier.store.objects import Objects
+from luthier.store.principals import User
 from luthier.store.schema import METADATA
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
@@ -156,10 +158,15 @@ def _base(name: str, kind: str, folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with all tables and no rows, to be copied."""
+    """A file with all tables and the users of the keys, to be copied."""
     path = tmp_path_factory.mktemp("database") / "luthier.db"
     made = Database(f"sqlite:///{path}")
     METADATA.create_all(made.engine)
+    with made.write() as session:
+        for account in (ACCOUNT, OTHER):
+            session.add(Account(id=account, name="", disabled=False, created=now()))
+            session.flush()
+            session.add(User(account=account, name="somebody", policies=[{}], created=now()))
     made.close()
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,8 @@ from luthier.api.openai import batch_runner
 from luthier.api.openai.batch_runner import AT_ONCE, BatchRunner
 from luthier.errors import DoesNotFit
 from luthier.store import batches as store
+from luthier.store import principals
+from luthier.store.accounts import account_of
 
 CHAT = "/v1/chat/completions"
 pytestmark = pytest.mark.usefixtures("tiny_base")
@@ -186,16 +189,44 @@ def test_a_cancelled_batch_keeps_what_was_answered(client: openai.OpenAI, servic
         client.batches.cancel(made.id)
 
 
-def test_lines_have_the_rights_of_who_asked(client: openai.OpenAI, service: Any) -> None:
-    made = created(client, [line(1)])
-    with service.database.write() as session:
-        batch = store.get(session, "000000000000", made.id)
-        assert batch is not None
-        batch.caller = {**batch.caller, "policies": [{"weak": True}]}
-    assert service.face.batches.run_once()
+@pytest.mark.parametrize("change", ["denied", "disabled", "removed", "account"])
+def test_lines_have_the_rights_that_their_user_has_when_they_are_answered(
+    client: openai.OpenAI, service: Any, change: str
+) -> None:
+    """Half of the lines are answered; then somebody takes the user's rights away."""
+    made = created(client, [line(number) for number in range(2 * AT_ONCE)])
+
+    def take_away() -> None:
+        with service.database.write() as session:
+            user = principals.user_of(session, "000000000000", "somebody")
+            if change == "denied":
+                user.policies = [{"weak": True}]
+            elif change == "disabled":
+                principals.disable_user(session, user)
+            elif change == "removed":
+                principals.remove_user(session, user)
+            else:
+                account_of(session, "000000000000").disabled = True
+
+    chat = service.face.batches.endpoints[CHAT]
+    first = threading.Barrier(AT_ONCE, action=take_away)
+    taken = threading.Event()
+
+    def answer(caller: Any, body: Any) -> dict[str, Any]:
+        if taken.is_set():
+            return dict(chat(caller, body))
+        first.wait(20)
+        taken.set()
+        return {}
+
+    assert BatchRunner(service.database, service.face.files, {CHAT: answer}).run_once()
     batch = client.batches.retrieve(made.id)
-    (told,) = lines_of(client, batch.error_file_id)
-    assert told["response"]["status_code"] == 403
+    assert batch.status == "completed"
+    failed = lines_of(client, batch.error_file_id)
+    assert len(failed) == len(lines_of(client, batch.output_file_id)) == AT_ONCE
+    for told in failed:
+        assert told["response"]["status_code"] == 403
+        assert told["response"]["body"]["error"]["type"] == "permission_error"
 
 
 def test_lists_tenants_and_refusals(client: openai.OpenAI, other: openai.OpenAI) -> None:

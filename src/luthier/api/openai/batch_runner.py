@@ -20,6 +20,7 @@ from luthier.errors import DoesNotFit, LuthierError
 from luthier.store import batches as store
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now
+from luthier.store.principals import standing
 from luthier.store.uploaded_files import UploadedFiles
 
 Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
@@ -131,19 +132,13 @@ class BatchRunner:
         with self.database.read() as session:
             done = store.done_lines(session, batch.id)
         left = (each for each in lines if each[0] not in done)
-        caller = Caller(
-            batch.caller["account"],
-            batch.caller["user"],
-            tuple(batch.caller["policies"]),
-            batch.caller["bearer"],
-        )
         running: dict[_Answered, int] = {}
         with ThreadPoolExecutor(AT_ONCE, "batch") as threads:
             status = self._keep(batch, {})
             while status is not None:
                 if status == store.IN_PROGRESS and not self._closed.is_set():
                     for number, line in islice(left, AT_ONCE - len(running)):
-                        running[threads.submit(self._answer, batch, caller, line)] = number
+                        running[threads.submit(self._answer, batch, line)] = number
                 if not running:
                     return not self._closed.is_set()
                 ended, _ = wait(running, _RENEWED, FIRST_COMPLETED)
@@ -166,9 +161,21 @@ class BatchRunner:
                 return None
             return store.EXPIRED if now() > held.expires else held.status
 
-    def _answer(self, batch: Batch, caller: Caller, line: bytes) -> tuple[bool, dict[str, Any]]:
+    def _caller(self, batch: Batch) -> Caller:
+        """Who asked for a batch, with the rights of this moment."""
+        account, user = batch.caller["account"], batch.caller["user"]
+        with self.database.read() as session:
+            policies = standing(session, account, user)
+        caller = Caller(account, user, policies or (), batch.caller["bearer"])
+        if policies is None:
+            text = f"User: {caller.arn} is disabled or gone; its batches are answered no further."
+            raise Fault("AccessDenied", text)
+        return caller
+
+    def _answer(self, batch: Batch, line: bytes) -> tuple[bool, dict[str, Any]]:
         asked = json.loads(line)
         try:
+            caller = self._caller(batch)
             status, answer = 200, self.endpoints[batch.endpoint](caller, asked["body"])
         except Fault as fault:
             status, answer = status_of(fault), {"error": error_of(fault)}

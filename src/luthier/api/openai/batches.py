@@ -133,11 +133,10 @@ class Batches:
 
 
 def caller_fields(caller: Caller) -> dict[str, Any]:
-    """A caller as it is kept with a batch."""
+    """A caller as it is kept with a batch: without policies, which may be others tomorrow."""
     return {
         "account": caller.account,
         "user": caller.user,
-        "policies": [dict(policy) for policy in caller.policies],
         "bearer": caller.bearer,
     }
 
