@@ -12,15 +12,18 @@ import time
 import uuid
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
+from luthier.api.attending import Attendant
 from luthier.api.observability import Observed, Observer
 from luthier.api.policies import noted
 from luthier.api.sending import ClientGone, Receive, Send, read_body, send_answer
 from luthier.api.threads import Threads
 from luthier.api.wire import Answer, Call, Caller, Face, Fault, Head, Route, Signed
 from luthier.errors import RefusedInput
+from luthier.serving.stream import attended
 from luthier.store.database import now
 
 Scope = MutableMapping[str, Any]
@@ -198,7 +201,21 @@ class Application:
                 limit = min(limit, LARGEST_SIGNED)
         body = await read_body(head, receive, limit)
         # One thread does all of it: to change threads costs as much as to look something up.
-        answer: Answer = await self._run(self._work, head, body, route, unknown, seen, signed)
+        work = partial(self._work, head, body, route, unknown, seen, signed)
+        attendant = Attendant(receive, self._wait)
+        try:
+            with attended(attendant.take):
+                answer: Answer = await self._run(work)
+        except Fault as fault:
+            if await attendant.end():
+                # It is in the log, and nobody is there to be told.
+                self._refused(seen, fault)
+                raise ClientGone from fault
+            raise
+        finally:
+            gone = await attendant.end()
+        if gone:
+            raise ClientGone
         return answer
 
     def _work(

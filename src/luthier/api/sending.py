@@ -78,7 +78,7 @@ async def send_answer(send: Send, receive: Receive, answer: Answer, run: Run) ->
 
 async def _stream(send: Send, receive: Receive, pieces: Iterator[bytes], run: Run) -> None:
     """Send pieces as they come; end the work as soon as the client has hung up."""
-    gone = asyncio.ensure_future(_hung_up(receive))
+    gone = asyncio.ensure_future(hung_up(receive))
     try:
         while True:
             piece = asyncio.ensure_future(run(partial(next, pieces, None)))
@@ -111,6 +111,7 @@ def _close(pieces: Iterator[bytes]) -> None:
             close()
 
 
-async def _hung_up(receive: Receive) -> None:
+async def hung_up(receive: Receive) -> None:
+    """Come back when the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

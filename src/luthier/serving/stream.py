@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any
 
-from luthier.serving.inference import Called, End, Event, Piece, Whole
+from luthier.serving.inference import Called, End, Event, InferenceFailed, Piece, Whole
 
 ENDED: Any = None
 """Stands behind the last event of a stream that was cut short."""
+
+
+_attended: ContextVar[Callable[[Stream], None] | None] = ContextVar("attended", default=None)
+
+
+@contextmanager
+def attended(take: Callable[[Stream], None]) -> Iterator[None]:
+    """``take`` hears of each stream that is begun in the block, by its threads too."""
+    token = _attended.set(take)
+    try:
+        yield
+    finally:
+        _attended.reset(token)
+
+
+def begun(stream: Stream) -> Stream:
+    """``stream``, after whoever attends to this work was told of it."""
+    if (take := _attended.get()) is not None:
+        take(stream)
+    return stream
 
 
 class Stream:
@@ -50,15 +72,25 @@ class Stream:
         return event
 
     def close(self) -> None:
-        """Let go of it; the answers that are not whole are not written further."""
+        """Let go of it; the answers that are not whole are not written further. Any thread may."""
         self._left = 0
-        while self._at_end:
-            self._at_end.pop()()
+        # Who reads it may come to its end at the same time.
+        with suppress(IndexError):
+            while True:
+                self._at_end.pop()()
         self._events.put(ENDED)  # for one who waits for the next piece
 
     def whole(self) -> list[Whole]:
-        """All answers, once they are there."""
+        """All answers, once they are there.
+
+        Raises:
+            InferenceFailed: where the work failed, or somebody closed the stream before.
+        """
         answers = [Whole() for _ in range(self._left)]
+        missing = len(answers)
         for event in self:
             answers[event.index].take(event)
+            missing -= isinstance(event, End)
+        if missing:
+            raise InferenceFailed("ServiceUnavailable", "The answer was given up half-way.")
         return answers

@@ -1,0 +1,138 @@
+"""Clients that hang up before their answer is there: nobody goes on writing for them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+from served import served
+
+from luthier.api.service import Service
+from luthier.api.settings import Settings
+from luthier.files import write_json
+from luthier.models.catalog import MANIFEST
+from luthier.serving.decoder import Decoder
+from luthier.store.models import base_folder
+
+N, TOKENS = 48, 900
+"""So much takes far longer than a test may."""
+
+
+@pytest.fixture
+def service(luthier_home: Path, tiny_model_folder: Path) -> Iterator[Service]:
+    """The whole service in this process, with a tiny model that writes."""
+    shutil.copytree(tiny_model_folder, base_folder("tiny"))
+    manifest = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
+    write_json(base_folder("tiny") / MANIFEST, manifest)
+    made = Service(Settings())
+    made.start(work=False)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def address(service: Service) -> Iterator[tuple[str, str]]:
+    """Where it listens, and the key of its root user."""
+    assert service.issued is not None
+    with served(service.application) as url:
+        yield urlsplit(url).netloc, service.issued.api_key
+
+
+def decoder(service: Service) -> Decoder:
+    """That of the tiny model, once it is loaded."""
+    deadline = time.monotonic() + 60
+    while service.pool.loaded() != ["tiny"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    found = service.pool._entries["tiny"].model
+    assert isinstance(found, Decoder)
+    return found
+
+
+def until(wanted: Any, seconds: float) -> float:
+    """Seconds until it holds."""
+    began = time.monotonic()
+    while not wanted():
+        assert time.monotonic() - began < seconds, "waited in vain"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def chat(**further: Any) -> dict[str, Any]:
+    # Without its last token, the model writes as long as it may.
+    message = {"role": "user", "content": "Hi"}
+    return {"messages": [message], "logit_bias": {"1": -100}, "temperature": 0, **further}
+
+
+LONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", chat(model="tiny", n=N, max_tokens=TOKENS)),
+    "completions": (
+        "/v1/completions",
+        {"model": "tiny", "prompt": ["a"] * N, "logit_bias": {"1": -100}, "max_tokens": TOKENS},
+    ),
+    "invoke": (
+        f"/model/{quote('luthier.tiny')}/invoke",
+        chat(n=N, max_tokens=TOKENS),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["chat", "completions", "invoke"])
+def test_a_client_that_hangs_up_ends_the_work(
+    service: Service, address: tuple[str, str], kind: str
+) -> None:
+    host, key = address
+    path, asked = LONG[kind]
+    warm = {**LONG["chat"][1], "n": 1, "max_tokens": 1}
+    assert post(host, key, LONG["chat"][0], warm)[0] == 200
+    model = decoder(service)
+    until(lambda: model.idle, 5)
+    body = json.dumps(asked).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    name, _, port = host.partition(":")
+    with closing(socket.create_connection((name, int(port)))) as client:
+        client.sendall(head.encode() + body)
+        until(lambda: model._answers == N, 20)
+        assert service.pool.memory.taken > 0
+    assert until(lambda: model.idle, 5) < 2
+    assert (model._answers, service.pool.memory.taken) == (0, 0)
+    assert service.pool._entries["tiny"].uses == 0
+    # Whoever stays is answered.
+    assert post(host, key, LONG["chat"][0], warm)[0] == 200
+
+
+def test_who_stays_gets_the_whole_answer(service: Service, address: tuple[str, str]) -> None:
+    host, key = address
+    asked = chat(model="tiny", n=2, max_tokens=30)
+    told: list[tuple[int, Any]] = []
+    threads = [
+        threading.Thread(target=lambda: told.append(post(host, key, LONG["chat"][0], asked)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [status for status, _ in told] == [200] * 4
+    assert all(found["usage"]["completion_tokens"] == 60 for _, found in told)
+
+
+def post(host: str, key: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    with closing(http.client.HTTPConnection(host, timeout=60)) as connection:
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        connection.request("POST", path, json.dumps(body), headers)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
