@@ -1,8 +1,8 @@
 """What models write for a request ends when its client hangs up, also where nothing is sent yet.
 
 A stream is watched while it is sent (``luthier.api.sending``). An answer that is sent whole is worked
-on in a thread that waits for the model; here its connection is watched meanwhile, from the moment a model
-begins to write for it: all other requests cost nothing.
+on in a thread that waits for the model; here its connection is watched meanwhile, from the moment a
+model begins to write for it: all other requests cost nothing.
 """
 
 from __future__ import annotations

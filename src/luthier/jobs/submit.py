@@ -76,6 +76,8 @@ class Submission:
     """Address below which metrics are written."""
     request: Mapping[str, Any] = field(default_factory=dict)
     """What the face shows again, ready for JSON."""
+    without_effect: Sequence[str] = ()
+    """What was asked, is shown again and changes nothing: the job's first events say so."""
     openai_id: str | None = None
     """``ft:…`` id that the model is to have."""
     priority: int = 0
@@ -124,6 +126,8 @@ def submit(session: Session, asked: Submission, arns: Arns, limits: Limits | Non
     session.add(_reserved(asked, job))
     _flushed(session, "model")
     record(session, job.id, "state", "The job was created.", state=QUEUED)
+    for text in asked.without_effect:
+        record(session, job.id, "warning", text)
     return job
 
 

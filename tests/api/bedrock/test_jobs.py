@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from bedrock_service import ALICE, BASE, ENCODER, Service, job_members
 from botocore.exceptions import ClientError
 
 from luthier.api.bedrock.hyperparameters import HYPERPARAMETERS
+from luthier.store import jobs as queue
 
 DISTILLATION = {
     "customizationType": "DISTILLATION",
@@ -257,6 +259,29 @@ def test_reinforcement_takes_a_registered_grader(
     members = job_members("job-2", **{**REINFORCEMENT, "customizationConfig": other})
     code, message = refused(bedrock.create_model_customization_job, **members)
     assert code == "ValidationException" and "No grader is registered" in message
+
+
+def test_what_has_no_effect_is_shown_and_said(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    config: Any = copy.deepcopy(REINFORCEMENT["customizationConfig"])
+    config["rftConfig"]["hyperParameters"]["reasoningEffort"] = "high"
+    arn = submit("job-1", **{**REINFORCEMENT, "customizationConfig": config})
+    assert bedrock.get_model_customization_job(jobIdentifier=arn)["customizationConfig"] == config
+    submit("job-2", **REINFORCEMENT)
+    told = {}
+    for name in ("job-1", "job-2"):
+        with service.database.read() as session:
+            job = service.job(ALICE, name)
+            events = queue.events(session, job, kinds=("warning",), limit=9)
+            told[name] = [event.message for event in events]
+    assert told["job-2"] == []
+    (said,) = told["job-1"]
+    assert "reasoningEffort is high and has no effect" in said
+    config["rftConfig"]["hyperParameters"]["reasoningEffort"] = "highest"
+    members = job_members("job-3", **{**REINFORCEMENT, "customizationConfig": config})
+    code, _ = refused(bedrock.create_model_customization_job, **members)
+    assert code == "ValidationException"
 
 
 def test_every_hyper_parameter_reaches_the_recipe(

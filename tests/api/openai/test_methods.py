@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from luthier.api.openai.methods import CreateJob, settings_of
+from luthier.api.openai.methods import CreateJob, settings_of, without_effect
 from luthier.engine.defaults import Facts, choose
 from luthier.recipe import Recipe
 
@@ -36,6 +36,17 @@ def test_what_is_given_arrives() -> None:
     made = settings("reinforcement", grader={}, hyperparameters=rewards)
     assert made["training"] == {"seed": 5, "evaluate_every": 9}
     assert made["objective"] == {"num_generations": 16}
+
+
+def test_what_changes_nothing_is_said() -> None:
+    def said(**rewards: Any) -> list[str]:
+        arm = {"grader": {}, "hyperparameters": rewards}
+        method = {"type": "reinforcement", "reinforcement": arm}
+        return without_effect(CreateJob.model_validate({**BASE, "method": method}))
+
+    assert said() == said(eval_interval=9, reasoning_effort="default") == []
+    effort, samples = said(reasoning_effort="low", eval_samples=3)
+    assert "reasoning_effort is low" in effort and "eval_samples is 3" in samples
 
 
 def test_the_old_place_of_hyperparameters() -> None:

@@ -76,7 +76,7 @@ def _submission(request: Request) -> Submission:
     kind = request.get("customizationType", FINE_TUNING)
     config = _config(kind, request.get("customizationConfig"))
     shown, settings = hyperparameters.read(request.get("hyperParameters", {}))
-    teacher, grader = None, None
+    teacher, grader, typed = None, None, {}
     if kind == DISTILLATION:
         teacher = _teacher(request, config["teacherModelConfig"])
         longest = config["teacherModelConfig"].get("maxResponseLengthForInference")
@@ -84,8 +84,8 @@ def _submission(request: Request) -> Submission:
             settings = hyperparameters.merged(settings, _longest_answer(longest))
     elif kind == REINFORCEMENT:
         grader = _grader(request, config)
-        typed = hyperparameters.read_rft(config.get("hyperParameters", {}))
-        settings = hyperparameters.merged(settings, typed)
+        typed = config.get("hyperParameters", {})
+        settings = hyperparameters.merged(settings, hyperparameters.read_rft(typed))
     members = {name: request[name] for name in _SHOWN if name in request.members}
     validation = request.get("validationDataConfig", {"validators": []})
     return Submission(
@@ -102,6 +102,7 @@ def _submission(request: Request) -> Submission:
         grader=grader,
         output=request["outputDataConfig"]["s3Uri"],
         request={**members, "hyperParameters": shown},
+        without_effect=hyperparameters.without_effect(typed),
     )
 
 

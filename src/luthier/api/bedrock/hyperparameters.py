@@ -94,7 +94,7 @@ RFT_FIELDS: Mapping[str, tuple[str, str]] = {
     "inferenceMaxTokens": ("objective", "max_completion_tokens"),
     "evalInterval": ("training", "evaluate_every"),
 }
-"""The typed ones of reinforcement fine-tuning. Models here have no settings of reasoning effort."""
+"""The typed ones of reinforcement fine-tuning."""
 
 
 def read(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
@@ -143,6 +143,17 @@ def read_rft(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             group, field = RFT_FIELDS[name]
             fields.setdefault(group, {})[field] = value
     return fields
+
+
+def without_effect(given: Mapping[str, Any]) -> list[str]:
+    """What in ``rftConfig.hyperParameters`` changes nothing, for the events of the job.
+
+    AWS's own examples set it: a job that they make has to run here, and must not claim that it counts.
+    """
+    if "reasoningEffort" not in given:
+        return []
+    effort = given["reasoningEffort"]
+    return [f"reasoningEffort is {effort} and has no effect: no model here reasons by levels."]
 
 
 def merged(*layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from luthier.api.openai.asking import Asker
 from luthier.api.openai.errors import absent, invalid
 from luthier.api.openai.fine_tuning_jobs import organization, shown
 from luthier.api.openai.graders import grader_fields
-from luthier.api.openai.methods import CreateJob, settings_of
+from luthier.api.openai.methods import CreateJob, settings_of, without_effect
 from luthier.api.openai.requests import body, number_of, page, text_of
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call
@@ -128,6 +128,7 @@ class FineTuning:
             settings=settings_of(asked, seed, writes(base)),
             grader=grader,
             request={**request, "seed": seed, "metadata": asked.metadata or {}},
+            without_effect=without_effect(asked),
             openai_id=":".join(("ft", name, organization(account), suffix, new_id())),
         )
 

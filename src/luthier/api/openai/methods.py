@@ -42,9 +42,9 @@ class ReinforcementHyperparameters(Hyperparameters):
     eval_interval: Auto | Count = "auto"
     """Steps between measurements."""
     eval_samples: Auto | Count = "auto"
-    """Taken, and shown again: measurements draw one completion of each held-out prompt."""
+    """Shown again, without effect: measurements draw one completion of each held-out prompt."""
     reasoning_effort: Literal["default", "low", "medium", "high"] = "default"
-    """Taken, and shown again: no model here reasons by levels."""
+    """Shown again, without effect: no model here reasons by levels."""
 
 
 class Supervised(Body):
@@ -113,6 +113,23 @@ class CreateJob(Body):
         if self.kind == "reinforcement" and self.method.reinforcement is None:
             text = "Reinforcement fine-tuning needs a grader."
             raise invalid(text, "method.reinforcement.grader", "missing_required_parameter")
+
+
+def without_effect(asked: CreateJob) -> list[str]:
+    """What was asked and changes nothing, for the events of the job."""
+    chosen, found = asked.chosen, []
+    if isinstance(chosen, ReinforcementHyperparameters):
+        if chosen.reasoning_effort != "default":
+            effort = chosen.reasoning_effort
+            found.append(
+                f"reasoning_effort is {effort} and has no effect: no model here reasons by levels."
+            )
+        if chosen.eval_samples != "auto":
+            found.append(
+                f"eval_samples is {chosen.eval_samples} and has no effect: measurements draw one "
+                "completion of each held-out prompt."
+            )
+    return found
 
 
 def settings_of(asked: CreateJob, seed: int, writes: bool) -> dict[str, Any]:
