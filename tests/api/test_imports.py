@@ -146,8 +146,9 @@ def test_a_model_from_outside_answers(
     assert nothing_left(server.home)
 
 
-@pytest.mark.slow
-def test_it_is_a_base_like_any_other(server: Served, imported: str) -> None:
+@pytest.fixture(scope="module")
+def tuned(server: Served, imported: str) -> str:
+    """What a job made from the model from outside."""
     s3, bedrock = server.client("s3"), server.client("bedrock")
     lines = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in range(16)]
     body = "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -162,7 +163,12 @@ def test_it_is_a_base_like_any_other(server: Served, imported: str) -> None:
     until(lambda: get(jobIdentifier=job)["status"] != "InProgress")
     done = get(jobIdentifier=job)
     assert done["status"] == "Completed", done.get("failureMessage")
-    tuned = done["outputModelArn"]
+    return str(done["outputModelArn"])
+
+
+@pytest.mark.slow
+def test_it_is_a_base_like_any_other(server: Served, imported: str, tuned: str) -> None:
+    bedrock = server.client("bedrock")
     assert bedrock.get_custom_model(modelIdentifier=tuned)["baseModelArn"] == imported
     told = server.ask("GET", "/api/v1/models/tuned/certificate")[1]
     assert told["lineage"] == [tuned, imported]
@@ -423,3 +429,25 @@ def test_encoders_are_taken_too(
     body = json.dumps({"inputText": "My card has not arrived yet."})
     told = server.client("bedrock-runtime").invoke_model(modelId=deployment, body=body)
     assert len(json.loads(told["body"].read())["embedding"]) == 32
+
+
+@pytest.mark.slow
+def test_files_of_a_deleted_model_stay_as_long_as_others_stand_on_them(
+    server: Served, imported: str, tuned: str
+) -> None:
+    bedrock = server.client("bedrock")
+    for found in bedrock.list_custom_model_deployments(modelArnEquals=imported)[
+        "modelDeploymentSummaries"
+    ]:
+        arn = found["customModelDeploymentArn"]
+        bedrock.delete_custom_model_deployment(customModelDeploymentIdentifier=arn)
+    folder = server.home / "models" / "custom" / "imported"
+    stored = folder / f"model-{imported.rpartition('/')[2]}"
+    bedrock.delete_custom_model(modelIdentifier=imported)
+    with pytest.raises(ClientError, match="ResourceNotFound"):
+        bedrock.get_custom_model(modelIdentifier=imported)
+    assert (stored / "model.safetensors").is_file()
+    assert says(server, deployed(server, "alone", tuned)) is not None
+    bedrock.delete_custom_model_deployment(customModelDeploymentIdentifier="alone")
+    bedrock.delete_custom_model(modelIdentifier=tuned)
+    assert not stored.exists()

@@ -127,20 +127,26 @@ def test_the_objective_follows_the_type(queue: Any) -> None:
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize(
-    ("root", "method"),
+    ("root", "details", "method"),
     [
-        ("sentence-transformers.all-minilm-l6-v2", "masked_lm"),
-        ("luthier.tiny", "causal_lm"),
-        ("", "causal_lm"),
+        ("sentence-transformers.all-minilm-l6-v2", {}, "masked_lm"),
+        ("luthier.tiny", {}, "causal_lm"),
+        ("luthier.imported-0123456789ab", {"kind": "causal_lm"}, "causal_lm"),
+        ("luthier.imported-0123456789ab", {"kind": "encoder"}, "masked_lm"),
     ],
 )
-def test_pre_training_goes_on_as_the_custom_model_began(queue: Any, root: str, method: str) -> None:
+def test_pre_training_goes_on_as_the_custom_model_began(
+    queue: Any, root: str, details: dict[str, Any], method: str
+) -> None:
     tuned = CustomModel(
         id=new_id(), account=ACCOUNT, name="mine", foundation="a.b", root=root, base_model="arn",
-        stored_id="tiny:mine", status="Active", created=now(),
+        stored_id="tiny:mine", status="Active", created=now(), details=details,
     )  # fmt: skip
     job = put(queue, "b", base=tuned, customization_type="CONTINUED_PRE_TRAINING")
     assert job.recipe["objective"]["method"] == method
+    with queue.database.read() as session:
+        made = session.query(CustomModel).filter_by(job_id=job.id).one()
+    assert (made.root, made.details) == (root, details)
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -240,6 +240,7 @@ def remove(model_id: str, as_json: bool) -> None:
     """Delete a model made here and the folder of its run; refuse while others build on it."""
     from luthier.engine.runs import BaseRun, Run
     from luthier.recipe import NAME_PATTERN
+    from luthier.store.removal import remove_unneeded
 
     base, colon, name = model_id.partition(":")
     made_here = not colon and model_id not in CATALOG
@@ -253,13 +254,18 @@ def remove(model_id: str, as_json: bool) -> None:
             f"{model_id!r} is no model that was made here, and no run; see `luthier models list`"
         )
     children = [
-        m.id for m in custom_models() if model_id in (m.manifest["parent"], made_here and m.root)
+        m.id
+        for m in custom_models()
+        if model_id in (m.manifest.get("parent"), made_here and m.root)
     ]
     if children:
         raise RecipeError(f"{', '.join(children)} was made from {model_id}; remove it first")
+    parents = [m.manifest.get("parent") for m in custom_models() if m.id == model_id]
     with run.lock():
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
+    for parent in parents:
+        remove_unneeded(parent)
     if as_json:
         print_json({"id": model_id, "removed": True})
     else:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.errors import WrongState
-from luthier.files import luthier_home
+from luthier.files import luthier_home, write_bytes
 from luthier.store import deployments, provisioned, tags
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, Job
-from luthier.store.models import custom_models
+from luthier.store.models import StoredModel, custom_models
+
+_REMOVED = ".removed"
+"""File in the folder of a model that has no record any more, and on which others stand."""
 
 
 class ModelInUse(WrongState):
@@ -63,12 +67,28 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
 def remove_files(stored_id: str | None) -> None:
     """Delete the files of a model that has no record any more, and those of its run.
 
-    They stay where another model's adapters stand on them, also when that one is deleted later.
+    Where another model stands on them they stay, marked, and go with the last one that does.
     """
-    stored = custom_models()
-    found = next((each for each in stored if each.id == stored_id), None)
-    if found is None or any(each.manifest.get("parent") == stored_id for each in stored):
+    stored = {each.id: each for each in custom_models()}
+    found = stored.get(str(stored_id))
+    if found is None:
+        return
+    if _needed(found, stored):
+        write_bytes(found.folder / _REMOVED, b"")
         return
     shutil.rmtree(found.folder, ignore_errors=True)
     base, name = found.folder.parent.name, found.folder.name
     shutil.rmtree(luthier_home() / "runs" / base / name, ignore_errors=True)
+    remove_unneeded(found.manifest.get("parent"))
+
+
+def remove_unneeded(stored_id: str | None) -> None:
+    """Delete the files of a model that was removed before, if nothing stands on them any more."""
+    found = next((each for each in custom_models() if each.id == stored_id), None)
+    # A model that nobody removed may have no record: the command line makes such models.
+    if found is not None and (found.folder / _REMOVED).is_file():
+        remove_files(stored_id)
+
+
+def _needed(model: StoredModel, stored: Mapping[str, StoredModel]) -> bool:
+    return any(each.manifest.get("parent") == model.id for each in stored.values())
