@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from luthier.errors import CorruptFile, DoesNotFit, LuthierError
 
@@ -86,7 +86,14 @@ def new_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
 
 
-def copy_lines(source: Path, lines: Sequence[int], target: BinaryIO) -> None:
+class Sink(Protocol):
+    """What bytes are written to."""
+
+    def write(self, data: bytes, /) -> int:
+        """Add ``data``; how many bytes that were."""
+
+
+def copy_lines(source: Path, lines: Sequence[int], target: Sink) -> None:
     """Copy the 1-based ``lines`` of a file, byte for byte and in its order; each ends with a line end.
 
     Lines end at ``\\n`` and nowhere else.

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from luthier.asking.base import Reply
-from luthier.distillation.journal import Journal, journal_path, key_of
-from luthier.errors import CorruptFile
+from luthier.distillation.journal import Journal, asking_for, forget, journal_path, key_of
+from luthier.errors import CorruptFile, WrongState
 from luthier.types import Message
 
 ASKED = (Message("user", "why?"),)
@@ -67,3 +67,21 @@ def test_each_teacher_has_its_own_file() -> None:
     first, second = (journal_path({"model": m}, "Org/Big Model") for m in ("a", "b"))
     assert first != second
     assert first.name.startswith("org-big-model-")
+
+
+def test_accounts_of_a_service_share_no_answers(luthier_home: Path) -> None:
+    identity = {"model": "a"}
+    with asking_for("1" * 12, "job-one"), Journal.open(journal_path(identity, "a")) as journal:
+        journal.append("k", Reply("theirs", "stop"))
+    with asking_for("2" * 12, "job-two"), Journal.open(journal_path(identity, "a")) as journal:
+        assert journal.replies == {}
+    with Journal.open(journal_path(identity, "a")) as journal:
+        assert journal.replies == {}
+    with asking_for("1" * 12, "job-three"), Journal.open(journal_path(identity, "a")) as journal:
+        assert journal.replies["k"].text == "theirs"
+        journal.append("l", Reply("later", "stop"))
+        with pytest.raises(WrongState, match="asks a teacher now"):
+            forget("1" * 12, {"job-one"})
+    forget("1" * 12, {"job-one"})
+    with asking_for("1" * 12, "job-four"), Journal.open(journal_path(identity, "a")) as journal:
+        assert list(journal.replies) == ["l"]

@@ -104,7 +104,7 @@ def fails(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("module", "function"),
     [
-        (checkpoints, "save_file"),
+        (checkpoints, "save_tensors"),
         (checkpoints, "sha256_of"),
         (checkpoints, "write_json"),
         (files, "_sync_file"),
@@ -216,13 +216,13 @@ def test_the_first_is_due_after_ten_steps_or_three_quarters_of_a_minute(
 def test_later_ones_take_at_most_a_fiftieth_of_the_time(
     cost: float, wait: float, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_file = checkpoints.save_file
+    save_file = checkpoints.save_tensors
 
     def slow(*arguments: Any) -> None:
         clock.now += cost
         save_file(*arguments)
 
-    monkeypatch.setattr(checkpoints, "save_file", slow)
+    monkeypatch.setattr(checkpoints, "save_tensors", slow)
     kept = Checkpoints(tmp_path)
     write(kept, 10)
     clock.now += wait - 0.5

@@ -676,7 +676,7 @@ def test_a_disk_that_fills_while_training_can_be_resumed(
         raise no_space("safetensors")
 
     spec = recipe({"max_steps": 12})
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_tensors", full)
     with pytest.raises(DoesNotFit):
         train.train(spec)
     monkeypatch.undo()

@@ -45,6 +45,10 @@ class Served:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.options: list[str] = []
+        """Of ``luthier serve``."""
+        self.own: dict[str, str] = {}
+        """What commands have in their environment, and the server has not."""
         self.process: subprocess.Popen[str] | None = None
         self.url = ""
 
@@ -56,7 +60,7 @@ class Served:
             "OMP_NUM_THREADS": "1",
         }
         environment.pop("LUTHIER_DATABASE", None)
-        command = [sys.executable, "-m", "luthier", "serve", "--port", "0"]
+        command = [sys.executable, "-m", "luthier", "serve", "--port", "0", *self.options]
         with (self.home / "server.log").open("a") as log:
             self.process = subprocess.Popen(
                 command, env=environment, text=True, stdout=subprocess.PIPE, stderr=log
@@ -77,6 +81,18 @@ class Served:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+
+    def command(
+        self, *arguments: str, key: str | None = None, fails: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """``luthier`` on the server's store, under another encryption key if one is given."""
+        given = {} if key is None else {"LUTHIER_ENCRYPTION_KEY": key}
+        done = subprocess.run(
+            [sys.executable, "-m", "luthier", *arguments], check=False, capture_output=True, text=True,
+            env={**os.environ, "LUTHIER_HOME": str(self.home), **self.own, **given}, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        return done
 
     def client(self, service: str, account: str = ONE) -> Any:
         keys = KEYS[account]

@@ -26,10 +26,16 @@ HEAVY = (
 
 
 class Folders:
-    """``file://`` addresses, without a look at whose they are."""
+    """``file://`` addresses, without a look at whose they are; ``s3://`` as the service has it."""
+
+    def __init__(self, stored: Any) -> None:
+        self.stored = stored
 
     def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
         import shutil
+
+        if uri.startswith("s3://"):
+            return list(self.stored.fetch(account, uri, folder))
 
         from luthier.errors import RefusedInput
 
@@ -43,6 +49,9 @@ class Folders:
     def write(self, account: str, uri: str, name: str, content: bytes) -> None:
         from luthier.files import write_bytes
 
+        if uri.startswith("s3://"):
+            self.stored.write(account, uri, name, content)
+            return
         write_bytes(Path(uri.removeprefix("file://")) / name, content)
 
 
@@ -82,16 +91,24 @@ def _work(job: dict[str, Any]) -> None:
             os.dup2(log, number)
         os.environ.clear()
         os.environ.update(job["environment"])
+        if keys := os.environ.get("LUTHIER_ENCRYPTION_KEYS_FD"):
+            handed = os.open(f"/proc/{job['pid']}/fd/{keys}", os.O_RDONLY)
+            os.environ["LUTHIER_ENCRYPTION_KEYS_FD"] = str(handed)
         exec(os.environ.get("LUTHIER_TEST_BEFORE", ""), {})
-        import logging
-
+        from luthier.cli.working import log_to
+        from luthier.encryption import keys as encryption
+        from luthier.encryption import memory
         from luthier.jobs.worker import Worker
         from luthier.store.database import Database
+        from luthier.store.locations import Locations
 
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
         options = dict(zip(job["options"][::2], job["options"][1::2], strict=True))
+        encryption.taken_over()
+        memory.hold_temporary_files()
+        log_to(options["--job"])
         database = Database(os.environ["LUTHIER_DATABASE"])
-        code = Worker(database, Folders(), options["--job"], options["--lease"]).run()
+        folders = Folders(Locations(database))
+        code = Worker(database, folders, options["--job"], options["--lease"]).run()
     except BaseException:
         import traceback
 

@@ -29,6 +29,9 @@ from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.wire import Fault
+from luthier.encryption.keys import begin
+from luthier.encryption.memory import hold_temporary_files
+from luthier.jobs.deletion import Deletions
 from luthier.jobs.imports import Importer
 from luthier.jobs.scheduler import Scheduler
 from luthier.jobs.submit import Limits
@@ -60,8 +63,11 @@ class Service:
 
         Raises:
             LuthierError: where the database cannot be reached, or is of a newer version.
+            WrongKey: where the store is encrypted, and not under the key that was given.
         """
         self.settings = settings
+        begin(settings.encryption_key)
+        hold_temporary_files()
         self.database = Database(settings.database)
         upgrade(self.database)
         key = server_key()
@@ -137,10 +143,17 @@ class Service:
         context = Context(
             self.database, self.arns, self.locations, authorize, self._limits, self.scheduler.wake
         )
+        deletions = Deletions(
+            self.database,
+            self.arns,
+            self.objects,
+            bool(self.settings.s3_endpoint),
+            self.pool.forget,
+        )
         return Faces(
             BedrockFace(control, runtime),
             self.openai,
-            native_face(context, __version__),
+            native_face(context, __version__, deletions),
             S3Face(self.objects, authorize, self.settings.region),
         )
 

@@ -26,5 +26,7 @@ class Settings:
     """Method and fields of the graders that rewards name as Lambda functions, by function name."""
     requests_per_second: float | None = None
     """Rate of each account that has no quota of its own; ``None`` for no limit."""
+    encryption_key: bytes | None = field(default=None, repr=False)
+    """32 bytes under which the store is encrypted; a plain store becomes encrypted by it."""
     strict_region: bool = False
     """Refuse signatures whose scope names another region."""

@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 from luthier.cli.options import Json, ServiceDatabase
+from luthier.cli.protecting import data_app, encryption_app
 
 admin_app = typer.Typer(help="Accounts, users, keys, quotas and backups.", no_args_is_help=True)
 accounts_app = typer.Typer(help="Accounts (tenants) and their quotas.", no_args_is_help=True)
 users_app = typer.Typer(help="Users and what they may do.", no_args_is_help=True)
 keys_app = typer.Typer(help="Access keys and API keys.", no_args_is_help=True)
-for name, part in (("accounts", accounts_app), ("users", users_app), ("keys", keys_app)):
+for name, part in (
+    ("accounts", accounts_app), ("users", users_app), ("keys", keys_app),
+    ("encryption", encryption_app), ("data", data_app),
+):  # fmt: skip
     admin_app.add_typer(part, name=name)
 
 Account = Annotated[str, typer.Option(help="Twelve digits.")]

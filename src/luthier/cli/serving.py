@@ -47,6 +47,14 @@ def serve(
             help="TOML grader that the Lambda function NAME stands for in rewards. May be repeated.",
         ),
     ] = None,
+    encryption_key: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LUTHIER_ENCRYPTION_KEY_FILE",
+            help="File with 32 bytes in base64: data and weights are encrypted under this key. "
+            "LUTHIER_ENCRYPTION_KEY may hold the key itself.",
+        ),
+    ] = None,
     requests_per_second: Annotated[
         float | None, typer.Option(help="Rate of each account that has no quota of its own.")
     ] = None,
@@ -72,6 +80,7 @@ def serve(
         from luthier.api.observability import log_as_json
         from luthier.api.service import Service
         from luthier.api.settings import Settings
+        from luthier.encryption import keys
 
         # Keys, data and databases are for nobody else on this machine.
         os.umask(0o077)
@@ -86,6 +95,7 @@ def serve(
             strict_region=strict_region,
             graders=_graders(grader or ()),
             requests_per_second=requests_per_second,
+            encryption_key=keys.key_file(encryption_key) if encryption_key else keys.master_key(),
         )
         log_as_json()
         service = Service(settings)

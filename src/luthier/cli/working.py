@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 DATABASE = "LUTHIER_DATABASE"
 """Variable with the address of the database: it may hold a password, which no command line may."""
 
@@ -24,6 +26,7 @@ def worker(
 ) -> None:
     """Train one job of the service."""
     _begin()
+    log_to(job)
     from luthier.cli.console import heavy_imports
 
     with heavy_imports():
@@ -49,6 +52,7 @@ def import_worker(
 ) -> None:
     """Take one model from outside into the store."""
     _begin()
+    logging.basicConfig(level=logging.INFO, format=FORMAT)
     # Where memory ends, this process is the one to go.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -69,7 +73,26 @@ def import_worker(
 
 
 def _begin() -> None:
+    from luthier.encryption import keys, memory
+
     os.umask(0o077)
     # What answers requests beside it comes first.
     os.nice(5)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    keys.taken_over()
+    memory.hold_temporary_files()
+
+
+def log_to(job: str) -> None:
+    """Where the worker's messages go: standard error, or line by line into an encrypted log."""
+    from luthier.encryption.keys import keyring
+
+    if keyring() is None:
+        logging.basicConfig(level=logging.INFO, format=FORMAT)
+        return
+    from luthier.jobs.folders import JobFolders, SealedLog
+
+    logging.basicConfig(level=logging.INFO, format=FORMAT, handlers=[SealedLog(JobFolders(job))])
+    # What nobody catches would be written to standard error, which leads nowhere.
+    sys.excepthook = lambda kind, error, trace: logging.critical(
+        "the worker ends", exc_info=(kind, error, trace)
+    )

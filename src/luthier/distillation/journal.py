@@ -2,7 +2,9 @@
 
 One file for each teacher, ``teachers/NAME-HASH.jsonl``, one object a line. A line is on the disk before
 the next prompt is asked in its place, so a kill costs no answer, and nothing is asked twice: not after
-a kill, and not by another run that asks the same with the same settings.
+a kill, and not by another run that asks the same with the same settings. In a service each account
+has a folder of its own below ``teachers``, and a line names the run that asked first: it goes with the
+data of that run.
 """
 
 from __future__ import annotations
@@ -11,16 +13,42 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from luthier.asking.base import Reply
-from luthier.errors import CorruptFile
+from luthier.encryption.files import open_line, seal_line
+from luthier.errors import CorruptFile, WrongState
 from luthier.files import disk_errors, lock, luthier_home, write_bytes
 from luthier.types import Message
+
+RUN = "run"
+"""Of a line: the run that asked, where a service did."""
+
+
+@dataclass(frozen=True)
+class Asker:
+    """For whom a process asks teachers: an account of a service, and its run."""
+
+    account: str
+    run: str
+
+
+_asker: ContextVar[Asker | None] = ContextVar("asker", default=None)
+
+
+@contextmanager
+def asking_for(account: str, run: str) -> Iterator[None]:
+    """Let journals that are opened in the block be those of ``account``."""
+    before = _asker.set(Asker(account, run))
+    try:
+        yield
+    finally:
+        _asker.reset(before)
 
 
 def key_of(
@@ -37,7 +65,45 @@ def journal_path(identity: Mapping[str, Any], name: str) -> Path:
     """Where the answers of a teacher are kept."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     short = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:50] or "teacher"
-    return luthier_home() / "teachers" / f"{short}-{digest}.jsonl"
+    asker = _asker.get()
+    return journals(asker.account if asker else None) / f"{short}-{digest}.jsonl"
+
+
+def journals(account: str | None) -> Path:
+    """The folder of the journals of an account; of those that belong to no service's."""
+    folder = luthier_home() / "teachers"
+    return folder / account if account else folder
+
+
+def written_for(account: str, runs: Collection[str]) -> Iterator[tuple[Path, int, str]]:
+    """What ``runs`` of an account asked first: by journal, bytes and SHA-256 of these lines."""
+    for path in sorted(journals(account).glob("*.jsonl")):
+        digest, size = hashlib.sha256(), 0
+        for line in _lines(path):
+            if _is_of(line, runs):
+                digest.update(line)
+                size += len(line)
+        if size:
+            yield path, size, digest.hexdigest()
+
+
+def forget(account: str, runs: Collection[str]) -> None:
+    """Remove what ``runs`` of an account asked first.
+
+    Raises:
+        WrongState: while another run asks the same teacher.
+    """
+    for path in sorted(journals(account).glob("*.jsonl")):
+        with lock(path.with_suffix(".lock")) as free:
+            if not free:
+                raise WrongState(
+                    f"a job asks a teacher now ({path.stem}); ask again when it has ended"
+                )
+            kept = [line for line in _lines(path) if not _is_of(line, runs)]
+            if kept:
+                write_bytes(path, b"".join(kept))
+            else:
+                path.unlink()
 
 
 class Journal:
@@ -58,12 +124,27 @@ class Journal:
 
     def append(self, key: str, reply: Reply) -> None:
         """Keep an answer; it is on the disk when this returns."""
-        line = json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n"
+        asker = _asker.get()
+        run = {RUN: asker.run} if asker else {}
+        told = json.dumps({"key": key, **run, **asdict(reply)}, ensure_ascii=False)
+        line = seal_line(told) + "\n"
         with disk_errors(self.path.parent), self.path.open("ab") as file:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
         self.replies[key] = reply
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def _is_of(line: bytes, runs: Collection[str]) -> bool:
+    """Whether one of ``runs`` asked; of what a kill left of a line nobody knows, and it may go."""
+    try:
+        return open_line(line).get(RUN) in runs
+    except ValueError:
+        return True
 
 
 def _read(path: Path) -> dict[str, Reply]:
@@ -77,7 +158,8 @@ def _read(path: Path) -> dict[str, Reply]:
     replies = {}
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
         try:
-            record = json.loads(line)
+            record = open_line(line)
+            record.pop(RUN, None)
             key = str(record.pop("key"))
             replies[key] = Reply(**record)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

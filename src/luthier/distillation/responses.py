@@ -17,7 +17,6 @@ ordinary run of `tune`, with its own checkpoints.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -43,6 +42,8 @@ from luthier.distillation.journal import Journal, journal_path, key_of
 from luthier.distillation.recipe import DistilRecipe
 from luthier.distillation.teachers import teacher_of
 from luthier.distillation.verdicts import journaled
+from luthier.encryption.files import seal
+from luthier.encryption.memory import remove, working
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, same_request
 from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
@@ -75,6 +76,7 @@ class _Responses:
         self, recipe: DistilRecipe, student: StoredModel, folder: Path, reporter: Reporter
     ) -> None:
         self.recipe, self.student, self.folder = recipe, student, folder
+        self.working = working(folder)
         self.reporter = reporter
         self.graders: Mapping[str, Grader] = {}
         self.training = Run(student.root, str(recipe.name))
@@ -85,7 +87,7 @@ class _Responses:
             rows, teacher = self._checked(resume)
         except BaseException:
             if not (self.folder / _REQUEST).exists():
-                shutil.rmtree(self.folder, ignore_errors=True)
+                remove(self.folder)
             raise
         try:
             return self._taught(rows, teacher, resume)
@@ -249,7 +251,7 @@ class _Responses:
         counts = ", ".join(f"{count} {rule}" for rule, count in found.rules.items())
         raise RefusedInput(
             f"only {found.accepted} of {found.prompts} prompts are accepted, and {least} are needed: "
-            f"{counts}. {self.folder / INSIGHTS} has the reason for each. Give "
+            f"{counts}. {self.working / INSIGHTS} has the reason for each. Give "
             f"{', or '.join(['more prompts', *advice, '--set insights.minimum'])}. The answers "
             "are kept and will not be asked for again"
         )
@@ -263,20 +265,23 @@ class _Responses:
                 "file": str(self.recipe.data.train),
                 "sha256": hash_of(self.recipe.data.train),
             },
-            "insights": {**asdict(found), "file": str(self.folder / INSIGHTS)},
-            "answers_sha256": sha256_of(self.folder / ANSWERS),
+            "insights": {**asdict(found), "file": str(self.working / INSIGHTS)},
+            "answers_sha256": sha256_of(self.working / ANSWERS),
         }
 
     def _train(self, resume: bool, lineage: dict[str, Any]) -> Result:
         from luthier.engine.train import train
 
-        data = self.recipe.data.model_copy(update={"train": str(self.folder / ANSWERS)})
+        data = self.recipe.data.model_copy(update={"train": str(self.working / ANSWERS)})
         recipe = self.recipe.tuning(data=data)
         return train(recipe, resume, self.reporter, {"distillation": lineage})
 
     def _write(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_bytes(self.folder / name, text.encode())
+        write_bytes(self.working / name, text.encode())
+        if self.working != self.folder:
+            # The one in memory is what training reads.
+            seal(self.working / name, self.folder / name)
 
 
 def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:

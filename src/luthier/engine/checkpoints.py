@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from luthier.encryption.tensors import load_tensors, save_tensors
 from luthier.errors import CorruptFile
 from luthier.files import new_folder, read_json, sha256_of, sweep, write_json
 
@@ -80,7 +80,7 @@ class Checkpoints:
         path = self.folder / f"step-{progress.step:08d}"
         with new_folder(path) as temporary:
             file = temporary / "tensors.safetensors"
-            save_file({name: t.contiguous() for name, t in tensors.items()}, file)
+            save_tensors({name: t.contiguous() for name, t in tensors.items()}, file)
             write_json(
                 temporary / "state.json",
                 {"progress": asdict(progress), "sha256": {file.name: sha256_of(file)}},
@@ -120,7 +120,7 @@ class Checkpoints:
         for name, expected in hashes.items():
             if not (path / name).is_file() or sha256_of(path / name) != expected:
                 raise CorruptFile(f"{path / name} no longer has the bytes that were recorded")
-        return progress, load_file(path / "tensors.safetensors")
+        return progress, load_tensors(path / "tensors.safetensors")
 
 
 def random_state() -> dict[str, str]:

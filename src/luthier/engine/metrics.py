@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier.encryption.files import open_line, seal_line
 from luthier.files import disk_errors, write_bytes
 
 LEAST_GAIN = 0.02
@@ -36,14 +37,16 @@ class Reporter:
 class MetricsFile:
     """``metrics.jsonl``: one object a line, appended as the run goes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, texts: bool = False) -> None:
+        """``texts`` says that there are texts in it: an encrypted store encrypts each line."""
+        self.path, self.texts = path, texts
         self.lines = 0
 
     def append(self, values: Mapping[str, Any]) -> int:
         """Add one line; returns how many there are now."""
         with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            line = json.dumps(values)
+            file.write((seal_line(line) if self.texts else line) + "\n")
         self.lines += 1
         return self.lines
 
@@ -58,7 +61,7 @@ class MetricsFile:
         if not self.path.is_file():
             return []
         # What follows the last line end was cut short by a kill, or is being written now.
-        return [json.loads(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
+        return [open_line(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
 
 
 def learned_nothing(lines: Sequence[Mapping[str, Any]], rate: float) -> str | None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from luthier.data.containers import Container, container_of
 from luthier.data.sources import Source, stem_of
+from luthier.encryption.files import new_data_file
+from luthier.encryption.memory import remove, working
 from luthier.errors import RunConflict
 from luthier.files import copy_lines, disk_errors, lock, luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
@@ -107,7 +109,7 @@ class Run:
         write_json(self.folder / HELD_OUT, lines)
         test = {Path(file): each for file, each in lines.get("test", {}).items()}
         if test and all(container_of(file) == Container("jsonl") for file in test):
-            with disk_errors(self.folder), (self.folder / TEST).open("wb") as target:
+            with disk_errors(self.folder), new_data_file(self.folder / TEST) as target:
                 for file, each in test.items():
                     copy_lines(file, each, target)
 
@@ -118,9 +120,17 @@ class Run:
 
     def drop_working_files(self) -> None:
         """Free the disk of what only a resume would need."""
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        shutil.rmtree(self.folder / KEPT, ignore_errors=True)
-        (self.folder / ACTIVATIONS).unlink(missing_ok=True)
+        for name in ("checkpoints", KEPT):
+            remove(self.folder / name)
+        for folder in (self.folder, working(self.folder)):
+            (folder / ACTIVATIONS).unlink(missing_ok=True)
+
+    @property
+    def working(self) -> Path:
+        """Where plain copies of what it keeps are made while it trains, in memory if need be."""
+        folder = working(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @contextmanager
     def lock(self) -> Iterator[None]:

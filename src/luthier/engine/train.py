@@ -290,7 +290,7 @@ class Trainer:
         with self.clock.part("ahead"):
             # rows of a pre-training are read from disk
             rows = chain(self.job.data.train, self.job.data.validation)
-            objective.keep(network, rows, budget, self.run_folder.folder / KEPT, note)
+            objective.keep(network, rows, budget, self.run_folder.working / KEPT, note)
         return_freed_memory()  # a teacher may have been let go
 
     def _remember(self, network: Network) -> int:
@@ -308,7 +308,7 @@ class Trainer:
         size = sum(map(len, rows)) * network.width * network.dtype.itemsize
         file = None
         if size > available_memory() // 4:
-            need_disk(self.run_folder.folder, size, "keeping the activations of the frozen layers")
+            need_disk(self.run_folder.working, size, "keeping the activations of the frozen layers")
             file = self._activations
         self.reporter.stage(f"Computing the {count} frozen layers once for {len(rows):,} rows")
         budget = self.recipe.training.micro_batch_tokens or 1
@@ -321,7 +321,7 @@ class Trainer:
 
     @property
     def _activations(self) -> Path:
-        return self.run_folder.folder / ACTIVATIONS
+        return self.run_folder.working / ACTIVATIONS
 
     def _loop(self, network: Network, checkpoints: Checkpoints) -> Loop:
         return Loop(
@@ -336,6 +336,6 @@ class Trainer:
             reporter=self.reporter,
             mixed=self.job.data.mixed,
             augmentation=self.recipe.data.augmentation,
-            samples=MetricsFile(self.run_folder.folder / SAMPLES),
+            samples=MetricsFile(self.run_folder.folder / SAMPLES, texts=True),
             clock=self.clock,
         )

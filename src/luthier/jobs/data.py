@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from luthier.data.containers import Container, container_of
 from luthier.data.parsing import Unreadable
+from luthier.encryption.files import open_folder, seal_folder
+from luthier.encryption.memory import working
 from luthier.errors import DataError, Problem
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.jobs.folders import JobFolders
@@ -60,7 +62,9 @@ class JobData:
             text = text.replace(str(self.folder / name), address)
         for part in ("train", "held"):
             text = text.replace(f"{self.folder / part}", f"the {part} data")
-        return text.replace(f"{luthier_home()}/", "")
+        for home in (working(luthier_home()), luthier_home()):
+            text = text.replace(f"{home}/", "")
+        return text
 
     def _source(self, part: str, names: Sequence[str]) -> str:
         return str(self.folder / (names[0] if len(names) == 1 else part))
@@ -73,12 +77,18 @@ def fetched(job: Job, folders: JobFolders, locations: Locations) -> JobData:
         RefusedInput: from ``locations``, for what may not or cannot be read.
         LuthierError: the same, where trying again may help.
     """
+    plain = working(folders.data)
     if not (folders.data / _SOURCES).is_file():
-        sweep(folders.parent, job.id)
-        with new_folder(folders.data) as fresh:
+        for folder in (folders.data, plain):
+            sweep(folder.parent, job.id)
+        with new_folder(plain) as fresh:
             _fetch(job, fresh, locations)
-    recorded = read_json(folders.data / _SOURCES)
-    data = JobData(folders.data, recorded["train"], recorded["validators"], recorded["addresses"])
+        if plain != folders.data:
+            seal_folder(plain, folders.data)
+    elif not (plain / _SOURCES).is_file():
+        open_folder(folders.data, plain)
+    recorded = read_json(plain / _SOURCES)
+    data = JobData(plain, recorded["train"], recorded["validators"], recorded["addresses"])
     if job.face != "native":
         _check_lines(data)
     return data

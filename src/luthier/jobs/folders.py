@@ -1,6 +1,7 @@
 """What a job keeps on disk, and how all of it goes.
 
 jobs/<id>/                    its data, as they were when it first ran
+teachers/<account>/           what its teacher answered, for all jobs of the account
 jobs/<id>.lock                held by the worker as long as it lives
 jobs/<id>.log                 what the worker printed
 runs/<base>/job-<id>/         the run: checkpoints, metrics
@@ -10,12 +11,16 @@ models/custom/<base>/job-<id>/
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from luthier.encryption.files import seal_line
+from luthier.encryption.memory import remove, working
+from luthier.engine.runs import SAMPLES
 from luthier.files import disk_errors, lock, luthier_home, sweep
 from luthier.store.database import Database
 from luthier.store.jobs import COMPLETED, Job
@@ -45,11 +50,16 @@ class JobFolders:
     def drop_working_files(self) -> None:
         """Free the disk of what the finished job no longer needs; its run and its model stay."""
         sweep(self.parent, self.job_id)
-        shutil.rmtree(self.data, ignore_errors=True)
+        remove(self.data)
         # Nobody waits for the files of a job that has ended.
         (self.parent / f"{self.job_id}.lock").unlink(missing_ok=True)
-        for folder in self._below("distillations"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in self.below("distillations"):
+            remove(folder)
+        for folder in self.below("runs"):
+            # No face shows them, and they hold texts of the rows.
+            (folder / SAMPLES).unlink(missing_ok=True)
+            if working(folder) != folder:
+                remove(working(folder))
 
     def drop_all(self) -> None:
         """Remove everything but the log: the job has made no model."""
@@ -57,8 +67,8 @@ class JobFolders:
         for parent in (luthier_home() / "models" / "custom").glob("*"):
             sweep(parent, run_name(self.job_id))
         for place in ("models/custom", "runs"):
-            for folder in self._below(place):
-                shutil.rmtree(folder, ignore_errors=True)
+            for folder in self.below(place):
+                remove(folder)
 
     def open_log(self) -> int:
         """A file descriptor to append to the log by."""
@@ -75,8 +85,26 @@ class JobFolders:
                 file.write(b"...\n" + kept.partition(b"\n")[2])
                 file.truncate()
 
-    def _below(self, place: str) -> Iterator[Path]:
+    def below(self, place: str) -> Iterator[Path]:
+        """The folders of the job in one part of the store."""
         return (luthier_home() / place).glob(f"*/{run_name(self.job_id)}")
+
+
+class SealedLog(logging.Handler):
+    """Writes messages to the log of a job, each encrypted by itself."""
+
+    def __init__(self, folders: JobFolders) -> None:
+        super().__init__()
+        self._folders = folders
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append one message."""
+        try:
+            line = seal_line(json.dumps(self.format(record))) + "\n"
+            with os.fdopen(self._folders.open_log(), "ab") as file:
+                file.write(line.encode())
+        except Exception:
+            self.handleError(record)
 
 
 def tidy(database: Database, job: Job, folders: JobFolders) -> None:

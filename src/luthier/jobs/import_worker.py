@@ -25,6 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from luthier import __version__
+from luthier.encryption.files import seal
+from luthier.encryption.keys import keys_for
 from luthier.engine.memory import available_memory
 from luthier.errors import (
     DoesNotFit,
@@ -125,6 +127,9 @@ class ImportWorker:
             for name, size in chosen.files:
                 self._copy(found, name, size, fresh / name)
             accepted = self._accepted(fresh, chosen)
+            for weights in fresh.glob("*.safetensors"):
+                if keys_for(weights):
+                    seal(weights, weights)
             write_json(fresh / MANIFEST, self._manifest(fresh, found, chosen, accepted))
         changes: dict[str, Any] = {"stored_id": self.stored_id}
         if accepted.parent is not None:

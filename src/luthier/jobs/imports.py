@@ -15,12 +15,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from luthier.encryption.keys import handed_over
 from luthier.errors import LeaseLost, NameInUse
 from luthier.files import luthier_home, sweep
 from luthier.jobs import processes
@@ -220,18 +222,19 @@ class Importer:
         return True
 
     def _spawn(self, found: ModelImport) -> subprocess.Popen[bytes]:
-        log = ImportFolders(found.model_id).open_log()
-        try:
+        with ExitStack() as opened:
+            handed, files = opened.enter_context(handed_over())
+            log = ImportFolders(found.model_id).open_log()
+            opened.callback(os.close, log)
             return subprocess.Popen(
                 [*self.command, "--model", found.model_id, "--lease", str(found.lease)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**inherited(), **address_of(self.database)},
+                pass_fds=files,
+                env={**inherited(), **address_of(self.database), **handed},
                 start_new_session=True,
             )
-        finally:
-            os.close(log)
 
 
 def stored_at(model_id: str) -> tuple[str, Path]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier.encryption.memory import working
 from luthier.files import luthier_home
 from luthier.jobs.data import JobData
 from luthier.jobs.folders import run_name
@@ -107,4 +108,4 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 def _distillation(job_id: str, name: str) -> list[Path]:
-    return sorted((luthier_home() / "distillations").glob(f"*/{run_name(job_id)}/{name}"))
+    return sorted(working(luthier_home() / "distillations").glob(f"*/{run_name(job_id)}/{name}"))

@@ -15,11 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import psutil
 from sqlalchemy import select
 
+from luthier.encryption import keys
 from luthier.errors import LeaseLost, LuthierError
 from luthier.jobs import processes
 from luthier.jobs.admission import memory_of
@@ -39,7 +41,9 @@ LATER = 10.0
 RETURN = 60.0
 """Seconds that workers are given to make a checkpoint when the server ends."""
 
-_SECRETS = ("LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP")
+_SECRETS = (
+    "LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP", keys.ENVIRONMENT, keys.FILE, keys.HANDED,
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -224,18 +228,23 @@ class Scheduler:
         return True
 
     def _spawn(self, job: Job) -> subprocess.Popen[bytes]:
-        log = JobFolders(job.id).open_log()
-        try:
+        with ExitStack() as opened:
+            handed, files = opened.enter_context(keys.handed_over())
+            if handed:
+                # The worker writes the log itself, encrypted.
+                log = os.open(os.devnull, os.O_WRONLY)
+            else:
+                log = JobFolders(job.id).open_log()
+            opened.callback(os.close, log)
             return subprocess.Popen(
                 [*self.command, "--job", job.id, "--lease", str(job.lease)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**inherited(), **self.environment},
+                pass_fds=files,
+                env={**inherited(), **self.environment, **handed},
                 start_new_session=True,
             )
-        finally:
-            os.close(log)
 
     def _give_back(self) -> None:
         with self.database.read() as session:

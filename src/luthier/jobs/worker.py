@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.exc import OperationalError
 
+from luthier.distillation.journal import asking_for
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, Run
 from luthier.errors import (
@@ -134,7 +135,8 @@ class Worker:
         metrics = MetricsFile(Run(base.root, run_name(job.id)).folder / METRICS)
         if "progress" in journal.details:
             journal.catch_up(metrics.read(), int(journal.details["progress"]["steps"]))
-        result = kind.run(recipe, journal)
+        with asking_for(job.account, run_name(job.id)):
+            result = kind.run(recipe, journal)
         journal.catch_up(metrics.read(), int(result["steps"]))
         journal.part("training", "Completed")
         model = find(result["model_id"])

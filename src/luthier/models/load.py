@@ -11,6 +11,8 @@ from torch import nn
 
 from luthier.data.chat import ChatFormat, Template
 from luthier.data.tree import build_tree
+from luthier.encryption.memory import plain_folder
+from luthier.encryption.tensors import number_types
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models import nets
@@ -143,12 +145,11 @@ def _for_head(config: Any, head: Head) -> Any:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The precision of the weights in ``folder``, the widest where there are several."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = sorted(folder.glob("*.safetensors"))[0]
     try:
-        with safe_open(path, framework="pt") as file:
-            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        kinds = number_types(path)
     except (OSError, SafetensorError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
     # Norms may be kept in float32 beside weights of fewer bits; none may lose some.
@@ -189,15 +190,16 @@ def load_model(
     quiet = logging.get_verbosity()
     try:
         logging.set_verbosity_error()  # transformers reports a new head as a defect
-        found: Any = auto_class(config, head.task).from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with plain_folder(folder) as plain:
+            found: Any = auto_class(config, head.task).from_pretrained(
+                str(plain),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         model, loaded = found
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UnknownModel(f"the network in {folder} ({kind}) cannot be loaded: {error}") from error

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from luthier.encryption.files import seal
+from luthier.encryption.keys import keys_for
+from luthier.encryption.memory import new_plain_folder
+from luthier.encryption.tensors import load_tensors, save_tensors
 from luthier.errors import CorruptFile
 from luthier.files import write_bytes
 from luthier.models.heads import head_weights, task_of
@@ -56,7 +60,7 @@ def save_adapter(
     """Write ``adapter_config.json`` and what was trained, as PEFT does where it has the method."""
     kept = adapter_tensors(model).items()
     tensors = {adaptation.stored_name(n): t.contiguous().cpu() for n, t in kept}
-    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+    save_tensors(tensors, folder / ADAPTER, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     write_bytes(folder / "adapter_config.json", text.encode())
 
@@ -64,7 +68,7 @@ def save_adapter(
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The weights of a saved adapter, by the names they have in the file."""
     try:
-        saved: dict[str, Tensor] = load_file(folder / ADAPTER)
+        saved: dict[str, Tensor] = load_tensors(folder / ADAPTER)
     except (OSError, SafetensorError) as error:
         raise CorruptFile(f"{folder / ADAPTER} cannot be read: {error}") from error
     return saved
@@ -109,7 +113,14 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
     if stops and model.config.pad_token_id is None:
         # transformers finds the last token of each row of a batch by it.
         model.config.pad_token_id = stops[0]
-    model.save_pretrained(folder)
+    if keys_for(folder) is None:
+        model.save_pretrained(folder)
+        return
+    with new_plain_folder() as plain:
+        model.save_pretrained(plain)
+        for path in plain.iterdir():
+            copy = seal if path.suffix == ".safetensors" else shutil.copyfile
+            copy(path, folder / path.name)
 
 
 def save_format(chat: ChatFormat, folder: Path) -> None:

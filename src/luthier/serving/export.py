@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from luthier.encryption.files import copy_plain
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
 from luthier.models.catalog import MANIFEST
@@ -43,7 +44,7 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
             save_network(model, chat_format(stored), fresh)
         else:
             for name in ("adapter_config.json", ADAPTER):
-                shutil.copy2(stored.folder / name, fresh / name)
+                copy_plain(stored.folder / name, fresh / name)
             chat_format(stored).tokenizer.save_pretrained(fresh)
     return target
 
@@ -54,4 +55,4 @@ def _copy(source: Path, target: Path) -> None:
         if path.is_dir():
             shutil.copytree(path, target / path.name)
         elif path.name != MANIFEST and path.stem != "loss":
-            shutil.copy2(path, target / path.name)
+            copy_plain(path, target / path.name)

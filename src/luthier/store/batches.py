@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from luthier.encryption.files import open_value, seal_value
 from luthier.store.database import Base, now
 from luthier.store.ids import SMALL, random_id
 
@@ -77,7 +78,7 @@ class BatchLine(Base):
     """Line of the input file, from 1."""
     failed: Mapped[bool]
     result: Mapped[dict[str, Any]]
-    """The line of the output file."""
+    """The line of the output file; encrypted where the store is."""
 
 
 def create(
@@ -176,7 +177,8 @@ def record(
     session: Session, batch_id: str, number: int, failed: bool, result: dict[str, Any]
 ) -> None:
     """Write an answer down."""
-    session.add(BatchLine(batch_id=batch_id, number=number, failed=failed, result=result))
+    kept = seal_value(result)
+    session.add(BatchLine(batch_id=batch_id, number=number, failed=failed, result=kept))
     session.flush()
 
 
@@ -185,7 +187,7 @@ def results(session: Session, batch_id: str, failed: bool) -> Sequence[dict[str,
     wanted = select(BatchLine.result).where(
         BatchLine.batch_id == batch_id, BatchLine.failed == failed
     )
-    return list(session.scalars(wanted.order_by(BatchLine.number)))
+    return [open_value(each) for each in session.scalars(wanted.order_by(BatchLine.number))]
 
 
 def counts(session: Session, batch: Batch) -> tuple[int, int]:

@@ -14,12 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Engine, create_engine, event, inspect, make_url
+from sqlalchemy import JSON, DateTime, Engine, String, create_engine, event, inspect, make_url
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.types import TypeDecorator
 
+from luthier.encryption.files import open_text, seal_text
 from luthier.errors import LuthierError, RefusedInput
 from luthier.files import luthier_home
 from luthier.store.ids import SMALL, random_id
@@ -45,6 +46,21 @@ class Moment(TypeDecorator[datetime]):
     def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
         """Out: SQLite keeps no zone, what it holds is UTC."""
         return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
+
+
+class QuotingText(TypeDecorator[str]):
+    """Words that may quote a row of data: encrypted where the store is."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        """In."""
+        return None if value is None else seal_text(value)
+
+    def process_result_value(self, value: str | None, dialect: Any) -> str | None:
+        """Out: words from before the store was encrypted are as they are."""
+        return None if value is None else open_text(value)
 
 
 Plain = JSON().with_variant(JSONB(), "postgresql")
@@ -125,6 +141,19 @@ class Database:
                 session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             yield session
 
+    def scrub(self) -> bool:
+        """Let nothing of what was deleted stay in SQLite's log; in its file it is overwritten anyway.
+
+        False where readers kept the log in use the whole time that was waited for them.
+
+        PostgreSQL keeps old rows until ``VACUUM``, and its log as its settings say.
+        """
+        if not self.is_sqlite:
+            return True
+        with self.engine.connect() as connection:
+            busy, *_ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+        return not busy
+
     def tables(self) -> set[str]:
         """Names of the tables that are there."""
         return set(inspect(self.engine).get_table_names())
@@ -159,5 +188,7 @@ def _engine(url: str) -> Engine:
 def _prepare_sqlite(connection: Any, record: Any) -> None:
     # Transactions are begun by us: the driver would begin them late, after what was read.
     connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    # What is deleted is overwritten: it may be data that somebody wants gone.
+    pragmas = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON")
+    for pragma in pragmas:
         connection.execute(f"PRAGMA {pragma}")

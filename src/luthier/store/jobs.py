@@ -17,7 +17,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost, WrongState
 from luthier.store.custom_models import RESERVED, CustomModel
-from luthier.store.database import Base, now
+from luthier.store.database import Base, QuotingText, now
 
 QUEUED, RUNNING, PAUSED, STOPPING = "Queued", "Running", "Paused", "Stopping"
 COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
@@ -71,7 +71,7 @@ class Job(Base):
     """Addresses of validation files, in their order."""
 
     state: Mapped[str] = mapped_column(default=QUEUED, index=True)
-    failure: Mapped[str | None]
+    failure: Mapped[str | None] = mapped_column(QuotingText)
     """Why it failed: names file, line and rule where it was the data."""
     result: Mapped[dict[str, Any] | None]
     """What the run gave back: losses, steps, tokens, the model's id in the store."""
@@ -117,7 +117,7 @@ class JobEvent(Base):
     at: Mapped[datetime]
     kind: Mapped[str]
     """``state``, ``message``, ``warning``, ``error`` or ``metrics``."""
-    message: Mapped[str]
+    message: Mapped[str] = mapped_column(QuotingText)
     data: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Of ``metrics``: ``step``, ``train_loss`` or ``valid_loss``, and what else the run recorded."""
 

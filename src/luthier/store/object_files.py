@@ -16,11 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from luthier.encryption.chunks import SealedReader
+from luthier.encryption.files import new_data_file
+from luthier.encryption.keys import WrongKey, keyring, keys_for
 from luthier.errors import CorruptFile
-from luthier.files import disk_errors, luthier_home, new_file
+from luthier.files import disk_errors, luthier_home
 
 READ_SIZE = 1 << 20
 """Bytes that are held of an object while it is read."""
+SEALED = ".sealed"
+"""Ending of the ids of encrypted files. Told by the row, as bytes of a client could look like one."""
 UNNAMED_SECONDS = 600.0
 """A file that no row names may belong to a request that is not done; one this old does not."""
 
@@ -45,7 +50,7 @@ class Writing:
         self._size = 0
         self._md5 = hashlib.md5(usedforsecurity=False)
         self._sha256 = hashlib.sha256()
-        self._context = new_file(folder / file_id)
+        self._context = new_data_file(folder / file_id)
         self._file = self._context.__enter__()
         self._open = True
 
@@ -93,7 +98,7 @@ class ObjectFiles:
 
     def begin(self, account: str) -> Writing:
         """A new file, to be used in a ``with``."""
-        file_id = secrets.token_hex(16)
+        file_id = secrets.token_hex(16) + (SEALED if keys_for(self.folder) else "")
         return Writing(self.path(account, file_id).parent, file_id)
 
     def path(self, account: str, file_id: str) -> Path:
@@ -106,7 +111,7 @@ class ObjectFiles:
         Raises:
             FileNotFoundError: where the file has been removed in the meantime.
         """
-        copy = secrets.token_hex(16)
+        copy = secrets.token_hex(16) + (SEALED if file_id.endswith(SEALED) else "")
         target = self.path(account, copy)
         with disk_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -131,22 +136,20 @@ class ObjectFiles:
 
         Raises:
             FileNotFoundError: before the first piece, where a file was removed in the meantime.
-            CorruptFile: for a file that is shorter than recorded.
+            CorruptFile: for a file that is shorter than recorded, or does not open.
+            WrongKey: for an encrypted file without its key.
         """
         for file_id, size in files:
             if start >= size:
                 start -= size
                 continue
-            path = self.path(account, file_id)
-            with path.open("rb") as file:
-                file.seek(start)
-                left = min(size - start, length)
-                while left:
-                    data = file.read(min(left, READ_SIZE))
-                    if not data:
-                        raise CorruptFile(f"{path} is shorter than it was recorded")
-                    left, length = left - len(data), length - len(data)
-                    yield data
+            left = min(size - start, length)
+            length -= left
+            for data in _bytes(self.path(account, file_id), size, start, left):
+                left -= len(data)
+                yield data
+            if left:
+                raise CorruptFile(f"{self.path(account, file_id)} is shorter than it was recorded")
             start = 0
             if not length:
                 return
@@ -168,6 +171,23 @@ class ObjectFiles:
                     path.unlink(missing_ok=True)
                     removed += 1
         return removed
+
+
+def _bytes(path: Path, size: int, start: int, length: int) -> Iterator[bytes]:
+    """``length`` bytes of a file from ``start``, or as many as there are."""
+    if path.name.endswith(SEALED):
+        ring = keyring()
+        if ring is None:
+            raise WrongKey(f"{path} is encrypted, and the store has no encryption.json any more")
+        with SealedReader(path, ring) as reader:
+            if reader.size == size:
+                yield from reader.pieces(start, length)
+        return
+    with path.open("rb") as file:
+        file.seek(start)
+        while length and (data := file.read(min(length, READ_SIZE))):
+            length -= len(data)
+            yield data
 
 
 def _changed(path: Path) -> float:

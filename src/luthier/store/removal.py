@@ -65,20 +65,21 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
 
 
 def remove_files(stored_id: str | None) -> None:
-    """Delete the files of a model that has no record any more, and those of its run.
+    """Delete the files of a model that has no record any more, of its run, and the log of its job.
 
-    Where another model stands on them they stay, marked, and go with the last one that does.
+    Where another model stands on them the model's own stay, marked, and go with the last one that does.
     """
     stored = {each.id: each for each in custom_models()}
     found = stored.get(str(stored_id))
     if found is None:
         return
+    base, name = found.folder.parent.name, found.folder.name
+    shutil.rmtree(luthier_home() / "runs" / base / name, ignore_errors=True)
+    (luthier_home() / "jobs" / f"{name.removeprefix('job-')}.log").unlink(missing_ok=True)
     if _needed(found, stored):
         write_bytes(found.folder / _REMOVED, b"")
         return
     shutil.rmtree(found.folder, ignore_errors=True)
-    base, name = found.folder.parent.name, found.folder.name
-    shutil.rmtree(luthier_home() / "runs" / base / name, ignore_errors=True)
     remove_unneeded(found.manifest.get("parent"))
 
 

@@ -13,10 +13,12 @@ from luthier.api.native.context import Context
 from luthier.api.native.face import native_face
 from luthier.api.policies import authorize
 from luthier.api.wire import Call, Caller, Fault
+from luthier.jobs.deletion import Deletions
 from luthier.jobs.submit import Limits, Submission, submit
 from luthier.store.arns import Arns
 from luthier.store.database import Database
 from luthier.store.foundation import foundation_model
+from luthier.store.objects import Objects
 from luthier.store.schema import upgrade
 
 ACCOUNT = "000000000000"
@@ -49,7 +51,8 @@ def arn(context: Context) -> str:
 
 
 def ask(context: Context, who: Caller, method: str, path: str) -> Any:
-    route = native_face(context, "1").route(method, path)
+    deletions = Deletions(context.database, context.arns, Objects(context.database))
+    route = native_face(context, "1", deletions).route(method, path)
     moment = datetime.now(UTC)
     return route.handler(Call("r", who, method, path, {}, {}, b"", moment, route.params))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from luthier.api.native import deletions as deleting
 from luthier.api.native import jobs, models, reports
 from luthier.api.native.context import Context
 from luthier.api.native.openapi import document
 from luthier.api.native.operations import NativeFace, Operation, Request, Told
 from luthier.api.wire import Answer
+from luthier.jobs.deletion import Deletions
 
 
 class WhoTold(Told):
@@ -17,7 +19,7 @@ class WhoTold(Told):
     arn: str
 
 
-def native_face(context: Context, version: str) -> NativeFace:
+def native_face(context: Context, version: str, deletions: Deletions) -> NativeFace:
     """All operations, and the document of them."""
 
     def who(request: Request) -> WhoTold:
@@ -37,5 +39,6 @@ def native_face(context: Context, version: str) -> NativeFace:
         *jobs.operations(context),
         *models.operations(context),
         *reports.operations(context),
+        *deleting.operations(context, deletions),
     ]  # fmt: skip
     return NativeFace(operations)

@@ -7,6 +7,7 @@ answers everybody; at most :data:`AT_ONCE` run, and each ends after its time.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pydantic import Field
 from luthier.api.native.context import Context
 from luthier.api.native.operations import Operation, Part, Request, Told
 from luthier.api.wire import Fault
+from luthier.encryption.keys import handed_over
 from luthier.jobs.submit import Submission, recipe_of
 from luthier.store.custom_models import CustomModel
 
@@ -182,7 +184,11 @@ def _answered(command: list[str], addresses: dict[str, str], codes: tuple[int, .
     """What the command line answers as JSON; what its user calls files stands for their paths."""
     whole = [sys.executable, "-m", "luthier", *command, "--json"]
     try:
-        done = subprocess.run(whole, capture_output=True, text=True, check=False, timeout=SECONDS)
+        with handed_over() as (handed, files):
+            done = subprocess.run(
+                whole, capture_output=True, text=True, check=False, timeout=SECONDS,
+                env={**os.environ, **handed}, pass_fds=files,
+            )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         text = f"It was not done after {SECONDS:.0f} seconds; take a part of the rows."
         raise Fault("Validation", text) from error

@@ -1,0 +1,179 @@
+"""Files and lines of data: encrypted where the store is, and as they are where it is not.
+
+Who reads need not know: what was written before the store became encrypted is read as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from luthier.encryption.chunks import MAGIC, SealedReader, SealedWriter
+from luthier.encryption.keys import Keyring, WrongKey, keyring, keys_for
+from luthier.errors import CorruptFile
+from luthier.files import Sink, new_file, new_folder
+
+READ_SIZE = 1 << 20
+_SEALED = "sealed"
+_NONCE_BYTES = 12
+
+
+@contextmanager
+def new_data_file(path: Path, mode: int = 0o644) -> Iterator[Sink]:
+    """As :func:`luthier.files.new_file`: when the block ends well its content is ``path``."""
+    ring = keys_for(path)
+    with new_file(path, mode) as file:
+        if ring is None:
+            yield file
+        else:
+            writer = SealedWriter(file, ring)
+            yield writer
+            writer.finish()
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file is encrypted."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def pieces_of(path: Path) -> Iterator[bytes]:
+    """The content of a file, encrypted or not.
+
+    Raises:
+        CorruptFile: where an encrypted one was changed, or is of another store.
+        WrongKey: where the key is missing.
+    """
+    if is_sealed(path):
+        with SealedReader(path, _ring(path)) as reader:
+            yield from reader.pieces()
+        return
+    with path.open("rb") as file:
+        while piece := file.read(READ_SIZE):
+            yield piece
+
+
+def read_data(path: Path) -> bytes:
+    """The same in one piece."""
+    return b"".join(pieces_of(path))
+
+
+def copy_plain(source: Path, target: Path) -> None:
+    """Write the content of ``source`` to ``target``, which lies in memory or belongs to a user."""
+    with new_file(target) as file:
+        for piece in pieces_of(source):
+            file.write(piece)
+
+
+def seal(source: Path, target: Path) -> None:
+    """Make ``target`` a copy of a plain file, encrypted where the store is."""
+    with source.open("rb") as plain, new_data_file(target) as file:
+        while piece := plain.read(READ_SIZE):
+            file.write(piece)
+
+
+def seal_folder(source: Path, target: Path) -> None:
+    """Make ``target`` a copy of a folder of plain files, encrypted where the store is."""
+    with new_folder(target) as fresh:
+        for path in _files(source):
+            seal(path, fresh / path.relative_to(source))
+
+
+def open_folder(source: Path, target: Path) -> None:
+    """The opposite: plain files; ``target`` lies in memory."""
+    with new_folder(target) as fresh:
+        for path in _files(source):
+            copy_plain(path, fresh / path.relative_to(source))
+
+
+def seal_line(text: str) -> str:
+    """A line of JSON as the store keeps it; where that is encrypted, an object with one field.
+
+    All lines have one key; nonces are drawn at random, which is safe for 2**32 of them.
+    """
+    ring = keyring()
+    if ring is None:
+        return text
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    sealed = nonce + _line_cipher(ring, ring.current).encrypt(nonce, text.encode(), None)
+    return json.dumps({_SEALED: f"{ring.current}.{base64.b64encode(sealed).decode()}"})
+
+
+def open_line(line: bytes | str) -> Any:
+    """The value of a line of JSON that the store keeps, encrypted or not.
+
+    Raises:
+        ValueError: for what is no JSON.
+        CorruptFile: where it was changed, or is of another store.
+    """
+    return open_value(json.loads(line))
+
+
+def open_value(value: Any) -> Any:
+    """The same of a line that was read already."""
+    if not (isinstance(value, dict) and list(value) == [_SEALED]):
+        return value
+    from cryptography.exceptions import InvalidTag
+
+    key_id, _, text = str(value[_SEALED]).partition(".")
+    ring = keyring()
+    if ring is None:
+        raise WrongKey("a line is encrypted, and the store has no encryption.json any more")
+    try:
+        sealed = base64.b64decode(text, validate=True)
+        nonce, rest = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
+        return json.loads(_line_cipher(ring, key_id).decrypt(nonce, rest, None))
+    except (InvalidTag, ValueError):
+        raise CorruptFile("a line does not open: it was changed since it was encrypted") from None
+
+
+def opened_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file to be read by people: texts as they are, other values as JSON."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                value = open_line(line)
+            except ValueError:
+                yield line
+                continue
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield text.encode() + b"\n"
+
+
+def seal_value(value: Any) -> Any:
+    """``value``, ready for JSON, as a database keeps it in an encrypted store."""
+    return json.loads(seal_line(json.dumps(value)))
+
+
+def seal_text(text: str) -> str:
+    """Words as a database keeps them in an encrypted store; in a plain one as they are."""
+    return text if keyring() is None else seal_line(json.dumps(text))
+
+
+def open_text(text: str) -> str:
+    """The opposite of :func:`seal_text`."""
+    if not text.startswith(f'{{"{_SEALED}": "') or keyring() is None:
+        return text
+    return str(open_line(text))
+
+
+def _line_cipher(ring: Keyring, key_id: str) -> Any:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    return AESGCM(ring.derived(key_id, b"", b"line"))
+
+
+def _ring(path: Path) -> Keyring:
+    ring = keyring()
+    if ring is None:
+        raise WrongKey(f"{path} is encrypted, and the store has no encryption.json any more")
+    return ring
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

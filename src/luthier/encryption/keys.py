@@ -1,0 +1,261 @@
+"""The keys of an encrypted store.
+
+Data are encrypted under random data keys. ``encryption.json`` in the store holds these wrapped
+(AES-256-GCM) under the master key, which is never in the store: it comes from an environment variable
+or from a file elsewhere. So the master key is changed by writing one small file anew, and a stolen
+disk or backup opens nothing.
+
+A store with that file is encrypted: processes without the master key neither read nor write data in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import CorruptFile, LuthierError, RefusedInput
+from luthier.files import lock, luthier_home, read_json, write_json
+
+ENVIRONMENT = "LUTHIER_ENCRYPTION_KEY"
+"""The master key itself: 32 bytes in base64."""
+FILE = "LUTHIER_ENCRYPTION_KEY_FILE"
+"""Or the path of a file that holds it."""
+HANDED = "LUTHIER_ENCRYPTION_KEYS_FD"
+"""Number of the pipe on which a worker is given the data keys; never the keys themselves."""
+STORE = "encryption.json"
+KEY_BYTES, ID_BYTES = 32, 8
+_NONCE_BYTES = 12
+
+
+class WrongKey(LuthierError):
+    """The master key is missing, or is another one; nothing was read or written."""
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """The data keys of a store, by their ids; what is written is encrypted under the current one."""
+
+    current: str
+    keys: Mapping[str, bytes] = field(repr=False)
+
+    def derived(self, key_id: str, salt: bytes, purpose: bytes) -> bytes:
+        """32 bytes of the data key ``key_id`` for one purpose and salt (HKDF-SHA256, RFC 5869).
+
+        Raises:
+            CorruptFile: where the store has no such key.
+        """
+        if key_id not in self.keys:
+            raise CorruptFile(f"there is no data key {key_id} in {STORE} of this store")
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+        kdf = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=b"luthier " + purpose)
+        return kdf.derive(self.keys[key_id])
+
+
+_used: tuple[Path, Keyring] | None = None
+
+
+def keyring() -> Keyring | None:
+    """The keys of the store that this process works on; ``None`` where it is not encrypted.
+
+    Raises:
+        WrongKey: where it is, and the master key is missing or another one.
+    """
+    if HANDED in os.environ:
+        taken_over()
+    home = luthier_home()
+    if _used is not None and _used[0] == home:
+        return _used[1]
+    path = home / STORE
+    if not path.is_file():
+        return None
+    master = master_key()
+    if master is None:
+        raise WrongKey(
+            f"the store {home} is encrypted. Give its key: {ENVIRONMENT} (32 bytes in base64), or "
+            f"{FILE} (path of a file with it)"
+        )
+    return _opened(path, path.stat().st_mtime_ns, master)
+
+
+def keys_for(path: Path) -> Keyring | None:
+    """What ``path`` is to be encrypted under when it is written: nothing outside of the store."""
+    return keyring() if path.is_relative_to(luthier_home()) else None
+
+
+def use(found: Keyring | None) -> None:
+    """Let this process work with ``found`` in its store, whatever its environment says."""
+    global _used
+    _used = None if found is None else (luthier_home(), found)
+
+
+def begin(master: bytes | None) -> Keyring | None:
+    """The keys of the store for a server that was given ``master``; a plain store becomes encrypted.
+
+    What it holds already stays as it is.
+
+    Raises:
+        WrongKey: where the store is encrypted, under another key or with none given.
+    """
+    path = luthier_home() / STORE
+    if master is not None and not path.exists():
+        # Of several servers that start at once, one makes the keys.
+        with lock(path.with_suffix(".lock"), wait=True):
+            if not path.exists():
+                key_id, key = _new_key()
+                write_json(path, _wrapped(Keyring(key_id, {key_id: key}), master))
+    found = keyring() if master is None else _read(path, master)
+    use(found)
+    return found
+
+
+def rotate(old: bytes, new: bytes) -> Keyring:
+    """Wrap the store's data keys under ``new``, and add one that is used from now on.
+
+    Files stay as they are. Processes that run go on with what they have, and are to be started anew.
+
+    Raises:
+        WrongKey: where ``old`` is not the master key.
+    """
+    path = luthier_home() / STORE
+    with lock(path.with_suffix(".lock"), wait=True):
+        before = _read(path, old)
+        key_id, key = _new_key()
+        found = Keyring(key_id, {**before.keys, key_id: key})
+        write_json(path, _wrapped(found, new))
+    return found
+
+
+def master_key() -> bytes | None:
+    """The master key as the environment gives it.
+
+    Raises:
+        RefusedInput: for one that is none, or lies in the store.
+        LuthierError: for a file that others may read.
+    """
+    if given := os.environ.get(ENVIRONMENT):
+        return _parsed(given, ENVIRONMENT)
+    if file := os.environ.get(FILE):
+        return key_file(Path(file))
+    return None
+
+
+def key_file(path: Path) -> bytes:
+    """The master key of a file; raises as :func:`master_key`."""
+    if path.resolve().is_relative_to(luthier_home().resolve()):
+        raise RefusedInput(f"{path} lies in the store that it is to protect; keep it elsewhere")
+    try:
+        if path.stat().st_mode & 0o077:
+            raise LuthierError(f"{path} can be read by others; chmod 600 {path}")
+        return _parsed(path.read_text("ascii").strip(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefusedInput(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def handed_over() -> Iterator[tuple[dict[str, str], list[int]]]:
+    """What a process is started with, so that it has the keys: environment, and files to pass on.
+
+    Both are empty where the store is not encrypted.
+    """
+    ring = keyring()
+    if ring is None:
+        yield {}, []
+        return
+    reading = _pipe(ring)
+    try:
+        yield {HANDED: str(reading)}, [reading]
+    finally:
+        os.close(reading)
+
+
+def _pipe(ring: Keyring) -> int:
+    """The reading end of a pipe that holds the keys."""
+    keys = {key_id: base64.b64encode(key).decode() for key_id, key in ring.keys.items()}
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as file:
+        # A pipe takes 64 KiB without a reader: hundreds of keys.
+        file.write(json.dumps({"current": ring.current, "keys": keys}).encode())
+    return reading
+
+
+def taken_over() -> None:
+    """Use the keys that whoever started this process handed over, if any."""
+    number = os.environ.pop(HANDED, None)
+    if number is None:
+        return
+    with os.fdopen(int(number), "rb") as file:
+        told = json.loads(file.read())
+    keys = {key_id: base64.b64decode(key) for key_id, key in told["keys"].items()}
+    use(Keyring(told["current"], keys))
+
+
+@lru_cache(maxsize=4)
+def _opened(path: Path, changed: int, master: bytes) -> Keyring:
+    return _read(path, master)
+
+
+def _read(path: Path, master: bytes) -> Keyring:
+    from cryptography.exceptions import InvalidTag
+
+    told: Any = read_json(path)
+    cipher, keys = _cipher(master), {}
+    try:
+        if told["format"] != 1:
+            raise CorruptFile(f"{path} is of a newer version of luthier")
+        for key_id, text in told["keys"].items():
+            wrapped = base64.b64decode(text)
+            nonce, rest = wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:]
+            keys[key_id] = cipher.decrypt(nonce, rest, key_id.encode())
+        current = str(told["current"])
+        if current not in keys:
+            raise CorruptFile(f"{path} lacks its current key {current}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFile(f"{path} does not hold the keys of a store") from error
+    except InvalidTag:
+        raise WrongKey(
+            f"the encryption key is not the one that {path.parent} is encrypted under. Nothing was "
+            f"changed; give the right one by {ENVIRONMENT} or {FILE}"
+        ) from None
+    return Keyring(current, keys)
+
+
+def _wrapped(ring: Keyring, master: bytes) -> dict[str, Any]:
+    cipher, keys = _cipher(master), {}
+    for key_id, key in ring.keys.items():
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        wrapped = nonce + cipher.encrypt(nonce, key, key_id.encode())
+        keys[key_id] = base64.b64encode(wrapped).decode()
+    return {"format": 1, "current": ring.current, "keys": keys}
+
+
+def _new_key() -> tuple[str, bytes]:
+    return secrets.token_hex(ID_BYTES), secrets.token_bytes(KEY_BYTES)
+
+
+def _cipher(master: bytes) -> Any:
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    except ImportError as error:
+        raise RefusedInput("an encrypted store needs: pip install 'luthier[server]'") from error
+    return AESGCM(master)
+
+
+def _parsed(text: str, where: str) -> bytes:
+    try:
+        key = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RefusedInput(f"{where} is not base64") from error
+    if len(key) != KEY_BYTES:
+        raise RefusedInput(f"{where} has {len(key)} bytes; it needs {KEY_BYTES}, in base64")
+    return key

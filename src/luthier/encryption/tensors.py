@@ -1,0 +1,62 @@
+"""safetensors files of the store: encrypted where it is.
+
+An encrypted file is made and opened in memory, so that once, for a moment, its tensors are there twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luthier.encryption.chunks import SealedReader
+from luthier.encryption.files import is_sealed, new_data_file, read_data
+from luthier.encryption.keys import keyring, keys_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``tensors``, which are contiguous, to the new file ``path``."""
+    from safetensors.torch import save, save_file
+
+    known = dict(metadata) if metadata else None
+    if keys_for(path) is None:
+        save_file(dict(tensors), path, metadata=known)
+        return
+    content = save(dict(tensors), metadata=known)
+    with new_data_file(path) as file:
+        file.write(content)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What :func:`save_tensors` wrote; errors are those of safetensors, and ``CorruptFile``."""
+    from safetensors.torch import load, load_file
+
+    if is_sealed(path):
+        opened: dict[str, Tensor] = load(read_data(path))
+        return opened
+    found: dict[str, Tensor] = load_file(path)
+    return found
+
+
+def number_types(path: Path) -> set[str]:
+    """Types of the tensors of a file as its header names them, such as ``BF16``; the rest is not read.
+
+    Raises:
+        SafetensorError, CorruptFile: for a file that is none.
+    """
+    from safetensors import safe_open
+
+    ring = keyring() if is_sealed(path) else None
+    if ring is None:
+        with safe_open(path, framework="pt") as file:
+            return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    with SealedReader(path, ring) as reader:
+        size = int.from_bytes(b"".join(reader.pieces(0, 8)), "little")
+        header = json.loads(b"".join(reader.pieces(8, size)))
+    return {each["dtype"] for name, each in header.items() if name != "__metadata__"}

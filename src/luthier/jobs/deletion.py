@@ -1,0 +1,294 @@
+"""Deletion of training data and of what was made of them, with a record that can be shown.
+
+The audit log says before the first file goes what is to go, each file with its SHA-256 and size, and
+says it again when all was looked for and is gone: the certificate is made of these last entries, which
+are part of the log's chain. A deletion that a crash cut short is asked for again, and finds what is
+left. Files are removed as the system removes them: what a disk keeps of a removed file cannot be read
+only where the store is encrypted. Backups and what clients copied elsewhere are out of reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import select, update
+
+from luthier.distillation.journal import forget, written_for
+from luthier.encryption import memory
+from luthier.errors import LuthierError, RefusedInput, WrongState
+from luthier.files import luthier_home, sha256_of
+from luthier.jobs.folders import JobFolders, run_name
+from luthier.jobs.traces import Traces, files_of, find_traces, model_files
+from luthier.store import removal
+from luthier.store.arns import Arns
+from luthier.store.audit import AuditEntry, Event, append
+from luthier.store.database import Database
+from luthier.store.ids import SMALL, random_id
+from luthier.store.jobs import Job, JobEvent
+from luthier.store.locations import UPLOADS
+from luthier.store.objects import Objects
+from luthier.store.uploaded_files import UploadedFiles
+from luthier.store.uploads import Uploads
+
+Models = Literal["refuse", "keep", "delete"]
+BEGUN, DONE = "luthier:DeleteData.begun", "luthier:DeleteData.done"
+REMOVED = "(removed with the training data)"
+"""Stands in place of messages, which may quote rows."""
+_AT_ONCE = 200
+"""Items of one entry of the audit log."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that is removed."""
+
+    kind: str
+    """``object``, ``job``, ``answers`` or ``model``."""
+    name: str
+    """Its address, or its file below the store."""
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of the content for objects; else of the file as it lay on the disk, encrypted or not."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be deleted, and who asks."""
+
+    account: str
+    user: str
+    addresses: tuple[str, ...]
+    job: str | None = None
+    models: Models = "refuse"
+    """What becomes of models that learned from them; ``refuse`` deletes nothing if there are any."""
+    request_id: str = ""
+    address: str = ""
+    """Of the client."""
+
+
+class Deletions:
+    """Deletes training data of the accounts of one service."""
+
+    def __init__(
+        self,
+        database: Database,
+        arns: Arns,
+        objects: Objects,
+        external: bool = False,
+        forget_model: Callable[[str], None] = lambda stored_id: None,
+    ) -> None:
+        """``external`` is whether ``s3://`` means another endpoint.
+
+        ``forget_model`` takes a model that was deleted out of the server's memory.
+        """
+        self.database, self.arns, self.objects = database, arns, objects
+        self.external, self.forget_model = external, forget_model
+
+    def find(self, asked: Asked) -> tuple[Traces, list[Item]]:
+        """What there is of the data, and each thing that would go; nothing is changed.
+
+        Raises:
+            RefusedInput: for what is no address, or where there is nothing of it.
+        """
+        with self.database.read() as session:
+            traces = find_traces(session, asked.account, asked.addresses, asked.job, self.external)
+        return traces, list(_items(traces, asked))
+
+    def delete(self, asked: Asked) -> dict[str, Any]:
+        """Delete the data and look for them again; the certificate.
+
+        Raises:
+            RefusedInput: as :meth:`find`.
+            WrongState: while a job reads the data, a model that is to go is deployed, or a model that
+                is not to go learned from them.
+            LuthierError: where something is still there afterwards; what is gone is in the log.
+        """
+        traces, items = self.find(asked)
+        self._check(traces, items, asked)
+        number = random_id(20, SMALL)
+        about = {
+            "data": list(traces.addresses),
+            "jobs": [job.id for job in _touched(traces, asked)],
+            "models_kept": [model.name for model in _kept(traces, asked)],
+            "outside": list(traces.outside),
+        }
+        self._record(number, BEGUN, asked, items, about)
+        if asked.models == "delete":
+            self._delete_models(traces)
+        for job in _touched(traces, asked):
+            _delete_files(job)
+        forget(asked.account, {run_name(job.id) for job in _touched(traces, asked)})
+        self._delete_texts(_touched(traces, asked))
+        self._delete_objects(traces, asked.account)
+        left = self._left(asked, items)
+        if not self.database.scrub():
+            left.append("the log of the database, which is in use")
+        self._record(
+            number, DONE, asked, [each for each in items if each.name not in left], about, left
+        )
+        if left:
+            raise LuthierError(
+                f"deletion {number}: {len(left)} of {len(items)} things are still there, first "
+                f"{min(left)}; ask again"
+            )
+        return self.certificate(asked.account, number)
+
+    def certificate(self, account: str, number: str) -> dict[str, Any]:
+        """What the audit log says of a deletion.
+
+        Raises:
+            RefusedInput: where the account has none of this number.
+        """
+        resource = self.arns.of(account, "data-deletion", number)
+        wanted = select(AuditEntry).where(
+            AuditEntry.account == account,
+            AuditEntry.resource == resource,
+            AuditEntry.action == DONE,
+        )
+        with self.database.read() as session:
+            entries = session.scalars(wanted.order_by(AuditEntry.seq)).all()
+        if not entries:
+            raise RefusedInput(f"there is no deletion {number!r}")
+        first = entries[0]
+        removed = [item for entry in entries for item in entry.details["removed"]]
+        return {
+            "deletion": number,
+            "account": account,
+            "user": first.user,
+            "at": first.at.isoformat(),
+            "verified": all(entry.outcome == "ok" for entry in entries),
+            **{name: first.details[name] for name in ("data", "jobs", "models_kept", "outside")},
+            "removed": removed,
+            "bytes": sum(int(item["size"]) for item in removed),
+            "audit": [{"seq": entry.seq, "hash": entry.hash} for entry in entries],
+        }
+
+    def _check(self, traces: Traces, items: Sequence[Item], asked: Asked) -> None:
+        if not (items or traces.jobs or traces.objects):
+            raise RefusedInput(f"there is nothing of {', '.join(traces.addresses)} here")
+        reading = [job for job in traces.unfinished if job in _touched(traces, asked)]
+        if reading:
+            names = ", ".join(job.name for job in reading)
+            raise WrongState(f"jobs that have not ended read these data: {names}. Stop them first")
+        if traces.models and asked.models == "refuse":
+            names = ", ".join(model.name for model in traces.models)
+            raise WrongState(
+                f"models learned from these data: {names}. Nothing was deleted; say whether they are "
+                "to be kept or deleted, too"
+            )
+
+    def _record(
+        self,
+        number: str,
+        action: str,
+        asked: Asked,
+        items: Sequence[Item],
+        about: Mapping[str, Any],
+        left: Sequence[str] = (),
+    ) -> None:
+        """Entries of the audit log, as many as the items need."""
+        events = []
+        for start in range(0, max(1, len(items)), _AT_ONCE):
+            told = [asdict(each) for each in items[start : start + _AT_ONCE]]
+            details = {"deletion": number, **about, "removed": told, "left": list(left)[:_AT_ONCE]}
+            resource = self.arns.of(asked.account, "data-deletion", number)
+            outcome = "Incomplete" if left else "ok"
+            events.append(
+                Event(
+                    action, resource, outcome, asked.account, asked.user, asked.request_id,
+                    asked.address, details,
+                )
+            )  # fmt: skip
+        with self.database.write() as session:
+            append(session, *events)
+
+    def _delete_models(self, traces: Traces) -> None:
+        """The models, those that stand on others first: all of them, or none where one is in use."""
+        with self.database.write() as session:
+            for model in traces.models:
+                found = session.get(type(model), model.seq, with_for_update=True)
+                if found is not None:
+                    removal.remove(session, found, found.arn(self.arns))
+        for job in reversed((*traces.jobs, *traces.further)):
+            if job.result is not None:
+                removal.remove_files(str(job.result["stored_id"]))
+                self.forget_model(str(job.result["stored_id"]))
+
+    def _delete_texts(self, jobs: Sequence[Job]) -> None:
+        """Replace what was said of the jobs in passing: messages and errors quote rows."""
+        ids = [job.id for job in jobs]
+        said = JobEvent.job_id.in_(ids), JobEvent.kind.in_(("message", "warning", "error"))
+        failed = Job.id.in_(ids), Job.failure.is_not(None)
+        with self.database.write() as session:
+            session.execute(update(JobEvent).where(*said).values(message=REMOVED))
+            session.execute(update(Job).where(*failed).values(failure=REMOVED))
+
+    def _delete_objects(self, traces: Traces, account: str) -> None:
+        files, uploads = UploadedFiles(self.database, self.objects), Uploads(self.objects)
+        for each in traces.objects:
+            if each.upload is not None:
+                uploads.abort(account, each.bucket, each.key, each.upload)
+            elif not (each.bucket == UPLOADS and files.delete(account, each.key)):
+                self.objects.delete(account, each.bucket, [each.key])
+
+    def _left(self, asked: Asked, items: Sequence[Item]) -> list[str]:
+        """Names of what is still there: looked for in the database, and on the disk."""
+        with self.database.read() as session:
+            again = find_traces(session, asked.account, asked.addresses, asked.job, self.external)
+        left = [item.name for item in _items(again, asked)]
+        files = (luthier_home() / item.name for item in items if item.kind in ("job", "model"))
+        left += [path.relative_to(luthier_home()).as_posix() for path in files if path.exists()]
+        stored = self.objects.files
+        for name, path in (
+            (each.address, stored.path(asked.account, piece.id))
+            for each in again.objects
+            for piece in each.pieces
+        ):
+            if path.exists():
+                left.append(name)
+        return sorted(set(left))
+
+
+def _touched(traces: Traces, asked: Asked) -> tuple[Job, ...]:
+    """Jobs whose files go: also of those that learned through a model, where the models go."""
+    return (*traces.jobs, *(traces.further if asked.models == "delete" else ()))
+
+
+def _kept(traces: Traces, asked: Asked) -> tuple[Any, ...]:
+    return () if asked.models == "delete" else traces.models
+
+
+def _items(traces: Traces, asked: Asked) -> Iterator[Item]:
+    for each in traces.objects:
+        for piece in each.pieces:
+            part = f"#part-{piece.number}" if len(each.pieces) > 1 else ""
+            yield Item("object", f"{each.address}{part}", piece.size, piece.sha256)
+    for job in _touched(traces, asked):
+        for path in files_of(job):
+            yield _file("job", path)
+        if asked.models == "delete" and job.result is not None:
+            for name in model_files(str(job.result["stored_id"])):
+                yield _file("model", luthier_home() / name)
+    runs = {run_name(job.id) for job in _touched(traces, asked)}
+    for path, size, digest in written_for(asked.account, runs):
+        yield Item("answers", path.relative_to(luthier_home()).as_posix(), size, digest)
+
+
+def _file(kind: str, path: Path) -> Item:
+    name = path.relative_to(luthier_home()).as_posix()
+    return Item(kind, name, path.stat().st_size, sha256_of(path))
+
+
+def _delete_files(job: Job) -> None:
+    folders = JobFolders(job.id)
+    with folders.locked() as free:
+        if not free:
+            raise WrongState(f"a process still works on the files of job {job.name}; ask again")
+        folders.drop_working_files()
+        for folder in folders.below("runs"):
+            memory.remove(folder)
+        folders.log.unlink(missing_ok=True)

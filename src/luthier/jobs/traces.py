@@ -1,0 +1,252 @@
+"""What the service keeps of training data: objects, what jobs made of them, and who learned from them.
+
+A data set is named by addresses, as jobs name it. Found are, of one account: the objects there, objects
+with the same bytes elsewhere (copies, parts of uploads), every job that read an address, the files of
+these jobs, and the models that learned from them, also through another model as base or teacher.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.errors import RefusedInput, UnknownModel
+from luthier.files import luthier_home
+from luthier.jobs.folders import JobFolders
+from luthier.store import jobs as queue
+from luthier.store.custom_models import RESERVED, CustomModel
+from luthier.store.jobs import ENDED, Job
+from luthier.store.locations import UPLOADS
+from luthier.store.object_rows import Bucket, Piece, StoredObject, Upload
+from luthier.store.objects import BUCKET
+
+OUTPUTS = ("synthetic_data.jsonl", "prompt_insights.jsonl")
+"""What a distillation writes of its rows, below the address of its job."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object, or a part of an upload that was not completed."""
+
+    address: str
+    bucket: str
+    key: str
+    pieces: tuple[Piece, ...]
+    upload: str | None = None
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What there is of some data."""
+
+    addresses: tuple[str, ...]
+    """Of the data, as they were asked for and as the job named them."""
+    objects: tuple[Found, ...]
+    jobs: tuple[Job, ...]
+    """Those that read the data."""
+    further: tuple[Job, ...]
+    """Those that had a base or a teacher which learned from the data."""
+    models: tuple[CustomModel, ...]
+    """Those that learned from the data; what stands on another one comes first."""
+    outside: tuple[str, ...]
+    """Addresses that are not kept here: files of the machine, other S3 endpoints."""
+
+    @property
+    def unfinished(self) -> list[Job]:
+        """Jobs that still read the data."""
+        return [job for job in (*self.jobs, *self.further) if job.state not in ENDED]
+
+
+def find_traces(
+    session: Session,
+    account: str,
+    addresses: Sequence[str],
+    job: str | None = None,
+    external: bool = False,
+) -> Traces:
+    """All that an account has of some data.
+
+    Args:
+        session: one that reads.
+        account: whose.
+        addresses: ``s3://bucket/key``, with ``/`` at its end for all below it; ``file://…``; the id of
+            a file that was uploaded through the OpenAI API.
+        job: name or id of a job whose data are meant, too.
+        external: whether ``s3://`` means another endpoint.
+
+    Raises:
+        RefusedInput: for what is no address, or where there is no such job.
+    """
+    asked = [_address(each) for each in addresses]
+    if job is not None:
+        found = queue.get(session, account, job)
+        if found is None:
+            raise RefusedInput(f"there is no job {job!r}")
+        asked += sources_of(found)
+    own = [each for each in asked if _is_here(each, external)]
+    chosen = {one.address: one for each in own for one in _named(session, account, each)}
+    everything = list(session.scalars(select(Job).where(Job.account == account).order_by(Job.seq)))
+    for copy in _copies(session, account, chosen.values()):
+        chosen.setdefault(copy.address, copy)
+    wanted = [*asked, *chosen]
+    jobs = [each for each in everything if _reads(each, wanted)]
+    further = _further(jobs, everything)
+    for each in (*jobs, *further):
+        for one in _outputs(session, each, external):
+            chosen.setdefault(one.address, one)
+    return Traces(
+        tuple(dict.fromkeys(asked)),
+        tuple(chosen.values()),
+        tuple(jobs),
+        tuple(further),
+        _models(session, [*jobs, *further]),
+        tuple(dict.fromkeys(each for each in asked if not _is_here(each, external))),
+    )
+
+
+def sources_of(job: Job) -> list[str]:
+    """Addresses of the rows that a job reads."""
+    return [*job.details.get("sources", ()), *job.validators]
+
+
+def files_of(job: Job) -> Iterator[Path]:
+    """The files that are left of a job, its model's not among them."""
+    folders = JobFolders(job.id)
+    for path in (folders.log, folders.parent / f"{job.id}.lock"):
+        if path.exists():
+            yield path
+    left = folders.parent.glob(f".tmp-{job.id}~*")
+    for folder in (folders.data, *folders.below("runs"), *folders.below("distillations"), *left):
+        yield from sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def model_files(stored_id: str) -> dict[str, str]:
+    """SHA-256 of the files of a model by their names below the store; none where they are gone."""
+    from luthier.store.models import find
+
+    try:
+        model = find(stored_id)
+    except UnknownModel:
+        return {}
+    files: Mapping[str, str] = model.manifest.get("files", {})
+    place = model.folder.relative_to(luthier_home())
+    return {(place / name).as_posix(): digest for name, digest in files.items()}
+
+
+def _address(text: str) -> str:
+    if re.fullmatch(r"file-[A-Za-z0-9]+", text):
+        return f"s3://{UPLOADS}/{text}"
+    if re.fullmatch(rf"s3://{BUCKET}/.+", text, re.DOTALL) or text.startswith("file:///"):
+        return text
+    raise RefusedInput(
+        f"{text!r} names no data: write s3://bucket/key, s3://bucket/folder/, file:///path, or the id "
+        "of an uploaded file"
+    )
+
+
+def _split(address: str) -> tuple[str, str]:
+    bucket, _, key = address.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def _is_here(address: str, external: bool) -> bool:
+    return address.startswith("s3://") and (not external or _split(address)[0] == UPLOADS)
+
+
+def _named(session: Session, account: str, address: str) -> list[Found]:
+    """The objects that an address names; of one that ends with ``/``, all below it."""
+    bucket, key = _split(address)
+    mine = Bucket.account == account, Bucket.name == bucket
+    at = StoredObject.key.startswith(key, autoescape=True)
+    wanted = select(StoredObject).join(Bucket, Bucket.seq == StoredObject.bucket_seq).where(*mine)
+    wanted = wanted.where(at if key.endswith("/") else StoredObject.key == key)
+    found = session.scalars(wanted.order_by(StoredObject.key)).all()
+    return [_found(session, bucket, each) for each in found]
+
+
+def _found(session: Session, bucket: str, stored: StoredObject) -> Found:
+    pieces = select(Piece).where(Piece.object_seq == stored.seq).order_by(Piece.number)
+    address = f"s3://{bucket}/{stored.key}"
+    return Found(address, bucket, stored.key, tuple(session.scalars(pieces)))
+
+
+def _copies(session: Session, account: str, of: Iterable[Found]) -> Iterator[Found]:
+    """Objects and parts of uploads of the account that hold a file of the same bytes."""
+    hashes = {piece.sha256 for each in of for piece in each.pieces if piece.size}
+    known = {piece.id for each in of for piece in each.pieces}
+    for digest in sorted(hashes):
+        same = select(Piece).where(Piece.account == account, Piece.sha256 == digest)
+        for piece in session.scalars(same).all():
+            if piece.id in known:
+                continue
+            if piece.object_seq is not None:
+                stored = session.get_one(StoredObject, piece.object_seq)
+                bucket = session.get_one(Bucket, stored.bucket_seq)
+                yield _found(session, bucket.name, stored)
+            elif piece.upload_id is not None:
+                upload = session.get_one(Upload, piece.upload_id)
+                bucket = session.get_one(Bucket, upload.bucket_seq)
+                parts = select(Piece).where(Piece.upload_id == upload.id).order_by(Piece.number)
+                address = f"s3://{bucket.name}/{upload.key}?uploadId={upload.id}"
+                pieces = tuple(session.scalars(parts))
+                yield Found(address, bucket.name, upload.key, pieces, upload.id)
+
+
+def _reads(job: Job, addresses: Sequence[str]) -> bool:
+    return any(_meet(source, each) for source in sources_of(job) for each in addresses)
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether two addresses name something in common."""
+    if one == other:
+        return True
+    return (one.endswith("/") and other.startswith(one)) or (
+        other.endswith("/") and one.startswith(other)
+    )
+
+
+def _further(jobs: Sequence[Job], everything: Sequence[Job]) -> list[Job]:
+    """Jobs that learned from a model of ``jobs``, or of one of them."""
+    known = {job.id for job in jobs}
+    stored = {str(job.result["stored_id"]) for job in jobs if job.result}
+    found: list[Job] = []
+    # In the order they were made: none learns from a later one.
+    for job in everything:
+        if job.id not in known and stored & set(_models_in(job.recipe)):
+            known.add(job.id)
+            found.append(job)
+            stored |= {str(job.result["stored_id"])} if job.result else set()
+    return found
+
+
+def _models_in(value: Any) -> Iterator[str]:
+    """Every text of a recipe that may be the id of a model: base, teacher, judge, reward, ..."""
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from _models_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _models_in(each)
+    elif isinstance(value, str):
+        yield value
+
+
+def _outputs(session: Session, job: Job, external: bool) -> Iterator[Found]:
+    if job.output is None or not _is_here(job.output, external):
+        return
+    for name in OUTPUTS:
+        place = f"model-customization-job-{job.id}/training_artifacts/{name}"
+        yield from _named(session, job.account, f"{job.output.rstrip('/')}/{place}")
+
+
+def _models(session: Session, jobs: Sequence[Job]) -> tuple[CustomModel, ...]:
+    wanted = select(CustomModel).where(
+        CustomModel.job_id.in_([job.id for job in jobs]), CustomModel.status != RESERVED
+    )
+    return tuple(session.scalars(wanted.order_by(CustomModel.seq.desc())))

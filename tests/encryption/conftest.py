@@ -1,0 +1,24 @@
+"""Stores that are encrypted under a key made for the test."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from luthier.encryption import keys, memory
+from luthier.encryption.keys import Keyring
+
+
+@pytest.fixture
+def ring(luthier_home: Path) -> Iterator[Keyring]:
+    """The keys of the test's store, in use."""
+    luthier_home.mkdir(exist_ok=True)
+    found = keys.begin(secrets.token_bytes(32))
+    assert found is not None
+    yield found
+    shutil.rmtree(memory.memory())
+    keys.use(None)

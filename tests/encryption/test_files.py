@@ -1,0 +1,110 @@
+"""Files, lines, folders and tensors of a store that is encrypted, beside those from before it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from luthier.encryption import memory
+from luthier.encryption.files import (
+    is_sealed,
+    new_data_file,
+    open_folder,
+    open_line,
+    open_value,
+    read_data,
+    seal_folder,
+    seal_line,
+    seal_value,
+)
+from luthier.encryption.keys import Keyring
+from luthier.encryption.tensors import load_tensors, number_types, save_tensors
+from luthier.errors import CorruptFile, RefusedInput
+from luthier.files import new_file
+
+
+def test_lines_are_encrypted_one_by_one(ring: Keyring) -> None:
+    value = {"prompt": "a canary\nin a line", "n": [1, 2.5, None]}
+    line = seal_line(json.dumps(value))
+    assert "canary" not in line and "\n" not in line and line != seal_line(json.dumps(value))
+    assert open_line(line) == value == open_value(seal_value(value))
+    assert open_line(json.dumps(value)) == value
+    told = json.loads(line)
+    broken = told["sealed"][:-6] + "AAAA" + told["sealed"][-2:]
+    for bad in (broken, "", "x.y", told["sealed"].partition(".")[2]):
+        with pytest.raises(CorruptFile):
+            open_value({"sealed": bad})
+
+
+def test_a_plain_store_keeps_lines_as_they_are(luthier_home: Path) -> None:
+    assert seal_line('{"a": 1}') == '{"a": 1}' and seal_value({"a": 1}) == {"a": 1}
+
+
+def test_what_failed_in_the_middle_leaves_nothing(ring: Keyring, luthier_home: Path) -> None:
+    def fail() -> None:
+        with new_data_file(luthier_home / "rows") as file:
+            file.write(b"rows" * 50_000)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [path.name for path in luthier_home.iterdir() if "encryption" not in path.name] == []
+
+
+def test_a_folder_goes_to_the_store_and_back(
+    ring: Keyring, luthier_home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows/train").mkdir(parents=True)
+    content = {"sources.json": b"{}", "train/01": b"luthier\0 canary", "train/02": b""}
+    for name, data in content.items():
+        (tmp_path / "rows" / name).write_bytes(data)
+    stored, again = luthier_home / "jobs/x", memory.working(luthier_home / "jobs/x")
+    seal_folder(tmp_path / "rows", stored)
+    assert all(is_sealed(stored / name) for name in content)
+    open_folder(stored, again)
+    assert {name: (again / name).read_bytes() for name in content} == content
+    assert not again.is_relative_to(luthier_home) and not again.is_relative_to(tmp_path)
+    assert memory.memory().stat().st_mode & 0o077 == 0
+    memory.remove(stored)
+    assert not stored.exists() and not again.exists()
+
+
+def test_a_plain_store_works_in_place(luthier_home: Path) -> None:
+    assert memory.working(luthier_home / "jobs/x") == luthier_home / "jobs/x"
+
+
+def test_a_folder_that_is_not_in_memory_is_refused(
+    ring: Keyring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv(memory.ENVIRONMENT, "/proc/self")
+        with pytest.raises(RefusedInput, match="not in memory"):
+            memory.memory()
+
+
+def test_tensors_come_back_bit_for_bit(ring: Keyring, luthier_home: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {"a": torch.randn(300, 70), "b": torch.randn(5).bfloat16(), "c": torch.arange(9)}
+    path = luthier_home / "w.safetensors"
+    save_tensors(tensors, path, {"format": "pt"})
+    assert is_sealed(path)
+    found = load_tensors(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert number_types(path) == {"F32", "BF16", "I64"}
+
+
+def test_files_from_before_are_read_as_they_are(
+    luthier_home: Path, request: pytest.FixtureRequest
+) -> None:
+    luthier_home.mkdir()
+    with new_file(luthier_home / "rows") as file:
+        file.write(b"old rows")
+    save_tensors({"a": torch.ones(2)}, luthier_home / "w.safetensors")
+    request.getfixturevalue("ring")
+    assert read_data(luthier_home / "rows") == b"old rows"
+    assert torch.equal(load_tensors(luthier_home / "w.safetensors")["a"], torch.ones(2))
+    assert number_types(luthier_home / "w.safetensors") == {"F32"}
