@@ -161,6 +161,26 @@ def test_whole_networks_are_encrypted_and_served_too(server: Served, rows: str) 
     assert status == 200, told
 
 
+def test_a_model_from_outside_is_encrypted_and_answers(
+    server: Served, tiny_model_folder: Path
+) -> None:
+    s3, bedrock = server.client("s3"), server.client("bedrock")
+    s3.create_bucket(Bucket="outside")
+    for path in tiny_model_folder.iterdir():
+        s3.put_object(Bucket="outside", Key=f"tiny/{path.name}", Body=path.read_bytes())
+    source = {"s3DataSource": {"s3Uri": "s3://outside/tiny/"}}
+    arn = bedrock.create_custom_model(modelName="outside", modelSourceConfig=source)["modelArn"]
+
+    def status() -> str:
+        return str(bedrock.get_custom_model(modelIdentifier=arn)["modelStatus"])
+
+    until(lambda: status() != "Creating")
+    assert status() == "Active"
+    (weights,) = server.home.glob("models/custom/imported/*/model.safetensors")
+    assert weights.read_bytes()[:8] == b"luthier\0"
+    chat(server, arn)
+
+
 def test_a_job_that_fails_keeps_a_log_that_opens_with_the_key(server: Served) -> None:
     s3 = server.client("s3")
     s3.put_object(Bucket="data", Key="bad.jsonl", Body=f'{{"prompt": "{CANARY}"}}\n'.encode() * 3)
