@@ -40,5 +40,8 @@ class BitFit(Adaptation):
         return self.own_config(base)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """Inside the paper's search range of 1e-4 to 1e-3."""
-        return 7e-4, "biases alone learn at 1e-4 to 1e-3 (Ben Zaken et al. 2022)"
+        """Above the paper's search range of 1e-4 to 1e-3, which is for a network 12 times as large.
+
+        On four data sets a small encoder learned more or as much at 3e-3 as at 7e-4; see docs/log.md.
+        """
+        return 3e-3, "biases alone: above the paper's 1e-3, where small networks stay behind"
