@@ -309,7 +309,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "empty answer",
-        ("field.empty", "preference.empty"),
+        ("field.empty", "preference.empty", "preference.equal"),
         lambda records, n, rng: with_answer(records[n], " \n"),
     ),
     Fault(
