@@ -222,12 +222,13 @@ def told(text: str) -> str:
     """ISO 639 code of a text, empty where it is too short or not certain."""
     if len(text) < LEAST_CHARACTERS:
         return ""
-    code, probability = _identifier().classify(text)
+    code, probability = identifier().classify(text)
     return str(code) if probability >= CERTAIN else ""
 
 
 @lru_cache(maxsize=1)
-def _identifier() -> Any:
+def identifier() -> Any:
+    """The model of py3langid, 70 MB, loaded once."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
