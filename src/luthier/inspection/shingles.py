@@ -80,8 +80,8 @@ def sketch(texts: Sequence[str], common: Words | None = None, share: float = 1.0
 
     A text shorter than a shingle is one shingle, so that "yes" resembles nothing but itself. A text of
     common shingles only keeps them. With a ``share`` below 1 so many of the texts are kept, drawn by
-    their least shingle: the least ones of two texts are the same with the probability that is their
-    similarity (Broder 1997), so that texts alike are mostly kept or left out together.
+    two of their shingles, each the least in an order of its own: those of two texts are the same with
+    the square of their similarity (Broder 1997), so that texts alike mostly come or go together.
     """
     hashes_S, counts_N = _shingles(texts)
     if common is not None and len(common):
@@ -193,12 +193,17 @@ def _bands(hashes_S: Words, starts_N: IntArray) -> Words:
 
 
 def _drawn(hashes_S: Words, counts_N: IntArray) -> FloatArray:
-    """Where each text is drawn, from 0 to 1, by its least shingle under an order of its own."""
-    mixed_S = (hashes_S ^ _FLIPS[-1]) * np.uint32(0x2C1B3C6D)
-    least_N = np.minimum.reduceat(mixed_S, np.cumsum(counts_N) - counts_N).astype(np.uint64)
-    least_N = (least_N + np.uint64(1)) * np.uint64(_MULTIPLIER)
-    least_N = (least_N ^ (least_N >> np.uint64(29))) * np.uint64(0xD6E8FEB86659FD93)
-    return ((least_N >> np.uint64(40)).astype(np.float32)) / np.float32(1 << 24)
+    """Where each text is drawn, from 0 to 1, by its least shingles under two orders of their own.
+
+    One alone is the same for a third of all word problems ("how many"), which would come or go as one.
+    """
+    starts_N = np.cumsum(counts_N) - counts_N
+    drawn_N = np.zeros(len(counts_N), np.uint64)
+    for flip in _FLIPS[-2:]:
+        least_N = np.minimum.reduceat((hashes_S ^ flip) * np.uint32(0x2C1B3C6D), starts_N)
+        drawn_N = (drawn_N ^ least_N) * np.uint64(_MULTIPLIER)
+        drawn_N = (drawn_N ^ (drawn_N >> np.uint64(29))) * np.uint64(0xD6E8FEB86659FD93)
+    return (drawn_N >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
 
 
 def _distinct(hashes_S: Words, counts_N: IntArray) -> tuple[IntArray, Words]:
