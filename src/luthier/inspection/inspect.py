@@ -22,6 +22,7 @@ from luthier.errors import DataError, Problem
 from luthier.inspection.check import Batch, Check, Places, Split
 from luthier.inspection.findings import Finding, Findings, Place, Severity
 from luthier.inspection.measuring import Measuring
+from luthier.inspection.quoting import quote
 from luthier.inspection.reading import rule_of
 from luthier.inspection.texts import texts
 from luthier.objectives.choosing import shape_of, shapes_named
@@ -164,6 +165,8 @@ def inspect_sources(
         progress(gate.progress(total, total))
         files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
         report = gate.report({split: [str(sources[split])] for split in sources} | files)
+    again = (RowReader(sources[split], columns, Streaming, whole=False) for split in readers)
+    quote(report.findings, again)
     return replace(report, sources={split: str(source) for split, source in sources.items()})
 
 

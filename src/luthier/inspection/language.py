@@ -55,6 +55,8 @@ SPLITS = Rule(
 )
 CERTAIN = 0.9
 """Probability from which a language counts."""
+NO_LANGUAGE = "zxx"
+"""What py3langid says of keys, code and numbers."""
 CHARACTERS = 240
 LEAST_CHARACTERS = 40
 """Shorter texts are not told: names and single words are of every language."""
@@ -189,10 +191,11 @@ class Language(Check):
                 }
                 for split, parts in self._shares().items()
             },
-            "rows": dict(self._seen),
-            "rows_told": dict(self._told),
-            "sampled": self._told != self._seen,
-        }
+        } | (
+            {"rows": dict(self._seen), "rows_told": dict(self._told), "sampled": True}
+            if self._told != self._seen
+            else {"sampled": False}
+        )
 
 
 def _ranked(counts: Counter[str], among: set[str]) -> list[str]:
@@ -223,7 +226,7 @@ def told(text: str) -> str:
     if len(text) < LEAST_CHARACTERS:
         return ""
     code, probability = identifier().classify(text)
-    return str(code) if probability >= CERTAIN else ""
+    return str(code) if probability >= CERTAIN and code != NO_LANGUAGE else ""
 
 
 @lru_cache(maxsize=1)
