@@ -69,6 +69,8 @@ class Known:
     """Rows of each split that the report shows as the model sees them."""
     every: bool = False
     """Whether every row of a large file is encoded, not one in some for its counts."""
+    only: frozenset[str] | None = None
+    """Ids of the rules that are of interest; ``None`` for all."""
 
 
 class Check(ABC):

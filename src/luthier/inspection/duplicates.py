@@ -57,7 +57,7 @@ SAMPLED = Rule(
 )
 NAMED = 100
 """Rows of a group that a finding names."""
-COMPARED = 1_000_000
+COMPARED = 500_000
 """Rows up to which all are compared for near-duplicates, and about so many of more rows."""
 LARGEST = 10
 """Groups whose sizes the summary has."""
@@ -85,13 +85,14 @@ class Duplicates(Check):
 
     @classmethod
     def of(cls, known: Known) -> Self:
-        """Every row is compared where that is asked for."""
-        return cls(every=known.every)
+        """Every row is compared where that is asked for, and none where no near rows are wanted."""
+        near = {NEAR.id, NUMBERS.id, leakage.NEAR.id, leakage.MANY.id}
+        return cls(every=known.every, alike=known.only is None or bool(known.only & near))
 
-    def __init__(self, limit: int = LIMIT, every: bool = False) -> None:
+    def __init__(self, limit: int = LIMIT, every: bool = False, alike: bool = True) -> None:
         self.common: tuple[Words, Words] | None = None
         """Shingles that nearly all rows share, of the inputs and of whole rows."""
-        self.share = 1.0
+        self.share = 1.0 if alike else 0.0
         """Of the rows, so many are compared for being alike."""
         self._every = every
         self._table, self._compared = Table(limit), Table(limit)
@@ -103,7 +104,7 @@ class Duplicates(Check):
         """Learn what rows are written in from the first of them, and how many can be compared."""
         inputs, wholes = compared(batch.rows)
         self.common = (common_shingles(inputs), common_shingles(wholes))
-        if not self._every and rows > COMPARED:
+        if self.share and not self._every and rows > COMPARED:
             self.share = COMPARED / rows
 
     def measure(self, batch: Batch) -> Measured:
@@ -117,8 +118,9 @@ class Duplicates(Check):
             "target": keys((key(*says) for _, says in texts), count),
         }
         common = self.common or (None, None)
-        asked = sketch(inputs, common[0], self.share)
-        whole = asked if inputs == wholes else sketch(wholes, common[1], self.share)
+        asked = sketch(inputs if self.share else (), common[0], self.share)
+        apart = bool(self.share) and inputs != wholes
+        whole = sketch(wholes, common[1], self.share) if apart else asked
         chosen = whole.rows_N.tolist()
         of_chosen = {
             "asked": columns["input"][asked.rows_N],
@@ -163,7 +165,7 @@ class Duplicates(Check):
             self._inputs.find(self._compared.read("asked"), leaks.wanted, leaks.found)
         leaks.report(places, findings)
         self._summary["leakage"] = leaks.summary()
-        if self.share < 1:
+        if 0 < self.share < 1:
             self._say_sampled(places, findings)
 
     def _exact(self, splits_N: Any, copies_N: Any) -> Iterator[IntArray]:
