@@ -57,6 +57,8 @@ LEAST_SPREAD = 0.75
 """Interquartile range of log lengths that is taken at least: rows of equal length have no outliers."""
 LEAST_ROWS = 50
 """Rows from which quartiles mean something."""
+QUARTILES_OF = 1_000_000
+"""Rows up to which quartiles are those of all; of more, of every second, third and so on."""
 WORDS = 4
 """First words of an answer that are compared."""
 MOSTLY = 0.5
@@ -159,24 +161,29 @@ class Lengths(Check):
         if not places.total:
             return
         for part in _SIDES:
-            self._outliers(part, self._table.read(part), places, findings)
+            self._outliers(part, places, findings)
         start, count = self._starts.most_common(1)[0] if self._starts else ("", 0)
         if self.answers >= LEAST_ROWS and count > MOSTLY * self.answers and " " in start:
             message = f"{count / self.answers:.0%} of the answers begin with {excerpt(start)!r}."
             findings.add(Finding(SAME_START, places.place(0), message))
 
-    def _outliers(self, part: str, log_N: FloatArray, places: Places, findings: Findings) -> None:
-        there_N = log_N > 0
-        if there_N.sum() < LEAST_ROWS:
+    def _outliers(self, part: str, places: Places, findings: Findings) -> None:
+        step = max(1, places.total // QUARTILES_OF)
+        sample = np.concatenate([log_C[::step] for (log_C,) in self._table.chunks(part)])
+        sample = sample[sample > 0]
+        if len(sample) < LEAST_ROWS:
             return
-        low, middle, high = np.quantile(log_N[there_N], (0.25, 0.5, 0.75))
+        low, middle, high = np.quantile(sample, (0.25, 0.5, 0.75))
         reach = FENCE * max(high - low, LEAST_SPREAD)
         self.fences[part] = (round(np.expm1(low - reach)), round(np.expm1(high + reach)))
-        usual = round(np.expm1(middle))
-        for number in np.flatnonzero(there_N & ((log_N < low - reach) | (log_N > high + reach))):
-            size = round(np.expm1(float(log_N[number])))
-            message = f"The {part} has {size:,} characters; the median is {usual:,}."
-            findings.add(Finding(OUTLIER, places.place(int(number)), message))
+        usual, start = round(np.expm1(middle)), 0
+        for (log_C,) in self._table.chunks(part):
+            outside_C = (log_C > 0) & ((log_C < low - reach) | (log_C > high + reach))
+            for index in np.flatnonzero(outside_C).tolist():
+                size = round(np.expm1(float(log_C[index])))
+                message = f"The {part} has {size:,} characters; the median is {usual:,}."
+                findings.add(Finding(OUTLIER, places.place(start + index), message))
+            start += len(log_C)
 
     def summary(self) -> Mapping[str, Any]:
         """Histograms of characters and words of each split; fences; the commonest opening."""
