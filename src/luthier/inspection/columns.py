@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from luthier.types import IntArray
 
-LIMIT = 8 << 20
+LIMIT = 4 << 20
 """Bytes of all columns of a table that stay in memory."""
 CHUNK = 1 << 20
 """Numbers of a column that are read at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 from concurrent.futures import ProcessPoolExecutor
 
 from luthier.data.chat import ChatFormat
@@ -21,7 +22,14 @@ def format_of(model: StoredModel, apart: bool = False) -> tuple[ChatFormat, int]
     if not apart:
         return _load(model)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_load, model).result()
+        packed = pool.submit(_packed, model).result()
+    # Only now, as both would be in memory while that process ends.
+    found: tuple[ChatFormat, int] = pickle.loads(packed)  # noqa: S301 - what our own child has just made
+    return found
+
+
+def _packed(model: StoredModel) -> bytes:
+    return pickle.dumps(_load(model))
 
 
 def _load(model: StoredModel) -> tuple[ChatFormat, int]:
