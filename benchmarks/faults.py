@@ -27,7 +27,9 @@ class Fault:
     spoil: Spoil
     fits: Callable[[Record], bool] = lambda record: True
     split: str = "train"
-    """Where the spoiled row is written; beside the clean one where that is not ``train``."""
+    """Where the spoiled row is written."""
+    beside: bool = False
+    """Whether the row itself stays where it is, and the spoiled one comes last in its split."""
 
     def line(self, records: list[Record], number: int, rng: random.Random) -> bytes:
         made = self.spoil(records, number, rng)
@@ -307,7 +309,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "empty answer",
-        ("field.empty", "preference.empty"),
+        ("field.empty", "preference.empty", "preference.equal"),
         lambda records, n, rng: with_answer(records[n], " \n"),
     ),
     Fault(

@@ -19,6 +19,8 @@ import numpy as np
 
 from luthier.data.rows import load_rows
 from luthier.inspection.check import Batch, Check, Places
+from luthier.inspection.contradictions import Contradictions
+from luthier.inspection.duplicates import Duplicates
 from luthier.inspection.encoding import Encoding
 from luthier.inspection.findings import Findings
 from luthier.inspection.inspect import batches
@@ -56,6 +58,8 @@ def main() -> None:
         chat = chat_format(find(asked.base))
     checks: dict[str, Callable[[], Check]] = {
         "encoding": Encoding,
+        "duplicates": Duplicates,
+        "contradictions": Contradictions,
         "markers": lambda: Markers(chat),
         "language": Language,
         "lengths": Lengths,

@@ -3,11 +3,13 @@
     python benchmarks/seeded_faults.py DATA [--base smollm2-135m-instruct] [--seeds 5] [--show NAME]
 
 DATA is a folder with banking77, dolly_hhrlhf, gsm8k, medquad, pandalm_pref and sib200_vi (see SETS).
-The faults of `faults.py` are put into rows drawn by the seed, one fault a row. Recall is the share of
-those rows for which one of the fault's rules is named at that very line. A false alarm is a rule that
-is named for a row nobody touched; it may be right about it. `--show` prints the rows for which a rule
-gave a false alarm, or those in which a fault was missed. With a base model, its own special tokens are
-looked for too.
+The faults of `faults.py` and `copied_faults.py` are put into rows drawn by the seed, one fault a row; a
+tenth of the others are validation rows, and a tenth test rows. Recall is the share of the rows with a
+fault for which one of the fault's rules is named at that very line. A false alarm is a rule that is
+named for a row nobody touched; it may be right about it. What is said of rows beside others is compared
+with all others exactly; only where no other makes it true it is wrong. `--show` prints the rows for
+which a rule gave a false alarm, or those in which a fault was missed. With a base model, its own
+special tokens are looked for too.
 """
 
 from __future__ import annotations
@@ -18,13 +20,20 @@ import random
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults import FAULTS, Fault, Record
+import faults
+from copied_faults import COPIES, Truth
+from faults import Fault, Record
 from luthier.data.chat import ChatFormat
+from luthier.inspection import contradictions, duplicates
 from luthier.inspection import findings as kept
 from luthier.inspection.check import Check
+from luthier.inspection.contradictions import Contradictions
+from luthier.inspection.duplicates import Duplicates
 from luthier.inspection.encoding import Encoding
 from luthier.inspection.inspect import inspect_sources
 from luthier.inspection.language import Language
@@ -32,12 +41,20 @@ from luthier.inspection.lengths import Lengths
 from luthier.inspection.markers import Markers
 from luthier.inspection.privacy import Privacy
 
-kept.KEPT = 10**9  # Every place is needed here.
+kept.KEPT = contradictions.NAMED = duplicates.NAMED = 10**9  # Every place is needed here.
+
+FAULTS = (*faults.FAULTS, *COPIES)
 
 AT_MOST = 40
 """Rows of one fault in one set."""
 FAULTY = 0.2
 """Share of the rows of a set that get a fault, at most."""
+HELD = 0.1
+"""Share of the rows without a fault that are validation rows, and that are test rows."""
+SHARED = ("duplicate", "label", "preference", "answer")
+"""Groups of rules that name all rows concerned in one finding."""
+BESIDE = (*SHARED, "leakage")
+"""Groups of rules about rows beside others, whose alarms can be judged exactly."""
 
 Found = dict[tuple[str, int], set[str]]
 """Rules named for a file's name and line."""
@@ -65,7 +82,8 @@ SETS: dict[str, tuple[str, Callable[[Record], Record]]] = {
 
 def checks(chat: ChatFormat | None) -> list[Check]:
     """Every check under study; a new one is one more line."""
-    return [Encoding(), Markers(chat), Language(), Lengths(), Privacy()]
+    alone: list[Check] = [Encoding(), Markers(chat), Language(), Lengths(), Privacy()]
+    return [*alone, Duplicates(), Contradictions()]
 
 
 def inspected(folder: Path, files: dict[str, Sequence[bytes]], chat: ChatFormat | None) -> Found:
@@ -78,52 +96,112 @@ def inspected(folder: Path, files: dict[str, Sequence[bytes]], chat: ChatFormat 
     found: Found = defaultdict(set)
     for rule, places in report.findings.kept.items():
         for each in places:
-            found[Path(each.place.file).stem, each.place.line].add(rule)
+            others = each.others if rule.split(".")[0] in SHARED else ()
+            for place in (each.place, *others):
+                found[Path(place.file).stem, place.line].add(rule)
     return found
 
 
-def study(
-    records: list[Record], chat: ChatFormat | None, seed: int
-) -> tuple[Counter[str], Counter[str], Counter[str], list[tuple[str, Any]], int]:
-    """Faults put in and found by name, false alarms by rule, rows for people, and clean rows."""
+@dataclass
+class Study:
+    """What came of one set, or of all."""
+
+    put: Counter[str] = field(default_factory=Counter)
+    """Faults, by name."""
+    hit: Counter[str] = field(default_factory=Counter)
+    """Those that were found."""
+    false: Counter[str] = field(default_factory=Counter)
+    """Rows that nobody touched, by the rules that were named for them."""
+    wrong: Counter[str] = field(default_factory=Counter)
+    """Of rules about rows beside others, those of ``false`` that no other row makes true."""
+    clean: int = 0
+    """Rows that nobody touched."""
+
+    def add(self, other: Study) -> None:
+        for mine, theirs in zip(self.counters(), other.counters(), strict=True):
+            mine.update(theirs)
+        self.clean += other.clean
+
+    def counters(self) -> tuple[Counter[str], ...]:
+        return self.put, self.hit, self.false, self.wrong
+
+
+@dataclass
+class Written:
+    """The files that are inspected."""
+
+    lines: dict[str, list[bytes]] = field(
+        default_factory=lambda: {"train": [], "validation": [], "test": []}
+    )
+    where: dict[tuple[str, int], Fault] = field(default_factory=dict)
+    clean: dict[tuple[str, int], Record] = field(default_factory=dict)
+
+    def add(self, split: str, line: bytes) -> tuple[str, int]:
+        self.lines[split].append(line)
+        return split, len(self.lines[split])
+
+    def rows(self) -> list[tuple[str, Record]]:
+        """Split and record of each line; those nobody touched are the same objects as in ``clean``."""
+        found = []
+        for split, lines in self.lines.items():
+            for number, line in enumerate(lines, 1):
+                record = self.clean.get((split, number))
+                with suppress(ValueError):
+                    found.append((split, record or json.loads(line)))
+        return found
+
+
+def written(records: list[Record], seed: int) -> Written:
+    """The rows with their faults."""
     rng = random.Random(seed)
     fitting = [fault for fault in FAULTS if fault.fits(records[0])]
     each = max(2, min(AT_MOST, int(FAULTY * len(records) / len(fitting))))
     # The first row says which shape the file has, so it is left alone.
     rows = iter(rng.sample(range(1, len(records)), each * len(fitting)))
     faulty: dict[int, Fault] = {next(rows): fault for fault in fitting for _ in range(each)}
-    files: dict[str, list[bytes]] = {"train": [], "validation": []}
-    where: dict[tuple[str, int], Fault] = {}
-    clean: dict[tuple[str, int], Record] = {}
+    made = Written()
+    beside: list[tuple[Fault, int]] = []
     for number, record in enumerate(records):
         fault = faulty.get(number)
-        split = fault.split if fault else "train"
         line = json.dumps(record, ensure_ascii=False).encode()
-        if fault:
-            line = fault.line(records, number, rng)
-            if fault.split != "train":  # The row itself stays where it was.
-                files["train"].append(json.dumps(record, ensure_ascii=False).encode())
-        files[split].append(line)
-        place = (split, len(files[split]))
-        if fault:
-            where[place] = fault
+        if fault is None:
+            drawn = rng.random() if number else 1.0
+            split = "validation" if drawn < HELD else "test" if drawn < 2 * HELD else "train"
+            made.clean[made.add(split, line)] = record
+        elif fault.beside:
+            made.add("train", line)
+            beside.append((fault, number))
         else:
-            clean[place] = record
+            made.where[made.add(fault.split, fault.line(records, number, rng))] = fault
+    for fault, number in beside:
+        made.where[made.add(fault.split, fault.line(records, number, rng))] = fault
+    return made
+
+
+def study(
+    records: list[Record], chat: ChatFormat | None, seed: int
+) -> tuple[Study, list[tuple[str, Any]]]:
+    """What was found, and rows for people."""
+    made = written(records, seed)
     with tempfile.TemporaryDirectory() as folder:
-        found = inspected(Path(folder), files, chat)
-    put, hit, false = Counter[str](), Counter[str](), Counter[str]()
-    alarms: list[tuple[str, Any]] = []
-    for place, fault in where.items():
-        put[fault.name] += 1
+        found = inspected(Path(folder), made.lines, chat)
+    came, alarms = Study(clean=len(made.clean)), list[tuple[str, Any]]()
+    for place, fault in made.where.items():
+        came.put[fault.name] += 1
         seen = not found[place].isdisjoint(fault.rules)
-        hit[fault.name] += seen
+        came.hit[fault.name] += seen
         if not seen:
-            alarms.append((fault.name, files[place[0]][place[1] - 1].decode("utf-8", "replace")))
-    for place, record in clean.items():
+            line = made.lines[place[0]][place[1] - 1]
+            alarms.append((fault.name, line.decode("utf-8", "replace")))
+    truth = Truth(made.rows())
+    for place, record in made.clean.items():
         for rule in found[place]:
-            false[rule] += 1
+            came.false[rule] += 1
+            if rule.split(".")[0] in BESIDE and truth.right(rule, place[0], record):
+                continue
+            came.wrong[rule] += 1
             alarms.append((rule, record))
-    return put, hit, false, alarms, len(clean)
+    return came, alarms
 
 
 def share(count: int, total: int) -> str:
@@ -142,30 +220,35 @@ def main() -> None:
         from luthier.store.models import chat_format, find
 
         chat = chat_format(find(asked.base))
-    put, hit, false = Counter[str](), Counter[str](), Counter[str]()
-    by_set: dict[str, tuple[Counter[str], int]] = {}
-    rows = 0
+    total = Study()
+    by_set: dict[str, Study] = {}
     for name, (path, made) in SETS.items():
         lines = (asked.data / path).read_text("utf-8").split("\n")
         records: list[Any] = [made(json.loads(line)) for line in lines if line]
         for seed in range(asked.seeds):
-            there, seen, wrong, alarms, clean = study(records, chat, seed)
-            put, hit, false, rows = put + there, hit + seen, false + wrong, rows + clean
-            before, count = by_set.get(name, (Counter(), 0))
-            by_set[name] = (before + wrong, count + clean)
+            came, alarms = study(records, chat, seed)
+            by_set.setdefault(name, Study()).add(came)
             for what, record in alarms:
                 if what == asked.show:
                     print(f"{name}: {json.dumps(record, ensure_ascii=False)[:1500]}")
+        total.add(by_set[name])
+    show(total, by_set)
+
+
+def show(total: Study, by_set: dict[str, Study]) -> None:
     print("| fault | rules | rows | found | recall |\n| --- | --- | --- | --- | --- |")
     for fault in FAULTS:
-        total, got = put[fault.name], hit[fault.name]
+        count, got = total.put[fault.name], total.hit[fault.name]
         rules = ", ".join(f"`{rule}`" for rule in fault.rules)
-        print(f"| {fault.name} | {rules} | {total} | {got} | {share(got, total)} |")
-    print("\n| rule | clean rows named | share | most in |\n| --- | --- | --- | --- |")
-    for rule, count in false.most_common():
-        worst = max(by_set, key=lambda name: by_set[name][0][rule] / by_set[name][1])
-        print(f"| `{rule}` | {count} | {share(count, rows)} | {worst} |")
-    print(f"\n{rows} clean rows.")
+        print(f"| {fault.name} | {rules} | {count} | {got} | {share(got, count)} |")
+    print(
+        "\n| rule | clean rows named | share | most in | not so |\n| --- | --- | --- | --- | --- |"
+    )
+    for rule, count in total.false.most_common():
+        worst = max(by_set, key=lambda name: by_set[name].false[rule] / by_set[name].clean)
+        judged = str(total.wrong[rule]) if rule.split(".")[0] in BESIDE else "?"
+        print(f"| `{rule}` | {count} | {share(count, total.clean)} | {worst} | {judged} |")
+    print(f"\n{sum(total.put.values())} rows with a fault, {total.clean} clean ones.")
 
 
 if __name__ == "__main__":

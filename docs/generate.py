@@ -5,6 +5,7 @@ python docs/generate.py [--check]
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
+import luthier
 from luthier.adaptations import ADAPTATIONS
 from luthier.asking.spec import Asking
 from luthier.cleaning.plan import Plan
@@ -50,6 +52,7 @@ def main() -> int:
             [
                 *_head(),
                 *_commands(),
+                *_functions(),
                 *_recipe(),
                 *_distillation(),
                 *_pretraining(),
@@ -106,6 +109,28 @@ def _commands() -> list[str]:
                 lines.append(f"| `{option.opts[0]}` | {getattr(option, 'help', '') or ''}{shown} |")
             lines.append("")
     return lines
+
+
+def _functions() -> list[str]:
+    lines = [
+        "## Functions",
+        "",
+        "What `import luthier` has, over the same code as the commands; arguments are explained by",
+        "`help(luthier.NAME)`. Fields of a recipe are keywords, with `__` for the dot.",
+        "",
+        "| function | arguments | what it does |",
+        "| --- | --- | --- |",
+    ]
+    for name in luthier.__all__:
+        function = getattr(luthier, name)
+        if inspect.isfunction(function):
+            about = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
+            names = [
+                f"**{each.name}" if each.kind is each.VAR_KEYWORD else each.name
+                for each in inspect.signature(function).parameters.values()
+            ]
+            lines.append(f"| `luthier.{name}` | `{', '.join(names)}` | {about} |")
+    return [*lines, ""]
 
 
 def _walk(command: Any, path: str) -> list[tuple[str, Any]]:

@@ -8,18 +8,36 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
-    from luthier.sdk import Model, clean, distil, evaluate, inspect, load, pretrain, student, tune
+    from luthier.sdk import (
+        Model,
+        advise,
+        clean,
+        convert,
+        distil,
+        estimate,
+        evaluate,
+        inspect,
+        load,
+        pretrain,
+        split,
+        student,
+        tune,
+    )
 
 __all__ = [
     "Model",
     "Recipe",
     "__version__",
+    "advise",
     "clean",
+    "convert",
     "distil",
+    "estimate",
     "evaluate",
     "inspect",
     "load",
     "pretrain",
+    "split",
     "student",
     "tune",
 ]
@@ -27,12 +45,16 @@ __all__ = [
 _HOMES = {
     "Recipe": "luthier.recipe",
     "Model": "luthier.sdk",
+    "advise": "luthier.sdk",
     "clean": "luthier.sdk",
+    "convert": "luthier.sdk",
     "distil": "luthier.sdk",
+    "estimate": "luthier.sdk",
     "evaluate": "luthier.sdk",
     "inspect": "luthier.sdk",
     "load": "luthier.sdk",
     "pretrain": "luthier.sdk",
+    "split": "luthier.sdk",
     "student": "luthier.sdk",
     "tune": "luthier.sdk",
 }

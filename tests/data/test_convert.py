@@ -131,7 +131,7 @@ def test_any_texts_survive_every_container(
     folder = tmp_path_factory.getbasetemp()
     source = write(folder, *({"prompt": p, "completion": c} for p, c in rows), name="any.jsonl")
     target = folder / "any-out"
-    convert(source, target, "prompt-completion", format_)
+    convert(source, target, "prompt-completion", format_, overwrite=True)
     assert [(row.prompt, row.completion) for row in load_rows(target)] == rows
 
 
@@ -142,7 +142,7 @@ def test_further_keys_are_kept_or_left_out_as_asked(tmp_path: Path) -> None:
     found = convert(source, target, "sharegpt")
     assert found.kept == ("id", "category", "score")
     assert json.loads(target.read_text())["category"] == "x"
-    found = convert(source, target, "alpaca", bare=True)
+    found = convert(source, target, "alpaca", bare=True, overwrite=True)
     assert found.left_out == ("id", "category", "score")
     assert json.loads(target.read_text()) == {"instruction": "a", "input": "", "output": "b"}
 

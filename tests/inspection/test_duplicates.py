@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from luthier.data.rows import Checker
+from luthier.inspection import duplicates
 from luthier.inspection.check import Batch
 from luthier.inspection.duplicates import Duplicates
 from luthier.inspection.findings import Findings
@@ -187,6 +188,34 @@ def test_memory_and_batches_change_nothing() -> None:
         plain.append({key: said[key] for key in ("rules", "summaries")})
     assert plain[0] == plain[1]
     assert plain[0]["rules"]
+
+
+def test_of_very_many_rows_a_share_is_compared_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(duplicates, "COMPARED", 500)
+    rng = random.Random(2)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(20_000)]
+    texts = [" ".join(rng.choices(words, k=20)) for _ in range(1000)]
+    near = [f"{text} more" for text in texts]
+    records = [{"text": text, "label": "a"} for text in [*texts, *near, *texts[:300]]]
+    size = sum(len(json.dumps(record)) for record in records)
+    with Gate([Duplicates()], Findings(), size=size) as gate:
+        gate.see("train", rows(*records))
+        sampled = gate.report({})
+    with Gate([Duplicates(every=True)], Findings(), size=size) as gate:
+        gate.see("train", rows(*records))
+        whole = gate.report({})
+    assert whole.findings.counts["duplicate.exact"] == 300
+    assert 980 <= whole.findings.counts["duplicate.near"] <= 1000  # banding misses a few
+    assert "duplicate.sampled" not in whole.findings.counts
+    assert sampled.findings.counts["duplicate.exact"] == 300
+    told = sampled.summaries["duplicates"]["rows_compared_for_likeness"]
+    assert told["of"] == 2300 and 400 < told["rows"] < 550
+    # Pairs are drawn together: of rows drawn one by one, (500 / 2300)^2 of the pairs would be found.
+    assert 150 < sampled.findings.counts["duplicate.near"] < 280
+    (note,) = sampled.findings.kept["duplicate.sampled"]
+    assert note.rule.severity == "note" and f"{told['rows']:,} of 2,300 rows" in note.message
 
 
 def test_nothing_at_all() -> None:

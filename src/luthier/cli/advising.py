@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -60,12 +58,13 @@ def advise(
     }  # fmt: skip
     with errors(json_):
         from luthier.advice import advise as run
+        from luthier.advice.command import tuning_command
         from luthier.advice.facts import Wishes
         from luthier.cli.console import LiveReporter, heavy_imports, print_json
         from luthier.cli.tuning import recipe_of
 
         recipe = recipe_of(data, flags, set_ or [])
-        command = _command(data, flags, set_ or [])
+        command = tuning_command(data, flags, set_ or [])
         reporter = LiveReporter(quiet=json_)
         with heavy_imports():
             found = run(recipe, command, documents or [], Wishes(goal, **limits), trial, reporter)
@@ -78,20 +77,6 @@ def advise(
             print_json(found.plain())
         else:
             show(found)
-
-
-def _command(data: str, flags: dict[str, Any], settings: Sequence[str]) -> str:
-    """The tuning that is judged, as it is typed."""
-    parts = ["luthier", "tune", data]
-    options = {"base": "--base", "objective.method": "--objective"}
-    options |= {"adaptation.method": "--adaptation", "data.validation": "--validation"}
-    for key, option in options.items():
-        parts += [option, flags[key]] if flags[key] else []
-    for text in flags["data.columns"] or ():
-        parts += ["--map", text]
-    for text in settings:
-        parts += ["--set", text]
-    return shlex.join(parts)
 
 
 def recipe_text(fields: dict[str, Any], advice: Advice) -> str:

@@ -56,14 +56,11 @@ def _convert(
 ) -> None:
     from luthier.cli.console import counting, print_json
     from luthier.data.convert import convert as run
-    from luthier.errors import RecipeError
     from luthier.recipe import parse_columns
 
-    if target.exists() and not overwrite:
-        raise RecipeError(f"{target} is there already; --overwrite replaces it")
     with counting(100, "convert") as done:
         found = run(
-            source, target, form, format_, parse_columns(columns), bare,
+            source, target, form, format_, parse_columns(columns), bare, overwrite,
             lambda read, size: done(100 * read // max(1, size)),
         )  # fmt: skip
     if as_json:

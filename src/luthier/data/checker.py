@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from luthier.data import labels, preferences
 from luthier.data.content import joined
 from luthier.data.forms import Form, Names, forms_of
+from luthier.data.making import new_row
 from luthier.data.parsing import Record, json_kind, shown
 from luthier.data.renames import RENAMES, listed, rename_fix
 from luthier.errors import Problem, RowRefused
@@ -23,6 +24,7 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
     '{"prompt"}': ("prompt",),
 }
 _PAIR, _CHAT, _TEXT, _LABEL, _RATING, _TAGS, _PARTNERS, _PROMPT = _SHAPES
+_ANNOTATED = frozenset((_LABEL, _RATING, _TAGS, *preferences.SHAPES))
 _ALL_SHAPES = ", ".join([*_SHAPES, *preferences.SHAPES])
 _MOST_KNOWN = 100
 _JUDGES = frozenset(("label", "thumb", "rating", "score"))
@@ -117,16 +119,16 @@ class Checker:
             return self.chat(record["messages"])
         if shape == _TEXT:
             text = self.text(record, "text", target=True)
-            return Row(self.file, line, text=text)
-        if shape in (_LABEL, _RATING, _TAGS, *preferences.SHAPES):
+            return new_row(self.file, line, text=text)
+        if shape in _ANNOTATED:
             return self.annotated(shape, record)
         if shape == _PARTNERS:
             anchor, positive = self.text(record, "anchor"), self.text(record, "positive")
-            return Row(self.file, line, text=anchor, positive=positive)
+            return new_row(self.file, line, text=anchor, positive=positive)
         if shape == _PAIR:
             prompt = self.text(record, "prompt")
             completion = self.text(record, "completion", target=True)
-            return Row(self.file, line, prompt=prompt, completion=completion)
+            return new_row(self.file, line, prompt=prompt, completion=completion)
         return self.prompt(record) if shape == _PROMPT else None
 
     def own(self, record: Record) -> Record | None:
@@ -197,14 +199,16 @@ class Checker:
     def annotated(self, shape: str, record: Record) -> Row | None:
         """A text with its label or rating, words with their tags, or answers that were judged."""
         try:
-            if shape in preferences.SHAPES:
-                return preferences.preference(shape, record, self.file, self.line)
+            if shape == _LABEL:
+                text = self.text(record, "text")
+                label = labels.label(record["label"])
+                return new_row(self.file, self.line, text=text, label=label)
             if shape == _TAGS:
                 tokens, tags = labels.tagged(record.get("tokens"), record.get("tags"))
                 return Row(self.file, self.line, tokens=tokens, tags=tags)
+            if shape in preferences.SHAPES:
+                return preferences.preference(shape, record, self.file, self.line)
             text = self.text(record, "text")
-            if shape == _LABEL:
-                return Row(self.file, self.line, text=text, label=labels.label(record["label"]))
             return Row(self.file, self.line, text=text, rating=labels.rating(record["rating"]))
         except RowRefused as bad:
             self.report(bad.rule, bad.message, bad.fix)
@@ -282,8 +286,8 @@ class Checker:
             fix = rename_fix(holder, (key,)) or f'Add "{called}", or remove the row.'
             self.report("field.missing", f"{name} is missing; the keys are {keys}.", fix)
         elif not isinstance(value, str):
-            message = f"{name} must be a string, but is {json_kind(value)}."
-            self.report("field.type", message, f"Write {name} as one string in double quotes.")
+            fix = f"Write {name} as one string in double quotes."
+            self.report("field.type", f"{name} must be a string, but is {json_kind(value)}.", fix)
         else:
             blank = "holds only white space" if value else "is empty"
             reason = ": there would be nothing to learn" if target else ""
@@ -300,12 +304,9 @@ class Checker:
             self.report("messages.type", message, fix)
             return None
         if not value:
+            message = f'"{self.names.get("messages") or "messages"}" is an empty array.'
             fix = "Add at least one user and one assistant message, or remove the row."
-            self.report(
-                "messages.empty",
-                f'"{self.names.get("messages") or "messages"}" is an empty array.',
-                fix,
-            )
+            self.report("messages.empty", message, fix)
             return None
         turns = [self.message(number, item) for number, item in enumerate(value, 1)]
         messages = tuple(turn for turn in turns if turn is not None)
@@ -317,7 +318,7 @@ class Checker:
                 message = "Every turn of the assistant has the weight 0: nothing would be learned."
                 fix = "Remove the weight of a turn that is to be learned, or remove the row."
                 self.report("message.weight", message, fix)
-        return Row(self.file, self.line, messages=messages)
+        return new_row(self.file, self.line, messages=messages)
 
     def message(self, number: int, item: object) -> Message | None:
         """One turn; ``None`` when a problem was reported."""

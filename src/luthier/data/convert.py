@@ -66,6 +66,7 @@ def convert(
     format_: Format | None = None,
     columns: Columns | None = None,
     bare: bool = False,
+    overwrite: bool = False,
     told: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Write the rows of ``source`` to ``target``, which is there whole or not at all.
@@ -77,6 +78,7 @@ def convert(
         format_: the container, where the ending does not tell it.
         columns: the source's name for each of our keys.
         bare: leave out keys that are no part of the form.
+        overwrite: replace the file where there is one.
         told: now and then given how many bytes of how many have been read.
 
     Raises:
@@ -89,6 +91,8 @@ def convert(
     work = _Conversion(source, form, columns, bare, told)
     if target.resolve() in {path.resolve() for path in work.reader().files}:
         raise RecipeError(f"{target} is read from; write to another file")
+    if target.is_file() and not overwrite:
+        raise RecipeError(f"{target} is there already; --overwrite replaces it")
     # A table needs the names of all columns before its first row; everything is checked on the way.
     names = list(work.names()) if kind != "jsonl" else []
     try:

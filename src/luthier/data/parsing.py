@@ -76,7 +76,12 @@ def parse_line(raw: bytes, number: int) -> Record | None:
 
 def _all_finite(value: Record) -> bool:
     """Whether no number in ``value`` was too large to hold."""
-    stack = [one for one in value.values() if type(one) is not str]
+    for one in value.values():
+        if type(one) is not str:
+            break
+    else:
+        return True  # as most rows are
+    stack = list(value.values())
     while stack:
         one = stack.pop()
         if type(one) is str:

@@ -69,6 +69,8 @@ class Known:
     """Rows of each split that the report shows as the model sees them."""
     every: bool = False
     """Whether every row of a large file is encoded, not one in some for its counts."""
+    only: frozenset[str] | None = None
+    """Ids of the rules that are of interest; ``None`` for all."""
 
 
 class Check(ABC):
@@ -94,8 +96,11 @@ class Check(ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self.measures_with}
 
-    def begin(self, batch: Batch) -> None:  # noqa: B027 - most have nothing to learn
-        """Set the fields that :meth:`measure` needs from the first batch, before any is measured."""
+    def begin(self, batch: Batch, rows: int = 0) -> None:  # noqa: B027 - most have nothing to learn
+        """Set the fields that :meth:`measure` needs from the first batch, before any is measured.
+
+        ``rows`` is about how many rows there are in all, 0 where that is not known.
+        """
 
     @abstractmethod
     def measure(self, batch: Batch) -> Any:
@@ -127,12 +132,14 @@ class Check(ABC):
 
 
 class Places:
-    """Where every row stands, by its number: 8 bytes a row and one entry a batch."""
+    """Where every row stands, by its number: an entry a batch, and lines where some are left out."""
 
     def __init__(self) -> None:
         self._firsts: list[int] = []
         self._batches: list[tuple[Split, str]] = []
-        self._lines: list[IntArray] = []
+        self._sizes: list[int] = []
+        self._lines: list[IntArray | int] = []
+        """Lines of each batch; the first one where they follow each other."""
         self.total = 0
 
     def add(self, split: Split, file: str, lines_N: IntArray) -> Where:
@@ -140,7 +147,9 @@ class Places:
         where = Where(split, file, lines_N, self.total)
         self._firsts.append(self.total)
         self._batches.append((split, file))
-        self._lines.append(lines_N)
+        follow = len(lines_N) > 0 and bool(np.all(np.diff(lines_N) == 1))
+        self._lines.append(int(lines_N[0]) if follow else lines_N)
+        self._sizes.append(len(lines_N))
         self.total += len(lines_N)
         return where
 
@@ -151,7 +160,9 @@ class Places:
     def place(self, number: int) -> Place:
         """File and line of row ``number``."""
         batch, index = self._at(number)
-        return Place(self._batches[batch][1], int(self._lines[batch][index]), number)
+        lines = self._lines[batch]
+        line = lines + index if isinstance(lines, int) else int(lines[index])
+        return Place(self._batches[batch][1], line, number)
 
     def split(self, number: int) -> Split:
         """Split of row ``number``."""
@@ -160,8 +171,8 @@ class Places:
     def splits_N(self) -> Any:
         """``[N]`` number of each row's split in the order of :meth:`names`."""
         names = self.names()
-        sizes = [len(lines) for lines in self._lines]
-        return np.repeat([names.index(split) for split, _ in self._batches], sizes).astype(np.int8)
+        of_batches = np.array([names.index(split) for split, _ in self._batches], np.int8)
+        return np.repeat(of_batches, self._sizes)
 
     def names(self) -> list[Split]:
         """Splits that have rows, in the order they came."""

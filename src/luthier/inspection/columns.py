@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-LIMIT = 64 << 20
+from luthier.types import IntArray
+
+LIMIT = 4 << 20
 """Bytes of all columns of a table that stay in memory."""
+CHUNK = 1 << 20
+"""Numbers of a column that are read at once."""
+PART = 1 << 20
+"""Rows, about, of which all columns are in memory at once when rows are brought together by a key."""
 
 
 class Column:
@@ -53,6 +59,19 @@ class Column:
         self._file.flush()
         self._file.seek(0)
         return np.fromfile(self._file, self.dtype, self.length)
+
+    def chunks(self, size: int = CHUNK) -> Iterator[NDArray[Any]]:
+        """All numbers in pieces of ``size``, so that a column on disk is never in memory as a whole."""
+        if self._file is None:
+            whole = self.read()
+            yield from (whole[start : start + size] for start in range(0, self.length, size))
+            return
+        self.spill()
+        self._file.flush()
+        handle, width = self._file.fileno(), self.dtype.itemsize
+        for start in range(0, self.length, size):
+            count = min(size, self.length - start)
+            yield np.frombuffer(os.pread(handle, count * width, start * width), self.dtype)
 
     def gather(self, starts_N: NDArray[np.int64], counts_N: NDArray[np.int64]) -> NDArray[Any]:
         """The runs that begin at ``starts_N``, one after the other."""
@@ -100,3 +119,34 @@ class Table:
     def read(self, name: str) -> NDArray[Any]:
         """All numbers of a column, in memory."""
         return self._columns[name].read()
+
+    def chunks(self, *names: str) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Columns of the same length side by side, in pieces."""
+        return zip(*(self._columns[name].chunks() for name in names), strict=True)
+
+
+Chunks = Callable[[], Iterator[tuple[NDArray[Any], ...]]]
+"""Columns side by side in pieces, as often as they are asked for."""
+
+
+def parts_of(
+    chunks: Chunks, total: int, size: int = PART
+) -> Iterator[tuple[IntArray, list[NDArray[Any]]]]:
+    """Rows in parts of about ``size``: those with the same value of the first column are in one.
+
+    Each part is the numbers of its rows, ascending, and their columns. The first column holds keys
+    whose lower bits are evenly spread; the others may be of any type.
+    """
+    parts = max(1, -(-total // size))
+    for part in range(parts):
+        numbers, held, start = [], [], 0
+        for columns in chunks():
+            here = np.flatnonzero(columns[0] % np.uint64(parts) == np.uint64(part))
+            numbers.append(here + start)
+            held.append([column[here] for column in columns])
+            start += len(columns[0])
+        if numbers:
+            yield (
+                np.concatenate(numbers),
+                [np.concatenate(each) for each in zip(*held, strict=True)],
+            )

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from luthier.inspection.check import Batch, Check, Places, Where
-from luthier.inspection.columns import LIMIT, Table
+from luthier.inspection.columns import LIMIT, Table, parts_of
 from luthier.inspection.findings import Finding, Findings, Rule
 from luthier.inspection.groups import runs
 from luthier.inspection.identity import key, keys, named
 from luthier.inspection.shingles import normal
 from luthier.inspection.texts import input_of, target_of
-from luthier.types import Row
+from luthier.types import IntArray, Row
 
 LABEL = Rule(
     "label.contradiction",
@@ -76,22 +76,29 @@ class Contradictions(Check):
         """Compare what rows with the same key teach."""
         if not places.total:
             return
-        kinds_N, taught_N = self._table.read("kind"), self._table.read("taught")
-        for group in runs(self._table.read("asked")):
-            different = len(np.unique(taught_N[group]))
-            kind = int(kinds_N[group[0]])
-            if different < 2 or kind >= len(_KINDS):
-                continue
-            rule = _KINDS[kind]
-            count = self._summary.setdefault(rule.id, {"inputs": 0, "rows": 0})
-            count["inputs"] += 1
-            count["rows"] += len(group)
-            words = {LABEL: "ways of labelling one text", ANSWERS: "answers to one prompt"}
-            said = f"{different} {words.get(rule, 'opposite preferences between two answers')}"
-            others = tuple(places.place(int(row)) for row in group[1 : NAMED + 1])
-            message = f"{said}, in {len(group)} rows."
-            finding = Finding(rule, places.place(int(group[0])), message, others=others)
-            findings.add(finding, rows=group.tolist())
+        columns = ("asked", "taught", "kind")
+        for rows_P, (asked_P, taught_P, kinds_P) in parts_of(
+            lambda: self._table.chunks(*columns), places.total
+        ):
+            for group in runs(asked_P):
+                different = len(np.unique(taught_P[group]))
+                kind = int(kinds_P[group[0]])
+                if different > 1 and kind < len(_KINDS):
+                    self._add(_KINDS[kind], different, rows_P[group], places, findings)
+
+    def _add(
+        self, rule: Rule, different: int, group: IntArray, places: Places, findings: Findings
+    ) -> None:
+        count = self._summary.setdefault(rule.id, {"inputs": 0, "rows": 0})
+        count["inputs"] += 1
+        count["rows"] += len(group)
+        words = {LABEL: "ways of labelling one text", ANSWERS: "answers to one prompt"}
+        said = f"{different} {words.get(rule, 'opposite preferences between two answers')}"
+        named = group[1 : NAMED + 1].tolist() if findings.keeps(rule) else ()
+        message = f"{said}, in {len(group)} rows."
+        others = tuple(map(places.place, named))
+        finding = Finding(rule, places.place(int(group[0])), message, others=others)
+        findings.add(finding, rows=group.tolist())
 
     def summary(self) -> Mapping[str, Any]:
         """By rule, inputs that are concerned and their rows."""

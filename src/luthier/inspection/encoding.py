@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from luthier.inspection.check import Batch, Check, Where
 from luthier.inspection.findings import Findings, Rule
 from luthier.inspection.joined import BETWEEN, Joined, Spot, add
+from luthier.inspection.pii.spans import SEPARATOR
 
 CONTROL = Rule(
     "encoding.control",
@@ -104,8 +105,7 @@ def _utf8_as_cp1252() -> re.Pattern[str]:
 
 
 _MOJIBAKE = _utf8_as_cp1252()
-_PATTERNS: tuple[tuple[Rule, re.Pattern[str]], ...] = (
-    (CONTROL, _CONTROL),
+_BEYOND_ASCII: tuple[tuple[Rule, re.Pattern[str]], ...] = (
     (REPLACEMENT, re.compile("\ufffd")),
     (MOJIBAKE, _MOJIBAKE),
     (INVISIBLE, _INVISIBLE),
@@ -125,7 +125,12 @@ class Encoding(Check):
     """Looks for damaged and invisible characters."""
 
     name: ClassVar[str] = "encoding"
-    rules: ClassVar[tuple[Rule, ...]] = (*(rule for rule, _ in _PATTERNS), FORMS, MARKUP)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        CONTROL,
+        *(rule for rule, _ in _BEYOND_ASCII),
+        FORMS,
+        MARKUP,
+    )
 
     def __init__(self) -> None:
         self.rows: Counter[str] = Counter()
@@ -135,13 +140,15 @@ class Encoding(Check):
         """Look through a batch."""
         joined = Joined.of(batch)
         spots: list[Spot] = []
-        for rule, pattern in _PATTERNS:
-            if rule is CONTROL or not joined.text.isascii():
-                spots += joined.spots(rule, _found(rule, pattern, joined.text))
+        if _may_hold_control(joined):
+            spots += joined.spots(CONTROL, _found(CONTROL, _CONTROL, joined.text))
         spots += joined.spots(MARKUP, _markup(joined.text))
         forms: Counter[str] = Counter()
         if not joined.text.isascii():
-            spots += self._normal_forms(joined, forms)
+            other = joined.only(lambda text: not text.isascii())
+            for rule, pattern in _BEYOND_ASCII:
+                spots += other.spots(rule, _found(rule, pattern, other.text))
+            spots += self._normal_forms(other, forms)
         return Measured(tuple(spots), forms)
 
     def _normal_forms(self, joined: Joined, forms: Counter[str]) -> list[Spot]:
@@ -149,8 +156,6 @@ class Encoding(Check):
         rows: dict[int, bool] = {}
         for start, (index, text) in zip(joined.starts, joined.owners, strict=True):
             content = text.content
-            if content.isascii():
-                continue
             composed = unicodedata.is_normalized("NFC", content)
             rows[index] = rows.get(index, True) and composed
             if not composed:
@@ -173,6 +178,13 @@ class Encoding(Check):
             "rows": {"counts": dict(self.rows.most_common())},
             "normal_forms": {"counts": dict(self.forms)},
         }
+
+
+def _may_hold_control(joined: Joined) -> bool:
+    """Whether any control character is there beside those between the texts."""
+    characters = "".join(set(joined.text)).replace(SEPARATOR, "")
+    between = max(0, len(joined.starts) - 1)
+    return joined.text.count(SEPARATOR) > between or _CONTROL.search(characters) is not None
 
 
 def _found(rule: Rule, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int, str]]:

@@ -133,6 +133,10 @@ class Findings:
         if len(places) < KEPT:
             places.append(finding)
 
+    def keeps(self, rule: Rule) -> bool:
+        """Whether a further finding of ``rule`` would be kept, and not only counted."""
+        return len(self.kept.get(rule.id, ())) < KEPT
+
     def extend(self, findings: Iterable[Finding]) -> None:
         """Add each."""
         for finding in findings:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from luthier.data.rows import Columns
-from luthier.data.sources import Source
-from luthier.errors import DownloadError
+from luthier.data.sources import Source, files_of
+from luthier.errors import DataError, DownloadError
 from luthier.inspection.check import Known, Split
 from luthier.inspection.findings import Finding, Place
-from luthier.inspection.inspect import Progress, Report, inspect_sources
+from luthier.inspection.formats import format_of
+from luthier.inspection.inspect import LARGE, Progress, Report, inspect_sources
 from luthier.inspection.policy import Policy, policy_of, read_policy
 from luthier.inspection.table import BASE_MISSING, checks_for
 from luthier.recipe import Recipe
@@ -75,7 +77,8 @@ def inspect(
     known, missing = Known(shown=request.shown), ""
     if request.base is not None:
         try:
-            known = known_of(request.base, request.objective, request.shown, say)
+            apart = processes > 1 and large(request.sources.values())
+            known = known_of(request.base, request.objective, request.shown, say, apart)
         except DownloadError as error:
             if request.base != DEFAULT_BASE:
                 raise
@@ -94,14 +97,26 @@ def known_of(
     objective: str | Mapping[str, Any] | None = None,
     shown: int = 5,
     say: Callable[[str], None] = lambda text: None,
+    apart: bool = False,
 ) -> Known:
-    """Format, room and objective of a base model, which is fetched where it is not here."""
+    """Format, room and objective of a base model, which is fetched where it is not here.
+
+    With ``apart`` another process loads the tokenizer; see :func:`format_of`.
+    """
     fields: dict[str, Any] = {"data": {"train": "-"}}
     wanted = Recipe.parse(fields | ({"objective": objective} if objective else {})).objective
     from luthier.store import models as store
 
-    model = store.find(base, say)
-    chat = store.chat_format(model)
+    chat, room = format_of(store.find(base, say), apart)
     if wanted is not None:
         wanted.check(chat)
-    return Known(chat, wanted, store.room_of(model), shown)
+    return Known(chat, wanted, room, shown)
+
+
+def large(sources: Iterable[Source]) -> bool:
+    """Whether other processes pay for their start; what names nothing is said when it is read."""
+    size = 0
+    for source in sources:
+        with suppress(DataError, OSError):
+            size += sum(path.stat().st_size for path in files_of(source))
+    return size > LARGE

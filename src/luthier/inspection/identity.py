@@ -24,11 +24,9 @@ _NUMBER = re.compile(r"\d+")
 
 def key(*texts: str) -> int:
     """64 bits that stand for ``texts`` in this order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return int.from_bytes(digest.digest(), "little")
+    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+    data = b"".join(each for part in parts for each in (len(part).to_bytes(8, "little"), part))
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def keys(values: Iterable[int], count: int) -> Keys:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from luthier.data.checker import Checker
+from luthier.data.containers import PACKED
 from luthier.data.rows import Columns, RowReader
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
 from luthier.inspection.check import Batch, Check, Places, Split
 from luthier.inspection.findings import Finding, Findings, Place, Severity
 from luthier.inspection.measuring import Measuring
+from luthier.inspection.quoting import quote
 from luthier.inspection.reading import rule_of
+from luthier.inspection.texts import texts
 from luthier.objectives.choosing import shape_of, shapes_named
 from luthier.types import Row
 
@@ -30,6 +34,8 @@ CHARACTERS = 1 << 20
 """Characters of a batch, about: long rows come in smaller batches."""
 LARGE = 8_000_000
 """Bytes of sources beyond which other processes pay for their start of some seconds."""
+KEY = 16
+"""Bytes of a text's key and quotes, about."""
 IDS = 1_000_000
 """Ids that are remembered."""
 
@@ -147,7 +153,8 @@ def inspect_sources(
     total = sum(reader.size for reader in readers.values())
     processes = processes if total > LARGE else 1
     done = 0
-    with Gate(checks, Findings(overrides or {}), processes) as gate:
+    size = sum(unpacked_size(path) for reader in readers.values() for path in reader.files)
+    with Gate(checks, Findings(overrides or {}), processes, size) as gate:
         for split in sources:
             gate.begin(split)
         gate.note(refused)
@@ -158,6 +165,8 @@ def inspect_sources(
         progress(gate.progress(total, total))
         files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
         report = gate.report({split: [str(sources[split])] for split in sources} | files)
+    again = (RowReader(sources[split], columns, Streaming, whole=False) for split in readers)
+    quote(report.findings, again)
     return replace(report, sources={split: str(source) for split, source in sources.items()})
 
 
@@ -173,8 +182,12 @@ class Streaming(Checker):
 class Gate:
     """Batches through all checks, in order."""
 
-    def __init__(self, checks: Sequence[Check], findings: Findings, processes: int = 1) -> None:
+    def __init__(
+        self, checks: Sequence[Check], findings: Findings, processes: int = 1, size: int = 0
+    ) -> None:
         self.checks = checks
+        self.size = size
+        """Bytes of all rows, about; 0 where that is not known."""
         self.measuring = Measuring(checks, processes)
         self._begun = False
         self.findings = findings
@@ -230,7 +243,7 @@ class Gate:
         if not self._begun:
             self._begun = True
             for check in self.checks:
-                check.begin(batch)
+                check.begin(batch, rows_of(self.size, batch))
         for each, measured in self.measuring.push(batch):
             self._taken(each, measured)
 
@@ -257,11 +270,25 @@ class Gate:
 
     def report(self, files: Mapping[Split, Sequence[str]]) -> Report:
         """What all checks say, after the last row."""
+        self.measuring.close()
         for check in self.checks:
             check.finish(self.places, self.findings)
         summaries = {check.name: check.summary() for check in self.checks}
         seconds = time.perf_counter() - self.began
         return Report(files, self.rows, self.findings, summaries, seconds, self.forms)
+
+
+def unpacked_size(path: Path) -> int:
+    """Bytes of a file as rows, about: packed text has a quarter of them."""
+    size = path.stat().st_size if path.is_file() else 0
+    return size * 4 if path.suffix in (*PACKED, ".parquet") else size
+
+
+def rows_of(size: int, batch: Batch) -> int:
+    """About how many rows ``size`` bytes hold, if all are as those of ``batch``; 0 for no size."""
+    fields = [text.content for row in batch.rows for text in texts(row)]
+    bytes_ = sum(len(text.encode("utf-8", "surrogatepass")) + KEY for text in fields)
+    return size * len(batch) // max(1, bytes_)
 
 
 def batches(split: Split, rows: Iterable[Row]) -> Iterator[Batch]:

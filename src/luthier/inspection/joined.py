@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from luthier.inspection.check import Batch, Where
 from luthier.inspection.excerpts import excerpt
@@ -39,13 +40,23 @@ class Joined:
 
     @staticmethod
     def of(batch: Batch) -> Joined:
-        """Join the texts of ``batch``."""
-        owners = [(index, text) for index, row in enumerate(batch.rows) for text in texts(row)]
-        starts, at = [], 0
-        for _, each in owners:
-            starts.append(at)
-            at += len(each.content) + len(BETWEEN)
-        return Joined(BETWEEN.join(each.content for _, each in owners), starts, owners)
+        """Join the texts of ``batch``; several checks look at one batch after the other."""
+        global _last
+        if _last is None or _last[0] is not batch:
+            owners = [(index, text) for index, row in enumerate(batch.rows) for text in texts(row)]
+            _last = batch, Joined.join(owners)
+        return _last[1]
+
+    @staticmethod
+    def join(owners: Sequence[tuple[int, Text]]) -> Joined:
+        """Join texts, each with the index of its row."""
+        contents = [each.content for _, each in owners]
+        starts = accumulate((len(each) + len(BETWEEN) for each in contents[:-1]), initial=0)
+        return Joined(BETWEEN.join(contents), list(starts) if contents else [], owners)
+
+    def only(self, wanted: Callable[[str], bool]) -> Joined:
+        """The texts that are ``wanted``."""
+        return Joined.join([owner for owner in self.owners if wanted(owner[1].content)])
 
     def at(self, position: int) -> tuple[int, Text, int]:
         """Row, text, and character in that text of a ``position``."""
@@ -71,6 +82,9 @@ class Joined:
             message = f"{text.field} holds {what}{others}."
             spots.append(Spot(index, rule.id, message, excerpt(text.content, start, end)))
         return spots
+
+
+_last: tuple[Batch, Joined] | None = None
 
 
 def add(spots: Iterable[Spot], rules: Sequence[Rule], where: Where, findings: Findings) -> None:

@@ -55,6 +55,8 @@ SPLITS = Rule(
 )
 CERTAIN = 0.9
 """Probability from which a language counts."""
+NO_LANGUAGE = "zxx"
+"""What py3langid says of keys, code and numbers."""
 CHARACTERS = 240
 LEAST_CHARACTERS = 40
 """Shorter texts are not told: names and single words are of every language."""
@@ -189,10 +191,11 @@ class Language(Check):
                 }
                 for split, parts in self._shares().items()
             },
-            "rows": dict(self._seen),
-            "rows_told": dict(self._told),
-            "sampled": self._told != self._seen,
-        }
+        } | (
+            {"rows": dict(self._seen), "rows_told": dict(self._told), "sampled": True}
+            if self._told != self._seen
+            else {"sampled": False}
+        )
 
 
 def _ranked(counts: Counter[str], among: set[str]) -> list[str]:
@@ -222,12 +225,13 @@ def told(text: str) -> str:
     """ISO 639 code of a text, empty where it is too short or not certain."""
     if len(text) < LEAST_CHARACTERS:
         return ""
-    code, probability = _identifier().classify(text)
-    return str(code) if probability >= CERTAIN else ""
+    code, probability = identifier().classify(text)
+    return str(code) if probability >= CERTAIN and code != NO_LANGUAGE else ""
 
 
 @lru_cache(maxsize=1)
-def _identifier() -> Any:
+def identifier() -> Any:
+    """The model of py3langid, 70 MB, loaded once."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -10,15 +10,16 @@ to stop.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from luthier.inspection.check import Places
+from luthier.inspection.columns import Chunks
 from luthier.inspection.findings import Finding, Findings, Place, Rule
 from luthier.inspection.groups import firsts
 from luthier.inspection.identity import Keys, mixed
+from luthier.types import IntArray
 
 _WHY = "What is measured on it is memory."
 _FIX = "Remove the row from one side; `luthier split` makes splits without such rows."
@@ -55,84 +56,92 @@ FEWEST = 5
 
 
 class Leaks:
-    """For each held-out row, the first training row that gives it away."""
+    """For each held-out row, the first training row that gives it away.
 
-    def __init__(self, splits_N: Any, train: int, input_N: Keys, target_N: Keys) -> None:
-        self.input_N = input_N
-        self._both_N = mixed(input_N, target_N)
-        self._splits_N = splits_N
+    Args:
+        splits_N: number of each row's split.
+        train: that of the training rows.
+        chunks: keys of what each row asks and of what it teaches, in pieces.
+    """
+
+    def __init__(self, splits_N: Any, train: int, chunks: Chunks) -> None:
+        self._splits_N, self._train, self._chunks = splits_N, train, chunks
         self._train_N = splits_N == train
-        self.possible = bool(self._train_N.any() and not self._train_N.all())
         self._none = len(splits_N)
-        self._near_N = np.full(self._none, self._none)
-        """Training row that is near; ``_none`` where there is none."""
+        self.possible = bool(self._train_N.any() and not self._train_N.all())
+        self._rows_S: IntArray = np.zeros(0, np.int64)
         self._counts: dict[str, dict[str, int]] = {}
+
+    def compare(self, rows_S: IntArray) -> None:
+        """What follows is about pairs of these rows, by their place here."""
+        self._rows_S, self._train_S = rows_S, self._train_N[rows_S]
+        self._near_S = np.full(len(rows_S), self._none)
+        """Training row that is near; ``_none`` where there is none."""
 
     def wanted(self, one_P: Any, other_P: Any) -> Any:
         """Whether a pair is of both sides, and its held-out row is not given away yet."""
-        train_P = self._train_N[one_P]
-        across_P = train_P != self._train_N[other_P]
-        return across_P & (self._near_N[np.where(train_P, other_P, one_P)] == self._none)
+        train_P = self._train_S[one_P]
+        across_P = train_P != self._train_S[other_P]
+        return across_P & (self._near_S[np.where(train_P, other_P, one_P)] == self._none)
 
     def found(self, one_P: Any, other_P: Any) -> None:
         """Take in pairs that are near."""
-        across_P = self._train_N[one_P] != self._train_N[other_P]
+        across_P = self._train_S[one_P] != self._train_S[other_P]
         one_P, other_P = one_P[across_P], other_P[across_P]
-        train_P = self._train_N[one_P]
+        train_P = self._train_S[one_P]
         held_P, from_P = np.where(train_P, other_P, one_P), np.where(train_P, one_P, other_P)
-        np.minimum.at(self._near_N, held_P, from_P)
+        np.minimum.at(self._near_S, held_P, self._rows_S[from_P])
 
     def report(self, places: Places, findings: Findings) -> None:
         """A finding for each held-out row that is given away, and one for a split with many."""
         if not self.possible:
             return
         held = np.flatnonzero(~self._train_N)
-        ways = [(EXACT, self._same(self._both_N, held)), (INPUT, self._same(self.input_N, held))]
-        ways.append((NEAR, self._nearest()[held]))
+        inputs_H, both_H = self._keys_of(held)
         left = np.ones(len(held), np.bool_)
         given = np.zeros(len(self._splits_N), np.bool_)
-        for rule, partner_H in ways:
-            giving = self._giving(rule)
+        near_H = self._nearest(held, inputs_H)
+        partners = near_H[near_H < self._none]
+        ways = [(EXACT, both_H, both_H), (INPUT, inputs_H, inputs_H),
+                (NEAR, inputs_H, self._keys_of(np.unique(partners))[0])]  # fmt: skip
+        for rule, keys_H, wanted in ways:
+            giving = _Giving(self._chunks, self._train_N, wanted, both=rule is EXACT)
+            partner_H = near_H if rule is NEAR else giving.firsts(keys_H, self._none)
             rows = np.flatnonzero(left & (partner_H < self._none))
             left[rows] = False
             given[held[rows]] = True
             for row in rows.tolist():
                 partner = int(partner_H[row])
-                self._add(rule, int(held[row]), partner, giving(partner), places, findings)
+                self._add(rule, int(held[row]), partner, giving.beside(partner), places, findings)
         self._judge(given, places, findings)
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Rows given away of each held-out split, by rule."""
         return self._counts
 
-    def _same(self, keys_N: Keys, held: Any) -> Any:
-        """First training row with the same key as each held-out row."""
-        train = np.flatnonzero(self._train_N)
-        known, first = np.unique(keys_N[train], return_index=True)
-        at_H = np.minimum(np.searchsorted(known, keys_N[held]), len(known) - 1)
-        same_H = known[at_H] == keys_N[held]
-        return np.where(same_H, train[first[at_H]], self._none)
+    def _keys_of(self, rows: IntArray) -> tuple[Keys, Keys]:
+        """Keys of what some rows (ascending) ask, and of that with what they teach."""
+        inputs, both, start = [], [], 0
+        for input_C, target_C in self._chunks():
+            low, high = np.searchsorted(rows, (start, start + len(input_C)))
+            here = rows[low:high] - start
+            inputs.append(input_C[here])
+            both.append(mixed(input_C[here], target_C[here]))
+            start += len(input_C)
+        return np.concatenate(inputs), np.concatenate(both)
 
-    def _nearest(self) -> Any:
-        """As ``_near_N``, with what was found for one row told to the others that ask the same."""
-        first_N = firsts(self.input_N)
-        best_N = np.full(self._none, self._none)
-        np.minimum.at(best_N, first_N, self._near_N)
-        return best_N[first_N]
-
-    def _giving(self, rule: Rule) -> Callable[[int], list[int]]:
-        """From a training row to all training rows that give the same away."""
-        keys_N = self._both_N if rule is EXACT else self.input_N
-        train = np.flatnonzero(self._train_N)
-        order = train[np.argsort(keys_N[train], kind="stable")]
-        sorted_N = keys_N[order]
-
-        def rows(partner: int) -> list[int]:
-            low, high = (np.searchsorted(sorted_N, keys_N[partner], s) for s in ("left", "right"))
-            found: list[int] = order[low:high].tolist()
-            return found
-
-        return rows
+    def _nearest(self, held: IntArray, inputs_H: Keys) -> IntArray:
+        """The near training row of each held-out row; of rows that ask the same, it is the same."""
+        near_H: IntArray = np.full(len(held), self._none)
+        if not len(self._rows_S):
+            return near_H
+        mine = np.flatnonzero(self._near_S < self._none)
+        at = np.searchsorted(held, self._rows_S[mine])
+        np.minimum.at(near_H, at, self._near_S[mine])
+        first_H = firsts(inputs_H)
+        best_H = np.full(len(held), self._none)
+        np.minimum.at(best_H, first_H, near_H)
+        return best_H[first_H]
 
     def _add(
         self,
@@ -165,3 +174,35 @@ class Leaks:
             share = f"{count} of {len(rows)} {split} rows ({count / len(rows):.0%})"
             message = f"{share} are in the training rows, or nearly."
             findings.add(Finding(MANY, Place(file, 0), message))
+
+
+class _Giving:
+    """Training rows with certain keys, found in one pass over all rows."""
+
+    def __init__(self, chunks: Chunks, train_N: Any, wanted: Keys, both: bool) -> None:
+        known = np.unique(wanted)
+        rows, found, start = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], 0
+        for input_C, target_C in chunks() if len(known) else ():
+            keys_C = mixed(input_C, target_C) if both else input_C
+            at_C = np.minimum(np.searchsorted(known, keys_C), len(known) - 1)
+            here = np.flatnonzero((known[at_C] == keys_C) & train_N[start : start + len(keys_C)])
+            rows.append(here + start)
+            found.append(keys_C[here])
+            start += len(keys_C)
+        self._rows, self._keys = np.concatenate(rows), np.concatenate(found)
+        order = np.argsort(self._keys, kind="stable")
+        self._by_key, self._sorted = self._rows[order], self._keys[order]
+
+    def firsts(self, keys_H: Keys, none: int) -> IntArray:
+        """The first row with each key; ``none`` where there is none."""
+        if not len(self._sorted):
+            return np.full(len(keys_H), none)
+        at_H = np.minimum(np.searchsorted(self._sorted, keys_H), len(self._sorted) - 1)
+        return np.where(self._sorted[at_H] == keys_H, self._by_key[at_H], none)
+
+    def beside(self, row: int) -> list[int]:
+        """All rows with the key of one of them."""
+        wanted = self._keys[np.searchsorted(self._rows, row)]
+        low, high = (np.searchsorted(self._sorted, wanted, side) for side in ("left", "right"))
+        found: list[int] = self._by_key[low:high].tolist()
+        return found

@@ -156,7 +156,7 @@ class Learning(Check):
         self.waiting: dict[tuple[str, str], list[Row]] = {}
         """Kept in memory until the end, unlike other rows: their partners may come last."""
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch, rows: int = 0) -> None:
         """Choose the objective by the first row, where none was asked for and the row tells."""
         if self.objective is None:
             with suppress(DataError):

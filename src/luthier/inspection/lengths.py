@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from luthier.inspection.check import Batch, Check, Places, Where
+from luthier.inspection.columns import LIMIT, Table
 from luthier.inspection.excerpts import excerpt
 from luthier.inspection.findings import Finding, Findings, Rule
 from luthier.inspection.histogram import Histogram
@@ -56,6 +57,8 @@ LEAST_SPREAD = 0.75
 """Interquartile range of log lengths that is taken at least: rows of equal length have no outliers."""
 LEAST_ROWS = 50
 """Rows from which quartiles mean something."""
+QUARTILES_OF = 1_000_000
+"""Rows up to which quartiles are those of all; of more, of every second, third and so on."""
 WORDS = 4
 """First words of an answer that are compared."""
 MOSTLY = 0.5
@@ -85,8 +88,8 @@ class Lengths(Check):
     name: ClassVar[str] = "lengths"
     rules: ClassVar[tuple[Rule, ...]] = (OUTLIER, EMPTYISH, ECHO, SAME_START)
 
-    def __init__(self) -> None:
-        self._logs: list[FloatArray] = []
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._table = Table(limit)
         self._histograms: dict[str, dict[str, Histogram]] = {}
         self._starts: Counter[str] = Counter()
         self.answers = 0
@@ -123,12 +126,13 @@ class Lengths(Check):
         return Measured(logs_2N, words_2N.astype(np.float32), starts, answers, tuple(spots))
 
     def take(self, where: Where, measured: Measured, findings: Findings) -> None:
-        """Keep 8 bytes a row, and the most frequent openings."""
-        self._logs.append(measured.log_2N)
+        """Keep 8 bytes a row, on disk once there are many, and the most frequent openings."""
+        for name, log_N in zip(_SIDES, measured.log_2N, strict=True):
+            self._table.append(name, log_N)
         histograms = self._histograms.setdefault(
             where.split, {name: Histogram() for name in _NAMES}
         )
-        for side, part in enumerate(("input", "target")):
+        for side, part in enumerate(_SIDES):
             there_N = measured.log_2N[side] > 0
             sizes_N = np.rint(np.expm1(measured.log_2N[side].astype(np.float64)))[there_N]
             histograms[f"{part}_characters"].add(sizes_N)
@@ -154,28 +158,32 @@ class Lengths(Check):
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Rows outside the fences, and an opening that most answers share."""
-        if not self._logs:
+        if not places.total:
             return
-        logs_2N = np.concatenate(self._logs, axis=1)
-        for side, part in enumerate(("input", "target")):
-            self._outliers(part, logs_2N[side], places, findings)
+        for part in _SIDES:
+            self._outliers(part, places, findings)
         start, count = self._starts.most_common(1)[0] if self._starts else ("", 0)
         if self.answers >= LEAST_ROWS and count > MOSTLY * self.answers and " " in start:
             message = f"{count / self.answers:.0%} of the answers begin with {excerpt(start)!r}."
             findings.add(Finding(SAME_START, places.place(0), message))
 
-    def _outliers(self, part: str, log_N: FloatArray, places: Places, findings: Findings) -> None:
-        there_N = np.flatnonzero(log_N > 0)
-        if len(there_N) < LEAST_ROWS:
+    def _outliers(self, part: str, places: Places, findings: Findings) -> None:
+        step = max(1, places.total // QUARTILES_OF)
+        sample = np.concatenate([log_C[::step] for (log_C,) in self._table.chunks(part)])
+        sample = sample[sample > 0]
+        if len(sample) < LEAST_ROWS:
             return
-        low, middle, high = np.quantile(log_N[there_N], (0.25, 0.5, 0.75))
+        low, middle, high = np.quantile(sample, (0.25, 0.5, 0.75))
         reach = FENCE * max(high - low, LEAST_SPREAD)
         self.fences[part] = (round(np.expm1(low - reach)), round(np.expm1(high + reach)))
-        usual = round(np.expm1(middle))
-        for number in there_N[(log_N[there_N] < low - reach) | (log_N[there_N] > high + reach)]:
-            size = round(np.expm1(float(log_N[number])))
-            message = f"The {part} has {size:,} characters; the median is {usual:,}."
-            findings.add(Finding(OUTLIER, places.place(int(number)), message))
+        usual, start = round(np.expm1(middle)), 0
+        for (log_C,) in self._table.chunks(part):
+            outside_C = (log_C > 0) & ((log_C < low - reach) | (log_C > high + reach))
+            for index in np.flatnonzero(outside_C).tolist():
+                size = round(np.expm1(float(log_C[index])))
+                message = f"The {part} has {size:,} characters; the median is {usual:,}."
+                findings.add(Finding(OUTLIER, places.place(start + index), message))
+            start += len(log_C)
 
     def summary(self) -> Mapping[str, Any]:
         """Histograms of characters and words of each split; fences; the commonest opening."""
@@ -191,6 +199,7 @@ class Lengths(Check):
         }
 
 
+_SIDES = ("input", "target")
 _NAMES = ("input_characters", "input_words", "target_characters", "target_words")
 
 

@@ -10,6 +10,7 @@ import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.context import BaseContext
 from typing import Any
 
 from luthier.inspection.check import Batch, Check
@@ -33,6 +34,7 @@ class Measuring:
         """End the other processes; what is not taken yet is lost."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def push(self, batch: Batch) -> Iterator[Measured]:
         """Take a batch on; those that are measured by now, in the order they came."""
@@ -40,9 +42,8 @@ class Measuring:
             yield batch, [check.measure(batch) for check in self.checks]
             return
         if self._pool is None:
-            # Not forked: the tokenizer may hold threads. The checks have begun by now.
-            context, checks = multiprocessing.get_context("spawn"), pickle.dumps(self.checks)
-            self._pool = ProcessPoolExecutor(self.processes, context, _hold, (checks,))
+            checks = pickle.dumps(self.checks)  # They have begun by now.
+            self._pool = ProcessPoolExecutor(self.processes, _context(), _hold, (checks,))
         self._waiting.append((batch, self._pool.submit(_measure, batch)))
         while self._waiting:
             crowded = len(self._waiting) > AHEAD * self.processes
@@ -58,6 +59,16 @@ class Measuring:
     def _next(self) -> Measured:
         batch, future = self._waiting.popleft()
         return batch, future.result()
+
+
+def _context() -> BaseContext:
+    """Not forked from this process, as the tokenizer may hold threads; where there is none that only
+    imports, each starts anew."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["luthier.inspection.preloaded"])
+    return context
 
 
 _held: Sequence[Check] = ()

@@ -8,6 +8,7 @@ doubt. A policy may say otherwise of each kind.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ class Measured:
     spots: tuple[Spot, ...]
     items: Counter[str]
     details: Counter[str]
+
+
+_VOWEL = re.compile(r"[aeioAEIO]|[FHLMNRSX][A-Z]+\b")
 
 
 class Privacy(Check):
@@ -123,5 +127,5 @@ class Privacy(Check):
 
 
 def _named(detail: str) -> str:
-    article = "an" if detail[0] in "aeioAIE" or detail.startswith("FR") else "a"
-    return f"{article} {detail}"
+    """With its article, as it is said: an RSA key, a US number."""
+    return f"{'an' if _VOWEL.match(detail) else 'a'} {detail}"

@@ -46,7 +46,7 @@ code, .row, td.place {
 .note { color: var(--note); background: var(--note-back); }
 .command {
   margin: .5rem 0 0; padding: .6rem .8rem; border: 1px solid var(--line); border-radius: .4rem;
-  background: var(--panel); overflow-x: auto; white-space: pre; user-select: all;
+  background: var(--panel); white-space: pre-wrap; overflow-wrap: anywhere; user-select: all;
 }
 dl.facts {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1rem 1.5rem;

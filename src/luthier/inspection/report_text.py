@@ -125,7 +125,7 @@ def _about(rule: Rule, report: Report) -> Text:
         if each.excerpt:
             begins = each.excerpt if len(each.excerpt) <= 60 else f"{each.excerpt[:59]}…"
             text.append(f"  {printable(begins)}", "dim")
-        if each.others:
+        if each.others and not all(str(other) in each.message for other in each.others):
             text.append(f"  with {listed(each.others, PLACES)}", "dim")
     further = report.findings.counts[rule.id] - min(len(places), PLACES)
     if further > 0:
@@ -161,6 +161,8 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
     if not isinstance(value, Mapping):
         if not isinstance(value, list):
             console.print(Text.assemble(pad, (f"{name}  ", "dim"), number(value, title)))
+        elif value and all(isinstance(each, str) for each in value):
+            console.print(Text.assemble(pad, (f"{name}  ", "dim"), printable(", ".join(value))))
         elif value:
             console.print(Text.assemble(pad, (f"{name}  ", "dim"), f"{len(value):,}"))
         return
@@ -194,7 +196,7 @@ def _counts(counts: Mapping[str, Any], console: Console, indent: int, name: str)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True, style="dim")
     table.add_column(no_wrap=True, style="blue")
-    shown = ordered if len(ordered) <= NAMED else [*ordered[: NAMED - 2], *ordered[-2:]]
+    shown = ordered if len(ordered) <= NAMED + 1 else [*ordered[: NAMED - 2], *ordered[-2:]]
     for place, (label, count) in enumerate(shown):
         if len(shown) < len(ordered) and place == NAMED - 2:
             table.add_row(Text(f"… {len(ordered) - NAMED:,} more", "dim"))

@@ -20,7 +20,7 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from luthier.types import IntArray
+from luthier.types import FloatArray, IntArray
 
 Words = NDArray[np.uint32]
 
@@ -63,6 +63,8 @@ def normal(text: str) -> str:
 class Sketches:
     """What is kept of ``N`` texts."""
 
+    rows_N: IntArray
+    """Index of each among the texts that were given."""
     bands_NB: Words
     """Hash of each band of the signature."""
     hashes_M: Words
@@ -73,17 +75,24 @@ class Sketches:
     """Whether these are all shingles of the text."""
 
 
-def sketch(texts: Sequence[str], common: Words | None = None) -> Sketches:
+def sketch(texts: Sequence[str], common: Words | None = None, share: float = 1.0) -> Sketches:
     """Sketches of :func:`normal` texts, shingles in ``common`` (sorted) left out.
 
     A text shorter than a shingle is one shingle, so that "yes" resembles nothing but itself. A text of
-    common shingles only keeps them.
+    common shingles only keeps them. With a ``share`` below 1 so many of the texts are kept, drawn by
+    two of their shingles, each the least in an order of its own: those of two texts are the same with
+    the square of their similarity (Broder 1997), so that texts alike mostly come or go together.
     """
     hashes_S, counts_N = _shingles(texts)
     if common is not None and len(common):
         hashes_S, counts_N = _without(hashes_S, counts_N, common)
+    rows_N = np.arange(len(texts))
+    if share < 1 and len(texts):
+        drawn_N = _drawn(hashes_S, counts_N) < share
+        hashes_S = hashes_S[np.repeat(drawn_N, counts_N)]
+        rows_N, counts_N = rows_N[drawn_N], counts_N[drawn_N]
     starts_N = np.cumsum(counts_N) - counts_N
-    return Sketches(_bands(hashes_S, starts_N), *_smallest(hashes_S, counts_N))
+    return Sketches(rows_N, _bands(hashes_S, starts_N), *_smallest(hashes_S, counts_N))
 
 
 def common_shingles(texts: Sequence[str]) -> Words:
@@ -181,6 +190,20 @@ def _bands(hashes_S: Words, starts_N: IntArray) -> Words:
         band_N ^= np.minimum.reduceat(mixed_S, starts_N) * np.uint32(0x85EBCA6B)
         band_N ^= band_N >> np.uint32(15)
     return bands_NB
+
+
+def _drawn(hashes_S: Words, counts_N: IntArray) -> FloatArray:
+    """Where each text is drawn, from 0 to 1, by its least shingles under two orders of their own.
+
+    One alone is the same for a third of all word problems ("how many"), which would come or go as one.
+    """
+    starts_N = np.cumsum(counts_N) - counts_N
+    drawn_N = np.zeros(len(counts_N), np.uint64)
+    for flip in _FLIPS[-2:]:
+        least_N = np.minimum.reduceat((hashes_S ^ flip) * np.uint32(0x2C1B3C6D), starts_N)
+        drawn_N = (drawn_N ^ least_N) * np.uint64(_MULTIPLIER)
+        drawn_N = (drawn_N ^ (drawn_N >> np.uint64(29))) * np.uint64(0xD6E8FEB86659FD93)
+    return (drawn_N >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
 
 
 def _distinct(hashes_S: Words, counts_N: IntArray) -> tuple[IntArray, Words]:

@@ -1,4 +1,4 @@
-"""The Python face: ``inspect``, ``clean``, ``tune``, ``distil``, ``load``, ``evaluate`` and more."""
+"""The Python face: ``inspect``, ``estimate``, ``tune``, ``distil``, ``load``, ``evaluate`` and more."""
 
 from __future__ import annotations
 
@@ -7,25 +7,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
-
-DEFAULT_BASE = "smollm2-135m-instruct"
-"""Base model where none is named; the same as in a recipe."""
+from luthier.sdk.assembly import fields_of, recipe_of
+from luthier.sdk.data import DEFAULT_BASE, clean, convert, inspect, split
+from luthier.sdk.deciding import advise, estimate
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from luthier.cleaning.clean import Summary
     from luthier.distillation import Distilled
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
     from luthier.engine.student import Student
     from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import OnError, Spec
-    from luthier.inspection.inspect import Report
     from luthier.recipe import Recipe
     from luthier.serving.generation import Generator
     from luthier.types import Message
+
+__all__ = [
+    "DEFAULT_BASE",
+    "Model",
+    "advise",
+    "clean",
+    "convert",
+    "distil",
+    "estimate",
+    "evaluate",
+    "inspect",
+    "load",
+    "pretrain",
+    "split",
+    "student",
+    "tune",
+]
 
 
 def tune(
@@ -51,23 +66,8 @@ def tune(
         RefusedInput: before any training, for data or settings that cannot work.
     """
     from luthier.engine.train import train
-    from luthier.recipe import Recipe, assign
 
-    if isinstance(data, Recipe):
-        if fields:
-            raise RecipeError("a Recipe is complete; give no further fields beside it")
-        return train(data, resume, reporter)
-    plain = _fields(str(data))
-    for key, value in fields.items():
-        assign(plain, key.split("__"), value)
-    return train(Recipe.parse(plain), resume, reporter)
-
-
-def _fields(data: str) -> dict[str, Any]:
-    """Fields of a TOML recipe, or those of a recipe for data."""
-    from luthier.recipe import read_toml
-
-    return read_toml(Path(data)) if data.endswith(".toml") else {"data": {"train": data}}
+    return train(recipe_of(data, fields), resume, reporter)
 
 
 def distil(
@@ -102,7 +102,7 @@ def distil(
     from luthier.distillation import distil as run
     from luthier.recipe import assign
 
-    plain = _fields(str(prompts))
+    plain = fields_of(prompts)
     if isinstance(plain.get("teacher"), str):
         plain["teacher"] = address_fields(plain["teacher"])
     for key, value in (address_fields(teacher) if teacher else {}).items():
@@ -177,96 +177,6 @@ def student(
     kept = None if keep is None else tuple(keep)
     shape = StudentShape(layers, kept, heads, intermediate, hidden)
     return make_student(teacher, name, shape, reporter)
-
-
-def inspect(
-    data: str | Path,
-    *,
-    validation: str | Path | None = None,
-    test: str | Path | None = None,
-    columns: Mapping[str, str] | None = None,
-    base: str | None = DEFAULT_BASE,
-    objective: str | Mapping[str, Any] | None = None,
-    rows: int = 5,
-    severity: Mapping[str, Any] | None = None,
-    policy: str | Path | None = None,
-    skip: Sequence[str] = (),
-) -> Report:
-    """Say whether data can teach a model, and what is wrong row by row; nothing is trained.
-
-    Args:
-        data: rows to learn from: a file, a folder, a pattern, ``file://`` or ``s3://``.
-        validation, test: rows of the other splits, which must not stand in ``data`` too.
-        columns: the file's name for each of our keys, such as ``{"prompt": "question"}``.
-        base: model that the rows are encoded for; ``None`` leaves out what needs a tokenizer.
-        objective: what is to be learned: a name, or a table of ``method`` and fields; chosen by the
-            rows when not given.
-        rows: rows of each split whose tokens the report keeps, with what of them is learned.
-        severity: ``off``, ``note``, ``warning`` or ``error`` by rule, over those of ``policy``.
-        policy: TOML file with a table ``severity`` and an array ``skip``.
-        skip: names of checks that are not run.
-
-    Returns:
-        The report: ``exit_code`` (0 passed, 1 warnings, 2 refused), ``plain()`` for JSON, ``html()``
-        as one page. Data that is refused raises nothing.
-
-    Raises:
-        RefusedInput: for a base, an objective, a rule or a check that there is not.
-        DownloadError: for a base model, other than the default, that cannot be fetched.
-    """
-    from luthier.inspection import gate
-
-    request = gate.Request(
-        str(data),
-        None if validation is None else str(validation),
-        None if test is None else str(test),
-        columns,
-        base,
-        objective,
-        rows,
-        severity or {},
-        None if policy is None else Path(policy),
-        tuple(skip),
-    )
-    return gate.inspect(request)
-
-
-def clean(
-    source: str | Path,
-    target: str | Path,
-    *,
-    validation: str | Path | None = None,
-    test: str | Path | None = None,
-    columns: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    **fixes: Any,
-) -> Summary:
-    """Apply chosen fixes to a data set and write a new one, with a log of what became of each row.
-
-    Args:
-        source: a file, a folder, a pattern, ``file://`` or ``s3://``; it is not changed.
-        target: the new file; its ending names the format. The log is ``TARGET.changes.jsonl``.
-        validation, test: held-out rows, for ``drop=["leakage.*"]``.
-        columns: the source's name for each of our keys.
-        overwrite: replace files where there are some.
-        dry_run: find out all that would happen, and write nothing.
-        **fixes: fields of :class:`luthier.cleaning.plan.Plan`, for example ``dedupe="near"``,
-            ``drop=["unreadable"]``, ``redact=["all"]``, ``truncate="end", base="..."``.
-
-    Returns:
-        Rows in and out, and how many were changed or dropped by what.
-
-    Raises:
-        RefusedInput: for fixes that cannot be, or rows that are neither mended nor dropped.
-    """
-    from luthier.cleaning.clean import clean as run
-    from luthier.cleaning.plan import Plan
-
-    held = {"validation": validation, "test": test}
-    splits = {split: str(each) for split, each in held.items() if each is not None}
-    plan = Plan.of(fixes)
-    return run(str(source), Path(target), plan, splits, columns, overwrite, dry_run)
 
 
 class Model:

@@ -75,7 +75,7 @@ def secrets(text: str) -> Iterator[Span]:
     if "PRIVATE KEY" in text:
         for found in _PEM.finditer(text):
             if _BASE64.search(found["body"]):
-                yield Span(*found.span(), "private_key", found["type"].lower(), found[0])
+                yield Span(*found.span(), "private_key", _named(found["type"]), found[0])
     for name, mark, pattern in _API_KEYS:
         for found in near(mark, pattern, text, 10 if mark == _BOT else 0, 512):
             group = "value" if "value" in pattern.groupindex else 0
@@ -87,6 +87,11 @@ def secrets(text: str) -> Iterator[Span]:
         if not _MADE_UP.search(found["value"]) and not _is_variable(found["value"]):
             yield Span(*found.span("value"), "password", "password in a URL", found["value"])
     yield from _assigned(text)
+
+
+def _named(written: str) -> str:
+    """``RSA PRIVATE KEY`` as people write it."""
+    return written.replace("PRIVATE KEY", "private key").replace("OPENSSH", "OpenSSH")
 
 
 def _assigned(text: str) -> Iterator[Span]:

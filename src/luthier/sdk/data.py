@@ -1,0 +1,167 @@
+"""Data before training: looked at, mended, written in another form, split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luthier.cleaning.clean import Summary
+    from luthier.data.convert import Conversion, Format
+    from luthier.inspection.inspect import Report
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+"""Base model where none is named; the same as in a recipe."""
+
+
+def inspect(
+    data: str | Path,
+    *,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    base: str | None = DEFAULT_BASE,
+    objective: str | Mapping[str, Any] | None = None,
+    rows: int = 5,
+    severity: Mapping[str, Any] | None = None,
+    policy: str | Path | None = None,
+    skip: Sequence[str] = (),
+) -> Report:
+    """Say whether data can teach a model, and what is wrong row by row; nothing is trained.
+
+    Args:
+        data: rows to learn from: a file, a folder, a pattern, ``file://`` or ``s3://``.
+        validation, test: rows of the other splits, which must not stand in ``data`` too.
+        columns: the file's name for each of our keys, such as ``{"prompt": "question"}``.
+        base: model that the rows are encoded for; ``None`` leaves out what needs a tokenizer.
+        objective: what is to be learned: a name, or a table of ``method`` and fields; chosen by the
+            rows when not given.
+        rows: rows of each split whose tokens the report keeps, with what of them is learned.
+        severity: ``off``, ``note``, ``warning`` or ``error`` by rule, over those of ``policy``.
+        policy: TOML file with a table ``severity`` and an array ``skip``.
+        skip: names of checks that are not run.
+
+    Returns:
+        The report: ``exit_code`` (0 passed, 1 warnings, 2 refused), ``plain()`` for JSON, ``html()``
+        as one page. Data that is refused raises nothing.
+
+    Raises:
+        RefusedInput: for a base, an objective, a rule or a check that there is not.
+        DownloadError: for a base model, other than the default, that cannot be fetched.
+    """
+    from luthier.inspection import gate
+
+    request = gate.Request(
+        str(data),
+        None if validation is None else str(validation),
+        None if test is None else str(test),
+        columns,
+        base,
+        objective,
+        rows,
+        severity or {},
+        None if policy is None else Path(policy),
+        tuple(skip),
+    )
+    return gate.inspect(request)
+
+
+def clean(
+    source: str | Path,
+    target: str | Path,
+    *,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    **fixes: Any,
+) -> Summary:
+    """Apply chosen fixes to a data set and write a new one, with a log of what became of each row.
+
+    Args:
+        source: a file, a folder, a pattern, ``file://`` or ``s3://``; it is not changed.
+        target: the new file; its ending names the format. The log is ``TARGET.changes.jsonl``.
+        validation, test: held-out rows, for ``drop=["leakage.*"]``.
+        columns: the source's name for each of our keys.
+        overwrite: replace files where there are some.
+        dry_run: find out all that would happen, and write nothing.
+        **fixes: fields of :class:`luthier.cleaning.plan.Plan`, for example ``dedupe="near"``,
+            ``drop=["unreadable"]``, ``redact=["all"]``, ``truncate="end", base="..."``.
+
+    Returns:
+        Rows in and out, and how many were changed or dropped by what.
+
+    Raises:
+        RefusedInput: for fixes that cannot be, or rows that are neither mended nor dropped.
+    """
+    from luthier.cleaning.clean import clean as run
+    from luthier.cleaning.plan import Plan
+
+    held = {"validation": validation, "test": test}
+    splits = {split: str(each) for split, each in held.items() if each is not None}
+    plan = Plan.of(fixes)
+    return run(str(source), Path(target), plan, splits, columns, overwrite, dry_run)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str = "rows",
+    format: Format | None = None,
+    columns: Mapping[str, str] | None = None,
+    bare: bool = False,
+    overwrite: bool = False,
+) -> Conversion:
+    """Write rows in another form or container; what it cannot say is refused, never dropped.
+
+    Args:
+        source: a file, a folder, a pattern, ``file://`` or ``s3://``.
+        target: the new file; its ending names the format, and ``.gz`` or ``.zst`` packs it.
+        to: ``rows`` (luthier's own), ``prompt-completion``, ``chat``, ``openai``, ``bedrock``,
+            ``bedrock-conversation``, ``sharegpt``, ``alpaca`` or ``text``.
+        format: ``jsonl``, ``csv``, ``tsv`` or ``parquet``, where the ending does not tell it.
+        columns: the source's name for each of our keys.
+        bare: leave out keys that are no part of the form.
+        overwrite: replace the file where there is one.
+
+    Returns:
+        What the source was taken for, rows written, and further keys kept or left out.
+
+    Raises:
+        RefusedInput: for a form or target that cannot be, or with every row that cannot be read or
+            written.
+    """
+    from luthier.data.convert import convert as run
+
+    return run(str(source), Path(target), to, format, columns, bare, overwrite)
+
+
+def split(
+    source: str | Path,
+    output: str | Path,
+    *,
+    validation: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Split a JSON Lines file: each label in proportion, near-duplicates on one side, lines unchanged.
+
+    Args:
+        source: the file.
+        output: a new folder for ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``.
+        validation, test: shares of the rows; 0 for none.
+        seed: which rows are chosen.
+
+    Returns:
+        The record that stands in ``split.json`` too: files, rows, hashes and labels of each split.
+
+    Raises:
+        RefusedInput: for rows that cannot be read, or shares that leave nothing to train on.
+        RunConflict: where ``output`` exists.
+    """
+    from luthier.inspection.splits import split_file
+
+    return split_file(Path(source), Path(output), {"validation": validation, "test": test}, seed)

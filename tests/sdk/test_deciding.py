@@ -1,0 +1,79 @@
+"""``luthier.estimate`` and ``luthier.advise`` on tiny networks."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import luthier
+from luthier.advice.command import command_of
+from luthier.cli.tuning import recipe_of
+from luthier.engine.actuals import estimates_folder
+from luthier.errors import RecipeError
+from luthier.files import read_json
+
+WORDS = ("fox", "dog", "card", "bank", "river", "tree", "house", "cloud", "stone", "bird")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"say {a} {b}", "completion": b} for a in WORDS for b in WORDS if a != b]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_an_estimate_is_kept_for_the_run(data: Path, tiny_model_folder: Path) -> None:
+    found = luthier.estimate(data, base=str(tiny_model_folder), training__epochs=2)
+    assert found.epochs == 2 and found.rows == 81  # a tenth is held out
+    assert found.seconds.low <= found.seconds.value <= found.seconds.high
+    assert read_json(estimates_folder() / f"{found.key}.json")["steps"] == found.steps
+    recipe = luthier.Recipe.parse(
+        {"data": {"train": str(data)}, "base": str(tiny_model_folder), "training": {"epochs": 2}}
+    )
+    assert luthier.estimate(recipe).key == found.key
+    with pytest.raises(RecipeError, match="complete"):
+        luthier.estimate(recipe, training__epochs=1)
+
+
+def test_advice_says_what_to_type(data: Path, tiny_model_folder: Path) -> None:
+    found = luthier.advise(
+        data, trial=0, base=str(tiny_model_folder), training__epochs=2, max_megabytes=10_000
+    )
+    assert found.facts.rows == 90 and found.facts.wishes.max_megabytes == 10_000
+    assert {each.technique for each in found.judgements} > {"fine-tuning", "prompt engineering"}
+    plain = json.loads(json.dumps(found.plain()))
+    assert plain["recommendation"]["reasons"] == list(found.recommendation.reasons)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"base": "b", "training.epochs": 2, "training.learning_rate": 1e-3},
+        {"objective": "dpo", "adaptation": {"method": "lora", "rank": 8, "dora": True}},
+        {"name": "8", "data.columns": {"prompt": "the question"}},
+        {"data.validation": Path("held out.jsonl"), "data.long_rows": "drop"},
+    ],
+)
+def test_the_command_is_read_back_as_the_same_recipe(fields: dict[str, Any]) -> None:
+    luthier_, tune, data, *rest = shlex.split(command_of("rows.jsonl", fields))
+    assert (luthier_, tune, data) == ("luthier", "tune", "rows.jsonl")
+    options = {"--base": "base", "--objective": "objective.method", "--set": "",
+               "--adaptation": "adaptation.method", "--validation": "data.validation"}  # fmt: skip
+    flags: dict[str, Any] = {}
+    settings = []
+    for option, value in zip(rest[::2], rest[1::2], strict=True):
+        if option == "--set":
+            settings.append(value)
+        else:
+            flags[options[option]] = value
+    from luthier.recipe import Recipe, assign
+
+    plain: dict[str, Any] = {"data": {"train": "rows.jsonl"}}
+    for key, value in fields.items():
+        assign(plain, key.split("."), value)
+    assert recipe_of(data, flags, settings) == Recipe.parse(plain)
