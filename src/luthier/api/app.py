@@ -11,16 +11,26 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, MutableMapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
+from sqlalchemy.exc import OperationalError
+
 from luthier.api.observability import Observed, Observer
 from luthier.api.policies import noted
-from luthier.api.sending import ClientGone, Receive, Send, read_body, send_answer
-from luthier.api.threads import Threads
+from luthier.api.sending import (
+    ClientGone,
+    Receive,
+    Send,
+    close_pieces,
+    read_body,
+    send_answer,
+)
+from luthier.api.threads import FairSlots, Threads
 from luthier.api.wire import Answer, Call, Caller, Face, Fault, Head, Route, Signed
-from luthier.errors import RefusedInput
+from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.store.database import now
 
 Scope = MutableMapping[str, Any]
@@ -35,6 +45,13 @@ LARGEST_SIGNED = 25_000_000
 """Bytes of a signed body, which is read before its sender is known."""
 THREADS, STREAMS = 64, 256
 """Requests that are worked on at once, and streams that wait for their next piece."""
+LONG = 48
+"""Requests that take a model's time at once: the other threads answer what is short."""
+SHARE = 0.75
+"""Part of such requests, and of streams, that one account may have; further ones of it wait."""
+
+TROUBLES = (OperationalError, ReadOnlyDisk)
+"""What passes when the database, or the disk, is back: clients are told to ask again."""
 
 _log = logging.getLogger("luthier.api")
 
@@ -102,6 +119,8 @@ class Application:
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
         self.observer, self.trail, self.ready = observer, trail, ready
         self._run, self._wait = Threads(THREADS, "request"), Threads(STREAMS, "stream")
+        self._turns = FairSlots(LONG, int(LONG * SHARE))
+        self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request; other kinds of connections are refused."""
@@ -156,12 +175,26 @@ class Application:
             self._refused(seen, fault)
             answer = _closing(head, face.refusal(fault, seen.request_id))
             seen.status = await send_answer(send, receive, answer, self._wait)
+        except TROUBLES as error:
+            _log.exception("database or disk trouble", extra={"request_id": seen.request_id})
+            told = Fault.unavailable(error)
+            seen.refused(told)
+            answer = _closing(head, face.refusal(told, seen.request_id))
+            seen.status = await send_answer(send, receive, answer, self._wait)
 
     async def _face(self, head: Head, receive: Receive, send: Send, seen: Observed) -> None:
         name, face = self._chosen(head.path)
         seen.face = name
+        async with AsyncExitStack() as held:
+            answer = await self._answered(face, head, receive, seen, held)
+            seen.status = await send_answer(send, receive, answer, self._wait)
+
+    async def _answered(
+        self, face: Face, head: Head, receive: Receive, seen: Observed, held: AsyncExitStack
+    ) -> Answer:
+        """The answer, or the refusal; ``held`` keeps what the answer needs until it is sent."""
         try:
-            answer = await self._answer(face, head, receive, seen)
+            answer = await self._answer(face, head, receive, seen, held)
         except Fault as fault:
             self._refused(seen, fault)
             answer = face.refusal(fault, seen.request_id)
@@ -171,13 +204,18 @@ class Application:
             answer = face.refusal(told, seen.request_id)
         except ClientGone:
             raise
+        except TROUBLES as error:
+            _log.exception("database or disk trouble", extra={"request_id": seen.request_id})
+            told = Fault.unavailable(error)
+            seen.refused(told)
+            answer = face.refusal(told, seen.request_id)
         except Exception:
             # What went wrong inside is told to the log alone.
             _log.exception("request failed", extra={"request_id": seen.request_id})
             text = f"Something failed inside the service; its log has request {seen.request_id}."
             answer = face.refusal(Fault("InternalServer", text), seen.request_id)
             seen.error = "InternalServer"
-        seen.status = await send_answer(send, receive, answer, self._wait)
+        return answer
 
     def _chosen(self, path: str) -> tuple[str, Face]:
         if path.startswith(OPENAI_PATHS):
@@ -186,7 +224,9 @@ class Application:
             return "native", self.faces.native
         return "bedrock", self.faces.bedrock
 
-    async def _answer(self, face: Face, head: Head, receive: Receive, seen: Observed) -> Answer:
+    async def _answer(
+        self, face: Face, head: Head, receive: Receive, seen: Observed, held: AsyncExitStack
+    ) -> Answer:
         route, unknown = _routed(face, head)
         signed, limit = None, route.body_limit if route else SMALL
         if _is_large(head):
@@ -197,9 +237,31 @@ class Application:
             else:
                 limit = min(limit, LARGEST_SIGNED)
         body = await read_body(head, receive, limit)
+        if route is not None and route.long:
+            if signed is None:
+                signed = await self._run(self.authenticator.authenticate, head, body)
+            account = signed.caller.account
+            seen.let_in(seen.face, signed.caller)
+            seen.operation = route.operation
+            async with self._turns.turn(account):
+                found: Answer = await self._run(
+                    self._work, head, body, route, unknown, seen, signed
+                )
+            await self._hold(found, account, held)
+            return found
         # One thread does all of it: to change threads costs as much as to look something up.
         answer: Answer = await self._run(self._work, head, body, route, unknown, seen, signed)
         return answer
+
+    async def _hold(self, answer: Answer, account: str, held: AsyncExitStack) -> None:
+        """Take the thread that a stream needs until its end, where the account may have one more."""
+        if isinstance(answer.body, bytes):
+            return
+        try:
+            held.enter_context(self._streams.now(account))
+        except Fault:
+            await self._run(close_pieces, answer.body)
+            raise
 
     def _work(
         self,

@@ -65,7 +65,7 @@ class Graders:
         """What can be done with graders."""
         root, name = "fine_tuning/alpha/graders", "fine_tuning.alpha.graders"
         return (
-            Operation("POST", f"{root}/run", f"{name}.run", self.run),
+            Operation("POST", f"{root}/run", f"{name}.run", self.run, long=True),
             Operation("POST", f"{root}/validate", f"{name}.validate", self.validate),
         )
 

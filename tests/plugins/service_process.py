@@ -1,0 +1,106 @@
+"""``luthier serve`` as a process of its own, on a store of its own, and its clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+import boto3
+from botocore.config import Config
+
+from luthier.files import write_json
+from luthier.models.catalog import MANIFEST
+
+BASE = "luthier.tiny"
+KEYS = {
+    account: {
+        "account": account,
+        "user": f"user-{account[0]}",
+        "access_key_id": f"AKIATEST{account}",
+        "secret_access_key": f"secret-{account}-0123456789abcdef",
+        "api_key": f"sk-{account}-0123456789abcdef0123456789abcdef",
+        "policies": [
+            {
+                "Version": "2012-10-17",
+                "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
+            }
+        ],
+    }
+    for account in ("000000000000", "111111111111")
+}
+ONE, OTHER = KEYS
+
+
+class Served:
+    """A server, and clients of an account."""
+
+    def __init__(self, home: Path, base_model: Path) -> None:
+        """``base_model`` is the folder of the one base model that it has."""
+        self.home = home
+        base = home / "models" / "base" / "tiny"
+        shutil.copytree(base_model, base)
+        about = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
+        write_json(base / MANIFEST, about)
+        write_json(home / "bootstrap.json", {"principals": list(KEYS.values())})
+        self.process: subprocess.Popen[str] | None = None
+        self.url = ""
+
+    def start(self, *options: str, **variables: str) -> None:
+        environment = {
+            **os.environ,
+            "LUTHIER_HOME": str(self.home),
+            "LUTHIER_BOOTSTRAP": str(self.home / "bootstrap.json"),
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        }
+        environment.pop("LUTHIER_DATABASE", None)
+        command = [sys.executable, "-m", "luthier", "serve", "--port", "0", *options]
+        with (self.home / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, text=True, stdout=subprocess.PIPE, stderr=log
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert "http://" in line, (self.home / "server.log").read_text()
+        self.url = line.split()[-1]
+        self.process.stdout.close()
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        """As an operator ends it."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            assert self.process.wait(60) == 0
+
+    def client(self, service: str, account: str = ONE, tries: int = 5) -> Any:
+        keys = KEYS[account]
+        return boto3.client(
+            service, endpoint_url=self.url, region_name="us-east-1",
+            aws_access_key_id=keys["access_key_id"],
+            aws_secret_access_key=keys["secret_access_key"],
+            config=Config(retries={"total_max_attempts": tries}),
+        )  # fmt: skip
+
+    def ask(self, method: str, path: str, body: Any = None, account: str = ONE) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, method=method)
+        request.add_header("Authorization", f"Bearer {KEYS[account]['api_key']}")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+        except HTTPError as error:
+            return error.code, json.loads(error.read())
+        kind = answer.headers["content-type"]
+        return answer.status, json.loads(text) if "json" in kind else text.decode()
