@@ -1,6 +1,7 @@
 """The service under load: reads of the control plane, a long list, many streams; and its memory.
 
     python benchmarks/service_load.py [--rate 500] [--seconds 20] [--jobs 1000] [--streams 64]
+    python benchmarks/service_load.py --only-streams [--streams 64] [--rounds 3] [--generate]
 
 A server of its own is started on an empty store. Reads are sent at a fixed rate, whether or not earlier
 ones were answered: what a request waits counts from the moment it should have been sent. The clients
@@ -14,6 +15,8 @@ import asyncio
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +29,9 @@ import psutil
 
 KEY = "sk-benchmark-0123456789abcdef0123456789abcdef"
 ACCOUNT = "000000000000"
-MODEL = "huggingfacetb.smollm2-135m-instruct"
+BASE = "smollm2-135m-instruct"
+MODEL = f"huggingfacetb.{BASE}"
+PROMPT, TOKENS = "Write about the sea.", 64
 
 
 class Connection:
@@ -62,6 +67,22 @@ class Connection:
         await self.reader.readline()
         return status, parts
 
+    async def stream(self, path: str, body: bytes, token: bytes) -> tuple[int, float, bytes]:
+        """Status, seconds until ``token`` (a pattern) is in the body, and the whole body."""
+        began = time.perf_counter()
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.writer.write(head.encode() + body)
+        status = int((await self.reader.readuntil(b"\r\n\r\n")).split()[1])
+        first = b""
+        while not re.search(token, first) and (piece := await self.reader.read(1 << 16)):
+            first += piece
+        latency = time.perf_counter() - began
+        rest = await self.reader.read(-1)
+        self.writer.close()
+        return status, latency, first + rest
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -69,8 +90,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3, help="of streams, on each face")
+    parser.add_argument("--only-streams", action="store_true")
+    parser.add_argument("--generate", action="store_true", help="transformers' generate beside it")
+    parser.add_argument("--models", type=Path, help="LUTHIER_HOME that has the base model")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
+        if asked.models:
+            shutil.copytree(asked.models / "models/base" / BASE, Path(home, "models/base", BASE))
         began = time.monotonic()
         process, port = start(Path(home))
         print(f"ready after {time.monotonic() - began:.2f} s")
@@ -79,6 +106,8 @@ def main() -> None:
         finally:
             process.terminate()
             process.wait()
+        if asked.generate:
+            generate(Path(home), asked.streams)
 
 
 def start(home: Path) -> tuple[subprocess.Popen[str], int]:
@@ -107,6 +136,9 @@ def start(home: Path) -> tuple[subprocess.Popen[str], int]:
 
 
 async def measure(asked: argparse.Namespace, port: int, server: psutil.Process) -> None:
+    if asked.only_streams:
+        await streams(port, asked.streams, asked.rounds, server)
+        return
     one = Connection(port)
     names = await submit(one, asked.jobs)
     print(f"{len(names)} jobs submitted; memory {server.memory_info().rss / 1e6:.0f} MB")
@@ -116,7 +148,7 @@ async def measure(asked: argparse.Namespace, port: int, server: psutil.Process) 
     for round_ in range(2):
         await reads(port, asked.rate, asked.seconds, paths, server, f"round {round_ + 1}")
     if asked.streams:
-        await streams(port, asked.streams, server)
+        await streams(port, asked.streams, asked.rounds, server)
 
 
 async def submit(one: Connection, count: int) -> list[str]:
@@ -203,33 +235,67 @@ async def reads(
     )
 
 
-async def streams(port: int, count: int, server: psutil.Process) -> None:
-    """So many clients that read answers of 64 tokens, three times each."""
-    message = {"role": "user", "content": "Write about the sea."}
-    body = json.dumps({
-        "model": MODEL, "messages": [message], "max_tokens": 64, "stream": True, "temperature": 1,
-        "stream_options": {"include_usage": True},
-    }).encode()  # fmt: skip
+async def streams(port: int, count: int, rounds: int, server: psutil.Process) -> None:
+    """So many clients at once that read answers of 64 tokens, several times on each face."""
+    chat = {
+        "model": MODEL, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": TOKENS,
+        "stream": True, "temperature": 1, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    converse = {
+        "messages": [{"role": "user", "content": [{"text": PROMPT}]}],
+        "inferenceConfig": {"maxTokens": TOKENS, "temperature": 1},
+    }
+    faces = {
+        "openai": ("/v1/chat/completions", chat, b"[DONE]", rb'"content":\s?"[^"]',
+                   rb'"completion_tokens":\s?(\d+)'),
+        "converse": (f"/model/{MODEL}/converse-stream", converse, b"messageStop", rb"contentBlockDelta",
+                     rb'"outputTokens":\s?(\d+)'),
+    }  # fmt: skip
     warm = time.perf_counter()
-    await Connection(port).ask("POST", "/v1/chat/completions", body)
-    print(f"first stream, the model loaded for it: {time.perf_counter() - warm:.1f} s")
+    path, body, _, token, _ = faces["openai"]
+    await Connection(port).stream(path, json.dumps(body).encode(), token)
+    print(f"first stream, the model loaded for it: {time.perf_counter() - warm:.1f} s", flush=True)
+    for round_ in range(rounds):
+        for face, (path, body, end, token, counted) in faces.items():
+            text = json.dumps(body).encode()
+            began = time.perf_counter()
+            found = await asyncio.gather(
+                *(Connection(port).stream(path, text, token) for _ in range(count))
+            )
+            took = time.perf_counter() - began
+            bad = sum(status != 200 or end not in answer for status, _, answer in found)
+            numbers = [re.findall(counted, answer) for _, _, answer in found]
+            tokens = sum(int(each[-1]) for each in numbers if each)
+            first = sorted(latency for _, latency, _ in found)
+            print(
+                f"{face}, round {round_ + 1}: {count} streams, {tokens / took:.0f} tokens/s, "
+                f"first token p50 {first[count // 2]:.2f} s, last {first[-1]:.2f} s, {bad} failed; "
+                f"memory {server.memory_info().rss / 1e6:.0f} MB", flush=True,
+            )  # fmt: skip
+
+
+def generate(home: Path, count: int) -> None:
+    """The same prompts as one batch of transformers' ``generate``."""
+    os.environ["LUTHIER_HOME"] = str(home)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from luthier.store.models import find
+
+    folder = find(BASE).network_folder
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": PROMPT}]
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"].repeat(count, 1)
     for round_ in range(3):
         began = time.perf_counter()
-        found = await asyncio.gather(
-            *(Connection(port).ask("POST", "/v1/chat/completions", body) for _ in range(count))
-        )
+        with torch.no_grad():
+            out = model.generate(ids, max_new_tokens=TOKENS, do_sample=True, temperature=1.0)
+        written = (out[:, ids.shape[1] :] != tokenizer.pad_token_id).sum().item()
         took = time.perf_counter() - began
-        tokens = sum(
-            json.loads(line[6:])["usage"]["completion_tokens"]
-            for _, text in found
-            for line in text.decode().split("\n\n")
-            if line.startswith("data: {") and json.loads(line[6:]).get("usage")
-        )
-        bad = sum(status != 200 or b"[DONE]" not in text for status, text in found)
-        print(
-            f"round {round_ + 1}: {count} streams, {tokens / took:.0f} tokens/s, {bad} failed; "
-            f"memory {server.memory_info().rss / 1e6:.0f} MB"
-        )
+        print(f"generate, round {round_ + 1}: batch of {count}, {written / took:.0f} tokens/s")
 
 
 if __name__ == "__main__":

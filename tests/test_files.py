@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from luthier import files
-from luthier.errors import CorruptFile, DoesNotFit, LuthierError
+from luthier.errors import CorruptFile, DiskFull, DoesNotFit, LuthierError
 from luthier.files import (
     disk_errors,
     hashes_of,
@@ -23,6 +23,7 @@ from luthier.files import (
     sha256_of,
     sweep,
     verify,
+    waits_for_disk,
     write_bytes,
     write_json,
 )
@@ -236,13 +237,17 @@ def test_need_disk_looks_at_the_nearest_folder_that_exists(
 
     def usage(path: Path) -> object:
         asked.append(path)
-        return type("Usage", (), {"free": 5_000_000})()
+        return type("Usage", (), {"free": 5_000_000, "total": 8_000_000})()
 
     monkeypatch.setattr(files.shutil, "disk_usage", usage)
     need_disk(tmp_path / "not" / "yet", 5_000_000, "this run")
     with pytest.raises(DoesNotFit, match=r"this run needs 6 MB .* 5 MB are free.*LUTHIER_HOME"):
         need_disk(tmp_path / "not" / "yet", 6_000_000, "this run")
     assert asked == [tmp_path, tmp_path]
+    for size, kind in ((6_000_000, DiskFull), (9_000_000, DoesNotFit)):
+        with pytest.raises(DoesNotFit) as refused:
+            need_disk(tmp_path, size, "this run")
+        assert type(refused.value) is kind and waits_for_disk(refused.value) == (kind is DiskFull)
 
 
 def test_sweep_of_one_folder_leaves_its_neighbours_to_others(tmp_path: Path) -> None:

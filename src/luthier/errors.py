@@ -8,12 +8,14 @@
     │   ├── UnknownModel        no such base or custom model
     │   ├── ModelRefused        a model from outside breaks a rule; carries file, rule and fix
     │   ├── DoesNotFit          not enough memory or disk for what was asked
+    │   │   └── DiskFull        no room is left now; with some it would go on
     │   ├── RunConflict         the name is taken, or there is nothing to resume
     │   ├── NameInUse           another job or model of the account has the name
     │   ├── QuotaExceeded       the account has as many as it may have
     │   ├── WrongState          what is asked of a job is not possible where it stands
     │   ├── LocationRefused     an address of data that cannot be read from, or written to
     │   └── ObjectRefused       what the object store does not do; carries S3's name for it
+    ├── ReadOnlyDisk            the disk takes no more writes; when it does again it would go on
     ├── DownloadError           a source could not be read, or gave other bytes than pinned
     ├── CorruptFile             a stored file no longer matches its recorded hash
     ├── GradingFailed           a grader raised, hung, or gave no score; carries each problem
@@ -108,6 +110,14 @@ class ModelRefused(RefusedInput):
 
 class DoesNotFit(RefusedInput):
     """The estimate says that memory or disk would not be enough."""
+
+
+class DiskFull(DoesNotFit):
+    """A disk has no room now. What was asked would fit on it."""
+
+
+class ReadOnlyDisk(LuthierError):
+    """A disk takes no writes now: it is mounted so, or the system found errors on it."""
 
 
 class RunConflict(RefusedInput):

@@ -20,12 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from luthier.errors import CorruptFile, DoesNotFit, LuthierError
+from luthier.errors import CorruptFile, DiskFull, DoesNotFit, LuthierError, ReadOnlyDisk
 
 _TEMPORARY = ".tmp-"
-_UNWRITABLE = (
-    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST
-)  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def luthier_home() -> Path:
@@ -181,11 +180,18 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 def need_disk(folder: Path, size: int, what: str) -> None:
-    """Refuse early when ``folder``'s disk has less than ``size`` bytes free."""
+    """Refuse early when ``folder``'s disk has less than ``size`` bytes free.
+
+    Raises:
+        DiskFull: where the disk would hold so much, if other things were not on it.
+        DoesNotFit: where it never will.
+    """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    usage = shutil.disk_usage(existing)
+    free = usage.free
     if free < size:
-        raise DoesNotFit(
+        kind = DiskFull if size < usage.total else DoesNotFit
+        raise kind(
             f"{what} needs {size / 1e6:,.0f} MB on the disk of {existing}, and {free / 1e6:,.0f} MB "
             "are free. Free some space, or set LUTHIER_HOME to a folder on a larger disk."
         )
@@ -198,13 +204,29 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = _system_error(error)
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            raise DoesNotFit(
+        if number in _FULL:
+            raise DiskFull(
                 f"the disk of {folder} is full; nothing was left half-written"
             ) from error
+        if number == errno.EROFS:
+            raise ReadOnlyDisk(f"{folder} cannot be written: {os.strerror(number)}") from error
         if number in _UNWRITABLE:
             raise LuthierError(f"{folder} cannot be written: {os.strerror(number)}") from error
         raise
+
+
+def waits_for_disk(error: BaseException) -> bool:
+    """Whether work failed because its disk is full or read-only now, and not for what it is."""
+    if isinstance(error, DiskFull | ReadOnlyDisk):
+        return True
+    return isinstance(error, Exception) and _system_error(error) in (*_FULL, errno.EROFS)
+
+
+def room(folder: Path) -> int:
+    """Bytes that can be written to the disk of ``folder`` now; none where it takes no writes."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    found = os.statvfs(existing)
+    return 0 if found.f_flag & os.ST_RDONLY else found.f_bavail * found.f_frsize
 
 
 def _system_error(error: Exception) -> int | None:

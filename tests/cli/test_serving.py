@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,30 @@ def test_what_cannot_be_served_is_refused_at_once(tmp_path: Path) -> None:
     assert "--tls-port" in refused("--tls-port", "1")
     assert "not a file" in refused("--tls-cert", str(file), "--tls-key", str(tmp_path / "none"))
     assert "no database luthier knows" in refused("--database", "mysql://a/b")
+
+
+WITHOUT = """
+import sys
+for name in {names!r}:
+    sys.modules[name] = None  # as if it were not installed
+from luthier.cli.app import app
+app({arguments!r})
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["serve"], ["admin", "users", "list"], ["admin", "keys", "create", "ann"],
+                  ["audit", "verify"], ["audit", "list", "--json"]],
+)  # fmt: skip
+def test_without_the_extra_commands_name_it(arguments: list[str], luthier_home: Path) -> None:
+    names = ["alembic", "botocore", "cryptography", "httptools", "sqlalchemy", "uvicorn"]
+    program = WITHOUT.format(names=names, arguments=arguments)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].endswith("pip install 'luthier[server]'"), done.stderr
+    if "--json" in arguments:
+        assert json.loads(done.stdout)["error"]["type"] == "RefusedInput"
+    assert not luthier_home.exists()

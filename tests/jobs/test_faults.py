@@ -12,27 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from job_checks import SLOWLY, bits, check_history
 
 from luthier.store.custom_models import CustomModel
-from luthier.store.jobs import ENDED, TRANSITIONS, Job, JobEvent, get, stop
+from luthier.store.jobs import ENDED, Job, JobEvent, get, stop
 from luthier.store.models import custom_models, find
 
 KILLS = 50
 ACCOUNT = "000000000000"
-SLOWLY = """
-import time
-from luthier.engine.metrics import MetricsFile
-append = MetricsFile.append
-def slow_append(self, values):
-    time.sleep(0.05)
-    return append(self, values)
-MetricsFile.append = slow_append
-"""
 SERVER = """
 import json, sys, time
 from luthier.jobs.scheduler import Capacity, Scheduler
@@ -94,11 +85,6 @@ def kinds(queue: Any) -> dict[str, dict[str, Any]]:
             "steps": 30,
         },
     }
-
-
-def bits(job: Job) -> Any:
-    assert job.result is not None, (job.state, job.failure)
-    return find(job.result["stored_id"]).manifest["trained_weights_sha256"]
 
 
 class Observer:
@@ -199,17 +185,6 @@ def check_left(queue: Any, luthier_home: Path, models: int) -> None:
         for job in session.query(Job):
             found = session.query(JobEvent).filter_by(job_id=job.id).order_by(JobEvent.seq).all()
             check_history(job, found)
-
-
-def check_history(job: Job, found: list[JobEvent]) -> None:
-    states = [event.data["state"] for event in found if "state" in event.data]
-    assert states[0] == "Queued" and states[-1] == job.state
-    for before, after in pairwise(states):
-        assert after in TRANSITIONS[before], (job.name, states)
-    steps = [event.data["step"] for event in found if "train_loss" in event.data]
-    assert steps == sorted(set(steps)), job.name
-    if job.state == "Completed":
-        assert steps == list(range(1, job.result["steps"] + 1))  # type: ignore[index]
 
 
 @pytest.mark.slow

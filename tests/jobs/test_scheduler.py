@@ -15,7 +15,7 @@ import pytest
 from luthier.jobs import processes
 from luthier.jobs.admission import memory_of
 from luthier.jobs.folders import LONGEST_LOG, JobFolders
-from luthier.jobs.scheduler import Capacity, Scheduler, Watch
+from luthier.jobs.scheduler import Capacity, DiskWaits, Scheduler, Watch
 from luthier.store import leases
 from luthier.store.jobs import Job
 
@@ -174,6 +174,37 @@ def test_what_a_dead_worker_left_of_an_ended_job_is_tidied(queue: Any, luthier_h
     scheduler.tick()
     assert not queue.job(job.id).littered
     assert [place for place in places if place.exists() or place.parent.exists()] == []
+
+
+@sqlite
+def test_no_worker_is_started_on_a_full_disk(queue: Any, monkeypatch: Any) -> None:
+    free = [1000]
+    monkeypatch.setattr("luthier.jobs.scheduler.room", lambda folder: free[0])
+    monkeypatch.setattr("luthier.jobs.scheduler.LATER", 0.1)
+    job = queue.submit(steps=2)
+    queue.scheduler()
+    time.sleep(0.5)
+    assert queue.job(job).state == "Queued" and queue.job(job).attempts == 0
+    free[0] = 10**12
+    assert queue.ended(job).state == "Completed"
+
+
+def test_a_job_that_finds_no_room_waits_longer_each_time() -> None:
+    clock = [100.0]
+    waits = DiskWaits(lambda: clock[0])
+    seconds = []
+    for lease in ("a", "b", "c"):
+        waits.started(lease, "job")
+        waits.ended(lease, no_disk=True)
+        began = clock[0]
+        while waits.waiting() == {"job"}:
+            clock[0] += 1
+        seconds.append(clock[0] - began)
+    assert seconds == [5, 10, 20]
+    waits.started("d", "job")
+    waits.ended("d", no_disk=False)
+    waits.ended("of another server", no_disk=True)
+    assert waits.waiting() == set()
 
 
 @sqlite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -363,6 +364,37 @@ def test_a_bucket_that_fails_now_and_then_costs_no_job(queue: Any) -> None:
     job = queue.ended(job_id)
     assert job.state == "Completed", job.failure
     assert list(output.rglob("step_wise_training_metrics.csv"))
+
+
+FULL = """
+import pathlib
+from luthier.engine.metrics import MetricsFile
+from luthier.files import disk_errors
+append, flag = MetricsFile.append, pathlib.Path({flag!r})
+def full(self, values):
+    if flag.exists() or values["step"] < 3:
+        return append(self, values)
+    flag.touch()
+    with disk_errors(flag.parent):
+        raise OSError({number}, "no")
+MetricsFile.append = full
+"""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_no_more_under_a_run_costs_no_job(
+    queue: Any, tmp_path: Path, monkeypatch: Any, number: int
+) -> None:
+    monkeypatch.setattr("luthier.jobs.scheduler.FULL_LATER", (0.2, 1.0))
+    job_id = queue.submit(steps=6)
+    before = FULL.format(flag=str(tmp_path / "flag"), number=number)
+    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": before})
+    job = queue.ended(job_id)
+    assert (job.state, job.attempts, job.crashes) == ("Completed", 2, 0)
+    with queue.database.read() as session:
+        said = [each.message for each in session.query(JobEvent).filter_by(job_id=job_id)]
+    (told,) = [text for text in said if "disk cannot take" in text]
+    assert "goes on from its last checkpoint" in told
 
 
 @sqlite

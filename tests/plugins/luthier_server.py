@@ -16,6 +16,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 import boto3
+from botocore.config import Config
 
 from luthier.files import write_json
 from luthier.models.catalog import MANIFEST
@@ -52,15 +53,16 @@ class Served:
         self.process: subprocess.Popen[str] | None = None
         self.url = ""
 
-    def start(self) -> None:
+    def start(self, *options: str, **variables: str) -> None:
         environment = {
             **os.environ,
             "LUTHIER_HOME": str(self.home),
             "LUTHIER_BOOTSTRAP": str(self.home / "bootstrap.json"),
             "OMP_NUM_THREADS": "1",
+            **variables,
         }
         environment.pop("LUTHIER_DATABASE", None)
-        command = [sys.executable, "-m", "luthier", "serve", "--port", "0", *self.options]
+        command = [sys.executable, "-m", "luthier", "serve", "--port", "0", *self.options, *options]
         with (self.home / "server.log").open("a") as log:
             self.process = subprocess.Popen(
                 command, env=environment, text=True, stdout=subprocess.PIPE, stderr=log
@@ -94,12 +96,13 @@ class Served:
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done
 
-    def client(self, service: str, account: str = ONE) -> Any:
+    def client(self, service: str, account: str = ONE, tries: int = 5) -> Any:
         keys = KEYS[account]
         return boto3.client(
             service, endpoint_url=self.url, region_name="us-east-1",
             aws_access_key_id=keys["access_key_id"],
             aws_secret_access_key=keys["secret_access_key"],
+            config=Config(retries={"total_max_attempts": tries}),
         )  # fmt: skip
 
     def ask(self, method: str, path: str, body: Any = None, account: str = ONE) -> Any:

@@ -18,8 +18,8 @@ import torch
 import uvicorn
 from botocore.config import Config
 
-from luthier.api.app import head_of
 from luthier.api.bedrock.runtime import runtime_handlers
+from luthier.api.heads import head_of
 from luthier.api.sending import send_answer
 from luthier.api.wire import Answer, Call, Caller, Fault
 from luthier.engine import devices

@@ -11,33 +11,56 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, MutableMapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
+from sqlalchemy.exc import OperationalError
+
 from luthier.api.attending import Attendant
+from luthier.api.heads import (
+    SMALL,
+    Scope,
+    address_of,
+    head_of,
+    is_bearer,
+    is_large,
+    is_signed,
+    service_of,
+)
 from luthier.api.observability import Observed, Observer
 from luthier.api.policies import noted
-from luthier.api.sending import ClientGone, Receive, Send, read_body, send_answer
-from luthier.api.threads import Threads
+from luthier.api.sending import (
+    ClientGone,
+    Receive,
+    Send,
+    close_pieces,
+    read_body,
+    send_answer,
+)
+from luthier.api.threads import FairSlots, Threads
 from luthier.api.wire import Answer, Call, Caller, Face, Fault, Head, Route, Signed
-from luthier.errors import RefusedInput
+from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.serving.stream import attended
 from luthier.store.database import now
-
-Scope = MutableMapping[str, Any]
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
-SMALL = 2_000_000
-"""Bytes of a body that is read from anybody: of a signature it is part, an unknown path ignores it."""
 LARGEST_SIGNED = 25_000_000
 """Bytes of a signed body, which is read before its sender is known."""
 THREADS, STREAMS = 64, 256
 """Requests that are worked on at once, and streams that wait for their next piece."""
+LONG = 48
+"""Requests that take a model's time at once: the other threads answer what is short."""
+SHARE = 0.75
+"""Part of such requests, and of streams, that one account may have; further ones of it wait."""
+
+TROUBLES = (OperationalError, ReadOnlyDisk)
+"""What passes when the database, or the disk, is back: clients are told to ask again."""
 
 _log = logging.getLogger("luthier.api")
 
@@ -105,6 +128,8 @@ class Application:
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
         self.observer, self.trail, self.ready = observer, trail, ready
         self._run, self._wait = Threads(THREADS, "request"), Threads(STREAMS, "stream")
+        self._turns = FairSlots(LONG, int(LONG * SHARE))
+        self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request; other kinds of connections are refused."""
@@ -118,13 +143,13 @@ class Application:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         head, request_id = head_of(scope), str(uuid.uuid4())
-        seen = Observed(request_id, head.method, _address(scope))
+        seen = Observed(request_id, head.method, address_of(scope))
         began = time.perf_counter()
         try:
             if head.path in OPEN_PATHS:
                 answer = await self._run(self._open, head.path)
                 seen.status = await send_answer(send, receive, answer, self._wait)
-            elif _service(head) == "s3" and not _named_face(head.path):
+            elif service_of(head) == "s3" and not _named_face(head.path):
                 await self._objects(head, receive, send, seen)
             else:
                 await self._face(head, receive, send, seen)
@@ -159,12 +184,26 @@ class Application:
             self._refused(seen, fault)
             answer = _closing(head, face.refusal(fault, seen.request_id))
             seen.status = await send_answer(send, receive, answer, self._wait)
+        except TROUBLES as error:
+            _log.exception("database or disk trouble", extra={"request_id": seen.request_id})
+            told = Fault.unavailable(error)
+            seen.refused(told)
+            answer = _closing(head, face.refusal(told, seen.request_id))
+            seen.status = await send_answer(send, receive, answer, self._wait)
 
     async def _face(self, head: Head, receive: Receive, send: Send, seen: Observed) -> None:
         name, face = self._chosen(head.path)
         seen.face = name
+        async with AsyncExitStack() as held:
+            answer = await self._answered(face, head, receive, seen, held)
+            seen.status = await send_answer(send, receive, answer, self._wait)
+
+    async def _answered(
+        self, face: Face, head: Head, receive: Receive, seen: Observed, held: AsyncExitStack
+    ) -> Answer:
+        """The answer, or the refusal; ``held`` keeps what the answer needs until it is sent."""
         try:
-            answer = await self._answer(face, head, receive, seen)
+            answer = await self._answer(face, head, receive, seen, held)
         except Fault as fault:
             self._refused(seen, fault)
             answer = face.refusal(fault, seen.request_id)
@@ -174,13 +213,18 @@ class Application:
             answer = face.refusal(told, seen.request_id)
         except ClientGone:
             raise
+        except TROUBLES as error:
+            _log.exception("database or disk trouble", extra={"request_id": seen.request_id})
+            told = Fault.unavailable(error)
+            seen.refused(told)
+            answer = face.refusal(told, seen.request_id)
         except Exception:
             # What went wrong inside is told to the log alone.
             _log.exception("request failed", extra={"request_id": seen.request_id})
             text = f"Something failed inside the service; its log has request {seen.request_id}."
             answer = face.refusal(Fault("InternalServer", text), seen.request_id)
             seen.error = "InternalServer"
-        seen.status = await send_answer(send, receive, answer, self._wait)
+        return answer
 
     def _chosen(self, path: str) -> tuple[str, Face]:
         if path.startswith(OPENAI_PATHS):
@@ -189,23 +233,43 @@ class Application:
             return "native", self.faces.native
         return "bedrock", self.faces.bedrock
 
-    async def _answer(self, face: Face, head: Head, receive: Receive, seen: Observed) -> Answer:
+    async def _answer(
+        self, face: Face, head: Head, receive: Receive, seen: Observed, held: AsyncExitStack
+    ) -> Answer:
         route, unknown = _routed(face, head)
-        signed, limit = None, route.body_limit if route else SMALL
-        if _is_large(head):
+        signed: Signed | None = None
+        limit = route.body_limit if route else SMALL
+        if is_large(head):
             # A key needs no body to be known: a large one is only read from those who may send it.
             # Of signatures it is part, so that nobody's is read without end.
-            if _bearer(head) or not _signed(head):
+            if is_bearer(head) or not is_signed(head):
                 signed = await self._run(self.authenticator.authenticate, head, b"")
             else:
                 limit = min(limit, LARGEST_SIGNED)
         body = await read_body(head, receive, limit)
+        if route is not None and route.long:
+            if signed is None:
+                signed = await self._run(self.authenticator.authenticate, head, body)
+            account = signed.caller.account
+            seen.let_in(seen.face, signed.caller)
+            seen.operation = route.operation
+            work = partial(self._work, head, body, route, unknown, seen, signed)
+            async with self._turns.turn(account):
+                answer = await self._attended(work, receive, seen)
+            await self._hold(answer, account, held)
+            return answer
         # One thread does all of it: to change threads costs as much as to look something up.
         work = partial(self._work, head, body, route, unknown, seen, signed)
+        return await self._run(work)
+
+    async def _attended(
+        self, work: Callable[[], Answer], receive: Receive, seen: Observed
+    ) -> Answer:
+        """What a model may write for, and stops writing for when the client hangs up."""
         attendant = Attendant(receive, self._wait)
         try:
             with attended(attendant.take):
-                answer: Answer = await self._run(work)
+                answer = await self._run(work)
         except Fault as fault:
             if await attendant.end():
                 # It is in the log, and nobody is there to be told.
@@ -217,6 +281,16 @@ class Application:
         if gone:
             raise ClientGone
         return answer
+
+    async def _hold(self, answer: Answer, account: str, held: AsyncExitStack) -> None:
+        """Take the thread that a stream needs until its end, where the account may have one more."""
+        if isinstance(answer.body, bytes):
+            return
+        try:
+            held.enter_context(self._streams.now(account))
+        except Fault:
+            await self._run(close_pieces, answer.body)
+            raise
 
     def _work(
         self,
@@ -265,14 +339,6 @@ class Application:
             self._note(seen, fault.code)
 
 
-def head_of(scope: Scope) -> Head:
-    """The request of an ASGI scope as it came over the wire."""
-    raw = scope.get("raw_path") or scope["path"].encode()
-    headers = [(k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in scope["headers"]]
-    path, query = raw.decode("latin-1"), scope["query_string"].decode("latin-1")
-    return Head(scope["method"], path, query, headers, scope.get("scheme") == "https")
-
-
 def _closing(head: Head, answer: Answer) -> Answer:
     """``answer``, after which the connection ends if the client still waits to send its body.
 
@@ -293,38 +359,6 @@ def _routed(face: Face, head: Head) -> tuple[Route | None, Fault | None]:
 
 def _named_face(path: str) -> bool:
     return path.startswith((*OPENAI_PATHS, NATIVE_PATH))
-
-
-def _service(head: Head) -> str:
-    """The service of the credential scope, in the header or in a presigned query; unverified."""
-    for name, value in head.headers:
-        if name == "authorization":
-            _, _, after = value.partition("Credential=")
-            parts = after.partition(",")[0].strip().split("/")
-            return parts[3] if len(parts) > 3 else ""
-    presigned = parse_qs(head.query).get("X-Amz-Credential", [""])[0].split("/")
-    return presigned[3] if len(presigned) > 3 else ""
-
-
-def _is_large(head: Head) -> bool:
-    """Whether the body may be more than :data:`SMALL`, by what the head says of it."""
-    told = [value for name, value in head.headers if name == "content-length"]
-    return not (told and told[0].isdigit() and int(told[0]) <= SMALL) and head.method != "GET"
-
-
-def _signed(head: Head) -> bool:
-    named = any(name == "authorization" for name, _ in head.headers)
-    return named or "X-Amz-Signature" in head.query
-
-
-def _bearer(head: Head) -> bool:
-    given = [value for name, value in head.headers if name == "authorization"]
-    return len(given) == 1 and given[0][:7].lower() == "bearer "
-
-
-def _address(scope: Scope) -> str:
-    client = scope.get("client")
-    return client[0] if client else ""
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -85,7 +85,7 @@ async def _stream(send: Send, receive: Receive, pieces: Iterator[bytes], run: Ru
             await asyncio.wait((piece, gone), return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
                 # It may wait long for its next piece; closing wakes those that can be woken.
-                await run(_close, pieces)
+                await run(close_pieces, pieces)
                 with suppress(Exception):
                     await piece
                 raise ClientGone
@@ -100,10 +100,11 @@ async def _stream(send: Send, receive: Receive, pieces: Iterator[bytes], run: Ru
         gone.cancel()
         with suppress(asyncio.CancelledError):
             await gone
-        await run(_close, pieces)
+        await run(close_pieces, pieces)
 
 
-def _close(pieces: Iterator[bytes]) -> None:
+def close_pieces(pieces: Iterator[bytes]) -> None:
+    """End the work on pieces that nobody will read."""
     close = getattr(pieces, "close", None)
     # A generator that is at work cannot be closed by another thread; it is closed after its piece.
     with suppress(ValueError):

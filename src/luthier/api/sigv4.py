@@ -326,9 +326,11 @@ def _check_time(claim: Claim, service: Service, moment: datetime) -> None:
     if in_time:
         return
     if not service.objects:
-        raise Fault(
-            "InvalidSignature", f"Signature expired or not yet valid: it is of {claim.moment}."
+        text = (
+            f"Signature expired or not yet valid: it is of {claim.moment}, and the clock of the "
+            f"service says {moment.strftime(_MOMENT)}. Set the clock that is wrong."
         )
+        raise Fault("InvalidSignature", text)
     if claim.presigned and moment > claim.at:
         raise Fault("AccessDenied", "Request has expired")
     text = "The difference between the request time and the current time is too large."

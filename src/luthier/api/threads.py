@@ -1,15 +1,21 @@
-"""Threads for what blocks: handlers, and streams that wait for their next piece."""
+"""Threads for what blocks, and who may hold how many of them: one account never holds them all."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from luthier.api.wire import Fault
+
 T = TypeVar("T")
+WAITING = 256
+"""Requests of one account that wait for their turn; further ones are told to come again."""
 
 
 class Threads:
@@ -27,3 +33,82 @@ class Threads:
         context = contextvars.copy_context()
         work = partial(context.run, function, *arguments)
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+class FairSlots:
+    """Turns at something scarce: whoever holds the fewest is next, and nobody holds more than a share.
+
+    To be used by the tasks of one event loop.
+    """
+
+    def __init__(self, most: int, each: int) -> None:
+        """``most`` turns at once, ``each`` of them for one account at most."""
+        self.most, self.each = most, each
+        self._held: Counter[str] = Counter()
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    @asynccontextmanager
+    async def turn(self, account: str) -> AsyncIterator[None]:
+        """Hold one, when it is the account's turn.
+
+        Raises:
+            Fault: ``Throttling`` where too many of the account wait already.
+        """
+        if self._may(account):
+            self._held[account] += 1
+        else:
+            await self._wait(account)
+        try:
+            yield
+        finally:
+            self._release(account)
+
+    @contextmanager
+    def now(self, account: str) -> Iterator[None]:
+        """Hold one at once; ``Throttling`` where there is none for the account."""
+        if not self._may(account):
+            raise _busy()
+        self._held[account] += 1
+        try:
+            yield
+        finally:
+            self._release(account)
+
+    def _may(self, account: str) -> bool:
+        return self._held.total() < self.most and self._held[account] < self.each
+
+    async def _wait(self, account: str) -> None:
+        queue = self._waiting.setdefault(account, deque())
+        if len(queue) >= WAITING:
+            raise _busy()
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(mine)
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if not mine.cancelled():
+                self._release(account)  # it was given in the same moment
+            raise
+
+    def _release(self, account: str) -> None:
+        self._held[account] -= 1
+        if not self._held[account]:
+            del self._held[account]
+        while next_ := self._next():
+            queue = self._waiting[next_]
+            mine = queue.popleft()
+            self._waiting.move_to_end(next_)
+            if not queue:
+                del self._waiting[next_]
+            if not mine.done():
+                self._held[next_] += 1
+                mine.set_result(None)
+
+    def _next(self) -> str | None:
+        able = [account for account in self._waiting if self._may(account)]
+        return min(able, key=lambda account: self._held[account], default=None)
+
+
+def _busy() -> Fault:
+    text = "Too many requests of this account are being answered. Please wait and try again."
+    return Fault("Throttling", text, retry_after=2)

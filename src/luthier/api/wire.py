@@ -15,10 +15,14 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Protocol
 
+from sqlalchemy.exc import OperationalError
+
 from luthier.errors import (
+    DiskFull,
     DoesNotFit,
     LuthierError,
     QuotaExceeded,
+    ReadOnlyDisk,
     RefusedInput,
     UnknownModel,
     WrongState,
@@ -144,6 +148,16 @@ class Answer:
         return Answer(status, body, {"Content-Type": "application/json", **headers})
 
 
+_TROUBLES = {
+    "is full": "has no room: its operator frees some of its disk",
+    "No space left": "has no room: its operator frees some of its disk",
+    "readonly": "takes no writes now",
+    "read-only": "takes no writes now",
+    "locked": "is busy",
+}
+"""What databases say, and what it means."""
+
+
 class Fault(LuthierError):
     """A refusal or failure that the client is told of; each face has its own shape for it.
 
@@ -159,11 +173,26 @@ class Fault(LuthierError):
         self.code, self.message, self.parameter, self.details = code, message, parameter, details
 
     @staticmethod
+    def unavailable(error: OperationalError | ReadOnlyDisk) -> Fault:
+        """What a database that is away, full or read-only becomes, or such a disk."""
+        if isinstance(error, ReadOnlyDisk):
+            text = "The service's disk takes no writes now: its operator mends that."
+            return Fault("ServiceUnavailable", text, retry_after=30)
+        said = str(error.orig)
+        why = next((text for word, text in _TROUBLES.items() if word in said), "does not answer")
+        text = f"The service's database {why}. Ask again; what was asked may have been done."
+        return Fault("ServiceUnavailable", text, retry_after=5)
+
+    @staticmethod
     def of(error: RefusedInput) -> Fault:
         """What a refusal of the parts below becomes, where a face says nothing closer."""
         if isinstance(error, DoesNotFit):
             # Names of the server's folders are not for clients.
-            return Fault("ServiceUnavailable", "The server has no room for it now.")
+            why = (
+                "Its disk is full: its operator frees some." if isinstance(error, DiskFull) else ""
+            )
+            text = f"The server has no room for it now. {why}".rstrip()
+            return Fault("ServiceUnavailable", text, retry_after=30)
         if isinstance(error, UnknownModel):
             return Fault("ResourceNotFound", "The files of the model are not there.")
         kinds = ((QuotaExceeded, "ServiceQuotaExceeded"), (WrongState, "Conflict"))
@@ -187,6 +216,8 @@ class Route:
     """Segments of the path by name, each decoded once."""
     body_limit: int = 25_000_000
     """Bytes of a body at most; a larger one is refused before it is read whole."""
+    long: bool = False
+    """Whether it takes a model's time: such requests take turns, account by account."""
 
 
 class Face(Protocol):

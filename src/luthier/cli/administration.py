@@ -33,10 +33,11 @@ FIRST = "000000000000"
 @admin_app.command("roles")
 def roles(json_: Json = False) -> None:
     """List the built-in roles and what they allow."""
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(json_):
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
         principals.list_roles(json_)
 
 
@@ -50,30 +51,33 @@ def backup(
     json_: Json = False,
 ) -> None:
     """Back up database and store while the service runs."""
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(json_):
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
         principals.back_up(database, folder, with_key, json_)
 
 
 @admin_app.command("restore")
 def restore(folder: Annotated[Path, typer.Argument(help="A backup.")], json_: Json = False) -> None:
     """Check a backup and restore it into an empty LUTHIER_HOME."""
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(json_):
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
         principals.restore(folder, json_)
 
 
 @accounts_app.command("list")
 def accounts_list(database: ServiceDatabase = None, json_: Json = False) -> None:
     """List accounts with the quotas that are their own."""
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(json_):
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
         principals.list_accounts(database, json_)
 
 
@@ -120,8 +124,7 @@ def accounts_quota(
     json_: Json = False,
 ) -> None:
     """Set what an account may have at most; show it, where nothing is set."""
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
     given = {
         "jobs_in_flight": jobs_in_flight,
@@ -130,7 +133,9 @@ def accounts_quota(
         "requests_per_second": requests_per_second,
     }
     values = {name: value for name, value in given.items() if reset or value is not None}
-    with errors(json_):
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
         principals.set_quota(database, account, values, json_)
 
 
@@ -141,10 +146,11 @@ def users_list(
     json_: Json = False,
 ) -> None:
     """List users."""
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(json_):
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
         principals.list_users(database, account, json_)
 
 
@@ -158,10 +164,11 @@ def users_create(
     json_: Json = False,
 ) -> None:
     """Add a user with a role, policies of its own, or both."""
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(json_):
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
         principals.create_user(database, account, user, role, policy or [], json_)
 
 
@@ -175,10 +182,11 @@ def users_policies(
     json_: Json = False,
 ) -> None:
     """Replace role and policies of a user; without any it may do nothing."""
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(json_):
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
         principals.set_policies(database, account, user, role, policy or [], json_)
 
 
@@ -214,10 +222,11 @@ def keys_list(
     json_: Json = False,
 ) -> None:
     """List keys; their secrets are not told again."""
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(json_):
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
         principals.list_keys(database, account, user, json_)
 
 
@@ -232,10 +241,11 @@ def keys_create(
     json_: Json = False,
 ) -> None:
     """Make a key and print it, once."""
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(json_):
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
         principals.create_key(database, account, user, kind, days, label, json_)
 
 
@@ -260,24 +270,27 @@ def keys_remove(key: str, database: ServiceDatabase = None, json_: Json = False)
 def _change_account(
     action: str, account: str, database: str | None, as_json: bool, name: str = ""
 ) -> None:
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(as_json):
+    with errors(as_json), extra("server"):
+        from luthier.cli import principals
+
         principals.change_account(database, action, account, as_json, name)
 
 
 def _change_user(action: str, user: str, account: str, database: str | None, as_json: bool) -> None:
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(as_json):
+    with errors(as_json), extra("server"):
+        from luthier.cli import principals
+
         principals.change_user(database, action, account, user, as_json)
 
 
 def _change_key(action: str, key: str, database: str | None, as_json: bool) -> None:
-    from luthier.cli import principals
-    from luthier.cli.console import errors
+    from luthier.cli.console import errors, extra
 
-    with errors(as_json):
+    with errors(as_json), extra("server"):
+        from luthier.cli import principals
+
         principals.change_key(database, action, key, as_json)

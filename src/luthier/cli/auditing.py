@@ -22,13 +22,15 @@ def audit_verify(
     json_: Json = False,
 ) -> None:
     """Check every entry against the chain; ends with 1 where it is broken."""
-    from luthier.cli.console import errors, note, print_json
-    from luthier.cli.service import opened
-    from luthier.store.audit import last, verify
+    from luthier.cli.console import errors, extra, note, print_json
 
-    with errors(json_), opened(database) as service, service.read() as session:
-        broken = verify(session, noted)
-        number, hash_ = last(session)
+    with errors(json_), extra("server"):
+        from luthier.cli.service import opened
+        from luthier.store.audit import last, verify
+
+        with opened(database) as service, service.read() as session:
+            broken = verify(session, noted)
+            number, hash_ = last(session)
     if json_:
         found = {"seq": broken.seq, "reason": broken.reason} if broken else None
         print_json({"intact": broken is None, "broken": found, "entries": number, "last": hash_})
@@ -54,14 +56,16 @@ def audit_list(
     json_: Json = False,
 ) -> None:
     """Print entries, the newest first."""
-    from luthier.cli.console import errors, print_json
-    from luthier.cli.service import opened, table_of
-    from luthier.store.audit import entries, shown
+    from luthier.cli.console import errors, extra, print_json
 
     from_ = since.replace(tzinfo=UTC) if since else None
-    with errors(json_), opened(database) as service, service.read() as session:
-        found = entries(session, account, user, action, from_, before, limit)
-        rows = [shown(entry) for entry in found]
+    with errors(json_), extra("server"):
+        from luthier.cli.service import opened, table_of
+        from luthier.store.audit import entries, shown
+
+        with opened(database) as service, service.read() as session:
+            found = entries(session, account, user, action, from_, before, limit)
+            rows = [shown(entry) for entry in found]
     if json_:
         print_json({"entries": rows})
         return

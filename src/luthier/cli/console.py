@@ -54,9 +54,10 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "luthier":
+        package = (error.name or "").partition(".")[0]
+        if package == "luthier":
             raise
-        text = f"this needs {error.name}: pip install 'luthier[{name}]'"
+        text = f"this needs {package}: pip install 'luthier[{name}]'"
         raise RefusedInput(text) from error
 
 

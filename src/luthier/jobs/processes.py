@@ -11,6 +11,9 @@ from typing import Any
 
 import psutil
 
+NO_DISK = 73
+"""Exit status of a worker that gave its job back because the disk is full or read-only."""
+
 
 def this_process() -> dict[str, Any]:
     """What a lease records of the process that holds it."""

@@ -23,6 +23,7 @@ from sqlalchemy import select
 
 from luthier.encryption import keys
 from luthier.errors import LeaseLost, LuthierError
+from luthier.files import luthier_home, room
 from luthier.jobs import processes
 from luthier.jobs.admission import memory_of
 from luthier.jobs.folders import JobFolders, tidy
@@ -38,6 +39,10 @@ ESTIMATES = 20
 """New jobs that are estimated at one look: those that are started next come first."""
 LATER = 10.0
 """Seconds until the next try, where the machine cannot start a process."""
+ROOM = 16_000_000
+"""Bytes that are free on the disk of the store where a worker is started."""
+FULL_LATER = (5.0, 300.0)
+"""Seconds until a job that found the disk full is started again: at first, and at most."""
 RETURN = 60.0
 """Seconds that workers are given to make a checkpoint when the server ends."""
 
@@ -84,6 +89,7 @@ class Scheduler:
         self.environment = {**address_of(database), **(environment or {})}
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         """Workers that this scheduler started and has not seen end, by their leases."""
+        self._disk = DiskWaits()
         self._watch = Watch(leases.LEASE.total_seconds())
         self._thread: threading.Thread | None = None
         self._wanted = threading.Event()
@@ -161,6 +167,7 @@ class Scheduler:
         for lease, status in ended.items():
             if status is not None:
                 del self.children[lease]
+                self._disk.ended(lease, status == processes.NO_DISK)
 
     def _expire(self, job: Job, why: str) -> None:
         try:
@@ -203,6 +210,10 @@ class Scheduler:
         """Start a worker for the next job that fits; whether there was one."""
         if time.monotonic() < self._not_before:
             return False
+        if room(luthier_home()) < ROOM:
+            _log.error("the disk of %s is full or read-only: no worker is started", luthier_home())
+            self._not_before = time.monotonic() + LATER
+            return False
         # Until the worker is there, the server stands for it.
         process = {**processes.this_process(), "starting": True}
         with self.database.write() as session:
@@ -214,11 +225,13 @@ class Scheduler:
                 self.capacity.cores - sum(job.cores for job in here),
                 idle=not here,
                 per_account=self.capacity.per_account,
+                passed_over=self._disk.waiting(),
             )
         if job is None:
             return False
         try:
             self.children[str(job.lease)] = self._spawn(job)
+            self._disk.started(str(job.lease), job.id)
         except (OSError, LuthierError) as error:
             _log.error("no worker could be started for job %s: %s", job.id, error)
             self._not_before = time.monotonic() + LATER
@@ -257,6 +270,35 @@ class Scheduler:
             for child in self.children.values():
                 child.poll()
             time.sleep(0.05)
+
+
+class DiskWaits:
+    """Which jobs found no room on the disk, and when each is tried again: later each time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._of_lease: dict[str, str] = {}
+        self._waits: dict[str, tuple[float, float]] = {}
+        """By job: seconds of its last wait, and when that ends."""
+
+    def started(self, lease: str, job_id: str) -> None:
+        """A worker began with this lease."""
+        self._of_lease[lease] = job_id
+
+    def ended(self, lease: str, no_disk: bool) -> None:
+        """It ended, for want of room or otherwise."""
+        job_id = self._of_lease.pop(lease, None)
+        if job_id is None:
+            return
+        before, _ = self._waits.pop(job_id, (0.0, 0.0))
+        if no_disk:
+            first, most = FULL_LATER
+            seconds = min(most, max(first, 2 * before))
+            self._waits[job_id] = seconds, self.clock() + seconds
+
+    def waiting(self) -> set[str]:
+        """Ids of jobs that are not to be started yet."""
+        return {job_id for job_id, (_, until) in self._waits.items() if until > self.clock()}
 
 
 class Watch:

@@ -30,13 +30,13 @@ from luthier.errors import (
     UnknownModel,
     WrongState,
 )
-from luthier.files import verify
+from luthier.files import verify, waits_for_disk
 from luthier.jobs import outputs
 from luthier.jobs.data import JobData, Locations, fetched
 from luthier.jobs.folders import JobFolders, run_name, tidy
 from luthier.jobs.heart import LOST, SILENCE, Heart
 from luthier.jobs.journal import Journal, copied
-from luthier.jobs.processes import this_process
+from luthier.jobs.processes import NO_DISK, this_process
 from luthier.pipeline import KINDS
 from luthier.recipe import parse
 from luthier.store import leases
@@ -85,6 +85,14 @@ class Worker:
             with suppress(LeaseLost):
                 self._write(lambda s: leases.release(s, self.job_id, self.lease, GIVEN_BACK))
             return 0
+        except Exception as error:
+            if not waits_for_disk(error):
+                raise
+            _log.exception("the disk of job %s cannot be written", self.job_id)
+            message = _waits(error)
+            with suppress(LeaseLost):
+                self._write(lambda s: leases.release(s, self.job_id, self.lease, message))
+            return NO_DISK
 
     def _wait_for_files(self, files: ExitStack) -> bool:
         """Hold the lock of the job until ``files`` is closed."""
@@ -177,6 +185,11 @@ class Worker:
         if isinstance(error, WrongState):
             # Stopped or paused in the last moment: its model waits in the store, or goes.
             return self._interrupted(heart, error)
+        if waits_for_disk(error):
+            _log.exception("the disk of job %s cannot be written", self.job_id)
+            message = self._told(_waits(error))
+            self._end(heart, lambda s: leases.release(s, self.job_id, self.lease, message))
+            return NO_DISK
         _log.exception("job %s failed", self.job_id)
         failure = self._told(explained(error))
         return self._end(heart, lambda s: leases.fail(s, self.job_id, self.lease, failure))
@@ -236,6 +249,14 @@ class Worker:
         # Between steps the loop has a handler of its own, which makes a checkpoint first.
         if not self._deaf:
             raise Interrupted("stopped before the next step")
+
+
+def _waits(error: Exception) -> str:
+    """Why a job is back in the queue, and what lets it go on."""
+    return (
+        f"The server's disk cannot take what the job writes ({str(error).rstrip('.')}). "
+        "The job goes on from its last checkpoint when it can."
+    )
 
 
 def explained(error: Exception) -> str:

@@ -182,7 +182,14 @@ def _engine(url: str) -> Engine:
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS})
     event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "handle_error", _reopen_read_only)
     return engine
+
+
+def _reopen_read_only(context: Any) -> None:
+    # A file that was opened while its disk took no writes is never written by this connection.
+    if "readonly database" in str(context.original_exception):
+        context.is_disconnect = True
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

@@ -7,7 +7,7 @@ again. Whatever the old worker still writes is refused (:class:`~luthier.errors.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -47,6 +47,7 @@ def claim(
     *,
     idle: bool = False,
     per_account: int | None = None,
+    passed_over: Collection[str] = (),
 ) -> Job | None:
     """Take the next job that fits: by priority, then in the order they came; ``None`` for none.
 
@@ -59,6 +60,7 @@ def claim(
         idle: nothing else runs on this machine: what does not fit is not going to fit later, and
             says so itself.
         per_account: jobs of one account at once.
+        passed_over: ids of jobs that are not to be started now.
     """
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(_CLAIMS)))
@@ -66,6 +68,8 @@ def claim(
     waiting = select(Job.id, Job.account, Job.memory, Job.cores, Job.modified)
     waiting = waiting.where(Job.state == QUEUED, Job.lease.is_(None), Job.memory > 0)
     for row in session.execute(waiting.order_by(Job.priority.desc(), Job.seq)):
+        if row.id in passed_over:
+            continue
         if per_account is not None and busy.get(row.account, 0) >= per_account:
             continue
         if not idle and (row.memory > free_memory or row.cores > free_cores):

@@ -19,13 +19,15 @@ from types import TracebackType
 from luthier.encryption.chunks import SealedReader
 from luthier.encryption.files import new_data_file
 from luthier.encryption.keys import WrongKey, keyring, keys_for
-from luthier.errors import CorruptFile
-from luthier.files import disk_errors, luthier_home
+from luthier.errors import CorruptFile, DiskFull
+from luthier.files import disk_errors, luthier_home, room
 
 READ_SIZE = 1 << 20
 """Bytes that are held of an object while it is read."""
 SEALED = ".sealed"
 """Ending of the ids of encrypted files. Told by the row, as bytes of a client could look like one."""
+LEAST_FREE = 16_000_000
+"""Bytes that objects leave on their disk: the database needs some, to delete objects too."""
 UNNAMED_SECONDS = 600.0
 """A file that no row names may belong to a request that is not done; one this old does not."""
 
@@ -72,6 +74,8 @@ class Writing:
 
     def write(self, data: bytes) -> None:
         """Add ``data``; raises :class:`luthier.errors.DoesNotFit` where the disk is full."""
+        if room(self._folder) < LEAST_FREE + len(data):
+            raise DiskFull(f"the disk of {self._folder} is full; no further objects are taken")
         with disk_errors(self._folder):
             self._file.write(data)
         self._size += len(data)

@@ -60,9 +60,10 @@ class BedrockFace:
         if found is None:
             raise Fault("UnknownOperation", "There is no operation at this path.")
         operation, params = found
-        limit = RUNTIME_BODY if operation.service == "bedrock-runtime" else CONTROL_BODY
+        runtime = operation.service == "bedrock-runtime"
         answer = _identified(self._handlers.get(operation.name) or _refusing(operation.name))
-        return Route(operation.name, answer, params, limit)
+        limit = RUNTIME_BODY if runtime else CONTROL_BODY
+        return Route(operation.name, answer, params, limit, long=runtime)
 
     def refusal(self, fault: Fault, request_id: str) -> Answer:
         """``fault`` as botocore reads it: its code in a header, its message in the body."""

@@ -19,6 +19,11 @@ from luthier.store import jobs as queue
 from luthier.store.jobs import ENDED, Job
 
 _NAME = r"[a-zA-Z0-9](-*[a-zA-Z0-9+\-.])*"
+State = Literal["Queued", "Running", "Paused", "Stopping", "Completed", "Failed", "Stopped"]
+"""Where a job may stand: the states of :data:`luthier.store.jobs.TRANSITIONS`."""
+CustomizationType = Literal[
+    "FINE_TUNING", "CONTINUED_PRE_TRAINING", "DISTILLATION", "REINFORCEMENT_FINE_TUNING"
+]
 QUIET_SECONDS = 15.0
 """After so long without an event a comment is sent, so that nothing between closes the stream."""
 
@@ -36,9 +41,7 @@ class NewJob(Part):
     """Addresses of rows: ``s3://bucket/key``, a key that ends in ``/`` for all below it, ``file://``."""
     validation: tuple[str, ...] = Field(default=(), max_length=10)
     """Addresses of rows to measure on."""
-    customization_type: Literal[
-        "FINE_TUNING", "CONTINUED_PRE_TRAINING", "DISTILLATION", "REINFORCEMENT_FINE_TUNING"
-    ] = "FINE_TUNING"
+    customization_type: CustomizationType = "FINE_TUNING"
     """What is made of the rows; fine-tuning goes by their shape."""
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Fields of a recipe by group: ``{"training": {"epochs": 2}, "adaptation": {"rank": 8}}``."""
@@ -60,37 +63,37 @@ class JobTold(Told):
     id: str
     name: str
     model_name: str
-    state: str
+    state: State
     face: str
     customization_type: str
     base: str
     """ARN of what it starts from."""
     created: datetime
     modified: datetime
-    started: datetime | None
-    ended: datetime | None
-    failure: str | None
+    started: datetime | None = None
+    ended: datetime | None = None
+    failure: str | None = None
     priority: int
     attempts: int
     """Workers that were started for it."""
     recipe: dict[str, Any]
     details: dict[str, Any]
     """Progress, settings that were chosen and why, times of its parts."""
-    result: dict[str, Any] | None
+    result: dict[str, Any] | None = None
 
 
 class JobsTold(Told):
     """Jobs, the newest first."""
 
     jobs: list[JobTold]
-    next: int | None
+    next: int | None = None
     """``position`` of the next page; none at the end."""
 
 
 class Page(Part):
     """Which jobs are wanted."""
 
-    state: str | None = None
+    state: State | None = None
     limit: int = Field(default=100, ge=1, le=1000)
     position: int | None = Field(default=None, ge=0, le=2**62)
     """``next`` of the page before."""
@@ -180,9 +183,6 @@ class _Jobs:
     def listed(self, request: Request) -> JobsTold:
         page: Page = request.query
         self.context.allow(request, "ListJobs", "*")
-        if page.state is not None and page.state not in queue.TRANSITIONS:
-            states = ", ".join(queue.TRANSITIONS)
-            raise Fault("Validation", f"There are the states {states}.", parameter="state")
         wanted = queue.Wanted(states=(page.state,) if page.state else ())
         with self.context.database.read() as session:
             found = queue.listed(

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import Field
 
 from luthier.api.native.context import Context
+from luthier.api.native.jobs import CustomizationType
 from luthier.api.native.operations import Operation, Part, Request, Told
 from luthier.api.wire import Fault
 from luthier.encryption.keys import handed_over
@@ -60,7 +61,7 @@ class Planned(Part):
     """Address of rows to learn from."""
     validation: tuple[str, ...] = Field(default=(), max_length=10)
     base: str = "smollm2-135m-instruct"
-    customization_type: str = "FINE_TUNING"
+    customization_type: CustomizationType = "FINE_TUNING"
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Fields of a recipe by group."""
 

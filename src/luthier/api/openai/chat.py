@@ -34,7 +34,7 @@ class Chats:
 
     def operations(self) -> Iterable[Operation]:
         """What can be done."""
-        return (Operation("POST", "chat/completions", ACTION, self.create),)
+        return (Operation("POST", "chat/completions", ACTION, self.create, long=True),)
 
     def create(self, call: Call) -> Answer:
         """Continue a conversation, at once or as it is written."""

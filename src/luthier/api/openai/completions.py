@@ -80,7 +80,7 @@ class Completions:
 
     def operations(self) -> Iterable[Operation]:
         """What can be done."""
-        return (Operation("POST", "completions", ACTION, self.create),)
+        return (Operation("POST", "completions", ACTION, self.create, long=True),)
 
     def create(self, call: Call) -> Answer:
         """Continue texts, at once or as it is written."""

@@ -53,7 +53,7 @@ class Embeddings:
 
     def operations(self) -> Iterable[Operation]:
         """What can be done."""
-        return (Operation("POST", "embeddings", ACTION, self.create),)
+        return (Operation("POST", "embeddings", ACTION, self.create, long=True),)
 
     def create(self, call: Call) -> Answer:
         """Vectors of texts."""

@@ -65,7 +65,7 @@ class Graders:
         """What can be done with graders."""
         root, name = "fine_tuning/alpha/graders", "fine_tuning.alpha.graders"
         return (
-            Operation("POST", f"{root}/run", f"{name}.run", self.run),
+            Operation("POST", f"{root}/run", f"{name}.run", self.run, long=True),
             Operation("POST", f"{root}/validate", f"{name}.validate", self.validate),
         )
 
@@ -141,7 +141,7 @@ def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[st
 
 def _fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
     kind = given.get("type")
-    if kind not in _MEMBERS:
+    if not isinstance(kind, str) or kind not in _MEMBERS:
         known = ", ".join(_MEMBERS)
         raise invalid(f"Unknown grader type {kind!r}; there are {known}.", f"{where}.type")
     fields = {name: given[name] for name in _MEMBERS[kind] if name in given}

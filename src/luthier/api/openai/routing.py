@@ -25,6 +25,8 @@ class Operation:
     """``files.create``: what policies, the audit log and metrics call it, behind ``openai.``."""
     handler: Handler
     body_limit: int = BODY_LIMIT
+    long: bool = False
+    """Whether a model answers it."""
 
     def match(self, method: str, segments: list[str]) -> Mapping[str, str] | None:
         """The parameters in the decoded ``segments``; ``None`` where they are another path."""
@@ -62,7 +64,8 @@ class Routing:
             params = operation.match(method, segments)
             if params is not None:
                 name = f"openai.{operation.name}"
-                return Route(name, _answered(operation.handler), params, operation.body_limit)
+                handler = _answered(operation.handler)
+                return Route(name, handler, params, operation.body_limit, operation.long)
         raise Fault("UnknownOperation", f"Unknown request URL: {method} {path}.")
 
     def refusal(self, fault: Fault, request_id: str) -> Answer:

@@ -63,4 +63,4 @@ def as_fault(error: ObjectRefused | DoesNotFit) -> Fault:
     """A refusal of the store as a fault of this face."""
     if isinstance(error, ObjectRefused):
         return Fault(error.code, error.message)
-    return Fault("ServiceUnavailable", "There is no room for this object on the server.")
+    return Fault.of(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from luthier.api.app import STREAMS
+from luthier.api.app import STREAMS, TROUBLES
 from luthier.api.s3 import errors
 from luthier.api.s3.body import OBJECT_LIMIT, Body
 from luthier.api.s3.documents import DOCUMENT_LIMIT
@@ -47,7 +47,7 @@ class S3Face:
             answer = await self._answer(operation, request, signed, receive)
         except (ObjectRefused, DoesNotFit) as refused:
             raise errors.as_fault(refused) from refused
-        except (Fault, ClientGone):
+        except (Fault, ClientGone, *TROUBLES):
             raise
         except Exception:
             _log.exception("request failed", extra={"request_id": request_id})

@@ -1,0 +1,56 @@
+"""What the head of a request tells before its body is read. Nothing of it is verified here."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+from urllib.parse import parse_qs
+
+from luthier.api.wire import Head
+
+Scope = MutableMapping[str, Any]
+SMALL = 2_000_000
+"""Bytes of a body that is read from anybody: of a signature it is part, an unknown path ignores it."""
+
+
+def head_of(scope: Scope) -> Head:
+    """The request of an ASGI scope as it came over the wire."""
+    raw = scope.get("raw_path") or scope["path"].encode()
+    headers = [(k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in scope["headers"]]
+    path, query = raw.decode("latin-1"), scope["query_string"].decode("latin-1")
+    return Head(scope["method"], path, query, headers, scope.get("scheme") == "https")
+
+
+def service_of(head: Head) -> str:
+    """The service of the credential scope, in the header or in a presigned query; unverified."""
+    for name, value in head.headers:
+        if name == "authorization":
+            _, _, after = value.partition("Credential=")
+            parts = after.partition(",")[0].strip().split("/")
+            return parts[3] if len(parts) > 3 else ""
+    presigned = parse_qs(head.query).get("X-Amz-Credential", [""])[0].split("/")
+    return presigned[3] if len(presigned) > 3 else ""
+
+
+def is_large(head: Head) -> bool:
+    """Whether the body may be more than :data:`SMALL`, by what the head says of it."""
+    told = [value for name, value in head.headers if name == "content-length"]
+    return not (told and told[0].isdigit() and int(told[0]) <= SMALL) and head.method != "GET"
+
+
+def is_signed(head: Head) -> bool:
+    """Whether a signature is claimed, in a header or in the query."""
+    named = any(name == "authorization" for name, _ in head.headers)
+    return named or "X-Amz-Signature" in head.query
+
+
+def is_bearer(head: Head) -> bool:
+    """Whether a key is shown."""
+    given = [value for name, value in head.headers if name == "authorization"]
+    return len(given) == 1 and given[0][:7].lower() == "bearer "
+
+
+def address_of(scope: Scope) -> str:
+    """Where the request comes from; empty where that is not known."""
+    client = scope.get("client")
+    return client[0] if client else ""

@@ -1,0 +1,117 @@
+"""``luthier serve`` on a disk that is full, or read-only: refusals say so, and it goes on after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from botocore.exceptions import ClientError
+from luthier_server import BASE, KEYS, ONE, Served, home_with_tiny
+from small_disk import Disk
+
+PIECE = b"x" * 4_000_000
+ROWS = b'{"prompt": "Hello?", "completion": "Hello."}\n' * 8
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    made = Disk(tmp_path / "disk")
+    made.folder.mkdir()
+    if not made.mount("size=64m"):
+        pytest.skip("this user may not mount a file system")
+    yield made
+    made.unmount()
+
+
+@pytest.fixture
+def server(disk: Disk, tiny_model_folder: Path) -> Iterator[Served]:
+    made = Served(home_with_tiny(disk.folder, tiny_model_folder))
+    made.start("--no-work")
+    yield made
+    made.end()
+
+
+def everything(server: Served, number: int) -> dict[str, tuple[int, str]]:
+    """One change on each face: status and what was said."""
+    told = {}
+    s3 = server.client("s3", tries=1)
+    calls = {
+        "put": lambda: s3.put_object(Bucket="rows", Key=f"new-{number}", Body=ROWS),
+        "delete": lambda: s3.delete_object(Bucket="rows", Key="rows.jsonl.copy"),
+        "tag": lambda: server.client("bedrock", tries=1).create_model_customization_job(
+            jobName=f"j-{number}", customModelName=f"m-{number}", baseModelIdentifier=BASE,
+            roleArn=f"arn:aws:iam::{ONE}:role/x", outputDataConfig={"s3Uri": "s3://rows/out/"},
+            trainingDataConfig={"s3Uri": "s3://rows/rows.jsonl"},
+        ),
+    }  # fmt: skip
+    for name, call in calls.items():
+        try:
+            told[name] = (call()["ResponseMetadata"]["HTTPStatusCode"], "")
+        except ClientError as error:
+            told[name] = (error.response["ResponseMetadata"]["HTTPStatusCode"], str(error))
+    body = {"name": f"n-{number}", "model_name": f"n-{number}", "base": BASE,
+            "training": ["s3://rows/rows.jsonl"]}  # fmt: skip
+    status, answer = server.ask("POST", "/api/v1/jobs", body)
+    told["native"] = (status, json.dumps(answer))
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"], max_retries=0)
+    try:
+        client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
+        told["file"] = (200, "")
+    except openai.APIStatusError as error:
+        told["file"] = (error.status_code, str(error))
+    return told
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(server: Served, disk: Disk) -> None:
+    s3 = server.client("s3", tries=1)
+    s3.create_bucket(Bucket="rows")
+    s3.put_object(Bucket="rows", Key="rows.jsonl", Body=ROWS)
+    taken: list[str] = []
+    refused = ""
+    while not refused and len(taken) < 40:
+        try:
+            s3.put_object(Bucket="rows", Key=f"piece-{len(taken)}", Body=PIECE)
+            taken.append(f"piece-{len(taken)}")
+        except ClientError as error:
+            refused = str(error)
+    assert taken and "ServiceUnavailable" in refused and "disk is full" in refused
+    # Objects leave room for the database: others go on, and what was taken can be deleted.
+    assert server.ask("POST", "/api/v1/jobs", {
+        "name": "first", "model_name": "first", "base": BASE, "training": ["s3://rows/rows.jsonl"],
+    })[0] == 201  # fmt: skip
+    s3.delete_object(Bucket="rows", Key=taken.pop())
+    disk.fill()
+    told = everything(server, 1)
+    assert {status for status, _ in told.values()} <= {200, 201, 204, 503}
+    assert told["put"][0] == told["file"][0] == 503
+    assert server.ask("GET", "/api/v1/jobs")[0] == 200
+    disk.free()
+    told = everything(server, 2)
+    assert {status for status, _ in told.values()} <= {200, 201, 204}, told
+    for key in taken:
+        assert s3.get_object(Bucket="rows", Key=key)["Body"].read() == PIECE
+    found = sorted(each.name for each in disk.folder.rglob(".tmp-*"))
+    assert found == []
+
+
+def test_a_read_only_disk_is_told(server: Served, disk: Disk) -> None:
+    s3 = server.client("s3", tries=1)
+    s3.create_bucket(Bucket="rows")
+    s3.put_object(Bucket="rows", Key="rows.jsonl", Body=ROWS)
+    disk.lock(True)
+    try:
+        told = everything(server, 1)
+        assert s3.get_object(Bucket="rows", Key="rows.jsonl")["Body"].read() == ROWS
+    finally:
+        disk.lock(False)
+    assert told["put"][0] == told["file"][0] == 503 and "no writes" in told["put"][1]
+    # A connection that was opened meanwhile is found out by its first use, and all are opened anew.
+    for number in range(2, 5):
+        told = everything(server, number)
+        if {status for status, _ in told.values()} <= {200, 201, 204}:
+            break
+    else:
+        raise AssertionError(told)

@@ -1,0 +1,35 @@
+"""What has to be true of a job that something went wrong under, and a run that takes its time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from luthier.store.jobs import TRANSITIONS, Job, JobEvent
+from luthier.store.models import find
+
+SLOWLY = """
+import time
+from luthier.engine.metrics import MetricsFile
+append = MetricsFile.append
+def slow_append(self, values):
+    time.sleep(0.05)
+    return append(self, values)
+MetricsFile.append = slow_append
+"""
+
+
+def bits(job: Job) -> Any:
+    assert job.result is not None, (job.state, job.failure)
+    return find(job.result["stored_id"]).manifest["trained_weights_sha256"]
+
+
+def check_history(job: Job, found: list[JobEvent]) -> None:
+    states = [event.data["state"] for event in found if "state" in event.data]
+    assert states[0] == "Queued" and states[-1] == job.state
+    for before, after in pairwise(states):
+        assert after in TRANSITIONS[before], (job.name, states)
+    steps = [event.data["step"] for event in found if "train_loss" in event.data]
+    assert steps == sorted(set(steps)), job.name
+    if job.state == "Completed":
+        assert steps == list(range(1, job.result["steps"] + 1))  # type: ignore[index]

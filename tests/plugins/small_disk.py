@@ -1,0 +1,41 @@
+"""A small file system in memory, which can be filled and made read-only. Only root may mount it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+
+class Disk:
+    """A file system that can be filled, and made read-only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.filler = folder, folder / "filler"
+
+    def mount(self, *options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(self.folder)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "-l", str(self.folder)], check=True)
+
+    def fill(self) -> None:
+        with self.filler.open("wb", buffering=0) as file:
+            for size in (1 << 20, 4096):
+                try:
+                    while True:
+                        file.write(b"\0" * size)
+                except OSError:
+                    pass
+
+    def free(self) -> None:
+        self.filler.unlink(missing_ok=True)
+
+    def lock(self, read_only: bool) -> None:
+        """What is opened from now on, that is: files that are open stay as they are."""
+        place = str(self.folder)
+        if not read_only:
+            subprocess.run(["umount", "-l", place], check=True)
+            return
+        for options in (["--bind", place, place], ["-o", "remount,bind,ro", place]):
+            subprocess.run(["mount", *options], check=True)
