@@ -286,16 +286,21 @@ def generate(home: Path, count: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": PROMPT}]
-    ids = tokenizer.apply_chat_template(
+    read = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"].repeat(count, 1)
+    )
+    ids, mask = (read[name].repeat(count, 1) for name in ("input_ids", "attention_mask"))
+    sampling = {"max_new_tokens": TOKENS, "do_sample": True, "temperature": 1.0}
     for round_ in range(3):
         began = time.perf_counter()
         with torch.no_grad():
-            out = model.generate(ids, max_new_tokens=TOKENS, do_sample=True, temperature=1.0)
+            out = model.generate(ids, attention_mask=mask, **sampling)
         written = (out[:, ids.shape[1] :] != tokenizer.pad_token_id).sum().item()
         took = time.perf_counter() - began
-        print(f"generate, round {round_ + 1}: batch of {count}, {written / took:.0f} tokens/s")
+        print(
+            f"generate, round {round_ + 1}: batch of {count}, {written / took:.0f} tokens/s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

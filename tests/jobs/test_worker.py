@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import os
 import shutil
@@ -338,63 +337,6 @@ def of_type(queue: Any, command: str) -> dict[str, Any]:
         "customization_type": "CONTINUED_PRE_TRAINING",
         "steps": 2,
     }
-
-
-FLAKY = """
-from __main__ import Folders
-from luthier.errors import LuthierError
-calls = 0
-def flaky(method):
-    def call(*arguments):
-        global calls
-        calls += 1
-        if calls % 3:
-            raise LuthierError("the bucket does not answer")
-        return method(*arguments)
-    return call
-Folders.fetch, Folders.write = flaky(Folders.fetch), flaky(Folders.write)
-"""
-
-
-@sqlite
-def test_a_bucket_that_fails_now_and_then_costs_no_job(queue: Any) -> None:
-    output = queue.folder / "out"
-    job_id = queue.submit(output=f"file://{output}", steps=2)
-    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": FLAKY})
-    job = queue.ended(job_id)
-    assert job.state == "Completed", job.failure
-    assert list(output.rglob("step_wise_training_metrics.csv"))
-
-
-FULL = """
-import pathlib
-from luthier.engine.metrics import MetricsFile
-from luthier.files import disk_errors
-append, flag = MetricsFile.append, pathlib.Path({flag!r})
-def full(self, values):
-    if flag.exists() or values["step"] < 3:
-        return append(self, values)
-    flag.touch()
-    with disk_errors(flag.parent):
-        raise OSError({number}, "no")
-MetricsFile.append = full
-"""
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_takes_no_more_under_a_run_costs_no_job(
-    queue: Any, tmp_path: Path, monkeypatch: Any, number: int
-) -> None:
-    monkeypatch.setattr("luthier.jobs.scheduler.FULL_LATER", (0.2, 1.0))
-    job_id = queue.submit(steps=6)
-    before = FULL.format(flag=str(tmp_path / "flag"), number=number)
-    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": before})
-    job = queue.ended(job_id)
-    assert (job.state, job.attempts, job.crashes) == ("Completed", 2, 0)
-    with queue.database.read() as session:
-        said = [each.message for each in session.query(JobEvent).filter_by(job_id=job_id)]
-    (told,) = [text for text in said if "disk cannot take" in text]
-    assert "goes on from its last checkpoint" in told
 
 
 @sqlite

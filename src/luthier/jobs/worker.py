@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
+from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from luthier.distillation.journal import asking_for
@@ -76,7 +77,11 @@ class Worker:
                 if not self._wait_for_files(files):
                     _log.error("another process still works on the files of job %s", self.job_id)
                     return LOST
-                return self._run()
+                try:
+                    return self._run()
+                except LeaseLost:
+                    self._leave_ended()
+                    raise
         except LeaseLost as error:
             _log.error("%s", error)
             return LOST
@@ -93,6 +98,13 @@ class Worker:
             with suppress(LeaseLost):
                 self._write(lambda s: leases.release(s, self.job_id, self.lease, message))
             return NO_DISK
+
+    def _leave_ended(self) -> None:
+        """Take away the lock that was made here after the job had ended and was tidied."""
+        with self.database.read() as session:
+            job = session.scalars(select(Job).where(Job.id == self.job_id)).first()
+        if job is None or (job.state in ENDED and not job.littered):
+            self.folders.drop_working_files()
 
     def _wait_for_files(self, files: ExitStack) -> bool:
         """Hold the lock of the job until ``files`` is closed."""
