@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -249,6 +250,43 @@ def test_a_client_that_hangs_up_wakes_what_waits_for_its_next_piece(server: Serv
     assert not server.echo.waiting.closed.is_set()
     connection.close()
     assert server.echo.waiting.closed.wait(1.0)
+
+
+def test_a_server_that_ends_tells_those_who_wait_to_ask_again() -> None:
+    begun, done = threading.Event(), threading.Event()
+
+    def work(call: Call) -> Answer:
+        begun.set()
+        done.wait(30)
+        return Answer.of({})
+
+    made = Server()
+    made.echo.fail = work  # type: ignore[method-assign]
+    sent: list[Any] = []
+
+    async def asked() -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/fail", "raw_path": b"/v1/fail",
+            "query_string": b"", "headers": [(b"authorization", b"Bearer good")],
+            "client": ("127.0.0.1", 1),
+        }  # fmt: skip
+        task = asyncio.create_task(made.app(scope, receive, send))
+        assert await asyncio.to_thread(begun.wait, 30)
+        task.cancel()
+        await task
+
+    try:
+        asyncio.run(asked())
+    finally:
+        done.set()
+    told = json.loads(sent[1]["body"])
+    assert told["code"] == "ServiceUnavailable" and "Ask again" in told["message"]
 
 
 def test_health_is_told_to_everybody_and_metrics_hold_no_paths_of_clients(server: Server) -> None:

@@ -7,6 +7,7 @@ Nothing is looked up, parsed or changed for a request that has not proved who se
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -155,6 +156,9 @@ class Application:
                 await self._face(head, receive, send, seen)
         except ClientGone:
             seen.status = 499
+        except asyncio.CancelledError:
+            # The server waits no longer: a stream ends where it is.
+            seen.status = 503
         finally:
             self.observer.finished(seen, time.perf_counter() - began)
 
@@ -213,6 +217,11 @@ class Application:
             answer = face.refusal(told, seen.request_id)
         except ClientGone:
             raise
+        except asyncio.CancelledError:
+            text = "The service is ending. Ask again; what was asked may have been done."
+            told = Fault("ServiceUnavailable", text, retry_after=5)
+            seen.refused(told)
+            answer = face.refusal(told, seen.request_id)
         except TROUBLES as error:
             _log.exception("database or disk trouble", extra={"request_id": seen.request_id})
             told = Fault.unavailable(error)
