@@ -18,7 +18,7 @@ import numpy as np
 from luthier.inspection import leakage
 from luthier.inspection.check import Batch, Check, Known, Places, Where
 from luthier.inspection.columns import LIMIT, Table, parts_of
-from luthier.inspection.findings import Finding, Findings, Rule
+from luthier.inspection.findings import Finding, Findings, Place, Rule
 from luthier.inspection.groups import Groups, runs
 from luthier.inspection.identity import Keys, compared, key, keys, masked, mixed, teaching
 from luthier.inspection.near import Near
@@ -240,7 +240,7 @@ class Duplicates(Check):
             f"{count:,} of {places.total:,} rows were compared, drawn so that rows alike are drawn "
             f"together; in all there may be {1 / self.share:,.1f} times as many near copies."
         )
-        findings.add(Finding(SAMPLED, places.place(0), message))
+        findings.add(Finding(SAMPLED, Place(places.place(0).file, 0), message))
 
     def summary(self) -> Mapping[str, Any]:
         """Groups and copies of each rule, sizes of the largest groups, and leaks of each split."""
