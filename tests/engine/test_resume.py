@@ -99,16 +99,16 @@ POINTS = {
 def half(tensors, path):
     path.write_bytes(b"half a file")
     die()
-checkpoints.save_file = half
+checkpoints.save_tensors = half
 """,
     "in the middle of writing the third checkpoint": """
-save_file = checkpoints.save_file
+save_tensors = checkpoints.save_tensors
 def half(tensors, path):
-    save_file(tensors, path)
+    save_tensors(tensors, path)
     if len(list(path.parent.parent.glob("step-*"))) == 2:
         path.write_bytes(path.read_bytes()[:1000])
         die()
-checkpoints.save_file = half
+checkpoints.save_tensors = half
 """,
     "while an old checkpoint is removed": """
 import shutil

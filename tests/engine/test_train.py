@@ -495,7 +495,7 @@ def test_too_little_memory_is_refused(
 def test_too_little_disk_is_refused(
     recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = type("Usage", (), {"free": 20_000_000})
+    usage = type("Usage", (), {"free": 20_000_000, "total": 21_000_000})
     monkeypatch.setattr("luthier.files.shutil.disk_usage", lambda path: usage)
     refused(recipe(), DoesNotFit, "this run needs 2[0-9] MB on the disk", luthier_home)
 

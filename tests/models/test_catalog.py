@@ -11,7 +11,6 @@ import hashlib
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -237,8 +236,8 @@ def test_a_disk_that_is_too_small_is_refused_before_the_download(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = entry_for(build_wheel(index, FILES))
-    free: Callable[[Path], object] = lambda path: type("Usage", (), {"free": 999})()  # noqa: E731
-    monkeypatch.setattr("luthier.files.shutil.disk_usage", free)
+    usage = type("Usage", (), {"free": 999, "total": 1000})
+    monkeypatch.setattr("luthier.files.shutil.disk_usage", lambda path: usage)
     said: list[str] = []
     with pytest.raises(DoesNotFit, match="fetching fake needs"):
         pull(entry, tmp_path / "models" / "fake", said.append)
