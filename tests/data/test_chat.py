@@ -253,3 +253,20 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(tokenizer: Any, tmp_path: Pa
     learned = tokenizer.decode(encoded.ids_T[encoded.learned_T])
     assert learned == "Second.<|im_end|>"
     assert "First." in tokenizer.decode(encoded.ids_T)
+
+
+def test_a_tokenizer_that_panics_is_an_error_like_others(tokenizer: Any) -> None:
+    """A pattern of a model from outside may search without end: Rust gives up by a panic."""
+    import copy
+
+    from tokenizers import Regex, pre_tokenizers
+
+    hostile = copy.deepcopy(tokenizer)
+    endless = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    hostile.backend_tokenizer.pre_tokenizer = endless
+    chat = ChatFormat.of(hostile, "plain")
+    text = "a" * 40 + "b"
+    with pytest.raises(RecipeError, match="cannot take this text"):
+        chat.encode_text(text)
+    with pytest.raises(RecipeError, match="cannot take this text"):
+        chat.encode_whole(text)

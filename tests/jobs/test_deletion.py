@@ -326,6 +326,19 @@ def test_what_is_still_there_is_said_and_no_certificate_claims_it(
 
 
 @sqlite
+def test_bytes_that_no_row_names_any_more_are_still_there(
+    queue: Any, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put(body())
+    monkeypatch.setattr(store.objects.files, "remove", lambda account, ids: None)
+    with pytest.raises(LuthierError, match="things are still there, first s3://data/rows"):
+        store.delete()
+    assert store.keys() == []
+    entry = store.rows(audit.AuditEntry)[-1]
+    assert (entry.action, entry.outcome) == (deletion.DONE, "Incomplete")
+
+
+@sqlite
 def test_a_record_that_is_changed_breaks_the_chain(queue: Any, store: Store) -> None:
     store.put(body())
     certificate = store.delete()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from luthier.errors import ModelRefused
-from luthier.models.outside import INDEX, check_texts, check_weights, choose
+from luthier.models.outside import INDEX, check_texts, check_tokenizer, check_weights, choose
 
 WHOLE = [("config.json", 10), ("model.safetensors", 100), ("tokenizer.json", 10)]
 
@@ -66,3 +66,16 @@ def test_weights_of_few_bits_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, tmp_path / "one.safetensors")
     with pytest.raises(ModelRefused, match="F8_E4M3"):
         check_weights(tmp_path)
+
+
+def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+    check_tokenizer(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    # Published models hold such leftovers, which transformers does not open.
+    settings.write_text(json.dumps({"special_tokens_map_file": "/root/.cache/x.json"}))
+    check_tokenizer(tmp_path)
+    settings.write_text(json.dumps({"gguf_file": "/srv/other/model.gguf"}))
+    (tmp_path / "config.json").write_text("{}")
+    for check in (check_tokenizer, check_texts):
+        with pytest.raises(ModelRefused, match="gguf_file"):
+            check(tmp_path)

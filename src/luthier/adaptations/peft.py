@@ -16,7 +16,7 @@ from luthier.errors import ModelRefused, RecipeError
 from luthier.models.outside import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _READ = frozenset(
     (
@@ -36,8 +36,8 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _LORA_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 
 
-def lora_of(fields: Mapping[str, Any], names: Iterable[str], model: nn.Module) -> LoRA:
-    """The adaptation of an adapter on ``model`` from its configuration and the names of its weights.
+def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.Module) -> LoRA:
+    """The adaptation of an adapter on ``model`` from its configuration and its weights.
 
     Raises:
         ModelRefused: for another method, settings that we do not have, and layers that are not there.
@@ -60,6 +60,7 @@ def lora_of(fields: Mapping[str, Any], names: Iterable[str], model: nn.Module) -
         if name == "bias" and value == "none":
             continue
         raise _refused(f"{name} is {str(value)[:100]!r}, which is not supported here.")
+    _check_rank(fields.get("r"), weights)
     try:
         return LoRA(
             rank=fields["r"],
@@ -67,12 +68,23 @@ def lora_of(fields: Mapping[str, Any], names: Iterable[str], model: nn.Module) -
             dropout=fields.get("lora_dropout", 0.0),
             rslora=fields.get("use_rslora", False),
             dora=fields.get("use_dora", False),
-            targets=_targets(names, model),
+            targets=_targets(weights, model),
         )
     except (KeyError, ValueError) as error:
         raise _refused(f"Its numbers are no LoRA's: {str(error)[:300]}") from error
     except RecipeError as error:
         raise _refused(f"It is made for another network: {error}") from error
+
+
+def _check_rank(rank: Any, weights: Mapping[str, Tensor]) -> None:
+    """Matrices of the rank that is told are built before those that are there are put into them."""
+    for name, weight in weights.items():
+        if _LORA_A.fullmatch(name) and (weight.dim() != 2 or weight.shape[0] != rank):
+            raise ModelRefused(
+                "adapter_model.safetensors", "adapter.weights",
+                f"r is {str(rank)[:20]}, and {name} has the shape {list(weight.shape)}.",
+                "Take the adapter_config.json that belongs to the weights.",
+            )  # fmt: skip
 
 
 def _targets(names: Iterable[str], model: nn.Module) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ what is served is what was trained: template, tokenizer and stop tokens included
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,7 +127,8 @@ class ChatFormat:
 
         Tokenizers that are written in Python do not know the words.
         """
-        encoded = self.tokenizer(text, add_special_tokens=True, truncation=False)
+        with panics_refused():
+            encoded = self.tokenizer(text, add_special_tokens=True, truncation=False)
         if not encoded.is_fast:
             return np.asarray(encoded["input_ids"], dtype=np.int64), None
         words = [-1 if word is None else word for word in encoded.word_ids()]
@@ -142,7 +144,8 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a reply, without stop tokens and other special tokens."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        with panics_refused():
+            text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -153,7 +156,8 @@ class ChatFormat:
         if backend is not None and type(backend.model).__name__ == "WordPiece":
             # Word pieces carry no spaces: a piece that continues a word is marked instead.
             return [name[2:] if name.startswith("##") else f" {name}" for name in names]
-        return [str(self.tokenizer.decode([int(i)])) for i in ids]
+        with panics_refused():
+            return [str(self.tokenizer.decode([int(i)])) for i in ids]
 
     def decoded(self, ids_T: IntArray) -> IntArray:
         """What the decoder is to write, behind the token it starts with and up to its last."""
@@ -202,11 +206,31 @@ class ChatFormat:
         return text
 
     def _tokens(self, text: str, *, first: bool) -> IntArray:
-        ids = self.tokenizer.encode(text, add_special_tokens=first)
+        with panics_refused():
+            ids = self.tokenizer.encode(text, add_special_tokens=first)
         if first and len(ids) > 1 and ids[-1] in self.stop_ids:
             # Some tokenizers close every text; a prompt is to be continued.
             ids = ids[:-1]
         return np.asarray(ids, dtype=np.int64)
+
+
+@contextmanager
+def panics_refused() -> Iterator[None]:
+    """What a tokenizer's Rust gives up on, such as a pattern without end, as an error like others.
+
+    Its panics are no ``Exception``: nobody would catch them, and threads that serve all would end.
+
+    Raises:
+        RecipeError: where the block panics.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RecipeError(
+            f"the model's tokenizer cannot take this text: {str(error)[:300]}"
+        ) from None
 
 
 def _check_single(messages: Sequence[Message]) -> None:

@@ -124,7 +124,7 @@ class Deletions:
         forget(asked.account, {run_name(job.id) for job in _touched(traces, asked)})
         self._delete_texts(_touched(traces, asked))
         self._delete_objects(traces, asked.account)
-        left = self._left(asked, items)
+        left = self._left(asked, items, traces)
         if not self.database.scrub():
             left.append("the log of the database, which is in use")
         self._record(
@@ -235,7 +235,7 @@ class Deletions:
             elif not (each.bucket == UPLOADS and files.delete(account, each.key)):
                 self.objects.delete(account, each.bucket, [each.key])
 
-    def _left(self, asked: Asked, items: Sequence[Item]) -> list[str]:
+    def _left(self, asked: Asked, items: Sequence[Item], traces: Traces) -> list[str]:
         """Names of what is still there: looked for in the database, and on the disk."""
         with self.database.read() as session:
             again = find_traces(session, asked.account, asked.addresses, asked.job, self.external)
@@ -245,7 +245,8 @@ class Deletions:
         stored = self.objects.files
         for name, path in (
             (each.address, stored.path(asked.account, piece.id))
-            for each in again.objects
+            # As they were found at first: no row names their files now.
+            for each in (*traces.objects, *again.objects)
             for piece in each.pieces
         ):
             if path.exists():

@@ -54,6 +54,8 @@ from luthier.store.models import StoredModel, find
 
 SECONDS = 3600
 """That one model may take."""
+GRACE = 60.0
+"""Seconds after which a process ends that did not hear of it."""
 MEMORY_SECONDS = 600.0
 """How long memory is waited for that others have taken."""
 TRIES = 5
@@ -209,9 +211,13 @@ class ImportWorker:
 
     def _beat(self) -> None:
         """Keep the lease as long as the process is there; end it where the lease is lost."""
-        heard = time.monotonic()
+        began = heard = time.monotonic()
         while True:
             time.sleep(RENEWAL)
+            if time.monotonic() - began > SECONDS + GRACE:
+                # Its main thread does not come back to Python, where the alarm would be heard.
+                _log.error("model %s takes too long, and cannot be interrupted", self.model_id)
+                os._exit(LOST)
             try:
                 with self.database.write() as session:
                     imports.renew(session, self.model_id, self.lease)

@@ -138,6 +138,7 @@ def check_texts(folder: Path) -> dict[str, Any]:
                 INDEX, "model.shards", f"It names {missing[0]}, which is not in the folder.",
                 "Copy all shards of the model into the folder.",
             )  # fmt: skip
+    check_tokenizer(folder)
     if config.get("quantization_config"):
         raise ModelRefused(
             CONFIG, "model.quantized", "The weights are quantized (quantization_config).",
@@ -151,6 +152,22 @@ def check_texts(folder: Path) -> dict[str, Any]:
                 "Take the config.json that belongs to the weights.",
             )  # fmt: skip
     return config
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Look at the settings of a tokenizer before it is made: none may name a file elsewhere.
+
+    transformers opens ``gguf_file`` wherever it is; other paths it looks up in the folder alone.
+
+    Raises:
+        ModelRefused: for one that does, and for what is no JSON object.
+    """
+    name = "tokenizer_config.json"
+    if (folder / name).is_file() and "gguf_file" in _object(folder, name):
+        raise ModelRefused(
+            name, "model.tokenizer", "It names a file of its own (gguf_file).",
+            "Save the tokenizer anew with save_pretrained, as tokenizer.json.",
+        )  # fmt: skip
 
 
 def check_weights(folder: Path) -> int:

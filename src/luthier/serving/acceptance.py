@@ -24,6 +24,7 @@ from luthier.models.outside import (
     CONFIG,
     adapter_fields,
     check_texts,
+    check_tokenizer,
     check_weights,
 )
 from luthier.models.save import ADAPTER
@@ -128,6 +129,7 @@ def accept_adapter(
             "Merge it into its model (merge_and_unload), save that and name its folder.",
         )  # fmt: skip
     check_weights(folder)
+    check_tokenizer(folder)
     head = OBJECTIVES["causal_lm"].model_validate({}).head()
     lora = lora_of(fields, read_adapter(folder), sketch(base.network_folder, head))
     with _as(

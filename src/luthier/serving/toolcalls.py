@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.data.chat import panics_refused
 from luthier.errors import RecipeError
 from luthier.serving.constraints import CALL_CLOSE, CALL_OPEN
 from luthier.serving.inference import Chat, InferenceRefused, Tool, ToolCall, Turn
@@ -87,7 +88,8 @@ def _rendered(chat: ChatFormat, turns: Sequence[Turn], tools: Sequence[Tool]) ->
         raise InferenceRefused(
             f"the model's chat template refuses this conversation: {error}", "messages"
         ) from error
-    ids = chat.tokenizer.encode(text, add_special_tokens=False)
+    with panics_refused():
+        ids = chat.tokenizer.encode(text, add_special_tokens=False)
     return np.asarray(ids, dtype=np.int64)
 
 

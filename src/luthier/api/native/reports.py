@@ -7,7 +7,6 @@ answers everybody; at most :data:`AT_ONCE` run, and each ends after its time.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from luthier.api.native.jobs import CustomizationType
 from luthier.api.native.operations import Operation, Part, Request, Told
 from luthier.api.wire import Fault
 from luthier.encryption.keys import handed_over
+from luthier.jobs.scheduler import inherited
 from luthier.jobs.submit import Submission, recipe_of
 from luthier.store.custom_models import CustomModel
 
@@ -188,7 +188,7 @@ def _answered(command: list[str], addresses: dict[str, str], codes: tuple[int, .
         with handed_over() as (handed, files):
             done = subprocess.run(
                 whole, capture_output=True, text=True, check=False, timeout=SECONDS,
-                env={**os.environ, **handed}, pass_fds=files,
+                env={**inherited(), **handed}, pass_fds=files,
             )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         text = f"It was not done after {SECONDS:.0f} seconds; take a part of the rows."

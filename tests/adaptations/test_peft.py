@@ -1,0 +1,24 @@
+"""Adapters of PEFT that say one thing and hold another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.adaptations.peft import lora_of
+from luthier.errors import ModelRefused
+
+
+def test_the_rank_is_that_of_the_weights(tiny_llama: Any) -> None:
+    """A rank that is only claimed would be built in memory before anything is compared."""
+    model = tiny_llama(seed=1)
+    layer = "model.layers.0.self_attn.q_proj"
+    width = model.get_submodule(layer).in_features
+    weights = {f"base_model.model.{layer}.lora_A.weight": torch.zeros(4, width)}
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    assert lora_of(fields, weights, model).rank == 4
+    for rank in (10**9, 8, None, "4"):
+        with pytest.raises(ModelRefused, match=r"adapter\.weights"):
+            lora_of({**fields, "r": rank}, weights, model)

@@ -1,0 +1,26 @@
+"""What the process of a report is told."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from luthier.api.native import reports
+
+
+def test_the_process_of_a_report_has_no_secrets(
+    luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "program"
+    text = "import json, os; print(json.dumps(dict(os.environ)))"
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{text}'\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(reports.sys, "executable", str(program))
+    secrets = ("LUTHIER_ENCRYPTION_KEY", "LUTHIER_ENCRYPTION_KEY_FILE", "LUTHIER_SERVER_KEY")
+    for name in secrets:
+        monkeypatch.setenv(name, "secret")
+    told = reports._answered([], {}, (0,))
+    assert told["LUTHIER_HOME"] == str(luthier_home)
+    assert not set(secrets) & set(told)
