@@ -154,6 +154,18 @@ def test_leaks_by_the_way_they_leak() -> None:
     assert leaks == {"test": {"leakage.exact": 1, "leakage.near": 3, "leakage.input": 1}}
 
 
+def test_rows_that_stand_in_validation_and_in_test() -> None:
+    train = labelled(("something else altogether", "b"), ("yes", "a"))
+    validation = labelled((LONG, "a"), ("maybe", "b"), file="validation.jsonl")
+    held = labelled(("no", "a"), (LONG.title() + "!", "b"), ("Maybe", "b"), file="test.jsonl")
+    report = report_of(train, validation=validation, test=held)
+    assert found(report, "split.overlap") == [[2, 1], [3, 2]]
+    assert not any(rule.startswith("leakage.") for rule in report.findings.counts)
+    assert report.findings.exit_code == 1
+    apart = report_of(train, validation=validation, test=labelled(("no", "a"), file="test.jsonl"))
+    assert found(apart, "split.overlap") == []
+
+
 def test_leaks_of_what_is_asked_whatever_the_answer() -> None:
     train = rows(
         {"prompt": LONG, "completion": "on Monday"}, {"prompt": "hi", "completion": "hello"}

@@ -164,6 +164,7 @@ class Duplicates(Check):
             leaks.compare(self._compared.read("asked rows"))
             self._inputs.find(self._compared.read("asked"), leaks.wanted, leaks.found)
         leaks.report(places, findings)
+        leaks.overlap(places, findings)
         self._summary["leakage"] = leaks.summary()
         if 0 < self.share < 1:
             self._say_sampled(places, findings)

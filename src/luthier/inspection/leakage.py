@@ -48,7 +48,14 @@ MANY = Rule(
     "Make new splits with `luthier split`, or remove these rows from one side.",
     whole=True,
 )
-RULES = (EXACT, INPUT, NEAR, MANY)
+OVERLAP = Rule(
+    "split.overlap",
+    "warning",
+    "A test row asks what a validation row asks.",
+    "Settings and the moment to stop are chosen by the validation rows, so they fit it too.",
+    "Remove the row from one side; `luthier split` makes splits without such rows.",
+)
+RULES = (EXACT, INPUT, NEAR, MANY, OVERLAP)
 TOO_MANY = 0.1
 """Share of a held-out split that may not be given away."""
 FEWEST = 5
@@ -114,6 +121,22 @@ class Leaks:
                 partner = int(partner_H[row])
                 self._add(rule, int(held[row]), partner, giving.beside(partner), places, findings)
         self._judge(given, places, findings)
+
+    def overlap(self, places: Places, findings: Findings) -> None:
+        """A finding for each test row whose question is a validation row's, too."""
+        names = places.names()
+        if not {"validation", "test"} <= set(names):
+            return
+        rows = np.flatnonzero(self._splits_N == names.index("test"))
+        keys_R, _ = self._keys_of(rows)
+        validation_N = self._splits_N == names.index("validation")
+        giving = _Giving(self._chunks, validation_N, keys_R, both=False)
+        partner_R = giving.firsts(keys_R, self._none)
+        for row in np.flatnonzero(partner_R < self._none).tolist():
+            other = places.place(int(partner_R[row]))
+            message = f"this test row asks the same as the validation row {other}."
+            finding = Finding(OVERLAP, places.place(int(rows[row])), message, others=(other,))
+            findings.add(finding)
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Rows given away of each held-out split, by rule."""

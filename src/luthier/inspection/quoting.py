@@ -16,7 +16,14 @@ from luthier.inspection.findings import Findings, Place
 from luthier.inspection.pii import Finder, masked
 from luthier.inspection.texts import excerpt_of
 
-GROUPS = ("duplicate.", "leakage.", "label.contradiction", "preference.contradiction", "answer.")
+GROUPS = (
+    "duplicate.",
+    "leakage.",
+    "split.overlap",
+    "label.contradiction",
+    "preference.contradiction",
+    "answer.",
+)
 """Rules, by how their ids begin, whose findings quote no text."""
 ROWS = 200_000
 """Rows of each source that are read again at most."""
