@@ -144,7 +144,7 @@ def master_key() -> bytes | None:
         LuthierError: for a file that others may read.
     """
     if given := os.environ.get(ENVIRONMENT):
-        return _parsed(given, ENVIRONMENT)
+        return key_of(given, ENVIRONMENT)
     if file := os.environ.get(FILE):
         return key_file(Path(file))
     return None
@@ -157,7 +157,7 @@ def key_file(path: Path) -> bytes:
     try:
         if path.stat().st_mode & 0o077:
             raise LuthierError(f"{path} can be read by others; chmod 600 {path}")
-        return _parsed(path.read_text("ascii").strip(), str(path))
+        return key_of(path.read_text("ascii").strip(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise RefusedInput(f"{path} cannot be read: {error}") from error
 
@@ -251,7 +251,8 @@ def _cipher(master: bytes) -> Any:
     return AESGCM(master)
 
 
-def _parsed(text: str, where: str) -> bytes:
+def key_of(text: str, where: str) -> bytes:
+    """The 32 bytes of a key in base64, or :class:`RefusedInput` that names ``where`` it stands."""
     try:
         key = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:

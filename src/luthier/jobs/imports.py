@@ -8,32 +8,26 @@ finds it by its lease, or starts another where it died.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.encryption.keys import handed_over
-from luthier.errors import LeaseLost, NameInUse
+from luthier.errors import NameInUse
 from luthier.files import luthier_home, sweep
 from luthier.jobs import processes
 from luthier.jobs.folders import JobFolders
-from luthier.jobs.scheduler import RETURN, TICK, Watch, address_of, how_it_ended, inherited
 from luthier.jobs.submit import Limits, check_model_quota, one_at_a_time
+from luthier.jobs.supervisor import Supervisor
 from luthier.store import imports
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, CustomModel
 from luthier.store.database import Database, new_id, now
 from luthier.store.imports import ModelImport
-from luthier.store.leases import LEASE
 from luthier.store.models import custom_folder
 
 AT_ONCE = 1
@@ -103,8 +97,10 @@ def submit_import(
     return model
 
 
-class Importer:
+class Importer(Supervisor[ModelImport]):
     """The thread of a server that has models from outside looked at."""
+
+    who = "it"
 
     def __init__(
         self,
@@ -114,34 +110,7 @@ class Importer:
         options: Sequence[str] = (),
     ) -> None:
         """Prepare; :meth:`start` begins. ``options`` are what every process is told."""
-        self.database, self.command = database, [*command, *options]
-        self.children: dict[str, subprocess.Popen[bytes]] = {}
-        """Processes that were started here and not seen to end, by their leases."""
-        self._watch = Watch(LEASE.total_seconds())
-        self._thread: threading.Thread | None = None
-        self._wanted = threading.Event()
-        self._ending = False
-
-    def start(self) -> None:
-        """Begin to look for imports, in a thread."""
-        self._thread = threading.Thread(target=self._loop, name="imports", daemon=True)
-        self._thread.start()
-
-    def wake(self) -> None:
-        """Look now: a model was asked for."""
-        self._wanted.set()
-
-    def stop(self, give_back: bool = False) -> None:
-        """End the thread. Processes go on, and the next server finds them; ``give_back`` ends them."""
-        self._ending = True
-        self.wake()
-        if self._thread is not None:
-            self._thread.join()
-        if give_back:
-            for child in self.children.values():
-                child.terminate()
-            for child in self.children.values():
-                child.wait(RETURN)
+        super().__init__(database, [*command, *options], "imports")
 
     def tick(self) -> None:
         """One look: who died, what is left to tidy, what can be started."""
@@ -150,43 +119,13 @@ class Importer:
         while not self._ending and self._start_next():
             pass
 
-    def _loop(self) -> None:
-        while not self._ending:
-            try:
-                self.tick()
-            except Exception:
-                # The database or the disk is away: whatever is missed is found at the next look.
-                _log.exception("models cannot be imported now")
-            self._wanted.wait(TICK)
-            self._wanted.clear()
+    def _held(self, session: Session) -> list[ModelImport]:
+        return imports.held(session)
 
-    def _bury(self) -> None:
-        with self.database.read() as session:
-            held = imports.held(session)
-        ended = {lease: child.poll() for lease, child in self.children.items()}
-        for found in held:
-            lease, worker = str(found.lease), found.worker or {}
-            if ended.get(lease) is not None:
-                self._expire(found, f"it ended {how_it_ended(ended[lease])}")
-            elif worker and processes.is_here(worker) and not processes.is_alive(worker):
-                self._expire(found, "it is gone")
-            elif self._watch.silent(lease, found.lease_ends):
-                if worker and not worker.get("starting"):
-                    processes.send(worker, signal.SIGKILL)
-                self._expire(found, "it was not heard from any more")
-        self._watch.forget({str(found.lease) for found in held})
-        for lease, status in ended.items():
-            if status is not None:
-                del self.children[lease]
-
-    def _expire(self, found: ModelImport, why: str) -> None:
-        try:
-            with self.database.write() as session:
-                again = imports.expire(session, found.model_id, str(found.lease), why)
-            what = "another one tries" if again else "it failed"
-            _log.warning("import of model %s: %s; %s", found.model_id, why, what)
-        except LeaseLost:
-            pass  # it came to its end meanwhile
+    def _lapse(self, session: Session, found: ModelImport, why: str) -> str:
+        again = imports.expire(session, found.model_id, str(found.lease), why)
+        what = "another one tries" if again else "it failed"
+        return f"import of model {found.model_id}: {why}; {what}"
 
     def _tidy(self) -> None:
         """Remove what processes left that died as their imports ended."""
@@ -222,19 +161,8 @@ class Importer:
         return True
 
     def _spawn(self, found: ModelImport) -> subprocess.Popen[bytes]:
-        with ExitStack() as opened:
-            handed, files = opened.enter_context(handed_over())
-            log = ImportFolders(found.model_id).open_log()
-            opened.callback(os.close, log)
-            return subprocess.Popen(
-                [*self.command, "--model", found.model_id, "--lease", str(found.lease)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=files,
-                env={**inherited(), **address_of(self.database), **handed},
-                start_new_session=True,
-            )
+        arguments = ["--model", found.model_id, "--lease", str(found.lease)]
+        return self._run(arguments, lambda handed: ImportFolders(found.model_id).open_log())
 
 
 def stored_at(model_id: str) -> tuple[str, Path]:

@@ -1,38 +1,29 @@
-"""Starts a worker for each job that fits, and notices those that die.
-
-The scheduler keeps nothing that matters in memory: what it has to know is in the database. A server
-that is killed leaves its workers at work; the next one finds them by their leases, and starts no
-second worker beside a living one.
-"""
+"""Starts a worker for each job that fits, and notices those that die (``luthier.jobs.supervisor``)."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import psutil
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
-from luthier.encryption import keys
-from luthier.errors import LeaseLost, LuthierError
+from luthier.errors import LuthierError
 from luthier.files import luthier_home, room
 from luthier.jobs import processes
 from luthier.jobs.admission import memory_of
 from luthier.jobs.folders import JobFolders, tidy
+from luthier.jobs.supervisor import Supervisor
 from luthier.store import leases
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, QUEUED, Job
 
-TICK = 1.0
-"""Seconds between two looks at the queue, where nobody asks for one."""
 SHARE = 0.9
 """Part of the machine's memory that workers may take together."""
 ESTIMATES = 20
@@ -43,12 +34,7 @@ ROOM = 16_000_000
 """Bytes that are free on the disk of the store where a worker is started."""
 FULL_LATER = (5.0, 300.0)
 """Seconds until a job that found the disk full is started again: at first, and at most."""
-RETURN = 60.0
-"""Seconds that workers are given to make a checkpoint when the server ends."""
 
-_SECRETS = (
-    "LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP", keys.ENVIRONMENT, keys.FILE, keys.HANDED,
-)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +49,7 @@ class Capacity:
     """Jobs of one account at once; ``None`` for no limit."""
 
 
-class Scheduler:
+class Scheduler(Supervisor[Job]):
     """The thread of a server that turns the queue into work."""
 
     def __init__(
@@ -84,40 +70,12 @@ class Scheduler:
             options: what every worker is told beside that, such as ``--file-root DIR``.
             environment: variables that workers have beside this process's own.
         """
-        self.database, self.capacity = database, capacity or Capacity()
-        self.command = [*command, *options]
-        self.environment = {**address_of(database), **(environment or {})}
-        self.children: dict[str, subprocess.Popen[bytes]] = {}
-        """Workers that this scheduler started and has not seen end, by their leases."""
+        super().__init__(database, [*command, *options], "scheduler")
+        self.capacity = capacity or Capacity()
+        self.environment |= environment or {}
         self._disk = DiskWaits()
-        self._watch = Watch(leases.LEASE.total_seconds())
-        self._thread: threading.Thread | None = None
-        self._wanted = threading.Event()
-        self._ending = False
         self._not_before = 0.0
         """When workers may be started again, after one could not."""
-
-    def start(self) -> None:
-        """Begin to look at the queue, in a thread."""
-        self._thread = threading.Thread(target=self._loop, name="scheduler", daemon=True)
-        self._thread.start()
-
-    def wake(self) -> None:
-        """Look at the queue now: something was put into it."""
-        self._wanted.set()
-
-    def stop(self, give_back: bool = False) -> None:
-        """End the thread. Workers go on, and the next server finds them.
-
-        ``give_back`` makes those of this machine write a checkpoint and give their jobs back to the
-        queue first: for where all processes end with the server, as in a container.
-        """
-        self._ending = True
-        self.wake()
-        if self._thread is not None:
-            self._thread.join()
-        if give_back:
-            self._give_back()
 
     def drain(self, seconds: float) -> bool:
         """Wait until no job is queued or worked on; whether that came to be in time."""
@@ -138,44 +96,15 @@ class Scheduler:
         while not self._ending and self._start_next():
             pass
 
-    def _loop(self) -> None:
-        while not self._ending:
-            try:
-                self.tick()
-            except Exception:
-                # The database or the disk is away: whatever is missed is found at the next look.
-                _log.exception("the queue cannot be worked on now")
-            self._wanted.wait(TICK)
-            self._wanted.clear()
+    def _held(self, session: Session) -> list[Job]:
+        return leases.held(session)
 
-    def _bury(self) -> None:
-        """Take the leases of workers that died, and end those that no longer answer."""
-        with self.database.read() as session:
-            held = leases.held(session)
-        ended = {lease: child.poll() for lease, child in self.children.items()}
-        for job in held:
-            lease, worker = str(job.lease), job.worker or {}
-            if ended.get(lease) is not None:
-                self._expire(job, f"its worker ended {how_it_ended(ended[lease])}")
-            elif worker and processes.is_here(worker) and not processes.is_alive(worker):
-                self._expire(job, "its worker is gone")
-            elif self._watch.silent(lease, job.lease_ends):
-                if worker and not worker.get("starting"):
-                    processes.send(worker, signal.SIGKILL)
-                self._expire(job, "its worker was not heard from any more")
-        self._watch.forget({str(job.lease) for job in held})
-        for lease, status in ended.items():
-            if status is not None:
-                del self.children[lease]
-                self._disk.ended(lease, status == processes.NO_DISK)
+    def _lapse(self, session: Session, found: Job, why: str) -> str:
+        left = leases.expire(session, found.id, str(found.lease), why)
+        return f"job {found.id}: {why}; it is {left.state}"
 
-    def _expire(self, job: Job, why: str) -> None:
-        try:
-            with self.database.write() as session:
-                left = leases.expire(session, job.id, str(job.lease), why)
-            _log.warning("job %s: %s; it is %s", job.id, why, left.state)
-        except LeaseLost:
-            pass  # it gave the lease back meanwhile
+    def _ended(self, lease: str, status: int) -> None:
+        self._disk.ended(lease, status == processes.NO_DISK)
 
     def _tidy(self) -> None:
         """Remove what workers left that died as their jobs ended."""
@@ -241,35 +170,11 @@ class Scheduler:
         return True
 
     def _spawn(self, job: Job) -> subprocess.Popen[bytes]:
-        with ExitStack() as opened:
-            handed, files = opened.enter_context(keys.handed_over())
-            if handed:
-                # The worker writes the log itself, encrypted.
-                log = os.open(os.devnull, os.O_WRONLY)
-            else:
-                log = JobFolders(job.id).open_log()
-            opened.callback(os.close, log)
-            return subprocess.Popen(
-                [*self.command, "--job", job.id, "--lease", str(job.lease)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=files,
-                env={**inherited(), **self.environment, **handed},
-                start_new_session=True,
-            )
+        def open_log(handed: Mapping[str, str]) -> int:
+            # With keys, the worker writes the log itself, encrypted.
+            return os.open(os.devnull, os.O_WRONLY) if handed else JobFolders(job.id).open_log()
 
-    def _give_back(self) -> None:
-        with self.database.read() as session:
-            workers = [job.worker for job in leases.held(session) if job.worker]
-        here = [worker for worker in workers if processes.is_here(worker)]
-        for worker in here:
-            processes.send(worker, signal.SIGTERM)
-        deadline = time.monotonic() + RETURN
-        while time.monotonic() < deadline and any(map(processes.is_alive, here)):
-            for child in self.children.values():
-                child.poll()
-            time.sleep(0.05)
+        return self._run(["--job", job.id, "--lease", str(job.lease)], open_log)
 
 
 class DiskWaits:
@@ -299,44 +204,3 @@ class DiskWaits:
     def waiting(self) -> set[str]:
         """Ids of jobs that are not to be started yet."""
         return {job_id for job_id, (_, until) in self._waits.items() if until > self.clock()}
-
-
-class Watch:
-    """Tells which leases are no longer renewed, by this process's own clock.
-
-    Whether ``lease_ends`` changes is what counts, not what it says: a clock that is set forward makes
-    no worker look dead, and one that is set back keeps no dead one alive.
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds, self.clock = seconds, clock
-        self._seen: dict[str, tuple[object, float]] = {}
-
-    def silent(self, lease: str, ends: object) -> bool:
-        """Whether ``ends`` of this lease has been the same for too long."""
-        before, since = self._seen.get(lease, (None, 0.0))
-        if before != ends:
-            self._seen[lease] = (ends, self.clock())
-            return False
-        return self.clock() - since > self.seconds
-
-    def forget(self, kept: set[str]) -> None:
-        """Drop what is known of leases that are no more."""
-        self._seen = {lease: seen for lease, seen in self._seen.items() if lease in kept}
-
-
-def address_of(database: Database) -> dict[str, str]:
-    """The database for a worker: not in its command line, which everybody on the machine can read."""
-    return {"LUTHIER_DATABASE": database.engine.url.render_as_string(hide_password=False)}
-
-
-def inherited() -> dict[str, str]:
-    """Variables of this process that workers have, too: not those that open the service."""
-    return {name: value for name, value in os.environ.items() if name not in _SECRETS}
-
-
-def how_it_ended(status: int | None) -> str:
-    """An exit status in words."""
-    if status is not None and status < 0:
-        return f"by signal {-status} ({signal.strsignal(-status)})"
-    return f"with status {status}"

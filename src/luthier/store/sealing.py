@@ -7,17 +7,16 @@ Signatures need the secret of an access key itself, so it cannot be hashed; it i
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import os
 import secrets
 from pathlib import Path
 
+from luthier.encryption.keys import KEY_BYTES, key_of
 from luthier.errors import CorruptFile, LuthierError, RefusedInput
 from luthier.files import lock, luthier_home, new_file
 
 ENVIRONMENT = "LUTHIER_SERVER_KEY"
-KEY_BYTES = 32
 _NONCE_BYTES = 12
 _VERSION = b"\x01"
 
@@ -33,7 +32,7 @@ def server_key(folder: Path | None = None) -> bytes:
     """
     given = os.environ.get(ENVIRONMENT)
     if given:
-        return _parsed(given)
+        return key_of(given, ENVIRONMENT)
     path = (folder or luthier_home()) / "server.key"
     if not path.exists():
         # Of several processes that start at once, one makes it.
@@ -44,7 +43,7 @@ def server_key(folder: Path | None = None) -> bytes:
     if path.stat().st_mode & 0o077:
         raise LuthierError(f"{path} can be read by others; chmod 600 {path}")
     try:
-        return _parsed(path.read_text().strip())
+        return key_of(path.read_text().strip(), str(path))
     except (RefusedInput, UnicodeDecodeError) as error:
         raise CorruptFile(f"{path} is not 32 bytes in base64") from error
 
@@ -90,13 +89,3 @@ def purpose_key(key: bytes, purpose: str) -> bytes:
 
 def _derived(key: bytes, purpose: bytes) -> bytes:
     return hmac.digest(key, b"luthier: " + purpose, "sha256")
-
-
-def _parsed(text: str) -> bytes:
-    try:
-        key = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RefusedInput(f"{ENVIRONMENT} is not base64") from error
-    if len(key) != KEY_BYTES:
-        raise RefusedInput(f"{ENVIRONMENT} has {len(key)} bytes; it needs {KEY_BYTES}, in base64")
-    return key

@@ -24,7 +24,6 @@ from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import Job
 
 _ORDER = Order(CustomModel.created, CustomModel.seq)
-"""Base of a model whose own base is none of ours; Bedrock's clients are promised one."""
 _LONGEST = 2048
 _SHOWN = ("modelSourceConfig", "roleArn", "modelKmsKeyArn", "clientRequestToken")
 """Members of a request for a model from outside that are kept with it."""

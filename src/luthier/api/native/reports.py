@@ -23,8 +23,8 @@ from luthier.api.native.jobs import CustomizationType
 from luthier.api.native.operations import Operation, Part, Request, Told
 from luthier.api.wire import Fault
 from luthier.encryption.keys import handed_over
-from luthier.jobs.scheduler import inherited
 from luthier.jobs.submit import Submission, recipe_of
+from luthier.jobs.supervisor import inherited
 from luthier.store.custom_models import CustomModel
 
 AT_ONCE = 2
