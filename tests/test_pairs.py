@@ -19,9 +19,10 @@ from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
-from luthier.models.load import as_network, load_chat_format, load_model, sketch
+from luthier.models.load import as_network, load_model, sketch
 from luthier.models.network import Network
 from luthier.models.save import save_adapter, save_format, save_network, stored_bytes
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.recipe import Training
 from luthier.store import models as store

@@ -11,7 +11,8 @@ import pytest
 import luthier
 from luthier.cleaning.clean import changes_of
 from luthier.errors import DataError, RecipeError
-from luthier.models.load import check_folder, context_length, load_chat_format
+from luthier.models.load import check_folder, context_length
+from luthier.models.tokenizer import load_chat_format
 
 
 def written(path: Path, *rows: Any) -> Path:

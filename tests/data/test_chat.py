@@ -215,7 +215,7 @@ def test_a_tokenizer_that_closes_every_text_does_not_close_prompts(
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_text_of_each_token(family: str, family_folder: Callable[[str], Any]) -> None:
-    from luthier.models.load import load_chat_format
+    from luthier.models.tokenizer import load_chat_format
 
     chat = load_chat_format(family_folder(family))
     ids = chat.encode_whole("the quick brown dog jumps")

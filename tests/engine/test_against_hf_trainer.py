@@ -16,7 +16,8 @@ import torch
 from luthier.engine.runs import METRICS
 from luthier.engine.train import train
 from luthier.models.heads import Head
-from luthier.models.load import load_model, load_tokenizer
+from luthier.models.load import load_model
+from luthier.models.tokenizer import load_tokenizer
 from luthier.recipe import Recipe
 
 BATCH, EPOCHS, RATE = 4, 5, 2e-3

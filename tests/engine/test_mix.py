@@ -15,7 +15,7 @@ from luthier.engine.dataset import prepare
 from luthier.engine.defaults import Facts, choose, steps_of
 from luthier.errors import DataError, RecipeError, RefusedInput
 from luthier.files import sha256_of
-from luthier.models.load import load_chat_format
+from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import Recipe, parse_mix
 
 

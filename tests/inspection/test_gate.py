@@ -15,7 +15,7 @@ from luthier.inspection import gate
 from luthier.inspection.gate import Request, inspect
 from luthier.inspection.inspect import Progress
 from luthier.inspection.table import CHECKS
-from luthier.models.load import load_chat_format
+from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import Recipe
 from luthier.sdk import DEFAULT_BASE
 

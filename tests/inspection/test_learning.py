@@ -16,7 +16,7 @@ from luthier.inspection import learning
 from luthier.inspection.check import Batch
 from luthier.inspection.inspect import Report, batches, inspect_rows, inspect_sources
 from luthier.inspection.learning import Learning
-from luthier.models.load import load_chat_format
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import DPO, Objective
 from luthier.recipe import Recipe
 from luthier.types import Row

@@ -14,7 +14,7 @@ from luthier.inspection.check import Known
 from luthier.inspection.duplicates import Duplicates
 from luthier.inspection.gate import Request
 from luthier.inspection.table import CHECKS, checks_for
-from luthier.models.load import load_chat_format
+from luthier.models.tokenizer import load_chat_format
 
 
 def told(report: Any) -> dict[str, Any]:

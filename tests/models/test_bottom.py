@@ -12,8 +12,9 @@ import torch
 
 from luthier.adaptations import FeatureExtraction, Freeze, Full, LoRA
 from luthier.models.bottom import Bottom, frozen_layers
-from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
 from luthier.types import Example, Row
 

@@ -9,7 +9,7 @@ import pytest
 
 from luthier.errors import RecipeError
 from luthier.models.build import build, build_elmo
-from luthier.models.load import load_tokenizer
+from luthier.models.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize(

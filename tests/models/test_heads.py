@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, head_modules, head_weights
-from luthier.models.load import as_network, load_chat_format, load_model, sketch
+from luthier.models.load import as_network, load_model, sketch
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.types import Example, Row
 

@@ -16,7 +16,8 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.data.tree import build_tree
 from luthier.models.layers import layer_names, layer_positions
 from luthier.models.layouts import _rectangle
-from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.load import as_network, load_model
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.types import Example, Row
 

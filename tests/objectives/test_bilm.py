@@ -15,7 +15,8 @@ import torch
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.models.build import build_elmo
-from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.load import as_network, load_model
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.bilm import BiLM
 from luthier.types import Row

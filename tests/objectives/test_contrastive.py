@@ -15,8 +15,9 @@ import torch
 import luthier
 from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import retrieval_scores
-from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Contrastive
 from luthier.types import Example, Row
 

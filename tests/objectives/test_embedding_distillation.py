@@ -15,8 +15,9 @@ import torch
 import luthier
 from luthier.engine.train import train
 from luthier.errors import RecipeError
-from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, Contrastive, EmbeddingDistillation
 from luthier.objectives.embedding_distillation import project, turn
 from luthier.recipe import Recipe

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 import luthier
 from luthier.engine.train import Result, train
 from luthier.errors import DataError, RecipeError
-from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, EncoderDistillation
 from luthier.recipe import Recipe
 from luthier.types import Example, Row

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from luthier.data.chat import ChatFormat
-from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import DPO, KTO, ORPO, Objective, RewardModel
 from luthier.objectives.kto import mismatched
 from luthier.objectives.orpo import _log_one_minus_exp

@@ -13,8 +13,9 @@ import torch
 
 import luthier
 from luthier.errors import DataError, RecipeError
-from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import SemiSupervised
 from luthier.types import Example, Row
 

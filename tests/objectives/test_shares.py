@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from luthier.models.heads import Head, head_weights
-from luthier.models.load import load_chat_format, load_model
+from luthier.models.load import load_model
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Classification, SemiSupervised, TokenClassification
 from luthier.objectives.shares import shares_of, sigmoid_bias, softmax_bias
 from luthier.types import Row

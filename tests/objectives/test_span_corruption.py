@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from luthier.errors import RecipeError
-from luthier.models.load import load_chat_format
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import SpanCorruption
 from luthier.types import Example, Row
 

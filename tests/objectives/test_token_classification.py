@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from luthier.errors import RowRefused
-from luthier.models.load import load_chat_format
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import TokenClassification
 from luthier.types import Row
 

@@ -14,7 +14,8 @@ from luthier.engine import fitting
 from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
 from luthier.models.catalog import CATALOG
 from luthier.models.heads import CAUSAL_LM, Head
-from luthier.models.load import catalogue_config, load_chat_format, sketch, sketch_of
+from luthier.models.load import catalogue_config, sketch, sketch_of
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.planning import capabilities as module
 from luthier.planning.capabilities import capabilities, default_objective

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.models import sampler
-from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.load import as_network, load_model
 from luthier.models.sampler import Completion
+from luthier.models.tokenizer import load_chat_format
 from luthier.serving import prompting
 from luthier.serving.prompting import (
     Prompting,

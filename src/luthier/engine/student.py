@@ -17,16 +17,10 @@ from luthier.errors import LuthierError, RecipeError
 from luthier.files import hashes_of, need_disk, new_folder, sha256_of, write_json
 from luthier.models.catalog import MANIFEST
 from luthier.models.heads import Head, head_in
-from luthier.models.load import (
-    check_folder,
-    check_vocabulary,
-    context_length,
-    read_config,
-    sketch_of,
-    stored_dtype,
-)
+from luthier.models.load import check_folder, context_length, read_config, sketch_of, stored_dtype
 from luthier.models.save import save_network
 from luthier.models.student import StudentPlan, StudentShape, plan, shrink
+from luthier.models.tokenizer import check_vocabulary
 from luthier.recipe import NAME_PATTERN
 from luthier.store import models as store
 

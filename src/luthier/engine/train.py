@@ -31,12 +31,13 @@ from luthier.files import need_disk
 from luthier.inspection.jobs import warnings
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.dropout import set_dropout
-from luthier.models.load import as_network, check_folder, check_vocabulary, context_length
+from luthier.models.load import as_network, check_folder, context_length
 from luthier.models.network import Network
 from luthier.models.save import (
     stored_bytes,
     trained_weights,
 )
+from luthier.models.tokenizer import check_vocabulary
 from luthier.recipe import Recipe
 from luthier.store import models as store
 

@@ -64,13 +64,8 @@ def accept_network(folder: Path, model_id: str, room: Callable[[int], None]) -> 
         ModelRefused: where it cannot be taken.
     """
     from luthier.models.heads import Head, head_in
-    from luthier.models.load import (
-        check_vocabulary,
-        context_length,
-        load_chat_format,
-        read_config,
-        sketch_of,
-    )
+    from luthier.models.load import context_length, read_config, sketch_of
+    from luthier.models.tokenizer import check_vocabulary, load_chat_format
 
     config = check_texts(folder)
     stored = check_weights(folder)
@@ -115,8 +110,9 @@ def accept_adapter(
     import torch
 
     from luthier.adaptations.peft import lora_of
-    from luthier.models.load import check_folder, check_vocabulary, read_config, sketch
+    from luthier.models.load import check_folder, read_config, sketch
     from luthier.models.save import read_adapter
+    from luthier.models.tokenizer import check_vocabulary
     from luthier.objectives import OBJECTIVES
 
     fields = adapter_fields(folder)
@@ -211,8 +207,8 @@ def _embeds(candidate: StoredModel) -> dict[str, Any]:
 def _format(folder: Path, base: StoredModel) -> dict[str, Any]:
     """Tokenizer, template and stop tokens of an adapter: its own, where it brings a tokenizer."""
     from luthier.data.chat import ChatFormat
-    from luthier.models.load import load_tokenizer
     from luthier.models.save import save_format
+    from luthier.models.tokenizer import load_tokenizer
 
     chat = chat_format(base)
     if (folder / "tokenizer_config.json").is_file():

@@ -183,7 +183,7 @@ def objective_of(model: StoredModel) -> Objective:
 def chat_format(model: StoredModel) -> ChatFormat:
     """Tokenizer, template and stop tokens that ``model`` was trained and is served with."""
     from luthier.data.chat import ChatFormat
-    from luthier.models.load import load_chat_format, load_tokenizer
+    from luthier.models.tokenizer import load_chat_format, load_tokenizer
 
     stored = model.manifest.get("format")
     if stored is None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.models.heads import Head
-from luthier.models.load import as_network, load_chat_format, load_model
+from luthier.models.load import as_network, load_model
+from luthier.models.tokenizer import load_chat_format
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, WIDTH, HEAD = 3, 4, 32, 8

@@ -1,0 +1,63 @@
+"""Loading tokenizer, chat template and stop tokens from a Hugging Face directory, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from luthier.data.chat import ChatFormat, Template
+from luthier.errors import RecipeError, UnknownModel
+from luthier.files import read_json
+from luthier.models import nets
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    if (folder / "config.json").is_file():  # transformers looks up the network's type there
+        nets.register(read_json(folder / "config.json").get("model_type", ""))
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnknownModel(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    # Rows that are too long are refused with line and fix; its own warning would only come before.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
+
+
+def check_vocabulary(chat: ChatFormat, config: dict[str, Any], model_id: str) -> None:
+    """Refuse a tokenizer that gives ids the network has no embedding for.
+
+    Tokens added to a tokenizer and used by no row are let be; many published models have some.
+    """
+    size = config.get("vocab_size")
+    known = max([chat.tokenizer.vocab_size, *(stop + 1 for stop in chat.stop_ids)])
+    if isinstance(size, int) and known > size:
+        raise RecipeError(
+            f"the tokenizer of {model_id} does not belong to its network: it gives ids up to "
+            f"{known - 1:,}, and the network has embeddings for {size:,}. Put the tokenizer files of "
+            "the network's own model into the folder."
+        )
+
+
+def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
+    """Tokenizer, template and stop tokens of a model folder.
+
+    Stop tokens are those of ``generation_config.json`` and the tokenizer's own end-of-text token.
+    """
+    tokenizer = load_tokenizer(folder)
+    path = folder / "generation_config.json"
+    stops = read_json(path).get("eos_token_id") if path.is_file() else None
+    listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    return ChatFormat.of(tokenizer, template, listed, _start_id(folder))
+
+
+def _start_id(folder: Path) -> int | None:
+    """First token of the decoder of an encoder-decoder; ``None`` for other networks."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    if not config.get("is_encoder_decoder"):
+        return None
+    start: int | None = config.get("decoder_start_token_id")
+    return config.get("pad_token_id") if start is None else start
