@@ -6,9 +6,9 @@ what is served is what was trained: template, tokenizer and stop tokens included
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -55,11 +55,8 @@ class ChatFormat:
         """Choose the format: the model's chat template where it has one, plain text elsewhere."""
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "plain"
-        if template == "chat" and not tokenizer.chat_template:
-            raise RecipeError(
-                "this model's tokenizer has no chat template. Use template=plain, or a model that "
-                "was tuned on conversations."
-            )
+        if template == "chat":
+            _check_template(tokenizer)
         stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids])
         stops.pop(None, None)
         return ChatFormat(tokenizer, template, tuple(stops), start_id)
@@ -68,15 +65,17 @@ class ChatFormat:
         """The same model's format with another template; ``auto`` keeps the one it has."""
         if template == "auto":
             return self
-        return ChatFormat.of(self.tokenizer, template, self.stop_ids, self.start_id)
+        if template == "chat":
+            _check_template(self.tokenizer)
+        return replace(self, template=template)
 
     def encode_prompt(self, messages: Sequence[Message]) -> IntArray:
         """Token ids that a reply to ``messages`` continues, or that the encoder reads."""
         if self.start_id is not None:
             return self.encode_whole(_joined(messages))
         if self.template == "plain":
-            return self._tokens(_joined(messages), first=True)
-        return self._tokens(self._render(messages, reply=True), first=False)
+            return self.tokens(_joined(messages), first=True)
+        return self.tokens(self._render(messages, reply=True), first=False)
 
     def encode_reply(self, messages: Sequence[Message], given: int = 0) -> Encoded:
         """A conversation with every assistant turn learned, its end-of-turn token included.
@@ -103,8 +102,8 @@ class ChatFormat:
                     "the chat template rewrites earlier turns when a turn is added, so the learned "
                     "tokens cannot be told apart. Use single-turn rows or template=plain."
                 )
-            prompt_T = self._tokens(before[len(done) :], first=False)
-            reply_T = self._tokens(after[len(before) :], first=False)
+            prompt_T = self.tokens(before[len(done) :], first=False)
+            reply_T = self.tokens(after[len(before) :], first=False)
             parts += [prompt_T, reply_T]
             learned_T = self._up_to_stop(reply_T) & (index >= given and message.learned)
             learned += [np.zeros(len(prompt_T), bool), learned_T]
@@ -116,7 +115,7 @@ class ChatFormat:
 
     def encode_text(self, text: str) -> IntArray:
         """Raw text followed by the end-of-text token, for language modelling."""
-        return np.append(self._tokens(text, first=True), self.end_id)
+        return np.append(self.tokens(text, first=True), self.end_id)
 
     def encode_whole(self, text: str) -> IntArray:
         """Text with whatever special tokens the model puts around it, for reading as a whole."""
@@ -159,6 +158,19 @@ class ChatFormat:
         with panics_refused():
             return [str(self.tokenizer.decode([int(i)])) for i in ids]
 
+    def grammar_tokens(self, vocabulary: int) -> Any:
+        """The first ``vocabulary`` tokens for the library llguidance.
+
+        Raises:
+            ValueError: where the tokenizer cannot say which bytes a token stands for.
+        """
+        from llguidance import hf
+
+        return hf.from_tokenizer(self.tokenizer, vocabulary, list(self.stop_ids))
+
+    def close(self) -> None:
+        """Let go of what reads for it; nothing, where the tokenizer is in this process."""
+
     def decoded(self, ids_T: IntArray) -> IntArray:
         """What the decoder is to write, behind the token it starts with and up to its last."""
         start_id, end_id = self.start_id, self.end_id
@@ -167,13 +179,13 @@ class ChatFormat:
 
     def _encode_sides(self, messages: Sequence[Message]) -> Encoded:
         _check_single(messages)
-        ids_T = self.decoded(self._tokens(messages[1].content, first=False))
+        ids_T = self.decoded(self.tokens(messages[1].content, first=False))
         return Encoded(ids_T, np.arange(len(ids_T)) > 0, self.encode_prompt(messages[:1]))
 
     def _encode_plain(self, messages: Sequence[Message]) -> Encoded:
         _check_single(messages)
-        prompt_T = self._tokens(messages[0].content, first=True)
-        reply_T = np.append(self._tokens(messages[1].content, first=False), self.end_id)
+        prompt_T = self.tokens(messages[0].content, first=True)
+        reply_T = np.append(self.tokens(messages[1].content, first=False), self.end_id)
         learned_T = np.arange(len(prompt_T) + len(reply_T)) >= len(prompt_T)
         return Encoded(np.concatenate([prompt_T, reply_T]), learned_T)
 
@@ -191,13 +203,23 @@ class ChatFormat:
         learned_T[len(reply_T) - last :] = False
         return learned_T
 
-    def _render(self, messages: Sequence[Message], *, reply: bool) -> str:
+    def render(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        *,
+        reply: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """A conversation as the chat template writes it, turns and tools in the form of transformers.
+
+        ``reply`` ends it where the assistant begins. Raises :class:`RecipeError` where the template
+        refuses it.
+        """
         from jinja2 import TemplateError
 
-        turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=reply
+                [*turns], tools=[*tools] or None, tokenize=False, add_generation_prompt=reply
             )
         except TemplateError as error:
             raise RecipeError(
@@ -205,13 +227,18 @@ class ChatFormat:
             ) from error
         return text
 
-    def _tokens(self, text: str, *, first: bool) -> IntArray:
+    def tokens(self, text: str, *, first: bool) -> IntArray:
+        """Token ids ``[T]`` of ``text``; ``first`` puts before it what the model's texts begin with."""
         with panics_refused():
             ids = self.tokenizer.encode(text, add_special_tokens=first)
         if first and len(ids) > 1 and ids[-1] in self.stop_ids:
             # Some tokenizers close every text; a prompt is to be continued.
             ids = ids[:-1]
         return np.asarray(ids, dtype=np.int64)
+
+    def _render(self, messages: Sequence[Message], *, reply: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        return self.render(turns, reply=reply)
 
 
 @contextmanager
@@ -231,6 +258,14 @@ def panics_refused() -> Iterator[None]:
         raise RecipeError(
             f"the model's tokenizer cannot take this text: {str(error)[:300]}"
         ) from None
+
+
+def _check_template(tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        raise RecipeError(
+            "this model's tokenizer has no chat template. Use template=plain, or a model that "
+            "was tuned on conversations."
+        )
 
 
 def _check_single(messages: Sequence[Message]) -> None:

@@ -182,6 +182,7 @@ def _manifest(draft: _Draft, run: Run, folder: Path) -> dict[str, Any]:
         "saved": "network",
         "parent": teacher.id,
         "root": teacher.root,
+        **store.tokenizer_origin(teacher),
         **({"recipe": {"objective": learned}} if learned else {}),
         **({"licence": licence} if licence else {}),
         "student": {

@@ -146,6 +146,7 @@ def settled(
         reporter.note(line)
     job = settle(recipe, base, chat, data, machine, reporter, began_with)
     origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
+    origin |= store.tokenizer_origin(base)
     if job.others:
         origin["others"] = {name: other.id for name, other in job.others.items()}
     return replace(job, origin=origin)

@@ -12,7 +12,7 @@ Everything else is refused with the file, the rule and the fix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,12 @@ from luthier.models.outside import (
 from luthier.models.save import ADAPTER
 from luthier.serving.inference import Chat, Request, Turn
 from luthier.store.models import StoredModel, chat_format, load, short_name
+from luthier.types import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
 
 ANSWER = 8
 """Tokens that a model has to write."""
@@ -65,7 +68,7 @@ def accept_network(folder: Path, model_id: str, room: Callable[[int], None]) -> 
     """
     from luthier.models.heads import Head, head_in
     from luthier.models.load import context_length, read_config, sketch_of
-    from luthier.models.tokenizer import check_vocabulary, load_chat_format
+    from luthier.models.tokenizer import check_vocabulary
 
     config = check_texts(folder)
     stored = check_weights(folder)
@@ -87,11 +90,10 @@ def accept_network(folder: Path, model_id: str, room: Callable[[int], None]) -> 
             f"It describes a network of {numbers:,} numbers, and the .safetensors hold {stored:,}.",
             "Take the config.json that belongs to the weights, and all of their shards.",
         )  # fmt: skip
-    with _as(
-        "tokenizer.json", "model.tokenizer", "Save the model's own tokenizer into the folder."
-    ):
-        check_vocabulary(load_chat_format(folder), config, "the model")
+    with _format(folder, None, "Save the model's own tokenizer into the folder.") as chat:
+        check_vocabulary(chat, config, "the model")
     fields = {"kind": kind, "saved": "network", "parameters": numbers, "context": context}
+    fields |= {"tokenizer_from": model_id}
     candidate = StoredModel(model_id, folder, fields)
     room(_LOADED * sum(path.stat().st_size for path in folder.glob("*.safetensors")) + _GIB // 2)
     return Accepted({**fields, "checks": _tried(candidate)}, None)
@@ -128,24 +130,19 @@ def accept_adapter(
     check_tokenizer(folder)
     head = OBJECTIVES["causal_lm"].model_validate({}).head()
     lora = lora_of(fields, read_adapter(folder), sketch(base.network_folder, head))
-    with _as(
-        "tokenizer.json", "model.tokenizer", "Save the base model's tokenizer into the folder."
-    ):
-        written = _format(folder, base)
-        candidate = StoredModel(
-            model_id,
-            folder,
-            {
-                "kind": "causal_lm",
-                "saved": "adapter",
-                "parent": base.id,
-                "root": base.root,
-                "recipe": {"base": base.id, "adaptation": lora.model_dump(mode="json")},
-                "format": written,
-            },
-            base,
-        )
-        check_vocabulary(chat_format(candidate), check_folder(base.network_folder), "the adapter")
+    asked = _asked_format(folder, base)
+    with _format(folder, asked, "Save the base model's tokenizer into the folder.") as chat:
+        check_vocabulary(chat, check_folder(base.network_folder), "the adapter")
+    manifest = {
+        "kind": "causal_lm",
+        "saved": "adapter",
+        "parent": base.id,
+        "root": base.root,
+        "tokenizer_from": model_id,
+        "recipe": {"base": base.id, "adaptation": lora.model_dump(mode="json")},
+        "format": {**asked, "template": chat.template, "stop_ids": list(chat.stop_ids)},
+    }
+    candidate = StoredModel(model_id, folder, manifest, base)
     config = read_config(base.network_folder, head)
     weights = sum(path.stat().st_size for path in base.network_folder.glob("*.safetensors"))
     room(2 * _LOADED * weights + _GIB // 2)
@@ -204,23 +201,37 @@ def _embeds(candidate: StoredModel) -> dict[str, Any]:
     return {"layout": "same numbers as transformers", "dimensions": len(found.vector)}
 
 
-def _format(folder: Path, base: StoredModel) -> dict[str, Any]:
-    """Tokenizer, template and stop tokens of an adapter: its own, where it brings a tokenizer."""
-    from luthier.data.chat import ChatFormat
+def _asked_format(folder: Path, base: StoredModel) -> dict[str, Any]:
+    """Template, stop tokens and start token of an adapter, whose tokenizer is then in its folder."""
     from luthier.models.save import save_format
-    from luthier.models.tokenizer import load_tokenizer
 
-    chat = chat_format(base)
-    if (folder / "tokenizer_config.json").is_file():
-        own = load_tokenizer(folder)
-        chat = ChatFormat.of(own, "auto", list(chat.stop_ids), chat.start_id)
-    else:
+    chat, template = chat_format(base), "auto"
+    if not (folder / "tokenizer_config.json").is_file():
         save_format(chat, folder)
-    return {
-        "template": chat.template,
-        "stop_ids": list(chat.stop_ids),
-        "start_id": chat.start_id,
-    }
+        template = chat.template
+    return {"template": template, "stop_ids": list(chat.stop_ids), "start_id": chat.start_id}
+
+
+@contextmanager
+def _format(folder: Path, asked: Mapping[str, Any] | None, fix: str) -> Iterator[ChatFormat]:
+    """The format in ``folder``, once it has read a first text within the limits it is served with."""
+    from luthier.serving.confined import confined_format
+
+    with _as("tokenizer.json", "model.tokenizer", fix):
+        chat = confined_format(folder, asked)
+        try:
+            chat.encode_whole("Hello.")
+            if chat.template == "chat":
+                _try_template(chat)
+            yield chat
+        finally:
+            chat.close()
+
+
+def _try_template(chat: ChatFormat) -> None:
+    fix = "Save the tokenizer with the chat template that the model was trained with, or with none."
+    with _as("chat_template", "model.template", fix):
+        chat.encode_prompt([Message("user", "Hello.")])
 
 
 def _by_peft(folder: Path, base: StoredModel, vocabulary: int) -> Tensor:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.data.chat import panics_refused
+from luthier.errors import RecipeError
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Tool
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ class Constraints:
             try:
                 tokenizer = self._tokens()
             except InferenceRefused:  # written in Python, of whole characters
-                return str(self._chat.tokenizer.decode([token])).encode()
+                return self._chat.pieces([token])[0].encode()
         found: bytes = tokenizer.decode_bytes([token])
         return found
 
@@ -123,13 +125,10 @@ class Constraints:
 
     def _tokens(self) -> Any:
         if self._tokenizer is None:
-            from llguidance import hf
-
             try:
-                self._tokenizer = hf.from_tokenizer(
-                    self._chat.tokenizer, self._vocabulary, list(self._chat.stop_ids)
-                )
-            except ValueError as error:
+                with panics_refused():
+                    self._tokenizer = self._chat.grammar_tokens(self._vocabulary)
+            except (ValueError, RecipeError) as error:
                 raise InferenceRefused(
                     f"Answers of this model cannot be kept to a schema: {error}", "schema"
                 ) from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from luthier.errors import RecipeError
 from luthier.serving.inference import (
     Chat,
     InferenceFailed,
@@ -83,8 +84,9 @@ class Decoder:
         from luthier.engine.devices import choose_machine
         from luthier.models.heads import prompt_ids
         from luthier.models.load import as_network, check_folder, context_length
+        from luthier.serving.confined import serving_format
         from luthier.serving.stepping import stepper_of
-        from luthier.store.models import added_tokens, chat_format, load
+        from luthier.store.models import added_tokens, load
 
         machine = choose_machine()
         network = as_network(
@@ -95,7 +97,7 @@ class Decoder:
         context = context_length(check_folder(stored.network_folder)) - added
         vocabulary = int(network.model.config.vocab_size)
         stepper = stepper_of(network, context)
-        return Decoder(stepper, chat_format(stored), soft, vocabulary, memory)
+        return Decoder(stepper, serving_format(stored), soft, vocabulary, memory)
 
     @property
     def network(self) -> Network:
@@ -156,6 +158,7 @@ class Decoder:
             self._closed = True
             self._wake.notify()
         self._thread.join()
+        self.chat.close()
 
     def _job(self, request: Request) -> Job:
         ids_T = self.encode(request.prompt)
@@ -304,8 +307,10 @@ class Decoder:
     def _advance(self, answer: Writing, logits_V: Tensor, best: int | None) -> None:
         try:
             answer.advance(logits_V, best)
-        except InferenceFailed as error:
-            answer.job.events.put(error)
+        except (InferenceFailed, RecipeError) as error:
+            # Of this answer alone: its grammar, or what its tokens are decoded to.
+            own = isinstance(error, InferenceFailed)
+            answer.job.events.put(error if own else InferenceFailed("ModelError", str(error)))
             answer.job.cancelled = answer.done = True
         if answer.done:
             self._end_state(answer)

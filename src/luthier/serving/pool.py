@@ -253,9 +253,10 @@ class Embedder:
     @staticmethod
     def open(stored: StoredModel) -> Embedder:
         """Load ``stored`` on the best device of this machine."""
+        from luthier.serving.confined import serving_format
         from luthier.serving.prediction import Predictor
 
-        return Embedder(Predictor.open(stored))
+        return Embedder(Predictor.open(stored, serving_format(stored)))
 
     @staticmethod
     def of(writer: Decoder) -> Embedder:
@@ -268,6 +269,8 @@ class Embedder:
 
     def embed(self, text: str | Sequence[int]) -> Embedded:
         """One text, or its tokens, as a vector."""
+        if self._predictor.objective.task != "embedding":
+            raise InferenceRefused("This model gives labels and no embeddings.", "model")
         with self._lock:
             given = text if isinstance(text, str) else self._predictor.chat.decode(list(text))
             tokens = len(self._predictor.chat.encode_whole(given))
@@ -276,8 +279,6 @@ class Embedder:
             if tokens > self._predictor.context:
                 raise TooLong("Input is too long for requested model.", "input")
             answer = self._predictor.answers([Row("", 1, text=given)])[0]
-        if "embedding" not in answer:
-            raise InferenceRefused("This model gives labels and no embeddings.", "model")
         vector = np.asarray(answer["embedding"], dtype=np.float32)
         return Embedded(tuple(vector.tolist()), tokens)
 
@@ -285,3 +286,4 @@ class Embedder:
         """Let go of the network."""
         with self._lock:
             self._predictor.network.close()
+            self._predictor.chat.close()

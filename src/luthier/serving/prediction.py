@@ -29,8 +29,8 @@ class Predictor:
         network.model.eval()
 
     @staticmethod
-    def open(stored: StoredModel) -> Predictor:
-        """Load ``stored`` on the best device of this machine."""
+    def open(stored: StoredModel, chat: ChatFormat | None = None) -> Predictor:
+        """Load ``stored`` on the best device of this machine; ``chat`` stands for its own format."""
         from luthier.engine.devices import choose_machine
         from luthier.models.load import as_network
         from luthier.store.models import chat_format, load, objective_of, room_of
@@ -43,7 +43,7 @@ class Predictor:
         machine = choose_machine()
         model = load(stored, machine.dtype, machine.device)
         network = as_network(model, machine.device, machine.dtype)
-        return Predictor(network, objective, chat_format(stored), room_of(stored))
+        return Predictor(network, objective, chat or chat_format(stored), room_of(stored))
 
     def answers(
         self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None

@@ -12,9 +12,6 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from luthier.data.chat import panics_refused
 from luthier.errors import RecipeError
 from luthier.serving.constraints import CALL_CLOSE, CALL_OPEN
 from luthier.serving.inference import Chat, InferenceRefused, Tool, ToolCall, Turn
@@ -75,22 +72,12 @@ def encode(chat: ChatFormat, asked: Chat) -> IntArray:
 
 
 def _rendered(chat: ChatFormat, turns: Sequence[Turn], tools: Sequence[Tool]) -> IntArray:
-    from jinja2 import TemplateError
-
-    try:
-        text = chat.tokenizer.apply_chat_template(
-            [_for_template(turn, turns) for turn in turns],
-            tools=[_function(tool) for tool in tools] or None,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-    except TemplateError as error:
-        raise InferenceRefused(
-            f"the model's chat template refuses this conversation: {error}", "messages"
-        ) from error
-    with panics_refused():
-        ids = chat.tokenizer.encode(text, add_special_tokens=False)
-    return np.asarray(ids, dtype=np.int64)
+    text = chat.render(
+        [_for_template(turn, turns) for turn in turns],
+        reply=True,
+        tools=[_function(tool) for tool in tools],
+    )
+    return chat.tokens(text, first=False)
 
 
 def _for_template(turn: Turn, turns: Sequence[Turn]) -> dict[str, Any]:

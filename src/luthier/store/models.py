@@ -45,6 +45,11 @@ class StoredModel:
         return self.parent.network_folder if self.parent else self.folder
 
     @property
+    def tokenizer_from(self) -> str | None:
+        """Id of the model from outside that its tokenizer and template come from, if they do."""
+        return self.manifest.get("tokenizer_from")
+
+    @property
     def root(self) -> str:
         """Id of the base model at the bottom of the lineage."""
         return str(self.manifest.get("root") or self.id)
@@ -158,6 +163,11 @@ def room_of(model: StoredModel) -> int:
     from luthier.models.load import check_folder, context_length
 
     return context_length(check_folder(model.network_folder)) - added_tokens(model)
+
+
+def tokenizer_origin(model: StoredModel) -> dict[str, Any]:
+    """What the manifest of a model with the tokenizer of ``model`` says of where that is from."""
+    return {"tokenizer_from": model.tokenizer_from} if model.tokenizer_from else {}
 
 
 def adaptation_of(model: StoredModel) -> Any:

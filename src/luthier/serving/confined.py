@@ -1,0 +1,257 @@
+"""Templates and tokenizers of models from outside, at work in a process with limits.
+
+See :mod:`luthier.serving.text_process` for what is limited. A request that takes too much is refused,
+its process is ended, and the next request starts another one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from luthier.data.chat import ChatFormat
+from luthier.errors import RecipeError
+from luthier.serving.text_process import LONGEST, READ_SECONDS, receive, send
+
+if TYPE_CHECKING:
+    from luthier.store.models import StoredModel
+    from luthier.types import IntArray
+
+SECONDS = 10
+"""Of processor time for one request; a prompt of 100,000 tokens takes half a second."""
+PATIENCE = 120.0
+"""Seconds of the clock for one request; its processor time ends it before, unless others compute."""
+_KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
+"""Variables that the process has of this one: none with a secret."""
+_SET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def serving_format(stored: StoredModel) -> ChatFormat:
+    """Tokenizer, template and stop tokens that ``stored`` is served with.
+
+    Those of a model from outside, and of all that was made from one, are in a process of their own.
+    """
+    from luthier.store.models import chat_format
+
+    if stored.tokenizer_from is None:
+        return chat_format(stored)
+    return confined_format(stored.folder, stored.manifest.get("format"))
+
+
+def confined_format(folder: Path, fields: Mapping[str, Any] | None = None) -> ConfinedFormat:
+    """The format in ``folder``: as a Hugging Face directory says, or by the ``fields`` of a manifest.
+
+    Raises:
+        RecipeError: where tokenizer or template cannot be read, or take too much.
+    """
+    process = TextProcess(folder, fields)
+    about = process.about
+    return ConfinedFormat(process, about["template"], tuple(about["stop_ids"]), about["start_id"])
+
+
+@dataclass(frozen=True)
+class ConfinedFormat(ChatFormat):
+    """A format that asks its process; everything else is as in :class:`ChatFormat`."""
+
+    tokenizer: TextProcess
+
+    def render(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        *,
+        reply: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """See :meth:`ChatFormat.render`."""
+        text: str = self.tokenizer.ask("render", turns=[*turns], reply=reply, tools=[*tools])
+        return text
+
+    def tokens(self, text: str, *, first: bool) -> IntArray:
+        """See :meth:`ChatFormat.tokens`."""
+        return np.array(self.tokenizer.ask("tokens", text=text, first=first), dtype=np.int64)
+
+    def encode_words(self, text: str) -> tuple[IntArray, IntArray | None]:
+        """See :meth:`ChatFormat.encode_words`."""
+        ids, words = self.tokenizer.ask("words", text=text)
+        word_T = None if words is None else np.array(words, dtype=np.int64)
+        return np.array(ids, dtype=np.int64), word_T
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See :meth:`ChatFormat.decode`."""
+        text: str = self.tokenizer.ask("decode", ids=[int(i) for i in ids])
+        return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """See :meth:`ChatFormat.pieces`."""
+        found: list[str] = self.tokenizer.ask("pieces", ids=[int(i) for i in ids])
+        return found
+
+    def grammar_tokens(self, vocabulary: int) -> Any:
+        """See :meth:`ChatFormat.grammar_tokens`."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        try:
+            known = self.tokenizer.ask("vocabulary", size=vocabulary)
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+        asked = TokenizerWrapper(_Asked(self, known))
+        return LLTokenizer(asked, n_vocab=vocabulary, eos_token=list(self.stop_ids))
+
+    def close(self) -> None:
+        """End the process."""
+        self.tokenizer.close()
+
+
+class _Asked:
+    """A vocabulary as llguidance reads it; how it divides forced text is asked of the process."""
+
+    def __init__(self, chat: ConfinedFormat, known: Mapping[str, Any]) -> None:
+        self._chat = chat
+        self.tokens = [base64.b64decode(token) for token in known["tokens"]]
+        self.special_token_ids = known["special"]
+        self.eos_token_id = chat.end_id
+        self.bos_token_id = chat.tokenizer.about["bos_token_id"]
+        special = frozenset(self.special_token_ids)
+        self._ids = {t: i for i, t in enumerate(self.tokens) if i not in special}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def __call__(self, text: bytes) -> list[int]:
+        try:
+            return [int(i) for i in self._chat.tokens(text.decode(), first=False)]
+        except RecipeError:
+            return self._greedy(text)  # it runs within a library that takes no refusal
+
+    def _greedy(self, text: bytes) -> list[int]:
+        """The longest tokens first; bytes that no token has are left out."""
+        ids, at = [], 0
+        while at < len(text):
+            ends = range(min(len(text), at + self._longest), at, -1)
+            end = next((end for end in ends if text[at:end] in self._ids), None)
+            if end is not None:
+                ids.append(self._ids[text[at:end]])
+            at = end or at + 1
+        return ids
+
+
+class TextProcess:
+    """The process of one model. Safe to share between threads, which are answered in turns."""
+
+    def __init__(self, folder: Path, fields: Mapping[str, Any] | None = None) -> None:
+        self._arguments = (str(folder), json.dumps(fields))
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+        self._closed = False
+        with self._lock:
+            self.about: dict[str, Any] = self._start()
+
+    @property
+    def chat_template(self) -> Any:
+        """The template's text; a dictionary of texts where there are several."""
+        return self.about["chat_template"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens without those that were added."""
+        return int(self.about["vocab_size"])
+
+    def ask(self, call: str, **given: Any) -> Any:
+        """What the process says to ``call``.
+
+        Raises:
+            RecipeError: where template or tokenizer refuse it, or take too much time or memory.
+        """
+        with self._lock:
+            if self._child is None:
+                self._start()
+            return self._asked({"call": call, "given": given})
+
+    def close(self) -> None:
+        """End the process; whoever asks later is refused."""
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _start(self) -> dict[str, Any]:
+        if self._closed:
+            raise RecipeError("the model was unloaded")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "luthier.serving.text_process", str(theirs.fileno()),
+                 str(SECONDS), *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={name: os.environ[name] for name in _KEPT if name in os.environ} | _SET,
+                start_new_session=True,
+            )  # fmt: skip
+        self._child, self._connection = child, ours
+        # Nobody may hold on to it: the process ends where its connection is gone.
+        weakref.finalize(self, _ended, child, ours)
+        told: dict[str, Any] = self._asked(None)
+        return told
+
+    def _asked(self, asked: Mapping[str, Any] | None) -> Any:
+        connection = self._connection
+        assert connection is not None
+        began = time.monotonic()
+        try:
+            connection.settimeout(PATIENCE)
+            if asked is not None:
+                send(connection, asked)
+            told = receive(connection, LONGEST + 1024)
+        except (OSError, EOFError, ValueError) as error:
+            waited = time.monotonic() - began
+            raise RecipeError(self._why(waited, reading=asked is None)) from error
+        if "error" in told:
+            if asked is None:
+                self._end()
+            raise RecipeError(told["error"])
+        return told["result"]
+
+    def _why(self, waited: float, reading: bool) -> str:
+        """End the process; what is said of it."""
+        assert self._child is not None
+        if waited < PATIENCE:
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(1)  # it is about to end by itself, and says why
+        status = self._child.poll()
+        self._end()
+        if status == -signal.SIGXCPU:
+            seconds = READ_SECONDS if reading else SECONDS
+            why = f"takes more than {seconds} seconds of processor time"
+        elif status is None:
+            why = f"has not answered after {waited:.0f} seconds"
+        else:
+            why = f"ended its process (status {status})"
+        return (
+            f"the model's template or tokenizer {why} {'to be read' if reading else 'on this text'}"
+        )
+
+    def _end(self) -> None:
+        if self._child is not None and self._connection is not None:
+            _ended(self._child, self._connection)
+        self._child = self._connection = None
+
+
+def _ended(child: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    connection.close()
+    child.kill()
+    child.wait()
