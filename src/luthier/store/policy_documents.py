@@ -53,7 +53,8 @@ ROLES: Mapping[str, Document] = MappingProxyType(
                 "bedrock:ApplyGuardrail", "bedrock:CountTokens", "bedrock:CallWithBearerToken",
                 "bedrock:ListFoundationModels", "bedrock:GetFoundationModel",
                 "luthier:openai.chat.*", "luthier:openai.completions.*",
-                "luthier:openai.embeddings.*", "luthier:openai.models.list",
+                "luthier:openai.embeddings.*", "luthier:openai.responses.*",
+                "luthier:openai.models.list",
                 "luthier:openai.models.retrieve",
             )
         ),

@@ -29,8 +29,8 @@ from luthier.serving.stream import Stream
 MOST_STOPS = 4
 FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
 """What ended an answer, in OpenAI's words; all else is ``stop``."""
-_NAMES = {"schema": "response_format"}
-"""Members of ours that clients know by another name."""
+_SCHEMA = {"messages": "response_format", "input": "text.format.schema"}
+"""Where a schema stands, by the member that holds the prompt."""
 _PROMPTS = ("messages", "prompt", "input")
 
 
@@ -175,7 +175,10 @@ def refusals(model: str, member: str = "messages") -> Iterator[None]:
         raise invalid(str(refused), member, "context_length_exceeded") from refused
     except InferenceRefused as refused:
         parameter = refused.parameter
-        parameter = member if parameter in _PROMPTS else _NAMES.get(parameter or "", parameter)
+        if parameter in _PROMPTS:
+            parameter = member
+        elif parameter == "schema":
+            parameter = _SCHEMA.get(member, parameter)
         raise invalid(str(refused), parameter, "invalid_value") from refused
     except UnknownModel as refused:
         raise model_not_found(model) from refused

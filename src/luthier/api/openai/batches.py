@@ -43,7 +43,7 @@ class CreateBatch(Body):
     """The body of a new batch."""
 
     input_file_id: Annotated[str, Field(min_length=1)]
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
     completion_window: Literal["24h"]
     metadata: Metadata = None
 

@@ -14,7 +14,7 @@ from luthier.api.openai.requests import Body
 from luthier.serving.inference import Chat, Request, Tool, ToolCall, Turn
 
 MOST_TOOLS = 128
-_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 _ROLES: Mapping[str, Any] = {"developer": "system"}
 
 
@@ -82,7 +82,7 @@ class ChatMessage(Body):
 class Function(Body):
     """A function that may be called."""
 
-    name: Annotated[str, Field(pattern=_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -111,7 +111,7 @@ class ToolChoice(Body):
 class JsonSchema(Body):
     """A schema that answers match."""
 
-    name: Annotated[str, Field(pattern=_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     description: str | None = None
     json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None

@@ -16,6 +16,7 @@ from luthier.api.openai.graders import Graders
 from luthier.api.openai.grading import PooledModels
 from luthier.api.openai.models import Catalogue, DeleteModel, Models, Resolve
 from luthier.api.openai.requests import Access
+from luthier.api.openai.responses import Responses
 from luthier.api.openai.routing import Routing
 from luthier.api.settings import Settings
 from luthier.api.wire import Authorize
@@ -66,6 +67,7 @@ class OpenAIFace(Routing):
         catalogue = Catalogue(database, arns, resolve)
         asker = Asker(catalogue, access, pool)
         chats, completions, embeddings = Chats(asker), Completions(asker), Embeddings(asker)
+        responses = Responses(asker)
         self.batches = BatchRunner(
             database,
             self.files,
@@ -73,6 +75,7 @@ class OpenAIFace(Routing):
                 "/v1/chat/completions": chats.answer,
                 "/v1/completions": completions.answer,
                 "/v1/embeddings": embeddings.answer,
+                "/v1/responses": responses.answer,
             },
         )
         super().__init__(
@@ -82,6 +85,7 @@ class OpenAIFace(Routing):
                 Graders(access, asker.judge, PooledModels(pool)),
                 Models(catalogue, access, delete_model),
                 chats,
+                responses,
                 completions,
                 embeddings,
                 Batches(database, self.files, access, self.batches),
