@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -60,7 +60,11 @@ class ChatMessage(Body):
             name = f"{where}.tool_call_id"
             raise invalid(f"Missing required parameter: '{name}'.", name)
         calls = tuple(
-            ToolCall(call.id, call.function.name, _arguments(call, f"{where}.tool_calls[{i}]"))
+            ToolCall(
+                call.id,
+                call.function.name,
+                arguments(call.function.arguments, f"{where}.tool_calls[{i}].function.arguments"),
+            )
             for i, call in enumerate(self.tool_calls or ())
         )
         role = _ROLES.get(self.role, self.role)
@@ -69,14 +73,7 @@ class ChatMessage(Body):
     def _text(self, where: str) -> str | None:
         if not isinstance(self.content, list):
             return self.content
-        texts = []
-        for index, part in enumerate(self.content):
-            text = part.refusal if part.type == "refusal" else part.text
-            if part.type not in ("text", "refusal") or text is None:
-                name = f"{where}.content[{index}].type"
-                raise invalid(f"This model reads text alone, and no '{part.type}'.", name)
-            texts.append(text)
-        return "".join(texts)
+        return joined(self.content, ("text",), f"{where}.content")
 
 
 class Function(Body):
@@ -189,11 +186,24 @@ def _parameters(function: Function) -> Mapping[str, Any]:
     return function.parameters or {"type": "object", "properties": {}}
 
 
-def _arguments(call: AskedCall, where: str) -> Mapping[str, Any]:
+def joined(parts: Sequence[Part], kinds: Sequence[str], where: str) -> str:
+    """The text of ``parts``, which are refusals or of one of ``kinds``."""
+    texts = []
+    for index, part in enumerate(parts):
+        text = part.refusal if part.type == "refusal" else part.text
+        if part.type not in (*kinds, "refusal") or text is None:
+            name = f"{where}[{index}].type"
+            raise invalid(f"This model reads text alone, and no '{part.type}'.", name)
+        texts.append(text)
+    return "".join(texts)
+
+
+def arguments(text: str | None, where: str) -> Mapping[str, Any]:
+    """The arguments of a call, which clients send as text; raises :class:`Fault` for no JSON object."""
     try:
-        found = json.loads(call.function.arguments or "{}")
+        found = json.loads(text or "{}")
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise invalid("The arguments of a call are a JSON object.", f"{where}.function.arguments")
+        raise invalid("The arguments of a call are a JSON object.", where)
     return found

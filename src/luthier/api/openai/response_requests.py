@@ -7,14 +7,13 @@ conversations, work in the background, tools that the server would have to run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from luthier.api.openai.conversations import MOST_TOOLS, NAME
+from luthier.api.openai.conversations import MOST_TOOLS, NAME, Part, arguments, joined
 from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body, Metadata
 from luthier.serving.inference import Chat, Request, Tool, ToolCall, Turn
@@ -29,24 +28,16 @@ _ELSEWHERE = {
 }
 
 
-class ItemPart(Body):
-    """A part of an item."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
 class Item(Body):
     """One item: a message, a call, or what came of one."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[ItemPart] | None = None
+    content: str | list[Part] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[ItemPart] | None = None
+    output: str | list[Part] | None = None
 
 
 class FunctionTool(Body):
@@ -184,7 +175,7 @@ def _add(turns: list[Turn], item: Item, where: str) -> None:
         call = ToolCall(
             _required(item.call_id, f"{where}.call_id"),
             _required(item.name, f"{where}.name"),
-            _arguments(item.arguments, f"{where}.arguments"),
+            arguments(item.arguments, f"{where}.arguments"),
         )
         if not turns or turns[-1].role != "assistant":
             turns.append(Turn("assistant"))
@@ -207,24 +198,5 @@ def _required(value: Any, where: str) -> Any:
     return value
 
 
-def _text(content: str | list[ItemPart], where: str) -> str:
-    if isinstance(content, str):
-        return content
-    texts = []
-    for index, part in enumerate(content):
-        text = part.refusal if part.type == "refusal" else part.text
-        if part.type not in (*_TEXTS, "refusal") or text is None:
-            name = f"{where}[{index}].type"
-            raise invalid(f"This model reads text alone, and no '{part.type}'.", name)
-        texts.append(text)
-    return "".join(texts)
-
-
-def _arguments(text: str | None, where: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(text or "{}")
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise invalid("The arguments of a call are a JSON object.", where)
-    return found
+def _text(content: str | list[Part], where: str) -> str:
+    return content if isinstance(content, str) else joined(content, _TEXTS, where)
