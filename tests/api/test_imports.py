@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from botocore.exceptions import ClientError
-from luthier_server import BASE, OTHER, Served, home_with_tiny, until
+from luthier_server import BASE, ONE, OTHER, Served, home_with_tiny, until
 
 BUCKET = "models"
 GREEDY = {"maxTokens": 12, "temperature": 0.0}
@@ -47,19 +47,24 @@ def server(
 def put(server: Served, folder: Path, prefix: str, **changed: bytes | None) -> str:
     """The files of ``folder`` in the bucket; ``changed`` by name, ``__`` for a dot."""
     changes = {name.replace("__", "."): content for name, content in changed.items()}
-    s3 = server.client("s3")
-    for path in folder.iterdir():
-        if path.name not in changes:
-            s3.put_object(Bucket=BUCKET, Key=f"{prefix}/{path.name}", Body=path.read_bytes())
-    for name, content in changes.items():
-        if content is not None:
-            s3.put_object(Bucket=BUCKET, Key=f"{prefix}/{name}", Body=content)
+    put_into(server.client("s3"), BUCKET, folder, prefix, changes)
     return f"s3://{BUCKET}/{prefix}/"
 
 
-def create(server: Served, name: str, uri: str, **members: Any) -> str:
+def put_into(
+    s3: Any, bucket: str, folder: Path, prefix: str, changes: Mapping[str, bytes | None]
+) -> None:
+    for path in folder.iterdir():
+        if path.name not in changes:
+            s3.put_object(Bucket=bucket, Key=f"{prefix}/{path.name}", Body=path.read_bytes())
+    for name, content in changes.items():
+        if content is not None:
+            s3.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
+
+
+def create(server: Served, name: str, uri: str, account: str = ONE, **members: Any) -> str:
     source = {"s3DataSource": {"s3Uri": uri}}
-    bedrock = server.client("bedrock")
+    bedrock = server.client("bedrock", account)
     arn: str = bedrock.create_custom_model(modelName=name, modelSourceConfig=source, **members)[
         "modelArn"
     ]
@@ -251,6 +256,28 @@ def test_a_killed_server_and_a_killed_worker_lose_nothing(server: Served) -> Non
     text = says(server, deployed(server, "orphan", arn))
     assert text == says(server, BASE)
     until(lambda: nothing_left(server.home))
+
+
+@pytest.mark.slow
+def test_an_account_with_many_imports_does_not_keep_another_waiting(
+    server: Served, tiny_model_folder: Path
+) -> None:
+    s3 = server.client("s3", OTHER)
+    s3.create_bucket(Bucket="theirs")
+    put_into(s3, "theirs", tiny_model_folder, "same", {})
+    mine = [create(server, f"many-{number}", f"s3://{BUCKET}/same/") for number in range(6)]
+    theirs = create(server, "theirs", "s3://theirs/same/", OTHER)
+
+    def statuses() -> list[str]:
+        get = server.client("bedrock").get_custom_model
+        return [str(get(modelIdentifier=arn)["modelStatus"]) for arn in mine]
+
+    get = server.client("bedrock", OTHER).get_custom_model
+    until(lambda: get(modelIdentifier=theirs)["modelStatus"] != "Creating")
+    # The one that ran, and one more that may have begun since.
+    assert statuses().count("Creating") >= 4
+    assert get(modelIdentifier=theirs)["modelStatus"] == "Active"
+    until(lambda: statuses() == ["Active"] * 6)
 
 
 def workers(arn: str) -> list[psutil.Process]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from luthier.store.custom_models import ACTIVE, CREATING, FAILED, CustomModel
 from luthier.store.database import Base, Database
 from luthier.store.removal import ModelInUse, remove
 
-ACCOUNT = "000000000000"
+ACCOUNT, OTHER, THIRD = "000000000000", "111111111111", "222222222222"
 WORKER = {"host": "here", "pid": 1, "born": 0.0}
 
 
@@ -28,6 +29,11 @@ def database(database_url: str) -> Iterator[Database]:
             submit_import(session, ACCOUNT, name, f"s3://data/{name}", {"roleArn": "r"})
     yield made
     made.close()
+
+
+def submit(database: Database, name: str, account: str = ACCOUNT, **limits: Any) -> None:
+    with database.write() as session:
+        submit_import(session, account, name, f"s3://data/{name}", {}, Limits(**limits))
 
 
 def model(database: Database, name: str) -> CustomModel:
@@ -68,6 +74,62 @@ def test_how_an_import_ends(database: Database) -> None:
     with database.read() as session:
         assert not any(imports.unfinished(session, m.id) for m in (done, failed))
         assert imports.held(session) == []
+
+
+def names_in_turn(database: Database, count: int) -> list[str]:
+    """Of the models that are claimed and end, one after the other."""
+    names = []
+    for _ in range(count):
+        found = claimed(database)
+        assert found is not None
+        with database.write() as session:
+            imports.fail(session, found.model_id, str(found.lease), "x")
+            names.append(session.query(CustomModel).filter_by(id=found.model_id).one().name)
+    return names
+
+
+def test_an_account_with_many_imports_does_not_keep_the_others_waiting(database: Database) -> None:
+    for number in range(6):
+        submit(database, f"mine-{number}")
+    running = claimed(database)
+    for number in range(2):
+        submit(database, f"theirs-{number}", OTHER)
+    assert running
+    with database.write() as session:
+        imports.fail(session, running.model_id, str(running.lease), "x")
+    assert names_in_turn(database, 4) == ["theirs-0", "second", "theirs-1", "mine-0"]
+    # Who comes late comes in where the others are, before none of them and behind none twice.
+    submit(database, "late", THIRD)
+    submit(database, "theirs-2", OTHER)
+    assert names_in_turn(database, 7) == [
+        "mine-1", "late", "theirs-2", "mine-2", "mine-3", "mine-4", "mine-5",
+    ]  # fmt: skip
+    assert claimed(database) is None
+
+
+def test_who_asks_again_each_time_gains_nothing(database: Database) -> None:
+    order = []
+    for number in range(3):
+        submit(database, f"again-{number}", OTHER)
+        order += names_in_turn(database, 1)
+    assert order == ["first", "again-0", "second"]
+
+
+def test_an_import_that_is_given_back_keeps_its_turn(database: Database) -> None:
+    submit(database, "theirs", OTHER)
+    first = claimed(database)
+    assert first and first.model_id == model(database, "first").id
+    with database.write() as session:
+        imports.expire(session, first.model_id, str(first.lease), "by signal 9")
+    assert names_in_turn(database, 3) == ["first", "theirs", "second"]
+
+
+def test_so_many_imports_of_an_account_wait(database: Database) -> None:
+    with pytest.raises(QuotaExceeded, match="2 models that are being taken from outside"):
+        submit(database, "third", imports=2)
+    submit(database, "theirs", OTHER, imports=1)
+    names_in_turn(database, 1)
+    submit(database, "third", imports=2)
 
 
 def test_a_model_that_kills_its_processes_fails(database: Database) -> None:

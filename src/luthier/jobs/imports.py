@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.errors import NameInUse
+from luthier.errors import NameInUse, QuotaExceeded
 from luthier.files import luthier_home, sweep
 from luthier.jobs import processes
 from luthier.jobs.folders import JobFolders
@@ -73,13 +73,19 @@ def submit_import(
 
     Raises:
         NameInUse: where the account has a model of that name.
-        QuotaExceeded: where it has all the models that it may have.
+        QuotaExceeded: where it has all the models that it may have, or too many imports under way.
     """
+    limits = limits or Limits()
     one_at_a_time(session, account)
     taken = select(CustomModel.id).where(CustomModel.account == account, CustomModel.name == name)
     if session.scalar(taken) is not None:
         raise NameInUse("model")
-    check_model_quota(session, account, limits or Limits())
+    check_model_quota(session, account, limits)
+    if imports.waiting_of(session, account) >= limits.imports:
+        raise QuotaExceeded(
+            f"the account has {limits.imports} models that are being taken from outside, which is its "
+            "quota. Wait until some of them are no longer Creating"
+        )
     model = CustomModel(
         id=new_id(),
         account=account,

@@ -47,6 +47,8 @@ class Limits:
     """Jobs that have not ended."""
     custom_models: int = 10_000
     """Those in the making among them."""
+    imports: int = 20
+    """Models that are being taken from outside: each occupies a machine by itself for a while."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
@@ -35,6 +35,8 @@ class ModelImport(Base):
     """Id of the custom model."""
     seq: Mapped[int] = mapped_column(index=True)
     """That of the model: the order in which they came."""
+    turn: Mapped[int] = mapped_column(default=0)
+    """Lower ones are taken first; those of one account have turns one after the other."""
     account: Mapped[str]
     source: Mapped[str]
     """Address of the folder."""
@@ -51,6 +53,7 @@ def begin(session: Session, model: CustomModel, source: str) -> ModelImport:
     made = ModelImport(
         model_id=model.id,
         seq=model.seq,
+        turn=_next_turn(session, model.account),
         account=model.account,
         source=source,
         lease=None,
@@ -62,9 +65,28 @@ def begin(session: Session, model: CustomModel, source: str) -> ModelImport:
     return made
 
 
+def _next_turn(session: Session, account: str) -> int:
+    """The turn after the account's last one; one that has none comes in where the others are now.
+
+    So an account that asks for one model waits for one of each other account at most, however many
+    those asked for before (start-time fair queueing, Goyal, Vin and Cheng 1996, with equal shares).
+    """
+    lowest = select(func.min(ModelImport.turn))
+    last = select(func.max(ModelImport.turn)).where(ModelImport.account == account)
+    own, now_at = session.scalar(last), session.scalar(lowest) or 0
+    return now_at if own is None else own + 1
+
+
+def waiting_of(session: Session, account: str) -> int:
+    """How many imports of an account have not ended."""
+    counted = select(func.count()).where(ModelImport.account == account)
+    return session.scalar(counted) or 0
+
+
 def claim(session: Session, worker: Mapping[str, Any]) -> ModelImport | None:
-    """Take the import that has waited longest; ``worker`` holds it until its process is there."""
-    waiting = select(ModelImport).where(ModelImport.lease.is_(None)).order_by(ModelImport.seq)
+    """Take the import whose turn it is; ``worker`` holds it until its process is there."""
+    waiting = select(ModelImport).where(ModelImport.lease.is_(None))
+    waiting = waiting.order_by(ModelImport.turn, ModelImport.seq)
     found = session.scalars(waiting.limit(1).with_for_update(skip_locked=True)).first()
     if found is not None:
         found.lease, found.lease_ends = secrets.token_hex(16), now() + LEASE
