@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from luthier.files import write_json
-from luthier.jobs.scheduler import Capacity, Scheduler
+from luthier.jobs.admission import Capacity
+from luthier.jobs.scheduler import Scheduler
 from luthier.jobs.submit import Submission, submit
 from luthier.models.catalog import MANIFEST
 from luthier.store.arns import Arns

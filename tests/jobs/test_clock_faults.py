@@ -23,7 +23,8 @@ from luthier.store.jobs import Job, JobEvent
 PLACES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/local/lib/faketime/libfaketimeMT.so.1")
 SERVER = """
 import json, sys, threading
-from luthier.jobs.scheduler import Capacity, Scheduler
+from luthier.jobs.admission import Capacity
+from luthier.jobs.scheduler import Scheduler
 from luthier.store.database import Database
 url, command = json.loads(sys.argv[1])
 Scheduler(Database(url), Capacity(memory=10**12, cores=3), command=command).start()

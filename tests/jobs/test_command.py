@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from luthier.jobs.scheduler import Capacity, Scheduler
+from luthier.jobs.admission import Capacity
+from luthier.jobs.scheduler import Scheduler
 
 pytest.importorskip("luthier.store.locations")
 COMMAND = "import typer; from luthier.cli.working import worker; typer.run(worker)"

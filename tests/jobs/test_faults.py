@@ -26,7 +26,8 @@ KILLS = 50
 ACCOUNT = "000000000000"
 SERVER = """
 import json, sys, time
-from luthier.jobs.scheduler import Capacity, Scheduler
+from luthier.jobs.admission import Capacity
+from luthier.jobs.scheduler import Scheduler
 from luthier.store.database import Database
 url, command = json.loads(sys.argv[1])
 Scheduler(Database(url), Capacity(memory=10**12, cores=3), command=command).start()

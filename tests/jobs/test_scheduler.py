@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from luthier.jobs import processes
-from luthier.jobs.admission import memory_of
+from luthier.jobs.admission import Capacity, memory_of
 from luthier.jobs.folders import LONGEST_LOG, JobFolders
-from luthier.jobs.scheduler import Capacity, DiskWaits, Scheduler
+from luthier.jobs.scheduler import DiskWaits, Scheduler
 from luthier.jobs.supervisor import Watch
 from luthier.store import leases
 from luthier.store.jobs import Job

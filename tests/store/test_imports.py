@@ -41,9 +41,9 @@ def model(database: Database, name: str) -> CustomModel:
         return session.query(CustomModel).filter_by(name=name).one()
 
 
-def claimed(database: Database) -> imports.ModelImport | None:
+def claimed(database: Database, memory: int = 10**12, **how: Any) -> imports.ModelImport | None:
     with database.write() as session:
-        return imports.claim(session, WORKER)
+        return imports.claim(session, WORKER, memory, **how)
 
 
 def test_each_is_claimed_once_in_the_order_they_came(database: Database) -> None:

@@ -80,7 +80,9 @@ class Service:
         self.activation = Activation(self.database)
         options = _worker_options(settings)
         self.scheduler = Scheduler(self.database, options=options)
-        self.importer = Importer(self.database, options=[*options, "--region", settings.region])
+        self.importer = Importer(
+            self.database, self.scheduler.capacity, options=[*options, "--region", settings.region]
+        )
         self.trail = Trail(self.database)
         self.openai = self._openai()
         self.application = Application(

@@ -44,6 +44,9 @@ def worker(
 def import_worker(
     model: Annotated[str, typer.Option(help="Id of the custom model.")],
     lease: Annotated[str, typer.Option(help="Token by which the process holds it.")],
+    memory: Annotated[
+        int | None, typer.Option(help="Bytes that jobs and imports may take together.")
+    ] = None,
     region: Annotated[str, typer.Option(help="Region that ARNs name.")] = "us-east-1",
     s3_endpoint: Annotated[str | None, typer.Option(help="Where s3:// addresses are.")] = None,
     file_root: Annotated[
@@ -59,6 +62,7 @@ def import_worker(
     from luthier.cli.console import heavy_imports
 
     with heavy_imports():
+        from luthier.jobs.admission import Capacity
         from luthier.jobs.import_worker import ImportWorker
         from luthier.store.arns import Arns
         from luthier.store.database import Database
@@ -68,7 +72,8 @@ def import_worker(
     assert METADATA.tables  # importing it has declared every table
     database = Database(os.environ.get(DATABASE) or None)
     locations = Locations(database, s3_endpoint, file_root or ())
-    worker = ImportWorker(database, locations, Arns(region), model, lease)
+    capacity = Capacity() if memory is None else Capacity(memory)
+    worker = ImportWorker(database, locations, Arns(region), model, lease, capacity)
     raise typer.Exit(worker.run())
 
 

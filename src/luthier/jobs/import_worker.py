@@ -1,6 +1,7 @@
 """The process that takes one model from outside: files, rules, a trial, then the store.
 
-    lock, lease → names and sizes → copy → trial → manifest → Active, in one transaction
+    lock, lease → names and sizes → texts → memory → weights → trial → manifest
+    → Active, in one transaction
 
 It writes into a temporary folder that becomes the model's at the very end, and may be killed anywhere:
 the next process begins anew. It is a process of its own because files from outside are read by
@@ -16,11 +17,12 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -37,12 +39,18 @@ from luthier.errors import (
     RefusedInput,
 )
 from luthier.files import hashes_of, luthier_home, need_disk, new_folder, sweep, write_json
+from luthier.jobs.admission import Capacity, free
 from luthier.jobs.heart import LOST, RENEWAL, SILENCE
 from luthier.jobs.imports import ImportFolders, stored_at
 from luthier.jobs.processes import this_process
 from luthier.models.catalog import MANIFEST
-from luthier.models.outside import Chosen, choose
-from luthier.serving.acceptance import Accepted, accept_adapter, accept_network
+from luthier.models.outside import Chosen, choose, is_weights
+from luthier.serving.acceptance import (
+    Accepted,
+    accept_adapter,
+    accept_network,
+    memory_needed,
+)
 from luthier.store import imports
 from luthier.store.arns import Arns
 from luthier.store.custom_models import IMPORTED
@@ -69,10 +77,16 @@ class ImportWorker:
     """One process and the model it takes."""
 
     def __init__(
-        self, database: Database, locations: Locations, arns: Arns, model_id: str, lease: str
+        self,
+        database: Database,
+        locations: Locations,
+        arns: Arns,
+        model_id: str,
+        lease: str,
+        capacity: Capacity,
     ) -> None:
         self.database, self.locations, self.arns = database, locations, arns
-        self.model_id, self.lease = model_id, lease
+        self.model_id, self.lease, self.capacity = model_id, lease, capacity
         self.folders = ImportFolders(model_id)
         self.stored_id, self.folder = stored_at(model_id)
 
@@ -126,8 +140,10 @@ class ImportWorker:
         chosen = choose(self.locations.folder(found.account, found.source))
         need_disk(self.folder, chosen.size + (64 << 20), "copying the model")
         with new_folder(self.folder) as fresh:
-            for name, size in chosen.files:
-                self._copy(found, name, size, fresh / name)
+            texts = [each for each in chosen.files if not is_weights(each[0])]
+            self._copy(found, texts, fresh)
+            self._have_memory(found, memory_needed(fresh, chosen, _base))
+            self._copy(found, [each for each in chosen.files if is_weights(each[0])], fresh)
             accepted = self._accepted(fresh, chosen)
             for weights in fresh.glob("*.safetensors"):
                 if keys_for(weights):
@@ -144,8 +160,33 @@ class ImportWorker:
 
     def _accepted(self, fresh: Path, chosen: Chosen) -> Accepted:
         if chosen.adapter:
-            return accept_adapter(fresh, self.stored_id, _base, _wait_for_memory)
-        return accept_network(fresh, self.stored_id, _wait_for_memory)
+            return accept_adapter(fresh, self.stored_id, _base)
+        return accept_network(fresh, self.stored_id)
+
+    def _have_memory(self, found: ModelImport, size: int) -> None:
+        """Come back when the model may have ``size`` bytes, by the account of jobs and imports.
+
+        Raises:
+            ModelRefused: where the machine has not as much.
+            Interrupted: where others have it: the import is started again when it fits.
+        """
+        if size > psutil.virtual_memory().total:
+            raise ModelRefused(
+                "*.safetensors", "model.memory",
+                f"Trying the model takes about {size >> 20:,} MiB of memory, which are not there.",
+                "Take a smaller model, or a server with more memory.",
+            )  # fmt: skip
+        if found.memory and size > found.memory:
+            # It would be given back for ever.
+            raise _changed(
+                "*.safetensors", "The files were smaller when they were looked at first."
+            )
+        with self.database.write() as session:
+            left = free(session, self.capacity, but=self.model_id)
+            imports.needs(session, self.model_id, self.lease, size)
+        if not (left.idle or size <= left.memory):
+            raise Interrupted(f"{size >> 20:,} MiB are not free; the model waits for them")
+        _wait_for_memory(size)
 
     def _manifest(
         self, fresh: Path, found: ModelImport, chosen: Chosen, accepted: Accepted
@@ -164,7 +205,11 @@ class ImportWorker:
             "files": hashes_of(fresh),
         }
 
-    def _copy(self, found: ModelImport, name: str, size: int, target: Path) -> None:
+    def _copy(self, found: ModelImport, files: Iterable[tuple[str, int]], folder: Path) -> None:
+        for name, size in files:
+            self._copy_file(found, name, size, folder / name)
+
+    def _copy_file(self, found: ModelImport, name: str, size: int, target: Path) -> None:
         for number in range(1, TRIES + 1):
             try:
                 self.locations.fetch_from(found.account, found.source, name, target)
@@ -177,10 +222,7 @@ class ImportWorker:
                 _log.warning("trying again: %s", error)
                 time.sleep(0.2 * 2**number)
         if (copied := target.stat().st_size) != size:
-            raise ModelRefused(
-                name, "model.changed", f"It had {size:,} bytes at the beginning, and then {copied:,}.",
-                "Create the model again when nobody writes to the folder any more.",
-            )  # fmt: skip
+            raise _changed(name, f"It had {size:,} bytes at the beginning, and then {copied:,}.")
 
     def _explained(self, error: Exception, source: str) -> str:
         """Why there is no model, in words for its owner: without the server's own paths."""
@@ -239,15 +281,13 @@ def _base(name: str) -> StoredModel | None:
     return find(known.base) if known else None
 
 
-def _wait_for_memory(size: int) -> None:
-    import psutil
+def _changed(file: str, what: str) -> ModelRefused:
+    fix = "Create the model again when nobody writes to the folder any more."
+    return ModelRefused(file, "model.changed", what, fix)
 
-    if size > psutil.virtual_memory().total:
-        raise ModelRefused(
-            "*.safetensors", "model.memory",
-            f"Trying the model takes about {size >> 20:,} MiB of memory, which are not there.",
-            "Take a smaller model, or a server with more memory.",
-        )  # fmt: skip
+
+def _wait_for_memory(size: int) -> None:
+    """Wait for memory that what is in no account has, such as models that answer."""
     deadline = time.monotonic() + MEMORY_SECONDS
     while available_memory() < size:
         if time.monotonic() > deadline:

@@ -21,10 +21,11 @@ from sqlalchemy.orm import Session
 from luthier.errors import NameInUse, QuotaExceeded
 from luthier.files import luthier_home, sweep
 from luthier.jobs import processes
+from luthier.jobs.admission import Capacity, free
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.submit import Limits, check_model_quota, one_at_a_time
 from luthier.jobs.supervisor import Supervisor
-from luthier.store import imports
+from luthier.store import imports, leases
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, CustomModel
 from luthier.store.database import Database, new_id, now
 from luthier.store.imports import ModelImport
@@ -111,12 +112,19 @@ class Importer(Supervisor[ModelImport]):
     def __init__(
         self,
         database: Database,
+        capacity: Capacity | None = None,
         *,
         command: Sequence[str] = (sys.executable, "-m", "luthier", "import-worker"),
         options: Sequence[str] = (),
     ) -> None:
-        """Prepare; :meth:`start` begins. ``options`` are what every process is told."""
-        super().__init__(database, [*command, *options], "imports")
+        """Prepare; :meth:`start` begins.
+
+        ``capacity`` is the scheduler's, the machine's when not given; ``options`` are what every
+        process is told.
+        """
+        self.capacity = capacity or Capacity()
+        told = ["--memory", str(self.capacity.memory)]
+        super().__init__(database, [*command, *options, *told], "imports")
 
     def tick(self) -> None:
         """One look: who died, what is left to tidy, what can be started."""
@@ -153,8 +161,11 @@ class Importer(Supervisor[ModelImport]):
         # Until the process is there, the server stands for it.
         server = {**processes.this_process(), "starting": True}
         with self.database.write() as session:
-            here = [e for e in imports.held(session) if processes.is_here(e.worker or server)]
-            found = imports.claim(session, server) if len(here) < AT_ONCE else None
+            left = free(session, self.capacity)
+            if left.imports >= AT_ONCE:
+                return False
+            late = leases.overdue(session, self.capacity.per_account)
+            found = imports.claim(session, server, left.memory, idle=left.idle, before=late)
         if found is None:
             return False
         try:

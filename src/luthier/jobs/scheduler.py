@@ -8,24 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
-import psutil
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.errors import LuthierError
 from luthier.files import luthier_home, room
 from luthier.jobs import processes
-from luthier.jobs.admission import memory_of
+from luthier.jobs.admission import Capacity, free, memory_of
 from luthier.jobs.folders import JobFolders, tidy
 from luthier.jobs.supervisor import Supervisor
-from luthier.store import leases
+from luthier.store import imports, leases
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, QUEUED, Job
 
-SHARE = 0.9
-"""Part of the machine's memory that workers may take together."""
 ESTIMATES = 20
 """New jobs that are estimated at one look: those that are started next come first."""
 LATER = 10.0
@@ -36,17 +32,6 @@ FULL_LATER = (5.0, 300.0)
 """Seconds until a job that found the disk full is started again: at first, and at most."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What workers of this machine may take together."""
-
-    memory: int = field(default_factory=lambda: int(psutil.virtual_memory().total * SHARE))
-    """Bytes, by the estimates of their jobs."""
-    cores: int = field(default_factory=lambda: os.cpu_count() or 1)
-    per_account: int | None = None
-    """Jobs of one account at once; ``None`` for no limit."""
 
 
 class Scheduler(Supervisor[Job]):
@@ -146,15 +131,17 @@ class Scheduler(Supervisor[Job]):
         # Until the worker is there, the server stands for it.
         process = {**processes.this_process(), "starting": True}
         with self.database.write() as session:
-            here = [job for job in leases.held(session) if processes.is_here(job.worker or process)]
+            left = free(session, self.capacity)
             job = leases.claim(
                 session,
                 process,
-                self.capacity.memory - sum(job.memory for job in here),
-                self.capacity.cores - sum(job.cores for job in here),
-                idle=not here,
+                left.memory,
+                left.cores,
+                idle=left.idle,
                 per_account=self.capacity.per_account,
                 passed_over=self._disk.waiting(),
+                # With one at work here, the next import waits for its turn, and not for memory.
+                before=None if left.imports else imports.overdue(session),
             )
         if job is None:
             return False

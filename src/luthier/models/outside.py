@@ -62,13 +62,18 @@ class Chosen:
     @property
     def weights(self) -> int:
         """Bytes of the weights among it."""
-        return sum(size for name, size in self.files if name.endswith(".safetensors"))
+        return sum(size for name, size in self.files if is_weights(name))
 
     @property
     def adapter(self) -> bool:
         """Whether it is an adapter on another model."""
         names = {name for name, _ in self.files}
         return ADAPTER_CONFIG in names and CONFIG not in names
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file that is taken holds weights, by its name; the others are texts."""
+    return name.endswith(".safetensors")
 
 
 def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Chosen:

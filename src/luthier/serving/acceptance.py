@@ -22,6 +22,7 @@ from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
 from luthier.models.outside import (
     ADAPTER_CONFIG,
     CONFIG,
+    Chosen,
     adapter_fields,
     check_texts,
     check_tokenizer,
@@ -46,6 +47,8 @@ _SAME = 1e-3
 _GIB = 1 << 30
 _LOADED = 3
 """Bytes of memory for each byte of weights while a model is tried."""
+_PROCESS = _GIB // 2
+"""Bytes that the libraries take."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,26 @@ class Accepted:
     """The base model of an adapter."""
 
 
-def accept_network(folder: Path, model_id: str, room: Callable[[int], None]) -> Accepted:
-    """Try the Hugging Face model in ``folder``.
+def memory_needed(
+    folder: Path, chosen: Chosen, base_of: Callable[[str], StoredModel | None]
+) -> int:
+    """Bytes of memory that trying a model takes; of its files only the configuration is read.
 
-    ``room`` is told how many bytes of memory loading takes, and comes back when they are free.
+    ``folder`` holds it; ``chosen`` tells the sizes of the weights, which need not be there yet.
+    ``base_of`` is that of :func:`accept_adapter`.
+
+    Raises:
+        ModelRefused: for an adapter on a model that is not here.
+    """
+    beside = 0
+    if chosen.adapter:
+        # Under PEFT, and as it is served.
+        beside = 2 * _weights(_base_for(adapter_fields(folder), base_of).network_folder)
+    return _LOADED * (chosen.weights + beside) + _PROCESS
+
+
+def accept_network(folder: Path, model_id: str) -> Accepted:
+    """Try the Hugging Face model in ``folder``, for which there is memory.
 
     Raises:
         ModelRefused: where it cannot be taken.
@@ -95,7 +114,6 @@ def accept_network(folder: Path, model_id: str, room: Callable[[int], None]) -> 
     fields = {"kind": kind, "saved": "network", "parameters": numbers, "context": context}
     fields |= {"tokenizer_from": model_id}
     candidate = StoredModel(model_id, folder, fields)
-    room(_LOADED * sum(path.stat().st_size for path in folder.glob("*.safetensors")) + _GIB // 2)
     return Accepted({**fields, "checks": _tried(candidate)}, None)
 
 
@@ -103,7 +121,6 @@ def accept_adapter(
     folder: Path,
     model_id: str,
     base_of: Callable[[str], StoredModel | None],
-    room: Callable[[int], None],
 ) -> Accepted:
     """Try the PEFT adapter in ``folder`` on the base model that it names.
 
@@ -118,14 +135,7 @@ def accept_adapter(
     from luthier.objectives import OBJECTIVES
 
     fields = adapter_fields(folder)
-    named = str(fields.get("base_model_name_or_path") or "")
-    base = base_of(short_name(named)) if named else None
-    if base is None or base.manifest.get("kind") == "encoder":
-        raise ModelRefused(
-            ADAPTER_CONFIG, "adapter.base",
-            f"The adapter belongs to {named[:200]!r}, which is no base model of this server.",
-            "Merge it into its model (merge_and_unload), save that and name its folder.",
-        )  # fmt: skip
+    base = _base_for(fields, base_of)
     check_weights(folder)
     check_tokenizer(folder)
     head = OBJECTIVES["causal_lm"].model_validate({}).head()
@@ -144,8 +154,6 @@ def accept_adapter(
     }
     candidate = StoredModel(model_id, folder, manifest, base)
     config = read_config(base.network_folder, head)
-    weights = sum(path.stat().st_size for path in base.network_folder.glob("*.safetensors"))
-    room(2 * _LOADED * weights + _GIB // 2)
     with _as(ADAPTER, "adapter.weights", "Save the adapter anew with PEFT's save_pretrained."):
         expected = _by_peft(folder, base, int(config.vocab_size))
         ours = load(candidate, torch.float32, torch.device("cpu"))
@@ -158,7 +166,31 @@ def accept_adapter(
                 "Merge it into its model (merge_and_unload), save that and name its folder.",
             )  # fmt: skip
     checks = {"peft": "same numbers as PEFT", "peft_error": error, **_tried(candidate)}
-    return Accepted({**candidate.manifest, "adapter_of": named, "checks": checks}, base)
+    return Accepted({**candidate.manifest, "adapter_of": _named(fields), "checks": checks}, base)
+
+
+def _base_for(
+    fields: Mapping[str, Any], base_of: Callable[[str], StoredModel | None]
+) -> StoredModel:
+    """The base model that an adapter names."""
+    named = _named(fields)
+    base = base_of(short_name(named)) if named else None
+    if base is None or base.manifest.get("kind") == "encoder":
+        raise ModelRefused(
+            ADAPTER_CONFIG, "adapter.base",
+            f"The adapter belongs to {named[:200]!r}, which is no base model of this server.",
+            "Merge it into its model (merge_and_unload), save that and name its folder.",
+        )  # fmt: skip
+    return base
+
+
+def _named(fields: Mapping[str, Any]) -> str:
+    return str(fields.get("base_model_name_or_path") or "")
+
+
+def _weights(folder: Path) -> int:
+    """Bytes of the weights in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _tried(candidate: StoredModel) -> dict[str, Any]:

@@ -12,16 +12,18 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import BigInteger, Select, func, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
 from luthier.store.custom_models import ACTIVE, CREATING, FAILED, CustomModel
 from luthier.store.database import Base, now
-from luthier.store.leases import LEASE
+from luthier.store.leases import LEASE, PATIENCE, Waiting, alone, fits
 
 MOST_CRASHES = 3
 """So many processes may die over one model."""
+UNKNOWN = 1 << 29
+"""Bytes that an import counts for until its files were looked at: what its process takes by itself."""
 _LONGEST = 2048
 """Letters of a failure message."""
 
@@ -40,6 +42,8 @@ class ModelImport(Base):
     account: Mapped[str]
     source: Mapped[str]
     """Address of the folder."""
+    memory: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Bytes that trying it takes, for admission; 0 until its files were looked at."""
     crashes: Mapped[int] = mapped_column(default=0)
     lease: Mapped[str | None]
     lease_ends: Mapped[datetime | None]
@@ -83,16 +87,52 @@ def waiting_of(session: Session, account: str) -> int:
     return session.scalar(counted) or 0
 
 
-def claim(session: Session, worker: Mapping[str, Any]) -> ModelImport | None:
-    """Take the import whose turn it is; ``worker`` holds it until its process is there."""
-    waiting = select(ModelImport).where(ModelImport.lease.is_(None))
-    waiting = waiting.order_by(ModelImport.turn, ModelImport.seq)
-    found = session.scalars(waiting.limit(1).with_for_update(skip_locked=True)).first()
-    if found is not None:
-        found.lease, found.lease_ends = secrets.token_hex(16), now() + LEASE
-        found.worker = dict(worker)
-        session.flush()
-    return found
+def claim(
+    session: Session,
+    worker: Mapping[str, Any],
+    free_memory: int,
+    *,
+    idle: bool = False,
+    before: Waiting | None = None,
+) -> ModelImport | None:
+    """Take the next import that fits, by turns; ``worker`` holds it until its process is there.
+
+    Args:
+        worker: the process that holds the lease until the import's own is there.
+        free_memory: bytes that an import may take.
+        idle: nothing else runs on this machine.
+        before: a job that waits for memory; imports that came later leave it what it needs.
+    """
+    alone(session)
+    for seq, memory, since in session.execute(_in_turn()):
+        if not fits(memory or UNKNOWN, since, free_memory, idle, before):
+            if now() - since > PATIENCE:
+                return None
+            continue
+        taken = select(ModelImport).where(ModelImport.seq == seq, ModelImport.lease.is_(None))
+        found = session.scalars(taken.with_for_update(skip_locked=True)).first()
+        if found is not None:
+            found.lease, found.lease_ends = secrets.token_hex(16), now() + LEASE
+            found.worker = dict(worker)
+            session.flush()
+            return found
+    return None
+
+
+def overdue(session: Session) -> Waiting | None:
+    """The next import, where it has waited for memory for longer than ``PATIENCE``."""
+    for _, memory, since in session.execute(_in_turn()):
+        if memory and now() - since > PATIENCE:
+            return Waiting(since, memory)
+    return None
+
+
+def _in_turn() -> Select[int, int, datetime]:
+    """Imports that nobody holds, in their order: ``seq``, memory, and since when they wait."""
+    waiting = select(ModelImport.seq, ModelImport.memory, CustomModel.created)
+    waiting = waiting.join(CustomModel, CustomModel.id == ModelImport.model_id)
+    waiting = waiting.where(ModelImport.lease.is_(None))
+    return waiting.order_by(ModelImport.turn, ModelImport.seq)
 
 
 def held(session: Session) -> list[ModelImport]:
@@ -128,6 +168,16 @@ def renew(
     if worker is not None:
         found.worker = dict(worker)
     return found
+
+
+def needs(session: Session, model_id: str, lease: str, memory: int) -> None:
+    """Note how many bytes of memory trying the model takes.
+
+    Raises:
+        LeaseLost: as :func:`holding`.
+    """
+    holding(session, model_id, lease).memory = memory
+    session.flush()
 
 
 def release(session: Session, model_id: str, lease: str) -> None:

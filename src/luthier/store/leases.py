@@ -7,8 +7,9 @@ again. Whatever the old worker still writes is refused (:class:`~luthier.errors.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Mapping
-from datetime import timedelta
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import func, select, update
@@ -34,9 +35,36 @@ LEASE = timedelta(seconds=30)
 MOST_CRASHES = 25
 """So many workers may die one after the other without a step between them."""
 PATIENCE = timedelta(minutes=10)
-"""How long a job that does not fit now is overtaken by smaller ones."""
+"""How long a job or an import that does not fit now is overtaken by smaller ones."""
 _CLAIMS = 0x6C757468
 """Key of the lock under which PostgreSQL lets one scheduler claim at a time."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A job, or an import, that has waited for memory for longer than ``PATIENCE``."""
+
+    since: datetime
+    memory: int
+    """Bytes that those who came later have to leave it."""
+
+
+def fits(
+    need: int, since: datetime, free_memory: int, idle: bool, before: Waiting | None = None
+) -> bool:
+    """Whether ``need`` bytes may be given to what waits since ``since``.
+
+    ``idle`` and ``before`` are those of :func:`claim`.
+    """
+    if before is not None and before.since < since:
+        return need <= free_memory - before.memory
+    return idle or need <= free_memory
+
+
+def alone(session: Session) -> None:
+    """Keep every other server from claiming until the transaction ends, on PostgreSQL; SQLite does."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(_CLAIMS)))
 
 
 def claim(
@@ -48,6 +76,7 @@ def claim(
     idle: bool = False,
     per_account: int | None = None,
     passed_over: Collection[str] = (),
+    before: Waiting | None = None,
 ) -> Job | None:
     """Take the next job that fits: by priority, then in the order they came; ``None`` for none.
 
@@ -61,18 +90,14 @@ def claim(
             says so itself.
         per_account: jobs of one account at once.
         passed_over: ids of jobs that are not to be started now.
+        before: an import that waits for memory; jobs that came later leave it what it needs.
     """
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(_CLAIMS)))
-    busy = _running(session)
-    waiting = select(Job.id, Job.account, Job.memory, Job.cores, Job.modified)
-    waiting = waiting.where(Job.state == QUEUED, Job.lease.is_(None), Job.memory > 0)
-    for row in session.execute(waiting.order_by(Job.priority.desc(), Job.seq)):
+    alone(session)
+    for row in _queued(session, per_account):
         if row.id in passed_over:
             continue
-        if per_account is not None and busy.get(row.account, 0) >= per_account:
-            continue
-        if not idle and (row.memory > free_memory or row.cores > free_cores):
+        small = idle or row.cores <= free_cores
+        if not (small and fits(row.memory, row.modified, free_memory, idle, before)):
             if now() - row.modified > PATIENCE:
                 return None
             continue
@@ -82,6 +107,23 @@ def claim(
         if job is not None:
             return _leased(session, job, worker)
     return None
+
+
+def overdue(session: Session, per_account: int | None = None) -> Waiting | None:
+    """The next job, where it has waited for longer than ``PATIENCE``; see :func:`claim`."""
+    late = (row for row in _queued(session, per_account) if now() - row.modified > PATIENCE)
+    row = next(late, None)
+    return None if row is None else Waiting(row.modified, row.memory)
+
+
+def _queued(session: Session, per_account: int | None) -> Iterator[Any]:
+    """Jobs that may be started, in their order: of accounts that have not as many as they may have."""
+    busy = _running(session) if per_account is not None else {}
+    waiting = select(Job.id, Job.account, Job.memory, Job.cores, Job.modified)
+    waiting = waiting.where(Job.state == QUEUED, Job.lease.is_(None), Job.memory > 0)
+    for row in session.execute(waiting.order_by(Job.priority.desc(), Job.seq)):
+        if per_account is None or busy.get(row.account, 0) < per_account:
+            yield row
 
 
 def _running(session: Session) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Imports take turns, account by account."""
+"""Imports take turns, account by account, and are part of the account of memory."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,6 +10,7 @@ down_revision = "0002"
 def upgrade() -> None:
     """Go to this revision."""
     # Those that wait already keep the order in which they came.
-    op.add_column(
-        "model_imports", sa.Column("turn", sa.Integer(), nullable=False, server_default="0")
-    )
+    turn = sa.Column("turn", sa.Integer(), nullable=False, server_default="0")
+    op.add_column("model_imports", turn)
+    memory = sa.Column("memory", sa.BigInteger(), nullable=False, server_default="0")
+    op.add_column("model_imports", memory)

@@ -1,0 +1,214 @@
+"""One account of memory: jobs and imports that are at work together fit the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import pytest
+
+from luthier.errors import Interrupted, ModelRefused
+from luthier.jobs import processes
+from luthier.jobs.admission import Capacity, free
+from luthier.jobs.import_worker import ImportWorker
+from luthier.jobs.imports import Importer, submit_import
+from luthier.jobs.scheduler import Scheduler
+from luthier.store import imports, leases
+from luthier.store.arns import Arns
+from luthier.store.custom_models import CustomModel
+from luthier.store.database import now
+from luthier.store.imports import UNKNOWN, ModelImport
+from luthier.store.jobs import Job
+from luthier.store.leases import PATIENCE
+from luthier.store.locations import Locations
+
+ACCOUNT = "000000000000"
+GIB = 1 << 30
+LONG_AGO = PATIENCE + timedelta(seconds=10)
+
+
+class Machine:
+    """A scheduler and an importer that share a capacity of 4 GiB, and whom they start."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue, self.database = queue, queue.database
+        capacity = Capacity(memory=4 * GIB, cores=8)
+        self.scheduler = Scheduler(self.database, capacity, command=["/bin/sh", "-c", "sleep 60"])
+        self.importer = Importer(self.database, capacity, command=["/bin/sh", "-c", "sleep 60"])
+
+    def job(self, name: str, memory: int, waited: timedelta = timedelta()) -> str:
+        job_id: str = self.queue.submit(name)
+        with self.database.write() as session:
+            session.query(Job).filter_by(id=job_id).update(
+                {"memory": memory, "modified": now() - waited}
+            )
+        return job_id
+
+    def model(self, name: str, memory: int = 0, waited: timedelta = timedelta()) -> str:
+        with self.database.write() as session:
+            model = submit_import(session, ACCOUNT, name, "s3://x/y", {})
+            session.query(ModelImport).filter_by(model_id=model.id).update({"memory": memory})
+            model.created = now() - waited
+            return model.id
+
+    def tick(self) -> None:
+        self.scheduler.tick()
+        self.importer.tick()
+
+    def at_work(self) -> set[str]:
+        with self.database.read() as session:
+            jobs = {job.name for job in leases.held(session)}
+            ids = [each.model_id for each in imports.held(session)]
+            models = session.query(CustomModel.name).filter(CustomModel.id.in_(ids))
+            return jobs | {name for (name,) in models}
+
+    def end(self, name: str) -> None:
+        """Whoever worked on ``name`` is done."""
+        with self.database.write() as session:
+            for job in leases.held(session):
+                if job.name == name:
+                    leases.fail(session, job.id, str(job.lease), "x")
+            for each in imports.held(session):
+                if session.query(CustomModel).filter_by(id=each.model_id).one().name == name:
+                    imports.fail(session, each.model_id, str(each.lease), "x")
+
+
+@pytest.fixture
+def machine(queue: Any) -> Iterator[Machine]:
+    made = Machine(queue)
+    yield made
+    for supervisor in (made.scheduler, made.importer):
+        for child in supervisor.children.values():
+            child.kill()
+            child.wait()
+
+
+def test_what_an_import_takes_is_not_given_to_a_job(machine: Machine) -> None:
+    machine.model("model", memory=3 * GIB)
+    machine.importer.tick()
+    machine.job("large", memory=2 * GIB)
+    machine.job("small", memory=1 * GIB)
+    machine.tick()
+    assert machine.at_work() == {"model", "small"}
+    machine.end("model")
+    machine.tick()
+    assert machine.at_work() == {"large", "small"}
+
+
+def test_what_a_job_takes_is_not_given_to_an_import(machine: Machine) -> None:
+    machine.job("job", memory=2 * GIB)
+    machine.scheduler.tick()
+    machine.model("large", memory=3 * GIB)
+    machine.model("small", memory=1 * GIB)
+    machine.tick()
+    assert machine.at_work() == {"job", "small"}
+    machine.end("small")
+    machine.tick()
+    assert machine.at_work() == {"job"}
+    machine.end("job")
+    machine.tick()
+    assert machine.at_work() == {"large"}
+
+
+def test_an_import_whose_files_are_not_known_counts_for_its_process(machine: Machine) -> None:
+    machine.model("model")
+    machine.importer.tick()
+    with machine.database.write() as session:
+        left = free(session, machine.importer.capacity)
+    assert (left.memory, left.cores, left.imports, left.idle) == (4 * GIB - UNKNOWN, 8, 1, False)
+    machine.job("large", memory=4 * GIB)
+    machine.tick()
+    assert machine.at_work() == {"model"}
+
+
+def test_what_fits_only_alone_is_started_alone(machine: Machine) -> None:
+    machine.model("model", memory=9 * GIB)
+    machine.importer.tick()
+    machine.job("job", memory=1)
+    machine.tick()
+    assert machine.at_work() == {"model"}
+
+
+def test_jobs_that_come_later_do_not_overtake_an_import_for_ever(machine: Machine) -> None:
+    machine.job("first", memory=2 * GIB)
+    machine.scheduler.tick()
+    machine.model("model", memory=3 * GIB, waited=LONG_AGO)
+    machine.job("later", memory=1 * GIB)
+    machine.job("older", memory=1 * GIB, waited=2 * LONG_AGO)
+    machine.tick()
+    # With the later one beside it, the import would never fit.
+    assert machine.at_work() == {"first", "older"}
+    machine.end("first")
+    machine.tick()
+    assert machine.at_work() == {"model", "older"}
+
+
+def test_imports_that_come_later_do_not_overtake_a_job_for_ever(machine: Machine) -> None:
+    machine.model("first", memory=2 * GIB)
+    machine.importer.tick()
+    machine.job("job", memory=3 * GIB, waited=LONG_AGO)
+    machine.model("later", memory=2 * GIB)
+    machine.end("first")
+    machine.importer.tick()
+    assert machine.at_work() == set()
+    machine.tick()
+    assert machine.at_work() == {"job"}
+    machine.end("job")
+    machine.tick()
+    assert machine.at_work() == {"later"}
+
+
+def test_two_that_wait_for_each_other_go_by_age(machine: Machine) -> None:
+    machine.model("model", memory=9 * GIB, waited=2 * LONG_AGO)
+    machine.job("job", memory=9 * GIB, waited=LONG_AGO)
+    machine.tick()
+    assert machine.at_work() == {"model"}
+    machine.end("model")
+    machine.tick()
+    assert machine.at_work() == {"job"}
+
+
+def worker_of(machine: Machine, model_id: str) -> tuple[ImportWorker, ModelImport]:
+    """The process of an import that was claimed."""
+    with machine.database.write() as session:
+        found = imports.claim(session, processes.this_process(), 10**15)
+    assert found is not None and found.model_id == model_id
+    made = ImportWorker(
+        machine.database, Locations(machine.database), Arns(), model_id, str(found.lease),
+        machine.importer.capacity,
+    )  # fmt: skip
+    return made, found
+
+
+def noted(machine: Machine) -> int:
+    with machine.database.read() as session:
+        return int(session.query(ModelImport).one().memory)
+
+
+def test_an_import_says_what_it_takes_and_waits_where_others_have_it(machine: Machine) -> None:
+    worker, found = worker_of(machine, machine.model("model"))
+    machine.job("job", memory=2 * GIB)
+    machine.scheduler.tick()
+    worker._have_memory(found, 2 * GIB)
+    assert noted(machine) == 2 * GIB
+    with pytest.raises(Interrupted, match="3,072 MiB are not free"):
+        worker._have_memory(found, 3 * GIB)
+    assert noted(machine) == 3 * GIB
+    with machine.database.write() as session:
+        imports.release(session, found.model_id, str(found.lease))
+    machine.tick()
+    assert machine.at_work() == {"job"}
+    machine.end("job")
+    machine.tick()
+    assert machine.at_work() == {"model"}
+
+
+def test_an_import_that_grows_each_time_is_refused(machine: Machine) -> None:
+    worker, found = worker_of(machine, machine.model("model", memory=GIB))
+    with pytest.raises(ModelRefused, match=r"model\.changed"):
+        worker._have_memory(found, GIB + 1)
+    with pytest.raises(ModelRefused, match=r"model\.memory"):
+        worker._have_memory(found, psutil.virtual_memory().total + 1)
+    worker._have_memory(found, GIB)
