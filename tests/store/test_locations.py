@@ -79,6 +79,25 @@ def test_the_files_right_below_a_folder(data: Objects, root: Path, tmp_path: Pat
     )
 
 
+def test_a_folder_of_very_many_files_is_not_looked_through(
+    data: Objects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.store.locations.MOST_ENTRIES", 4)
+    locations = Locations(data.database, file_roots=[root])
+    (root / "many").mkdir()
+    for number in range(4):
+        (root / "many" / f"{number}").write_text("x")
+        put(data, f"many/{number}", b"x")
+    addresses = {f"file://{root}/many": "entries in", "s3://data/many": "objects below"}
+    for uri in addresses:
+        assert len(locations.folder(ONE, uri)) == 4
+    # Folders in it count: they are looked at, too.
+    (root / "many" / "folder").mkdir()
+    put(data, "many/folder/x", b"x")
+    for uri, what in addresses.items():
+        assert f"more than 4 {what}" in refusal(locations.folder, ONE, uri)
+
+
 def test_what_cannot_be_read(data: Objects) -> None:
     locations = Locations(data.database)
     assert "no object" in refusal(locations.check, ONE, "s3://data/none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,19 @@ class ExternalBuckets:
                 return False
         return True
 
-    def below(self, account: str, bucket: str, prefix: str) -> list[tuple[str, int]]:
-        """The keys that begin with ``prefix``, which is empty or ends with ``/``, and their sizes."""
+    def below(
+        self, account: str, bucket: str, prefix: str, most: int | None = None
+    ) -> list[tuple[str, int]]:
+        """The keys that begin with ``prefix``, which is empty or ends with ``/``, and their sizes.
+
+        With ``most``, no further ones are asked for as soon as there are so many.
+        """
         import obstore
 
         with _reached(f"s3://{bucket}/{prefix}"):
             batches = obstore.list(self._store(bucket), prefix=prefix.rstrip("/") or None)
-            found = [(str(each["path"]), int(each["size"])) for batch in batches for each in batch]
+            every = (each for batch in batches for each in batch)
+            found = [(str(each["path"]), int(each["size"])) for each in islice(every, most)]
             return sorted(found, key=lambda each: each[0].encode())
 
     def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:

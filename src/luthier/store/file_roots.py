@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
@@ -50,12 +51,20 @@ class FileRoots:
             raise LocationRefused(f"There is no file below {uri} that ends with {ending}.")
         return [self.path(each.as_uri()) for each in below]
 
-    def folder(self, uri: str) -> list[tuple[str, Path]]:
-        """Names and paths of the files right below an address, in order."""
+    def folder(self, uri: str, most: int) -> list[tuple[str, Path]]:
+        """Names and paths of the files right below an address, in order.
+
+        Raises:
+            LocationRefused: where there is no such folder, or more than ``most`` entries in it.
+        """
         path = self.path(uri)
         try:
+            with os.scandir(path) as entries:
+                names = [each.name for each in islice(entries, most + 1)]
+            if len(names) > most:
+                raise LocationRefused(f"There are more than {most:,} entries in {uri}.")
             # What is a link there may lead outside, and is looked at again.
-            found = [(each.name, self.path(each.as_uri())) for each in sorted(path.iterdir())]
+            found = [(name, self.path((path / name).as_uri())) for name in sorted(names)]
         except OSError as error:
             raise LocationRefused(f"{uri} cannot be read: {error.strerror}") from None
         return [(name, each) for name, each in found if each.is_file()]

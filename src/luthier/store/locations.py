@@ -41,8 +41,13 @@ class Buckets(Protocol):
     def holds(self, account: str, bucket: str, key: str) -> bool:
         """Whether the key names an object."""
 
-    def below(self, account: str, bucket: str, prefix: str) -> Iterable[tuple[str, int]]:
-        """The keys that begin with ``prefix``, in order, and the sizes of their objects in bytes."""
+    def below(
+        self, account: str, bucket: str, prefix: str, most: int | None = None
+    ) -> Iterable[tuple[str, int]]:
+        """The keys that begin with ``prefix``, in order, and the sizes of their objects in bytes.
+
+        Not many more are looked for than ``most``.
+        """
 
     def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
         """Copy an object to a file."""
@@ -123,14 +128,15 @@ class Locations:
             LocationRefused: where there is none, or too much to look at.
         """
         if _is_file(uri):
-            found = [(name, path.stat().st_size) for name, path in self._roots.folder(uri)]
+            files = self._roots.folder(uri, MOST_ENTRIES)
+            found = [(name, path.stat().st_size) for name, path in files]
         else:
             address = _address(uri)
             prefix = f"{address.key.rstrip('/')}/".lstrip("/")
             buckets = self._buckets(address.bucket)
             buckets.check_bucket(account, address.bucket)
             found = []
-            below = enumerate(buckets.below(account, address.bucket, prefix), 1)
+            below = enumerate(buckets.below(account, address.bucket, prefix, MOST_ENTRIES + 1), 1)
             for number, (key, size) in below:
                 if number > MOST_ENTRIES:
                     text = f"There are more than {MOST_ENTRIES:,} objects below {uri}."
@@ -210,8 +216,10 @@ class BuiltInBuckets:
             return False
         return True
 
-    def below(self, account: str, bucket: str, prefix: str) -> Iterator[tuple[str, int]]:
-        """The keys that begin with ``prefix``, in order, and the sizes of their objects in bytes."""
+    def below(
+        self, account: str, bucket: str, prefix: str, most: int | None = None
+    ) -> Iterator[tuple[str, int]]:
+        """The keys that begin with ``prefix``, in order, and their sizes, one page at a time."""
         start: str | None = ""
         while start is not None:
             found = page(self._objects.database, account, bucket, prefix=prefix, start=start)
