@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,9 @@ def test_what_is_missing_or_too_large() -> None:
     assert rule(*WHOLE, most=119) == ("*", "model.size")
     assert choose(WHOLE, most=120)
     assert rule(*WHOLE, ("vocab.json", 100_000_001)) == ("vocab.json", "model.size")
+    for name in ("config.json", INDEX, "tokenizer_config.json"):
+        entries = [*(each for each in WHOLE if each[0] != name), (name, 10_000_001)]
+        assert rule(*entries) == (name, "model.size")
 
 
 def test_shards_that_are_named_have_to_be_there(tmp_path: Path) -> None:
@@ -60,6 +64,23 @@ def test_shards_that_are_named_have_to_be_there(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(ModelRefused, match="no JSON object"):
         check_texts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_hidden_layers": 1001},
+        {"text_config": {"num_hidden_layers": 1001}},
+        {"encoder": {"n_layers": 1001}, "decoder": {"n_layers": 2}},
+        {"parts": [{"decoder_layers": 2}, {"a": {"b": {"decoder_layers": 1001}}}]},
+    ],
+)
+def test_too_many_layers_are_refused_at_any_depth(tmp_path: Path, config: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelRefused, match=r"layers is 1,001, and 1,000 are taken"):
+        check_texts(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config).replace("1001", "1000"))
+    check_texts(tmp_path)
 
 
 def test_weights_of_few_bits_are_refused(tmp_path: Path) -> None:

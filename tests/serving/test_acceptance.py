@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from luthier.errors import ModelRefused
 from luthier.models.outside import Chosen, choose
-from luthier.serving.acceptance import memory_needed
+from luthier.serving.acceptance import accept_network, memory_needed
 from luthier.store.models import StoredModel
 
 GIB = 1 << 30
@@ -46,3 +50,49 @@ def test_an_adapter_on_nothing_is_refused_before_its_weights_come(tmp_path: Path
     encoder = StoredModel("bert", tmp_path, {"kind": "encoder"})
     with pytest.raises(ModelRefused, match=r"adapter\.base"):
         memory_needed(tmp_path, adapter(tmp_path, "a/bert"), lambda name: encoder)
+
+
+MANY = 100_000_000
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 320, "max_position_embeddings": 512,
+}  # fmt: skip
+HOSTILE: dict[str, tuple[dict[str, Any], str, str]] = {
+    "nested": (
+        {"model_type": "gemma3", "text_config": {**SMALL, "num_hidden_layers": MANY}},
+        "model.layers", "text_config.num_hidden_layers is 100,000,000",
+    ),
+    "encoder": (
+        {"model_type": "encoder-decoder", "encoder": {"model_type": "bert", "num_layers": 1001},
+         "decoder": {"model_type": "bert"}}, "model.layers", "encoder.num_layers is 1,001",
+    ),
+    "names": ({"model_type": "bart", "d_model": 64, "encoder_layers": MANY},
+              "model.layers", "encoder_layers"),
+    "labels": ({**SMALL, "model_type": "llama", "num_labels": MANY},
+               "model.network", "256 MiB of memory"),
+    "lists": ({"model_type": "gpt_neo", "attention_types": [[["global", "local"], MANY]]},
+              "model.network", "256 MiB of memory"),
+    "groups": ({**SMALL, "model_type": "albert", "num_hidden_groups": MANY},
+               "model.network", "50,000 modules"),
+    "width": ({**SMALL, "model_type": "llama", "vocab_size": MANY, "hidden_size": 65_536},
+              "model.weights", "numbers, and the .safetensors hold 16"),
+    "tables": ({"model_type": "gptj", "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8,
+                "vocab_size": 320, "n_positions": MANY}, "model.weights", "bytes of tables"),
+    "depth": ({**SMALL, "model_type": "llama", "text_config": 900}, "model.network", "recursion"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_configuration_costs_little(name: str, tmp_path: Path) -> None:
+    config, rule, said = HOSTILE[name]
+    if name == "depth":
+        for _ in range(900):
+            config = {**config, "text_config": {"text_config": config["text_config"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(16)}, tmp_path / "model.safetensors")
+    began = time.process_time()
+    with pytest.raises(ModelRefused) as caught:
+        accept_network(tmp_path, "imported:x")
+    assert caught.value.problem.rule == rule and said in str(caught.value)
+    assert caught.value.problem.file == "config.json" and "Fix: " in str(caught.value)
+    assert time.process_time() - began < 20

@@ -21,7 +21,9 @@ INDEX = "model.safetensors.index.json"
 MOST_BYTES = 200_000_000_000
 """Of all files of a model together."""
 MOST_TEXT = 100_000_000
-"""Bytes of one file that holds no weights."""
+"""Bytes of one file that a tokenizer is made from."""
+MOST_CONFIG = 10_000_000
+"""Bytes of one other file that holds no weights: they are read as JSON, whole."""
 MOST_LAYERS = 1000
 """Layers that a configuration may ask for: they are built before the weights are looked at."""
 _TEXTS = frozenset(
@@ -114,9 +116,10 @@ def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Chosen
             "Call tokenizer.save_pretrained(folder) with the tokenizer of the model.",
         )  # fmt: skip
     for name, size in taken:
-        if name in _TEXTS and size > MOST_TEXT:
+        may = MOST_TEXT if name in (*_TOKENIZERS, "merges.txt") else MOST_CONFIG
+        if name in _TEXTS and size > may:
             raise ModelRefused(
-                name, "model.size", f"It has {size:,} bytes, and {MOST_TEXT:,} are taken.",
+                name, "model.size", f"It has {size:,} bytes, and {may:,} are taken.",
                 "Save configuration and tokenizer anew.",
             )  # fmt: skip
     if chosen.size > most:
@@ -149,14 +152,24 @@ def check_texts(folder: Path) -> dict[str, Any]:
             CONFIG, "model.quantized", "The weights are quantized (quantization_config).",
             "Save the model dequantized, in bfloat16 or float16.",
         )  # fmt: skip
-    for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
-        count = config.get(key)
-        if isinstance(count, int) and count > MOST_LAYERS:
+    _check_layers(config)
+    return config
+
+
+def _check_layers(config: dict[str, Any]) -> None:
+    """Refuse too many layers, of whatever part of the network: each family has names of its own."""
+    inside: list[tuple[str, Any]] = [("", config)]
+    while inside:
+        where, value = inside.pop()
+        if isinstance(value, dict):
+            inside += [(f"{where}.{key}".lstrip("."), each) for key, each in value.items()]
+        elif isinstance(value, list):
+            inside += [(where, each) for each in value]
+        elif "layer" in where.rpartition(".")[2] and isinstance(value, int) and value > MOST_LAYERS:
             raise ModelRefused(
-                CONFIG, "model.layers", f"{key} is {count:,}, and {MOST_LAYERS:,} are taken.",
+                CONFIG, "model.layers", f"{where[:200]} is {value:,}, and {MOST_LAYERS:,} are taken.",
                 "Take the config.json that belongs to the weights.",
             )  # fmt: skip
-    return config
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -42,6 +42,8 @@ ANSWER = 8
 """Tokens that a model has to write."""
 _SLACK = 10_000_000
 """Numbers that a network may have beside the stored ones: a pooler that embeddings do not look at."""
+MOST_BESIDE = 1 << 28
+"""Bytes of tables that a network may make for itself, such as angles of positions."""
 _SAME = 1e-3
 """Relative error between PEFT and our adapter in float32."""
 _GIB = 1 << 30
@@ -85,23 +87,13 @@ def accept_network(folder: Path, model_id: str) -> Accepted:
     Raises:
         ModelRefused: where it cannot be taken.
     """
-    from luthier.models.heads import Head, head_in
-    from luthier.models.load import context_length, read_config, sketch_of
+    from luthier.models.load import context_length
     from luthier.models.tokenizer import check_vocabulary
 
     config = check_texts(folder)
     stored = check_weights(folder)
     with _as(CONFIG, "model.network", "Take a family of networks that transformers has built in."):
-        known = read_config(folder, Head("embedding"))
-        task = head_in(known).task
-        if task not in ("causal_lm", "masked_lm", "embedding"):
-            raise ModelRefused(
-                CONFIG, "model.task", f"The network is a {task.replace('_', ' ')} model.",
-                "Take a model that writes text, or an encoder; classifiers are made here by a job.",
-            )  # fmt: skip
-        kind = "causal_lm" if task == "causal_lm" else "encoder"
-        drawn = sketch_of(known, Head("causal_lm" if task == "causal_lm" else "embedding"))
-        numbers = sum(weight.numel() for weight in drawn.parameters())
+        kind, numbers, beside = drawn(folder)
         context = context_length(config)
     if numbers > stored + _SLACK:
         raise ModelRefused(
@@ -109,12 +101,52 @@ def accept_network(folder: Path, model_id: str) -> Accepted:
             f"It describes a network of {numbers:,} numbers, and the .safetensors hold {stored:,}.",
             "Take the config.json that belongs to the weights, and all of their shards.",
         )  # fmt: skip
+    if beside > MOST_BESIDE:
+        raise ModelRefused(
+            CONFIG, "model.weights",
+            f"Beside its weights the network makes {beside:,} bytes of tables, and {MOST_BESIDE:,} are "
+            "taken.",
+            "Take the config.json that belongs to the weights, or say fewer positions in it.",
+        )  # fmt: skip
     with _format(folder, None, "Save the model's own tokenizer into the folder.") as chat:
         check_vocabulary(chat, config, "the model")
     fields = {"kind": kind, "saved": "network", "parameters": numbers, "context": context}
     fields |= {"tokenizer_from": model_id}
     candidate = StoredModel(model_id, folder, fields)
     return Accepted({**fields, "checks": _tried(candidate)}, None)
+
+
+def drawn(folder: Path) -> tuple[str, int, int]:
+    """Kind of the network in ``folder``, its numbers, and the bytes of tables it makes beside them.
+
+    Only its configuration is read; what drawing it may take is bounded.
+
+    Raises:
+        ModelRefused: for a task that is not taken, and where drawing it takes too much.
+    """
+    from luthier.models.bounds import drawing_bounds
+    from luthier.models.heads import Head, head_in
+    from luthier.models.load import read_config, sketch_of
+
+    _import_libraries()
+    with drawing_bounds():
+        known = read_config(folder, Head("embedding"))
+        task = head_in(known).task
+        if task not in ("causal_lm", "masked_lm", "embedding"):
+            raise ModelRefused(
+                CONFIG, "model.task", f"The network is a {task.replace('_', ' ')} model.",
+                "Take a model that writes text, or an encoder; classifiers are made here by a job.",
+            )  # fmt: skip
+        network = sketch_of(known, Head("causal_lm" if task == "causal_lm" else "embedding"))
+        numbers = sum(weight.numel() for weight in network.parameters())
+        beside = sum(table.nbytes for table in network.buffers())
+    return "causal_lm" if task == "causal_lm" else "encoder", numbers, beside
+
+
+def _import_libraries() -> None:
+    """Have what a network of any family imports, which is not to count as its own."""
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
 
 def accept_adapter(

@@ -1,0 +1,55 @@
+"""What drawing somebody else's network may take."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import time
+from contextlib import suppress
+
+import pytest
+from torch import nn
+
+from luthier.errors import ModelRefused
+from luthier.models import bounds
+from luthier.models.bounds import drawing_bounds
+
+
+def test_modules_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MOST_MODULES", 100)
+    with drawing_bounds():
+        nn.ModuleList(nn.Identity() for _ in range(100))
+    with pytest.raises(ModelRefused, match="more than 100 modules"), drawing_bounds():
+        nn.ModuleList(nn.Identity() for _ in range(101))
+    nn.ModuleList(nn.Identity() for _ in range(101))
+
+
+def test_memory_is_bounded_in_the_block_alone() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(ModelRefused, match="256 MiB of memory"), drawing_bounds():
+        bytearray(300 << 20)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    with drawing_bounds():
+        bytearray(100 << 20)
+    bytearray(300 << 20)
+
+
+def test_time_is_bounded_even_where_errors_are_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MOST_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGPROF)
+    with pytest.raises(ModelRefused, match=r"0\.2 seconds"), drawing_bounds():
+        _swallow()
+    assert signal.getsignal(signal.SIGPROF) == before
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+def _swallow() -> None:
+    with suppress(ModelRefused):
+        _compute(5)
+    _compute(5)
+
+
+def _compute(seconds: float) -> None:
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
