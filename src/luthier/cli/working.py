@@ -55,7 +55,7 @@ def import_worker(
 ) -> None:
     """Take one model from outside into the store."""
     _begin()
-    logging.basicConfig(level=logging.INFO, format=FORMAT)
+    log_to(f"import-{model}")
     # Where memory ends, this process is the one to go.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -88,7 +88,10 @@ def _begin() -> None:
 
 
 def log_to(job: str) -> None:
-    """Where the worker's messages go: standard error, or line by line into an encrypted log."""
+    """Where a worker's messages go: standard error, or line by line into an encrypted log.
+
+    ``job`` is its id, or ``import-`` and a model's.
+    """
     from luthier.encryption.keys import keyring
 
     if keyring() is None:

@@ -138,6 +138,9 @@ class Importer(Supervisor[ModelImport]):
 
     def _lapse(self, session: Session, found: ModelImport, why: str) -> str:
         again = imports.expire(session, found.model_id, str(found.lease), why)
+        if not again:
+            # Nobody else would: the process may have died before it locked its files.
+            ImportFolders(found.model_id).log.unlink(missing_ok=True)
         what = "another one tries" if again else "it failed"
         return f"import of model {found.model_id}: {why}; {what}"
 
@@ -155,6 +158,8 @@ class Importer(Supervisor[ModelImport]):
                     kept = select(CustomModel.id).filter_by(id=model_id, status=ACTIVE)
                     made = session.scalar(kept) is not None
                 folders.drop(model=not made)
+                # Its process died: the model's failure says more.
+                folders.log.unlink(missing_ok=True)
 
     def _start_next(self) -> bool:
         """Start a process for the next import; whether there was one, and room for it."""
@@ -179,7 +184,7 @@ class Importer(Supervisor[ModelImport]):
 
     def _spawn(self, found: ModelImport) -> subprocess.Popen[bytes]:
         arguments = ["--model", found.model_id, "--lease", str(found.lease)]
-        return self._run(arguments, lambda handed: ImportFolders(found.model_id).open_log())
+        return self._run(arguments, ImportFolders(found.model_id))
 
 
 def stored_at(model_id: str) -> tuple[str, Path]:

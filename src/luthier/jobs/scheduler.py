@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -157,11 +156,7 @@ class Scheduler(Supervisor[Job]):
         return True
 
     def _spawn(self, job: Job) -> subprocess.Popen[bytes]:
-        def open_log(handed: Mapping[str, str]) -> int:
-            # With keys, the worker writes the log itself, encrypted.
-            return os.open(os.devnull, os.O_WRONLY) if handed else JobFolders(job.id).open_log()
-
-        return self._run(["--job", job.id, "--lease", str(job.lease)], open_log)
+        return self._run(["--job", job.id, "--lease", str(job.lease)], JobFolders(job.id))
 
 
 class DiskWaits:

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Generic, TypeVar
 
@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 from luthier.encryption import keys
 from luthier.errors import LeaseLost
 from luthier.jobs import processes
+from luthier.jobs.folders import JobFolders
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport
 from luthier.store.jobs import Job
@@ -136,13 +137,12 @@ class Supervisor(ABC, Generic[Row]):
         except LeaseLost:
             pass  # it gave the lease back meanwhile
 
-    def _run(
-        self, arguments: Sequence[str], open_log: Callable[[Mapping[str, str]], int]
-    ) -> subprocess.Popen[bytes]:
-        """Start a process; ``open_log`` is told which keys are handed over."""
+    def _run(self, arguments: Sequence[str], folders: JobFolders) -> subprocess.Popen[bytes]:
+        """Start a process that writes to the log of ``folders``."""
         with ExitStack() as opened:
             handed, files = opened.enter_context(keys.handed_over())
-            log = open_log(handed)
+            # With keys, it writes the log itself, encrypted.
+            log = os.open(os.devnull, os.O_WRONLY) if handed else folders.open_log()
             opened.callback(os.close, log)
             return subprocess.Popen(
                 [*self.command, *arguments],

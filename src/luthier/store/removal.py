@@ -35,6 +35,8 @@ def delete(database: Database, arns: Arns, model: CustomModel) -> None:
         found = session.get(CustomModel, model.seq, with_for_update=True)
         if found is not None:
             remove(session, found, found.arn(arns))
+    # Of an import that failed for reasons that nobody thought of.
+    (luthier_home() / "jobs" / f"import-{model.id}.log").unlink(missing_ok=True)
     remove_files(model.stored_id)
 
 
