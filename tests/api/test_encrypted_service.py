@@ -172,6 +172,8 @@ def test_a_model_from_outside_is_encrypted_and_answers(
     arn = bedrock.create_custom_model(modelName="outside", modelSourceConfig=source)["modelArn"]
 
     def status() -> str:
+        weights = server.home.glob("models/custom/**/*.safetensors")
+        assert all(path.read_bytes()[:8] in (b"luthier\0", b"") for path in weights)
         return str(bedrock.get_custom_model(modelIdentifier=arn)["modelStatus"])
 
     until(lambda: status() != "Creating")

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from luthier.encryption import keys, memory
+from luthier.encryption.files import is_sealed, read_data
+from luthier.errors import LuthierError
+from luthier.files import verify
 from luthier.jobs import import_worker
 from luthier.jobs.admission import Capacity
 from luthier.jobs.heart import LOST
 from luthier.jobs.import_worker import ImportWorker
 from luthier.jobs.imports import submit_import
 from luthier.jobs.processes import this_process
+from luthier.serving.acceptance import Accepted, accept_network
 from luthier.store import imports
 from luthier.store.arns import Arns
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
+from luthier.store.models import find, load
 
 
 class _Ended(BaseException):
@@ -47,14 +57,21 @@ class _Asked(Exception):
     pass
 
 
+def begun(database: Database, folder: Path) -> tuple[ImportWorker, ModelImport]:
+    """A worker that is to take the model in ``folder``."""
+    with database.write() as session:
+        submit_import(session, "000000000000", "model", folder.as_uri(), {})
+        found = imports.claim(session, this_process(), 10**15)
+    assert found is not None
+    locations = Locations(database, file_roots=[folder])
+    lease = str(found.lease)
+    return ImportWorker(database, locations, Arns(), found.model_id, lease, Capacity()), found
+
+
 def test_memory_is_asked_for_before_any_weights_come(
     luthier_home: Path, tiny_model_folder: Path, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = tiny_model_folder.as_uri()
-    with database.write() as session:
-        submit_import(session, "000000000000", "model", source, {})
-        found = imports.claim(session, this_process(), 10**15)
-    assert found is not None
+    worker, found = begun(database, tiny_model_folder)
     there: list[str] = []
 
     def asked(worker: ImportWorker, found: ModelImport, size: int) -> None:
@@ -63,11 +80,55 @@ def test_memory_is_asked_for_before_any_weights_come(
         raise _Asked
 
     monkeypatch.setattr(ImportWorker, "_have_memory", asked)
-    locations = Locations(database, file_roots=[tiny_model_folder])
-    lease = str(found.lease)
-    worker = ImportWorker(database, locations, Arns(), found.model_id, lease, Capacity())
     with pytest.raises(_Asked):
         worker._taken(found)
     assert "config.json" in there and "tokenizer.json" in there
     assert not any(name.endswith(".safetensors") for name in there)
     assert not list(luthier_home.rglob(".tmp-*"))
+
+
+@pytest.fixture
+def encrypted(luthier_home: Path) -> Iterator[None]:
+    luthier_home.mkdir()
+    keys.begin(secrets.token_bytes(32))
+    yield
+    shutil.rmtree(memory.memory())
+    keys.use(None)
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """Files that hold weights as anybody can read them."""
+    return [path for path in folder.rglob("*.safetensors") if not is_sealed(path)]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_weights_are_never_on_the_disk_of_an_encrypted_store(
+    encrypted: None,
+    luthier_home: Path,
+    tiny_model_folder: Path,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker, found = begun(database, tiny_model_folder)
+    looked: list[Path] = []
+
+    def tried(folder: Path, model_id: str) -> Accepted:
+        looked.extend(weights_in(folder))
+        assert weights_in(luthier_home) == []
+        accepted = accept_network(folder, model_id)
+        assert weights_in(luthier_home) == []
+        return accepted
+
+    monkeypatch.setattr(import_worker, "accept_network", tried)
+    worker._taken(found)
+    assert len(looked) == 1 and looked[0].is_relative_to(memory.memory())
+    assert weights_in(luthier_home) == weights_in(memory.memory()) == []
+    model = find(f"imported:model-{found.model_id}")
+    verify(model.folder, model.manifest["files"])
+    (stored,) = model.folder.glob("*.safetensors")
+    assert read_data(stored) == (tiny_model_folder / "model.safetensors").read_bytes()
+    network = load(model, torch.float32, torch.device("cpu"))
+    assert sum(weight.numel() for weight in network.parameters()) == model.manifest["parameters"]
+    # What is said of it names no place of ours.
+    told = worker._explained(LuthierError(f"{looked[0]} is odd"), found.source)
+    assert told == f"{found.source}/model.safetensors is odd"

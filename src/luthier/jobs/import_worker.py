@@ -17,7 +17,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +28,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from luthier import __version__
-from luthier.encryption.files import seal
 from luthier.encryption.keys import keys_for
+from luthier.encryption.memory import new_plain_folder
 from luthier.engine.memory import available_memory
 from luthier.errors import (
     DoesNotFit,
@@ -45,6 +46,7 @@ from luthier.jobs.imports import ImportFolders, stored_at
 from luthier.jobs.processes import this_process
 from luthier.models.catalog import MANIFEST
 from luthier.models.outside import Chosen, choose, is_weights
+from luthier.models.save import save_plain
 from luthier.serving.acceptance import (
     Accepted,
     accept_adapter,
@@ -89,6 +91,8 @@ class ImportWorker:
         self.model_id, self.lease, self.capacity = model_id, lease, capacity
         self.folders = ImportFolders(model_id)
         self.stored_id, self.folder = stored_at(model_id)
+        self.plain: Path | None = None
+        """Where the model lies in memory, where the store is encrypted."""
 
     def run(self) -> int:
         """Take the model; the exit status: 0 where the import ended or was given back.
@@ -139,15 +143,10 @@ class ImportWorker:
         """Store the model; what changes of its row, and what it tells."""
         chosen = choose(self.locations.folder(found.account, found.source))
         need_disk(self.folder, chosen.size + (64 << 20), "copying the model")
-        with new_folder(self.folder) as fresh:
-            texts = [each for each in chosen.files if not is_weights(each[0])]
-            self._copy(found, texts, fresh)
-            self._have_memory(found, memory_needed(fresh, chosen, _base))
-            self._copy(found, [each for each in chosen.files if is_weights(each[0])], fresh)
-            accepted = self._accepted(fresh, chosen)
-            for weights in fresh.glob("*.safetensors"):
-                if keys_for(weights):
-                    seal(weights, weights)
+        with new_folder(self.folder) as fresh, self._working(fresh) as plain:
+            accepted = self._tried(found, chosen, plain)
+            if plain != fresh:
+                save_plain(plain, fresh)
             write_json(fresh / MANIFEST, self._manifest(fresh, found, chosen, accepted))
         changes: dict[str, Any] = {"stored_id": self.stored_id}
         if accepted.parent is not None:
@@ -158,10 +157,29 @@ class ImportWorker:
             changes["root"] = f"luthier.{IMPORTED}-{self.model_id}"
         return changes, {"kind": accepted.fields["kind"]}
 
-    def _accepted(self, fresh: Path, chosen: Chosen) -> Accepted:
+    @contextmanager
+    def _working(self, fresh: Path) -> Iterator[Path]:
+        """Where the model is copied to and tried: ``fresh``, or memory where the store is encrypted."""
+        if keys_for(fresh) is None:
+            yield fresh
+            return
+        with new_plain_folder() as self.plain:
+            yield self.plain
+
+    def _tried(self, found: ModelImport, chosen: Chosen, folder: Path) -> Accepted:
+        """Copy the model into ``folder``, the weights last, and try it there."""
+        texts = [each for each in chosen.files if not is_weights(each[0])]
+        self._copy(found, texts, folder)
+        size = memory_needed(folder, chosen, _base)
+        if folder == self.plain:
+            # The copy is in memory as well.
+            size += chosen.size
+            need_disk(folder, chosen.size, "copying the model")
+        self._have_memory(found, size)
+        self._copy(found, [each for each in chosen.files if is_weights(each[0])], folder)
         if chosen.adapter:
-            return accept_adapter(fresh, self.stored_id, _base)
-        return accept_network(fresh, self.stored_id)
+            return accept_adapter(folder, self.stored_id, _base)
+        return accept_network(folder, self.stored_id)
 
     def _have_memory(self, found: ModelImport, size: int) -> None:
         """Come back when the model may have ``size`` bytes, by the account of jobs and imports.
@@ -234,6 +252,8 @@ class ImportWorker:
             text = f"{type(error).__name__}: the model could not be taken."
         temporary = re.escape(f"{self.folder.parent}/.tmp-{self.folder.name}~")
         text = re.sub(rf"{temporary}\w*", source.rstrip("/"), text)
+        if self.plain is not None:
+            text = text.replace(str(self.plain), source.rstrip("/"))
         return text.replace(f"{luthier_home()}/", "")
 
     def _end(self, change: Callable[[Session], None]) -> None:

@@ -118,9 +118,14 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
         return
     with new_plain_folder() as plain:
         model.save_pretrained(plain)
-        for path in plain.iterdir():
-            copy = seal if path.suffix == ".safetensors" else shutil.copyfile
-            copy(path, folder / path.name)
+        save_plain(plain, folder)
+
+
+def save_plain(plain: Path, folder: Path) -> None:
+    """Copy the files right in ``plain`` into ``folder``, weights encrypted where the store is."""
+    for path in plain.iterdir():
+        copy = seal if path.suffix == ".safetensors" else shutil.copyfile
+        copy(path, folder / path.name)
 
 
 def save_format(chat: ChatFormat, folder: Path) -> None:
