@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from luthier_server import BASE, Served, home_with_tiny
+from moto_server import KEYS, moto_client, moto_server
 
 FILES, JOBS = 12, 3
 FAULTS = ("500", "before", "within")
@@ -86,33 +82,15 @@ class Flaky:
 
 @pytest.fixture
 def moto() -> Iterator[int]:
-    pytest.importorskip("moto.server", reason="moto[s3], flask and flask-cors are not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
-        try:
-            for _ in range(300):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield port
-        finally:
-            process.terminate()
+    with moto_server() as port:
+        yield port
 
 
 @pytest.mark.slow
 def test_a_bucket_that_fails_one_request_in_ten_costs_no_job(
     moto: int, tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-    s3 = boto3.client(
-        "s3", endpoint_url=f"http://127.0.0.1:{moto}", region_name="us-east-1", **keys
-    )
+    s3 = moto_client(moto)
     s3.create_bucket(Bucket="rows")
     rows = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in range(24)]
     for number in range(FILES):
@@ -120,9 +98,7 @@ def test_a_bucket_that_fails_one_request_in_ten_costs_no_job(
         s3.put_object(Bucket="rows", Key=f"in/{number:02d}.jsonl", Body=body.encode())
     proxy = Flaky(moto)
     server = Served(home_with_tiny(tmp_path / "home", tiny_model_folder))
-    server.start(
-        "--s3-endpoint", proxy.url, AWS_ACCESS_KEY_ID="testing", AWS_SECRET_ACCESS_KEY="testing"
-    )
+    server.start("--s3-endpoint", proxy.url, **KEYS)
     try:
         names = [f"job-{number}" for number in range(JOBS)]
         for name in names:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-import boto3
 import pytest
 from botocore.exceptions import ClientError
+from moto_server import moto_client, moto_server
 
 BUCKET = "compared"
 MIB = 1 << 20
@@ -39,27 +34,8 @@ THEIRS = {
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[Any]:
-    pytest.importorskip("moto.server", reason="moto[s3], flask and flask-cors are not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
-        try:
-            for _ in range(300):
-                try:
-                    urllib.request.urlopen(address, timeout=1).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield boto3.client(
-                "s3", endpoint_url=address, region_name="us-east-1", aws_access_key_id="testing",
-                aws_secret_access_key="testing",
-            )  # fmt: skip
-        finally:
-            process.terminate()
+    with moto_server() as port:
+        yield moto_client(port)
 
 
 def plain(value: Any) -> Any:
