@@ -116,6 +116,7 @@ def test_boto3_on_the_control_plane(server: Running) -> None:
     bedrock.delete_custom_model(modelIdentifier="name with ~blank")
     bedrock.tag_resource(resourceARN=ARN, tags=[{"key": "k", "value": "é"}])
     calls = server.face.calls
+    assert {call.address for call in calls} == {"127.0.0.1"}
     assert [call.caller.arn for call in calls] == [f"arn:aws:iam::{FIRST}:user/root"] * 4
     assert calls[0].query == {"byProvider": ["a b+c/é"]}
     assert calls[1].path.endswith("%3Acustom-model%2Fhf.smol%2Fabcdefabcdef")

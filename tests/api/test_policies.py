@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from principals_of import ALLOW_ALL
 
-from luthier.api.policies import authorize, noted
+from luthier.api.policies import authorize, noted, refuse_denied
 from luthier.api.wire import Caller, Fault
 from luthier.errors import RefusedInput
 from luthier.store.policy_documents import ROLES, check_document, check_role
@@ -53,6 +53,18 @@ def test_nothing_is_allowed_by_default() -> None:
         f"bedrock:GetCustomModel on resource: {MODEL} because no identity-based policy allows the "
         "bedrock:GetCustomModel action"
     )
+
+
+def test_a_deny_is_looked_for_alone_where_another_action_was_allowed() -> None:
+    for statements in ((), ([allow("s3:GetObject")],), ([allow()], [deny("s3:Put*")])):
+        refuse_denied(caller(*statements), "s3:DeleteObject", "arn:aws:s3:::data/x")
+    # A statement with a condition denies as if it held.
+    held = deny("s3:Delete*", "arn:aws:s3:::data/*", Condition={"Bool": {"aws:x": "true"}})
+    for denied in (held, deny("s3:DeleteObject"), deny(resource="arn:aws:s3:::data/x")):
+        with noted() as asked, pytest.raises(Fault) as caught:
+            refuse_denied(caller([allow(), denied]), "s3:DeleteObject", "arn:aws:s3:::data/x")
+        assert caught.value.code == "AccessDenied" and "explicit deny" in caught.value.message
+        assert asked == [("s3:DeleteObject", "arn:aws:s3:::data/x")]
 
 
 def test_deny_wins_wherever_it_stands() -> None:

@@ -326,6 +326,7 @@ class Application:
             body,
             now(),
             route.params,
+            seen.address,
         )
         with noted() as seen.asked:
             answer = route.handler(call)

@@ -76,16 +76,32 @@ def authorize(caller: Caller, action: str, resource: str) -> None:
     _decide(caller, action, resource)
 
 
+def refuse_denied(caller: Caller, action: str, resource: str) -> None:
+    """Refuse ``caller`` what a policy denies, where another action was allowed that comes to the same.
+
+    Raises:
+        Fault: as :func:`authorize`, for an explicit ``Deny``; what nothing allows is let pass.
+    """
+    if any(each.denies and each.applies(action, resource) for each in _statements(caller)):
+        if (asked := _asked.get()) is not None:
+            asked.append((action, resource))
+        raise _denied(caller, action, resource, explicit=True)
+
+
 def _decide(caller: Caller, action: str, resource: str) -> None:
     allowed = False
-    for policy in caller.policies:
-        for statement in _compiled(json.dumps(dict(policy), sort_keys=True)):
-            if (statement.denies or not allowed) and statement.applies(action, resource):
-                if statement.denies:
-                    raise _denied(caller, action, resource, explicit=True)
-                allowed = True
+    for statement in _statements(caller):
+        if (statement.denies or not allowed) and statement.applies(action, resource):
+            if statement.denies:
+                raise _denied(caller, action, resource, explicit=True)
+            allowed = True
     if not allowed:
         raise _denied(caller, action, resource, explicit=False)
+
+
+def _statements(caller: Caller) -> Iterator[_Statement]:
+    for policy in caller.policies:
+        yield from _compiled(json.dumps(dict(policy), sort_keys=True))
 
 
 def _denied(caller: Caller, action: str, resource: str, explicit: bool) -> Fault:

@@ -96,6 +96,8 @@ class Call:
     received: datetime
     params: Mapping[str, str] = field(default_factory=dict)
     """Segments of the path by the names that the route gives them, each decoded once."""
+    address: str = ""
+    """Of the client; empty where it is not known."""
 
     @cached_property
     def json(self) -> Any:

@@ -23,7 +23,7 @@ from luthier.files import luthier_home, sha256_of
 from luthier.jobs.folders import JobFolders, run_name
 from luthier.jobs.traces import Traces, files_of, find_traces, model_files
 from luthier.store import removal
-from luthier.store.arns import Arns
+from luthier.store.arns import Arns, object_arn
 from luthier.store.audit import AuditEntry, Event, append
 from luthier.store.database import Database
 from luthier.store.ids import SMALL, random_id
@@ -98,8 +98,13 @@ class Deletions:
             traces = find_traces(session, asked.account, asked.addresses, asked.job, self.external)
         return traces, list(_items(traces, asked))
 
-    def delete(self, asked: Asked) -> dict[str, Any]:
+    def delete(
+        self, asked: Asked, permit: Callable[[str, str], None] = lambda action, resource: None
+    ) -> dict[str, Any]:
         """Delete the data and look for them again; the certificate.
+
+        ``permit`` is told, before anything goes, the action and the ARN by which each thing could be
+        deleted by itself, and raises where that is not allowed.
 
         Raises:
             RefusedInput: as :meth:`find`.
@@ -108,6 +113,8 @@ class Deletions:
             LuthierError: where something is still there afterwards; what is gone is in the log.
         """
         traces, items = self.find(asked)
+        for action, resource in self._actions(traces, asked):
+            permit(action, resource)
         self._check(traces, items, asked)
         number = random_id(20, SMALL)
         about = {
@@ -166,6 +173,17 @@ class Deletions:
             "bytes": sum(int(item["size"]) for item in removed),
             "audit": [{"seq": entry.seq, "hash": entry.hash} for entry in entries],
         }
+
+    def _actions(self, traces: Traces, asked: Asked) -> Iterator[tuple[str, str]]:
+        """Actions and ARNs by which the other faces delete what goes here."""
+        for each in traces.objects:
+            action = "s3:DeleteObject" if each.upload is None else "s3:AbortMultipartUpload"
+            yield action, object_arn(each.bucket, each.key)
+            if each.bucket == UPLOADS:
+                file = self.arns.openai(asked.account, "file", each.key)
+                yield "luthier:openai.files.delete", file
+        for model in traces.models if asked.models == "delete" else ():
+            yield "bedrock:DeleteCustomModel", model.arn(self.arns)
 
     def _check(self, traces: Traces, items: Sequence[Item], asked: Asked) -> None:
         if not (items or traces.jobs or traces.objects):

@@ -38,6 +38,11 @@ class Arn:
         return Arn(found[1], found[2] or "", found[3], found[4]) if found else None
 
 
+def object_arn(bucket: str, key: str) -> str:
+    """Of an object in a bucket."""
+    return f"arn:aws:s3:::{bucket}/{key}"
+
+
 @dataclass(frozen=True)
 class Arns:
     """Makes the ARNs of one server."""
@@ -55,6 +60,10 @@ class Arns:
     def job(self, account: str, foundation: str, job_id: str) -> str:
         """Of a customization job."""
         return self.of(account, "model-customization-job", f"{foundation}/{job_id}")
+
+    def openai(self, account: str, kind: str, identifier: str) -> str:
+        """Of what only the OpenAI API knows by this name: a ``file``, a ``batch``, ..."""
+        return f"arn:aws:luthier:{self.region}:{account}:{kind}/{identifier}"
 
     def custom_model(self, account: str, foundation: str, model_id: str) -> str:
         """Of a custom model; ``foundation`` is ``imported`` for one made elsewhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -13,13 +14,21 @@ from luthier.api.native.context import Context
 from luthier.api.native.face import native_face
 from luthier.api.policies import authorize
 from luthier.api.wire import Call, Caller, Fault
+from luthier.files import write_json
 from luthier.jobs.deletion import Deletions
 from luthier.jobs.submit import Limits, Submission, submit
 from luthier.store.arns import Arns
+from luthier.store.audit import AuditEntry
+from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
 from luthier.store.foundation import foundation_model
+from luthier.store.jobs import Job
+from luthier.store.models import custom_folder
+from luthier.store.object_rows import Described, StoredObject, Upload
 from luthier.store.objects import Objects
 from luthier.store.schema import upgrade
+from luthier.store.uploaded_files import UploadedFiles
+from luthier.store.uploads import Uploads
 
 ACCOUNT = "000000000000"
 
@@ -50,11 +59,12 @@ def arn(context: Context) -> str:
         return context.arns.job(ACCOUNT, job.foundation, job.id)
 
 
-def ask(context: Context, who: Caller, method: str, path: str) -> Any:
+def ask(context: Context, who: Caller, method: str, path: str, body: Any = None) -> Any:
     deletions = Deletions(context.database, context.arns, Objects(context.database))
     route = native_face(context, "1", deletions).route(method, path)
-    moment = datetime.now(UTC)
-    return route.handler(Call("r", who, method, path, {}, {}, b"", moment, route.params))
+    moment, text = datetime.now(UTC), b"" if body is None else json.dumps(body).encode()
+    call = Call("r", who, method, path, {}, {}, text, moment, route.params, "192.0.2.7")
+    return route.handler(call)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -88,3 +98,85 @@ def test_a_right_to_one_job_is_enough_for_it(context: Context, arn: str) -> None
         ask(context, caller(one), "POST", "/api/v1/jobs/mine/stop")
     with pytest.raises(Fault, match="not authorized"):
         ask(context, caller(one), "GET", "/api/v1/models/all-minilm-l6-v2")
+
+
+class Kept:
+    """Data of a job as two objects, an uploaded file and a part of an upload, and its model."""
+
+    def __init__(self, context: Context, arn: str) -> None:
+        self.context, self.objects = context, Objects(context.database)
+        self.objects.create_bucket(ACCOUNT, "data")
+        for key in ("rows.jsonl", "copy.jsonl"):
+            self.objects.put(ACCOUNT, "data", key, self.written(), Described())
+        self.file = UploadedFiles(context.database, self.objects).add(
+            ACCOUNT, [b"rows"], "a.jsonl", "fine-tune"
+        )
+        uploads = Uploads(self.objects)
+        self.upload = uploads.create(ACCOUNT, "data", "big", Described(), ("", ""))
+        uploads.put_part(ACCOUNT, "data", "big", self.upload.id, 1, self.written(), {})
+        with context.database.write() as session:
+            job = session.query(Job).one()
+            job.state, job.details = "Completed", {"sources": ["s3://data/rows.jsonl"]}
+            job.result = {"stored_id": f"x:job-{job.id}"}
+            model = session.query(CustomModel).one()
+            model.status, model.stored_id = ACTIVE, f"x:job-{job.id}"
+            self.model = model.arn(context.arns)
+            manifest = {"id": model.stored_id, "saved": "network", "files": {}}
+            write_json(custom_folder("x", f"job-{job.id}") / "luthier.json", manifest)
+
+    def written(self) -> Any:
+        with self.objects.files.begin(ACCOUNT) as writing:
+            writing.write(b"rows")
+            return writing.finish()
+
+    def delete(self, *denied: tuple[str, str], models: str = "delete") -> Any:
+        statements = [{"Effect": "Deny", "Action": a, "Resource": r} for a, r in denied]
+        body = {"data": ["s3://data/rows.jsonl"], "models": models}
+        who = caller(EVERYTHING, *statements)
+        return ask(self.context, who, "POST", "/api/v1/data/deletions", body)
+
+    def left(self) -> set[str]:
+        with self.context.database.read() as session:
+            models = {model.name for model in session.query(CustomModel)}
+            objects = {each.key for each in session.query(StoredObject)}
+            return models | objects | {each.id for each in session.query(Upload)}
+
+
+@pytest.fixture
+def kept(context: Context, arn: str) -> Kept:
+    return Kept(context, arn)
+
+
+def test_what_a_policy_denies_is_not_deleted_with_its_data_either(kept: Kept) -> None:
+    everything = {"model", "rows.jsonl", "copy.jsonl", kept.file.id, kept.upload.id}
+    assert kept.left() == everything
+    uploaded = f"arn:aws:luthier:us-east-1:{ACCOUNT}:file/{kept.file.id}"
+    for denied in (
+        ("s3:DeleteObject", "arn:aws:s3:::data/rows.jsonl"),
+        ("s3:DeleteObject", "arn:aws:s3:::data/copy*"),
+        ("s3:AbortMultipartUpload", "arn:aws:s3:::data/big"),
+        ("luthier:openai.files.delete", uploaded),
+        ("bedrock:DeleteCustomModel", kept.model),
+    ):
+        with pytest.raises(Fault, match="explicit deny") as refused:
+            kept.delete(denied)
+        assert refused.value.code == "AccessDenied" and denied[0] in refused.value.message
+        assert kept.left() == everything
+    with kept.context.database.read() as session:
+        assert session.query(AuditEntry).count() == 0
+
+
+def test_a_model_that_is_kept_may_be_one_that_nobody_may_delete(kept: Kept) -> None:
+    elsewhere = ("s3:DeleteObject", "arn:aws:s3:::other/*")
+    assert kept.delete(elsewhere, ("bedrock:DeleteCustomModel", "*"), models="keep").status == 200
+    assert kept.left() == {"model"}
+
+
+def test_who_may_delete_data_needs_no_other_right_and_is_named_with_an_address(kept: Kept) -> None:
+    allowed = {"Effect": "Allow", "Action": "luthier:DeleteData", "Resource": "*"}
+    body = {"data": ["s3://data/rows.jsonl"], "models": "delete"}
+    answer = ask(kept.context, caller(allowed), "POST", "/api/v1/data/deletions", body)
+    assert answer.status == 200 and kept.left() == set()
+    with kept.context.database.read() as session:
+        entries = session.query(AuditEntry).all()
+    assert {entry.address for entry in entries} == {"192.0.2.7"} and len(entries) == 2

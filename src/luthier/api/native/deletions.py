@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
 
 from luthier.api.native.context import Context
 from luthier.api.native.operations import Operation, Part, Request, Told
+from luthier.api.policies import refuse_denied
 from luthier.api.wire import Fault
 from luthier.errors import RefusedInput
 from luthier.jobs.deletion import Asked, Deletions
@@ -82,11 +84,18 @@ class _Deletions:
             raise Fault("Validation", "Name data or a job.", parameter="data")
         call = request.call
         asked = Asked(
-            request.account, call.caller.user, named.data, named.job, named.models, call.request_id
+            request.account,
+            call.caller.user,
+            named.data,
+            named.job,
+            named.models,
+            call.request_id,
+            call.address,
         )
         if named.dry_run:
             return self._found(asked)
-        return _told(self.deletions.delete(asked))
+        # Who may not delete an object or a model does not do so in this way either.
+        return _told(self.deletions.delete(asked, partial(refuse_denied, call.caller)))
 
     def get(self, request: Request) -> DeletionTold:
         number = request.params["deletion"]

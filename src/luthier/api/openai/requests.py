@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from luthier.api.openai.errors import invalid
 from luthier.api.wire import Answer, Authorize, Call, Caller
+from luthier.store.arns import Arns
 
 METADATA_KEYS = 16
 
@@ -139,7 +140,7 @@ class Access:
     """Asks the policies, by the names of this face."""
 
     def __init__(self, authorize: Authorize, region: str) -> None:
-        self._authorize, self._region = authorize, region
+        self._authorize, self._arns = authorize, Arns(region)
 
     def to(self, call: Call, action: str, kind: str = "", identifier: str = "") -> None:
         """Whether the caller may do ``openai.<action>``, to one thing or in general.
@@ -150,7 +151,7 @@ class Access:
         resource = "*"
         if kind:
             account = call.caller.account
-            resource = f"arn:aws:luthier:{self._region}:{account}:{kind}/{identifier or '*'}"
+            resource = self._arns.openai(account, kind, identifier or "*")
         self._authorize(call.caller, f"luthier:openai.{action}", resource)
 
     def to_model(self, caller: Caller, action: str, arn: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
 
 from luthier.api.wire import Authorize, Caller, Fault, Head
+from luthier.store.arns import object_arn
 from luthier.store.object_rows import Described
 from luthier.store.objects import Objects
 from luthier.store.uploads import Uploads
@@ -75,7 +76,7 @@ def arn(bucket: str, key: str = "") -> str:
     """Of a bucket or an object; ``*`` for all buckets."""
     if not bucket:
         return "*"
-    return f"arn:aws:s3:::{bucket}/{key}" if key else f"arn:aws:s3:::{bucket}"
+    return object_arn(bucket, key) if key else f"arn:aws:s3:::{bucket}"
 
 
 def read_request(head: Head, caller: Caller, request_id: str) -> Request:
