@@ -6,11 +6,13 @@ import threading
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from luthier.errors import NameInUse, QuotaExceeded, RecipeError
 from luthier.jobs.submit import Limits, submit
 from luthier.pipeline import KINDS
 from luthier.recipe import parse
+from luthier.store import leases
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import new_id, now
@@ -172,3 +174,42 @@ def test_what_no_job_can_be_is_refused_and_leaves_no_trace(
         put(queue, **fields)
     with queue.database.read() as session:
         assert session.query(Job).count() == session.query(CustomModel).count() == 0
+
+
+def taken(queue: Any) -> list[str]:
+    """Names of the jobs that wait, in the order in which workers take them; each ends at once."""
+    names = []
+    with queue.database.write() as session:
+        session.execute(update(Job).values(memory=1))
+        while (
+            job := leases.claim(session, {"host": "here", "pid": 1, "born": 0.0}, 10, 10)
+        ) is not None:
+            leases.fail(session, job.id, str(job.lease), "why")
+            names.append(job.name)
+    return names
+
+
+def test_accounts_take_turns(queue: Any) -> None:
+    """One account's queue of five makes another's two wait for one each."""
+    for number in range(5):
+        put(queue, f"mine-{number}")
+    for number in range(2):
+        put(queue, f"theirs-{number}", account=OTHER)
+    put(queue, "hurried", priority=1)
+    assert taken(queue) == [
+        "hurried", "mine-0", "theirs-0", "mine-1", "theirs-1", "mine-2", "mine-3", "mine-4",
+    ]  # fmt: skip
+
+
+def test_who_comes_late_comes_in_where_the_others_are(queue: Any) -> None:
+    early = [put(queue, f"mine-{number}") for number in range(4)]
+    with queue.database.write() as session:
+        paused = get(session, ACCOUNT, early[0].id, lock=True)
+        assert paused is not None
+        move(session, paused, "Paused", "a job that rests holds no turn back")
+        session.execute(update(Job).values(memory=1))
+        job = leases.claim(session, {"host": "here", "pid": 1, "born": 0.0}, 10, 10)
+        assert job is not None and job.name == "mine-1"
+    for number in range(2):
+        put(queue, f"theirs-{number}", account=OTHER)
+    assert taken(queue) == ["theirs-0", "mine-2", "theirs-1", "mine-3"]

@@ -106,7 +106,9 @@ class Scheduler(Supervisor[Job]):
         with self.database.read() as session:
             new = select(Job).where(Job.state == QUEUED, Job.memory == 0)
             jobs = list(
-                session.scalars(new.order_by(Job.priority.desc(), Job.seq).limit(ESTIMATES))
+                session.scalars(
+                    new.order_by(Job.priority.desc(), Job.turn, Job.seq).limit(ESTIMATES)
+                )
             )
         for job in jobs:
             try:

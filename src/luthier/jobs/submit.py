@@ -17,7 +17,8 @@ from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import new_id, now
 from luthier.store.foundation import FoundationModel, writes
-from luthier.store.jobs import QUEUED, Job, in_flight, record
+from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record
+from luthier.store.turns import next_turn
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
@@ -118,6 +119,7 @@ def submit(session: Session, asked: Submission, arns: Arns, limits: Limits | Non
         state=QUEUED,
         details={"sources": list(asked.training)},
         priority=asked.priority,
+        turn=next_turn(session, Job.turn, Job.account, asked.account, Job.state.in_(GOING_ON)),
         cores=recipe.training.threads,
         time_limit=asked.time_limit,
         created=moment,

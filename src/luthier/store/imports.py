@@ -19,6 +19,7 @@ from luthier.errors import LeaseLost
 from luthier.store.custom_models import ACTIVE, CREATING, FAILED, CustomModel
 from luthier.store.database import Base, now
 from luthier.store.leases import LEASE, PATIENCE, Waiting, alone, fits
+from luthier.store.turns import next_turn
 
 MOST_CRASHES = 3
 """So many processes may die over one model."""
@@ -57,7 +58,7 @@ def begin(session: Session, model: CustomModel, source: str) -> ModelImport:
     made = ModelImport(
         model_id=model.id,
         seq=model.seq,
-        turn=_next_turn(session, model.account),
+        turn=next_turn(session, ModelImport.turn, ModelImport.account, model.account),
         account=model.account,
         source=source,
         lease=None,
@@ -67,18 +68,6 @@ def begin(session: Session, model: CustomModel, source: str) -> ModelImport:
     session.add(made)
     session.flush()
     return made
-
-
-def _next_turn(session: Session, account: str) -> int:
-    """The turn after the account's last one; one that has none comes in where the others are now.
-
-    So an account that asks for one model waits for one of each other account at most, however many
-    those asked for before (start-time fair queueing, Goyal, Vin and Cheng 1996, with equal shares).
-    """
-    lowest = select(func.min(ModelImport.turn))
-    last = select(func.max(ModelImport.turn)).where(ModelImport.account == account)
-    own, now_at = session.scalar(last), session.scalar(lowest) or 0
-    return now_at if own is None else own + 1
 
 
 def waiting_of(session: Session, account: str) -> int:

@@ -23,6 +23,8 @@ QUEUED, RUNNING, PAUSED, STOPPING = "Queued", "Running", "Paused", "Stopping"
 COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
 ENDED = (COMPLETED, FAILED, STOPPED)
 """States that nothing leaves."""
+GOING_ON = (QUEUED, RUNNING)
+"""States of jobs that take part in turns."""
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     QUEUED: frozenset((RUNNING, PAUSED, STOPPING, STOPPED, FAILED)),
     # Back to the queue: its worker died, or gave it back at a checkpoint.
@@ -80,6 +82,8 @@ class Job(Base):
     step, steps, loss, seconds of a step; ``crashed_at``: the step of the last crash."""
     priority: Mapped[int] = mapped_column(default=0)
     """Higher is started first."""
+    turn: Mapped[int] = mapped_column(default=0)
+    """Of one priority, lower ones are first; those of an account have turns one after the other."""
     attempts: Mapped[int] = mapped_column(default=0)
     """Workers that were started for it."""
     memory: Mapped[int] = mapped_column(BigInteger, default=0)

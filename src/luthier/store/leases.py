@@ -78,7 +78,7 @@ def claim(
     passed_over: Collection[str] = (),
     before: Waiting | None = None,
 ) -> Job | None:
-    """Take the next job that fits: by priority, then in the order they came; ``None`` for none.
+    """Take the next job that fits: by priority, then by turns of the accounts; ``None`` for none.
 
     Those whose memory is not estimated yet wait for that.
 
@@ -121,7 +121,7 @@ def _queued(session: Session, per_account: int | None) -> Iterator[Any]:
     busy = _running(session) if per_account is not None else {}
     waiting = select(Job.id, Job.account, Job.memory, Job.cores, Job.modified)
     waiting = waiting.where(Job.state == QUEUED, Job.lease.is_(None), Job.memory > 0)
-    for row in session.execute(waiting.order_by(Job.priority.desc(), Job.seq)):
+    for row in session.execute(waiting.order_by(Job.priority.desc(), Job.turn, Job.seq)):
         if per_account is None or busy.get(row.account, 0) < per_account:
             yield row
 
