@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import psutil
 from sqlalchemy.orm import Session
 
+from luthier.engine.memory import total_memory
 from luthier.jobs import processes
 from luthier.store import imports, leases
 
@@ -29,7 +29,7 @@ TOKENS = 2048
 class Capacity:
     """What workers and imports of this machine may take together."""
 
-    memory: int = field(default_factory=lambda: int(psutil.virtual_memory().total * SHARE))
+    memory: int = field(default_factory=lambda: int(total_memory() * SHARE))
     """Bytes, by the estimates of jobs and imports."""
     cores: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Threads of jobs."""

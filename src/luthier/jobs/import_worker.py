@@ -23,14 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from luthier import __version__
 from luthier.encryption.keys import keys_for
 from luthier.encryption.memory import new_plain_folder
-from luthier.engine.memory import available_memory
+from luthier.engine.memory import available_memory, total_memory
 from luthier.errors import (
     DoesNotFit,
     Interrupted,
@@ -188,7 +187,7 @@ class ImportWorker:
             ModelRefused: where the machine has not as much.
             Interrupted: where others have it: the import is started again when it fits.
         """
-        if size > psutil.virtual_memory().total:
+        if size > total_memory():
             raise ModelRefused(
                 "*.safetensors", "model.memory",
                 f"Trying the model takes about {size >> 20:,} MiB of memory, which are not there.",

@@ -1,0 +1,37 @@
+"""Memory of machines and of control groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from luthier.engine import memory
+from luthier.engine.memory import available_memory, total_memory
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    return tmp_path
+
+
+def test_without_a_limit_it_is_the_machines(group: Path) -> None:
+    assert total_memory() == psutil.virtual_memory().total
+    (group / "memory.max").write_text("max\n")
+    assert total_memory() == psutil.virtual_memory().total
+    assert 0 < available_memory() <= total_memory()
+
+
+def test_a_containers_limit_counts_and_files_it_read_do_not(group: Path) -> None:
+    (group / "memory.max").write_text(f"{GIB // 4}\n")
+    (group / "memory.current").write_text(f"{GIB // 4 - 4096}\n")
+    (group / "memory.stat").write_text(f"anon 1\nfile 2\ninactive_file {GIB // 8}\nactive_file 3\n")
+    assert total_memory() == GIB // 4
+    assert available_memory() == GIB // 8 + 4096
+    (group / "memory.stat").write_text("inactive_file 0\n")
+    (group / "memory.current").write_text(f"{GIB // 4 + 4096}\n")
+    assert available_memory() == 0
