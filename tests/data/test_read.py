@@ -21,11 +21,6 @@ Records = list[tuple[int, dict[str, object]]]
 PROPERTY = settings(max_examples=150, deadline=None, database=None)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("read")
-
-
 def read_bytes(
     folder: Path, data: bytes, name: str = "data.jsonl"
 ) -> tuple[Records, list[Problem]]:

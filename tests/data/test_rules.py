@@ -1,0 +1,76 @@
+"""Each rule of files and rows by example, and the list of them, which is whole."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from rule_examples import EXAMPLES, WHOLE_FILE
+from written_rows import problems_of, write
+
+from luthier.data import (
+    checker,
+    containers,
+    content,
+    documents,
+    labels,
+    parsing,
+    read,
+    rows,
+    s3,
+    sources,
+    tables,
+)
+from luthier.data.rows import RULES
+
+
+@pytest.mark.parametrize(("rule", "records", "line", "said", "fix"), EXAMPLES)
+def test_rule(
+    folder: Path, rule: str, records: list[object], line: int, said: str, fix: str
+) -> None:
+    found = [p for p in problems_of(write(folder, *records)) if p.rule == rule]
+    assert [(p.line, p.rule) for p in found] == [(line, rule)]
+    assert said in found[0].message
+    assert fix in found[0].fix
+
+
+# Whole files that the examples cannot write as rows; their texts are in test_read.py.
+def test_paths_that_cannot_be_read_are_data_errors(folder: Path) -> None:
+    (folder / "loop.jsonl").symlink_to(folder / "loop.jsonl")
+    (folder / "table.bin").write_bytes(b"one,two\n")
+    (folder / "empty").mkdir(exist_ok=True)
+    names = {"no.jsonl": "missing", "empty": "directory", "loop.jsonl": "unreadable"}
+    for name, rule in {**names, "table.bin": "unknown_format"}.items():
+        found = [(p.line, p.rule) for p in problems_of(folder / name)]
+        assert found == [(0, f"file.{rule}")]
+        assert f"file.{rule}" in WHOLE_FILE
+
+
+def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
+    used = set()
+    modules = (
+        read,
+        rows,
+        labels,
+        checker,
+        containers,
+        content,
+        documents,
+        parsing,
+        s3,
+        sources,
+        tables,
+    )
+    for module in modules:
+        assert module.__file__ is not None
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "RULES":
+                continue
+            texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+            used |= {t for t in texts if isinstance(t, str) and re.fullmatch(r"[a-z]+\.\w+", t)}
+    assert used == set(RULES)
+    assert {rule for rule, *_ in EXAMPLES} | WHOLE_FILE == set(RULES)
+    assert all(text.endswith(".") and "\n" not in text for text in RULES.values())

@@ -1,0 +1,41 @@
+"""Rows as files hold them, good and bad ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from luthier.data.rows import load_rows
+from luthier.errors import DataError, Problem
+
+
+def write(folder: Path, *records: object, name: str = "data.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(b"".join(as_line(record) + b"\n" for record in records))
+    return path
+
+
+def as_line(record: object) -> bytes:
+    return record if isinstance(record, bytes) else json.dumps(record).encode()
+
+
+def problems_of(path: Path) -> list[Problem]:
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    assert all(p.file == str(path) and p.message and p.fix for p in caught.value.problems)
+    str(caught.value).encode()
+    return list(caught.value.problems)
+
+
+def chat(*turns: str, **extra: object) -> dict[str, object]:
+    """``chat("user: hi", ...)`` as a record."""
+    pairs = [turn.split(": ", 1) for turn in turns]
+    return {"messages": [{"role": role, "content": text} for role, text in pairs], **extra}
+
+
+PAIR = {"prompt": "2+2", "completion": "4"}
+CHAT = chat("user: hi", "assistant: hello")
+TEXT = {"text": "once"}
+USER = {"role": "user", "content": "a"}
