@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from jsonschema import validate
+from decoding import MEMORY, answer, asked, settled
 
 from luthier.engine import devices
 from luthier.engine.devices import Machine
@@ -22,21 +18,16 @@ from luthier.serving import decoder as module
 from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator, Sampling
 from luthier.serving.inference import (
-    Chat,
     InferenceFailed,
     InferenceRefused,
     Piece,
     Request,
-    Tool,
     TooLong,
-    Turn,
-    Whole,
 )
 from luthier.serving.memory import CacheBudget
 from luthier.store.models import chat_format, find, load
 
 CPU = torch.device("cpu")
-MEMORY = 1 << 28
 QUESTIONS = [
     "Hi",
     "What is the capital of France?",
@@ -44,35 +35,6 @@ QUESTIONS = [
     "fox " * 60,
     "My card has not arrived",
 ]
-
-
-@pytest.fixture(scope="module")
-def opened(tiny_model_folder: Path) -> Iterator[Decoder]:
-    with pytest.MonkeyPatch.context() as patch:
-        machine = Machine(CPU, torch.float32, 1, "a test")
-        patch.setattr(devices, "choose_machine", lambda *arguments: machine)
-        made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
-    yield made
-    made.close()
-
-
-def asked(text: str, **fields: Any) -> Request:
-    fields = {"temperature": 0, "max_tokens": 24, **fields}
-    return Request(Chat((Turn("user", text),)), **fields)
-
-
-def answer(decoder: Decoder, request: Request) -> Whole:
-    return decoder.submit(request).whole()[0]
-
-
-def settled(decoder: Decoder) -> bool:
-    """Whether it comes to rest, with nothing kept, within a second."""
-    until = time.monotonic() + 1
-    while time.monotonic() < until:
-        if decoder.idle and decoder.memory.taken == decoder._answers == 0:
-            return not any(bank.spans for bank in decoder._stepper._banks._banks.values())  # type: ignore[attr-defined]
-        time.sleep(0.01)
-    return False
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -202,100 +164,6 @@ def test_stop_sequences_over_borders_of_tokens(opened: Decoder) -> None:
     assert settled(opened)
 
 
-def test_characters_of_several_tokens_come_whole(opened: Decoder) -> None:
-    text = "日本👋 ü𝄞"
-    found = opened.submit(asked("Hi", schema={"const": text}, max_tokens=200))
-    pieces = [event.text for event in found if isinstance(event, Piece)]
-    assert json.loads("".join(pieces)) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
-SCALARS = st.sampled_from(
-    [
-        {"type": "integer", "minimum": 0, "maximum": 99},
-        {"type": "boolean"},
-        {"enum": ["red", "grün"]},
-        {"type": "null"},
-        {"type": "string", "maxLength": 4},
-    ]
-)
-SCHEMAS = st.recursive(
-    SCALARS,
-    lambda inner: st.one_of(
-        st.dictionaries(st.sampled_from("abc"), inner, min_size=1).map(
-            lambda members: {
-                "type": "object",
-                "properties": members,
-                "required": sorted(members),
-                "additionalProperties": False,
-            }
-        ),
-        inner.map(lambda items: {"type": "array", "items": items, "minItems": 1, "maxItems": 2}),
-        st.lists(inner, min_size=1, max_size=2).map(lambda either: {"anyOf": either}),
-    ),
-    max_leaves=4,
-)
-
-
-@settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(SCHEMAS, st.integers(0, 9))
-def test_what_is_drawn_matches_the_schema(
-    opened: Decoder, schema: dict[str, Any], seed: int
-) -> None:
-    request = asked("Hi", temperature=1.5, seed=seed, schema=schema, max_tokens=600)
-    found = answer(opened, request)
-    assert found.reason == "stop"
-    validate(json.loads(found.text), schema)
-
-
-def test_any_object_and_schemas_that_are_none(opened: Decoder) -> None:
-    found = answer(opened, asked("Hi", schema=True, max_tokens=400, logit_bias={}))
-    if found.reason == "stop":
-        assert isinstance(json.loads(found.text), dict)
-    assert found.text.startswith("{")
-    for wrong in ({"type": "objekt"}, {"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}):
-        with pytest.raises(InferenceRefused, match="cannot be enforced"):
-            opened.submit(asked("Hi", schema=wrong))
-
-
-TOOLS = (
-    Tool("weather", "Tells it.", {
-        "$defs": {"place": {"enum": ["Rome", "Oslo"]}},
-        "type": "object",
-        "properties": {"city": {"$ref": "#/$defs/place"}, "days": {"type": "integer", "maximum": 9}},
-        "required": ["city", "days"],
-        "additionalProperties": False,
-    }),
-    Tool("stop", "", {"type": "object", "properties": {}, "additionalProperties": False}),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("choice", ["required", "name:weather", "name:stop"])
-def test_a_call_is_enforced(opened: Decoder, choice: str) -> None:
-    for seed in range(2):
-        chat = Chat((Turn("user", "Hi"),), TOOLS, choice)
-        request = Request(chat, max_tokens=200, temperature=1, seed=seed)
-        found = answer(opened, request)
-        assert (found.text, found.reason) == ("", "tool_calls")
-        (call,) = found.calls
-        tool = next(tool for tool in TOOLS if tool.name == call.name)
-        assert choice in ("required", f"name:{call.name}")
-        validate(dict(call.arguments), dict(tool.parameters))
-
-
-def test_words_beside_tools_are_streamed(opened: Decoder) -> None:
-    chat = Chat((Turn("user", "Hi"),), TOOLS)
-    counts = []
-    for seed in range(4):
-        request = Request(chat, 20, seed=seed, logit_bias={1: -100.0})
-        counts.append(sum(isinstance(event, Piece) for event in opened.submit(request)))
-    assert max(counts) > 5
-    none = Request(Chat((Turn("user", "Hi"),), TOOLS, "none"), 20, 0)
-    assert answer(opened, none).text == answer(opened, asked("Hi", max_tokens=20)).text
-
-
 def test_who_hangs_up_leaves_nothing(opened: Decoder) -> None:
     streams = [opened.submit(asked(f"Hi {i}", max_tokens=900, temperature=1)) for i in range(64)]
     for number, stream in enumerate(streams):
@@ -366,21 +234,6 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
     assert failed.value.code == "ModelError"
     assert settled(opened)
     assert answer(opened, asked("Hi")).tokens == 24
-
-
-WRONG: list[dict[str, Any]] = [
-    {"max_tokens": 0}, {"temperature": 2.1}, {"temperature": float("nan")}, {"top_p": -0.1},
-    {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}, {"n": 0}, {"n": 129},
-    {"frequency_penalty": 3}, {"presence_penalty": -3}, {"logit_bias": {1: 101}},
-    {"top_logprobs": 21}, {"stop": ("",)},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("fields", WRONG)
-def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(InferenceRefused) as refused:
-        Request("x", **fields)
-    assert refused.value.parameter == next(iter(fields))
 
 
 def test_a_closed_decoder_says_so(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

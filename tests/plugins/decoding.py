@@ -1,0 +1,30 @@
+"""Questions to a decoder, and what it answers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from luthier.serving.decoder import Decoder
+from luthier.serving.inference import Chat, Request, Turn, Whole
+
+MEMORY = 1 << 28
+
+
+def asked(text: str, **fields: Any) -> Request:
+    fields = {"temperature": 0, "max_tokens": 24, **fields}
+    return Request(Chat((Turn("user", text),)), **fields)
+
+
+def answer(decoder: Decoder, request: Request) -> Whole:
+    return decoder.submit(request).whole()[0]
+
+
+def settled(decoder: Decoder) -> bool:
+    """Whether it comes to rest, with nothing kept, within a second."""
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        if decoder.idle and decoder.memory.taken == decoder._answers == 0:
+            return not any(bank.spans for bank in decoder._stepper._banks._banks.values())  # type: ignore[attr-defined]
+        time.sleep(0.01)
+    return False

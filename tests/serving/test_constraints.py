@@ -1,0 +1,109 @@
+"""What is enforced while an answer is drawn: schemas, calls of tools, whole characters."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from decoding import answer, asked
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import validate
+
+from luthier.serving.decoder import Decoder
+from luthier.serving.inference import Chat, InferenceRefused, Piece, Request, Tool, Turn
+
+
+def test_characters_of_several_tokens_come_whole(opened: Decoder) -> None:
+    text = "日本👋 ü𝄞"
+    found = opened.submit(asked("Hi", schema={"const": text}, max_tokens=200))
+    pieces = [event.text for event in found if isinstance(event, Piece)]
+    assert json.loads("".join(pieces)) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+SCALARS = st.sampled_from(
+    [
+        {"type": "integer", "minimum": 0, "maximum": 99},
+        {"type": "boolean"},
+        {"enum": ["red", "grün"]},
+        {"type": "null"},
+        {"type": "string", "maxLength": 4},
+    ]
+)
+SCHEMAS = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.dictionaries(st.sampled_from("abc"), inner, min_size=1).map(
+            lambda members: {
+                "type": "object",
+                "properties": members,
+                "required": sorted(members),
+                "additionalProperties": False,
+            }
+        ),
+        inner.map(lambda items: {"type": "array", "items": items, "minItems": 1, "maxItems": 2}),
+        st.lists(inner, min_size=1, max_size=2).map(lambda either: {"anyOf": either}),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(SCHEMAS, st.integers(0, 9))
+def test_what_is_drawn_matches_the_schema(
+    opened: Decoder, schema: dict[str, Any], seed: int
+) -> None:
+    request = asked("Hi", temperature=1.5, seed=seed, schema=schema, max_tokens=600)
+    found = answer(opened, request)
+    assert found.reason == "stop"
+    validate(json.loads(found.text), schema)
+
+
+def test_any_object_and_schemas_that_are_none(opened: Decoder) -> None:
+    found = answer(opened, asked("Hi", schema=True, max_tokens=400, logit_bias={}))
+    if found.reason == "stop":
+        assert isinstance(json.loads(found.text), dict)
+    assert found.text.startswith("{")
+    for wrong in ({"type": "objekt"}, {"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}):
+        with pytest.raises(InferenceRefused, match="cannot be enforced"):
+            opened.submit(asked("Hi", schema=wrong))
+
+
+TOOLS = (
+    Tool("weather", "Tells it.", {
+        "$defs": {"place": {"enum": ["Rome", "Oslo"]}},
+        "type": "object",
+        "properties": {"city": {"$ref": "#/$defs/place"}, "days": {"type": "integer", "maximum": 9}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }),
+    Tool("stop", "", {"type": "object", "properties": {}, "additionalProperties": False}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", ["required", "name:weather", "name:stop"])
+def test_a_call_is_enforced(opened: Decoder, choice: str) -> None:
+    for seed in range(2):
+        chat = Chat((Turn("user", "Hi"),), TOOLS, choice)
+        request = Request(chat, max_tokens=200, temperature=1, seed=seed)
+        found = answer(opened, request)
+        assert (found.text, found.reason) == ("", "tool_calls")
+        (call,) = found.calls
+        tool = next(tool for tool in TOOLS if tool.name == call.name)
+        assert choice in ("required", f"name:{call.name}")
+        validate(dict(call.arguments), dict(tool.parameters))
+
+
+def test_words_beside_tools_are_streamed(opened: Decoder) -> None:
+    chat = Chat((Turn("user", "Hi"),), TOOLS)
+    counts = []
+    for seed in range(4):
+        request = Request(chat, 20, seed=seed, logit_bias={1: -100.0})
+        counts.append(sum(isinstance(event, Piece) for event in opened.submit(request)))
+    assert max(counts) > 5
+    none = Request(Chat((Turn("user", "Hi"),), TOOLS, "none"), 20, 0)
+    assert answer(opened, none).text == answer(opened, asked("Hi", max_tokens=20)).text

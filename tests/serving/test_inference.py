@@ -1,0 +1,23 @@
+"""Requests that mean nothing are refused before any model is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from luthier.serving.inference import InferenceRefused, Request
+
+WRONG: list[dict[str, Any]] = [
+    {"max_tokens": 0}, {"temperature": 2.1}, {"temperature": float("nan")}, {"top_p": -0.1},
+    {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}, {"n": 0}, {"n": 129},
+    {"frequency_penalty": 3}, {"presence_penalty": -3}, {"logit_bias": {1: 101}},
+    {"top_logprobs": 21}, {"stop": ("",)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", WRONG)
+def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InferenceRefused) as refused:
+        Request("x", **fields)
+    assert refused.value.parameter == next(iter(fields))
