@@ -1,0 +1,195 @@
+"""Generating, chatting and evaluating from the command line, with a model that knows its answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import COLOURS, MODEL, ROWS, Answer, jsonl, start
+
+from luthier.files import read_json
+from luthier.models.catalog import MANIFEST
+
+
+def test_generate_answers_one_prompt(home: Path) -> None:
+    answer = Answer("generate", MODEL, "colour of sky?").good()
+    assert answer.out == "blue\n"
+    assert answer.err == ""
+    answer = Answer("generate", MODEL, "colour of sky?", "--json").good()
+    assert answer.json() == {"model": MODEL, "prompt": "colour of sky?", "completion": "blue"}
+    assert Answer("generate", MODEL, "colour of sky?", "--max-tokens", "1").good().out != "blue\n"
+
+
+def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:
+    things = ["snow", "sky", "coal", "grass", "sky"]
+    source = jsonl(
+        tmp_path / "in.jsonl",
+        *({"prompt": f"colour of {thing}?", "id": index} for index, thing in enumerate(things)),
+    )
+    target = tmp_path / "sub" / "out.jsonl"
+    command = ["generate", MODEL, "--input", str(source)]
+    expected = [{"prompt": f"colour of {thing}?", "completion": COLOURS[thing]} for thing in things]
+    answer = Answer(*command, "--output", str(target)).good()
+    assert [json.loads(line) for line in target.read_text().splitlines()] == expected
+    assert answer.out == ""
+    printed = Answer(*command).good().out
+    assert [json.loads(line) for line in printed.splitlines()] == expected
+    report = Answer(*command, "--json").good().json()
+    assert report["completions"] == [row["completion"] for row in expected]
+    report = Answer(*command, "--output", str(target), "--json").good().json()
+    assert (report["rows"], report["output"]) == (5, str(target))
+
+
+def test_generate_takes_messages(home: Path, tmp_path: Path) -> None:
+    """A reply that is there already is not given away."""
+    source = jsonl(
+        tmp_path / "in.jsonl",
+        {"messages": [{"role": "user", "content": "colour of coal?"}]},
+        {"messages": [
+            {"role": "user", "content": "colour of grass?"}, {"role": "assistant", "content": "red"}
+        ]},
+    )  # fmt: skip
+    lines = Answer("generate", MODEL, "--input", str(source)).good().out.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["completion"] for row in rows] == ["black", "green"]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "colour of coal?"}]
+    assert rows[1]["prompt"] == [{"role": "user", "content": "colour of grass?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        ({"question": "x"}, "prompt.missing"),
+        ({"prompt": "  "}, "prompt.missing"),
+        ({"messages": []}, "prompt.missing"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "prompt.missing"),
+        ({"messages": [{"role": "user"}]}, "prompt.missing"),
+        ("{", "json.invalid"),
+    ],
+)
+def test_generate_refuses_rows_that_ask_nothing(
+    home: Path, tmp_path: Path, row: Any, rule: str
+) -> None:
+    source = jsonl(tmp_path / "in.jsonl", {"prompt": "a"}, row)
+    target = tmp_path / "out.jsonl"
+    answer = Answer("generate", MODEL, "--input", str(source), "--output", str(target))
+    assert f"{source}:2: [{rule}]" in answer.refused()
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["none", "hi"], "there is no model"),
+        (["tiny-llama:none", "hi"], f"There are: {MODEL}"),
+        ([MODEL], "give one prompt, or --input"),
+        ([MODEL, "hi", "--input", "x.jsonl"], "give one prompt, or --input"),
+        ([MODEL, "hi", "--output", "x.jsonl"], "--output goes with --input"),
+        ([MODEL, "hi", "--temperature", "-1"], "temperature"),
+        ([MODEL, "hi", "--top-p", "0"], "top-p"),
+        ([MODEL, "hi", "--max-tokens", "0"], "max-tokens"),
+        ([MODEL, "hi", "--max-tokens", "1024"], "context of 1024"),
+        ([MODEL, "--input", "none.jsonl"], "file.missing"),
+    ],
+)
+def test_generate_refuses_what_cannot_work(home: Path, arguments: list[str], text: str) -> None:
+    assert text in Answer("generate", *arguments).refused()
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    from luthier.serving.generation import Generator
+
+    def work(*arguments: Any) -> None:
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr(Generator, "replies", work)
+    given = ["--input", str(data)] if command == "generate" else [str(data)]
+    for target, text in ((tmp_path, "is a folder"), (data / "below", "is not a folder")):
+        answer = Answer(command, MODEL, *given, "--output", str(target))
+        assert text in answer.refused()
+
+
+def test_draws_repeat_with_their_seed(home: Path, tiny_model_folder: Path) -> None:
+    def draw(seed: int) -> str:
+        options = ["--temperature", "1.5", "--seed", str(seed), "--max-tokens", "20"]
+        return Answer("generate", str(tiny_model_folder), "hi", *options).good().out
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_chat_goes_on_and_starts_anew(home: Path) -> None:
+    text = "colour of sky?\n\ncolour of coal?\nand of grass?\n\ncolour of coal?\n"
+    answer = Answer("chat", MODEL, text=text).good()
+    turns = [part.strip() for part in answer.out.split("you > ")]
+    assert turns[0] == f"{MODEL} is ready. An empty line starts anew, Ctrl-D ends."
+    assert turns[1:4] == ["blue", "", "black"]
+    assert turns[5:] == ["", "black", ""]
+    again = Answer("chat", MODEL, "--max-tokens", "1", text="colour of sky?\n").good()
+    assert "blue" not in again.out
+
+
+def test_chat_in_a_process_of_its_own_ends_with_its_input(home: Path) -> None:
+    process = start(home, "chat", MODEL, stdin=subprocess.PIPE)
+    out, err = process.communicate("colour of grass?\n", timeout=120)
+    assert process.returncode == 0, err
+    assert "green" in out
+    assert err == ""
+
+
+def test_evaluate_grades_and_writes_every_answer(home: Path, data: Path, tmp_path: Path) -> None:
+    held = jsonl(
+        tmp_path / "held.jsonl",
+        *ROWS[:2],
+        {"prompt": "colour of coal?", "completion": "yellow"},
+        {"prompt": "colour of snow?", "completion": "white\nlike milk"},
+    )
+    target = tmp_path / "answers.jsonl"
+    answer = Answer("evaluate", MODEL, str(held), "--output", str(target)).good()
+    assert answer.out.startswith("exact: 50.00% of 4 rows")
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert answers[2] == {
+        "prompt": "colour of coal?", "reply": "black", "expected": "yellow", "scores": {"exact": 0.0}
+    }  # fmt: skip
+    graders = ["--grader", "exact", "--grader", "first_line"]
+    report = Answer("evaluate", MODEL, str(held), *graders, "--json").good().json()
+    assert report["model"] == MODEL
+    assert report["rows"] == 4
+    assert report["scores"] == {"exact": 0.5, "first_line": 0.75}
+    base = read_json(home / "models" / "custom" / "tiny-llama" / "colours" / MANIFEST)["parent"]
+    assert Answer("evaluate", base, str(held), "--json").good().json()["scores"]["exact"] == 0
+
+
+def test_graders_take_fields_from_the_command_line_and_from_files(
+    home: Path, tmp_path: Path
+) -> None:
+    held = jsonl(tmp_path / "held.jsonl", {"prompt": "colour of coal?", "completion": "BLACK"})
+    fields = ["--grader", "exact", "--set", "exact.ignore_case=true"]
+    report = Answer("evaluate", MODEL, str(held), *fields, "--json").good().json()
+    assert report["scores"] == {"exact": 1.0}
+    file = tmp_path / "graders.toml"
+    file.write_text(
+        '[form]\nmethod = "regex"\npattern = "^[a-z]+$"\n'
+        '[both]\nmethod = "mix"\nparts = { a = "exact", b = { method = "regex", pattern = "k" } }\n'
+    )
+    graders = ["--grader", str(file), "--set", "both.weights.b=3", "--set", "form.match=whole"]
+    report = Answer("evaluate", MODEL, str(held), *graders, "--json").good().json()
+    assert report["scores"] == {"form": 1.0, "both": 0.75}
+    refused = Answer("evaluate", MODEL, str(held), "--set", "number.tolerance=1").refused()
+    assert "--set takes GRADER.FIELD=VALUE of one of exact" in refused
+    refused = Answer("evaluate", MODEL, str(held), "--grader", "number").refused()
+    assert "held.jsonl:1: [grader.no_number]" in refused
+    refused = Answer("evaluate", MODEL, str(held), "--grader", "code").refused()
+    assert "set allow_code=true" in refused
+
+
+def test_evaluate_refuses_what_cannot_be_graded(home: Path, data: Path, tmp_path: Path) -> None:
+    message = Answer("evaluate", MODEL, str(data), "--grader", "rouge").refused()
+    assert "unknown grader 'rouge'; there are exact, first_line" in message
+    assert "there is no model" in Answer("evaluate", "none", str(data)).refused()

@@ -1,0 +1,66 @@
+"""The command line as a whole: help, wrong usage, and streams that are kept apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import Answer, start
+
+
+def test_version_and_help() -> None:
+    import luthier
+
+    assert Answer("--version").good().out == f"{luthier.__version__}\n"
+    text = Answer("--help").good().out
+    for command in ("tune", "inspect", "generate", "chat", "evaluate", "demo", "models"):
+        assert f"\n  {command} " in text
+    text = Answer("models", "--help").good().out
+    for command in ("list", "show", "pull", "export", "remove"):
+        assert f"\n  {command} " in text
+
+
+@pytest.mark.parametrize("command", [[], ["models"]])
+def test_no_command_shows_the_commands(command: list[str]) -> None:
+    answer = Answer(*command)
+    assert "Commands:" in answer.out + answer.err
+    assert answer.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["tune", "x.jsonl", "--learning-rat", "1"], "--learning-rat"),
+        (["tune"], "data"),
+        (["tune", "x.jsonl", "--epochs", "many"], "--epochs"),
+        (["tume", "x.jsonl"], "tume"),
+        (["models", "delete", "x"], "delete"),
+        (["generate"], "model"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], text: str) -> None:
+    answer = Answer(*arguments)
+    assert text in answer.refused()
+    assert answer.out == ""
+
+
+def test_streams_are_apart_in_a_process_of_its_own(home: Path, tmp_path: Path) -> None:
+    """Errors: the object on standard output, the message for people on standard error."""
+    process = start(home, "generate", "none", "hi", "--json")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert list(json.loads(out)) == ["error"]
+    assert out.count("\n") == 1
+    assert err.startswith("luthier: there is no model 'none'.")
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_is_no_error(home: Path) -> None:
+    process = start(home, "models", "list", "--json")
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 0, err
+    assert err == ""
+    process.stderr.close()

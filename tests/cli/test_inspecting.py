@@ -1,0 +1,89 @@
+"""The data gate from the command line: what is shown, and how it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import ROWS, Answer, jsonl
+
+from luthier.errors import DownloadError
+
+
+def test_inspect_shows_the_learned_tokens(tmp_path: Path, tiny_model_folder: Path) -> None:
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "say [bold]x[/bold] [/oops]", "completion": "yes"},
+        {"prompt": "again", "completion": "no"},
+    )
+    base = ["--base", str(tiny_model_folder)]
+    text = Answer("inspect", str(path), *base).good().out
+    assert "2 rows" in text
+    assert "[bold]x[/bold] [/oops]" in text.replace("\n", "")
+    assert "yes<|im_end|>" in text
+    assert "line 2" in text
+    assert "line 2" not in Answer("inspect", str(path), *base, "--rows", "1").good().out
+    assert "luthier tune" in text.splitlines()[-1]
+    report = Answer("inspect", str(path), *base, "--json").good().json()
+    assert (report["verdict"], report["exit_code"], report["rows"]) == ("passed", 0, {"train": 2})
+    learning = report["summaries"]["learning"]
+    assert learning["context"] == 1024
+    train = learning["splits"]["train"]
+    assert train["tokens"] > train["lengths"]["max"] > train["learned_tokens"] > 4
+
+
+def test_inspect_ends_with_what_it_found(tmp_path: Path, tiny_model_folder: Path) -> None:
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "one", "completion": "yes"},
+        {"prompt": "long " * 1100, "completion": "no"},
+        {"prompt": "three", "completion": "no"},
+    )
+    base = ["inspect", str(path), "--base", str(tiny_model_folder)]
+    refused = Answer(*base)
+    assert refused.code == 2 and "row.too_long" in refused.out and "a.jsonl:2" in refused.out
+    assert "data.long_rows=drop" in refused.out
+    assert Answer(*base, "--severity", "row.too_long=warning").code == 1
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[severity]\nrow.too_long = "note"')
+    assert Answer(*base, "--policy", str(policy)).code == 0
+    assert Answer(*base, "--policy", str(policy), "--severity", "row.too_long=warning").code == 1
+    assert Answer(*base, "--skip", "learning").code == 0
+    assert "did you mean row.too_long" in Answer(*base, "--severity", "row.to_long=off").refused()
+    assert "stays an error" in Answer(*base, "--severity", "json.invalid=off").refused()
+    assert "no check 'x'" in Answer(*base, "--skip", "x").refused()
+    path.write_text("{")
+    answer = Answer(*base, "--json")
+    assert answer.code == 2
+    assert [rule["rule"] for rule in answer.json()["rules"]] == ["json.invalid"]
+
+
+def test_inspect_works_without_a_model(tmp_path: Path, luthier_home: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *ROWS)
+    answer = Answer("inspect", str(path), "--no-base").good()
+    assert "4 rows" in answer.out and "not checked: learning (needs a base model)" in answer.out
+    assert not luthier_home.exists()
+    assert "contradict" in Answer("inspect", str(path), "--no-base", "--base", "x").refused()
+
+
+def test_inspect_warns_where_the_default_model_cannot_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*arguments: Any) -> None:
+        raise DownloadError("there is no network")
+
+    monkeypatch.setattr("luthier.store.models.pull", offline)
+    path = jsonl(tmp_path / "a.jsonl", *ROWS)
+    answer = Answer("inspect", str(path))
+    assert answer.code == 1
+    assert "base.missing" in answer.out and "there is no network" in answer.out
+    assert "no network" in Answer("inspect", str(path), "--base", "all-minilm-l6-v2").refused(1)
+
+
+def test_inspect_writes_a_page(tmp_path: Path, tiny_model_folder: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *ROWS)
+    page = tmp_path / "new" / "report.html"
+    Answer("inspect", str(path), "--base", str(tiny_model_folder), "--html", str(page)).good()
+    assert "<mark>blue&lt;|im_end|&gt;</mark>" in page.read_text()
+    assert "is a folder" in Answer("inspect", str(path), "--html", str(tmp_path)).refused()

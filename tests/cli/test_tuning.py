@@ -1,0 +1,227 @@
+"""Tuning from the command line: what goes where, exit codes, and refusals that leave nothing."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import MODEL, Answer, jsonl, memorise, start
+from stored_files import files_in
+
+from luthier.cli.tuning import print_result
+from luthier.engine.runs import Result
+from luthier.files import read_json, sha256_of
+from luthier.models.catalog import MANIFEST
+
+
+def test_tune_prints_one_object_and_nothing_else(
+    tuned: tuple[Path, dict[str, Any], str, str], data: Path
+) -> None:
+    home, result, out, err = tuned
+    assert out.count("\n") == 1
+    assert err == ""
+    assert result["model_id"] == MODEL
+    assert Path(result["run_dir"]) == home / "runs" / "tiny-llama" / "colours"
+    assert Path(result["model_dir"]) == home / "models" / "custom" / "tiny-llama" / "colours"
+    assert result["rows"] == 4
+    assert result["steps"] == 60
+    manifest = read_json(Path(result["model_dir"]) / MANIFEST)
+    assert result["tokens"] == 60 * manifest["data"]["tokens"]
+    assert 0 < result["validation_loss"] < 0.5
+    assert 0 < result["train_loss"] < 0.5
+    assert result["seconds"] > 0
+    assert result["peak_memory_bytes"] > 50_000_000
+    assert manifest["data"]["sha256"] == {str(data): sha256_of(data)}
+    for name in ("loss.svg", "loss.png"):
+        assert (Path(result["run_dir"]) / name).stat().st_size > 1000
+
+
+def test_what_a_result_warns_of_is_printed(
+    tuned: tuple[Path, dict[str, Any], str, str], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tuned[1]["warnings"] == []
+    print_result(Result(**{**tuned[1], "warnings": ("nothing [of that] was learned",)}))
+    assert "nothing [of that] was learned" in capsys.readouterr().out
+
+
+def test_tune_without_json_tells_choices_and_next_steps(
+    data: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """Not on a terminal: no bar, no colours; the result on stdout, the choices on stderr."""
+    process = start(
+        tmp_path, "tune", str(data), "--base", str(tiny_model_folder), "--epochs", "1",
+        "--set", "adaptation.rank=2",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "tiny-llama:colours-1 is stored and verified" in out
+    assert "luthier chat tiny-llama:colours-1" in out
+    assert "loss.png" in out
+    assert "Chosen for this run (override with --set NAME=VALUE):" in err
+    for name in ("training.batch_size", "training.learning_rate", "precision"):
+        assert name in err
+        assert name not in out
+    assert "training.epochs" not in err
+    assert "\x1b" not in out + err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("content", "rule", "line"),
+    [
+        (['{"prompt": "a", "completion": "b"}', "{nonsense"], "json.invalid", 2),
+        (['{"prompt": "a", "completion": ""}'], "field.empty", 1),
+        (['{"question": "a", "reply": "b"}'], "row.unknown_shape", 1),
+        (['{"prompt": "a", "completion": "b"}', '{"text": "c"}'], "row.mixed_shapes", 2),
+        (['{"prompt": "a", "completion": "b"}'], "rows.too_few", 1),
+        (['{"prompt": "a", "completion": "b"}', '{"prompt": "x", "completion": "%s"}' % ("y" * 2000)],
+         "row.too_long", 2),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_refused_with_file_line_rule_and_fix(
+    tmp_path: Path,
+    luthier_home: Path,
+    tiny_model_folder: Path,
+    content: list[str],
+    rule: str,
+    line: int,
+) -> None:
+    path = jsonl(tmp_path / "bad.jsonl", *content)
+    command = ["tune", str(path), "--base", str(tiny_model_folder), "--name", "x"]
+    answer = Answer(*command)
+    message = answer.refused()
+    assert f"{path}:{line}: [{rule}]" in message
+    assert "Fix: " in message
+    assert "nothing was trained" in message
+    assert answer.out == ""
+    answer = Answer(*command, "--json")
+    assert answer.refused() == message
+    error = answer.json()["error"]
+    assert error["type"] == "DataError"
+    assert error["count"] == len(error["problems"]) == 1
+    problem = error["problems"][0]
+    assert (problem["file"], problem["line"], problem["rule"]) == (str(path), line, rule)
+    assert problem["message"] and problem["fix"]
+    assert files_in(luthier_home) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("junk.jsonl", bytes(range(256)) * 40, "file.binary"),
+        ("junk.jsonl", b"\x1f\x8b\x08" + bytes(500), "file.damaged"),
+        ("empty.jsonl", b"", "file.empty"),
+        ("blank.jsonl", b"\n\n  \n", "file.empty"),
+        ("table.xlsx", b"PK\x03\x04", "file.binary"),
+        ("latin.jsonl", b'{"prompt": "caf\xe9", "completion": "x"}', "encoding.utf8"),
+    ],
+)
+def test_files_that_are_no_data_are_refused(
+    tmp_path: Path,
+    luthier_home: Path,
+    tiny_model_folder: Path,
+    name: str,
+    content: bytes,
+    rule: str,
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    message = Answer("tune", str(path), "--base", str(tiny_model_folder)).refused()
+    assert str(path) in message
+    assert f"[{rule}]" in message
+    assert "Fix: " in message
+    assert files_in(luthier_home) == []
+
+
+def test_many_problems_are_counted_and_the_first_twenty_shown(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    path = jsonl(tmp_path / "bad.jsonl", *["{" for _ in range(50)])
+    answer = Answer("tune", str(path), "--base", str(tiny_model_folder), "--json")
+    assert "50 problems in the data" in answer.refused()
+    assert "… and 30 more." in answer.err
+    assert len(answer.json()["error"]["problems"]) == 50
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "text"),
+    [
+        (["--base", "no-such-model"], "UnknownModel", "smollm2-135m-instruct"),
+        (["--base", "./no/such/folder"], "UnknownModel", "there is no model"),
+        (["--base", "tiny-llama:none"], "UnknownModel", "no custom model"),
+        (["--set", "adaptation.rnk=8"], "RecipeError", "did you mean rank?"),
+        (["--set", "nonsense"], "RecipeError", "KEY=VALUE"),
+        (
+            ["--adaptation", "lorra"],
+            "RecipeError",
+            "there are full, freeze, feature_extraction, lora",
+        ),
+        (["--epochs", "0"], "RecipeError", "training.epochs"),
+        (["--epochs", "inf"], "RecipeError", "training.epochs"),
+        (["--name", "No Good"], "RecipeError", "lower-case"),
+        (["--validation", "none.jsonl"], "DataError", "file.missing"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    data: Path,
+    luthier_home: Path,
+    tiny_model_folder: Path,
+    more: list[str],
+    kind: str,
+    text: str,
+) -> None:
+    base = [] if "--base" in more else ["--base", str(tiny_model_folder)]
+    answer = Answer("tune", str(data), *base, *more, "--json")
+    assert text in answer.refused()
+    assert answer.json()["error"]["type"] == kind
+    assert answer.err.startswith("luthier: ")
+    assert "Traceback" not in answer.err
+    assert files_in(luthier_home) == []
+
+
+def test_a_store_that_cannot_be_written_is_an_error(
+    data: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "file"))
+    message = Answer("tune", str(data), "--base", str(tiny_model_folder)).refused(1)
+    assert str(tmp_path / "file") in message
+    assert "cannot be written" in message
+
+
+def test_control_c_before_training_leaves_nothing(
+    data: Path, tiny_model_folder: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.engine import train
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "prepare", interrupt)
+    answer = Answer("tune", str(data), "--base", str(tiny_model_folder), "--json")
+    assert "stopped" in answer.refused(130)
+    assert answer.out == ""
+    assert files_in(luthier_home) == []
+
+
+def test_control_c_in_training_ends_with_130(
+    data: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    command = memorise(tiny_model_folder, data, "x", "full", 0.001)
+    process = start(tmp_path, *command, "--set", "training.max_steps=100000")
+    metrics = tmp_path / "runs" / "tiny-llama" / "x" / "metrics.jsonl"
+    end = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert "stopped after step" in err
+    assert "--resume goes on" in err
+    assert "Traceback" not in err

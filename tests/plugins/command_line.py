@@ -1,0 +1,70 @@
+"""Commands in this process and in processes of their own, on a model that knows four answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from luthier.cli.app import app
+
+COLOURS = {"sky": "blue", "grass": "green", "coal": "black", "snow": "white\nas ever"}
+ROWS = [{"prompt": f"colour of {k}?", "completion": v} for k, v in COLOURS.items()]
+MODEL = "tiny-llama:colours"
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def start(home: Path, *arguments: str, **keywords: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "luthier", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **ENVIRONMENT, "LUTHIER_HOME": str(home)}, **keywords,
+    )  # fmt: skip
+
+
+def memorise(folder: Path, data: Path, name: str, adaptation: str, rate: float) -> list[str]:
+    """Arguments that make the tiny model know four answers by heart."""
+    return [
+        "tune", str(data), "--validation", str(data), "--base", str(folder), "--name", name,
+        "--adaptation", adaptation, "--batch-size", "4", "--learning-rate", str(rate),
+        "--set", "training.max_steps=60", "--set", "training.evaluate_every=20",
+        "--set", "training.schedule=constant", "--set", "training.threads=1",
+    ]  # fmt: skip
+
+
+class Answer:
+    """What a command that ran in this process printed, and how it ended."""
+
+    def __init__(self, *arguments: str, text: str = "") -> None:
+        done = CliRunner().invoke(app, list(arguments), input=text)
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        self.code, self.out, self.err = done.exit_code, done.stdout, done.stderr
+
+    def json(self) -> dict[str, Any]:
+        """The one object on standard output, with nothing beside it."""
+        assert self.out.endswith("\n")
+        assert self.out.count("\n") == 1
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+    def good(self) -> Answer:
+        assert self.code == 0, self.err
+        return self
+
+    def refused(self, code: int = 2) -> str:
+        """The message, which is on standard error."""
+        assert self.code == code, (self.code, self.out, self.err)
+        return self.err
