@@ -17,13 +17,7 @@ from luthier.engine.devices import Machine
 from luthier.serving import decoder as module
 from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator, Sampling
-from luthier.serving.inference import (
-    InferenceFailed,
-    InferenceRefused,
-    Piece,
-    Request,
-    TooLong,
-)
+from luthier.serving.inference import InferenceFailed, InferenceRefused, Piece, Request, TooLong
 from luthier.serving.memory import CacheBudget
 from luthier.store.models import chat_format, find, load
 

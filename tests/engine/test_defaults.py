@@ -1,0 +1,158 @@
+"""What is chosen for a run, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from short_runs import Notes, manifest_of
+
+from luthier.engine import defaults, train
+from luthier.engine.defaults import Facts, choose, steps_of, token_budget, validation_share
+from luthier.engine.estimate import MemoryEstimate
+from luthier.recipe import Recipe, Training
+from luthier.types import Example
+
+
+@pytest.mark.parametrize(
+    ("rows", "share"), [(1, 0.0), (19, 0.0), (20, 0.1), (2000, 0.1), (10_000, 0.02)]
+)
+def test_how_much_is_held_out(rows: int, share: float) -> None:
+    got, reason = validation_share(rows)
+    assert got == pytest.approx(share)
+    assert ("too few" in reason) == (share == 0)
+    assert round(got * rows) <= 200
+
+
+def plan(rows: int, validation: int = 0, **training: Any) -> tuple[Recipe, dict[str, Any], int]:
+    recipe = Recipe.parse({"data": {"train": "x"}, "training": training})
+    recipe, choices = choose(recipe, Facts(rows, 100, validation, 2000))
+    assert all(reason for _, _, reason in choices)
+    return recipe, {name: value for name, value, _ in choices}, steps_of(recipe, rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "epochs", "steps"),
+    [
+        (1, 1, 5.0, 5),
+        (19, 1, 5.0, 95),
+        (40, 2, 5.0, 100),
+        (319, 8, 4.0, 160),
+        (320, 16, 5.0, 100),
+        (1000, 16, 3.0, 189),
+        (10_000, 16, 1.0, 625),
+    ],
+)
+def test_defaults_follow_from_the_number_of_rows(
+    rows: int, batch: int, epochs: float, steps: int
+) -> None:
+    recipe, chosen, count = plan(rows, validation=rows // 10)
+    assert chosen["training.batch_size"] == recipe.training.batch_size == batch
+    assert chosen["training.epochs"] == recipe.training.epochs == epochs
+    assert chosen["training.learning_rate"] == recipe.training.learning_rate == 5e-4
+    assert count == steps
+    if rows >= 10:
+        assert chosen["training.evaluate_every"] == round(steps / 8)
+    else:
+        assert "training.evaluate_every" not in chosen
+
+
+def test_what_is_asked_for_is_not_chosen() -> None:
+    recipe, chosen, steps = plan(1000, 10, batch_size=7, learning_rate=1e-3, max_steps=11)
+    assert chosen.keys() == {"training.evaluate_every"}
+    assert (recipe.training.batch_size, recipe.training.learning_rate, steps) == (7, 1e-3, 11)
+    assert recipe.training.epochs is None
+    assert plan(100, epochs=2, batch_size=10)[2] == 20
+    assert plan(100, epochs=2, batch_size=10, max_steps=3)[2] == 3
+    assert plan(100, epochs=0.001, batch_size=10)[2] == 1
+
+
+def test_each_adaptation_has_its_own_rate() -> None:
+    rates = {}
+    for name in ("lora", "full", "freeze"):
+        for width in (576, 2000):
+            recipe = Recipe.parse({"data": {"train": "x"}, "adaptation": name})
+            chosen = choose(recipe, Facts(100, 100, 0, width))[0]
+            rates[name, width] = chosen.training.learning_rate
+    assert rates == {
+        ("lora", 576): 1.3e-3,
+        ("lora", 2000): 5e-4,
+        **{(name, 576): 1.3e-4 for name in ("full", "freeze")},
+        **{(name, 2000): 5e-5 for name in ("full", "freeze")},
+    }
+
+
+@pytest.mark.parametrize(
+    ("adaptation", "new", "rate", "told"),
+    [("full", True, 10.0, True), ("full", False, 1.0, False), ("lora", True, 1.0, False)],
+)
+def test_a_new_head_on_weights_that_move_learns_faster(
+    adaptation: str, new: bool, rate: float, told: bool
+) -> None:
+    recipe = Recipe.parse({"data": {"train": "x"}, "adaptation": adaptation})
+    chosen, choices = choose(recipe, Facts(100, 100, 0, 576, new))
+    assert chosen.training.head_rate == rate
+    given = recipe.model_copy(update={"training": Training(learning_rate=1e-3)})
+    assert choose(given, Facts(100, 100, 0, 576, new))[0].training.head_rate == 1.0
+    assert told == any(name == "training.head_rate" for name, _, _ in choices)
+
+
+def test_the_token_budget_grows_when_micro_batches_would_repeat_a_long_prefix() -> None:
+    estimate = MemoryEstimate(fixed=1000, per_token=10)
+    ends = np.arange(16)[:, None] + 1000
+    rows = [np.concatenate([np.arange(400), np.repeat(end, 40)]) for end in ends]
+    batch = [Example(ids, np.zeros(len(ids), np.float32), i) for i, ids in enumerate(rows)]
+    # one tree has 400 + 16 x 40 = 1,040 nodes; at 512 the prefix would be computed eight times
+    assert token_budget(estimate, [batch], 440, 1 << 30)[0] == 2048
+    assert token_budget(estimate, [batch], 440, 2 * (1000 + 1024 * 10))[0] == 1024
+
+
+def test_the_token_budget_fits_the_memory_and_the_longest_row() -> None:
+    estimate = MemoryEstimate(fixed=1000, per_token=10)
+    assert token_budget(estimate, [], 100, 1 << 30)[0] == 512
+    assert token_budget(estimate, [], 600, 1 << 30)[0] == 600
+    assert token_budget(estimate, [], 100, 2 * (1000 + 300 * 10))[0] == 300
+    assert (
+        token_budget(estimate, [], 100, 0)[0] == 100
+    )  # less is not possible; check_memory refuses
+
+
+def test_choices_are_told_with_their_reasons(recipe: Callable[..., Recipe]) -> None:
+    plain = recipe().plain()
+    del plain["training"]["batch_size"], plain["data"]["validation_share"]
+    reporter = Notes()
+    result = train.train(Recipe.parse(plain), reporter=reporter)
+    assert reporter.choices.keys() == {
+        "precision", "objective", "data.validation_share", "training.batch_size",
+        "training.learning_rate", "training.evaluate_every", "training.micro_batch_tokens",
+    }  # fmt: skip
+    assert all(reason for _, reason in reporter.choices.values())
+    stored = manifest_of(result)["recipe"]["training"]
+    for name in ("batch_size", "learning_rate", "evaluate_every", "micro_batch_tokens"):
+        assert stored[name] == reporter.choices[f"training.{name}"][0]
+    (said,) = [note for note in reporter.notes if "weights train" in note]
+    share = f"{result.trained_weights / result.weights:.2%}"
+    assert said.startswith(
+        f"{result.trained_weights:,} of {result.weights:,} weights train ({share})"
+    )
+    adapter = Path(result.model_dir, "adapter_model.safetensors")
+    tensors = load_file(adapter).values()
+    assert said.endswith(f"stored in {sum(tensor.nbytes for tensor in tensors) / 1e6:,.2f} MB")
+    assert sum(tensor.numel() for tensor in tensors) == result.trained_weights
+    metrics = manifest_of(result)["metrics"]
+    assert metrics["saved_bytes"] == result.saved_bytes == adapter.stat().st_size
+
+
+def test_defaults_module_names_only_fields_of_the_recipe() -> None:
+    """A choice is printed under the name that ``--set`` takes."""
+    from luthier.recipe import assign
+
+    _, chosen, _ = plan(1000, 100)
+    fields: dict[str, Any] = {"data": {"train": "x"}}
+    for name, value in chosen.items():
+        assign(fields, name.split("."), value)
+    assert Recipe.parse(fields).training.epochs == defaults._epochs(1000, 16)[0]

@@ -1,0 +1,168 @@
+"""What is refused before any work, and leaves nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from short_runs import Notes, manifest_of, pairs, write_rows
+from stored_files import files_in
+
+from luthier.engine import job, train
+from luthier.errors import (
+    DataError,
+    DoesNotFit,
+    LuthierError,
+    RecipeError,
+    RunConflict,
+    UnknownModel,
+)
+from luthier.files import read_json, write_json
+from luthier.recipe import Recipe
+from luthier.store.models import find
+
+
+def refused(recipe: Recipe, kind: type[LuthierError], match: str, home: Path) -> None:
+    with pytest.raises(kind, match=match) as caught:
+        train.train(recipe)
+    assert caught.value.exit_code == 2
+    assert files_in(home) == []
+    train_again = [path.name for path in home.rglob("x")]
+    assert train_again == []
+
+
+def test_too_little_memory_is_refused(
+    recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "available_memory", lambda: 100_000)
+    refused(recipe(), DoesNotFit, r"needs about 0\.\d GB of memory and 0\.0 GB are", luthier_home)
+
+
+def test_too_little_disk_is_refused(
+    recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 20_000_000, "total": 21_000_000})
+    monkeypatch.setattr("luthier.files.shutil.disk_usage", lambda path: usage)
+    refused(recipe(), DoesNotFit, "this run needs 2[0-9] MB on the disk", luthier_home)
+
+
+def test_full_tuning_needs_more_disk_than_lora(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(job, "need_disk", lambda folder, size, what: needed.append(size))
+    for adaptation in ("lora", "full"):
+        train.train(recipe({"max_steps": 1}, adaptation=adaptation, name=adaptation))
+    stored = sum(p.stat().st_size for p in Path(find("tiny-llama:full").folder).rglob("*.safet*"))
+    assert needed[1] > needed[0] > 20_000_000
+    assert needed[1] - 20_000_000 > 10 * stored
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "match"),
+    [
+        ({"adaptation": {"targets": "no_proj"}}, RecipeError, "no linear layer is called no_proj"),
+        ({"base": "nothing-here"}, UnknownModel, "there is no model"),
+        ({"data": {"train": "/no/such.jsonl"}}, DataError, "file.missing"),
+        ({"objective": "causal_lm"}, DataError, "row.objective"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_leaves_nothing(
+    recipe: Callable[..., Recipe],
+    luthier_home: Path,
+    fields: dict[str, Any],
+    kind: type[LuthierError],
+    match: str,
+) -> None:
+    refused(recipe(**fields), kind, match, luthier_home)
+
+
+def test_a_network_that_the_token_tree_does_not_fit_is_refused(
+    recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found only when the weights are loaded; the name is free again all the same."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise RecipeError("networks of this type cannot be trained here yet")
+
+    monkeypatch.setattr(train, "as_network", refuse)
+    refused(recipe(), RecipeError, "cannot be trained here yet", luthier_home)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kind", ["unknown", "encoder"])
+def test_a_base_that_is_no_causal_language_model_is_refused(
+    recipe: Callable[..., Recipe],
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    luthier_home: Path,
+    kind: str,
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_model_folder, folder)
+    config = read_json(folder / "config.json")
+    other = "evil" if kind == "unknown" else "bert"
+    auto_map = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    write_json(folder / "config.json", {**config, "model_type": other, "auto_map": auto_map})
+    (folder / "evil.py").write_text("import os; os.mkdir('exploded')")
+    kinds = (UnknownModel, "cannot be loaded") if other == "evil" else (RecipeError, "cannot be")
+    refused(recipe(base=str(folder)), *kinds, luthier_home)
+
+
+def test_a_taken_name_is_refused(recipe: Callable[..., Recipe], luthier_home: Path) -> None:
+    result = train.train(recipe())
+    before = files_in(luthier_home)
+    with pytest.raises(RunConflict, match="finished run tiny-llama:x already"):
+        train.train(recipe({"max_steps": 5}))
+    shutil.rmtree(result.run_dir)
+    with pytest.raises(RunConflict, match="there is a model tiny-llama:x already"):
+        train.train(recipe())
+    assert files_in(luthier_home) == [name for name in before if not name.startswith("runs")]
+
+
+def small_context(folder: Path, target: Path, context: int) -> Path:
+    shutil.copytree(folder, target)
+    config = read_json(target / "config.json")
+    write_json(target / "config.json", {**config, "max_position_embeddings": context})
+    return target
+
+
+def test_long_rows_are_refused_dropped_or_cut_and_counted(
+    recipe: Callable[..., Recipe], tiny_model_folder: Path, tmp_path: Path, luthier_home: Path
+) -> None:
+    base = str(small_context(tiny_model_folder, tmp_path / "small", 100))
+    long = [{"prompt": "say it", "completion": "Z" * 200}] * 3
+    data = str(write_rows(tmp_path / "long.jsonl", [*pairs(9), *long]))
+    with pytest.raises(DataError) as caught:
+        train.train(recipe(base=base, data={"train": data}))
+    assert files_in(luthier_home) == []
+    assert [problem.line for problem in caught.value.problems] == [10, 11, 12]
+    for problem in caught.value.problems:
+        assert problem.rule == "row.too_long"
+        assert "context of 100" in problem.message
+        assert "data.long_rows=drop" in problem.fix
+    for choice, left, tokens in (("drop", 9, None), ("truncate", 12, 100)):
+        reporter = Notes()
+        data_fields = {"train": data, "long_rows": choice, "validation_share": 0}
+        spec = recipe({"max_steps": 1, "batch_size": 50}, base=base, name=choice, data=data_fields)
+        result = train.train(spec, reporter=reporter)
+        counted = manifest_of(result)["data"]
+        assert counted["dropped"] == (3 if choice == "drop" else 0)
+        assert counted["truncated"] == (3 if choice == "truncate" else 0)
+        assert counted["rows"] == result.rows == left
+        if tokens:
+            assert result.tokens == counted["tokens"] > 3 * tokens
+        assert any("3 rows longer than 100 tokens were" in note for note in reporter.notes)
+
+
+def test_a_row_whose_reply_would_be_cut_off_whole_is_refused(
+    recipe: Callable[..., Recipe], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    base = str(small_context(tiny_model_folder, tmp_path / "small", 64))
+    rows = [*pairs(3), {"prompt": "Z" * 200, "completion": "yes"}]
+    data = {"train": str(write_rows(tmp_path / "long.jsonl", rows)), "long_rows": "truncate"}
+    with pytest.raises(DataError, match=r"long\.jsonl:4: \[row\.nothing_learned\]"):
+        train.train(recipe(base=base, data=data))

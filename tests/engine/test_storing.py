@@ -1,0 +1,139 @@
+"""What can go wrong while storing: a disk that fills, and a model that is not the trained one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from short_runs import manifest_of
+from stored_files import files_in
+
+from luthier.engine import storing, train
+from luthier.errors import DoesNotFit, LuthierError, UnknownModel
+from luthier.files import read_json, write_json
+from luthier.recipe import Recipe
+from luthier.store.models import find
+
+
+def no_space(kind: str) -> Exception:
+    """As the system reports a full disk, and as safetensors does (seen on a full tmpfs)."""
+    if kind == "system":
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+@pytest.mark.parametrize("kind", ["system", "safetensors"])
+@pytest.mark.parametrize("where", ["save_adapter", "save_format", "write_json", "draw_curves"])
+def test_a_disk_that_fills_while_storing_leaves_no_half_model(
+    recipe: Callable[..., Recipe],
+    luthier_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    kind: str,
+) -> None:
+    real = getattr(storing, where)
+
+    def full(*arguments: Any) -> Any:
+        if where != "draw_curves":
+            real(*arguments)
+            raise no_space(kind)
+        from luthier.files import disk_errors
+
+        with disk_errors(luthier_home):
+            raise no_space(kind)
+
+    monkeypatch.setattr(storing, where, full)
+    with pytest.raises(DoesNotFit, match="is full; nothing was left half-written") as caught:
+        train.train(recipe())
+    assert caught.value.exit_code == 2
+    assert not [name for name in files_in(luthier_home) if name.startswith("models")]
+    assert not [name for name in files_in(luthier_home) if ".tmp-" in name]
+    monkeypatch.undo()
+    monkeypatch.setenv("LUTHIER_HOME", str(luthier_home))
+    result = train.train(recipe(), resume=True)
+    other = train.train(recipe(name="other"))
+    assert (
+        manifest_of(result)["trained_weights_sha256"]
+        == manifest_of(other)["trained_weights_sha256"]
+    )
+
+
+def test_a_disk_that_fills_while_training_can_be_resumed(
+    recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.engine import checkpoints
+
+    def full(*arguments: Any) -> Any:
+        raise no_space("safetensors")
+
+    spec = recipe({"max_steps": 12})
+    monkeypatch.setattr(checkpoints, "save_tensors", full)
+    with pytest.raises(DoesNotFit):
+        train.train(spec)
+    monkeypatch.undo()
+    monkeypatch.setenv("LUTHIER_HOME", str(luthier_home))
+    assert train.train(spec, resume=True).steps == 12
+
+
+def zero_weights(folder: Path) -> None:
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    for name in tensors:
+        if "lora_B" in name or "mlp" in name:
+            tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def not_numbers(folder: Path) -> None:
+    path = next(folder.glob("*.safetensors"))
+    tensors = {name: tensor * float("nan") for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def other_end(folder: Path) -> None:
+    config = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", {**config, "eos_token": "<|im_start|>"})
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+@pytest.mark.parametrize("damage", [zero_weights, not_numbers, other_end])
+def test_what_is_stored_must_be_what_was_trained(
+    recipe: Callable[..., Recipe],
+    luthier_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    adaptation: str,
+    damage: Callable[[Path], None],
+) -> None:
+    last = "save_format" if adaptation == "lora" else "save_network"
+    real = getattr(storing, last)
+
+    def save(*arguments: Any) -> None:
+        real(*arguments)
+        damage(arguments[-1])
+
+    spec = recipe({"learning_rate": 0.02, "max_steps": 6}, adaptation=adaptation)
+    monkeypatch.setattr(storing, last, save)
+    changed = {
+        "lora": "the saved adapter has not the bits of the trained one",
+        "full": {not_numbers: "not finite"}.get(damage, "the saved model is not the trained one"),
+    }[adaptation]
+    with pytest.raises(
+        LuthierError, match="stop tokens" if damage is other_end else changed
+    ) as caught:
+        train.train(spec)
+    assert caught.value.exit_code == 1
+    assert not [name for name in files_in(luthier_home) if name.startswith("models")]
+    with pytest.raises(UnknownModel):
+        find("tiny-llama:x")
+    # The run is kept: with the cause mended, it stores without beginning again.
+    monkeypatch.setattr(storing, last, real)
+    assert train.train(spec, resume=True).steps == 6

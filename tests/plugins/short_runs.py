@@ -1,0 +1,82 @@
+"""Short runs on small files: what they read, what they tell, and what they leave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.engine.dataset import prepare
+from luthier.engine.metrics import Reporter
+from luthier.engine.runs import Result
+from luthier.files import read_json
+from luthier.models.load import as_network
+from luthier.recipe import Recipe
+from luthier.store.models import chat_format, find, load
+
+CPU = torch.device("cpu")
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "my",
+    "new",
+    "card",
+]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
+    made = []
+    for index in range(start, start + count):
+        said = " ".join(WORDS[(index * 7 + k) % len(WORDS)] for k in range(2 + index % 5))
+        made.append({"prompt": f"say {said}", "completion": said.upper()})
+    return made
+
+
+def metrics_of(result: Result) -> list[dict[str, Any]]:
+    text = (Path(result.run_dir) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def manifest_of(result: Result) -> dict[str, Any]:
+    return dict(read_json(Path(result.model_dir) / "luthier.json"))
+
+
+def stored_loss(model_id: str, data: Path) -> float:
+    """Loss of the model as it is served, on all rows of a file."""
+    stored = find(model_id)
+    network = as_network(load(stored, torch.float32, CPU), CPU, torch.float32)
+    spec = Recipe.parse({"data": {"train": str(data), "validation_share": 0}})
+    dataset = prepare(spec.data, None, chat_format(stored), 1024, 0)
+    return dataset.objective.mean_loss(network, dataset.train, 512)
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.choices: dict[str, tuple[Any, str]] = {}
+        self.lines: list[Mapping[str, Any]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def chosen(self, choices: Sequence[tuple[str, Any, str]]) -> None:
+        self.choices = {name: (value, reason) for name, value, reason in choices}
+
+    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        self.lines.append(line)
