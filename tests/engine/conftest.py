@@ -1,13 +1,18 @@
-"""A short run and its rows."""
+"""A short run and its rows; runs that are killed, and what is left by those that are not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from short_runs import pairs, write_rows
+from killed_runs import ENVIRONMENT, LINES, STEPS, Forker, Outcome, leftovers, outcome
+from short_runs import WORDS, pairs, write_rows
 
 from luthier.recipe import Recipe
 
@@ -34,3 +39,91 @@ def recipe(rows: Path, tiny_model_folder: Path) -> Callable[..., Recipe]:
         return Recipe.parse({**plain, **fields})
 
     return build
+
+
+@pytest.fixture(scope="session")
+def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
+    """The process that all runs are forked from, one for all modules."""
+    made = Forker(tmp_path_factory.mktemp("forker"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def uneven_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of very different lengths, so that order and batches matter."""
+    lines = []
+    for index in range(40):
+        said = " ".join(WORDS[(index * 7 + k) % len(WORDS)] for k in range(1 + index % 9))
+        lines.append(json.dumps({"prompt": f"say {said}", "completion": said.upper()}))
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def command(uneven_rows: Path, tiny_model_folder: Path) -> Callable[..., list[str]]:
+    """``command("lora")`` is the command line of a run, with dropout where there is any.
+
+    ``bfloat16`` is full tuning in that type, where weights and their masters are two things.
+    """
+
+    def build(adaptation: str, *more: str) -> list[str]:
+        settings = {
+            "training.max_steps": STEPS,
+            "training.evaluate_every": 4,
+            "training.patience": 0,
+            "training.precision": "float32",
+            "training.weight_decay": 0.1,
+        }
+        if adaptation == "bfloat16":
+            settings["training.precision"], adaptation = "bfloat16", "full"
+        if adaptation == "lora":
+            settings |= {"adaptation.rank": 4, "adaptation.dropout": 0.2}
+        arguments = ["tune", str(uneven_rows), "--base", str(tiny_model_folder)]
+        arguments += ["--name", "x", "--json"]
+        arguments += ["--adaptation", adaptation, "--batch-size", "6", "--learning-rate", "0.003"]
+        for name, value in settings.items():
+            arguments += ["--set", f"{name}={value}"]
+        return [*arguments, *more]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def real(
+    command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.Popen[str]]:
+    """Start ``python -m luthier``."""
+
+    def start(home: Path, *more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "luthier", *command("lora", *more)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **ENVIRONMENT, "LUTHIER_HOME": str(home)},
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def unbroken(
+    real: Callable[..., subprocess.Popen[str]],
+    forker: Forker,
+    command: Callable[..., list[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Outcome]:
+    """What runs leave that are not interrupted."""
+    homes = {name: tmp_path_factory.mktemp(name) for name in ("lora", "full", "bfloat16")}
+    process = real(homes["lora"])
+    for name in ("full", "bfloat16"):
+        forker.start(homes[name], command(name)).result()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["steps"] == STEPS
+    made = {name: outcome(home) for name, home in homes.items()}
+    for name, home in homes.items():
+        assert not leftovers(home)
+        assert len(made[name].metrics) == LINES
+    assert len({one.weights for one in made.values()}) == 3
+    return made

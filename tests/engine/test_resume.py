@@ -10,353 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-STEPS = 32
-VALIDATIONS = 9  # one before the first step, then every fourth step
-LINES = STEPS + VALIDATIONS
-TIMING = ("seconds", "tokens_per_second", "memory_bytes")
-PICTURES = ("loss.svg", "loss.png")  # a drawing names its date
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-FORKER = """
-import json, os, pathlib, sys, tempfile, traceback
-import luthier.cli.tuning, luthier.engine.train, luthier.models.load, luthier.store.models
-import matplotlib.pyplot, peft, transformers.models.llama.modeling_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from luthier.cli.app import main
-from luthier.engine.metrics import draw_loss_curve
-with tempfile.TemporaryDirectory() as folder:  # loads fonts
-    draw_loss_curve([{"event": "train", "step": 1, "loss": 1.0}], pathlib.Path(folder), "x")
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    if "wait" in job:
-        status = os.waitpid(job["wait"], 0)[1]
-        print(os.waitstatus_to_exitcode(status), flush=True)
-        continue
-    pid = os.fork()
-    if pid:
-        print(pid, flush=True)
-        continue
-    code = 70
-    try:
-        for number, path in ((1, job["stdout"]), (2, job["stderr"])):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)
-        os.environ["LUTHIER_HOME"] = job["home"]
-        sys.argv = ["luthier", *job["arguments"]]
-        exec(job["before"])
-        main()
-        code = 0
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)
-"""
-OFTEN = """
-from luthier.engine import checkpoints, storing, train
-from luthier.engine.metrics import MetricsFile
-checkpoints.Checkpoints.due = lambda self, step: step % 5 == 0
-"""
-SLOWLY = """
-import time
-from luthier.engine.metrics import MetricsFile
-append = MetricsFile.append
-def slow_append(self, values):
-    time.sleep(0.01)
-    return append(self, values)
-MetricsFile.append = slow_append
-"""
-STOP_AT_5 = """
-import os, signal
-from luthier.engine.loop import Loop
-step = Loop._step
-def stop(self):
-    step(self)
-    if self.progress.step == 5:
-        os.kill(os.getpid(), signal.SIGINT)
-Loop._step = stop
-"""
-DIE = """
-import os, signal
-def die(*arguments, **keywords):
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-POINTS = {
-    "in the middle of writing the first checkpoint": """
-def half(tensors, path):
-    path.write_bytes(b"half a file")
-    die()
-checkpoints.save_tensors = half
-""",
-    "in the middle of writing the third checkpoint": """
-save_tensors = checkpoints.save_tensors
-def half(tensors, path):
-    save_tensors(tensors, path)
-    if len(list(path.parent.parent.glob("step-*"))) == 2:
-        path.write_bytes(path.read_bytes()[:1000])
-        die()
-checkpoints.save_tensors = half
-""",
-    "while an old checkpoint is removed": """
-import shutil
-shutil.rmtree = die
-""",
-    "before the curve is drawn": "storing.draw_curves = die",
-    "in the middle of storing": """
-save = storing.save_adapter
-def half(*arguments):
-    save(*arguments)
-    die()
-storing.save_adapter = half
-""",
-    "in the parity gate": "storing.Parity = die",
-    "after storing, before the result is recorded": "train.Run.finish = die",
-    "after the result is recorded": """
-from luthier.engine import runs
-runs.shutil.rmtree = die
-checkpoints._remove = lambda path: None
-""",
-}
-
-
-@dataclass
-class Job:
-    """One process that tunes."""
-
-    forker: Forker
-    pid: int
-    home: Path
-    stdout: Path
-    stderr: Path
-
-    def wait(self) -> int:
-        return int(self.forker.ask({"wait": self.pid}))
-
-    def send(self, number: signal.Signals) -> int:
-        """Signal the process and return how it ended."""
-        os.kill(self.pid, number)
-        return self.wait()
-
-    def result(self) -> dict[str, Any]:
-        code = self.wait()
-        assert code == 0, self.stderr.read_text()
-        return dict(json.loads(self.stdout.read_text()))
-
-    def refusal(self) -> str:
-        assert self.wait() == 2, self.stderr.read_text()
-        error = json.loads(self.stdout.read_text())["error"]
-        return str(error["message"])
-
-
-class Forker:
-    """The process that all runs are forked from."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.jobs = 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKER],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **ENVIRONMENT}, start_new_session=True,
-        )  # fmt: skip
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.process.stdout
-        return self.process.stdout.readline().strip()
-
-    def ask(self, job: dict[str, Any]) -> str:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return self._line()
-
-    def start(self, home: Path, arguments: list[str], before: str = "") -> Job:
-        self.jobs += 1
-        stdout, stderr = (self.folder / f"{self.jobs}.{name}" for name in ("out", "err"))
-        job = {"home": str(home), "arguments": arguments, "before": before}
-        pid = int(self.ask({**job, "stdout": str(stdout), "stderr": str(stderr)}))
-        return Job(self, pid, home, stdout, stderr)
-
-    def close(self) -> None:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait(10)
-
-
-@pytest.fixture(scope="module")
-def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
-    made = Forker(tmp_path_factory.mktemp("forker"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of very different lengths, so that order and batches matter."""
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "and",
-        "my",
-        "new",
-        "card",
-    ]
-    lines = []
-    for index in range(40):
-        said = " ".join(words[(index * 7 + k) % len(words)] for k in range(1 + index % 9))
-        lines.append(json.dumps({"prompt": f"say {said}", "completion": said.upper()}))
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def command(rows: Path, tiny_model_folder: Path) -> Callable[..., list[str]]:
-    """``command("lora")`` is the command line of a run, with dropout where there is any.
-
-    ``bfloat16`` is full tuning in that type, where weights and their masters are two things.
-    """
-
-    def build(adaptation: str, *more: str) -> list[str]:
-        settings = {
-            "training.max_steps": STEPS,
-            "training.evaluate_every": 4,
-            "training.patience": 0,
-            "training.precision": "float32",
-            "training.weight_decay": 0.1,
-        }
-        if adaptation == "bfloat16":
-            settings["training.precision"], adaptation = "bfloat16", "full"
-        if adaptation == "lora":
-            settings |= {"adaptation.rank": 4, "adaptation.dropout": 0.2}
-        arguments = ["tune", str(rows), "--base", str(tiny_model_folder), "--name", "x", "--json"]
-        arguments += ["--adaptation", adaptation, "--batch-size", "6", "--learning-rate", "0.003"]
-        for name, value in settings.items():
-            arguments += ["--set", f"{name}={value}"]
-        return [*arguments, *more]
-
-    return build
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All that a run leaves, but for time and memory."""
-
-    manifest: dict[str, Any]
-    weights: str
-    files: dict[str, str]
-    metrics: list[dict[str, Any]]
-    result: dict[str, Any]
-
-
-def outcome(home: Path) -> Outcome:
-    run, model = home / "runs" / "tiny-llama" / "x", home / "models" / "custom" / "tiny-llama" / "x"
-    manifest = json.loads((model / "luthier.json").read_text())
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    result = json.loads((run / "result.json").read_text())
-    return Outcome(
-        manifest,
-        manifest["trained_weights_sha256"],
-        {name: value for name, value in manifest["files"].items() if name not in PICTURES},
-        [{key: v for key, v in line.items() if key not in TIMING} for line in metrics],
-        {
-            key: value
-            for key, value in result.items()
-            if key not in (*TIMING, "peak_memory_bytes", "run_dir", "model_dir")
-        },
-    )
-
-
-def same(one: Outcome, other: Outcome) -> None:
-    assert one.metrics == other.metrics
-    assert one.weights == other.weights
-    assert one.files == other.files
-    assert one.result == other.result
-    assert one.manifest["parity"] == other.manifest["parity"]
-
-
-def leftovers(home: Path) -> list[str]:
-    """Remains of writing that nothing reads, and checkpoints of a run that is done."""
-    names = [path.relative_to(home).as_posix() for path in home.rglob("*")]
-    return [name for name in names if ".tmp-" in name or "checkpoints" in name]
-
-
-def lines_of(home: Path) -> int:
-    path = home / "runs" / "tiny-llama" / "x" / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for_lines(home: Path, count: int, alive: Callable[[], bool] = lambda: True) -> None:
-    end = time.monotonic() + 60
-    while lines_of(home) < count:
-        assert time.monotonic() < end, f"only {lines_of(home)} lines after a minute"
-        assert alive()
-        time.sleep(0.002)
-
-
-def checkpoints(home: Path) -> list[Path]:
-    return sorted((home / "runs" / "tiny-llama" / "x" / "checkpoints").glob("step-*"))
-
-
-@pytest.fixture(scope="module")
-def real(
-    command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., subprocess.Popen[str]]:
-    """Start ``python -m luthier``."""
-
-    def start(home: Path, *more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "luthier", *command("lora", *more)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **ENVIRONMENT, "LUTHIER_HOME": str(home)},
-        )  # fmt: skip
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def unbroken(
-    real: Callable[..., subprocess.Popen[str]],
-    forker: Forker,
-    command: Callable[..., list[str]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Outcome]:
-    """What runs leave that are not interrupted."""
-    homes = {name: tmp_path_factory.mktemp(name) for name in ("lora", "full", "bfloat16")}
-    process = real(homes["lora"])
-    for name in ("full", "bfloat16"):
-        forker.start(homes[name], command(name)).result()
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert json.loads(out)["steps"] == STEPS
-    made = {name: outcome(home) for name, home in homes.items()}
-    for name, home in homes.items():
-        assert not leftovers(home)
-        assert len(made[name].metrics) == LINES
-    assert len({one.weights for one in made.values()}) == 3
-    return made
+from killed_runs import (
+    DIE,
+    LINES,
+    OFTEN,
+    POINTS,
+    SLOWLY,
+    STEPS,
+    STOP_AT_5,
+    Forker,
+    Outcome,
+    checkpoints,
+    leftovers,
+    lines_of,
+    outcome,
+    same,
+    wait_for_lines,
+)
 
 
 def test_a_run_repeats_itself_whatever_the_checkpoints(
@@ -500,92 +177,6 @@ def test_killed_at(
         assert not leftovers(tmp_path)
 
 
-def truncate(path: Path) -> None:
-    file = path / "tensors.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-
-
-def flip(path: Path) -> None:
-    file = path / "tensors.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 1
-    file.write_bytes(content)
-
-
-def lose(path: Path) -> None:
-    (path / "tensors.safetensors").unlink()
-
-
-def garble(path: Path) -> None:
-    (path / "state.json").write_text('{"progress": {"step": 1')
-
-
-def other_fields(path: Path) -> None:
-    (path / "state.json").write_text('{"progress": {"stepp": 1}, "sha256": {}}')
-
-
-@pytest.fixture(scope="module")
-def killed(
-    forker: Forker, command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The store of a run that was killed when it had two checkpoints. To be copied."""
-    home = tmp_path_factory.mktemp("killed")
-    job = forker.start(home, command("lora"), OFTEN + SLOWLY)
-    wait_for_lines(home, 22)
-    job.send(signal.SIGKILL)
-    assert len(checkpoints(home)) == 2
-    return home
-
-
-@pytest.fixture
-def interrupted(killed: Path, tmp_path: Path) -> Path:
-    import shutil
-
-    return shutil.copytree(killed, tmp_path / "interrupted")
-
-
-@pytest.mark.parametrize("damage", [truncate, flip, lose, garble, other_fields])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    forker: Forker,
-    command: Callable[..., list[str]],
-    unbroken: dict[str, Outcome],
-    interrupted: Path,
-    damage: Callable[[Path], None],
-) -> None:
-    newest = checkpoints(interrupted)[-1]
-    damage(newest)
-    job = forker.start(interrupted, command("lora", "--resume"), OFTEN)
-    job.result()
-    assert f"checkpoint {newest.name} is damaged" in job.stderr.read_text()
-    same(outcome(interrupted), unbroken["lora"])
-    assert not leftovers(interrupted)
-
-
-def test_checkpoints_that_are_all_damaged_are_an_error(
-    forker: Forker, command: Callable[..., list[str]], interrupted: Path
-) -> None:
-    """Not a silent start from the beginning."""
-    for path in checkpoints(interrupted):
-        flip(path)
-    job = forker.start(interrupted, command("lora", "--resume"))
-    assert job.wait() == 1
-    assert json.loads(job.stdout.read_text())["error"]["type"] == "CorruptFile"
-    assert "none of the 2 checkpoints" in job.stderr.read_text()
-
-
-def test_less_memory_on_resume_does_not_change_the_result(
-    forker: Forker,
-    command: Callable[..., list[str]],
-    unbroken: dict[str, Outcome],
-    interrupted: Path,
-) -> None:
-    """Micro-batches are part of the arithmetic: a resumed run keeps those it began with."""
-    less = "from luthier.engine import defaults\ndefaults.token_budget = lambda *_: (120, 'less')"
-    job = forker.start(interrupted, command("lora", "--resume"), less)
-    job.result()
-    same(outcome(interrupted), unbroken["lora"])
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_stopped_by_the_user(
     forker: Forker,
@@ -612,7 +203,7 @@ def test_a_run_without_a_name_is_found_again(
     forker: Forker,
     command: Callable[..., list[str]],
     unbroken: dict[str, Outcome],
-    rows: Path,
+    uneven_rows: Path,
     tmp_path: Path,
 ) -> None:
     """The same command with ``--resume`` goes on, as the message says."""
@@ -620,7 +211,7 @@ def test_a_run_without_a_name_is_found_again(
     at = arguments.index("--name")
     del arguments[at : at + 2]
     arguments[1] = str(tmp_path / "My Rows.v2.jsonl")
-    Path(arguments[1]).write_bytes(rows.read_bytes())
+    Path(arguments[1]).write_bytes(uneven_rows.read_bytes())
     home = tmp_path / "home"
     runs = home / "runs" / "tiny-llama"
     for taken in ("my-rows.v2-1", "my-rows.v2-2", "my-rows.v2-x", "my-rows-9"):
@@ -664,36 +255,17 @@ def test_resuming_a_finished_run_returns_its_result(
     assert after == before
 
 
-def test_a_resumed_run_must_be_the_same(
-    forker: Forker, command: Callable[..., list[str]], interrupted: Path, rows: Path, tmp_path: Path
-) -> None:
-    before = sorted(interrupted.rglob("*"))
-    rate = ["--learning-rate", "0.004", "--resume"]
-    message = forker.start(interrupted, command("lora", *rate)).refusal()
-    assert "recipe.training.learning_rate was 0.003, is 0.004" in message
-    assert "choose another --name" in message
-    message = forker.start(interrupted, command("lora")).refusal()
-    assert "unfinished run tiny-llama:x" in message
-    assert "--resume goes on with it" in message
-    arguments = command("lora", "--resume")
-    arguments[1] = str(tmp_path / "other.jsonl")
-    Path(arguments[1]).write_bytes(rows.read_bytes())
-    message = forker.start(interrupted, arguments).refusal()
-    assert "recipe.data.train was" in message
-    assert sorted(interrupted.rglob("*")) == before
-
-
 def test_data_that_changed_under_the_run_is_noticed(
-    forker: Forker, command: Callable[..., list[str]], rows: Path, tmp_path: Path
+    forker: Forker, command: Callable[..., list[str]], uneven_rows: Path, tmp_path: Path
 ) -> None:
     arguments = command("lora")
     arguments[1] = str(tmp_path / "rows.jsonl")
-    Path(arguments[1]).write_bytes(rows.read_bytes())
+    Path(arguments[1]).write_bytes(uneven_rows.read_bytes())
     home = tmp_path / "home"
     job = forker.start(home, arguments, SLOWLY)
     wait_for_lines(home, 5)
     job.send(signal.SIGKILL)
-    Path(arguments[1]).write_bytes(rows.read_bytes().replace(b"fox", b"cat", 1))
+    Path(arguments[1]).write_bytes(uneven_rows.read_bytes().replace(b"fox", b"cat", 1))
     message = forker.start(home, [*arguments, "--resume"]).refusal()
     assert "cannot be resumed" in message
     assert "rows.jsonl was" in message

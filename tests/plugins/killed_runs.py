@@ -1,0 +1,249 @@
+"""Runs that are killed: forked from one process, told where to die, compared by all they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STEPS = 32
+VALIDATIONS = 9  # one before the first step, then every fourth step
+LINES = STEPS + VALIDATIONS
+TIMING = ("seconds", "tokens_per_second", "memory_bytes")
+PICTURES = ("loss.svg", "loss.png")  # a drawing names its date
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+FORKER = """
+import json, os, pathlib, sys, tempfile, traceback
+import luthier.cli.tuning, luthier.engine.train, luthier.models.load, luthier.store.models
+import matplotlib.pyplot, peft, transformers.models.llama.modeling_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from luthier.cli.app import main
+from luthier.engine.metrics import draw_loss_curve
+with tempfile.TemporaryDirectory() as folder:  # loads fonts
+    draw_loss_curve([{"event": "train", "step": 1, "loss": 1.0}], pathlib.Path(folder), "x")
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" in job:
+        status = os.waitpid(job["wait"], 0)[1]
+        print(os.waitstatus_to_exitcode(status), flush=True)
+        continue
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        continue
+    code = 70
+    try:
+        for number, path in ((1, job["stdout"]), (2, job["stderr"])):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)
+        os.environ["LUTHIER_HOME"] = job["home"]
+        sys.argv = ["luthier", *job["arguments"]]
+        exec(job["before"])
+        main()
+        code = 0
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
+"""
+OFTEN = """
+from luthier.engine import checkpoints, storing, train
+from luthier.engine.metrics import MetricsFile
+checkpoints.Checkpoints.due = lambda self, step: step % 5 == 0
+"""
+SLOWLY = """
+import time
+from luthier.engine.metrics import MetricsFile
+append = MetricsFile.append
+def slow_append(self, values):
+    time.sleep(0.01)
+    return append(self, values)
+MetricsFile.append = slow_append
+"""
+STOP_AT_5 = """
+import os, signal
+from luthier.engine.loop import Loop
+step = Loop._step
+def stop(self):
+    step(self)
+    if self.progress.step == 5:
+        os.kill(os.getpid(), signal.SIGINT)
+Loop._step = stop
+"""
+DIE = """
+import os, signal
+def die(*arguments, **keywords):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+POINTS = {
+    "in the middle of writing the first checkpoint": """
+def half(tensors, path):
+    path.write_bytes(b"half a file")
+    die()
+checkpoints.save_tensors = half
+""",
+    "in the middle of writing the third checkpoint": """
+save_tensors = checkpoints.save_tensors
+def half(tensors, path):
+    save_tensors(tensors, path)
+    if len(list(path.parent.parent.glob("step-*"))) == 2:
+        path.write_bytes(path.read_bytes()[:1000])
+        die()
+checkpoints.save_tensors = half
+""",
+    "while an old checkpoint is removed": """
+import shutil
+shutil.rmtree = die
+""",
+    "before the curve is drawn": "storing.draw_curves = die",
+    "in the middle of storing": """
+save = storing.save_adapter
+def half(*arguments):
+    save(*arguments)
+    die()
+storing.save_adapter = half
+""",
+    "in the parity gate": "storing.Parity = die",
+    "after storing, before the result is recorded": "train.Run.finish = die",
+    "after the result is recorded": """
+from luthier.engine import runs
+runs.shutil.rmtree = die
+checkpoints._remove = lambda path: None
+""",
+}
+
+
+@dataclass
+class Job:
+    """One process that tunes."""
+
+    forker: Forker
+    pid: int
+    home: Path
+    stdout: Path
+    stderr: Path
+
+    def wait(self) -> int:
+        return int(self.forker.ask({"wait": self.pid}))
+
+    def send(self, number: signal.Signals) -> int:
+        """Signal the process and return how it ended."""
+        os.kill(self.pid, number)
+        return self.wait()
+
+    def result(self) -> dict[str, Any]:
+        code = self.wait()
+        assert code == 0, self.stderr.read_text()
+        return dict(json.loads(self.stdout.read_text()))
+
+    def refusal(self) -> str:
+        assert self.wait() == 2, self.stderr.read_text()
+        error = json.loads(self.stdout.read_text())["error"]
+        return str(error["message"])
+
+
+class Forker:
+    """The process that all runs are forked from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.jobs = 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKER],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **ENVIRONMENT}, start_new_session=True,
+        )  # fmt: skip
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def ask(self, job: dict[str, Any]) -> str:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return self._line()
+
+    def start(self, home: Path, arguments: list[str], before: str = "") -> Job:
+        self.jobs += 1
+        stdout, stderr = (self.folder / f"{self.jobs}.{name}" for name in ("out", "err"))
+        job = {"home": str(home), "arguments": arguments, "before": before}
+        pid = int(self.ask({**job, "stdout": str(stdout), "stderr": str(stderr)}))
+        return Job(self, pid, home, stdout, stderr)
+
+    def close(self) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(10)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a run leaves, but for time and memory."""
+
+    manifest: dict[str, Any]
+    weights: str
+    files: dict[str, str]
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any]
+
+
+def outcome(home: Path) -> Outcome:
+    run, model = home / "runs" / "tiny-llama" / "x", home / "models" / "custom" / "tiny-llama" / "x"
+    manifest = json.loads((model / "luthier.json").read_text())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((run / "result.json").read_text())
+    return Outcome(
+        manifest,
+        manifest["trained_weights_sha256"],
+        {name: value for name, value in manifest["files"].items() if name not in PICTURES},
+        [{key: v for key, v in line.items() if key not in TIMING} for line in metrics],
+        {
+            key: value
+            for key, value in result.items()
+            if key not in (*TIMING, "peak_memory_bytes", "run_dir", "model_dir")
+        },
+    )
+
+
+def same(one: Outcome, other: Outcome) -> None:
+    assert one.metrics == other.metrics
+    assert one.weights == other.weights
+    assert one.files == other.files
+    assert one.result == other.result
+    assert one.manifest["parity"] == other.manifest["parity"]
+
+
+def leftovers(home: Path) -> list[str]:
+    """Remains of writing that nothing reads, and checkpoints of a run that is done."""
+    names = [path.relative_to(home).as_posix() for path in home.rglob("*")]
+    return [name for name in names if ".tmp-" in name or "checkpoints" in name]
+
+
+def lines_of(home: Path) -> int:
+    path = home / "runs" / "tiny-llama" / "x" / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_lines(home: Path, count: int, alive: Callable[[], bool] = lambda: True) -> None:
+    end = time.monotonic() + 60
+    while lines_of(home) < count:
+        assert time.monotonic() < end, f"only {lines_of(home)} lines after a minute"
+        assert alive()
+        time.sleep(0.002)
+
+
+def checkpoints(home: Path) -> list[Path]:
+    return sorted((home / "runs" / "tiny-llama" / "x" / "checkpoints").glob("step-*"))
