@@ -32,7 +32,11 @@ class Detokenizer:
 
 
 class StopFinder:
-    """Lets text through up to the first stop sequence; what may be its beginning is held back."""
+    """Lets text through up to the first stop sequence; what may be its beginning is held back.
+
+    The first is the one that is whole first, and of those that end together the longest: how the text
+    is cut into pieces makes no difference.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -40,14 +44,15 @@ class StopFinder:
         self.passed = 0
         """Characters that were let through."""
         self.found: str | None = None
-        """The stop sequence that came first."""
+        """The first stop sequence."""
 
     def feed(self, text: str) -> str:
         """The next characters; what can be shown."""
         self._held += text
-        hits = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
-        if hits:
-            at, self.found = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
+        starts = {stop: self._held.find(stop) for stop in self._stops if stop in self._held}
+        if starts:
+            self.found = min(starts, key=lambda stop: (starts[stop] + len(stop), starts[stop]))
+            at = starts[self.found]
         else:
             at = len(self._held) - self._kept()
         return self._pass(at)
