@@ -169,7 +169,7 @@ def claim_of(head: Head) -> Claim:
         raise _incomplete("A request carries one authorization.")
     if in_query:
         return _claim_of_query(head)
-    if not given and b"AWSAccessKeyId" in names:  # what `aws s3 presign` makes unless told otherwise
+    if not given and b"AWSAccessKeyId" in names:  # as `aws s3 presign` has it by default
         raise _incomplete("Use Signature Version 4 (s3 signature_version=s3v4); this is Version 2.")
     if not given:
         raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
