@@ -82,7 +82,9 @@ def serve(
         from luthier.api.service import Service
         from luthier.api.settings import Settings
         from luthier.encryption import keys
+        from luthier.serving.memory import bound_kernels
 
+        bound_kernels()
         # Keys, data and databases are for nobody else on this machine.
         os.umask(0o077)
         ports = server.Ports(host, port, tls_cert, tls_key, tls_port)
