@@ -1,11 +1,12 @@
 """The service under load: reads of the control plane, a long list, many streams; and its memory.
 
     python benchmarks/service_load.py [--rate 500] [--seconds 20] [--jobs 1000] [--streams 64]
-    python benchmarks/service_load.py --only-streams [--streams 64] [--rounds 3] [--generate]
+    python benchmarks/service_load.py --only-streams [--rounds 3] [--clients] [--generate]
 
 A server of its own is started on an empty store. Reads are sent at a fixed rate, whether or not earlier
 ones were answered: what a request waits counts from the moment it should have been sent. The clients
-run on the same machine, in a process of their own.
+run on the same machine, in a process of their own; ``--clients`` are boto3 and openai, a thread for
+each stream, in four processes. Else streams are read from plain sockets, which takes hardly any time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,11 @@ ACCOUNT = "000000000000"
 BASE = "smollm2-135m-instruct"
 MODEL = f"huggingfacetb.{BASE}"
 PROMPT, TOKENS = "Write about the sea.", 64
+SECRET = "benchmark-secret-0123456789"
+CROWDS = 4
+"""Processes of clients."""
+Heard = tuple[bool, float, int]
+"""Of a stream: whether it came to its end, seconds until its first text, and its tokens."""
 
 
 class Connection:
@@ -92,6 +100,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="of streams, on each face")
     parser.add_argument("--only-streams", action="store_true")
+    parser.add_argument("--clients", action="store_true", help="stream by boto3 and openai")
     parser.add_argument("--generate", action="store_true", help="transformers' generate beside it")
     parser.add_argument("--models", type=Path, help="LUTHIER_HOME that has the base model")
     asked = parser.parse_args()
@@ -118,7 +127,7 @@ def start(home: Path) -> tuple[subprocess.Popen[str], int]:
     }
     principal = {
         "account": ACCOUNT, "user": "root", "access_key_id": "AKIABENCHMARK0000000",
-        "secret_access_key": "benchmark-secret-0123456789", "api_key": KEY, "policies": [policy],
+        "secret_access_key": SECRET, "api_key": KEY, "policies": [policy],
     }  # fmt: skip
     file = home / "bootstrap.json"
     file.write_text(json.dumps({"principals": [principal]}))
@@ -137,7 +146,7 @@ def start(home: Path) -> tuple[subprocess.Popen[str], int]:
 
 async def measure(asked: argparse.Namespace, port: int, server: psutil.Process) -> None:
     if asked.only_streams:
-        await streams(port, asked.streams, asked.rounds, server)
+        await streams(port, asked, server)
         return
     one = Connection(port)
     names = await submit(one, asked.jobs)
@@ -148,7 +157,7 @@ async def measure(asked: argparse.Namespace, port: int, server: psutil.Process) 
     for round_ in range(2):
         await reads(port, asked.rate, asked.seconds, paths, server, f"round {round_ + 1}")
     if asked.streams:
-        await streams(port, asked.streams, asked.rounds, server)
+        await streams(port, asked, server)
 
 
 async def submit(one: Connection, count: int) -> list[str]:
@@ -168,18 +177,24 @@ async def submit(one: Connection, count: int) -> list[str]:
 
 async def rows(one: Connection) -> None:
     """A bucket with rows, put there by boto3 as a user would."""
-    import boto3
-
-    client = boto3.client(
-        "s3", endpoint_url=f"http://127.0.0.1:{one.port}", region_name="us-east-1",
-        aws_access_key_id="AKIABENCHMARK0000000",
-        aws_secret_access_key="benchmark-secret-0123456789",
-    )  # fmt: skip
+    client = aws("s3", one.port)
     await asyncio.to_thread(client.create_bucket, Bucket="rows")
     line = json.dumps({"prompt": "Say hello.", "completion": "Hello."}) + "\n"
     await asyncio.to_thread(
         client.put_object, Bucket="rows", Key="train.jsonl", Body=line.encode() * 100
     )
+
+
+def aws(service: str, port: int) -> Any:
+    """A client of boto3 that asks once, with room for a connection a thread."""
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        service, endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1",
+        aws_access_key_id="AKIABENCHMARK0000000", aws_secret_access_key=SECRET,
+        config=Config(max_pool_connections=256, read_timeout=600, retries={"total_max_attempts": 1}),
+    )  # fmt: skip
 
 
 async def listed(one: Connection, count: int) -> None:
@@ -235,43 +250,119 @@ async def reads(
     )
 
 
-async def streams(port: int, count: int, rounds: int, server: psutil.Process) -> None:
+CHAT: dict[str, Any] = {
+    "model": MODEL, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": TOKENS,
+    "stream": True, "temperature": 1, "stream_options": {"include_usage": True},
+}  # fmt: skip
+CONVERSE: dict[str, Any] = {
+    "messages": [{"role": "user", "content": [{"text": PROMPT}]}],
+    "inferenceConfig": {"maxTokens": TOKENS, "temperature": 1},
+}
+FACES = {
+    "openai": ("/v1/chat/completions", CHAT, b"[DONE]", rb'"content":\s?"[^"]',
+               rb'"completion_tokens":\s?(\d+)'),
+    "converse": (f"/model/{MODEL}/converse-stream", CONVERSE, b"messageStop", rb"contentBlockDelta",
+                 rb'"outputTokens":\s?(\d+)'),
+}  # fmt: skip
+
+
+async def streams(port: int, asked: argparse.Namespace, server: psutil.Process) -> None:
     """So many clients at once that read answers of 64 tokens, several times on each face."""
-    chat = {
-        "model": MODEL, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": TOKENS,
-        "stream": True, "temperature": 1, "stream_options": {"include_usage": True},
-    }  # fmt: skip
-    converse = {
-        "messages": [{"role": "user", "content": [{"text": PROMPT}]}],
-        "inferenceConfig": {"maxTokens": TOKENS, "temperature": 1},
-    }
-    faces = {
-        "openai": ("/v1/chat/completions", chat, b"[DONE]", rb'"content":\s?"[^"]',
-                   rb'"completion_tokens":\s?(\d+)'),
-        "converse": (f"/model/{MODEL}/converse-stream", converse, b"messageStop", rb"contentBlockDelta",
-                     rb'"outputTokens":\s?(\d+)'),
-    }  # fmt: skip
     warm = time.perf_counter()
-    path, body, _, token, _ = faces["openai"]
-    await Connection(port).stream(path, json.dumps(body).encode(), token)
+    await raw(port, "openai", 1)
     print(f"first stream, the model loaded for it: {time.perf_counter() - warm:.1f} s", flush=True)
-    for round_ in range(rounds):
-        for face, (path, body, end, token, counted) in faces.items():
-            text = json.dumps(body).encode()
-            began = time.perf_counter()
-            found = await asyncio.gather(
-                *(Connection(port).stream(path, text, token) for _ in range(count))
-            )
-            took = time.perf_counter() - began
-            bad = sum(status != 200 or end not in answer for status, _, answer in found)
-            numbers = [re.findall(counted, answer) for _, _, answer in found]
-            tokens = sum(int(each[-1]) for each in numbers if each)
-            first = sorted(latency for _, latency, _ in found)
-            print(
-                f"{face}, round {round_ + 1}: {count} streams, {tokens / took:.0f} tokens/s, "
-                f"first token p50 {first[count // 2]:.2f} s, last {first[-1]:.2f} s, {bad} failed; "
-                f"memory {server.memory_info().rss / 1e6:.0f} MB", flush=True,
-            )  # fmt: skip
+    if not asked.clients:
+        for round_ in range(asked.rounds):
+            for face in FACES:
+                began = time.perf_counter()
+                heard = await raw(port, face, asked.streams)
+                told(f"{face}, round {round_ + 1}", heard, began, server)
+        return
+    with ProcessPoolExecutor(CROWDS, get_context("spawn"), prepare, (port,)) as pool:
+        for round_ in range(-1, asked.rounds):  # one before, in which they import what they need
+            for name in ("openai client", "boto3"):
+                each = asked.streams // CROWDS if round_ >= 0 else 1
+                began = time.perf_counter()
+                crowds = [pool.submit(crowd, name, each) for _ in range(CROWDS)]
+                found = [crowd.result() for crowd in crowds]
+                heard = [one for crowd, _ in found for one in crowd]
+                seconds = sum(seconds for _, seconds in found)
+                if round_ >= 0:
+                    told(f"{name}, round {round_ + 1}", heard, began, server, seconds)
+
+
+def told(
+    name: str, heard: list[Heard], began: float, server: psutil.Process, clients: float = 0
+) -> None:
+    took = time.perf_counter() - began
+    first = sorted(latency for _, latency, _ in heard)
+    print(
+        f"{name}: {len(heard)} streams, {sum(n for *_, n in heard) / took:.0f} tokens/s, "
+        f"first token p50 {first[len(first) // 2]:.2f} s, last {first[-1]:.2f} s, "
+        f"{sum(not whole for whole, *_ in heard)} failed; "
+        + (f"clients took {clients / took:.2f} cores; " if clients else "")
+        + f"memory {server.memory_info().rss / 1e6:.0f} MB",
+        flush=True,
+    )
+
+
+async def raw(port: int, face: str, count: int) -> list[Heard]:
+    """Streams of a face, read from sockets."""
+    path, body, end, token, counted = FACES[face]
+    text = json.dumps(body).encode()
+    found = await asyncio.gather(
+        *(Connection(port).stream(path, text, token) for _ in range(count))
+    )
+    numbers = [re.findall(counted, answer) for _, _, answer in found]
+    return [
+        (status == 200 and end in answer, latency, int(each[-1]) if each else 0)
+        for (status, latency, answer), each in zip(found, numbers, strict=True)
+    ]
+
+
+ASK: dict[str, Callable[[], Iterator[tuple[str, int, bool]]]] = {}
+"""In a process of clients: text, all tokens as far as they are told, and whether it is the end."""
+
+
+def prepare(port: int) -> None:
+    import openai
+
+    runtime = aws("bedrock-runtime", port)
+    client = openai.OpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=600
+    )
+
+    def by_openai() -> Iterator[tuple[str, int, bool]]:
+        for chunk in client.chat.completions.create(**CHAT):
+            choice = chunk.choices[0] if chunk.choices else None
+            tokens = chunk.usage.completion_tokens if chunk.usage else 0
+            yield (choice and choice.delta.content) or "", tokens, bool(tokens)
+
+    def by_boto3() -> Iterator[tuple[str, int, bool]]:
+        for event in runtime.converse_stream(modelId=MODEL, **CONVERSE)["stream"]:
+            text = event.get("contentBlockDelta", {}).get("delta", {}).get("text", "")
+            tokens = event.get("metadata", {}).get("usage", {}).get("outputTokens", 0)
+            yield text, tokens, bool(tokens)
+
+    ASK.update({"openai client": by_openai, "boto3": by_boto3})
+
+
+def crowd(name: str, count: int) -> tuple[list[Heard], float]:
+    """Streams of one process of clients, and the processor time it took for them."""
+
+    def one(_: int) -> Heard:
+        began, first, tokens, whole = time.perf_counter(), 0.0, 0, False
+        try:
+            for text, number, ended in ASK[name]():
+                first = first or (time.perf_counter() - began if text else 0.0)
+                tokens, whole = max(tokens, number), whole or ended
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+        return whole, first, tokens
+
+    before = time.process_time()
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count))), time.process_time() - before
 
 
 def generate(home: Path, count: int) -> None:

@@ -28,6 +28,7 @@ To add an error, subclass the nearest branch; the exit code is inherited.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -166,7 +167,7 @@ class CorruptFile(LuthierError):
 
 
 class GradingFailed(LuthierError):
-    """A grader raised, hung, or gave no usable score. All problems are kept, the first five printed."""
+    """A grader raised, hung, or gave no usable score. All problems are kept, five different printed."""
 
     shown = 5
 
@@ -174,9 +175,11 @@ class GradingFailed(LuthierError):
         self.problems: Sequence[Problem] = tuple(problems)
         count = len(self.problems)
         lines = [f"{count} answer{'s' if count != 1 else ''} could not be graded."]
-        lines += [f"  {problem}" for problem in self.problems[: self.shown]]
-        if count > self.shown:
-            lines.append(f"  … and {count - self.shown} more.")
+        # A row is answered several times; what goes wrong with it is told once.
+        told = list(Counter(map(str, self.problems)).items())[: self.shown]
+        lines += [f"  {text}" + f" ({n} times)" * (n > 1) for text, n in told]
+        if left := count - sum(times for _, times in told):
+            lines.append(f"  … and {left} more.")
         super().__init__("\n".join(lines))
 
 

@@ -27,7 +27,24 @@ def test_graders_are_named_and_checked(tmp_path: Path) -> None:
     good.write_text('method = "exact"\n')
     bad.write_text('method = "telepathy"\n')
     assert _graders([f"reward={good}"]) == {"reward": {"method": "exact"}}
-    for given in ("reward", "=x", "reward=", f"reward={bad}", f"reward={tmp_path / 'none.toml'}"):
+    handler, source = (
+        tmp_path / "handler.py",
+        "def lambda_handler(event, context):\n    return []\n",
+    )
+    handler.write_text(source)
+    own = {"method": "lambda", "name": "own", "source": source}
+    assert _graders([f"own={handler}"]) == {"own": own}
+    bad.with_suffix(".py").write_text("def handler(event):\n    return []\n")
+    for given in (
+        f"own={bad.with_suffix('.py')}",
+        f"not a name={handler}",
+        f"own={tmp_path}/no.py",
+        "reward",
+        "=x",
+        "reward=",
+        f"reward={bad}",
+        f"reward={tmp_path / 'none.toml'}",
+    ):
         with pytest.raises(RefusedInput):
             _graders([given])
 

@@ -31,6 +31,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "string_check": {"reference": "{{item.answer}}"},
     "text_similarity": {"reference": "{{item.answer}}"},
     "python": {"source": "def grade(sample, item):\n    return 1.0"},
+    "lambda": {"source": "def lambda_handler(event, context):\n    return []"},
     "score_model": {"model": "base:judge", "input": [{"role": "user", "content": "?"}]},
     "multi": {"graders": {"a": "exact"}, "calculate_output": "a"},
 }

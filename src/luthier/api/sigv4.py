@@ -163,11 +163,14 @@ _WRONG = (
 def claim_of(head: Head) -> Claim:
     """What ``head`` says of its signature; raises :class:`Fault` where that is malformed."""
     given = [value for name, value in head.headers if name == "authorization"]
-    in_query = any(name in _SIGNS for name, _ in query_pairs(head.query))
+    names = {name for name, _ in query_pairs(head.query)}
+    in_query = not names.isdisjoint(_SIGNS)
     if len(given) > 1 or (given and in_query):
         raise _incomplete("A request carries one authorization.")
     if in_query:
         return _claim_of_query(head)
+    if not given and b"AWSAccessKeyId" in names:  # as `aws s3 presign` has it by default
+        raise _incomplete("Use Signature Version 4 (s3 signature_version=s3v4); this is Version 2.")
     if not given:
         raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
     return _claim_of_header(head, given[0])

@@ -44,7 +44,8 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME=FILE",
-            help="TOML grader that the Lambda function NAME stands for in rewards. May be repeated.",
+            help="What the Lambda function NAME stands for in rewards: its own source (a .py with "
+            "lambda_handler, run in a sandbox) or a TOML grader. May be repeated.",
         ),
     ] = None,
     encryption_key: Annotated[
@@ -81,7 +82,9 @@ def serve(
         from luthier.api.service import Service
         from luthier.api.settings import Settings
         from luthier.encryption import keys
+        from luthier.serving.memory import bound_kernels
 
+        bound_kernels()
         # Keys, data and databases are for nobody else on this machine.
         os.umask(0o077)
         ports = server.Ports(host, port, tls_cert, tls_key, tls_port)
@@ -93,7 +96,7 @@ def serve(
             s3_endpoint=s3_endpoint,
             file_roots=tuple(file_root or ()),
             strict_region=strict_region,
-            graders=_graders(grader or ()),
+            graders=_graders(grader or (), check=not no_work),
             requests_per_second=requests_per_second,
             encryption_key=keys.key_file(encryption_key) if encryption_key else keys.master_key(),
         )
@@ -110,24 +113,41 @@ def serve(
             service.close(give_back)
 
 
-def _graders(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Graders by the names that ``--grader`` gives them, checked before anything is served."""
+def _graders(given: Sequence[str], check: bool = False) -> dict[str, dict[str, Any]]:
+    """Graders by the names that ``--grader`` gives them, tried before anything is served.
+
+    ``check`` that this machine has what they need, as it is the one that grades.
+    """
     from luthier.errors import RefusedInput
     from luthier.graders import grader_from
-    from luthier.recipe import read_toml
 
     found: dict[str, dict[str, Any]] = {}
     for text in given:
         name, equals, file = text.partition("=")
         if not (name and equals and file):
             raise RefusedInput(f"--grader {text!r}: write NAME=FILE")
-        fields = read_toml(Path(file))
+        fields = _grader(name, Path(file))
         try:
-            grader_from(fields)
+            grader = grader_from(fields)
         except ValueError as error:
             raise RefusedInput(f"--grader {file}: {error}") from error
+        if check:
+            grader.check()
         found[name] = fields
     return found
+
+
+def _grader(name: str, file: Path) -> dict[str, Any]:
+    from luthier.errors import RefusedInput
+    from luthier.recipe import read_toml
+
+    if file.suffix != ".py":
+        return read_toml(file)
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefusedInput(f"--grader {file}: {error}") from error
+    return {"method": "lambda", "name": name, "source": source}
 
 
 def _tell(addresses: list[str], region: str, issued: Issued | None) -> None:

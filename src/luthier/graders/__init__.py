@@ -12,6 +12,7 @@ from luthier.graders.exact import Exact, FirstLine
 from luthier.graders.formula import Multi
 from luthier.graders.json_schema import JsonSchema
 from luthier.graders.judge import Judge
+from luthier.graders.lambda_function import LambdaFunction
 from luthier.graders.mix import Mix
 from luthier.graders.number import Number
 from luthier.graders.python_source import PythonSource
@@ -38,6 +39,7 @@ GRADERS: dict[str, type[Grader]] = {
     "string_check": StringCheck,
     "text_similarity": TextSimilarity,
     "python": PythonSource,
+    "lambda": LambdaFunction,
     "score_model": ScoreModel,
     "multi": Multi,
 }
@@ -53,6 +55,7 @@ __all__ = [
     "Grades",
     "JsonSchema",
     "Judge",
+    "LambdaFunction",
     "Mix",
     "Models",
     "Multi",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from luthier.errors import LuthierError
-from luthier.graders.base import Answer, Grader
+from luthier.graders.base import Answer, Grader, Trouble, Ungraded
 from luthier.graders.sandbox import Limits, check_sandbox, value_of
 from luthier.graders.templates import scope_of
 
@@ -26,16 +26,49 @@ except Exception as error:
 """
 
 
-def _defines_grade(source: str) -> str:
+def defines(source: str, name: str, arguments: str) -> str:
+    """``source``, where it is Python that defines a function ``name``; else :class:`ValueError`."""
     if len(source.encode()) > MOST_SOURCE:
         raise ValueError(f"the source has more than {MOST_SOURCE:,} bytes")
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the source is no Python: {error}") from error
-    if not any(isinstance(each, ast.FunctionDef) and each.name == "grade" for each in tree.body):
-        raise ValueError("the source defines no function grade(sample, item)")
+    if not any(isinstance(each, ast.FunctionDef) and each.name == name for each in tree.body):
+        raise ValueError(f"the source defines no function {name}({arguments})")
     return source
+
+
+def side_by_side(
+    grade: Callable[[Sequence[Answer]], Sequence[float | Trouble]],
+    groups: Sequence[Sequence[Answer]],
+) -> list[float]:
+    """Scores of the answers of all groups, in their order, as many groups at once as there are cores.
+
+    Raises:
+        Ungraded: where some answers have none. A batch that fails as a whole would be graded again,
+            one by one, and each answer that takes too long would do so twice.
+    """
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        found = [each for some in pool.map(grade, groups) for each in some]
+    troubles = {i: each for i, each in enumerate(found) if isinstance(each, Trouble)}
+    scores = [math.nan if isinstance(each, Trouble) else each for each in found]
+    if troubles:
+        raise Ungraded(scores, troubles)
+    return scores
+
+
+def no_end(grader: str, seconds: float) -> Trouble:
+    """That a grader in its sandbox said nothing."""
+    return Trouble(
+        "grader.time",
+        f"grader `{grader}` did not end within {seconds:g} s, or ended its process.",
+        "Make it faster, or raise `seconds` of the grader.",
+    )
+
+
+def _defines_grade(source: str) -> str:
+    return defines(source, "grade", "sample, item")
 
 
 class PythonSource(Grader):
@@ -71,19 +104,22 @@ class PythonSource(Grader):
         check_sandbox(self._limits)
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """A number for each."""
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            return list(pool.map(self.score, answers))
+        """A number for each; :class:`Ungraded` where the function raised or took too long."""
+        return side_by_side(self._scored, [[answer] for answer in answers])
 
     def score(self, answer: Answer) -> float:
-        """The number; :class:`LuthierError` where the function raised or took too long."""
-        given = json.dumps(dict(scope_of(answer)))
+        """The number of one answer."""
+        return self.grade([answer])[0]
+
+    def _scored(self, answers: Sequence[Answer]) -> list[float | Trouble]:
+        given = json.dumps(dict(scope_of(answers[0])))
         result = value_of(self.source, _CALL % given, self._limits)
         if result is None:
-            raise LuthierError("the source did not end in time, or ended its process")
+            return [no_end(self.method, self.seconds)]
         if "error" in result:
-            raise LuthierError(str(result["error"]))
-        return float(result["score"])
+            text = f"grader `{self.method}` raised {result['error']}"
+            return [Trouble("grader.raised", text, "Mend the grader or the row.")]
+        return [float(result["score"])]
 
     @property
     def _limits(self) -> Limits:

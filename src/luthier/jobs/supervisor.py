@@ -24,6 +24,7 @@ from luthier.encryption import keys
 from luthier.errors import LeaseLost
 from luthier.jobs import processes
 from luthier.jobs.folders import JobFolders
+from luthier.serving.memory import KERNEL_CACHES, KERNELS
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport
 from luthier.store.jobs import Job
@@ -197,8 +198,13 @@ def address_of(database: Database) -> dict[str, str]:
 
 
 def inherited() -> dict[str, str]:
-    """Variables of this process that workers have, too: not those that open the service."""
-    return {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    """Variables of this process that workers have, too: not those that open the service.
+
+    Nor the limits that a server gives itself: training has more sizes in turn.
+    """
+    limits = dict.fromkeys(KERNEL_CACHES, str(KERNELS)).items()
+    kept = os.environ.items() - limits
+    return {name: value for name, value in kept if name not in _SECRETS}
 
 
 def how_it_ended(status: int | None) -> str:

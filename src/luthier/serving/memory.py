@@ -1,8 +1,24 @@
-"""How much memory may hold the keys and values of sequences."""
+"""How much memory may hold the keys and values of sequences, and the kernels that read them."""
 
 from __future__ import annotations
 
+import os
 import threading
+
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Variables that oneDNN, and PyTorch above it, read when torch is loaded."""
+KERNELS = 128
+"""Kernels that each of the two caches keeps."""
+
+
+def bound_kernels() -> None:
+    """Keep memory flat where products come in ever new sizes; to be called before torch is loaded.
+
+    oneDNN makes a kernel for each number of sequences and each length, and keeps 1,024 of them: half a
+    megabyte each. A step needs some dozens. Numbers that the user has set stay.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KERNELS))
 
 
 class CacheBudget:

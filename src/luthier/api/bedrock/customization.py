@@ -75,7 +75,8 @@ def create_job(request: Request) -> dict[str, Any]:
 def _submission(request: Request) -> Submission:
     kind = request.get("customizationType", FINE_TUNING)
     config = _config(kind, request.get("customizationConfig"))
-    shown, settings = hyperparameters.read(request.get("hyperParameters", {}))
+    sent = request.get("hyperParameters", {})
+    shown, settings = hyperparameters.read(sent)
     teacher, grader, typed = None, None, {}
     if kind == DISTILLATION:
         teacher = _teacher(request, config["teacherModelConfig"])
@@ -86,6 +87,8 @@ def _submission(request: Request) -> Submission:
         grader = _grader(request, config)
         typed = config.get("hyperParameters", {})
         settings = hyperparameters.merged(settings, hyperparameters.read_rft(typed))
+        # Defaults that the typed ones replace are not shown.
+        shown |= {name: str(typed[name]) for name in (shown.keys() & typed.keys()) - sent.keys()}
     members = {name: request[name] for name in _SHOWN if name in request.members}
     validation = request.get("validationDataConfig", {"validators": []})
     return Submission(

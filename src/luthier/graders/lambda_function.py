@@ -1,0 +1,114 @@
+"""Grading by the handler of an AWS Lambda function, as Bedrock's reinforcement fine-tuning calls it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from luthier.graders.base import Answer, Grader, Trouble
+from luthier.graders.python_source import defines, no_end, side_by_side
+from luthier.graders.sandbox import Limits, check_sandbox, value_of
+from luthier.graders.templates import scope_of
+
+AT_ONCE = 16
+"""Answers in one event: their scores fit into what a sandbox may say."""
+_CALL = """
+import json as _json, math as _math, time as _time
+_given = _json.loads(%r)
+class _Context:
+    function_name = invoked_function_arn = _given["name"]
+    function_version = "$LATEST"
+    aws_request_id = log_group_name = log_stream_name = "-"
+    memory_limit_in_mb = _given["memory_mb"]
+    _end = _time.monotonic() + _given["seconds"]
+    def get_remaining_time_in_millis(self):
+        return max(0, int(1000 * (self._end - _time.monotonic())))
+try:
+    _answer = lambda_handler(_given["event"], _Context())
+    _scores = {str(each["id"]): float(each["aggregate_reward_score"]) for each in _answer}
+    _missing = [each["id"] for each in _given["event"] if each["id"] not in _scores]
+    if _missing or not all(map(_math.isfinite, _scores.values())):
+        raise ValueError(f"its answer lacks ids {_missing}, or has numbers that are not finite")
+    result = {"scores": [_scores[each["id"]] for each in _given["event"]]}
+except Exception as error:
+    result = {"error": f"{type(error).__name__}: {error}"[:500]}
+"""
+_FIX = (
+    "Mend the function or the row: it returns a list of {id, aggregate_reward_score}, one for each "
+    "element of its event, with a finite number; 0 is the score of a bad answer."
+)
+
+
+def _defines_handler(source: str) -> str:
+    return defines(source, "lambda_handler", "event, context")
+
+
+class LambdaFunction(Grader):
+    """What ``lambda_handler(event, context)`` of the source gives: any finite number.
+
+    The event is a list of up to 16 answers: ``{"id", "messages", "metadata"}``, the answer as the last
+    message, the other members of the row in ``metadata`` and beside it. It returns a list of ``{"id",
+    "aggregate_reward_score"}``; a ``metrics_list`` may be there and is not kept. The source runs in a
+    sandbox (:mod:`luthier.graders.sandbox`) with the standard library alone, without network and keys,
+    in a new process for each event.
+    """
+
+    method: Literal["lambda"] = "lambda"
+    source: Annotated[str, AfterValidator(_defines_handler)]
+    """Python that defines ``lambda_handler``."""
+    name: str = Field(default="lambda", pattern=r"^[a-zA-Z0-9_-]{1,140}$")
+    """Name of the function, for messages and its context."""
+    seconds: float = Field(default=10.0, gt=0, le=900)
+    """Wall-clock time for one event."""
+    memory_mb: int = Field(default=512, ge=64, le=4096)
+    """Address space, in MiB."""
+
+    needs_expected = False
+
+    @property
+    def bounded(self) -> bool:
+        """The function may give any number."""
+        return False
+
+    @property
+    def batched(self) -> bool:
+        """As many sandboxes at once as there are cores."""
+        return True
+
+    def check(self) -> None:
+        """Refuse machines that cannot isolate the source."""
+        check_sandbox(self._limits)
+
+    def grade(self, answers: Sequence[Answer]) -> list[float]:
+        """A number for each; :class:`Ungraded` where the function raised or took too long."""
+        starts = range(0, len(answers), AT_ONCE)
+        return side_by_side(self._scored, [answers[i : i + AT_ONCE] for i in starts])
+
+    def score(self, answer: Answer) -> float:
+        """The number of one answer."""
+        return self.grade([answer])[0]
+
+    def _scored(self, answers: Sequence[Answer]) -> list[float | Trouble]:
+        event = [_element(number, answer) for number, answer in enumerate(answers)]
+        given = {"event": event, **self.model_dump(include={"name", "seconds", "memory_mb"})}
+        result = value_of(self.source, _CALL % json.dumps(given), self._limits)
+        if result is not None and "scores" in result:
+            return list(map(float, result["scores"]))
+        if len(answers) > 1:  # which of them is it?
+            return [each for answer in answers for each in self._scored([answer])]
+        if result is None:
+            return [no_end(self.name, self.seconds)]
+        return [Trouble("grader.raised", f"grader `{self.name}` raised {result['error']}", _FIX)]
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self.seconds, self.memory_mb)
+
+
+def _element(number: int, answer: Answer) -> dict[str, Any]:
+    members = dict(scope_of(answer)["item"])
+    messages = [*members.pop("messages"), {"role": "assistant", "content": answer.reply}]
+    return {**members, "id": str(number), "messages": messages, "metadata": members}

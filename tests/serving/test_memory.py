@@ -1,0 +1,46 @@
+"""Memory of a server whose products come in ever new sizes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from luthier.jobs.supervisor import inherited
+from luthier.serving.memory import KERNEL_CACHES, bound_kernels
+
+SIZES = """
+import psutil
+from luthier.serving.memory import bound_kernels
+bound_kernels()
+import torch
+used = []
+with torch.inference_mode():
+    for rows in range(1, 601):
+        query, keys = torch.ones(rows, 3, 64).bfloat16(), torch.ones(rows, 64, 64).bfloat16()
+        torch.bmm(query, keys)
+        used.append(psutil.Process().memory_info().rss)
+print((used[-1] - used[199]) >> 20)
+"""
+
+
+def test_new_sizes_take_no_further_memory() -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
+    done = subprocess.run(
+        [sys.executable, "-c", SIZES], env=kept, check=True, capture_output=True, text=True
+    )
+    # 50 were seen, and 276 without the limit.
+    assert int(done.stdout) < 120
+
+
+def test_limits_hold_for_the_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KERNEL_CACHES:
+        monkeypatch.setenv(name, "1")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(KERNEL_CACHES[1], "77")
+    bound_kernels()
+    assert os.environ[KERNEL_CACHES[0]] == "128"
+    passed_on = inherited()
+    assert KERNEL_CACHES[0] not in passed_on and passed_on[KERNEL_CACHES[1]] == "77"
