@@ -63,10 +63,34 @@ class Waiting:
         self.closed.set()
 
 
+class Taking:
+    """Takes a body in pieces, and remembers how."""
+
+    def __init__(self) -> None:
+        self.pieces: list[int] = []
+        self.closed, self.first = threading.Event(), threading.Event()
+
+    def open(self, call: Call) -> Taking:
+        authorize(ANNA if call.query else MAY, "test:Take", call.path)
+        return self
+
+    def __enter__(self) -> Taking:
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        self.closed.set()
+
+    def write(self, data: bytes) -> int:
+        self.pieces.append(len(data))
+        self.first.set()
+        return len(data)
+
+
 class Echo:
     """A face that answers with what it was given."""
 
     def __init__(self) -> None:
+        self.taking = Taking()
         self.closed = threading.Event()
         self.sent = 0
         self.waiting = Waiting()
@@ -77,6 +101,8 @@ class Echo:
         works["deny"] = self.deny
         works["large"] = lambda call: Answer.of(len(call.body))
         works["wait"] = lambda call: Answer(200, self.waiting)
+        if name == "take":
+            return Route("test.take", self.taken, body_limit=8_000_000, sink=self.taking.open)
         if name not in works:
             raise Fault("UnknownOperation", "There is no such operation.")
         limit = 10_000_000 if name == "large" else 1000
@@ -92,6 +118,10 @@ class Echo:
 
     def fail(self, call: Call) -> Answer:
         raise RuntimeError("the password is hunter2")
+
+    def taken(self, call: Call) -> Answer:
+        assert not call.body and not self.taking.closed.is_set()
+        return Answer.of(sum(call.sink.pieces))
 
     def deny(self, call: Call) -> Answer:
         authorize(ANNA, "test:Deny", "*")
@@ -116,7 +146,9 @@ class Echo:
 class Objects:
     """Stands where object storage does."""
 
-    async def handle(self, head: Head, signed: Signed, receive: Any, send: Any, rid: str) -> int:
+    async def handle(
+        self, head: Head, signed: Signed, receive: Any, send: Any, rid: str, run: Any
+    ) -> int:
         start = {"type": "http.response.start", "status": 204, "headers": []}
         await send(start)
         await send({"type": "http.response.body", "body": b""})
@@ -218,6 +250,58 @@ def test_large_bodies_are_refused_before_they_are_read(server: Server) -> None:
     chunked = b"POST /x/echo HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
     chunked += b"Transfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b"a" * 1024 + b"\r\n"
     assert b"RequestEntityTooLarge" in server.raw(chunked + b"0\r\n\r\n")
+
+
+HEAD = b"POST /x/take%s HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
+
+
+def test_a_body_is_taken_as_it_comes(server: Server) -> None:
+    parts, taking = urlsplit(server.address), server.echo.taking
+    with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
+        connection.sendall(HEAD % b"" + b"Content-Length: 3000000\r\n\r\n" + b"a" * 2_000_000)
+        assert taking.first.wait(5)
+        assert not taking.closed.is_set()
+        connection.sendall(b"a" * 1_000_000)
+        found = b""
+        while b"3000000" not in found:
+            found += connection.recv(4096)
+    assert taking.closed.wait(5)
+    assert sum(taking.pieces) == 3_000_000 and max(taking.pieces) < 2_000_000
+    assert server.door.bodies == [b""]
+    assert server.trail.lines == [("ok", "test:Take", "/x/take", "anna")]
+
+
+@pytest.mark.parametrize("body", [b"abc", b""])
+def test_a_signed_body_is_verified_before_it_is_taken(server: Server, body: bytes) -> None:
+    key = "AWS4-HMAC-SHA256 Credential=A/20260101/r/bedrock/x"
+    assert server.ask("POST", "/x/take", body, key=key) == (200, len(body))
+    assert server.door.bodies == [body] and server.admitted == ["anna"]
+
+
+def test_a_body_that_is_taken_has_its_limit_too(server: Server) -> None:
+    assert server.ask("POST", "/x/take", b"a" * 8_000_001)[1]["code"] == "RequestEntityTooLarge"
+    chunk = b"100000\r\n" + b"a" * (1 << 20) + b"\r\n"
+    found = server.raw(
+        HEAD % b"" + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 9 + b"0\r\n\r\n"
+    )
+    assert b"RequestEntityTooLarge" in found
+    taking = server.echo.taking
+    assert sum(taking.pieces) < 8_000_000 and taking.closed.is_set()
+
+
+def test_who_may_not_send_a_body_is_told_before_it_is_read(server: Server) -> None:
+    found = server.raw(HEAD % b"?deny" + b"Content-Length: 3000000\r\nExpect: 100-continue\r\n\r\n")
+    assert b"AccessDenied" in found and server.echo.taking.pieces == []
+    assert b"100 Continue" not in found and b"connection: close" in found.lower()
+    assert {line[:2] for line in server.trail.lines} == {("AccessDenied", "test:Take")}
+
+
+def test_a_client_that_hangs_up_in_its_body_leaves_nothing_open(server: Server) -> None:
+    parts, taking = urlsplit(server.address), server.echo.taking
+    with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
+        connection.sendall(HEAD % b"" + b"Content-Length: 3000000\r\n\r\n" + b"a" * 2_000_000)
+        assert taking.first.wait(5)
+    assert taking.closed.wait(5)
 
 
 def test_what_fails_inside_is_told_to_the_log_alone(

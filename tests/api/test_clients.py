@@ -53,7 +53,7 @@ class Plain:
         return Answer.of({"message": fault.message}, STATUS.get(fault.code, 403), **headers)
 
     async def handle(
-        self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str
+        self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str, run: Any
     ) -> int:
         while (await receive()).get("more_body"):
             pass

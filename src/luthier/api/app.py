@@ -16,7 +16,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
-from urllib.parse import parse_qs
 
 from sqlalchemy.exc import OperationalError
 
@@ -25,6 +24,7 @@ from luthier.api.heads import (
     SMALL,
     Scope,
     address_of,
+    call_of,
     head_of,
     is_bearer,
     is_large,
@@ -36,16 +36,18 @@ from luthier.api.policies import noted
 from luthier.api.sending import (
     ClientGone,
     Receive,
+    Run,
     Send,
     close_pieces,
+    lifespan,
     read_body,
     send_answer,
+    take_body,
 )
-from luthier.api.threads import FairSlots, Threads
-from luthier.api.wire import Answer, Call, Caller, Face, Fault, Head, Route, Signed
+from luthier.api.threads import FairSlots, FairThreads, Threads
+from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
 from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.serving.stream import attended
-from luthier.store.database import now
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
@@ -57,8 +59,10 @@ THREADS, STREAMS = 64, 256
 """Requests that are worked on at once, and streams that wait for their next piece."""
 LONG = 48
 """Requests that take a model's time at once: the other threads answer what is short."""
+TRANSFERS = 8
+"""Pieces of objects and files that are written or read at once."""
 SHARE = 0.75
-"""Part of such requests, and of streams, that one account may have; further ones of it wait."""
+"""Part of all these that one account may have; further ones of it wait."""
 
 TROUBLES = (OperationalError, ReadOnlyDisk)
 """What passes when the database, or the disk, is back: clients are told to ask again."""
@@ -95,9 +99,9 @@ class Streams(Protocol):
     """A face that reads bodies as they come: object storage."""
 
     async def handle(
-        self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str
+        self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str, run: Run
     ) -> int:
-        """Answer the request; the status that was sent."""
+        """Answer the request, all that blocks by ``run``; the status that was sent."""
 
     def refusal(self, fault: Fault, request_id: str) -> Answer:
         """``fault`` as this face's clients expect it."""
@@ -131,11 +135,12 @@ class Application:
         self._run, self._wait = Threads(THREADS, "request"), Threads(STREAMS, "stream")
         self._turns = FairSlots(LONG, int(LONG * SHARE))
         self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
+        self._transfers = FairThreads(TRANSFERS, int(TRANSFERS * SHARE), "transfer")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request; other kinds of connections are refused."""
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await lifespan(receive, send)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -182,8 +187,10 @@ class Application:
             seen.let_in("s3", signed.caller)
             self.admit(signed.caller)
             seen.operation = f"s3.{head.method}"
-            with noted() as seen.asked:
-                seen.status = await face.handle(head, signed, receive, audited, seen.request_id)
+            with noted() as seen.asked, self._transfers.request(signed.caller.account) as run:
+                seen.status = await face.handle(
+                    head, signed, receive, audited, seen.request_id, run
+                )
         except Fault as fault:
             self._refused(seen, fault)
             answer = _closing(head, face.refusal(fault, seen.request_id))
@@ -200,6 +207,8 @@ class Application:
         seen.face = name
         async with AsyncExitStack() as held:
             answer = await self._answered(face, head, receive, seen, held)
+            if answer.status >= 400:
+                answer = _closing(head, answer)
             seen.status = await send_answer(send, receive, answer, self._wait)
 
     async def _answered(
@@ -255,6 +264,8 @@ class Application:
                 signed = await self._run(self.authenticator.authenticate, head, b"")
             else:
                 limit = min(limit, LARGEST_SIGNED)
+        if route is not None and route.sink is not None:
+            return await self._upload(head, receive, limit, route, seen, signed)
         body = await read_body(head, receive, limit)
         if route is not None and route.long:
             if signed is None:
@@ -269,7 +280,37 @@ class Application:
             return answer
         # One thread does all of it: to change threads costs as much as to look something up.
         work = partial(self._work, head, body, route, unknown, seen, signed)
-        return await self._run(work)
+        answer = await self._run(work)
+        await self._hold(answer, seen.account, held)
+        return answer
+
+    async def _upload(
+        self,
+        head: Head,
+        receive: Receive,
+        limit: int,
+        route: Route,
+        seen: Observed,
+        signed: Signed | None,
+    ) -> Answer:
+        """A body that is taken as it comes, from those who may send it."""
+        sent: bytes | None = None
+        if signed is None:
+            sent = await read_body(head, receive, limit)
+            signed = await self._run(self.authenticator.authenticate, head, sent)
+        seen.let_in(seen.face, signed.caller)
+        seen.operation = route.operation
+        self.admit(signed.caller)
+        call = call_of(head, b"", route, signed.caller, seen)
+        with noted() as seen.asked, self._transfers.request(signed.caller.account) as run:
+            with await run(route.sink, call) as sink:
+                if sent is None:
+                    await take_body(head, receive, limit, sink.write, run)
+                else:
+                    await run(sink.write, sent)
+                answer: Answer = await run(route.handler, replace(call, sink=sink))
+            await self._run(self._note, seen)
+        return answer
 
     async def _attended(
         self, work: Callable[[], Answer], receive: Receive, seen: Observed
@@ -316,20 +357,8 @@ class Application:
         if route is None:
             raise unknown or Fault("UnknownOperation", "There is no such operation.")
         seen.operation = route.operation
-        call = Call(
-            seen.request_id,
-            signed.caller,
-            head.method,
-            head.path,
-            parse_qs(head.query, keep_blank_values=True),
-            dict(head.headers),
-            body,
-            now(),
-            route.params,
-            seen.address,
-        )
         with noted() as seen.asked:
-            answer = route.handler(call)
+            answer = route.handler(call_of(head, body, route, signed.caller, seen))
         self._note(seen)
         return answer
 
@@ -369,11 +398,3 @@ def _routed(face: Face, head: Head) -> tuple[Route | None, Fault | None]:
 
 def _named_face(path: str) -> bool:
     return path.startswith((*OPENAI_PATHS, NATIVE_PATH))
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return

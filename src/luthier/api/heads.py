@@ -6,7 +6,9 @@ from collections.abc import MutableMapping
 from typing import Any
 from urllib.parse import parse_qs
 
-from luthier.api.wire import Head
+from luthier.api.observability import Observed
+from luthier.api.wire import Call, Caller, Head, Route
+from luthier.store.database import now
 
 Scope = MutableMapping[str, Any]
 SMALL = 2_000_000
@@ -19,6 +21,22 @@ def head_of(scope: Scope) -> Head:
     headers = [(k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in scope["headers"]]
     path, query = raw.decode("latin-1"), scope["query_string"].decode("latin-1")
     return Head(scope["method"], path, query, headers, scope.get("scheme") == "https")
+
+
+def call_of(head: Head, body: bytes, route: Route, caller: Caller, seen: Observed) -> Call:
+    """What a handler is given of a request of ``caller``, who was let in."""
+    return Call(
+        seen.request_id,
+        caller,
+        head.method,
+        head.path,
+        parse_qs(head.query, keep_blank_values=True),
+        dict(head.headers),
+        body,
+        now(),
+        route.params,
+        seen.address,
+    )
 
 
 def service_of(head: Head) -> str:

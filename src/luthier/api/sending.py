@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ POLL_SECONDS = 0.5
 """After an empty piece: there is nothing yet, and it is asked for again."""
 IDLE_SECONDS = 60.0
 """Between two parts of a request's body at most."""
+HELD = 1 << 20
+"""Bytes of a body that is handed on as it comes: so many wait before a thread takes them."""
 
 
 class ClientGone(Exception):
@@ -31,24 +33,46 @@ async def read_body(head: Head, receive: Receive, limit: int) -> bytes:
         Fault: RequestEntityTooLarge, where its length says so before any of it is read.
         ClientGone: where it ends before its end.
     """
+    return b"".join([piece async for piece in _pieces(head, receive, limit)])
+
+
+async def take_body(
+    head: Head, receive: Receive, limit: int, write: Callable[[bytes], Any], run: Run
+) -> None:
+    """Hand the body of a request on as it comes to ``write``, which is called in threads.
+
+    Raises as :func:`read_body`, and what ``write`` raises; what was written counts for nothing then.
+    """
+    held: list[bytes] = []
+    size = 0
+    async for piece in _pieces(head, receive, limit):
+        held.append(piece)
+        size += len(piece)
+        if size >= HELD:
+            await run(write, b"".join(held))
+            held, size = [], 0
+    if size:
+        await run(write, b"".join(held))
+
+
+async def _pieces(head: Head, receive: Receive, limit: int) -> AsyncIterator[bytes]:
     told = [value for name, value in head.headers if name == "content-length"]
     if told and told[0].isdigit() and int(told[0]) > limit:
         raise _too_large(limit)
-    parts: list[bytes] = []
-    size = 0
-    while True:
+    size, more = 0, True
+    while more:
         try:
             message = await asyncio.wait_for(receive(), IDLE_SECONDS)
         except TimeoutError:
             raise Fault("Validation", "The body of the request did not come to its end.") from None
         if message["type"] == "http.disconnect":
             raise ClientGone
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
+        piece: bytes = message.get("body", b"")
+        size += len(piece)
         if size > limit:
             raise _too_large(limit)
-        if not message.get("more_body"):
-            return b"".join(parts)
+        yield piece
+        more = bool(message.get("more_body"))
 
 
 def _too_large(limit: int) -> Fault:
@@ -116,3 +140,12 @@ async def hung_up(receive: Receive) -> None:
     """Come back when the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def lifespan(receive: Receive, send: Send) -> None:
+    """Answer a server that says that it begins and that it ends."""
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from luthier.api.sending import Run
 from luthier.api.wire import Fault
 
 T = TypeVar("T")
@@ -41,9 +42,12 @@ class FairSlots:
     To be used by the tasks of one event loop.
     """
 
-    def __init__(self, most: int, each: int) -> None:
-        """``most`` turns at once, ``each`` of them for one account at most."""
-        self.most, self.each = most, each
+    def __init__(self, most: int, each: int, waiting: int = WAITING) -> None:
+        """``most`` turns at once, ``each`` of them for one account at most.
+
+        ``waiting`` of an account may wait for theirs.
+        """
+        self.most, self.each, self.waiting = most, each, waiting
         self._held: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
@@ -79,7 +83,7 @@ class FairSlots:
 
     async def _wait(self, account: str) -> None:
         queue = self._waiting.setdefault(account, deque())
-        if len(queue) >= WAITING:
+        if len(queue) >= self.waiting:
             raise _busy()
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         queue.append(mine)
@@ -107,6 +111,43 @@ class FairSlots:
     def _next(self) -> str | None:
         able = [account for account in self._waiting if self._may(account)]
         return min(able, key=lambda account: self._held[account], default=None)
+
+
+class FairThreads:
+    """Threads at which accounts take turns call by call: for work that comes in many small pieces.
+
+    A request holds no thread while it waits for its client, and one account with many requests has no
+    more than its share of what is worked on. To be used by the tasks of one event loop.
+    """
+
+    def __init__(self, most: int, each: int, name: str) -> None:
+        """``most`` threads, ``each`` of them for one account at most."""
+        self._threads = Threads(most, name)
+        # A request waits for one call, and for one more where its client hangs up meanwhile.
+        self._slots = FairSlots(most, each, 2 * WAITING)
+        self._open: Counter[str] = Counter()
+
+    @contextmanager
+    def request(self, account: str) -> Iterator[Run]:
+        """What calls functions in threads, for one request.
+
+        Raises:
+            Fault: ``Throttling`` where too many of the account are open.
+        """
+        if self._open[account] >= WAITING:
+            raise _busy()
+        self._open[account] += 1
+
+        async def run(function: Callable[..., T], *arguments: Any) -> T:
+            async with self._slots.turn(account):
+                return await self._threads(function, *arguments)
+
+        try:
+            yield run
+        finally:
+            self._open[account] -= 1
+            if not self._open[account]:
+                del self._open[account]
 
 
 def _busy() -> Fault:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -27,6 +28,7 @@ from luthier.errors import (
     UnknownModel,
     WrongState,
 )
+from luthier.files import Sink
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Call:
     """Segments of the path by the names that the route gives them, each decoded once."""
     address: str = ""
     """Of the client; empty where it is not known."""
+    sink: Any = None
+    """What took the body, of a route that has a sink; ``body`` is empty then."""
 
     @cached_property
     def json(self) -> Any:
@@ -220,6 +224,9 @@ class Route:
     """Bytes of a body at most; a larger one is refused before it is read whole."""
     long: bool = False
     """Whether it takes a model's time: such requests take turns, account by account."""
+    sink: Callable[[Call], AbstractContextManager[Sink]] | None = None
+    """Of a route whose body may be large: opens what takes it piece by piece, in threads, before any of
+    it is read. May raise :class:`Fault`, and so may its ``write``."""
 
 
 class Face(Protocol):

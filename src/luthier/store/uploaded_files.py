@@ -20,6 +20,7 @@ from luthier.errors import ObjectRefused
 from luthier.store.database import Base, Database, now
 from luthier.store.ids import random_id
 from luthier.store.locations import UPLOADS
+from luthier.store.object_files import Written
 from luthier.store.object_rows import Described
 from luthier.store.objects import Objects
 
@@ -68,12 +69,24 @@ class UploadedFiles:
 
         With a ``file_id`` that is there already, what is there stays and is returned.
         """
-        file_id = file_id or "file-" + random_id(24)
-        self._need_bucket(account)
         with self.objects.files.begin(account) as file:
             for piece in pieces:
                 file.write(piece)
             written = file.finish()
+        return self.keep(account, written, name, purpose, lives, file_id)
+
+    def keep(
+        self,
+        account: str,
+        written: Written,
+        name: str,
+        purpose: str,
+        lives: timedelta | None = None,
+        file_id: str | None = None,
+    ) -> UploadedFile:
+        """As :meth:`add`, of bytes that are in a file of the object store already."""
+        file_id = file_id or "file-" + random_id(24)
+        self._need_bucket(account)
         self.objects.put(account, UPLOADS, file_id, written, Described())
         created = now()
         row = UploadedFile(

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -20,7 +20,7 @@ import uvicorn
 
 from luthier.api.openai import OpenAIFace
 from luthier.api.settings import Settings
-from luthier.api.wire import Answer, Call, Caller, Fault
+from luthier.api.wire import Answer, Call, Caller, Fault, Route
 from luthier.errors import RefusedInput
 from luthier.files import write_json
 from luthier.jobs.submit import Limits
@@ -67,11 +67,11 @@ class Server:
                 path,
                 parse_qs(scope["query_string"].decode(), keep_blank_values=True),
                 headers,
-                body,
+                b"" if route.sink else body,
                 now(),
                 route.params,
             )
-            answer = await anyio.to_thread.run_sync(route.handler, call)
+            answer = await anyio.to_thread.run_sync(_answer, route, call, body)
         except Fault as fault:
             answer = self.face.refusal(fault, request_id)
         except RefusedInput as refused:
@@ -86,6 +86,15 @@ class Server:
             raise Fault("Throttling", "Too many requests.", retry_after=3)
         policies = ({key.removeprefix("sk-"): True},) if key in ("sk-weak", "sk-mute") else ({},)
         return Caller(KEYS[key], "somebody", policies, bearer=True)
+
+
+def _answer(route: Route, call: Call, body: bytes) -> Answer:
+    if route.sink is None:
+        return route.handler(call)
+    with route.sink(call) as sink:
+        for start in range(0, len(body), 100_000):
+            sink.write(body[start : start + 100_000])
+        return route.handler(replace(call, sink=sink))
 
 
 async def _body(receive: Any, limit: int) -> bytes:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from luthier.api.openai.errors import absent, invalid
-from luthier.api.openai.forms import form_of
+from luthier.api.openai.forms import Form
 from luthier.api.openai.requests import Access, number_of, one_of, page, seconds, text_of
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call
@@ -35,31 +35,32 @@ class Files:
         """What can be done with files."""
         limit = self.limit + _FORM_BYTES
         return (
-            Operation("POST", "files", "files.create", self.create, limit),
+            Operation("POST", "files", "files.create", self.create, limit, sink=self.form),
             Operation("GET", "files", "files.list", self.list),
             Operation("GET", "files/{file}", "files.retrieve", self.retrieve),
             Operation("DELETE", "files/{file}", "files.delete", self.delete),
             Operation("GET", "files/{file}/content", "files.content", self.content),
         )
 
-    def create(self, call: Call) -> Answer:
-        """Take an upload: on disk first, then known."""
+    def form(self, call: Call) -> Form:
+        """What takes an upload as it comes: nothing of one is read that is not allowed."""
         self.access.to(call, "files.create", "file")
-        with form_of(call) as form:
-            purpose = form.fields.get("purpose")
-            if purpose is None:
-                raise invalid("'purpose' is a required property.", "purpose")
-            one_of("purpose", purpose, PURPOSES)
-            lives = _lifetime(form.fields)
-            upload = form.files.get("file")
-            if upload is None:
-                raise invalid("'file' is a required property.", "file")
-            if upload.size == 0:
-                raise invalid("The file is empty.", "file", "empty_file")
-            if upload.size > self.limit:
-                raise invalid(f"The file has more than {self.limit:,} bytes.", "file")
-            name = upload.name or "upload"
-            row = self.store.add(call.caller.account, upload.pieces(), name, purpose, lives)
+        kind = call.headers.get("content-type", "")
+        return Form(kind, lambda: self.store.objects.files.begin(call.caller.account), self.limit)
+
+    def create(self, call: Call) -> Answer:
+        """Keep what was uploaded: on disk first, then known."""
+        form: Form = call.sink
+        file = form.file()
+        purpose = form.fields.get("purpose")
+        if purpose is None:
+            raise invalid("'purpose' is a required property.", "purpose")
+        one_of("purpose", purpose, PURPOSES)
+        lives = _lifetime(form.fields)
+        if form.size == 0:
+            raise invalid("The file is empty.", "file", "empty_file")
+        name = form.name or "upload"
+        row = self.store.keep(call.caller.account, file.finish(), name, purpose, lives)
         return Answer.of(shown(row))
 
     def list(self, call: Call) -> Answer:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 from urllib.parse import unquote
 
 from luthier.api.openai import errors
 from luthier.api.wire import Answer, Call, Fault, Handler, Route
+from luthier.files import Sink
 
 PREFIXES = ("/openai/v1/", "/v1/")
 BODY_LIMIT = 25_000_000
@@ -27,6 +29,8 @@ class Operation:
     body_limit: int = BODY_LIMIT
     long: bool = False
     """Whether a model answers it."""
+    sink: Callable[[Call], AbstractContextManager[Sink]] | None = None
+    """Opens what takes its body; see :class:`luthier.api.wire.Route`."""
 
     def match(self, method: str, segments: list[str]) -> Mapping[str, str] | None:
         """The parameters in the decoded ``segments``; ``None`` where they are another path."""
@@ -65,7 +69,9 @@ class Routing:
             if params is not None:
                 name = f"openai.{operation.name}"
                 handler = _answered(operation.handler)
-                return Route(name, handler, params, operation.body_limit, operation.long)
+                return Route(
+                    name, handler, params, operation.body_limit, operation.long, operation.sink
+                )
         raise Fault("UnknownOperation", f"Unknown request URL: {method} {path}.")
 
     def refusal(self, fault: Fault, request_id: str) -> Answer:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from luthier.api.app import STREAMS, TROUBLES
+from luthier.api.app import TROUBLES
 from luthier.api.s3 import errors
 from luthier.api.s3.body import OBJECT_LIMIT, Body
 from luthier.api.s3.documents import DOCUMENT_LIMIT
 from luthier.api.s3.operations import Operation, operation_of
 from luthier.api.s3.request import Request, Stores, read_request
-from luthier.api.sending import ClientGone, Receive, Send, send_answer
-from luthier.api.threads import Threads
+from luthier.api.sending import ClientGone, Receive, Run, Send, send_answer
 from luthier.api.wire import Answer, Authorize, Fault, Head, Signed
 from luthier.errors import DoesNotFit, ObjectRefused
 from luthier.store.objects import Objects
@@ -26,12 +25,11 @@ class S3Face:
     def __init__(self, objects: Objects, authorize: Authorize, region: str = "us-east-1") -> None:
         """``authorize`` is given caller, action and ARN, and raises :class:`Fault`."""
         self.stores = Stores(objects, Uploads(objects), authorize, region)
-        self._run = Threads(STREAMS, "objects")
 
     async def handle(
-        self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str
+        self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str, run: Run
     ) -> int:
-        """Answer a request that was let in; the status that was sent.
+        """Answer a request that was let in, all work by ``run``; the status that was sent.
 
         Raises:
             Fault: what the caller is to be told with :meth:`refusal`; nothing was changed.
@@ -41,10 +39,8 @@ class S3Face:
             request = read_request(head, signed.caller, request_id)
             operation = operation_of(request)
             if operation.action:
-                await self._run(
-                    self.stores.authorize, request.caller, operation.action, request.resource
-                )
-            answer = await self._answer(operation, request, signed, receive)
+                await run(self.stores.authorize, request.caller, operation.action, request.resource)
+            answer = await self._answer(operation, request, signed, receive, run)
         except (ObjectRefused, DoesNotFit) as refused:
             raise errors.as_fault(refused) from refused
         except (Fault, ClientGone, *TROUBLES):
@@ -54,29 +50,34 @@ class S3Face:
             text = "We encountered an internal error. Please try again."
             raise Fault("InternalServer", text) from None
         headers = {**answer.headers, "x-amz-request-id": request_id}
-        return await send_answer(
-            send, receive, Answer(answer.status, answer.body, headers), self._run
-        )
+        return await send_answer(send, receive, Answer(answer.status, answer.body, headers), run)
 
     def refusal(self, fault: Fault, request_id: str) -> Answer:
         """``fault`` as clients of S3 expect it."""
         return errors.refusal(fault, request_id)
 
     async def _answer(
-        self, operation: Operation, request: Request, signed: Signed, receive: Receive
+        self,
+        operation: Operation,
+        request: Request,
+        signed: Signed,
+        receive: Receive,
+        run: Run,
     ) -> Answer:
         limit = OBJECT_LIMIT if operation.keeps else DOCUMENT_LIMIT
         body = Body(request.headers, signed, limit, not operation.whole)
         if operation.works is not None:
             text = bytearray()
-            await body.receive(receive, text.extend, self._run)
-            return await self._run(operation.works, self.stores, request, bytes(text))
+            await body.receive(receive, text.extend, run)
+            made: Answer = await run(operation.works, self.stores, request, bytes(text))
+            return made
         assert operation.keeps is not None
-        await self._run(operation.before, self.stores, request)
+        await run(operation.before, self.stores, request)
         if not body.has_length:
             text_of_it = "You must provide the Content-Length HTTP header."
             raise Fault("MissingContentLength", text_of_it)
-        with await self._run(self.stores.objects.files.begin, request.account) as writing:
-            checksums = await body.receive(receive, writing.write, self._run)
-            written = await self._run(writing.finish)
-            return await self._run(operation.keeps, self.stores, request, written, checksums)
+        with await run(self.stores.objects.files.begin, request.account) as writing:
+            checksums = await body.receive(receive, writing.write, run)
+            written = await run(writing.finish)
+            kept: Answer = await run(operation.keeps, self.stores, request, written, checksums)
+            return kept

@@ -1,0 +1,107 @@
+"""Large uploads and downloads: the server holds a few pieces of them, in memory and in /dev/shm."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+from luthier_server import KEYS, ONE, Served
+
+from luthier.encryption import keys, memory
+from luthier.files import write_json
+
+SIZE, MOST = 150_000_000, 50_000_000
+"""Bytes of a file, and bytes that the server may grow by meanwhile."""
+
+
+class Peak:
+    """The most that a process holds while the block runs, above what it held before."""
+
+    def __init__(self, server: Served, folder: Path) -> None:
+        assert server.process is not None
+        self.process, self.folder = psutil.Process(server.process.pid), folder
+        self.done, self.before, self.most = threading.Event(), self.now(), 0
+        self.thread = threading.Thread(target=self.look)
+
+    def now(self) -> int:
+        total = int(self.process.memory_info().rss)
+        for path in self.folder.rglob("*"):
+            try:
+                total += path.stat().st_size
+            except FileNotFoundError:
+                continue
+        return total
+
+    def look(self) -> None:
+        while not self.done.wait(0.01):
+            self.most = max(self.most, self.now() - self.before)
+
+    def __enter__(self) -> Peak:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """With an encrypted store: what is plain may lie in memory alone."""
+    home = tmp_path / "served"
+    home.mkdir()
+    write_json(home / "bootstrap.json", {"principals": list(KEYS.values())})
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    monkeypatch.setenv(keys.ENVIRONMENT, base64.b64encode(secrets.token_bytes(32)).decode())
+    made = Served(home)
+    made.start("--no-work")
+    yield made
+    made.end()
+    shutil.rmtree(memory.memory())
+
+
+def test_a_large_file_costs_a_few_pieces(server: Served, tmp_path: Path) -> None:
+    path = tmp_path / "large.jsonl"
+    block = b"\n".join(secrets.token_hex(500).encode() for _ in range(1000))
+    with path.open("wb") as file:
+        while file.tell() < SIZE:
+            file.write(block)
+    size = path.stat().st_size
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"], timeout=120)
+    s3, made = server.client("s3"), []
+    s3.create_bucket(Bucket="data")
+
+    def create() -> None:
+        with path.open("rb") as file:
+            made.append(client.files.create(file=file, purpose="batch"))
+
+    def content() -> None:
+        with client.files.with_streaming_response.content(made[0].id) as answer:
+            assert sum(map(len, answer.iter_bytes())) == size
+
+    def put() -> None:
+        with path.open("rb") as file:
+            s3.put_object(Bucket="data", Key="k", Body=file)
+
+    def part() -> None:
+        upload = s3.create_multipart_upload(Bucket="data", Key="p")["UploadId"]
+        with path.open("rb") as file:
+            s3.upload_part(Bucket="data", Key="p", UploadId=upload, PartNumber=1, Body=file)
+
+    works: dict[str, Callable[[], None]] = {
+        "create": create, "content": content, "put": put, "part": part
+    }  # fmt: skip
+    grown = {}
+    for name, work in works.items():
+        with Peak(server, memory.memory()) as peak:
+            work()
+        grown[name] = peak.most
+    assert made[0].bytes == size
+    assert max(grown.values()) < MOST, grown
