@@ -10,13 +10,15 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from luthier.errors import CorruptFile, LuthierError, ObjectRefused
+from luthier.errors import CorruptFile, ObjectRefused
 from luthier.store.database import Database, now
 from luthier.store.object_files import UNNAMED_SECONDS, ObjectFiles, Written
 from luthier.store.object_rows import (
@@ -36,6 +38,7 @@ from luthier.store.object_rows import (
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
 """Names that are paths of the other faces on the same port."""
 BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+Row = TypeVar("Row")
 _FOUND_AGAIN = 5
 """Times that an object is looked up again because it was replaced before its file was opened."""
 
@@ -118,15 +121,18 @@ class Objects:
         written: Written,
         described: Described,
         check: Check | None = None,
+        also: Callable[[Session], None] | None = None,
     ) -> StoredObject:
         """Let ``key`` name what was written; what it named before is gone.
 
+        ``also`` writes what is to be there with the object or not at all. After any error the file that
+        was written is removed, unless its rows are there.
+
         Raises:
-            ObjectRefused: ``NoSuchBucket``, ``KeyTooLongError``, or what ``check`` raises. The file
-                that was written is removed then.
+            ObjectRefused: ``NoSuchBucket``, ``KeyTooLongError``, or what ``check`` raises.
         """
         piece = Piece.of(account, 1, written, described.checksums)
-        return self.place(account, bucket, key, [piece], written.md5, 0, described, check)
+        return self.place(account, bucket, key, [piece], written.md5, 0, described, check, also)
 
     def place(
         self,
@@ -138,25 +144,57 @@ class Objects:
         parts: int,
         described: Described,
         check: Check | None = None,
+        also: Callable[[Session], None] | None = None,
     ) -> StoredObject:
         """As :meth:`put`, for new pieces that are to stand one after the other."""
-        try:
+
+        def lock(session: Session) -> Bucket:
+            return owned(session, account, bucket, lock=True)
+
+        with self.naming(account, [piece.id for piece in pieces], lock) as (session, found):
             check_key(key)
-            with self.database.write() as session:
-                found = owned(session, account, bucket, lock=True)
-                gone = replace(session, found, key, check)
-                made = new_object(found, key, pieces, etag, parts, described)
-                session.add(made)
-                session.flush()
-                for piece in pieces:
-                    piece.object_seq = made.seq
-                session.add_all(pieces)
-        except LuthierError:
-            # Refused. After any other error the rows may have been committed: the sweep knows.
-            self.files.remove(account, [piece.id for piece in pieces])
-            raise
+            gone = replace(session, found, key, check)
+            made = new_object(found, key, pieces, etag, parts, described)
+            session.add(made)
+            session.flush()
+            for piece in pieces:
+                piece.object_seq = made.seq
+            session.add_all(pieces)
+            if also is not None:
+                also(session)
         self.files.remove(account, gone)
         return made
+
+    @contextmanager
+    def naming(
+        self, account: str, ids: Sequence[str], lock: Callable[[Session], Row]
+    ) -> Iterator[tuple[Session, Row]]:
+        """A transaction whose rows name new files; after an error these are gone, unless they do.
+
+        ``lock`` reads a row and keeps it from all others that write such names.
+        """
+        committing = False
+        try:
+            with self.database.write() as session:
+                yield session, lock(session)
+                session.flush()
+                committing = True
+        except Exception:
+            if not committing or self._unnamed(ids, lock):
+                self.files.remove(account, ids)
+            raise
+
+    def _unnamed(self, ids: Sequence[str], lock: Callable[[Session], Row]) -> bool:
+        """Whether a commit that failed wrote nothing; not so where that cannot be found out."""
+        try:
+            with self.database.write() as session:
+                # A commit that the database still works on holds this row until it is decided.
+                with suppress(ObjectRefused):
+                    lock(session)
+                named = select(Piece.id).where(Piece.id == ids[0])
+                return session.scalar(named) is None
+        except SQLAlchemyError:
+            return False  # the next start looks again
 
     def head(self, account: str, bucket: str, key: str) -> StoredObject:
         """What a key names; ``NoSuchBucket`` or ``NoSuchKey`` where it names nothing."""
@@ -215,9 +253,11 @@ class Objects:
                     self.files.link(account, piece.id), piece.size, piece.md5, piece.sha256
                 )
                 pieces.append(Piece.of(account, piece.number, written, piece.checksums))
-        except FileNotFoundError:
-            # Replaced since it was looked up: the new one is meant. If not, the bytes are lost.
+        except Exception as error:
             self.files.remove(account, [piece.id for piece in pieces])
+            if not isinstance(error, FileNotFoundError):
+                raise
+            # Replaced since it was looked up: the new one is meant. If not, the bytes are lost.
             if self.open(account, *source).ids == content.ids:
                 raise CorruptFile(f"the bytes of {'/'.join(source)} are missing") from None
             return self.copy(account, source, target, described)

@@ -20,7 +20,7 @@ from luthier.errors import ObjectRefused
 from luthier.store.database import Base, Database, now
 from luthier.store.ids import random_id
 from luthier.store.locations import UPLOADS
-from luthier.store.object_files import Written
+from luthier.store.object_files import Writing, Written
 from luthier.store.object_rows import Described
 from luthier.store.objects import Objects
 
@@ -69,11 +69,20 @@ class UploadedFiles:
 
         With a ``file_id`` that is there already, what is there stays and is returned.
         """
-        with self.objects.files.begin(account) as file:
+        with self.begin(account) as file:
             for piece in pieces:
                 file.write(piece)
             written = file.finish()
         return self.keep(account, written, name, purpose, lives, file_id)
+
+    def begin(self, account: str) -> Writing:
+        """Where the bytes of a new file go, to be used in a ``with``; :meth:`keep` gives it a name."""
+        try:
+            self.objects.create_bucket(account, UPLOADS)
+        except ObjectRefused as refused:
+            if refused.code != "BucketAlreadyOwnedByYou":
+                raise
+        return self.objects.files.begin(account)
 
     def keep(
         self,
@@ -84,28 +93,31 @@ class UploadedFiles:
         lives: timedelta | None = None,
         file_id: str | None = None,
     ) -> UploadedFile:
-        """As :meth:`add`, of bytes that are in a file of the object store already."""
-        file_id = file_id or "file-" + random_id(24)
-        self._need_bucket(account)
-        self.objects.put(account, UPLOADS, file_id, written, Described())
-        created = now()
+        """As :meth:`add`, of what was written after :meth:`begin`."""
+        made = now()
         row = UploadedFile(
-            id=file_id,
+            id=file_id or "file-" + random_id(24),
             account=account,
             name=name,
             purpose=purpose,
             size=written.size,
             sha256=written.sha256,
-            created=created,
-            expires=created + lives if lives else None,
+            created=made,
+            expires=made + lives if lives else None,
             deleted=None,
         )
-        with self.database.write() as session:
-            there = session.scalar(select(UploadedFile).where(UploadedFile.id == file_id))
+        found = row
+
+        def note(session: Session) -> None:
+            nonlocal found
+            there = session.scalar(select(UploadedFile).where(UploadedFile.id == row.id))
             if there is not None:
-                return there
-            session.add(row)
-        return row
+                found = there
+            else:
+                session.add(row)
+
+        self.objects.put(account, UPLOADS, row.id, written, Described(), also=note)
+        return found
 
     def get(self, account: str, file_id: str) -> UploadedFile | None:
         """The file of this account; ``None`` for what is gone or another's."""
@@ -172,13 +184,6 @@ class UploadedFiles:
         for row in rows:
             self.objects.delete(row.account, UPLOADS, [row.id])
         return len(rows)
-
-    def _need_bucket(self, account: str) -> None:
-        try:
-            self.objects.create_bucket(account, UPLOADS)
-        except ObjectRefused as refused:
-            if refused.code != "BucketAlreadyOwnedByYou":
-                raise
 
 
 def _place(session: Session, account: str, file_id: str) -> int | None:

@@ -77,22 +77,20 @@ class Uploads:
         written: Written,
         checksums: dict[str, str],
     ) -> Piece:
-        """Keep a part; one with the same number is replaced. A refusal removes what was written."""
+        """Keep a part; one with the same number is replaced. Raises as :meth:`Objects.put`."""
         piece = Piece.of(account, number, written, checksums)
-        try:
-            with self.database.write() as session:
-                _upload(session, account, bucket, key, upload_id, lock=True)
-                before = select(Piece).where(Piece.upload_id == upload_id, Piece.number == number)
-                old = session.scalar(before)
-                if old is not None:
-                    session.delete(old)
-                    session.flush()
-                piece.upload_id = upload_id
-                session.add(piece)
-        except ObjectRefused:
-            # After any other error the row may have been committed: the sweep knows.
-            self.files.remove(account, [written.id])
-            raise
+
+        def lock(session: Session) -> Upload:
+            return _upload(session, account, bucket, key, upload_id, lock=True)
+
+        with self.objects.naming(account, [written.id], lock) as (session, _):
+            before = select(Piece).where(Piece.upload_id == upload_id, Piece.number == number)
+            old = session.scalar(before)
+            if old is not None:
+                session.delete(old)
+                session.flush()
+            piece.upload_id = upload_id
+            session.add(piece)
         self.files.remove(account, [old.id] if old is not None else [])
         return piece
 

@@ -46,7 +46,7 @@ class Files:
         """What takes an upload as it comes: nothing of one is read that is not allowed."""
         self.access.to(call, "files.create", "file")
         kind = call.headers.get("content-type", "")
-        return Form(kind, lambda: self.store.objects.files.begin(call.caller.account), self.limit)
+        return Form(kind, lambda: self.store.begin(call.caller.account), self.limit)
 
     def create(self, call: Call) -> Answer:
         """Keep what was uploaded: on disk first, then known."""
