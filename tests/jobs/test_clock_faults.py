@@ -1,8 +1,4 @@
-"""Clocks that jump by an hour, forward and back, under the server and under its workers.
-
-libfaketime shifts the wall clock of a process by what a file says, and leaves the monotonic one alone,
-as a machine does whose clock is set.
-"""
+"""Clocks that jump by an hour, forward and back, under the server and under its workers."""
 
 from __future__ import annotations
 
@@ -16,11 +12,11 @@ from typing import Any
 
 import pytest
 from job_checks import check_history
+from shifted_clock import shifted
 
 from luthier.store.custom_models import CustomModel
 from luthier.store.jobs import Job, JobEvent
 
-PLACES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/local/lib/faketime/libfaketimeMT.so.1")
 SERVER = """
 import json, sys, threading
 from luthier.jobs.admission import Capacity
@@ -32,24 +28,12 @@ threading.Event().wait(1000)
 """
 
 
-@pytest.fixture(scope="module")
-def library() -> str:
-    for place in PLACES:
-        for found in Path("/").glob(place.lstrip("/")):
-            return str(found)
-    pytest.skip("libfaketime is not installed on this machine")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["server", "worker"])
 @pytest.mark.parametrize("hours", ["+1h", "-1h"])
-def test_a_clock_that_jumps_costs_no_job(
-    queue: Any, library: str, tmp_path: Path, who: str, hours: str
-) -> None:
+def test_a_clock_that_jumps_costs_no_job(queue: Any, tmp_path: Path, who: str, hours: str) -> None:
     shift = tmp_path / "shift"
-    shift.write_text("+0")
-    faked = {"LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(shift), "FAKETIME_NO_CACHE": "1",
-             "FAKETIME_DONT_FAKE_MONOTONIC": "1"}  # fmt: skip
+    faked = shifted(shift)
     worker = [sys.executable, "-m", "luthier", "worker"]
     roots = ["--file-root", str(queue.folder)]
     plain = {"LUTHIER_DATABASE": queue.database.engine.url.render_as_string(hide_password=False)}

@@ -6,11 +6,11 @@ done is not done again, and no line is answered twice in the files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, or_, select, update
+from sqlalchemy import ForeignKey, UniqueConstraint, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.encryption.files import open_value, seal_value
@@ -145,9 +145,24 @@ def cancel(batch: Batch) -> bool:
     return True
 
 
-def claim(session: Session, token: str) -> Batch | None:
-    """The oldest batch that nobody works on, now held by ``token``."""
-    free = or_(Batch.lease.is_(None), Batch.lease_ends < now())
+def held(session: Session) -> list[tuple[str, datetime | None]]:
+    """Ids of the batches that servers work on, each with what its lease says of its end."""
+    wanted = select(Batch.id, Batch.lease_ends).where(
+        Batch.status.not_in(ENDED), Batch.lease.is_not(None)
+    )
+    return [(batch_id, ends) for batch_id, ends in session.execute(wanted)]
+
+
+def claim(
+    session: Session, token: str, silent: Iterable[tuple[str, datetime | None]] = ()
+) -> Batch | None:
+    """The oldest batch that nobody works on, now held by ``token``.
+
+    ``silent`` are those of :func:`held` that are taken from their servers, unless one was heard from
+    since. No end of a lease is compared with a clock: those of two servers may be an hour apart.
+    """
+    lost = [and_(Batch.id == batch_id, Batch.lease_ends == ends) for batch_id, ends in silent]
+    free = or_(Batch.lease.is_(None), *lost)
     oldest = select(Batch).where(Batch.status.not_in(ENDED), free).order_by(Batch.seq).limit(1)
     batch = session.scalar(oldest.with_for_update(skip_locked=True))
     if batch is not None:

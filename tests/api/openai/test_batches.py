@@ -14,6 +14,7 @@ import pytest
 from luthier.api.openai import batch_runner
 from luthier.api.openai.batch_runner import AT_ONCE, BatchRunner
 from luthier.errors import DoesNotFit
+from luthier.jobs.supervisor import Watch
 from luthier.store import batches as store
 from luthier.store import principals
 from luthier.store.accounts import account_of
@@ -172,6 +173,52 @@ def test_a_held_batch_is_left_alone(client: openai.OpenAI, service: Any) -> None
     assert not service.face.batches.run_once()
 
 
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_clock_that_jumps_takes_no_batch_away_and_leaves_none(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    made = created(client, [line(1)])
+    runner = BatchRunner(service.database, service.face.files, {CHAT: lambda caller, body: {}})
+    clock = [100.0]
+    runner.watch = Watch(60, lambda: clock[0])
+    with service.database.write() as session:
+        assert store.claim(session, "another server") is not None
+    before = store.now()
+    monkeypatch.setattr(store, "now", lambda: before + timedelta(hours=hours))
+    assert not runner.run_once()
+    clock[0] += 59
+    with service.database.write() as session:
+        seen = store.held(session)
+        assert store.renew(session, made.id, "another server")
+        # What was taken for silent and is heard from in the same moment stays where it is.
+        assert store.claim(session, "a third", seen) is None
+    for _ in range(2):
+        assert not runner.run_once()
+        clock[0] += 30
+    assert not runner.run_once()
+    clock[0] += 1
+    assert runner.run_once()
+    assert client.batches.retrieve(made.id).status == "completed"
+
+
+def test_who_lost_a_batch_does_not_end_it(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = created(client, [line(1)])
+    runner = BatchRunner(service.database, service.face.files, {})
+
+    def taken(*given: Any) -> Any:
+        with service.database.write() as session:
+            assert store.claim(session, "another server", store.held(session)) is not None
+        return 1 / 0
+
+    monkeypatch.setattr(batch_runner, "_problems", taken)
+    assert runner.run_once()
+    assert client.batches.retrieve(made.id).status == "validating"
+    with service.database.write() as session:
+        assert store.renew(session, made.id, "another server")
+
+
 def test_a_cancelled_batch_keeps_what_was_answered(client: openai.OpenAI, service: Any) -> None:
     made = created(client, [line(number) for number in range(2 * AT_ONCE)])
 
@@ -319,19 +366,22 @@ def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "LEASE", timedelta(seconds=0.4))
-    monkeypatch.setattr(batch_runner, "_RENEWED", 0.05)
+    monkeypatch.setattr(batch_runner, "RENEWED", 0.05)
     made = created(client, [line(number) for number in range(AT_ONCE + 1)])
     seen: list[Any] = []
+    other = BatchRunner(service.database, service.face.files, {})
 
     def answer(caller: Any, body: Any) -> dict[str, Any]:
         if body["messages"][0]["content"] == "My card 0":
-            time.sleep(0.8)
-            with service.database.write() as session:
-                seen.append(store.claim(session, "another server"))
+            ends = time.monotonic() + 0.8
+            while time.monotonic() < ends:
+                if other.run_once():
+                    seen.append("taken away")
+                time.sleep(0.05)
             counts = client.batches.retrieve(made.id).request_counts
             seen.append(counts and counts.completed)
         return {}
 
     assert BatchRunner(service.database, service.face.files, {CHAT: answer}).run_once()
-    assert seen == [None, AT_ONCE]
+    assert seen == [AT_ONCE]
     assert client.batches.retrieve(made.id).status == "completed"

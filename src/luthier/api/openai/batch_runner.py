@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from luthier.api.openai.errors import error_of, status_of
 from luthier.api.wire import Caller, Fault
 from luthier.errors import DoesNotFit, LuthierError
+from luthier.jobs.supervisor import Watch
 from luthier.store import batches as store
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now
@@ -32,9 +33,9 @@ AT_ONCE = 8
 MOST_LINES = 50_000
 MOST_ERRORS = 50
 """What is wrong with more lines is not told."""
-_RENEWED = store.LEASE.total_seconds() / 3
+RENEWED = store.LEASE.total_seconds() / 3
 """Seconds after which the lease is renewed where no line is done."""
-_IDLE = 2.0
+IDLE = 2.0
 """Seconds between two looks for batches of other servers that fell silent."""
 _SWEEP = 600.0
 """Seconds between two looks for files whose time is over."""
@@ -49,6 +50,8 @@ class BatchRunner:
     ) -> None:
         self.database, self.files, self.endpoints = database, files, endpoints
         self._token = secrets.token_hex(8)
+        self.watch = Watch(store.LEASE.total_seconds())
+        """Tells which servers fell silent."""
         self._wake, self._closed = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -70,8 +73,7 @@ class BatchRunner:
 
     def run_once(self) -> bool:
         """Work on one batch as far as possible; whether there was one."""
-        with self.database.write() as session:
-            batch = store.claim(session, self._token)
+        batch = self._claim()
         if batch is None:
             return False
         try:
@@ -105,8 +107,15 @@ class BatchRunner:
             except Exception:
                 # The database may be away, or the disk full; the batch is found again.
                 _log.exception("a batch could not be worked on")
-            self._wake.wait(_IDLE)
+            self._wake.wait(IDLE)
             self._wake.clear()
+
+    def _claim(self) -> Batch | None:
+        with self.database.write() as session:
+            held = store.held(session)
+            silent = [each for each in held if self.watch.silent(*each)]
+            self.watch.forget({batch_id for batch_id, _ in held})
+            return store.claim(session, self._token, silent)
 
     def _work(self, batch: Batch) -> None:
         row = self.files.get(batch.account, batch.input_file)
@@ -141,7 +150,7 @@ class BatchRunner:
                         running[threads.submit(self._answer, batch, line)] = number
                 if not running:
                     return not self._closed.is_set()
-                ended, _ = wait(running, _RENEWED, FIRST_COMPLETED)
+                ended, _ = wait(running, RENEWED, FIRST_COMPLETED)
                 status = self._keep(batch, {running.pop(each): each for each in ended})
         return False
 
@@ -225,7 +234,7 @@ class BatchRunner:
     def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
         with self.database.write() as session:
             held = store.get(session, batch.account, batch.id, lock=True)
-            if held is not None and held.status not in store.ENDED:
+            if held is not None and held.lease == self._token and held.status not in store.ENDED:
                 held.errors = errors[:MOST_ERRORS]
                 store.end(session, held, store.FAILED)
 
