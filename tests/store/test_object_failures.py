@@ -199,3 +199,26 @@ def test_a_copy_that_finds_no_room_leaves_none_of_its_files(
     with pytest.raises(DiskFull):
         data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: Described())
     assert len(files(data)) == 2
+
+
+def test_a_file_is_deleted_with_its_object_or_not_at_all(data: Objects) -> None:
+    store = UploadedFiles(data.database, data)
+    row = store.add(ONE, [b"bytes"], "name", "batch")
+
+    def refuse(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith(("DELETE FROM objects", "DELETE FROM object_pieces")):
+            raise GONE
+
+    event.listen(data.database.engine, "before_cursor_execute", refuse)
+    with pytest.raises(OperationalError):
+        store.delete(ONE, row.id)
+    event.remove(data.database.engine, "before_cursor_execute", refuse)
+    found = store.get(ONE, row.id)
+    assert found is not None and b"".join(store.read(found)) == b"bytes"
+    assert store.delete(ONE, row.id) and not store.delete(ONE, row.id)
+    assert files(data) == []
+    # Its bytes were deleted before, and the bucket with them.
+    row = store.add(ONE, [b"bytes"], "name", "batch")
+    data.delete(ONE, "luthier-files", [row.id])
+    data.delete_bucket(ONE, "luthier-files")
+    assert store.delete(ONE, row.id) and store.get(ONE, row.id) is None

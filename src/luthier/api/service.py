@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ from luthier.api.settings import Settings
 from luthier.api.wire import Fault
 from luthier.encryption.keys import begin
 from luthier.encryption.memory import hold_temporary_files
+from luthier.jobs import leftovers
 from luthier.jobs.deletion import Deletions
 from luthier.jobs.imports import Importer
 from luthier.jobs.scheduler import Scheduler
@@ -43,6 +45,7 @@ from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.jobs import Job
 from luthier.store.locations import Locations
+from luthier.store.object_files import UNNAMED_SECONDS
 from luthier.store.objects import Objects
 from luthier.store.removal import delete
 from luthier.store.schema import upgrade
@@ -75,6 +78,8 @@ class Service:
         """Keys of the root user, if it was made now: they are shown once."""
         self.arns = Arns(settings.region)
         self.objects = Objects(self.database)
+        self._later = threading.Timer(UNNAMED_SECONDS + 60, self._sweep)
+        self._later.daemon = True
         self.locations = Locations(self.database, settings.s3_endpoint, settings.file_roots)
         self.pool = ModelPool()
         self.activation = Activation(self.database)
@@ -96,7 +101,10 @@ class Service:
 
     def start(self, work: bool = True) -> None:
         """Go on with what an earlier server left; ``work`` on the queue, too."""
-        self.objects.sweep()
+        leftovers.finish(self.database, self.objects)
+        self._sweep()
+        # And what is too young now to be told from the files of requests that are not done.
+        self._later.start()
         self.activation.resume()
         self.openai.start()
         if work:
@@ -108,6 +116,7 @@ class Service:
 
         Workers go on, and the next server finds them; ``give_back`` makes them leave their jobs first.
         """
+        self._later.cancel()
         self.scheduler.stop(give_back)
         self.importer.stop(give_back)
         self.openai.close()
@@ -124,6 +133,13 @@ class Service:
         except SQLAlchemyError:
             return "the database cannot be reached"
         return None
+
+    def _sweep(self) -> None:
+        try:
+            self.objects.sweep()
+        except Exception:
+            # The database or the disk is away; nothing but room depends on it.
+            _log.exception("files of the object store could not be tidied")
 
     def _faces(self, secret: bytes) -> Faces:
         control = Control(

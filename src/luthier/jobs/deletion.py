@@ -21,6 +21,7 @@ from luthier.encryption import memory
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import luthier_home, sha256_of
 from luthier.jobs.folders import JobFolders, run_name
+from luthier.jobs.leftovers import BEGUN, DONE, FILES, finish
 from luthier.jobs.traces import Traces, files_of, find_traces, model_files
 from luthier.store import removal
 from luthier.store.arns import Arns, object_arn
@@ -34,7 +35,6 @@ from luthier.store.uploaded_files import UploadedFiles
 from luthier.store.uploads import Uploads
 
 Models = Literal["refuse", "keep", "delete"]
-BEGUN, DONE = "luthier:DeleteData.begun", "luthier:DeleteData.done"
 REMOVED = "(removed with the training data)"
 """Stands in place of messages, which may quote rows."""
 _AT_ONCE = 200
@@ -112,6 +112,7 @@ class Deletions:
                 is not to go learned from them.
             LuthierError: where something is still there afterwards; what is gone is in the log.
         """
+        finish(self.database, self.objects, asked.account)
         traces, items = self.find(asked)
         for action, resource in self._actions(traces, asked):
             permit(action, resource)
@@ -123,7 +124,8 @@ class Deletions:
             "models_kept": [model.name for model in _kept(traces, asked)],
             "outside": list(traces.outside),
         }
-        self._record(number, BEGUN, asked, items, about)
+        files = [piece.id for each in traces.objects for piece in each.pieces]
+        self._record(number, BEGUN, asked, items, about, files=files)
         if asked.models == "delete":
             self._delete_models(traces)
         for job in _touched(traces, asked):
@@ -207,12 +209,15 @@ class Deletions:
         items: Sequence[Item],
         about: Mapping[str, Any],
         left: Sequence[str] = (),
+        files: Sequence[str] = (),
     ) -> None:
-        """Entries of the audit log, as many as the items need."""
+        """Entries of the audit log, as many as the items need; ``files`` are of the first items."""
         events = []
         for start in range(0, max(1, len(items)), _AT_ONCE):
             told = [asdict(each) for each in items[start : start + _AT_ONCE]]
             details = {"deletion": number, **about, "removed": told, "left": list(left)[:_AT_ONCE]}
+            if named := list(files[start : start + _AT_ONCE]):
+                details[FILES] = named
             resource = self.arns.of(asked.account, "data-deletion", number)
             outcome = "Incomplete" if left else "ok"
             events.append(

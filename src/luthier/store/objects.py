@@ -264,14 +264,31 @@ class Objects:
         found = content.found
         return self.place(account, *target, pieces, found.etag, found.parts, told)
 
-    def delete(self, account: str, bucket: str, keys: Sequence[str]) -> None:
-        """Remove what the keys name; a key that names nothing is no error."""
+    def delete(
+        self,
+        account: str,
+        bucket: str,
+        keys: Sequence[str],
+        also: Callable[[Session], None] | None = None,
+    ) -> None:
+        """Remove what the keys name; a key that names nothing is no error.
+
+        ``also`` writes what is to be known when they are gone, and not before.
+        """
         gone: list[str] = []
         with self.database.write() as session:
             found = owned(session, account, bucket, lock=True)
             for key in keys:
                 gone += replace(session, found, key, None)
+            if also is not None:
+                also(session)
         self.files.remove(account, gone)
+
+    def remove_unnamed(self, account: str, ids: Sequence[str]) -> None:
+        """Remove those of the files ``ids`` that no row names; no row is to name them later."""
+        with self.database.read() as session:
+            named = set(session.scalars(select(Piece.id).where(Piece.id.in_(ids))))
+        self.files.remove(account, [each for each in ids if each not in named])
 
     def sweep(self, older_than: float = UNNAMED_SECONDS) -> int:
         """Remove the files that a killed process left; how many there were. Done at each start."""

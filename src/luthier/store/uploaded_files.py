@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BigInteger, Select, or_, select
+from sqlalchemy import BigInteger, Select, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import ObjectRefused
@@ -164,26 +164,38 @@ class UploadedFiles:
 
     def delete(self, account: str, file_id: str) -> bool:
         """Forget a file and its bytes; whether there was one."""
-        with self.database.write() as session:
-            row = session.scalar(_there(account).where(UploadedFile.id == file_id))
-            if row is None:
-                return False
-            row.deleted = now()
-        self.objects.delete(account, UPLOADS, [file_id])
-        return True
+        if self.get(account, file_id) is None:
+            return False
+        return self._forget(account, file_id)
 
     def remove_expired(self) -> int:
         """Delete what is past its time; how many files that were."""
         late = select(UploadedFile).where(
             UploadedFile.deleted.is_(None), UploadedFile.expires <= now()
         )
-        with self.database.write() as session:
+        with self.database.read() as session:
             rows = list(session.scalars(late))
-            for row in rows:
-                row.deleted = now()
-        for row in rows:
-            self.objects.delete(row.account, UPLOADS, [row.id])
-        return len(rows)
+        return sum(self._forget(row.account, row.id) for row in rows)
+
+    def _forget(self, account: str, file_id: str) -> bool:
+        """Let row and object go in one transaction; whether they were there."""
+        marked = 0
+
+        def mark(session: Session) -> None:
+            nonlocal marked
+            mine = UploadedFile.id == file_id, UploadedFile.deleted.is_(None)
+            done = (
+                update(UploadedFile).where(*mine).values(deleted=now()).returning(UploadedFile.seq)
+            )
+            marked = len(session.execute(done).all())
+
+        try:
+            self.objects.delete(account, UPLOADS, [file_id], mark)
+        except ObjectRefused:
+            # The bucket was deleted, and its objects before it.
+            with self.database.write() as session:
+                mark(session)
+        return bool(marked)
 
 
 def _place(session: Session, account: str, file_id: str) -> int | None:
