@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from luthier.encryption.files import (
     open_folder,
     open_line,
     open_value,
+    place_of,
     read_data,
     seal_folder,
     seal_line,
@@ -37,6 +39,41 @@ def test_lines_are_encrypted_one_by_one(ring: Keyring) -> None:
     for bad in (broken, "", "x.y", told["sealed"].partition(".")[2]):
         with pytest.raises(CorruptFile):
             open_value({"sealed": bad})
+
+
+OLD = '{"sealed": "%s.%s"}'
+"""A line as versions before places wrote it."""
+
+
+def test_a_line_is_read_where_it_was_written_and_nowhere_else(
+    ring: Keyring, luthier_home: Path
+) -> None:
+    path = luthier_home / "teachers" / "one.jsonl"
+    place = place_of(path, 3)
+    assert place == "teachers/one.jsonl:3" and place_of(path) == "teachers/one.jsonl"
+    line = seal_line('{"a": 1}', place)
+    assert open_line(line, place) == {"a": 1} == open_line(line)
+    for other in (place_of(path, 4), place_of(path), place_of(path.with_name("two.jsonl"), 3)):
+        with pytest.raises(CorruptFile, match="was moved"):
+            open_line(line, other)
+        # What it says of its place is authenticated with it.
+        with pytest.raises(CorruptFile, match="does not open"):
+            open_line(json.dumps({**json.loads(line), "place": other}), other)
+    told = json.loads(line)
+    del told["place"]
+    with pytest.raises(CorruptFile, match="does not open"):
+        open_value(told, place)
+    # As PostgreSQL gives it back: in another order.
+    assert open_value(dict(sorted(json.loads(line).items())), place) == {"a": 1}
+
+
+def test_lines_of_versions_before_places_are_read_everywhere(ring: Keyring) -> None:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    nonce = b"n" * 12
+    sealed = AESGCM(ring.derived(ring.current, b"", b"line")).encrypt(nonce, b'{"a": 1}', None)
+    line = OLD % (ring.current, base64.b64encode(nonce + sealed).decode())
+    assert open_line(line) == open_line(line, "a file:7") == {"a": 1}
 
 
 def test_a_plain_store_keeps_lines_as_they_are(luthier_home: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.asking.base import Reply
-from luthier.encryption.files import open_line, seal_line
+from luthier.encryption.files import open_line, place_of, seal_line
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import disk_errors, lock, luthier_home, write_bytes
 from luthier.types import Message
@@ -127,7 +127,7 @@ class Journal:
         asker = _asker.get()
         run = {RUN: asker.run} if asker else {}
         told = json.dumps({"key": key, **run, **asdict(reply)}, ensure_ascii=False)
-        line = seal_line(told) + "\n"
+        line = seal_line(told, place_of(self.path)) + "\n"
         with disk_errors(self.path.parent), self.path.open("ab") as file:
             file.write(line.encode())
             file.flush()
@@ -155,10 +155,10 @@ def _read(path: Path) -> dict[str, Reply]:
         with disk_errors(path.parent), path.open("r+b") as file:
             file.truncate(whole)
             os.fsync(file.fileno())
-    replies = {}
+    replies, place = {}, place_of(path)
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
         try:
-            record = open_line(line)
+            record = open_line(line, place)
             record.pop(RUN, None)
             key = str(record.pop("key"))
             replies[key] = Reply(**record)

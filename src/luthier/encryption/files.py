@@ -16,10 +16,10 @@ from typing import Any
 from luthier.encryption.chunks import MAGIC, SealedReader, SealedWriter
 from luthier.encryption.keys import Keyring, WrongKey, keyring, keys_for
 from luthier.errors import CorruptFile
-from luthier.files import Sink, new_file, new_folder
+from luthier.files import Sink, luthier_home, new_file, new_folder
 
 READ_SIZE = 1 << 20
-_SEALED = "sealed"
+_SEALED, _PLACE = "sealed", "place"
 _NONCE_BYTES = 12
 
 
@@ -91,35 +91,51 @@ def open_folder(source: Path, target: Path) -> None:
             copy_plain(path, fresh / path.relative_to(source))
 
 
-def seal_line(text: str) -> str:
-    """A line of JSON as the store keeps it; where that is encrypted, an object with one field.
+def place_of(path: Path, number: int | None = None) -> str:
+    """What a line is bound to: its file in the store and, where lines keep their places, its number."""
+    path, home = path.resolve(), luthier_home().resolve()
+    name = path.relative_to(home).as_posix() if path.is_relative_to(home) else path.name
+    return name if number is None else f"{name}:{number}"
 
-    All lines have one key; nonces are drawn at random, which is safe for 2**32 of them.
+
+def seal_line(text: str, place: str | None = None) -> str:
+    """A line of JSON as the store keeps it; where that is encrypted, an object of two fields.
+
+    ``place`` stands in it, readable and authenticated: :func:`open_line` is told where a line was
+    found, and refuses one of another place. All lines have one key; nonces are drawn at random, which
+    is safe for 2**32 of them.
     """
     ring = keyring()
     if ring is None:
         return text
     nonce = secrets.token_bytes(_NONCE_BYTES)
-    sealed = nonce + _line_cipher(ring, ring.current).encrypt(nonce, text.encode(), None)
-    return json.dumps({_SEALED: f"{ring.current}.{base64.b64encode(sealed).decode()}"})
+    cipher = _line_cipher(ring, ring.current)
+    sealed = nonce + cipher.encrypt(nonce, text.encode(), _bound(place))
+    told = {_SEALED: f"{ring.current}.{base64.b64encode(sealed).decode()}"}
+    return json.dumps(told if place is None else {**told, _PLACE: place})
 
 
-def open_line(line: bytes | str) -> Any:
+def open_line(line: bytes | str, place: str | None = None) -> Any:
     """The value of a line of JSON that the store keeps, encrypted or not.
+
+    Lines of earlier versions know no place and are read wherever they stand.
 
     Raises:
         ValueError: for what is no JSON.
-        CorruptFile: where it was changed, or is of another store.
+        CorruptFile: where it was changed, is of another store, or was written for another ``place``.
     """
-    return open_value(json.loads(line))
+    return open_value(json.loads(line), place)
 
 
-def open_value(value: Any) -> Any:
+def open_value(value: Any, place: str | None = None) -> Any:
     """The same of a line that was read already."""
-    if not (isinstance(value, dict) and list(value) == [_SEALED]):
+    if not (isinstance(value, dict) and set(value) in ({_SEALED}, {_SEALED, _PLACE})):
         return value
     from cryptography.exceptions import InvalidTag
 
+    written = value.get(_PLACE)
+    if None not in (written, place) and written != place:
+        raise CorruptFile(f"a line was moved: it was written for {written} and stands in {place}")
     key_id, _, text = str(value[_SEALED]).partition(".")
     ring = keyring()
     if ring is None:
@@ -127,17 +143,26 @@ def open_value(value: Any) -> Any:
     try:
         sealed = base64.b64decode(text, validate=True)
         nonce, rest = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
-        return json.loads(_line_cipher(ring, key_id).decrypt(nonce, rest, None))
+        return json.loads(_line_cipher(ring, key_id).decrypt(nonce, rest, _bound(written)))
     except (InvalidTag, ValueError):
         raise CorruptFile("a line does not open: it was changed since it was encrypted") from None
 
 
 def opened_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file to be read by people: texts as they are, other values as JSON."""
+    """The lines of a file to be read by people: texts as they are, other values as JSON.
+
+    Raises:
+        CorruptFile: where a line was changed, or moved to this file of the store. In a copy that lies
+            elsewhere lines say of themselves where they stood.
+    """
+    inside = path.resolve().is_relative_to(luthier_home().resolve())
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             try:
-                value = open_line(line)
+                told = json.loads(line)
+                numbered = isinstance(told, dict) and ":" in str(told.get(_PLACE))
+                place = place_of(path, number if numbered else None) if inside else None
+                value = open_value(told, place)
             except ValueError:
                 yield line
                 continue
@@ -145,9 +170,9 @@ def opened_lines(path: Path) -> Iterator[bytes]:
             yield text.encode() + b"\n"
 
 
-def seal_value(value: Any) -> Any:
+def seal_value(value: Any, place: str | None = None) -> Any:
     """``value``, ready for JSON, as a database keeps it in an encrypted store."""
-    return json.loads(seal_line(json.dumps(value)))
+    return json.loads(seal_line(json.dumps(value), place))
 
 
 def seal_text(text: str) -> str:
@@ -160,6 +185,11 @@ def open_text(text: str) -> str:
     if not text.startswith(f'{{"{_SEALED}": "') or keyring() is None:
         return text
     return str(open_line(text))
+
+
+def _bound(place: Any) -> bytes | None:
+    """What is authenticated with a line."""
+    return None if place is None else f"place {place}".encode(errors="surrogatepass")
 
 
 def _line_cipher(ring: Keyring, key_id: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.encryption.files import open_line, seal_line
+from luthier.encryption.files import open_line, place_of, seal_line
 from luthier.files import disk_errors, write_bytes
 
 LEAST_GAIN = 0.02
@@ -46,7 +46,9 @@ class MetricsFile:
         """Add one line; returns how many there are now."""
         with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             line = json.dumps(values)
-            file.write((seal_line(line) if self.texts else line) + "\n")
+            if self.texts:
+                line = seal_line(line, place_of(self.path, self.lines + 1))
+            file.write(line + "\n")
         self.lines += 1
         return self.lines
 
@@ -61,7 +63,10 @@ class MetricsFile:
         if not self.path.is_file():
             return []
         # What follows the last line end was cut short by a kill, or is being written now.
-        return [open_line(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        return [
+            open_line(line, place_of(self.path, number)) for number, line in enumerate(lines, 1)
+        ]
 
 
 def learned_nothing(lines: Sequence[Mapping[str, Any]], rate: float) -> str | None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from luthier.encryption.files import seal_line
+from luthier.encryption.files import place_of, seal_line
 from luthier.encryption.memory import remove, working
 from luthier.engine.runs import SAMPLES
 from luthier.files import disk_errors, lock, luthier_home, sweep
@@ -100,7 +100,8 @@ class SealedLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Append one message."""
         try:
-            line = seal_line(json.dumps(self.format(record))) + "\n"
+            told = json.dumps(self.format(record))
+            line = seal_line(told, place_of(self._folders.log)) + "\n"
             with os.fdopen(self._folders.open_log(), "ab") as file:
                 file.write(line.encode())
         except Exception:

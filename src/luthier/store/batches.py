@@ -192,17 +192,25 @@ def record(
     session: Session, batch_id: str, number: int, failed: bool, result: dict[str, Any]
 ) -> None:
     """Write an answer down."""
-    kept = seal_value(result)
+    kept = seal_value(result, _place(batch_id, number, failed))
     session.add(BatchLine(batch_id=batch_id, number=number, failed=failed, result=kept))
     session.flush()
 
 
 def results(session: Session, batch_id: str, failed: bool) -> Sequence[dict[str, Any]]:
     """Lines of one of the two files, in the order of the input."""
-    wanted = select(BatchLine.result).where(
+    wanted = select(BatchLine.number, BatchLine.result).where(
         BatchLine.batch_id == batch_id, BatchLine.failed == failed
     )
-    return [open_value(each) for each in session.scalars(wanted.order_by(BatchLine.number))]
+    return [
+        open_value(result, _place(batch_id, number, failed))
+        for number, result in session.execute(wanted.order_by(BatchLine.number))
+    ]
+
+
+def _place(batch_id: str, number: int, failed: bool) -> str:
+    """What a line of a batch is bound to, so that none can be put in another's place."""
+    return f"{batch_id}:{number}:{'error' if failed else 'output'}"
 
 
 def counts(session: Session, batch: Batch) -> tuple[int, int]:
