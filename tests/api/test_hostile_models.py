@@ -12,11 +12,11 @@ from typing import Any
 import psutil
 import pytest
 from botocore.exceptions import ClientError
+from imported_models import BUCKET, deployed, ended
 from luthier_server import BASE, Served, home_with_tiny, until
 
 pytestmark = pytest.mark.slow
 
-BUCKET = "models"
 LOOPS = "{% for a in range(99999) %}" * 4 + "{% set x = a %}" + "{% endfor %}" * 4
 WHEN = "{% if messages[-1].content == 'WORD' %}BOMB{% endif %}"
 TEMPLATE = (
@@ -51,24 +51,7 @@ def imported(server: Served, folder: Path, name: str, template: str) -> dict[str
     s3.put_object(Bucket=BUCKET, Key=f"{name}/chat_template.jinja", Body=template.encode())
     source = {"s3DataSource": {"s3Uri": f"s3://{BUCKET}/{name}/"}}
     arn = bedrock.create_custom_model(modelName=name, modelSourceConfig=source)["modelArn"]
-    found: dict[str, Any] = {}
-
-    def done() -> bool:
-        found.update(bedrock.get_custom_model(modelIdentifier=arn))
-        return bool(found["modelStatus"] != "Creating")
-
-    until(done)
-    return found
-
-
-def deployed(server: Served, name: str, arn: str) -> str:
-    bedrock = server.client("bedrock")
-    made: str = bedrock.create_custom_model_deployment(modelDeploymentName=name, modelArn=arn)[
-        "customModelDeploymentArn"
-    ]
-    get = bedrock.get_custom_model_deployment
-    until(lambda: get(customModelDeploymentIdentifier=made)["status"] == "Active")
-    return made
+    return ended(server, arn)
 
 
 def says(server: Served, model: str, text: str) -> str:
@@ -156,6 +139,7 @@ def test_what_is_made_from_it_is_no_freer(server: Served, sleeper: str) -> None:
 
 
 def test_processes_end_with_the_server(server: Served, sleeper: str) -> None:
+    says(server, deployed(server, "asked", sleeper), "Hello")
     own = text_processes(server)
     assert own
     server.kill()

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,18 @@ import psutil
 import pytest
 import torch
 from botocore.exceptions import ClientError
-from luthier_server import BASE, ONE, OTHER, Served, home_with_tiny, until
-
-BUCKET = "models"
-GREEDY = {"maxTokens": 12, "temperature": 0.0}
-QUESTION = [{"role": "user", "content": [{"text": "What is the capital of France?"}]}]
+from imported_models import (
+    BUCKET,
+    QUESTION,
+    create,
+    deployed,
+    ended,
+    nothing_left,
+    put,
+    put_into,
+    says,
+)
+from luthier_server import BASE, OTHER, Served, home_with_tiny, until
 
 
 @pytest.fixture(scope="module")
@@ -42,70 +49,6 @@ def server(
     put(made, tiny_model_folder, "same")
     yield made
     made.end()
-
-
-def put(server: Served, folder: Path, prefix: str, **changed: bytes | None) -> str:
-    """The files of ``folder`` in the bucket; ``changed`` by name, ``__`` for a dot."""
-    changes = {name.replace("__", "."): content for name, content in changed.items()}
-    put_into(server.client("s3"), BUCKET, folder, prefix, changes)
-    return f"s3://{BUCKET}/{prefix}/"
-
-
-def put_into(
-    s3: Any, bucket: str, folder: Path, prefix: str, changes: Mapping[str, bytes | None]
-) -> None:
-    for path in folder.iterdir():
-        if path.name not in changes:
-            s3.put_object(Bucket=bucket, Key=f"{prefix}/{path.name}", Body=path.read_bytes())
-    for name, content in changes.items():
-        if content is not None:
-            s3.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
-
-
-def create(server: Served, name: str, uri: str, account: str = ONE, **members: Any) -> str:
-    source = {"s3DataSource": {"s3Uri": uri}}
-    bedrock = server.client("bedrock", account)
-    arn: str = bedrock.create_custom_model(modelName=name, modelSourceConfig=source, **members)[
-        "modelArn"
-    ]
-    return arn
-
-
-def ended(server: Served, arn: str) -> dict[str, Any]:
-    """The model once it is no longer Creating."""
-    found: dict[str, Any] = {}
-
-    def done() -> bool:
-        found.update(server.client("bedrock").get_custom_model(modelIdentifier=arn))
-        assert found["modelStatus"] in ("Creating", "Active", "Failed")
-        return bool(found["modelStatus"] != "Creating")
-
-    until(done)
-    return found
-
-
-def says(server: Served, model_id: str) -> str:
-    told = server.client("bedrock-runtime").converse(
-        modelId=model_id, messages=QUESTION, inferenceConfig=GREEDY
-    )
-    text: str = told["output"]["message"]["content"][0]["text"]
-    return text
-
-
-def deployed(server: Served, name: str, model: str) -> str:
-    bedrock = server.client("bedrock")
-    arn: str = bedrock.create_custom_model_deployment(modelDeploymentName=name, modelArn=model)[
-        "customModelDeploymentArn"
-    ]
-    get = bedrock.get_custom_model_deployment
-    until(lambda: get(customModelDeploymentIdentifier=arn)["status"] == "Active")
-    return arn
-
-
-def nothing_left(home: Path) -> bool:
-    """Whether no import left anything but its model."""
-    left = [*home.rglob(".tmp-*"), *(home / "jobs").glob("import-*")]
-    return not left
 
 
 @pytest.fixture(scope="module")
@@ -334,91 +277,6 @@ def test_an_adapter_of_peft_stands_on_its_base_model(
         uri = put(server, tmp_path / "adapter", f"bad-{number}", adapter_config__json=body)
         told = ended(server, create(server, f"bad-adapter-{number}", uri))
         assert told["modelStatus"] == "Failed" and word in told["failureMessage"], told
-
-
-@pytest.fixture(scope="module")
-def broken(server: Served, tiny_model_folder: Path) -> dict[str, dict[str, Any]]:
-    """Models that cannot be taken, by what is wrong with them."""
-    config = json.loads((tiny_model_folder / "config.json").read_text())
-    weights = (tiny_model_folder / "model.safetensors").read_bytes()
-
-    def of(**change: Any) -> dict[str, bytes | None]:
-        return {"config__json": json.dumps({**config, **change}).encode()}
-
-    cases: dict[str, dict[str, bytes | None]] = {
-        "pickle": {"pytorch_model__bin": b"\x80\x04."},
-        "truncated": {"model__safetensors": weights[: len(weights) // 2]},
-        "no-config": {"config__json": None},
-        "no-tokenizer": {"tokenizer__json": None},
-        "no-weights": {"model__safetensors": None},
-        "not-json": {"config__json": b"{"},
-        "unknown-family": of(model_type="never-heard-of"),
-        "huge": of(vocab_size=50_000_000, hidden_size=65_536),
-        "deep": of(num_hidden_layers=5_000_000),
-        "other-shape": of(intermediate_size=65),
-        "too-few-words": of(vocab_size=100),
-        "quantized": of(quantization_config={"quant_method": "gptq"}),
-    }
-    arns = {
-        name: create(server, f"broken-{name}", put(server, tiny_model_folder, name, **changed))
-        for name, changed in cases.items()
-    }
-    return {name: ended(server, arn) for name, arn in arns.items()}
-
-
-RULES = {
-    "pickle": ("pytorch_model.bin", "[model.pickle]", "Delete it"),
-    "truncated": ("model.safetensors", "[model.weights]", "Copy it again"),
-    "no-config": ("config.json", "[model.config]", "folder itself"),
-    "no-tokenizer": ("tokenizer.json", "[model.tokenizer]", "save_pretrained"),
-    "no-weights": ("model.safetensors", "[model.weights]", "safe_serialization"),
-    "not-json": ("config.json", "[model.config]", "anew"),
-    "unknown-family": ("config.json", "[model.network]", "never-heard-of"),
-    "huge": ("config.json", "[model.weights]", "shards"),
-    "deep": ("config.json", "[model.layers]", "1,000"),
-    "other-shape": ("*.safetensors", "[model.load]", "missing or of another shape"),
-    "too-few-words": ("tokenizer.json", "[model.tokenizer]", "does not belong"),
-    "quantized": ("config.json", "[model.quantized]", "dequantized"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RULES)
-def test_what_is_wrong_is_told_with_file_rule_and_fix(
-    broken: dict[str, dict[str, Any]], name: str
-) -> None:
-    told = broken[name]
-    assert told["modelStatus"] == "Failed"
-    file, *words = RULES[name]
-    assert told["failureMessage"].startswith(f"{file}: "), told["failureMessage"]
-    assert all(word in told["failureMessage"] for word in words), told["failureMessage"]
-    assert "Fix: " in told["failureMessage"]
-    # The server's own folders are nobody's business.
-    assert not any(word in told["failureMessage"] for word in (".tmp-", "custom/imported"))
-
-
-@pytest.mark.slow
-def test_models_that_failed_leave_nothing_and_can_be_deleted(
-    server: Served, broken: dict[str, dict[str, Any]]
-) -> None:
-    until(lambda: nothing_left(server.home))
-    bedrock = server.client("bedrock")
-    failed = broken["pickle"]
-    folder = server.home / "models" / "custom" / "imported"
-    assert not list(folder.glob(f"*{failed['modelArn'].rpartition('/')[2]}*"))
-    with pytest.raises(ClientError, match="Failed"):
-        deployed(server, "never", failed["modelArn"])
-    assert server.ask("GET", "/api/v1/models/broken-pickle")[1]["failure"]
-    assert server.ask("GET", "/api/v1/models/broken-pickle/certificate")[0] == 409
-    bedrock.delete_custom_model(modelIdentifier=failed["modelArn"])
-    with pytest.raises(ClientError, match="ResourceNotFound"):
-        bedrock.get_custom_model(modelIdentifier=failed["modelArn"])
-    again = ended(server, create(server, "broken-pickle", f"s3://{BUCKET}/same/"))
-    assert again["modelStatus"] == "Active"
-    stored = folder / f"model-{again['modelArn'].rpartition('/')[2]}"
-    assert stored.is_dir()
-    bedrock.delete_custom_model(modelIdentifier="broken-pickle")
-    assert not stored.exists()
 
 
 def test_addresses_are_looked_at_at_once(server: Served, tmp_path: Path) -> None:
