@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from luthier.api.native.context import Context
 from luthier.api.native.face import native_face
@@ -180,3 +181,26 @@ def test_who_may_delete_data_needs_no_other_right_and_is_named_with_an_address(k
     with kept.context.database.read() as session:
         entries = session.query(AuditEntry).all()
     assert {entry.address for entry in entries} == {"192.0.2.7"} and len(entries) == 2
+
+
+@pytest.mark.parametrize(
+    ("denied", "method", "path"),
+    [
+        ("GetModelCustomizationJob", "GET", "/api/v1/jobs/mine"),
+        ("StopModelCustomizationJob", "POST", "/api/v1/jobs/mine/stop"),
+        ("ListModelCustomizationJobs", "GET", "/api/v1/jobs"),
+        ("GetCustomModel", "GET", "/api/v1/models/model"),
+        ("ListCustomModels", "GET", "/api/v1/models"),
+    ],
+)
+def test_what_is_denied_in_bedrocks_words_is_denied_here(
+    context: Context, arn: str, denied: str, method: str, path: str
+) -> None:
+    with context.database.write() as session:
+        session.execute(update(CustomModel).values(status=ACTIVE, stored_id="tiny:model"))
+    deny = {"Effect": "Deny", "Action": f"bedrock:{denied}", "Resource": "*"}
+    with pytest.raises(Fault, match=f"perform: bedrock:{denied} .*explicit deny") as refused:
+        ask(context, caller(EVERYTHING, deny), method, path)
+    assert refused.value.code == "AccessDenied"
+    other = {"Effect": "Deny", "Action": "bedrock:CreateGuardrail", "Resource": "*"}
+    assert ask(context, caller(EVERYTHING, other), method, path).status == 200

@@ -41,7 +41,10 @@ KEYS = {
     "sk-weak": ACCOUNT,
     "sk-fast": ACCOUNT,
     "sk-mute": ACCOUNT,
+    "sk-bound": ACCOUNT,
 }
+BOUND = {"Effect": "Deny", "Action": ["bedrock:*Job", "bedrock:Delete*"], "Resource": "*"}
+"""What a policy denies in Bedrock's words to who has the key ``sk-bound``."""
 
 
 class Server:
@@ -84,7 +87,8 @@ class Server:
             raise Fault("UnrecognizedClient", "Incorrect API key provided.")
         if key == "sk-fast":
             raise Fault("Throttling", "Too many requests.", retry_after=3)
-        policies = ({key.removeprefix("sk-"): True},) if key in ("sk-weak", "sk-mute") else ({},)
+        marks = {key.removeprefix("sk-"): True} if key in ("sk-weak", "sk-mute") else {}
+        policies = ({**marks, "Statement": [BOUND] if key == "sk-bound" else []},)
         return Caller(KEYS[key], "somebody", policies, bearer=True)
 
 
@@ -175,7 +179,9 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for account in (ACCOUNT, OTHER):
             session.add(Account(id=account, name="", disabled=False, created=now()))
             session.flush()
-            session.add(User(account=account, name="somebody", policies=[{}], created=now()))
+            session.add(
+                User(account=account, name="somebody", policies=[{"Statement": []}], created=now())
+            )
     made.close()
     return path
 

@@ -9,6 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.api.native.operations import Request
+from luthier.api.policies import refuse_denied
 from luthier.api.wire import Authorize, Fault
 from luthier.jobs.submit import Limits
 from luthier.store.arns import Arn, Arns
@@ -16,6 +17,17 @@ from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import Database
 from luthier.store.foundation import FoundationModel, foundation_model
 from luthier.store.locations import Locations
+
+_SAME = {
+    "CreateJob": "CreateModelCustomizationJob",
+    "GetJob": "GetModelCustomizationJob",
+    "StopJob": "StopModelCustomizationJob",
+    "PauseJob": "StopModelCustomizationJob",
+    "ListJobs": "ListModelCustomizationJobs",
+    "GetModel": "GetCustomModel",
+    "ListModels": "ListCustomModels",
+}
+"""Operations of Bedrock that come to the same: who is denied those is denied these."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,8 @@ class Context:
         resource = self._resource(request, path)
         try:
             self.authorize(request.call.caller, f"luthier:{action}", resource)
+            if action in _SAME:
+                refuse_denied(request.call.caller, f"bedrock:{_SAME[action]}", resource)
         except Fault as fault:
             told = fault.message.replace(resource, self._resource(request, shown or path))
             raise Fault(fault.code, told) from None

@@ -82,6 +82,8 @@ class FineTuning:
         """Put a job into the queue."""
         asked = body(call, CreateJob)
         self.access.to(call, "fine_tuning.jobs.create", "fine-tuning-job")
+        every = self.arns.of(call.caller.account, "model-customization-job", "*")
+        self.access.same_as(call, "CreateModelCustomizationJob", every)
         asked.check()
         account = call.caller.account
         base = self.catalogue.base(account, asked.model)
@@ -186,6 +188,9 @@ class FineTuning:
             job = _job(session, call.caller.account, job_id, lock=True)
             if job is None:
                 raise absent("fine-tuning job", job_id, "id")
+            if verb != "resume":
+                arn = self.arns.job(job.account, job.foundation, job.id)
+                self.access.same_as(call, "StopModelCustomizationJob", arn)
             if job.state in (*jobs.ENDED, jobs.STOPPING):
                 text = f"The job {job_id} is {shown(job)['status']}; it cannot {verb} any more."
                 raise invalid(text, reason="invalid_state")

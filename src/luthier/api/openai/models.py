@@ -153,6 +153,7 @@ class Models:
             raise model_not_found(name)
         if isinstance(found, FoundationModel):
             raise Fault("AccessDenied", f"The base model `{name}` cannot be deleted.")
+        self.access.same_as(call, "DeleteCustomModel", found.arn(self.catalogue.arns))
         self._delete(call.caller.account, found)
         return Answer.of({"id": name, "object": "model", "deleted": True})
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from luthier.api.openai.errors import invalid
+from luthier.api.policies import refuse_denied
 from luthier.api.wire import Answer, Authorize, Call, Caller
 from luthier.store.arns import Arns
 
@@ -153,6 +154,10 @@ class Access:
             account = call.caller.account
             resource = self._arns.openai(account, kind, identifier or "*")
         self._authorize(call.caller, f"luthier:openai.{action}", resource)
+
+    def same_as(self, call: Call, operation: str, arn: str) -> None:
+        """Refuse who is denied the ``operation`` of Bedrock that comes to the same."""
+        refuse_denied(call.caller, f"bedrock:{operation}", arn)
 
     def to_model(self, caller: Caller, action: str, arn: str) -> None:
         """Whether the caller may have a model answer through this face."""
