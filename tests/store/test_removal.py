@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from luthier.files import luthier_home, write_json
 from luthier.models.catalog import MANIFEST
+from luthier.store import removal
+from luthier.store.arns import Arns
+from luthier.store.custom_models import ACTIVE, CustomModel
+from luthier.store.database import Database, now
 from luthier.store.models import custom_folder, custom_models
 from luthier.store.removal import remove_files, remove_unneeded
+from luthier.store.schema import upgrade
 
 
 def stored(name: str, parent: str | None, saved: str = "adapter") -> str:
@@ -67,3 +75,78 @@ def test_a_parent_that_nobody_removed_stays() -> None:
     remove_files("tiny:never")
     remove_files(None)
     assert left() == {"by-command-line"}
+
+
+@pytest.fixture
+def database() -> Iterator[Database]:
+    made = Database()
+    upgrade(made)
+    yield made
+    made.close()
+
+
+def recorded(database: Database, stored_id: str) -> CustomModel:
+    """The record of a stored model."""
+    name = stored_id.partition(":")[2]
+    model = CustomModel(
+        id=name, account="000000000000", name=name, foundation="luthier.tiny", root="luthier.tiny",
+        base_model="arn", details={}, created=now(), status=ACTIVE, stored_id=stored_id,
+    )  # fmt: skip
+    with database.write() as session:
+        session.add(model)
+    return model
+
+
+class Killed(BaseException):
+    """As if the process were not there any more."""
+
+
+def test_a_deletion_that_was_killed_behind_its_record_is_finished(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, other = stored("parent", "tiny"), stored("other", "tiny")
+    model = recorded(database, parent)
+    recorded(database, other)
+
+    def killed(stored_id: str | None) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(removal, "remove_files", killed)
+        with pytest.raises(Killed):
+            removal.delete(database, Arns(), model)
+    assert left() == {"parent", "other"}
+    removal.finish(database)
+    assert left() == {"other"}
+    removal.finish(database)
+    assert left() == {"other"}
+
+
+def test_one_that_failed_with_its_record_never_was(
+    database: Database,
+) -> None:
+    parent = stored("parent", "tiny")
+    model = recorded(database, parent)
+
+    def fails(session: Session) -> None:
+        raise OSError("the disk is full")
+
+    event.listen(Session, "before_commit", fails)
+    try:
+        with pytest.raises(OSError, match="full"):
+            removal.delete(database, Arns(), model)
+    finally:
+        event.remove(Session, "before_commit", fails)
+    # A child that goes takes no parent along that is still there.
+    remove_files(stored("child", parent))
+    removal.finish(database)
+    assert left() == {"parent"}
+
+
+def test_one_that_was_killed_before_its_record_went_never_was(database: Database) -> None:
+    parent = stored("parent", "tiny")
+    recorded(database, parent)
+    (custom_folder("tiny", "parent") / ".removed").write_bytes(b"")
+    removal.finish(database)
+    remove_files(stored("child", parent))
+    assert left() == {"parent"}

@@ -38,7 +38,7 @@ from luthier.jobs.imports import Importer
 from luthier.jobs.scheduler import Scheduler
 from luthier.jobs.submit import Limits
 from luthier.serving.pool import ModelPool
-from luthier.store import bootstrap
+from luthier.store import bootstrap, removal
 from luthier.store.accounts import quota_of
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
@@ -47,7 +47,6 @@ from luthier.store.jobs import Job
 from luthier.store.locations import Locations
 from luthier.store.object_files import UNNAMED_SECONDS
 from luthier.store.objects import Objects
-from luthier.store.removal import delete
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key, server_key
 
@@ -102,6 +101,7 @@ class Service:
     def start(self, work: bool = True) -> None:
         """Go on with what an earlier server left; ``work`` on the queue, too."""
         leftovers.finish(self.database, self.objects)
+        removal.finish(self.database)
         self._sweep()
         # And what is too young now to be told from the files of requests that are not done.
         self._later.start()
@@ -207,7 +207,7 @@ class Service:
 
     def _delete(self, account: str, model: CustomModel) -> None:
         """Delete a custom model that nobody answers with; it leaves the memory, too."""
-        delete(self.database, self.arns, model)
+        removal.delete(self.database, self.arns, model)
         if model.stored_id is not None:
             self.pool.forget(model.stored_id)
 

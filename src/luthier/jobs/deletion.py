@@ -231,11 +231,12 @@ class Deletions:
 
     def _delete_models(self, traces: Traces) -> None:
         """The models, those that stand on others first: all of them, or none where one is in use."""
-        with self.database.write() as session:
+        with removal.marked() as mark, self.database.write() as session:
             for model in traces.models:
                 found = session.get(type(model), model.seq, with_for_update=True)
                 if found is not None:
                     removal.remove(session, found, found.arn(self.arns))
+                    mark(found.stored_id)
         for job in reversed((*traces.jobs, *traces.further)):
             if job.result is not None:
                 removal.remove_files(str(job.result["stored_id"]))

@@ -1,9 +1,15 @@
-"""Deletion of custom models: refused while somebody answers with one or learns from it."""
+"""Deletion of custom models: refused while somebody answers with one or learns from it.
+
+The record goes first, then the files. So that a process that dies between the two leaves nothing, the
+folder is marked before: :func:`finish` removes what is marked and has no record.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -18,7 +24,7 @@ from luthier.store.jobs import ENDED, Job
 from luthier.store.models import StoredModel, custom_models
 
 _REMOVED = ".removed"
-"""File in the folder of a model that has no record any more, and on which others stand."""
+"""File in the folder of a model whose record is deleted: its files go when nobody stands on them."""
 
 
 class ModelInUse(WrongState):
@@ -31,10 +37,11 @@ def delete(database: Database, arns: Arns, model: CustomModel) -> None:
     Raises:
         ModelInUse: see :func:`remove`.
     """
-    with database.write() as session:
+    with marked() as mark, database.write() as session:
         found = session.get(CustomModel, model.seq, with_for_update=True)
         if found is not None:
             remove(session, found, found.arn(arns))
+            mark(found.stored_id)
     # Of an import that failed for reasons that nobody thought of.
     (luthier_home() / "jobs" / f"import-{model.id}.log").unlink(missing_ok=True)
     remove_files(model.stored_id)
@@ -64,6 +71,42 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     tags.drop(session, arn)
     session.delete(model)
     session.flush()
+
+
+@contextmanager
+def marked() -> Iterator[Callable[[str | None], None]]:
+    """Around a transaction that deletes records: what is called for each model, behind its record.
+
+    Where the transaction fails the models are as they were.
+    """
+    marks: list[Path] = []
+
+    def mark(stored_id: str | None) -> None:
+        found = next((each for each in custom_models() if each.id == stored_id), None)
+        if found is not None and not (found.folder / _REMOVED).exists():
+            marks.append(found.folder / _REMOVED)
+            write_bytes(marks[-1], b"")
+
+    try:
+        yield mark
+    except BaseException:
+        for path in marks:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def finish(database: Database) -> None:
+    """Remove the files of models whose deletion a crash cut short; where it never began, they stay."""
+    for each in custom_models():
+        if not (each.folder / _REMOVED).is_file():
+            continue
+        with database.read() as session:
+            known = select(CustomModel.seq).where(CustomModel.stored_id == each.id).limit(1)
+            there = session.scalar(known) is not None
+        if there:
+            (each.folder / _REMOVED).unlink(missing_ok=True)
+        else:
+            remove_files(each.id)
 
 
 def remove_files(stored_id: str | None) -> None:
