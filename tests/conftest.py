@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,16 +127,24 @@ FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "el
 
 
 def make_wordpiece() -> Any:
-    """Lower-case word pieces between [CLS] and [SEP], as BERT has them."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    """Lower-case word pieces between [CLS] and [SEP], as BERT has them.
+
+    The library's trainer breaks ties by chance: other pieces, and other results, in each process.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words = Counter(re.findall(r"\w+|[^\w\s]", " ".join(CORPUS).lower()))
+    letters = sorted(set("".join(words)))
+    common = sorted(words, key=lambda word: (-words[word], word))
+    pairs = sorted({f"##{word[at : at + 2]}" for word in words for at in range(1, len(word) - 1)})
+    inner = [f"##{letter}" for letter in letters]
+    known = dict.fromkeys([*special, *letters, *inner, *common, *pairs])
+    ids = {piece: number for number, piece in enumerate(list(known)[:160])}
+    core = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
     core.normalizer = normalizers.BertNormalizer(lowercase=True)
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=160, special_tokens=special, show_progress=False)
-    core.train_from_iterator(CORPUS, trainer)
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
