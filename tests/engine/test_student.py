@@ -141,7 +141,8 @@ def test_a_tuned_teacher_is_merged_and_keeps_its_head(
     ours, teachers = (luthier.load(m).predict(["My card"])[0]["scores"] for m in (
         whole.model_id, teacher.model_id
     ))  # fmt: skip
-    assert ours == pytest.approx(teachers, abs=2e-2)
+    # Merged in float32 here and in bfloat16 there, at a rate that makes large adapters.
+    assert ours == pytest.approx(teachers, abs=6e-2)
 
 
 def test_a_masked_language_model_keeps_its_head_from_student_to_student(

@@ -7,6 +7,8 @@ on disk: SQLite runs in WAL mode with ``synchronous=FULL``.
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -195,7 +197,21 @@ def _reopen_read_only(context: Any) -> None:
 def _prepare_sqlite(connection: Any, record: Any) -> None:
     # Transactions are begun by us: the driver would begin them late, after what was read.
     connection.isolation_level = None
+    _write_ahead(connection)
     # What is deleted is overwritten: it may be data that somebody wants gone.
-    pragmas = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON")
-    for pragma in pragmas:
+    for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: Any) -> None:
+    """Go to a write-ahead log; of servers that start at once, each with a new file, one does it."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # This change alone does not wait for the lock, whatever the time limit of the connection.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
