@@ -120,7 +120,7 @@ def test_a_tuned_teacher_is_merged_and_keeps_its_head(
     data = rows(tmp_path / "rows.jsonl", LABELLED)
     teacher = luthier.tune(
         data, base=str(family_folder("bert")), name="t", adaptation__method=adaptation,
-        training__learning_rate=0.1, **SHORT,
+        training__learning_rate=0.03, **SHORT,
     )  # fmt: skip
     made = luthier.student(teacher.model_id, name="s", keep=[0, 2])
     found = store.find(made.model_id)
@@ -141,8 +141,7 @@ def test_a_tuned_teacher_is_merged_and_keeps_its_head(
     ours, teachers = (luthier.load(m).predict(["My card"])[0]["scores"] for m in (
         whole.model_id, teacher.model_id
     ))  # fmt: skip
-    # Merged in float32 here and in bfloat16 there, at a rate that makes large adapters.
-    assert ours == pytest.approx(teachers, abs=6e-2)
+    assert ours == pytest.approx(teachers, abs=2e-2)
 
 
 def test_a_masked_language_model_keeps_its_head_from_student_to_student(
