@@ -237,8 +237,7 @@ class ChatFormat:
         return np.asarray(ids, dtype=np.int64)
 
     def _render(self, messages: Sequence[Message], *, reply: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        return self.render(turns, reply=reply)
+        return self.render([message.said for message in messages], reply=reply)
 
 
 @contextmanager

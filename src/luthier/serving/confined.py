@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +156,7 @@ class TextProcess:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
+        self._finally: Callable[[], object] = lambda: None
         self._closed = False
         with self._lock:
             self.about: dict[str, Any] = self._start()
@@ -203,8 +204,7 @@ class TextProcess:
                 start_new_session=True,
             )  # fmt: skip
         self._child, self._connection = child, ours
-        # Nobody may hold on to it: the process ends where its connection is gone.
-        weakref.finalize(self, _ended, child, ours)
+        self._finally = weakref.finalize(self, _ended, child, ours)
         told: dict[str, Any] = self._asked(None)
         return told
 
@@ -246,8 +246,7 @@ class TextProcess:
         )
 
     def _end(self) -> None:
-        if self._child is not None and self._connection is not None:
-            _ended(self._child, self._connection)
+        self._finally()
         self._child = self._connection = None
 
 

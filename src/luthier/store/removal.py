@@ -21,7 +21,7 @@ from luthier.store.arns import Arns
 from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, Job
-from luthier.store.models import StoredModel, custom_models
+from luthier.store.models import StoredModel, custom_folder, custom_models
 
 _REMOVED = ".removed"
 """File in the folder of a model whose record is deleted: its files go when nobody stands on them."""
@@ -82,10 +82,11 @@ def marked() -> Iterator[Callable[[str | None], None]]:
     marks: list[Path] = []
 
     def mark(stored_id: str | None) -> None:
-        found = next((each for each in custom_models() if each.id == stored_id), None)
-        if found is not None and not (found.folder / _REMOVED).exists():
-            marks.append(found.folder / _REMOVED)
-            write_bytes(marks[-1], b"")
+        base, _, name = str(stored_id).partition(":")
+        path = custom_folder(base, name) / _REMOVED
+        if name and path.parent.is_dir() and not path.exists():
+            marks.append(path)
+            write_bytes(path, b"")
 
     try:
         yield mark
@@ -97,16 +98,15 @@ def marked() -> Iterator[Callable[[str | None], None]]:
 
 def finish(database: Database) -> None:
     """Remove the files of models whose deletion a crash cut short; where it never began, they stay."""
-    for each in custom_models():
-        if not (each.folder / _REMOVED).is_file():
-            continue
+    for path in (luthier_home() / "models" / "custom").glob(f"*/*/{_REMOVED}"):
+        stored_id = f"{path.parent.parent.name}:{path.parent.name}"
         with database.read() as session:
-            known = select(CustomModel.seq).where(CustomModel.stored_id == each.id).limit(1)
+            known = select(CustomModel.seq).where(CustomModel.stored_id == stored_id).limit(1)
             there = session.scalar(known) is not None
         if there:
-            (each.folder / _REMOVED).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         else:
-            remove_files(each.id)
+            remove_files(stored_id)
 
 
 def remove_files(stored_id: str | None) -> None:

@@ -193,7 +193,7 @@ class _Response:
         part = message["content"][0]
         scores = chat_logprobs(piece.scores)["content"] if self._asked.wants_logprobs else []
         part["text"] += piece.text
-        part["logprobs"] = [*part["logprobs"], *scores]
+        part["logprobs"] += scores
         where = self._where(message, content_index=0)
         yield self._event("response.output_text.delta", **where, delta=piece.text, logprobs=scores)
 
