@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from luthier.graders.base import Answer, Grader, Trouble
-from luthier.graders.python_source import defines, no_end, side_by_side
-from luthier.graders.sandbox import Limits, check_sandbox, value_of
+from luthier.graders.base import Answer, Trouble
+from luthier.graders.python_source import SandboxedFunction, defines, no_end, side_by_side
+from luthier.graders.sandbox import Limits, value_of
 from luthier.graders.templates import scope_of
 
 AT_ONCE = 16
@@ -46,7 +46,7 @@ def _defines_handler(source: str) -> str:
     return defines(source, "lambda_handler", "event, context")
 
 
-class LambdaFunction(Grader):
+class LambdaFunction(SandboxedFunction):
     """What ``lambda_handler(event, context)`` of the source gives: any finite number.
 
     The event is a list of up to 16 answers: ``{"id", "messages", "metadata"}``, the answer as the last
@@ -66,35 +66,20 @@ class LambdaFunction(Grader):
     memory_mb: int = Field(default=512, ge=64, le=4096)
     """Address space, in MiB."""
 
-    needs_expected = False
-
     @property
-    def bounded(self) -> bool:
-        """The function may give any number."""
-        return False
-
-    @property
-    def batched(self) -> bool:
-        """As many sandboxes at once as there are cores."""
-        return True
-
-    def check(self) -> None:
-        """Refuse machines that cannot isolate the source."""
-        check_sandbox(self._limits)
+    def limits(self) -> Limits:
+        """Those of the fields."""
+        return Limits(self.seconds, self.memory_mb)
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """A number for each; :class:`Ungraded` where the function raised or took too long."""
         starts = range(0, len(answers), AT_ONCE)
         return side_by_side(self._scored, [answers[i : i + AT_ONCE] for i in starts])
 
-    def score(self, answer: Answer) -> float:
-        """The number of one answer."""
-        return self.grade([answer])[0]
-
     def _scored(self, answers: Sequence[Answer]) -> list[float | Trouble]:
         event = [_element(number, answer) for number, answer in enumerate(answers)]
         given = {"event": event, **self.model_dump(include={"name", "seconds", "memory_mb"})}
-        result = value_of(self.source, _CALL % json.dumps(given), self._limits)
+        result = value_of(self.source, _CALL % json.dumps(given), self.limits)
         if result is not None and "scores" in result:
             return list(map(float, result["scores"]))
         if len(answers) > 1:  # which of them is it?
@@ -102,10 +87,6 @@ class LambdaFunction(Grader):
         if result is None:
             return [no_end(self.name, self.seconds)]
         return [Trouble("grader.raised", f"grader `{self.name}` raised {result['error']}", _FIX)]
-
-    @property
-    def _limits(self) -> Limits:
-        return Limits(self.seconds, self.memory_mb)
 
 
 def _element(number: int, answer: Answer) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
@@ -71,7 +72,36 @@ def _defines_grade(source: str) -> str:
     return defines(source, "grade", "sample, item")
 
 
-class PythonSource(Grader):
+class SandboxedFunction(Grader):
+    """Base of graders that call a function of a source, in a sandbox; it may give any number."""
+
+    needs_expected = False
+
+    @property
+    def bounded(self) -> bool:
+        """The function may give any number."""
+        return False
+
+    @property
+    def batched(self) -> bool:
+        """As many sandboxes at once as there are cores."""
+        return True
+
+    @property
+    @abstractmethod
+    def limits(self) -> Limits:
+        """What one call may take."""
+
+    def check(self) -> None:
+        """Refuse machines that cannot isolate the source."""
+        check_sandbox(self.limits)
+
+    def score(self, answer: Answer) -> float:
+        """The number of one answer."""
+        return self.grade([answer])[0]
+
+
+class PythonSource(SandboxedFunction):
     """What ``grade(sample, item)`` of the source gives: any finite number.
 
     ``sample`` has ``output_text``, and ``output_json`` where the reply is JSON; ``item`` has the
@@ -87,40 +117,21 @@ class PythonSource(Grader):
     memory_mb: int = Field(default=512, ge=64, le=4096)
     """Address space, in MiB."""
 
-    needs_expected = False
-
     @property
-    def bounded(self) -> bool:
-        """The function may give any number."""
-        return False
-
-    @property
-    def batched(self) -> bool:
-        """As many sandboxes at once as there are cores."""
-        return True
-
-    def check(self) -> None:
-        """Refuse machines that cannot isolate the source."""
-        check_sandbox(self._limits)
+    def limits(self) -> Limits:
+        """Those of the fields."""
+        return Limits(self.seconds, self.memory_mb)
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """A number for each; :class:`Ungraded` where the function raised or took too long."""
         return side_by_side(self._scored, [[answer] for answer in answers])
 
-    def score(self, answer: Answer) -> float:
-        """The number of one answer."""
-        return self.grade([answer])[0]
-
     def _scored(self, answers: Sequence[Answer]) -> list[float | Trouble]:
         given = json.dumps(dict(scope_of(answers[0])))
-        result = value_of(self.source, _CALL % given, self._limits)
+        result = value_of(self.source, _CALL % given, self.limits)
         if result is None:
             return [no_end(self.method, self.seconds)]
         if "error" in result:
             text = f"grader `{self.method}` raised {result['error']}"
             return [Trouble("grader.raised", text, "Mend the grader or the row.")]
         return [float(result["score"])]
-
-    @property
-    def _limits(self) -> Limits:
-        return Limits(self.seconds, self.memory_mb)
