@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from luthier.errors import GradingFailed, RecipeError, RowRefused
@@ -33,14 +35,20 @@ def answer(reply: str, tests: str | None = "assert add(1, 2) == 3") -> Answer:
 
 
 def left_over() -> list[str]:
-    """Command lines of processes that sandboxes left behind."""
+    """Command lines of processes that sandboxes left behind.
+
+    Those that tests beside these still run have one of their processes above them; what is left behind
+    has none, or this one.
+    """
+    beside = {each.pid for each in psutil.Process(os.getppid()).children()} - {os.getpid()}
     lines = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            lines.append(entry.read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return [line for line in lines if "Runs in the sandbox" in line]
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            mine = not any(above.pid in beside for above in process.parents())
+            if "Runs in the sandbox" in line and mine:
+                lines.append(line)
+    return lines
 
 
 @pytest.mark.parametrize(
