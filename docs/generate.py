@@ -1,4 +1,6 @@
-"""Write docs/reference.md from the code; with --check, fail when the file is not what it would write.
+"""Write docs/reference.md, and the table of limits in docs/access.md, from the code.
+
+With --check, fail when they are not what would be written.
 
 python docs/generate.py [--check]
 """
@@ -29,6 +31,7 @@ from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.graders import GRADERS
 from luthier.inspection.findings import Rule
 from luthier.inspection.table import CHECKS, all_rules
+from luthier.limits import ServerLimits
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import SHAPES
 from luthier.objectives import OBJECTIVES
@@ -43,6 +46,8 @@ from luthier.pretraining import (
 from luthier.recipe import DataSpec, MixSpec, Recipe, Training
 
 TARGET = Path(__file__).parent / "reference.md"
+ACCESS = Path(__file__).parent / "access.md"
+LIMITS_BEGIN, LIMITS_END = "<!-- limits: written by make docs -->\n", "<!-- end of limits -->"
 
 
 def main() -> int:
@@ -65,13 +70,30 @@ def main() -> int:
         )
         + "\n"
     )
+    before, begin, rest = ACCESS.read_text(encoding="utf-8").partition(LIMITS_BEGIN)
+    _, end, after = rest.partition(LIMITS_END)
+    pages = {TARGET: text, ACCESS: before + begin + _limits() + end + after}
     if "--check" in sys.argv:
-        if not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text:
-            print("docs/reference.md is not what the code says; run `make docs`", file=sys.stderr)
-            return 1
+        for path, page in pages.items():
+            if not path.is_file() or path.read_text(encoding="utf-8") != page:
+                print(
+                    f"docs/{path.name} is not what the code says; run `make docs`", file=sys.stderr
+                )
+                return 1
         return 0
-    TARGET.write_text(text, encoding="utf-8")
+    for path, page in pages.items():
+        path.write_text(page, encoding="utf-8")
     return 0
+
+
+def _limits() -> str:
+    """Every limit of the service as a table."""
+    rows = []
+    for name, info in ServerLimits.model_fields.items():
+        default = info.get_default()
+        shown = f"{default:,}" if isinstance(default, int) else f"{default:g}"
+        rows.append(f"| `{name}` | {shown} | {(info.description or '').replace(chr(10), ' ')} |")
+    return "\n".join(["", "| limit | default | meaning |", "| --- | --- | --- |", *rows, "", ""])
 
 
 def _head() -> list[str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from luthier.limits import ServerLimits
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -30,3 +32,5 @@ class Settings:
     """32 bytes under which the store is encrypted; a plain store becomes encrypted by it."""
     strict_region: bool = False
     """Refuse signatures whose scope names another region."""
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    """What the server takes on, of one client and in all."""

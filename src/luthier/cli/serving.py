@@ -59,6 +59,14 @@ def serve(
     requests_per_second: Annotated[
         float | None, typer.Option(help="Rate of each account that has no quota of its own.")
     ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A limit of the server other than its default (docs/access.md lists them). "
+            "May be repeated.",
+        ),
+    ] = None,
     no_work: Annotated[
         bool, typer.Option("--no-work", help="Take jobs, and leave the work to other servers.")
     ] = False,
@@ -82,6 +90,7 @@ def serve(
         from luthier.api.service import Service
         from luthier.api.settings import Settings
         from luthier.encryption import keys
+        from luthier.limits import parse_limits
         from luthier.serving.memory import bound_kernels
 
         bound_kernels()
@@ -98,6 +107,7 @@ def serve(
             strict_region=strict_region,
             graders=_graders(grader or (), check=not no_work),
             requests_per_second=requests_per_second,
+            limits=parse_limits(limit or ()),
             encryption_key=keys.key_file(encryption_key) if encryption_key else keys.master_key(),
         )
         log_as_json()

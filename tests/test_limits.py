@@ -1,0 +1,20 @@
+"""Limits as the command line names them."""
+
+from __future__ import annotations
+
+import pytest
+
+from luthier.errors import RefusedInput
+from luthier.limits import ServerLimits, parse_limits
+
+
+def test_named_limits_change_and_the_others_stay() -> None:
+    limits = parse_limits(["connections=7", "idle_seconds=1.5"])
+    assert (limits.connections, limits.idle_seconds) == (7, 1.5)
+    assert limits.url_bytes == ServerLimits().url_bytes
+
+
+@pytest.mark.parametrize("setting", ["connections", "nothing=1", "connections=0", "connections=x"])
+def test_a_limit_that_is_none_is_refused_by_name(setting: str) -> None:
+    with pytest.raises(RefusedInput, match=f"--limit .?{setting.partition('=')[0]}"):
+        parse_limits([setting])
