@@ -16,7 +16,10 @@ import pytest
 from echo_service import Server
 from served import served
 
-from luthier.api.wire import Answer, Call
+from luthier.api.wire import Answer, Call, Caller, Fault
+from luthier.store.database import now
+
+HEAD = b"POST /x/take%s HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
 
 
 @pytest.fixture
@@ -62,15 +65,36 @@ def test_a_signature_is_checked_over_the_body_and_a_key_before_it(server: Server
     assert server.door.bodies == [b"abc", b"abc", b"", b""]
 
 
+def test_of_an_unknown_key_no_large_body_is_read(server: Server) -> None:
+    unknown = HEAD.replace(b"Bearer good", b"AWS4-HMAC-SHA256 Credential=B/20260101/r/bedrock/x")
+    for path in (b"/x/large", b"/x/take"):
+        start = unknown.replace(b"/x/take", path) % b"" + b"Content-Length: 8000000\r\n\r\n"
+        assert b"UnrecognizedClient" in server.raw(start)
+    # Small ones are read with their heads; and what has no length may be large.
+    start = unknown % b"" + b"Transfer-Encoding: chunked\r\n\r\n"
+    assert b"UnrecognizedClient" in server.raw(start)
+    assert server.door.bodies == [b"", b"", b""]
+
+
+def test_values_of_a_body_are_limited_and_texts_are_not() -> None:
+    def call(body: bytes) -> Call:
+        caller = Caller("111111111111", "anna", ())
+        return Call("r", caller, "POST", "/", {}, {}, body, now(), json_values=1000)
+
+    assert call(b"[" + b"1," * 900 + b"1]").json[-1] == 1
+    assert len(call(b'["' + b"a " * 10_000 + b'"]').json[0]) == 20_000
+    for body in (b"[" + b"[]," * 600 + b"[]]", b"[" + b'{"":0},' * 600 + b"1]"):
+        with pytest.raises(Fault) as refused:
+            _ = call(body).json
+        assert refused.value.code == "RequestEntityTooLarge"
+
+
 def test_large_bodies_are_refused_before_they_are_read(server: Server) -> None:
     status, told = server.ask("POST", "/x/echo", b"a" * 1001)
     assert (status, told["code"]) == (400, "RequestEntityTooLarge")
     chunked = b"POST /x/echo HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
     chunked += b"Transfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b"a" * 1024 + b"\r\n"
     assert b"RequestEntityTooLarge" in server.raw(chunked + b"0\r\n\r\n")
-
-
-HEAD = b"POST /x/take%s HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
 
 
 def test_a_body_is_taken_as_it_comes(server: Server) -> None:

@@ -43,6 +43,43 @@ def test_the_account_that_holds_the_fewest_is_next() -> None:
     assert sorted(order) == ["a"] * 6 + ["b"] * 2
 
 
+def test_a_heavy_turn_waits_for_room_and_nobody_passes_it() -> None:
+    order: list[str] = []
+
+    async def work(slots: FairSlots, account: str, weight: int) -> None:
+        async with slots.turn(account, weight):
+            order.append(f"{account}{weight}")
+            await asyncio.sleep(0.02)
+
+    async def main() -> None:
+        slots = FairSlots(10, 8)
+        tasks = []
+        for account, weight in (("a", 6), ("b", 6), ("c", 1), ("a", 99), ("c", 1)):
+            tasks.append(asyncio.create_task(work(slots, account, weight)))
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        assert slots._held.total() == 0 and not slots._waiting
+
+    asyncio.run(main())
+    # a and b do not fit beside each other, c comes behind b; a's 99 are its share of 8.
+    assert order[:2] == ["a6", "b6"] and sorted(order) == ["a6", "a99", "b6", "c1", "c1"]
+
+
+def test_a_turn_that_does_not_come_in_time_is_told_so() -> None:
+    async def main() -> None:
+        slots = FairSlots(10, 10)
+        async with slots.turn("a", 10):
+            began = time.monotonic()
+            with pytest.raises(Fault) as refused:
+                async with slots.turn("b", 5, seconds=0.05):
+                    pass
+            assert refused.value.code == "Throttling" and time.monotonic() - began < 5
+        async with slots.turn("c", 10, seconds=0.05):
+            assert not slots._waiting
+
+    asyncio.run(main())
+
+
 def test_a_turn_that_is_given_up_goes_to_the_next() -> None:
     async def main() -> None:
         slots = FairSlots(1, 1)
@@ -75,6 +112,9 @@ async def _hold(slots: FairSlots, account: str) -> str:
 class Door:
     def authenticate(self, head: Head, body: bytes | None) -> Signed:
         return Signed(Caller(dict(head.headers)["authorization"].removeprefix("Bearer "), "u", ()))
+
+    def recognize(self, head: Head) -> Signed | None:
+        return self.authenticate(head, b"")
 
 
 class Slow:

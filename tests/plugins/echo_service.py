@@ -17,6 +17,7 @@ from luthier.api.app import Application, Faces
 from luthier.api.observability import Observer
 from luthier.api.policies import authorize
 from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
+from luthier.limits import ServerLimits
 
 ANNA = Caller("111111111111", "anna", ())
 MAY = Caller(
@@ -36,6 +37,10 @@ class Door:
         if given in (["Bearer good"], ["AWS4-HMAC-SHA256 Credential=A/20260101/r/bedrock/x"]):
             return Signed(ANNA)
         raise Fault("UnrecognizedClient", "The key is not known.")
+
+    def recognize(self, head: Head) -> Signed | None:
+        signed = self.authenticate(head, b"")
+        return signed if dict(head.headers)["authorization"].startswith("Bearer") else None
 
 
 class Waiting:
@@ -96,6 +101,7 @@ class Echo:
         works = {"echo": self.echo, "fail": self.fail, "stream": self.stream, "full": self.full}
         works["deny"] = self.deny
         works["large"] = lambda call: Answer.of(len(call.body))
+        works["pour"] = lambda call: Answer(200, self.much())
         works["wait"] = lambda call: Answer(200, self.waiting)
         if name == "take":
             return Route("test.take", self.taken, body_limit=8_000_000, sink=self.taking.open)
@@ -138,6 +144,14 @@ class Echo:
         finally:
             self.closed.set()
 
+    def much(self) -> Iterator[bytes]:
+        try:
+            for number in range(1000):
+                self.sent = number
+                yield b"a" * 100_000
+        finally:
+            self.closed.set()
+
 
 class Objects:
     """Stands where object storage does."""
@@ -155,7 +169,7 @@ class Objects:
 
 
 class Server:
-    def __init__(self) -> None:
+    def __init__(self, limits: ServerLimits | None = None) -> None:
         self.door, self.echo = Door(), Echo()
         self.missing: str | None = None
         self.admitted: list[str] = []
@@ -163,8 +177,9 @@ class Server:
         self.observer = Observer(lambda: {"jobs": {"Queued": 3.0}, "free": {"": 1.0}})
         self.trail = Remembered()
         self.app = Application(
-            faces, self.door, self.admit, self.observer, self.trail, lambda: self.missing
-        )
+            faces, self.door, self.admit, self.observer, self.trail,
+            lambda: self.missing, limits,
+        )  # fmt: skip
         self.address = ""
 
     def admit(self, caller: Caller) -> None:

@@ -10,15 +10,20 @@ from typing import Any
 
 import uvicorn
 
+from luthier.api.connections import Connections
+from luthier.api.server import LimitedServer
+from luthier.limits import ServerLimits
+
 
 @contextlib.contextmanager
-def served(application: Any, **options: Any) -> Iterator[str]:
+def served(application: Any, limits: ServerLimits | None = None, **options: Any) -> Iterator[str]:
     """``http://127.0.0.1:PORT`` of ``application``, until the block ends; TLS by uvicorn's options."""
+    connections = Connections(limits or ServerLimits())
     config = uvicorn.Config(
-        application, host="127.0.0.1", port=0, http="httptools", ws="none", log_config=None,
-        access_log=False, timeout_graceful_shutdown=1, **options,
+        application, host="127.0.0.1", port=0, http=connections.protocol, ws="none",
+        log_config=None, access_log=False, timeout_graceful_shutdown=1, **options,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = LimitedServer(config, connections)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

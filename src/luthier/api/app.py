@@ -12,7 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, MutableMapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -20,17 +20,8 @@ from typing import Any, Protocol
 from sqlalchemy.exc import OperationalError
 
 from luthier.api.attending import Attendant
-from luthier.api.heads import (
-    SMALL,
-    Scope,
-    address_of,
-    call_of,
-    head_of,
-    is_bearer,
-    is_large,
-    is_signed,
-    service_of,
-)
+from luthier.api.connections import client_key
+from luthier.api.heads import Scope, address_of, body_length, call_of, head_of, service_of
 from luthier.api.observability import Observed, Observer
 from luthier.api.policies import noted
 from luthier.api.sending import (
@@ -47,14 +38,20 @@ from luthier.api.sending import (
 from luthier.api.threads import FairSlots, FairThreads, Threads
 from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
 from luthier.errors import ReadOnlyDisk, RefusedInput
+from luthier.limits import ServerLimits
 from luthier.serving.stream import attended
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
+BODY_COST = 8
+"""Memory that a body takes at most while it is parsed, of its own size: its bytes, the text of these,
+at four bytes a character if one is outside the BMP, and the same again as values."""
 LARGEST_SIGNED = 25_000_000
-"""Bytes of a signed body, which is read before its sender is known."""
+"""Bytes of an upload that is signed whole: it is read before its sender is sure."""
+STREAMED_COST = 2 << 20
+"""Bytes of memory for a body that is handed on as it comes."""
 THREADS, STREAMS = 64, 256
 """Requests that are worked on at once, and streams that wait for their next piece."""
 LONG = 48
@@ -75,6 +72,12 @@ class Authenticates(Protocol):
 
     def authenticate(self, head: Head, body: bytes | None) -> Signed:
         """The caller; raises :class:`Fault` for one who is not let in."""
+
+    def recognize(self, head: Head) -> Signed | None:
+        """The caller by the head alone; ``None`` where the body, too, is needed to be sure.
+
+        Raises :class:`Fault` for one who is not let in whatever the body is.
+        """
 
 
 class Audits(Protocol):
@@ -128,14 +131,17 @@ class Application:
         observer: Observer,
         trail: Audits,
         ready: Callable[[], str | None],
+        limits: ServerLimits | None = None,
     ) -> None:
         """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing."""
+        self.limits = limits = limits or ServerLimits()
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
         self.observer, self.trail, self.ready = observer, trail, ready
         self._run, self._wait = Threads(THREADS, "request"), Threads(STREAMS, "stream")
         self._turns = FairSlots(LONG, int(LONG * SHARE))
         self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
         self._transfers = FairThreads(TRANSFERS, int(TRANSFERS * SHARE), "transfer")
+        self._memory = FairSlots(limits.request_memory, limits.request_memory_per_client)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request; other kinds of connections are refused."""
@@ -187,10 +193,12 @@ class Application:
             seen.let_in("s3", signed.caller)
             self.admit(signed.caller)
             seen.operation = f"s3.{head.method}"
-            with noted() as seen.asked, self._transfers.request(signed.caller.account) as run:
-                seen.status = await face.handle(
-                    head, signed, receive, audited, seen.request_id, run
-                )
+            account = signed.caller.account
+            async with self._body_memory(account, head, STREAMED_COST):
+                with noted() as seen.asked, self._transfers.request(account) as run:
+                    seen.status = await face.handle(
+                        head, signed, receive, audited, seen.request_id, run
+                    )
         except Fault as fault:
             self._refused(seen, fault)
             answer = _closing(head, face.refusal(fault, seen.request_id))
@@ -256,17 +264,21 @@ class Application:
     ) -> Answer:
         route, unknown = _routed(face, head)
         signed: Signed | None = None
-        limit = route.body_limit if route else SMALL
-        if is_large(head):
-            # A key needs no body to be known: a large one is only read from those who may send it.
-            # Of signatures it is part, so that nobody's is read without end.
-            if is_bearer(head) or not is_signed(head):
-                signed = await self._run(self.authenticator.authenticate, head, b"")
-            else:
-                limit = min(limit, LARGEST_SIGNED)
+        small = self.limits.unknown_body_bytes
+        limit, length = route.body_limit if route else small, body_length(head)
+        streamed = route is not None and route.sink is not None
+        if length is None or length > small:
+            # Of signatures the body is part: nobody's is read whose key is not known.
+            signed = await self._run(self.authenticator.recognize, head)
+            if signed is None and streamed:
+                limit, streamed = min(limit, LARGEST_SIGNED), False
+        client = signed.caller.account if signed else client_key(seen.address)
+        size = limit if length is None else min(length, limit)
+        cost = STREAMED_COST if streamed else BODY_COST * size
+        await held.enter_async_context(self._body_memory(client, head, cost))
         if route is not None and route.sink is not None:
             return await self._upload(head, receive, limit, route, seen, signed)
-        body = await read_body(head, receive, limit)
+        body = await read_body(head, receive, limit, self.limits)
         if route is not None and route.long:
             if signed is None:
                 signed = await self._run(self.authenticator.authenticate, head, body)
@@ -284,6 +296,13 @@ class Application:
         await self._hold(answer, seen.account, held)
         return answer
 
+    def _body_memory(self, client: str, head: Head, cost: int) -> AbstractAsyncContextManager[None]:
+        """Hold ``cost`` bytes of memory for the body of ``head``, unless it is a small one."""
+        length = body_length(head)
+        if length is not None and length <= self.limits.unknown_body_bytes:
+            return nullcontext()
+        return self._memory.turn(client, cost, self.limits.idle_seconds)
+
     async def _upload(
         self,
         head: Head,
@@ -296,16 +315,16 @@ class Application:
         """A body that is taken as it comes, from those who may send it."""
         sent: bytes | None = None
         if signed is None:
-            sent = await read_body(head, receive, limit)
+            sent = await read_body(head, receive, limit, self.limits)
             signed = await self._run(self.authenticator.authenticate, head, sent)
         seen.let_in(seen.face, signed.caller)
         seen.operation = route.operation
         self.admit(signed.caller)
-        call = call_of(head, b"", route, signed.caller, seen)
+        call = call_of(head, b"", route, signed.caller, seen, self.limits.json_values)
         with noted() as seen.asked, self._transfers.request(signed.caller.account) as run:
             with await run(route.sink, call) as sink:
                 if sent is None:
-                    await take_body(head, receive, limit, sink.write, run)
+                    await take_body(head, receive, limit, self.limits, sink.write, run)
                 else:
                     await run(sink.write, sent)
                 answer: Answer = await run(route.handler, replace(call, sink=sink))
@@ -358,7 +377,8 @@ class Application:
             raise unknown or Fault("UnknownOperation", "There is no such operation.")
         seen.operation = route.operation
         with noted() as seen.asked:
-            answer = route.handler(call_of(head, body, route, signed.caller, seen))
+            call = call_of(head, body, route, signed.caller, seen, self.limits.json_values)
+            answer = route.handler(call)
         self._note(seen)
         return answer
 

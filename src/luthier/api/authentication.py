@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
 from luthier.api.settings import Settings
-from luthier.api.sigv4 import Credential, claim_of, verify
+from luthier.api.sigv4 import Credential, check_claim, claim_of, verify
 from luthier.api.wire import Caller, Fault, Head, Signed
 from luthier.store.accounts import Watch
 from luthier.store.database import Database, now
@@ -67,6 +67,18 @@ class Authenticator:
                 raise Fault("IncompleteSignature", "A request carries one authorization.")
             return Signed(self._bearer(given[0][7:].strip()))
         return verify(head, body, self._credential, now(), self._region)
+
+    def recognize(self, head: Head) -> Signed | None:
+        """Who sends a request whose body is still to come; ``None`` for a signature, which covers it.
+
+        Raises:
+            Fault: as :meth:`authenticate`, as far as the head says it.
+        """
+        given = [value for name, value in head.headers if name == "authorization"]
+        if len(given) == 1 and given[0][:7].lower() == "bearer ":
+            return self.authenticate(head, b"")
+        check_claim(head, self._credential, now(), self._region)
+        return None
 
     def _bearer(self, key: str) -> Caller:
         if key.startswith(SHORT_TERM):

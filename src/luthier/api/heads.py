@@ -11,8 +11,6 @@ from luthier.api.wire import Call, Caller, Head, Route
 from luthier.store.database import now
 
 Scope = MutableMapping[str, Any]
-SMALL = 2_000_000
-"""Bytes of a body that is read from anybody: of a signature it is part, an unknown path ignores it."""
 
 
 def head_of(scope: Scope) -> Head:
@@ -23,7 +21,9 @@ def head_of(scope: Scope) -> Head:
     return Head(scope["method"], path, query, headers, scope.get("scheme") == "https")
 
 
-def call_of(head: Head, body: bytes, route: Route, caller: Caller, seen: Observed) -> Call:
+def call_of(
+    head: Head, body: bytes, route: Route, caller: Caller, seen: Observed, json_values: int
+) -> Call:
     """What a handler is given of a request of ``caller``, who was let in."""
     return Call(
         seen.request_id,
@@ -36,6 +36,7 @@ def call_of(head: Head, body: bytes, route: Route, caller: Caller, seen: Observe
         now(),
         route.params,
         seen.address,
+        json_values=json_values,
     )
 
 
@@ -50,22 +51,12 @@ def service_of(head: Head) -> str:
     return presigned[3] if len(presigned) > 3 else ""
 
 
-def is_large(head: Head) -> bool:
-    """Whether the body may be more than :data:`SMALL`, by what the head says of it."""
-    told = [value for name, value in head.headers if name == "content-length"]
-    return not (told and told[0].isdigit() and int(told[0]) <= SMALL) and head.method != "GET"
-
-
-def is_signed(head: Head) -> bool:
-    """Whether a signature is claimed, in a header or in the query."""
-    named = any(name == "authorization" for name, _ in head.headers)
-    return named or "X-Amz-Signature" in head.query
-
-
-def is_bearer(head: Head) -> bool:
-    """Whether a key is shown."""
-    given = [value for name, value in head.headers if name == "authorization"]
-    return len(given) == 1 and given[0][:7].lower() == "bearer "
+def body_length(head: Head) -> int | None:
+    """Bytes of the body by what the head says of it; ``None`` where it does not say."""
+    if any(name == "transfer-encoding" for name, _ in head.headers):
+        return None
+    lengths = [value for name, value in head.headers if name == "content-length"]
+    return int(lengths[0]) if lengths and lengths[0].isdigit() else 0
 
 
 def address_of(scope: Scope) -> str:

@@ -8,7 +8,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from luthier.api.heads import body_length
 from luthier.api.wire import Answer, Fault, Head
+from luthier.limits import ServerLimits
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -16,8 +18,6 @@ Run = Callable[..., Awaitable[Any]]
 """Calls something that blocks, in a thread."""
 POLL_SECONDS = 0.5
 """After an empty piece: there is nothing yet, and it is asked for again."""
-IDLE_SECONDS = 60.0
-"""Between two parts of a request's body at most."""
 HELD = 1 << 20
 """Bytes of a body that is handed on as it comes: so many wait before a thread takes them."""
 
@@ -26,18 +26,24 @@ class ClientGone(Exception):
     """The client hung up before its request or its answer was whole."""
 
 
-async def read_body(head: Head, receive: Receive, limit: int) -> bytes:
+async def read_body(head: Head, receive: Receive, limit: int, limits: ServerLimits) -> bytes:
     """The whole body of a request, of ``limit`` bytes at most.
 
     Raises:
-        Fault: RequestEntityTooLarge, where its length says so before any of it is read.
+        Fault: RequestEntityTooLarge, where its length says so before any of it is read;
+            RequestTimeout where it comes too slowly.
         ClientGone: where it ends before its end.
     """
-    return b"".join([piece async for piece in _pieces(head, receive, limit)])
+    return b"".join([piece async for piece in _pieces(head, receive, limit, limits)])
 
 
 async def take_body(
-    head: Head, receive: Receive, limit: int, write: Callable[[bytes], Any], run: Run
+    head: Head,
+    receive: Receive,
+    limit: int,
+    limits: ServerLimits,
+    write: Callable[[bytes], Any],
+    run: Run,
 ) -> None:
     """Hand the body of a request on as it comes to ``write``, which is called in threads.
 
@@ -45,7 +51,7 @@ async def take_body(
     """
     held: list[bytes] = []
     size = 0
-    async for piece in _pieces(head, receive, limit):
+    async for piece in _pieces(head, receive, limit, limits):
         held.append(piece)
         size += len(piece)
         if size >= HELD:
@@ -55,24 +61,42 @@ async def take_body(
         await run(write, b"".join(held))
 
 
-async def _pieces(head: Head, receive: Receive, limit: int) -> AsyncIterator[bytes]:
-    told = [value for name, value in head.headers if name == "content-length"]
-    if told and told[0].isdigit() and int(told[0]) > limit:
-        raise _too_large(limit)
-    size, more = 0, True
+async def receive_body(receive: Receive, limits: ServerLimits) -> AsyncIterator[bytes]:
+    """The parts of a body as they come, from a client that keeps sending.
+
+    Raises:
+        Fault: RequestTimeout where nothing comes for ``idle_seconds``, or all of it slower than
+            ``body_rate``: a client that sends a byte now and then would keep its place for ever.
+        ClientGone: where it ends before its end.
+    """
+    clock = asyncio.get_running_loop().time
+    began, size, more = clock(), 0, True
     while more:
+        late = began + limits.idle_seconds + size / limits.body_rate - clock()
         try:
-            message = await asyncio.wait_for(receive(), IDLE_SECONDS)
+            message = await asyncio.wait_for(receive(), min(limits.idle_seconds, max(late, 0.001)))
         except TimeoutError:
-            raise Fault("Validation", "The body of the request did not come to its end.") from None
+            text = "Your socket connection to the server was not read from or written to in time."
+            raise Fault("RequestTimeout", text) from None
         if message["type"] == "http.disconnect":
             raise ClientGone
         piece: bytes = message.get("body", b"")
         size += len(piece)
+        yield piece
+        more = bool(message.get("more_body"))
+
+
+async def _pieces(
+    head: Head, receive: Receive, limit: int, limits: ServerLimits
+) -> AsyncIterator[bytes]:
+    if (body_length(head) or 0) > limit:
+        raise _too_large(limit)
+    size = 0
+    async for piece in receive_body(receive, limits):
+        size += len(piece)
         if size > limit:
             raise _too_large(limit)
         yield piece
-        more = bool(message.get("more_body"))
 
 
 def _too_large(limit: int) -> Fault:

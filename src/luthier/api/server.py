@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from luthier.api.connections import Connections, raise_open_files
 from luthier.errors import RefusedInput
 
 GRACE = 30
@@ -45,8 +46,18 @@ class Ports:
                 raise RefusedInput(f"{path} is not a file")
 
 
-class _Server(uvicorn.Server):
-    """Signals are handled once, for all ports."""
+class LimitedServer(uvicorn.Server):
+    """Signals are handled once, for all ports; connections have limits."""
+
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        super().__init__(config)
+        self._connections = connections
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called every tenth of a second."""
+        if counter % 10 == 0:
+            self._connections.close_overdue()
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -54,18 +65,27 @@ class _Server(uvicorn.Server):
         yield
 
 
-def run(application: Any, ports: Ports, ready: Callable[[list[str]], None]) -> None:
+def run(
+    application: Any, ports: Ports, connections: Connections, ready: Callable[[list[str]], None]
+) -> None:
     """Serve until SIGINT or SIGTERM; ``ready`` hears the addresses once all ports are open.
 
     Raises:
         RefusedInput: where a port is taken, or the certificate cannot be used.
     """
     ports.check()
-    asyncio.run(_run(application, ports, ready))
+    room = raise_open_files(connections.limits.connections)
+    if room < connections.limits.connections:
+        _log.warning("this process may open files for %d connections; raise `ulimit -n`", room)
+        connections.limits = connections.limits.model_copy(update={"connections": room})
+    asyncio.run(_run(application, ports, connections, ready))
 
 
-async def _run(application: Any, ports: Ports, ready: Callable[[list[str]], None]) -> None:
-    servers = [_Server(config) for config in _configs(application, ports)]
+async def _run(
+    application: Any, ports: Ports, connections: Connections, ready: Callable[[list[str]], None]
+) -> None:
+    configs = _configs(application, ports, connections)
+    servers = [LimitedServer(config, connections) for config in configs]
     for server in servers:
         try:
             server.config.load()
@@ -92,13 +112,14 @@ async def _run(application: Any, ports: Ports, ready: Callable[[list[str]], None
     await asyncio.gather(*tasks)
 
 
-def _configs(application: Any, ports: Ports) -> list[uvicorn.Config]:
+def _configs(application: Any, ports: Ports, connections: Connections) -> list[uvicorn.Config]:
     def config(port: int, tls: bool) -> uvicorn.Config:
         return uvicorn.Config(
             application,
             host=ports.host,
             port=port,
-            http="httptools",
+            http=connections.protocol,  # type: ignore[arg-type]  # it is only ever called
+            timeout_keep_alive=round(connections.limits.idle_seconds),
             ws="none",
             log_config=None,
             access_log=False,

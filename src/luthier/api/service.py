@@ -20,6 +20,7 @@ from luthier.api.bedrock.control import Control, Quotas
 from luthier.api.bedrock.face import BedrockFace
 from luthier.api.bedrock.identifiers import Invocable, ModelIds, invocable
 from luthier.api.bedrock.runtime import runtime_handlers
+from luthier.api.connections import Connections
 from luthier.api.limits import RateLimits
 from luthier.api.native.context import Context
 from luthier.api.native.face import native_face
@@ -88,6 +89,7 @@ class Service:
             self.database, self.scheduler.capacity, options=[*options, "--region", settings.region]
         )
         self.trail = Trail(self.database)
+        self.connections = Connections(settings.limits)
         self.openai = self._openai()
         self.application = Application(
             self._faces(purpose_key(key, "lists")),
@@ -96,6 +98,7 @@ class Service:
             Observer(self._gauges),
             self.trail,
             self.missing,
+            settings.limits,
         )
 
     def start(self, work: bool = True) -> None:
@@ -172,7 +175,7 @@ class Service:
             BedrockFace(control, runtime),
             self.openai,
             native_face(context, __version__, deletions),
-            S3Face(self.objects, authorize, self.settings.region),
+            S3Face(self.objects, authorize, self.settings.region, self.settings.limits),
         )
 
     def _openai(self) -> OpenAIFace:
@@ -235,6 +238,7 @@ class Service:
             counted = session.execute(select(Job.state, func.count()).group_by(Job.state)).all()
         return {
             "jobs": {state: float(count) for state, count in counted},
+            "connections": {"": float(len(self.connections))},
             "models_in_memory": {"": float(len(self.pool.loaded()))},
             "workers": {"": float(len(self.scheduler.children))},
         }

@@ -127,17 +127,7 @@ def verify(
             ``InvalidSignature``; for ``s3`` instead of that ``SignatureDoesNotMatch``,
             ``RequestTimeTooSkewed``, and ``AccessDenied`` for a presigned request that is over.
     """
-    claim = claim_of(head)
-    service = SERVICES.get(claim.service)
-    if service is None:
-        raise Fault("InvalidSignature", f"Credential should be scoped to {', '.join(SERVICES)}.")
-    if service.objects != (body is None):
-        raise Fault(
-            "InvalidSignature", "Credential should be scoped to the service that is called."
-        )
-    _check_scope(claim, region)
-    _check_time(claim, service, moment)
-    _check_headers(head, claim, service)
+    claim, service = _valid_claim(head, body is None, moment, region)
     payload = _payload(head, body, claim, service)
     credential = look_up(claim.access_key)
     # The same work for an unknown key, whose secret nobody has.
@@ -146,7 +136,7 @@ def verify(
     expected = signature(key, claim, canonical_request(head, claim, payload))
     matches = hmac.compare_digest(expected, claim.signature)
     if credential is None or _value(head, "x-amz-security-token") is not None:
-        raise Fault("UnrecognizedClient", "The security token included in the request is invalid.")
+        raise Fault("UnrecognizedClient", _UNKNOWN)
     if not matches:
         raise Fault(service.refusal, _WRONG)
     return Signed(
@@ -154,6 +144,39 @@ def verify(
     )
 
 
+def check_claim(
+    head: Head,
+    look_up: Callable[[str], Credential | None],
+    moment: datetime,
+    region: str | None = None,
+) -> None:
+    """Refuse a request whose body is still to come for all that its head is reason for.
+
+    Its signature is not verified: that takes the body. Arguments and faults as of :func:`verify`.
+    """
+    claim, _ = _valid_claim(head, False, moment, region)
+    if look_up(claim.access_key) is None:
+        raise Fault("UnrecognizedClient", _UNKNOWN)
+
+
+def _valid_claim(
+    head: Head, objects: bool, moment: datetime, region: str | None
+) -> tuple[Claim, Service]:
+    claim = claim_of(head)
+    service = SERVICES.get(claim.service)
+    if service is None:
+        raise Fault("InvalidSignature", f"Credential should be scoped to {', '.join(SERVICES)}.")
+    if service.objects != objects:
+        raise Fault(
+            "InvalidSignature", "Credential should be scoped to the service that is called."
+        )
+    _check_scope(claim, region)
+    _check_time(claim, service, moment)
+    _check_headers(head, claim, service)
+    return claim, service
+
+
+_UNKNOWN = "The security token included in the request is invalid."
 _WRONG = (
     "The request signature we calculated does not match the signature you provided. Check your AWS "
     "Secret Access Key and signing method. Consult the service documentation for details."
@@ -266,7 +289,7 @@ def _claim_of_query(head: Head) -> Claim:
             raise _incomplete(f"A presigned request has one X-Amz-{short} in its query.")
         given[short] = values[0].decode("latin-1")
     if any(name == "X-Amz-Security-Token" for name, _ in pairs):
-        raise Fault("UnrecognizedClient", "The security token included in the request is invalid.")
+        raise Fault("UnrecognizedClient", _UNKNOWN)
     if given["Algorithm"] != ALGORITHM:
         raise _incomplete("X-Amz-Algorithm is not AWS4-HMAC-SHA256.")
     expires = given["Expires"]

@@ -37,79 +37,112 @@ class Threads:
 
 
 class FairSlots:
-    """Turns at something scarce: whoever holds the fewest is next, and nobody holds more than a share.
+    """Turns at something scarce: whoever holds the least is next, and nobody holds more than a share.
 
-    To be used by the tasks of one event loop.
+    What is scarce is counted in slots, or in bytes: a turn takes a number of them, its weight. To be
+    used by the tasks of one event loop.
     """
 
     def __init__(self, most: int, each: int, waiting: int = WAITING) -> None:
-        """``most`` turns at once, ``each`` of them for one account at most.
+        """``most`` slots, ``each`` of them for one account at most.
 
-        ``waiting`` of an account may wait for theirs.
+        ``waiting`` turns of an account may wait.
         """
-        self.most, self.each, self.waiting = most, each, waiting
+        self.most, self.each, self.waiting = most, min(most, each), waiting
         self._held: Counter[str] = Counter()
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
 
     @asynccontextmanager
-    async def turn(self, account: str) -> AsyncIterator[None]:
-        """Hold one, when it is the account's turn.
+    async def turn(
+        self, account: str, weight: int = 1, seconds: float | None = None
+    ) -> AsyncIterator[None]:
+        """Hold ``weight`` slots, or the account's share if that is less, when it is the account's turn.
 
         Raises:
-            Fault: ``Throttling`` where too many of the account wait already.
+            Fault: ``Throttling`` where too many of the account wait already, or its turn has not come
+                within ``seconds``.
         """
-        if self._may(account):
-            self._held[account] += 1
+        weight = min(weight, self.each)
+        if self._next() is None and self._may(account, weight):
+            self._held[account] += weight
         else:
-            await self._wait(account)
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._wait(account, weight)
+            except TimeoutError:
+                raise _busy() from None
         try:
             yield
         finally:
-            self._release(account)
+            self._release(account, weight)
 
     @contextmanager
     def now(self, account: str) -> Iterator[None]:
         """Hold one at once; ``Throttling`` where there is none for the account."""
-        if not self._may(account):
+        if not self._may(account, 1):
             raise _busy()
         self._held[account] += 1
         try:
             yield
         finally:
-            self._release(account)
+            self._release(account, 1)
 
-    def _may(self, account: str) -> bool:
-        return self._held.total() < self.most and self._held[account] < self.each
+    def _may(self, account: str, weight: int) -> bool:
+        share = self._held[account] + weight <= self.each
+        return share and self._held.total() + weight <= self.most
 
-    async def _wait(self, account: str) -> None:
+    async def _wait(self, account: str, weight: int) -> None:
         queue = self._waiting.setdefault(account, deque())
         if len(queue) >= self.waiting:
             raise _busy()
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(mine)
+        queue.append((mine, weight))
         try:
             await mine
         except asyncio.CancelledError:
             if not mine.cancelled():
-                self._release(account)  # it was given in the same moment
+                self._release(account, weight)  # it was given in the same moment
+            else:
+                self._leave(account, mine)
             raise
 
-    def _release(self, account: str) -> None:
-        self._held[account] -= 1
+    def _leave(self, account: str, given_up: asyncio.Future[None]) -> None:
+        left = deque(entry for entry in self._waiting[account] if entry[0] is not given_up)
+        if left:
+            self._waiting[account] = left
+        else:
+            del self._waiting[account]
+        self._give()
+
+    def _release(self, account: str, weight: int) -> None:
+        self._held[account] -= weight
         if not self._held[account]:
             del self._held[account]
-        while next_ := self._next():
-            queue = self._waiting[next_]
-            mine = queue.popleft()
-            self._waiting.move_to_end(next_)
+        self._give()
+
+    def _give(self) -> None:
+        """Give turns to those that wait, as long as there is enough for the next."""
+        while (account := self._next()) is not None:
+            queue = self._waiting[account]
+            mine, weight = queue[0]
+            if not self._may(account, weight):
+                # Nobody passes it: light turns would keep a heavy one waiting without end.
+                return
+            queue.popleft()
+            self._waiting.move_to_end(account)
             if not queue:
-                del self._waiting[next_]
+                del self._waiting[account]
             if not mine.done():
-                self._held[next_] += 1
+                self._held[account] += weight
                 mine.set_result(None)
 
     def _next(self) -> str | None:
-        able = [account for account in self._waiting if self._may(account)]
+        """Of those that wait and whose share allows a turn, the account that holds the least."""
+        able = [
+            account
+            for account, queue in self._waiting.items()
+            if self._held[account] + queue[0][1] <= self.each
+        ]
         return min(able, key=lambda account: self._held[account], default=None)
 
 

@@ -29,6 +29,7 @@ from luthier.errors import (
     WrongState,
 )
 from luthier.files import Sink
+from luthier.limits import ServerLimits
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Call:
     """Segments of the path by the names that the route gives them, each decoded once."""
     address: str = ""
     """Of the client; empty where it is not known."""
+    json_values: int = ServerLimits().json_values
+    """Values that JSON in the body may have."""
     sink: Any = None
     """What took the body, of a route that has a sink; ``body`` is empty then."""
 
@@ -110,7 +113,12 @@ class Call:
         Raises:
             ValueError: for what is not JSON in UTF-8, is nested too deeply, or holds numbers that are
                 not finite.
+            Fault: RequestEntityTooLarge for more than ``json_values`` values.
         """
+        # Counted as they would be outside of texts: to tell them apart takes as long as parsing.
+        if sum(map(self.body.count, (b",", b"[", b"{"))) > self.json_values:
+            text = f"The body of the request has more than {self.json_values:,} values."
+            raise Fault("RequestEntityTooLarge", text)
         try:
             found = json.loads(self.body, parse_constant=_not_finite) if self.body.strip() else None
             if b"\\u" in self.body:

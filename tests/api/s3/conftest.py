@@ -40,6 +40,9 @@ class Names:
     def authenticate(self, head: Head, body: bytes | None) -> Signed:
         return verify(head, body, self.look_up, now())
 
+    def recognize(self, head: Head) -> Signed | None:
+        return self.authenticate(head, b"")
+
     def look_up(self, access: str) -> Credential | None:
         account = ACCOUNTS.get(access)
         return Credential(SECRET, Caller(account, "somebody", ())) if account else None

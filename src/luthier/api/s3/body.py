@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from luthier.api.s3.checksums import Expected
 from luthier.api.s3.chunked import Chunked
-from luthier.api.sending import ClientGone, Receive, Run
+from luthier.api.sending import HELD, Receive, Run, receive_body
 from luthier.api.wire import Fault, Signed
+from luthier.limits import ServerLimits
 
 OBJECT_LIMIT = 5 << 30
 """Bytes of one request at most; larger objects come in parts."""
-IDLE_SECONDS = 120.0
-"""A client that sends nothing for so long is given up."""
-_HELD = 1 << 20
 _UNSIGNED, _UNSIGNED_TRAILER = "UNSIGNED-PAYLOAD", "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 _SIGNED_CHUNKS = (
     "STREAMING-AWS4-HMAC-SHA256-PAYLOAD",
@@ -67,7 +64,7 @@ class Body:
             raise _too_large()
 
     async def receive(
-        self, receive: Receive, sink: Callable[[bytes], Any], run: Run
+        self, receive: Receive, limits: ServerLimits, sink: Callable[[bytes], Any], run: Run
     ) -> dict[str, str]:
         """Read the body into ``sink``, which is called in a thread; the checksums that were verified.
 
@@ -76,14 +73,15 @@ class Body:
             ClientGone: where it ends too early.
         """
         held: list[bytes] = []
-        size, more = 0, True
-        while more:
-            data, more = await _next(receive)
+        size = 0
+        async for data in receive_body(receive, limits):
             held.append(data)
             size += len(data)
-            if size >= _HELD or (not more and size):
+            if size >= HELD:
                 await run(self._take, b"".join(held), sink)
                 held, size = [], 0
+        if size:
+            await run(self._take, b"".join(held), sink)
         return self._verified()
 
     def _take(self, data: bytes, sink: Callable[[bytes], Any]) -> None:
@@ -104,17 +102,6 @@ class Body:
             text = "You did not provide the number of bytes specified by the Content-Length HTTP header"
             raise Fault("IncompleteBody", text)
         return self._expected.verified(trailers)
-
-
-async def _next(receive: Receive) -> tuple[bytes, bool]:
-    try:
-        message = await asyncio.wait_for(receive(), IDLE_SECONDS)
-    except TimeoutError:
-        text = "Your socket connection to the server was not read from or written to in time."
-        raise Fault("RequestTimeout", text) from None
-    if message["type"] == "http.disconnect":
-        raise ClientGone
-    return message.get("body", b""), bool(message.get("more_body"))
 
 
 def _length(headers: Mapping[str, str], name: str) -> int | None:

@@ -13,6 +13,7 @@ from luthier.api.s3.request import Request, Stores, read_request
 from luthier.api.sending import ClientGone, Receive, Run, Send, send_answer
 from luthier.api.wire import Answer, Authorize, Fault, Head, Signed
 from luthier.errors import DoesNotFit, ObjectRefused
+from luthier.limits import ServerLimits
 from luthier.store.objects import Objects
 from luthier.store.uploads import Uploads
 
@@ -22,8 +23,15 @@ _log = logging.getLogger("luthier.api")
 class S3Face:
     """Path-style S3 on the built-in object store."""
 
-    def __init__(self, objects: Objects, authorize: Authorize, region: str = "us-east-1") -> None:
+    def __init__(
+        self,
+        objects: Objects,
+        authorize: Authorize,
+        region: str = "us-east-1",
+        limits: ServerLimits | None = None,
+    ) -> None:
         """``authorize`` is given caller, action and ARN, and raises :class:`Fault`."""
+        self._limits = limits or ServerLimits()
         self.stores = Stores(objects, Uploads(objects), authorize, region)
 
     async def handle(
@@ -68,7 +76,7 @@ class S3Face:
         body = Body(request.headers, signed, limit, not operation.whole)
         if operation.works is not None:
             text = bytearray()
-            await body.receive(receive, text.extend, run)
+            await body.receive(receive, self._limits, text.extend, run)
             made: Answer = await run(operation.works, self.stores, request, bytes(text))
             return made
         assert operation.keeps is not None
@@ -77,7 +85,7 @@ class S3Face:
             text_of_it = "You must provide the Content-Length HTTP header."
             raise Fault("MissingContentLength", text_of_it)
         with await run(self.stores.objects.files.begin, request.account) as writing:
-            checksums = await body.receive(receive, writing.write, run)
+            checksums = await body.receive(receive, self._limits, writing.write, run)
             written = await run(writing.finish)
             kept: Answer = await run(operation.keeps, self.stores, request, written, checksums)
             return kept

@@ -1,0 +1,276 @@
+"""Connections of clients: how many there may be, how large a head may be, how long nothing may happen.
+
+uvicorn (0.54, httptools) bounds none of these: a header grows in the parser until memory ends, half a
+head stays open without end, and so does an answer that nobody reads. The protocol here is uvicorn's
+with these limits; once a second :meth:`Connections.close_overdue` looks at every connection, which is
+cheaper and simpler than timers that each part of a request starts and stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import resource
+from collections import Counter
+from http import HTTPStatus
+from weakref import WeakSet
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from luthier.limits import ServerLimits
+
+PIPELINED = 16
+"""Requests that may be sent ahead on a connection whose first is not answered yet."""
+DISCARDED = 32 << 20
+"""Bytes that are read and thrown away behind an answer: a client that was refused before its body was
+read, and sends it all before it looks, finds the answer. To read without end is work for nobody."""
+OTHER_FILES = 512
+"""Descriptors that the server needs for all that is not a connection of a client."""
+
+
+class Connections:
+    """Every open connection of a server, on all its ports."""
+
+    def __init__(self, limits: ServerLimits) -> None:
+        self.limits = limits
+        self.refused = 0
+        """Connections that were closed at once, because there were too many."""
+        self.by_client: Counter[str] = Counter()
+        # Weak: a TLS handshake that fails ends without a word to its protocol.
+        self._open: WeakSet[LimitedHttpProtocol] = WeakSet()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def protocol(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, object],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> LimitedHttpProtocol:
+        """The protocol of a new connection, as uvicorn's ``http_protocol_class`` makes it.
+
+        Raises:
+            ConnectionRefusedError: where there are too many; asyncio closes the connection then, also
+                one whose TLS handshake has not begun.
+        """
+        if len(self._open) >= self.limits.connections:
+            self.refused += 1
+            raise ConnectionRefusedError("too many connections")
+        made = LimitedHttpProtocol(self, config, server_state, app_state, _loop)
+        self._open.add(made)
+        return made
+
+    def close_overdue(self) -> None:
+        """End every connection that has waited longer than it may."""
+        for connection in list(self._open):
+            connection.close_if_overdue()
+
+    def discard(self, connection: LimitedHttpProtocol) -> None:
+        """``connection`` is closed."""
+        self._open.discard(connection)
+
+
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """One connection, with the limits of its server."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, object],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._connections, self._limits = connections, connections.limits
+        self._client_key = ""
+        self._head_since: float | None = None
+        """When the head that is being read began; ``None`` outside of heads."""
+        self._idle_since = self.loop.time()
+        """Since when no request is asked or answered."""
+        self._discard_since: float | None = None
+        """Since when what comes is thrown away: the answer is sent, and the connection ends."""
+        self._discarded = 0
+        self._closing_since: float | None = None
+        self._unparsed = 0
+        """Bytes that the parser was fed since it gave anything back: it holds them."""
+        self._head_size = self._head_lines = 0
+        self._refusal: tuple[HTTPStatus, str] | None = None
+        self._unsent, self._unsent_since = 0, 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection, and refuse it where its client has too many."""
+        super().connection_made(transport)
+        self._client_key = client_key(self.client[0] if self.client else "")
+        open_by_client = self._connections.by_client
+        open_by_client[self._client_key] += 1
+        if open_by_client[self._client_key] > self._limits.connections_per_address:
+            self._connections.refused += 1
+            text = "Too many connections from this address. Use fewer, or close some."
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, text)
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Count it no more."""
+        super().connection_lost(exc)
+        open_by_client = self._connections.by_client
+        open_by_client[self._client_key] -= 1
+        if open_by_client[self._client_key] <= 0:
+            del open_by_client[self._client_key]
+        self._connections.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, unless the connection is at its end."""
+        if self._discard_since is not None or self.transport.is_closing():
+            self._discarded += len(data)
+            if self._discarded > DISCARDED:
+                self.flow.pause_reading()
+            return
+        self._unparsed += len(data)
+        super().data_received(data)
+        # A name or value without end, a trailer or a chunk's extension: no callback tells of them.
+        if self._unparsed > self._limits.header_bytes and self._discard_since is None:
+            text = f"The headers of a request have {self._limits.header_bytes:,} bytes at most."
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        super().on_message_begin()
+        self._head_since = self.loop.time()
+        self._head_size = self._head_lines = self._unparsed = 0
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the URL, which may come in several."""
+        super().on_url(url)
+        self._unparsed = 0
+        if len(self.url) > self._limits.url_bytes:
+            text = f"The URL of a request has {self._limits.url_bytes:,} bytes at most."
+            self._stop_parsing(HTTPStatus.REQUEST_URI_TOO_LONG, text)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header or, behind a chunked body, a trailer: both are kept by uvicorn."""
+        self._unparsed = 0
+        size = len(name) + len(value) + 4
+        self._head_size += size
+        self._head_lines += 1
+        limits = self._limits
+        for number, limit, what in (
+            (self._head_lines, limits.header_count, "The headers of a request are {:,} at most."),
+            (size, limits.header_line_bytes, "A header has {:,} bytes at most."),
+            (self._head_size, limits.header_bytes, "All headers together have {:,} bytes at most."),
+        ):
+            if number > limit:
+                text = what.format(limit)
+                self._stop_parsing(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is whole: its request begins, or waits for those before it."""
+        self._head_since = None
+        super().on_headers_complete()
+        if len(self.pipeline) > PIPELINED:
+            text = f"On one connection {PIPELINED} requests at most may wait for their answers."
+            self._stop_parsing(HTTPStatus.TOO_MANY_REQUESTS, text)
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._unparsed = 0
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        """An answer is sent; where its request is not whole, the connection ends after it."""
+        super().on_response_complete()
+        self._idle_since = self.loop.time()
+        if self.cycle.response_complete and self.cycle.more_body:
+            # To close at once could take the answer away from a client that is still sending.
+            self._discard_since = self._idle_since
+            self._unset_keepalive_if_required()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what the parser stopped at; uvicorn calls this for any of its errors."""
+        status, text = self._refusal or (HTTPStatus.BAD_REQUEST, msg)
+        self._refuse(status, text)
+
+    def close_if_overdue(self) -> None:
+        """End the connection where one of its times is over."""
+        if self.transport is None:  # its TLS handshake has a limit of its own
+            return
+        now, limits = self.loop.time(), self._limits
+        if (unsent := self.transport.get_write_buffer_size()) != self._unsent:
+            self._unsent, self._unsent_since = unsent, now
+        if self.transport.is_closing() and self._closing_since is None:
+            self._closing_since = now
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if (unsent and now - self._unsent_since > limits.idle_seconds) or (
+            self._closing_since is not None and now - self._closing_since > limits.idle_seconds
+        ):
+            self.transport.abort()
+        elif self._discard_since is not None:
+            if now - self._discard_since > limits.linger_seconds:
+                self.transport.close()
+        elif self._head_since is not None:
+            if now - self._head_since > limits.head_seconds:
+                text = (
+                    f"The headers of a request have to come within {limits.head_seconds:g} seconds."
+                )
+                self._refuse(HTTPStatus.REQUEST_TIMEOUT, text)
+        elif not answering and now - self._idle_since > limits.idle_seconds:
+            self.transport.close()
+
+    def _stop_parsing(self, status: HTTPStatus, text: str) -> None:
+        self._refusal = (status, text)
+        # The parser ends, and uvicorn asks for the answer to what it takes for a bad request.
+        raise ValueError(text)
+
+    def _refuse(self, status: HTTPStatus, text: str) -> None:
+        """Answer before any face is known, in a body that clients of each of them can read."""
+        self._head_since, self._discard_since = None, self.loop.time()
+        self.flow.resume_reading()
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.close()  # an answer before it is on its way: nothing can stand between
+            return
+        error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+        body = json.dumps({"message": text, "error": error}).encode()
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+
+
+def client_key(address: str) -> str:
+    """What counts as one client of those nobody knows: an IPv4 address, or the /64 of an IPv6 one.
+
+    Whoever has one address of IPv6 has all 2^64 of its network.
+    """
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((parsed.packed[:8] + bytes(8), 64)))
+    return address
+
+
+def raise_open_files(connections: int) -> int:
+    """Let the process open the files that ``connections`` need.
+
+    Returns:
+        How many connections there is room for: fewer where the hard limit of the process is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = wanted if soft == resource.RLIM_INFINITY else soft
+    return min(connections, max(1, room - OTHER_FILES))

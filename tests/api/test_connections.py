@@ -1,0 +1,220 @@
+"""Connections over real sockets: heads and bodies too large or too slow, and too many at once."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from echo_service import Server
+from served import served
+
+from luthier.api.connections import DISCARDED, PIPELINED, client_key, raise_open_files
+from luthier.limits import ServerLimits
+
+LIMITS = ServerLimits(
+    head_seconds=1, idle_seconds=2, linger_seconds=0.5, connections=40, connections_per_address=30,
+    body_rate=100_000,
+)  # fmt: skip
+HEAD = b"GET /x/echo HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server(LIMITS)
+    with served(made.app, LIMITS) as address:
+        made.address = address
+        yield made
+
+
+def connect(server: Server) -> socket.socket:
+    parts = urlsplit(server.address)
+    return socket.create_connection((parts.hostname, parts.port), timeout=10)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    found = b""
+    try:
+        while piece := connection.recv(65536):
+            found += piece
+    except ConnectionResetError:
+        pass
+    return found
+
+
+def flood(server: Server, start: bytes, piece: bytes, most: int) -> tuple[bytes, int]:
+    """Send ``piece`` until the server answers or ends; its answer, and how much was sent."""
+    sent = 0
+    with connect(server) as connection:
+        connection.setblocking(True)
+        connection.settimeout(0.2)
+        answer = b""
+        try:
+            connection.sendall(start)
+            while sent < most:
+                connection.sendall(piece)
+                sent += len(piece)
+        except OSError:
+            pass
+        connection.settimeout(5)
+        with suppress(TimeoutError):
+            answer = read_all(connection)
+    return answer, sent
+
+
+@pytest.mark.parametrize(
+    ("start", "piece", "status"),
+    [
+        (HEAD + b"X-Long: ", b"a" * 65536, 431),
+        (HEAD, b"a" * 65536, 431),
+        (HEAD, b"X-A: b\r\n" * 1000, 431),
+        (HEAD, b"".join(b"X-%d: %s\r\n" % (n, b"b" * 4000) for n in range(20)), 431),
+        (b"GET /healthz?", b"a" * 65536, 414),
+        (b"GET /", b"%20" * 20000, 414),
+    ],
+)  # fmt: skip
+def test_a_head_without_end_is_refused(
+    server: Server, start: bytes, piece: bytes, status: int
+) -> None:
+    answer, _ = flood(server, start, piece, 4_000_000)
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:100]
+    assert b'"message"' in answer and b"at most" in answer
+    assert server.ask("GET", "/healthz")[0] == 200
+    assert not server.door.bodies  # nobody was asked who it is
+
+
+def test_a_head_within_its_limits_is_read(server: Server) -> None:
+    head = HEAD + b"X-Long: " + b"a" * 16_000 + b"\r\n"
+    head += b"".join(b"X-%d: b\r\n" % number for number in range(90)) + b"Connection: close\r\n\r\n"
+    assert server.raw(head).startswith(b"HTTP/1.1 200 ")
+
+
+def test_trailers_and_chunk_extensions_have_the_limits_of_heads(server: Server) -> None:
+    start = HEAD.replace(b"GET", b"POST") + b"Transfer-Encoding: chunked\r\n\r\n"
+    for piece in (b"0\r\nX-Trailer: " + b"a" * 100_000, b"1;x=" + b"a" * 100_000):
+        answer, _ = flood(server, start, piece, 4_000_000)
+        # The request is being answered: nothing but its end can be told.
+        assert b" 200 " not in answer
+    assert server.ask("GET", "/healthz")[0] == 200
+
+
+@pytest.mark.parametrize("start", [b"", b"\r\n", b"GET /healthz HT", HEAD])
+def test_half_a_head_and_silence_end(server: Server, start: bytes) -> None:
+    with connect(server) as connection:
+        connection.sendall(start)
+        began = time.monotonic()
+        answer = read_all(connection)
+        seconds = time.monotonic() - began
+    if start.strip():
+        assert answer.startswith(b"HTTP/1.1 408 ") and seconds < 4
+    else:
+        assert answer == b"" and 1.5 < seconds < 5
+
+
+def test_a_head_that_drips_ends_too(server: Server) -> None:
+    with connect(server) as connection:
+        began = time.monotonic()
+        try:
+            for byte in HEAD * 10:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.1)
+                if time.monotonic() - began > 8:
+                    break
+        except OSError:
+            pass
+        assert time.monotonic() - began < 5
+
+
+def test_a_connection_that_is_kept_open_is_answered_again_and_ends_when_idle(
+    server: Server,
+) -> None:
+    with connect(server) as connection:
+        for _ in range(3):
+            connection.sendall(HEAD + b"\r\n")
+            found = b""
+            while b"anna" not in found:
+                found += connection.recv(65536)
+            assert b"200 OK" in found
+            time.sleep(0.5)
+        began = time.monotonic()
+        assert read_all(connection) == b""
+        assert time.monotonic() - began < 4
+
+
+def test_a_body_that_drips_is_answered_and_its_place_is_free(server: Server) -> None:
+    start = HEAD.replace(b"GET /x/echo", b"POST /x/take") + b"Content-Length: 3000000\r\n\r\n"
+    with connect(server) as connection:
+        connection.sendall(start)
+        began = time.monotonic()
+        try:
+            while time.monotonic() - began < 8:
+                connection.sendall(b"a" * 100)
+                time.sleep(0.1)
+        except OSError:
+            pass
+        assert time.monotonic() - began < 6
+        assert b"RequestTimeout" in read_all(connection)
+
+
+def test_an_answer_that_nobody_reads_is_given_up(server: Server) -> None:
+    with connect(server) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(HEAD.replace(b"/x/echo", b"/x/pour") + b"\r\n")
+        assert server.echo.closed.wait(15)
+        assert server.echo.sent < 1000
+
+
+def test_more_connections_than_allowed_are_refused_and_the_others_go_on(server: Server) -> None:
+    with ExitStack() as stack:
+        first = stack.enter_context(connect(server))
+        for _ in range(LIMITS.connections_per_address - 1):
+            stack.enter_context(connect(server))
+        time.sleep(0.2)
+        refused = [stack.enter_context(connect(server)) for _ in range(5)]
+        answers = [read_all(connection) for connection in refused]
+        assert all(answer.startswith(b"HTTP/1.1 503 ") for answer in answers), answers
+        for _ in range(10):  # in all
+            stack.enter_context(connect(server))
+        first.sendall(HEAD + b"\r\n")
+        assert b"200 OK" in first.recv(65536)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            if server.ask("GET", "/healthz")[0] == 200:
+                break
+        except OSError:
+            time.sleep(0.1)
+    assert server.ask("GET", "/healthz")[0] == 200
+
+
+def test_requests_that_are_sent_ahead_are_few(server: Server) -> None:
+    ahead = b"GET /x/stream HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n\r\n"
+    answer, _ = flood(server, b"", ahead * (PIPELINED + 5), len(ahead))
+    assert len(re.findall(rb"HTTP/1.1 200", answer)) <= 1
+    assert server.ask("GET", "/healthz")[0] == 200
+
+
+def test_what_is_sent_behind_an_answer_is_thrown_away_and_ends(server: Server) -> None:
+    start = HEAD.replace(b"GET", b"POST") + b"Content-Length: 900000000\r\n\r\n"
+    began = time.monotonic()
+    _, sent = flood(server, start, b"a" * 65536, 900_000_000)
+    assert time.monotonic() - began < 10 and sent < 2 * DISCARDED
+
+
+def test_one_client_is_an_address_or_a_network_of_ipv6() -> None:
+    assert client_key("10.0.0.1") == client_key("::ffff:10.0.0.1") == "10.0.0.1"
+    assert client_key("2001:db8::1") == client_key("2001:db8::ffff:2") != client_key("2001:db9::1")
+    assert client_key("") == "" and client_key("unix") == "unix"
+
+
+def test_the_process_may_open_what_its_connections_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1024, 2000))
+    monkeypatch.setattr("resource.setrlimit", lambda kind, limits: calls.append(limits))
+    assert raise_open_files(1000) == 1000 and calls == [(1512, 2000)]
+    assert raise_open_files(10_000) == 1488 and calls[-1] == (2000, 2000)
