@@ -39,18 +39,22 @@ class ServerLimits(BaseModel):
     linger_seconds: float = Field(default=5, gt=0)
     """For which a client may still send what nobody reads after it was answered; then its connection
     is closed."""
-    body_rate: int = Field(default=8 * KIB, ge=1)
+    body_rate: int = Field(default=32 * KIB, ge=1)
     """Bytes a second of a body, on average after its first idle_seconds; a slower one is answered
     408."""
     unknown_body_bytes: int = Field(default=64 * KIB, ge=1024)
     """Of a body that is read before anything is known of its sender. Larger ones are read of known keys
     alone, and of none whose signature names an unknown one."""
-    request_memory: int = Field(default=384 * MIB, ge=MIB)
-    """For the bodies of requests that are worked on, in all: 8 times their bytes, which is what they
-    take while they are parsed; 2 MiB for one that is written to disk as it comes. Further ones wait
-    for idle_seconds, and are answered 429 then."""
-    request_memory_per_client: int = Field(default=256 * MIB, ge=MIB)
+    body_memory: int = Field(default=256 * MIB, ge=MIB)
+    """For bodies that are being received, in all: their length, or 1 MiB where a body is written to
+    disk as it comes. Further ones wait for idle_seconds, and are answered 429 then."""
+    body_memory_per_client: int = Field(default=64 * MIB, ge=MIB)
     """The same for one account; for one address, as long as the account is not known."""
+    request_memory: int = Field(default=384 * MIB, ge=MIB)
+    """For large bodies that are worked on, in all: 8 times their length, which is what they take at
+    most while they are parsed. Further ones wait as above."""
+    request_memory_per_client: int = Field(default=256 * MIB, ge=MIB)
+    """The same for one account, or for one address."""
     json_values: int = Field(default=500_000, ge=1000)
     """Values in a body of JSON: each takes up to 200 bytes of memory, however short it is."""
     connections: int = Field(default=2000, ge=1)

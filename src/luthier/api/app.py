@@ -50,7 +50,7 @@ BODY_COST = 8
 at four bytes a character if one is outside the BMP, and the same again as values."""
 LARGEST_SIGNED = 25_000_000
 """Bytes of an upload that is signed whole: it is read before its sender is sure."""
-STREAMED_COST = 2 << 20
+STREAMED_COST = 1 << 20
 """Bytes of memory for a body that is handed on as it comes."""
 THREADS, STREAMS = 64, 256
 """Requests that are worked on at once, and streams that wait for their next piece."""
@@ -141,7 +141,9 @@ class Application:
         self._turns = FairSlots(LONG, int(LONG * SHARE))
         self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
         self._transfers = FairThreads(TRANSFERS, int(TRANSFERS * SHARE), "transfer")
-        self._memory = FairSlots(limits.request_memory, limits.request_memory_per_client)
+        # Two accounts: a client that sends its body slowly keeps nobody from working on theirs.
+        self._receiving = FairSlots(limits.body_memory, limits.body_memory_per_client)
+        self._working = FairSlots(limits.request_memory, limits.request_memory_per_client)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request; other kinds of connections are refused."""
@@ -194,7 +196,7 @@ class Application:
             self.admit(signed.caller)
             seen.operation = f"s3.{head.method}"
             account = signed.caller.account
-            async with self._body_memory(account, head, STREAMED_COST):
+            async with self._memory(self._receiving, account, head, STREAMED_COST):
                 with noted() as seen.asked, self._transfers.request(account) as run:
                     seen.status = await face.handle(
                         head, signed, receive, audited, seen.request_id, run
@@ -274,11 +276,12 @@ class Application:
                 limit, streamed = min(limit, LARGEST_SIGNED), False
         client = signed.caller.account if signed else client_key(seen.address)
         size = limit if length is None else min(length, limit)
-        cost = STREAMED_COST if streamed else BODY_COST * size
-        await held.enter_async_context(self._body_memory(client, head, cost))
-        if route is not None and route.sink is not None:
-            return await self._upload(head, receive, limit, route, seen, signed)
-        body = await read_body(head, receive, limit, self.limits)
+        async with self._memory(self._receiving, client, head, STREAMED_COST if streamed else size):
+            if route is not None and route.sink is not None:
+                return await self._upload(head, receive, limit, route, seen, signed)
+            body = await read_body(head, receive, limit, self.limits)
+            cost = BODY_COST * len(body)
+            await held.enter_async_context(self._memory(self._working, client, head, cost))
         if route is not None and route.long:
             if signed is None:
                 signed = await self._run(self.authenticator.authenticate, head, body)
@@ -296,12 +299,14 @@ class Application:
         await self._hold(answer, seen.account, held)
         return answer
 
-    def _body_memory(self, client: str, head: Head, cost: int) -> AbstractAsyncContextManager[None]:
-        """Hold ``cost`` bytes of memory for the body of ``head``, unless it is a small one."""
+    def _memory(
+        self, memory: FairSlots, client: str, head: Head, size: int
+    ) -> AbstractAsyncContextManager[None]:
+        """Hold ``size`` bytes of ``memory`` for the body of ``head``, unless it is a small one."""
         length = body_length(head)
         if length is not None and length <= self.limits.unknown_body_bytes:
             return nullcontext()
-        return self._memory.turn(client, cost, self.limits.idle_seconds)
+        return memory.turn(client, size, self.limits.idle_seconds)
 
     async def _upload(
         self,
