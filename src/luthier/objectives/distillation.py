@@ -63,7 +63,7 @@ class Distillation(Taught):
     """KL from teacher to student (Hinton), from student to teacher, or GKD's between both."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``jsd``; 0.5 in GKD's symmetric case."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=1000)
     """The logits of both are divided by it: 1 in GKD; higher shows more of what it thinks unlikely."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a row becomes text: the model's chat template, or prompt and completion as they are."""

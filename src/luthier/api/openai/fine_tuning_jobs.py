@@ -17,7 +17,8 @@ STATUSES = {
     jobs.QUEUED: "queued",
     jobs.RUNNING: "running",
     jobs.PAUSED: "paused",
-    jobs.STOPPING: "cancelled",
+    # Its worker still has it: who waits for the end waits until it has let go.
+    jobs.STOPPING: "running",
     jobs.STOPPED: "cancelled",
     jobs.COMPLETED: "succeeded",
     jobs.FAILED: "failed",

@@ -10,7 +10,7 @@ from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body, Metadata
 
 Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Rate = Annotated[float, Field(gt=0, le=100)]
 MOST_EPOCHS = 100
 ARMS = ("supervised", "dpo", "reinforcement")

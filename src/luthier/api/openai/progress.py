@@ -27,8 +27,12 @@ def position_of(identifier: str) -> int | None:
 
 
 def shown_event(event: JobEvent) -> dict[str, Any]:
-    """An event as clients see it."""
-    metrics = event.kind == "metrics"
+    """An event as clients see it.
+
+    What is measured before the first step has no training loss, and clients read that of every event
+    with metrics: it is told as a message.
+    """
+    metrics = event.kind == "metrics" and "train_loss" in event.data
     return {
         "id": event_id(event),
         "object": "fine_tuning.job.event",
