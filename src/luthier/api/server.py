@@ -14,9 +14,10 @@ from typing import Any
 import uvicorn
 
 from luthier.errors import RefusedInput
+from luthier.limits import ServerLimits
 
-GRACE = 30
-"""Seconds that requests in flight are given when the server ends; streams are cut after them."""
+LAST_SECONDS = 10.0
+"""For requests that are cut to say so to their clients, when the server ends."""
 
 _log = logging.getLogger("luthier.server")
 
@@ -54,18 +55,28 @@ class _Server(uvicorn.Server):
         yield
 
 
-def run(application: Any, ports: Ports, ready: Callable[[list[str]], None]) -> None:
+def run(
+    application: Any,
+    ports: Ports,
+    ready: Callable[[list[str]], None],
+    shutdown_seconds: float = ServerLimits().shutdown_seconds,
+) -> None:
     """Serve until SIGINT or SIGTERM; ``ready`` hears the addresses once all ports are open.
+
+    Requests in flight then have ``shutdown_seconds``, or until the next signal; what is not done is
+    cut, and tells its client so.
 
     Raises:
         RefusedInput: where a port is taken, or the certificate cannot be used.
     """
     ports.check()
-    asyncio.run(_run(application, ports, ready))
+    asyncio.run(_run(application, ports, ready, shutdown_seconds))
 
 
-async def _run(application: Any, ports: Ports, ready: Callable[[list[str]], None]) -> None:
-    servers = [_Server(config) for config in _configs(application, ports)]
+async def _run(
+    application: Any, ports: Ports, ready: Callable[[list[str]], None], shutdown_seconds: float
+) -> None:
+    servers = [_Server(config) for config in _configs(application, ports, shutdown_seconds)]
     for server in servers:
         try:
             server.config.load()
@@ -90,9 +101,16 @@ async def _run(application: Any, ports: Ports, ready: Callable[[list[str]], None
         await asyncio.sleep(0.01)
     ready([_address(server) for server in servers])
     await asyncio.gather(*tasks)
+    # Cut by the server, or left behind where the second signal came; the loop would cancel them again.
+    left = [task for server in servers for task in server.server_state.tasks]
+    for task in left:
+        if not task.cancelling():
+            task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=LAST_SECONDS)
 
 
-def _configs(application: Any, ports: Ports) -> list[uvicorn.Config]:
+def _configs(application: Any, ports: Ports, shutdown_seconds: float) -> list[uvicorn.Config]:
     def config(port: int, tls: bool) -> uvicorn.Config:
         return uvicorn.Config(
             application,
@@ -105,7 +123,8 @@ def _configs(application: Any, ports: Ports) -> list[uvicorn.Config]:
             server_header=False,
             # Who is logged is who is connected: nobody says of himself where he comes from.
             proxy_headers=False,
-            timeout_graceful_shutdown=GRACE,
+            # Whole seconds are declared, and any number is waited for.
+            timeout_graceful_shutdown=shutdown_seconds,  # type: ignore[arg-type]
             ssl_certfile=ports.tls_certificate if tls else None,
             ssl_keyfile=ports.tls_key if tls else None,
         )

@@ -118,7 +118,7 @@ def serve(
             _tell(addresses, region, service.issued)
 
         try:
-            server.run(service.application, ports, ready)
+            server.run(service.application, ports, ready, settings.limits.shutdown_seconds)
         finally:
             service.close(give_back)
 

@@ -206,6 +206,10 @@ class Events:
             _log.exception("a stream failed")
             return self._fail("internalServerException", "Something failed inside the service.")
 
+    def interrupt(self) -> None:
+        """Make an exception the next message, and the last: the service ends."""
+        self._stream.interrupt()
+
     def close(self) -> None:
         """Let go of the answer, whether any of it was read or not."""
         self._ended = True

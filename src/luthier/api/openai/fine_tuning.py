@@ -170,7 +170,7 @@ class FineTuning:
         return Answer.of(_shown(self._with_results(self._found(call, "retrieve"))))
 
     def cancel(self, call: Call) -> Answer:
-        """Stop a job: no model is made. One that a worker has is ``running`` until that let go of it."""
+        """Stop a job: no model is made. It is ``running`` until its worker has let go of it."""
         return self._change(call, "cancel", jobs.stop)
 
     def pause(self, call: Call) -> Answer:
