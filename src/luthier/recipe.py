@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -216,7 +217,8 @@ def parse(kind: type[Parsed], fields: Mapping[str, Any]) -> Parsed:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise RecipeError(_explain(error, kind)) from error
+        first = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise RecipeError(_explain(error, kind), first or None) from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -356,9 +358,14 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
     if method is None:
         default = {"objective": "sft", "adaptation": "lora"}[kind]
         value, method = {"method": default, **value}, default
-    if method not in table:
+    if not isinstance(method, str) or method not in table:
         raise ValueError(f"unknown {kind} {method!r}; there are {', '.join(table)}")
     return table[method].model_validate(value)
+
+
+_INPUT = Repr()
+"""What was given is quoted in part: a number may have thousands of digits."""
+_INPUT.maxstring = _INPUT.maxlong = _INPUT.maxother = 100
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -371,8 +378,8 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
         elif item["type"] == "missing":
             message = "is required"
         else:
-            message = f"{message[0].lower()}{message[1:]} (got {item['input']!r})"
-        lines.append(f"  {where}: {message}")
+            message = f"{message[0].lower()}{message[1:]} (got {_INPUT.repr(item['input'])})"
+        lines.append(f"  `{where}`: {message}")
     return "\n".join(lines)
 
 

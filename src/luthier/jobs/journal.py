@@ -18,6 +18,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.engine.metrics import Reporter
+from luthier.setting_names import without_commands
 from luthier.store.database import now
 from luthier.store.jobs import Job, JobEvent
 
@@ -70,8 +71,9 @@ class Journal(Reporter):
 
     def note(self, text: str) -> None:
         """A message, once."""
-        text = self.told(text)
-        if text in self._messages:
+        # Its owner has no command line.
+        text = without_commands(self.told(text))
+        if not text or text in self._messages:
             return
         self._messages.add(text)
         kind = "warning" if text.startswith("warning") else "message"

@@ -38,7 +38,7 @@ class Taught(Objective):
     def check(self, chat: ChatFormat) -> None:
         """There must be a teacher."""
         if not self.teacher:
-            raise RecipeError("there is no teacher; give one with --set objective.teacher=ID")
+            raise RecipeError("there is no teacher; give one with `objective.teacher=ID`")
 
     def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
         """The teacher must read the same tokens, as it is asked about each of them."""
@@ -98,13 +98,13 @@ class Distillation(Taught):
         if (other.start_id is None) != (chat.start_id is None):
             raise RecipeError(
                 "one of teacher and student is an encoder-decoder and the other is not, so they do not "
-                "read the same rows. Let the student learn from what the teacher writes (luthier "
-                "distil --method responses)."
+                "read the same rows. Let the student learn from what the teacher writes: "
+                "`method=responses`."
             )
         if other.template != chat.template:
             raise RecipeError(
                 f"the teacher was tuned with template={other.template}, and the student is to read "
-                f"rows with template={chat.template}. Use --set objective.template={other.template}."
+                f"rows with template={chat.template}. Use `objective.template={other.template}`."
             )
 
     def format(self, chat: ChatFormat) -> ChatFormat:
@@ -138,7 +138,7 @@ def check_same_tokens(teacher: ChatFormat, student: ChatFormat) -> None:
         "teacher and student have different tokenizers, so their distributions are over other tokens: "
         f"{len(theirs):,} and {len(ours):,} tokens, {lacking:,} of the fewer without a counterpart, "
         f"{len(moved):,} with another id{example}. Let the student learn from what the teacher writes "
-        "(luthier distil --method responses), or take a student of the teacher's family."
+        "(`method=responses`), or take a student of the teacher's family."
     )
 
 

@@ -206,7 +206,7 @@ class Reinforcement(Objective):
         count = (rows + calibrated) * self.generations + measured + first
         return (
             f"the judge will be asked for {count * each:,} verdicts at most; {first * each:,} of them "
-            "come before the first step, and again with --resume"
+            "come before the first step, and again where the run is resumed"
         )
 
     @property
@@ -338,7 +338,7 @@ class Reinforcement(Objective):
         rollouts = self.roll_out(network, chosen, self._tries, seeded())
         verdict = watching.precheck(rollouts.score_PG, self.grader.bounded)
         if verdict.refused and not self.force:
-            raise RecipeError(verdict.text + " To train all the same: --set objective.force=true")
+            raise RecipeError(verdict.text + " To train all the same, set `objective.force=true`")
         note(verdict.text)
         return examples
 

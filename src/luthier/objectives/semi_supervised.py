@@ -89,8 +89,8 @@ class SemiSupervised(Objective):
         if len(labelled) == len(rows):
             raise RecipeError(
                 f"all {len(rows)} rows have labels, and semi_supervised learns from texts without one "
-                "too. Give a file of such rows with --mix FILE=10 (ten for each labelled one), or use "
-                "objective classification"
+                "too. Give a file of such rows with `data.mix=FILE=10` (ten for each labelled one), or "
+                "use objective classification"
             )
         found = self.classifier.fit(labelled, chat)
         return self.model_copy(update={"labels": found.labels, "shares": found.shares})

@@ -60,7 +60,7 @@ class SpanCorruption(Objective):
         if not (self.sentinels or _sentinels(chat)):
             raise RecipeError(
                 "span_corruption needs tokens that stand for the spans, <extra_id_0> and so on, and "
-                "this tokenizer has none. Name others with --set objective.sentinels=[ID, ...]."
+                "this tokenizer has none. Name others with `objective.sentinels=[ID, ...]`."
             )
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:

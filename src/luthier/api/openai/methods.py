@@ -115,6 +115,34 @@ class CreateJob(Body):
             raise invalid(text, "method.reinforcement.grader", "missing_required_parameter")
 
 
+_NAMES = {
+    "base": "model",
+    "training.epochs": "n_epochs",
+    "training.batch_size": "batch_size",
+    "training.rate_factor": "learning_rate_multiplier",
+    "training.evaluate_every": "eval_interval",
+    "training.seed": "seed",
+    "objective.beta": "beta",
+    "objective.num_generations": "compute_multiplier",
+    "objective.grader": "method.reinforcement.grader",
+    "data.train": "training_file",
+    "data.validation": "validation_file",
+}
+_TYPES = {"sft": "supervised", "dpo": "dpo", "grpo": "reinforcement"}
+"""Types of ``method`` by the objective that they come to."""
+
+
+def setting_name(field: str, value: str | None) -> str | None:
+    """What OpenAI calls a field of the recipe (:mod:`luthier.setting_names`)."""
+    if field == "training.learning_rate" and value is not None:
+        return "another learning_rate_multiplier"  # a rate itself cannot be asked for
+    if field == "objective.method" and value is not None:
+        return f"method.type={_TYPES[value]}" if value in _TYPES else None
+    if field not in _NAMES:
+        return None
+    return _NAMES[field] + ("" if value is None else f"={value}")
+
+
 def without_effect(asked: CreateJob) -> list[str]:
     """What was asked and changes nothing, for the events of the job."""
     chosen, found = asked.chosen, []

@@ -7,7 +7,9 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from luthier.api.openai.methods import setting_name
 from luthier.api.openai.requests import seconds
+from luthier.setting_names import with_setting_names
 from luthier.store.jobs import Job, JobEvent
 
 _LEVELS = {"warning": "warn", "error": "error"}
@@ -38,7 +40,7 @@ def shown_event(event: JobEvent) -> dict[str, Any]:
         "object": "fine_tuning.job.event",
         "created_at": seconds(event.at),
         "level": _LEVELS.get(event.kind, "info"),
-        "message": event.message,
+        "message": with_setting_names(event.message, setting_name),
         "type": "metrics" if metrics else "message",
         "data": dict(event.data) if metrics else None,
     }
