@@ -118,7 +118,7 @@ class Training(Part):
     """Stop after so many optimizer steps, whatever ``epochs`` says."""
     batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Rows in one optimizer step."""
-    learning_rate: float | None = Field(default=None, gt=0, le=100)
+    learning_rate: float | None = Field(default=None, gt=0, le=1e6)
     """Highest learning rate of the schedule."""
     rate_factor: float = Field(default=1.0, gt=0, le=10_000)
     """Factor of the learning rate that is chosen where none is given."""
@@ -379,7 +379,7 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
             message = "is required"
         else:
             message = f"{message[0].lower()}{message[1:]} (got {_INPUT.repr(item['input'])})"
-        lines.append(f"  `{where}`: {message}")
+        lines.append(f"  `{where}`: {message}" if "." in where else f"  {where}: {message}")
     return "\n".join(lines)
 
 

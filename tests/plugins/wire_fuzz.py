@@ -35,7 +35,8 @@ COMPLETE = (
 
 WORDS = (
     "", "a", "0", "-1", "1e308", "9" * 30, "9" * 400, "true", "null", "[]", "{}", "%", "%zz", "%ff",
-    "%2F", "%2e%2e%2f", "..", ".", "//", "\\", ";", "&", "=", "+", "*", "'\"", "<a>", "é", "\u202e", "😀",
+    "%2F", "%2e%2e%2f", "..", ".", "//", "\\", ";", "&", "=", "+", "*", "'\"", "<a>", "é", "\u202e",
+    "😀",
     "x" * 300, "x" * 5000, "${aws:username}", "{{item}}", "arn:aws:bedrock:us-east-1:0:x/y",
     "s3://rows/../etc", "file:///etc/passwd", "2026-13-99T99:99:99Z", "bytes=0-", "bytes=-0",
     "bytes=5-2", "bytes=" + "0-1," * 200, "application/xml", "text/plain; charset=utf-99",
@@ -44,10 +45,12 @@ WORDS = (
 )  # fmt: skip
 NAMES = (
     "content-type", "accept", "accept-encoding", "content-encoding", "range", "if-match",
-    "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "last-event-id", "expires", "cache-control",
+    "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "last-event-id", "expires",
+    "cache-control",
     "content-md5", "content-disposition", "content-language", "x-amz-copy-source", "x-amz-meta-a",
     "x-amz-metadata-directive", "x-amz-copy-source-range", "x-amz-checksum-crc32",
-    "x-amz-checksum-sha256", "x-amz-sdk-checksum-algorithm", "x-amz-trailer", "x-amz-decoded-content-length", "x-amz-acl",
+    "x-amz-checksum-sha256", "x-amz-sdk-checksum-algorithm", "x-amz-trailer",
+    "x-amz-decoded-content-length", "x-amz-acl",
     "x-amz-expected-bucket-owner", "x-amz-storage-class", "x-amz-tagging", "x-amzn-bedrock-accept",
     "x-amzn-bedrock-content-type", "x-amzn-bedrock-guardrailidentifier", "x-amz-checksum-mode",
     "x-amz-checksum-type", "x-amz-mp-object-size", "origin", "cookie", "x-forwarded-for", "user-agent",

@@ -86,8 +86,7 @@ def _fail(error: LuthierError, as_json: bool) -> NoReturn:
                 {name: getattr(problem, name) for name in fields} for problem in error.problems
             ]
         print_json({"error": body})
-    # What programs read names settings as recipes do.
-    text = str(error) if as_json else with_setting_names(str(error), option)
+    text = with_setting_names(str(error), option)
     sys.stderr.write(f"luthier: {text}\n".encode("utf-8", "backslashreplace").decode())
     raise typer.Exit(error.exit_code) from error
 

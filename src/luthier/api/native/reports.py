@@ -206,10 +206,12 @@ def _answered(
     except subprocess.TimeoutExpired as error:
         text = f"It was not done after {SECONDS:.0f} seconds; take a part of the rows."
         raise Fault("Validation", text) from error
-    out = done.stdout if done.returncode in codes and done.stdout.strip() else done.stderr
+    out = done.stdout.strip()
     for path, address in addresses.items():
-        out = out.replace(path, address)
-    if out is done.stderr or done.returncode not in codes or not done.stdout.strip():
-        text = with_setting_names(out.strip(), name)[-4000:]
-        raise Fault("Validation", text or "It failed without a word.")
-    return in_all(json.loads(out), name)
+        # As it stands in the text of JSON.
+        out = out.replace(json.dumps(path)[1:-1], json.dumps(address, ensure_ascii=False)[1:-1])
+    answer = json.loads(out) if out else {}
+    if done.returncode not in codes or not out or "error" in answer:
+        message = answer.get("error", {}).get("message") or "It failed without a word."
+        raise Fault("Validation", with_setting_names(message, name)[-4000:])
+    return in_all(answer, name)
