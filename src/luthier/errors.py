@@ -94,7 +94,14 @@ class DataError(RefusedInput):
 
 
 class RecipeError(RefusedInput):
-    """A recipe that cannot be carried out: unknown option, impossible value or pair."""
+    """A recipe that cannot be carried out: unknown option, impossible value or pair.
+
+    ``field`` is the first that is wrong, where it is one: ``training.epochs``.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class UnknownModel(RefusedInput):

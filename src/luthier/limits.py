@@ -61,6 +61,8 @@ class ServerLimits(BaseModel):
     """Open connections in all; further ones are closed at once."""
     connections_per_address: int = Field(default=512, ge=1)
     """Open connections from one address; further ones are closed at once."""
+    shutdown_seconds: float = Field(default=30, ge=0)
+    """For requests in flight when the server is told to end; then they are cut, and clients told so."""
 
 
 def parse_limits(settings: Sequence[str]) -> ServerLimits:

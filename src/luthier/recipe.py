@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -33,6 +34,8 @@ from luthier.objectives import OBJECTIVES, Objective
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
+MOST_STEPS = 1_000_000_000
+"""Optimizer steps of any run; what no machine reaches is a slip or an attack, and overflows later."""
 
 
 SourceName = Annotated[
@@ -54,7 +57,7 @@ class MixSpec(Part):
 
     train: SourceName
     """Rows; all of them are for learning, nothing is held out."""
-    weight: float = Field(gt=0)
+    weight: float = Field(gt=0, le=1000)
     """Rows drawn from it for each row of the main file."""
 
 
@@ -109,45 +112,45 @@ def _place(source: str) -> str:
 class Training(Part):
     """Optimizer, schedule and budget. ``None`` is chosen from the data and the model."""
 
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=10_000)
     """Passes over the training rows."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Stop after so many optimizer steps, whatever ``epochs`` says."""
-    batch_size: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Rows in one optimizer step."""
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0, le=1e6)
     """Highest learning rate of the schedule."""
-    rate_factor: float = Field(default=1.0, gt=0)
+    rate_factor: float = Field(default=1.0, gt=0, le=10_000)
     """Factor of the learning rate that is chosen where none is given."""
     schedule: Literal["cosine", "linear", "constant", "step", "one_cycle", "exponential"] = "cosine"
     """How the rate goes after warm-up; ``one_cycle`` rises and falls, ``exponential`` only rises."""
     warmup_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the rate rises: 0.05 when not given, 0.45 for ``one_cycle``."""
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0, le=MOST_STEPS)
     """The same as a number of steps; goes before ``warmup_share``."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the rate from each layer to the one below; heads have the full rate, 1 is off."""
-    head_rate: float | None = Field(default=None, gt=0)
+    head_rate: float | None = Field(default=None, gt=0, le=10_000)
     """Factor of the rate for a head. Without a rate: 10 where a new one stands on weights that move."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     """Decoupled weight decay, on matrices only."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's mean of gradients."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of AdamW's mean of squared gradients."""
-    epsilon: float = Field(default=1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0, le=1)
     """Added to AdamW's denominator."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Share dropped wherever the network drops hidden states; the network's own when not given."""
-    max_gradient_norm: float = Field(default=1.0, ge=0)
+    max_gradient_norm: float = Field(default=1.0, ge=0, le=1e9)
     """Gradients of a larger global norm are scaled down to it; 0 turns clipping off."""
-    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    micro_batch_tokens: int | None = Field(default=None, ge=1, le=1_000_000_000)
     """Distinct tokens computed at once; smaller takes less memory, the result is the same."""
-    evaluate_every: int | None = Field(default=None, ge=1)
+    evaluate_every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps between measurements on the validation rows."""
-    patience: int = Field(default=3, ge=0)
+    patience: int = Field(default=3, ge=0, le=1_000_000)
     """Stop after so many measurements without a better one; 0 never stops early."""
-    least_gain: float = Field(default=0.0, ge=0)
+    least_gain: float = Field(default=0.0, ge=0, le=1e6)
     """A measurement counts as better for ``patience`` only where it is so by more than this."""
     shuffle: bool = True
     """Take the rows in a new random order each epoch; otherwise in the order of the file."""
@@ -155,7 +158,7 @@ class Training(Part):
     """Seed of the row order, of new weights and of dropout."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number type of matrix products; ``auto`` is bfloat16 where the machine has it natively."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads; all cores when not given."""
 
 
@@ -214,7 +217,8 @@ def parse(kind: type[Parsed], fields: Mapping[str, Any]) -> Parsed:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise RecipeError(_explain(error, kind)) from error
+        first = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise RecipeError(_explain(error, kind), first or None) from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -354,9 +358,14 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
     if method is None:
         default = {"objective": "sft", "adaptation": "lora"}[kind]
         value, method = {"method": default, **value}, default
-    if method not in table:
+    if not isinstance(method, str) or method not in table:
         raise ValueError(f"unknown {kind} {method!r}; there are {', '.join(table)}")
     return table[method].model_validate(value)
+
+
+_INPUT = Repr()
+"""What was given is quoted in part: a number may have thousands of digits."""
+_INPUT.maxstring = _INPUT.maxlong = _INPUT.maxother = 100
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -369,8 +378,8 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
         elif item["type"] == "missing":
             message = "is required"
         else:
-            message = f"{message[0].lower()}{message[1:]} (got {item['input']!r})"
-        lines.append(f"  {where}: {message}")
+            message = f"{message[0].lower()}{message[1:]} (got {_INPUT.repr(item['input'])})"
+        lines.append(f"  `{where}`: {message}" if "." in where else f"  {where}: {message}")
     return "\n".join(lines)
 
 

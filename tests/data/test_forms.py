@@ -255,7 +255,7 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     (problem,) = problems_of(path, {"prompt": "q"})
     assert (problem.line, problem.rule) == (2, "column.missing")
     assert 'column "q" is not there; the keys are "completion"' in problem.message
-    assert "--map prompt=q" in problem.fix
+    assert "`data.columns.prompt=q`" in problem.fix
 
 
 def test_messages_name_the_column_that_was_mapped(tmp_path: Path) -> None:

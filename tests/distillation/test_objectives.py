@@ -78,8 +78,8 @@ def test_what_a_method_cannot_have_is_refused(
         with pytest.raises(RecipeError, match=match):
             luthier.distil(file, student=str(tiny_model_folder), name="pupil", **given)
 
-    refused("gives texts only. Use --method responses", teacher="https://host/v1#big")
+    refused("gives texts only. Use `method=responses`", teacher="https://host/v1#big")
     refused("leave objective.method out", objective__method="sft")
-    refused("different tokenizers.*distil --method responses", teacher=str(family_folder("t5")))
+    refused("different tokenizers.*`method=responses`", teacher=str(family_folder("t5")))
     refused("unknown method 'magic'", method="magic")
     assert not list((luthier_home() / "models").glob("custom/*/*"))

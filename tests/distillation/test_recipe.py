@@ -51,7 +51,7 @@ def test_one_text_names_a_teacher() -> None:
     assert address_fields("base:mine") == {"model": "base:mine"}
     assert address_fields("https://h/v1#org/m") == {"url": "https://h/v1", "model": "org/m"}
     assert recipe(teacher="https://h/v1#m").teacher.url == "https://h/v1"
-    with pytest.raises(RecipeError, match=r"teacher\.model: is required"):
+    with pytest.raises(RecipeError, match=r"`teacher\.model`: is required"):
         recipe(teacher="https://h/v1")
 
 

@@ -195,7 +195,7 @@ def test_too_few_are_refused_before_and_after(prompts: Path, distil: Any, endpoi
     assert not endpoint.asked and not folder_of("s").exists()
     for prompt in PROMPTS[:3]:
         endpoint.actions[prompt] = ["length"]
-    with pytest.raises(RefusedInput, match=r"only 9 of 12 .*3 answer\.cut.*--max-tokens"):
+    with pytest.raises(RefusedInput, match=r"only 9 of 12 .*3 answer\.cut.*`sampling\.max_tokens`"):
         distil(prompts)
     assert len(lines(folder_of("s") / "insights.jsonl")) == 12
     assert not (luthier_home() / "models" / "custom").exists()

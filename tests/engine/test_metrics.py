@@ -92,7 +92,7 @@ def test_a_validation_loss_that_hardly_falls_is_told(held: tuple[float, ...], si
     assert (said is None) is silent
     if said:
         assert f"{held[0]:.4f} before" in said and f"{min(held):.4f} at" in said
-        assert "--learning-rate 5.0e-04" in said and "luthier search" in said
+        assert "`training.learning_rate=5.0e-04`" in said and "luthier search" in said
 
 
 def test_the_curve_is_drawn_as_svg_and_png(tmp_path: Path) -> None:

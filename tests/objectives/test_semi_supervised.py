@@ -230,7 +230,7 @@ def test_what_it_cannot_learn_from_is_refused(
     labelled, texts = files
     base = str(family_folder("bert"))
     fields = {"base": base, "name": "no", "objective": "semi_supervised"}
-    with pytest.raises(RecipeError, match=r"all 8 rows have labels.*--mix FILE=10"):
+    with pytest.raises(RecipeError, match=r"all 8 rows have labels.*`data.mix=FILE=10`"):
         luthier.tune(labelled, data__validation_share=0, **fields)
     with pytest.raises(DataError) as caught:
         luthier.tune(texts, data__mix=[{"train": labelled, "weight": 1}], **fields)

@@ -35,7 +35,7 @@ class Adapters(Adaptation):
     method: Literal["adapters"] = "adapters"
     placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
     """After attention and feed-forward, or after feed-forward only."""
-    reduction_factor: float = Field(default=16.0, gt=0)
+    reduction_factor: float = Field(default=16.0, gt=0, le=100_000)
     """The bottleneck is so many times narrower than the network."""
     activation: Literal["gelu", "relu"] = "gelu"
     """What bends the bottleneck."""

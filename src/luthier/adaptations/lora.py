@@ -30,9 +30,9 @@ class LoRA(Adaptation):
     """Train two thin matrices beside each chosen linear layer."""
 
     method: Literal["lora"] = "lora"
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=65_536)
     """Columns of the two added matrices, ``r`` in the paper."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0, le=1e6)
     """The update is scaled by ``alpha / rank``."""
     rslora: bool = False
     """Scale by ``alpha / sqrt(rank)``, which suits ranks above 32."""

@@ -29,7 +29,7 @@ class Prompt(Adaptation):
     """Train a prompt of vectors."""
 
     method: Literal["prompt"] = "prompt"
-    virtual_tokens: int = Field(default=20, ge=1)
+    virtual_tokens: int = Field(default=20, ge=1, le=100_000)
     """Vectors in the prompt; they take room in the context."""
 
     mergeable: ClassVar[bool] = False

@@ -40,9 +40,9 @@ class QLoRA(Adaptation):
     """Weights that share one scale."""
     double_quantization: bool = True
     """Store the scales in 8 bits too: 0.37 bits a weight less at blocks of 64."""
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=65_536)
     """Columns of the two added matrices, ``r`` in the paper."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0, le=1e6)
     """The update is scaled by ``alpha / rank``."""
     rslora: bool = False
     """Scale by ``alpha / sqrt(rank)``, which suits ranks above 32."""

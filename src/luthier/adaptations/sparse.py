@@ -36,7 +36,7 @@ class Sparse(Adaptation):
     """Share of the weights of each layer that trains; at least one."""
     mask: Literal["magnitude", "fisher"] = "magnitude"
     """Which weights train: the largest, or those of the largest Fisher information on the data."""
-    fisher_rows: int = Field(default=256, ge=1)
+    fisher_rows: int = Field(default=256, ge=1, le=1_000_000)
     """Training rows that Fisher information is estimated from."""
     targets: str | tuple[str, ...] = ALL_LINEAR
     """Linear layers to adapt: ``all-linear``, or ends of their names such as ``q_proj``."""

@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.recipe import to_toml, toml_value
-
-_OPTIONS = {
-    "base": "--base",
-    "objective.method": "--objective",
-    "adaptation.method": "--adaptation",
-    "data.validation": "--validation",
-}
+from luthier.setting_names import OPTIONS
 
 
 def tuning_command(data: str, flags: Mapping[str, Any], settings: Sequence[str]) -> str:
@@ -26,7 +20,7 @@ def tuning_command(data: str, flags: Mapping[str, Any], settings: Sequence[str])
         settings: ``KEY=VALUE`` of other fields.
     """
     parts = ["luthier", "tune", data]
-    for key, option in _OPTIONS.items():
+    for key, option in OPTIONS.items():
         parts += [option, str(flags[key])] if flags.get(key) else []
     for text in flags.get("data.columns") or ():
         parts += ["--map", text]
@@ -38,7 +32,7 @@ def tuning_command(data: str, flags: Mapping[str, Any], settings: Sequence[str])
 def command_of(data: str, fields: Mapping[str, Any]) -> str:
     """The same for plain values of the recipe by dotted name; tables of them are taken apart."""
     flat = _flat(fields)
-    flags = {key: flat.pop(key) for key in _OPTIONS if key in flat}
+    flags = {key: flat.pop(key) for key in OPTIONS if key in flat}
     return tuning_command(data, flags, [f"{key}={_literal(value)}" for key, value in flat.items()])
 
 

@@ -18,6 +18,8 @@ Run = Callable[..., Awaitable[Any]]
 """Calls something that blocks, in a thread."""
 POLL_SECONDS = 0.5
 """After an empty piece: there is nothing yet, and it is asked for again."""
+LAST_SECONDS = 5.0
+"""For the end of a stream that the server cuts because it ends itself."""
 HELD = 1 << 20
 """Bytes of a body that is handed on as it comes: so many wait before a thread takes them."""
 
@@ -125,8 +127,12 @@ async def send_answer(send: Send, receive: Receive, answer: Answer, run: Run) ->
 
 
 async def _stream(send: Send, receive: Receive, pieces: Iterator[bytes], run: Run) -> None:
-    """Send pieces as they come; end the work as soon as the client has hung up."""
+    """Send pieces as they come; end the work as soon as the client has hung up.
+
+    Where the server ends first, the last piece is an error in the words of the face, if it has them.
+    """
     gone = asyncio.ensure_future(hung_up(receive))
+    piece: asyncio.Future[bytes | None] | None = None
     try:
         while True:
             piece = asyncio.ensure_future(run(partial(next, pieces, None)))
@@ -144,11 +150,30 @@ async def _stream(send: Send, receive: Receive, pieces: Iterator[bytes], run: Ru
             else:
                 await asyncio.wait((gone,), timeout=POLL_SECONDS)
         await send({"type": "http.response.body", "body": b""})
+    except asyncio.CancelledError:
+        if (interrupt := getattr(pieces, "interrupt", None)) is not None:
+            await run(interrupt)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(_rest(send, pieces, piece, run), LAST_SECONDS)
+        raise
     finally:
         gone.cancel()
         with suppress(asyncio.CancelledError):
             await gone
         await run(close_pieces, pieces)
+
+
+async def _rest(
+    send: Send, pieces: Iterator[bytes], piece: asyncio.Future[bytes | None] | None, run: Run
+) -> None:
+    """Send what is left of pieces that were interrupted; a thread may be at ``piece`` still."""
+    while True:
+        found = await (piece or run(partial(next, pieces, None)))
+        if found is None:
+            break
+        await send({"type": "http.response.body", "body": found, "more_body": True})
+        piece = None
+    await send({"type": "http.response.body", "body": b""})
 
 
 def close_pieces(pieces: Iterator[bytes]) -> None:

@@ -16,8 +16,8 @@ import uvicorn
 from luthier.api.connections import Connections, raise_open_files
 from luthier.errors import RefusedInput
 
-GRACE = 30
-"""Seconds that requests in flight are given when the server ends; streams are cut after them."""
+LAST_SECONDS = 10.0
+"""For requests that are cut to say so to their clients, when the server ends."""
 
 _log = logging.getLogger("luthier.server")
 
@@ -70,6 +70,9 @@ def run(
 ) -> None:
     """Serve until SIGINT or SIGTERM; ``ready`` hears the addresses once all ports are open.
 
+    Requests in flight then have ``shutdown_seconds`` of its limits, or until the next signal; what is
+    not done is cut, and tells its client so.
+
     Raises:
         RefusedInput: where a port is taken, or the certificate cannot be used.
     """
@@ -110,6 +113,13 @@ async def _run(
         await asyncio.sleep(0.01)
     ready([_address(server) for server in servers])
     await asyncio.gather(*tasks)
+    # Cut by the server, or left behind where the second signal came; the loop would cancel them again.
+    left = [task for server in servers for task in server.server_state.tasks]
+    for task in left:
+        if not task.cancelling():
+            task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=LAST_SECONDS)
 
 
 def _configs(application: Any, ports: Ports, connections: Connections) -> list[uvicorn.Config]:
@@ -126,7 +136,8 @@ def _configs(application: Any, ports: Ports, connections: Connections) -> list[u
             server_header=False,
             # Who is logged is who is connected: nobody says of himself where he comes from.
             proxy_headers=False,
-            timeout_graceful_shutdown=GRACE,
+            # Whole seconds are declared, and any number is waited for.
+            timeout_graceful_shutdown=connections.limits.shutdown_seconds,  # type: ignore[arg-type]
             ssl_certfile=ports.tls_certificate if tls else None,
             ssl_keyfile=ports.tls_key if tls else None,
         )

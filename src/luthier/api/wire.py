@@ -24,12 +24,14 @@ from luthier.errors import (
     LuthierError,
     QuotaExceeded,
     ReadOnlyDisk,
+    RecipeError,
     RefusedInput,
     UnknownModel,
     WrongState,
 )
 from luthier.files import Sink
 from luthier.limits import ServerLimits
+from luthier.setting_names import SettingName, with_setting_names
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,16 @@ class Fault(LuthierError):
             return Fault("ResourceNotFound", "The files of the model are not there.")
         kinds = ((QuotaExceeded, "ServiceQuotaExceeded"), (WrongState, "Conflict"))
         code = next((name for kind, name in kinds if isinstance(error, kind)), "Validation")
-        return Fault(code, str(error))
+        field = error.field if isinstance(error, RecipeError) else None
+        return Fault(code, str(error), parameter=field, refused=True)
+
+    def named(self, name: SettingName) -> Fault:
+        """The same in the words of a face, where it is a refusal of the parts below."""
+        if not self.details.get("refused"):
+            return self
+        text = with_setting_names(self.message, name) or self.message
+        parameter = self.parameter and (name(self.parameter, None) or self.parameter)
+        return Fault(self.code, text, parameter=parameter, **{**self.details, "refused": False})
 
 
 Handler = Callable[[Call], Answer]

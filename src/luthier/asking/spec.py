@@ -28,15 +28,15 @@ class AskedModel(BaseModel):
     """Environment variable that holds the endpoint's key; the key itself is written nowhere."""
     plain_http: bool = False
     """Allow ``http://`` to another machine: key, prompts and answers then travel unencrypted."""
-    concurrency: int = Field(default=4, ge=1)
+    concurrency: int = Field(default=4, ge=1, le=4096)
     """Requests under way at once."""
-    timeout: float = Field(default=120.0, gt=0)
+    timeout: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds that the endpoint may stay silent."""
-    retries: int = Field(default=6, ge=0)
+    retries: int = Field(default=6, ge=0, le=1000)
     """How often a request that failed in passing is repeated, ever later."""
     limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the endpoint calls the length limit; OpenAI's reasoning models know the second name only."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=1_000_000)
     """Conversations that a local model answers at once."""
 
     role: ClassVar[str] = "model"
@@ -86,9 +86,9 @@ class Asking(BaseModel):
 
     model_config = AskedModel.model_config
 
-    max_tokens: int = Field(default=512, ge=1)
+    max_tokens: int = Field(default=512, ge=1, le=10_000_000)
     """Tokens of an answer at most; what is longer is cut off."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, le=1000)
     """0 takes the most likely token (Kim and Rush 2016, arXiv:1606.07947, distil the mode)."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw only from the most likely tokens that together have this probability."""

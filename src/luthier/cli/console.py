@@ -14,6 +14,7 @@ import typer
 
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, LuthierError, RecipeError, RefusedInput
+from luthier.setting_names import option, with_setting_names
 
 
 def print_json(value: Any) -> None:
@@ -85,7 +86,8 @@ def _fail(error: LuthierError, as_json: bool) -> NoReturn:
                 {name: getattr(problem, name) for name in fields} for problem in error.problems
             ]
         print_json({"error": body})
-    sys.stderr.write(f"luthier: {error}\n".encode("utf-8", "backslashreplace").decode())
+    text = with_setting_names(str(error), option)
+    sys.stderr.write(f"luthier: {text}\n".encode("utf-8", "backslashreplace").decode())
     raise typer.Exit(error.exit_code) from error
 
 
@@ -111,6 +113,7 @@ class LiveReporter(Reporter):
     def note(self, text: str) -> None:
         """Print a line worth knowing."""
         if not self.quiet or self.console.is_terminal:
+            text = with_setting_names(text, option)
             self.console.print(f"  {text}", highlight=False, markup=False)
 
     def chosen(self, defaults: Sequence[tuple[str, Any, str]]) -> None:

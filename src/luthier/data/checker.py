@@ -142,7 +142,7 @@ class Checker:
         if len(found) > 1 or (found and generic):
             names = [*(form.name for form in found), *generic]
             message = f"The row can be read as {' or as '.join(names)}."
-            fix = "Set the columns aside that are not meant, as with --map text= (empty: not used)."
+            fix = "Set aside the columns that are not meant, as with `data.columns.text=` (empty)."
             self.report("row.ambiguous", message, fix)
             return None
         form = found[0] if found else None
@@ -168,7 +168,11 @@ class Checker:
             source = ours if theirs and theirs not in record else theirs
             if source and source not in record:
                 message = f"The column {shown(theirs)} is not there; the keys are {listed(record)}."
-                self.report("column.missing", message, f"Mend --map {ours}={theirs}, or the row.")
+                self.report(
+                    "column.missing",
+                    message,
+                    f"Mend `data.columns.{ours}={theirs}`, or mend the row.",
+                )
                 return None
             if source:
                 made[ours] = record[source]
@@ -269,7 +273,10 @@ class Checker:
         fix = rename_fix(record, ("messages",)) or rename_fix(record, ("prompt", "completion"))
         fix = fix or rename_fix(record, ("text",))
         fix = fix or f"Rename the keys so that the row has one of the shapes {_ALL_SHAPES}."
-        fix += " Or say which column is what: --map prompt=COLUMN --map completion=COLUMN."
+        fix += (
+            " Or say which column is what: `data.columns.prompt=COLUMN` "
+            "`data.columns.completion=COLUMN`."
+        )
         self.report("row.unknown_shape", message, fix)
 
     def text(

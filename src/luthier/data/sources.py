@@ -145,7 +145,7 @@ def meant(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path
     if len(splits) > 1:
         names = _listed(name for name, _ in data)
         message = f"It holds the splits {' and '.join(sorted(splits))} ({names}), which do not mix."
-        fix = "Name the training file, and the other with --validation or with evaluate."
+        fix = "Name one of them to train on, and the other as validation data."
         raise refused(where, "file.directory", message, fix)
     return data
 

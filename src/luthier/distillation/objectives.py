@@ -44,7 +44,7 @@ def _objective(recipe: DistilRecipe) -> Objective:
     if recipe.teacher.url is not None:
         raise RecipeError(
             f"method {recipe.method} compares the networks themselves, and {recipe.teacher.url} gives "
-            "texts only. Use --method responses, or a teacher on this machine"
+            "texts only. Use `method=responses`, or a teacher on this machine"
         )
     fields = {} if recipe.objective is None else recipe.objective.model_dump(exclude_unset=True)
     if fields.get("method", name) != name:

@@ -31,11 +31,11 @@ class TeacherSpec(AskedModel):
 class InsightSpec(Part):
     """Which prompts and answers the student learns from."""
 
-    longest_prompt: int | None = Field(default=None, ge=1)
+    longest_prompt: int | None = Field(default=None, ge=1, le=1_000_000_000)
     """Characters of a prompt at most."""
-    shortest_answer: int = Field(default=1, ge=1)
+    shortest_answer: int = Field(default=1, ge=1, le=1_000_000_000)
     """Characters of an answer at least."""
-    longest_answer: int | None = Field(default=None, ge=1)
+    longest_answer: int | None = Field(default=None, ge=1, le=1_000_000_000)
     """Characters of an answer at most."""
     refusals: bool = True
     """Reject answers that begin like a refusal: English phrases, a heuristic."""
@@ -43,7 +43,7 @@ class InsightSpec(Part):
     """Grader that compares the answers with the rows' own replies."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Score that an answer needs with ``grader``."""
-    minimum: int = Field(default=10, ge=2)
+    minimum: int = Field(default=10, ge=2, le=1_000_000_000)
     """Refuse to train on fewer accepted answers (10 is the least that OpenAI's fine-tuning takes)."""
 
 

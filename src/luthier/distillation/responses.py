@@ -133,7 +133,7 @@ class _Responses:
         if len(rows) < spec.minimum:
             raise RecipeError(
                 f"{path} holds {len(rows)} prompts, and {spec.minimum} answers are wanted at least. "
-                f"Give more prompts, or --set insights.minimum={max(2, len(rows))}"
+                f"Give more prompts, or set `insights.minimum={max(2, len(rows))}`"
             )
         return rows
 
@@ -243,16 +243,16 @@ class _Responses:
         if found.accepted >= least:
             return
         fixes = {
-            "answer.cut": "a larger --max-tokens",
-            "answer.refusal": "--set insights.refusals=false, if they are none",
-            "grader.score": "a lower --set insights.threshold",
+            "answer.cut": "a larger `sampling.max_tokens`",
+            "answer.refusal": "`insights.refusals=false` if they are none",
+            "grader.score": "a lower `insights.threshold`",
         }
         advice = [fixes[rule] for rule in found.rules if rule in fixes]
         counts = ", ".join(f"{count} {rule}" for rule, count in found.rules.items())
         raise RefusedInput(
             f"only {found.accepted} of {found.prompts} prompts are accepted, and {least} are needed: "
             f"{counts}. {self.working / INSIGHTS} has the reason for each. Give "
-            f"{', or '.join(['more prompts', *advice, '--set insights.minimum'])}. The answers "
+            f"{', or '.join(['more prompts', *advice, 'a lower `insights.minimum`'])}. The answers "
             "are kept and will not be asked for again"
         )
 

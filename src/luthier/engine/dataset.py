@@ -257,11 +257,12 @@ def _check_shapes(
             fix = problem.fix
             if shape != "prompt_only":
                 other = objective_for(row, chat).method
-                fix = f"Use --objective {other}, or bring the rows into the other form."
+                fix = f"Use `objective.method={other}`, or bring the rows into the other form."
             if beside:
                 fix = f"Bring the rows into the form of {shapes_named(shapes)}, or leave the file out."
             elif shape in objective.beside:
-                fix = f"Such rows are for a file of --mix; {shapes_named(objective.shapes)} goes here."
+                here = shapes_named(objective.shapes)
+                fix = f"Such rows are for a file of `data.mix`; {here} goes here."
             problems.append(replace(problem, fix=fix))
     if problems:
         raise DataError(problems)
@@ -314,7 +315,7 @@ class _Encoder:
                 row,
                 "row.nothing_learned",
                 f"cut to the context of {self.context} tokens, nothing of the reply is left.",
-                "Shorten the prompt, or use --set data.long_rows=drop.",
+                "Shorten the prompt, or use `data.long_rows=drop`.",
             )
             return None
         self.truncated += 1
@@ -328,7 +329,7 @@ class _Encoder:
                 "row.too_long",
                 f"{longest} tokens are more than the model's context of {self.context}; {written} of "
                 "them are for what the network is to write.",
-                "Shorten the prompt, write less, or choose --set data.long_rows=drop.",
+                "Shorten the prompt, write less, or choose `data.long_rows=drop`.",
             )
             return
         lost = sum(float(view.weight_T[self.context :].sum()) for view in views)
@@ -340,7 +341,7 @@ class _Encoder:
             row,
             "row.too_long",
             f"{longest} tokens are more than the model's context of {self.context}; {cost}.",
-            "Shorten the row, or choose --set data.long_rows=drop or truncate.",
+            "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`.",
         )
 
     def _problem(self, row: Row, rule: str, message: str, fix: str) -> None:

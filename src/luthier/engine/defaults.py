@@ -43,7 +43,7 @@ class Facts:
 def validation_share(rows: int) -> tuple[float, str]:
     """How much to hold out when the user gave no validation file."""
     if rows < 20:
-        return 0.0, f"{rows} rows are too few to hold any out; give --validation to measure"
+        return 0.0, f"{rows} rows are too few to hold any out; give validation data to measure"
     share = min(0.1, 200 / rows)
     return share, "no validation file was given: a tenth of the rows, at most 200, is held out"
 

@@ -106,25 +106,27 @@ def _fits(peak: int, available: int) -> bool:
 def _ways(asked: Asked, memory: MemoryEstimate, available: int) -> Iterator[str]:
     """Changes that make it fit, the smallest first; each is estimated as the job itself is."""
     if (tokens := _tokens(memory, asked, available)) is not None:
-        yield f"--set training.micro_batch_tokens={tokens} ({memory.peak(tokens) / 1e9:.1f} GB)"
+        yield f"`training.micro_batch_tokens={tokens}` ({memory.peak(tokens) / 1e9:.1f} GB)"
     elif (room := _room(memory, available)) >= 32:
         yield f"rows of at most {room:,} tokens (the longest has {asked.longest:,})"
     usual = Recipe.model_fields["adaptation"].get_default(call_default_factory=True).method
     for name in dict.fromkeys([usual, *ADAPTATIONS]):
         if name != asked.adaptation.method:
             other = ADAPTATIONS[name].model_validate({})
-            yield from _changed(f"--adaptation {name}", asked, asked.config, other, available)
+            yield from _changed(
+                f"`adaptation.method={name}`", asked, asked.config, other, available
+            )
     for entry in CATALOG.values():
         config = catalogue_config(entry, asked.objective.head())
-        command = f"--base {entry.id}"
+        change = f"`base={entry.id}`"
         if config.hidden_size < asked.config.hidden_size:
-            yield from _changed(command, asked, config, asked.adaptation, available)
+            yield from _changed(change, asked, config, asked.adaptation, available)
 
 
 def _changed(
-    command: str, asked: Asked, config: Any, adaptation: Adaptation, available: int
+    change: str, asked: Asked, config: Any, adaptation: Adaptation, available: int
 ) -> Iterator[str]:
-    """The command, where the job fits with it."""
+    """The change, where the job fits with it."""
     try:
         memory = sketched(config, asked.objective, adaptation, asked.size).memory
     except RefusedInput:
@@ -132,8 +134,8 @@ def _changed(
     memory = memory.beside(asked.beside)
     tokens = _tokens(memory, asked, available)
     if tokens is not None:
-        smaller = f" --set training.micro_batch_tokens={tokens}" * (tokens < asked.tokens)
-        yield f"{command}{smaller} ({memory.peak(tokens) / 1e9:.1f} GB)"
+        smaller = f" `training.micro_batch_tokens={tokens}`" * (tokens < asked.tokens)
+        yield f"{change}{smaller} ({memory.peak(tokens) / 1e9:.1f} GB)"
 
 
 def _room(memory: MemoryEstimate, available: int) -> int:

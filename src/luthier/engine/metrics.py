@@ -77,8 +77,8 @@ def learned_nothing(lines: Sequence[Mapping[str, Any]], rate: float) -> str | No
     return (
         f"next to nothing was learned: the validation loss was {held[0]:.4f} before the first step and "
         f"{min(held):.4f} at its best. Unless the model knew the data already, the rate is too high "
-        f"for it, or far too low: try --learning-rate {rate / 4:.1e} (it was {rate:.1e}), or let "
-        "`luthier search` find one"
+        f"for it or far too low: try `training.learning_rate={rate / 4:.1e}` (it was {rate:.1e}), or "
+        "let `luthier search` find one"
     )
 
 

@@ -120,7 +120,7 @@ def _validation_share(recipe: PretrainRecipe, tokens: int) -> tuple[float, str]:
         SHAPES[recipe.network.family][size].context if size else 512
     )
     if tokens < 20 * context:
-        return 0.0, "too little text to hold any out; give --validation to measure"
+        return 0.0, "too little text to hold any out; give validation data to measure"
     share = float(f"{min(0.1, VALIDATION_SEQUENCES * context / tokens):.2g}")
     return share, f"a tenth, at most about {VALIDATION_SEQUENCES} sequences, is held out"
 

@@ -36,7 +36,7 @@ class Code(Grader):
     """Run it also where the kernel gives no namespaces; then it sees the network and all your files."""
     seconds: float = Field(default=5.0, gt=0, le=600)
     """Wall-clock time of a reply's code and tests together, and the processor time of each process."""
-    memory_mb: int = Field(default=512, ge=64)
+    memory_mb: int = Field(default=512, ge=64, le=1_048_576)
     """Address space of each of its processes, in MiB."""
 
     @field_validator("allow_code")

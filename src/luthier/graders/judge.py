@@ -58,7 +58,9 @@ class Judge(AskedModel, Grader):
 
     role: ClassVar[str] = "judge"
     set_by: ClassVar[str] = "the judge's "
-    goes_on: ClassVar[str] = "Try again when it answers; a run that began goes on with --resume"
+    goes_on: ClassVar[str] = (
+        "Try again when it answers; a run that began goes on when it is resumed"
+    )
     needs_expected = False
 
     @model_validator(mode="before")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,7 +23,7 @@ class Mix(Grader):
     method: Literal["mix"] = "mix"
     parts: dict[str, AnyGrader] = Field(min_length=1)
     """The graders by names of your own, each as its method or as a table of its fields."""
-    weights: dict[str, float] = Field(default_factory=dict)
+    weights: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(default_factory=dict)
     """How much each part counts; 1 for those not named. A negative weight is a penalty."""
     normalize: bool = True
     """Divide by the sum of the weights' sizes; otherwise the weights count as they are."""

@@ -42,7 +42,7 @@ class Number(Grader):
     """
 
     method: Literal["number"] = "number"
-    tolerance: float = Field(default=0.0, ge=0)
+    tolerance: float = Field(default=0.0, ge=0, le=1e300)
     """Largest difference that counts as equal, as a share of the expected number (of 1 below 1)."""
 
     watched = False

@@ -18,6 +18,7 @@ from luthier.graders.string_check import Template
 from luthier.graders.templates import filled, scope_of
 from luthier.types import Message
 
+Bound = Annotated[float, Field(ge=-1e9, le=1e9)]
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
@@ -42,7 +43,7 @@ class ScoreModel(AskedModel, Grader):
     method: Literal["score_model"] = "score_model"
     input: Annotated[tuple[Turn, ...], Field(min_length=1)]
     """What the model is asked."""
-    range: tuple[float, float] = (0.0, 1.0)
+    range: tuple[Bound, Bound] = (0.0, 1.0)
     """Lowest and highest score."""
     sampling: Asking = Asking()
     """How it chooses its words."""

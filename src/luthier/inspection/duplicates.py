@@ -52,7 +52,7 @@ SAMPLED = Rule(
     "note",
     "Of data with very many rows, a share is compared for near-duplicates and near leaks.",
     "Counts of those are counts among the rows compared; exact copies are looked for among all rows.",
-    "`luthier clean --dedupe near` compares all rows.",
+    "To compare all rows, run `luthier clean --dedupe near`.",
     whole=True,
 )
 NAMED = 100

@@ -66,7 +66,7 @@ def warnings(report: Report, data: str) -> list[str]:
         lines.append(f"{text} {rule.fix or found.kept[rule.id][0].fix}".rstrip())
     if lines:
         command = shlex.join(["luthier", "inspect", str(data), "--html", "report.html"])
-        lines.append(f"all of them, row by row: {command}")
+        lines.append(f"to see all of them, row by row, run `{command}`")
     return lines
 
 

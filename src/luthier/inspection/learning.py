@@ -32,7 +32,7 @@ TOO_LONG = Rule(
     "error",
     "The row has more tokens than the model's context.",
     "Other trainers cut such rows in silence, and with them the end of the answer.",
-    "Shorten the row, or choose --set data.long_rows=drop or truncate.",
+    "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`.",
     ("openai:n_too_long",),
 )
 NOTHING = Rule(

@@ -27,6 +27,7 @@ from luthier.inspection.shown import (
     verdict_line,
     worst_rows,
 )
+from luthier.setting_names import option, with_setting_names
 
 PLACES = 25
 """Places of each rule on the page; the report as JSON has them all."""
@@ -137,7 +138,11 @@ def _rule(report: Report, rule: Rule, open_: bool) -> Markup:
         element("span", rule.about, class_="about"),
         element("span", f"{found.counts[rule.id]:,}", class_="count"),
     )
-    told = [("why", rule.why), ("fix", rule.fix), ("known as", ", ".join(rule.aliases))]
+    told = [
+        ("why", rule.why),
+        ("fix", with_setting_names(rule.fix, option)),
+        ("known as", ", ".join(rule.aliases)),
+    ]
     facts = [join(element("dt", name), element("dd", text)) for name, text in told if text]
     shown = places[:PLACES]
     columns = ["place", "what is there"]
@@ -167,7 +172,7 @@ def _place(finding: Finding, columns: Sequence[str], rule: Rule) -> list[Markup]
         "what is there": element("td", element("bdi", finding.message)),
         "the row": element("td", element("bdi", finding.excerpt)),
         "with": element("td", listed(finding.others, 8)),
-        "fix": element("td", finding.fix or rule.fix),
+        "fix": element("td", with_setting_names(finding.fix or rule.fix, option)),
     }
     return [cells[column] for column in columns]
 

@@ -28,6 +28,7 @@ from luthier.inspection.shown import (
     short,
     verdict_line,
 )
+from luthier.setting_names import option, with_setting_names
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 VERDICTS = {
@@ -132,7 +133,7 @@ def _about(rule: Rule, report: Report) -> Text:
         text.append(f"\n… and {further:,} more", "dim")
     if fix := rule.fix or places[0].fix:
         text.append("\nfix  ", "green")
-        text.append(printable(fix))
+        text.append(printable(with_setting_names(fix, option)))
     return text
 
 

@@ -18,6 +18,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.engine.metrics import Reporter
+from luthier.setting_names import without_commands
 from luthier.store.database import now
 from luthier.store.jobs import Job, JobEvent
 
@@ -48,6 +49,8 @@ class Journal(Reporter):
         self._lock = threading.Lock()
         self._messages: set[str] = set()
         self._steps = dict.fromkeys(_NAMES, -1)
+        self._train_loss: tuple[int, Any] = (0, None)
+        """The last step that was trained, and its loss."""
         self._began: tuple[float, int] | None = None
 
     def remember(self, session: Session) -> None:
@@ -55,8 +58,10 @@ class Journal(Reporter):
         written = select(JobEvent.kind, JobEvent.message, JobEvent.data)
         for kind, message, data in session.execute(written.where(JobEvent.job_id == self.job_id)):
             if kind == "metrics":
-                event = "train" if "train_loss" in data else "validation"
-                self._steps[event] = max(self._steps[event], int(data["step"]))
+                event, step = "validation" if "valid_loss" in data else "train", int(data["step"])
+                self._steps[event] = max(self._steps[event], step)
+                if event == "train" and step >= self._train_loss[0]:
+                    self._train_loss = step, data["train_loss"]
             else:
                 self._messages.add(message)
 
@@ -66,8 +71,9 @@ class Journal(Reporter):
 
     def note(self, text: str) -> None:
         """A message, once."""
-        text = self.told(text)
-        if text in self._messages:
+        # Its owner has no command line.
+        text = without_commands(self.told(text))
+        if not text or text in self._messages:
             return
         self._messages.add(text)
         kind = "warning" if text.startswith("warning") else "message"
@@ -91,11 +97,15 @@ class Journal(Reporter):
             return
         if event == "train":
             self._progress(line, step, steps)
+            self._train_loss = step, _plain(line["loss"])
         if step <= self._steps[event]:
             return
         self._steps[event] = step
         values = {key: _plain(value) for key, value in line.items() if key not in ("event", "loss")}
         data = {"step": step, _NAMES[event]: _plain(line["loss"]), "total_steps": steps, **values}
+        if event == "validation" and self._train_loss[0]:
+            # Clients of OpenAI read the training loss of every event with metrics.
+            data["train_loss"] = self._train_loss[1]
         self._add("metrics", f"Step {step}/{steps}: {event} loss {line['loss']:.4f}", data)
 
     def part(self, name: str, status: str) -> None:

@@ -31,7 +31,7 @@ BaseModel = FoundationModel | CustomModel
 """What a job starts from, and what teaches."""
 
 _GROUPS = ("training", "adaptation", "objective", "sampling", "insights", "teacher", "method")
-_DATA = ("long_rows", "validation_share", "columns", "augmentation", "severity")
+SETTABLE_DATA = ("long_rows", "validation_share", "columns", "augmentation", "severity")
 """Fields of a recipe that a request may set; the others name files, models or other machines."""
 _TEACHER = ("batch_size",)
 _NAMING = ("grader", "graders", "teacher", "judge", "reward", "model", "url")
@@ -195,7 +195,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     for group in ("objective", "insights", "sampling"):
         named = given.get(group, {})
         refused += [f"{group}.{key}" for key in named if key in _NAMING or _nested(named[key])]
-    refused += [f"data.{key}" for key in data if key not in _DATA]
+    refused += [f"data.{key}" for key in data if key not in SETTABLE_DATA]
     refused += [f"teacher.{key}" for key in teacher if key not in _TEACHER]
     if refused:
         raise RecipeError(f"a customization job cannot set {', '.join(refused)}")

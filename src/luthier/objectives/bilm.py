@@ -34,9 +34,9 @@ class BiLM(Objective):
     """Raw text read from both sides, for ELMo."""
 
     method: Literal["bilm"] = "bilm"
-    vocabulary: int = Field(default=20_000, ge=4)
+    vocabulary: int = Field(default=20_000, ge=4, le=10_000_000)
     """Words that are told apart when they are predicted, at most; read are all."""
-    sequence_length: int = Field(default=512, ge=8)
+    sequence_length: int = Field(default=512, ge=8, le=10_000_000)
     """Longest piece a document is cut into, in characters; at most the model's context."""
     words: tuple[str, ...] | None = None
     """The words in the order of the head; from the training rows when not given."""

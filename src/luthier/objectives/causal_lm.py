@@ -26,7 +26,7 @@ class CausalLM(Objective):
     """Next-token prediction on raw text, packed into sequences of equal length."""
 
     method: Literal["causal_lm"] = "causal_lm"
-    sequence_length: int = Field(default=512, ge=3)
+    sequence_length: int = Field(default=512, ge=3, le=10_000_000)
     """Tokens in a packed sequence; at most the model's context."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})

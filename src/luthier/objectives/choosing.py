@@ -79,7 +79,7 @@ def _suits(objective: Objective, chat: ChatFormat) -> bool:
 def unlearned(row: Row, message: str) -> Problem:
     """A row that holds nothing to learn by itself: a prompt without a reply."""
     fix = (
-        "Add the replies as `completion`, let a teacher write them (luthier distil), or learn from "
-        "what replies are worth (--objective grpo)."
+        "Add the replies as `completion`, or let a teacher write them with `luthier distil`, or "
+        "learn from what replies are worth with `objective.method=grpo`."
     )
     return Problem(row.file, row.line, "row.objective", message, fix)

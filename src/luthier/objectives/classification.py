@@ -83,7 +83,7 @@ class Classification(Objective):
             raise RowRefused(
                 "label.mixed",
                 "the row has an array of labels, and the objective takes one label a row.",
-                "Write one label, or use --set objective.multi_label=true.",
+                "Write one label, or use `objective.multi_label=true`.",
             )
         return replace(example, target=self._target(names_of(row.label)))
 

@@ -47,7 +47,7 @@ class Contrastive(Objective):
     """Embeddings that bring partners together."""
 
     method: Literal["contrastive"] = "contrastive"
-    temperature: float = Field(default=0.05, gt=0)
+    temperature: float = Field(default=0.05, gt=0, le=1000)
     """Cosines are divided by it; smaller presses harder on the nearest others."""
     symmetric: bool = True
     """Look for the partner in both directions."""

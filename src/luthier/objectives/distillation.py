@@ -38,7 +38,7 @@ class Taught(Objective):
     def check(self, chat: ChatFormat) -> None:
         """There must be a teacher."""
         if not self.teacher:
-            raise RecipeError("there is no teacher; give one with --set objective.teacher=ID")
+            raise RecipeError("there is no teacher; give one with `objective.teacher=ID`")
 
     def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
         """The teacher must read the same tokens, as it is asked about each of them."""
@@ -63,7 +63,7 @@ class Distillation(Taught):
     """KL from teacher to student (Hinton), from student to teacher, or GKD's between both."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``jsd``; 0.5 in GKD's symmetric case."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=1000)
     """The logits of both are divided by it: 1 in GKD; higher shows more of what it thinks unlikely."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a row becomes text: the model's chat template, or prompt and completion as they are."""
@@ -98,13 +98,13 @@ class Distillation(Taught):
         if (other.start_id is None) != (chat.start_id is None):
             raise RecipeError(
                 "one of teacher and student is an encoder-decoder and the other is not, so they do not "
-                "read the same rows. Let the student learn from what the teacher writes (luthier "
-                "distil --method responses)."
+                "read the same rows. Let the student learn from what the teacher writes: "
+                "`method=responses`."
             )
         if other.template != chat.template:
             raise RecipeError(
                 f"the teacher was tuned with template={other.template}, and the student is to read "
-                f"rows with template={chat.template}. Use --set objective.template={other.template}."
+                f"rows with template={chat.template}. Use `objective.template={other.template}`."
             )
 
     def format(self, chat: ChatFormat) -> ChatFormat:
@@ -138,7 +138,7 @@ def check_same_tokens(teacher: ChatFormat, student: ChatFormat) -> None:
         "teacher and student have different tokenizers, so their distributions are over other tokens: "
         f"{len(theirs):,} and {len(ours):,} tokens, {lacking:,} of the fewer without a counterpart, "
         f"{len(moved):,} with another id{example}. Let the student learn from what the teacher writes "
-        "(luthier distil --method responses), or take a student of the teacher's family."
+        "(`method=responses`), or take a student of the teacher's family."
     )
 
 

@@ -34,7 +34,7 @@ class DPO(Pairwise):
     """Raise what people chose above what they rejected, without a reward model."""
 
     method: Literal["dpo"] = "dpo"
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0, le=1000)
     """How near to the reference the model stays: more is nearer. 0.1 in the paper (appendix B)."""
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """What is made of the margin."""
@@ -42,7 +42,7 @@ class DPO(Pairwise):
     """Share of pairs that are the wrong way round; with the sigmoid only."""
     length_normalised: bool | None = None
     """Rewards by the mean over tokens, not the sum; when not given, only for ipo, as its authors do."""
-    sft_weight: float = Field(default=0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0, le=1e6)
     """Weight of the chosen answer's mean negative log-likelihood; 1 in its paper."""
 
     refers: ClassVar[bool] = True

@@ -48,15 +48,15 @@ class EncoderDistillation(Taught):
     """Id of the classifier to learn from; it has the student's tokenizer."""
     labels: tuple[str, ...] | None = None
     """The classes in the order of the head; the teacher's."""
-    temperature: float = Field(default=2.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0, le=1000)
     """Scores of both are divided by it; 2 in the authors' training."""
-    soft: float = Field(default=5.0, gt=0)
+    soft: float = Field(default=5.0, gt=0, le=1e6)
     """Weight of the teacher's opinion; 5 in the authors' training."""
-    hard: float = Field(default=2.0, ge=0)
+    hard: float = Field(default=2.0, ge=0, le=1e6)
     """Weight of the label; 2 in the authors' training, for masked words there."""
-    hidden: float = Field(default=1.0, ge=0)
+    hidden: float = Field(default=1.0, ge=0, le=1e6)
     """Weight of the match of hidden states; 1 in the authors' training."""
-    teacher_width: int | None = None
+    teacher_width: int | None = Field(default=None, ge=1, le=10_000_000)
     """Numbers in a hidden state of the teacher; read from it."""
 
     task: ClassVar[Task] = "sequence_classification"

@@ -39,13 +39,13 @@ class GRPO(Reinforcement):
     """Group relative policy optimization with graded completions."""
 
     method: Literal["grpo"] = "grpo"
-    num_generations: int = Field(default=8, ge=2)
+    num_generations: int = Field(default=8, ge=2, le=10_000)
     """Completions of each prompt, compared with each other (TRL's default; the paper has 64)."""
-    epsilon: float = Field(default=0.2, gt=0)
+    epsilon: float = Field(default=0.2, gt=0, le=1e6)
     """How far a token's ratio may fall below 1 and still be learned from (Schulman et al. 2017)."""
-    epsilon_high: float | None = Field(default=None, gt=0)
+    epsilon_high: float | None = Field(default=None, gt=0, le=1e6)
     """How far it may rise above 1; ``epsilon`` when not given. DAPO's clip-higher has 0.28."""
-    beta: float = Field(default=0.0, ge=0)
+    beta: float = Field(default=0.0, ge=0, le=1000)
     """Weight of the divergence from the reference: 0.04 in the paper; 0, as in DAPO, runs none."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the deviation of the group, of the whole batch, or by nothing."""
@@ -53,7 +53,7 @@ class GRPO(Reinforcement):
     """Mean over all tokens; over completions of their means, or of their sums by the token limit."""
     mask_truncated: bool = False
     """Learn nothing from completions that reached the limit of tokens; their rewards still compare."""
-    num_iterations: int = Field(default=1, ge=1)
+    num_iterations: int = Field(default=1, ge=1, le=10_000)
     """Optimizer steps on each batch of completions (``mu`` of the paper)."""
     dynamic_sampling: bool = False
     """Leave groups of equal rewards out of the mean, as DAPO does; otherwise they count as 0."""

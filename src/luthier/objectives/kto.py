@@ -32,11 +32,11 @@ class KTO(Judged):
     """Learn from thumbs up and down, answer by answer."""
 
     method: Literal["kto"] = "kto"
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0, le=1000)
     """How near to the reference the model stays: more is nearer. 0.1 in most of the paper."""
-    desirable_weight: float = Field(default=1.0, gt=0)
+    desirable_weight: float = Field(default=1.0, gt=0, le=1e6)
     """Weight of answers with a thumb up."""
-    undesirable_weight: float = Field(default=1.0, gt=0)
+    undesirable_weight: float = Field(default=1.0, gt=0, le=1e6)
     """Weight of the others. The paper has desirable rows weigh 1 to 4/3 of the others, in sum."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})

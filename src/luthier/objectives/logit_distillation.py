@@ -34,7 +34,7 @@ class LogitDistillation(Distillation):
     method: Literal["logit_distillation"] = "logit_distillation"
     mix: float = Field(default=0.0, ge=0, lt=1)
     """Share of the data's own cross-entropy; none in GKD, little in Hinton (section 2)."""
-    cache_top_k: int | None = Field(default=None, ge=1)
+    cache_top_k: int | None = Field(default=None, ge=1, le=1_000_000)
     """Ask the teacher once, before the first step, and keep its so many likeliest tokens on disk."""
 
     def keep(

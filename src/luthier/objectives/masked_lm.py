@@ -38,11 +38,11 @@ class MaskedLM(Objective):
     """Share of the tokens that is chosen."""
     whole_word: bool = False
     """Choose words, not word pieces."""
-    sequence_length: int = Field(default=128, ge=8)
+    sequence_length: int = Field(default=128, ge=8, le=10_000_000)
     """Longest piece a document is cut into, special tokens included; at most the model's context."""
-    mask_id: int | None = None
+    mask_id: int | None = Field(default=None, ge=0, le=10_000_000)
     """The tokenizer's mask token; found when not given."""
-    vocabulary: int | None = None
+    vocabulary: int | None = Field(default=None, ge=1, le=10_000_000)
     """Random tokens are drawn below this id; found when not given."""
 
     task: ClassVar[Task] = "masked_lm"

@@ -56,9 +56,9 @@ class OnPolicyDistillation(Distillation):
     """KL from teacher to student, from student to teacher (MiniLLM's), or GKD's between both."""
     student_share: float = Field(default=1.0, ge=0, le=1)
     """Share of rows that the student answers itself; lambda in GKD, 1 being purely on-policy."""
-    max_tokens: int = Field(default=128, ge=1)
+    max_tokens: int = Field(default=128, ge=1, le=10_000_000)
     """Longest answer of the student; shorter where the context ends before."""
-    sampling_temperature: float = Field(default=1.0, gt=0)
+    sampling_temperature: float = Field(default=1.0, gt=0, le=1000)
     """Of the student's answers; 1 in GKD."""
     stop_ids: tuple[int, ...] | None = None
     """Tokens that end an answer; those of the model when not given."""

@@ -25,7 +25,7 @@ class ORPO(Pairwise):
     """Learn the chosen answer and unlearn the rejected one in one go, without a reference."""
 
     method: Literal["orpo"] = "orpo"
-    odds_weight: float = Field(default=0.1, ge=0)
+    odds_weight: float = Field(default=0.1, ge=0, le=1e6)
     """Weight of the odds ratio beside supervised learning, lambda; 0.1 for the paper's Mistral-ORPO."""
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:

@@ -44,25 +44,25 @@ class PPO(Reinforcement):
     """Proximal policy optimization with graded completions and a value head."""
 
     method: Literal["ppo"] = "ppo"
-    num_ppo_epochs: int = Field(default=4, ge=1)
+    num_ppo_epochs: int = Field(default=4, ge=1, le=10_000)
     """Passes over the completions of a step (TRL's default)."""
-    num_mini_batches: int = Field(default=1, ge=1)
+    num_mini_batches: int = Field(default=1, ge=1, le=10_000)
     """Optimizer steps in each pass."""
     cliprange: float = Field(default=0.2, gt=0, lt=1)
     """How far the ratio of a token may leave 1 and still be learned from (the paper's section 6.1)."""
-    cliprange_value: float = Field(default=0.2, gt=0)
+    cliprange_value: float = Field(default=0.2, gt=0, le=1e6)
     """How far a value may move from where it was before the step."""
-    vf_coef: float = Field(default=0.1, ge=0)
+    vf_coef: float = Field(default=0.1, ge=0, le=1e6)
     """Weight of the value's loss (TRL's default)."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount of a reward for each token before it; 1, as a text is judged at its end (TRL's)."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """Decay of the advantage estimate: 1 trusts the rewards, 0 the values."""
-    kl_coef: float = Field(default=0.05, ge=0)
+    kl_coef: float = Field(default=0.05, ge=0, le=1e6)
     """Price of each nat of divergence from the reference model; 0 runs none."""
     whiten_rewards: bool = False
     """Scale the rewards of all tokens to a deviation of 1."""
-    missing_eos_penalty: float = Field(default=0.0, ge=0)
+    missing_eos_penalty: float = Field(default=0.0, ge=0, le=1e6)
     """Taken from the score of a completion that reached the limit of tokens."""
 
     batch_rows: ClassVar[int | None] = 32

@@ -34,9 +34,9 @@ class RewardModel(Objective):
     """How much people like an answer."""
 
     method: Literal["reward_model"] = "reward_model"
-    margin: float = Field(default=0.0, ge=0)
+    margin: float = Field(default=0.0, ge=0, le=1e6)
     """By how much the chosen answer is to win (Touvron et al. 2023, section 3.2.2, of one size)."""
-    centering: float = Field(default=0.0, ge=0)
+    centering: float = Field(default=0.0, ge=0, le=1e6)
     """Pulls the rewards of a pair to a mean of 0 (Eisenstein et al. 2023, section 2, who take 0.01)."""
 
     task: ClassVar[Task] = "sequence_classification"

@@ -159,11 +159,11 @@ class Reinforcement(Objective):
     """What a completion is worth: a grader by name, or a table of its method and fields."""
     on_error: OnError = "fail"
     """A completion that the grader fails on stops the run, or is worth 0 and counted (``zero``)."""
-    time_limit_s: float = Field(default=60.0, gt=0)
+    time_limit_s: float = Field(default=60.0, gt=0, le=86_400)
     """Seconds a grader may take for one completion."""
-    max_completion_tokens: int = Field(default=256, ge=1)
+    max_completion_tokens: int = Field(default=256, ge=1, le=10_000_000)
     """Tokens of a completion at most (TRL's default)."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=1000)
     """Divides the logits, of sampler and trainer alike; 1 samples from the policy itself."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a prompt becomes text: the model's chat template, or the prompt as it is."""
@@ -206,7 +206,7 @@ class Reinforcement(Objective):
         count = (rows + calibrated) * self.generations + measured + first
         return (
             f"the judge will be asked for {count * each:,} verdicts at most; {first * each:,} of them "
-            "come before the first step, and again with --resume"
+            "come before the first step, and again where the run is resumed"
         )
 
     @property
@@ -338,7 +338,7 @@ class Reinforcement(Objective):
         rollouts = self.roll_out(network, chosen, self._tries, seeded())
         verdict = watching.precheck(rollouts.score_PG, self.grader.bounded)
         if verdict.refused and not self.force:
-            raise RecipeError(verdict.text + " To train all the same: --set objective.force=true")
+            raise RecipeError(verdict.text + " To train all the same, set `objective.force=true`")
         note(verdict.text)
         return examples
 

@@ -124,7 +124,9 @@ def check_judge(name: str, learned: Objective) -> None:
 def check_reward_model(name: str, network: Network) -> None:
     """Refuse a model that does not give one number for a text."""
     if task_of(network.model) != "sequence_classification" or network.model.config.num_labels != 1:
-        raise RecipeError(f"{name} is no reward model; train one with --objective reward_model")
+        raise RecipeError(
+            f"{name} is no reward model; train one with `objective.method=reward_model`"
+        )
 
 
 def rewards(network: Network, answers: Sequence[Answer]) -> list[float]:

@@ -56,9 +56,9 @@ class SemiSupervised(Objective):
     """How frequent each class is, in the order of ``labels``; from the labelled rows when not given."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Share of a text's likeliest label from which on it is learned."""
-    unlabelled_weight: float = Field(default=1.0, gt=0)
+    unlabelled_weight: float = Field(default=1.0, gt=0, le=1e6)
     """What an unlabelled row counts beside a labelled one."""
-    neighbours: int = Field(default=10, ge=1)
+    neighbours: int = Field(default=10, ge=1, le=1_000_000)
     """Texts that each text is tied to, the nearest in the embeddings; k in the paper, which has 50."""
     alpha: float = Field(default=0.9, gt=0, lt=1)
     """How far labels spread: what a text takes from its neighbours; 0.99 in the paper."""
@@ -89,8 +89,8 @@ class SemiSupervised(Objective):
         if len(labelled) == len(rows):
             raise RecipeError(
                 f"all {len(rows)} rows have labels, and semi_supervised learns from texts without one "
-                "too. Give a file of such rows with --mix FILE=10 (ten for each labelled one), or use "
-                "objective classification"
+                "too. Give a file of such rows with `data.mix=FILE=10` (ten for each labelled one), or "
+                "use objective classification"
             )
         found = self.classifier.fit(labelled, chat)
         return self.model_copy(update={"labels": found.labels, "shares": found.shares})

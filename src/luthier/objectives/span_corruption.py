@@ -35,15 +35,15 @@ class SpanCorruption(Objective):
     method: Literal["span_corruption"] = "span_corruption"
     noise_density: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens that is taken out."""
-    mean_span_length: float = Field(default=3.0, ge=1)
+    mean_span_length: float = Field(default=3.0, ge=1, le=1e6)
     """Tokens in a span on average."""
-    sequence_length: int = Field(default=512, ge=4)
+    sequence_length: int = Field(default=512, ge=4, le=10_000_000)
     """Tokens of a piece before spans are taken out; at most the model's context."""
     sentinels: tuple[int, ...] | None = None
     """Ids of the tokens that stand for the spans; the tokenizer's ``<extra_id_0>`` … if not given."""
-    start_id: int | None = None
+    start_id: int | None = Field(default=None, ge=0, le=10_000_000)
     """The token the decoder starts from; found when not given."""
-    end_id: int | None = None
+    end_id: int | None = Field(default=None, ge=0, le=10_000_000)
     """The token that closes both sides; found when not given."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
@@ -60,7 +60,7 @@ class SpanCorruption(Objective):
         if not (self.sentinels or _sentinels(chat)):
             raise RecipeError(
                 "span_corruption needs tokens that stand for the spans, <extra_id_0> and so on, and "
-                "this tokenizer has none. Name others with --set objective.sentinels=[ID, ...]."
+                "this tokenizer has none. Name others with `objective.sentinels=[ID, ...]`."
             )
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:

@@ -45,7 +45,7 @@ def precheck(score_PG: FloatArray, bounded: bool) -> Verdict:
     if bounded and score_PG.max() <= 0:
         return Verdict(
             f"none of {what} earns a reward, so there is nothing to reinforce. Tune the model on good "
-            "replies first (--objective sft), use an easier grader (a mix that rewards the form too), "
+            "replies first (objective sft), use an easier grader (a mix that rewards the form too), "
             "or allow more tokens (objective.max_completion_tokens).",
             refused=True,
         )

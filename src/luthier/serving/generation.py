@@ -159,7 +159,7 @@ class Generator:
             raise RecipeError(
                 f"prompt {index + 1} has {len(ids_T)} tokens; with {sampling.max_tokens} for the "
                 f"reply that is more than the model's context of {self.context}. Shorten it, or "
-                "lower --max-tokens."
+                "lower max_tokens."
             )
         return ids_T
 

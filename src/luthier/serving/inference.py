@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +12,11 @@ STOPS = 2500
 """Stop sequences of one request at most."""
 CHOICES = 128
 """Answers to one request at most."""
+MOST_TOKENS = 2**31 - 1
+"""Of any length or count of tokens that a request names: more than any context, and still a number
+that everything below computes with."""
+MOST_PENALTY = 1000.0
+"""Repetition penalty at most, and one over it at least: far beyond, logits are no longer finite."""
 TOP_LOGPROBS = 20
 """Likeliest tokens that are told beside each token at most."""
 
@@ -121,13 +125,12 @@ class Request:
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        _in("max_tokens", 1 if self.max_tokens is None else self.max_tokens, 1)
+        _in("max_tokens", 1 if self.max_tokens is None else self.max_tokens, 1, MOST_TOKENS)
         _in("temperature", self.temperature, 0, 2)
         _in("top_p", self.top_p, 0, 1)
-        _in("top_k", self.top_k, 0)
+        _in("top_k", self.top_k, 0, MOST_TOKENS)
         _in("min_p", self.min_p, 0, 1)
-        if not 0 < self.repetition_penalty < math.inf:
-            raise InferenceRefused("repetition_penalty must be above 0", "repetition_penalty")
+        _in("repetition_penalty", self.repetition_penalty, 1 / MOST_PENALTY, MOST_PENALTY)
         _in("frequency_penalty", self.frequency_penalty, -2, 2)
         _in("presence_penalty", self.presence_penalty, -2, 2)
         for value in self.logit_bias.values():
@@ -140,11 +143,10 @@ class Request:
             )
 
 
-def _in(name: str, value: float, low: float, high: float = math.inf) -> None:
+def _in(name: str, value: float, low: float, high: float) -> None:
     # Written so that NaN is refused too.
-    if not low <= value <= high or value == math.inf:
-        limits = f"{low} or more" if high == math.inf else f"between {low} and {high}"
-        raise InferenceRefused(f"{name} must be {limits}", name)
+    if not low <= value <= high:
+        raise InferenceRefused(f"{name} must be between {low} and {high}", name)
 
 
 @dataclass(frozen=True)

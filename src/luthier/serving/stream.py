@@ -42,6 +42,7 @@ class Stream:
         """Tokens of the prompt, template included."""
         self._events, self._left = events, n
         self._at_end: list[Callable[[], None]] = []
+        self._interruption: InferenceFailed | None = None
 
     def at_end(self, act: Callable[[], None]) -> None:
         """Call ``act`` once, when the last answer ended or the stream was closed."""
@@ -58,7 +59,9 @@ class Stream:
         """
         if not self._left:
             raise StopIteration
-        event = self._events.get()
+        event = self._interruption or self._events.get()
+        # What was written before it waits in the queue, and an answer that is cut needs none of it.
+        event = self._interruption or event
         if isinstance(event, BaseException):
             self.close()
             raise event
@@ -78,6 +81,12 @@ class Stream:
         with suppress(IndexError):
             while True:
                 self._at_end.pop()()
+        self._events.put(ENDED)  # for one who waits for the next piece
+
+    def interrupt(self) -> None:
+        """End it as a failure, for who reads it: the service ends before the answer. Any thread may."""
+        text = "The service is ending. Ask again; the answer is not whole."
+        self._interruption = InferenceFailed("ServiceUnavailable", text)
         self._events.put(ENDED)  # for one who waits for the next piece
 
     def whole(self) -> list[Whole]:

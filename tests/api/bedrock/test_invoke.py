@@ -104,9 +104,13 @@ def test_bodies_that_are_wrong(runtime_client: Any, body: dict[str, Any]) -> Non
 
 def test_bodies_that_are_no_json(runtime_client: Any) -> None:
     for body in (b"{", b"[]", b'{"prompt": NaN}', b"\xff"):
-        with pytest.raises(ClientError) as refused:
-            runtime_client.invoke_model(modelId=MODEL, body=body)
-        assert refused.value.response["Error"]["Code"] == "SerializationException"
+        for operation in (
+            runtime_client.invoke_model,
+            runtime_client.invoke_model_with_response_stream,
+        ):
+            with pytest.raises(ClientError, match="Malformed input request: The body") as refused:
+                operation(modelId=MODEL, body=body)
+            assert refused.value.response["Error"]["Code"] == "ValidationException"
 
 
 def test_tokens_are_counted_as_they_are_read(runtime_client: Any) -> None:
@@ -122,7 +126,7 @@ def test_tokens_are_counted_as_they_are_read(runtime_client: Any) -> None:
         modelId=MODEL, input={"invokeModel": {"body": json.dumps(body).encode()}}
     )
     assert counted["inputTokens"] == found["prompt_token_count"]
-    with pytest.raises(ClientError, match="no JSON object"):
+    with pytest.raises(ClientError, match="Malformed input request"):
         runtime_client.count_tokens(modelId=MODEL, input={"invokeModel": {"body": b"["}})
 
 

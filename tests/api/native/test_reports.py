@@ -48,7 +48,8 @@ def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
         files = sorted(held.rglob("*.jsonl"))
         seen.extend(file.name for file in files)
         told = "\n".join(f"{each} is wrong" for each in (*files, held))
-        return subprocess.CompletedProcess(command, 2, "", told)
+        answer = json.dumps({"error": {"message": told}})
+        return subprocess.CompletedProcess(command, 2, answer, "what is on the terminal")
 
     monkeypatch.setattr(subprocess, "run", refuse)
     face = NativeFace(reports.operations(context))

@@ -39,6 +39,19 @@ def json_object(call: Call) -> dict[str, Any]:
     return found
 
 
+def native_object(call: Call) -> dict[str, Any]:
+    """The body of InvokeModel: bytes of any kind to the protocol, so that the model refuses them.
+
+    Raises:
+        Fault: Validation, as AWS has it; members of other operations are refused by the protocol, as
+            Serialization.
+    """
+    try:
+        return json_object(call)
+    except Fault as fault:
+        raise malformed(fault.message) from fault
+
+
 def parsed(kind: type[T], given: Mapping[str, Any], at: str = "") -> T:
     """``given`` as ``kind``; ``at`` is where it stands in the request.
 

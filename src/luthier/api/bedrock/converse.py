@@ -12,7 +12,16 @@ from luthier.api.bedrock.bodies import Body, NativeBody, parsed_native
 from luthier.api.bedrock.conversations import Conversation, schema_of
 from luthier.api.bedrock.eventstream import event
 from luthier.api.wire import Fault
-from luthier.serving.inference import Called, End, Piece, Request, ToolCall, Whole
+from luthier.serving.inference import (
+    MOST_PENALTY,
+    MOST_TOKENS,
+    Called,
+    End,
+    Piece,
+    Request,
+    ToolCall,
+    Whole,
+)
 from luthier.serving.stream import Stream
 
 TEMPERATURE, TOP_P = 0.5, 0.9
@@ -31,7 +40,7 @@ _FRAGMENT = 64
 class InferenceConfig(Body):
     """How the answer is drawn."""
 
-    maxTokens: Annotated[int, Field(ge=1)] | None = None
+    maxTokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     topP: Annotated[float, Field(ge=0, le=1)] | None = None
     stopSequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=2500)] = (
@@ -42,9 +51,9 @@ class InferenceConfig(Body):
 class Further(NativeBody):
     """Members that only some models have: ``additionalModelRequestFields``."""
 
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from luthier.api.bedrock import custom_models, deployments, foundation, jobs, provisioned, tags
 from luthier.api.bedrock.control import Control, Operate, handler
+from luthier.api.bedrock.hyperparameters import setting_name
 from luthier.api.bedrock.operations import Operations, operations
 from luthier.api.wire import Answer, Call, Fault, Handler, Route
 
@@ -68,6 +69,7 @@ class BedrockFace:
 
     def refusal(self, fault: Fault, request_id: str) -> Answer:
         """``fault`` as botocore reads it: its code in a header, its message in the body."""
+        fault = fault.named(setting_name)
         status = self._operations.error_status.get(fault.code) or _STATUS.get(fault.code, 400)
         body: dict[str, Any] = {"message": fault.message}
         headers = {"x-amzn-ErrorType": f"{fault.code}Exception", _REQUEST_ID: request_id}

@@ -28,7 +28,7 @@ from luthier.api.bedrock.converse import (
 )
 from luthier.api.bedrock.eventstream import event
 from luthier.api.wire import Fault
-from luthier.serving.inference import End, Piece, Request, Whole
+from luthier.serving.inference import MOST_PENALTY, MOST_TOKENS, End, Piece, Request, Whole
 from luthier.serving.stream import Stream
 
 LENGTH = 512
@@ -59,12 +59,12 @@ class PromptBody(NativeBody):
     """Meta's form."""
 
     prompt: Annotated[str, Field(min_length=1)]
-    max_gen_len: Annotated[int, Field(ge=1)] = LENGTH
+    max_gen_len: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = LENGTH
     temperature: Annotated[float, Field(ge=0, le=1)] = TEMPERATURE
     top_p: Annotated[float, Field(ge=0, le=1)] = TOP_P
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=2500)] = Field(
         default_factory=list
@@ -115,11 +115,11 @@ def _generation(
 class MessagesConfig(NativeBody):
     """How the answer is drawn, in Amazon's form."""
 
-    maxTokens: Annotated[int, Field(ge=1)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    maxTokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] = TEMPERATURE
     topP: Annotated[float, Field(ge=0, le=1)] = TOP_P
-    topK: Annotated[int, Field(ge=0)] = 0
+    topK: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
     stopSequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=2500)] = (
         Field(default_factory=list)
     )
@@ -164,7 +164,7 @@ class EmbeddingBody(NativeBody):
     """Titan's form."""
 
     inputText: Annotated[str, Field(min_length=1)]
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     normalize: bool = False
     embeddingTypes: list[Literal["float"]] | None = None
 

@@ -12,8 +12,10 @@ from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.control import Operate, Request, not_found, shown_as
 from luthier.api.bedrock.customization import create_job
+from luthier.api.bedrock.hyperparameters import setting_name
 from luthier.api.bedrock.identifiers import JOB, find_job, job_arn
 from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
+from luthier.setting_names import with_setting_names
 from luthier.store import jobs as queue
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import Job
@@ -95,7 +97,9 @@ def described(request: Request, job: Job) -> dict[str, Any]:
         "roleArn": asked.get("roleArn") or _no_role(job),
         "status": _STATUS[job.state],
         "statusDetails": _details(job),
-        "failureMessage": job.failure[:_LONGEST] if job.failure else None,
+        "failureMessage": with_setting_names(job.failure, setting_name)[:_LONGEST]
+        if job.failure
+        else None,
         "creationTime": job.created,
         "lastModifiedTime": job.modified,
         "endTime": job.ended,

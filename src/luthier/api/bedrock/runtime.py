@@ -10,11 +10,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.api.bedrock import converse, invoke
-from luthier.api.bedrock.bodies import json_object, malformed, parsed
+from luthier.api.bedrock.bodies import json_object, malformed, native_object, parsed
 from luthier.api.bedrock.conversations import Conversation
 from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
 from luthier.api.bedrock.invoke import ChatForm, EmbeddingBody, Form, Timed, form_of
@@ -137,7 +137,8 @@ class _Runtime:
         if kind == "converse":
             prompt: Prompt = parsed(Conversation, value, "input.converse").chat()
         else:
-            form = form_of(call.params["modelId"], _decoded(value.get("body")), self.chat)
+            inner = replace(call, body=_decoded(value.get("body")))
+            form = form_of(call.params["modelId"], native_object(inner), self.chat)
             if isinstance(form, EmbeddingBody):
                 _, tokens = self._embedding(stored_id, form)
                 return Answer.of({"inputTokens": tokens})
@@ -162,7 +163,7 @@ class _Runtime:
         kind = call.headers.get("content-type", "").partition(";")[0].strip()
         if kind not in ("", "application/json"):
             raise Fault("Validation", f"The content type {kind} is not supported by the model.")
-        return form_of(call.params["modelId"], json_object(call), self.chat)
+        return form_of(call.params["modelId"], native_object(call), self.chat)
 
     def _embedding(self, stored_id: str, form: EmbeddingBody) -> tuple[dict[str, Any], int]:
         with faults():
@@ -205,6 +206,10 @@ class Events:
             _log.exception("a stream failed")
             return self._fail("internalServerException", "Something failed inside the service.")
 
+    def interrupt(self) -> None:
+        """Make an exception the next message, and the last: the service ends."""
+        self._stream.interrupt()
+
     def close(self) -> None:
         """Let go of the answer, whether any of it was read or not."""
         self._ended = True
@@ -232,14 +237,10 @@ def _counted(given: Any) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _decoded(body: Any) -> Mapping[str, Any]:
-    """A body inside a body: JSON in base64."""
-    import json
-
+def _decoded(body: Any) -> bytes:
+    """A body inside a body: base64."""
     try:
-        found = json.loads(base64.b64decode(body, validate=True))
-    except (TypeError, ValueError, binascii.Error, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise Fault("Validation", "input.invokeModel.body is no JSON object.")
-    return found
+        return base64.b64decode(body, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        text = "1 validation error detected: Value at 'input.invokeModel.body' is not base64."
+        raise Fault("Validation", text) from None

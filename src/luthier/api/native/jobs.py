@@ -11,10 +11,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from luthier.api.native.context import Context
-from luthier.api.native.operations import Operation, Part, Request, Told
+from luthier.api.native.operations import Operation, Part, Request, Told, setting_name
 from luthier.api.wire import Answer, Fault
 from luthier.jobs.rewards import clients_grader
 from luthier.jobs.submit import Submission, submit
+from luthier.setting_names import with_setting_names
 from luthier.store import jobs as queue
 from luthier.store.jobs import ENDED, Job
 
@@ -224,7 +225,8 @@ class _Jobs:
                 found = queue.events(session, job, limit=500, position=after, ascending=True)
             for event in found:
                 after, quiet = event.seq, time.monotonic()
-                told = {"at": event.at.isoformat(), "message": event.message, **event.data}
+                message = with_setting_names(event.message, setting_name)
+                told = {"at": event.at.isoformat(), "message": message, **event.data}
                 line = json.dumps(told, ensure_ascii=False)
                 yield f"id: {event.seq}\nevent: {event.kind}\ndata: {line}\n\n".encode()
             if not found and (state in ENDED or not follow):
@@ -253,4 +255,6 @@ class _Jobs:
 
 def _told(job: Job) -> JobTold:
     fields = {name: getattr(job, name) for name in JobTold.model_fields if name != "base"}
+    if job.failure is not None:
+        fields["failure"] = with_setting_names(job.failure, setting_name)
     return JobTold(**fields, base=job.base_model)

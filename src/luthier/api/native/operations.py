@@ -16,6 +16,7 @@ from urllib.parse import unquote
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from luthier.api.wire import Answer, Call, Fault, Route
+from luthier.jobs.submit import SETTABLE_DATA
 
 STATUS = {
     "Validation": 400, "Serialization": 400, "Conflict": 409, "ServiceQuotaExceeded": 400,
@@ -85,6 +86,24 @@ class Operation:
         return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(self.path)))
 
 
+_ABOVE = {"base": "base", "data.train": "training", "data.validation": "validation",
+          "teacher.model": "teacher", "objective.grader": "grader"}  # fmt: skip
+"""What is no setting of a job but a member of its own."""
+_SETTINGS = ("training.", "adaptation.", "objective.", "sampling.", "insights.", "method")
+
+
+def setting_name(field: str, value: str | None) -> str | None:
+    """What the native API calls a field of the recipe (:mod:`luthier.setting_names`)."""
+    said = "" if value is None else f"={value}"
+    for prefix, member in _ABOVE.items():
+        if field == prefix or field.startswith(f"{prefix}."):
+            return f"{member}{field.removeprefix(prefix)}{said}"
+    group, _, rest = field.partition(".")
+    if field.startswith(_SETTINGS) or (group == "data" and rest.partition(".")[0] in SETTABLE_DATA):
+        return f"settings.{field}{said}"
+    return None
+
+
 class NativeFace:
     """Finds operations by method and path."""
 
@@ -110,6 +129,7 @@ class NativeFace:
 
     def refusal(self, fault: Fault, request_id: str) -> Answer:
         """``{"error": {"code", "message", "parameter"}}``."""
+        fault = fault.named(setting_name)
         error = {"code": fault.code, "message": fault.message, "parameter": fault.parameter}
         headers = {"x-request-id": request_id}
         if "retry_after" in fault.details:

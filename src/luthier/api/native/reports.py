@@ -20,11 +20,12 @@ from pydantic import Field
 
 from luthier.api.native.context import Context
 from luthier.api.native.jobs import CustomizationType
-from luthier.api.native.operations import Operation, Part, Request, Told
+from luthier.api.native.operations import Operation, Part, Request, Told, setting_name
 from luthier.api.wire import Fault
 from luthier.encryption.keys import handed_over
 from luthier.jobs.submit import Submission, recipe_of
 from luthier.jobs.supervisor import inherited
+from luthier.setting_names import SettingName, in_all, with_setting_names
 from luthier.store.custom_models import CustomModel
 
 AT_ONCE = 2
@@ -109,7 +110,7 @@ class _Reports:
                 addresses[str(held)] = asked.validation
             if asked.objective is not None:
                 command += ["--objective", asked.objective]
-            report = _answered(command, addresses, codes=(0, 1, 2))
+            report = _answered(command, addresses, (0, 1, 2), _inspection_name)
         return ReportTold(verdict=report["verdict"], report=report)
 
     def estimate(self, request: Request) -> EstimateTold:
@@ -139,7 +140,7 @@ class _Reports:
                 fields["data"]["validation"] = str(held)
             recipe = folder / "recipe.toml"
             recipe.write_text(to_toml(fields), encoding="utf-8")
-            found = _answered(["estimate", str(recipe)], addresses, codes=(0,))
+            found = _answered(["estimate", str(recipe)], addresses, (0,), setting_name)
         return EstimateTold(estimate=found)
 
     def _model(self, request: Request, identifier: str) -> str:
@@ -181,8 +182,20 @@ class _Reports:
             self._free.release()
 
 
-def _answered(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:
-    """What the command line answers as JSON; what its user calls files stands for their paths."""
+def _inspection_name(field: str, value: str | None) -> str | None:
+    """What an inspection calls a field of the recipe: it takes few of them."""
+    if field == "objective.method" and value is not None:
+        return f"objective={value}"
+    return setting_name(field, value) if value is None or field == "base" else None
+
+
+def _answered(
+    command: list[str], addresses: dict[str, str], codes: tuple[int, ...], name: SettingName
+) -> Any:
+    """What the command line answers as JSON; what its user calls files stands for their paths.
+
+    ``name`` puts what its user calls settings into texts.
+    """
     whole = [sys.executable, "-m", "luthier", *command, "--json"]
     try:
         with handed_over() as (handed, files):
@@ -193,9 +206,12 @@ def _answered(command: list[str], addresses: dict[str, str], codes: tuple[int, .
     except subprocess.TimeoutExpired as error:
         text = f"It was not done after {SECONDS:.0f} seconds; take a part of the rows."
         raise Fault("Validation", text) from error
-    out = done.stdout if done.returncode in codes and done.stdout.strip() else done.stderr
+    out = done.stdout.strip()
     for path, address in addresses.items():
-        out = out.replace(path, address)
-    if out is done.stderr or done.returncode not in codes or not done.stdout.strip():
-        raise Fault("Validation", out.strip()[-4000:] or "It failed without a word.")
-    return json.loads(out)
+        # As it stands in the text of JSON.
+        out = out.replace(json.dumps(path)[1:-1], json.dumps(address, ensure_ascii=False)[1:-1])
+    answer = json.loads(out) if out else {}
+    if done.returncode not in codes or not out or "error" in answer:
+        message = answer.get("error", {}).get("message") or "It failed without a word."
+        raise Fault("Validation", with_setting_names(message, name)[-4000:])
+    return in_all(answer, name)

@@ -217,6 +217,11 @@ class Streamed:
     def __next__(self) -> bytes:
         return next(self._pieces)
 
+    def interrupt(self) -> None:
+        """Make an error the next piece, and the last: the service ends."""
+        for stream in self._streams:
+            stream.interrupt()
+
     def close(self) -> None:
         """End the work."""
         for stream in self._streams:

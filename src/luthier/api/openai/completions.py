@@ -24,7 +24,7 @@ from luthier.api.openai.models import Resolved
 from luthier.api.openai.requests import body, checked
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller
-from luthier.serving.inference import End, Piece, Prompt, Request, Score
+from luthier.serving.inference import MOST_TOKENS, End, Piece, Prompt, Request, Score
 from luthier.serving.stream import Stream
 
 ACTION = "completions.create"
@@ -36,7 +36,7 @@ class CompletionRequest(Sampling):
     """The body of a text completion."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None

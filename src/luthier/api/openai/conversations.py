@@ -11,7 +11,7 @@ from pydantic import Field
 from luthier.api.openai.asking import Sampling
 from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body
-from luthier.serving.inference import Chat, Request, Tool, ToolCall, Turn
+from luthier.serving.inference import MOST_TOKENS, Chat, Request, Tool, ToolCall, Turn
 
 MOST_TOOLS = 128
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
@@ -125,8 +125,8 @@ class ChatRequest(Sampling):
     """The body of a chat completion."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None

@@ -14,6 +14,7 @@ from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body, body, checked
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller
+from luthier.serving.inference import MOST_TOKENS
 from luthier.types import FloatArray
 
 ACTION = "embeddings.create"
@@ -26,7 +27,7 @@ class EmbeddingRequest(Body):
     model: Annotated[str, Field(min_length=1)]
     input: str | list[int] | list[str] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
 
     @property
     def texts(self) -> list[str | list[int]]:

@@ -170,7 +170,7 @@ class FineTuning:
         return Answer.of(_shown(self._with_results(self._found(call, "retrieve"))))
 
     def cancel(self, call: Call) -> Answer:
-        """Stop a job: no model is made."""
+        """Stop a job: no model is made. It is ``running`` until its worker has let go of it."""
         return self._change(call, "cancel", jobs.stop)
 
     def pause(self, call: Call) -> Answer:
@@ -191,8 +191,10 @@ class FineTuning:
             if verb != "resume":
                 arn = self.arns.job(job.account, job.foundation, job.id)
                 self.access.same_as(call, "StopModelCustomizationJob", arn)
-            if job.state in (*jobs.ENDED, jobs.STOPPING):
-                text = f"The job {job_id} is {shown(job)['status']}; it cannot {verb} any more."
+            stopping = job.state == jobs.STOPPING
+            if job.state in jobs.ENDED or (stopping and verb != "cancel"):
+                status = "being cancelled" if stopping else shown(job)["status"]
+                text = f"The job {job_id} is {status}; you cannot {verb} it any more."
                 raise invalid(text, reason="invalid_state")
             try:
                 job = change(session, job)

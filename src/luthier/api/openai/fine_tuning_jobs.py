@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from luthier.api.openai.methods import setting_name
 from luthier.api.openai.requests import seconds
+from luthier.setting_names import with_setting_names
 from luthier.store import jobs
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.jobs import Job
@@ -17,7 +19,8 @@ STATUSES = {
     jobs.QUEUED: "queued",
     jobs.RUNNING: "running",
     jobs.PAUSED: "paused",
-    jobs.STOPPING: "cancelled",
+    # Its worker still has it: who waits for the end waits until it has let go.
+    jobs.STOPPING: "running",
     jobs.STOPPED: "cancelled",
     jobs.COMPLETED: "succeeded",
     jobs.FAILED: "failed",
@@ -111,7 +114,8 @@ def _error(job: Job) -> dict[str, Any] | None:
     """Why it failed; the training file's problems are told from others by the rules they name."""
     if job.state != jobs.FAILED:
         return None
-    message = (job.failure or "The job failed.").replace(address_of(""), "")
+    failure = with_setting_names(job.failure or "", setting_name) or "The job failed."
+    message = failure.replace(address_of(""), "")
     if not _RULE.search(message):
         return {"code": "job_failed", "message": message, "param": None}
     held = job.request.get("validation_file")

@@ -10,7 +10,7 @@ from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body, Metadata
 
 Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Rate = Annotated[float, Field(gt=0, le=100)]
 MOST_EPOCHS = 100
 ARMS = ("supervised", "dpo", "reinforcement")
@@ -113,6 +113,34 @@ class CreateJob(Body):
         if self.kind == "reinforcement" and self.method.reinforcement is None:
             text = "Reinforcement fine-tuning needs a grader."
             raise invalid(text, "method.reinforcement.grader", "missing_required_parameter")
+
+
+_NAMES = {
+    "base": "model",
+    "training.epochs": "n_epochs",
+    "training.batch_size": "batch_size",
+    "training.rate_factor": "learning_rate_multiplier",
+    "training.evaluate_every": "eval_interval",
+    "training.seed": "seed",
+    "objective.beta": "beta",
+    "objective.num_generations": "compute_multiplier",
+    "objective.grader": "method.reinforcement.grader",
+    "data.train": "training_file",
+    "data.validation": "validation_file",
+}
+_TYPES = {"sft": "supervised", "dpo": "dpo", "grpo": "reinforcement"}
+"""Types of ``method`` by the objective that they come to."""
+
+
+def setting_name(field: str, value: str | None) -> str | None:
+    """What OpenAI calls a field of the recipe (:mod:`luthier.setting_names`)."""
+    if field == "training.learning_rate" and value is not None:
+        return "another learning_rate_multiplier"  # a rate itself cannot be asked for
+    if field == "objective.method" and value is not None:
+        return f"method.type={_TYPES[value]}" if value in _TYPES else None
+    if field not in _NAMES:
+        return None
+    return _NAMES[field] + ("" if value is None else f"={value}")
 
 
 def without_effect(asked: CreateJob) -> list[str]:

@@ -7,7 +7,9 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from luthier.api.openai.methods import setting_name
 from luthier.api.openai.requests import seconds
+from luthier.setting_names import with_setting_names
 from luthier.store.jobs import Job, JobEvent
 
 _LEVELS = {"warning": "warn", "error": "error"}
@@ -27,14 +29,18 @@ def position_of(identifier: str) -> int | None:
 
 
 def shown_event(event: JobEvent) -> dict[str, Any]:
-    """An event as clients see it."""
-    metrics = event.kind == "metrics"
+    """An event as clients see it.
+
+    What is measured before the first step has no training loss, and clients read that of every event
+    with metrics: it is told as a message.
+    """
+    metrics = event.kind == "metrics" and "train_loss" in event.data
     return {
         "id": event_id(event),
         "object": "fine_tuning.job.event",
         "created_at": seconds(event.at),
         "level": _LEVELS.get(event.kind, "info"),
-        "message": event.message,
+        "message": with_setting_names(event.message, setting_name),
         "type": "metrics" if metrics else "message",
         "data": dict(event.data) if metrics else None,
     }

@@ -16,7 +16,7 @@ from pydantic import Field
 from luthier.api.openai.conversations import MOST_TOOLS, NAME, Part, arguments, joined
 from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body, Metadata
-from luthier.serving.inference import Chat, Request, Tool, ToolCall, Turn
+from luthier.serving.inference import MOST_TOKENS, Chat, Request, Tool, ToolCall, Turn
 
 LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "text")
@@ -79,7 +79,7 @@ class ResponseRequest(Body):
     model: Annotated[str, Field(min_length=1)]
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -9,6 +9,7 @@ from typing import Protocol
 from urllib.parse import unquote
 
 from luthier.api.openai import errors
+from luthier.api.openai.methods import setting_name
 from luthier.api.wire import Answer, Call, Fault, Handler, Route
 from luthier.files import Sink
 
@@ -76,7 +77,7 @@ class Routing:
 
     def refusal(self, fault: Fault, request_id: str) -> Answer:
         """``fault`` in OpenAI's envelope."""
-        return errors.refusal(fault, request_id)
+        return errors.refusal(fault.named(setting_name), request_id)
 
 
 def _answered(handler: Handler) -> Callable[[Call], Answer]:

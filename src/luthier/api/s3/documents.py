@@ -85,7 +85,8 @@ def parse(body: bytes, root: str) -> Node:
     parser.StartDoctypeDeclHandler = reader.refuse
     try:
         parser.Parse(body, True)
-    except expat.ExpatError:
+    # A coding that is not known, or of several bytes a character, is no error of the parser.
+    except (expat.ExpatError, LookupError, ValueError):
         raise malformed() from None
     if reader.root is None or reader.root.name != root:
         raise malformed()
