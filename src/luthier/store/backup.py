@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sqlalchemy import create_engine, func, inspect, select
+from sqlalchemy import URL, create_engine, func, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -107,17 +107,20 @@ def backup(
         need_disk(target, _bytes_below(taken.folder) + _database_bytes(database), "the backup")
         if database.is_sqlite:
             _copy_sqlite(taken.session, folder / DATABASE)
+            # With this transaction open SQLite's log would grow all the while.
+            taken.session.close()
         else:
             _dump_postgres(database, taken.session, folder / DUMP)
-        # With this transaction open SQLite's log would grow all the while.
-        taken.session.close()
         shutil.copytree(taken.folder, folder / FILES)
         if (home / ENCRYPTION).is_file():
             # After the files, it has every key under which they are encrypted.
             shutil.copyfile(home / ENCRYPTION, folder / FILES / ENCRYPTION)
         hashes = hashes_of(folder)
-        with _rows(folder, hashes, database) as session:
-            found = _check_rows(session, folder, hashes)
+        if database.is_sqlite:
+            with _copied_rows(folder / DATABASE) as session:
+                found = _check_rows(session, folder, hashes)
+        else:
+            found = _check_rows(taken.session, folder, hashes)
         if found.damaged and not allow_damaged:
             raise CorruptFile(
                 f"the store has lost files, and nothing was backed up: {found.listed}. Bring them back "
@@ -328,35 +331,37 @@ def _sealed_sha256(path: Path, ring: Keyring) -> str | None:
 
 
 @contextmanager
-def _rows(folder: Path, hashes: Mapping[str, str], database: Database | None) -> Iterator[Session]:
+def _rows(source: Path, hashes: Mapping[str, str], database: Database | None) -> Iterator[Session]:
     """A session that reads the rows of a backup: of the copy in it, or of PostgreSQL's ``database``."""
     if DATABASE in hashes:
-        # Read as it is: SQLite would write beside it otherwise.
-        path = (folder / DATABASE).absolute()
-        engine = create_engine(
-            "sqlite://", creator=lambda: sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
-        )
-        try:
-            with Session(engine) as session:
-                yield session
-        except SQLAlchemyError as error:
-            raise CorruptFile(f"{path} cannot be read: {error}") from error
-        finally:
-            engine.dispose()
+        with _copied_rows(source / DATABASE) as session:
+            yield session
         return
+    dump = f"pg_restore --dbname=… {source / DUMP}"
     if database is None or database.is_sqlite:
         raise RefusedInput(
-            f"{folder} was taken of a service on PostgreSQL. Restore its database first (pg_restore "
-            f"--dbname=… {folder / DUMP}), and give its address by --database: its rows are compared "
-            "with the files"
+            f"{source} was taken of a service on PostgreSQL. Restore its database first ({dump}), and "
+            "give its address by --database: its rows are compared with the files"
         )
     if not inspect(database.engine).has_table(Piece.__tablename__):
-        raise RefusedInput(
-            "the database that was given has no tables of luthier; restore the dump into it first: "
-            f"pg_restore --dbname=… {folder / DUMP}"
-        )
+        raise RefusedInput(f"the database has no tables of luthier; restore the dump first: {dump}")
     with database.read() as session:
         yield session
+
+
+@contextmanager
+def _copied_rows(path: Path) -> Iterator[Session]:
+    """A session that reads a copy of SQLite's database, and leaves it as it is."""
+    # SQLite would write beside it otherwise.
+    address = f"{path.absolute().as_uri()}?immutable=1"
+    engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True))
+    try:
+        with Session(engine) as session:
+            yield session
+    except SQLAlchemyError as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
+    finally:
+        engine.dispose()
 
 
 def _check_database(path: Path) -> None:
@@ -385,7 +390,9 @@ def _dump_postgres(database: Database, session: Session, target: Path) -> None:
     exported = session.scalar(select(func.pg_export_snapshot()))
     url = database.engine.url
     # The password stands in no command line, which everybody on the machine can read.
-    address = url.set(drivername="postgresql", password=None).render_as_string()
+    address = URL.create(
+        "postgresql", url.username, None, url.host, url.port, url.database, url.query
+    ).render_as_string()
     environment = {**os.environ, **({"PGPASSWORD": str(url.password)} if url.password else {})}
     command = [
         "pg_dump", "--format=custom", "--no-owner", "--no-privileges", f"--snapshot={exported}",

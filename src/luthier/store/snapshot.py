@@ -107,7 +107,8 @@ class _Objects:
 
     def add(self, session: Session) -> None:
         """Link what rows name and is not linked yet."""
-        self._named = dict(session.execute(select(Piece.id, Piece.account)).tuples().all())
+        rows = session.execute(select(Piece.id, Piece.account))
+        self._named = {row.id: row.account for row in rows}
         for file, account in self._named.items():
             if file not in self._linked:
                 try:
