@@ -21,8 +21,9 @@ from luthier.inspection.histogram import Histogram
 from luthier.inspection.inspect import Report
 from luthier.inspection.markup import element, join
 from luthier.inspection.report_text import show, sparkline
-from luthier.inspection.shown import listed, next_steps, printable, runs
+from luthier.inspection.shown import listed, next_steps, runs
 from luthier.inspection.svg import histogram
+from luthier.printable import printable
 
 EVIL = '<script>alert("x")</script>'
 NEAR = Rule("duplicate.near", "warning", "A row is nearly another.", "It counts twice.", "Drop it.")

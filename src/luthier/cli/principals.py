@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -11,10 +11,11 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from luthier.cli.console import note, print_json
+from luthier.cli.console import note, print_json, print_text
 from luthier.cli.service import opened, operator, table_of
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.files import luthier_home, read_json
+from luthier.printable import one_line
 from luthier.store import accounts, principals
 from luthier.store import backup as backups
 from luthier.store.audit import Event, append
@@ -270,7 +271,6 @@ def _done(as_json: bool, **values: Any) -> None:
     if as_json:
         print_json(values)
         return
-    write: Callable[[str], None] = print
     for name, value in values.items():
         if value not in (None, "", [], (), False):
-            write(f"{name:<18} {value}")
+            print_text(f"{name:<18} {one_line(str(value))}")

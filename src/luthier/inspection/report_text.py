@@ -22,12 +22,12 @@ from luthier.inspection.shown import (
     listed,
     next_steps,
     number,
-    printable,
     runs,
     says,
     short,
     verdict_line,
 )
+from luthier.printable import printable
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 VERDICTS = {
