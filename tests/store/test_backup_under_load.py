@@ -234,7 +234,9 @@ def test_backups_are_whole_while_others_write(
             seen = {name: seen[name] + counts[name] for name in seen}
             if turn == number - 1 or number > 2:
                 check_answers(folder / "home")
-    until(lambda: set(states(served).values()) == {"Completed"})
+    # Twenty jobs wait for each other.
+    until(lambda: set(states(served).values()) == {"Completed"}, 60.0 * number)
+    print(f"{number} backups, in all: {seen}")
     # They wrote, and did not wait for their turn.
     assert seen["objects"] > number and seen["files"] >= number
     assert seen["models"] if number > 2 else True
