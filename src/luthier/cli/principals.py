@@ -189,6 +189,11 @@ def back_up(
     url: str | None, folder: Path, with_key: bool, allow_damaged: bool, as_json: bool
 ) -> None:
     """Back up the service."""
+    if url is None and not (luthier_home() / backups.DATABASE).is_file():
+        raise RefusedInput(
+            f"there is no {backups.DATABASE} in {luthier_home()}; give the database of the service by "
+            "--database"
+        )
     with opened(url) as database:
         made = backups.backup(database, luthier_home(), folder, with_key, allow_damaged)
     if not made.key:

@@ -327,7 +327,9 @@ def _rows_with_entries(session: Session) -> str:
     counts = {
         name: session.scalar(select(func.count()).select_from(table(name))) for name in _AUDITED
     }
-    return ", ".join(f"{name.replace('_', ' ')} ({count})" for name, count in counts.items() if count)
+    return ", ".join(
+        f"{name.replace('_', ' ')} ({count})" for name, count in counts.items() if count
+    )
 
 
 def _storable(row: dict[str, Any]) -> dict[str, Any]:
