@@ -21,7 +21,7 @@ from luthier.inspection.histogram import Histogram
 from luthier.inspection.inspect import Report
 from luthier.inspection.markup import element, join
 from luthier.inspection.report_text import show, sparkline
-from luthier.inspection.shown import listed, next_steps, printable, runs
+from luthier.inspection.shown import listed, next_steps, runs
 from luthier.inspection.svg import histogram
 
 EVIL = '<script>alert("x")</script>'
@@ -159,15 +159,6 @@ def test_tokens_of_one_colour_come_as_one_piece_and_long_rows_are_cut() -> None:
     assert sum(len(run.text) for run in found) == 360
     assert sum(run.left_out for run in found) == 640
     assert found[-1] == type(found[-1])("x", True)
-
-
-@pytest.mark.parametrize(
-    ("text", "safe"),
-    [("a\tb\nc", "a\tb\nc"), ("\x1b[0m", "\\x1b[0m"), ("a\u2028b", "a\\u2028b"), ("ệ 👩‍🔬", "ệ 👩‍🔬"),
-     ("\u202e", "\\u202e"), ("a\u2003b", "a b"), ("\U000e0041", "\\U000e0041")],
-)  # fmt: skip
-def test_what_would_act_is_shown(text: str, safe: str) -> None:
-    assert printable(text) == safe
 
 
 def test_places_name_their_file_once() -> None:

@@ -209,7 +209,7 @@ def test_a_narrow_encoder_is_found_inside_a_wide_one(
         ("llama", StudentShape(hidden=40), "--hidden 40 is more than the 32"),
         ("llama", StudentShape(hidden=21), "no multiple of 4 heads.*give --hidden 20"),
         ("gpt2", StudentShape(heads=2), "width of a head follows from both"),
-        ("bert", StudentShape(heads=2), "the heads of a bert fill its width.*give --hidden 16"),
+        ("bert", StudentShape(heads=2), "the heads of this bert fill its width.*give --hidden 16"),
         ("roberta", StudentShape(hidden=12), "heads of this roberta have 8 channels.*such as"),
         ("bert", StudentShape(hidden=40), "--hidden 40 is more than the 32"),
         ("t5", StudentShape(hidden=16), "Cut --layers and --intermediate"),

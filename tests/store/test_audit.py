@@ -6,12 +6,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 from principals_of import FIRST, OTHER, made_at
 from sqlalchemy import text
 
-from luthier.store.audit import Event, append, entries, last, shown, verify
+from luthier.errors import CorruptFile
+from luthier.store import accounts, principals
+from luthier.store.audit import (
+    MARK,
+    Event,
+    append,
+    entries,
+    last,
+    read_mark,
+    shown,
+    verify,
+    write_mark,
+)
 from luthier.store.database import Database, now
 
 
@@ -148,3 +162,102 @@ def test_looking_for_entries(database: Database) -> None:
         assert [each.seq for each in entries(session, limit=2, before=4)] == [3, 2]
         recent = entries(session, since=now() - timedelta(days=1))
         assert [each.seq for each in recent] == [5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("UPDATE audit_log SET at='yesterday' WHERE seq=3", "cannot be read"),
+        ("UPDATE audit_log SET at=7 WHERE seq=3", "cannot be read"),
+        ("UPDATE audit_log SET at='0001-01-01 00:00:00.000000' WHERE seq=3", "its hash is not"),
+        ("UPDATE audit_log SET details='{' WHERE seq=3", "cannot be read"),
+        ("UPDATE audit_log SET details=7 WHERE seq=3", "its hash is not"),
+        ("UPDATE audit_log SET details='{\"a\": 1e999}' WHERE seq=3", "cannot be read"),
+        (f"UPDATE audit_log SET details='{'[' * 200_000}' WHERE seq=3", "cannot be read"),
+        ("UPDATE audit_log SET action=CAST(x'ff' AS TEXT) WHERE seq=3", "cannot be read"),
+        ("UPDATE audit_log SET hash=x'ff' WHERE seq=3", "its hash is not"),
+    ],
+)
+def test_what_cannot_be_read_is_named(luthier_home: Path, change: str, reason: str) -> None:
+    """SQLite keeps anything in any column."""
+    for database in made_at(f"sqlite:///{luthier_home / 'luthier.db'}"):
+        fill(database)
+        with database.write() as session:
+            session.connection().exec_driver_sql(change)
+        found = broken(database)
+        assert found is not None
+        assert found[0] == 3 and reason in found[1]
+        if "cannot" in reason and "1e999" not in change:
+            with database.read() as session, pytest.raises(CorruptFile, match="audit verify"):
+                entries(session)
+        with database.read() as session:
+            assert [each.seq for each in entries(session, before=3)] == [2, 1]
+
+
+def test_times_without_end_are_named(postgres: Any) -> None:
+    for database in made_at(postgres.new_database()):
+        fill(database)
+        with database.write() as session:
+            session.execute(text("UPDATE audit_log SET at='infinity' WHERE seq=3"))
+        found = broken(database)
+        assert found is not None and found[0] == 3 and "cannot be read" in found[1]
+
+
+@pytest.mark.parametrize("change", ["seq='many'", "hash=x'ff'", "hash=CAST(x'ff' AS TEXT)"])
+def test_an_end_that_cannot_be_read(luthier_home: Path, change: str) -> None:
+    for database in made_at(f"sqlite:///{luthier_home / 'luthier.db'}"):
+        fill(database)
+        with database.write() as session:
+            session.connection().exec_driver_sql(f"UPDATE audit_head SET {change}")
+        found = broken(database)
+        assert found is not None and "last entry" in found[1]
+
+
+def test_an_emptied_log_is_not_intact_in_a_store_that_holds_something(database: Database) -> None:
+    with database.write() as session:
+        accounts.create_account(session, FIRST)
+        principals.create_user(session, FIRST, "ann", role="admin")
+        append(session, Event("luthier:admin.users.create"))
+    assert broken(database) is None
+    with database.write() as session:
+        session.execute(text("DELETE FROM audit_log"))
+        session.execute(text("DELETE FROM audit_head"))
+    found = broken(database)
+    assert found is not None
+    assert found[0] == 1 and "holds users (1)" in found[1]
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_log_that_is_cut_is_noticed_by_what_the_store_notes(
+    database: Database, luthier_home: Path, left: int
+) -> None:
+    def checked() -> tuple[int, str] | None:
+        with database.read() as session:
+            found = verify(session, mark=read_mark(luthier_home))
+            return (found.seq, found.reason) if found else None
+
+    def marked() -> bool:
+        with database.read() as session:
+            return write_mark(session, luthier_home)
+
+    assert checked() is None and marked()
+    fill(database, 3)
+    assert checked() is None and marked()
+    fill(database, 2)
+    assert checked() is None and marked() and marked()
+    with database.write() as session:
+        session.execute(text("DELETE FROM audit_log WHERE seq > :left"), {"left": left})
+        session.execute(text("DELETE FROM audit_head"))
+        if left:
+            taken = "SELECT 1, seq, hash FROM audit_log WHERE seq = 2"
+            session.execute(text(f"INSERT INTO audit_head (id, seq, hash) {taken}"))
+    found = checked()
+    assert found is not None and found[0] == left + 1 and "notes entry 5" in found[1]
+    # It goes on, and gets longer than it was: what was noted stays so.
+    fill(database, 6)
+    assert not marked()
+    found = checked()
+    assert found is not None and found[0] == 5 and MARK in found[1]
+    (luthier_home / MARK).write_text("[]")
+    with pytest.raises(CorruptFile, match=r"audit\.json"):
+        checked()

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-from principals_of import FIRST
-from sqlalchemy import text
+from postgres import Postgres
+from principals_of import FIRST, made_at
+from sqlalchemy import select, text
 
+from luthier.encryption import keys
 from luthier.errors import CorruptFile, RefusedInput, RunConflict
+from luthier.files import sha256_of, write_json
 from luthier.store import accounts, principals
+from luthier.store import backup as backups
 from luthier.store.audit import Event, append, last, verify
 from luthier.store.backup import backup, restore
-from luthier.store.database import Database
+from luthier.store.custom_models import ACTIVE, CustomModel
+from luthier.store.database import Database, now
+from luthier.store.jobs import COMPLETED, RUNNING, Job
+from luthier.store.object_rows import Described, Piece
+from luthier.store.objects import Objects
 from luthier.store.sealing import Sealing, server_key
+from luthier.store.snapshot import remove_leftovers, snapshot
 
 
 @pytest.fixture
@@ -27,11 +42,53 @@ def store(database: Database, luthier_home: Path) -> Path:
         root = principals.create_user(session, FIRST, "root", role="admin")
         principals.create_access_key(session, root, Sealing(server_key()), "AKIA1", "the-secret")
         append(session, Event("luthier:test"))
-    for name in ("models/a/weights.safetensors", "objects/ab/cd", "models/é/x y.json"):
+    put(database, b"the content" * 100)
+    for name in ("models/a/weights.safetensors", "objects/ab/no-row", "models/é/x y.json"):
         (luthier_home / name).parent.mkdir(parents=True, exist_ok=True)
         (luthier_home / name).write_bytes(name.encode() * 100)
     (luthier_home / "models" / ".tmp-half").write_bytes(b"half")
     return luthier_home
+
+
+def put(database: Database, content: bytes, key: str = "key") -> Path:
+    """Let ``key`` of a bucket name ``content``; its file."""
+    objects = Objects(database)
+    if not any(bucket.name == "data" for bucket in objects.buckets(FIRST)):
+        objects.create_bucket(FIRST, "data")
+    with objects.files.begin(FIRST) as file:
+        file.write(content)
+        written = file.finish()
+    objects.put(FIRST, "data", key, written, Described())
+    return objects.files.path(FIRST, written.id)
+
+
+def job_in(state: str, job_id: str) -> Job:
+    return Job(
+        id=job_id, account=FIRST, name=job_id, model_name=job_id, face="native",
+        customization_type="FINE_TUNING", foundation="luthier.tiny", base_model="arn", command="tune",
+        recipe={}, request={}, output=None, validators=[], state=state, failure=None, result=None,
+        time_limit=None, lease=None, lease_ends=None, worker=None, created=now(), modified=now(),
+        started=None, ended=None,
+    )  # fmt: skip
+
+
+def model_of(database: Database, home: Path, name: str, job_id: str | None) -> Path:
+    """A custom model with a row, its files and the folder of its run; the model's folder."""
+    folder = home / "models" / "custom" / "tiny" / name
+    folder.mkdir(parents=True)
+    (folder / "adapter.safetensors").write_bytes(name.encode() * 50)
+    files = {"adapter.safetensors": sha256_of(folder / "adapter.safetensors")}
+    write_json(folder / "luthier.json", {"id": f"tiny:{name}", "parent": None, "files": files})
+    write_json(home / "runs" / "tiny" / name / "result.json", {})
+    with database.write() as session:
+        session.add(
+            CustomModel(
+                id=name, account=FIRST, name=name, foundation="luthier.tiny", root="", base_model="",
+                stored_id=f"tiny:{name}", job_id=job_id, openai_id=None, status=ACTIVE, failure=None,
+                details={}, created=now(),
+            )
+        )  # fmt: skip
+    return folder
 
 
 def restored_secret(home: Path) -> str:
@@ -47,11 +104,16 @@ def restored_secret(home: Path) -> str:
 def test_there_and_back(database: Database, store: Path, tmp_path: Path) -> None:
     made = backup(database, store, tmp_path / "backup", with_key=True)
     assert (made.files, made.database, made.key) == (4, True, True)
+    assert (made.damaged, made.unread) == ((), 0)
     home = tmp_path / "other"
     assert restore(tmp_path / "backup", home).files == 4
     assert restored_secret(home) == "the-secret"
     assert (home / "models/é/x y.json").read_bytes() == (store / "models/é/x y.json").read_bytes()
-    assert not list(home.rglob(".tmp-*"))
+    assert not list(home.rglob(".tmp-*")) and not list(store.glob(".tmp-*"))
+    # Of objects there is what rows name, and nothing else.
+    assert [path.read_bytes() for path in (home / "objects").rglob("*") if path.is_file()] == [
+        b"the content" * 100
+    ]
     for key in (home / "server.key", tmp_path / "backup" / "server.key"):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
 
@@ -135,8 +197,6 @@ def test_a_database_that_does_not_hold_together(
     database: Database, store: Path, tmp_path: Path
 ) -> None:
     backup(database, store, tmp_path / "backup")
-    from luthier.files import sha256_of
-
     copy = tmp_path / "backup" / "luthier.db"
     copy.write_bytes(copy.read_bytes()[:4096] + b"\xff" * 8192)
     manifest = json.loads((tmp_path / "backup" / "backup.json").read_text())
@@ -155,3 +215,234 @@ def test_the_service_goes_on(database: Database, store: Path, tmp_path: Path) ->
     with copy.read() as session:
         assert [user.name for user in principals.users(session)] == ["root"]
     copy.close()
+
+
+def test_what_goes_during_a_backup_is_in_it_with_its_row(
+    database: Database, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(database, store, "job-abc", None)
+    copy_sqlite = backups._copy_sqlite
+
+    def change_meanwhile(*arguments: object) -> None:
+        """Between the moment that is copied and the copy: one goes, one is replaced, one comes."""
+        Objects(database).delete(FIRST, "data", ["key"])
+        put(database, b"later", "replaced")
+        put(database, b"new", "new")
+        (model / "adapter.safetensors").unlink()
+        copy_sqlite(*arguments)  # type: ignore[arg-type]
+
+    put(database, b"earlier", "replaced")
+    monkeypatch.setattr(backups, "_copy_sqlite", change_meanwhile)
+    backup(database, store, tmp_path / "backup")
+    restore(tmp_path / "backup", tmp_path / "other")
+    copy = Database(f"sqlite:///{tmp_path / 'other' / 'luthier.db'}")
+    with copy.read() as session:
+        hashes = set(session.scalars(select(Piece.sha256)))
+    copy.close()
+    found = {sha256_of(p) for p in (tmp_path / "other" / "objects").rglob("*") if p.is_file()}
+    assert hashes == found
+    assert hashes == {
+        hashlib.sha256(each).hexdigest() for each in (b"the content" * 100, b"earlier")
+    }
+    assert (tmp_path / "other/models/custom/tiny/job-abc/adapter.safetensors").is_file()
+
+
+def test_a_store_that_has_lost_files_is_not_backed_up_unless_that_is_allowed(
+    database: Database, store: Path, tmp_path: Path
+) -> None:
+    gone, changed = put(database, b"gone", "gone\x1b[31m"), put(database, b"changed", "changed")
+    gone.unlink()
+    changed.write_bytes(b"CHANGED")
+    model = model_of(database, store, "job-abc", None)
+    (model / "adapter.safetensors").write_bytes(b"other")
+    with pytest.raises(CorruptFile, match="nothing was backed up") as refused:
+        backup(database, store, tmp_path / "backup")
+    for part in ("s3://data/gone", "s3://data/changed", "job-abc/adapter.safetensors"):
+        assert part in str(refused.value)
+    assert not (tmp_path / "backup").exists()
+    made = backup(database, store, tmp_path / "backup", allow_damaged=True)
+    assert len(made.damaged) == 3
+    with pytest.raises(CorruptFile, match=r"is not whole.*s3://data/"):
+        restore(tmp_path / "backup", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert len(restore(tmp_path / "backup", tmp_path / "other", allow_damaged=True).damaged) == 3
+
+
+@pytest.mark.parametrize("lost", ["objects", "models"])
+def test_a_backup_that_lacks_a_file_of_a_row_is_not_restored(
+    database: Database, store: Path, tmp_path: Path, lost: str
+) -> None:
+    """As earlier versions made them: the list of files itself leaves one out."""
+    model_of(database, store, "job-abc", None)
+    source = tmp_path / "backup"
+    backup(database, store, source)
+    manifest = json.loads((source / "backup.json").read_text())
+    names = [
+        name
+        for name in manifest["hashes"]
+        if name.startswith((f"files/{lost}/0", f"files/{lost}/c"))
+    ]
+    for name in names:
+        del manifest["hashes"][name]
+        (source / name).unlink()
+    del manifest["damaged"]
+    (source / "backup.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptFile, match="s3://data/key" if lost == "objects" else "job-abc"):
+        restore(source, tmp_path / "other")
+    assert names and not (tmp_path / "other").exists()
+
+
+def test_work_that_goes_on_is_there_and_what_is_being_removed_is_not(
+    database: Database, store: Path, tmp_path: Path
+) -> None:
+    with database.write() as session:
+        session.add_all(
+            [job_in(RUNNING, "running"), job_in(COMPLETED, "done"), job_in(COMPLETED, "gone")]
+        )
+    model_of(database, store, "job-done", "done")
+    for job in ("running", "done", "gone"):
+        write_json(store / "jobs" / job / "sources.json", {})
+        write_json(store / "runs" / "tiny" / f"job-{job}" / "request.json", {})
+        (store / "jobs" / f"{job}.log").write_text("log")
+    steps = store / "runs" / "tiny" / "job-running" / "checkpoints"
+    for step in ("step-1", "step-2"):
+        write_json(steps / step / "state.json", {"sha256": {"tensors.safetensors": "x"}})
+    (steps / "step-2" / "tensors.safetensors").write_bytes(b"tensors")
+    # A model of which half is removed already, as its record is.
+    model_of(database, store, "job-half", None)
+    with database.write() as session:
+        session.execute(text("DELETE FROM custom_models WHERE name='job-half'"))
+    (store / "models/custom/tiny/job-half/adapter.safetensors").unlink()
+    (store / "encryption.lock").touch()
+    backup(database, store, tmp_path / "backup")
+    files = tmp_path / "backup" / "files"
+    there = {p.relative_to(files).as_posix() for p in files.rglob("*") if p.is_file()}
+    assert {name for name in there if not name.startswith(("objects/", "models/a/", "models/é/"))} == {
+        "jobs/running/sources.json", "jobs/running.log", "jobs/done.log", "jobs/gone.log",
+        "runs/tiny/job-running/request.json",
+        "runs/tiny/job-running/checkpoints/step-2/state.json",
+        "runs/tiny/job-running/checkpoints/step-2/tensors.safetensors",
+        "runs/tiny/job-done/request.json", "runs/tiny/job-done/result.json",
+        "runs/tiny/job-half/result.json",
+        "models/custom/tiny/job-done/adapter.safetensors", "models/custom/tiny/job-done/luthier.json",
+    }  # fmt: skip
+
+
+def test_one_backup_at_a_time(database: Database, store: Path, tmp_path: Path) -> None:
+    with snapshot(database, store), pytest.raises(RunConflict, match="another backup"):
+        backup(database, store, tmp_path / "backup")
+    backup(database, store, tmp_path / "backup")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from luthier.store.database import Database
+from luthier.store.snapshot import snapshot
+database = Database(sys.argv[1])
+if sys.argv[2] == "writers":
+    with database.without_writers():
+        print("here", flush=True)
+        time.sleep(120)
+with snapshot(database, Path(sys.argv[3])):
+    print("here", flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("stage", ["writers", "snapshot"])
+def test_a_backup_that_is_killed_blocks_nobody(
+    database_url: str, luthier_home: Path, tmp_path: Path, stage: str
+) -> None:
+    for database in made_at(database_url):
+        put(database, b"content")
+        command = [sys.executable, "-c", HOLD, database_url, stage, str(luthier_home)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "here\n"
+        written = threading.Event()
+
+        def write(database: Database = database, written: threading.Event = written) -> None:
+            with database.write() as session:
+                append(session, Event("x:one"))
+            written.set()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        # Writers wait while the moment is taken, and no longer.
+        assert written.wait(1.0) == (stage == "snapshot")
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        writer.join(20)
+        assert written.is_set()
+        assert bool(list(luthier_home.glob(".tmp-backup~*"))) == (stage == "snapshot")
+        remove_leftovers(luthier_home)
+        assert not list(luthier_home.glob(".tmp-*"))
+        backup(database, luthier_home, tmp_path / "backup")
+
+
+def test_postgres_is_in_it_as_it_was_at_that_moment(
+    postgres: Postgres, luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres.new_database().replace("postgres@", "postgres:the-secret@")
+    dump = backups._dump_postgres
+    run = subprocess.run
+
+    def no_secrets(command: list[str], **options: object) -> object:
+        assert not any("the-secret" in each for each in command)
+        return run(command, **options)  # type: ignore[call-overload]
+
+    def change_meanwhile(database: Database, *arguments: object) -> None:
+        Objects(database).delete(FIRST, "data", ["key"])
+        put(database, b"new", "new")
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "run", no_secrets)
+            dump(database, *arguments)  # type: ignore[arg-type]
+
+    for database in made_at(url):
+        put(database, b"content")
+        monkeypatch.setattr(backups, "_dump_postgres", change_meanwhile)
+        made = backup(database, luthier_home, tmp_path / "backup")
+        assert made.database and (tmp_path / "backup" / "luthier.pgdump").is_file()
+    home, empty = tmp_path / "other", postgres.new_database()
+    with pytest.raises(RefusedInput, match="pg_restore"):
+        restore(tmp_path / "backup", home)
+    restored = Database(empty)
+    with pytest.raises(RefusedInput, match="has no tables"):
+        restore(tmp_path / "backup", home, restored)
+    subprocess.run(
+        ["pg_restore", f"--dbname={empty}", str(tmp_path / "backup" / "luthier.pgdump")], check=True
+    )
+    assert restore(tmp_path / "backup", home, restored).database
+    with restored.read() as session:
+        assert session.scalars(select(Piece.sha256)).all() == [
+            hashlib.sha256(b"content").hexdigest()
+        ]
+    assert [p.read_bytes() for p in home.rglob("*") if p.is_file()] == [b"content"]
+    with restored.write() as session:
+        session.execute(text("UPDATE object_pieces SET sha256='x'"))
+    with pytest.raises(CorruptFile, match="s3://data/key"):
+        restore(tmp_path / "backup", tmp_path / "third", restored)
+    restored.close()
+
+
+def test_files_of_an_encrypted_store_are_compared_where_its_key_is_given(
+    database: Database, luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = bytes(range(32))
+    monkeypatch.setenv(keys.ENVIRONMENT, base64.b64encode(key).decode())
+    keys.begin(key)
+    try:
+        path = put(database, b"content")
+        assert b"content" not in path.read_bytes()
+        assert backup(database, luthier_home, tmp_path / "whole").unread == 0
+        with database.write() as session:
+            session.execute(text("UPDATE object_pieces SET sha256='x'"))
+        with pytest.raises(CorruptFile, match="s3://data/key"):
+            backup(database, luthier_home, tmp_path / "other")
+        monkeypatch.delenv(keys.ENVIRONMENT)
+        assert backup(database, luthier_home, tmp_path / "unread").unread == 1
+        assert restore(tmp_path / "whole", tmp_path / "home").unread == 1
+    finally:
+        keys.use(None)
+    assert (tmp_path / "home" / "encryption.json").is_file()

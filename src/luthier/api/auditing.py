@@ -15,11 +15,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from luthier.api.wire import Caller
-from luthier.store.audit import Event, append
+from luthier.files import luthier_home
+from luthier.store.audit import MARK, Event, append, write_mark
 from luthier.store.database import Database, now
 
 COUNT_SECONDS = 60.0
-"""How often counts are written."""
+"""How often counts are written, and where the log ends is noted in the store."""
 MOST_COUNTS = 5000
 """Different things that are counted in that time; further addresses are counted together."""
 MOST_WAITING = 20_000
@@ -133,6 +134,7 @@ class Trail:
 
     def _run(self) -> None:
         due = time.monotonic() + self._count_seconds
+        self._mark()
         while True:
             with self._ready:
                 while not (self._waiting or self._closing or time.monotonic() >= due):
@@ -140,11 +142,26 @@ class Trail:
                 taken, self._waiting = self._waiting, []
                 counted: list[Event] = []
                 closing = self._closing
-                if closing or time.monotonic() >= due:
+                minute = closing or time.monotonic() >= due
+                if minute:
                     counted, due = self._counted(), time.monotonic() + self._count_seconds
             self._write(taken, counted)
+            if minute:
+                self._mark()
             if closing and not self._waiting:
                 return
+
+    def _mark(self) -> None:
+        """Note in the store where the log ends."""
+        try:
+            with self._database.read() as session:
+                whole = write_mark(session, luthier_home())
+        except Exception:
+            # The database or the disk is away; the next minute comes.
+            _log.exception("where the audit log ends could not be noted")
+            return
+        if not whole:
+            _log.error("the audit log does not hold what %s notes; see luthier audit verify", MARK)
 
     def _counted(self) -> list[Event]:
         since, self._since = self._since, now()

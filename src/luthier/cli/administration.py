@@ -27,6 +27,10 @@ Role = Annotated[
 Policies = Annotated[
     list[Path] | None, typer.Option("--policy", help="File with an IAM policy document.")
 ]
+AllowDamaged = Annotated[
+    bool,
+    typer.Option("--allow-damaged", help="Go on where files of rows are lost, and list them."),
+]
 FIRST = "000000000000"
 
 
@@ -47,27 +51,36 @@ def backup(
     with_key: Annotated[
         bool, typer.Option("--with-key", help="Put the server's key into it, too.")
     ] = False,
+    allow_damaged: AllowDamaged = False,
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Back up database and store while the service runs."""
+    """Back up database and store while the service runs, and compare every row with its file."""
     from luthier.cli.console import errors, extra
 
     with errors(json_), extra("server"):
         from luthier.cli import principals
 
-        principals.back_up(database, folder, with_key, json_)
+        principals.back_up(database, folder, with_key, allow_damaged, json_)
 
 
 @admin_app.command("restore")
-def restore(folder: Annotated[Path, typer.Argument(help="A backup.")], json_: Json = False) -> None:
-    """Check a backup and restore it into an empty LUTHIER_HOME."""
+def restore(
+    folder: Annotated[Path, typer.Argument(help="A backup.")],
+    allow_damaged: AllowDamaged = False,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Check a backup, with every row and its file, and restore it into an empty LUTHIER_HOME.
+
+    Of a service on PostgreSQL, restore luthier.pgdump by pg_restore before, and give --database.
+    """
     from luthier.cli.console import errors, extra
 
     with errors(json_), extra("server"):
         from luthier.cli import principals
 
-        principals.restore(folder, json_)
+        principals.restore(database, folder, allow_damaged, json_)
 
 
 @accounts_app.command("list")

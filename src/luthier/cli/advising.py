@@ -89,10 +89,11 @@ def recipe_text(fields: dict[str, Any], advice: Advice) -> str:
 
 def show(advice: Advice) -> None:
     """The comparison as tables, and the recommendation below."""
-    from rich.console import Console
     from rich.table import Table
 
-    out = Console(highlight=False)
+    from luthier.cli.console import new_console
+
+    out = new_console(highlight=False)
     facts = advice.facts
     evidence = facts.evidence
     if evidence is not None:

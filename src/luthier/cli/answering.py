@@ -9,8 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from luthier.cli.console import check_output, counting, heavy_imports, note, print_json
+from luthier.cli.console import (
+    check_output,
+    counting,
+    heavy_imports,
+    note,
+    print_json,
+    print_text,
+    stream_text,
+)
 from luthier.errors import DataError, Problem, RecipeError
+from luthier.printable import printable_json
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -47,8 +56,7 @@ def generate(
         print_json({"model": model_id, "prompt": prompt, "completion": completion})
     else:
         for piece in generator.stream(prompt or "", chosen):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            stream_text(piece)
         sys.stdout.write("\n")
 
 
@@ -68,7 +76,7 @@ def _generate_file(
     if target is not None:
         write_bytes(target, "".join(lines).encode())
     elif not as_json:
-        sys.stdout.write("".join(lines))
+        sys.stdout.write(printable_json("".join(lines)))
     if as_json:
         report: dict[str, Any] = {"rows": len(replies), "seconds": time.monotonic() - started}
         report |= {"output": str(target)} if target else {"completions": replies}
@@ -133,7 +141,7 @@ def chat(model_id: str, sampling: Mapping[str, Any]) -> None:
     with heavy_imports():
         generator = Generator.open(find(model_id))
     several = generator.chat.template == "chat"
-    sys.stdout.write(f"{model_id} is ready. An empty line starts anew, Ctrl-D ends.\n")
+    print_text(f"{model_id} is ready. An empty line starts anew, Ctrl-D ends.")
     history: list[Message] = []
     while True:
         try:
@@ -147,8 +155,7 @@ def chat(model_id: str, sampling: Mapping[str, Any]) -> None:
         history = [*history, Message("user", text)] if several else [Message("user", text)]
         reply = ""
         for piece in generator.stream(history, chosen):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            stream_text(piece)
             reply += piece
         sys.stdout.write("\n")
         history.append(Message("assistant", reply))
@@ -208,7 +215,7 @@ def evaluate(
         for name, score in result.scores.items():
             sys.stdout.write(f"{name}: {score:.2%} of {result.rows} rows ({seconds:.0f} s)\n")
         for problem in result.problems[:5]:
-            sys.stdout.write(f"scored 0: {problem}\n")
+            print_text(f"scored 0: {problem}")
         if result.problems:
             sys.stdout.write(f"{len(result.problems)} replies could not be graded and score 0\n")
 

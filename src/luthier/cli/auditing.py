@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from luthier.cli.options import Json, ServiceDatabase
+from luthier.errors import CorruptFile
 
 audit_app = typer.Typer(help="The service's audit log.", no_args_is_help=True)
 
@@ -21,16 +22,21 @@ def audit_verify(
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Check every entry against the chain; ends with 1 where it is broken."""
+    """Check every entry against the chain, and its end against what the store notes; 1 where broken."""
     from luthier.cli.console import errors, extra, note, print_json
 
     with errors(json_), extra("server"):
         from luthier.cli.service import opened
-        from luthier.store.audit import last, verify
+        from luthier.files import luthier_home
+        from luthier.store.audit import last, read_mark, verify
 
+        mark = read_mark(luthier_home())
         with opened(database) as service, service.read() as session:
-            broken = verify(session, noted)
-            number, hash_ = last(session)
+            broken = verify(session, noted, mark)
+            try:
+                number, hash_ = last(session)
+            except CorruptFile:
+                number, hash_ = 0, ""
     if json_:
         found = {"seq": broken.seq, "reason": broken.reason} if broken else None
         print_json({"intact": broken is None, "broken": found, "entries": number, "last": hash_})

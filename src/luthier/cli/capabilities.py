@@ -31,10 +31,11 @@ def show(model: str | None, as_json: bool) -> None:
 
 
 def _show(found: Capabilities) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    out = Console(highlight=False)
+    from luthier.cli.console import new_console
+
+    out = new_console(highlight=False)
     where = "" if found.here else ", not fetched yet"
     free = found.available / 1e9
     out.print(f"\n[bold]{found.model}[/bold]{where}: gigabytes each takes; {free:.1f} GB are free")

@@ -119,10 +119,11 @@ def _clean(
 
 
 def _print(summary: Summary) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    out = Console(highlight=False)
+    from luthier.cli.console import new_console
+
+    out = new_console(highlight=False)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")

@@ -1,4 +1,8 @@
-"""How commands speak: results on standard output, progress on standard error, exit codes."""
+"""How commands speak: results on standard output, progress on standard error, exit codes.
+
+Whatever is printed for people comes through here, and what others wrote of it (keys, names, messages,
+texts of models) is made :func:`~luthier.printable.printable`: no command writes to a terminal itself.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,58 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, LuthierError, RecipeError, RefusedInput
+from luthier.printable import printable, printable_json
 from luthier.setting_names import option, with_setting_names
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def print_json(value: Any) -> None:
     """The one object a command prints with ``--json``."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.write(printable_json(json.dumps(value, ensure_ascii=False)) + "\n")
     sys.stdout.flush()
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Print a result for people."""
+    sys.stdout.write(printable(text) + end)
+
+
+def stream_text(piece: str) -> None:
+    """Print a piece of what a model or a program wrote: as it is into files and pipes."""
+    sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
+    sys.stdout.flush()
+
+
+def new_console(**options: Any) -> Console:
+    """A console of rich; of what it prints nothing but its own styles acts on a terminal."""
+    return _console_class()(**options)
+
+
+@cache
+def _console_class() -> type[Console]:
+    # Rich takes part of a second to import, which most commands do without.
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class PrintableConsole(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                if segment.control:
+                    yield segment
+                else:
+                    yield Segment(printable(segment.text), segment.style)
+
+    return PrintableConsole
 
 
 def measured(name: str, loss: float) -> str:
@@ -30,7 +72,7 @@ def measured(name: str, loss: float) -> str:
 
 def note(text: str) -> None:
     """Tell people something on standard error."""
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
 
 
@@ -86,8 +128,7 @@ def _fail(error: LuthierError, as_json: bool) -> NoReturn:
                 {name: getattr(problem, name) for name in fields} for problem in error.problems
             ]
         print_json({"error": body})
-    text = with_setting_names(str(error), option)
-    sys.stderr.write(f"luthier: {text}\n".encode("utf-8", "backslashreplace").decode())
+    sys.stderr.write(f"luthier: {printable(with_setting_names(str(error), option))}\n")
     raise typer.Exit(error.exit_code) from error
 
 
@@ -96,9 +137,7 @@ class LiveReporter(Reporter):
 
     def __init__(self, quiet: bool) -> None:
         """``quiet`` keeps standard output free for the result (``--json``)."""
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
+        self.console = new_console(stderr=True)
         self.quiet = quiet
         self._progress: Any = None
         self._task: Any = None
@@ -192,10 +231,9 @@ class LiveReporter(Reporter):
 @contextmanager
 def counting(total: int, text: str) -> Iterator[Any]:
     """A bar for ``total`` things on a terminal; yields a function that takes how many are done."""
-    from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     if not console.is_terminal:
         yield lambda done: None
         return

@@ -54,8 +54,9 @@ def _convert(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    from luthier.cli.console import counting, print_json
+    from luthier.cli.console import counting, print_json, print_text
     from luthier.data.convert import convert as run
+    from luthier.printable import one_line
     from luthier.recipe import parse_columns
 
     with counting(100, "convert") as done:
@@ -66,8 +67,8 @@ def _convert(
     if as_json:
         print_json({**asdict(found), "target": str(target)})
         return
-    typer.echo(f"Recognized: {found.recognized}")
-    typer.echo(f"{found.rows:,} rows written to {target} ({found.format}, {found.form})")
+    print_text(f"Recognized: {found.recognized}")
+    print_text(f"{found.rows:,} rows written to {target} ({found.format}, {found.form})")
     for names, what in ((found.kept, "kept beside the form"), (found.left_out, "left out")):
         if names:
-            typer.echo(f"{what}: {', '.join(names)}")
+            print_text(f"{what}: {', '.join(map(one_line, names))}")

@@ -86,10 +86,11 @@ class HouseStyle(Grader):
 
 
 def _show(model_id: str, scores: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    out = Console(highlight=False)
+    from luthier.cli.console import new_console
+
+    out = new_console(highlight=False)
     out.print(
         f"\n[bold]Unseen customers, the same question to both[/bold]  ({time.strftime('%H:%M')})"
     )

@@ -53,8 +53,8 @@ def recipe_of(
 
 
 def _print(found: Distilled) -> None:
-    from rich.console import Console
+    from luthier.cli.console import new_console
 
     print_result(found.result)
     if insights := found.details.get("insights"):
-        Console(highlight=False).print(f"  insights    {insights['file']}", soft_wrap=True)
+        new_console(highlight=False).print(f"  insights    {insights['file']}", soft_wrap=True)

@@ -154,14 +154,14 @@ def _cost(found: Estimate, prices: PriceTable) -> dict[str, float]:
 
 def show(found: Estimate, prices: PriceTable | None) -> None:
     """Print an estimate."""
-    from rich.console import Console
     from rich.table import Table
 
+    from luthier.cli.console import new_console
     from luthier.engine.actuals import PARTS
     from luthier.planning.deadline import spoken
     from luthier.planning.prices import prices_file
 
-    out = Console(highlight=False)
+    out = new_console(highlight=False)
     out.print(
         f"[bold]{found.objective}[/bold] with [bold]{found.adaptation}[/bold] on "
         f"[bold]{found.base}[/bold]: {found.rows:,} rows, {found.steps:,} steps, "
@@ -221,11 +221,10 @@ def _span(seconds: Interval) -> tuple[str, str]:
 
 
 def _show_plan(found: Estimate, seconds: float, when: str) -> None:
-    from rich.console import Console
-
+    from luthier.cli.console import new_console
     from luthier.planning.deadline import advice, plan, spoken
 
-    planned, out = plan(found, seconds), Console(highlight=False)
+    planned, out = plan(found, seconds), new_console(highlight=False)
     if planned.fits:
         left = spoken(seconds - planned.needed)
         out.print(f"[bold green]{when}[/bold green]: all of it fits, with {left} to spare")
@@ -244,12 +243,12 @@ def show_history(as_json: bool) -> None:
     if as_json:
         print_json(told)
         return
-    from rich.console import Console
     from rich.table import Table
 
+    from luthier.cli.console import new_console
     from luthier.planning.deadline import spoken
 
-    out = Console(highlight=False)
+    out = new_console(highlight=False)
     if not runs:
         out.print("No run was estimated before it ran. luthier tune DATA --estimate does both.")
         return

@@ -51,13 +51,13 @@ def request_of(
 
 def inspect(request: Request, rows: int, html: Path | None, as_json: bool) -> None:
     """Run the gate, print and write the report, and end with its exit code."""
-    from rich.console import Console
+    from luthier.cli.console import new_console
 
     check_output(html)
     with heavy_imports():
         from luthier.inspection import gate
 
-    note = Console(stderr=True)
+    note = new_console(stderr=True)
 
     def say(text: str) -> None:
         if note.is_terminal:
@@ -75,7 +75,7 @@ def inspect(request: Request, rows: int, html: Path | None, as_json: bool) -> No
     else:
         from luthier.inspection.report_text import show
 
-        show(report, Console(highlight=False), rows)
+        show(report, new_console(highlight=False), rows)
         if html is not None:
             note.print(f"written to {html}", style="dim", markup=False, soft_wrap=True)
     raise typer.Exit(report.exit_code)
@@ -84,11 +84,12 @@ def inspect(request: Request, rows: int, html: Path | None, as_json: bool) -> No
 @contextmanager
 def bar() -> Iterator[Callable[[Progress], None]]:
     """A bar with bytes, rows, problems and time left on a terminal, and nothing elsewhere."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    console = Console(stderr=True)
+    from luthier.cli.console import new_console
+
+    console = new_console(stderr=True)
     if not console.is_terminal:
         yield lambda _: None
         return

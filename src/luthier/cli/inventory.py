@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from luthier.cli.console import LiveReporter, measured, print_json
+from luthier.cli.console import LiveReporter, measured, new_console, print_json, print_text
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import luthier_home
 from luthier.models.catalog import CATALOG, MANIFEST
@@ -39,7 +39,6 @@ def list_models(as_json: bool) -> None:
     if as_json:
         print_json({"base": bases, "custom": custom})
         return
-    from rich.console import Console
 
     table = _table("base model", "parameters", "context", "licence", "here")
     for base in bases:
@@ -49,7 +48,7 @@ def list_models(as_json: bool) -> None:
             continue
         size = f"{base['parameters'] / 1e6:.0f} M"
         table.add_row(str(base["id"]), size, str(base["context"]), str(base["licence"]), here)
-    out = Console()
+    out = new_console()
     out.print(table)
     if custom:
         table = _table("custom model", "learned", "weights", "validation", "created")
@@ -149,10 +148,9 @@ def show(model_id: str, as_json: bool) -> None:
     if as_json:
         print_json(details)
         return
-    from rich.console import Console
     from rich.pretty import Pretty
 
-    Console().print(Pretty(details, expand_all=True))
+    new_console().print(Pretty(details, expand_all=True))
 
 
 def _catalogued(model_id: str) -> StoredModel:
@@ -221,7 +219,7 @@ def pull_model(model_id: str, as_json: bool) -> None:
     if as_json:
         print_json({"id": model.id, "folder": str(model.folder)})
     else:
-        print(f"{model.id} is in {model.folder}")
+        print_text(f"{model.id} is in {model.folder}")
 
 
 def export_model(model_id: str, folder: Path, merged: bool, as_json: bool) -> None:
@@ -233,7 +231,7 @@ def export_model(model_id: str, folder: Path, merged: bool, as_json: bool) -> No
         files = sorted(path.name for path in target.iterdir())
         print_json({"id": model_id, "folder": str(target), "files": files})
     else:
-        print(f"{model_id} was written to {target}")
+        print_text(f"{model_id} was written to {target}")
 
 
 def remove(model_id: str, as_json: bool) -> None:
@@ -269,4 +267,4 @@ def remove(model_id: str, as_json: bool) -> None:
     if as_json:
         print_json({"id": model_id, "removed": True})
     else:
-        print(f"{model_id} is gone")
+        print_text(f"{model_id} is gone")

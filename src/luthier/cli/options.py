@@ -47,6 +47,9 @@ ServiceDatabase = Annotated[
     typer.Option(
         "--database",
         metavar="URL",
-        help="The service's database; the one in LUTHIER_HOME if not given.",
+        # As the server has it: in a container with PostgreSQL a command would make another one.
+        envvar="LUTHIER_DATABASE",
+        show_envvar=False,
+        help="The service's database; LUTHIER_DATABASE, or the one in LUTHIER_HOME, if not given.",
     ),
 ]

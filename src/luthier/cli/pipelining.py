@@ -35,17 +35,18 @@ def pipeline(file: Path, check: bool, as_json: bool) -> None:
 
 
 def _print_plan(stages: Pipeline) -> None:
-    from rich.console import Console
+    from luthier.cli.console import new_console
 
-    out = Console(highlight=False)
+    out = new_console(highlight=False)
     for number, stage in enumerate(stages.stages, 1):
         needs = f"  [dim]from {', '.join(stage.after)}[/dim]" if stage.after else ""
         out.print(f"{number}. [bold]{stage.name}[/bold] → {stage.model_id}{needs}", soft_wrap=True)
 
 
 def _print_outcomes(outcomes: list[Outcome]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from luthier.cli.console import new_console
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("stage", "model", "steps", "validation", "time"):
@@ -54,7 +55,7 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         model = f"[bold green]{outcome.model_id}[/bold green]"
         table.add_row(outcome.stage, model, *_cells(outcome))
-    out = Console(highlight=False)
+    out = new_console(highlight=False)
     out.print()
     out.print(table)
 

@@ -9,8 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.console import check_output, counting, heavy_imports, print_json
+from luthier.cli.console import (
+    check_output,
+    counting,
+    heavy_imports,
+    print_json,
+    print_text,
+)
 from luthier.errors import DataError, Problem, RecipeError
+from luthier.printable import printable_json
 from luthier.types import Row
 
 if TYPE_CHECKING:
@@ -47,9 +54,9 @@ def predict(
         report: dict[str, Any] = {"model": model_id, "rows": len(rows), "seconds": seconds}
         print_json(report | ({"output": str(target)} if target else {"answers": answers}))
     elif source is None:
-        sys.stdout.write(_shown(_given(rows[0]), answers[0]))
+        print_text(_shown(_given(rows[0]), answers[0]), end="")
     elif target is None:
-        sys.stdout.write("".join(lines))
+        sys.stdout.write(printable_json("".join(lines)))
 
 
 def evaluate(
@@ -103,8 +110,8 @@ def _report(
         print_json({"model": stored.id, "rows": len(rows), "scores": found, "seconds": seconds})
         return
     for name, score in found.items():
-        sys.stdout.write(f"{name}: {score:.4f}\n")
-    sys.stdout.write(f"{len(rows)} rows of {data} in {seconds:.0f} s\n")
+        print_text(f"{name}: {score:.4f}")
+    print_text(f"{len(rows)} rows of {data} in {seconds:.0f} s")
 
 
 def read_inputs(source: Path) -> list[Row]:

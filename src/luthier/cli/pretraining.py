@@ -62,9 +62,9 @@ def perplexity(result: Result) -> float | None:
 
 def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
-    from rich.console import Console
+    from luthier.cli.console import new_console
 
-    out = Console(highlight=False)
+    out = new_console(highlight=False)
     held = perplexity(result)
     shown = (
         "" if held is None else f", validation {result.validation_loss:.4f} (perplexity {held:.1f})"

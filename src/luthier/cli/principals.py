@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -11,14 +11,15 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from luthier.cli.console import note, print_json
+from luthier.cli.console import note, print_json, print_text
 from luthier.cli.service import opened, operator, table_of
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.files import luthier_home, read_json
+from luthier.printable import one_line
 from luthier.store import accounts, principals
 from luthier.store import backup as backups
 from luthier.store.audit import Event, append
-from luthier.store.database import now
+from luthier.store.database import Database, now
 from luthier.store.policy_documents import ROLES
 from luthier.store.sealing import Sealing, server_key
 
@@ -184,23 +185,44 @@ def list_roles(as_json: bool) -> None:
     table_of(("role", "effect", "action"), rows)
 
 
-def back_up(url: str | None, folder: Path, with_key: bool, as_json: bool) -> None:
+def back_up(
+    url: str | None, folder: Path, with_key: bool, allow_damaged: bool, as_json: bool
+) -> None:
     """Back up the service."""
+    if url is None and not (luthier_home() / backups.DATABASE).is_file():
+        raise RefusedInput(
+            f"there is no {backups.DATABASE} in {luthier_home()}; give the database of the service by "
+            "--database"
+        )
     with opened(url) as database:
-        made = backups.backup(database, luthier_home(), folder, with_key)
+        made = backups.backup(database, luthier_home(), folder, with_key, allow_damaged)
     if not made.key:
         note(f"  without {backups.KEY}: keep it apart; access keys do not open without it")
-    if not made.database:
-        note("  without the database: PostgreSQL's is backed up by pg_dump")
+    _check_notes(made)
     _done(as_json, folder=str(folder), **asdict(made))
 
 
-def restore(folder: Path, as_json: bool) -> None:
+def restore(url: str | None, folder: Path, allow_damaged: bool, as_json: bool) -> None:
     """Restore a backup into this store."""
-    made = backups.restore(folder, luthier_home())
+    # Only PostgreSQL's: a new database of SQLite would lie in the folder that has to be empty.
+    named = url if url and url.startswith("postgresql") else None
+    with closing(Database(named)) if named else nullcontext() as database:
+        made = backups.restore(folder, luthier_home(), database, allow_damaged)
     if not made.key:
         note(f"  put {backups.KEY} back before the service starts")
+    _check_notes(made)
     _done(as_json, store=str(luthier_home()), **asdict(made))
+
+
+def _check_notes(made: backups.Backup) -> None:
+    """Say what of a backup is not as its rows say, or could not be compared with them."""
+    for each in made.damaged:
+        note(f"  damaged: {each}")
+    if made.unread:
+        note(
+            f"  {made.unread} encrypted files were not compared with their rows: give the key of the "
+            "store for that"
+        )
 
 
 def _document(path: Path) -> Any:
@@ -254,7 +276,6 @@ def _done(as_json: bool, **values: Any) -> None:
     if as_json:
         print_json(values)
         return
-    write: Callable[[str], None] = print
     for name, value in values.items():
-        if value not in (None, "", [], False):
-            write(f"{name:<18} {value}")
+        if value not in (None, "", [], (), False):
+            print_text(f"{name:<18} {one_line(str(value))}")

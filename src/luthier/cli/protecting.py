@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.options import Json, ServiceDatabase
+from luthier.printable import one_line, printable
 
 if TYPE_CHECKING:
     from luthier.jobs.deletion import Deletions
@@ -39,7 +40,7 @@ def rotate(
 
     The old key is given as the service has it: LUTHIER_ENCRYPTION_KEY or LUTHIER_ENCRYPTION_KEY_FILE.
     """
-    from luthier.cli.console import errors, print_json
+    from luthier.cli.console import errors, print_json, print_text
     from luthier.encryption import keys
     from luthier.errors import RefusedInput
 
@@ -51,8 +52,8 @@ def rotate(
         if json_:
             print_json({"current": ring.current, "keys": len(ring.keys)})
         else:
-            print(f"the store is under the new key; data keys: {len(ring.keys)}")
-            print("start every server anew with it")
+            print_text(f"the store is under the new key; data keys: {len(ring.keys)}")
+            print_text("start every server anew with it")
 
 
 @encryption_app.command("open")
@@ -65,6 +66,8 @@ def open_(
 
     with errors(False):
         for piece in pieces_of(file) if is_sealed(file) else opened_lines(file):
+            if sys.stdout.isatty():
+                piece = printable(piece.decode("utf-8", "backslashreplace")).encode()
             sys.stdout.buffer.write(piece)
 
 
@@ -80,7 +83,7 @@ def data_find(
     """Say what there is of training data: objects, copies, jobs, models. Changes nothing."""
     from dataclasses import asdict
 
-    from luthier.cli.console import errors, print_json
+    from luthier.cli.console import errors, print_json, print_text
     from luthier.cli.service import opened, operator, table_of
     from luthier.jobs.deletion import Asked
 
@@ -96,7 +99,7 @@ def data_find(
             return
         table_of(("kind", "name", "size", "sha256"), rows)
         for name, values in named.items():
-            print(f"{name}: {', '.join(values) or 'none'}")
+            print_text(f"{name}: {', '.join(map(one_line, values)) or 'none'}")
 
 
 @data_app.command("delete")
@@ -158,19 +161,20 @@ def _deletions(service: Database, region: str, external: bool) -> Deletions:
 
 
 def _certify(certificate: dict[str, Any], as_json: bool) -> None:
-    from luthier.cli.console import print_json
+    from luthier.cli.console import print_json, print_text
 
     if as_json:
         print_json(certificate)
         return
-    print(f"Certificate of deletion {certificate['deletion']}\n")
+    print_text(f"Certificate of deletion {certificate['deletion']}\n")
     for name in ("account", "user", "at", "verified", "bytes"):
-        print(f"{name:<12} {certificate[name]}")
+        print_text(f"{name:<12} {one_line(str(certificate[name]))}")
     for name in ("data", "jobs", "models_kept", "outside"):
-        print(f"{name:<12} {', '.join(certificate[name]) or 'none'}")
-    print("\nRemoved, and looked for afterwards (SHA-256, bytes, what):")
+        print_text(f"{name:<12} {', '.join(map(one_line, certificate[name])) or 'none'}")
+    print_text("\nRemoved, and looked for afterwards (SHA-256, bytes, what):")
     for item in certificate["removed"]:
-        print(f"{item['sha256']} {item['size']:>12} {item['kind']} {item['name']}")
-    print("\nEntries of the audit log:")
+        name = one_line(item["name"])
+        print_text(f"{item['sha256']} {item['size']:>12} {item['kind']} {name}")
+    print_text("\nEntries of the audit log:")
     for entry in certificate["audit"]:
-        print(f"{entry['seq']:>8} {entry['hash']}")
+        print_text(f"{entry['seq']:>8} {entry['hash']}")

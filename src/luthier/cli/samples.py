@@ -14,6 +14,7 @@ from typing import Any
 from luthier.cli.console import print_json
 from luthier.errors import RecipeError
 from luthier.files import luthier_home
+from luthier.printable import printable
 
 Line = dict[str, Any]
 PARTS = 4
@@ -93,11 +94,12 @@ def length_link(records: Sequence[Line]) -> float | None:
 
 
 def _print(records: Sequence[Line], trend: Sequence[Line], link: float | None, full: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    out = Console(highlight=False)
+    from luthier.cli.console import new_console
+
+    out = new_console(highlight=False)
     table = Table(box=None, expand=True)
     numbers = [name for name in _NUMBERS if any(name in record for record in records)]
     for name in numbers:
@@ -106,7 +108,9 @@ def _print(records: Sequence[Line], trend: Sequence[Line], link: float | None, f
         table.add_column(name, no_wrap=not full, overflow="fold" if full else "ellipsis", ratio=1)
     for record in records:
         texts = [
-            record[name] if full else _one_line(record[name]) for name in ("prompt", "completion")
+            # Escaped before the width of a column is found.
+            printable(record[name] if full else _one_line(record[name]))
+            for name in ("prompt", "completion")
         ]
         cells = ("" if record[n] is None else format(record[n], _NUMBERS[n]) for n in numbers)
         table.add_row(*cells, *map(Text, texts))

@@ -52,9 +52,9 @@ def range_test(data: str, flags: Mapping[str, Any], settings: Sequence[str], as_
     if as_json:
         print_json(asdict(found))
         return
-    from rich.console import Console
+    from luthier.cli.console import new_console
 
-    out = Console(highlight=False)
+    out = new_console(highlight=False)
     out.print(f"learning rate [bold green]{found.suggested:.1e}[/bold green] is suggested")
     out.print(
         f"  the loss falls fastest at {found.steepest:.1e}; a tenth of the rate of the lowest loss "
@@ -70,10 +70,11 @@ def range_test(data: str, flags: Mapping[str, Any], settings: Sequence[str], as_
 
 
 def _print(found: Found) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    out = Console(highlight=False)
+    from luthier.cli.console import new_console
+
+    out = new_console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("trial", justify="right")
     table.add_column("validation", justify="right")

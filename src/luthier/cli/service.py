@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from luthier.printable import one_line
 from luthier.store.database import Database
 
 WIDE = 240
@@ -36,18 +37,19 @@ def operator() -> str:
 
 def table_of(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows for people."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from luthier.cli.console import new_console
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(escape(_text(row.get(column))) for column in columns))
-    out = Console()
+        table.add_row(*(escape(one_line(_text(row.get(column)))) for column in columns))
+    out = new_console()
     # Into a pipe or file nothing has to be broken.
-    (out if out.is_terminal else Console(width=WIDE)).print(table)
+    (out if out.is_terminal else new_console(width=WIDE)).print(table)
 
 
 def _text(value: Any) -> str:

@@ -162,9 +162,9 @@ def _grader(name: str, file: Path) -> dict[str, Any]:
 
 def _tell(addresses: list[str], region: str, issued: Issued | None) -> None:
     """Where it listens, and the first keys, which are told once."""
-    from rich.console import Console
+    from luthier.cli.console import new_console
 
-    out = Console(highlight=False, soft_wrap=True)
+    out = new_console(highlight=False, soft_wrap=True)
     out.print(f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}")
     if issued is None:
         return

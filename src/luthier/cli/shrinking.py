@@ -39,9 +39,9 @@ def student(
         if json_:
             print_json(asdict(made))
             return
-        from rich.console import Console
+        from luthier.cli.console import new_console
 
-        out = Console(highlight=False)
+        out = new_console(highlight=False)
         out.print(
             f"[bold green]{made.model_id}[/bold green] is stored and verified: "
             f"{made.weights / made.teacher_weights:.0%} of the weights of {made.parent}, "

@@ -31,9 +31,9 @@ def split(
 
 
 def _print(record: dict[str, Any], output: Path) -> None:
-    from rich.console import Console
+    from luthier.cli.console import new_console
 
-    out = Console(highlight=False)
+    out = new_console(highlight=False)
     for name, part in record["splits"].items():
         out.print(f"  {part['rows']:>9,} rows  {output / part['file']}  ({name})", soft_wrap=True)
     kept = record["kept_together"]

@@ -88,15 +88,14 @@ def fields_of(data: str, flags: Mapping[str, Any], settings: Sequence[str]) -> d
 
 def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
-    from rich.console import Console
-
+    from luthier.cli.console import new_console
     from luthier.store.models import find, objective_of
 
     objective = objective_of(find(result.model_id))
     held, curve = "", objective.measure
     if result.validation_loss is not None:
         held = f", validation {measured(objective.measure, result.validation_loss)}"
-    out = Console(highlight=False)
+    out = new_console(highlight=False)
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
     out.print(
         f"  {result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s; "

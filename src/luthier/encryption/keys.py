@@ -88,6 +88,18 @@ def keyring() -> Keyring | None:
     return _opened(path, path.stat().st_mtime_ns, master)
 
 
+def keys_in(folder: Path) -> Keyring | None:
+    """The keys of the store, or of the copy of one, in ``folder``.
+
+    ``None`` where it is not encrypted, or no master key is given.
+
+    Raises:
+        WrongKey: where another master key is given.
+    """
+    master, path = master_key(), folder / STORE
+    return None if master is None or not path.is_file() else _read(path, master)
+
+
 def keys_for(path: Path) -> Keyring | None:
     """What ``path`` is to be encrypted under when it is written: nothing outside of the store."""
     return keyring() if path.is_relative_to(luthier_home()) else None

@@ -88,11 +88,11 @@ class Run:
         """Raise :class:`RunConflict` where a model or a run has the name already."""
         stored = (self.model_folder / MANIFEST).is_file()
         if (self.folder / _REQUEST).is_file():
-            done = "finished" if stored else "unfinished"
-            advice = "" if stored else " --resume goes on with it;"
+            run = "a finished run" if stored else "an unfinished run"
+            advice = "Choose" if stored else "Go on with it by --resume, choose"
             raise RunConflict(
-                f"there is a {done} run {self.model_id} already.{advice} choose another --name, or "
-                f"remove it with `luthier models remove {self.model_id}`"
+                f"there is {run} {self.model_id} already. {advice} another --name, or remove it with "
+                f"`luthier models remove {self.model_id}`"
             )
         if stored:
             raise RunConflict(f"there is a model {self.model_id} already; choose another --name")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from luthier.inspection.shown import printable
+from luthier.printable import printable
 
 
 class Markup(str):

@@ -22,12 +22,12 @@ from luthier.inspection.shown import (
     listed,
     next_steps,
     number,
-    printable,
     runs,
     says,
     short,
     verdict_line,
 )
+from luthier.printable import printable
 from luthier.setting_names import option, with_setting_names
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}

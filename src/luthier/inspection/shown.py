@@ -1,9 +1,8 @@
-"""What the reports for people have in common: text that can be shown, and what to look at first."""
+"""What the reports for people have in common: rows that can be shown, and what to look at first."""
 
 from __future__ import annotations
 
 import shlex
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,32 +13,10 @@ from luthier.inspection import fixes
 from luthier.inspection.findings import Finding, Place
 from luthier.inspection.inspect import Report
 from luthier.inspection.learning import TOO_LONG
+from luthier.printable import printable
 
 TOKENS = 360
 """Tokens of a row that are shown at most; a third from its start, the rest from its end."""
-
-
-def printable(text: str) -> str:
-    """``text`` with what a terminal or a page would act on made visible: escapes, turns of direction.
-
-    Line ends, tabs and the joiners of emoji and scripts stay as they are.
-    """
-    if text.isprintable():
-        return text
-    return "".join(char if _harmless(char) else _escape(char) for char in text)
-
-
-def _harmless(char: str) -> bool:
-    return char.isprintable() or char in "\n\t\u00a0\u3000\u200c\u200d"
-
-
-def _escape(char: str) -> str:
-    code = ord(char)
-    if unicodedata.category(char) == "Zs":
-        return " "
-    return (
-        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
-    )
 
 
 def short(place: Place) -> str:

@@ -1,16 +1,18 @@
-"""What a deletion leaves that a crash cut short between its rows and its files.
+"""What a deletion leaves that a crash cut short between its rows and its files, and a killed backup.
 
 No row names such files any more, so that nobody finds them who looks for the data; the audit log has
-their names, from before the first row went.
+the names of a deletion's, from before the first row went.
 """
 
 from __future__ import annotations
 
 from sqlalchemy import select
 
+from luthier.files import luthier_home
 from luthier.store.audit import AuditEntry
 from luthier.store.database import Database
 from luthier.store.objects import Objects
+from luthier.store.snapshot import remove_leftovers
 
 BEGUN, DONE = "luthier:DeleteData.begun", "luthier:DeleteData.done"
 FILES = "files"
@@ -23,6 +25,7 @@ def finish(database: Database, objects: Objects, account: str | None = None) -> 
     Those that a row names stay: the deletion died before it, or is at work in another server. With an
     ``account``, only of its deletions.
     """
+    remove_leftovers(luthier_home())
     ended = select(AuditEntry.resource).where(AuditEntry.action == DONE, AuditEntry.outcome == "ok")
     begun = select(AuditEntry.account, AuditEntry.details).where(
         AuditEntry.action == BEGUN, AuditEntry.resource.not_in(ended)

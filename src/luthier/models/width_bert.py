@@ -41,8 +41,8 @@ def configure(config: Any, heads: int | None, hidden: int | None) -> None:
     wide = config.hidden_size // config.num_attention_heads
     if heads is not None:
         raise RecipeError(
-            f"the heads of a {config.model_type} fill its width, {wide} channels each: give --hidden "
-            f"{wide * heads} for {heads} of them"
+            f"the heads of this {config.model_type} fill its width, {wide} channels each: give "
+            f"--hidden {wide * heads} for {heads} of them"
         )
     assert hidden is not None
     if hidden % wide or hidden < wide:

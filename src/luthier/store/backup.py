@@ -1,23 +1,38 @@
 """Backup of a running service, and restoring one that was checked.
 
-The database is copied by SQLite's own backup, at one moment, while the service goes on; then the files
-of the store. Files are written before the rows that name them, so that every row of the copy finds its
-files, unless they were deleted during the backup. A PostgreSQL database is backed up by its own tools
-(``pg_dump``), just before; here only the files are.
+A backup is a copy of one :mod:`luthier.store.snapshot`: every file that a row of the database names is
+in it, whatever is written and removed meanwhile. SQLite is copied by its own backup; PostgreSQL by
+``pg_dump``, which is handed the same transaction that the files belong to. In both cases each row is
+compared with its file before the backup has its name, and again before one is restored.
+
+    backup.json     SHA-256 of each file
+    luthier.db      or ``luthier.pgdump``
+    files/          the store
 
 The server's key is left out unless it is asked for: who has both can read the secrets of access keys.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import sqlite3
-from contextlib import closing
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from luthier.errors import CorruptFile, RefusedInput, RunConflict
+from sqlalchemy import URL, create_engine, func, inspect, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from luthier.encryption.chunks import SealedReader
+from luthier.encryption.keys import STORE as ENCRYPTION
+from luthier.encryption.keys import Keyring, keys_in
+from luthier.errors import CorruptFile, LuthierError, RefusedInput, RunConflict
 from luthier.files import (
     hashes_of,
     need_disk,
@@ -27,14 +42,22 @@ from luthier.files import (
     verify,
     write_json,
 )
+from luthier.models.catalog import CATALOG
+from luthier.models.catalog import MANIFEST as MODEL
+from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, now
+from luthier.store.object_files import SEALED, ObjectFiles
+from luthier.store.object_rows import Bucket, Piece, StoredObject, Upload
+from luthier.store.snapshot import OBJECTS, snapshot
 
 MANIFEST = "backup.json"
 DATABASE = "luthier.db"
+DUMP = "luthier.pgdump"
 KEY = "server.key"
 FILES = "files"
 _FORMAT = 1
-_LEFT = (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", KEY)
+_NAMED = 5
+"""So many of the files that are missing are named; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -45,64 +68,120 @@ class Backup:
     size: int
     """Bytes."""
     database: bool
-    """Whether the database is in it; PostgreSQL's is not."""
+    """Whether the database is in it: not in backups of PostgreSQL by earlier versions."""
     key: bool
+    damaged: tuple[str, ...] = ()
+    """What rows name and is missing or changed: only where that was allowed."""
+    unread: int = 0
+    """Encrypted files of objects that were not compared with their rows, for want of the key."""
 
 
-def backup(database: Database, home: Path, target: Path, with_key: bool = False) -> Backup:
-    """Copy the service's state into the new folder ``target``.
+def backup(
+    database: Database,
+    home: Path,
+    target: Path,
+    with_key: bool = False,
+    allow_damaged: bool = False,
+) -> Backup:
+    """Copy the service's state into the new folder ``target``, and compare each row with its file.
+
+    Args:
+        database: of the service.
+        home: its store.
+        target: the new folder.
+        with_key: put the server's key into it, too.
+        allow_damaged: back up a store that has itself lost files of its rows.
 
     Raises:
-        RunConflict: where ``target`` is there already.
+        RunConflict: where ``target`` is there already, or another backup is being taken.
         RefusedInput: where it lies in the store itself.
         DoesNotFit: where its disk is too small.
+        CorruptFile: where a file of a row is missing or changed in the store; there is no backup then.
+        LuthierError: where the database cannot be copied.
     """
     if target.exists():
         raise RunConflict(f"{target} is there already; a backup makes a new folder")
     if home.resolve() in (target.resolve(), *target.resolve().parents):
         raise RefusedInput(f"{target} lies in the store that is to be backed up")
-    sizes = _sizes(home)
-    own = Path(str(database.engine.url.database)) if database.is_sqlite else None
-    need_disk(target, sum(sizes.values()) + (own.stat().st_size if own else 0), "the backup")
-    with new_folder(target) as folder:
-        if own:
-            _copy_database(own, folder / DATABASE)
-        for name in sizes:
-            _copy(home / name, folder / FILES / name)
+    with snapshot(database, home) as taken, new_folder(target) as folder:
+        need_disk(target, _bytes_below(taken.folder) + _database_bytes(database), "the backup")
+        if database.is_sqlite:
+            _copy_sqlite(taken.session, folder / DATABASE)
+            # With this transaction open SQLite's log would grow all the while.
+            taken.session.close()
+        else:
+            _dump_postgres(database, taken.session, folder / DUMP)
+        shutil.copytree(taken.folder, folder / FILES)
+        if (home / ENCRYPTION).is_file():
+            # After the files, it has every key under which they are encrypted.
+            shutil.copyfile(home / ENCRYPTION, folder / FILES / ENCRYPTION)
         hashes = hashes_of(folder)
-        fields = {"format": _FORMAT, "created": now().isoformat(), "hashes": hashes}
-        write_json(folder / MANIFEST, fields)
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if database.is_sqlite:
+            with _copied_rows(folder / DATABASE) as session:
+                found = _check_rows(session, folder, hashes)
+        else:
+            found = _check_rows(taken.session, folder, hashes)
+        if found.damaged and not allow_damaged:
+            raise CorruptFile(
+                f"the store has lost files, and nothing was backed up: {found.listed}. Bring them back "
+                "from an earlier backup or delete what names them; --allow-damaged backs up the rest"
+            )
+        write_json(
+            folder / MANIFEST,
+            {"format": _FORMAT, "created": now().isoformat(), "hashes": hashes,
+             "damaged": list(found.damaged)},
+        )  # fmt: skip
+        size = _bytes_below(folder)
     key = home / KEY
     if with_key and key.is_file():
         with new_file(target / KEY, mode=0o600) as file:
             file.write(key.read_bytes())
-    return Backup(len(hashes), size, own is not None, with_key and key.is_file())
+    return Backup(len(hashes), size, True, with_key and key.is_file(), found.damaged, found.unread)
 
 
-def restore(source: Path, home: Path) -> Backup:
+def restore(
+    source: Path, home: Path, database: Database | None = None, allow_damaged: bool = False
+) -> Backup:
     """Check the backup ``source`` and make ``home`` the store that it was taken of.
+
+    Args:
+        source: folder of the backup.
+        home: of the new store.
+        database: into which PostgreSQL's dump was restored; not needed where the database is SQLite's.
+        allow_damaged: restore what there is of a backup that lacks files of its rows.
 
     Raises:
         RunConflict: where ``home`` holds anything already.
-        CorruptFile: where a file is not the one that was backed up, is missing, or was not in it,
-            or the database does not hold together. Nothing was written then.
+        CorruptFile: where a file is not the one that was backed up, is missing, or was not in it, the
+            database does not hold together, or a row finds no file, or another one. Nothing was
+            written then.
+        RefusedInput: where ``database`` is needed, and not given or empty.
     """
     if home.exists() and any(home.iterdir()):
         raise RunConflict(f"{home} is not empty; restore into a new LUTHIER_HOME")
     hashes = check(source)
-    size = sum((source / name).stat().st_size for name in hashes)
+    with _rows(source, hashes, database) as session:
+        found = _check_rows(session, source, hashes)
+    if found.damaged and not allow_damaged:
+        raise CorruptFile(
+            f"{source} is not whole: {found.listed}. Nothing was restored. Take an earlier backup; "
+            "--allow-damaged restores the rest"
+        )
+    kept = [name for name in hashes if name != DUMP]
+    size = sum((source / name).stat().st_size for name in kept)
     need_disk(home, size, "the restored store")
     with new_folder(home) as folder:
-        for name in hashes:
+        for name in kept:
             plain = PurePosixPath(name)
-            kept = plain.relative_to(FILES) if plain.parts[0] == FILES else plain
-            _copy(source / name, folder / kept)
+            place = folder / (plain.relative_to(FILES) if plain.parts[0] == FILES else plain)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, place)
     key = source / KEY
     if key.is_file():
         with new_file(home / KEY, mode=0o600) as file:
             file.write(key.read_bytes())
-    return Backup(len(hashes), size, DATABASE in hashes, key.is_file())
+    there = DATABASE in hashes or DUMP in hashes
+    return Backup(len(kept), size, there, key.is_file(), found.damaged, found.unread)
 
 
 def check(source: Path) -> dict[str, str]:
@@ -113,7 +192,7 @@ def check(source: Path) -> dict[str, str]:
         raise CorruptFile(f"{source / MANIFEST} is not of a backup that this version reads")
     for name in hashes:
         parts = PurePosixPath(name).parts
-        if not parts or parts[0] not in (FILES, DATABASE) or ".." in parts:
+        if not parts or parts[0] not in (FILES, DATABASE, DUMP) or ".." in parts:
             raise CorruptFile(f"{source / MANIFEST} names {name}, which no backup holds")
     there = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     if strange := there - set(hashes) - {MANIFEST, KEY}:
@@ -122,6 +201,167 @@ def check(source: Path) -> dict[str, str]:
     if DATABASE in hashes:
         _check_database(source / DATABASE)
     return hashes
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What comparing rows with files found."""
+
+    damaged: tuple[str, ...]
+    unread: int
+
+    @property
+    def listed(self) -> str:
+        """The first of them in words."""
+        more = len(self.damaged) - _NAMED
+        text = "; ".join(self.damaged[:_NAMED])
+        return f"{text}; and {more} more" if more > 0 else text
+
+
+def _check_rows(session: Session, folder: Path, hashes: Mapping[str, str]) -> _Findings:
+    """Compare each row of a backup that names a file with that file in ``folder``.
+
+    Args:
+        session: one that reads the rows.
+        folder: of the backup.
+        hashes: SHA-256 of its files by their names, which are right.
+    """
+    damaged: list[str] = []
+    unread = 0
+    ring = keys_in(folder / FILES)
+    for piece, what in _pieces(session):
+        place = ObjectFiles(Path(FILES) / OBJECTS).path(piece.account, piece.id).as_posix()
+        if place not in hashes:
+            damaged.append(f"{what} lacks its file {place}")
+        elif not piece.id.endswith(SEALED):
+            if hashes[place] != piece.sha256:
+                damaged.append(f"{what} has another SHA-256 than its row says ({place})")
+        elif ring is None:
+            unread += 1
+        elif _sealed_sha256(folder / place, ring) != piece.sha256:
+            damaged.append(
+                f"{what} has another SHA-256 than its row says, or does not open ({place})"
+            )
+    damaged += _objects_without_pieces(session)
+    damaged += _damaged_models(session, folder, hashes)
+    return _Findings(tuple(damaged), unread)
+
+
+def _pieces(session: Session) -> Iterator[tuple[Any, str]]:
+    """Rows of files of objects and parts, and what each is of."""
+    wanted = (
+        select(Piece.id, Piece.account, Piece.sha256, Piece.number)
+        .add_columns(Bucket.name, StoredObject.key, Upload.key)
+        .outerjoin(StoredObject, StoredObject.seq == Piece.object_seq)
+        .outerjoin(Upload, Upload.id == Piece.upload_id)
+        .outerjoin(Bucket, Bucket.seq == func.coalesce(StoredObject.bucket_seq, Upload.bucket_seq))
+        .order_by(Piece.id)
+    )  # fmt: skip
+    for row in session.execute(wanted):
+        *_, number, bucket, key, upload = row
+        part = "" if key is not None else f", part {number} of an upload,"
+        yield (
+            row,
+            f"s3://{bucket}/{key if key is not None else upload}{part} of account {row.account}",
+        )
+
+
+def _objects_without_pieces(session: Session) -> Iterator[str]:
+    """Objects whose files are not as long as they are together, by the rows alone."""
+    size = func.coalesce(func.sum(Piece.size), -1)
+    wanted = (
+        select(StoredObject.account, Bucket.name, StoredObject.key)
+        .join(Bucket, Bucket.seq == StoredObject.bucket_seq)
+        .outerjoin(Piece, Piece.object_seq == StoredObject.seq)
+        .group_by(StoredObject.seq, Bucket.name)
+        .having(size != StoredObject.size)
+    )  # fmt: skip
+    for account, bucket, key in session.execute(wanted):
+        yield f"s3://{bucket}/{key} of account {account} lacks some of its files"
+
+
+def _damaged_models(session: Session, folder: Path, hashes: Mapping[str, str]) -> Iterator[str]:
+    """Models, with a row or without one, whose files are not as their manifests say."""
+    manifests = {
+        name: PurePosixPath(name).parent
+        for name in hashes
+        if PurePosixPath(name).match(f"{FILES}/models/base/*/{MODEL}")
+        or PurePosixPath(name).match(f"{FILES}/models/custom/*/*/{MODEL}")
+    }
+    there = set(manifests.values())
+    named = select(CustomModel.name, CustomModel.account, CustomModel.stored_id)
+    for name, account, stored_id in session.execute(named.where(CustomModel.status == ACTIVE)):
+        place = _place_of(str(stored_id))
+        if place is not None and place not in there:
+            yield f"custom model {name} of account {account} lacks its folder {place}"
+    for name, place in sorted(manifests.items()):
+        manifest = read_json(folder / name)
+        files = manifest.get("files", {}) if isinstance(manifest, dict) else None
+        if not isinstance(files, dict):
+            yield f"{name} is not the manifest of a model"
+            continue
+        for file, digest in files.items():
+            if hashes.get((place / file).as_posix()) != digest:
+                yield f"{place / file} is missing, or has another SHA-256 than {name} says"
+        parent = _place_of(str(manifest.get("parent") or ""))
+        if parent is not None and parent not in there:
+            yield f"{place} lacks the model that it was made from, {parent}"
+
+
+def _place_of(stored_id: str) -> PurePosixPath | None:
+    """Folder in a backup of a model that is kept nowhere but in the store."""
+    base, colon, name = stored_id.partition(":")
+    if not base or "/" in stored_id or stored_id in CATALOG:
+        # A local directory, or one that is fetched where it is needed.
+        return None
+    models = PurePosixPath(FILES) / "models"
+    return models / "custom" / base / name if colon else models / "base" / base
+
+
+def _sealed_sha256(path: Path, ring: Keyring) -> str | None:
+    """SHA-256 of the content of an encrypted file; ``None`` where it does not open."""
+    digest = hashlib.sha256()
+    try:
+        with SealedReader(path, ring) as reader:
+            for piece in reader.pieces():
+                digest.update(piece)
+    except CorruptFile:
+        return None
+    return digest.hexdigest()
+
+
+@contextmanager
+def _rows(source: Path, hashes: Mapping[str, str], database: Database | None) -> Iterator[Session]:
+    """A session that reads the rows of a backup: of the copy in it, or of PostgreSQL's ``database``."""
+    if DATABASE in hashes:
+        with _copied_rows(source / DATABASE) as session:
+            yield session
+        return
+    dump = f"pg_restore --dbname=… {source / DUMP}"
+    if database is None or database.is_sqlite:
+        raise RefusedInput(
+            f"{source} was taken of a service on PostgreSQL. Restore its database first ({dump}), and "
+            "give its address by --database: its rows are compared with the files"
+        )
+    if not inspect(database.engine).has_table(Piece.__tablename__):
+        raise RefusedInput(f"the database has no tables of luthier; restore the dump first: {dump}")
+    with database.read() as session:
+        yield session
+
+
+@contextmanager
+def _copied_rows(path: Path) -> Iterator[Session]:
+    """A session that reads a copy of SQLite's database, and leaves it as it is."""
+    # SQLite would write beside it otherwise.
+    address = f"{path.absolute().as_uri()}?immutable=1"
+    engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True))
+    try:
+        with Session(engine) as session:
+            yield session
+    except SQLAlchemyError as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
+    finally:
+        engine.dispose()
 
 
 def _check_database(path: Path) -> None:
@@ -135,29 +375,48 @@ def _check_database(path: Path) -> None:
         raise CorruptFile(f"{path} does not hold together: {found}")
 
 
-def _copy_database(source: Path, target: Path) -> None:
-    with closing(sqlite3.connect(source)) as reader, closing(sqlite3.connect(target)) as writer:
-        reader.backup(writer)
+def _copy_sqlite(session: Session, target: Path) -> None:
+    """Copy the database as the transaction of ``session`` sees it."""
+    source: Any = session.connection().connection.driver_connection
+    with closing(sqlite3.connect(target)) as writer:
+        source.backup(writer)
         # One file, without a log beside it.
         writer.execute("PRAGMA journal_mode=DELETE")
     _check_database(target)
 
 
-def _sizes(home: Path) -> dict[str, int]:
-    """Bytes of each file of the store that is backed up, by its name."""
-    found = {}
-    for path in sorted(home.rglob("*")):
-        name = path.relative_to(home)
-        unfinished = any(part.startswith(".tmp-") for part in name.parts)
-        if path.is_file() and not unfinished and path.suffix != ".lock" and str(name) not in _LEFT:
-            found[name.as_posix()] = path.stat().st_size
-    return found
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _dump_postgres(database: Database, session: Session, target: Path) -> None:
+    """The same by ``pg_dump``, which has to be of the server's version or a later one."""
+    exported = session.scalar(select(func.pg_export_snapshot()))
+    url = database.engine.url
+    # The password stands in no command line, which everybody on the machine can read.
+    address = URL.create(
+        "postgresql", url.username, None, url.host, url.port, url.database, url.query
+    ).render_as_string()
+    environment = {**os.environ, **({"PGPASSWORD": str(url.password)} if url.password else {})}
+    command = [
+        "pg_dump", "--format=custom", "--no-owner", "--no-privileges", f"--snapshot={exported}",
+        f"--file={target}", f"--dbname={address}",
+    ]  # fmt: skip
     try:
-        shutil.copyfile(source, target)
-    except FileNotFoundError:
-        # Deleted since it was listed: the rows that named it were, too.
-        target.unlink(missing_ok=True)
+        done = subprocess.run(
+            command, env=environment, check=False, capture_output=True, text=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        raise LuthierError(
+            "the database is PostgreSQL's, and pg_dump is not installed here: install the client "
+            "programs of PostgreSQL, of the server's version or a later one"
+        ) from error
+    if done.returncode != 0:
+        said = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+        raise LuthierError(f"pg_dump failed: {said}")
+
+
+def _database_bytes(database: Database) -> int:
+    """Bytes of SQLite's file; a dump of PostgreSQL is compressed, and may have any size."""
+    return Path(str(database.engine.url.database)).stat().st_size if database.is_sqlite else 0
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -16,7 +16,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Engine, String, create_engine, event, inspect, make_url
+from sqlalchemy import (
+    JSON,
+    DateTime,
+    Engine,
+    String,
+    create_engine,
+    event,
+    func,
+    inspect,
+    make_url,
+    select,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Session
@@ -29,6 +40,8 @@ from luthier.store.ids import SMALL, random_id
 
 BUSY_SECONDS = 30
 """How long a transaction waits for another one that writes."""
+_WRITERS = 0x6C757474
+"""Key of the lock that writers share on PostgreSQL; :meth:`Database.without_writers` has it alone."""
 
 
 class Moment(TypeDecorator[datetime]):
@@ -129,9 +142,33 @@ class Database:
         with Session(self.engine, expire_on_commit=False) as session:
             if self.is_sqlite:
                 session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                session.execute(select(func.pg_advisory_xact_lock_shared(_WRITERS)))
             # An exception leaves through the session, which rolls back.
             yield session
             session.commit()
+
+    @contextmanager
+    def without_writers(self) -> Iterator[None]:
+        """While the block runs no transaction of :meth:`write` is at work, in any process.
+
+        Writers wait for its end, on SQLite for ``BUSY_SECONDS`` at most: keep it short. The database
+        itself lets them go on when this process ends, however it ends.
+
+        Raises:
+            LuthierError: where others wrote for so long without a pause.
+        """
+        with Session(self.engine) as session:
+            try:
+                if self.is_sqlite:
+                    session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+                else:
+                    session.execute(select(func.pg_advisory_xact_lock(_WRITERS)))
+            except OperationalError as error:
+                raise LuthierError(
+                    f"the database was too busy ({error.orig}); try again when fewer clients write"
+                ) from error
+            yield
 
     @contextmanager
     def read(self) -> Iterator[Session]:

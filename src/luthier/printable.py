@@ -1,0 +1,55 @@
+"""Text that others wrote, for people to read: what a terminal or a page would act on is made visible.
+
+Keys, names, messages and what a model writes may hold escape sequences, which move the cursor, change
+what stands on the screen or answer in the user's name, and turns of direction, which show other words
+than there are. Everything that a command prints goes through here (``luthier.cli.console``), and what
+a report shows.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_KEPT = "\n\t\u00a0\u3000\u200c\u200d"
+"""Line ends, tabs, and the joiners of emoji and scripts."""
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters, escapes and turns of direction as ``\\x1b`` or ``\\u202e``.
+
+    Line ends, tabs and the joiners of emoji and scripts stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if _harmless(char) else _visible(char) for char in text)
+
+
+def one_line(text: str) -> str:
+    """The same for a name or a cell of a table: line ends and tabs are made visible, too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def printable_json(text: str) -> str:
+    """A document of JSON with the same characters as ``\\u009b``; its values stay the same."""
+    if text.isprintable():
+        return text
+    return "".join(char if _harmless(char) else _in_json(char) for char in text)
+
+
+def _harmless(char: str) -> bool:
+    return char.isprintable() or char in _KEPT
+
+
+def _visible(char: str) -> str:
+    code = ord(char)
+    if unicodedata.category(char) == "Zs":
+        return " "
+    return (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    )
+
+
+def _in_json(char: str) -> str:
+    units = char.encode("utf-16-be", "surrogatepass").hex()
+    return re.sub("(....)", r"\\u\1", units)

@@ -1,0 +1,112 @@
+"""What others wrote acts on no terminal, whichever way a command prints it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from principals_of import FIRST
+from rich.progress import Progress
+from rich.table import Table
+from typer.testing import CliRunner
+
+from luthier.cli import console
+from luthier.cli.auditing import audit_app
+from luthier.cli.service import table_of
+from luthier.engine.metrics import MetricsFile
+from luthier.errors import RefusedInput
+from luthier.store.audit import Event, append
+from luthier.store.database import Database
+
+HOSTILE = "key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\r\u2066\U000e0041"
+VISIBLE = r"key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\x0d\u2066" + r"\U000e0041"
+
+
+def acts(text: str) -> set[str]:
+    """Characters of ``text`` that a terminal acts on."""
+    return {char for char in text if not char.isprintable()} - {"\n"}
+
+
+def test_the_audit_log_is_a_line_for_each_entry(database: Database) -> None:
+    with database.write() as session:
+        append(session, Event("s3:PutObject", f"b/{HOSTILE}\n9 forged", account=FIRST, user="ann"))
+    done = CliRunner().invoke(audit_app, ["list"])
+    assert not acts(done.stdout) and r"key\x1b[2J" in done.stdout
+    assert len(done.stdout.splitlines()) == 2 and r"\n9 forged" in done.stdout
+    listed = json.loads(CliRunner().invoke(audit_app, ["list", "--json"]).stdout)
+    assert HOSTILE.replace("\0", "\ufffd") in listed["entries"][0]["resource"]
+
+
+def test_every_way_to_print(capsys: pytest.CaptureFixture[str]) -> None:
+    console.note(HOSTILE)
+    console.print_text(HOSTILE)
+    console.print_json({"value": HOSTILE})
+    table_of(("name",), [{"name": f"{HOSTILE}\nsecond"}])
+    with pytest.raises(typer.Exit), console.errors(False):
+        raise RefusedInput(f"there is no {HOSTILE}")
+    printed = capsys.readouterr()
+    assert not acts(printed.out + printed.err)
+    assert printed.err == f"{VISIBLE}\nluthier: there is no {VISIBLE}\n"
+
+
+def test_a_console_has_its_own_styles_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = io.StringIO()
+    out = console.new_console(file=shown, force_terminal=True, width=200)
+    table = Table(HOSTILE)
+    table.add_row(f"[bold]{HOSTILE}[/bold]")
+    out.print(table)
+    out.print(HOSTILE, markup=False)
+    with Progress(console=out) as progress:
+        progress.add_task(HOSTILE, total=1)
+    text = shown.getvalue()
+    assert "\x1b[1m" in text
+    for part in ("\x1b[2J", "\x1b]0", "\x9b", "\u202e", "\x07", "\x00"):
+        assert part not in text
+    assert r"\x1b[2J" in text
+
+
+WRITE = """
+from luthier.cli.console import stream_text
+for piece in {pieces!r}:
+    stream_text(piece)
+"""
+
+
+def test_a_models_text_is_as_it_is_but_on_a_terminal() -> None:
+    """An escape sequence in two pieces, too; line ends and tabs stay."""
+    pieces = ["one\n\ttwo \x1b", "[31m \x9b1m \u202e", "end"]
+    command = [sys.executable, "-c", WRITE.format(pieces=pieces)]
+    piped = subprocess.run(command, capture_output=True, check=True, timeout=60)
+    assert piped.stdout.decode() == "".join(pieces)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdout=theirs)
+    assert process.wait(60) == 0
+    os.close(theirs)
+    shown = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert shown.replace("\r\n", "\n") == "one\n\ttwo \\x1b[31m \\x9b1m \\u202eend"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_samples(luthier_home: Path, capsys: pytest.CaptureFixture[str], full: bool) -> None:
+    from luthier.cli import samples
+
+    folder = luthier_home / "runs" / "tiny" / "one"
+    folder.mkdir(parents=True)
+    record: dict[str, Any] = {"step": 1, "line": 1, "tokens": 3, "reward": 1.0}
+    MetricsFile(folder / "samples.jsonl").append(
+        {**record, "prompt": "\x1b[2J", "completion": "\x9b\u202e \x1b]0;x"}
+    )
+    samples.show("tiny:one", 5, 5, False, full, False)
+    out = capsys.readouterr().out
+    assert not acts(out) and r"\x1b[2J" in out and r"\x9b\u202e" in out

@@ -1,0 +1,30 @@
+"""Text of others: what would act on a terminal or a page is seen, and the rest is as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from luthier.printable import one_line, printable, printable_json
+
+HOSTILE = "key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\r\u2066\U000e0041"
+VISIBLE = r"key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\x0d\u2066" + r"\U000e0041"
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [("a\tb\nc", "a\tb\nc"), ("\x1b[0m", "\\x1b[0m"), ("a\u2028b", "a\\u2028b"), ("ệ 👩‍🔬", "ệ 👩‍🔬"),
+     ("\u202e", "\\u202e"), ("a\u2003b", "a b"), ("\U000e0041", "\\U000e0041")],
+)  # fmt: skip
+def test_what_would_act_is_shown(text: str, safe: str) -> None:
+    assert printable(text) == safe
+
+
+def test_forms() -> None:
+    assert printable(HOSTILE + "\n\té你 👩‍🔧") == VISIBLE + "\n\té你 👩‍🔧"
+    assert one_line("two\nlines\tand\x1b") == r"two\nlines\tand\x1b"
+    assert printable("\ud800") == r"\ud800"
+    document = printable_json(json.dumps({"a": HOSTILE, "b": "\ud800 é"}, ensure_ascii=False))
+    assert document.isprintable()
+    assert json.loads(document) == {"a": HOSTILE, "b": "\ud800 é"}
