@@ -46,8 +46,8 @@ from luthier.api.sending import (
 )
 from luthier.api.threads import FairSlots, FairThreads, Threads
 from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
+from luthier.cancellation import cancelled_by
 from luthier.errors import ReadOnlyDisk, RefusedInput
-from luthier.serving.stream import attended
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
@@ -318,7 +318,7 @@ class Application:
         """What a model may write for, and stops writing for when the client hangs up."""
         attendant = Attendant(receive, self._wait)
         try:
-            with attended(attendant.take):
+            with cancelled_by(attendant.take):
                 answer = await self._run(work)
         except Fault as fault:
             if await attendant.end():

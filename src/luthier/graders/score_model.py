@@ -116,7 +116,8 @@ class ScoreModel(AskedModel, Grader):
         scope, low_high = scope_of(answer), self.range
         turns = [
             Message(
-                "system" if turn.role == "developer" else turn.role, filled(turn.content, scope)
+                "system" if turn.role == "developer" else turn.role,
+                filled(turn.content, scope, answer),
             )
             for turn in self.input
         ]

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.cancellation import cancellable
 from luthier.engine.memory import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request, TooLong
 from luthier.serving.memory import CacheBudget
-from luthier.serving.stream import Stream, begun
+from luthier.serving.stream import Stream
 from luthier.types import Row
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class ModelPool:
             self._release(entry)
             raise
         stream.at_end(lambda: self._release(entry))
-        return begun(stream)
+        return cancellable(stream)
 
     def count(self, model_id: str, prompt: Prompt) -> int:
         """Tokens of ``prompt`` as the model reads it."""
