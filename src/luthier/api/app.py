@@ -128,12 +128,17 @@ class Application:
         observer: Observer,
         trail: Audits,
         ready: Callable[[], str | None],
+        grading_requests: int = 4,
     ) -> None:
-        """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing."""
+        """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing.
+
+        ``grading_requests`` work on graders at once.
+        """
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
         self.observer, self.trail, self.ready = observer, trail, ready
         self._run, self._wait = Threads(THREADS, "request"), Threads(STREAMS, "stream")
         self._turns = FairSlots(LONG, int(LONG * SHARE))
+        self._gradings = FairSlots(grading_requests, max(1, grading_requests // 2))
         self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
         self._transfers = FairThreads(TRANSFERS, int(TRANSFERS * SHARE), "transfer")
 
@@ -267,14 +272,15 @@ class Application:
         if route is not None and route.sink is not None:
             return await self._upload(head, receive, limit, route, seen, signed)
         body = await read_body(head, receive, limit)
-        if route is not None and route.long:
+        if route is not None and (route.long or route.grading):
             if signed is None:
                 signed = await self._run(self.authenticator.authenticate, head, body)
             account = signed.caller.account
             seen.let_in(seen.face, signed.caller)
             seen.operation = route.operation
             work = partial(self._work, head, body, route, unknown, seen, signed)
-            async with self._turns.turn(account):
+            turns = self._gradings if route.grading else self._turns
+            async with turns.turn(account):
                 answer = await self._attended(work, receive, seen)
             await self._hold(answer, account, held)
             return answer

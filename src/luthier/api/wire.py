@@ -224,6 +224,8 @@ class Route:
     """Bytes of a body at most; a larger one is refused before it is read whole."""
     long: bool = False
     """Whether it takes a model's time: such requests take turns, account by account."""
+    grading: bool = False
+    """Whether it works on a grader: such requests have turns of their own, few at once."""
     sink: Callable[[Call], AbstractContextManager[Sink]] | None = None
     """Of a route whose body may be large: opens what takes it piece by piece, in threads, before any of
     it is read. May raise :class:`Fault`, and so may its ``write``."""
