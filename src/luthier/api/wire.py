@@ -29,6 +29,10 @@ from luthier.errors import (
     WrongState,
 )
 from luthier.files import Sink
+from luthier.graders.json_schema import depth_of
+
+JSON_DEPTH = 200
+"""Levels of objects and lists in a body."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ class Call:
         """
         try:
             found = json.loads(self.body, parse_constant=_not_finite) if self.body.strip() else None
+            if self.body.count(b"[") + self.body.count(b"{") > JSON_DEPTH:
+                _check_depth(found)
             if b"\\u" in self.body:
                 _check_text(found)
         except RecursionError:
@@ -121,6 +127,12 @@ class Call:
 
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what can be read, and not written again by code that calls itself for each level."""
+    if depth_of(value) > JSON_DEPTH:
+        raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
 
 
 def _check_text(value: Any) -> None:
