@@ -21,7 +21,7 @@ def check_pattern(pattern: str) -> str:
     except RecursionError as error:
         raise ValueError("the pattern is nested too deeply") from error
     except regex.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{pattern[:200]!r} is no regular expression: {error}") from error
     return pattern
 
 

@@ -249,6 +249,8 @@ class ConfinedProcess:
         if status == -signal.SIGXCPU:
             seconds = READ_SECONDS if reading else self._seconds
             why = f"takes more than {seconds} seconds of processor time"
+        elif status == -signal.SIGABRT:
+            why = "takes more memory than it may have"  # libraries in Rust and C++ end so
         elif status is None:
             why = f"has not answered after {waited:.0f} seconds"
         else:

@@ -54,7 +54,8 @@ class ConfinedWork:
             with self._process() as process:
                 return process.ask(call, **given)
         except RecipeError as error:
-            raise TakesTooMuch(str(error)) from error
+            text = str(error)
+            raise TakesTooMuch(f"{text[:1].upper()}{text[1:]}.") from error
 
     def close(self) -> None:
         """End the processes that wait; the others end with their work."""

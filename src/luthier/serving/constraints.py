@@ -121,7 +121,7 @@ class SchemaTrials:
         try:
             error: str = self._work.ask("grammar", grammar=grammar)
         except TakesTooMuch as refused:
-            return f"{str(refused).capitalize()}. Use a simpler one."
+            return f"{refused} Use a simpler one."
         finally:
             self._turns.release()
         return _refusal(error) if error else ""

@@ -122,9 +122,9 @@ class Graders:
         try:
             score, parts, trouble = graded_once(grader, sample)
         except TakesTooMuch as refused:
-            raise invalid(f"{str(refused).capitalize()}.", "grader", "invalid_grader") from refused
+            raise invalid(str(refused), "grader", "invalid_grader") from refused
         if trouble is not None and trouble.rule == TOO_LONG:
-            raise invalid(trouble.message.capitalize(), "grader", "invalid_grader")
+            raise invalid(f"The grader refuses this: {trouble.message}", "grader", "invalid_grader")
         return HttpAnswer.of(
             {
                 "reward": score,
@@ -186,7 +186,7 @@ def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[st
     try:
         graders_named({"grader": fields})
     except RecipeError as error:
-        raise invalid(str(error), where, "invalid_grader") from error
+        raise invalid(" ".join(str(error).split()), where, "invalid_grader") from error
     return fields
 
 
