@@ -20,6 +20,8 @@ import psutil
 import pytest
 from luthier_server import KEYS, ONE, OTHER, Served, home_with_tiny, until
 
+pytestmark = pytest.mark.slow
+
 MOST_GROWTH = 400 << 20
 """Bytes that the server and its processes may grow by, all attacks together."""
 RUN, CHAT = "/v1/fine_tuning/alpha/graders/run", "/v1/chat/completions"

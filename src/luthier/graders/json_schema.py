@@ -60,11 +60,13 @@ class JsonSchema(Grader):
                 "ever. Name the keys under properties, or bound them with propertyNames and pattern"
             )
         try:
-            type(self._validator).check_schema(schema)
             for pattern in _patterns(schema):
                 check_pattern(pattern)
+            type(self._validator).check_schema(schema)
         except ValueError as error:
             raise RecipeError(f"grader `json_schema`: {error}") from error
+        except RecursionError as error:
+            raise RecipeError("grader `json_schema`: a pattern is nested too deeply") from error
         except SchemaError as error:
             where = "/".join(map(str, error.absolute_path)) or "the top"
             raise RecipeError(

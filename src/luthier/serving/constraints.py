@@ -154,7 +154,7 @@ class Constraints:
             InferenceRefused: as :meth:`schema`.
         """
         for tool in tools:
-            _check_depth(tool.parameters)
+            check_depth(tool.parameters)
         if len(tools) == 1:
             schema = _call(tools[0], "#")
         else:
@@ -221,7 +221,7 @@ def _grammar(schema: Mapping[str, Any]) -> str:
 
     if not isinstance(schema, Mapping):
         raise InferenceRefused("A JSON schema is an object.", "schema")
-    _check_depth(schema)
+    check_depth(schema)
     try:
         grammar: str = LLMatcher.grammar_from_json_schema(dict(schema), None, _FORM)
     except (ValueError, TypeError, RecursionError) as error:
@@ -230,7 +230,8 @@ def _grammar(schema: Mapping[str, Any]) -> str:
     return grammar
 
 
-def _check_depth(schema: Any) -> None:
+def check_depth(schema: Any) -> None:
+    """Refuse a schema that is nested too deeply to be read."""
     if depth_of(schema) > DEPTH:
         raise InferenceRefused(f"The JSON schema is nested deeper than {DEPTH} levels.", "schema")
 

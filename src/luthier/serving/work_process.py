@@ -68,23 +68,27 @@ def _grade(grader: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> d
     """Scores of ``answers``, and why some have none."""
     from dataclasses import astuple
 
-    from luthier.graders import Answer, grader_from
+    from luthier.graders import Answer, Grader, grader_from
     from luthier.graders.running import attempt
     from luthier.types import Row
 
-    scores, troubles = attempt(
-        grader_from(grader),
-        [
-            Answer(
-                (),
-                each["reply"],
-                None,
-                Row("item", 1, members=each["members"]),
-                each["text_characters"],
-            )
-            for each in answers
-        ],
-    )
+    made: Grader = grader_from(grader)
+    several = [
+        Answer(
+            (),
+            each["reply"],
+            None,
+            Row("item", 1, members=each["members"]),
+            each["text_characters"],
+        )
+        for each in answers
+    ]
+    try:
+        return {"scores": made.grade(several), "troubles": []}
+    except MemoryError:
+        raise  # a limit of this process, and no fault of the row
+    except Exception:
+        scores, troubles = attempt(made, several)
     return {"scores": scores, "troubles": [[i, *astuple(each)] for i, each in troubles.items()]}
 
 
