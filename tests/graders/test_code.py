@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from luthier.cancellation import Cancellable, cancelled_by
 from luthier.errors import GradingFailed, RecipeError, RowRefused
 from luthier.graders import Answer, Code, graded, sandbox
 from luthier.graders.code import code_of
@@ -160,6 +162,26 @@ def test_hostile_code_scores_0_within_its_limits(name: str) -> None:
             "assert libc.unshare(0x10000000) and libc.chroot(b'/') and libc.mount(0, b'/', 0, 0, 0)",
             id="no way to privileges",
         ),
+        pytest.param(
+            "import errno, socket\n"
+            "def refused(family, kind):\n"
+            "  try: socket.socket(family, kind).close()\n"
+            "  except OSError as error: return error.errno == errno.EAFNOSUPPORT\n"
+            "  return False\n"
+            "kinds = [1, 2, 3, 5, socket.SOCK_STREAM | socket.SOCK_CLOEXEC]",
+            "assert all(refused(f, k) for f in range(64) for k in kinds if f not in (1, 2, 10))\n"
+            "a, b = socket.socketpair()\na.send(b'x')\nassert b.recv(1) == b'x'\n"
+            "socket.socket(socket.AF_INET).close()",
+            id="sockets of listed families alone",
+        ),
+        pytest.param(
+            "import ctypes, mmap, os\nlibc = ctypes.CDLL(None, use_errno=True)",
+            "try: os.memfd_create('x')\nexcept OSError as error: assert error.errno == 38\n"
+            "else: raise AssertionError\n"
+            "assert libc.shmget(0, 1 << 20, 0o1600) == -1 and ctypes.get_errno() == 38\n"
+            "assert libc.syscall(425, 1, 0) == -1 and ctypes.get_errno() == 38",
+            id="no memory outside of processes",
+        ),
     ],
 )
 def test_what_the_sandbox_keeps_from_code(
@@ -172,6 +194,58 @@ def test_what_the_sandbox_keeps_from_code(
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         assert passes(code, tests.replace("PORT", port), LIMITS)
+    assert left_over() == []
+
+
+EIGHT = """
+import os, time
+for number in range(8):
+    if os.fork() == 0:
+        if os.fork() == 0:
+            os.setsid()
+            taken = bytearray({each} << 20)
+            for place in range(0, len(taken), 4096):
+                taken[place] = 1
+            open(f"done-{{number}}", "w").close()
+            time.sleep(30)
+        os._exit(0)
+    os.wait()
+while len(os.listdir(".")) < 8:
+    time.sleep(0.05)
+"""
+
+
+@isolated
+@pytest.mark.parametrize(("each", "passed"), [(8, True), (100, False)])
+def test_memory_is_limited_in_all(each: int, passed: bool) -> None:
+    """Daemons in sessions of their own, each of which may have as much."""
+    started = time.monotonic()
+    assert passes(EIGHT.format(each=each), "pass", Limits(seconds=30, memory_mb=256)) is passed
+    assert time.monotonic() - started < 25
+    assert left_over() == []
+
+
+@isolated
+def test_what_processes_share_counts_once() -> None:
+    code = (
+        "import os, time\nx = bytearray(120 << 20)\n"
+        "for place in range(0, len(x), 4096): x[place] = 1\n"
+        "for _ in range(6):\n  if os.fork() == 0:\n    time.sleep(1)\n    os._exit(0)\n"
+        "for _ in range(6): os.wait()"
+    )
+    assert passes(code, "pass", Limits(seconds=20, memory_mb=256))
+
+
+@isolated
+def test_a_sandbox_ends_when_nobody_waits_for_it() -> None:
+    uses: list[Cancellable] = []
+    started = time.monotonic()
+    with cancelled_by(uses.append):
+        timer = threading.Timer(1, lambda: uses[0].close())
+        timer.start()
+        assert not passes("import time\ntime.sleep(60)", "pass", Limits(60, 256))
+    assert time.monotonic() - started < 20
+    uses[0].close()
     assert left_over() == []
 
 
@@ -205,6 +279,11 @@ def test_without_namespaces_it_is_refused_unless_that_is_waived(
         waived = Limits(seconds=3, memory_mb=256, isolated=False)
         assert passes("def add(a, b): return a + b", "assert add(1, 2) == 3", waived)
         assert not passes("while True: pass", "pass", Limits(1, 256, isolated=False))
+        eight = EIGHT.format(each=100)
+        assert not passes(eight, "pass", Limits(30, 256, isolated=False))
+        daemon = "import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(60)"
+        assert passes(daemon, "pass", Limits(3, 256, isolated=False))
+        assert left_over() == []
     finally:
         check_sandbox.cache_clear()
 

@@ -93,3 +93,66 @@ def test_patterns_are_bounded_in_time() -> None:
     with pytest.raises(GradingFailed, match="more than 1 s"):
         graded(grader, [answer(json.dumps("a" * 60 + "!"))])
     assert time.monotonic() - started < 20
+
+
+def alternatives(levels: int) -> dict[str, Any]:
+    """A schema of references that takes two to the power of ``levels`` steps."""
+    either = [{"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(levels)]
+    defined = {f"a{n}": each for n, each in enumerate(either)}
+    return {"$defs": {**defined, f"a{levels}": {"type": "string"}}, "$ref": "#/$defs/a0"}
+
+
+class TestHostileSchemas:
+    def test_exponential_ones_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("luthier.graders.json_schema.TIME_LIMIT_S", 0.5)
+        grader = JsonSchema(against=alternatives(40))
+        grader.check()
+        started = time.monotonic()
+        with pytest.raises(GradingFailed, match=r"more than 0\.5 s on this reply"):
+            graded(grader, [answer("1")])
+        assert time.monotonic() - started < 10
+        assert grader.score(answer('"a"')) == 1.0
+        assert JsonSchema(against=alternatives(5)).score(answer("1")) == 0.0
+
+    def test_circles_are_told(self) -> None:
+        with pytest.raises(GradingFailed, match="references go round in a circle"):
+            graded(JsonSchema(against={"$ref": "#"}), [answer("1")])
+
+    @pytest.mark.parametrize(
+        ("schema", "reason"),
+        [
+            ({"enum": ["a" * 100] * 1000}, "characters, and may have 65,536"),
+            ({"pattern": "(" * 1000}, "too deeply"),
+            ({"items": {"pattern": "a" * 5000}}, "5,000 characters, and may have 4,096"),
+        ],
+    )
+    def test_large_ones_are_refused(self, schema: Any, reason: str) -> None:
+        with pytest.raises(RecipeError, match=reason):
+            JsonSchema(against=schema).check()
+
+    @pytest.mark.parametrize("levels", [150, 100_000])
+    def test_deep_ones_are_refused(self, levels: int) -> None:
+        schema: dict[str, Any] = {}
+        for _ in range(levels):
+            schema = {"items": schema}
+        with pytest.raises(RecipeError, match="deeper than 100 levels"):
+            JsonSchema.model_construct(against=schema).check()
+
+    def test_what_looks_like_a_pattern_may_be_a_value(self) -> None:
+        grader = JsonSchema(against={"enum": [{"pattern": "("}]})
+        grader.check()
+        assert grader.score(answer('{"pattern": "("}')) == 1.0
+
+    @pytest.mark.parametrize(
+        ("reply", "score"),
+        [
+            ('[1, true, null, false, 0, [1], [true], {}, {"a": 1}, {"a": true}]', 1.0),
+            ("[1, 1.0]", 0.0),
+            ('[{"a": [0], "b": 1}, {"b": 1, "a": [0.0]}]', 0.0),
+            ('[[], [[]], "[]"]', 1.0),
+            (json.dumps([[], {}] * 30_000), 0.0),
+            (json.dumps([{"a": n} for n in range(15_000)]), 1.0),
+        ],
+    )
+    def test_equal_items(self, reply: str, score: float) -> None:
+        assert JsonSchema(against={"uniqueItems": True}).score(answer(reply)) == score

@@ -38,6 +38,16 @@ def test_a_bad_pattern_is_refused() -> None:
         Regex(pattern="(")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [("(" * 100_000, "100,000 characters, and may have 4,096"), ("(?:" * 1000, "too deeply"),
+     ("(" * 400 + "a" + ")*" * 400, "too deeply")],
+)  # fmt: skip
+def test_patterns_that_cannot_be_compiled(pattern: str, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Regex(pattern=pattern)
+
+
 def test_a_pattern_that_would_run_for_ever_is_stopped() -> None:
     grader = Regex(pattern=r"^(a|aa)+$")
     started = time.monotonic()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from luthier.errors import RowRefused
 from luthier.graders import Answer, Similarity
 from luthier.graders.similarity import common_subsequence
 from luthier.types import Message, Row
@@ -18,7 +20,7 @@ def answer(reply: str, expected: str) -> Answer:
     return Answer((Message("user", "?"),), reply, expected, Row("f", 1))
 
 
-def table(first: str, second: str) -> int:
+def table(first: Sequence[str], second: Sequence[str]) -> int:
     """The textbook's recurrence."""
     cells = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
     for i, a in enumerate(first, 1):
@@ -32,6 +34,40 @@ def table(first: str, second: str) -> int:
 @given(st.text("abcd", max_size=80), st.text("abcd", max_size=80))
 def test_the_longest_common_subsequence(first: str, second: str) -> None:
     assert common_subsequence(first, second) == table(first, second)
+
+
+@given(st.lists(st.text(max_size=3), max_size=60), st.lists(st.text(max_size=3), max_size=60))
+def test_the_longest_common_subsequence_of_words(first: list[str], second: list[str]) -> None:
+    assert common_subsequence(first, second) == table(first, second)
+
+
+def bits(first: str, second: str) -> int:
+    """One column of the table as one whole number (Hyyrö 2004), for long texts."""
+    places: dict[str, int] = {}
+    for index, item in enumerate(second):
+        places[item] = places.get(item, 0) | 1 << index
+    full = row = (1 << len(second)) - 1
+    for item in first:
+        matched = row & places.get(item, 0)
+        row = ((row + matched) | (row - matched)) & full
+    return len(second) - row.bit_count()
+
+
+@pytest.mark.parametrize("letters", ["ab", "abcdefgh ", "aé日𝄞\ud800\0 "])
+def test_long_texts_are_compared_exactly(letters: str) -> None:
+    drawn = random.Random(1)
+    for lengths in ((64, 65), (1, 4000), (3000, 5000), (20_000, 20_000)):
+        first, second = ("".join(drawn.choices(letters, k=each)) for each in lengths)
+        assert common_subsequence(first, second) == bits(first, second)
+
+
+@pytest.mark.parametrize("measure", ["token_f1", "rouge_l", "characters"])
+def test_longer_texts_are_refused(measure: str) -> None:
+    grader = Similarity.model_validate({"measure": measure})
+    with pytest.raises(RowRefused, match=r"the reply has 300,000 characters.*at most 262,144"):
+        grader.score(answer("x" * 300_000, "x"))
+    with pytest.raises(RowRefused, match="the expected text has 300,000"):
+        grader.score(answer("x", "x" * 300_000))
 
 
 @pytest.mark.parametrize(

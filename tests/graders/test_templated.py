@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
+import tracemalloc
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from luthier.asking.base import Failure
-from luthier.errors import GradingFailed, RecipeError
+from luthier.errors import GradingFailed, RecipeError, RowRefused
 from luthier.graders import (
     Answer,
     Multi,
@@ -266,3 +271,53 @@ def test_a_formula_that_is_too_large_has_no_value() -> None:
 def test_a_formula_names_its_graders() -> None:
     with pytest.raises(ValidationError, match="names"):
         Multi(graders={"a": StringCheck(reference="x")}, calculate_output="a + b")
+
+
+class TestWhatATemplateStandsFor:
+    def test_its_length_is_known_before_it_is_put_together(self) -> None:
+        grader = StringCheck(reference="{{sample.output_text}}" * 250)
+        tracemalloc.start()
+        with pytest.raises(
+            RowRefused,
+            match=r"with 250 places filled, has 300,000 characters, and .* at most 262,144",
+        ):
+            grader.score(answer("x" * 100_000))
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+        tracemalloc.stop()
+        assert grader.score(answer("x" * 10)) == 0.0
+
+    def test_members_count_as_they_are_put_in(self) -> None:
+        grader = StringCheck(reference="{{item.deep}} and {{ item.deep }}", operation="ne")
+        one = len(json.dumps(MEMBERS["deep"], ensure_ascii=False))
+        exact = 2 * one + len(" and ")
+        assert grader.score(replace(answer("x"), text_characters=exact)) == 1.0
+        with pytest.raises(RowRefused, match=f"{exact} characters"):
+            grader.score(replace(answer("x"), text_characters=exact - 1))
+
+    def test_places_are_few(self) -> None:
+        assert StringCheck(reference="{{item.a}}" * 256)
+        with pytest.raises(ValidationError, match="257 places, and may have 256"):
+            StringCheck(reference="{{item.a}}" * 257)
+
+    @pytest.mark.parametrize("end", ["", "}}", "{", "} }"])
+    def test_white_space_takes_linear_time(self, end: str) -> None:
+        started = time.monotonic()
+        with suppress(ValidationError):
+            StringCheck(reference="{{" + " " * 200_000 + end)
+        assert time.monotonic() - started < 5
+
+    def test_turns_to_a_model_are_counted_together(self) -> None:
+        turns = [{"role": "user", "content": "{{sample.output_text}}"}] * 30
+        grader = ScoreModel.model_validate({"model": "m", "input": turns})
+        with pytest.raises(RowRefused, match="the prompt has 270,000 characters"):
+            grader.asked(answer("x" * 10_000))
+
+    def test_a_reply_that_is_nested_deeply_is_text(self) -> None:
+        assert one(StringCheck(reference="{{sample.output_text}}"), "[" * 100_000) == 1.0
+
+
+def test_formulas_have_a_depth() -> None:
+    for formula in ("-" * 998 + "a", "^".join("a" * 400)):
+        with pytest.raises(ValueError, match="nested 200 deep"):
+            parsed(formula)
+    assert value_of(parsed("+".join("a" * 150)), {"a": 1.0}) == 150.0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,8 +14,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import validate
 
+from luthier.data.chat import ChatFormat
+from luthier.serving.confined_work import ConfinedWork
+from luthier.serving.constraints import Constraints, SchemaTrials
 from luthier.serving.decoder import Decoder
-from luthier.serving.inference import Chat, InferenceRefused, Piece, Request, Tool, Turn
+from luthier.serving.inference import (
+    Chat,
+    InferenceFailed,
+    InferenceRefused,
+    Piece,
+    Request,
+    Tool,
+    Turn,
+)
 
 
 def test_characters_of_several_tokens_come_whole(opened: Decoder) -> None:
@@ -71,6 +85,79 @@ def test_any_object_and_schemas_that_are_none(opened: Decoder) -> None:
     for wrong in ({"type": "objekt"}, {"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}):
         with pytest.raises(InferenceRefused, match="cannot be enforced"):
             opened.submit(asked("Hi", schema=wrong))
+
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"$ref": "#"}, "nothing can match it, or its references go round in a circle"),
+        ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "nothing can match it"),
+        (nested(101), "deeper than 100 levels"),
+        (nested(5000), "deeper than 100 levels"),
+        ({"pattern": "(" * 1000, "type": "string"}, "a pattern is no regular expression"),
+        ({"enum": ["a" * 200_000]}, "characters, and may have 200,000"),
+    ],
+)
+def test_schemas_that_cannot_be_enforced(
+    opened: Decoder, schema: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(InferenceRefused, match=reason) as refused:
+        opened.submit(asked("Hi", schema=schema))
+    assert "<state>" not in str(refused.value) and "\n" not in str(refused.value)
+    for tool in (Tool("f", "", schema), Tool("g", "", {"properties": {"a": schema}})):
+        chat = Chat((Turn("user", "Hi"),), (tool,), "required")
+        with suppress(InferenceRefused):
+            assert len(opened.submit(Request(chat, max_tokens=3)).whole()) == 1
+
+
+@pytest.fixture(scope="module")
+def trials() -> Iterator[SchemaTrials]:
+    made = SchemaTrials(ConfinedWork(2, 256 << 20, "the JSON schema"), 2)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 999_983},
+        {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]},
+    ],
+)
+def test_schemas_that_take_too_much(
+    trials: SchemaTrials, tokenizer: Any, schema: dict[str, Any]
+) -> None:
+    constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer), trials)
+    took = []
+    for _ in range(2):
+        started = time.monotonic()
+        with pytest.raises(InferenceRefused, match=r"The JSON schema takes more .*simpler"):
+            constraints.schema(schema)
+        took.append(time.monotonic() - started)
+    assert took[1] < 0.2  # it is known by now
+    assert not constraints.schema({"type": "string"}).finished
+
+
+def test_too_many_trials_are_told_to_wait(
+    trials: SchemaTrials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.serving.constraints.TRIAL_SECONDS", 0.1)
+    for _ in range(2):
+        trials._turns.acquire()
+    try:
+        with pytest.raises(InferenceFailed) as failed:
+            trials.check("start: /never tried before/")
+        assert failed.value.code == "Throttling"
+    finally:
+        for _ in range(2):
+            trials._turns.release()
 
 
 TOOLS = (

@@ -37,9 +37,9 @@ from luthier.api.sending import (
 )
 from luthier.api.threads import FairSlots, FairThreads, Threads
 from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
+from luthier.cancellation import cancelled_by
 from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.limits import ServerLimits
-from luthier.serving.stream import attended
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
@@ -139,6 +139,7 @@ class Application:
         self.observer, self.trail, self.ready = observer, trail, ready
         self._run, self._wait = Threads(THREADS, "request"), Threads(STREAMS, "stream")
         self._turns = FairSlots(LONG, int(LONG * SHARE))
+        self._gradings = FairSlots(limits.grading_requests, max(1, limits.grading_requests // 2))
         self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
         self._transfers = FairThreads(TRANSFERS, int(TRANSFERS * SHARE), "transfer")
         # Two accounts: a client that sends its body slowly keeps nobody from working on theirs.
@@ -282,14 +283,15 @@ class Application:
             body = await read_body(head, receive, limit, self.limits)
             cost = BODY_COST * len(body)
             await held.enter_async_context(self._memory(self._working, client, head, cost))
-        if route is not None and route.long:
+        if route is not None and (route.long or route.grading):
             if signed is None:
                 signed = await self._run(self.authenticator.authenticate, head, body)
             account = signed.caller.account
             seen.let_in(seen.face, signed.caller)
             seen.operation = route.operation
             work = partial(self._work, head, body, route, unknown, seen, signed)
-            async with self._turns.turn(account):
+            turns = self._gradings if route.grading else self._turns
+            async with turns.turn(account):
                 answer = await self._attended(work, receive, seen)
             await self._hold(answer, account, held)
             return answer
@@ -342,7 +344,7 @@ class Application:
         """What a model may write for, and stops writing for when the client hangs up."""
         attendant = Attendant(receive, self._wait)
         try:
-            with attended(attendant.take):
+            with cancelled_by(attendant.take):
                 answer = await self._run(work)
         except Fault as fault:
             if await attendant.end():

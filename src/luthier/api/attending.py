@@ -1,8 +1,8 @@
-"""What models write for a request ends when its client hangs up, also where nothing is sent yet.
+"""Work for a request ends when its client hangs up, also where nothing is sent yet.
 
 A stream is watched while it is sent (``luthier.api.sending``). An answer that is sent whole is worked
-on in a thread that waits for the model; here its connection is watched meanwhile, from the moment a
-model begins to write for it: all other requests cost nothing.
+on in a thread that waits for a model or a process; here its connection is watched meanwhile, from the
+moment that work begins: all other requests cost nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from contextlib import suppress
 
 from luthier.api.sending import Receive, Run, hung_up
-from luthier.serving.stream import Stream
+from luthier.cancellation import Cancellable
 
 
 class Attendant:
@@ -23,17 +23,17 @@ class Attendant:
         self._loop = asyncio.get_running_loop()
         self._receive, self._run = receive, run
         self._lock = threading.Lock()
-        self._streams: list[Stream] = []
+        self._works: list[Cancellable] = []
         self._gone = self._ended = False
         self._watching: asyncio.Task[None] | None = None
 
-    def take(self, stream: Stream) -> None:
-        """Close ``stream`` when the client hangs up, or at once where it has."""
+    def take(self, work: Cancellable) -> None:
+        """Close ``work`` when the client hangs up, or at once where it has."""
         with self._lock:
-            self._streams.append(stream)
-            gone, first = self._gone, len(self._streams) == 1
+            self._works.append(work)
+            gone, first = self._gone, len(self._works) == 1
         if gone:
-            stream.close()
+            work.close()
         elif first:
             self._loop.call_soon_threadsafe(self._watch)
 
@@ -54,6 +54,6 @@ class Attendant:
     async def _wait(self) -> None:
         await hung_up(self._receive)
         with self._lock:
-            self._gone, streams = True, list(self._streams)
-        for stream in streams:
-            await self._run(stream.close)
+            self._gone, works = True, list(self._works)
+        for work in works:
+            await self._run(work.close)

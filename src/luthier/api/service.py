@@ -38,6 +38,8 @@ from luthier.jobs.deletion import Deletions
 from luthier.jobs.imports import Importer
 from luthier.jobs.scheduler import Scheduler
 from luthier.jobs.submit import Limits
+from luthier.serving.confined_work import ConfinedWork
+from luthier.serving.constraints import SchemaTrials
 from luthier.serving.pool import ModelPool
 from luthier.store import bootstrap, removal
 from luthier.store.accounts import quota_of
@@ -81,7 +83,13 @@ class Service:
         self._later = threading.Timer(UNNAMED_SECONDS + 60, self._sweep)
         self._later.daemon = True
         self.locations = Locations(self.database, settings.s3_endpoint, settings.file_roots)
-        self.pool = ModelPool()
+        limits = settings.limits
+        self.schemas = SchemaTrials(
+            ConfinedWork(limits.schema_seconds, limits.schema_memory_bytes, "the JSON schema"),
+            limits.schema_tries,
+            limits.schema_characters,
+        )
+        self.pool = ModelPool(schemas=self.schemas)
         self.activation = Activation(self.database)
         options = _worker_options(settings)
         self.scheduler = Scheduler(self.database, options=options)
@@ -126,6 +134,7 @@ class Service:
         self.activation.close()
         self.trail.close()
         self.pool.close()
+        self.schemas.close()
         self.database.close()
 
     def missing(self) -> str | None:

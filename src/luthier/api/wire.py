@@ -30,8 +30,12 @@ from luthier.errors import (
     WrongState,
 )
 from luthier.files import Sink
+from luthier.graders.json_schema import depth_of
 from luthier.limits import ServerLimits
 from luthier.setting_names import SettingName, with_setting_names
+
+JSON_DEPTH = 200
+"""Levels of objects and lists in a body."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ class Call:
             raise Fault("RequestEntityTooLarge", text)
         try:
             found = json.loads(self.body, parse_constant=_not_finite) if self.body.strip() else None
+            if self.body.count(b"[") + self.body.count(b"{") > JSON_DEPTH:
+                _check_depth(found)
             if b"\\u" in self.body:
                 _check_text(found)
         except RecursionError:
@@ -131,6 +137,12 @@ class Call:
 
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what can be read, and not written again by code that calls itself for each level."""
+    if depth_of(value) > JSON_DEPTH:
+        raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
 
 
 def _check_text(value: Any) -> None:
@@ -243,6 +255,8 @@ class Route:
     """Bytes of a body at most; a larger one is refused before it is read whole."""
     long: bool = False
     """Whether it takes a model's time: such requests take turns, account by account."""
+    grading: bool = False
+    """Whether it works on a grader: such requests have turns of their own, few at once."""
     sink: Callable[[Call], AbstractContextManager[Sink]] | None = None
     """Of a route whose body may be large: opens what takes it piece by piece, in threads, before any of
     it is read. May raise :class:`Fault`, and so may its ``write``."""

@@ -26,6 +26,12 @@ from luthier.asking.spec import AskedModel, Asking
 from luthier.errors import LuthierError, RowRefused
 from luthier.types import Message, Row
 
+TOO_LONG = "grader.too_long"
+"""Rule of texts that are too long to be graded."""
+TEXT_CHARACTERS = 262_144
+"""Characters of a text that a grader compares: some forty times a long reply. The work of comparing two
+texts grows with the product of their lengths, so that each has a limit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -38,6 +44,27 @@ class Answer:
     """The text of the row to compare with; what it means is the grader's: a label, a number, tests."""
     row: Row
     """Where the prompt comes from, for messages."""
+    text_characters: int = TEXT_CHARACTERS
+    """Characters of each text that is compared, or put together from a template, at most."""
+
+    def check_length(self, text: str, what: str) -> str:
+        """``text``, where it is not too long to be compared.
+
+        Raises:
+            RowRefused: with its length and the limit.
+        """
+        if len(text) > self.text_characters:
+            raise too_long(what, len(text), self.text_characters)
+        return text
+
+
+def too_long(what: str, characters: int, limit: int) -> RowRefused:
+    """The refusal of a text that is too long to be graded."""
+    return RowRefused(
+        TOO_LONG,
+        f"{what} has {characters:,} characters, and graders compare at most {limit:,}.",
+        "Grade shorter texts.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class Code(Grader):
     seconds: float = Field(default=5.0, gt=0, le=600)
     """Wall-clock time of a reply's code and tests together, and the processor time of each process."""
     memory_mb: int = Field(default=512, ge=64, le=1_048_576)
-    """Address space of each of its processes, in MiB."""
+    """Memory of all its processes together, and address space of each, in MiB."""
 
     @field_validator("allow_code")
     @classmethod

@@ -15,6 +15,8 @@ from luthier.graders.mix import Mix
 from luthier.graders.specs import AnyGrader
 
 LONGEST = 1000
+DEEPEST = 200
+"""Operations within operations; a formula is read and computed by functions that call themselves."""
 _OPERATORS: Mapping[type, Callable[..., float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -140,8 +142,10 @@ def parsed(formula: str) -> ast.expr:
     return tree
 
 
-def names_in(tree: ast.AST) -> set[str]:
+def names_in(tree: ast.AST, depth: int = 0) -> set[str]:
     """Names of scores; :class:`ValueError` for anything a formula does not have."""
+    if depth > DEEPEST:
+        raise ValueError(f"a formula may be nested {DEEPEST} deep")
     if isinstance(tree, ast.Name):
         return {tree.id}
     if isinstance(tree, ast.Constant) and type(tree.value) in (int, float):
@@ -155,7 +159,7 @@ def names_in(tree: ast.AST) -> set[str]:
         parts = list(tree.args)
     if not parts:
         raise ValueError("a formula has numbers, names, + - * / ^, brackets and few functions")
-    return set[str]().union(*map(names_in, parts))
+    return set[str]().union(*(names_in(part, depth + 1) for part in parts))
 
 
 def value_of(tree: ast.AST, scores: Mapping[str, float]) -> float:

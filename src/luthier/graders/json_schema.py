@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -11,7 +13,16 @@ from typing import Any, Literal, NoReturn
 from luthier.errors import RecipeError
 from luthier.graders.base import Answer, Grader
 from luthier.graders.fences import fenced
-from luthier.graders.patterns import found
+from luthier.graders.patterns import check_pattern, found
+
+SCHEMA_CHARACTERS, SCHEMA_DEPTH = 65_536, 100
+"""Of a schema as JSON, and levels of objects and lists in it."""
+TIME_LIMIT_S = 5.0
+"""Seconds for one reply; a long one takes milliseconds. References and alternatives within each other
+can take exponential time."""
+_VALUES = ("enum", "const", "default", "examples")
+_deadline: ContextVar[float] = ContextVar("deadline")
+"""Of the reply that is checked, by the monotonic clock."""
 
 
 class JsonSchema(Grader):
@@ -19,8 +30,8 @@ class JsonSchema(Grader):
 
     Checked by the ``jsonschema`` library, by the draft that ``$schema`` names and else 2020-12.
     ``format`` is not checked, which is the standard's default. Other documents are not fetched: a
-    ``$ref`` must stay inside the schema. The time of ``pattern`` is bounded; ``patternProperties`` is
-    refused, as its time is not.
+    ``$ref`` must stay inside the schema. The time is bounded: a schema that takes more than 5 s on a
+    reply is an error. ``patternProperties`` is refused.
     """
 
     method: Literal["json_schema"] = "json_schema"
@@ -34,13 +45,28 @@ class JsonSchema(Grader):
         from jsonschema import SchemaError
 
         schema = self._schema
+        if depth_of(schema) > SCHEMA_DEPTH:
+            raise RecipeError(
+                f"grader `json_schema`: the schema is nested deeper than {SCHEMA_DEPTH} levels"
+            )
+        if (size := len(json.dumps(schema, ensure_ascii=False))) > SCHEMA_CHARACTERS:
+            raise RecipeError(
+                f"grader `json_schema`: the schema has {size:,} characters, and may have "
+                f"{SCHEMA_CHARACTERS:,}"
+            )
         if "patternProperties" in _keys(schema):
             raise RecipeError(
                 "grader `json_schema` does not take patternProperties: texts could make it run for "
                 "ever. Name the keys under properties, or bound them with propertyNames and pattern"
             )
         try:
+            for pattern in _patterns(schema):
+                check_pattern(pattern)
             type(self._validator).check_schema(schema)
+        except ValueError as error:
+            raise RecipeError(f"grader `json_schema`: {error}") from error
+        except RecursionError as error:
+            raise RecipeError("grader `json_schema`: a pattern is nested too deeply") from error
         except SchemaError as error:
             where = "/".join(map(str, error.absolute_path)) or "the top"
             raise RecipeError(
@@ -48,14 +74,24 @@ class JsonSchema(Grader):
             ) from error
 
     def score(self, answer: Answer) -> float:
-        """1 or 0."""
-        blocks = fenced(answer.reply)
+        """1 or 0.
+
+        Raises:
+            TimeoutError: after :data:`TIME_LIMIT_S`.
+        """
+        blocks = fenced(answer.check_length(answer.reply, "the reply"))
         text = blocks[0].text if len(blocks) == 1 else answer.reply
         try:
             value = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             return 0.0
-        return float(self._validator.is_valid(value))
+        token = _deadline.set(time.monotonic() + TIME_LIMIT_S)
+        try:
+            return float(self._validator.is_valid(value))
+        except RecursionError:
+            raise ValueError("the schema's references go round in a circle") from None
+        finally:
+            _deadline.reset(token)
 
     @cached_property
     def _schema(self) -> Any:
@@ -76,7 +112,68 @@ class JsonSchema(Grader):
         from referencing import Registry
 
         draft = validator_for(self._schema, default=Draft202012Validator)
-        return extend(draft, {"pattern": _pattern})(self._schema, registry=Registry())
+        keywords = {name: _timed(check) for name, check in draft.VALIDATORS.items()}
+        keywords |= {"pattern": _pattern, "uniqueItems": _unique}
+        return extend(draft, keywords)(self._schema, registry=Registry())
+
+
+Keyword = Callable[[Any, Any, Any, Any], Iterator[Any] | None]
+"""A keyword of JSON Schema as ``jsonschema`` calls it: validator, its value, instance, schema."""
+
+
+def _timed(check: Keyword) -> Keyword:
+    """A keyword that ends with the time of the reply."""
+
+    def timed(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any] | None:
+        if time.monotonic() > _deadline.get():
+            raise TimeoutError(f"the schema took more than {TIME_LIMIT_S:g} s on this reply")
+        return check(validator, value, instance, schema)
+
+    return timed
+
+
+def _unique(validator: Any, unique: bool, instance: Any, schema: Any) -> Iterator[Any]:
+    """The keyword ``uniqueItems``: the library compares lists of objects pair by pair."""
+    from jsonschema import ValidationError
+
+    several = unique and validator.is_type(instance, "array")
+    if several and len(set(map(_hashable, instance))) < len(instance):
+        yield ValidationError("the list has equal items")
+
+
+def _hashable(value: Any) -> Any:
+    """``value`` of JSON as something that is equal where JSON Schema says so: 1 and 1.0, not true."""
+    if isinstance(value, bool):
+        return ("bool", value)
+    if isinstance(value, list):
+        return ("list", *map(_hashable, value))
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(each)) for key, each in value.items())
+    return value
+
+
+def depth_of(value: Any) -> int:
+    """How deep lists and objects of JSON are nested; does not call itself, so that any depth does."""
+    deepest, waiting = 0, [(value, 1)]
+    while waiting:
+        each, depth = waiting.pop()
+        if isinstance(each, (Mapping, list)):
+            deepest = max(deepest, depth)
+            items = each.values() if isinstance(each, Mapping) else each
+            waiting += [(item, depth + 1) for item in items]
+    return deepest
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    """All patterns of a schema, at any depth; values that it compares with are no schemas."""
+    if isinstance(schema, Mapping):
+        if isinstance(pattern := schema.get("pattern"), str):
+            yield pattern
+        inner = [each for key, each in schema.items() if key not in _VALUES]
+    else:
+        inner = schema if isinstance(schema, list) else []
+    for each in inner:
+        yield from _patterns(each)
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:

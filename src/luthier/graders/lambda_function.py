@@ -64,7 +64,7 @@ class LambdaFunction(SandboxedFunction):
     seconds: float = Field(default=10.0, gt=0, le=900)
     """Wall-clock time for one event."""
     memory_mb: int = Field(default=512, ge=64, le=4096)
-    """Address space, in MiB."""
+    """Memory of all its processes together, and address space of each, in MiB."""
 
     @property
     def limits(self) -> Limits:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 TIME_LIMIT_S = 1.0
 """Seconds for one search; a sane pattern takes less than a millisecond on a long reply."""
+PATTERN_CHARACTERS = 4096
+"""Characters of a pattern: to compile one takes time too, and knows no limit."""
 
 
 def check_pattern(pattern: str) -> str:
     """``pattern``, when it is one; :class:`ValueError` with the reason when it is not."""
     import regex
 
+    if len(pattern) > PATTERN_CHARACTERS:
+        raise ValueError(
+            f"the pattern has {len(pattern):,} characters, and may have {PATTERN_CHARACTERS:,}"
+        )
     try:
         regex.compile(pattern)
+    except RecursionError as error:
+        raise ValueError("the pattern is nested too deeply") from error
     except regex.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{pattern[:200]!r} is no regular expression: {error}") from error
     return pattern
 
 

@@ -9,6 +9,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -51,7 +52,9 @@ def side_by_side(
             one by one, and each answer that takes too long would do so twice.
     """
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        found = [each for some in pool.map(grade, groups) for each in some]
+        # In the context of who asks, who may cancel it.
+        begun = [pool.submit(copy_context().run, grade, group) for group in groups]
+        found = [each for future in begun for each in future.result()]
     troubles = {i: each for i, each in enumerate(found) if isinstance(each, Trouble)}
     scores = [math.nan if isinstance(each, Trouble) else each for each in found]
     if troubles:
@@ -115,7 +118,7 @@ class PythonSource(SandboxedFunction):
     seconds: float = Field(default=10.0, gt=0, le=120)
     """Wall-clock time for one answer."""
     memory_mb: int = Field(default=512, ge=64, le=4096)
-    """Address space, in MiB."""
+    """Memory of all its processes together, and address space of each, in MiB."""
 
     @property
     def limits(self) -> Limits:

@@ -29,4 +29,5 @@ class Regex(Grader):
 
     def score(self, answer: Answer) -> float:
         """1 or 0."""
-        return float(found(self.pattern, answer.reply, whole=self.match == "whole"))
+        reply = answer.check_length(answer.reply, "the reply")
+        return float(found(self.pattern, reply, whole=self.match == "whole"))

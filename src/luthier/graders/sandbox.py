@@ -3,8 +3,10 @@
 With Linux namespaces (user, mount, process, network, IPC): the code sees a file system of its own,
 in memory, with the interpreter and the system's libraries read-only; no network, not even loopback; no
 other process, and no environment variables. Limits hold for processor time, memory, file size, open
-files and processes; when the wall-clock time is over, the first process of the namespace is killed, and
-all others die with it. As root, the code runs under a user id that nobody has.
+files and processes; when the wall-clock time is over, or all processes together have taken the memory,
+the first process of the namespace is killed, and all others die with it. As root, the code runs under a
+user id that nobody has. A filter of system calls (seccomp) allows sockets of AF_UNIX, AF_INET and
+AF_INET6 alone, and no memory outside of processes.
 
 What this does not protect from: errors of the kernel, which it shares (a virtual machine would), and
 reading other programs' secrets from the processor's caches. It may use a core until its time is over.
@@ -12,7 +14,7 @@ What the code says of itself cannot be trusted either: it runs in the process th
 
 Without namespaces (macOS; containers and systems that forbid them), where that was waived: the limits
 and the empty environment remain, but the code reads and writes what the user may, reaches the network,
-can kill the user's other processes, and one of its own that leaves its group may outlive the limit.
+and can kill the user's other processes, those that limit it among them.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from luthier.cancellation import cancellable
 from luthier.errors import LuthierError, RecipeError
 
 MOST_SAID = 4096
@@ -48,6 +52,7 @@ class Limits:
 
     seconds: float
     memory_mb: int
+    """MiB that all processes may have together, and addresses of each."""
     isolated: bool = True
     """Refuse to run it where namespaces cannot be had."""
 
@@ -129,16 +134,36 @@ def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
         pass_fds=(writes,),
         start_new_session=True,
     )
+    use = cancellable(_Use(process))
     try:
         _, said = process.communicate(wanted, timeout=limits.seconds + START_S)
     except subprocess.TimeoutExpired:
         said = f"it was not built in {START_S:g} s; the machine may be overloaded".encode()
     finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        use.close()
         process.communicate()
+        use.end()
     if said:
         raise SandboxError(said.decode(errors="replace").strip()[-300:])
+
+
+class _Use:
+    """A sandbox while it is at work."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process, self._ended = process, False
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Kill all of it that is left."""
+        with self._lock, suppress(ProcessLookupError, PermissionError):
+            if not self._ended:
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """It was waited for: its number may be another's."""
+        with self._lock:
+            self._ended = True
 
 
 @lru_cache(maxsize=4)

@@ -1,15 +1,18 @@
 """Builds the sandbox around itself, then becomes the program in it. Runs as ``python -c``, alone.
 
-Three processes: this one waits; ``guard`` is the first of its process namespace and keeps the time;
-the third is the code. When ``guard`` ends, the kernel kills whatever is left in the namespace. Whatever
-goes wrong before the code runs is written to standard error, which the code itself does not have.
+Three processes: this one waits, and watches how much memory all of the code's processes take together;
+``guard`` is the first of its process namespace and keeps the time; the third is the code. When
+``guard`` ends, the kernel kills whatever is left in the namespace. Whatever goes wrong before the code
+runs is written to standard error, which the code itself does not have.
 """
 
 import ctypes
 import json
 import os
+import platform
 import resource
 import signal
+import struct
 import sys
 from types import FrameType
 
@@ -21,26 +24,172 @@ LOCKED = NO_SUID | NO_DEVICES | 8 | 1024 | 2048
 """Flags that a mount keeps: also no programs, no access times, none of folders."""
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store")
 PROCESSES = 16
+WATCH_SECONDS = 0.01
+"""Between two looks at the memory of all processes: a core writes some 20 MB meanwhile."""
 DISK = 32 * 2**20
 FIRST_UID = 1_900_000_000
 """User ids that nobody has; each sandbox of root's has its own, so that processes are counted apart."""
+
+
+FAMILIES = (1, 2, 10)
+"""Sockets that code may make: AF_UNIX, AF_INET and AF_INET6. The latter two have no network here;
+others, such as AF_VSOCK, reach beyond the network namespace."""
+SYSCALLS = {
+    "x86_64": (0xC000003E, (41, 53), (319, 447, 425, 29, 68)),
+    "aarch64": (0xC00000B7, (198, 199), (279, 447, 425, 194, 186)),
+}
+"""Of each kind of processor: its name in filters; ``socket`` and ``socketpair``; and what the code
+does without: ``memfd_create``, ``memfd_secret``, ``shmget`` and ``msgget`` make memory that no process
+is seen to have, ``io_uring_setup`` makes sockets that no filter sees."""
+NO_SYSTEM_CALL, NO_FAMILY = 38, 97
+"""``ENOSYS`` and ``EAFNOSUPPORT``: what a kernel without these says."""
 
 
 def main() -> None:
     """Prepare, fork, wait."""
     settings = json.loads(sys.argv[1])
     root = os.geteuid() == 0
+    proc = -1
     uid = FIRST_UID + os.getpid() % 50_000_000 if root else os.getuid()
     try:
+        if sys.platform.startswith("linux"):
+            proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)  # the code's root has none
+            os.stat(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+            control(36, 1)  # PR_SET_CHILD_SUBREAPER: what is left without a parent is ours
         isolate(settings, root, uid)
     except OSError as error:
         if settings["isolated"]:
             fail(f"no namespaces: {error}")
         if root:
             os.chown(settings["folder"], uid, uid)
-    if os.fork() == 0:
+    first = os.fork()
+    if first == 0:
+        if proc >= 0:
+            os.close(proc)
         guard(settings, root, uid)
-    os.wait()
+    if proc >= 0:
+        watch(proc, first, settings["memory"])
+    else:
+        os.waitpid(first, 0)
+
+
+def watch(proc: int, first: int, memory: int) -> None:
+    """Wait for ``guard``, and kill it where the processes below it take more than ``memory`` bytes."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    while os.waitpid(first, os.WNOHANG)[0] == 0:
+        signal.sigtimedwait({signal.SIGCHLD}, WATCH_SECONDS)
+        if taken(proc, first, memory) > memory:
+            os.kill(first, signal.SIGKILL)
+    # Without namespaces what is left is ours now, wherever it has put itself.
+    while left := children(proc, os.getpid()):
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def taken(proc: int, first: int, memory: int) -> int:
+    """Bytes of all processes below ``first``.
+
+    Pages that several share count for each of them, unless that makes more than ``memory``: to divide
+    them takes the kernel milliseconds.
+    """
+    pids, waiting = [], children(proc, first)
+    while waiting:
+        pids.append(waiting.pop())
+        waiting += children(proc, pids[-1])
+    pages = sum(
+        int(read(proc, pid, "statm").split()[1]) for pid in pids if read(proc, pid, "statm")
+    )
+    size = pages * resource.getpagesize()
+    return size if size <= memory else sum(share(proc, pid) for pid in pids)
+
+
+def share(proc: int, pid: int) -> int:
+    """Bytes of a process; of a page that several have, its part."""
+    for line in read(proc, pid, "smaps_rollup").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def children(proc: int, pid: int) -> list:  # type: ignore[type-arg]
+    """Processes that ``pid`` is the parent of; none of one that has ended."""
+    found: list[int] = []
+    try:
+        tasks = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
+    except FileNotFoundError:
+        return []
+    try:
+        for task in os.listdir(tasks):
+            found += map(int, read(proc, pid, f"task/{task}/children").split())
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(tasks)
+    return found
+
+
+def read(proc: int, pid: int, name: str) -> str:
+    """A file about a process; empty for one that has ended."""
+    try:
+        file = os.open(f"{pid}/{name}", os.O_RDONLY, dir_fd=proc)
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    try:
+        return os.read(file, 1 << 16).decode()
+    except ProcessLookupError:
+        return ""
+    finally:
+        os.close(file)
+
+
+def refuse_calls() -> None:
+    """Let the kernel refuse sockets and memory that the other limits do not reach (seccomp).
+
+    Raises:
+        OSError: where it cannot.
+    """
+    known = SYSCALLS.get(platform.machine())
+    if known is None:
+        raise OSError(f"no list of system calls for {platform.machine()}")
+    name, sockets, refused = known
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    allow, kill, error = 0x7FFF0000, 0x80000000, 0x00050000
+    # Steps are (code, steps to skip where true, where false, value), as in struct sock_filter.
+    family = [
+        (load, 0, 0, 16),  # the lower half of the first argument
+        *((equal, len(FAMILIES) - n, 0, each) for n, each in enumerate(FAMILIES)),
+        (give, 0, 0, error | NO_FAMILY),
+        (give, 0, 0, allow),
+    ]
+    steps = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, name),  # another architecture's calls have other numbers
+        (give, 0, 0, kill),
+        (load, 0, 0, 0),
+        (at_least, 0, 1, 0x40000000),  # x32: the same, with numbers of its own
+        (give, 0, 0, kill),
+    ]
+    for call in refused:
+        steps += [(equal, 0, 1, call), (give, 0, 0, error | NO_SYSTEM_CALL)]
+    steps += [
+        (equal, 2, 0, sockets[0]),
+        (equal, 1, 0, sockets[1]),
+        (give, 0, 0, allow),
+        *family,
+    ]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in steps))
+    whole = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(program)))
+    control(38, 1)  # PR_SET_NO_NEW_PRIVS
+    control(22, 2, ctypes.addressof(whole))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+def control(*values: int) -> None:
+    """The system call ``prctl``."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    given = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[1:5]]
+    if libc.prctl(values[0], *given):
+        raise problem(f"prctl {values[0]}")
 
 
 def guard(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-arg]
@@ -82,6 +231,12 @@ def become(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-a
             now = resource.getrlimit(kind)[1]
             most = most if now == resource.RLIM_INFINITY else min(most, now)
             resource.setrlimit(kind, (most, most))
+        try:
+            refuse_calls()
+        except OSError as error:
+            if settings["isolated"]:
+                os.write(said, f"no filter of system calls: {error}".encode())
+                os._exit(1)
         python = settings["python"]
         writes = str(settings["writes"])
         os.execve(python, [python, "-I", "-S", "-c", settings["harness"], writes], {})  # noqa: S606

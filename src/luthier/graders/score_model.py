@@ -13,7 +13,7 @@ from pydantic.json_schema import SkipJsonSchema
 from luthier.asking.base import Failure, Writer
 from luthier.asking.spec import AskedModel, Asking
 from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded
+from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded, too_long
 from luthier.graders.string_check import Template
 from luthier.graders.templates import filled, scope_of
 from luthier.types import Message
@@ -114,13 +114,14 @@ class ScoreModel(AskedModel, Grader):
 
     def asked(self, answer: Answer) -> list[Message]:
         """What the model reads."""
-        scope, low_high = scope_of(answer), self.range
-        turns = [
-            Message(
-                "system" if turn.role == "developer" else turn.role, filled(turn.content, scope)
-            )
-            for turn in self.input
-        ]
+        scope, low_high, characters = scope_of(answer), self.range, 0
+        turns = []
+        for turn in self.input:
+            text = filled(turn.content, scope, answer)
+            characters += len(text)
+            if characters > answer.text_characters:
+                raise too_long("the prompt", characters, answer.text_characters)
+            turns.append(Message("system" if turn.role == "developer" else turn.role, text))
         line = (
             f"End your answer with one number from {low_high[0]:g} to {low_high[1]:g}: the score."
         )

@@ -28,7 +28,10 @@ class Similarity(Grader):
 
     def score(self, answer: Answer) -> float:
         """The F1."""
-        texts = (answer.reply, self.expected_of(answer))
+        texts = (
+            answer.check_length(answer.reply, "the reply"),
+            answer.check_length(self.expected_of(answer), "the expected text"),
+        )
         if self.measure == "token_f1":
             given, wanted = map(squad_words, texts)
             common = (Counter(given) & Counter(wanted)).total()
@@ -53,17 +56,18 @@ def _words(text: str) -> list[str]:
 
 
 def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence.
+    """Length of the longest common subsequence of two texts, or of two lists of words.
 
-    One column of the usual table is one whole number, a bit for each item of ``second`` (Hyyrö 2004,
-    "Bit-parallel LCS-length computation revisited"): a page against a page takes milliseconds.
+    By RapidFuzz, 64 items of ``second`` in one instruction (Hyyrö 2004, "Bit-parallel LCS-length
+    computation revisited"): a page against a page takes milliseconds.
     """
-    places: dict[str, int] = {}
-    for index, item in enumerate(second):
-        places[item] = places.get(item, 0) | 1 << index
-    full = (1 << len(second)) - 1
-    row = full
-    for item in first:
-        matched = row & places.get(item, 0)
-        row = ((row + matched) | (row - matched)) & full
-    return len(second) - row.bit_count()
+    from rapidfuzz.distance import LCSseq
+
+    if not isinstance(first, str) or not isinstance(second, str):
+        # A letter for each word: the library compares other items by their hashes alone.
+        letters: dict[str, str] = {}
+        first, second = (
+            "".join(letters.setdefault(word, chr(len(letters))) for word in words)
+            for words in (first, second)
+        )
+    return int(LCSseq.similarity(first, second))

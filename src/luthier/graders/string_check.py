@@ -33,7 +33,7 @@ class StringCheck(Grader):
     def score(self, answer: Answer) -> float:
         """1 or 0."""
         scope = scope_of(answer)
-        text, wanted = filled(self.input, scope), filled(self.reference, scope)
+        text, wanted = (filled(each, scope, answer) for each in (self.input, self.reference))
         if self.operation == "ilike":
             return float(wanted.casefold() in text.casefold())
         if self.operation == "like":

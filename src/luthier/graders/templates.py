@@ -1,7 +1,8 @@
 """Texts with places in them: ``{{item.answer}}`` of the row, ``{{sample.output_text}}`` of the reply.
 
 As in OpenAI's graders. A place names one of the two namespaces and a path into it; texts are put in as
-they are, anything else as JSON. Nothing is executed.
+they are, anything else as JSON. Nothing is executed. How long the text would be is known before it is
+put together: a short template can stand for gigabytes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from luthier.errors import RowRefused
-from luthier.graders.base import Answer
+from luthier.graders.base import Answer, too_long
 
-_PLACE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
+PLACES = 256
+"""Places of one template at most."""
+# What is between the braces is stripped afterwards: white space that the pattern could divide in
+# several ways takes cubic time.
+_PLACE = re.compile(r"\{\{([^{}]*)\}\}")
 _PATH = re.compile(r"(item|sample)((?:\.[A-Za-z_][\w-]*|\[[0-9]{1,6}\])+)")
 _PART = re.compile(r"\.([A-Za-z_][\w-]*)|\[([0-9]+)\]")
 _SAMPLE = ("output_text", "output_json")
@@ -26,7 +31,10 @@ Scope = Mapping[str, Any]
 
 def check_template(template: str) -> str:
     """``template``, when all its places can be filled; :class:`ValueError` when one cannot."""
-    for place in _PLACE.findall(template):
+    places = [place.strip() for place in _PLACE.findall(template)]
+    if len(places) > PLACES:
+        raise ValueError(f"the template has {len(places):,} places, and may have {PLACES}")
+    for place in places:
         found = _PATH.fullmatch(place)
         if found is None:
             raise ValueError(
@@ -46,18 +54,37 @@ def scope_of(answer: Answer) -> Scope:
     if answer.expected is not None:
         item.setdefault("expected", answer.expected)
     sample: dict[str, Any] = {"output_text": answer.reply}
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         sample["output_json"] = json.loads(answer.reply)
     return {"item": item, "sample": sample}
 
 
-def filled(template: str, scope: Scope) -> str:
-    """``template`` with its places filled.
+def filled(template: str, scope: Scope, answer: Answer) -> str:
+    """``template`` with its places filled from the ``scope`` of ``answer``.
 
     Raises:
-        RowRefused: for a place that names something the row or the reply does not have.
+        RowRefused: for a place that names something the row or the reply does not have, and where the
+            text would be longer than the answer allows; nothing is put together then.
     """
-    return _PLACE.sub(lambda place: _text(_found(place[1], scope)), template)
+    # Texts between places, and places, by turns; the same place has the same text.
+    parts = _PLACE.split(template)
+    texts: dict[str, str] = {}
+    characters = 0
+    for index, part in enumerate(parts):
+        if index % 2 == 0:
+            characters += len(part)
+            continue
+        place = part.strip()
+        if place not in texts:
+            texts[place] = _text(_found(place, scope))
+        characters += len(texts[place])
+        if characters > answer.text_characters:
+            break  # a further place may be as long again
+    if characters > answer.text_characters:
+        places = len(parts) // 2
+        what = f"the template's text, with {places} place{'s' if places != 1 else ''} filled,"
+        raise too_long(what, characters, answer.text_characters)
+    return "".join(texts[part.strip()] if n % 2 else part for n, part in enumerate(parts))
 
 
 def _found(place: str, scope: Scope) -> Any:

@@ -46,7 +46,7 @@ class TextSimilarity(Grader):
     def score(self, answer: Answer) -> float:
         """The similarity."""
         scope = scope_of(answer)
-        texts = filled(self.input, scope), filled(self.reference, scope)
+        texts = filled(self.input, scope, answer), filled(self.reference, scope, answer)
         if self.evaluation_metric == "fuzzy_match":
             return _f(common_subsequence(*texts), len(texts[0]), len(texts[1]))
         given, wanted = (re.findall(r"\w+", text.lower()) for text in texts)

@@ -148,11 +148,24 @@ class _Asked:
         return ids
 
 
-class TextProcess:
-    """The process of one model. Safe to share between threads, which are answered in turns."""
+class ConfinedProcess:
+    """A process with limits that answers one request at a time, and is started again where it ended.
 
-    def __init__(self, folder: Path, fields: Mapping[str, Any] | None = None) -> None:
-        self._arguments = (str(folder), json.dumps(fields))
+    Its module takes requests by :func:`luthier.serving.text_process.receive` and bounds the processor
+    time of each by itself. Safe to share between threads, which are answered in turns.
+    """
+
+    def __init__(
+        self, module: str, arguments: Sequence[str], seconds: int, subject: str, task: str
+    ) -> None:
+        """``module`` is run with a connection's descriptor, ``seconds``, and ``arguments``.
+
+        A refusal says that ``subject`` takes too much ``task``. Raises :class:`RecipeError` where the
+        process cannot begin.
+        """
+        self._command = (sys.executable, "-m", module)
+        self._arguments = (str(seconds), *arguments)
+        self._seconds, self._subject, self._task = seconds, subject, task
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
@@ -162,25 +175,25 @@ class TextProcess:
             self.about: dict[str, Any] = self._start()
 
     @property
-    def chat_template(self) -> Any:
-        """The template's text; a dictionary of texts where there are several."""
-        return self.about["chat_template"]
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens without those that were added."""
-        return int(self.about["vocab_size"])
+    def alive(self) -> bool:
+        """Whether the process is there: it was not ended by what it was asked last."""
+        return self._child is not None
 
     def ask(self, call: str, **given: Any) -> Any:
         """What the process says to ``call``.
 
         Raises:
-            RecipeError: where template or tokenizer refuse it, or take too much time or memory.
+            RecipeError: where it refuses, or takes too much time or memory.
         """
         with self._lock:
             if self._child is None:
                 self._start()
             return self._asked({"call": call, "given": given})
+
+    def kill(self) -> None:
+        """End what is under way; whoever asked is refused. Any thread may, without its turn."""
+        if (child := self._child) is not None:
+            child.kill()
 
     def close(self) -> None:
         """End the process; whoever asks later is refused."""
@@ -194,19 +207,18 @@ class TextProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             child = subprocess.Popen(
-                [sys.executable, "-m", "luthier.serving.text_process", str(theirs.fileno()),
-                 str(SECONDS), *self._arguments],
+                [*self._command, str(theirs.fileno()), *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env={name: os.environ[name] for name in _KEPT if name in os.environ} | _SET,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         self._child, self._connection = child, ours
         self._finally = weakref.finalize(self, _ended, child, ours)
-        told: dict[str, Any] = self._asked(None)
-        return told
+        about: dict[str, Any] = self._asked(None)
+        return about
 
     def _asked(self, asked: Mapping[str, Any] | None) -> Any:
         connection = self._connection
@@ -235,19 +247,42 @@ class TextProcess:
         status = self._child.poll()
         self._end()
         if status == -signal.SIGXCPU:
-            seconds = READ_SECONDS if reading else SECONDS
+            seconds = READ_SECONDS if reading else self._seconds
             why = f"takes more than {seconds} seconds of processor time"
+        elif status == -signal.SIGABRT:
+            why = "takes more memory than it may have"  # libraries in Rust and C++ end so
         elif status is None:
             why = f"has not answered after {waited:.0f} seconds"
         else:
             why = f"ended its process (status {status})"
-        return (
-            f"the model's template or tokenizer {why} {'to be read' if reading else 'on this text'}"
-        )
+        return f"{self._subject} {why} {'to be read' if reading else self._task}"
 
     def _end(self) -> None:
         self._finally()
         self._child = self._connection = None
+
+
+class TextProcess(ConfinedProcess):
+    """The process of one model."""
+
+    def __init__(self, folder: Path, fields: Mapping[str, Any] | None = None) -> None:
+        super().__init__(
+            "luthier.serving.text_process",
+            (str(folder), json.dumps(fields)),
+            SECONDS,
+            "the model's template or tokenizer",
+            "on this text",
+        )
+
+    @property
+    def chat_template(self) -> Any:
+        """The template's text; a dictionary of texts where there are several."""
+        return self.about["chat_template"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens without those that were added."""
+        return int(self.about["vocab_size"])
 
 
 def _ended(child: subprocess.Popen[bytes], connection: socket.socket) -> None:

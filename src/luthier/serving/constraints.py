@@ -1,7 +1,13 @@
-"""Answers that have to match a JSON schema: which tokens may come next, by the library llguidance."""
+"""Answers that have to match a JSON schema: which tokens may come next, by the library llguidance.
+
+A schema of 100 characters can take minutes and gigabytes to be read. What a server is sent is therefore
+tried first in a process with limits (:class:`SchemaTrials`); what the library takes for each token is
+bounded by limits of its own.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -14,6 +20,8 @@ from torch import Tensor
 
 from luthier.data.chat import panics_refused
 from luthier.errors import RecipeError
+from luthier.graders.json_schema import depth_of
+from luthier.serving.confined_work import ConfinedWork, TakesTooMuch
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Tool
 
 if TYPE_CHECKING:
@@ -22,7 +30,13 @@ if TYPE_CHECKING:
 KEPT = 64
 """Compiled grammars that are kept."""
 LARGEST = 200_000
-"""Characters of a schema at most."""
+"""Characters of a schema at most, where no server says otherwise."""
+DEPTH = 100
+"""Levels of objects and lists in a schema: it is read by functions that call themselves."""
+TRIAL_SECONDS = 30.0
+"""For which a schema waits for others to be tried."""
+KNOWN = 1024
+"""Results of trials that are kept."""
 _FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """White space as Python writes it, and no other: a model cannot fill an answer with line breaks."""
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
@@ -58,15 +72,69 @@ class Matcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise InferenceFailed(
-                "ModelError", f"The answer cannot be kept to its schema: {_reason(self._matcher)}"
+                "Validation", f"The answer cannot be kept to its schema: {_reason(self._matcher)}"
             )
+
+
+class SchemaTrials:
+    """Finds out in a process with limits whether answers can be kept to a grammar.
+
+    Safe to share between threads and models.
+    """
+
+    def __init__(self, work: ConfinedWork, most: int, characters: int = LARGEST) -> None:
+        """``most`` grammars of at most ``characters`` are tried at once in processes of ``work``."""
+        self.characters = characters
+        self._work, self._turns = work, threading.BoundedSemaphore(most)
+        self._known: OrderedDict[bytes, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, grammar: str) -> None:
+        """Refuse a grammar that cannot be enforced, or takes too much to be read.
+
+        Raises:
+            InferenceRefused: with the reason.
+            InferenceFailed: ``Throttling`` where too many others are tried.
+        """
+        key = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
+        with self._lock:
+            reason = self._known.get(key)
+        if reason is None:
+            reason = self._tried(grammar)
+            with self._lock:
+                self._known[key] = reason
+                while len(self._known) > KNOWN:
+                    self._known.popitem(last=False)
+        if reason:
+            raise InferenceRefused(reason, "schema")
+
+    def close(self) -> None:
+        """End the processes."""
+        self._work.close()
+
+    def _tried(self, grammar: str) -> str:
+        """What is wrong with it; empty where nothing is."""
+        if not self._turns.acquire(timeout=TRIAL_SECONDS):
+            raise InferenceFailed(
+                "Throttling", "Too many JSON schemas are being read. Please wait and try again."
+            )
+        try:
+            error: str = self._work.ask("grammar", grammar=grammar)
+        except TakesTooMuch as refused:
+            return f"{refused} Use a simpler one."
+        finally:
+            self._turns.release()
+        return _refusal(error) if error else ""
 
 
 class Constraints:
     """The grammars of one model's vocabulary. Safe to share between threads."""
 
-    def __init__(self, chat: ChatFormat, vocabulary: int) -> None:
-        self._chat, self._vocabulary = chat, vocabulary
+    def __init__(
+        self, chat: ChatFormat, vocabulary: int, schemas: SchemaTrials | None = None
+    ) -> None:
+        """``schemas`` tries grammars before they are read here; needed where strangers send them."""
+        self._chat, self._vocabulary, self._schemas = chat, vocabulary, schemas
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._tokenizer: Any = None
         self._lock = threading.Lock()
@@ -80,7 +148,13 @@ class Constraints:
         return self._matcher(_grammar({"type": "object"} if isinstance(schema, bool) else schema))
 
     def calls(self, tools: Sequence[Tool], marked: bool) -> Matcher:
-        """A matcher for one call of one of ``tools``; ``marked`` ones stand between tags."""
+        """A matcher for one call of one of ``tools``; ``marked`` ones stand between tags.
+
+        Raises:
+            InferenceRefused: as :meth:`schema`.
+        """
+        for tool in tools:
+            check_depth(tool.parameters)
         if len(tools) == 1:
             schema = _call(tools[0], "#")
         else:
@@ -106,17 +180,24 @@ class Constraints:
     def _matcher(self, grammar: str) -> Matcher:
         from llguidance import LLMatcher
 
-        if len(grammar) > LARGEST:
-            raise InferenceRefused(f"The schema is longer than {LARGEST:,} characters.", "schema")
+        characters = self._schemas.characters if self._schemas else LARGEST
+        if len(grammar) > characters:
+            text = f"The schema has {len(grammar):,} characters, and may have {characters:,}."
+            raise InferenceRefused(text, "schema")
         with self._lock:
             found = self._compiled.get(grammar)
             if found is not None:
                 self._compiled.move_to_end(grammar)
                 return Matcher(found.deep_copy())
             tokenizer = self._tokens()
+        if self._schemas is not None:
+            self._schemas.check(grammar)
         made = LLMatcher(tokenizer, grammar, log_level=0)
-        if made.is_error():
-            raise InferenceRefused(f"The JSON schema cannot be enforced: {_reason(made)}", "schema")
+        first = made.deep_copy()
+        if not made.is_error():
+            first.compute_bitmask()  # a grammar that nothing matches says so at the first token
+        if first.is_error():
+            raise InferenceRefused(_refusal(first.get_error()), "schema")
         with self._lock:
             self._compiled[grammar] = made
             while len(self._compiled) > KEPT:
@@ -140,15 +221,38 @@ def _grammar(schema: Mapping[str, Any]) -> str:
 
     if not isinstance(schema, Mapping):
         raise InferenceRefused("A JSON schema is an object.", "schema")
+    check_depth(schema)
     try:
         grammar: str = LLMatcher.grammar_from_json_schema(dict(schema), None, _FORM)
     except (ValueError, TypeError, RecursionError) as error:
-        raise InferenceRefused(f"The JSON schema cannot be read: {error}", "schema") from error
+        text = f"The JSON schema cannot be read: {_plain(str(error))}"
+        raise InferenceRefused(text, "schema") from error
     return grammar
 
 
+def check_depth(schema: Any) -> None:
+    """Refuse a schema that is nested too deeply to be read."""
+    if depth_of(schema) > DEPTH:
+        raise InferenceRefused(f"The JSON schema is nested deeper than {DEPTH} levels.", "schema")
+
+
+def _refusal(error: str) -> str:
+    return f"The JSON schema cannot be enforced: {_plain(error)}"
+
+
 def _reason(matcher: Any) -> str:
-    return " ".join(str(matcher.get_error()).split())[:300]
+    return _plain(str(matcher.get_error()))
+
+
+def _plain(error: str) -> str:
+    """What the library says, without the state of its parser."""
+    said = error.partition("<state>")[0]
+    if said.strip() == "NoExtensionBias":
+        return "nothing can match it, or its references go round in a circle."
+    if said.lstrip().startswith("regex parse error"):
+        # It quotes the pattern, and says what is wrong with it at the end.
+        said = f"a pattern is no regular expression: {said.rpartition('error:')[2]}"
+    return " ".join(said.split())[:300]
 
 
 def _call(tool: Tool, place: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network
-    from luthier.serving.constraints import Matcher
+    from luthier.serving.constraints import Matcher, SchemaTrials
     from luthier.serving.stepping import Stepper
     from luthier.store.models import StoredModel
     from luthier.types import IntArray
@@ -61,13 +61,17 @@ class Decoder:
         soft: IntArray,
         vocabulary: int,
         memory: CacheBudget,
+        schemas: SchemaTrials | None = None,
     ) -> None:
-        """``soft`` stands before every prompt; what sequences keep is taken from ``memory``."""
+        """``soft`` stands before every prompt; what sequences keep is taken from ``memory``.
+
+        ``schemas`` tries schemas before they are read here.
+        """
         from luthier.serving.constraints import Constraints
 
         self.chat, self.memory, self.vocabulary = chat, memory, vocabulary
         self.context = stepper.context - len(soft)
-        self.constraints = Constraints(chat, vocabulary)
+        self.constraints = Constraints(chat, vocabulary, schemas)
         self._stepper, self._soft = stepper, soft
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -79,7 +83,9 @@ class Decoder:
         self._thread.start()
 
     @staticmethod
-    def open(stored: StoredModel, memory: CacheBudget) -> Decoder:
+    def open(
+        stored: StoredModel, memory: CacheBudget, schemas: SchemaTrials | None = None
+    ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine."""
         from luthier.engine.devices import choose_machine
         from luthier.models.heads import prompt_ids
@@ -97,7 +103,7 @@ class Decoder:
         context = context_length(check_folder(stored.network_folder)) - added
         vocabulary = int(network.model.config.vocab_size)
         stepper = stepper_of(network, context)
-        return Decoder(stepper, serving_format(stored), soft, vocabulary, memory)
+        return Decoder(stepper, serving_format(stored), soft, vocabulary, memory, schemas)
 
     @property
     def network(self) -> Network:

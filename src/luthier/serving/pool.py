@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.cancellation import cancellable
 from luthier.engine.memory import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request, TooLong
 from luthier.serving.memory import CacheBudget
-from luthier.serving.stream import Stream, begun
+from luthier.serving.stream import Stream
 from luthier.types import Row
 
 if TYPE_CHECKING:
+    from luthier.serving.constraints import SchemaTrials
     from luthier.serving.decoder import Decoder
     from luthier.store.models import StoredModel
 
@@ -64,10 +66,16 @@ class _Entry:
 class ModelPool:
     """Answers for every model of the store, by its stored id. Safe to share between threads."""
 
-    def __init__(self, budget: int | None = None, cache: int | None = None) -> None:
+    def __init__(
+        self,
+        budget: int | None = None,
+        cache: int | None = None,
+        schemas: SchemaTrials | None = None,
+    ) -> None:
         """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
-        sequences; by default shares of the free memory.
+        sequences; by default shares of the free memory. ``schemas`` tries those of unknown clients.
         """
+        self._schemas = schemas
         free = available_memory()
         self.budget = int(WEIGHTS_SHARE * free) if budget is None else budget
         self.memory = CacheBudget(int(CACHE_SHARE * free) if cache is None else cache)
@@ -91,7 +99,7 @@ class ModelPool:
             self._release(entry)
             raise
         stream.at_end(lambda: self._release(entry))
-        return begun(stream)
+        return cancellable(stream)
 
     def count(self, model_id: str, prompt: Prompt) -> int:
         """Tokens of ``prompt`` as the model reads it."""
@@ -196,7 +204,7 @@ class ModelPool:
             if store.objective_of(stored).task == "causal_lm":
                 from luthier.serving.decoder import Decoder
 
-                entry.model = Decoder.open(stored, self.memory)
+                entry.model = Decoder.open(stored, self.memory, self._schemas)
                 entry.reader = Embedder.of(entry.model)
             else:
                 entry.model = entry.reader = Embedder.open(stored)

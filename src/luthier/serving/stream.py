@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -12,26 +11,6 @@ from luthier.serving.inference import Called, End, Event, InferenceFailed, Piece
 
 ENDED: Any = None
 """Stands behind the last event of a stream that was cut short."""
-
-
-_attended: ContextVar[Callable[[Stream], None] | None] = ContextVar("attended", default=None)
-
-
-@contextmanager
-def attended(take: Callable[[Stream], None]) -> Iterator[None]:
-    """``take`` hears of each stream that is begun in the block, by its threads too."""
-    token = _attended.set(take)
-    try:
-        yield
-    finally:
-        _attended.reset(token)
-
-
-def begun(stream: Stream) -> Stream:
-    """``stream``, after whoever attends to this work was told of it."""
-    if (take := _attended.get()) is not None:
-        take(stream)
-    return stream
 
 
 class Stream:

@@ -76,22 +76,22 @@ def main(arguments: list[str]) -> None:
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # before the server, where the machine has no memory left
     _import(Path(folder))
-    _limit(resource.RLIMIT_AS, _addresses() + MEMORY)
-    _allow(READ_SECONDS)
+    limit(resource.RLIMIT_AS, addresses() + MEMORY)
+    allow_seconds(READ_SECONDS)
     try:
         chat = _opened(Path(folder), json.loads(fields))
         told = _about(chat)
     except Exception as error:
         send(connection, {"error": _words(error)})
         return
-    _limit(resource.RLIMIT_FSIZE, 0)
+    limit(resource.RLIMIT_FSIZE, 0)
     # Numbers of open files have to be lower: nothing more is opened, no connection either.
-    _limit(resource.RLIMIT_NOFILE, 0)
+    limit(resource.RLIMIT_NOFILE, 0)
     send(connection, {"result": told})
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             asked = receive(connection)
-            _allow(int(seconds))
+            allow_seconds(int(seconds))
             _send_bounded(connection, _answer(chat, asked))
 
 
@@ -209,17 +209,18 @@ def _words(error: Exception) -> str:
     return f"the model's template or tokenizer fails: {type(error).__name__}: {str(error)[:300]}"
 
 
-def _allow(seconds: int) -> None:
+def allow_seconds(seconds: int) -> None:
     """Let the kernel end this process after so much more processor time."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + seconds, hard))
 
 
-def _limit(kind: int, most: int) -> None:
+def limit(kind: int, most: int) -> None:
+    """Set a limit of this process that it cannot raise again."""
     resource.setrlimit(kind, (most, most))
 
 
-def _addresses() -> int:
+def addresses() -> int:
     """Bytes of addresses that this process has now."""
     pages = Path("/proc/self/statm").read_text().split()[0]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
-from luthier.serving.constraints import CALL_CLOSE, CALL_OPEN
+from luthier.serving.constraints import CALL_CLOSE, CALL_OPEN, check_depth
 from luthier.serving.inference import Chat, InferenceRefused, Tool, ToolCall, Turn
 from luthier.store.ids import random_id
 from luthier.types import Message
@@ -62,6 +62,8 @@ def encode(chat: ChatFormat, asked: Chat) -> IntArray:
     if not asked.turns:
         raise InferenceRefused("A conversation has at least one message.", "messages")
     tools = () if asked.tool_choice == "none" else asked.tools
+    for tool in tools:
+        check_depth(tool.parameters)
     native = knows_tools(chat)
     try:
         if native and (tools or any(turn.calls or turn.role == "tool" for turn in asked.turns)):

@@ -13,6 +13,7 @@ from pydantic import Field
 from luthier.api.native.context import Context
 from luthier.api.native.operations import Operation, Part, Request, Told, setting_name
 from luthier.api.wire import Answer, Fault
+from luthier.graders import graders_named
 from luthier.jobs.rewards import clients_grader
 from luthier.jobs.submit import Submission, submit
 from luthier.setting_names import with_setting_names
@@ -152,6 +153,9 @@ class _Jobs:
             context.locations.check(request.account, address)
         if asked.output is not None:
             context.locations.check_writable(request.account, asked.output)
+        grader = clients_grader(asked.grader) if asked.grader else None
+        if grader is not None:
+            graders_named({"grader": grader})  # its patterns and schemas, outside of a transaction
         with context.database.write() as session:
             job = submit(
                 session,
@@ -168,7 +172,7 @@ class _Jobs:
                     teacher=context.base(session, request.account, asked.teacher)
                     if asked.teacher
                     else None,
-                    grader=clients_grader(asked.grader) if asked.grader else None,
+                    grader=grader,
                     output=asked.output,
                     request=asked.model_dump(mode="json", exclude_unset=True),
                     priority=asked.priority,

@@ -11,6 +11,8 @@ from pydantic import Field
 from luthier.api.openai.asking import Sampling
 from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body
+from luthier.api.wire import JSON_DEPTH
+from luthier.graders.json_schema import depth_of
 from luthier.serving.inference import MOST_TOKENS, Chat, Request, Tool, ToolCall, Turn
 
 MOST_TOOLS = 128
@@ -202,8 +204,8 @@ def arguments(text: str | None, where: str) -> Mapping[str, Any]:
     """The arguments of a call, which clients send as text; raises :class:`Fault` for no JSON object."""
     try:
         found = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or depth_of(found) > JSON_DEPTH:
         raise invalid("The arguments of a call are a JSON object.", where)
     return found

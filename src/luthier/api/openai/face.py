@@ -21,6 +21,7 @@ from luthier.api.openai.routing import Routing
 from luthier.api.settings import Settings
 from luthier.api.wire import Authorize
 from luthier.jobs.submit import Limits
+from luthier.serving.confined_work import ConfinedWork
 from luthier.store.arns import Arns
 from luthier.store.database import Database
 from luthier.store.objects import Objects
@@ -66,6 +67,10 @@ class OpenAIFace(Routing):
         self.files = UploadedFiles(database, objects)
         catalogue = Catalogue(database, arns, resolve)
         asker = Asker(catalogue, access, pool)
+        limited = settings.limits
+        self._grading = ConfinedWork(
+            limited.grading_seconds, limited.grading_memory_bytes, "the grader"
+        )
         chats, completions, embeddings = Chats(asker), Completions(asker), Embeddings(asker)
         responses = Responses(asker)
         self.batches = BatchRunner(
@@ -82,7 +87,7 @@ class OpenAIFace(Routing):
             (
                 Files(self.files, access, file_limit),
                 FineTuning(database, self.files, asker, arns, limits, submitted),
-                Graders(access, asker.judge, PooledModels(pool)),
+                Graders(access, asker.judge, PooledModels(pool), self._grading, limited),
                 Models(catalogue, access, delete_model),
                 chats,
                 responses,
@@ -97,5 +102,6 @@ class OpenAIFace(Routing):
         self.batches.start()
 
     def close(self) -> None:
-        """Stop working on batches."""
+        """Stop working on batches, and end the processes of graders."""
         self.batches.close()
+        self._grading.close()

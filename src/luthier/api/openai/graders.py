@@ -13,8 +13,20 @@ from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer as HttpAnswer
 from luthier.api.wire import Call, Caller
 from luthier.errors import LuthierError, RecipeError
-from luthier.graders import Answer, Grader, Models, Multi, Trouble, grader_from, graders_named
+from luthier.graders import (
+    Answer,
+    Grader,
+    Models,
+    Multi,
+    Trouble,
+    Ungraded,
+    grader_from,
+    graders_named,
+)
+from luthier.graders.base import TOO_LONG
 from luthier.graders.running import attempt
+from luthier.limits import ServerLimits
+from luthier.serving.confined_work import ConfinedWork, TakesTooMuch, confined
 from luthier.types import Row
 
 Judge = Callable[[str, str], str]
@@ -57,17 +69,31 @@ class ValidateGrader(Body):
 class Graders:
     """The resource."""
 
-    def __init__(self, access: Access, judges: Callable[[Caller], Judge], models: Models) -> None:
-        """``judges`` finds the models that graders of a caller ask, ``models`` opens them."""
+    def __init__(
+        self,
+        access: Access,
+        judges: Callable[[Caller], Judge],
+        models: Models,
+        work: ConfinedWork,
+        limits: ServerLimits,
+    ) -> None:
+        """``judges`` finds the models that graders of a caller ask, ``models`` opens them.
+
+        In processes of ``work`` texts are compared.
+        """
         self.access, self.judges, self.models = access, judges, models
+        self.work, self.limits = work, limits
 
     def operations(self) -> Iterable[Operation]:
         """What can be done with graders."""
         root, name = "fine_tuning/alpha/graders", "fine_tuning.alpha.graders"
-        return (
-            Operation("POST", f"{root}/run", f"{name}.run", self.run, long=True),
-            Operation("POST", f"{root}/validate", f"{name}.validate", self.validate),
-        )
+        return tuple(
+            Operation(
+                "POST", f"{root}/{each}", f"{name}.{each}", handler,
+                body_limit=self.limits.grading_body_bytes, grading=True,
+            )
+            for each, handler in (("run", self.run), ("validate", self.validate))
+        )  # fmt: skip
 
     def validate(self, call: Call) -> HttpAnswer:
         """Give a grader back that can be used; 400 for one that cannot."""
@@ -77,16 +103,28 @@ class Graders:
         return HttpAnswer.of({"grader": given})
 
     def run(self, call: Call) -> HttpAnswer:
-        """Grade one reply. What goes wrong in the grader is told in the answer, with reward 0."""
+        """Grade one reply. What goes wrong in the grader is told in the answer, with reward 0.
+
+        Raises:
+            Fault: 400 for texts that are too long, and for what takes too much time or memory.
+        """
         self.access.to(call, "fine_tuning.alpha.graders.run")
         asked = body(call, RunGrader)
         fields = grader_fields(asked.grader, "grader", self.judges(call.caller))
         grader = grader_from(fields)
         if grader.models:
             grader = grader.with_models(self.models)
+        grader = confined(grader, self.work)
         began = time.perf_counter()
-        sample = Answer((), asked.model_sample, None, Row("item", 1, members=asked.item or {}))
-        score, parts, trouble = graded_once(grader, sample)
+        row = Row("item", 1, members=asked.item or {})
+        longest = self.limits.grading_text_characters
+        sample = Answer((), asked.model_sample, None, row, longest)
+        try:
+            score, parts, trouble = graded_once(grader, sample)
+        except TakesTooMuch as refused:
+            raise invalid(str(refused), "grader", "invalid_grader") from refused
+        if trouble is not None and trouble.rule == TOO_LONG:
+            raise invalid(f"The grader refuses this: {trouble.message}", "grader", "invalid_grader")
         return HttpAnswer.of(
             {
                 "reward": score,
@@ -106,18 +144,31 @@ class Graders:
 
 
 def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float], Trouble | None]:
-    """Reward of one reply, those of a formula's graders, and why there is none (then it is 0)."""
+    """Reward of one reply, those of a formula's graders, and why there is none (then it is 0).
+
+    Raises:
+        TakesTooMuch: where the work was ended at its limit.
+    """
     troubles: dict[int, Trouble] = {}
     parts: dict[str, float] = {}
-    if isinstance(grader, Multi):
-        each = grader.each([sample], troubles)
-        parts = {name: _finite(scores[0]) for name, scores in each.items()}
-    if not troubles:
-        try:
+    score = math.nan
+    try:
+        if isinstance(grader, Multi):
+            each = grader.each([sample], troubles)
+            parts = {name: _finite(scores[0]) for name, scores in each.items()}
+            (score,) = grader.combined(each, 1, troubles)
+        else:
             (score,), troubles = attempt(grader, [sample])
-        except LuthierError as error:
-            troubles[0] = Trouble("grader.raised", str(error), "Mend the grader.")
-    return (0.0 if troubles else _finite(score)), parts, troubles.get(0)
+    except Ungraded as ungraded:
+        troubles = ungraded.troubles
+    except TakesTooMuch:
+        raise
+    except LuthierError as error:
+        troubles = {0: Trouble("grader.raised", str(error), "Mend the grader.")}
+    if not troubles and not math.isfinite(score):
+        text = f"the formula gave {score!r}, which is no finite number."
+        troubles = {0: Trouble("grader.not_finite", text, "Mend the formula.")}
+    return (0.0 if troubles else score), parts, troubles.get(0)
 
 
 def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
@@ -135,7 +186,7 @@ def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[st
     try:
         graders_named({"grader": fields})
     except RecipeError as error:
-        raise invalid(str(error), where, "invalid_grader") from error
+        raise invalid(" ".join(str(error).split()), where, "invalid_grader") from error
     return fields
 
 

@@ -30,6 +30,8 @@ class Operation:
     body_limit: int = BODY_LIMIT
     long: bool = False
     """Whether a model answers it."""
+    grading: bool = False
+    """Whether it works on a grader."""
     sink: Callable[[Call], AbstractContextManager[Sink]] | None = None
     """Opens what takes its body; see :class:`luthier.api.wire.Route`."""
 
@@ -71,7 +73,13 @@ class Routing:
                 name = f"openai.{operation.name}"
                 handler = _answered(operation.handler)
                 return Route(
-                    name, handler, params, operation.body_limit, operation.long, operation.sink
+                    name,
+                    handler,
+                    params,
+                    operation.body_limit,
+                    operation.long,
+                    operation.grading,
+                    operation.sink,
                 )
         raise Fault("UnknownOperation", f"Unknown request URL: {method} {path}.")
 

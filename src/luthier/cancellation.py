@@ -1,0 +1,44 @@
+"""Work that ends when nobody waits for it any more.
+
+Whoever has something done for a client sets :func:`cancelled_by`; whatever takes long and can be ended
+(a model that writes, a process) says so with :func:`cancellable`. Where nobody listens, as in training,
+nothing happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol, TypeVar
+
+
+class Cancellable(Protocol):
+    """Work under way."""
+
+    def close(self) -> None:
+        """End it now. Any thread may, also when it has ended."""
+
+
+Work = TypeVar("Work", bound=Cancellable)
+
+_register: ContextVar[Callable[[Cancellable], None] | None] = ContextVar("register", default=None)
+
+
+@contextmanager
+def cancelled_by(register: Callable[[Cancellable], None]) -> Iterator[None]:
+    """``register`` hears of all work that begins in the block, in its threads too where they have its
+    context.
+    """
+    token = _register.set(register)
+    try:
+        yield
+    finally:
+        _register.reset(token)
+
+
+def cancellable(work: Work) -> Work:
+    """``work``, after whoever may cancel it was told of it."""
+    if (register := _register.get()) is not None:
+        register(work)
+    return work

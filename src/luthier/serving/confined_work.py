@@ -1,0 +1,162 @@
+"""Work on what a client sends, in processes with limits: graders that compare texts, and schemas.
+
+See :mod:`luthier.serving.work_process` for what is limited. Work ends at its limit, and as soon as its
+client has hung up; the process that did it is started anew for the next.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import Field, SerializeAsAny
+from pydantic.json_schema import SkipJsonSchema
+
+from luthier.cancellation import cancellable
+from luthier.errors import RecipeError
+from luthier.graders import Answer, Grader, Multi, Trouble, Ungraded
+from luthier.graders.python_source import SandboxedFunction
+from luthier.serving.confined import ConfinedProcess
+
+IDLE = 1
+"""Processes that wait for work; further ones end with theirs."""
+
+
+class TakesTooMuch(RecipeError):
+    """Work was ended at its limit of time or memory."""
+
+
+class ConfinedWork:
+    """Processes for one kind of work, as many as are asked at once. Safe to share between threads.
+
+    Whoever asks bounds how many that are.
+    """
+
+    def __init__(self, seconds: int, memory: int, subject: str) -> None:
+        """``seconds`` of processor time and ``memory`` bytes for one request.
+
+        A refusal says that ``subject`` takes too much.
+        """
+        self.seconds, self.memory, self._subject = seconds, memory, subject
+        self._idle: list[ConfinedProcess] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def ask(self, call: str, **given: Any) -> Any:
+        """What the process answers.
+
+        Raises:
+            TakesTooMuch: where it was ended: by a limit, or because the client hung up.
+        """
+        try:
+            with self._process() as process:
+                return process.ask(call, **given)
+        except RecipeError as error:
+            text = str(error)
+            raise TakesTooMuch(f"{text[:1].upper()}{text[1:]}.") from error
+
+    def close(self) -> None:
+        """End the processes that wait; the others end with their work."""
+        with self._lock:
+            self._closed, idle = True, self._idle
+            self._idle = []
+        for process in idle:
+            process.close()
+
+    @contextmanager
+    def _process(self) -> Iterator[ConfinedProcess]:
+        with self._lock:
+            process = self._idle.pop() if self._idle else None
+        if process is None:
+            process = ConfinedProcess(
+                "luthier.serving.work_process",
+                (str(self.memory),),
+                self.seconds,
+                self._subject,
+                "for what was sent",
+            )
+        use = cancellable(_Use(process))
+        try:
+            yield process
+        finally:
+            use.end()
+            with self._lock:
+                keep = process.alive and not self._closed and len(self._idle) < IDLE
+                if keep:
+                    self._idle.append(process)
+            if not keep:
+                process.close()
+
+
+class _Use:
+    """A process while one request is at work in it; afterwards it may be another's."""
+
+    def __init__(self, process: ConfinedProcess) -> None:
+        self._process: ConfinedProcess | None = process
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """End the work."""
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+
+    def end(self) -> None:
+        """The work is done."""
+        with self._lock:
+            self._process = None
+
+
+class ConfinedGrader(Grader):
+    """Another grader, at work in a process with limits."""
+
+    method: str
+    grader: SerializeAsAny[Grader]
+    work: SkipJsonSchema[Any] = Field(exclude=True, repr=False)
+
+    needs_expected = False
+
+    @property
+    def bounded(self) -> bool:
+        """As the grader."""
+        return self.grader.bounded
+
+    @property
+    def batched(self) -> bool:
+        """All answers are sent at once."""
+        return True
+
+    def grade(self, answers: Sequence[Answer]) -> list[float]:
+        """The grader's scores; :class:`TakesTooMuch` where it was ended."""
+        found = self.work.ask(
+            "grade",
+            grader=self.grader.model_dump(mode="json"),
+            answers=[
+                {
+                    "reply": answer.reply,
+                    "members": dict(answer.row.members or {}),
+                    "text_characters": answer.text_characters,
+                }
+                for answer in answers
+            ],
+        )
+        if found["troubles"]:
+            troubles = {i: Trouble(*texts) for i, *texts in found["troubles"]}
+            raise Ungraded(found["scores"], troubles)
+        scores: list[float] = found["scores"]
+        return scores
+
+
+def confined(grader: Grader, work: ConfinedWork) -> Grader:
+    """``grader`` with all that compares texts at work in processes of ``work``.
+
+    Sources have a sandbox of their own, and models that grade take turns with all others.
+    """
+    if isinstance(grader, Multi):
+        parts = {name: confined(part, work) for name, part in grader.graders.items()}
+        return grader.model_copy(update={"graders": parts})
+    if grader.models or isinstance(grader, SandboxedFunction):
+        return grader
+    return ConfinedGrader(method=grader.method, grader=grader, work=work)

@@ -1,0 +1,109 @@
+"""The process in which graders of clients compare texts, and in which their schemas are tried.
+
+Texts, patterns and schemas that a client sends can be written to take all time and memory there is, and
+most libraries that work on them know no limit. This process is ended by the kernel where one request
+takes too much processor time, cannot have more memory than it is told, and opens no file
+(:mod:`luthier.serving.confined_work` is the other side).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from luthier.serving.text_process import addresses, allow_seconds, limit, receive, send
+
+NICE = 5
+"""Requests that are answered by the server itself go first."""
+
+
+def main(arguments: list[str]) -> None:
+    """Answer requests within ``seconds`` and ``memory`` bytes each, until nobody asks."""
+    descriptor, seconds, memory = arguments
+    connection = socket.socket(fileno=int(descriptor))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # before the server, where the machine has no memory left
+    os.nice(NICE)
+    _import()
+    limit(resource.RLIMIT_AS, addresses() + int(memory))
+    limit(resource.RLIMIT_FSIZE, 0)
+    limit(resource.RLIMIT_NOFILE, 0)
+    send(connection, {"result": {}})
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            asked = receive(connection)
+            allow_seconds(int(seconds))
+            send(connection, _answer(asked["call"], asked["given"], int(memory)))
+
+
+def _import() -> None:
+    """All that is needed later, while files can still be opened."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    from luthier.graders import StringCheck, TextSimilarity
+
+    # What graders import when they first compare texts.
+    for grader in (TextSimilarity(reference="a"), StringCheck(reference="a")):
+        _grade(grader.model_dump(), [{"reply": "a", "members": {}, "text_characters": 1000}])
+    with contextlib.suppress(ImportError):
+        _grammar('{"grammars": []}')
+
+
+def _answer(call: str, given: Mapping[str, Any], memory: int) -> dict[str, Any]:
+    try:
+        if call == "grade":
+            return {"result": _grade(**given)}
+        return {"result": _grammar(**given)}
+    except MemoryError:
+        return {"error": f"this takes more than {memory >> 20} MiB of memory"}
+    except Exception as error:
+        return {"error": f"this fails: {type(error).__name__}: {str(error)[:300]}"}
+
+
+def _grade(grader: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Scores of ``answers``, and why some have none."""
+    from dataclasses import astuple
+
+    from luthier.graders import Answer, Grader, grader_from
+    from luthier.graders.running import attempt
+    from luthier.types import Row
+
+    made: Grader = grader_from(grader)
+    several = [
+        Answer(
+            (),
+            each["reply"],
+            None,
+            Row("item", 1, members=each["members"]),
+            each["text_characters"],
+        )
+        for each in answers
+    ]
+    try:
+        return {"scores": made.grade(several), "troubles": []}
+    except MemoryError:
+        raise  # a limit of this process, and no fault of the row
+    except Exception:
+        scores, troubles = attempt(made, several)
+    return {"scores": scores, "troubles": [[i, *astuple(each)] for i, each in troubles.items()]}
+
+
+def _grammar(grammar: str) -> str:
+    """Why answers cannot be kept to a grammar; empty where they can.
+
+    Tried with bytes as tokens: what a grammar takes to be read does not depend on the vocabulary.
+    """
+    from llguidance import LLMatcher, LLTokenizer
+
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    return str(matcher.get_error()) if matcher.is_error() else ""
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

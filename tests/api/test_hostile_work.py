@@ -1,0 +1,330 @@
+"""What clients send to be worked on, written to take all time and memory: graders, patterns, schemas.
+
+A real server, from outside: each is answered with its documented error, the server's memory stays where
+it was, its processes end with their work, and a neighbour is answered meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import botocore.exceptions
+import psutil
+import pytest
+from luthier_server import KEYS, ONE, OTHER, Served, home_with_tiny, until
+
+pytestmark = pytest.mark.slow
+
+MOST_GROWTH = 400 << 20
+"""Bytes that the server and its processes may grow by, all attacks together."""
+RUN, CHAT = "/v1/fine_tuning/alpha/graders/run", "/v1/chat/completions"
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
+    home = home_with_tiny(tmp_path_factory.mktemp("served") / "home", tiny_model_folder)
+    made = Served(home)
+    made.start("--no-work", "--limit", "grading_text_characters=2000000",
+               "--limit", "grading_seconds=5")  # fmt: skip
+    assert chat(made, {"type": "json_object"})[0] == 200
+    yield made
+    made.end()
+
+
+@pytest.fixture(autouse=True)
+def bounded(server: Served) -> Iterator[None]:
+    """No attack makes the server grow, or leaves work behind."""
+    before = memory(server)
+    yield
+    until(lambda: cpu_share(server) < 0.5, 20)
+    assert memory(server) - before < MOST_GROWTH
+
+
+def processes(server: Served) -> list[psutil.Process]:
+    assert server.process is not None
+    process = psutil.Process(server.process.pid)
+    return [process, *process.children(recursive=True)]
+
+
+def memory(server: Served) -> int:
+    return sum(each.memory_info().rss for each in processes(server))
+
+
+def cpu_share(server: Served) -> float:
+    """Cores that the server and its processes take now."""
+    several = processes(server)
+    for each in several:
+        each.cpu_percent()
+    time.sleep(0.2)
+    return sum(each.cpu_percent() for each in several if each.is_running()) / 100
+
+
+def similarity(metric: str = "fuzzy_match", reference: str = "{{item.a}}") -> dict[str, Any]:
+    return {"type": "text_similarity", "name": "near", "input": "{{sample.output_text}}",
+            "reference": reference, "evaluation_metric": metric}  # fmt: skip
+
+
+def chat(server: Served, form: Any = None, **further: Any) -> Any:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4,
+            **({"response_format": form} if form else {}), **further}  # fmt: skip
+    return server.ask("POST", CHAT, body)
+
+
+def grade(server: Served, grader: Any, sample: str, item: Any = None, account: str = ONE) -> Any:
+    body = {"grader": grader, "model_sample": sample, "item": item or {}}
+    return server.ask("POST", RUN, body, account)
+
+
+def refusal(answer: Any) -> str:
+    """The message of an answer that has to be a 400, in one plain line."""
+    status, body = answer
+    assert status == 400, answer
+    message: str = body["error"]["message"]
+    assert "<state>" not in message and "\n" not in message and len(message) < 600
+    return message
+
+
+def test_templates_that_stand_for_gigabytes(server: Served) -> None:
+    bomb = "{{sample.output_text}}"
+    check = {"type": "string_check", "name": "a", "input": bomb, "operation": "eq"}
+    said = refusal(grade(server, {**check, "reference": bomb * 2500}, "x" * MEGABYTE))
+    assert "2,500 places, and may have 256" in said
+    said = refusal(grade(server, {**check, "reference": bomb * 200}, "x" * MEGABYTE))
+    assert "with 200 places filled, has 3,000,000 characters" in said
+    assert "at most 2,000,000" in said
+    # White space that could be divided in several ways.
+    assert refusal(grade(server, {**check, "reference": "{{" + " " * 50_000 + "}}"}, "x"))
+    judge = {"type": "score_model", "name": "a", "model": "tiny",
+             "input": [{"role": "user", "content": bomb}] * 20_000}  # fmt: skip
+    assert "the prompt has 3,000,000 " in refusal(grade(server, judge, "x" * MEGABYTE))
+    with send(server, RUN, {}, size=5_000_000) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("metric", ["fuzzy_match", "rouge_l", "bleu", "gleu", "meteor", "rouge_5"])
+def test_long_comparisons_end_with_their_limit(server: Served, metric: str) -> None:
+    texts = "ab c " * (MEGABYTE // 5), "b a c " * (MEGABYTE // 6)
+    started = time.monotonic()
+    status, body = grade(server, similarity(metric), texts[0], {"a": texts[1]})
+    assert time.monotonic() - started < 40
+    if status != 200:
+        said = refusal((status, body))
+        assert "The grader takes more than" in said or "memory" in said
+    if metric == "fuzzy_match":
+        assert status == 400
+
+
+def send(server: Served, path: str, body: Any, size: int | None = None) -> socket.socket:
+    """A request whose answer is not waited for; ``size`` is what it says that its body has."""
+    parts = urlsplit(server.url)
+    data = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {KEYS[ONE]['api_key']}\r\nContent-Length: {size or len(data)}\r\n\r\n"
+    )
+    connection = socket.create_connection((str(parts.hostname), parts.port or 0), 30)
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+SLEEP = {
+    "type": "python",
+    "name": "py",
+    "source": "import time\ndef grade(sample, item):\n    time.sleep(9)\n    return 1",
+}
+
+
+def at_work(server: Served, told: str) -> psutil.Process | None:
+    """The process with ``told`` in its command line that has worked most, once it has begun."""
+    found = [each for each in processes(server)[1:] if told in " ".join(each.cmdline())]
+    return max(found, key=lambda each: sum(each.cpu_times()[:2]), default=None)
+
+
+@pytest.mark.parametrize(
+    ("grader", "told", "busy"),
+    [(similarity(), "work_process", 1.5), (SLEEP, "Runs in the sandbox", 0)],
+    ids=["a comparison", "a source"],
+)
+def test_work_ends_when_its_client_hangs_up(
+    server: Served, grader: Any, told: str, busy: float
+) -> None:
+    def working() -> psutil.Process | None:
+        found = at_work(server, told)
+        return found if found and sum(found.cpu_times()[:2]) > busy else None
+
+    item = {"a": "ba" * (MEGABYTE // 2)}
+    body = {"grader": grader, "model_sample": "ab" * (MEGABYTE // 2), "item": item}
+    before = at_work(server, told)
+    if before is not None:  # it waits for work, and has worked before
+        busy += sum(before.cpu_times()[:2])
+    with send(server, RUN, body):
+        worker = until(working, 30)
+    left = time.monotonic()
+    until(lambda: not worker.is_running(), 20)
+    assert time.monotonic() - left < 3  # its own limits are seconds away
+
+
+def test_a_neighbour_is_graded_meanwhile(server: Served) -> None:
+    body = {"grader": similarity(), "model_sample": "ab" * 400_000, "item": {"a": "ba" * 400_000}}
+    attack = [send(server, RUN, body) for _ in range(12)]
+    try:
+        time.sleep(1)
+        started = time.monotonic()
+        status, answer = grade(server, similarity(), "Paris", {"a": "Pari"}, OTHER)
+        assert (status, answer["reward"]) == (200, 8 / 9)
+        assert server.ask("GET", "/v1/models", account=OTHER)[0] == 200
+        assert time.monotonic() - started < 15
+    finally:
+        for connection in attack:
+            connection.close()
+
+
+REFERENCES = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(25)}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+SCHEMAS: dict[str, tuple[Any, str]] = {
+    "itself": ({"$ref": "#"}, "nothing can match it"),
+    "a circle": (
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        "nothing can match it",
+    ),
+    "deep": (nested(150), "nested deeper than 100 levels"),
+    "deeper": (nested(90), "" ),
+    "long": ({"enum": [f"word-{n}" for n in range(30_000)]}, "characters, and may have 200,000"),
+    "slow": ({"type": "integer", "multipleOf": 999_983}, "takes more than 3 seconds"),
+    "intersections": (
+        {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]}, "takes more ",
+    ),
+    "brackets": ({"type": "string", "pattern": "(" * 100_000}, "a pattern is no regular expression"),
+    "open": ({"type": "string", "pattern": "(" * 10_000 + ")" * 10_000}, "a pattern is no regular"),
+    "doubling": ({"$defs": {**REFERENCES, "a25": {"type": "string"}}, "$ref": "#/$defs/a0"}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_of_answers(server: Served, name: str) -> None:
+    """On every face that takes one, as the form of the text and as a tool's."""
+    schema, told = SCHEMAS[name]
+    runtime = server.client("bedrock-runtime", tries=1)
+    named = {"name": "f", "schema": schema}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    model = "tiny"
+
+    def responses(**further: Any) -> Any:
+        body = {"model": model, "input": "Hi", "max_output_tokens": 4, **further}
+        return server.ask("POST", "/v1/responses", body)
+
+    def aws(call: Callable[..., Any], **further: Any) -> Any:
+        try:
+            return call(modelId=model, **further)["ResponseMetadata"]["HTTPStatusCode"], {}
+        except botocore.exceptions.ClientError as error:
+            response: Any = error.response
+            return response["ResponseMetadata"]["HTTPStatusCode"], {
+                "error": {"message": str(error)}
+            }
+
+    turns = [{"role": "user", "content": [{"text": "Hi"}]}]
+    asked: list[Any] = [
+        chat(server, {"type": "json_schema", "json_schema": named}),
+        chat(server, {"type": "json_schema", "json_schema": named}, stream=True),
+        chat(server, None, tools=[tool], tool_choice="required"),
+        responses(text={"format": {"type": "json_schema", **named}}),
+        responses(tools=[{"type": "function", "name": "f", "parameters": schema}],
+                  tool_choice="required"),
+        aws(runtime.converse, messages=turns, inferenceConfig={"maxTokens": 4},
+            toolConfig={"tools": [{"toolSpec": {"name": "f", "inputSchema": {"json": schema}}}],
+                        "toolChoice": {"any": {}}}),
+        aws(runtime.invoke_model, body=json.dumps({
+            "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4,
+            "response_format": {"type": "json_schema", "json_schema": named}})),
+    ]  # fmt: skip
+    for place, answer in enumerate(asked):
+        assert answer[0] in (200, 400), (place, answer)
+        if told and place not in (2, 4, 5):
+            assert told in refusal(answer), place
+        elif answer[0] == 400:
+            refusal(answer)
+
+
+PATTERNS = {
+    "brackets": "(" * 100_000,
+    "nested": "(?:" * 600 + "a" + ")*" * 600,
+    "long": "(?i)" + "|".join(f"word-{n}" for n in range(50_000)),
+}
+
+
+def test_patterns_and_schemas_of_graders(server: Served) -> None:
+    deep: Any = nested(150)
+    graders: list[Any] = [{"method": "regex", "pattern": each} for each in PATTERNS.values()]
+    graders += [
+        {"method": "json_schema", "against": deep},
+        {"method": "json_schema", "against": {"pattern": PATTERNS["nested"]}},
+        {"method": "json_schema", "against": {"enum": ["a" * 100] * 10_000}},
+        {"method": "multi", "graders": {"a": {"method": "exact"}},
+         "calculate_output": "-" * 900 + "a"},
+    ]  # fmt: skip
+    s3 = server.client("s3")
+    s3.create_bucket(Bucket="rows")
+    row = {"messages": [{"role": "user", "content": "Hi"}], "reference_answer": "a"}
+    s3.put_object(Bucket="rows", Key="train.jsonl", Body=f"{json.dumps(row)}\n".encode() * 8)
+    started = time.monotonic()
+    for number, grader in enumerate(graders):
+        body = {
+            "name": f"job-{number}", "model_name": f"model-{number}", "base": "tiny",
+            "customization_type": "REINFORCEMENT_FINE_TUNING",
+            "training": ["s3://rows/train.jsonl"], "grader": grader,
+        }  # fmt: skip
+        status, answer = server.ask("POST", "/api/v1/jobs", body)
+        assert status == 400, (number, status, answer)
+        assert "grader" in json.dumps(answer), answer
+    assert time.monotonic() - started < 30
+
+
+def test_bodies_that_are_nested_too_deeply(server: Served) -> None:
+    deep = '{"a":' * 800 + "1" + "}" * 800
+    inside: Any = json.loads(deep)
+    grader = {**similarity(), "further": inside}
+    validate = "/v1/fine_tuning/alpha/graders/validate"
+    assert "nested deeper" in refusal(server.ask("POST", validate, {"grader": grader}))
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": deep}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "a"},
+    ]  # fmt: skip
+    status, answer = server.ask("POST", CHAT, {"model": "tiny", "messages": turns})
+    assert status == 400, answer
+
+
+def test_many_at_once_leave_the_server_as_it_was(server: Served) -> None:
+    """Schemas, templates and comparisons together, from one account."""
+    slow = {"type": "json_schema", "json_schema": {"name": "f", "schema": {}}}
+    statuses: list[int] = []
+
+    def attack(number: int) -> None:
+        schema = {"type": "integer", "multipleOf": 999_983 + number}
+        form = {**slow, "json_schema": {"name": "f", "schema": schema}}
+        statuses.append(chat(server, form)[0])
+        statuses.append(grade(server, similarity("bleu"), "ab " * 300_000, {"a": "ba " * 9})[0])
+
+    threads = [threading.Thread(target=attack, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(statuses) <= {200, 400, 429}

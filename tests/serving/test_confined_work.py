@@ -1,0 +1,103 @@
+"""Work with limits: the same scores, and nothing that goes on when its time is over."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from luthier.cancellation import Cancellable, cancelled_by
+from luthier.graders import (
+    Answer,
+    Multi,
+    PythonSource,
+    StringCheck,
+    TextSimilarity,
+    Ungraded,
+    graded,
+)
+from luthier.serving.confined_work import ConfinedGrader, ConfinedWork, TakesTooMuch, confined
+from luthier.types import Row
+
+GRADERS = [
+    *(TextSimilarity(reference="{{item.a}}", evaluation_metric=metric)
+      for metric in ("fuzzy_match", "bleu", "gleu", "meteor", "rouge_2", "rouge_l")),
+    StringCheck(reference="{{item.a}}", operation="ilike"),
+]  # fmt: skip
+TEXTS = [("Paris", "Pari"), ("the cat sat", "a cat sat down"), ("", "a"), ("日本\ud800", "日\0")]
+
+
+@pytest.fixture(scope="module")
+def work() -> Iterator[ConfinedWork]:
+    made = ConfinedWork(2, 256 << 20, "the grader")
+    yield made
+    made.close()
+
+
+def answer(reply: str, expected: str, characters: int = 10**7) -> Answer:
+    return Answer((), reply, None, Row("item", 1, members={"a": expected}), characters)
+
+
+def workers() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [each for each in children if "work_process" in " ".join(each.cmdline())]
+
+
+@pytest.mark.parametrize("grader", GRADERS, ids=lambda each: str(each))
+def test_scores_are_the_same(work: ConfinedWork, grader: Any) -> None:
+    answers = [answer(*each) for each in TEXTS]
+    assert graded(confined(grader, work), answers).scores == graded(grader, answers).scores
+    assert len(workers()) == 1
+
+
+def test_refusals_are_the_same(work: ConfinedWork) -> None:
+    grader = StringCheck(reference="{{item.b}}")
+    found = []
+    for each in (grader, confined(grader, work)):
+        found.append(graded(each, [answer("a", "a"), answer("a" * 11, "b", 10)], "zero"))
+    assert found[0] == found[1]
+    with pytest.raises(Ungraded, match="names something that is not there"):
+        confined(grader, work).grade([answer("a", "a")])
+
+
+@pytest.mark.parametrize(
+    ("metric", "text"),
+    [("fuzzy_match", "ab" * 10**6), ("rouge_5", " ".join(map(str, range(10**6))))],
+)
+def test_what_takes_too_much_is_ended(work: ConfinedWork, metric: Any, text: str) -> None:
+    grader = confined(TextSimilarity(reference="{{item.a}}", evaluation_metric=metric), work)
+    with pytest.raises(TakesTooMuch, match=r"more than (2 seconds|256 MiB)|more memory than"):
+        grader.grade([answer(text, text[::-1])])
+    assert grader.grade([answer("a", "a")]) == [1.0]
+
+
+def test_work_is_cancelled_and_nobody_elses(work: ConfinedWork) -> None:
+    patient = ConfinedWork(600, 1 << 30, "the grader")
+    grader = confined(TextSimilarity(reference="{{item.a}}"), patient)
+    uses: list[Cancellable] = []
+    with cancelled_by(uses.append):
+        assert grader.grade([answer("a", "a")]) == [1.0]
+        uses[0].close()  # it has ended: the process is the next one's
+        (worker,) = patient._idle
+        assert worker.alive
+        threading.Timer(1, lambda: uses[1].close()).start()
+        started = time.monotonic()
+        with pytest.raises(TakesTooMuch):
+            grader.grade([answer("ab" * 10**6, "ba" * 10**6)])
+        assert time.monotonic() - started < 20
+    patient.close()
+    assert len(workers()) == len(work._idle)
+
+
+def test_only_what_compares_texts_goes_there(work: ConfinedWork) -> None:
+    source = PythonSource(source="def grade(sample, item): return 1")
+    both = Multi(graders={"a": GRADERS[0], "b": source}, calculate_output="a + b")
+    made = confined(both, work)
+    assert isinstance(made, Multi)
+    assert isinstance(made.graders["a"], ConfinedGrader)
+    assert made.graders["b"] is source
+    assert graded(made, [answer("Paris", "Paris")]).scores == [2.0]
