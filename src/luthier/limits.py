@@ -40,6 +40,12 @@ class ServerLimits(BaseModel):
     """Open connections in all; further ones are closed at once."""
     connections_per_address: int = Field(default=512, ge=1)
     """Open connections from one address; further ones are closed at once."""
+    sts_body_bytes: int = Field(default=64 * KIB, ge=1024)
+    """Parameters of a call of STS, in its body or its query; more are answered 413."""
+    session_policy_chars: int = Field(default=2048, ge=64)
+    """Session policy of `AssumeRole`, as AWS has it."""
+    session_token_bytes: int = Field(default=4096, ge=1024)
+    """Session token, with the session policy in it: none is issued or looked at that is longer."""
 
 
 def parse_limits(settings: Sequence[str]) -> ServerLimits:
