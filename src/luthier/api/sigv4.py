@@ -136,8 +136,9 @@ def verify(
 
     Raises:
         Fault: ``MissingAuthenticationToken``, ``IncompleteSignature``, ``UnrecognizedClient``,
-            ``ExpiredToken``, ``InvalidSignature``; for ``s3`` instead of that ``SignatureDoesNotMatch``,
-            ``RequestTimeTooSkewed``, and ``AccessDenied`` for a presigned request that is over.
+            ``ExpiredToken``, ``InvalidSignature``; for ``s3`` instead of that
+            ``SignatureDoesNotMatch``, ``RequestTimeTooSkewed``, and ``AccessDenied`` for a presigned
+            request that is over.
     """
     claim = claim_of(head)
     service = SERVICES.get(claim.service)

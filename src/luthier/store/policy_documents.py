@@ -93,9 +93,7 @@ def check_trust(document: Any, where: str = "trust policy") -> Document:
     return _check_form(document, where, _check_trust_statement)
 
 
-def _check_form(
-    document: Any, where: str, check_statement: Callable[[Any, str], None]
-) -> Document:
+def _check_form(document: Any, where: str, check_statement: Callable[[Any, str], None]) -> Document:
     if not isinstance(document, Mapping):
         raise RefusedInput(f"{where} is not an object with Version and Statement")
     unknown = set(document) - {"Version", "Id", "Statement"}
