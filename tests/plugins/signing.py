@@ -29,8 +29,15 @@ NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
 
 @contextmanager
 def clock(at: datetime) -> Iterator[None]:
-    """botocore's time."""
-    with patch("botocore.auth.get_current_datetime", lambda: at.replace(tzinfo=None)):
+    """botocore's time; clients sign by awscrt where it is installed."""
+
+    def now(remove_tzinfo: bool = True) -> datetime:
+        return at.replace(tzinfo=None) if remove_tzinfo else at
+
+    with (
+        patch("botocore.auth.get_current_datetime", now),
+        patch("botocore.crt.auth.get_current_datetime", now),
+    ):
         yield
 
 
