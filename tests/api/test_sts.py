@@ -27,7 +27,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
-from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny
+from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny, until
 from shifted_clock import shifted
 from signing import clock
 from sqlalchemy.orm import Session
@@ -349,6 +349,26 @@ def test_a_session_policy_narrows_and_never_widens(server: Served) -> None:
         refused = pytest.raises(openai.PermissionDeniedError, match="session policy")
         with openai_clients(server, keys) as (_, narrow), refused:
             narrow.models.list()
+
+
+@pytest.mark.parametrize("denied", ["luthier:openai.chat.*", "s3:DeleteObject"])
+def test_a_batch_is_answered_within_the_policy_of_its_session(server: Served, denied: str) -> None:
+    policy = document(("Allow", "*", "*"), ("Deny", denied, "*"))
+    keys = keys_of(assumed(server, "all", Policy=json.dumps(policy))["Credentials"])
+    asked = {"model": BASE, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    row = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": asked}
+    with openai_clients(server, keys) as (_, showing):
+        file = showing.files.create(file=("rows.jsonl", json.dumps(row).encode()), purpose="batch")
+        made = showing.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        until(lambda: showing.batches.retrieve(made.id).status == "completed")
+        ended = showing.batches.retrieve(made.id)
+        wanted = ended.error_file_id if "chat" in denied else ended.output_file_id
+        told = json.loads(showing.files.content(wanted or "none").read())["response"]
+    assert told["status_code"] == (403 if "chat" in denied else 200)
+    if "chat" in denied:
+        assert "assumed-role/all/work" in json.dumps(told) and "session policy" in json.dumps(told)
 
 
 def test_what_assume_role_does_not_take(server: Served) -> None:
