@@ -41,11 +41,11 @@ class ServerLimits(BaseModel):
     connections_per_address: int = Field(default=512, ge=1)
     """Open connections from one address; further ones are closed at once."""
     sts_body_bytes: int = Field(default=64 * KIB, ge=1024)
-    """Parameters of a call of STS, in its body or its query; more are answered 413."""
+    """Body of a request to STS; a longer one is answered 413."""
     session_policy_chars: int = Field(default=2048, ge=64)
-    """Session policy of `AssumeRole`, as AWS has it."""
+    """Characters of a session policy of `AssumeRole`, as with AWS; a longer one is refused."""
     session_token_bytes: int = Field(default=4096, ge=1024)
-    """Session token, with the session policy in it: none is issued or looked at that is longer."""
+    """Session token, with the session policy in it: a longer one is neither issued nor taken."""
 
 
 def parse_limits(settings: Sequence[str]) -> ServerLimits:
