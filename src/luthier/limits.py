@@ -82,6 +82,12 @@ class ServerLimits(BaseModel):
     """Memory for that."""
     schema_tries: int = Field(default=4, ge=1)
     """Schemas that are read for the first time at once; further ones are answered 429."""
+    sts_body_bytes: int = Field(default=64 * KIB, ge=1024)
+    """Body of a request to STS; a longer one is answered 413."""
+    session_policy_chars: int = Field(default=2048, ge=64)
+    """Characters of a session policy of `AssumeRole`, as with AWS; a longer one is refused."""
+    session_token_bytes: int = Field(default=4096, ge=1024)
+    """Session token, with the session policy in it: a longer one is neither issued nor taken."""
 
 
 def parse_limits(settings: Sequence[str]) -> ServerLimits:

@@ -75,6 +75,14 @@ def test_unknown_bearer_keys(authenticator: Authenticator, key: str) -> None:
     assert code_of(authenticator, bearing(key)) == "AccessDenied"
 
 
+def test_the_hash_of_an_api_key_signs_nothing(authenticator: Authenticator, api_key: str) -> None:
+    """Whoever reads the database has the hash; looked up once, the key is remembered by it."""
+    digest = principals.digest_of(api_key)
+    assert authenticator.authenticate(bearing(api_key), b"").caller.user == "root"
+    for name in (digest, f"sha256:{digest}"):
+        assert code_of(authenticator, signed(keys=(name, ""))) == "UnrecognizedClient"
+
+
 def test_a_bearer_key_has_one_spelling(authenticator: Authenticator, api_key: str) -> None:
     for other in (api_key.upper(), api_key[:-1], api_key + "x", principals.digest_of(api_key)):
         assert code_of(authenticator, bearing(other)) == "AccessDenied"

@@ -98,7 +98,7 @@ class Running:
 def server(database: Database, api_key: str) -> Iterator[Running]:
     face = Plain()
     application = Application(
-        Faces(face, face, face, face),
+        Faces(face, face, face, face, face),
         Authenticator(database, Settings(), KEY),
         RateLimits(database).admit,
         Observer(dict),

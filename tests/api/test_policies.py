@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -12,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from principals_of import ALLOW_ALL
 
-from luthier.api.policies import authorize, noted, refuse_denied
+from luthier.api.policies import authorize, noted, refuse_denied, trusts
 from luthier.api.wire import Caller, Fault
 from luthier.errors import RefusedInput
-from luthier.store.policy_documents import ROLES, check_document, check_role
+from luthier.store.database import now
+from luthier.store.policy_documents import ROLES, check_document, check_role, check_trust
+from luthier.store.sessions import TemporarySession
 
 MODEL = "arn:aws:bedrock:us-east-1:000000000000:custom-model/hf.smol/abcdefabcdef"
 
@@ -263,3 +267,87 @@ def test_documents_that_are_refused(change: dict[str, Any], message: str) -> Non
 def test_forms_that_are_refused(document: Any, message: str) -> None:
     with pytest.raises(RefusedInput, match=message):
         check_document(document)
+
+
+# --- session policies and trust policies
+
+
+def within(policies: list[dict[str, Any]], boundary: list[dict[str, Any]]) -> Caller:
+    """A caller in a session whose policy has the statements ``boundary``."""
+    session = TemporarySession(
+        account="000000000000", user="ann", access_key="AKIA", key_created=now(), expires=now(),
+        policy=json.dumps({"Version": "2012-10-17", "Statement": boundary}),
+    )  # fmt: skip
+    return replace(caller(*policies), session=session)
+
+
+@pytest.mark.parametrize(
+    ("policies", "boundary", "allowed"),
+    [
+        ([allow()], [allow()], True),
+        ([allow()], [allow("s3:*")], False),
+        ([allow("s3:*")], [allow()], False),
+        ([allow(), deny("bedrock:Get*")], [allow()], False),
+        ([allow()], [allow(), deny("bedrock:Get*")], False),
+        ([allow()], [allow("bedrock:*", Condition={"Bool": {}})], False),
+        ([allow()], [allow("bedrock:GetCustomModel", MODEL)], True),
+        ([allow()], [allow("bedrock:GetCustomModel", MODEL + "x")], False),
+    ],
+)
+def test_a_session_policy_has_to_allow_as_well(
+    policies: list[dict[str, Any]], boundary: list[dict[str, Any]], allowed: bool
+) -> None:
+    assert allows(within(policies, boundary), "bedrock:GetCustomModel", MODEL) is allowed
+
+
+def test_a_deny_of_a_session_policy_holds_for_what_comes_to_the_same() -> None:
+    bound = within([allow()], [allow("luthier:*"), deny("bedrock:DeleteCustomModel")])
+    with pytest.raises(Fault, match="explicit deny in a session policy"):
+        refuse_denied(bound, "bedrock:DeleteCustomModel", MODEL)
+    refuse_denied(bound, "bedrock:GetCustomModel", MODEL)
+
+
+ANN, ROOT = "arn:aws:iam::000000000000:user/ann", "arn:aws:iam::000000000000:root"
+OTHERS = "arn:aws:iam::111111111111:root"
+
+
+def lets(principal: Any, **more: Any) -> dict[str, Any]:
+    given = principal if isinstance(principal, (dict, str)) else {"AWS": principal}
+    return {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": given, **more}
+
+
+@pytest.mark.parametrize(
+    ("statements", "expected"),
+    [
+        ([lets([ANN])], "principal"),
+        ([lets([ROOT])], "account"),
+        ([lets(["000000000000"])], "account"),
+        ([lets([ROOT]), lets([ANN])], "principal"),
+        ([lets([OTHERS])], None),
+        ([lets([ANN + "e"])], None),
+        ([lets({"Service": "bedrock.amazonaws.com"})], None),
+        ([lets([ANN], Action="sts:*")], "principal"),
+        ([lets([ANN], Action="sts:TagSession")], None),
+        ([lets([ANN], Condition={"StringEquals": {"sts:ExternalId": "x"}})], None),
+        ([lets([ANN]), lets([ROOT], Effect="Deny")], None),
+        ([lets([ANN]), lets("*", Effect="Deny")], None),
+        ([lets([ANN]), lets([OTHERS], Effect="Deny")], "principal"),
+        ([lets([ROOT]), lets([ANN], Effect="Deny", Condition={"Bool": {}})], None),
+    ],
+)
+def test_trust_policies(statements: list[dict[str, Any]], expected: str | None) -> None:
+    trust = {"Version": "2012-10-17", "Statement": statements}
+    assert trusts(check_trust(trust), caller()) == expected
+
+
+def test_a_session_of_a_role_is_named_by_its_role_or_its_own_arn() -> None:
+    session = Caller("000000000000", "assumed-role/tuner/work", ())
+    for arn, expected in (
+        ("arn:aws:iam::000000000000:role/tuner", "principal"),
+        ("arn:aws:sts::000000000000:assumed-role/tuner/work", "principal"),
+        ("arn:aws:sts::000000000000:assumed-role/tuner/other", None),
+        ("arn:aws:iam::000000000000:role/work", None),
+        ("arn:aws:iam::000000000000:user/tuner", None),
+        (ROOT, "account"),
+    ):
+        assert trusts(check_trust({"Statement": lets([arn])}), session) == expected, arn

@@ -157,8 +157,8 @@ def face() -> Iterator[Slow]:
 def place(face: Slow) -> Iterator[str]:
     unused: Any = face
     application = Application(
-        Faces(face, face, face, unused), Door(), lambda caller: None, Observer(dict), Remembered(),
-        lambda: None,
+        Faces(face, face, face, unused, face), Door(), lambda caller: None, Observer(dict),
+        Remembered(), lambda: None,
     )  # fmt: skip
     with served(application) as url:
         yield url.removeprefix("http://")

@@ -100,6 +100,32 @@ def test_keys(database: Database, ann: str) -> None:
     admin("keys", "disable", "x", code=2)
 
 
+def test_iam_roles(database: Database, ann: str, tmp_path: Path) -> None:
+    trust, policy = tmp_path / "trust.json", tmp_path / "policy.json"
+    principal = {"AWS": f"arn:aws:iam::{FIRST}:user/ann"}
+    allow = {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": principal}
+    trust.write_text(json.dumps({"Statement": allow}))
+    policy.write_text(json.dumps(ALLOW_ALL))
+    made = admin("iam-roles", "create", "tuner", "--trust", str(trust))
+    assert made["arn"] == f"arn:aws:iam::{FIRST}:role/tuner"
+    update = ("iam-roles", "update", "tuner", "--policy", str(policy))
+    admin(*update, "--max-session-seconds", "7200")
+    (listed,) = admin("iam-roles", "list", "--account", FIRST)["roles"]
+    assert (listed["policies"], listed["max_session_seconds"]) == ([ALLOW_ALL], 7200)
+    assert listed["trust"] == {"Statement": allow}
+    assert "tuner" in run(admin_app, "iam-roles", "list")
+    admin("iam-roles", "update", "tuner", "--max-session-seconds", "10", code=2)
+    error = admin("iam-roles", "create", "other", "--trust", str(policy), code=2)["error"]
+    assert "Resource cannot stand here" in error["message"]
+    admin("iam-roles", "remove", "tuner")
+    assert admin("iam-roles", "list")["roles"] == []
+    admin("iam-roles", "remove", "tuner", code=2)
+    actions = [each["action"] for each in run(audit_app, "list", "--json")["entries"]]
+    assert actions[:3] == [
+        f"luthier:admin.iam-roles.{each}" for each in ("remove", "update", "create")
+    ]
+
+
 def test_changes_are_in_the_audit_log_and_refusals_change_nothing(
     database: Database, ann: str
 ) -> None:

@@ -210,7 +210,7 @@ class Server:
         made = Service(self, database, quotas or Quotas(), handlers or {})
         unused = _Unused()
         self.app = Application(
-            Faces(made.face, unused, unused, unused),
+            Faces(made.face, unused, unused, unused, unused),
             ByAccessKey(),
             lambda caller: None,
             Observer(dict),

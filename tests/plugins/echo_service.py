@@ -173,7 +173,7 @@ class Server:
         self.door, self.echo = Door(), Echo()
         self.missing: str | None = None
         self.admitted: list[str] = []
-        faces = Faces(self.echo, self.echo, self.echo, Objects())
+        faces = Faces(self.echo, self.echo, self.echo, Objects(), self.echo)
         self.observer = Observer(lambda: {"jobs": {"Queued": 3.0}, "free": {"": 1.0}})
         self.trail = Remembered()
         self.app = Application(

@@ -16,7 +16,7 @@ import pytest
 from principals_of import ALLOW_ALL, FIRST, KEY, OTHER, made_at
 
 from luthier.errors import CorruptFile, LuthierError, RefusedInput
-from luthier.store import principals
+from luthier.store import iam_roles, principals
 from luthier.store.accounts import version
 from luthier.store.audit import entries
 from luthier.store.bootstrap import prepare
@@ -24,6 +24,12 @@ from luthier.store.database import Database
 from luthier.store.sealing import Sealing, purpose_key, server_key
 
 SEALING = Sealing(KEY)
+TUNER: dict[str, Any] = {
+    "account": FIRST, "name": "tuner", "policies": [ALLOW_ALL],
+    "trust": {
+        "Statement": {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": {"AWS": OTHER}},
+    },
+}  # fmt: skip
 ROOT: dict[str, Any] = {
     "account": FIRST,
     "user": "root",
@@ -40,9 +46,11 @@ def database(database_url: str) -> Iterator[Database]:
     yield from made_at(database_url)
 
 
-def boot(database: Database, folder: Path, monkeypatch: pytest.MonkeyPatch, *who: Any) -> None:
+def boot(
+    database: Database, folder: Path, monkeypatch: pytest.MonkeyPatch, *who: Any, **more: Any
+) -> None:
     path = folder / "bootstrap.json"
-    path.write_text(json.dumps({"principals": list(who)}))
+    path.write_text(json.dumps({"principals": list(who), **more}))
     monkeypatch.setenv("LUTHIER_BOOTSTRAP", str(path))
     assert prepare(database, SEALING, FIRST) is None
 
@@ -222,3 +230,43 @@ def test_sealed_secrets() -> None:
     with pytest.raises(CorruptFile):
         Sealing(bytes(32)).open(sealed, "AKIA1")
     assert len({purpose_key(KEY, "a"), purpose_key(KEY, "b"), KEY}) == 3
+
+
+def test_iam_roles_are_brought_up_to_date(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def roles() -> dict[str, tuple[str, int]]:
+        with database.read() as session:
+            found = iam_roles.roles(session)
+            return {role.name: (role.id, role.max_session_seconds) for role in found}
+
+    def again(*given: Any) -> None:
+        boot(database, tmp_path, monkeypatch, ROOT, roles=list(given))
+
+    again(TUNER, {**TUNER, "name": "other", "account": OTHER})
+    first = roles()
+    with database.write() as session:
+        iam_roles.create_role(session, FIRST, "by-hand", TUNER["trust"])
+        before = version(session)
+    again(TUNER, {**TUNER, "name": "other", "account": OTHER})
+    with database.read() as session:
+        assert version(session) == before  # nothing changed, no cache is emptied
+    again({**TUNER, "max_session_seconds": 7200})
+    # The role stays the one it was; what the file names no more is gone, what others made is not.
+    assert roles().keys() == {"tuner", "by-hand"}
+    assert roles()["tuner"] == (first["tuner"][0], 7200)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"trust": {}}, "Statement"), ({"more": 1}, "more"), ({"name": ""}, "name is missing"),
+     ({"policies": {}}, "list"), ({"max_session_seconds": "1h"}, "whole number"),
+     ({"max_session_seconds": 60}, "3600"), ({"name": "a/b"}, "no role name")],
+)  # fmt: skip
+def test_iam_roles_that_cannot_be(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, word: str
+) -> None:
+    with pytest.raises(RefusedInput, match=word):
+        boot(database, tmp_path, monkeypatch, ROOT, roles=[{**TUNER, **change}])
+    with pytest.raises(RefusedInput, match="trust is missing"):
+        boot(database, tmp_path, monkeypatch, ROOT, roles=[{"account": FIRST, "name": "x"}])

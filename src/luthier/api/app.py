@@ -1,7 +1,8 @@
 """The application: reads requests, finds out who sends them, hands them to a face, sends the answer.
 
 One port serves every face. Which one is meant is known before anything is read: by the path for the
-OpenAI and native faces, by the scope of the signature for object storage, and else it is Bedrock.
+OpenAI and native faces, by the scope of the signature for object storage and STS, and else it is
+Bedrock.
 Nothing is looked up, parsed or changed for a request that has not proved who sent it.
 """
 
@@ -118,6 +119,7 @@ class Faces:
     openai: Face
     native: Face
     objects: Streams
+    sts: Face
 
 
 class Application:
@@ -214,7 +216,7 @@ class Application:
             seen.status = await send_answer(send, receive, answer, self._wait)
 
     async def _face(self, head: Head, receive: Receive, send: Send, seen: Observed) -> None:
-        name, face = self._chosen(head.path)
+        name, face = self._chosen(head)
         seen.face = name
         async with AsyncExitStack() as held:
             answer = await self._answered(face, head, receive, seen, held)
@@ -255,11 +257,13 @@ class Application:
             seen.error = "InternalServer"
         return answer
 
-    def _chosen(self, path: str) -> tuple[str, Face]:
-        if path.startswith(OPENAI_PATHS):
+    def _chosen(self, head: Head) -> tuple[str, Face]:
+        if head.path.startswith(OPENAI_PATHS):
             return "openai", self.faces.openai
-        if path.startswith(NATIVE_PATH):
+        if head.path.startswith(NATIVE_PATH):
             return "native", self.faces.native
+        if service_of(head) == "sts":
+            return "sts", self.faces.sts
         return "bedrock", self.faces.bedrock
 
     async def _answer(

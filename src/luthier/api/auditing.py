@@ -28,6 +28,7 @@ MOST_WAITING = 20_000
 
 COUNTED = re.compile(
     r"(bedrock|s3):(Get|List|Head|Invoke|Converse|Count|Apply)\w*"
+    r"|sts:GetCallerIdentity"
     r"|luthier:openai\.(chat|completions|embeddings|responses)\..*"
     r"|luthier:(Get|List|Inspect|Estimate)\w*"
     r"|luthier:.*\.(get|list\w*|retrieve|content|run|validate)"

@@ -6,7 +6,7 @@ import base64
 import binascii
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import parse_qsl
 
 from luthier.api.settings import Settings
@@ -16,6 +16,7 @@ from luthier.store.accounts import Watch
 from luthier.store.database import Database, now
 from luthier.store.principals import SHORT_TERM, Principal, bearer, digest_of, signer
 from luthier.store.sealing import Sealing, server_key
+from luthier.store.sessions import open_token, secret_of, session_signer
 
 LONGEST_SHORT_TERM = 12 * 3600
 """Seconds that a short-term key may be good for."""
@@ -44,10 +45,13 @@ class Authenticator:
         """``key`` is the server's; without one it is read from its place."""
         self._database = database
         self._region = settings.region if settings.strict_region else None
-        self._sealing = Sealing(key or server_key())
+        self._key = key or server_key()
+        self._sealing = Sealing(self._key)
+        self._longest_token = settings.limits.session_token_bytes
         self._watch = Watch(database)
         self._lock = threading.Lock()
-        self._known: dict[str, _Entry] = {}
+        # By kind and name: an access key may be called what another kind's name looks like.
+        self._known: dict[tuple[str, str], _Entry] = {}
 
     def authenticate(self, head: Head, body: bytes | None) -> Signed:
         """The caller of a request.
@@ -84,11 +88,10 @@ class Authenticator:
         if key.startswith(SHORT_TERM):
             return self._short_term(key.removeprefix(SHORT_TERM))
         digest = digest_of(key)
-        # Digests and access keys cannot be taken for each other: one is longer than the other may be.
-        found = self._remembered(f"sha256:{digest}", lambda: self._read_bearer(digest))
+        found = self._remembered("API key", digest, lambda: self._read_bearer(digest))
         if found is None or (found.expires is not None and found.expires <= now()):
             raise _no_entry()
-        return Caller(found.account, found.user, found.policies, bearer=True)
+        return Caller(found.account, found.user, found.policies, bearer=True, id=found.id)
 
     def _short_term(self, text: str) -> Caller:
         """Such a key is a presigned request that is never sent: its signature proves the signer."""
@@ -108,19 +111,53 @@ class Authenticator:
                 raise _no_entry()
             signed = verify(head, b"", self._credential, now(), self._region)
         except Fault as fault:
+            if fault.code == "ExpiredToken":
+                raise
             raise _no_entry() from fault
-        caller = signed.caller
-        return Caller(caller.account, caller.user, caller.policies, bearer=True)
+        return replace(signed.caller, bearer=True)
 
-    def _credential(self, access_key: str) -> Credential | None:
-        found = self._remembered(access_key, lambda: self._read_signer(access_key))
+    def _credential(self, access_key: str, token: str | None) -> Credential | None:
+        if token is not None:
+            return self._temporary(access_key, token)
+        found = self._remembered("access key", access_key, lambda: self._read_signer(access_key))
         if found is None:
             return None
-        return Credential(found.secret, Caller(found.account, found.user, found.policies))
+        caller = Caller(
+            found.account, found.user, found.policies, id=found.id, access_key=access_key
+        )
+        return Credential(found.secret, caller)
 
-    def _remembered(self, name: str, read: Callable[[], Principal | None]) -> Principal | None:
+    def _temporary(self, access_key: str, token: str) -> Credential | None:
+        """Temporary credentials: the token tells the session, the tables whether it still stands."""
+        if len(token) > self._longest_token:
+            return None
+        session = open_token(self._key, access_key, token)
+        if session is None:
+            return None
+
+        def read() -> Principal | None:
+            with self._database.read() as database:
+                return session_signer(database, session, self._sealing)
+
+        found = self._remembered("session", access_key, read)
+        if found is None:
+            return None
+        caller = Caller(
+            found.account,
+            found.user,
+            found.policies,
+            id=found.id,
+            access_key=session.access_key,
+            session=session,
+        )
+        return Credential(secret_of(self._key, access_key), caller, session.expires)
+
+    def _remembered(
+        self, kind: str, identifier: str, read: Callable[[], Principal | None]
+    ) -> Principal | None:
         # The version is asked for before the key is read: what is newer than it is read again.
         token = self._watch.token()
+        name = kind, identifier
         entry = self._known.get(name)
         if entry is None or entry.token != token:
             entry = _Entry(read(), token)

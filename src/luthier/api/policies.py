@@ -1,8 +1,9 @@
-"""What a caller may do: evaluation of IAM identity-based policies.
+"""What a caller may do: evaluation of IAM's identity-based, session and trust policies.
 
-An explicit ``Deny`` wins over any ``Allow``, and what nothing allows is denied. Conditions are not
-evaluated: a statement that has one allows nothing, and denies as if it held.
-Source: the IAM policy evaluation logic for one account.
+An explicit ``Deny`` wins over any ``Allow``, and what nothing allows is denied. A session policy is a
+further boundary: it has to allow as well. Conditions are not evaluated: a statement that has one allows
+nothing, and denies as if it held.
+Source: the IAM policy evaluation logic for one account, and for roles of another one.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from luthier.api.wire import Caller, Fault
+from luthier.store.iam_roles import role_arn
 from luthier.store.policy_documents import listed, statements_of
+from luthier.store.sessions import ASSUMED
 
 BEARER = "bedrock:CallWithBearerToken"
+ASSUME_ROLE = "sts:AssumeRole"
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,16 @@ def authorize(caller: Caller, action: str, resource: str) -> None:
     Raises:
         Fault: ``AccessDenied``, with the words of AWS.
     """
-    if (asked := _asked.get()) is not None:
-        asked.append((action, resource))
+    note(action, resource)
     if caller.bearer:
         _decide(caller, BEARER, "*")
     _decide(caller, action, resource)
+
+
+def note(action: str, resource: str) -> None:
+    """Let the audit log name what a call did where no policy is asked for it."""
+    if (asked := _asked.get()) is not None:
+        asked.append((action, resource))
 
 
 def refuse_denied(caller: Caller, action: str, resource: str) -> None:
@@ -82,33 +91,64 @@ def refuse_denied(caller: Caller, action: str, resource: str) -> None:
     Raises:
         Fault: as :func:`authorize`, for an explicit ``Deny``; what nothing allows is let pass.
     """
-    if any(each.denies and each.applies(action, resource) for each in _statements(caller)):
-        if (asked := _asked.get()) is not None:
-            asked.append((action, resource))
-        raise _denied(caller, action, resource, explicit=True)
+    for kind, statements in _boundaries(caller):
+        if any(each.denies and each.applies(action, resource) for each in statements):
+            note(action, resource)
+            raise _denied(caller, action, resource, kind, explicit=True)
+
+
+def trusts(trust: Mapping[str, Any], caller: Caller) -> Literal["account", "principal"] | None:
+    """How a role's trust policy lets ``caller`` assume the role: ``None`` where it does not.
+
+    ``account`` leaves it to the policies of the caller's account; ``principal`` names the caller.
+    """
+    named = {caller.arn: "principal"}
+    if caller.user.startswith(f"{ASSUMED}/"):
+        named[role_arn(caller.account, caller.user.split("/")[1])] = "principal"
+    named |= dict.fromkeys((caller.account, f"arn:aws:iam::{caller.account}:root"), "account")
+    found: set[str] = set()
+    for statement in statements_of(trust):
+        principal = statement["Principal"]
+        given = listed(principal if isinstance(principal, str) else principal.get("AWS", []))
+        matched = {"principal" if each == "*" else named.get(each) for each in given} - {None}
+        actions = _patterns(statement, "Action", re.IGNORECASE | re.ASCII)
+        if not matched or not actions.match(ASSUME_ROLE):
+            continue
+        if statement["Effect"] == "Deny":
+            return None
+        if not statement.get("Condition"):
+            found |= {each for each in matched if each}
+    if "principal" in found:
+        return "principal"
+    return "account" if found else None
 
 
 def _decide(caller: Caller, action: str, resource: str) -> None:
-    allowed = False
-    for statement in _statements(caller):
-        if (statement.denies or not allowed) and statement.applies(action, resource):
-            if statement.denies:
-                raise _denied(caller, action, resource, explicit=True)
-            allowed = True
-    if not allowed:
-        raise _denied(caller, action, resource, explicit=False)
+    for kind, statements in _boundaries(caller):
+        allowed = False
+        for statement in statements:
+            if (statement.denies or not allowed) and statement.applies(action, resource):
+                if statement.denies:
+                    raise _denied(caller, action, resource, kind, explicit=True)
+                allowed = True
+        if not allowed:
+            raise _denied(caller, action, resource, kind, explicit=False)
 
 
-def _statements(caller: Caller) -> Iterator[_Statement]:
-    for policy in caller.policies:
-        yield from _compiled(json.dumps(dict(policy), sort_keys=True))
+def _boundaries(caller: Caller) -> Iterator[tuple[str, Iterator[_Statement]]]:
+    """Statements of which each set has to allow what is asked, and what such policies are called."""
+    documents = (json.dumps(dict(policy), sort_keys=True) for policy in caller.policies)
+    yield "identity-based", (each for policy in documents for each in _compiled(policy))
+    if caller.session is not None and caller.session.policy is not None:
+        yield "session", iter(_compiled(caller.session.policy))
 
 
-def _denied(caller: Caller, action: str, resource: str, explicit: bool) -> Fault:
+def _denied(caller: Caller, action: str, resource: str, kind: str, explicit: bool) -> Fault:
+    article = "an" if kind == "identity-based" else "a"
     reason = (
-        "with an explicit deny in an identity-based policy"
+        f"with an explicit deny in {article} {kind} policy"
         if explicit
-        else f"because no identity-based policy allows the {action} action"
+        else f"because no {kind} policy allows the {action} action"
     )
     text = f"User: {caller.arn} is not authorized to perform: {action} on resource: {resource} {reason}"
     return Fault("AccessDenied", text, action=action, resource=resource)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from sqlalchemy import func, select, text
@@ -30,6 +30,7 @@ from luthier.api.openai.chat import InvokedChat
 from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
+from luthier.api.sts import STSFace
 from luthier.api.wire import Fault
 from luthier.encryption.keys import begin
 from luthier.encryption.memory import hold_temporary_files
@@ -99,8 +100,8 @@ class Service:
         self.trail = Trail(self.database)
         self.connections = Connections(settings.limits)
         self.openai = self._openai()
-        self.application = Application(
-            self._faces(purpose_key(key, "lists")),
+        self.application: Callable[..., Awaitable[None]] = Application(
+            self._faces(key),
             Authenticator(self.database, settings, key),
             RateLimits(self.database, settings.requests_per_second).admit,
             Observer(self._gauges),
@@ -108,6 +109,10 @@ class Service:
             self.missing,
             settings.limits,
         )
+        if settings.cors_origins:
+            from luthier.api.cors import AllowedOrigins
+
+            self.application = AllowedOrigins(self.application, settings.cors_origins)
 
     def start(self, work: bool = True) -> None:
         """Go on with what an earlier server left; ``work`` on the queue, too."""
@@ -153,13 +158,13 @@ class Service:
             # The database or the disk is away; nothing but room depends on it.
             _log.exception("files of the object store could not be tidied")
 
-    def _faces(self, secret: bytes) -> Faces:
+    def _faces(self, key: bytes) -> Faces:
         control = Control(
             self.database,
             self.arns,
             self.locations,
             authorize,
-            secret,
+            purpose_key(key, "lists"),
             self.activation,
             self._delete,
             self._grader,
@@ -185,6 +190,7 @@ class Service:
             self.openai,
             native_face(context, __version__, deletions),
             S3Face(self.objects, authorize, self.settings.region, self.settings.limits),
+            STSFace(self.database, key, self.settings.limits),
         )
 
     def _openai(self) -> OpenAIFace:

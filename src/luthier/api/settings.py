@@ -32,5 +32,7 @@ class Settings:
     """32 bytes under which the store is encrypted; a plain store becomes encrypted by it."""
     strict_region: bool = False
     """Refuse signatures whose scope names another region."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the service from a browser; none by default."""
     limits: ServerLimits = field(default_factory=ServerLimits)
     """What the server takes on, of one client and in all."""

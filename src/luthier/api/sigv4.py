@@ -13,7 +13,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from urllib.parse import quote, unquote_to_bytes
@@ -33,6 +33,7 @@ LONGEST_PRESIGNED = 604_800
 _PRESIGNED = ("Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature")
 _SIGNS = frozenset({b"X-Amz-Algorithm", b"X-Amz-Credential", b"X-Amz-Signature"})
 """Any of these in a query means that it is to be taken for a presigned one."""
+_TOKEN = b"X-Amz-Security-Token"
 _EARLY = timedelta(minutes=5)
 """A presigned request may be used this long before its date: clocks differ."""
 _ONCE = ("host", "date", "content-type", "content-length", "content-md5", "range")
@@ -50,6 +51,8 @@ class Service:
     """How far the clocks may be apart."""
     objects: bool = False
     """Object storage: the path is signed as it is sent, and the body's hash stands in a header."""
+    path: str | None = None
+    """The only path of the service: what is signed for it opens nothing else."""
 
     @property
     def refusal(self) -> str:
@@ -61,6 +64,7 @@ SERVICES = {
     "bedrock": Service(timedelta(minutes=5)),
     "bedrock-mantle": Service(timedelta(minutes=5)),
     "s3": Service(timedelta(minutes=15), objects=True),
+    "sts": Service(timedelta(minutes=15), path="/"),
 }
 
 
@@ -70,6 +74,8 @@ class Credential:
 
     secret: str
     caller: Caller
+    expires: datetime | None = None
+    """Of temporary credentials: from this moment on they are refused."""
 
     def __repr__(self) -> str:
         return f"Credential({self.caller.arn})"
@@ -89,6 +95,8 @@ class Claim:
     """``yyyymmddThhmmssZ``"""
     expires: int | None = None
     """Seconds, of a presigned request."""
+    token: str | None = None
+    """Session token of temporary credentials."""
 
     @property
     def at(self) -> datetime:
@@ -106,10 +114,14 @@ class Claim:
         return self.expires is not None
 
 
+LookUp = Callable[[str, str | None], Credential | None]
+"""What belongs to an access key and its session token; ``None`` where they let nobody in."""
+
+
 def verify(
     head: Head,
     body: bytes | None,
-    look_up: Callable[[str], Credential | None],
+    look_up: LookUp,
     moment: datetime,
     region: str | None = None,
 ) -> Signed:
@@ -118,27 +130,31 @@ def verify(
     Args:
         head: the request as it came.
         body: the whole body; ``None`` only for ``s3``, whose body is compared as it is read.
-        look_up: gives what belongs to an access key that may be used.
+        look_up: gives what belongs to an access key that may be used, and to its session token.
         moment: now.
         region: the only region whose scope is taken; ``None`` takes any.
 
     Raises:
         Fault: ``MissingAuthenticationToken``, ``IncompleteSignature``, ``UnrecognizedClient``,
-            ``InvalidSignature``; for ``s3`` instead of that ``SignatureDoesNotMatch``,
-            ``RequestTimeTooSkewed``, and ``AccessDenied`` for a presigned request that is over.
+            ``ExpiredToken``, ``InvalidSignature``; for ``s3`` instead of that
+            ``SignatureDoesNotMatch``, ``RequestTimeTooSkewed``, and ``AccessDenied`` for a presigned
+            request that is over.
     """
     claim, service = _valid_claim(head, body is None, moment, region)
     payload = _payload(head, body, claim, service)
-    credential = look_up(claim.access_key)
+    credential = look_up(claim.access_key, claim.token)
     # The same work for an unknown key, whose secret nobody has.
     secret = credential.secret if credential else secrets.token_hex(20)
     key = signing_key(secret, claim.day, claim.region, claim.service)
     expected = signature(key, claim, canonical_request(head, claim, payload))
     matches = hmac.compare_digest(expected, claim.signature)
-    if credential is None or _value(head, "x-amz-security-token") is not None:
+    if credential is None:
         raise Fault("UnrecognizedClient", _UNKNOWN)
     if not matches:
         raise Fault(service.refusal, _WRONG)
+    # Told to those alone who have the secret.
+    if credential.expires is not None and credential.expires <= moment:
+        raise Fault("ExpiredToken", "The security token included in the request is expired")
     return Signed(
         credential.caller, claim.service, payload, claim.signature, key, claim.scope, claim.moment
     )
@@ -146,7 +162,7 @@ def verify(
 
 def check_claim(
     head: Head,
-    look_up: Callable[[str], Credential | None],
+    look_up: LookUp,
     moment: datetime,
     region: str | None = None,
 ) -> None:
@@ -155,7 +171,7 @@ def check_claim(
     Its signature is not verified: that takes the body. Arguments and faults as of :func:`verify`.
     """
     claim, _ = _valid_claim(head, False, moment, region)
-    if look_up(claim.access_key) is None:
+    if look_up(claim.access_key, claim.token) is None:
         raise Fault("UnrecognizedClient", _UNKNOWN)
 
 
@@ -166,7 +182,7 @@ def _valid_claim(
     service = SERVICES.get(claim.service)
     if service is None:
         raise Fault("InvalidSignature", f"Credential should be scoped to {', '.join(SERVICES)}.")
-    if service.objects != objects:
+    if service.objects != objects or service.path not in (None, head.path):
         raise Fault(
             "InvalidSignature", "Credential should be scoped to the service that is called."
         )
@@ -270,6 +286,8 @@ def signature(key: bytes, claim: Claim, canonical: bytes) -> str:
 
 
 def _claim_of_header(head: Head, value: str) -> Claim:
+    if any(name == _TOKEN for name, _ in query_pairs(head.query)):
+        raise _incomplete("A signature in the header takes its session token from the header.")
     algorithm, _, rest = value.partition(" ")
     if algorithm != ALGORITHM:
         raise _incomplete("Authorization header is not of the kind AWS4-HMAC-SHA256.")
@@ -277,7 +295,8 @@ def _claim_of_header(head: Head, value: str) -> Claim:
     given = {name: text for name, _, text in fields}
     if len(fields) != 3 or set(given) != {"Credential", "SignedHeaders", "Signature"}:
         raise _incomplete("Authorization header requires Credential, SignedHeaders and Signature.")
-    return _claim(given, _moment_of(head), None)
+    token = _value(head, "x-amz-security-token")
+    return replace(_claim(given, _moment_of(head), None), token=token)
 
 
 def _claim_of_query(head: Head) -> Claim:
@@ -288,14 +307,16 @@ def _claim_of_query(head: Head) -> Claim:
         if len(values) != 1:
             raise _incomplete(f"A presigned request has one X-Amz-{short} in its query.")
         given[short] = values[0].decode("latin-1")
-    if any(name == "X-Amz-Security-Token" for name, _ in pairs):
-        raise Fault("UnrecognizedClient", _UNKNOWN)
+    tokens = [value.decode("latin-1") for name, value in pairs if name == "X-Amz-Security-Token"]
+    if len(tokens) > 1 or _value(head, "x-amz-security-token") is not None:
+        raise _incomplete("A presigned request has one session token at most, in its query.")
     if given["Algorithm"] != ALGORITHM:
         raise _incomplete("X-Amz-Algorithm is not AWS4-HMAC-SHA256.")
     expires = given["Expires"]
     if not re.fullmatch("[0-9]{1,6}", expires) or not 1 <= int(expires) <= LONGEST_PRESIGNED:
         raise _incomplete("X-Amz-Expires is a number of seconds between 1 and 604800.")
-    return _claim(given, _checked(given["Date"]), int(expires))
+    claim = _claim(given, _checked(given["Date"]), int(expires))
+    return replace(claim, token=tokens[0] if tokens else None)
 
 
 def _claim(given: dict[str, str], moment: str, expires: int | None) -> Claim:

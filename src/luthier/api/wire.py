@@ -33,6 +33,7 @@ from luthier.files import Sink
 from luthier.graders.json_schema import depth_of
 from luthier.limits import ServerLimits
 from luthier.setting_names import SettingName, with_setting_names
+from luthier.store.sessions import ASSUMED, TemporarySession
 
 JSON_DEPTH = 200
 """Levels of objects and lists in a body."""
@@ -45,14 +46,23 @@ class Caller:
     account: str
     """Twelve digits; what one account owns does not exist for another."""
     user: str
+    """A user's name; ``assumed-role/ROLE/NAME`` in a session of a role, which no user is called."""
     policies: tuple[Mapping[str, Any], ...]
     """IAM policy documents."""
     bearer: bool = False
     """Whether a bearer key was shown, and not a signature."""
+    id: str = ""
+    """``AIDA…`` of a user, ``AROA…:NAME`` of a session of a role."""
+    access_key: str = ""
+    """Long-term access key that signed, or that the session was begun with; empty for an API key."""
+    session: TemporarySession | None = None
+    """What temporary credentials stand for, where such were used."""
 
     @property
     def arn(self) -> str:
-        """The user's ARN, as refusals name it."""
+        """The ARN of the user or session, as refusals name it."""
+        if self.user.startswith(f"{ASSUMED}/"):
+            return f"arn:aws:sts::{self.account}:{self.user}"
         return f"arn:aws:iam::{self.account}:user/{self.user}"
 
 
@@ -76,7 +86,8 @@ class Signed:
 
     caller: Caller
     service: str = ""
-    """Of the credential scope: ``bedrock``, ``bedrock-mantle`` or ``s3``; empty for a bearer key."""
+    """Of the credential scope: ``bedrock``, ``bedrock-mantle``, ``s3`` or ``sts``; empty for a bearer
+    key."""
     payload: str = ""
     """``X-Amz-Content-SHA256`` as it was signed: hexadecimal, ``UNSIGNED-PAYLOAD``, ``STREAMING-…``."""
     signature: str = ""

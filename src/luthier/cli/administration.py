@@ -10,13 +10,18 @@ import typer
 from luthier.cli.options import Json, ServiceDatabase
 from luthier.cli.protecting import data_app, encryption_app
 
-admin_app = typer.Typer(help="Accounts, users, keys, quotas and backups.", no_args_is_help=True)
+admin_app = typer.Typer(
+    help="Accounts, users, keys, IAM roles, quotas and backups.", no_args_is_help=True
+)
 accounts_app = typer.Typer(help="Accounts (tenants) and their quotas.", no_args_is_help=True)
 users_app = typer.Typer(help="Users and what they may do.", no_args_is_help=True)
 keys_app = typer.Typer(help="Access keys and API keys.", no_args_is_help=True)
+iam_roles_app = typer.Typer(
+    help="IAM roles that users may assume (STS AssumeRole).", no_args_is_help=True
+)
 for name, part in (
     ("accounts", accounts_app), ("users", users_app), ("keys", keys_app),
-    ("encryption", encryption_app), ("data", data_app),
+    ("iam-roles", iam_roles_app), ("encryption", encryption_app), ("data", data_app),
 ):  # fmt: skip
     admin_app.add_typer(part, name=name)
 
@@ -30,6 +35,10 @@ Policies = Annotated[
 AllowDamaged = Annotated[
     bool,
     typer.Option("--allow-damaged", help="Go on where files of rows are lost, and list them."),
+]
+Trust = typer.Option("--trust", help="File with the trust policy: who may assume the role.")
+MaxSession = Annotated[
+    int | None, typer.Option(help="Seconds of its longest session: 3600 (the default) to 43200.")
 ]
 FIRST = "000000000000"
 
@@ -278,6 +287,76 @@ def keys_enable(key: str, database: ServiceDatabase = None, json_: Json = False)
 def keys_remove(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
     """Forget a key."""
     _change_key("remove", key, database, json_)
+
+
+@iam_roles_app.command("list")
+def iam_roles_list(
+    account: Annotated[str | None, typer.Option(help="Only of this account.")] = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """List IAM roles."""
+    from luthier.cli.console import errors, extra
+
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
+        principals.list_iam_roles(database, account, json_)
+
+
+@iam_roles_app.command("create")
+def iam_roles_create(
+    role: str,
+    trust: Annotated[Path, Trust],
+    account: Account = FIRST,
+    policy: Policies = None,
+    max_session_seconds: MaxSession = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Add an IAM role; its policies say what its sessions may do."""
+    from luthier.cli.console import errors, extra
+
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
+        principals.create_iam_role(
+            database, account, role, trust, policy or [], max_session_seconds, json_
+        )
+
+
+@iam_roles_app.command("update")
+def iam_roles_update(
+    role: str,
+    account: Account = FIRST,
+    trust: Annotated[Path | None, Trust] = None,
+    policy: Policies = None,
+    max_session_seconds: MaxSession = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Replace trust policy, policies or longest session of an IAM role, as far as they are given."""
+    from luthier.cli.console import errors, extra
+
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
+        principals.update_iam_role(
+            database, account, role, trust, policy, max_session_seconds, json_
+        )
+
+
+@iam_roles_app.command("remove")
+def iam_roles_remove(
+    role: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
+) -> None:
+    """Remove an IAM role; its sessions end at once."""
+    from luthier.cli.console import errors, extra
+
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
+        principals.remove_iam_role(database, account, role, json_)
 
 
 def _change_account(

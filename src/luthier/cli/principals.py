@@ -16,7 +16,7 @@ from luthier.cli.service import opened, operator, table_of
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.files import luthier_home, read_json
 from luthier.printable import one_line
-from luthier.store import accounts, principals
+from luthier.store import accounts, iam_roles, principals
 from luthier.store import backup as backups
 from luthier.store.audit import Event, append
 from luthier.store.database import Database, now
@@ -172,6 +172,68 @@ def change_key(url: str | None, action: str, identifier: str, as_json: bool) -> 
     _done(as_json, key=identifier, action=action)
 
 
+def list_iam_roles(url: str | None, account: str | None, as_json: bool) -> None:
+    """Print IAM roles, who may assume them and what their sessions may do."""
+    with opened(url) as database, database.read() as session:
+        rows = [_iam_role(role) for role in iam_roles.roles(session, account)]
+    if as_json:
+        print_json({"roles": rows})
+        return
+    for row in rows:
+        row["policies"] = len(row["policies"])
+    table_of(("account", "name", "arn", "policies", "max_session_seconds", "created"), rows)
+
+
+def create_iam_role(
+    url: str | None,
+    account: str,
+    name: str,
+    trust: Path,
+    policies: list[Path],
+    max_session_seconds: int | None,
+    as_json: bool,
+) -> None:
+    """Add an IAM role."""
+    documents = [_document(path) for path in policies]
+    seconds = iam_roles.SHORTEST_MAXIMUM if max_session_seconds is None else max_session_seconds
+    with changing(url, "iam-roles.create", account, name) as session:
+        role = iam_roles.create_role(session, account, name, _document(trust), documents, seconds)
+        shown = _iam_role(role)
+    if not documents:
+        note("  its sessions may do nothing yet: luthier admin iam-roles update --policy")
+    _done(as_json, **shown)
+
+
+def update_iam_role(
+    url: str | None,
+    account: str,
+    name: str,
+    trust: Path | None,
+    policies: list[Path] | None,
+    max_session_seconds: int | None,
+    as_json: bool,
+) -> None:
+    """Replace what is given of an IAM role."""
+    with changing(url, "iam-roles.update", account, name) as session:
+        role = iam_roles.role_of(session, account, name)
+        iam_roles.update_role(
+            session,
+            role,
+            _document(trust) if trust else None,
+            [_document(path) for path in policies] if policies else None,
+            max_session_seconds,
+        )
+        shown = _iam_role(role)
+    _done(as_json, **shown)
+
+
+def remove_iam_role(url: str | None, account: str, name: str, as_json: bool) -> None:
+    """Remove an IAM role."""
+    with changing(url, "iam-roles.remove", account, name) as session:
+        iam_roles.remove_role(session, iam_roles.role_of(session, account, name))
+    _done(as_json, account=account, role=name, action="remove")
+
+
 def list_roles(as_json: bool) -> None:
     """Print the built-in roles."""
     if as_json:
@@ -249,6 +311,18 @@ def _user(user: principals.User) -> Row:
         "policies": list(user.policies),
         "disabled": user.disabled,
         "created": user.created.isoformat(timespec="seconds"),
+    }
+
+
+def _iam_role(role: iam_roles.IamRole) -> Row:
+    return {
+        "account": role.account,
+        "name": role.name,
+        "arn": role.arn,
+        "trust": dict(role.trust),
+        "policies": list(role.policies),
+        "max_session_seconds": role.max_session_seconds,
+        "created": role.created.isoformat(timespec="seconds"),
     }
 
 

@@ -67,6 +67,14 @@ def serve(
             "May be repeated.",
         ),
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Origin whose pages may call the service from a browser, such as "
+            "https://app.example; none by default. May be repeated.",
+        ),
+    ] = None,
     no_work: Annotated[
         bool, typer.Option("--no-work", help="Take jobs, and leave the work to other servers.")
     ] = False,
@@ -86,6 +94,7 @@ def serve(
 
     with errors(False), extra("server"):
         from luthier.api import server
+        from luthier.api.cors import check_origins
         from luthier.api.observability import log_as_json
         from luthier.api.service import Service
         from luthier.api.settings import Settings
@@ -107,6 +116,7 @@ def serve(
             strict_region=strict_region,
             graders=_graders(grader or (), check=not no_work),
             requests_per_second=requests_per_second,
+            cors_origins=check_origins(cors_origin or ()),
             limits=parse_limits(limit or ()),
             encryption_key=keys.key_file(encryption_key) if encryption_key else keys.master_key(),
         )

@@ -39,8 +39,8 @@ class Batch(Base):
     """``batch_`` and letters and digits."""
     account: Mapped[str] = mapped_column(index=True)
     caller: Mapped[dict[str, Any]]
-    """Who asked: ``account``, ``user`` and whether by a ``bearer`` key. Lines are answered with the
-    rights that the user has when their turn comes."""
+    """Who asked: ``account``, ``user``, whether by a ``bearer`` key, and the ``session`` of temporary
+    credentials. Lines are answered with the rights that the user has when their turn comes."""
     endpoint: Mapped[str]
     """``/v1/chat/completions``, ..."""
     window: Mapped[str]

@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from luthier.errors import RefusedInput
+from luthier.store import iam_roles
 from luthier.store.accounts import Account, create_account, version
 from luthier.store.audit import Event, append
 from luthier.store.database import Database
@@ -39,6 +40,16 @@ _LOCK = 7015122
 _MEMBERS = (
     "account", "user", "access_key_id", "secret_access_key", "api_key", "policies", "role"
 )  # fmt: skip
+
+_ROLE_MEMBERS = ("account", "name", "trust", "policies", "max_session_seconds")
+
+
+@dataclass(frozen=True)
+class BootstrapFile:
+    """What such a file names, checked for form."""
+
+    principals: list[Mapping[str, Any]]
+    roles: list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,9 @@ def prepare(database: Database, sealing: Sealing, account: str) -> Issued | None
             session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
         if named:
             before = version(session)
-            apply(session, read(Path(named)), sealing)
+            file = read(Path(named))
+            apply(session, file.principals, sealing)
+            apply_roles(session, file.roles)
             session.flush()
             if version(session) != before:
                 append(session, Event("luthier:bootstrap", named, user=BOOTSTRAP))
@@ -90,8 +103,8 @@ def make_root(session: Session, sealing: Sealing, account: str) -> Issued:
     return Issued(account, ROOT, access_key.id, secret, text)
 
 
-def read(path: Path) -> list[Mapping[str, Any]]:
-    """The principals of a bootstrap file, checked for form.
+def read(path: Path) -> BootstrapFile:
+    """The principals and IAM roles of a bootstrap file, checked for form.
 
     Raises:
         RefusedInput: with the place that is wrong; never with a secret.
@@ -107,7 +120,12 @@ def read(path: Path) -> list[Mapping[str, Any]]:
         raise RefusedInput(f'{path} has no list "principals"')
     for number, entry in enumerate(listed):
         _check(entry, f"{path}: principals[{number}]")
-    return listed
+    roles = document.get("roles", [])
+    if not isinstance(roles, list):
+        raise RefusedInput(f'{path}: "roles" is not a list')
+    for number, entry in enumerate(roles):
+        _check_role(entry, f"{path}: roles[{number}]")
+    return BootstrapFile(listed, roles)
 
 
 def apply(session: Session, principals: list[Mapping[str, Any]], sealing: Sealing) -> None:
@@ -124,6 +142,46 @@ def apply(session: Session, principals: list[Mapping[str, Any]], sealing: Sealin
             set_policies(session, user, policies, role)
         _set_access_key(session, user, entry, sealing)
         _set_api_key(session, user, entry)
+
+
+def apply_roles(session: Session, entries: list[Mapping[str, Any]]) -> None:
+    """Create or update IAM roles; those that an earlier file gave and this one does not are removed."""
+    named = {(entry["account"], entry["name"]) for entry in entries}
+    for role in iam_roles.roles(session):
+        if role.origin == BOOTSTRAP and (role.account, role.name) not in named:
+            iam_roles.remove_role(session, role)
+    for entry in entries:
+        account, name = entry["account"], entry["name"]
+        given = {
+            "trust": entry["trust"],
+            "policies": entry.get("policies", []),
+            "max_session_seconds": entry.get("max_session_seconds", iam_roles.SHORTEST_MAXIMUM),
+        }
+        if session.get(Account, account) is None:
+            create_account(session, account)
+        found = iam_roles.find_role(session, account, name)
+        if found is None:
+            iam_roles.create_role(session, account, name, **given, origin=BOOTSTRAP)
+        elif any(getattr(found, field) != value for field, value in given.items()):
+            iam_roles.update_role(session, found, **given)
+    session.flush()
+
+
+def _check_role(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise RefusedInput(f"{where} is not an object")
+    if unknown := set(entry) - set(_ROLE_MEMBERS):
+        raise RefusedInput(f"{where}: unknown member {', '.join(sorted(unknown))}")
+    for name in ("account", "name"):
+        if not isinstance(entry.get(name), str) or not entry[name]:
+            raise RefusedInput(f"{where}.{name} is missing, or not a string")
+    if "trust" not in entry:
+        raise RefusedInput(f"{where}.trust is missing: it says who may assume the role")
+    if not isinstance(entry.get("policies", []), list):
+        raise RefusedInput(f"{where}.policies is not a list of policy documents")
+    seconds = entry.get("max_session_seconds", 0)
+    if not isinstance(seconds, int) or isinstance(seconds, bool):
+        raise RefusedInput(f"{where}.max_session_seconds is not a whole number")
 
 
 def _check(entry: Any, where: str) -> None:

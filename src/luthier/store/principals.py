@@ -54,6 +54,12 @@ class User(Base):
         """All policies: the role's and the user's own."""
         return (*([ROLES[self.role]] if self.role else []), *self.policies)
 
+    @property
+    def unique_id(self) -> str:
+        """``AIDA…``, as AWS has it: a user made again under the name of an earlier one has another."""
+        text = f"{self.seq} {self.account} {self.name} {self.created.isoformat()}"
+        return "AIDA" + base64.b32encode(hashlib.sha256(text.encode()).digest()).decode()[:17]
+
 
 class AccessKey(Base):
     """An access key that signs requests."""
@@ -102,6 +108,8 @@ class Principal:
     """After this moment the key proves nothing."""
     secret: str = field(default="", repr=False)
     """Of the access key; empty for an API key."""
+    id: str = ""
+    """``AIDA…`` of a user, ``AROA…:NAME`` of a session of a role."""
 
 
 def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | None:
@@ -111,7 +119,7 @@ def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | N
         return None
     key, user = found
     secret = sealing.open(key.sealed, key.id)
-    return Principal(user.account, user.name, user.documents, secret=secret)
+    return Principal(user.account, user.name, user.documents, secret=secret, id=user.unique_id)
 
 
 def bearer(session: Session, digest: str) -> Principal | None:
@@ -120,7 +128,7 @@ def bearer(session: Session, digest: str) -> Principal | None:
     if found is None:
         return None
     key, user = found
-    return Principal(user.account, user.name, user.documents, key.expires)
+    return Principal(user.account, user.name, user.documents, key.expires, id=user.unique_id)
 
 
 def _usable(
@@ -140,6 +148,12 @@ def _usable(
 
 def standing(session: Session, account: str, name: str) -> tuple[Document, ...] | None:
     """What a user may do now; ``None`` where user or account is disabled, or gone."""
+    user = enabled_user(session, account, name)
+    return None if user is None else user.documents
+
+
+def enabled_user(session: Session, account: str, name: str) -> User | None:
+    """A user; ``None`` where user or account is disabled, or gone."""
     row = session.execute(
         select(User, Account)
         .join(Account, Account.id == User.account)
@@ -148,7 +162,7 @@ def standing(session: Session, account: str, name: str) -> tuple[Document, ...] 
     if row is None or any(part.disabled for part in row):
         return None
     user: User = row[0]
-    return user.documents
+    return user
 
 
 def digest_of(key: str) -> str:

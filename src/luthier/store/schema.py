@@ -17,6 +17,7 @@ from luthier.store import (
     batches,
     custom_models,
     deployments,
+    iam_roles,
     idempotency,
     imports,
     jobs,
@@ -29,8 +30,8 @@ from luthier.store import (
 from luthier.store.database import Base, Database
 
 _MODULES = (
-    accounts, audit, batches, custom_models, deployments, idempotency, imports, jobs, object_rows,
-    principals, provisioned, tags, uploaded_files,
+    accounts, audit, batches, custom_models, deployments, iam_roles, idempotency, imports, jobs,
+    object_rows, principals, provisioned, tags, uploaded_files,
 )  # fmt: skip
 """Each declares its tables when it is imported."""
 METADATA = Base.metadata

@@ -58,11 +58,19 @@ class Sealing:
         self._cipher = AESGCM(_derived(key, b"secrets of access keys"))
 
     def seal(self, secret: str, name: str) -> bytes:
-        """``secret`` encrypted: version (1 byte), nonce (12), ciphertext and tag."""
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        return _VERSION + nonce + self._cipher.encrypt(nonce, secret.encode(), name.encode())
+        """``secret`` encrypted, as :meth:`seal_bytes` does it."""
+        return self.seal_bytes(secret.encode(), name)
 
     def open(self, sealed: bytes, name: str) -> str:
+        """What was sealed for ``name``; raises as :meth:`open_bytes`."""
+        return self.open_bytes(sealed, name).decode()
+
+    def seal_bytes(self, data: bytes, name: str) -> bytes:
+        """``data`` encrypted: version (1 byte), nonce (12), ciphertext and tag."""
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        return _VERSION + nonce + self._cipher.encrypt(nonce, data, name.encode())
+
+    def open_bytes(self, sealed: bytes, name: str) -> bytes:
         """What was sealed for ``name``.
 
         Raises:
@@ -74,7 +82,7 @@ class Sealing:
         try:
             if sealed[:1] != _VERSION:
                 raise InvalidTag
-            return self._cipher.decrypt(nonce, rest, name.encode()).decode()
+            return self._cipher.decrypt(nonce, rest, name.encode())
         except (InvalidTag, ValueError) as error:
             raise CorruptFile(
                 f"the secret of {name} does not open with this server's key; give back the "

@@ -43,7 +43,7 @@ class Names:
     def recognize(self, head: Head) -> Signed | None:
         return self.authenticate(head, b"")
 
-    def look_up(self, access: str) -> Credential | None:
+    def look_up(self, access: str, token: str | None) -> Credential | None:
         account = ACCOUNTS.get(access)
         return Credential(SECRET, Caller(account, "somebody", ())) if account else None
 
@@ -110,7 +110,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             if fnmatchcase(action, rule) and fnmatchcase(resource, what):
                 raise Fault("AccessDenied", f"{caller.arn} is not authorized to perform: {action}")
 
-    faces = Faces(None, None, None, S3Face(objects, authorize))  # type: ignore[arg-type]
+    faces = Faces(None, None, None, S3Face(objects, authorize), None)  # type: ignore[arg-type]
     app = Application(
         faces, Names(), lambda caller: None, Observer(dict), Remembered(), lambda: None
     )

@@ -33,6 +33,7 @@ _STATUS = {
     "IncompleteSignature": 403,
     "UnrecognizedClient": 403,
     "InvalidSignature": 403,
+    "ExpiredToken": 403,
 }
 """Of what every service of AWS answers, and no service model names."""
 

@@ -21,6 +21,7 @@ from luthier.jobs.submit import SETTABLE_DATA
 STATUS = {
     "Validation": 400, "Serialization": 400, "Conflict": 409, "ServiceQuotaExceeded": 400,
     "MissingAuthenticationToken": 401, "UnrecognizedClient": 401, "InvalidSignature": 401,
+    "ExpiredToken": 401,
     "IncompleteSignature": 400, "AccessDenied": 403, "ResourceNotFound": 404, "UnknownOperation": 404,
     "MethodNotAllowed": 405, "RequestEntityTooLarge": 413,
     "RequestTimeout": 408, "Throttling": 429, "InternalServer": 500,

@@ -22,6 +22,7 @@ from luthier.store import batches as store
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now
 from luthier.store.principals import standing
+from luthier.store.sessions import TemporarySession, session_principal
 from luthier.store.uploaded_files import UploadedFiles
 
 Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
@@ -173,9 +174,16 @@ class BatchRunner:
     def _caller(self, batch: Batch) -> Caller:
         """Who asked for a batch, with the rights of this moment."""
         account, user = batch.caller["account"], batch.caller["user"]
+        fields, temporary = batch.caller.get("session"), None
         with self.database.read() as session:
-            policies = standing(session, account, user)
-        caller = Caller(account, user, policies or (), batch.caller["bearer"])
+            if fields is None:
+                policies = standing(session, account, user)
+            else:
+                # Its credentials may have expired since: the batch was let in before.
+                temporary = TemporarySession.model_validate(fields)
+                principal = session_principal(session, temporary)
+                policies = principal.policies if principal else None
+        caller = Caller(account, user, policies or (), batch.caller["bearer"], session=temporary)
         if policies is None:
             text = f"User: {caller.arn} is disabled or gone; its batches are answered no further."
             raise Fault("AccessDenied", text)

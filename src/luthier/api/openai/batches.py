@@ -133,11 +133,16 @@ class Batches:
 
 
 def caller_fields(caller: Caller) -> dict[str, Any]:
-    """A caller as it is kept with a batch: without policies, which may be others tomorrow."""
+    """A caller as it is kept with a batch: without policies, which may be others tomorrow.
+
+    A session's own policy is kept: it binds what was begun in the session, for good.
+    """
+    session = caller.session
     return {
         "account": caller.account,
         "user": caller.user,
         "bearer": caller.bearer,
+        "session": session.model_dump(mode="json") if session else None,
     }
 
 

@@ -29,6 +29,7 @@ _SHAPES = {
     "IncompleteSignature": _UNKNOWN_KEY,
     "UnrecognizedClient": _UNKNOWN_KEY,
     "InvalidSignature": _UNKNOWN_KEY,
+    "ExpiredToken": _Shape(401, INVALID, "expired_token"),
     "AccessDenied": _Shape(403, "permission_error", "permission_denied"),
     "ResourceNotFound": _Shape(404, INVALID, "not_found"),
     "UnknownOperation": _Shape(404, INVALID, "unknown_url"),

@@ -1,4 +1,6 @@
-"""XML as S3 writes and reads it: small trees of elements, no attributes, no entities."""
+"""XML as S3 writes and reads it, and as STS writes it: small trees of elements, no attributes, no
+entities.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ Content = str | int | bool | Iterable["Element | None"]
 Element = tuple[str, "Content"]
 
 
-def document(name: str, content: Sequence[Element | None]) -> bytes:
-    """A document of S3's namespace. Elements that are ``None`` are left out."""
+def document(name: str, content: Sequence[Element | None], namespace: str = NAMESPACE) -> bytes:
+    """A document of S3's namespace, or of another one. Elements that are ``None`` are left out."""
     inner = "".join(_text(each) for each in content if each is not None)
     head = '<?xml version="1.0" encoding="UTF-8"?>\n'
-    return f'{head}<{name} xmlns="{NAMESPACE}">{inner}</{name}>'.encode()
+    return f'{head}<{name} xmlns="{namespace}">{inner}</{name}>'.encode()
 
 
 def error_document(fields: Sequence[Element]) -> bytes:
