@@ -15,7 +15,17 @@ from typing import Any
 
 import openai
 import pytest
-from broken_requests import ACCOUNT, JOB, NATIVE, OPENAI, ROWS, RUNTIME, broken, control
+from broken_requests import (
+    ACCOUNT,
+    CUSTOMIZATION,
+    JOB,
+    NATIVE,
+    OPENAI,
+    ROWS,
+    RUNTIME,
+    broken,
+    control,
+)
 from hypothesis import HealthCheck, given, settings
 from jsonschema import Draft202012Validator
 from served import served
@@ -94,6 +104,22 @@ def test_answers_of_the_native_face_are_as_documented(running: Running) -> None:
         schema = told[str(status)]["content"]["application/json"]["schema"]
         whole = {**schema, "components": document["components"]}
         Draft202012Validator(whole).validate(json.loads(answer))
+
+
+def test_a_number_without_end_is_refused_by_the_name_it_has(running: Running) -> None:
+    for value in (1e308, 10**400):
+        job = {**JOB, "settings": {"training": {"epochs": value}}}
+        status, text = running.ask("POST", "/api/v1/jobs", json.dumps(job).encode())
+        error = json.loads(text)["error"]
+        assert (status, error["parameter"]) == (400, "settings.training.epochs"), error
+        assert "settings.training.epochs: " in error["message"]
+        settings = {"n_epochs": value}
+        body = {"model": "tiny", "training_file": running.file, "hyperparameters": settings}
+        status, text = running.ask("POST", "/v1/fine_tuning/jobs", json.dumps(body).encode())
+        assert (status, json.loads(text)["error"]["param"]) == (400, "hyperparameters.n_epochs")
+        job = {**CUSTOMIZATION, "hyperParameters": {"epochCount": str(value)}}
+        status, text = running.ask("POST", "/model-customization-jobs", json.dumps(job).encode())
+        assert status == 400 and "hyper-parameter epochCount" in json.loads(text)["message"]
 
 
 @many
