@@ -67,11 +67,11 @@ def _told(seed: int, case: Case, fault: str, answer: Answered | None = None) -> 
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def running(
+def started(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_model_folder: Path,
-) -> Iterator[Running]:
+) -> Iterator[tuple[Running, Path]]:
     home = tmp_path_factory.mktemp("fuzz")
     address = None
     if request.param == "postgresql":
@@ -88,8 +88,18 @@ def running(
             service.start(work=False)
             service.objects.create_bucket(ACCOUNT, "rows")
             service.locations.write(ACCOUNT, "s3://rows/", "train.jsonl", ROWS)
-            yield Running(url, service)
+            yield Running(url, service), home
         service.close()
+
+
+@pytest.fixture
+def running(
+    started: tuple[Running, Path], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Running:
+    """The server, on the store that it began with: each test has another one."""
+    running, home = started
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    return running
 
 
 def check(running: Running, face: str, count: int) -> None:

@@ -64,7 +64,9 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Running]:
+def started(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path
+) -> Iterator[tuple[Running, Path]]:
     home = tmp_path_factory.mktemp("malformed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(home))
@@ -78,8 +80,18 @@ def running(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -
             service.start(work=False)
             service.objects.create_bucket(ACCOUNT, "rows")
             service.locations.write(ACCOUNT, "s3://rows/", "train.jsonl", ROWS)
-            yield Running(url, service.issued.api_key)
+            yield Running(url, service.issued.api_key), home
         service.close()
+
+
+@pytest.fixture
+def running(
+    started: tuple[Running, Path], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Running:
+    """The server, on the store that it began with: each test has another one."""
+    running, home = started
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    return running
 
 
 many = settings(
