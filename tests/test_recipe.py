@@ -6,16 +6,19 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import annotated_types
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from luthier.adaptations import ADAPTATIONS
+from luthier.asking.spec import Asking
 from luthier.data.augmentation import Augmentation
 from luthier.errors import RecipeError
+from luthier.graders import GRADERS
 from luthier.objectives import OBJECTIVES
 from luthier.pipeline import Pipeline
 from luthier.recipe import (
@@ -107,6 +110,42 @@ def test_numbers_are_finite(value: float) -> None:
     for name in ("epochs", "learning_rate", "weight_decay", "epsilon", "max_gradient_norm"):
         assert f"training.{name}" in refusal(training={name: value})
     assert "alpha" in refusal(adaptation={"alpha": value})
+
+
+def unbounded(kind: type[BaseModel]) -> list[str]:
+    """Numbers of ``kind`` that may be as large as anybody likes."""
+    found = []
+    for name, info in kind.model_fields.items():
+        numbers = {int, float} & {info.annotation, *get_args(info.annotation)}
+        bounds = [
+            each
+            for each in info.metadata
+            if isinstance(each, (annotated_types.Le, annotated_types.Lt))
+        ]
+        if numbers and not bounds:
+            found.append(f"{kind.__name__}.{name}")
+    return found
+
+
+# Found in the data, and stored with the model; they are only ever subtracted and divided by.
+FITTED = {"Regression.center", "Regression.scale"}
+
+
+def test_no_number_is_without_an_upper_bound() -> None:
+    kinds = [
+        Training,
+        DataSpec,
+        MixSpec,
+        Augmentation,
+        Asking,
+        *OBJECTIVES.values(),
+        *ADAPTATIONS.values(),
+    ]
+    kinds += [GRADERS[name] for name in GRADERS]
+    assert {name for kind in kinds for name in unbounded(kind)} <= FITTED
+    for value in (1e308, 10**400):
+        line = refusal(training={"epochs": value})
+        assert "training.epochs" in line and len(line) < 400
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])

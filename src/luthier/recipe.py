@@ -118,7 +118,8 @@ class Training(Part):
     """Stop after so many optimizer steps, whatever ``epochs`` says."""
     batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Rows in one optimizer step."""
-    learning_rate: float | None = Field(default=None, gt=0, le=1e6)
+    # Beyond, a step is no number in float32; a rate that is only far too high diverges and says so.
+    learning_rate: float | None = Field(default=None, gt=0, le=1e32)
     """Highest learning rate of the schedule."""
     rate_factor: float = Field(default=1.0, gt=0, le=10_000)
     """Factor of the learning rate that is chosen where none is given."""

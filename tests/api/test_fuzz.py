@@ -27,6 +27,8 @@ from luthier.models.catalog import MANIFEST
 
 FACES = ("bedrock", "openai", "native", "s3")
 SHORT, LONG = 120, int(os.environ.get("LUTHIER_TEST_EXAMPLES", "4000"))
+NUL = False
+"""Whether requests with the character 0 are sent, too."""
 FIRST = int(os.environ.get("LUTHIER_TEST_SEED", "0"))
 
 
@@ -49,7 +51,7 @@ class Running:
     def sent(self, face: str, seed: int) -> str:
         """What is wrong with the answer to a seed's request; empty where nothing is."""
         case = drawn(seed, face, self.cases[face], self.keys)
-        if case.has_nul:
+        if case.has_nul and not NUL:
             return ""
         try:
             fault = wrong(case, answer := send(self.place, case))
@@ -65,11 +67,11 @@ def _told(seed: int, case: Case, fault: str, answer: Answered | None = None) -> 
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def running(
+def started(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_model_folder: Path,
-) -> Iterator[Running]:
+) -> Iterator[tuple[Running, Path]]:
     home = tmp_path_factory.mktemp("fuzz")
     address = None
     if request.param == "postgresql":
@@ -86,8 +88,18 @@ def running(
             service.start(work=False)
             service.objects.create_bucket(ACCOUNT, "rows")
             service.locations.write(ACCOUNT, "s3://rows/", "train.jsonl", ROWS)
-            yield Running(url, service)
+            yield Running(url, service), home
         service.close()
+
+
+@pytest.fixture
+def running(
+    started: tuple[Running, Path], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Running:
+    """The server, on the store that it began with: each test has another one."""
+    running, home = started
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    return running
 
 
 def check(running: Running, face: str, count: int) -> None:

@@ -15,7 +15,17 @@ from typing import Any
 
 import openai
 import pytest
-from broken_requests import ACCOUNT, JOB, NATIVE, OPENAI, ROWS, RUNTIME, broken, control
+from broken_requests import (
+    ACCOUNT,
+    CUSTOMIZATION,
+    JOB,
+    NATIVE,
+    OPENAI,
+    ROWS,
+    RUNTIME,
+    broken,
+    control,
+)
 from hypothesis import HealthCheck, given, settings
 from jsonschema import Draft202012Validator
 from served import served
@@ -54,7 +64,9 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Running]:
+def started(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path
+) -> Iterator[tuple[Running, Path]]:
     home = tmp_path_factory.mktemp("malformed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(home))
@@ -68,8 +80,18 @@ def running(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -
             service.start(work=False)
             service.objects.create_bucket(ACCOUNT, "rows")
             service.locations.write(ACCOUNT, "s3://rows/", "train.jsonl", ROWS)
-            yield Running(url, service.issued.api_key)
+            yield Running(url, service.issued.api_key), home
         service.close()
+
+
+@pytest.fixture
+def running(
+    started: tuple[Running, Path], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Running:
+    """The server, on the store that it began with: each test has another one."""
+    running, home = started
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    return running
 
 
 many = settings(
@@ -94,6 +116,22 @@ def test_answers_of_the_native_face_are_as_documented(running: Running) -> None:
         schema = told[str(status)]["content"]["application/json"]["schema"]
         whole = {**schema, "components": document["components"]}
         Draft202012Validator(whole).validate(json.loads(answer))
+
+
+def test_a_number_without_end_is_refused_by_the_name_it_has(running: Running) -> None:
+    for value in (1e308, 10**400):
+        job = {**JOB, "settings": {"training": {"epochs": value}}}
+        status, text = running.ask("POST", "/api/v1/jobs", json.dumps(job).encode())
+        error = json.loads(text)["error"]
+        assert (status, error["parameter"]) == (400, "settings.training.epochs"), error
+        assert "settings.training.epochs: " in error["message"]
+        settings = {"n_epochs": value}
+        body = {"model": "tiny", "training_file": running.file, "hyperparameters": settings}
+        status, text = running.ask("POST", "/v1/fine_tuning/jobs", json.dumps(body).encode())
+        assert (status, json.loads(text)["error"]["param"]) == (400, "hyperparameters.n_epochs")
+        job = {**CUSTOMIZATION, "hyperParameters": {"epochCount": str(value)}}
+        status, text = running.ask("POST", "/model-customization-jobs", json.dumps(job).encode())
+        assert status == 400 and "hyper-parameter epochCount" in json.loads(text)["message"]
 
 
 @many

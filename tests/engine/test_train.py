@@ -149,7 +149,7 @@ def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
 def test_a_loss_that_is_no_number_ends_the_run(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
-    training = {"learning_rate": 1e6, "max_steps": 20, "warmup_share": 0.0}
+    training = {"learning_rate": 1e30, "max_steps": 20, "warmup_share": 0.0}
     with pytest.raises(Diverged, match="Lower the learning rate") as caught:
         train.train(recipe(training, adaptation="full"))
     assert caught.value.exit_code == 1

@@ -319,7 +319,7 @@ def test_the_answers_need_room_in_the_context(tiny_model_folder: Path, rows_file
 
 def test_prompts_alone_choose_no_objective(tiny_model_folder: Path, rows_file: Path) -> None:
     chat = load_chat_format(tiny_model_folder)
-    with pytest.raises(DataError, match="--objective grpo"):
+    with pytest.raises(DataError, match=r"`objective\.method=grpo`"):
         prepare(DataSpec(train=rows_file), None, chat, 100, 0)
 
 

@@ -36,9 +36,9 @@ COMPLETE = (
 WORDS = (
     "", "a", "0", "-1", "1e308", "9" * 30, "9" * 400, "true", "null", "[]", "{}", "%", "%zz", "%ff",
     "%2F", "%2e%2e%2f", "..", ".", "//", "\\", ";", "&", "=", "+", "*", "'\"", "<a>", "é", "\u202e",
-    "😀",
-    "x" * 300, "x" * 5000, "${aws:username}", "{{item}}", "arn:aws:bedrock:us-east-1:0:x/y",
-    "s3://rows/../etc", "file:///etc/passwd", "2026-13-99T99:99:99Z", "bytes=0-", "bytes=-0",
+    "a\0", "😀", "x" * 300, "x" * 5000, "${aws:username}", "{{item}}",
+    "arn:aws:bedrock:us-east-1:0:x/y", "s3://rows/../etc", "file:///etc/passwd", "2026-13-99T99:99:99Z",
+    "bytes=0-", "bytes=-0",
     "bytes=5-2", "bytes=" + "0-1," * 200, "application/xml", "text/plain; charset=utf-99",
     "multipart/form-data", "multipart/form-data; boundary=" + "b" * 300, "gzip", "W/\"x\"",
     "Mon, 99 Foo 2026 99:99:99 GMT", "identity", "aws-chunked", "1,2", "sha256",
@@ -78,8 +78,8 @@ class Case:
 
     @property
     def has_nul(self) -> bool:
-        """Whether the character 0 is in it, in one of the ways it can be written."""
-        return "%00" in self.target or b"\\u0000" in self.body or b"\0" in self.wire
+        """Whether a path, a query or a text in JSON has the character 0."""
+        return "%00" in self.target or b"\\u0000" in self.body
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def wrong(case: Case, found: Answered) -> str:
         return f"it shows {signs}"
     if found.status < 400 or case.method == "HEAD" or found.status == 304:
         return ""
-    if text == "Invalid HTTP request received.":
+    if "Invalid HTTP request received." in text:
         return ""  # the server's own, before there is a face
     # Another path may be another face's, which speaks as it does.
     face = (
