@@ -66,11 +66,11 @@ class ServerLimits(BaseModel):
     grading_body_bytes: int = Field(default=4 * MIB, ge=1024)
     """Body of a request that tries out or checks a grader; a larger one is answered 413."""
     grading_requests: int = Field(default=4, ge=1)
-    """Such requests that are worked on at once, of which one account has half; further ones wait."""
+    """Such requests that are worked on at once, of which one account has a quarter; further ones wait."""
     grading_seconds: int = Field(default=10, ge=1)
     """Processor time in which a grader compares texts; what takes longer is ended and answered 400."""
-    grading_memory_bytes: int = Field(default=512 * MIB, ge=64 * MIB)
-    """Memory for that; what takes more is answered 400."""
+    grading_memory_bytes: int = Field(default=96 * MIB, ge=32 * MIB)
+    """Memory for that, beside 50 MB of the process; what takes more is answered 400."""
     grading_text_characters: int = Field(default=262_144, ge=1)
     """Of each text that a grader compares, and of a template's text with its places filled."""
     schema_characters: int = Field(default=200_000, ge=1)
@@ -78,9 +78,9 @@ class ServerLimits(BaseModel):
     stands around them; a longer one is answered 400."""
     schema_seconds: int = Field(default=3, ge=1)
     """Processor time to read such a schema; one that takes longer is answered 400."""
-    schema_memory_bytes: int = Field(default=512 * MIB, ge=64 * MIB)
-    """Memory for that."""
-    schema_tries: int = Field(default=4, ge=1)
+    schema_memory_bytes: int = Field(default=64 * MIB, ge=32 * MIB)
+    """Memory for that, beside 50 MB of the process."""
+    schema_tries: int = Field(default=2, ge=1)
     """Schemas that are read for the first time at once; further ones are answered 429."""
     sts_body_bytes: int = Field(default=64 * KIB, ge=1024)
     """Body of a request to STS; a longer one is answered 413."""

@@ -141,7 +141,7 @@ class Application:
         self.observer, self.trail, self.ready = observer, trail, ready
         self._run, self._wait = Threads(THREADS, "request"), Threads(STREAMS, "stream")
         self._turns = FairSlots(LONG, int(LONG * SHARE))
-        self._gradings = FairSlots(limits.grading_requests, max(1, limits.grading_requests // 2))
+        self._gradings = FairSlots(limits.grading_requests, max(1, limits.grading_requests // 4))
         self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
         self._transfers = FairThreads(TRANSFERS, int(TRANSFERS * SHARE), "transfer")
         # Two accounts: a client that sends its body slowly keeps nobody from working on theirs.

@@ -167,6 +167,8 @@ class Decoder:
         self.chat.close()
 
     def _job(self, request: Request) -> Job:
+        # First: a schema that is refused is not tokenized as a part of the prompt.
+        matcher = self._matcher(request)
         ids_T = self.encode(request.prompt)
         beside = self.chat.start_id is not None  # an encoder's prompt takes no room of the answer
         room = self.context - (0 if beside else len(ids_T))
@@ -183,7 +185,6 @@ class Decoder:
                 "max_tokens",
             )
         job = Job(request, np.concatenate([self._soft, ids_T]), len(ids_T), room, memory)
-        matcher = self._matcher(request)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         for index in range(request.n):
             own = matcher if index == 0 or matcher is None else matcher.copy()
