@@ -25,6 +25,7 @@ from luthier.api.heads import (
     Scope,
     address_of,
     call_of,
+    check_text,
     head_of,
     is_bearer,
     is_large,
@@ -182,6 +183,7 @@ class Application:
             await send(message)
 
         try:
+            check_text(head, "InvalidURI", "InvalidArgument")
             # The body is compared with its signed hash as it is read.
             signed = await self._run(self.authenticator.authenticate, head, None)
             seen.let_in("s3", signed.caller)
@@ -254,6 +256,7 @@ class Application:
     async def _answer(
         self, face: Face, head: Head, receive: Receive, seen: Observed, held: AsyncExitStack
     ) -> Answer:
+        check_text(head)
         route, unknown = _routed(face, head)
         signed: Signed | None = None
         limit = route.body_limit if route else SMALL

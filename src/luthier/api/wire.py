@@ -29,6 +29,7 @@ from luthier.errors import (
     WrongState,
 )
 from luthier.files import Sink
+from luthier.store.text import check_storable
 
 
 @dataclass(frozen=True)
@@ -111,27 +112,27 @@ class Call:
             ValueError: for what is not JSON in UTF-8, is nested too deeply, or holds numbers that are
                 not finite.
         """
-        try:
-            found = json.loads(self.body, parse_constant=_not_finite) if self.body.strip() else None
-            if b"\\u" in self.body:
-                _check_text(found)
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        return found
+        return parse_json(self.body) if self.body.strip() else None
 
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
-def _check_text(value: Any) -> None:
-    """Refuse what no database keeps: halves of surrogate pairs, and the character 0."""
-    text = json.dumps(value, ensure_ascii=False)
-    if _NUL.search(text):
-        raise ValueError("it holds the character U+0000")
+def parse_json(data: bytes) -> Any:
+    """What a client sent as JSON; raises :class:`ValueError` as :attr:`Call.json` does.
+
+    Refused is, too, text that no database keeps: U+0000, and halves of surrogate pairs.
+    """
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half a surrogate pair") from None
+        # Given bytes, json would take UTF-16 and halves of pairs as well.
+        found = json.loads(data.decode("utf-8-sig"), parse_constant=_not_finite)
+        if b"\\u" in data:
+            # Read first: only so are pairs whole, and backslashes told from escapes.
+            text = json.dumps(found, ensure_ascii=False)
+            check_storable("\0" if _NUL.search(text) else text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return found
 
 
 def _not_finite(text: str) -> Any:

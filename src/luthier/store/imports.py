@@ -19,6 +19,7 @@ from luthier.errors import LeaseLost
 from luthier.store.custom_models import ACTIVE, CREATING, FAILED, CustomModel
 from luthier.store.database import Base, now
 from luthier.store.leases import LEASE, PATIENCE, Waiting, alone, fits
+from luthier.store.text import storable
 from luthier.store.turns import next_turn
 
 MOST_CRASHES = 3
@@ -198,7 +199,7 @@ def fail(session: Session, model_id: str, lease: str, failure: str) -> None:
         LeaseLost: as :func:`holding`.
     """
     model = _model(session, holding(session, model_id, lease))
-    model.status, model.failure = FAILED, failure[:_LONGEST]
+    model.status, model.failure = FAILED, storable(failure[:_LONGEST])
     session.flush()
 
 

@@ -18,7 +18,7 @@ from luthier.api.bedrock.bodies import json_object, malformed, parsed
 from luthier.api.bedrock.conversations import Conversation
 from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
 from luthier.api.bedrock.invoke import ChatForm, EmbeddingBody, Form, Timed, form_of
-from luthier.api.wire import Answer, Authorize, Call, Fault, Handler
+from luthier.api.wire import Answer, Authorize, Call, Fault, Handler, parse_json
 from luthier.errors import UnknownModel
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request
 from luthier.serving.pool import ModelPool
@@ -234,11 +234,9 @@ def _counted(given: Any) -> tuple[str, dict[str, Any]]:
 
 def _decoded(body: Any) -> Mapping[str, Any]:
     """A body inside a body: JSON in base64."""
-    import json
-
     try:
-        found = json.loads(base64.b64decode(body, validate=True))
-    except (TypeError, ValueError, binascii.Error, RecursionError):
+        found = parse_json(base64.b64decode(body, validate=True))
+    except (TypeError, ValueError, binascii.Error):
         found = None
     if not isinstance(found, dict):
         raise Fault("Validation", "input.invokeModel.body is no JSON object.")

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from luthier.api.openai.errors import error_of, status_of
-from luthier.api.wire import Caller, Fault
+from luthier.api.wire import Caller, Fault, parse_json
 from luthier.errors import DoesNotFit, LuthierError
 from luthier.jobs.supervisor import Watch
 from luthier.store import batches as store
@@ -262,9 +262,10 @@ def _problems(lines: Sequence[tuple[int, bytes]], endpoint: str) -> list[dict[st
     first: dict[str, int] = {}
     for number, line in lines:
         try:
-            asked = json.loads(line)
-        except (ValueError, RecursionError):
-            found.append(_error("invalid_json_line", "The line is no JSON.", number))
+            asked = parse_json(line)
+        except ValueError as error:
+            told = f"The line is no JSON: {error}."
+            found.append(_error("invalid_json_line", told, number))
             continue
         code, text, param = _problem(asked, endpoint, first, number)
         if code:
