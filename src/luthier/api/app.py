@@ -48,7 +48,7 @@ from luthier.api.sending import (
 from luthier.api.threads import FairSlots, FairThreads, Threads
 from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
 from luthier.errors import ReadOnlyDisk, RefusedInput
-from luthier.serving.stream import attended
+from luthier.serving.stream import attended, metered
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
@@ -152,6 +152,7 @@ class Application:
         head, request_id = head_of(scope), str(uuid.uuid4())
         seen = Observed(request_id, head.method, address_of(scope))
         began = time.perf_counter()
+        receive, send = seen.counted(receive, send)
         try:
             if head.path in OPEN_PATHS:
                 answer = await self._run(self._open, head.path)
@@ -360,7 +361,7 @@ class Application:
         if route is None:
             raise unknown or Fault("UnknownOperation", "There is no such operation.")
         seen.operation = route.operation
-        with noted() as seen.asked:
+        with noted() as seen.asked, metered(seen.spend):
             answer = route.handler(call_of(head, body, route, signed.caller, seen))
         self._note(seen)
         return answer

@@ -132,6 +132,12 @@ def listed(session: Session, account: str, limit: int, position: int | None) -> 
     return list(session.scalars(found.order_by(Batch.seq.desc()).limit(limit)))
 
 
+def in_flight(session: Session, account: str) -> int:
+    """How many batches of an account have not ended."""
+    counted = select(func.count()).where(Batch.account == account, Batch.status.not_in(ENDED))
+    return session.scalar(counted) or 0
+
+
 def enter(batch: Batch, status: str) -> None:
     """Bring a batch to ``status``, and note when."""
     batch.status = status
