@@ -126,10 +126,10 @@ def test_an_import_that_is_given_back_keeps_its_turn(database: Database) -> None
 
 def test_so_many_imports_of_an_account_wait(database: Database) -> None:
     with pytest.raises(QuotaExceeded, match="2 models that are being taken from outside"):
-        submit(database, "third", imports=2)
-    submit(database, "theirs", OTHER, imports=1)
+        submit(database, "third", imports_in_flight=2)
+    submit(database, "theirs", OTHER, imports_in_flight=1)
     names_in_turn(database, 1)
-    submit(database, "third", imports=2)
+    submit(database, "third", imports_in_flight=2)
 
 
 def test_a_model_that_kills_its_processes_fails(database: Database) -> None:
