@@ -142,7 +142,11 @@ class NameInUse(RefusedInput):
 
 
 class QuotaExceeded(RefusedInput):
-    """The account has as many of something as it may have."""
+    """The account has as many of something as it may have; ``quota`` names it, where it is known."""
+
+    def __init__(self, message: str, quota: str = "") -> None:
+        super().__init__(message)
+        self.quota = quota
 
 
 class WrongState(RefusedInput):

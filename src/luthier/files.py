@@ -60,6 +60,11 @@ def verify(folder: Path, hashes: Mapping[str, str]) -> None:
             )
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below ``folder``; 0 where it is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` atomically and durably."""
     with new_file(path) as file:

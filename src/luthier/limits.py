@@ -16,12 +16,46 @@ from luthier.errors import RefusedInput
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
-class ServerLimits(BaseModel):
-    """Limits of one server process. Sizes are bytes, times are seconds."""
+class AccountQuotas(BaseModel):
+    """What one account may have. ``luthier admin accounts quota`` gives an account its own.
+
+    The defaults are more than people need who work by hand, and finite, so that one account that goes
+    astray (a loop that uploads, a key that leaked) leaves the others their disk and their database.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    stored_bytes: int = Field(default=1 << 40, ge=0)
+    """Bytes of an account: objects, files and parts of uploads, each as often as it is stored, and the
+    weights of custom models."""
+    objects: int = Field(default=1_000_000, ge=0)
+    """Objects of an account, OpenAI files among them: a start counts so many in a few seconds."""
+    files: int = Field(default=100_000, ge=0)
+    """OpenAI files of an account."""
+    buckets: int = Field(default=1_000, ge=0)
+    """Buckets of an account, but for the one of its OpenAI files."""
+    uploads_in_progress: int = Field(default=1_000, ge=0)
+    """Multipart uploads of an account that were neither completed nor aborted."""
+    jobs_in_flight: int = Field(default=5_000, ge=0)
+    """Customization jobs of an account that have not ended."""
+    custom_models: int = Field(default=10_000, ge=0)
+    """Custom models of an account, those in the making among them."""
+    imported_models: int = Field(default=1_000, ge=0)
+    """Those of its custom models that came from outside."""
+    imports_in_flight: int = Field(default=20, ge=0)
+    """Models that are being taken from outside for an account: each occupies a machine for a while."""
+    batches_in_flight: int = Field(default=1_000, ge=0)
+    """Batches of an account that have not ended; their answers wait in the database until then."""
+    deployments: int = Field(default=1_000, ge=0)
+    """Custom model deployments of an account."""
+    provisioned_throughputs: int = Field(default=1_000, ge=0)
+    """Provisioned model throughputs of an account."""
+
+
+class ServerLimits(AccountQuotas):
+    """Limits of one server process. Sizes are bytes, times are seconds."""
 
     url_bytes: int = Field(default=16 * KIB, ge=256)
     """Path and query of a request; a longer one is answered 414."""
@@ -66,7 +100,8 @@ class ServerLimits(BaseModel):
     grading_body_bytes: int = Field(default=4 * MIB, ge=1024)
     """Body of a request that tries out or checks a grader; a larger one is answered 413."""
     grading_requests: int = Field(default=4, ge=1)
-    """Such requests that are worked on at once, of which one account has a quarter; further ones wait."""
+    """Such requests that are worked on at once, of which one account has a quarter; further ones
+    wait."""
     grading_seconds: int = Field(default=10, ge=1)
     """Processor time in which a grader compares texts; what takes longer is ended and answered 400."""
     grading_memory_bytes: int = Field(default=96 * MIB, ge=32 * MIB)

@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import update
 
 from luthier.errors import NameInUse, QuotaExceeded, RecipeError
-from luthier.jobs.submit import Limits, submit
+from luthier.jobs.submit import submit
+from luthier.limits import AccountQuotas
 from luthier.pipeline import KINDS
 from luthier.recipe import parse
 from luthier.store import leases
@@ -26,7 +27,7 @@ def asked(queue: Any, name: str = "one", **fields: Any) -> Any:
     return queue.submission(name, **{"training": ROWS, **fields})
 
 
-def put(queue: Any, *arguments: Any, limits: Limits | None = None, **fields: Any) -> Job:
+def put(queue: Any, *arguments: Any, limits: AccountQuotas | None = None, **fields: Any) -> Job:
     with queue.database.write() as session:
         return submit(session, asked(queue, *arguments, **fields), Arns("eu-west-1"), limits)
 
@@ -89,7 +90,7 @@ def test_of_many_at_once_one_gets_the_name(queue: Any) -> None:
 
 
 def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:
-    limits = Limits(in_flight=2)
+    limits = AccountQuotas(jobs_in_flight=2)
     first = put(queue, "a", limits=limits)
     put(queue, "b", limits=limits)
     with pytest.raises(QuotaExceeded, match="2 customization jobs"):
@@ -103,7 +104,7 @@ def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:
 
 
 def test_the_quota_counts_models_with_those_in_the_making(queue: Any) -> None:
-    limits = Limits(custom_models=1)
+    limits = AccountQuotas(custom_models=1)
     put(queue, "a", face="openai", limits=limits)
     with pytest.raises(QuotaExceeded, match="1 custom models"):
         put(queue, "b", face="openai", limits=limits)

@@ -18,11 +18,12 @@ from botocore.config import Config
 from luthier.api.app import Application, Faces
 from luthier.api.auditing import Trail
 from luthier.api.bedrock.activation import Activation
-from luthier.api.bedrock.control import Control, Quotas
+from luthier.api.bedrock.control import Control
 from luthier.api.bedrock.face import BedrockFace
 from luthier.api.observability import Observer
 from luthier.api.wire import Answer, Caller, Fault, Head, Signed
 from luthier.errors import CorruptFile, RefusedInput
+from luthier.limits import AccountQuotas
 from luthier.store import jobs as queue
 from luthier.store import leases
 from luthier.store.arns import Arns
@@ -89,7 +90,9 @@ class Preparation:
 class Service:
     """What stands behind the server."""
 
-    def __init__(self, server: Server, database: Database, quotas: Quotas, handlers: Any) -> None:
+    def __init__(
+        self, server: Server, database: Database, quotas: AccountQuotas, handlers: Any
+    ) -> None:
         self.server, self.client, self.url = server, server.client, server.url
         self.database = database
         self.places, self.preparation = Places(), Preparation()
@@ -204,10 +207,10 @@ class Server:
 
     @contextmanager
     def serving(
-        self, database: Database, quotas: Quotas | None = None, handlers: Any = None
+        self, database: Database, quotas: AccountQuotas | None = None, handlers: Any = None
     ) -> Iterator[Service]:
         """The service on ``database``, as after each of its starts."""
-        made = Service(self, database, quotas or Quotas(), handlers or {})
+        made = Service(self, database, quotas or AccountQuotas(), handlers or {})
         unused = _Unused()
         self.app = Application(
             Faces(made.face, unused, unused, unused, unused),

@@ -46,13 +46,16 @@ class Folders:
         folder.mkdir(parents=True, exist_ok=True)
         return [Path(shutil.copy(path, folder)) for path in files]
 
-    def write(self, account: str, uri: str, name: str, content: bytes) -> None:
+    def write(self, account: str, uri: str, name: str, content: bytes) -> str:
         from luthier.files import write_bytes
 
         if uri.startswith("s3://"):
-            self.stored.write(account, uri, name, content)
-            return
+            return str(self.stored.write(account, uri, name, content))
         write_bytes(Path(uri.removeprefix("file://")) / name, content)
+        return f"{uri}/{name}"
+
+    def remove(self, account: str, addresses: list[str]) -> None:
+        self.stored.remove(account, [each for each in addresses if each.startswith("s3://")])
 
 
 def serve(path: str) -> None:

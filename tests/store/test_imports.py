@@ -9,7 +9,7 @@ import pytest
 
 from luthier.errors import LeaseLost, NameInUse, QuotaExceeded
 from luthier.jobs.imports import submit_import
-from luthier.jobs.submit import Limits
+from luthier.limits import AccountQuotas
 from luthier.store import imports
 from luthier.store.custom_models import ACTIVE, CREATING, FAILED, CustomModel
 from luthier.store.database import Base, Database
@@ -33,7 +33,7 @@ def database(database_url: str) -> Iterator[Database]:
 
 def submit(database: Database, name: str, account: str = ACCOUNT, **limits: Any) -> None:
     with database.write() as session:
-        submit_import(session, account, name, f"s3://data/{name}", {}, Limits(**limits))
+        submit_import(session, account, name, f"s3://data/{name}", {}, AccountQuotas(**limits))
 
 
 def model(database: Database, name: str) -> CustomModel:
@@ -126,10 +126,10 @@ def test_an_import_that_is_given_back_keeps_its_turn(database: Database) -> None
 
 def test_so_many_imports_of_an_account_wait(database: Database) -> None:
     with pytest.raises(QuotaExceeded, match="2 models that are being taken from outside"):
-        submit(database, "third", imports=2)
-    submit(database, "theirs", OTHER, imports=1)
+        submit(database, "third", imports_in_flight=2)
+    submit(database, "theirs", OTHER, imports_in_flight=1)
     names_in_turn(database, 1)
-    submit(database, "third", imports=2)
+    submit(database, "third", imports_in_flight=2)
 
 
 def test_a_model_that_kills_its_processes_fails(database: Database) -> None:
@@ -147,6 +147,6 @@ def test_names_quota_and_removal(database: Database) -> None:
     with pytest.raises(NameInUse), database.write() as session:
         submit_import(session, ACCOUNT, "first", "s3://data/x", {})
     with pytest.raises(QuotaExceeded), database.write() as session:
-        submit_import(session, ACCOUNT, "third", "s3://data/x", {}, Limits(custom_models=2))
+        submit_import(session, ACCOUNT, "third", "s3://data/x", {}, AccountQuotas(custom_models=2))
     with pytest.raises(ModelInUse, match="Creating"), database.write() as session:
         remove(session, session.query(CustomModel).filter_by(name="first").one(), "arn")

@@ -22,7 +22,15 @@ from sqlalchemy.exc import OperationalError
 
 from luthier.api.attending import Attendant
 from luthier.api.connections import client_key
-from luthier.api.heads import Scope, address_of, body_length, call_of, head_of, service_of
+from luthier.api.heads import (
+    Scope,
+    address_of,
+    body_length,
+    call_of,
+    check_text,
+    head_of,
+    service_of,
+)
 from luthier.api.observability import Observed, Observer
 from luthier.api.policies import noted
 from luthier.api.sending import (
@@ -41,6 +49,7 @@ from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
 from luthier.cancellation import cancelled_by
 from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.limits import ServerLimits
+from luthier.serving.stream import metered
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
@@ -162,6 +171,7 @@ class Application:
         head, request_id = head_of(scope), str(uuid.uuid4())
         seen = Observed(request_id, head.method, address_of(scope))
         began = time.perf_counter()
+        receive, send = seen.counted(receive, send)
         try:
             if head.path in OPEN_PATHS:
                 answer = await self._run(self._open, head.path)
@@ -193,6 +203,7 @@ class Application:
             await send(message)
 
         try:
+            check_text(head, "InvalidURI", "InvalidArgument")
             # The body is compared with its signed hash as it is read.
             signed = await self._run(self.authenticator.authenticate, head, None)
             seen.let_in("s3", signed.caller)
@@ -269,6 +280,7 @@ class Application:
     async def _answer(
         self, face: Face, head: Head, receive: Receive, seen: Observed, held: AsyncExitStack
     ) -> Answer:
+        check_text(head)
         route, unknown = _routed(face, head)
         signed: Signed | None = None
         small = self.limits.unknown_body_bytes
@@ -387,7 +399,7 @@ class Application:
         if route is None:
             raise unknown or Fault("UnknownOperation", "There is no such operation.")
         seen.operation = route.operation
-        with noted() as seen.asked:
+        with noted() as seen.asked, metered(seen.spend):
             call = call_of(head, body, route, signed.caller, seen, self.limits.json_values)
             answer = route.handler(call)
         self._note(seen)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote_to_bytes
 
 from luthier.api.observability import Observed
-from luthier.api.wire import Call, Caller, Head, Route
+from luthier.api.sigv4 import query_pairs
+from luthier.api.wire import Call, Caller, Fault, Head, Route
 from luthier.store.database import now
+from luthier.store.text import check_storable
 
 Scope = MutableMapping[str, Any]
 
@@ -19,6 +21,32 @@ def head_of(scope: Scope) -> Head:
     headers = [(k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in scope["headers"]]
     path, query = raw.decode("latin-1"), scope["query_string"].decode("latin-1")
     return Head(scope["method"], path, query, headers, scope.get("scheme") == "https")
+
+
+def check_text(head: Head, of_path: str = "Validation", of_query: str = "Validation") -> None:
+    """Refuse a path or a query that is not UTF-8 or holds U+0000: no database keeps such names.
+
+    Raises:
+        Fault: with the codes ``of_path`` and ``of_query``, the latter with the parameter's name.
+    """
+    if "%" not in head.path + head.query and (head.path + head.query).isascii():
+        return
+    try:
+        check_storable(unquote_to_bytes(head.path.encode("latin-1")).decode())
+    except ValueError as error:
+        raise Fault(of_path, f"The path cannot be used: {_reason(error)}.") from None
+    for name, value in query_pairs(head.query):
+        try:
+            check_storable(name.decode())
+            check_storable(value.decode())
+        except ValueError as error:
+            shown = name.decode(errors="replace").replace("\0", "\ufffd")[:64]
+            text = f"The query parameter '{shown}' cannot be used: {_reason(error)}."
+            raise Fault(of_query, text, parameter=shown) from None
+
+
+def _reason(error: ValueError) -> str:
+    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def call_of(

@@ -8,18 +8,25 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from luthier.api.sending import Receive, Send
 from luthier.api.wire import Caller, Fault
+from luthier.store.usage import Used
 
 if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.registry import Collector
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Seconds: from a read of the control plane to a long answer of a model."""
 
+_UNTOLD = ("asked", "tokens")
+"""Of :class:`Observed`, what is not in the log."""
+Count = Callable[[str, str, Used], None]
+"""Told what an account used, of the model with a stored id or of none."""
 Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
 """Gives values by label, by the name of the gauge; one without labels has its value under ``""``."""
 
@@ -42,12 +49,36 @@ class Observed:
     status: int = 0
     """499 for a client that hung up, as nginx logs it."""
     error: str = ""
+    bytes_in: int = 0
+    """Of the body of the request, as far as it was read."""
+    bytes_out: int = 0
+    """Of the body of the answer."""
+    tokens: list[tuple[str, int, int]] = field(default_factory=list)
+    """Models that answered, by their stored ids, with tokens that they read and wrote."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     """Actions and resources that the policies were asked for: what the audit log names."""
 
     def let_in(self, face: str, caller: Caller) -> None:
         """Who sends it is known."""
         self.face, self.account, self.user = face, caller.account, caller.user
+
+    def spend(self, model: str, read: int, written: int) -> None:
+        """A model read and wrote so many tokens for it."""
+        self.tokens.append((model, read, written))
+
+    def counted(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
+        """The same, with the bytes of both bodies counted here."""
+
+        async def receiving() -> MutableMapping[str, Any]:
+            message = await receive()
+            self.bytes_in += len(message.get("body", b""))
+            return message
+
+        async def sending(message: MutableMapping[str, Any]) -> None:
+            self.bytes_out += len(message.get("body", b""))
+            await send(message)
+
+        return receiving, sending
 
     def refused(self, fault: Fault) -> None:
         """It ends with ``fault``."""
@@ -57,8 +88,16 @@ class Observed:
 class Observer:
     """Counts and logs requests; ``gauges`` are read when somebody looks."""
 
-    def __init__(self, gauges: Gauges) -> None:
-        """``gauges`` gives values by label, by the name of the gauge: ``jobs`` by state, ..."""
+    def __init__(
+        self, gauges: Gauges, count: Count | None = None, collector: Collector | None = None
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            gauges: gives values by label, by the name of the gauge: ``jobs`` by state, ...
+            count: told what each account used.
+            collector: further metrics.
+        """
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
         self._registry = CollectorRegistry()
@@ -71,13 +110,23 @@ class Observer:
             ["face", "operation"], buckets=_BUCKETS, registry=self._registry,
         )  # fmt: skip
         self._registry.register(_Gauges(gauges))
+        self._count = count
+        if collector is not None:
+            self._registry.register(collector)
 
     def finished(self, seen: Observed, seconds: float) -> None:
         """Count and log a request that was answered."""
         self._requests.labels(seen.face, seen.operation, str(seen.status)).inc()
         self._seconds.labels(seen.face, seen.operation).observe(seconds)
+        if self._count is not None and seen.account:
+            # A request stands beside the first model that answered it.
+            for model, read, written in seen.tokens:
+                self._count(seen.account, model, Used(prompt_tokens=read, generated_tokens=written))
+            first = seen.tokens[0][0] if seen.tokens else ""
+            size = {"bytes_in": seen.bytes_in, "bytes_out": seen.bytes_out}
+            self._count(seen.account, first, Used(requests=1, **size))
         fields = {**vars(seen), "milliseconds": round(seconds * 1000, 2)}
-        told = {key: value for key, value in fields.items() if key != "asked" and value != ""}
+        told = {key: value for key, value in fields.items() if key not in _UNTOLD and value != ""}
         log.info("request", extra={"fields": told})
 
     def exposition(self) -> tuple[bytes, dict[str, str]]:

@@ -16,12 +16,13 @@ from luthier.api.app import Application, Faces
 from luthier.api.auditing import Trail
 from luthier.api.authentication import Authenticator
 from luthier.api.bedrock.activation import Activation
-from luthier.api.bedrock.control import Control, Quotas
+from luthier.api.bedrock.control import Control
 from luthier.api.bedrock.face import BedrockFace
 from luthier.api.bedrock.identifiers import Invocable, ModelIds, invocable
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.connections import Connections
 from luthier.api.limits import RateLimits
+from luthier.api.metering import Meter
 from luthier.api.native.context import Context
 from luthier.api.native.face import native_face
 from luthier.api.observability import Observer
@@ -38,12 +39,12 @@ from luthier.jobs import leftovers
 from luthier.jobs.deletion import Deletions
 from luthier.jobs.imports import Importer
 from luthier.jobs.scheduler import Scheduler
-from luthier.jobs.submit import Limits
+from luthier.limits import AccountQuotas
 from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.constraints import SchemaTrials
 from luthier.serving.pool import ModelPool
 from luthier.store import bootstrap, removal
-from luthier.store.accounts import quota_of
+from luthier.store.accounts import quotas_of
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
@@ -51,6 +52,7 @@ from luthier.store.jobs import Job
 from luthier.store.locations import Locations
 from luthier.store.object_files import UNNAMED_SECONDS
 from luthier.store.objects import Objects
+from luthier.store.recount import measure_models, recount
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key, server_key
 
@@ -80,10 +82,10 @@ class Service:
         self.issued = bootstrap.prepare(self.database, Sealing(key), settings.account)
         """Keys of the root user, if it was made now: they are shown once."""
         self.arns = Arns(settings.region)
-        self.objects = Objects(self.database)
+        self.meter = Meter(self.database)
+        self.objects = Objects(self.database, quotas=settings.limits)
         self._later = threading.Timer(UNNAMED_SECONDS + 60, self._sweep)
         self._later.daemon = True
-        self.locations = Locations(self.database, settings.s3_endpoint, settings.file_roots)
         limits = settings.limits
         self.schemas = SchemaTrials(
             ConfinedWork(limits.schema_seconds, limits.schema_memory_bytes, "the JSON schema"),
@@ -91,6 +93,9 @@ class Service:
             limits.schema_characters,
         )
         self.pool = ModelPool(schemas=self.schemas)
+        self.locations = Locations(
+            self.database, settings.s3_endpoint, settings.file_roots, quotas=limits
+        )
         self.activation = Activation(self.database)
         options = _worker_options(settings)
         self.scheduler = Scheduler(self.database, options=options)
@@ -104,7 +109,11 @@ class Service:
             self._faces(key),
             Authenticator(self.database, settings, key),
             RateLimits(self.database, settings.requests_per_second).admit,
-            Observer(self._gauges),
+            Observer(
+                self._gauges,
+                self.meter.count,
+                self.meter if settings.metrics_by_account else None,
+            ),
             self.trail,
             self.missing,
             settings.limits,
@@ -118,6 +127,7 @@ class Service:
         """Go on with what an earlier server left; ``work`` on the queue, too."""
         leftovers.finish(self.database, self.objects)
         removal.finish(self.database)
+        self._recount()
         self._sweep()
         # And what is too young now to be told from the files of requests that are not done.
         self._later.start()
@@ -138,6 +148,7 @@ class Service:
         self.openai.close()
         self.activation.close()
         self.trail.close()
+        self.meter.close()
         self.pool.close()
         self.schemas.close()
         self.database.close()
@@ -150,6 +161,14 @@ class Service:
         except SQLAlchemyError:
             return "the database cannot be reached"
         return None
+
+    def _recount(self) -> None:
+        """Count what is stored: it may be wrong after an upgrade or a restored backup."""
+        measure_models(self.database)
+        with self.database.write() as session:
+            wrong = recount(session)
+        if wrong:
+            _log.warning("what is stored was counted anew for %d accounts", len(wrong))
 
     def _sweep(self) -> None:
         try:
@@ -176,7 +195,7 @@ class Service:
         ids = ModelIds(self.database, self.arns)
         runtime = runtime_handlers(self.pool, ids.stored_id, authorize, ids.resource, InvokedChat)
         context = Context(
-            self.database, self.arns, self.locations, authorize, self._limits, self.scheduler.wake
+            self.database, self.arns, self.locations, authorize, self._quotas, self.scheduler.wake
         )
         deletions = Deletions(
             self.database,
@@ -202,7 +221,8 @@ class Service:
             authorize,
             self.objects,
             self._delete,
-            limits=self._limits,
+            limits=self._quotas,
+            count=self.meter.count,
             submitted=self.scheduler.wake,
         )
 
@@ -229,24 +249,10 @@ class Service:
         if model.stored_id is not None:
             self.pool.forget(model.stored_id)
 
-    def _limits(self, account: str) -> Limits:
-        """What jobs the account may have; the server's defaults where it has no quota of its own."""
-        own = self._own_quotas(account, in_flight="jobs_in_flight", custom_models="custom_models")
-        return Limits(**own)
-
-    def _quotas(self, account: str) -> Quotas:
-        own = self._own_quotas(account, deployments="deployments")
-        return Quotas(jobs=self._limits(account), **own)
-
-    def _own_quotas(self, account: str, **wanted: str) -> dict[str, int]:
-        """The account's own quotas, ``wanted`` by what they are called here."""
+    def _quotas(self, account: str) -> AccountQuotas:
+        """What the account may have; the server's defaults where it has no quota of its own."""
         with self.database.read() as session:
-            given = quota_of(session, account)
-        return {
-            name: int(given[quota])
-            for name, quota in wanted.items()
-            if given.get(quota) is not None
-        }
+            return quotas_of(session, account, self.settings.limits)
 
     def _gauges(self) -> Mapping[str, Mapping[str, float]]:
         with self.database.read() as session:
@@ -265,4 +271,8 @@ def _worker_options(settings: Settings) -> list[str]:
         options += ["--s3-endpoint", settings.s3_endpoint]
     for root in settings.file_roots:
         options += ["--file-root", str(root)]
+    for name in AccountQuotas.model_fields:
+        value = getattr(settings.limits, name)
+        if value != getattr(AccountQuotas(), name):
+            options += ["--limit", f"{name}={value}"]
     return options

@@ -39,7 +39,9 @@ _EARLY = timedelta(minutes=5)
 _ONCE = ("host", "date", "content-type", "content-length", "content-md5", "range")
 """Headers with one meaning; sent twice, signer and handler could read different ones. So x-amz*."""
 _HEX = re.compile(r"[0-9a-f]{64}")
-_SCOPE = re.compile(r"([^/\s]{1,128})/([0-9]{8})/([a-z0-9-]{1,64})/([a-z0-9-]{1,64})/aws4_request")
+_SCOPE = re.compile(
+    r"([!-.0-~]{1,128})/([0-9]{8})/([a-z0-9-]{1,64})/([a-z0-9-]{1,64})/aws4_request"
+)
 _MOMENT = "%Y%m%dT%H%M%SZ"
 
 

@@ -34,6 +34,7 @@ from luthier.graders.json_schema import depth_of
 from luthier.limits import ServerLimits
 from luthier.setting_names import SettingName, with_setting_names
 from luthier.store.sessions import ASSUMED, TemporarySession
+from luthier.store.text import check_storable
 
 JSON_DEPTH = 200
 """Levels of objects and lists in a body."""
@@ -136,15 +137,7 @@ class Call:
         if sum(map(self.body.count, (b",", b"[", b"{"))) > self.json_values:
             text = f"The body of the request has more than {self.json_values:,} values."
             raise Fault("RequestEntityTooLarge", text)
-        try:
-            found = json.loads(self.body, parse_constant=_not_finite) if self.body.strip() else None
-            if self.body.count(b"[") + self.body.count(b"{") > JSON_DEPTH:
-                _check_depth(found)
-            if b"\\u" in self.body:
-                _check_text(found)
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        return found
+        return parse_json(self.body) if self.body.strip() else None
 
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -156,15 +149,23 @@ def _check_depth(value: Any) -> None:
         raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
 
 
-def _check_text(value: Any) -> None:
-    """Refuse what no database keeps: halves of surrogate pairs, and the character 0."""
-    text = json.dumps(value, ensure_ascii=False)
-    if _NUL.search(text):
-        raise ValueError("it holds the character U+0000")
+def parse_json(data: bytes) -> Any:
+    """What a client sent as JSON; raises :class:`ValueError` as :attr:`Call.json` does.
+
+    Refused is, too, text that no database keeps: U+0000, and halves of surrogate pairs.
+    """
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half a surrogate pair") from None
+        # Given bytes, json would take UTF-16 and halves of pairs as well.
+        found = json.loads(data.decode("utf-8-sig"), parse_constant=_not_finite)
+        if data.count(b"[") + data.count(b"{") > JSON_DEPTH:
+            _check_depth(found)
+        if b"\\u" in data:
+            # Read first: only so are pairs whole, and backslashes told from escapes.
+            text = json.dumps(found, ensure_ascii=False)
+            check_storable("\0" if _NUL.search(text) else text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return found
 
 
 def _not_finite(text: str) -> Any:

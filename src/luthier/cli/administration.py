@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -135,30 +136,82 @@ def accounts_remove(account: str, database: ServiceDatabase = None, json_: Json 
 @accounts_app.command("quota")
 def accounts_quota(
     account: str,
-    jobs_in_flight: Annotated[int | None, typer.Option(help="Jobs that have not ended.")] = None,
-    custom_models: Annotated[int | None, typer.Option(help="Custom models.")] = None,
-    deployments: Annotated[int | None, typer.Option(help="Deployments.")] = None,
-    requests_per_second: Annotated[float | None, typer.Option(help="Requests a second.")] = None,
+    quota: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=VALUE]...",
+            help="Quotas to set, such as stored_bytes=1000000000; NAME= goes back to the server's "
+            "default. docs/access.md lists them, and requests_per_second is one as well.",
+        ),
+    ] = None,
     reset: Annotated[
         bool, typer.Option("--reset", help="First go back to the server's defaults.")
     ] = False,
     database: ServiceDatabase = None,
     json_: Json = False,
+    jobs_in_flight: Annotated[int | None, typer.Option(help="The same by option.")] = None,
+    custom_models: Annotated[int | None, typer.Option(help="The same by option.")] = None,
+    deployments: Annotated[int | None, typer.Option(help="The same by option.")] = None,
+    requests_per_second: Annotated[float | None, typer.Option(help="The same by option.")] = None,
 ) -> None:
     """Set what an account may have at most; show it, where nothing is set."""
     from luthier.cli.console import errors, extra
 
-    given = {
+    options = {
         "jobs_in_flight": jobs_in_flight,
         "custom_models": custom_models,
         "deployments": deployments,
         "requests_per_second": requests_per_second,
     }
-    values = {name: value for name, value in given.items() if reset or value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     with errors(json_), extra("server"):
         from luthier.cli import principals
 
-        principals.set_quota(database, account, values, json_)
+        values = principals.parse_quotas(quota or [], reset)
+        principals.set_quota(database, account, {**values, **given}, json_)
+
+
+@accounts_app.command("usage")
+def accounts_usage(
+    account: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Show what accounts store and have in hand beside their quotas.
+
+    Defaults are those of a server that was started without --limit.
+    """
+    from luthier.cli.console import errors, extra
+
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
+        principals.show_quotas(database, account, json_)
+
+
+@admin_app.command("usage")
+def usage(
+    first: Annotated[
+        datetime | None,
+        typer.Option("--from", formats=["%Y-%m-%d"], help="First day (UTC); else 30 days back."),
+    ] = None,
+    last: Annotated[
+        datetime | None,
+        typer.Option("--to", formats=["%Y-%m-%d"], help="Last day; else today."),
+    ] = None,
+    account: Annotated[str | None, typer.Option(help="Only of this one.")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Report what accounts used: requests, tokens, seconds of training and bytes, by day and model."""
+    from luthier.cli.console import errors, extra
+
+    with errors(json_), extra("server"):
+        from luthier.cli import principals
+
+        days = (first and first.date(), last and last.date())
+        principals.show_usage(database, *days, account, json_, csv)
 
 
 @users_app.command("list")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, replace
-from datetime import timedelta
+from dataclasses import asdict, fields, replace
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from luthier.cli.console import note, print_json, print_text
 from luthier.cli.service import opened, operator, table_of
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.files import luthier_home, read_json
+from luthier.limits import AccountQuotas
 from luthier.printable import one_line
-from luthier.store import accounts, iam_roles, principals
+from luthier.store import accounts, iam_roles, principals, usage
 from luthier.store import backup as backups
 from luthier.store.audit import Event, append
 from luthier.store.database import Database, now
 from luthier.store.policy_documents import ROLES
+from luthier.store.quota_usage import quota_usage
 from luthier.store.sealing import Sealing, server_key
 
 Row = dict[str, Any]
@@ -59,6 +63,24 @@ def change_account(
     _done(as_json, account=account, action=action)
 
 
+def parse_quotas(settings: Sequence[str], reset: bool) -> dict[str, float | None]:
+    """Quotas from ``NAME=VALUE`` each; ``NAME=`` is the server's default, as is all else if ``reset``.
+
+    Raises:
+        RefusedInput: for what has another form; names are checked where they are set.
+    """
+    values: dict[str, float | None] = dict.fromkeys(accounts.QUOTAS) if reset else {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        try:
+            values[name] = None if equals and not text else float(text.replace("_", ""))
+            if name != "requests_per_second" and values[name] is not None:
+                values[name] = int(text)
+        except ValueError:
+            raise RefusedInput(f"{setting!r}: write NAME=VALUE, with a number") from None
+    return values
+
+
 def set_quota(
     url: str | None, account: str, values: dict[str, float | None], as_json: bool
 ) -> None:
@@ -70,6 +92,44 @@ def set_quota(
         accounts.account_of(session, account)
         found = accounts.quota_of(session, account)
     _done(as_json, account=account, quotas=found)
+
+
+def show_quotas(url: str | None, account: str | None, as_json: bool) -> None:
+    """Print what accounts have beside their quotas."""
+    found: list[Row] = []
+    with opened(url) as database, database.read() as session:
+        known = accounts.accounts(session) if account is None else []
+        for each in known or [accounts.account_of(session, str(account))]:
+            own = accounts.quota_of(session, each.id)
+            quotas = accounts.quotas_of(session, each.id, AccountQuotas())
+            for name, used in quota_usage(session, each.id).items():
+                row: Row = {"account": each.id, "quota": name, "used": used}
+                row["most"] = getattr(quotas, name)
+                found.append(row | {"from": "account" if name in own else "default"})
+    _print("usage", ("account", "quota", "used", "most", "from"), found, as_json)
+
+
+def show_usage(
+    url: str | None,
+    first: date | None,
+    last: date | None,
+    account: str | None,
+    as_json: bool,
+    as_csv: bool,
+) -> None:
+    """Print what accounts used, by day and model."""
+    last = last or now().date()
+    with opened(url) as database, database.read() as session:
+        if account is not None:
+            accounts.account_of(session, account)
+        found = usage.report(session, first or last - timedelta(days=30), last, account)
+    columns = ["day", "account", "model", *(each.name for each in fields(usage.Used))]
+    if as_csv:
+        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+        return
+    _print("usage", columns, found, as_json)
 
 
 def list_users(url: str | None, account: str | None, as_json: bool) -> None:

@@ -75,6 +75,13 @@ def serve(
             "https://app.example; none by default. May be repeated.",
         ),
     ] = None,
+    metrics_by_account: Annotated[
+        bool,
+        typer.Option(
+            "--metrics-by-account",
+            help="Let /metrics, which answers to everybody, tell what each account uses.",
+        ),
+    ] = False,
     no_work: Annotated[
         bool, typer.Option("--no-work", help="Take jobs, and leave the work to other servers.")
     ] = False,
@@ -118,6 +125,7 @@ def serve(
             requests_per_second=requests_per_second,
             cors_origins=check_origins(cors_origin or ()),
             limits=parse_limits(limit or ()),
+            metrics_by_account=metrics_by_account,
             encryption_key=keys.key_file(encryption_key) if encryption_key else keys.master_key(),
         )
         log_as_json()

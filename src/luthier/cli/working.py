@@ -15,6 +15,11 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 DATABASE = "LUTHIER_DATABASE"
 """Variable with the address of the database: it may hold a password, which no command line may."""
 
+Quotas = Annotated[
+    list[str] | None,
+    typer.Option("--limit", help="NAME=VALUE of a limit of the server; may be repeated."),
+]
+
 
 def worker(
     job: Annotated[str, typer.Option(help="Id of the job.")],
@@ -23,6 +28,7 @@ def worker(
     file_root: Annotated[
         list[Path] | None, typer.Option(help="Folder that file:// may name; may be repeated.")
     ] = None,
+    limit: Quotas = None,
 ) -> None:
     """Train one job of the service."""
     _begin()
@@ -31,14 +37,16 @@ def worker(
 
     with heavy_imports():
         from luthier.jobs.worker import Worker
+        from luthier.limits import parse_limits
         from luthier.store.database import Database
         from luthier.store.locations import Locations
         from luthier.store.schema import METADATA
 
     assert METADATA.tables  # importing it has declared every table
     database = Database(os.environ.get(DATABASE) or None)
-    locations = Locations(database, s3_endpoint, file_root or ())
-    raise typer.Exit(Worker(database, locations, job, lease).run())
+    quotas = parse_limits(limit or ())
+    locations = Locations(database, s3_endpoint, file_root or (), quotas=quotas)
+    raise typer.Exit(Worker(database, locations, job, lease, quotas).run())
 
 
 def import_worker(
@@ -52,6 +60,7 @@ def import_worker(
     file_root: Annotated[
         list[Path] | None, typer.Option(help="Folder that file:// may name; may be repeated.")
     ] = None,
+    limit: Quotas = None,
 ) -> None:
     """Take one model from outside into the store."""
     _begin()
@@ -64,6 +73,7 @@ def import_worker(
     with heavy_imports():
         from luthier.jobs.admission import Capacity
         from luthier.jobs.import_worker import ImportWorker
+        from luthier.limits import parse_limits
         from luthier.store.arns import Arns
         from luthier.store.database import Database
         from luthier.store.locations import Locations
@@ -71,9 +81,10 @@ def import_worker(
 
     assert METADATA.tables  # importing it has declared every table
     database = Database(os.environ.get(DATABASE) or None)
-    locations = Locations(database, s3_endpoint, file_root or ())
+    quotas = parse_limits(limit or ())
+    locations = Locations(database, s3_endpoint, file_root or (), quotas=quotas)
     capacity = Capacity() if memory is None else Capacity(memory)
-    worker = ImportWorker(database, locations, Arns(region), model, lease, capacity)
+    worker = ImportWorker(database, locations, Arns(region), model, lease, capacity, quotas)
     raise typer.Exit(worker.run())
 
 

@@ -26,8 +26,11 @@ class Locations(Protocol):
     def fetch(self, account: str, uri: str, folder: Path, /) -> list[Path]:
         """Local copies, made in ``folder``, of what ``uri`` names."""
 
-    def write(self, account: str, uri: str, name: str, content: bytes, /) -> object:
-        """Put ``content`` at ``name`` below ``uri``."""
+    def write(self, account: str, uri: str, name: str, content: bytes, /) -> str:
+        """Put ``content`` at ``name`` below ``uri``; the address of what was written."""
+
+    def remove(self, account: str, addresses: Sequence[str], /) -> None:
+        """Take back what was written there, where this service keeps it."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from luthier.store.audit import AuditEntry, Event, append
 from luthier.store.database import Database
 from luthier.store.ids import SMALL, random_id
 from luthier.store.jobs import Job, JobEvent
-from luthier.store.locations import UPLOADS
+from luthier.store.object_rows import UPLOADS
 from luthier.store.objects import Objects
 from luthier.store.uploaded_files import UploadedFiles
 from luthier.store.uploads import Uploads
@@ -232,8 +232,9 @@ class Deletions:
     def _delete_models(self, traces: Traces) -> None:
         """The models, those that stand on others first: all of them, or none where one is in use."""
         with removal.marked() as mark, self.database.write() as session:
-            for model in traces.models:
-                found = session.get(type(model), model.seq, with_for_update=True)
+            # All are locked before the first is counted out: see luthier.store.storage.
+            held = [session.get(type(m), m.seq, with_for_update=True) for m in traces.models]
+            for found in held:
                 if found is not None:
                     removal.remove(session, found, found.arn(self.arns))
                     mark(found.stored_id)

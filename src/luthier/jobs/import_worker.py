@@ -36,13 +36,23 @@ from luthier.errors import (
     LeaseLost,
     LuthierError,
     ModelRefused,
+    QuotaExceeded,
     RefusedInput,
 )
-from luthier.files import hashes_of, luthier_home, need_disk, new_folder, sweep, write_json
+from luthier.files import (
+    folder_size,
+    hashes_of,
+    luthier_home,
+    need_disk,
+    new_folder,
+    sweep,
+    write_json,
+)
 from luthier.jobs.admission import Capacity, free
 from luthier.jobs.heart import LOST, RENEWAL, SILENCE
 from luthier.jobs.imports import ImportFolders, stored_at
 from luthier.jobs.processes import this_process
+from luthier.limits import AccountQuotas
 from luthier.models.catalog import MANIFEST
 from luthier.models.outside import Chosen, choose, is_weights
 from luthier.models.save import save_plain
@@ -52,7 +62,8 @@ from luthier.serving.acceptance import (
     accept_network,
     memory_needed,
 )
-from luthier.store import imports
+from luthier.store import imports, storage
+from luthier.store.accounts import quotas_of
 from luthier.store.arns import Arns
 from luthier.store.custom_models import IMPORTED
 from luthier.store.database import Database
@@ -85,7 +96,10 @@ class ImportWorker:
         model_id: str,
         lease: str,
         capacity: Capacity,
+        quotas: AccountQuotas | None = None,
     ) -> None:
+        """``quotas`` are those of accounts without quotas of their own."""
+        self.quotas = quotas or AccountQuotas()
         self.database, self.locations, self.arns = database, locations, arns
         self.model_id, self.lease, self.capacity = model_id, lease, capacity
         self.folders = ImportFolders(model_id)
@@ -125,29 +139,44 @@ class ImportWorker:
         except (Interrupted, LeaseLost):
             raise
         except Exception as error:
-            # Nothing of it may be left when its owner reads that it failed.
-            self.folders.drop(model=True)
-            if not isinstance(error, RefusedInput):
-                _log.exception("model %s failed", self.model_id)
-            failure = self._explained(error, found.source)
-            self._end(lambda s: imports.fail(s, self.model_id, self.lease, failure))
-            if isinstance(error, RefusedInput):
-                self.folders.log.unlink(missing_ok=True)
+            self._fail(error, found)
             return
-        self._end(lambda s: imports.complete(s, self.model_id, self.lease, changes, told))
+        try:
+            self._end(
+                lambda s: imports.complete(s, self.model_id, self.lease, changes, told, self.quotas)
+            )
+        except QuotaExceeded as error:
+            # Others of the account took the room meanwhile. After no other error are the files
+            # dropped: the transaction may have been committed.
+            self._fail(error, found)
+            return
         self.folders.drop(model=False)
         self.folders.log.unlink(missing_ok=True)
+
+    def _fail(self, error: Exception, found: ModelImport) -> None:
+        # Nothing of it may be left when its owner reads that it failed.
+        self.folders.drop(model=True)
+        if not isinstance(error, RefusedInput):
+            _log.exception("model %s failed", self.model_id, exc_info=error)
+        failure = self._explained(error, found.source)
+        self._end(lambda s: imports.fail(s, self.model_id, self.lease, failure))
+        if isinstance(error, RefusedInput):
+            self.folders.log.unlink(missing_ok=True)
 
     def _taken(self, found: ModelImport) -> tuple[dict[str, Any], dict[str, Any]]:
         """Store the model; what changes of its row, and what it tells."""
         chosen = choose(self.locations.folder(found.account, found.source))
+        with self.database.read() as session:
+            quotas = quotas_of(session, found.account, self.quotas)
+            storage.check(session, found.account, quotas, stored_bytes=chosen.size)
         need_disk(self.folder, chosen.size + (64 << 20), "copying the model")
         with new_folder(self.folder) as fresh, self._working(fresh) as plain:
             accepted = self._tried(found, chosen, plain)
             if plain != fresh:
                 save_plain(plain, fresh)
             write_json(fresh / MANIFEST, self._manifest(fresh, found, chosen, accepted))
-        changes: dict[str, Any] = {"stored_id": self.stored_id}
+        size = folder_size(self.folder)
+        changes: dict[str, Any] = {"stored_id": self.stored_id, "stored_bytes": size}
         if accepted.parent is not None:
             base = foundation_model(accepted.parent.id)
             assert base is not None

@@ -23,8 +23,9 @@ from luthier.files import luthier_home, sweep
 from luthier.jobs import processes
 from luthier.jobs.admission import Capacity, free
 from luthier.jobs.folders import JobFolders
-from luthier.jobs.submit import Limits, check_model_quota, one_at_a_time
+from luthier.jobs.submit import check_model_quota, one_at_a_time
 from luthier.jobs.supervisor import Supervisor
+from luthier.limits import AccountQuotas
 from luthier.store import imports, leases
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, CustomModel
 from luthier.store.database import Database, new_id, now
@@ -66,7 +67,7 @@ def submit_import(
     name: str,
     source: str,
     request: Mapping[str, Any],
-    limits: Limits | None = None,
+    limits: AccountQuotas | None = None,
 ) -> CustomModel:
     """Have a model copied from the folder ``source``, in the caller's transaction.
 
@@ -76,16 +77,21 @@ def submit_import(
         NameInUse: where the account has a model of that name.
         QuotaExceeded: where it has all the models that it may have, or too many imports under way.
     """
-    limits = limits or Limits()
+    limits = limits or AccountQuotas()
     one_at_a_time(session, account)
     taken = select(CustomModel.id).where(CustomModel.account == account, CustomModel.name == name)
     if session.scalar(taken) is not None:
         raise NameInUse("model")
     check_model_quota(session, account, limits)
-    if imports.waiting_of(session, account) >= limits.imports:
+    if imports.waiting_of(session, account) >= limits.imports_in_flight:
         raise QuotaExceeded(
-            f"the account has {limits.imports} models that are being taken from outside, which is its "
-            "quota. Wait until some of them are no longer Creating"
+            f"the account has {limits.imports_in_flight} models that are being taken from outside, "
+            "which is its quota. Wait until some of them are no longer Creating"
+        )
+    if imports.imported_by(session, account) >= limits.imported_models:
+        raise QuotaExceeded(
+            f"the account has {limits.imported_models} models from outside, which is its quota. Delete "
+            "some of them"
         )
     model = CustomModel(
         id=new_id(),

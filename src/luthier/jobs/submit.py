@@ -13,6 +13,8 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import NameInUse, QuotaExceeded, RecipeError
 from luthier.jobs.folders import run_name
+from luthier.limits import AccountQuotas
+from luthier.store import storage
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import new_id, now
@@ -38,18 +40,6 @@ _NAMING = ("grader", "graders", "teacher", "judge", "reward", "model", "url")
 """Fields that name a model, an address or what grades."""
 MOST_CORES = 16
 """Threads of one job where nothing is said; more hardly help networks of the sizes tuned here."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one account may have."""
-
-    in_flight: int = 5000
-    """Jobs that have not ended."""
-    custom_models: int = 10_000
-    """Those in the making among them."""
-    imports: int = 20
-    """Models that are being taken from outside: each occupies a machine by itself for a while."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,9 @@ class Submission:
     """Seconds of work at most."""
 
 
-def submit(session: Session, asked: Submission, arns: Arns, limits: Limits | None = None) -> Job:
+def submit(
+    session: Session, asked: Submission, arns: Arns, limits: AccountQuotas | None = None
+) -> Job:
     """Put a job into the queue and reserve the name of its model, in the caller's transaction.
 
     Raises:
@@ -96,7 +88,7 @@ def submit(session: Session, asked: Submission, arns: Arns, limits: Limits | Non
         QuotaExceeded: where it has too many jobs that have not ended, or too many models.
         RecipeError: for settings that no recipe can have.
     """
-    limits = limits or Limits()
+    limits = limits or AccountQuotas()
     one_at_a_time(session, asked.account)
     _check_names(session, asked)
     _check_quota(session, asked.account, limits)
@@ -225,16 +217,16 @@ def _check_names(session: Session, asked: Submission) -> None:
             raise NameInUse(kind)
 
 
-def _check_quota(session: Session, account: str, limits: Limits) -> None:
-    if in_flight(session, account) >= limits.in_flight:
+def _check_quota(session: Session, account: str, limits: AccountQuotas) -> None:
+    if in_flight(session, account) >= limits.jobs_in_flight:
         raise QuotaExceeded(
-            f"the account has {limits.in_flight} customization jobs that have not ended, which is its "
-            "quota. Wait for some of them, or stop them"
+            f"the account has {limits.jobs_in_flight} customization jobs that have not ended, which "
+            "is its quota. Wait for some of them, or stop them"
         )
     check_model_quota(session, account, limits)
 
 
-def check_model_quota(session: Session, account: str, limits: Limits) -> None:
+def check_model_quota(session: Session, account: str, limits: AccountQuotas) -> None:
     """Raise :class:`QuotaExceeded` where the account has all the custom models that it may have."""
     own = select(func.count()).where(CustomModel.account == account)
     if (session.scalar(own) or 0) >= limits.custom_models:
@@ -242,6 +234,8 @@ def check_model_quota(session: Session, account: str, limits: Limits) -> None:
             f"the account has {limits.custom_models} custom models, those in the making among them, "
             "which is its quota. Delete some of them"
         )
+    # What it makes counts as stored: who has no room left would learn so hours later.
+    storage.check(session, account, limits, stored_bytes=1)
 
 
 def _flushed(session: Session, kind: str) -> None:

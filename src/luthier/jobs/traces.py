@@ -22,8 +22,7 @@ from luthier.jobs.folders import JobFolders
 from luthier.store import jobs as queue
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import ENDED, Job
-from luthier.store.locations import UPLOADS
-from luthier.store.object_rows import Bucket, Piece, StoredObject, Upload
+from luthier.store.object_rows import UPLOADS, Bucket, Piece, StoredObject, Upload
 from luthier.store.objects import BUCKET
 
 OUTPUTS = ("synthetic_data.jsonl", "prompt_insights.jsonl")

@@ -27,20 +27,23 @@ from luthier.errors import (
     Interrupted,
     LeaseLost,
     LuthierError,
+    QuotaExceeded,
     RefusedInput,
     UnknownModel,
     WrongState,
 )
-from luthier.files import verify, waits_for_disk
+from luthier.files import folder_size, verify, waits_for_disk
 from luthier.jobs import outputs
 from luthier.jobs.data import JobData, Locations, fetched
 from luthier.jobs.folders import JobFolders, run_name, tidy
 from luthier.jobs.heart import LOST, SILENCE, Heart
 from luthier.jobs.journal import Journal, copied
 from luthier.jobs.processes import NO_DISK, this_process
+from luthier.limits import AccountQuotas
 from luthier.pipeline import KINDS
 from luthier.recipe import parse
-from luthier.store import leases
+from luthier.store import leases, storage
+from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, Job
 from luthier.store.models import StoredModel, find
@@ -58,9 +61,21 @@ _log = logging.getLogger(__name__)
 class Worker:
     """One worker and its job."""
 
-    def __init__(self, database: Database, locations: Locations, job_id: str, lease: str) -> None:
+    def __init__(
+        self,
+        database: Database,
+        locations: Locations,
+        job_id: str,
+        lease: str,
+        quotas: AccountQuotas | None = None,
+    ) -> None:
+        """``quotas`` are those of accounts without quotas of their own."""
         self.database, self.locations = database, locations
         self.job_id, self.lease = job_id, lease
+        self.quotas = quotas or AccountQuotas()
+        self._outputs: list[str] = []
+        """Addresses of what was written for the job's owner."""
+        self._model_bytes = 0
         self.folders = JobFolders(job_id)
         self._deaf = False
         """Whether the work is past being interrupted."""
@@ -131,7 +146,12 @@ class Worker:
         try:
             result = self._result(job, journal)
             self._deaf = True
-            return self._end(heart, lambda s: leases.complete(s, job.id, self.lease, result))
+            return self._end(
+                heart,
+                lambda s: leases.complete(
+                    s, job.id, self.lease, result, self._model_bytes, self.quotas
+                ),
+            )
         except (Interrupted, KeyboardInterrupt) as error:
             self._deaf = True
             return self._interrupted(heart, error)
@@ -140,7 +160,7 @@ class Worker:
             return 1
         except Exception as error:
             self._deaf = True
-            return self._failed(heart, error)
+            return self._failed(job, heart, error)
 
     def _result(self, job: Job, journal: Journal) -> dict[str, Any]:
         """Everything up to the last transaction."""
@@ -161,6 +181,11 @@ class Worker:
         journal.part("training", "Completed")
         model = find(result["model_id"])
         verify(model.folder, model.manifest["files"])
+        self._model_bytes = folder_size(model.folder)
+        with self.database.read() as session:
+            quotas = quotas_of(session, job.account, self.quotas)
+            # Before its outputs are written: of a job that fails there is nothing.
+            storage.check(session, job.account, quotas, stored_bytes=self._model_bytes)
         result["stored_id"] = model.id
         result["validation_losses"] = measuring.losses(model, job, data, result["validation_loss"])
         self._write_outputs(job, model, metrics.read(), result, data)
@@ -180,7 +205,7 @@ class Worker:
         for name, content in outputs.files(job, model, lines, result, data):
 
             def write(name: str = name, content: bytes = content) -> None:
-                self.locations.write(job.account, address, name, content)
+                self._outputs.append(self.locations.write(job.account, address, name, content))
 
             self._patiently(write)
 
@@ -193,7 +218,7 @@ class Worker:
             return self._end(heart, lambda s: leases.fail(s, self.job_id, self.lease, failure))
         return self._end(heart, lambda s: leases.release(s, self.job_id, self.lease, GIVEN_BACK))
 
-    def _failed(self, heart: Heart, error: Exception) -> int:
+    def _failed(self, job: Job, heart: Heart, error: Exception) -> int:
         if isinstance(error, WrongState):
             # Stopped or paused in the last moment: its model waits in the store, or goes.
             return self._interrupted(heart, error)
@@ -202,6 +227,8 @@ class Worker:
             message = self._told(_waits(error))
             self._end(heart, lambda s: leases.release(s, self.job_id, self.lease, message))
             return NO_DISK
+        if isinstance(error, QuotaExceeded):
+            self.locations.remove(job.account, self._outputs)
         _log.exception("job %s failed", self.job_id)
         failure = self._told(explained(error))
         return self._end(heart, lambda s: leases.fail(s, self.job_id, self.lease, failure))
@@ -220,7 +247,7 @@ class Worker:
 
         try:
             job = self._write(write)
-        except WrongState:
+        except (QuotaExceeded, WrongState):
             heart.journal.give_back(taken)
             raise
         if job.state in ENDED:

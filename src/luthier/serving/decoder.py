@@ -154,7 +154,12 @@ class Decoder:
                 )
             self._waiting.append(job)
             self._wake.notify()
-        stream = Stream(job.events, job.prompt_tokens, request.n)
+        stream = Stream(
+            job.events,
+            job.prompt_tokens,
+            request.n,
+            lambda: sum(answer.count for answer in job.answers),
+        )
         stream.at_end(lambda: self._cancel(job))
         return stream
 

@@ -17,7 +17,7 @@ from luthier.engine.memory import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request, TooLong
 from luthier.serving.memory import CacheBudget
-from luthier.serving.stream import Stream
+from luthier.serving.stream import Stream, count_tokens, metered_stream
 from luthier.types import Row
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class ModelPool:
             self._release(entry)
             raise
         stream.at_end(lambda: self._release(entry))
-        return cancellable(stream)
+        return cancellable(metered_stream(stream, model_id))
 
     def count(self, model_id: str, prompt: Prompt) -> int:
         """Tokens of ``prompt`` as the model reads it."""
@@ -124,7 +124,9 @@ class ModelPool:
         computed alone, so that it does not depend on what stands beside it.
         """
         with self._using(model_id) as entry:
-            return [entry.reader.embed(text) for text in texts]
+            found = [entry.reader.embed(text) for text in texts]
+        count_tokens(model_id, sum(each.tokens for each in found))
+        return found
 
     def forget(self, model_id: str) -> None:
         """Let go of a model that was deleted, as soon as nothing is asked of it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,12 +14,51 @@ ENDED: Any = None
 """Stands behind the last event of a stream that was cut short."""
 
 
+Meter = Callable[[str, int, int], None]
+"""Told the stored id of a model, tokens that it read, and tokens that it wrote."""
+_metered: ContextVar[Meter | None] = ContextVar("metered", default=None)
+
+
+@contextmanager
+def metered(count: Meter) -> Iterator[None]:
+    """``count`` hears what models read and write for what is asked of them in the block.
+
+    It is called by any thread, and may be after the block: a stream is counted when it ends.
+    """
+    token = _metered.set(count)
+    try:
+        yield
+    finally:
+        _metered.reset(token)
+
+
+def count_tokens(model_id: str, read: int, written: int = 0) -> None:
+    """Say what a model read and wrote to whoever counts it."""
+    if (count := _metered.get()) is not None:
+        count(model_id, read, written)
+
+
+def metered_stream(stream: Stream, model_id: str) -> Stream:
+    """``stream`` of a model, whose tokens are counted when it ends."""
+    if (count := _metered.get()) is not None:
+        stream.at_end(lambda: count(model_id, stream.prompt_tokens, stream.written()))
+    return stream
+
+
 class Stream:
     """What a model writes for one request, as it comes. Closing it ends the work at once."""
 
-    def __init__(self, events: SimpleQueue[Any], prompt_tokens: int, n: int) -> None:
+    def __init__(
+        self,
+        events: SimpleQueue[Any],
+        prompt_tokens: int,
+        n: int,
+        written: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.prompt_tokens = prompt_tokens
         """Tokens of the prompt, template included."""
+        self.written = written
+        """Gives the tokens that were written so far, for all answers."""
         self._events, self._left = events, n
         self._at_end: list[Callable[[], None]] = []
         self._interruption: InferenceFailed | None = None

@@ -9,15 +9,19 @@ from datetime import datetime
 from itertools import count
 from typing import Any
 
-from sqlalchemy import ForeignKey, MetaData, event, func, select
+from sqlalchemy import BigInteger, ForeignKey, MetaData, delete, event, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput
+from luthier.limits import AccountQuotas
 from luthier.store.database import Base, Database, new_id, now
+from luthier.store.storage import Storage
 
 FRESH_SECONDS = 1.0
 """How long another process may go on with what was changed here; this one notices at once."""
-_OWN = ("accounts", "quotas", "users", "access_keys", "api_keys", "audit_log")
+_OWN = (
+    "accounts", "quotas", "users", "access_keys", "api_keys", "audit_log", "storage", "usage",
+)  # fmt: skip
 """Tables that say who an account is or what it did, and not what it owns."""
 
 
@@ -40,13 +44,24 @@ class Quota(Base):
 
     account: Mapped[str] = mapped_column(ForeignKey("accounts.id"), primary_key=True)
     jobs_in_flight: Mapped[int | None]
-    """Customization jobs that have not ended."""
     custom_models: Mapped[int | None]
     deployments: Mapped[int | None]
     requests_per_second: Mapped[float | None]
+    stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    objects: Mapped[int | None]
+    files: Mapped[int | None]
+    buckets: Mapped[int | None]
+    uploads_in_progress: Mapped[int | None]
+    imported_models: Mapped[int | None]
+    imports_in_flight: Mapped[int | None]
+    batches_in_flight: Mapped[int | None]
+    provisioned_throughputs: Mapped[int | None]
 
 
-QUOTAS = ("jobs_in_flight", "custom_models", "deployments", "requests_per_second")
+QUOTAS = (*AccountQuotas.model_fields, "requests_per_second")
+"""Columns of :class:`Quota`; :class:`luthier.limits.AccountQuotas` says what they mean."""
+_MOST = {"stored_bytes": 2**63 - 1}
+"""What a column can hold, where that is not 32 bits."""
 
 
 class PrincipalsVersion(Base):
@@ -150,6 +165,7 @@ def remove_account(session: Session, account: str) -> None:
     if (quota := session.get(Quota, account)) is not None:
         session.delete(quota)
         session.flush()
+    session.execute(delete(Storage).where(Storage.account == account))
     session.delete(found)
     changed(session)
 
@@ -163,6 +179,8 @@ def set_quota(session: Session, account: str, **values: float | None) -> Quota:
             raise RefusedInput(f"there is no quota {name}; there are {', '.join(QUOTAS)}")
         if value is not None and value < 0:
             raise RefusedInput(f"{name} is less than nothing")
+        if value is not None and value > (most := _MOST.get(name, 2**31 - 1)):
+            raise RefusedInput(f"{name} is {most:,} at most")
         setattr(quota, name, value)
     session.add(quota)
     changed(session)
@@ -174,6 +192,13 @@ def quota_of(session: Session, account: str) -> dict[str, Any]:
     quota = session.get(Quota, account)
     given = {name: getattr(quota, name) for name in QUOTAS} if quota else {}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def quotas_of(session: Session, account: str, defaults: AccountQuotas) -> AccountQuotas:
+    """What the account may have: its own quotas, and ``defaults`` where it has none."""
+    own = quota_of(session, account)
+    own.pop("requests_per_second", None)
+    return defaults.model_copy(update=own) if own else defaults
 
 
 def _owned(session: Session, account: str) -> list[tuple[str, int]]:

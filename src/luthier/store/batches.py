@@ -6,6 +6,7 @@ done is not done again, and no line is answered twice in the files.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,6 +28,7 @@ FAILED, EXPIRED, CANCELLING, CANCELLED = "failed", "expired", "cancelling", "can
 ENDED = (COMPLETED, FAILED, EXPIRED, CANCELLED)
 LEASE = timedelta(seconds=60)
 """How long a server may be silent before another one goes on with its batch."""
+_LINE = "line"
 
 
 class Batch(Base):
@@ -78,7 +80,7 @@ class BatchLine(Base):
     """Line of the input file, from 1."""
     failed: Mapped[bool]
     result: Mapped[dict[str, Any]]
-    """The line of the output file; encrypted where the store is."""
+    """``line``: that of the output file as text; encrypted where the store is."""
 
 
 def create(
@@ -128,6 +130,12 @@ def listed(session: Session, account: str, limit: int, position: int | None) -> 
     if position is not None:
         found = found.where(Batch.seq < position)
     return list(session.scalars(found.order_by(Batch.seq.desc()).limit(limit)))
+
+
+def in_flight(session: Session, account: str) -> int:
+    """How many batches of an account have not ended."""
+    counted = select(func.count()).where(Batch.account == account, Batch.status.not_in(ENDED))
+    return session.scalar(counted) or 0
 
 
 def enter(batch: Batch, status: str) -> None:
@@ -192,7 +200,9 @@ def record(
     session: Session, batch_id: str, number: int, failed: bool, result: dict[str, Any]
 ) -> None:
     """Write an answer down."""
-    kept = seal_value(result, _place(batch_id, number, failed))
+    # As text: what a model writes may hold U+0000, which JSON in PostgreSQL cannot.
+    line = {_LINE: json.dumps(result)}
+    kept = seal_value(line, _place(batch_id, number, failed))
     session.add(BatchLine(batch_id=batch_id, number=number, failed=failed, result=kept))
     session.flush()
 
@@ -202,10 +212,12 @@ def results(session: Session, batch_id: str, failed: bool) -> Sequence[dict[str,
     wanted = select(BatchLine.number, BatchLine.result).where(
         BatchLine.batch_id == batch_id, BatchLine.failed == failed
     )
-    return [
+    opened = (
         open_value(result, _place(batch_id, number, failed))
         for number, result in session.execute(wanted.order_by(BatchLine.number))
-    ]
+    )
+    # Lines of earlier versions were not written as text.
+    return [json.loads(line[_LINE]) if _LINE in line else line for line in opened]
 
 
 def _place(batch_id: str, number: int, failed: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import UniqueConstraint
+from sqlalchemy import BigInteger, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from luthier.store.arns import Arns
@@ -47,6 +47,8 @@ class CustomModel(Base):
     details: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Of a model from outside: ``request``, what was asked; ``kind``, ``causal_lm`` or ``encoder``,
     which models made from it have, too."""
+    stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Of its own files, once they are there; none of a model of an earlier version until a start."""
     created: Mapped[datetime]
 
     def arn(self, arns: Arns) -> str:

@@ -37,6 +37,7 @@ from luthier.encryption.files import open_text, seal_text
 from luthier.errors import LuthierError, RefusedInput
 from luthier.files import luthier_home
 from luthier.store.ids import SMALL, random_id
+from luthier.store.text import dump_storable, storable
 
 BUSY_SECONDS = 30
 """How long a transaction waits for another one that writes."""
@@ -71,7 +72,7 @@ class QuotingText(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
         """In."""
-        return None if value is None else seal_text(value)
+        return None if value is None else seal_text(storable(value))
 
     def process_result_value(self, value: str | None, dialect: Any) -> str | None:
         """Out: words from before the store was encrypted are as they are."""
@@ -212,14 +213,18 @@ def _engine(url: str) -> Engine:
         if find_spec("psycopg") is None:
             raise RefusedInput("PostgreSQL needs psycopg: pip install 'luthier[postgres]'")
         # A connection that died with a restarted server is noticed before it is used.
-        return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=20)
+        return create_engine(
+            parsed, json_serializer=dump_storable, pool_pre_ping=True, pool_size=10, max_overflow=20
+        )
     if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
         raise RefusedInput(
             f"{parsed.render_as_string()} is no database luthier knows; use sqlite:///FILE or "
             "postgresql://USER@HOST/NAME"
         )
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS})
+    engine = create_engine(
+        parsed, json_serializer=dump_storable, connect_args={"timeout": BUSY_SECONDS}
+    )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "handle_error", _reopen_read_only)
     return engine

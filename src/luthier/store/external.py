@@ -77,6 +77,9 @@ class ExternalBuckets:
         with _reached(f"s3://{bucket}/{key}"):
             obstore.put(self._store(bucket), key, content)
 
+    def remove(self, account: str, bucket: str, key: str) -> None:
+        """Nothing: what lies elsewhere is its owner's."""
+
     def _store(self, bucket: str) -> Any:
         from obstore.store import S3Store
 

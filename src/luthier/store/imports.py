@@ -16,9 +16,13 @@ from sqlalchemy import BigInteger, Select, func, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
-from luthier.store.custom_models import ACTIVE, CREATING, FAILED, CustomModel
+from luthier.limits import AccountQuotas
+from luthier.store import storage
+from luthier.store.accounts import quotas_of
+from luthier.store.custom_models import ACTIVE, CREATING, FAILED, IMPORTED, CustomModel
 from luthier.store.database import Base, now
 from luthier.store.leases import LEASE, PATIENCE, Waiting, alone, fits
+from luthier.store.text import storable
 from luthier.store.turns import next_turn
 
 MOST_CRASHES = 3
@@ -73,6 +77,14 @@ def begin(session: Session, model: CustomModel, source: str) -> ModelImport:
 def waiting_of(session: Session, account: str) -> int:
     """How many imports of an account have not ended."""
     counted = select(func.count()).where(ModelImport.account == account)
+    return session.scalar(counted) or 0
+
+
+def imported_by(session: Session, account: str) -> int:
+    """How many models from outside an account has, those among them that are not there yet."""
+    counted = select(func.count()).where(
+        CustomModel.account == account, CustomModel.foundation == IMPORTED
+    )
     return session.scalar(counted) or 0
 
 
@@ -176,12 +188,20 @@ def release(session: Session, model_id: str, lease: str) -> None:
 
 
 def complete(
-    session: Session, model_id: str, lease: str, changes: Mapping[str, Any], told: Mapping[str, Any]
+    session: Session,
+    model_id: str,
+    lease: str,
+    changes: Mapping[str, Any],
+    told: Mapping[str, Any],
+    defaults: AccountQuotas | None = None,
 ) -> None:
     """The model is ``Active``, with ``changes`` to its columns, and ``told`` among its details.
 
+    ``defaults`` are the quotas of an account without quotas of its own.
+
     Raises:
         LeaseLost: as :func:`holding`.
+        QuotaExceeded: where the account has no room for it.
     """
     model = _model(session, holding(session, model_id, lease))
     model.status, model.failure = ACTIVE, None
@@ -189,6 +209,8 @@ def complete(
         setattr(model, name, value)
     model.details = {**model.details, **told}
     session.flush()
+    quotas = quotas_of(session, model.account, defaults or AccountQuotas())
+    storage.charge(session, model.account, quotas, stored_bytes=model.stored_bytes or 0)
 
 
 def fail(session: Session, model_id: str, lease: str, failure: str) -> None:
@@ -198,7 +220,7 @@ def fail(session: Session, model_id: str, lease: str, failure: str) -> None:
         LeaseLost: as :func:`holding`.
     """
     model = _model(session, holding(session, model_id, lease))
-    model.status, model.failure = FAILED, failure[:_LONGEST]
+    model.status, model.failure = FAILED, storable(failure[:_LONGEST])
     session.flush()
 
 

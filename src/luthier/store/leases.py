@@ -16,6 +16,9 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from luthier.errors import LeaseLost
+from luthier.limits import AccountQuotas
+from luthier.store import storage
+from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import now
 from luthier.store.jobs import (
@@ -29,6 +32,7 @@ from luthier.store.jobs import (
     move,
     record,
 )
+from luthier.store.usage import Used, add_usage
 
 LEASE = timedelta(seconds=30)
 """How long a worker is believed alive after it was last heard from."""
@@ -184,6 +188,8 @@ def renew(
     job = holding(session, job_id, lease)
     job.lease_ends = now() + LEASE
     if worked is not None:
+        seconds = max(0.0, worked - job.worked)
+        add_usage(session, {(job.account, ""): Used(training_seconds=seconds)})
         job.worked = worked
     if worker is not None:
         job.worker = dict(worker)
@@ -216,12 +222,21 @@ def _let_go(session: Session, job: Job, message: str) -> Job:
     return job
 
 
-def complete(session: Session, job_id: str, lease: str, result: Mapping[str, Any]) -> Job:
+def complete(
+    session: Session,
+    job_id: str,
+    lease: str,
+    result: Mapping[str, Any],
+    stored_bytes: int = 0,
+    defaults: AccountQuotas | None = None,
+) -> Job:
     """End a job whose model is stored and verified: in one transaction the model is there, too.
 
-    ``result["stored_id"]`` is the id under which the store opens it.
+    ``result["stored_id"]`` is the id under which the store opens it; it takes ``stored_bytes`` of the
+    account's quota, which is that of ``defaults`` where it has none of its own.
 
     Raises:
+        QuotaExceeded: where the account has no room for it.
         LeaseLost: as :func:`holding`.
         WrongState: where it was stopped or paused meanwhile.
     """
@@ -229,7 +244,9 @@ def complete(session: Session, job_id: str, lease: str, result: Mapping[str, Any
     move(session, job, COMPLETED, "The job is completed.", holder=lease, result=dict(result))
     made = update(CustomModel).where(CustomModel.job_id == job_id, CustomModel.status == RESERVED)
     stored = {"status": ACTIVE, "stored_id": result["stored_id"], "created": job.ended}
-    session.execute(made.values(**stored))
+    session.execute(made.values(**stored, stored_bytes=stored_bytes))
+    quotas = quotas_of(session, job.account, defaults or AccountQuotas())
+    storage.charge(session, job.account, quotas, stored_bytes=stored_bytes)
     return job
 
 

@@ -9,23 +9,23 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from luthier.data.s3 import local_name
-from luthier.errors import CorruptFile, LocationRefused, ObjectRefused
+from luthier.errors import CorruptFile, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import new_file
+from luthier.limits import AccountQuotas
 from luthier.store.database import Database
 from luthier.store.external import ExternalBuckets
 from luthier.store.file_roots import FileRoots
 from luthier.store.listing import page
 from luthier.store.object_files import READ_SIZE, ObjectFiles
-from luthier.store.object_rows import Described, Piece, check_key
+from luthier.store.object_rows import UPLOADS, Described, Piece, check_key
 from luthier.store.objects import BUCKET, Objects
 
-UPLOADS = "luthier-files"
-"""Bucket of each account with what was uploaded through the OpenAI API."""
 ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
 MOST_ENTRIES = 10_000
@@ -55,6 +55,9 @@ class Buckets(Protocol):
     def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
         """Let the key name these bytes, or those of a file."""
 
+    def remove(self, account: str, bucket: str, key: str) -> None:
+        """Take back what was written, where this service keeps it."""
+
 
 class Locations:
     """Reads and writes data by address.
@@ -69,12 +72,14 @@ class Locations:
         s3_endpoint: str | None = None,
         file_roots: Sequence[Path] = (),
         files: ObjectFiles | None = None,
+        quotas: AccountQuotas | None = None,
     ) -> None:
         """``s3://`` means the buckets of this service, or of another endpoint where one is given.
 
-        ``files`` of the built-in buckets are below the store unless said otherwise.
+        ``files`` of the built-in buckets are below the store unless said otherwise; ``quotas`` are
+        those of accounts without quotas of their own.
         """
-        self._own: Buckets = BuiltInBuckets(Objects(database, files))
+        self._own: Buckets = BuiltInBuckets(Objects(database, files, quotas))
         self._given: Buckets = ExternalBuckets(s3_endpoint) if s3_endpoint else self._own
         self._roots = FileRoots(file_roots)
 
@@ -173,6 +178,13 @@ class Locations:
         self._buckets(address.bucket).write(account, address.bucket, key, data)
         return f"s3://{address.bucket}/{key}"
 
+    def remove(self, account: str, addresses: Sequence[str]) -> None:
+        """Take back what :meth:`write` wrote there; what lies outside of this service stays."""
+        for uri in addresses:
+            if not _is_file(uri):
+                address = _address(uri)
+                self._buckets(address.bucket).remove(account, address.bucket, address.key)
+
     def _buckets(self, bucket: str) -> Buckets:
         """Files that were uploaded through the OpenAI API are here, whatever ``s3://`` else means."""
         return self._own if bucket == UPLOADS else self._given
@@ -247,7 +259,7 @@ class BuiltInBuckets:
         self.check_bucket(account, bucket)
         try:
             check_key(key)
-            with self._objects.files.begin(account) as writing:
+            with self._objects.begin(account, _size(content)) as writing:
                 for data in _pieces(content):
                     writing.write(data)
                 written = writing.finish()
@@ -255,6 +267,14 @@ class BuiltInBuckets:
         except ObjectRefused as refused:
             text = f"s3://{bucket}/{key} cannot be written: {refused.message}"
             raise LocationRefused(text) from None
+        except QuotaExceeded as refused:
+            text = f"s3://{bucket}/{key} cannot be written: {refused}"
+            raise QuotaExceeded(text, refused.quota) from None
+
+    def remove(self, account: str, bucket: str, key: str) -> None:
+        """Remove an object; one that is not there, or whose bucket is not, is no error."""
+        with suppress(ObjectRefused):
+            self._objects.delete(account, bucket, [key])
 
     def _verified(self, account: str, piece: Piece) -> Iterator[bytes]:
         digest = hashlib.sha256()
@@ -296,6 +316,10 @@ def _is_file(uri: str) -> bool:
 def _free(folder: Path, name: str, number: int) -> Path:
     """A path in ``folder`` for the file with this number: two keys can end alike."""
     return folder / name if not (folder / name).exists() else folder / f"{number + 1}-{name}"
+
+
+def _size(content: bytes | Path) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def _pieces(content: bytes | Path) -> Iterator[bytes]:

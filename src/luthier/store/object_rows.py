@@ -13,9 +13,12 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from luthier.errors import ObjectRefused
 from luthier.store.database import Base, now
 from luthier.store.object_files import Written
+from luthier.store.storage import Removed
 
 Key = Text().with_variant(Text(collation="C"), "postgresql")
 """Names that are ordered by their UTF-8 bytes."""
+UPLOADS = "luthier-files"
+"""Bucket of each account with what was uploaded through the OpenAI API."""
 KEY_BYTES = 1024
 """Of a key in UTF-8, at most."""
 
@@ -132,20 +135,20 @@ def owned(session: Session, account: str, name: str, *, lock: bool = False) -> B
     return bucket
 
 
-def replace(session: Session, bucket: Bucket, key: str, check: Check | None) -> list[str]:
-    """Remove the rows of what ``key`` names, if anything; the files that nothing names then."""
+def replace(session: Session, bucket: Bucket, key: str, check: Check | None) -> Removed:
+    """Remove the rows of what ``key`` names, if anything."""
     found = session.scalar(
         select(StoredObject).where(StoredObject.bucket_seq == bucket.seq, StoredObject.key == key)
     )
     if check is not None:
         check(found)
     if found is None:
-        return []
+        return Removed()
     gone = list(session.scalars(select(Piece.id).where(Piece.object_seq == found.seq)))
     session.execute(delete(Piece).where(Piece.object_seq == found.seq))
     session.delete(found)
     session.flush()
-    return gone
+    return Removed(gone, found.size, objects=1)
 
 
 def new_object(
@@ -179,21 +182,22 @@ def check_key(key: str) -> None:
         raise ObjectRefused("InvalidArgument", "A key is not empty and holds no NUL.")
 
 
-def forget_uploads(session: Session, bucket: Bucket) -> list[str]:
-    """Remove the uploads of a bucket that is to go; the files that nothing names then."""
-    gone: list[str] = []
+def forget_uploads(session: Session, bucket: Bucket) -> Removed:
+    """Remove the uploads of a bucket that is to go."""
+    gone = Removed()
     for upload in session.scalars(select(Upload).where(Upload.bucket_seq == bucket.seq)).all():
-        gone += forget_upload(session, upload)
+        gone.add(forget_upload(session, upload))
     return gone
 
 
-def forget_upload(session: Session, upload: Upload) -> list[str]:
-    """Remove an upload and its parts; the files that nothing names then."""
-    gone = list(session.scalars(select(Piece.id).where(Piece.upload_id == upload.id)))
+def forget_upload(session: Session, upload: Upload) -> Removed:
+    """Remove an upload and its parts."""
+    pieces = session.execute(select(Piece.id, Piece.size).where(Piece.upload_id == upload.id)).all()
     session.execute(delete(Piece).where(Piece.upload_id == upload.id))
     session.delete(upload)
     session.flush()
-    return gone
+    ids, sizes = [piece.id for piece in pieces], sum(piece.size for piece in pieces)
+    return Removed(ids, sizes, uploads_in_progress=1)
 
 
 def _bucket(session: Session, account: str, name: str, lock: bool = False) -> Bucket | None:

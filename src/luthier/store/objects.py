@@ -19,9 +19,13 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from luthier.errors import CorruptFile, ObjectRefused
+from luthier.limits import AccountQuotas
+from luthier.store import storage
+from luthier.store.accounts import quotas_of
 from luthier.store.database import Database, now
-from luthier.store.object_files import UNNAMED_SECONDS, ObjectFiles, Written
+from luthier.store.object_files import UNNAMED_SECONDS, ObjectFiles, Room, Writing, Written
 from luthier.store.object_rows import (
+    UPLOADS,
     Bucket,
     Check,
     Described,
@@ -34,6 +38,7 @@ from luthier.store.object_rows import (
     pieces_of,
     replace,
 )
+from luthier.store.storage import Removed
 
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
 """Names that are paths of the other faces on the same port."""
@@ -61,9 +66,48 @@ class Content:
 class Objects:
     """Buckets and objects. Safe to share between threads and processes."""
 
-    def __init__(self, database: Database, files: ObjectFiles | None = None) -> None:
-        """``files`` are below the store unless said otherwise."""
+    def __init__(
+        self,
+        database: Database,
+        files: ObjectFiles | None = None,
+        quotas: AccountQuotas | None = None,
+    ) -> None:
+        """``files`` are below the store unless said otherwise.
+
+        ``quotas`` are those of accounts without quotas of their own.
+        """
         self.database, self.files = database, files or ObjectFiles()
+        self._defaults = quotas or AccountQuotas()
+
+    def quotas(self, session: Session, account: str) -> AccountQuotas:
+        """What the account may store."""
+        return quotas_of(session, account, self._defaults)
+
+    def check(self, account: str, **adds: int) -> None:
+        """Refuse early what has no room; see :func:`luthier.store.storage.check`."""
+        with self.database.read() as session:
+            storage.check(session, account, self.quotas(session, account), **adds)
+
+    def begin(
+        self, account: str, size: int | None = None, *, freed: int = 0, objects: int = 0
+    ) -> Writing:
+        """A new file for bytes of the account, to be used in a ``with`` until rows name it.
+
+        Args:
+            account: whose they are.
+            size: bytes that will come, where that is known.
+            freed: bytes that go as soon as they are named, and leave them their room.
+            objects: how many more there are then.
+
+        Raises:
+            QuotaExceeded: where there is no room; ``write`` raises it as soon as there is none.
+        """
+        with self.database.read() as session:
+            quotas = self.quotas(session, account)
+            more = (1 if size is None else size) - freed
+            storage.check(session, account, quotas, stored_bytes=more, objects=objects)
+            used = storage.stored_by(session, account)["stored_bytes"]
+        return self.files.begin(account, Room(quotas.stored_bytes, used, freed))
 
     # --- buckets
 
@@ -72,6 +116,7 @@ class Objects:
 
         Raises:
             ObjectRefused: ``InvalidBucketName``, ``BucketAlreadyOwnedByYou``.
+            QuotaExceeded: where the account has all that it may have.
         """
         if not _bucket_name(name):
             raise ObjectRefused("InvalidBucketName", "The specified bucket is not valid.")
@@ -79,6 +124,9 @@ class Objects:
         try:
             with self.database.write() as session:
                 session.add(bucket)
+                session.flush()
+                if name != UPLOADS:
+                    storage.charge(session, account, self.quotas(session, account), buckets=1)
         except IntegrityError:
             text = "Your previous request to create the named bucket succeeded and it is yours."
             raise ObjectRefused("BucketAlreadyOwnedByYou", text) from None
@@ -109,7 +157,9 @@ class Objects:
                 raise ObjectRefused("BucketNotEmpty", text)
             gone = forget_uploads(session, bucket)
             session.delete(bucket)
-        self.files.remove(account, gone)
+            session.flush()
+            storage.release(session, account, gone, buckets=int(name != UPLOADS))
+        self.files.remove(account, gone.files)
 
     # --- objects
 
@@ -130,6 +180,7 @@ class Objects:
 
         Raises:
             ObjectRefused: ``NoSuchBucket``, ``KeyTooLongError``, or what ``check`` raises.
+            QuotaExceeded: where the account has no room for it.
         """
         piece = Piece.of(account, 1, written, described.checksums)
         return self.place(account, bucket, key, [piece], written.md5, 0, described, check, also)
@@ -160,9 +211,13 @@ class Objects:
             for piece in pieces:
                 piece.object_seq = made.seq
             session.add_all(pieces)
+            session.flush()
+            quotas = self.quotas(session, account)
+            more = {"stored_bytes": made.size - gone.stored_bytes, "objects": 1 - gone.objects}
+            storage.charge(session, account, quotas, **more)
             if also is not None:
                 also(session)
-        self.files.remove(account, gone)
+        self.files.remove(account, gone.files)
         return made
 
     @contextmanager
@@ -275,14 +330,15 @@ class Objects:
 
         ``also`` writes what is to be known when they are gone, and not before.
         """
-        gone: list[str] = []
+        gone = Removed()
         with self.database.write() as session:
             found = owned(session, account, bucket, lock=True)
             for key in keys:
-                gone += replace(session, found, key, None)
+                gone.add(replace(session, found, key, None))
+            storage.release(session, account, gone)
             if also is not None:
                 also(session)
-        self.files.remove(account, gone)
+        self.files.remove(account, gone.files)
 
     def remove_unnamed(self, account: str, ids: Sequence[str]) -> None:
         """Remove those of the files ``ids`` that no row names; no row is to name them later."""

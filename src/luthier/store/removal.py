@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import WrongState
 from luthier.files import luthier_home, write_bytes
-from luthier.store import deployments, provisioned, tags
+from luthier.store import deployments, provisioned, storage, tags
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
@@ -71,6 +71,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     tags.drop(session, arn)
     session.delete(model)
     session.flush()
+    storage.release(session, model.account, stored_bytes=model.stored_bytes or 0)
 
 
 @contextmanager

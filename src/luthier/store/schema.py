@@ -24,14 +24,16 @@ from luthier.store import (
     object_rows,
     principals,
     provisioned,
+    storage,
     tags,
     uploaded_files,
+    usage,
 )
 from luthier.store.database import Base, Database
 
 _MODULES = (
     accounts, audit, batches, custom_models, deployments, iam_roles, idempotency, imports, jobs,
-    object_rows, principals, provisioned, tags, uploaded_files,
+    object_rows, principals, provisioned, storage, tags, uploaded_files, usage,
 )  # fmt: skip
 """Each declares its tables when it is imported."""
 METADATA = Base.metadata

@@ -17,11 +17,11 @@ from sqlalchemy import BigInteger, Select, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import ObjectRefused
+from luthier.store import storage
 from luthier.store.database import Base, Database, now
 from luthier.store.ids import random_id
-from luthier.store.locations import UPLOADS
 from luthier.store.object_files import Writing, Written
-from luthier.store.object_rows import Described
+from luthier.store.object_rows import UPLOADS, Described
 from luthier.store.objects import Objects
 
 
@@ -75,14 +75,21 @@ class UploadedFiles:
             written = file.finish()
         return self.keep(account, written, name, purpose, lives, file_id)
 
-    def begin(self, account: str) -> Writing:
-        """Where the bytes of a new file go, to be used in a ``with``; :meth:`keep` gives it a name."""
+    def begin(self, account: str, size: int | None = None) -> Writing:
+        """Where the bytes of a new file go, to be used in a ``with``; :meth:`keep` gives it a name.
+
+        ``size`` is how many will come, where that is known.
+
+        Raises:
+            QuotaExceeded: where the account has no room for them; ``write`` raises it as well.
+        """
+        self.objects.check(account, files=1)
         try:
             self.objects.create_bucket(account, UPLOADS)
         except ObjectRefused as refused:
             if refused.code != "BucketAlreadyOwnedByYou":
                 raise
-        return self.objects.files.begin(account)
+        return self.objects.begin(account, size, objects=1)
 
     def keep(
         self,
@@ -115,6 +122,8 @@ class UploadedFiles:
                 found = there
             else:
                 session.add(row)
+                session.flush()
+                storage.charge(session, account, self.objects.quotas(session, account), files=1)
 
         self.objects.put(account, UPLOADS, row.id, written, Described(), also=note)
         return found
@@ -188,6 +197,7 @@ class UploadedFiles:
                 update(UploadedFile).where(*mine).values(deleted=now()).returning(UploadedFile.seq)
             )
             marked = len(session.execute(done).all())
+            storage.release(session, account, files=marked)
 
         try:
             self.objects.delete(account, UPLOADS, [file_id], mark)

@@ -10,6 +10,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from luthier.errors import ObjectRefused
+from luthier.store import storage
 from luthier.store.database import new_id, now
 from luthier.store.object_files import Written
 from luthier.store.object_rows import (
@@ -26,6 +27,7 @@ from luthier.store.object_rows import (
     replace,
 )
 from luthier.store.objects import Objects
+from luthier.store.storage import Removed
 
 LEAST_PART = 5 << 20
 """Bytes of every part but the last, at least."""
@@ -60,6 +62,10 @@ class Uploads:
                 checksum=checksum[0], checksum_type=checksum[1], created=now(),
             )  # fmt: skip
             session.add(made)
+            session.flush()
+            quotas = self.objects.quotas(session, account)
+            storage.check(session, account, quotas, stored_bytes=1)
+            storage.charge(session, account, quotas, uploads_in_progress=1)
         return made
 
     def upload(self, account: str, bucket: str, key: str, upload_id: str) -> Upload:
@@ -91,8 +97,22 @@ class Uploads:
                 session.flush()
             piece.upload_id = upload_id
             session.add(piece)
+            session.flush()
+            more = written.size - (0 if old is None else old.size)
+            quotas = self.objects.quotas(session, account)
+            storage.charge(session, account, quotas, stored_bytes=more)
         self.files.remove(account, [old.id] if old is not None else [])
         return piece
+
+    def part(
+        self, account: str, bucket: str, key: str, upload_id: str, number: int
+    ) -> Piece | None:
+        """The part of this number, where it has come."""
+        with self.database.read() as session:
+            _upload(session, account, bucket, key, upload_id)
+            wanted = select(Piece).where(Piece.upload_id == upload_id, Piece.number == number)
+            found: Piece | None = session.scalar(wanted)
+            return found
 
     def parts(self, account: str, bucket: str, key: str, upload_id: str) -> list[Piece]:
         """The parts that have come, by number."""
@@ -138,7 +158,8 @@ class Uploads:
             pieces = _picked(there, chosen)
             taken = {piece.id for piece in pieces}
             gone = replace(session, found, key, check)
-            gone += [piece.id for piece in there if piece.id not in taken]
+            left = [piece for piece in there if piece.id not in taken]
+            gone.add(Removed([piece.id for piece in left], sum(piece.size for piece in left)))
             described = Described(upload.headers, upload.user_metadata, checksum(upload, pieces))
             etag = _etag([piece.md5 for piece in pieces])
             made = new_object(found, key, pieces, etag, len(pieces), described)
@@ -149,7 +170,11 @@ class Uploads:
             session.flush()
             session.execute(delete(Piece).where(Piece.upload_id == upload_id))
             session.delete(upload)
-        self.files.remove(account, gone)
+            session.flush()
+            more = {"stored_bytes": -gone.stored_bytes, "objects": 1 - gone.objects}
+            quotas = self.objects.quotas(session, account)
+            storage.charge(session, account, quotas, **more, uploads_in_progress=-1)
+        self.files.remove(account, gone.files)
         return made
 
     def abort(self, account: str, bucket: str, key: str, upload_id: str) -> None:
@@ -157,7 +182,8 @@ class Uploads:
         with self.database.write() as session:
             upload = _upload(session, account, bucket, key, upload_id, lock=True)
             gone = forget_upload(session, upload)
-        self.files.remove(account, gone)
+            storage.release(session, account, gone)
+        self.files.remove(account, gone.files)
 
 
 def _upload(

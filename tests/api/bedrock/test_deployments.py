@@ -9,10 +9,9 @@ import pytest
 from bedrock_service import ALICE, BASE, BOB, ENCODER, Service, eventually, job_members
 from botocore.exceptions import ClientError
 
-from luthier.api.bedrock.control import Quotas
 from luthier.api.bedrock.identifiers import ModelIds, invocable, invoked_arn
 from luthier.api.wire import Fault
-from luthier.jobs.submit import Limits as JobLimits
+from luthier.limits import AccountQuotas
 
 FOUNDATION = f"arn:aws:bedrock:us-east-1::foundation-model/{BASE}"
 
@@ -176,7 +175,7 @@ def test_quota_of_deployments(
     service: Service, bedrock: Any, model: Callable[..., str], database: Any
 ) -> None:
     arn = model()
-    with service.server.serving(database, Quotas(deployments=1, provisioned=1)):
+    with service.server.serving(database, AccountQuotas(deployments=1, provisioned_throughputs=1)):
         deploy(bedrock, arn, "one")
         create = bedrock.create_custom_model_deployment
         members = {"modelDeploymentName": "two", "modelArn": arn}
@@ -206,10 +205,10 @@ def test_a_name_is_no_part_of_an_arn(bedrock: Any, model: Callable[..., str]) ->
 
 
 @pytest.mark.parametrize(
-    "quotas", [Quotas(JobLimits(custom_models=1)), Quotas(JobLimits(in_flight=1))]
+    "quotas", [AccountQuotas(custom_models=1), AccountQuotas(jobs_in_flight=1)]
 )
 def test_quotas_of_models_and_jobs(
-    service: Service, bedrock: Any, database: Any, quotas: Quotas
+    service: Service, bedrock: Any, database: Any, quotas: AccountQuotas
 ) -> None:
     create = bedrock.create_model_customization_job
     with service.server.serving(database, quotas) as limited:

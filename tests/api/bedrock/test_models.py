@@ -11,8 +11,7 @@ import pytest
 from bedrock_service import ALICE, BASE, ENCODER, Service, eventually, job_members
 from botocore.exceptions import ClientError
 
-from luthier.api.bedrock.control import Quotas
-from luthier.jobs.submit import Limits as JobLimits
+from luthier.limits import AccountQuotas
 
 FOUNDATION = f"arn:aws:bedrock:us-east-1::foundation-model/{BASE}"
 
@@ -252,7 +251,7 @@ def test_models_from_outside_that_are_refused(
     service.denied = {("bedrock:CreateCustomModel", f".*:{ALICE}:custom-model/\\*")}
     assert refused(create, modelName="mine", modelSourceConfig=SOURCE) == "AccessDeniedException"
     assert bob.create_custom_model(modelName="mine", modelSourceConfig=SOURCE)["modelArn"]
-    with service.server.serving(database, Quotas(JobLimits(custom_models=1))):
+    with service.server.serving(database, AccountQuotas(custom_models=1)):
         create(modelName="one", modelSourceConfig=SOURCE)
         over = refused(create, modelName="two", modelSourceConfig=SOURCE)
         assert over == "ServiceQuotaExceededException"

@@ -17,7 +17,8 @@ from luthier.api.policies import authorize
 from luthier.api.wire import Call, Caller, Fault
 from luthier.files import write_json
 from luthier.jobs.deletion import Deletions
-from luthier.jobs.submit import Limits, Submission, submit
+from luthier.jobs.submit import Submission, submit
+from luthier.limits import AccountQuotas
 from luthier.store.arns import Arns
 from luthier.store.audit import AuditEntry
 from luthier.store.custom_models import ACTIVE, CustomModel
@@ -46,7 +47,9 @@ def context() -> Iterator[Context]:
     database = Database()
     upgrade(database)
     nowhere: Any = SimpleNamespace()
-    yield Context(database, Arns(), nowhere, authorize, lambda account: Limits(), lambda: None)
+    yield Context(
+        database, Arns(), nowhere, authorize, lambda account: AccountQuotas(), lambda: None
+    )
     database.close()
 
 

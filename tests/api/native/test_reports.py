@@ -15,7 +15,7 @@ from luthier.api.native import reports
 from luthier.api.native.context import Context
 from luthier.api.native.operations import NativeFace
 from luthier.api.wire import Call, Caller, Fault
-from luthier.jobs.submit import Limits
+from luthier.limits import AccountQuotas
 from luthier.store.arns import Arns
 from luthier.store.database import Database
 from luthier.store.locations import Locations
@@ -37,7 +37,7 @@ def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
         Arns("us-east-1"),
         Locations(database, file_roots=[tmp_path]),
         lambda *given: None,
-        lambda account: Limits(),
+        lambda account: AccountQuotas(),
         lambda: None,
     )
     seen: list[str] = []

@@ -23,7 +23,7 @@ from luthier.api.settings import Settings
 from luthier.api.wire import Answer, Call, Caller, Fault, Route
 from luthier.errors import RefusedInput
 from luthier.files import write_json
-from luthier.jobs.submit import Limits
+from luthier.limits import AccountQuotas
 from luthier.models.catalog import MANIFEST
 from luthier.serving.pool import ModelPool
 from luthier.store.accounts import Account
@@ -208,7 +208,7 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
         authorize,
         objects,
         delete_model,
-        limits=lambda account: Limits(in_flight=20),
+        limits=lambda account: AccountQuotas(jobs_in_flight=20),
         file_limit=2_000_000,
     )
     listening = socket.socket()

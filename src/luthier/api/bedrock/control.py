@@ -13,7 +13,7 @@ from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.messages import answer_of, members_of
 from luthier.api.bedrock.operations import Operation
 from luthier.api.wire import Answer, Authorize, Call, Fault
-from luthier.jobs.submit import Limits as JobLimits
+from luthier.limits import AccountQuotas
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
@@ -37,23 +37,14 @@ class ChecksLocations(Protocol):
         """Raise the same unless files can be written below it."""
 
 
-@dataclass(frozen=True)
-class Quotas:
-    """What one account may have."""
-
-    jobs: JobLimits = field(default_factory=JobLimits)
-    deployments: int = 1_000
-    provisioned: int = 1_000
-
-
 def no_graders(account: str, function: str) -> Mapping[str, Any] | None:
     """Where no Lambda graders are registered."""
     return None
 
 
-def default_quotas(account: str) -> Quotas:
+def default_quotas(account: str) -> AccountQuotas:
     """The same for everybody."""
-    return Quotas()
+    return AccountQuotas()
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,7 @@ class Control:
     it is in use."""
     grader: Callable[[str, str], Mapping[str, Any] | None] = no_graders
     """Method and fields of the grader behind the ARN of a Lambda function, for an account."""
-    quotas: Callable[[str], Quotas] = default_quotas
+    quotas: Callable[[str], AccountQuotas] = default_quotas
     """Of an account."""
     submitted: Callable[[], None] = lambda: None
     """Told that there is a new job."""

@@ -38,7 +38,7 @@ def create_model(request: Request) -> dict[str, Any]:
     given, source = tags_of(request.get("modelTags")), _source(request)
     request.control.locations.folder(request.account, source)
     shown = {name: request[name] for name in _SHOWN if name in request.members}
-    limits = request.control.quotas(request.account).jobs
+    limits = request.control.quotas(request.account)
 
     def make(session: Session) -> dict[str, Any]:
         name = request["modelName"]

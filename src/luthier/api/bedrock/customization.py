@@ -56,7 +56,7 @@ def create_job(request: Request) -> dict[str, Any]:
     if asked.output is not None:
         request.control.locations.check_writable(request.account, asked.output)
 
-    limits = request.control.quotas(request.account).jobs
+    limits = request.control.quotas(request.account)
 
     def make(session: Session) -> dict[str, Any]:
         job = submit(session, asked, request.arns, limits)

@@ -166,7 +166,7 @@ def _check_name(request: Request, session: Session, name: str) -> None:
 
 
 def _check_quota(request: Request, session: Session) -> None:
-    most = request.control.quotas(request.account).provisioned
+    most = request.control.quotas(request.account).provisioned_throughputs
     own = select(func.count()).where(Provisioned.account == request.account)
     if (session.scalar(own) or 0) >= most:
         raise QuotaExceeded(f"The account has {most} provisioned throughputs, which is its quota.")

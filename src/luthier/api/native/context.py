@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from luthier.api.native.operations import Request
 from luthier.api.policies import refuse_denied
 from luthier.api.wire import Authorize, Fault
-from luthier.jobs.submit import Limits
+from luthier.limits import AccountQuotas
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import Database
@@ -38,7 +38,7 @@ class Context:
     arns: Arns
     locations: Locations
     authorize: Authorize
-    limits: Callable[[str], Limits]
+    limits: Callable[[str], AccountQuotas]
     """The quota of an account."""
     wake: Callable[[], None]
     """Tells the scheduler that there is something to do."""

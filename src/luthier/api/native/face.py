@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.api.native import deletions as deleting
-from luthier.api.native import jobs, models, reports
+from luthier.api.native import jobs, models, reports, usage
 from luthier.api.native.context import Context
 from luthier.api.native.openapi import document
 from luthier.api.native.operations import NativeFace, Operation, Request, Told
@@ -40,5 +40,6 @@ def native_face(context: Context, version: str, deletions: Deletions) -> NativeF
         *models.operations(context),
         *reports.operations(context),
         *deleting.operations(context, deletions),
+        *usage.operations(context),
     ]  # fmt: skip
     return NativeFace(operations)

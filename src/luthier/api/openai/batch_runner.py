@@ -9,24 +9,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from luthier.api.openai.errors import error_of, status_of
-from luthier.api.wire import Caller, Fault
-from luthier.errors import DoesNotFit, LuthierError
+from luthier.api.wire import Caller, Fault, parse_json
+from luthier.errors import DoesNotFit, LuthierError, QuotaExceeded
 from luthier.jobs.supervisor import Watch
+from luthier.serving.stream import metered
 from luthier.store import batches as store
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now
 from luthier.store.principals import standing
 from luthier.store.sessions import TemporarySession, session_principal
 from luthier.store.uploaded_files import UploadedFiles
+from luthier.store.usage import Used
 
 Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
 """Answers a body of an endpoint with the rights of a caller."""
+Count = Callable[[str, str, Used], None]
 _Answered = Future[tuple[bool, dict[str, Any]]]
 
 AT_ONCE = 8
@@ -47,8 +51,14 @@ class BatchRunner:
     """Answers the lines of batches. Start it with the server; several servers may share a database."""
 
     def __init__(
-        self, database: Database, files: UploadedFiles, endpoints: Mapping[str, Answers]
+        self,
+        database: Database,
+        files: UploadedFiles,
+        endpoints: Mapping[str, Answers],
+        count: Count = lambda account, model, used: None,
     ) -> None:
+        """``count`` is told what an account used, of which model."""
+        self.count = count
         self.database, self.files, self.endpoints = database, files, endpoints
         self._token = secrets.token_hex(8)
         self.watch = Watch(store.LEASE.total_seconds())
@@ -79,6 +89,8 @@ class BatchRunner:
             return False
         try:
             self._work(batch)
+        except QuotaExceeded as error:
+            self._fail(batch, [_error("insufficient_quota", str(error), None)])
         except Fault as fault:
             self._fail(batch, [_error("server_error", fault.message, None)])
         except (DoesNotFit, SQLAlchemyError):
@@ -189,11 +201,17 @@ class BatchRunner:
             raise Fault("AccessDenied", text)
         return caller
 
+    def _count_tokens(self, account: str, model: str, read: int, written: int) -> None:
+        self.count(account, model, Used(prompt_tokens=read, generated_tokens=written))
+
     def _answer(self, batch: Batch, line: bytes) -> tuple[bool, dict[str, Any]]:
         asked = json.loads(line)
         try:
             caller = self._caller(batch)
-            status, answer = 200, self.endpoints[batch.endpoint](caller, asked["body"])
+            self.count(batch.account, "", Used(requests=1))
+            with metered(partial(self._count_tokens, batch.account)):
+                answer = self.endpoints[batch.endpoint](caller, asked["body"])
+            status = 200
         except Fault as fault:
             status, answer = status_of(fault), {"error": error_of(fault)}
         except Exception as error:
@@ -220,7 +238,7 @@ class BatchRunner:
                 end = store.CANCELLED
             elif held.status == store.IN_PROGRESS:
                 store.enter(held, store.FINALIZING)
-        files = {}
+        files: dict[str, str] = {}
         for failed, column in ((False, "output_file"), (True, "error_file")):
             with self.database.read() as session:
                 found = store.results(session, batch.id, failed)
@@ -228,9 +246,19 @@ class BatchRunner:
                 # By an id that follows from the batch's: written again after a crash, it is one file.
                 name = f"{batch.id}_{'error' if failed else 'output'}"
                 file_id = f"file-{name.replace('_', '')}"
-                self.files.add(
-                    batch.account, _written(found), f"{name}.jsonl", "batch_output", file_id=file_id
-                )
+                try:
+                    self.files.add(
+                        batch.account,
+                        _written(found),
+                        f"{name}.jsonl",
+                        "batch_output",
+                        file_id=file_id,
+                    )
+                except QuotaExceeded:
+                    # A batch that fails has no files: one without the other would be half an answer.
+                    for written in files.values():
+                        self.files.delete(batch.account, written)
+                    raise
                 files[column] = file_id
         with self.database.write() as session:
             held = store.get(session, batch.account, batch.id, lock=True)
@@ -270,9 +298,10 @@ def _problems(lines: Sequence[tuple[int, bytes]], endpoint: str) -> list[dict[st
     first: dict[str, int] = {}
     for number, line in lines:
         try:
-            asked = json.loads(line)
-        except (ValueError, RecursionError):
-            found.append(_error("invalid_json_line", "The line is no JSON.", number))
+            asked = parse_json(line)
+        except ValueError as error:
+            told = f"The line is no JSON: {error}."
+            found.append(_error("invalid_json_line", told, number))
             continue
         code, text, param = _problem(asked, endpoint, first, number)
         if code:

@@ -22,7 +22,9 @@ from luthier.api.openai.requests import (
 )
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller
+from luthier.errors import QuotaExceeded
 from luthier.store import batches as store
+from luthier.store import storage
 from luthier.store.batches import Batch
 from luthier.store.database import Database
 from luthier.store.uploaded_files import UploadedFiles
@@ -78,6 +80,17 @@ class Batches:
             text = f"File {found.id} was uploaded for '{found.purpose}' and not for 'batch'."
             raise invalid(text, "input_file_id", "invalid_file_purpose")
         with self.database.write() as session:
+            quotas = self.files.objects.quotas(session, account)
+            # What is answered becomes files: whoever has no room for any learns it before the work.
+            storage.check(session, account, quotas, stored_bytes=1, objects=1, files=1)
+            # Its lock keeps others of the account from counting before this batch is there.
+            storage.lock(session, account)
+            if store.in_flight(session, account) >= quotas.batches_in_flight:
+                raise QuotaExceeded(
+                    f"The account has {quotas.batches_in_flight:,} batches that have not ended (quota "
+                    "batches_in_flight). Wait for some of them, or cancel them.",
+                    "batches_in_flight",
+                )
             batch = store.create(
                 session,
                 account,

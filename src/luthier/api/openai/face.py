@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from luthier.api.openai.asking import Asker, Pool
-from luthier.api.openai.batch_runner import BatchRunner
+from luthier.api.openai.batch_runner import BatchRunner, Count
 from luthier.api.openai.batches import Batches
 from luthier.api.openai.chat import Chats
 from luthier.api.openai.completions import Completions
@@ -20,7 +20,7 @@ from luthier.api.openai.responses import Responses
 from luthier.api.openai.routing import Routing
 from luthier.api.settings import Settings
 from luthier.api.wire import Authorize
-from luthier.jobs.submit import Limits
+from luthier.limits import AccountQuotas
 from luthier.serving.confined_work import ConfinedWork
 from luthier.store.arns import Arns
 from luthier.store.database import Database
@@ -44,9 +44,10 @@ class OpenAIFace(Routing):
         objects: Objects,
         delete_model: DeleteModel,
         *,
-        limits: Callable[[str], Limits] = lambda account: Limits(),
+        limits: Callable[[str], AccountQuotas] = lambda account: AccountQuotas(),
         file_limit: int = FILE_LIMIT,
         submitted: Callable[[], None] = lambda: None,
+        count: Count = lambda account, model, used: None,
     ) -> None:
         """Put the face together; :meth:`start` begins the work on batches.
 
@@ -61,6 +62,7 @@ class OpenAIFace(Routing):
             limits: how many jobs an account may have, by the account.
             file_limit: bytes of an uploaded file at most.
             submitted: called after a job was put into the queue.
+            count: told what lines of batches use.
         """
         arns = Arns(settings.region)
         access = Access(authorize, settings.region)
@@ -82,6 +84,7 @@ class OpenAIFace(Routing):
                 "/v1/embeddings": embeddings.answer,
                 "/v1/responses": responses.answer,
             },
+            count,
         )
         super().__init__(
             (

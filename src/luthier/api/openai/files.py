@@ -45,8 +45,12 @@ class Files:
     def form(self, call: Call) -> Form:
         """What takes an upload as it comes: nothing of one is read that is not allowed."""
         self.access.to(call, "files.create", "file")
-        kind = call.headers.get("content-type", "")
-        return Form(kind, lambda: self.store.begin(call.caller.account), self.limit)
+        kind, account = call.headers.get("content-type", ""), call.caller.account
+        told = call.headers.get("content-length", "")
+        # The form around the file is small: what is told of the body is nearly told of the file.
+        least = int(told) - _FORM_BYTES if told.isascii() and told.isdigit() else 1
+        self.store.objects.check(account, stored_bytes=max(1, least), objects=1, files=1)
+        return Form(kind, lambda: self.store.begin(account), self.limit)
 
     def create(self, call: Call) -> Answer:
         """Keep what was uploaded: on disk first, then known."""

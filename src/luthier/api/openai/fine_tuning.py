@@ -21,7 +21,8 @@ from luthier.api.openai.requests import body, number_of, page, text_of
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call
 from luthier.errors import WrongState
-from luthier.jobs.submit import FINE_TUNING, REINFORCEMENT, Limits, Submission, submit
+from luthier.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
+from luthier.limits import AccountQuotas
 from luthier.store import jobs
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
@@ -54,7 +55,7 @@ class FineTuning:
         files: UploadedFiles,
         asker: Asker,
         arns: Arns,
-        limits: Callable[[str], Limits],
+        limits: Callable[[str], AccountQuotas],
         submitted: Callable[[], None] = lambda: None,
     ) -> None:
         """``submitted`` is called after a job was put into the queue."""

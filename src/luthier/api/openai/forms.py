@@ -15,6 +15,7 @@ from python_multipart.multipart import parse_options_header
 
 from luthier.api.openai.errors import invalid
 from luthier.store.object_files import Writing
+from luthier.store.text import check_storable
 
 FILE = "file"
 """Name of the part that is kept as a file; other files in a form are passed over."""
@@ -84,7 +85,7 @@ class Form:
         """
         try:
             self._parser.write(data)
-        except (FormParserError, UnicodeDecodeError) as error:
+        except FormParserError as error:
             raise _unreadable(error) from error
         return len(data)
 
@@ -127,12 +128,12 @@ class Form:
             raise invalid(
                 "Parts of a form are sent as they are, without a Content-Transfer-Encoding."
             )
-        self._part = options[b"name"].decode()
+        self._part = _text(options[b"name"])
         self._is_file = b"filename" in options
         if self._is_file and self._part == FILE:
             if self._writing is not None:
                 raise invalid("A form has one file.", FILE)
-            self.name = options[b"filename"].decode()
+            self.name = _text(options[b"filename"], FILE)
             self._writing = self._begin()
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
@@ -148,10 +149,23 @@ class Form:
 
     def _on_part_end(self) -> None:
         if not self._is_file:
-            self.fields[self._part] = self._text.decode()
+            self.fields[self._part] = _text(self._text, self._part)
 
     def _on_end(self) -> None:
         self._ended = True
+
+
+def _text(data: bytes | bytearray, parameter: str | None = None) -> str:
+    """A name or a value of the form; 400 where it is no text that can be kept."""
+    try:
+        text = data.decode()
+        check_storable(text)
+    except ValueError as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise invalid(
+            f"The form cannot be read, one of its names or values: {why}.", parameter
+        ) from None
+    return text
 
 
 def _unreadable(error: Exception) -> Exception:

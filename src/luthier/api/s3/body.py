@@ -55,12 +55,12 @@ class Body:
         if streaming:
             keys = signed if kind in _SIGNED_CHUNKS else None
             self._chunked = Chunked(keys, self._expected.trailers)
-        self._told = _length(
+        self.length = _length(
             headers, "x-amz-decoded-content-length" if streaming else "content-length"
         )
         self._limit, self._size = limit, 0
-        self.has_length = self._told is not None or streaming
-        if (self._told or 0) > limit:
+        self.has_length = self.length is not None or streaming
+        if (self.length or 0) > limit:
             raise _too_large()
 
     async def receive(
@@ -98,7 +98,7 @@ class Body:
         if self._chunked is not None:
             self._chunked.finish()
             trailers = self._chunked.trailers
-        if self._told is not None and self._told != self._size:
+        if self.length is not None and self.length != self._size:
             text = "You did not provide the number of bytes specified by the Content-Length HTTP header"
             raise Fault("IncompleteBody", text)
         return self._expected.verified(trailers)

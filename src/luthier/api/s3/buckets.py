@@ -12,6 +12,7 @@ from luthier.api.s3.request import Request, Stores
 from luthier.api.wire import Answer, Fault
 from luthier.store.listing import Page, after, beyond, page, rolled_up
 from luthier.store.object_rows import StoredObject
+from luthier.store.text import check_storable
 
 MOST_KEYS = 1000
 
@@ -132,7 +133,9 @@ def encoded_token(position: str) -> str:
 def decoded_token(token: str) -> str:
     """The position that a token stands for."""
     try:
-        return base64.b64decode(token, altchars=b"-_", validate=True).decode()
+        position = base64.b64decode(token, altchars=b"-_", validate=True).decode()
+        check_storable(position)
+        return position
     except ValueError:
         text = "The continuation token provided is incorrect"
         raise Fault("InvalidArgument", text) from None
@@ -149,8 +152,6 @@ def _start(request: Request, marker: str) -> str:
 
 
 def _page(stores: Stores, request: Request, start: str, most: int) -> Page:
-    if "\0" in f"{start}{request.query.get('prefix', '')}":
-        raise Fault("InvalidArgument", "A key holds no NUL.")
     if not most:
         stores.objects.bucket(request.account, request.bucket)
         return Page((), None)

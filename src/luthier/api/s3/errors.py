@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from luthier.api.s3.documents import error_document
 from luthier.api.wire import Answer, Fault
-from luthier.errors import DoesNotFit, ObjectRefused
+from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded
 
 _STATUS = {
     "AccessDenied": 403,
@@ -21,6 +21,7 @@ _STATUS = {
     "NotImplemented": 501,
     "NotModified": 304,
     "PreconditionFailed": 412,
+    "QuotaExceeded": 403,
     "RequestTimeTooSkewed": 403,
     "ServiceUnavailable": 503,
     "SignatureDoesNotMatch": 403,
@@ -59,8 +60,13 @@ def refusal(fault: Fault, request_id: str) -> Answer:
     return Answer(status, body, {"Content-Type": "application/xml", **headers})
 
 
-def as_fault(error: ObjectRefused | DoesNotFit) -> Fault:
-    """A refusal of the store as a fault of this face."""
+def as_fault(error: ObjectRefused | DoesNotFit | QuotaExceeded) -> Fault:
+    """A refusal of the store as a fault of this face.
+
+    AWS has a code for too many buckets alone; the others are told as Ceph's gateway tells them.
+    """
+    if isinstance(error, QuotaExceeded):
+        return Fault("TooManyBuckets" if error.quota == "buckets" else "QuotaExceeded", str(error))
     if isinstance(error, ObjectRefused):
         return Fault(error.code, error.message)
     return Fault.of(error)

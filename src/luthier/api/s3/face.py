@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from luthier.api.app import TROUBLES
 from luthier.api.s3 import errors
@@ -12,7 +13,7 @@ from luthier.api.s3.operations import Operation, operation_of
 from luthier.api.s3.request import Request, Stores, read_request
 from luthier.api.sending import ClientGone, Receive, Run, Send, send_answer
 from luthier.api.wire import Answer, Authorize, Fault, Head, Signed
-from luthier.errors import DoesNotFit, ObjectRefused
+from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded
 from luthier.limits import ServerLimits
 from luthier.store.objects import Objects
 from luthier.store.uploads import Uploads
@@ -49,7 +50,7 @@ class S3Face:
             if operation.action:
                 await run(self.stores.authorize, request.caller, operation.action, request.resource)
             answer = await self._answer(operation, request, signed, receive, run)
-        except (ObjectRefused, DoesNotFit) as refused:
+        except (ObjectRefused, DoesNotFit, QuotaExceeded) as refused:
             raise errors.as_fault(refused) from refused
         except (Fault, ClientGone, *TROUBLES):
             raise
@@ -80,11 +81,12 @@ class S3Face:
             made: Answer = await run(operation.works, self.stores, request, bytes(text))
             return made
         assert operation.keeps is not None
-        await run(operation.before, self.stores, request)
+        incoming = await run(operation.before, self.stores, request)
         if not body.has_length:
             text_of_it = "You must provide the Content-Length HTTP header."
             raise Fault("MissingContentLength", text_of_it)
-        with await run(self.stores.objects.files.begin, request.account) as writing:
+        begin = partial(self.stores.objects.begin, freed=incoming.freed, objects=incoming.objects)
+        with await run(begin, request.account, body.length) as writing:
             checksums = await body.receive(receive, self._limits, writing.write, run)
             written = await run(writing.finish)
             kept: Answer = await run(operation.keeps, self.stores, request, written, checksums)

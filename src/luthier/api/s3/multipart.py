@@ -21,7 +21,7 @@ from luthier.api.s3.checksums import (
 from luthier.api.s3.conditions import check_read, check_write, span
 from luthier.api.s3.documents import Element, document, iso
 from luthier.api.s3.objects import copied
-from luthier.api.s3.request import Request, Stores, arn, copy_source, described
+from luthier.api.s3.request import Incoming, Request, Stores, arn, copy_source, described
 from luthier.api.wire import Answer, Fault
 from luthier.store.object_files import Written
 from luthier.store.object_rows import Piece, Upload
@@ -48,10 +48,11 @@ def create_upload(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(document("InitiateMultipartUploadResult", [*_named(request), _id(made)]), **headers)
 
 
-def before_part(stores: Stores, request: Request) -> None:
-    """What can be refused before the bytes have come."""
-    _number(request)
-    stores.uploads.upload(request.account, request.bucket, request.key, request.query["uploadId"])
+def before_part(stores: Stores, request: Request) -> Incoming:
+    """Refuse what can be refused before the bytes have come."""
+    number, upload_id = _number(request), request.query["uploadId"]
+    part = stores.uploads.part(request.account, request.bucket, request.key, upload_id, number)
+    return Incoming(freed=0 if part is None else part.size)
 
 
 def upload_part(
@@ -66,7 +67,7 @@ def copy_part(stores: Stores, request: Request, body: bytes) -> Answer:
     """Keep bytes of another object as a part."""
     source = copy_source(request)
     stores.authorize(request.caller, "s3:GetObject", arn(*source))
-    before_part(stores, request)
+    freed = before_part(stores, request).freed
     asked = request.headers.get("x-amz-copy-source-range")
     if asked is not None and not re.fullmatch(r"bytes=[0-9]+-[0-9]+", asked):
         text = "The x-amz-copy-source-range value must be of the form bytes=first-last"
@@ -74,7 +75,7 @@ def copy_part(stores: Stores, request: Request, body: bytes) -> Answer:
     content = stores.objects.open(request.account, *source)
     check_read(request.headers, content.found, "x-amz-copy-source-if-")
     first, length = span(asked, content.found.size) or (0, content.found.size)
-    with stores.objects.files.begin(request.account) as writing:
+    with stores.objects.begin(request.account, length, freed=freed) as writing:
         for data in content.read(first, length):
             writing.write(data)
         piece = _put(stores, request, writing.finish(), {})

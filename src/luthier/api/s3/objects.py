@@ -9,7 +9,7 @@ from luthier.api.s3.buckets import xml
 from luthier.api.s3.checksums import as_elements, as_headers
 from luthier.api.s3.conditions import check_read, check_write, http_date, span
 from luthier.api.s3.documents import Element, document, iso
-from luthier.api.s3.request import Request, Stores, arn, copy_source, described
+from luthier.api.s3.request import Incoming, Request, Stores, arn, copy_source, described
 from luthier.api.wire import Answer, Fault
 from luthier.errors import ObjectRefused
 from luthier.store.object_files import Written
@@ -19,11 +19,17 @@ MOST_DELETED = 1000
 _RESPONSE = "response-"
 
 
-def before_put(stores: Stores, request: Request) -> None:
-    """What can be refused before the bytes have come."""
+def before_put(stores: Stores, request: Request) -> Incoming:
+    """Refuse what can be refused before the bytes have come."""
     check_key(request.key)
-    stores.objects.bucket(request.account, request.bucket)
     described(request, {})
+    try:
+        found = stores.objects.head(request.account, request.bucket, request.key)
+    except ObjectRefused as refused:
+        if refused.code != "NoSuchKey":
+            raise
+        return Incoming(objects=1)
+    return Incoming(freed=found.size)
 
 
 def put_object(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from luthier.api.s3 import buckets, multipart, objects
-from luthier.api.s3.request import Request, Stores
+from luthier.api.s3.request import Incoming, Request, Stores
 from luthier.api.wire import Answer, Fault
 from luthier.store.object_files import Written
 
@@ -28,8 +28,8 @@ class Operation:
     works: Works | None = None
     keeps: Keeps | None = None
     """Of an operation whose body is kept as a file."""
-    before: Callable[[Stores, Request], None] = lambda stores, request: None
-    """Refuses what can be refused before such a body is read."""
+    before: Callable[[Stores, Request], Incoming] = lambda stores, request: Incoming()
+    """Refuses what can be refused before such a body is read, and says what it will take."""
     needs: frozenset[str] = frozenset()
     """Keys of the query that are there."""
     may: frozenset[str] = frozenset()

@@ -11,6 +11,7 @@ from luthier.api.wire import Authorize, Caller, Fault, Head
 from luthier.store.arns import object_arn
 from luthier.store.object_rows import Described
 from luthier.store.objects import Objects
+from luthier.store.text import check_storable
 from luthier.store.uploads import Uploads
 
 DESCRIBING = (
@@ -33,6 +34,16 @@ class Stores:
     uploads: Uploads
     authorize: Authorize
     region: str
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What a body takes of an account's quotas, beside its own bytes."""
+
+    freed: int = 0
+    """Bytes that go when it is stored."""
+    objects: int = 0
+    """Objects that there are more then."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,9 @@ def copy_source(request: Request) -> tuple[str, str]:
     """Bucket and key that ``x-amz-copy-source`` names."""
     text, _, query = request.headers["x-amz-copy-source"].partition("?")
     try:
-        bucket, slash, key = unquote(text, errors="strict").removeprefix("/").partition("/")
+        named = unquote(text, errors="strict").removeprefix("/")
+        check_storable(named)
+        bucket, slash, key = named.partition("/")
     except ValueError:
         bucket = slash = key = ""
     if query:

@@ -5,7 +5,7 @@ from alembic import op
 
 from luthier.store.database import Moment, Plain
 
-revision = "0004_iam_roles"
+revision = "0004"
 down_revision = "0003"
 
 

@@ -1,0 +1,59 @@
+"""Counts anew what accounts store: after an upgrade, a restored backup, or whatever else was missed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Select, func, select, update
+from sqlalchemy.orm import Session
+
+from luthier.files import folder_size
+from luthier.store.accounts import Account
+from luthier.store.custom_models import ACTIVE, CustomModel
+from luthier.store.database import Database
+from luthier.store.models import custom_folder
+from luthier.store.object_rows import UPLOADS, Bucket, Piece, StoredObject, Upload
+from luthier.store.storage import COUNTED, Storage, lock
+from luthier.store.uploaded_files import UploadedFile
+
+
+def measure_models(database: Database) -> None:
+    """Note the sizes of models that have none: those of earlier versions."""
+    unknown = select(CustomModel.seq, CustomModel.stored_id).where(
+        CustomModel.status == ACTIVE, CustomModel.stored_bytes.is_(None)
+    )
+    with database.read() as session:
+        models = session.execute(unknown).all()
+    for seq, stored_id in models:
+        base, _, name = str(stored_id).partition(":")
+        size = folder_size(custom_folder(base, name)) if name else 0
+        with database.write() as session:
+            found = update(CustomModel).where(CustomModel.seq == seq)
+            session.execute(found.values(stored_bytes=size))
+
+
+def recount(session: Session) -> list[str]:
+    """Make every row what the tables say; the accounts whose rows were wrong."""
+    known = set(session.scalars(select(Account.id))) | set(session.scalars(select(Storage.account)))
+    # All rows are locked before anything is counted: what others change meanwhile comes after it.
+    rows = {account: lock(session, account) for account in sorted(known)}
+    every, pieces = func.count(), func.sum(Piece.size)
+    counts: list[tuple[str, Select[Any, Any]]] = [
+        ("objects", select(StoredObject.account, every)),
+        ("files", select(UploadedFile.account, every).where(UploadedFile.deleted.is_(None))),
+        ("buckets", select(Bucket.account, every).where(Bucket.name != UPLOADS)),
+        ("uploads_in_progress", select(Upload.account, every)),
+        ("stored_bytes", select(Piece.account, pieces)),
+        ("stored_bytes", select(CustomModel.account, func.sum(CustomModel.stored_bytes))),
+    ]
+    found = {account: dict.fromkeys(COUNTED, 0) for account in rows}
+    for name, query in counts:
+        for account, number in session.execute(query.group_by(query.selected_columns[0])):
+            if account in found:
+                found[account][name] += int(number or 0)
+    wrong = [account for account, row in rows.items() if row.counts() != found[account]]
+    for account in wrong:
+        for name, number in found[account].items():
+            setattr(rows[account], name, number)
+    session.flush()
+    return wrong

@@ -1,0 +1,45 @@
+"""Text as both databases keep it: PostgreSQL has no U+0000, and neither has halves of surrogate pairs.
+
+What clients send is refused where it comes in (``luthier.api.heads``, ``luthier.api.wire``); what the
+service itself writes down, such as a message that quotes a row, is made storable.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+_ESCAPED = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
+"""In JSON: U+0000, and what could be half of a pair."""
+
+
+def check_storable(text: str) -> None:
+    """Raise :class:`ValueError` for text that no database keeps."""
+    found = _UNSTORABLE.search(text)
+    if found is not None:
+        what = "the character U+0000" if found[0] == "\0" else "half a surrogate pair"
+        raise ValueError(f"it holds {what}")
+
+
+def storable(text: str) -> str:
+    """``text`` with U+FFFD in place of what no database keeps."""
+    return _UNSTORABLE.sub("\ufffd", text)
+
+
+def dump_storable(value: Any) -> str:
+    """``value`` as JSON that both databases take."""
+    text = json.dumps(value)
+    # Nearly no value needs the second look, and pairs that are whole pass it unchanged.
+    return json.dumps(_storable(value)) if _ESCAPED.search(text) else text
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, dict):
+        return {storable(str(key)): _storable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(each) for each in value]
+    return value
