@@ -41,6 +41,18 @@ class ServerLimits(BaseModel):
     connections_per_address: int = Field(default=512, ge=1)
     """Open connections from one address; further ones are closed at once."""
 
+    prompt_bytes: int = Field(default=1 * MIB, ge=1024)
+    """Of a prompt, in UTF-8, that are tokenized for every model. A longer one is refused, untouched,
+    where it has more bytes than the model's context times its longest token."""
+    prompt_seconds: float = Field(default=20, gt=0)
+    """In which a prompt has to be tokenized; one that takes longer is refused."""
+    large_body_bytes: int = Field(default=128 * KIB, ge=1024)
+    """Larger bodies, and lines of batches, are parsed and tokenized in turns."""
+    large_bodies: int = Field(default=2, ge=1)
+    """Of such, how many are parsed and tokenized at once; others wait."""
+    large_bodies_per_account: int = Field(default=1, ge=1)
+    """The same of one account."""
+
 
 def parse_limits(settings: Sequence[str]) -> ServerLimits:
     """Limits from ``NAME=VALUE`` each, the others at their defaults.
