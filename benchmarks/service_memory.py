@@ -36,7 +36,9 @@ Request = tuple[str, Mapping[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("scenarios", nargs="*", choices=[[], *SCENARIOS], help="all by default")
-    parser.add_argument("--after", type=float, default=10, help="seconds until memory is read again")
+    parser.add_argument(
+        "--after", type=float, default=10, help="seconds until memory is read again"
+    )
     parser.add_argument("--models", type=Path, required=True, help="LUTHIER_HOME with both models")
     asked = parser.parse_args()
     print(f"{'scenario':22} {'rest':>6} {'peak':>6} {'after':>6} MB | answers | neighbour")
@@ -153,9 +155,10 @@ class Neighbour:
         self._thread.join()
 
 
-def chat(text: str, tokens: int = 8) -> Request:
-    message = {"role": "user", "content": text}
-    return "/v1/chat/completions", {"model": MODEL, "messages": [message], "max_tokens": tokens}
+def chat(text: str, **fields: Any) -> Request:
+    messages = [{"role": "user", "content": text}]
+    body = {"model": MODEL, "messages": messages, "max_tokens": 8, **fields}
+    return "/v1/chat/completions", body
 
 
 def embedding(texts: Any) -> Request:
@@ -206,18 +209,19 @@ SCENARIOS: dict[str, Callable[[int], Awaitable[list[tuple[int, float, bytes]]]]]
     "8 x 24 MB with emoji": lambda port: send(port, [chat("\U0001f3bb" + "a" * 23_900_000)] * 8),
     "36 x 600 KB of digits": lambda port: send(port, [chat(DIGITS * 60_000)] * 36),
     "400,000 messages": lambda port: send(
-        port, [("/v1/chat/completions", {**chat("")[1], "messages": [{"role": "user", "content": "a"}] * 400_000})] * 2
+        port, [chat("", messages=[{"role": "user", "content": "a"}] * 400_000)] * 2
     ),
     "4 MB of tools": lambda port: send(
-        port,
-        [("/v1/chat/completions", {**chat("Hi")[1], "tools": [tool(n) for n in range(128)]})] * 8,
+        port, [chat("Hi", tools=[tool(number) for number in range(128)])] * 8
     ),
     "8 million ids": lambda port: send(
         port,
-        [("/v1/completions", {"model": MODEL, "prompt": [7] * 8_000_000, "echo": True}),
-         ("/v1/embeddings", {"model": MODEL, "input": [7] * 8_000_000})],
+        [
+            ("/v1/completions", {"model": MODEL, "prompt": [7] * 8_000_000, "echo": True}),
+            ("/v1/embeddings", {"model": MODEL, "input": [7] * 8_000_000}),
+        ],
     ),
-    "5 million wrong items": lambda port: send(port, [embedding([1.5] * 5_000_000)] * 2),
+    "4 million wrong items": lambda port: send(port, [embedding([1.5] * 4_000_000)] * 2),
 }
 
 

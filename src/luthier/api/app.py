@@ -44,9 +44,10 @@ from luthier.api.sending import (
     send_answer,
     take_body,
 )
-from luthier.api.threads import FairSlots, FairThreads, Threads
+from luthier.api.threads import FairSlots, FairThreads, LargeBodies, Threads
 from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
 from luthier.errors import ReadOnlyDisk, RefusedInput
+from luthier.limits import ServerLimits
 from luthier.serving.stream import attended
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
@@ -128,11 +129,16 @@ class Application:
         observer: Observer,
         trail: Audits,
         ready: Callable[[], str | None],
+        large: LargeBodies | None = None,
     ) -> None:
-        """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing."""
+        """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing.
+
+        ``large`` has the turns at which large bodies are parsed.
+        """
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
         self.observer, self.trail, self.ready = observer, trail, ready
         self._run, self._wait = Threads(THREADS, "request"), Threads(STREAMS, "stream")
+        self._large = large or LargeBodies.of(ServerLimits())
         self._turns = FairSlots(LONG, int(LONG * SHARE))
         self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
         self._transfers = FairThreads(TRANSFERS, int(TRANSFERS * SHARE), "transfer")
@@ -357,7 +363,7 @@ class Application:
         if route is None:
             raise unknown or Fault("UnknownOperation", "There is no such operation.")
         seen.operation = route.operation
-        with noted() as seen.asked:
+        with noted() as seen.asked, self._large.turn(signed.caller.account, len(body)):
             answer = route.handler(call_of(head, body, route, signed.caller, seen))
         self._note(seen)
         return answer

@@ -29,6 +29,7 @@ from luthier.api.openai.chat import InvokedChat
 from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
+from luthier.api.threads import LargeBodies
 from luthier.api.wire import Fault
 from luthier.encryption.keys import begin
 from luthier.encryption.memory import hold_temporary_files
@@ -37,7 +38,9 @@ from luthier.jobs.deletion import Deletions
 from luthier.jobs.imports import Importer
 from luthier.jobs.scheduler import Scheduler
 from luthier.jobs.submit import Limits
+from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
+from luthier.serving.prompts import PromptBounds
 from luthier.store import bootstrap, removal
 from luthier.store.accounts import quota_of
 from luthier.store.arns import Arns
@@ -80,7 +83,10 @@ class Service:
         self._later = threading.Timer(UNNAMED_SECONDS + 60, self._sweep)
         self._later.daemon = True
         self.locations = Locations(self.database, settings.s3_endpoint, settings.file_roots)
-        self.pool = ModelPool()
+        limits = settings.limits
+        self.large = LargeBodies.of(limits)
+        self.pool = ModelPool(bounds=PromptBounds(limits.prompt_bytes, limits.prompt_seconds))
+        self.memory = FreedMemory()
         self.activation = Activation(self.database)
         options = _worker_options(settings)
         self.scheduler = Scheduler(self.database, options=options)
@@ -96,6 +102,7 @@ class Service:
             Observer(self._gauges),
             self.trail,
             self.missing,
+            self.large,
         )
 
     def start(self, work: bool = True) -> None:
@@ -107,6 +114,7 @@ class Service:
         self._later.start()
         self.activation.resume()
         self.openai.start()
+        self.memory.start()
         if work:
             self.scheduler.start()
             self.importer.start()
@@ -123,6 +131,7 @@ class Service:
         self.activation.close()
         self.trail.close()
         self.pool.close()
+        self.memory.close()
         self.database.close()
 
     def missing(self) -> str | None:
@@ -186,6 +195,7 @@ class Service:
             self._delete,
             limits=self._limits,
             submitted=self.scheduler.wake,
+            large=self.large,
         )
 
     def _grader(self, account: str, function: str) -> Mapping[str, Any] | None:
@@ -237,6 +247,12 @@ class Service:
             "jobs": {state: float(count) for state, count in counted},
             "models_in_memory": {"": float(len(self.pool.loaded()))},
             "workers": {"": float(len(self.scheduler.children))},
+            "memory_bytes": {
+                "resident": float(resident_bytes()),
+                "models": float(self.pool.weight_bytes()),
+                "keys_and_values": float(self.pool.memory.taken),
+                "keys_and_values_limit": float(self.pool.memory.total),
+            },
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 
 from luthier.api.sending import Run
 from luthier.api.wire import Fault
+from luthier.limits import ServerLimits
+from luthier.serving.prompts import when_read
 
 T = TypeVar("T")
 WAITING = 256
@@ -109,6 +112,62 @@ class FairSlots:
                 mine.set_result(None)
 
     def _next(self) -> str | None:
+        able = [account for account in self._waiting if self._may(account)]
+        return min(able, key=lambda account: self._held[account], default=None)
+
+
+class LargeBodies:
+    """Turns of large requests while they are parsed and tokenized, which takes most memory and time.
+
+    A thread waits for its turn where it is: the requests of an account that wait have a thread each, of
+    which it has no more than its share. Small requests wait for none of this.
+    """
+
+    def __init__(self, most: int, each: int, size: int) -> None:
+        """``most`` turns at once, ``each`` for one account, for bodies of more than ``size`` bytes."""
+        self.most, self.each, self.size = most, each, size
+        self._held: Counter[str] = Counter()
+        self._waiting: list[str] = []
+        """Accounts of those who wait, the longest first."""
+        self._changed = threading.Condition()
+
+    @staticmethod
+    def of(limits: ServerLimits) -> LargeBodies:
+        """As many as ``limits`` say."""
+        return LargeBodies(
+            limits.large_bodies, limits.large_bodies_per_account, limits.large_body_bytes
+        )
+
+    @contextmanager
+    def turn(self, account: str, size: int) -> Iterator[None]:
+        """Hold one for a body of ``size``, until its prompt is tokens or the block ends."""
+        if size <= self.size:
+            yield
+            return
+        with self._changed:
+            self._waiting.append(account)
+            self._changed.wait_for(lambda: self._next() == account)
+            self._waiting.remove(account)
+            self._held[account] += 1
+        held = [account]
+
+        def release() -> None:
+            with self._changed:
+                if held:
+                    self._held[held.pop()] -= 1
+                    self._changed.notify_all()
+
+        try:
+            with when_read(release):
+                yield
+        finally:
+            release()
+
+    def _may(self, account: str) -> bool:
+        return self._held.total() < self.most and self._held[account] < self.each
+
+    def _next(self) -> str | None:
+        """Whose turn it is: who holds the fewest, and among those who has waited longest."""
         able = [account for account in self._waiting if self._may(account)]
         return min(able, key=lambda account: self._held[account], default=None)
 

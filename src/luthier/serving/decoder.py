@@ -81,9 +81,7 @@ class Decoder:
         self._thread.start()
 
     @staticmethod
-    def open(
-        stored: StoredModel, memory: CacheBudget, bounds: PromptBounds = BOUNDS
-    ) -> Decoder:
+    def open(stored: StoredModel, memory: CacheBudget, bounds: PromptBounds = BOUNDS) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine."""
         from luthier.engine.devices import choose_machine
         from luthier.models.heads import prompt_ids

@@ -148,6 +148,11 @@ class ModelPool:
         with self._lock:
             return [name for name, entry in self._entries.items() if entry.model is not None]
 
+    def weight_bytes(self) -> int:
+        """Memory that the weights of the loaded models are reckoned to take."""
+        with self._lock:
+            return sum(entry.bytes for entry in self._entries.values())
+
     @contextmanager
     def _using(self, model_id: str) -> Iterator[_Entry]:
         entry = self._acquire(model_id)

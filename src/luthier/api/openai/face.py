@@ -19,6 +19,7 @@ from luthier.api.openai.requests import Access
 from luthier.api.openai.responses import Responses
 from luthier.api.openai.routing import Routing
 from luthier.api.settings import Settings
+from luthier.api.threads import LargeBodies
 from luthier.api.wire import Authorize
 from luthier.jobs.submit import Limits
 from luthier.store.arns import Arns
@@ -46,6 +47,7 @@ class OpenAIFace(Routing):
         limits: Callable[[str], Limits] = lambda account: Limits(),
         file_limit: int = FILE_LIMIT,
         submitted: Callable[[], None] = lambda: None,
+        large: LargeBodies | None = None,
     ) -> None:
         """Put the face together; :meth:`start` begins the work on batches.
 
@@ -60,6 +62,7 @@ class OpenAIFace(Routing):
             limits: how many jobs an account may have, by the account.
             file_limit: bytes of an uploaded file at most.
             submitted: called after a job was put into the queue.
+            large: the turns at which large lines of batches are parsed.
         """
         arns = Arns(settings.region)
         access = Access(authorize, settings.region)
@@ -77,6 +80,7 @@ class OpenAIFace(Routing):
                 "/v1/embeddings": embeddings.answer,
                 "/v1/responses": responses.answer,
             },
+            large,
         )
         super().__init__(
             (
