@@ -56,8 +56,9 @@ def main() -> None:
 
 
 async def measure(name: str, port: int, pid: int, after: float) -> None:
-    await send(port, [chat("Hello."), embedding("Hello.")], KEY)
-    await send(port, [chat("Hello.")], NEIGHBOUR_KEY)
+    first = await one_by_one(port, [chat("Hello."), embedding("Hello.")])
+    if any(status != 200 for status, *_ in first):
+        raise SystemExit(summary(first))
     await asyncio.sleep(3)
     with Neighbour(port) as quiet:
         await asyncio.sleep(3)

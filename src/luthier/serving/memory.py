@@ -7,7 +7,6 @@ threads, and gives back of each only what lies at its end.
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import threading
 from pathlib import Path
@@ -40,10 +39,10 @@ def resident_bytes() -> int:
 class FreedMemory:
     """Gives memory that was freed back to the system, soon after a load has grown the process.
 
-    For the GNU C library; others do so by themselves, or not at all.
+    For the GNU C library: others have no such call, and nothing is done there.
     """
 
-    def __init__(self, seconds: float = 2.0, growth: int = 32 << 20) -> None:
+    def __init__(self, seconds: float = 1.0, growth: int = 32 << 20) -> None:
         """Look every ``seconds``, and act where there are ``growth`` bytes more than before."""
         self.seconds, self.growth = seconds, growth
         self._closed = threading.Event()
@@ -65,8 +64,6 @@ class FreedMemory:
 
     def give_back(self) -> int:
         """Give back what is free now; bytes that are held afterwards."""
-        # What failed requests leave refers to itself: an error, its frames, and the body they read.
-        gc.collect()
         if self._trim is not None:
             self._trim(0)
         return resident_bytes()

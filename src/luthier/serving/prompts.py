@@ -9,6 +9,7 @@ then it is tokenized as a whole, which alone decides, and gives the ids.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +23,23 @@ from luthier.serving.inference import Chat, InferenceRefused, TooLong
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
-SLACK = 2
-"""A text's pieces have at most so many times the tokens of the whole: it is cut where there is white
-space, and elsewhere a few tokens are cut in two."""
-PIECE = 1 << 15
-"""Characters of a piece: some 30 ms of work, between which others get their turn."""
+SLACK, CUT = 2, 128
+"""A text's pieces have at most so many times the tokens of the whole, and so many for each cut. It is
+cut where there is white space; elsewhere a few tokens are cut in two, or a word that was one unknown
+token as a whole is known in part (of word pieces that has 100 letters at most)."""
+PIECE = 1 << 13
+"""Characters of a piece at least: some 10 ms of work, between which others get their turn."""
+
+OWN_THREAD = ("TOKENIZERS_PARALLELISM", "false")
+"""Variable of the library tokenizers."""
+
+
+def tokenize_in_own_thread() -> None:
+    """Let each request tokenize in its own thread; to be called before the first one does.
+
+    By default all share as many threads as there are cores, and a short prompt stands behind long ones.
+    """
+    os.environ.setdefault(*OWN_THREAD)
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class PromptLimit:
     def check_text(self, text: str) -> None:
         """Refuse a text that is too long, or takes too long.
 
-        What passes may still have more tokens than the context, up to :data:`SLACK` times as many.
+        What passes may still have more tokens than the context, some :data:`SLACK` times as many.
 
         Raises:
             TooLong: for a text that has too many tokens.
@@ -104,7 +117,7 @@ class PromptLimit:
         until = time.monotonic() + self._seconds
         tokens = 0
         for piece in self._pieces(text):
-            tokens += len(self._chat.tokens(piece, first=False))
+            tokens += len(self._chat.tokens(piece, first=False)) - CUT
             if tokens > most:
                 raise self.too_long()
             if time.monotonic() > until:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -190,7 +191,7 @@ class Conversation(Body):
             if spec is not None
         )
         names = [tool.name for tool in tools]
-        if twice := {name for name in names if names.count(name) > 1}:
+        if twice := {name for name, count in Counter(names).items() if count > 1}:
             raise Fault("Validation", f"The tool {min(twice)} is defined more than once.")
         if self.toolConfig.toolChoice is None:
             return tools, "auto"
