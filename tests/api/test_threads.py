@@ -7,6 +7,7 @@ import http.client
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,8 +18,9 @@ from trails import Remembered
 
 from luthier.api.app import LONG, SHARE, STREAMS, Application, Faces
 from luthier.api.observability import Observer
-from luthier.api.threads import WAITING, FairSlots
+from luthier.api.threads import WAITING, FairSlots, LargeBodies
 from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
+from luthier.serving.prompts import prompt_is_read
 
 BUSY, QUIET = "111111111111", "222222222222"
 
@@ -175,3 +177,51 @@ def test_what_waits_beyond_its_share_is_told_to_come_again(face: Slow, place: st
         assert ask(place, QUIET, "/stream") == (200, b"firstlast")
         face.go.set()
         assert sorted(each.result()[0] for each in busy) == [200] * most + [429]
+
+
+class TestLargeBodies:
+    def test_one_account_has_no_more_than_its_share_and_the_other_is_next(self) -> None:
+        large, order = LargeBodies(2, 1, 10), list[str]()
+        going, most = Counter[str](), Counter[str]()
+        lock = threading.Lock()
+
+        def work(account: str) -> None:
+            with large.turn(account, 11):
+                with lock:
+                    order.append(account)
+                    going[account] += 1
+                    most[account] = max(most[account], going[account])
+                    most["all"] = max(most["all"], going.total())
+                time.sleep(0.02)
+                with lock:
+                    going[account] -= 1
+
+        with ThreadPoolExecutor(16) as threads:
+            list(threads.map(work, ["a"] * 12 + ["b"] * 2 + ["c"] * 2))
+        assert sorted(order) == ["a"] * 12 + ["b"] * 2 + ["c"] * 2
+        assert most == {"a": 1, "b": 1, "c": 1, "all": 2}
+        assert order.index("b") <= 3 and order.index("c") <= 4
+
+    def test_small_ones_wait_for_nobody(self) -> None:
+        large = LargeBodies(1, 1, 10)
+        with large.turn("a", 11), large.turn("a", 10), large.turn("b", 10):
+            pass
+
+    def test_a_turn_ends_when_the_prompt_is_read(self) -> None:
+        large, begun = LargeBodies(1, 1, 10), threading.Event()
+
+        def next_one() -> None:
+            with large.turn("b", 11):
+                begun.set()
+
+        with large.turn("a", 11):
+            thread = threading.Thread(target=next_one)
+            thread.start()
+            assert not begun.wait(0.1)
+            prompt_is_read()
+            assert begun.wait(5)
+            prompt_is_read()  # of a second prompt of the same request
+        thread.join()
+        for _ in range(3):  # none was given back twice, and none was kept
+            with large.turn("a", 11):
+                assert large._held.total() == 1
