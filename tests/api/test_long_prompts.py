@@ -36,7 +36,7 @@ OPENAI: dict[str, tuple[str, dict[str, Any], str]] = {
     "ids": ("/v1/completions", {"prompt": [7] * 6_000_000, "echo": True}, "prompt"),
     "responses": ("/v1/responses", {"input": DIGITS}, "input"),
     "embeddings": ("/v1/embeddings", {"input": ["a", DIGITS]}, "input"),
-    "messages": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}] * 100_000},
+    "messages": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}] * 10_000},
                  "messages"),
     "tools": ("/v1/chat/completions", {
         "messages": [{"role": "user", "content": "a"}],

@@ -11,6 +11,8 @@ from luthier.errors import LuthierError, RefusedInput
 
 STOPS = 2500
 """Stop sequences of one request at most."""
+TURNS = 10_000
+"""Messages of one conversation, and parts of one message, at most."""
 CHOICES = 128
 """Answers to one request at most."""
 TOP_LOGPROBS = 20
