@@ -27,6 +27,10 @@ def bound_kernels() -> None:
         os.environ.setdefault(name, str(KERNELS))
 
 
+ROUNDS = 10
+"""How often freed memory is given back after a load has grown the process."""
+
+
 def resident_bytes() -> int:
     """Memory that this process holds now; 0 where the system does not tell."""
     try:
@@ -47,7 +51,6 @@ class FreedMemory:
         self.seconds, self.growth = seconds, growth
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._least = 0
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def start(self) -> None:
@@ -69,12 +72,16 @@ class FreedMemory:
         return resident_bytes()
 
     def _run(self) -> None:
-        self._least = resident_bytes()
+        least, rounds = resident_bytes(), 0
         while not self._closed.wait(self.seconds):
-            if resident_bytes() > self._least + self.growth:
-                self._least = self.give_back()
-            else:
-                self._least = min(self._least, resident_bytes())
+            now = resident_bytes()
+            if now > least + self.growth:
+                rounds = ROUNDS
+            if not rounds:
+                least = min(least, now)
+                continue
+            # Again for a while: what is freed later grows nothing, and stays as well.
+            least, rounds = self.give_back(), rounds - 1
 
 
 class CacheBudget:
