@@ -31,7 +31,8 @@ from typing import Any
 import psutil
 
 KEY = "sk-benchmark-0123456789abcdef0123456789abcdef"
-ACCOUNT = "000000000000"
+NEIGHBOUR_KEY = "sk-neighbour-0123456789abcdef0123456789abcdef"
+ACCOUNT, NEIGHBOUR = "000000000000", "111111111111"
 BASE = "smollm2-135m-instruct"
 MODEL = f"huggingfacetb.{BASE}"
 PROMPT, TOKENS = "Write about the sea.", 64
@@ -45,8 +46,8 @@ Heard = tuple[bool, float, int]
 class Connection:
     """One HTTP/1.1 connection that is kept open."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, key: str = KEY) -> None:
+        self.port, self.key = port, key
         self.reader: asyncio.StreamReader | None = None
         self.writer: asyncio.StreamWriter | None = None
 
@@ -54,7 +55,7 @@ class Connection:
         if self.writer is None:
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
         assert self.reader is not None
-        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.key}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         self.writer.write(head.encode() + body)
         status, length, chunked = 0, 0, False
@@ -79,7 +80,7 @@ class Connection:
         """Status, seconds until ``token`` (a pattern) is in the body, and the whole body."""
         began = time.perf_counter()
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.key}\r\n"
         head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         self.writer.write(head.encode() + body)
         status = int((await self.reader.readuntil(b"\r\n\r\n")).split()[1])
@@ -120,17 +121,23 @@ def main() -> None:
 
 
 def start(home: Path) -> tuple[subprocess.Popen[str], int]:
-    """A server with one user, whose worker never starts: the queue stays as long as it is."""
+    """A server with two accounts, whose worker never starts: the queue stays as long as it is."""
     policy = {
         "Version": "2012-10-17",
         "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
     }
-    principal = {
-        "account": ACCOUNT, "user": "root", "access_key_id": "AKIABENCHMARK0000000",
-        "secret_access_key": SECRET, "api_key": KEY, "policies": [policy],
-    }  # fmt: skip
+    principals = [
+        {
+            "account": account, "user": "root", "access_key_id": access_key,
+            "secret_access_key": SECRET, "api_key": key, "policies": [policy],
+        }
+        for account, access_key, key in (
+            (ACCOUNT, "AKIABENCHMARK0000000", KEY),
+            (NEIGHBOUR, "AKIANEIGHBOUR0000000", NEIGHBOUR_KEY),
+        )
+    ]  # fmt: skip
     file = home / "bootstrap.json"
-    file.write_text(json.dumps({"principals": [principal]}))
+    file.write_text(json.dumps({"principals": principals}))
     environment = {**os.environ, "LUTHIER_HOME": str(home), "LUTHIER_BOOTSTRAP": str(file)}
     command = [sys.executable, "-m", "luthier", "serve", "--port", "0"]
     process = subprocess.Popen(

@@ -65,6 +65,12 @@ def new_tokenizer() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def family_tokenizer() -> Callable[[str], Any]:
+    """``family_tokenizer(name)`` makes the tokenizer of a family: word pieces, characters, …"""
+    return lambda name: TOKENIZERS.get(name, make_tokenizer)()
+
+
+@pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Any]:
     """``tiny_llama(tied=…, seed=…)`` makes a LlamaForCausalLM with grouped query heads."""
     return make_llama

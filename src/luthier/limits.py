@@ -84,11 +84,6 @@ class ServerLimits(AccountQuotas):
     disk as it comes. Further ones wait for idle_seconds, and are answered 429 then."""
     body_memory_per_client: int = Field(default=64 * MIB, ge=MIB)
     """The same for one account; for one address, as long as the account is not known."""
-    request_memory: int = Field(default=384 * MIB, ge=MIB)
-    """For large bodies that are worked on, in all: 8 times their length, which is what they take at
-    most while they are parsed. Further ones wait as above."""
-    request_memory_per_client: int = Field(default=256 * MIB, ge=MIB)
-    """The same for one account, or for one address."""
     json_values: int = Field(default=500_000, ge=1000)
     """Values in a body of JSON: each takes up to 200 bytes of memory, however short it is."""
     connections: int = Field(default=2000, ge=1)
@@ -123,6 +118,20 @@ class ServerLimits(AccountQuotas):
     """Characters of a session policy of `AssumeRole`, as with AWS; a longer one is refused."""
     session_token_bytes: int = Field(default=4096, ge=1024)
     """Session token, with the session policy in it: a longer one is neither issued nor taken."""
+
+    prompt_bytes: int = Field(default=1 * MIB, ge=1024)
+    """Of a prompt, in UTF-8, that are tokenized for every model. A longer one is refused, untouched,
+    where it has more bytes than the model's context times its longest token."""
+    prompt_seconds: float = Field(default=20, gt=0)
+    """In which a prompt has to be tokenized; one that takes longer is refused."""
+    large_body_bytes: int = Field(default=128 * KIB, ge=1024)
+    """Larger bodies, and lines of batches, are parsed and tokenized in turns: that takes up to 8 times
+    their size of memory, and much time."""
+    large_bodies: int = Field(default=2, ge=1)
+    """Of such, how many are parsed and tokenized at once; others wait for idle_seconds, and are
+    answered 429 then."""
+    large_bodies_per_client: int = Field(default=1, ge=1)
+    """The same of one account; of one address, as long as the account is not known."""
 
 
 def parse_limits(settings: Sequence[str]) -> ServerLimits:

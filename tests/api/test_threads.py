@@ -19,6 +19,7 @@ from luthier.api.app import LONG, SHARE, STREAMS, Application, Faces
 from luthier.api.observability import Observer
 from luthier.api.threads import WAITING, FairSlots
 from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
+from luthier.serving.prompts import prompt_is_read
 
 BUSY, QUIET = "111111111111", "222222222222"
 
@@ -122,10 +123,22 @@ class Slow:
 
     def __init__(self) -> None:
         self.go, self.begun = threading.Event(), 0
+        self.read, self.reading = threading.Event(), list[str]()
 
     def route(self, method: str, path: str) -> Route:
-        works = {"/long": self.long, "/stream": self.stream, "/short": lambda call: Answer.of(1)}
+        works = {
+            "/long": self.long, "/stream": self.stream, "/short": lambda call: Answer.of(1),
+            "/long-short": lambda call: Answer.of(1), "/read": self.read_prompt,
+        }  # fmt: skip
         return Route(path[1:], works[path], long=path != "/short")
+
+    def read_prompt(self, call: Call) -> Answer:
+        self.reading.append(call.caller.account)
+        self.read.wait(30)
+        prompt_is_read()
+        prompt_is_read()  # of a second prompt of the same request
+        self.go.wait(30)
+        return Answer.of(1)
 
     def long(self, call: Call) -> Answer:
         self.begun += 1
@@ -165,9 +178,9 @@ def place(face: Slow) -> Iterator[str]:
         face.go.set()
 
 
-def ask(place: str, account: str, path: str) -> tuple[int, bytes]:
+def ask(place: str, account: str, path: str, body: bytes = b"{}") -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(place, timeout=30)
-    connection.request("POST", path, b"{}", {"Authorization": f"Bearer {account}"})
+    connection.request("POST", path, body, {"Authorization": f"Bearer {account}"})
     answer = connection.getresponse()
     found = answer.status, answer.read()
     connection.close()
@@ -215,3 +228,30 @@ def test_what_waits_beyond_its_share_is_told_to_come_again(face: Slow, place: st
         assert ask(place, QUIET, "/stream") == (200, b"firstlast")
         face.go.set()
         assert sorted(each.result()[0] for each in busy) == [200] * most + [429]
+
+
+def test_large_bodies_are_read_in_turns_and_written_for_side_by_side(
+    face: Slow, place: str
+) -> None:
+    large = b'"' + b"a" * 200_000 + b'"'
+    with ThreadPoolExecutor(8) as pool:
+        busy = [pool.submit(ask, place, BUSY, "/read", large) for _ in range(3)]
+        deadline = time.monotonic() + 20
+        while not face.reading and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert face.reading == [BUSY]  # the others wait for it
+        assert ask(place, BUSY, "/long-short")[0] == 200  # a small one does not
+        other = pool.submit(ask, place, QUIET, "/read", large)
+        while len(face.reading) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert face.reading == [BUSY, QUIET]
+        # Once its prompt is read, the next of the account is, while the first is written for.
+        face.read.set()
+        while len(face.reading) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert face.reading == [BUSY, QUIET, BUSY, BUSY] and not any(
+            each.done() for each in (*busy, other)
+        )
+        face.go.set()
+        assert {each.result()[0] for each in (*busy, other)} == {200}

@@ -44,3 +44,44 @@ def test_limits_hold_for_the_server_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert os.environ[KERNEL_CACHES[0]] == "128"
     passed_on = inherited()
     assert KERNEL_CACHES[0] not in passed_on and passed_on[KERNEL_CACHES[1]] == "77"
+
+
+FREED = """
+import sys, threading, time
+from luthier.serving.memory import FreedMemory, resident_bytes
+
+freed = FreedMemory(seconds=0.2)
+freed.start()
+if len(sys.argv) > 1:
+    freed.close()
+rest, kept = resident_bytes(), []
+
+def work():
+    # What stays lies behind what goes: the end of each heap is in use, as in a server at work.
+    blocks = [bytearray(50_000) for _ in range(1_000)]
+    kept.append([bytearray(50_000) for _ in range(2)])
+    del blocks
+
+for _ in range(8):
+    thread = threading.Thread(target=work)
+    thread.start(); thread.join()
+    kept.append(bytearray(1000))
+blocks = [bytearray(50_000) for _ in range(4_000)]
+kept.append(bytearray(50_000))
+peak = resident_bytes()
+del blocks
+time.sleep(1)
+print((peak - rest) >> 20, (resident_bytes() - rest) >> 20)
+"""
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def grown(*arguments: str) -> list[int]:
+        done = subprocess.run(
+            [sys.executable, "-c", FREED, *arguments], check=True, capture_output=True, text=True
+        )
+        return [int(number) for number in done.stdout.split()]
+
+    peak, after = grown()
+    assert peak > 150 and after < 30
+    assert grown("without")[1] > 100

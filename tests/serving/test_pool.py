@@ -48,7 +48,7 @@ def test_many_who_ask_at_once_load_it_once(
     loads: list[str] = []
     honest = Decoder.open
     monkeypatch.setattr(
-        Decoder, "open", lambda stored, memory: (loads.append(stored.id), honest(stored, memory))[1]
+        Decoder, "open", lambda stored, *given: (loads.append(stored.id), honest(stored, *given))[1]
     )
     with ThreadPoolExecutor(8) as threads:
         texts = list(

@@ -12,8 +12,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, MutableMapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -25,7 +30,6 @@ from luthier.api.connections import client_key
 from luthier.api.heads import (
     Scope,
     address_of,
-    body_length,
     call_of,
     check_text,
     head_of,
@@ -49,15 +53,13 @@ from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
 from luthier.cancellation import cancelled_by
 from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.limits import ServerLimits
+from luthier.serving.prompts import when_read
 from luthier.serving.stream import metered
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
-BODY_COST = 8
-"""Memory that a body takes at most while it is parsed, of its own size: its bytes, the text of these,
-at four bytes a character if one is outside the BMP, and the same again as values."""
 LARGEST_SIGNED = 25_000_000
 """Bytes of an upload that is signed whole: it is read before its sender is sure."""
 STREAMED_COST = 1 << 20
@@ -153,9 +155,9 @@ class Application:
         self._gradings = FairSlots(limits.grading_requests, max(1, limits.grading_requests // 4))
         self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
         self._transfers = FairThreads(TRANSFERS, int(TRANSFERS * SHARE), "transfer")
-        # Two accounts: a client that sends its body slowly keeps nobody from working on theirs.
+        # Apart: a client that sends its body slowly keeps nobody from working on theirs.
         self._receiving = FairSlots(limits.body_memory, limits.body_memory_per_client)
-        self._working = FairSlots(limits.request_memory, limits.request_memory_per_client)
+        self._large = FairSlots(limits.large_bodies, limits.large_bodies_per_client)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request; other kinds of connections are refused."""
@@ -210,7 +212,7 @@ class Application:
             self.admit(signed.caller)
             seen.operation = f"s3.{head.method}"
             account = signed.caller.account
-            async with self._memory(self._receiving, account, head, STREAMED_COST):
+            async with self._body_memory(account, head, STREAMED_COST):
                 with noted() as seen.asked, self._transfers.request(account) as run:
                     seen.status = await face.handle(
                         head, signed, receive, audited, seen.request_id, run
@@ -284,7 +286,7 @@ class Application:
         route, unknown = _routed(face, head)
         signed: Signed | None = None
         small = self.limits.unknown_body_bytes
-        limit, length = route.body_limit if route else small, body_length(head)
+        limit, length = route.body_limit if route else small, head.body_length
         streamed = route is not None and route.sink is not None
         if length is None or length > small:
             # Of signatures the body is part: nobody's is read whose key is not known.
@@ -293,38 +295,56 @@ class Application:
                 limit, streamed = min(limit, LARGEST_SIGNED), False
         client = signed.caller.account if signed else client_key(seen.address)
         size = limit if length is None else min(length, limit)
-        async with self._memory(self._receiving, client, head, STREAMED_COST if streamed else size):
+        async with AsyncExitStack() as receiving, AsyncExitStack() as turns:
+            cost = STREAMED_COST if streamed else size
+            await receiving.enter_async_context(self._body_memory(client, head, cost))
             if route is not None and route.sink is not None:
                 return await self._upload(head, receive, limit, route, seen, signed)
             body = await read_body(head, receive, limit, self.limits)
-            cost = BODY_COST * len(body)
-            await held.enter_async_context(self._memory(self._working, client, head, cost))
-        if route is not None and (route.long or route.grading):
-            if signed is None:
-                signed = await self._run(self.authenticator.authenticate, head, body)
-            account = signed.caller.account
-            seen.let_in(seen.face, signed.caller)
-            seen.operation = route.operation
+            takes_turns = route is not None and (route.long or route.grading)
+            if route is not None and takes_turns:
+                if signed is None:
+                    signed = await self._run(self.authenticator.authenticate, head, body)
+                client = signed.caller.account
+                seen.let_in(seen.face, signed.caller)
+                seen.operation = route.operation
+                slots = self._gradings if route.grading else self._turns
+                await turns.enter_async_context(slots.turn(client))
+            await turns.enter_async_context(self._large_turn(client, len(body)))
+            await receiving.aclose()
+            # One thread does all of it: to change threads costs as much as to look something up.
             work = partial(self._work, head, body, route, unknown, seen, signed)
-            turns = self._gradings if route.grading else self._turns
-            async with turns.turn(account):
-                answer = await self._attended(work, receive, seen)
-            await self._hold(answer, account, held)
+            answer = await (self._attended(work, receive, seen) if takes_turns else self._run(work))
+            await self._hold(answer, seen.account, held)
             return answer
-        # One thread does all of it: to change threads costs as much as to look something up.
-        work = partial(self._work, head, body, route, unknown, seen, signed)
-        answer = await self._run(work)
-        await self._hold(answer, seen.account, held)
-        return answer
 
-    def _memory(
-        self, memory: FairSlots, client: str, head: Head, size: int
-    ) -> AbstractAsyncContextManager[None]:
-        """Hold ``size`` bytes of ``memory`` for the body of ``head``, unless it is a small one."""
-        length = body_length(head)
+    def _body_memory(self, client: str, head: Head, size: int) -> AbstractAsyncContextManager[None]:
+        """Hold ``size`` bytes of memory for the body of ``head``, unless it is a small one."""
+        length = head.body_length
         if length is not None and length <= self.limits.unknown_body_bytes:
             return nullcontext()
-        return memory.turn(client, size, self.limits.idle_seconds)
+        return self._receiving.turn(client, size, self.limits.idle_seconds)
+
+    @asynccontextmanager
+    async def _large_turn(self, client: str, size: int) -> AsyncIterator[None]:
+        """A turn for a body of ``size`` bytes, if that is large, until its prompt is tokens.
+
+        What a model writes for it afterwards takes no memory of the body's.
+        """
+        if size <= self.limits.large_body_bytes:
+            yield
+            return
+        release = await self._large.take(client, seconds=self.limits.idle_seconds)
+        loop = asyncio.get_running_loop()
+
+        def in_loop() -> None:
+            loop.call_soon_threadsafe(release)
+
+        try:
+            with when_read(in_loop):
+                yield
+        finally:
+            release()
 
     async def _upload(
         self,

@@ -79,14 +79,6 @@ def service_of(head: Head) -> str:
     return presigned[3] if len(presigned) > 3 else ""
 
 
-def body_length(head: Head) -> int | None:
-    """Bytes of the body by what the head says of it; ``None`` where it does not say."""
-    if any(name == "transfer-encoding" for name, _ in head.headers):
-        return None
-    lengths = [value for name, value in head.headers if name == "content-length"]
-    return int(lengths[0]) if lengths and lengths[0].isdigit() else 0
-
-
 def address_of(scope: Scope) -> str:
     """Where the request comes from; empty where that is not known."""
     client = scope.get("client")

@@ -8,7 +8,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from luthier.api.heads import body_length
 from luthier.api.wire import Answer, Fault, Head
 from luthier.limits import ServerLimits
 
@@ -91,7 +90,7 @@ async def receive_body(receive: Receive, limits: ServerLimits) -> AsyncIterator[
 async def _pieces(
     head: Head, receive: Receive, limit: int, limits: ServerLimits
 ) -> AsyncIterator[bytes]:
-    if (body_length(head) or 0) > limit:
+    if (head.body_length or 0) > limit:
         raise _too_large(limit)
     size = 0
     async for piece in receive_body(receive, limits):

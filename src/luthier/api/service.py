@@ -42,7 +42,9 @@ from luthier.jobs.scheduler import Scheduler
 from luthier.limits import AccountQuotas
 from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.constraints import SchemaTrials
+from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
+from luthier.serving.prompts import PromptBounds
 from luthier.store import bootstrap, removal
 from luthier.store.accounts import quotas_of
 from luthier.store.arns import Arns
@@ -92,7 +94,10 @@ class Service:
             limits.schema_tries,
             limits.schema_characters,
         )
-        self.pool = ModelPool(schemas=self.schemas)
+        self.pool = ModelPool(
+            schemas=self.schemas, bounds=PromptBounds(limits.prompt_bytes, limits.prompt_seconds)
+        )
+        self.memory = FreedMemory()
         self.locations = Locations(
             self.database, settings.s3_endpoint, settings.file_roots, quotas=limits
         )
@@ -133,6 +138,7 @@ class Service:
         self._later.start()
         self.activation.resume()
         self.openai.start()
+        self.memory.start()
         if work:
             self.scheduler.start()
             self.importer.start()
@@ -151,6 +157,7 @@ class Service:
         self.meter.close()
         self.pool.close()
         self.schemas.close()
+        self.memory.close()
         self.database.close()
 
     def missing(self) -> str | None:
@@ -262,6 +269,12 @@ class Service:
             "connections": {"": float(len(self.connections))},
             "models_in_memory": {"": float(len(self.pool.loaded()))},
             "workers": {"": float(len(self.scheduler.children))},
+            "memory_bytes": {
+                "resident": float(resident_bytes()),
+                "models": float(self.pool.weight_bytes()),
+                "keys_and_values": float(self.pool.memory.taken),
+                "keys_and_values_limit": float(self.pool.memory.total),
+            },
         }
 
 

@@ -62,6 +62,16 @@ class FairSlots:
             Fault: ``Throttling`` where too many of the account wait already, or its turn has not come
                 within ``seconds``.
         """
+        release = await self.take(account, weight, seconds)
+        try:
+            yield
+        finally:
+            release()
+
+    async def take(
+        self, account: str, weight: int = 1, seconds: float | None = None
+    ) -> Callable[[], None]:
+        """The same as :meth:`turn`; what is returned ends it, and does nothing when called again."""
         weight = min(weight, self.each)
         if self._next() is None and self._may(account, weight):
             self._held[account] += weight
@@ -71,10 +81,13 @@ class FairSlots:
                     await self._wait(account, weight)
             except TimeoutError:
                 raise _busy() from None
-        try:
-            yield
-        finally:
-            self._release(account, weight)
+        taken = [weight]
+
+        def release() -> None:
+            if taken:
+                self._release(account, taken.pop())
+
+        return release
 
     @contextmanager
     def now(self, account: str) -> Iterator[None]:

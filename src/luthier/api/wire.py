@@ -8,7 +8,6 @@ a :class:`Fault` that the face writes in its own way.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -80,6 +79,14 @@ class Head:
     """Names in lower case, in their order; a name that was sent twice stands here twice."""
     tls: bool
 
+    @property
+    def body_length(self) -> int | None:
+        """Bytes of the body by what the head says of it; ``None`` where it does not say."""
+        if any(name == "transfer-encoding" for name, _ in self.headers):
+            return None
+        lengths = [value for name, value in self.headers if name == "content-length"]
+        return int(lengths[0]) if lengths and lengths[0].isdigit() else 0
+
 
 @dataclass(frozen=True)
 class Signed:
@@ -140,13 +147,25 @@ class Call:
         return parse_json(self.body) if self.body.strip() else None
 
 
-_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
-
-
 def _check_depth(value: Any) -> None:
     """Refuse what can be read, and not written again by code that calls itself for each level."""
     if depth_of(value) > JSON_DEPTH:
         raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
+
+
+def _check_texts(value: Any) -> None:
+    """Refuse text that no database keeps."""
+    # In Python, so that others run meanwhile: to write 24 MB as JSON again takes seconds at a stretch.
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            check_storable(part)
+        elif isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            left += part
+            left += part.values()
 
 
 def parse_json(data: bytes) -> Any:
@@ -161,8 +180,7 @@ def parse_json(data: bytes) -> Any:
             _check_depth(found)
         if b"\\u" in data:
             # Read first: only so are pairs whole, and backslashes told from escapes.
-            text = json.dumps(found, ensure_ascii=False)
-            check_storable("\0" if _NUL.search(text) else text)
+            _check_texts(found)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return found

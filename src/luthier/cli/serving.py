@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -108,8 +109,13 @@ def serve(
         from luthier.encryption import keys
         from luthier.limits import parse_limits
         from luthier.serving.memory import bound_kernels
+        from luthier.serving.prompts import tokenize_in_own_thread
 
         bound_kernels()
+        tokenize_in_own_thread()
+        # Threads that compute in Python let go of the interpreter five times as often as by default:
+        # the one that answers all connections waits for it.
+        sys.setswitchinterval(0.001)
         # Keys, data and databases are for nobody else on this machine.
         os.umask(0o077)
         ports = server.Ports(host, port, tls_cert, tls_key, tls_port)

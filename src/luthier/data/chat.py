@@ -71,11 +71,19 @@ class ChatFormat:
 
     def encode_prompt(self, messages: Sequence[Message]) -> IntArray:
         """Token ids that a reply to ``messages`` continues, or that the encoder reads."""
+        return self.prompt_tokens(self.prompt_text(messages))
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text that :meth:`encode_prompt` makes tokens of."""
+        if self.start_id is not None or self.template == "plain":
+            return _joined(messages)
+        return self._render(messages, reply=True)
+
+    def prompt_tokens(self, text: str) -> IntArray:
+        """Token ids of what :meth:`prompt_text` gave."""
         if self.start_id is not None:
-            return self.encode_whole(_joined(messages))
-        if self.template == "plain":
-            return self.tokens(_joined(messages), first=True)
-        return self.tokens(self._render(messages, reply=True), first=False)
+            return self.encode_whole(text)
+        return self.tokens(text, first=self.template == "plain")
 
     def encode_reply(self, messages: Sequence[Message], given: int = 0) -> Encoded:
         """A conversation with every assistant turn learned, its end-of-turn token included.
@@ -157,6 +165,23 @@ class ChatFormat:
             return [name[2:] if name.startswith("##") else f" {name}" for name in names]
         with panics_refused():
             return [str(self.tokenizer.decode([int(i)])) for i in ids]
+
+    @property
+    def longest_token(self) -> int:
+        """UTF-8 bytes of text that one token stands for at most, by its name.
+
+        A tokenizer may drop more: white space, or the rest of a word that it does not know.
+        """
+        names = self.tokenizer.get_vocab()
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None and type(backend.decoder).__name__ == "ByteLevel":
+            # There a character of a name is a byte, but for names that were added as they are.
+            added = (str(token) for token in self.tokenizer.added_tokens_decoder.values())
+            return max(map(len, (*names, *(name.encode() for name in added))), default=1)
+        longest = max((len(name.encode()) for name in names), default=1)
+        # A normalizer that composes characters makes one byte of three at most.
+        composes = backend is None or backend.normalizer is not None
+        return longest * (3 if composes else 1)
 
     def grammar_tokens(self, vocabulary: int) -> Any:
         """The first ``vocabulary`` tokens for the library llguidance.

@@ -25,6 +25,7 @@ from luthier.errors import LeaseLost
 from luthier.jobs import processes
 from luthier.jobs.folders import JobFolders
 from luthier.serving.memory import KERNEL_CACHES, KERNELS
+from luthier.serving.prompts import OWN_THREAD
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport
 from luthier.store.jobs import Job
@@ -200,9 +201,9 @@ def address_of(database: Database) -> dict[str, str]:
 def inherited() -> dict[str, str]:
     """Variables of this process that workers have, too: not those that open the service.
 
-    Nor the limits that a server gives itself: training has more sizes in turn.
+    Nor the limits that a server gives itself: training has more sizes in turn, and many texts at once.
     """
-    limits = dict.fromkeys(KERNEL_CACHES, str(KERNELS)).items()
+    limits = {*dict.fromkeys(KERNEL_CACHES, str(KERNELS)).items(), OWN_THREAD}
     kept = os.environ.items() - limits
     return {name: value for name, value in kept if name not in _SECRETS}
 

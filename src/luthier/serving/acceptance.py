@@ -257,7 +257,7 @@ def _embeds(candidate: StoredModel) -> dict[str, Any]:
 
     embedder = Embedder.open(candidate)
     try:
-        found = embedder.embed("Hello.")
+        found = embedder.embed(*embedder.read("Hello."))
     finally:
         embedder.close()
     if not all(math.isfinite(value) for value in found.vector):

@@ -101,6 +101,11 @@ class ConfinedFormat(ChatFormat):
         found: list[str] = self.tokenizer.ask("pieces", ids=[int(i) for i in ids])
         return found
 
+    @property
+    def longest_token(self) -> int:
+        """See :attr:`ChatFormat.longest_token`."""
+        return int(self.tokenizer.about["longest_token"])
+
     def grammar_tokens(self, vocabulary: int) -> Any:
         """See :meth:`ChatFormat.grammar_tokens`."""
         from llguidance import LLTokenizer, TokenizerWrapper

@@ -22,9 +22,9 @@ from luthier.serving.inference import (
     InferenceRefused,
     Prompt,
     Request,
-    TooLong,
 )
 from luthier.serving.memory import CacheBudget
+from luthier.serving.prompts import BOUNDS, PromptBounds, PromptLimit
 from luthier.serving.stream import Stream
 from luthier.serving.writing import Job, Writing
 from luthier.types import Message
@@ -62,6 +62,7 @@ class Decoder:
         vocabulary: int,
         memory: CacheBudget,
         schemas: SchemaTrials | None = None,
+        bounds: PromptBounds = BOUNDS,
     ) -> None:
         """``soft`` stands before every prompt; what sequences keep is taken from ``memory``.
 
@@ -72,6 +73,7 @@ class Decoder:
         self.chat, self.memory, self.vocabulary = chat, memory, vocabulary
         self.context = stepper.context - len(soft)
         self.constraints = Constraints(chat, vocabulary, schemas)
+        self._limit = PromptLimit(chat, self.context, bounds)
         self._stepper, self._soft = stepper, soft
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -84,7 +86,10 @@ class Decoder:
 
     @staticmethod
     def open(
-        stored: StoredModel, memory: CacheBudget, schemas: SchemaTrials | None = None
+        stored: StoredModel,
+        memory: CacheBudget,
+        schemas: SchemaTrials | None = None,
+        bounds: PromptBounds = BOUNDS,
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine."""
         from luthier.engine.devices import choose_machine
@@ -103,7 +108,8 @@ class Decoder:
         context = context_length(check_folder(stored.network_folder)) - added
         vocabulary = int(network.model.config.vocab_size)
         stepper = stepper_of(network, context)
-        return Decoder(stepper, serving_format(stored), soft, vocabulary, memory, schemas)
+        format_ = serving_format(stored)
+        return Decoder(stepper, format_, soft, vocabulary, memory, schemas, bounds)
 
     @property
     def network(self) -> Network:
@@ -121,15 +127,19 @@ class Decoder:
 
         Raises:
             InferenceRefused: where there is nothing to go on from, or the template refuses it.
+            TooLong: for more than twice as many tokens as the context has, which are not counted.
         """
         from luthier.serving.toolcalls import encode
 
         if isinstance(prompt, Chat):
-            ids_T = encode(self.chat, prompt)
+            self._limit.check_conversation(prompt)
+            ids_T = encode(self.chat, prompt, self._limit.check_text)
         elif isinstance(prompt, str):
+            self._limit.check_text(prompt)
             plain = self.chat.with_template("plain")
             ids_T = plain.encode_prompt([Message("user", prompt)])
         else:
+            self._limit.check_ids(len(prompt))
             ids_T = np.asarray(prompt, dtype=np.int64)
             if len(ids_T) and not 0 <= ids_T.min() <= ids_T.max() < self.vocabulary:
                 raise InferenceRefused("The prompt has ids that are no tokens.", "prompt")
@@ -178,7 +188,7 @@ class Decoder:
         beside = self.chat.start_id is not None  # an encoder's prompt takes no room of the answer
         room = self.context - (0 if beside else len(ids_T))
         if room < 1 or len(ids_T) > self.context:
-            raise TooLong("Input is too long for requested model.", "messages")
+            raise self._limit.too_long()
         if any(not 0 <= token < self.vocabulary for token in request.logit_bias):
             raise InferenceRefused("logit_bias names ids that are no tokens.", "logit_bias")
         longest = min(request.max_tokens or room, room)

@@ -10,6 +10,8 @@ from luthier.errors import LuthierError, RefusedInput
 
 STOPS = 2500
 """Stop sequences of one request at most."""
+TURNS = 10_000
+"""Messages of one conversation, and parts of one message, at most."""
 CHOICES = 128
 """Answers to one request at most."""
 MOST_TOKENS = 2**31 - 1

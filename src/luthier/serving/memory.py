@@ -1,9 +1,15 @@
-"""How much memory may hold the keys and values of sequences, and the kernels that read them."""
+"""How much memory may hold the keys and values of sequences, and the kernels that read them.
+
+And how it is given back: what is freed stays with the allocator, which keeps a heap for each of many
+threads, and gives back of each only what lies at its end.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+from pathlib import Path
 
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Variables that oneDNN, and PyTorch above it, read when torch is loaded."""
@@ -19,6 +25,63 @@ def bound_kernels() -> None:
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS))
+
+
+ROUNDS = 10
+"""How often freed memory is given back after a load has grown the process."""
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; 0 where the system does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class FreedMemory:
+    """Gives memory that was freed back to the system, soon after a load has grown the process.
+
+    For the GNU C library: others have no such call, and nothing is done there.
+    """
+
+    def __init__(self, seconds: float = 1.0, growth: int = 32 << 20) -> None:
+        """Look every ``seconds``, and act where there are ``growth`` bytes more than before."""
+        self.seconds, self.growth = seconds, growth
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def start(self) -> None:
+        """Begin to look."""
+        if self._trim is not None:
+            self._thread = threading.Thread(target=self._run, name="freed-memory", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def give_back(self) -> int:
+        """Give back what is free now; bytes that are held afterwards."""
+        if self._trim is not None:
+            self._trim(0)
+        return resident_bytes()
+
+    def _run(self) -> None:
+        least, rounds = resident_bytes(), 0
+        while not self._closed.wait(self.seconds):
+            now = resident_bytes()
+            if now > least + self.growth:
+                rounds = ROUNDS
+            if not rounds:
+                least = min(least, now)
+                continue
+            # Again for a while: what is freed later grows nothing, and stays as well.
+            least, rounds = self.give_back(), rounds - 1
 
 
 class CacheBudget:

@@ -15,8 +15,9 @@ import numpy as np
 from luthier.cancellation import cancellable
 from luthier.engine.memory import available_memory
 from luthier.errors import LuthierError, UnknownModel
-from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request, TooLong
+from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request
 from luthier.serving.memory import CacheBudget
+from luthier.serving.prompts import BOUNDS, PromptBounds, PromptLimit, prompt_is_read
 from luthier.serving.stream import Stream, count_tokens, metered_stream
 from luthier.types import Row
 
@@ -71,11 +72,13 @@ class ModelPool:
         budget: int | None = None,
         cache: int | None = None,
         schemas: SchemaTrials | None = None,
+        bounds: PromptBounds = BOUNDS,
     ) -> None:
         """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
-        sequences; by default shares of the free memory. ``schemas`` tries those of unknown clients.
+        sequences; by default shares of the free memory. ``schemas`` tries those of unknown clients,
+        and ``bounds`` hold for each prompt.
         """
-        self._schemas = schemas
+        self._schemas, self.bounds = schemas, bounds
         free = available_memory()
         self.budget = int(WEIGHTS_SHARE * free) if budget is None else budget
         self.memory = CacheBudget(int(CACHE_SHARE * free) if cache is None else cache)
@@ -99,17 +102,19 @@ class ModelPool:
             self._release(entry)
             raise
         stream.at_end(lambda: self._release(entry))
+        prompt_is_read()
         return cancellable(metered_stream(stream, model_id))
 
     def count(self, model_id: str, prompt: Prompt) -> int:
-        """Tokens of ``prompt`` as the model reads it."""
+        """Tokens of ``prompt`` as the model reads it; ``TooLong`` for twice its context and more."""
         with self._using(model_id) as entry:
             return len(_writer(entry).encode(prompt))
 
     def token_bytes(self, model_id: str, ids: Sequence[int]) -> list[bytes]:
-        """What tokens of a model stand for."""
+        """What tokens of a model stand for; ``TooLong`` for more than a prompt may have."""
         with self._using(model_id) as entry:
-            return [_writer(entry).constraints.token_bytes(i) for i in ids]
+            ids_T = _writer(entry).encode(ids).tolist()
+            return [_writer(entry).constraints.token_bytes(i) for i in ids_T]
 
     def writes(self, model_id: str) -> bool:
         """Whether it writes text, and does not read it only."""
@@ -124,7 +129,9 @@ class ModelPool:
         computed alone, so that it does not depend on what stands beside it.
         """
         with self._using(model_id) as entry:
-            found = [entry.reader.embed(text) for text in texts]
+            read = [entry.reader.read(text) for text in texts]
+            prompt_is_read()
+            found = [entry.reader.embed(text, tokens) for text, tokens in read]
         count_tokens(model_id, sum(each.tokens for each in found))
         return found
 
@@ -146,6 +153,11 @@ class ModelPool:
         """Ids of the models in memory, the longest unused first."""
         with self._lock:
             return [name for name, entry in self._entries.items() if entry.model is not None]
+
+    def weight_bytes(self) -> int:
+        """Memory that the weights of the loaded models are reckoned to take."""
+        with self._lock:
+            return sum(entry.bytes for entry in self._entries.values())
 
     @contextmanager
     def _using(self, model_id: str) -> Iterator[_Entry]:
@@ -206,10 +218,10 @@ class ModelPool:
             if store.objective_of(stored).task == "causal_lm":
                 from luthier.serving.decoder import Decoder
 
-                entry.model = Decoder.open(stored, self.memory, self._schemas)
-                entry.reader = Embedder.of(entry.model)
+                entry.model = Decoder.open(stored, self.memory, self._schemas, self.bounds)
+                entry.reader = Embedder.of(entry.model, self.bounds)
             else:
-                entry.model = entry.reader = Embedder.open(stored)
+                entry.model = entry.reader = Embedder.open(stored, self.bounds)
         except LuthierError as error:
             entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
         except Exception as error:
@@ -256,39 +268,55 @@ def _weights(stored: StoredModel) -> int:
 class Embedder:
     """A network in memory that reads: texts become vectors."""
 
-    def __init__(self, predictor: Any) -> None:
+    def __init__(self, predictor: Any, bounds: PromptBounds = BOUNDS) -> None:
         self._predictor = predictor
+        self._limit = PromptLimit(predictor.chat, predictor.context, bounds, "input")
+        # Takes off the truncation that a tokenizer's file may name: no two threads may do so at once.
+        predictor.chat.encode_whole("")
         self._lock = threading.Lock()
 
     @staticmethod
-    def open(stored: StoredModel) -> Embedder:
+    def open(stored: StoredModel, bounds: PromptBounds = BOUNDS) -> Embedder:
         """Load ``stored`` on the best device of this machine."""
         from luthier.serving.confined import serving_format
         from luthier.serving.prediction import Predictor
 
-        return Embedder(Predictor.open(stored, serving_format(stored)))
+        return Embedder(Predictor.open(stored, serving_format(stored)), bounds)
 
     @staticmethod
-    def of(writer: Decoder) -> Embedder:
+    def of(writer: Decoder, bounds: PromptBounds = BOUNDS) -> Embedder:
         """The mean over the network of a model that writes, in the same memory."""
         from luthier.objectives.contrastive import Contrastive
         from luthier.serving.prediction import Predictor
 
         mean = Contrastive(pooling="mean")
-        return Embedder(Predictor(writer.network, mean, writer.chat, writer.context))
+        return Embedder(Predictor(writer.network, mean, writer.chat, writer.context), bounds)
 
-    def embed(self, text: str | Sequence[int]) -> Embedded:
-        """One text, or its tokens, as a vector."""
+    def read(self, given: str | Sequence[int]) -> tuple[str, int]:
+        """A text, or the one that ids stand for, and the number of its tokens.
+
+        Raises:
+            InferenceRefused: for a text without tokens, or with more than the model reads.
+        """
         if self._predictor.objective.task != "embedding":
             raise InferenceRefused("This model gives labels and no embeddings.", "model")
+        if isinstance(given, str):
+            text = given
+        else:
+            self._limit.check_ids(len(given))
+            text = self._predictor.chat.decode(list(given))
+        self._limit.check_text(text)
+        tokens = len(self._predictor.chat.encode_whole(text))
+        if not tokens:
+            raise InferenceRefused("The input has no tokens.", "input")
+        if tokens > self._predictor.context:
+            raise self._limit.too_long()
+        return text, tokens
+
+    def embed(self, text: str, tokens: int) -> Embedded:
+        """The vector of a text of so many tokens, as :meth:`read` gave them."""
         with self._lock:
-            given = text if isinstance(text, str) else self._predictor.chat.decode(list(text))
-            tokens = len(self._predictor.chat.encode_whole(given))
-            if not tokens:
-                raise InferenceRefused("The input has no tokens.", "input")
-            if tokens > self._predictor.context:
-                raise TooLong("Input is too long for requested model.", "input")
-            answer = self._predictor.answers([Row("", 1, text=given)])[0]
+            answer = self._predictor.answers([Row("", 1, text=text)])[0]
         vector = np.asarray(answer["embedding"], dtype=np.float32)
         return Embedded(tuple(vector.tolist()), tokens)
 

@@ -136,6 +136,7 @@ def _about(chat: ChatFormat) -> dict[str, Any]:
         "start_id": chat.start_id,
         "chat_template": template,
         "vocab_size": int(tokenizer.vocab_size),
+        "longest_token": chat.longest_token,
         "bos_token_id": tokenizer.bos_token_id,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
@@ -53,8 +53,10 @@ def marks_calls(chat: ChatFormat) -> bool:
     return knows_tools(chat) and CALL_OPEN in template_of(chat)
 
 
-def encode(chat: ChatFormat, asked: Chat) -> IntArray:
-    """Token ids that an answer to ``asked`` continues.
+def encode(
+    chat: ChatFormat, asked: Chat, check: Callable[[str], None] = lambda text: None
+) -> IntArray:
+    """Token ids that an answer to ``asked`` continues; ``check`` may refuse its text before.
 
     Raises:
         InferenceRefused: for a conversation that the model's template does not take.
@@ -67,36 +69,39 @@ def encode(chat: ChatFormat, asked: Chat) -> IntArray:
     native = knows_tools(chat)
     try:
         if native and (tools or any(turn.calls or turn.role == "tool" for turn in asked.turns)):
-            return _rendered(chat, asked.turns, tools)
-        return chat.encode_prompt(_plain(asked.turns, tools))
+            text = chat.render(
+                _for_template(asked.turns),
+                reply=True,
+                tools=[_function(tool) for tool in tools],
+            )
+            check(text)
+            return chat.tokens(text, first=False)
+        text = chat.prompt_text(_plain(asked.turns, tools))
+        check(text)
+        return chat.prompt_tokens(text)
     except RecipeError as error:
         raise InferenceRefused(str(error), "messages") from error
 
 
-def _rendered(chat: ChatFormat, turns: Sequence[Turn], tools: Sequence[Tool]) -> IntArray:
-    text = chat.render(
-        [_for_template(turn, turns) for turn in turns],
-        reply=True,
-        tools=[_function(tool) for tool in tools],
-    )
-    return chat.tokens(text, first=False)
-
-
-def _for_template(turn: Turn, turns: Sequence[Turn]) -> dict[str, Any]:
-    """A turn as transformers' templates read it."""
-    made: dict[str, Any] = {"role": turn.role, "content": turn.content}
-    if turn.calls:
-        made["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": dict(call.arguments)},
-            }
-            for call in turn.calls
-        ]
-    if turn.role == "tool":
-        made |= {"tool_call_id": turn.call_id, "name": _called(turn, turns)}
-    return made
+def _for_template(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as transformers' templates read them."""
+    names, found = _called(turns), []
+    for turn in turns:
+        made: dict[str, Any] = {"role": turn.role, "content": turn.content}
+        if turn.calls:
+            made["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": dict(call.arguments)},
+                }
+                for call in turn.calls
+            ]
+        if turn.role == "tool":
+            name = names.get(turn.call_id, "function")
+            made |= {"tool_call_id": turn.call_id, "name": name}
+        found.append(made)
+    return found
 
 
 def _function(tool: Tool) -> dict[str, Any]:
@@ -108,15 +113,15 @@ def _function(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": described}
 
 
-def _called(result: Turn, turns: Sequence[Turn]) -> str:
-    """Name of the function that a result belongs to."""
-    calls = [call for turn in turns for call in turn.calls if call.id == result.call_id]
-    return calls[-1].name if calls else "function"
+def _called(turns: Sequence[Turn]) -> dict[str, str]:
+    """Names of the functions that were called, by the ids of the calls."""
+    return {call.id: call.name for turn in turns for call in turn.calls}
 
 
 def _plain(turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Message]:
     """The conversation in words, for templates without a place for tools."""
-    messages: list[Message] = []
+    names = _called(turns)
+    said: list[tuple[str, list[str]]] = []
     for turn in turns:
         content = turn.content
         if turn.calls:
@@ -124,11 +129,14 @@ def _plain(turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Message]:
             content = "\n".join([*([content] if content else []), *calls])
         role = turn.role
         if role == "tool":
-            role, content = "user", f"Result of {_called(turn, turns)}: {content}"
-        if messages and messages[-1].role == role == "user":
+            name = names.get(turn.call_id, "function")
+            role, content = "user", f"Result of {name}: {content}"
+        if said and said[-1][0] == role == "user":
             # Results and what is said behind them are one turn: many templates want them to take turns.
-            content = f"{messages.pop().content}\n{content}"
-        messages.append(Message(role, content))
+            said[-1][1].append(content)
+        else:
+            said.append((role, [content]))
+    messages = [Message(role, "\n".join(parts)) for role, parts in said]
     if tools:
         listed = "\n".join(json.dumps(_function(tool)["function"]) for tool in tools)
         text = LISTED.format(tools=listed)

@@ -385,3 +385,24 @@ def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
     assert BatchRunner(service.database, service.face.files, {CHAT: answer}).run_once()
     assert seen == [AT_ONCE]
     assert client.batches.retrieve(made.id).status == "completed"
+
+
+def test_a_line_without_end_is_not_read_to_its_end(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_runner, "LONGEST_LINE", 10_000)
+    made = created(client, [line(1), json.dumps({"custom_id": "a" * 1_500_000})])
+    seen: list[int] = []
+    honest = batch_runner._lines
+
+    def lines(pieces: Any) -> Any:
+        for number, text in honest(pieces):
+            seen.append(len(text))
+            yield number, text
+
+    monkeypatch.setattr(batch_runner, "_lines", lines)
+    assert service.face.batches.run_once()
+    batch = client.batches.retrieve(made.id)
+    assert batch.status == "failed" and batch.errors and batch.errors.data
+    assert [(each.code, each.line) for each in batch.errors.data] == [("line_too_large", 2)]
+    assert 10_000 < max(seen) < 1_200_000

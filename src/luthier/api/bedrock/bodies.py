@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from luthier.api.bodies import CheckedBody
 from luthier.api.wire import Call, Fault
 
 
-class Body(BaseModel):
+class Body(CheckedBody):
     """A part of a request. Types are strict; members that are not known are let be."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)

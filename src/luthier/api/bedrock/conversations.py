@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from pydantic import ConfigDict, Field
 
 from luthier.api.bedrock.bodies import Body
 from luthier.api.wire import Fault
-from luthier.serving.inference import Chat, Tool, ToolCall, Turn
+from luthier.serving.inference import TURNS, Chat, Tool, ToolCall, Turn
 
 Identifier = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
 
@@ -72,7 +73,7 @@ class ToolResult(Body):
     """What a tool gave back."""
 
     toolUseId: Identifier
-    content: list[ResultContent]
+    content: Annotated[list[ResultContent], Field(max_length=TURNS)]
     status: Literal["success", "error"] | None = None
 
 
@@ -90,7 +91,7 @@ class ConversationMessage(Body):
     """A turn of the user or the assistant."""
 
     role: Literal["user", "assistant"]
-    content: list[Block]
+    content: Annotated[list[Block], Field(max_length=TURNS)]
 
 
 class SystemBlock(_Union):
@@ -140,15 +141,15 @@ class ToolChoice(_Union):
 class ToolConfig(Body):
     """Tools, and the choice between them."""
 
-    tools: Annotated[list[ToolItem], Field(min_length=1)]
+    tools: Annotated[list[ToolItem], Field(min_length=1, max_length=TURNS)]
     toolChoice: ToolChoice | None = None
 
 
 class Conversation(Body):
     """What is said, and with which tools."""
 
-    messages: Annotated[list[ConversationMessage], Field(min_length=1)]
-    system: list[SystemBlock] = Field(default_factory=list)
+    messages: Annotated[list[ConversationMessage], Field(min_length=1, max_length=TURNS)]
+    system: Annotated[list[SystemBlock], Field(max_length=TURNS)] = Field(default_factory=list)
     toolConfig: ToolConfig | None = None
 
     def chat(self) -> Chat:
@@ -190,7 +191,7 @@ class Conversation(Body):
             if spec is not None
         )
         names = [tool.name for tool in tools]
-        if twice := {name for name in names if names.count(name) > 1}:
+        if twice := {name for name, count in Counter(names).items() if count > 1}:
             raise Fault("Validation", f"The tool {min(twice)} is defined more than once.")
         if self.toolConfig.toolChoice is None:
             return tools, "auto"

@@ -7,8 +7,9 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,6 +20,7 @@ from luthier.api.openai.errors import error_of, status_of
 from luthier.api.wire import Caller, Fault, parse_json
 from luthier.errors import DoesNotFit, LuthierError, QuotaExceeded
 from luthier.jobs.supervisor import Watch
+from luthier.serving.prompts import when_read
 from luthier.serving.stream import metered
 from luthier.store import batches as store
 from luthier.store.batches import Batch
@@ -36,6 +38,10 @@ _Answered = Future[tuple[bool, dict[str, Any]]]
 AT_ONCE = 8
 """Lines of a batch that are answered side by side."""
 MOST_LINES = 50_000
+LARGE_LINE = 1 << 17
+"""Bytes of a line that is parsed and tokenized when no other one is, of any batch of this server."""
+LONGEST_LINE = 25_000_000
+"""Bytes of a line, as of the body of a request."""
 MOST_ERRORS = 50
 """What is wrong with more lines is not told."""
 RENEWED = store.LEASE.total_seconds() / 3
@@ -60,6 +66,7 @@ class BatchRunner:
         """``count`` is told what an account used, of which model."""
         self.count = count
         self.database, self.files, self.endpoints = database, files, endpoints
+        self._large_line = threading.Lock()
         self._token = secrets.token_hex(8)
         self.watch = Watch(store.LEASE.total_seconds())
         """Tells which servers fell silent."""
@@ -135,21 +142,21 @@ class BatchRunner:
         if row is None:
             self._fail(batch, [_error("file_not_found", "The input file is gone.", None)])
             return
-        lines = list(_lines(self.files.read(row)))
         if batch.status == store.VALIDATING:
-            errors = _problems(lines, batch.endpoint)
+            total, errors = _problems(_lines(self.files.read(row)), batch.endpoint)
             if errors:
                 self._fail(batch, errors)
                 return
             with self.database.write() as session:
                 held = store.get(session, batch.account, batch.id, lock=True)
                 if held is not None and held.status == store.VALIDATING:
-                    held.total = len(lines)
+                    held.total = total
                     store.enter(held, store.IN_PROGRESS)
-        if self._answer_all(batch, lines):
+        # Read again, and line by line: files are larger than what should lie in memory.
+        if self._answer_all(batch, _lines(self.files.read(row))):
             self._finish(batch)
 
-    def _answer_all(self, batch: Batch, lines: Sequence[tuple[int, bytes]]) -> bool:
+    def _answer_all(self, batch: Batch, lines: Iterable[tuple[int, bytes]]) -> bool:
         """Answer what is not answered; whether the batch is through, and not only this server."""
         with self.database.read() as session:
             done = store.done_lines(session, batch.id)
@@ -205,7 +212,13 @@ class BatchRunner:
         self.count(account, model, Used(prompt_tokens=read, generated_tokens=written))
 
     def _answer(self, batch: Batch, line: bytes) -> tuple[bool, dict[str, Any]]:
-        asked = json.loads(line)
+        with ExitStack() as turn:
+            if len(line) > LARGE_LINE:
+                turn.enter_context(self._large_line)
+                turn.enter_context(when_read(turn.close))
+            return self._answer_parsed(batch, json.loads(line))
+
+    def _answer_parsed(self, batch: Batch, asked: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
         try:
             caller = self._caller(batch)
             self.count(batch.account, "", Used(requests=1))
@@ -276,7 +289,10 @@ class BatchRunner:
 
 
 def _lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers; they end at ``\\n`` and nowhere else."""
+    """Lines that are not blank, with their numbers; they end at ``\\n`` and nowhere else.
+
+    One that is longer than :data:`LONGEST_LINE` is cut off there, and is the last.
+    """
     rest, number = b"", 0
     for piece in pieces:
         *whole, rest = (rest + piece).split(b"\n")
@@ -284,19 +300,29 @@ def _lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
             number += 1
             if line.strip():
                 yield number, line
+        if len(rest) > LONGEST_LINE:
+            break
     if rest.strip():
         yield number + 1, rest
 
 
-def _problems(lines: Sequence[tuple[int, bytes]], endpoint: str) -> list[dict[str, Any]]:
-    """What is wrong with the lines of an input file."""
-    if not lines:
-        return [_error("empty_file", "The input file has no lines.", None)]
-    if len(lines) > MOST_LINES:
-        return [_error("too_many_lines", f"A batch has at most {MOST_LINES:,} lines.", None)]
-    found: list[dict[str, Any]] = []
+def _problems(
+    lines: Iterable[tuple[int, bytes]], endpoint: str
+) -> tuple[int, list[dict[str, Any]]]:
+    """How many lines an input file has, and what is wrong with them."""
+    count, found = 0, list[dict[str, Any]]()
     first: dict[str, int] = {}
     for number, line in lines:
+        count += 1
+        if count > MOST_LINES:
+            text = f"A batch has at most {MOST_LINES:,} lines."
+            return count, [_error("too_many_lines", text, None)]
+        if len(line) > LONGEST_LINE:
+            text = f"A line has at most {LONGEST_LINE:,} bytes."
+            found.append(_error("line_too_large", text, number))
+            continue
+        if len(found) > MOST_ERRORS:
+            continue
         try:
             asked = parse_json(line)
         except ValueError as error:
@@ -306,7 +332,9 @@ def _problems(lines: Sequence[tuple[int, bytes]], endpoint: str) -> list[dict[st
         code, text, param = _problem(asked, endpoint, first, number)
         if code:
             found.append(_error(code, text, number, param))
-    return found
+    if not count:
+        found.append(_error("empty_file", "The input file has no lines.", None))
+    return count, found
 
 
 def _problem(

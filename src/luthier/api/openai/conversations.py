@@ -13,7 +13,7 @@ from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body
 from luthier.api.wire import JSON_DEPTH
 from luthier.graders.json_schema import depth_of
-from luthier.serving.inference import MOST_TOKENS, Chat, Request, Tool, ToolCall, Turn
+from luthier.serving.inference import MOST_TOKENS, TURNS, Chat, Request, Tool, ToolCall, Turn
 
 MOST_TOOLS = 128
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
@@ -47,8 +47,8 @@ class ChatMessage(Body):
     """One message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    tool_calls: list[AskedCall] | None = None
+    content: str | Annotated[list[Part], Field(max_length=TURNS)] | None = None
+    tool_calls: Annotated[list[AskedCall], Field(max_length=TURNS)] | None = None
     tool_call_id: str | None = None
 
     def turn(self, where: str) -> Turn:
@@ -126,7 +126,7 @@ class ResponseFormat(Body):
 class ChatRequest(Sampling):
     """The body of a chat completion."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=TURNS)]
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     logprobs: bool | None = None

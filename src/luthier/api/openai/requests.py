@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from luthier.api.bodies import CheckedBody
 from luthier.api.openai.errors import invalid
 from luthier.api.policies import refuse_denied
 from luthier.api.wire import Answer, Authorize, Call, Caller
@@ -16,7 +17,7 @@ from luthier.store.arns import Arns
 METADATA_KEYS = 16
 
 
-class Body(BaseModel):
+class Body(CheckedBody):
     """A JSON body. Types are as sent, nothing is guessed; members we do not know are passed over."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)

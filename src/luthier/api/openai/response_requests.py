@@ -16,7 +16,7 @@ from pydantic import Field
 from luthier.api.openai.conversations import MOST_TOOLS, NAME, Part, arguments, joined
 from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body, Metadata
-from luthier.serving.inference import MOST_TOKENS, Chat, Request, Tool, ToolCall, Turn
+from luthier.serving.inference import MOST_TOKENS, TURNS, Chat, Request, Tool, ToolCall, Turn
 
 LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "text")
@@ -33,11 +33,11 @@ class Item(Body):
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(max_length=TURNS)] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[Part] | None = None
+    output: str | Annotated[list[Part], Field(max_length=TURNS)] | None = None
 
 
 class FunctionTool(Body):
@@ -77,7 +77,7 @@ class ResponseRequest(Body):
     """The body of a response."""
 
     model: Annotated[str, Field(min_length=1)]
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

@@ -1,0 +1,56 @@
+"""What is wrong with a large body costs no more than what is wrong with a small one."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from typing import Any
+
+import pytest
+
+from luthier.api.bedrock.bodies import parsed
+from luthier.api.bedrock.converse import ConverseBody
+from luthier.api.openai.completions import CompletionRequest
+from luthier.api.openai.conversations import ChatRequest
+from luthier.api.openai.embeddings import EmbeddingRequest
+from luthier.api.openai.requests import checked
+from luthier.api.openai.response_requests import ResponseRequest
+from luthier.api.wire import Fault
+from luthier.serving.inference import TURNS
+
+SAID = {"role": "user", "content": "a"}
+BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "numbers": (EmbeddingRequest, {"input": [1.5] * 300_000}),
+    "lists of numbers": (CompletionRequest, {"prompt": [[1.5]] * 300_000}),
+    "no messages": (ChatRequest, {"messages": [1] * 300_000}),
+    "no parts": (ChatRequest, {"messages": [{"role": "user", "content": [1] * 300_000}]}),
+    "too many messages": (ChatRequest, {"messages": [SAID] * 300_000}),
+    "too many items": (ResponseRequest, {"input": [SAID] * 300_000}),
+    "no biases": (ChatRequest, {"messages": [SAID], "logit_bias": {str(n): "" for n in range(9**6)}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_is_refused_at_its_first_wrong_item(name: str) -> None:
+    kind, given = BODIES[name]
+    tracemalloc.start()
+    try:
+        began = time.process_time()
+        with pytest.raises(Fault) as caught:
+            checked({"model": "tiny", **given}, kind)
+        assert time.process_time() - began < 1
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+    assert caught.value.code == "Validation" and len(str(caught.value)) < 500
+
+
+def test_conversations_of_many_messages_are_taken() -> None:
+    checked({"model": "tiny", "messages": [SAID] * TURNS}, ChatRequest)
+
+
+def test_bedrock_tells_of_the_first_one() -> None:
+    blocks = [{"role": "user", "content": [{"text": "a"}] * 300_000}]
+    for messages in ([1] * 300_000, blocks):
+        with pytest.raises(Fault, match=r"^1 validation error detected: Value .* at 'messages\.0"):
+            parsed(ConverseBody, {"messages": messages})

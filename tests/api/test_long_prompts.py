@@ -1,0 +1,175 @@
+"""Prompts of megabytes on every operation that reads one: refused at once, for all others nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny
+
+pytestmark = pytest.mark.slow
+
+DIGITS = "0123456789" * 1_200_000
+TURNS = [{"role": "user", "content": [{"text": DIGITS}]}]
+CHAT = [{"role": "user", "content": DIGITS}]
+MODEL = f"/model/{BASE}"
+WORDS = "Input is too long for requested model."
+GROWTH, LEFT = 400 << 20, 100 << 20
+
+
+def of_invoke(body: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "input": {"invokeModel": {"body": base64.b64encode(json.dumps(body).encode()).decode()}}
+    }
+
+
+OPENAI: dict[str, tuple[str, dict[str, Any], str]] = {
+    "chat": ("/v1/chat/completions", {"messages": CHAT}, "messages"),
+    "completions": ("/v1/completions", {"prompt": DIGITS}, "prompt"),
+    "ids": ("/v1/completions", {"prompt": [7] * 6_000_000, "echo": True}, "prompt"),
+    "responses": ("/v1/responses", {"input": DIGITS}, "input"),
+    "embeddings": ("/v1/embeddings", {"input": ["a", DIGITS]}, "input"),
+    "messages": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}] * 10_000},
+                 "messages"),
+    "tools": ("/v1/chat/completions", {
+        "messages": [{"role": "user", "content": "a"}],
+        "tools": [{"type": "function", "function": {"name": f"f{n}", "description": DIGITS[:80_000]}}
+                  for n in range(128)],
+    }, "messages"),
+}  # fmt: skip
+BEDROCK: dict[str, tuple[str, dict[str, Any]]] = {
+    "Converse": ("converse", {"messages": TURNS}),
+    "ConverseStream": ("converse-stream", {"messages": TURNS}),
+    "InvokeModel": ("invoke", {"prompt": DIGITS}),
+    "InvokeModel, messages": ("invoke", {"messages": CHAT}),
+    "InvokeModel, embedding": ("invoke", {"inputText": DIGITS}),
+    "InvokeModelWithResponseStream": ("invoke-with-response-stream", {"prompt": DIGITS}),
+    "CountTokens": ("count-tokens", {"input": {"converse": {"messages": TURNS}}}),
+    "CountTokens, InvokeModel": ("count-tokens", of_invoke({"prompt": DIGITS})),
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
+    made = Served(home_with_tiny(tmp_path_factory.mktemp("long"), tiny_model_folder))
+    made.start("--no-work")
+    for account in KEYS:
+        assert said(made, account) == 200
+    yield made
+    made.end()
+
+
+def said(server: Served, account: str) -> int:
+    messages = [{"role": "user", "content": "Hello"}]
+    body = {"model": BASE, "messages": messages, "max_tokens": 4}
+    return int(server.ask("POST", "/v1/chat/completions", body, account)[0])
+
+
+def resident(server: Served) -> int:
+    assert server.process is not None
+    return int(psutil.Process(server.process.pid).memory_info().rss)
+
+
+class Neighbour:
+    """Another account that chats, and how much memory the server holds meanwhile."""
+
+    def __init__(self, server: Served) -> None:
+        self.server, self.slowest, self.peak, self.answers = server, 0.0, 0, 0
+        self._done = threading.Event()
+        self._threads = [threading.Thread(target=each) for each in (self._chat, self._look)]
+
+    def _chat(self) -> None:
+        while not self._done.is_set():
+            began = time.monotonic()
+            assert said(self.server, OTHER) == 200
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            self.answers += 1
+
+    def _look(self) -> None:
+        while not self._done.wait(0.02):
+            self.peak = max(self.peak, resident(self.server))
+
+    def __enter__(self) -> Neighbour:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_every_operation_refuses_them_in_its_own_words(server: Served) -> None:
+    rest = resident(server)
+    slowest: dict[str, float] = {}
+    with Neighbour(server) as neighbour:
+        for name, (path, body, member) in OPENAI.items():
+            began = time.monotonic()
+            status, told = server.ask("POST", path, {"model": BASE, **body})
+            slowest[name] = time.monotonic() - began
+            error = told["error"]
+            assert (status, error["code"]) == (400, "context_length_exceeded"), (name, error)
+            assert (error["message"], error["param"]) == (WORDS, member), name
+        for name, (operation, body) in BEDROCK.items():
+            began = time.monotonic()
+            status, told = server.ask("POST", f"{MODEL}/{operation}", body)
+            slowest[name] = time.monotonic() - began
+            assert (status, told) == (400, {"message": WORDS}), name
+    # 13 to 70 s each before; most of this is the client's own work, beside others'.
+    assert max(slowest.values()) < 6, slowest
+    assert neighbour.answers > len(slowest) and neighbour.slowest < 6
+    assert neighbour.peak - rest < GROWTH
+    settled(server, rest)
+
+
+def test_many_at_once_take_turns(server: Served) -> None:
+    rest = resident(server)
+    body = {"model": BASE, "messages": [{"role": "user", "content": DIGITS[:900_000]}]}
+    statuses: list[int] = []
+
+    def ask() -> None:
+        statuses.append(server.ask("POST", "/v1/chat/completions", body)[0])
+
+    threads = [threading.Thread(target=ask) for _ in range(36)]
+    with Neighbour(server) as neighbour:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert statuses == [400] * 36
+    assert neighbour.slowest < 6 and neighbour.peak - rest < GROWTH
+    settled(server, rest)
+    status, text = server.ask("GET", "/metrics")
+    told = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert status == 200
+    assert float(told['luthier_memory_bytes{kind="resident"}']) == pytest.approx(
+        resident(server), rel=0.1
+    )
+    assert float(told['luthier_memory_bytes{kind="keys_and_values"}']) == 0
+    assert float(told['luthier_memory_bytes{kind="models"}']) > 0
+
+
+def settled(server: Served, rest: int) -> None:
+    """Memory comes back to what it was, some seconds after."""
+    until = time.monotonic() + 20
+    while (now := resident(server)) - rest > LEFT:
+        assert time.monotonic() < until, f"{(now - rest) >> 20} MiB more than at rest"
+        time.sleep(0.2)
+
+
+def test_texts_up_to_the_context_are_answered(server: Served) -> None:
+    assert ONE != OTHER
+    text = "fox " * 200
+    status, told = server.ask("POST", "/v1/completions", {"model": BASE, "prompt": text})
+    assert status == 200 and told["usage"]["prompt_tokens"] <= 1024
+    counted = {"input": {"invokeModel": of_invoke({"prompt": text})["input"]["invokeModel"]}}
+    status, count = server.ask("POST", f"{MODEL}/count-tokens", counted)
+    assert (status, count["inputTokens"]) == (200, told["usage"]["prompt_tokens"])
