@@ -202,7 +202,7 @@ async def one_by_one(port: int, requests: Iterable[Request]) -> list[tuple[int, 
 
 SCENARIOS: dict[str, Callable[[int], Awaitable[list[tuple[int, float, bytes]]]]] = {
     # What the server answers.
-    "20 long chats": lambda port: send(port, [chat(WORDS * 640, max_tokens=2)] * 20),
+    "20 chats of 3,900 tokens": lambda port: send(port, [chat(WORDS * 320, max_tokens=2)] * 20),
     "4 x 512 embeddings": lambda port: send(port, [embedding([WORDS * 8] * 512)] * 4),
     # What it refuses.
     "12 MB of digits": lambda port: one_by_one(port, faces(DIGITS * 1_200_000)),

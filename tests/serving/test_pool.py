@@ -57,6 +57,28 @@ def test_many_who_ask_at_once_load_it_once(
     assert len(set(texts)) == len(loads) == 1
 
 
+def test_two_models_are_never_loaded_side_by_side(
+    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, most = 0, 0
+    honest = Decoder.open
+
+    def slow(stored: object, *given: object) -> Decoder:
+        nonlocal loading, most
+        loading += 1
+        most = max(most, loading)
+        time.sleep(0.1)
+        try:
+            return honest(stored, *given)  # type: ignore[arg-type]
+        finally:
+            loading -= 1
+
+    monkeypatch.setattr(Decoder, "open", slow)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda name: pool.submit(name, REQUEST).whole(), folders[:2]))
+    assert most == 1
+
+
 def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     for folder in (folders[0], folders[1], folders[0], folders[2]):
         pool.submit(folder, REQUEST).whole()

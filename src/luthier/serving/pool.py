@@ -84,6 +84,9 @@ class ModelPool:
         self.memory = CacheBudget(int(CACHE_SHARE * free) if cache is None else cache)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._lock = threading.Lock()
+        # While transformers builds a network it changes what holds for the whole process, such as the
+        # type of new tensors: a second one beside it would lack weights, or have others.
+        self._loading = threading.Lock()
         # Networks that run while the interpreter ends would take it down.
         self._finally = weakref.finalize(self, _close_all, self._entries)
 
@@ -215,13 +218,14 @@ class ModelPool:
 
         try:
             stored = store.find(model_id)
-            if store.objective_of(stored).task == "causal_lm":
-                from luthier.serving.decoder import Decoder
+            with self._loading:
+                if store.objective_of(stored).task == "causal_lm":
+                    from luthier.serving.decoder import Decoder
 
-                entry.model = Decoder.open(stored, self.memory, self._schemas, self.bounds)
-                entry.reader = Embedder.of(entry.model, self.bounds)
-            else:
-                entry.model = entry.reader = Embedder.open(stored, self.bounds)
+                    entry.model = Decoder.open(stored, self.memory, self._schemas, self.bounds)
+                    entry.reader = Embedder.of(entry.model, self.bounds)
+                else:
+                    entry.model = entry.reader = Embedder.open(stored, self.bounds)
         except LuthierError as error:
             entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
         except Exception as error:
