@@ -85,13 +85,15 @@ def test_each_way_to_fit_that_is_named_fits() -> None:
 
     fitting.check_memory(asked, needs["full"], needs["full"].peak(2000) - fitting.PROCESS)
     told = refusal(needs["full"].peak(1000) - fitting.PROCESS)
-    assert "--set training.micro_batch_tokens=1000 (" in told
-    assert "--adaptation lora (" in told  # with micro-batches as large as was asked for
+    assert "`training.micro_batch_tokens=1000` (" in told
+    assert "`adaptation.method=lora` (" in told  # with micro-batches as large as was asked for
     told = refusal(needs["lora"].peak(300) - fitting.PROCESS)
-    assert "--adaptation lora --set training.micro_batch_tokens=300 (" in told
-    assert told.count("--adaptation") == fitting.SHOWN and "full" not in told
+    assert "`adaptation.method=lora` `training.micro_batch_tokens=300` (" in told
+    assert told.count("`adaptation.method=") == fitting.SHOWN and "full" not in told
     for way in told.splitlines()[1:]:
-        name, tokens = re.match(r"  --adaptation (\w+).*?(?:tokens=(\d+))? \(", way).groups()  # type: ignore[union-attr]
+        name, tokens = re.match(
+            r"  `adaptation.method=(\w+)`.*?(?:tokens=(\d+)`)? \(", way
+        ).groups()  # type: ignore[union-attr]
         other = ADAPTATIONS[name].model_validate({})
         memory = fitting.sketched(config, objective, other, 2).memory
         assert memory.peak(int(tokens or 2000)) <= needs["lora"].peak(300)

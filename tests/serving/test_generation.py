@@ -177,7 +177,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(generator: Generator) -> None:
         generator.replies(prompts, Sampling(max_tokens=10))
     with pytest.raises(RecipeError, match="context of 1024"):
         next(generator.stream(prompts[1], Sampling(max_tokens=10)))
-    with pytest.raises(RecipeError, match="lower --max-tokens"):
+    with pytest.raises(RecipeError, match="lower max_tokens"):
         next(generator.stream("short", Sampling(max_tokens=1024)))
     size = len(generator._encode("short", Sampling(max_tokens=1), 0))
     generator._encode("short", Sampling(max_tokens=1024 - size), 0)
