@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from luthier.errors import RefusedInput
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+KIB, MIB = 1 << 10, 1 << 20
+BODY_BYTES = 25_000_000
+"""Of the body of a request that is read whole, and of a line of a batch: AWS's own limit."""
 
 
 class AccountQuotas(BaseModel):
@@ -80,8 +82,8 @@ class ServerLimits(AccountQuotas):
     """Of a body that is read before anything is known of its sender. Larger ones are read of known keys
     alone, and of none whose signature names an unknown one."""
     body_memory: int = Field(default=256 * MIB, ge=MIB)
-    """For bodies that are being received, in all: their length, or 1 MiB where a body is written to
-    disk as it comes. Further ones wait for idle_seconds, and are answered 429 then."""
+    """For bodies that are received and worked on, in all: their length, or 1 MiB where a body is
+    written to disk as it comes. Further ones wait for idle_seconds, and are answered 429 then."""
     body_memory_per_client: int = Field(default=64 * MIB, ge=MIB)
     """The same for one account; for one address, as long as the account is not known."""
     json_values: int = Field(default=500_000, ge=1000)
@@ -89,7 +91,7 @@ class ServerLimits(AccountQuotas):
     connections: int = Field(default=2000, ge=1)
     """Open connections in all; further ones are closed at once."""
     connections_per_address: int = Field(default=512, ge=1)
-    """Open connections from one address; further ones are closed at once."""
+    """Open connections from one address, or one /64 of IPv6; further ones are answered 503."""
     shutdown_seconds: float = Field(default=30, ge=0)
     """For requests in flight when the server is told to end; then they are cut, and clients told so."""
     grading_body_bytes: int = Field(default=4 * MIB, ge=1024)
@@ -114,14 +116,14 @@ class ServerLimits(AccountQuotas):
     """Schemas that are read for the first time at once; further ones are answered 429."""
     sts_body_bytes: int = Field(default=64 * KIB, ge=1024)
     """Body of a request to STS; a longer one is answered 413."""
-    session_policy_chars: int = Field(default=2048, ge=64)
+    session_policy_characters: int = Field(default=2048, ge=64)
     """Characters of a session policy of `AssumeRole`, as with AWS; a longer one is refused."""
     session_token_bytes: int = Field(default=4096, ge=1024)
     """Session token, with the session policy in it: a longer one is neither issued nor taken."""
 
     prompt_bytes: int = Field(default=1 * MIB, ge=1024)
-    """Of a prompt, in UTF-8, that are tokenized for every model. A longer one is refused, untouched,
-    where it has more bytes than the model's context times its longest token."""
+    """Prompts of so many bytes of UTF-8 are tokenized for every model. A longer one is refused
+    untokenized where it has more bytes than the model's context times its longest token."""
     prompt_seconds: float = Field(default=20, gt=0)
     """In which a prompt has to be tokenized; one that takes longer is refused."""
     large_body_bytes: int = Field(default=128 * KIB, ge=1024)

@@ -20,9 +20,9 @@ from trails import Remembered
 
 from luthier.api.app import Application, Faces, Receive, Send
 from luthier.api.authentication import Authenticator
-from luthier.api.limits import RateLimits
 from luthier.api.observability import Observer
 from luthier.api.policies import authorize
+from luthier.api.rate_limits import RateLimits
 from luthier.api.settings import Settings
 from luthier.api.wire import Answer, Call, Fault, Head, Route, Signed
 from luthier.store import accounts, principals

@@ -19,7 +19,7 @@ from luthier.api.app import LONG, SHARE, STREAMS, Application, Faces
 from luthier.api.observability import Observer
 from luthier.api.threads import WAITING, FairSlots
 from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
-from luthier.serving.prompts import prompt_is_read
+from luthier.serving.prompts import prompt_tokenized
 
 BUSY, QUIET = "111111111111", "222222222222"
 
@@ -97,10 +97,27 @@ def test_a_turn_that_is_given_up_goes_to_the_next() -> None:
             await asyncio.sleep(0)
         late.cancel()
         await asyncio.sleep(0)
-        with slots.now("c"), pytest.raises(Fault, match="wait"), slots.now("d"):
+        with slots.try_turn("c"), pytest.raises(Fault, match="wait"), slots.try_turn("d"):
             pass
-        with slots.now("d"):
+        with slots.try_turn("d"):
             pass
+
+    asyncio.run(main())
+
+
+def test_a_turn_that_is_given_up_as_it_comes_is_not_lost() -> None:
+    async def main() -> None:
+        slots = FairSlots(1, 1)
+        release = await slots.acquire("a")
+        # Given up, and in the same moment its turn has come: its entry is skipped.
+        late = asyncio.ensure_future(_hold(slots, "b"))
+        await asyncio.sleep(0)
+        late.cancel()
+        release()
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        assert await asyncio.wait_for(_hold(slots, "c"), 1) == "c"
+        assert not slots._waiting and slots._held.total() == 0
 
     asyncio.run(main())
 
@@ -135,8 +152,8 @@ class Slow:
     def read_prompt(self, call: Call) -> Answer:
         self.reading.append(call.caller.account)
         self.read.wait(30)
-        prompt_is_read()
-        prompt_is_read()  # of a second prompt of the same request
+        prompt_tokenized()
+        prompt_tokenized()  # of a second prompt of the same request
         self.go.wait(30)
         return Answer.of(1)
 

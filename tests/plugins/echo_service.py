@@ -69,6 +69,7 @@ class Taking:
 
     def __init__(self) -> None:
         self.pieces: list[int] = []
+        self.seconds = 0.0
         self.closed, self.first = threading.Event(), threading.Event()
 
     def open(self, call: Call) -> Taking:
@@ -83,6 +84,7 @@ class Taking:
 
     def write(self, data: bytes) -> int:
         self.pieces.append(len(data))
+        time.sleep(self.seconds)
         self.first.set()
         return len(data)
 
@@ -102,6 +104,7 @@ class Echo:
         works["deny"] = self.deny
         works["large"] = lambda call: Answer.of(len(call.body))
         works["pour"] = lambda call: Answer(200, self.much())
+        works["nap"] = self.nap
         works["wait"] = lambda call: Answer(200, self.waiting)
         if name == "take":
             return Route("test.take", self.taken, body_limit=8_000_000, sink=self.taking.open)
@@ -124,6 +127,10 @@ class Echo:
     def taken(self, call: Call) -> Answer:
         assert not call.body and not self.taking.closed.is_set()
         return Answer.of(sum(call.sink.pieces))
+
+    def nap(self, call: Call) -> Answer:
+        time.sleep(2.5)  # longer than a head may take, in the tests of that
+        return Answer.of("rested")
 
     def deny(self, call: Call) -> Answer:
         authorize(ANNA, "test:Deny", "*")

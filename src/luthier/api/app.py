@@ -52,16 +52,14 @@ from luthier.api.threads import FairSlots, FairThreads, Threads
 from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
 from luthier.cancellation import cancelled_by
 from luthier.errors import ReadOnlyDisk, RefusedInput
-from luthier.limits import ServerLimits
-from luthier.serving.prompts import when_read
+from luthier.limits import BODY_BYTES, ServerLimits
+from luthier.serving.prompts import on_prompt_tokenized
 from luthier.serving.stream import metered
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
-LARGEST_SIGNED = 25_000_000
-"""Bytes of an upload that is signed whole: it is read before its sender is sure."""
 STREAMED_COST = 1 << 20
 """Bytes of memory for a body that is handed on as it comes."""
 THREADS, STREAMS = 64, 256
@@ -209,7 +207,7 @@ class Application:
             # The body is compared with its signed hash as it is read.
             signed = await self._run(self.authenticator.authenticate, head, None)
             seen.let_in("s3", signed.caller)
-            self.admit(signed.caller)
+            await self._run(self.admit, signed.caller)
             seen.operation = f"s3.{head.method}"
             account = signed.caller.account
             async with self._body_memory(account, head, STREAMED_COST):
@@ -292,7 +290,7 @@ class Application:
             # Of signatures the body is part: nobody's is read whose key is not known.
             signed = await self._run(self.authenticator.recognize, head)
             if signed is None and streamed:
-                limit, streamed = min(limit, LARGEST_SIGNED), False
+                limit, streamed = min(limit, BODY_BYTES), False
         client = signed.caller.account if signed else client_key(seen.address)
         size = limit if length is None else min(length, limit)
         async with AsyncExitStack() as receiving, AsyncExitStack() as turns:
@@ -309,9 +307,10 @@ class Application:
                 seen.let_in(seen.face, signed.caller)
                 seen.operation = route.operation
                 slots = self._gradings if route.grading else self._turns
-                await turns.enter_async_context(slots.turn(client))
+                # Who waits with a large body holds memory that others want.
+                seconds = self.limits.idle_seconds if len(body) > small else None
+                await turns.enter_async_context(slots.turn(client, seconds=seconds))
             await turns.enter_async_context(self._large_turn(client, len(body)))
-            await receiving.aclose()
             # One thread does all of it: to change threads costs as much as to look something up.
             work = partial(self._work, head, body, route, unknown, seen, signed)
             answer = await (self._attended(work, receive, seen) if takes_turns else self._run(work))
@@ -327,21 +326,18 @@ class Application:
 
     @asynccontextmanager
     async def _large_turn(self, client: str, size: int) -> AsyncIterator[None]:
-        """A turn for a body of ``size`` bytes, if that is large, until its prompt is tokens.
-
-        What a model writes for it afterwards takes no memory of the body's.
-        """
+        """A turn for a body of ``size`` bytes, if that is large, until its prompt is tokens."""
         if size <= self.limits.large_body_bytes:
             yield
             return
-        release = await self._large.take(client, seconds=self.limits.idle_seconds)
+        release = await self._large.acquire(client, seconds=self.limits.idle_seconds)
         loop = asyncio.get_running_loop()
 
         def in_loop() -> None:
             loop.call_soon_threadsafe(release)
 
         try:
-            with when_read(in_loop):
+            with on_prompt_tokenized(in_loop):
                 yield
         finally:
             release()
@@ -362,7 +358,7 @@ class Application:
             signed = await self._run(self.authenticator.authenticate, head, sent)
         seen.let_in(seen.face, signed.caller)
         seen.operation = route.operation
-        self.admit(signed.caller)
+        await self._run(self.admit, signed.caller)
         call = call_of(head, b"", route, signed.caller, seen, self.limits.json_values)
         with noted() as seen.asked, self._transfers.request(signed.caller.account) as run:
             with await run(route.sink, call) as sink:
@@ -399,7 +395,7 @@ class Application:
         if isinstance(answer.body, bytes):
             return
         try:
-            held.enter_context(self._streams.now(account))
+            held.enter_context(self._streams.try_turn(account))
         except Fault:
             await self._run(close_pieces, answer.body)
             raise

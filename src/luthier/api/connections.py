@@ -186,6 +186,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """An answer is sent; where its request is not whole, the connection ends after it."""
         super().on_response_complete()
         self._idle_since = self.loop.time()
+        if self._head_since is not None:
+            # Of a request that was sent ahead: while its turn had not come, nothing was read of it.
+            self._head_since = self._idle_since
         if self.cycle.response_complete and self.cycle.more_body:
             # To close at once could take the answer away from a client that is still sending.
             self._discard_since = self._idle_since
@@ -213,13 +216,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif self._discard_since is not None:
             if now - self._discard_since > limits.linger_seconds:
                 self.transport.close()
+        elif answering:
+            pass  # reading a body has limits of its own, and what is sent ahead has to wait
         elif self._head_since is not None:
             if now - self._head_since > limits.head_seconds:
                 text = (
                     f"The headers of a request have to come within {limits.head_seconds:g} seconds."
                 )
                 self._refuse(HTTPStatus.REQUEST_TIMEOUT, text)
-        elif not answering and now - self._idle_since > limits.idle_seconds:
+        elif now - self._idle_since > limits.idle_seconds:
             self.transport.close()
 
     def _stop_parsing(self, status: HTTPStatus, text: str) -> None:

@@ -17,7 +17,7 @@ Run = Callable[..., Awaitable[Any]]
 """Calls something that blocks, in a thread."""
 POLL_SECONDS = 0.5
 """After an empty piece: there is nothing yet, and it is asked for again."""
-LAST_SECONDS = 5.0
+INTERRUPTED_SECONDS = 5.0
 """For the end of a stream that the server cuts because it ends itself."""
 HELD = 1 << 20
 """Bytes of a body that is handed on as it comes: so many wait before a thread takes them."""
@@ -71,16 +71,19 @@ async def receive_body(receive: Receive, limits: ServerLimits) -> AsyncIterator[
         ClientGone: where it ends before its end.
     """
     clock = asyncio.get_running_loop().time
-    began, size, more = clock(), 0, True
+    waited, size, more = 0.0, 0, True
     while more:
-        late = began + limits.idle_seconds + size / limits.body_rate - clock()
+        left = limits.idle_seconds + size / limits.body_rate - waited
+        asked = clock()
         try:
-            message = await asyncio.wait_for(receive(), min(limits.idle_seconds, max(late, 0.001)))
+            message = await asyncio.wait_for(receive(), min(limits.idle_seconds, max(left, 0.001)))
         except TimeoutError:
             text = "Your socket connection to the server was not read from or written to in time."
             raise Fault("RequestTimeout", text) from None
         if message["type"] == "http.disconnect":
             raise ClientGone
+        # Only what the client took: it is not to blame where the server is slow with its last part.
+        waited += clock() - asked
         piece: bytes = message.get("body", b"")
         size += len(piece)
         yield piece
@@ -153,7 +156,7 @@ async def _stream(send: Send, receive: Receive, pieces: Iterator[bytes], run: Ru
         if (interrupt := getattr(pieces, "interrupt", None)) is not None:
             await run(interrupt)
             with suppress(TimeoutError):
-                await asyncio.wait_for(_rest(send, pieces, piece, run), LAST_SECONDS)
+                await asyncio.wait_for(_rest(send, pieces, piece, run), INTERRUPTED_SECONDS)
         raise
     finally:
         gone.cancel()

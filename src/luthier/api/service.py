@@ -21,7 +21,6 @@ from luthier.api.bedrock.face import BedrockFace
 from luthier.api.bedrock.identifiers import Invocable, ModelIds, invocable
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.connections import Connections
-from luthier.api.limits import RateLimits
 from luthier.api.metering import Meter
 from luthier.api.native.context import Context
 from luthier.api.native.face import native_face
@@ -29,6 +28,7 @@ from luthier.api.observability import Observer
 from luthier.api.openai import OpenAIFace
 from luthier.api.openai.chat import InvokedChat
 from luthier.api.policies import authorize
+from luthier.api.rate_limits import RateLimits
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.sts import STSFace
@@ -266,7 +266,10 @@ class Service:
             counted = session.execute(select(Job.state, func.count()).group_by(Job.state)).all()
         return {
             "jobs": {state: float(count) for state, count in counted},
-            "connections": {"": float(len(self.connections))},
+            "connections": {
+                "open": float(len(self.connections)),
+                "refused": float(self.connections.refused),
+            },
             "models_in_memory": {"": float(len(self.pool.loaded()))},
             "workers": {"": float(len(self.scheduler.children))},
             "memory_bytes": {

@@ -76,7 +76,7 @@ class STSFace:
         self._database, self._key = database, key
         self._body_bytes = limits.sts_body_bytes
         self._policy_chars, self._token_bytes = (
-            limits.session_policy_chars,
+            limits.session_policy_characters,
             limits.session_token_bytes,
         )
         self._actions: dict[str, Callable[[Call, Mapping[str, Any]], list[Element | None]]] = {

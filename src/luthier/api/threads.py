@@ -43,69 +43,69 @@ class FairSlots:
     used by the tasks of one event loop.
     """
 
-    def __init__(self, most: int, each: int, waiting: int = WAITING) -> None:
-        """``most`` slots, ``each`` of them for one account at most.
+    def __init__(self, capacity: int, per_client: int, waiting: int = WAITING) -> None:
+        """``capacity`` slots, ``per_client`` of them for one client at most.
 
-        ``waiting`` turns of an account may wait.
+        ``waiting`` turns of an client may wait.
         """
-        self.most, self.each, self.waiting = most, min(most, each), waiting
+        self.capacity, self.per_client, self.waiting = capacity, min(capacity, per_client), waiting
         self._held: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
 
     @asynccontextmanager
     async def turn(
-        self, account: str, weight: int = 1, seconds: float | None = None
+        self, client: str, weight: int = 1, seconds: float | None = None
     ) -> AsyncIterator[None]:
-        """Hold ``weight`` slots, or the account's share if that is less, when it is the account's turn.
+        """Hold ``weight`` slots, or the client's share if that is less, when it is the client's turn.
 
         Raises:
-            Fault: ``Throttling`` where too many of the account wait already, or its turn has not come
+            Fault: ``Throttling`` where too many of the client wait already, or its turn has not come
                 within ``seconds``.
         """
-        release = await self.take(account, weight, seconds)
+        release = await self.acquire(client, weight, seconds)
         try:
             yield
         finally:
             release()
 
-    async def take(
-        self, account: str, weight: int = 1, seconds: float | None = None
+    async def acquire(
+        self, client: str, weight: int = 1, seconds: float | None = None
     ) -> Callable[[], None]:
         """The same as :meth:`turn`; what is returned ends it, and does nothing when called again."""
-        weight = min(weight, self.each)
-        if self._next() is None and self._may(account, weight):
-            self._held[account] += weight
+        weight = min(weight, self.per_client)
+        if self._next() is None and self._may(client, weight):
+            self._held[client] += weight
         else:
             try:
                 async with asyncio.timeout(seconds):
-                    await self._wait(account, weight)
+                    await self._wait(client, weight)
             except TimeoutError:
                 raise _busy() from None
         taken = [weight]
 
         def release() -> None:
             if taken:
-                self._release(account, taken.pop())
+                self._release(client, taken.pop())
 
         return release
 
     @contextmanager
-    def now(self, account: str) -> Iterator[None]:
-        """Hold one at once; ``Throttling`` where there is none for the account."""
-        if not self._may(account, 1):
+    def try_turn(self, client: str) -> Iterator[None]:
+        """Hold one at once; ``Throttling`` where there is none for the client."""
+        if not self._may(client, 1):
             raise _busy()
-        self._held[account] += 1
+        self._held[client] += 1
         try:
             yield
         finally:
-            self._release(account, 1)
+            self._release(client, 1)
 
-    def _may(self, account: str, weight: int) -> bool:
-        share = self._held[account] + weight <= self.each
-        return share and self._held.total() + weight <= self.most
+    def _may(self, client: str, weight: int) -> bool:
+        share = self._held[client] + weight <= self.per_client
+        return share and self._held.total() + weight <= self.capacity
 
-    async def _wait(self, account: str, weight: int) -> None:
-        queue = self._waiting.setdefault(account, deque())
+    async def _wait(self, client: str, weight: int) -> None:
+        queue = self._waiting.setdefault(client, deque())
         if len(queue) >= self.waiting:
             raise _busy()
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -114,49 +114,48 @@ class FairSlots:
             await mine
         except asyncio.CancelledError:
             if not mine.cancelled():
-                self._release(account, weight)  # it was given in the same moment
+                self._release(client, weight)  # it was given in the same moment
             else:
-                self._leave(account, mine)
+                self._leave(client, mine)
             raise
 
-    def _leave(self, account: str, given_up: asyncio.Future[None]) -> None:
-        left = deque(entry for entry in self._waiting[account] if entry[0] is not given_up)
+    def _leave(self, client: str, given_up: asyncio.Future[None]) -> None:
+        # Its entry may be gone already: whoever released a slot skipped it in the same moment.
+        left = deque(entry for entry in self._waiting.pop(client, ()) if entry[0] is not given_up)
         if left:
-            self._waiting[account] = left
-        else:
-            del self._waiting[account]
+            self._waiting[client] = left
         self._give()
 
-    def _release(self, account: str, weight: int) -> None:
-        self._held[account] -= weight
-        if not self._held[account]:
-            del self._held[account]
+    def _release(self, client: str, weight: int) -> None:
+        self._held[client] -= weight
+        if not self._held[client]:
+            del self._held[client]
         self._give()
 
     def _give(self) -> None:
         """Give turns to those that wait, as long as there is enough for the next."""
-        while (account := self._next()) is not None:
-            queue = self._waiting[account]
+        while (client := self._next()) is not None:
+            queue = self._waiting[client]
             mine, weight = queue[0]
-            if not self._may(account, weight):
+            if not self._may(client, weight):
                 # Nobody passes it: light turns would keep a heavy one waiting without end.
                 return
             queue.popleft()
-            self._waiting.move_to_end(account)
+            self._waiting.move_to_end(client)
             if not queue:
-                del self._waiting[account]
+                del self._waiting[client]
             if not mine.done():
-                self._held[account] += weight
+                self._held[client] += weight
                 mine.set_result(None)
 
     def _next(self) -> str | None:
-        """Of those that wait and whose share allows a turn, the account that holds the least."""
+        """Of those that wait and whose share allows a turn, the client that holds the least."""
         able = [
-            account
-            for account, queue in self._waiting.items()
-            if self._held[account] + queue[0][1] <= self.each
+            client
+            for client, queue in self._waiting.items()
+            if self._held[client] + queue[0][1] <= self.per_client
         ]
-        return min(able, key=lambda account: self._held[account], default=None)
+        return min(able, key=lambda client: self._held[client], default=None)
 
 
 class FairThreads:
@@ -197,5 +196,5 @@ class FairThreads:
 
 
 def _busy() -> Fault:
-    text = "Too many requests of this account are being answered. Please wait and try again."
+    text = "Too many requests of this account or address are at work. Please wait and try again."
     return Fault("Throttling", text, retry_after=2)

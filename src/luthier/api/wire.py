@@ -30,7 +30,7 @@ from luthier.errors import (
 )
 from luthier.files import Sink
 from luthier.graders.json_schema import depth_of
-from luthier.limits import ServerLimits
+from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.setting_names import SettingName, with_setting_names
 from luthier.store.sessions import ASSUMED, TemporarySession
 from luthier.store.text import check_storable
@@ -140,11 +140,7 @@ class Call:
                 not finite.
             Fault: RequestEntityTooLarge for more than ``json_values`` values.
         """
-        # Counted as they would be outside of texts: to tell them apart takes as long as parsing.
-        if sum(map(self.body.count, (b",", b"[", b"{"))) > self.json_values:
-            text = f"The body of the request has more than {self.json_values:,} values."
-            raise Fault("RequestEntityTooLarge", text)
-        return parse_json(self.body) if self.body.strip() else None
+        return parse_json(self.body, self.json_values) if self.body.strip() else None
 
 
 def _check_depth(value: Any) -> None:
@@ -168,11 +164,14 @@ def _check_texts(value: Any) -> None:
             left += part.values()
 
 
-def parse_json(data: bytes) -> Any:
-    """What a client sent as JSON; raises :class:`ValueError` as :attr:`Call.json` does.
+def parse_json(data: bytes, most_values: int) -> Any:
+    """What a client sent as JSON, with at most ``most_values`` values; raises as :attr:`Call.json`.
 
     Refused is, too, text that no database keeps: U+0000, and halves of surrogate pairs.
     """
+    # Counted as they would be outside of texts: to tell them apart takes as long as parsing.
+    if sum(map(data.count, (b",", b"[", b"{"))) > most_values:
+        raise Fault("RequestEntityTooLarge", f"It has more than {most_values:,} values of JSON.")
     try:
         # Given bytes, json would take UTF-16 and halves of pairs as well.
         found = json.loads(data.decode("utf-8-sig"), parse_constant=_not_finite)
@@ -281,7 +280,7 @@ class Route:
     handler: Handler
     params: Mapping[str, str] = field(default_factory=dict)
     """Segments of the path by name, each decoded once."""
-    body_limit: int = 25_000_000
+    body_limit: int = BODY_BYTES
     """Bytes of a body at most; a larger one is refused before it is read whole."""
     long: bool = False
     """Whether it takes a model's time: such requests take turns, account by account."""

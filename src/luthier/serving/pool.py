@@ -17,7 +17,7 @@ from luthier.engine.memory import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request
 from luthier.serving.memory import CacheBudget
-from luthier.serving.prompts import BOUNDS, PromptBounds, PromptLimit, prompt_is_read
+from luthier.serving.prompts import BOUNDS, PromptBounds, PromptLimit, prompt_tokenized
 from luthier.serving.stream import Stream, count_tokens, metered_stream
 from luthier.types import Row
 
@@ -105,7 +105,7 @@ class ModelPool:
             self._release(entry)
             raise
         stream.at_end(lambda: self._release(entry))
-        prompt_is_read()
+        prompt_tokenized()
         return cancellable(metered_stream(stream, model_id))
 
     def count(self, model_id: str, prompt: Prompt) -> int:
@@ -133,7 +133,7 @@ class ModelPool:
         """
         with self._using(model_id) as entry:
             read = [entry.reader.read(text) for text in texts]
-            prompt_is_read()
+            prompt_tokenized()
             found = [entry.reader.embed(text, tokens) for text, tokens in read]
         count_tokens(model_id, sum(each.tokens for each in found))
         return found

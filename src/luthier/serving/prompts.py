@@ -157,22 +157,22 @@ def _written(value: Any) -> int:
         raise RecipeError(f"it cannot be written as JSON: {error}") from error
 
 
-_when_read: ContextVar[Callable[[], None]] = ContextVar("when_read", default=lambda: None)
+_tokenized: ContextVar[Callable[[], None]] = ContextVar("tokenized", default=lambda: None)
 
 
 @contextmanager
-def when_read(act: Callable[[], None]) -> Iterator[None]:
+def on_prompt_tokenized(act: Callable[[], None]) -> Iterator[None]:
     """``act`` is called when the prompt of the request in the block is tokens.
 
     What follows is the model's work, and takes little memory beside the model's own.
     """
-    token = _when_read.set(act)
+    token = _tokenized.set(act)
     try:
         yield
     finally:
-        _when_read.reset(token)
+        _tokenized.reset(token)
 
 
-def prompt_is_read() -> None:
+def prompt_tokenized() -> None:
     """Tell whoever waits for it that a prompt is tokens now."""
-    _when_read.get()()
+    _tokenized.get()()

@@ -10,6 +10,7 @@ from luthier.api.bedrock.control import Control, Operate, handler
 from luthier.api.bedrock.hyperparameters import setting_name
 from luthier.api.bedrock.operations import Operations, operations
 from luthier.api.wire import Answer, Call, Fault, Handler, Route
+from luthier.limits import BODY_BYTES
 
 CONTROL: Mapping[str, Operate] = {
     **foundation.OPERATIONS,
@@ -21,8 +22,8 @@ CONTROL: Mapping[str, Operate] = {
 }
 """The operations of the control plane by their names."""
 
-RUNTIME_BODY, CONTROL_BODY = 25_000_000, 2_000_000
-"""Bytes of a request at most."""
+CONTROL_BODY = 2_000_000
+"""Bytes of a request to the control plane at most."""
 _REQUEST_ID = "x-amzn-RequestId"
 _STATUS = {
     "UnknownOperation": 404,
@@ -65,7 +66,7 @@ class BedrockFace:
         operation, params = found
         runtime = operation.service == "bedrock-runtime"
         answer = _identified(self._handlers.get(operation.name) or _refusing(operation.name))
-        limit = RUNTIME_BODY if runtime else CONTROL_BODY
+        limit = BODY_BYTES if runtime else CONTROL_BODY
         return Route(operation.name, answer, params, limit, long=runtime)
 
     def refusal(self, fault: Fault, request_id: str) -> Answer:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -20,7 +20,8 @@ from luthier.api.openai.errors import error_of, status_of
 from luthier.api.wire import Caller, Fault, parse_json
 from luthier.errors import DoesNotFit, LuthierError, QuotaExceeded
 from luthier.jobs.supervisor import Watch
-from luthier.serving.prompts import when_read
+from luthier.limits import BODY_BYTES, ServerLimits
+from luthier.serving.prompts import on_prompt_tokenized
 from luthier.serving.stream import metered
 from luthier.store import batches as store
 from luthier.store.batches import Batch
@@ -38,10 +39,7 @@ _Answered = Future[tuple[bool, dict[str, Any]]]
 AT_ONCE = 8
 """Lines of a batch that are answered side by side."""
 MOST_LINES = 50_000
-LARGE_LINE = 1 << 17
-"""Bytes of a line that is parsed and tokenized when no other one is, of any batch of this server."""
-LONGEST_LINE = 25_000_000
-"""Bytes of a line, as of the body of a request."""
+LONGEST_LINE = BODY_BYTES
 MOST_ERRORS = 50
 """What is wrong with more lines is not told."""
 RENEWED = store.LEASE.total_seconds() / 3
@@ -62,10 +60,12 @@ class BatchRunner:
         files: UploadedFiles,
         endpoints: Mapping[str, Answers],
         count: Count = lambda account, model, used: None,
+        limits: ServerLimits | None = None,
     ) -> None:
         """``count`` is told what an account used, of which model."""
-        self.count = count
+        self.count, self.limits = count, limits or ServerLimits()
         self.database, self.files, self.endpoints = database, files, endpoints
+        # A large line is parsed and tokenized when no other one is, of any batch of this server.
         self._large_line = threading.Lock()
         self._token = secrets.token_hex(8)
         self.watch = Watch(store.LEASE.total_seconds())
@@ -143,7 +143,7 @@ class BatchRunner:
             self._fail(batch, [_error("file_not_found", "The input file is gone.", None)])
             return
         if batch.status == store.VALIDATING:
-            total, errors = _problems(_lines(self.files.read(row)), batch.endpoint)
+            total, errors = self._problems(_lines(self.files.read(row)), batch.endpoint)
             if errors:
                 self._fail(batch, errors)
                 return
@@ -155,6 +155,42 @@ class BatchRunner:
         # Read again, and line by line: files are larger than what should lie in memory.
         if self._answer_all(batch, _lines(self.files.read(row))):
             self._finish(batch)
+
+    def _problems(
+        self, lines: Iterable[tuple[int, bytes]], endpoint: str
+    ) -> tuple[int, list[dict[str, Any]]]:
+        """How many lines an input file has, and what is wrong with them."""
+        count, found = 0, list[dict[str, Any]]()
+        first: dict[str, int] = {}
+        for number, line in lines:
+            count += 1
+            if count > MOST_LINES:
+                text = f"A batch has at most {MOST_LINES:,} lines."
+                return count, [_error("too_many_lines", text, None)]
+            if len(line) > LONGEST_LINE:
+                text = f"A line has at most {LONGEST_LINE:,} bytes."
+                found.append(_error("line_too_large", text, number))
+                continue
+            if len(found) > MOST_ERRORS:
+                continue
+            try:
+                with (
+                    self._large_line if len(line) > self.limits.large_body_bytes else nullcontext()
+                ):
+                    asked = parse_json(line, self.limits.json_values)
+            except Fault as fault:
+                found.append(_error("line_too_large", fault.message, number))
+                continue
+            except ValueError as error:
+                told = f"The line is no JSON: {error}."
+                found.append(_error("invalid_json_line", told, number))
+                continue
+            code, text, param = _problem(asked, endpoint, first, number)
+            if code:
+                found.append(_error(code, text, number, param))
+        if not count:
+            found.append(_error("empty_file", "The input file has no lines.", None))
+        return count, found
 
     def _answer_all(self, batch: Batch, lines: Iterable[tuple[int, bytes]]) -> bool:
         """Answer what is not answered; whether the batch is through, and not only this server."""
@@ -213,9 +249,9 @@ class BatchRunner:
 
     def _answer(self, batch: Batch, line: bytes) -> tuple[bool, dict[str, Any]]:
         with ExitStack() as turn:
-            if len(line) > LARGE_LINE:
+            if len(line) > self.limits.large_body_bytes:
                 turn.enter_context(self._large_line)
-                turn.enter_context(when_read(turn.close))
+                turn.enter_context(on_prompt_tokenized(turn.close))
             return self._answer_parsed(batch, json.loads(line))
 
     def _answer_parsed(self, batch: Batch, asked: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
@@ -304,37 +340,6 @@ def _lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
             break
     if rest.strip():
         yield number + 1, rest
-
-
-def _problems(
-    lines: Iterable[tuple[int, bytes]], endpoint: str
-) -> tuple[int, list[dict[str, Any]]]:
-    """How many lines an input file has, and what is wrong with them."""
-    count, found = 0, list[dict[str, Any]]()
-    first: dict[str, int] = {}
-    for number, line in lines:
-        count += 1
-        if count > MOST_LINES:
-            text = f"A batch has at most {MOST_LINES:,} lines."
-            return count, [_error("too_many_lines", text, None)]
-        if len(line) > LONGEST_LINE:
-            text = f"A line has at most {LONGEST_LINE:,} bytes."
-            found.append(_error("line_too_large", text, number))
-            continue
-        if len(found) > MOST_ERRORS:
-            continue
-        try:
-            asked = parse_json(line)
-        except ValueError as error:
-            told = f"The line is no JSON: {error}."
-            found.append(_error("invalid_json_line", told, number))
-            continue
-        code, text, param = _problem(asked, endpoint, first, number)
-        if code:
-            found.append(_error(code, text, number, param))
-    if not count:
-        found.append(_error("empty_file", "The input file has no lines.", None))
-    return count, found
 
 
 def _problem(

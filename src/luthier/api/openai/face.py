@@ -85,6 +85,7 @@ class OpenAIFace(Routing):
                 "/v1/responses": responses.answer,
             },
             count,
+            settings.limits,
         )
         super().__init__(
             (

@@ -12,9 +12,9 @@ from luthier.api.openai import errors
 from luthier.api.openai.methods import setting_name
 from luthier.api.wire import Answer, Call, Fault, Handler, Route
 from luthier.files import Sink
+from luthier.limits import BODY_BYTES
 
 PREFIXES = ("/openai/v1/", "/v1/")
-BODY_LIMIT = 25_000_000
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Operation:
     name: str
     """``files.create``: what policies, the audit log and metrics call it, behind ``openai.``."""
     handler: Handler
-    body_limit: int = BODY_LIMIT
+    body_limit: int = BODY_BYTES
     long: bool = False
     """Whether a model answers it."""
     grading: bool = False

@@ -7,7 +7,7 @@ import threading
 import pytest
 from principals_of import FIRST, OTHER
 
-from luthier.api.limits import BURST_SECONDS, RateLimits
+from luthier.api.rate_limits import BURST_SECONDS, RateLimits
 from luthier.api.wire import Caller, Fault
 from luthier.store import accounts
 from luthier.store.database import Database
