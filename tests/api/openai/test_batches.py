@@ -213,7 +213,7 @@ def test_who_lost_a_batch_does_not_end_it(
             assert store.claim(session, "another server", store.held(session)) is not None
         return 1 / 0
 
-    monkeypatch.setattr(batch_runner, "_problems", taken)
+    monkeypatch.setattr(runner, "_problems", taken)
     assert runner.run_once()
     assert client.batches.retrieve(made.id).status == "validating"
     with service.database.write() as session:
@@ -353,7 +353,7 @@ def test_a_failure_of_ours_fails_one_batch_only(
     made, later = created(client, [line(1)]), created(client, [line(1)])
     runner = BatchRunner(service.database, service.face.files, {CHAT: lambda caller, body: {}})
     with monkeypatch.context() as patched:
-        patched.setattr(batch_runner, "_problems", lambda *given: 1 / 0)
+        patched.setattr(runner, "_problems", lambda *given: 1 / 0)
         assert runner.run_once()
     batch = client.batches.retrieve(made.id)
     assert batch.status == "failed"
@@ -412,7 +412,7 @@ def test_a_line_without_end_is_not_read_to_its_end(
 def test_a_line_with_more_values_than_a_body_may_have_is_refused(
     client: openai.OpenAI, service: Any
 ) -> None:
-    many = json.loads(line(1)) | {"custom_id": "many", "x": [[]] * 2000}
+    many = line(1) | {"custom_id": "many", "x": [[]] * 2000}
     made = created(client, [line(2), json.dumps(many)])
     limits = ServerLimits(json_values=1000)
     assert BatchRunner(service.database, service.face.files, {}, limits=limits).run_once()
