@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, SerializeAsAny
 from pydantic.json_schema import SkipJsonSchema
 
-from luthier.cancellation import cancellable
+from luthier.cancellation import Running, cancellable
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Grader, Multi, Trouble, Ungraded
 from luthier.graders.python_source import SandboxedFunction
@@ -77,36 +77,17 @@ class ConfinedWork:
                 self._subject,
                 "for what was sent",
             )
-        use = cancellable(_Use(process))
+        running = cancellable(Running(process.kill))
         try:
             yield process
         finally:
-            use.end()
+            running.finish()
             with self._lock:
                 keep = process.alive and not self._closed and len(self._idle) < IDLE
                 if keep:
                     self._idle.append(process)
             if not keep:
                 process.close()
-
-
-class _Use:
-    """A process while one request is at work in it; afterwards it may be another's."""
-
-    def __init__(self, process: ConfinedProcess) -> None:
-        self._process: ConfinedProcess | None = process
-        self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """End the work."""
-        with self._lock:
-            if self._process is not None:
-                self._process.kill()
-
-    def end(self) -> None:
-        """The work is done."""
-        with self._lock:
-            self._process = None
 
 
 class ConfinedGrader(Grader):
