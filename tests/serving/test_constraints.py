@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import validate
 
+from luthier.cancellation import Cancellable, cancelled_by
 from luthier.data.chat import ChatFormat
 from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.constraints import Constraints, SchemaTrials
@@ -143,6 +145,25 @@ def test_schemas_that_take_too_much(
         took.append(time.monotonic() - started)
     assert took[1] < 0.2  # it is known by now
     assert not constraints.schema({"type": "string"}).finished
+
+
+def test_a_client_that_hangs_up_spoils_no_schema() -> None:
+    trials = SchemaTrials(ConfinedWork(60, 256 << 20, "the JSON schema"), 2)
+    schema = {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]}
+    grammar = json.dumps({"grammars": [{"json_schema": schema}]})
+    cancelled: list[Cancellable] = []
+
+    def hang_up(work: Cancellable) -> None:
+        cancelled.append(work)
+        threading.Timer(0.3, work.close).start()
+
+    with cancelled_by(hang_up):
+        for _ in range(2):
+            with pytest.raises(InferenceFailed) as failed:
+                trials.check(grammar)
+            assert failed.value.code == "ServiceUnavailable"
+    assert len(cancelled) == 2  # the second was tried anew
+    trials.close()
 
 
 def test_too_many_trials_are_told_to_wait(

@@ -18,14 +18,11 @@ from luthier.cancellation import Running, cancellable
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Grader, Multi, Trouble, Ungraded
 from luthier.graders.python_source import SandboxedFunction
-from luthier.serving.confined import ConfinedProcess
+from luthier.serving.confined_process import ConfinedProcess, Interrupted, TakesTooMuch
 
 IDLE = 1
 """Processes that wait for work; further ones end with theirs."""
-
-
-class TakesTooMuch(RecipeError):
-    """Work was ended at its limit of time or memory."""
+CLOSED = "the service is ending"
 
 
 class ConfinedWork:
@@ -48,11 +45,15 @@ class ConfinedWork:
         """What the process answers.
 
         Raises:
-            TakesTooMuch: where it was ended: by a limit, or because the client hung up.
+            TakesTooMuch: where it reached a limit, or what works on it failed: it would again.
+            Interrupted: where it was ended for another reason: the client hung up, the machine is busy
+                or out of memory, the service is ending.
         """
         try:
             with self._process() as process:
                 return process.ask(call, **given)
+        except Interrupted:
+            raise
         except RecipeError as error:
             text = str(error)
             raise TakesTooMuch(f"{text[:1].upper()}{text[1:]}.") from error
@@ -68,6 +69,8 @@ class ConfinedWork:
     @contextmanager
     def _process(self) -> Iterator[ConfinedProcess]:
         with self._lock:
+            if self._closed:
+                raise Interrupted(CLOSED)
             process = self._idle.pop() if self._idle else None
         if process is None:
             process = ConfinedProcess(
@@ -76,6 +79,7 @@ class ConfinedWork:
                 self.seconds,
                 self._subject,
                 "for what was sent",
+                CLOSED,
             )
         running = cancellable(Running(process.kill))
         try:
@@ -110,7 +114,7 @@ class ConfinedGrader(Grader):
         return True
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """The grader's scores; :class:`TakesTooMuch` where it was ended."""
+        """The grader's scores; :class:`TakesTooMuch` or :class:`Interrupted` where it was ended."""
         found = self.work.ask(
             "grade",
             grader=self.grader.model_dump(mode="json"),

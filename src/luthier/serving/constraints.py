@@ -21,7 +21,8 @@ from torch import Tensor
 from luthier.data.chat import panics_refused
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import depth_of
-from luthier.serving.confined_work import ConfinedWork, TakesTooMuch
+from luthier.serving.confined_process import Interrupted, TakesTooMuch
+from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Tool
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ class SchemaTrials:
 
         Raises:
             InferenceRefused: with the reason.
-            InferenceFailed: ``Throttling`` where too many others are tried.
+            InferenceFailed: ``Throttling`` where too many others are tried, ``ServiceUnavailable``
+                where the trial was interrupted.
         """
         key = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
         with self._lock:
@@ -122,6 +124,9 @@ class SchemaTrials:
             error: str = self._work.ask("grammar", grammar=grammar)
         except TakesTooMuch as refused:
             return f"{refused} Use a simpler one."
+        except Interrupted as interrupted:  # says nothing of the schema, and is not remembered
+            text = "The JSON schema could not be checked. Please try again."
+            raise InferenceFailed("ServiceUnavailable", text) from interrupted
         finally:
             self._turns.release()
         return _refusal(error) if error else ""
