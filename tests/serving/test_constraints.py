@@ -29,6 +29,7 @@ from luthier.serving.inference import (
     Tool,
     Turn,
 )
+from luthier.serving.turns import FairTurns
 
 
 def test_characters_of_several_tokens_come_whole(opened: Decoder) -> None:
@@ -121,7 +122,7 @@ def test_schemas_that_cannot_be_enforced(
 
 @pytest.fixture(scope="module")
 def trials() -> Iterator[SchemaTrials]:
-    made = SchemaTrials(ConfinedWork(2, 256 << 20, "the JSON schema"), 2)
+    made = SchemaTrials(ConfinedWork(2, 256 << 20, "the JSON schema"), FairTurns(2, 30))
     yield made
     made.close()
 
@@ -148,7 +149,7 @@ def test_schemas_that_take_too_much(
 
 
 def test_a_client_that_hangs_up_spoils_no_schema() -> None:
-    trials = SchemaTrials(ConfinedWork(60, 256 << 20, "the JSON schema"), 2)
+    trials = SchemaTrials(ConfinedWork(60, 256 << 20, "the JSON schema"), FairTurns(2, 30))
     schema = {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]}
     grammar = json.dumps({"grammars": [{"json_schema": schema}]})
     cancelled: list[Cancellable] = []
@@ -166,19 +167,12 @@ def test_a_client_that_hangs_up_spoils_no_schema() -> None:
     trials.close()
 
 
-def test_too_many_trials_are_told_to_wait(
-    trials: SchemaTrials, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("luthier.serving.constraints.TRIAL_SECONDS", 0.1)
-    for _ in range(2):
-        trials._turns.acquire()
-    try:
-        with pytest.raises(InferenceFailed) as failed:
-            trials.check("start: /never tried before/")
-        assert failed.value.code == "Throttling"
-    finally:
-        for _ in range(2):
-            trials._turns.release()
+def test_too_many_trials_are_told_to_wait() -> None:
+    turns = FairTurns(1, 0.1)
+    trials = SchemaTrials(ConfinedWork(2, 256 << 20, "the JSON schema"), turns)
+    with turns.turn(), pytest.raises(InferenceFailed) as failed:
+        trials.check("start: /never tried before/")
+    assert failed.value.code == "Throttling"
 
 
 TOOLS = (

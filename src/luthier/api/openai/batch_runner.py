@@ -22,6 +22,7 @@ from luthier.errors import DoesNotFit, LuthierError, QuotaExceeded
 from luthier.jobs.supervisor import Watch
 from luthier.serving.prompts import when_read
 from luthier.serving.stream import metered
+from luthier.serving.turns import working_for
 from luthier.store import batches as store
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now
@@ -222,7 +223,8 @@ class BatchRunner:
         try:
             caller = self._caller(batch)
             self.count(batch.account, "", Used(requests=1))
-            with metered(partial(self._count_tokens, batch.account)):
+            count = partial(self._count_tokens, batch.account)
+            with metered(count), working_for(batch.account):
                 answer = self.endpoints[batch.endpoint](caller, asked["body"])
             status = 200
         except Fault as fault:
