@@ -7,6 +7,7 @@ nothing happens.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,27 @@ class Cancellable(Protocol):
 
     def close(self) -> None:
         """End it now. Any thread may, also when it has ended."""
+
+
+class Running:
+    """Work that ``kill`` ends. Once it is finished nothing is killed: what did it, a process or its
+    number, may be another's by then.
+    """
+
+    def __init__(self, kill: Callable[[], object]) -> None:
+        self._kill, self._finished = kill, False
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """See :meth:`Cancellable.close`."""
+        with self._lock:
+            if not self._finished:
+                self._kill()
+
+    def finish(self) -> None:
+        """The work is done; a kill under way has ended when this returns."""
+        with self._lock:
+            self._finished = True
 
 
 Work = TypeVar("Work", bound=Cancellable)

@@ -112,8 +112,11 @@ class ServerLimits(AccountQuotas):
     """Processor time to read such a schema; one that takes longer is answered 400."""
     schema_memory_bytes: int = Field(default=64 * MIB, ge=32 * MIB)
     """Memory for that, beside 50 MB of the process."""
-    schema_tries: int = Field(default=2, ge=1)
-    """Schemas that are read for the first time at once; further ones are answered 429."""
+    schema_checks_at_once: int = Field(default=2, ge=1)
+    """Schemas that are read for the first time at once, of which one account has half, but one at
+    least; further ones wait for schema_wait_seconds, and are answered 429 then."""
+    schema_wait_seconds: float = Field(default=30, ge=0)
+    """For which a schema waits for its turn to be read for the first time."""
     sts_body_bytes: int = Field(default=64 * KIB, ge=1024)
     """Body of a request to STS; a longer one is answered 413."""
     session_policy_characters: int = Field(default=2048, ge=64)

@@ -14,7 +14,7 @@ import pytest
 
 from luthier.cancellation import Cancellable, cancelled_by
 from luthier.errors import GradingFailed, RecipeError, RowRefused
-from luthier.graders import Answer, Code, graded, sandbox
+from luthier.graders import Answer, Code, graded, sandbox, sandbox_child
 from luthier.graders.code import code_of
 from luthier.graders.sandbox import Limits, SandboxError, check_sandbox, passes
 from luthier.types import Message, Row
@@ -223,6 +223,15 @@ def test_memory_is_limited_in_all(each: int, passed: bool) -> None:
     assert passes(EIGHT.format(each=each), "pass", Limits(seconds=30, memory_mb=256)) is passed
     assert time.monotonic() - started < 25
     assert left_over() == []
+
+
+def test_a_process_that_ends_while_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory can be read once, and is gone at the next look."""
+    sizes = iter(["100 40 30"])
+    monkeypatch.setattr(sandbox_child, "children", lambda proc, pid: [2] if pid == 1 else [])
+    monkeypatch.setattr(sandbox_child, "read", lambda proc, pid, name: next(sizes, ""))
+    assert sandbox_child.memory_in_use(-1, 1, 1 << 30) == 40 * os.sysconf("SC_PAGE_SIZE")
+    assert sandbox_child.memory_in_use(-1, 1, 1 << 30) == 0
 
 
 @isolated

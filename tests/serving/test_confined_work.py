@@ -20,7 +20,9 @@ from luthier.graders import (
     Ungraded,
     graded,
 )
-from luthier.serving.confined_work import ConfinedGrader, ConfinedWork, TakesTooMuch, confined
+from luthier.serving import confined_process
+from luthier.serving.confined_process import Interrupted, TakesTooMuch
+from luthier.serving.confined_work import ConfinedGrader, ConfinedWork, confined
 from luthier.types import Row
 
 GRADERS = [
@@ -86,11 +88,26 @@ def test_work_is_cancelled_and_nobody_elses(work: ConfinedWork) -> None:
         assert worker.alive
         threading.Timer(1, lambda: uses[1].close()).start()
         started = time.monotonic()
-        with pytest.raises(TakesTooMuch):
+        with pytest.raises(Interrupted):
             grader.grade([answer("ab" * 10**6, "ba" * 10**6)])
         assert time.monotonic() - started < 20
     patient.close()
     assert len(workers()) == len(work._idle)
+    with pytest.raises(Interrupted, match="the service is ending"):
+        grader.grade([answer("a", "a")])
+
+
+def test_a_process_that_cannot_start_is_no_fault_of_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fresh = ConfinedWork(2, 256 << 20, "the grader")
+    grader = confined(TextSimilarity(reference="{{item.a}}"), fresh)
+    with monkeypatch.context() as patch:
+        patch.setattr(confined_process.sys, "executable", "/nowhere/python")
+        with pytest.raises(Interrupted, match="cannot start"):
+            grader.grade([answer("a", "a")])
+    assert grader.grade([answer("a", "a")]) == [1.0]
+    fresh.close()
 
 
 def test_only_what_compares_texts_goes_there(work: ConfinedWork) -> None:

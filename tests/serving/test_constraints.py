@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import validate
 
+from luthier.cancellation import Cancellable, cancelled_by
 from luthier.data.chat import ChatFormat
 from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.constraints import Constraints, SchemaTrials
@@ -27,6 +29,7 @@ from luthier.serving.inference import (
     Tool,
     Turn,
 )
+from luthier.serving.turns import FairTurns
 
 
 def test_characters_of_several_tokens_come_whole(opened: Decoder) -> None:
@@ -119,7 +122,7 @@ def test_schemas_that_cannot_be_enforced(
 
 @pytest.fixture(scope="module")
 def trials() -> Iterator[SchemaTrials]:
-    made = SchemaTrials(ConfinedWork(2, 256 << 20, "the JSON schema"), 2)
+    made = SchemaTrials(ConfinedWork(2, 256 << 20, "the JSON schema"), FairTurns(2, 30))
     yield made
     made.close()
 
@@ -145,19 +148,31 @@ def test_schemas_that_take_too_much(
     assert not constraints.schema({"type": "string"}).finished
 
 
-def test_too_many_trials_are_told_to_wait(
-    trials: SchemaTrials, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("luthier.serving.constraints.TRIAL_SECONDS", 0.1)
-    for _ in range(2):
-        trials._turns.acquire()
-    try:
-        with pytest.raises(InferenceFailed) as failed:
-            trials.check("start: /never tried before/")
-        assert failed.value.code == "Throttling"
-    finally:
+def test_a_client_that_hangs_up_spoils_no_schema() -> None:
+    trials = SchemaTrials(ConfinedWork(60, 256 << 20, "the JSON schema"), FairTurns(2, 30))
+    schema = {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]}
+    grammar = json.dumps({"grammars": [{"json_schema": schema}]})
+    cancelled: list[Cancellable] = []
+
+    def hang_up(work: Cancellable) -> None:
+        cancelled.append(work)
+        threading.Timer(0.3, work.close).start()
+
+    with cancelled_by(hang_up):
         for _ in range(2):
-            trials._turns.release()
+            with pytest.raises(InferenceFailed) as failed:
+                trials.check(grammar)
+            assert failed.value.code == "ServiceUnavailable"
+    assert len(cancelled) == 2  # the second was tried anew
+    trials.close()
+
+
+def test_too_many_trials_are_told_to_wait() -> None:
+    turns = FairTurns(1, 0.1)
+    trials = SchemaTrials(ConfinedWork(2, 256 << 20, "the JSON schema"), turns)
+    with turns.turn(), pytest.raises(InferenceFailed) as failed:
+        trials.check("start: /never tried before/")
+    assert failed.value.code == "Throttling"
 
 
 TOOLS = (

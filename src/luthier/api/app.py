@@ -55,6 +55,7 @@ from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.serving.prompts import on_prompt_tokenized
 from luthier.serving.stream import metered
+from luthier.serving.turns import working_for
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
@@ -415,7 +416,7 @@ class Application:
         if route is None:
             raise unknown or Fault("UnknownOperation", "There is no such operation.")
         seen.operation = route.operation
-        with noted() as seen.asked, metered(seen.spend):
+        with noted() as seen.asked, metered(seen.spend), working_for(seen.account):
             call = call_of(head, body, route, signed.caller, seen, self.limits.json_values)
             answer = route.handler(call)
         self._note(seen)

@@ -45,6 +45,7 @@ from luthier.serving.constraints import SchemaTrials
 from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
 from luthier.serving.prompts import PromptBounds
+from luthier.serving.turns import FairTurns
 from luthier.store import bootstrap, removal
 from luthier.store.accounts import quotas_of
 from luthier.store.arns import Arns
@@ -91,7 +92,7 @@ class Service:
         limits = settings.limits
         self.schemas = SchemaTrials(
             ConfinedWork(limits.schema_seconds, limits.schema_memory_bytes, "the JSON schema"),
-            limits.schema_tries,
+            FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds),
             limits.schema_characters,
         )
         self.pool = ModelPool(

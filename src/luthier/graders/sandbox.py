@@ -26,14 +26,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from luthier.cancellation import cancellable
+from luthier.cancellation import Running, cancellable
 from luthier.errors import LuthierError, RecipeError
 
 MOST_SAID = 4096
@@ -134,36 +133,22 @@ def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
         pass_fds=(writes,),
         start_new_session=True,
     )
-    use = cancellable(_Use(process))
+
+    def kill() -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    running = cancellable(Running(kill))
     try:
         _, said = process.communicate(wanted, timeout=limits.seconds + START_S)
     except subprocess.TimeoutExpired:
         said = f"it was not built in {START_S:g} s; the machine may be overloaded".encode()
     finally:
-        use.close()
+        running.close()
         process.communicate()
-        use.end()
+        running.finish()
     if said:
         raise SandboxError(said.decode(errors="replace").strip()[-300:])
-
-
-class _Use:
-    """A sandbox while it is at work."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process, self._ended = process, False
-        self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """Kill all of it that is left."""
-        with self._lock, suppress(ProcessLookupError, PermissionError):
-            if not self._ended:
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    def end(self) -> None:
-        """It was waited for: its number may be another's."""
-        with self._lock:
-            self._ended = True
 
 
 @lru_cache(maxsize=4)

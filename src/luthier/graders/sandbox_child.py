@@ -78,7 +78,7 @@ def watch(proc: int, first: int, memory: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while os.waitpid(first, os.WNOHANG)[0] == 0:
         signal.sigtimedwait({signal.SIGCHLD}, WATCH_SECONDS)
-        if taken(proc, first, memory) > memory:
+        if memory_in_use(proc, first, memory) > memory:
             os.kill(first, signal.SIGKILL)
     # Without namespaces what is left is ours now, wherever it has put itself.
     while left := children(proc, os.getpid()):
@@ -87,7 +87,7 @@ def watch(proc: int, first: int, memory: int) -> None:
             os.waitpid(pid, 0)
 
 
-def taken(proc: int, first: int, memory: int) -> int:
+def memory_in_use(proc: int, first: int, memory: int) -> int:
     """Bytes of all processes below ``first``.
 
     Pages that several share count for each of them, unless that makes more than ``memory``: to divide
@@ -97,9 +97,8 @@ def taken(proc: int, first: int, memory: int) -> int:
     while waiting:
         pids.append(waiting.pop())
         waiting += children(proc, pids[-1])
-    pages = sum(
-        int(read(proc, pid, "statm").split()[1]) for pid in pids if read(proc, pid, "statm")
-    )
+    sizes = (read(proc, pid, "statm") for pid in pids)
+    pages = sum(int(size.split()[1]) for size in sizes if size)
     size = pages * resource.getpagesize()
     return size if size <= memory else sum(share(proc, pid) for pid in pids)
 

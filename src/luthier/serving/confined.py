@@ -8,16 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +17,7 @@ import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
-from luthier.serving.text_process import LONGEST, READ_SECONDS, receive, send
+from luthier.serving.confined_process import ConfinedProcess
 
 if TYPE_CHECKING:
     from luthier.store.models import StoredModel
@@ -34,11 +25,6 @@ if TYPE_CHECKING:
 
 SECONDS = 10
 """Of processor time for one request; a prompt of 100,000 tokens takes half a second."""
-PATIENCE = 120.0
-"""Seconds of the clock for one request; its processor time ends it before, unless others compute."""
-_KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
-"""Variables that the process has of this one: none with a secret."""
-_SET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def serving_format(stored: StoredModel) -> ChatFormat:
@@ -153,120 +139,6 @@ class _Asked:
         return ids
 
 
-class ConfinedProcess:
-    """A process with limits that answers one request at a time, and is started again where it ended.
-
-    Its module takes requests by :func:`luthier.serving.text_process.receive` and bounds the processor
-    time of each by itself. Safe to share between threads, which are answered in turns.
-    """
-
-    def __init__(
-        self, module: str, arguments: Sequence[str], seconds: int, subject: str, task: str
-    ) -> None:
-        """``module`` is run with a connection's descriptor, ``seconds``, and ``arguments``.
-
-        A refusal says that ``subject`` takes too much ``task``. Raises :class:`RecipeError` where the
-        process cannot begin.
-        """
-        self._command = (sys.executable, "-m", module)
-        self._arguments = (str(seconds), *arguments)
-        self._seconds, self._subject, self._task = seconds, subject, task
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
-        self._connection: socket.socket | None = None
-        self._finally: Callable[[], object] = lambda: None
-        self._closed = False
-        with self._lock:
-            self.about: dict[str, Any] = self._start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process is there: it was not ended by what it was asked last."""
-        return self._child is not None
-
-    def ask(self, call: str, **given: Any) -> Any:
-        """What the process says to ``call``.
-
-        Raises:
-            RecipeError: where it refuses, or takes too much time or memory.
-        """
-        with self._lock:
-            if self._child is None:
-                self._start()
-            return self._asked({"call": call, "given": given})
-
-    def kill(self) -> None:
-        """End what is under way; whoever asked is refused. Any thread may, without its turn."""
-        if (child := self._child) is not None:
-            child.kill()
-
-    def close(self) -> None:
-        """End the process; whoever asks later is refused."""
-        with self._lock:
-            self._closed = True
-            self._end()
-
-    def _start(self) -> dict[str, Any]:
-        if self._closed:
-            raise RecipeError("the model was unloaded")
-        ours, theirs = socket.socketpair()
-        with theirs:
-            child = subprocess.Popen(
-                [*self._command, str(theirs.fileno()), *self._arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env={name: os.environ[name] for name in _KEPT if name in os.environ} | _SET,
-                start_new_session=True,
-            )
-        self._child, self._connection = child, ours
-        self._finally = weakref.finalize(self, _ended, child, ours)
-        about: dict[str, Any] = self._asked(None)
-        return about
-
-    def _asked(self, asked: Mapping[str, Any] | None) -> Any:
-        connection = self._connection
-        assert connection is not None
-        began = time.monotonic()
-        try:
-            connection.settimeout(PATIENCE)
-            if asked is not None:
-                send(connection, asked)
-            told = receive(connection, LONGEST + 1024)
-        except (OSError, EOFError, ValueError) as error:
-            waited = time.monotonic() - began
-            raise RecipeError(self._why(waited, reading=asked is None)) from error
-        if "error" in told:
-            if asked is None:
-                self._end()
-            raise RecipeError(told["error"])
-        return told["result"]
-
-    def _why(self, waited: float, reading: bool) -> str:
-        """End the process; what is said of it."""
-        assert self._child is not None
-        if waited < PATIENCE:
-            with suppress(subprocess.TimeoutExpired):
-                self._child.wait(1)  # it is about to end by itself, and says why
-        status = self._child.poll()
-        self._end()
-        if status == -signal.SIGXCPU:
-            seconds = READ_SECONDS if reading else self._seconds
-            why = f"takes more than {seconds} seconds of processor time"
-        elif status == -signal.SIGABRT:
-            why = "takes more memory than it may have"  # libraries in Rust and C++ end so
-        elif status is None:
-            why = f"has not answered after {waited:.0f} seconds"
-        else:
-            why = f"ended its process (status {status})"
-        return f"{self._subject} {why} {'to be read' if reading else self._task}"
-
-    def _end(self) -> None:
-        self._finally()
-        self._child = self._connection = None
-
-
 class TextProcess(ConfinedProcess):
     """The process of one model."""
 
@@ -277,6 +149,7 @@ class TextProcess(ConfinedProcess):
             SECONDS,
             "the model's template or tokenizer",
             "on this text",
+            "the model was unloaded",
         )
 
     @property
@@ -288,9 +161,3 @@ class TextProcess(ConfinedProcess):
     def vocab_size(self) -> int:
         """Tokens without those that were added."""
         return int(self.about["vocab_size"])
-
-
-def _ended(child: subprocess.Popen[bytes], connection: socket.socket) -> None:
-    connection.close()
-    child.kill()
-    child.wait()

@@ -14,18 +14,15 @@ from typing import Any
 from pydantic import Field, SerializeAsAny
 from pydantic.json_schema import SkipJsonSchema
 
-from luthier.cancellation import cancellable
+from luthier.cancellation import Running, cancellable
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Grader, Multi, Trouble, Ungraded
 from luthier.graders.python_source import SandboxedFunction
-from luthier.serving.confined import ConfinedProcess
+from luthier.serving.confined_process import ConfinedProcess, Interrupted, TakesTooMuch
 
 IDLE = 1
 """Processes that wait for work; further ones end with theirs."""
-
-
-class TakesTooMuch(RecipeError):
-    """Work was ended at its limit of time or memory."""
+CLOSED = "the service is ending"
 
 
 class ConfinedWork:
@@ -48,11 +45,15 @@ class ConfinedWork:
         """What the process answers.
 
         Raises:
-            TakesTooMuch: where it was ended: by a limit, or because the client hung up.
+            TakesTooMuch: where it reached a limit, or what works on it failed: it would again.
+            Interrupted: where it was ended for another reason: the client hung up, the machine is busy
+                or out of memory, the service is ending.
         """
         try:
             with self._process() as process:
                 return process.ask(call, **given)
+        except Interrupted:
+            raise
         except RecipeError as error:
             text = str(error)
             raise TakesTooMuch(f"{text[:1].upper()}{text[1:]}.") from error
@@ -68,6 +69,8 @@ class ConfinedWork:
     @contextmanager
     def _process(self) -> Iterator[ConfinedProcess]:
         with self._lock:
+            if self._closed:
+                raise Interrupted(CLOSED)
             process = self._idle.pop() if self._idle else None
         if process is None:
             process = ConfinedProcess(
@@ -76,37 +79,19 @@ class ConfinedWork:
                 self.seconds,
                 self._subject,
                 "for what was sent",
+                CLOSED,
             )
-        use = cancellable(_Use(process))
+        running = cancellable(Running(process.kill))
         try:
             yield process
         finally:
-            use.end()
+            running.finish()
             with self._lock:
                 keep = process.alive and not self._closed and len(self._idle) < IDLE
                 if keep:
                     self._idle.append(process)
             if not keep:
                 process.close()
-
-
-class _Use:
-    """A process while one request is at work in it; afterwards it may be another's."""
-
-    def __init__(self, process: ConfinedProcess) -> None:
-        self._process: ConfinedProcess | None = process
-        self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """End the work."""
-        with self._lock:
-            if self._process is not None:
-                self._process.kill()
-
-    def end(self) -> None:
-        """The work is done."""
-        with self._lock:
-            self._process = None
 
 
 class ConfinedGrader(Grader):
@@ -129,7 +114,7 @@ class ConfinedGrader(Grader):
         return True
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """The grader's scores; :class:`TakesTooMuch` where it was ended."""
+        """The grader's scores; :class:`TakesTooMuch` or :class:`Interrupted` where it was ended."""
         found = self.work.ask(
             "grade",
             grader=self.grader.model_dump(mode="json"),

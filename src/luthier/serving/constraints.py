@@ -21,8 +21,10 @@ from torch import Tensor
 from luthier.data.chat import panics_refused
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import depth_of
-from luthier.serving.confined_work import ConfinedWork, TakesTooMuch
+from luthier.serving.confined_process import Interrupted, TakesTooMuch
+from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Tool
+from luthier.serving.turns import FairTurns, NoTurn
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -33,8 +35,6 @@ LARGEST = 200_000
 """Characters of a schema at most, where no server says otherwise."""
 DEPTH = 100
 """Levels of objects and lists in a schema: it is read by functions that call themselves."""
-TRIAL_SECONDS = 30.0
-"""For which a schema waits for others to be tried."""
 KNOWN = 1024
 """Results of trials that are kept."""
 _FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -82,10 +82,10 @@ class SchemaTrials:
     Safe to share between threads and models.
     """
 
-    def __init__(self, work: ConfinedWork, most: int, characters: int = LARGEST) -> None:
-        """``most`` grammars of at most ``characters`` are tried at once in processes of ``work``."""
+    def __init__(self, work: ConfinedWork, turns: FairTurns, characters: int = LARGEST) -> None:
+        """Grammars of at most ``characters`` are tried in processes of ``work``, by ``turns``."""
         self.characters = characters
-        self._work, self._turns = work, threading.BoundedSemaphore(most)
+        self._work, self._turns = work, turns
         self._known: OrderedDict[bytes, str] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -94,7 +94,8 @@ class SchemaTrials:
 
         Raises:
             InferenceRefused: with the reason.
-            InferenceFailed: ``Throttling`` where too many others are tried.
+            InferenceFailed: ``Throttling`` where too many others are tried, ``ServiceUnavailable``
+                where the trial was interrupted.
         """
         key = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
         with self._lock:
@@ -114,16 +115,17 @@ class SchemaTrials:
 
     def _tried(self, grammar: str) -> str:
         """What is wrong with it; empty where nothing is."""
-        if not self._turns.acquire(timeout=TRIAL_SECONDS):
-            raise InferenceFailed(
-                "Throttling", "Too many JSON schemas are being read. Please wait and try again."
-            )
         try:
-            error: str = self._work.ask("grammar", grammar=grammar)
+            with self._turns.turn():
+                error: str = self._work.ask("grammar", grammar=grammar)
+        except NoTurn as late:
+            text = "Too many JSON schemas are being read. Please wait and try again."
+            raise InferenceFailed("Throttling", text) from late
         except TakesTooMuch as refused:
             return f"{refused} Use a simpler one."
-        finally:
-            self._turns.release()
+        except Interrupted as interrupted:  # says nothing of the schema, and is not remembered
+            text = "The JSON schema could not be checked. Please try again."
+            raise InferenceFailed("ServiceUnavailable", text) from interrupted
         return _refusal(error) if error else ""
 
 

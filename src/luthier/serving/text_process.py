@@ -2,8 +2,9 @@
 
 A chat template is a program, and so is a tokenizer's pattern: neither can read or write anything here,
 but both can be written to take all time and memory there is. This process takes requests from the one
-that started it (:mod:`luthier.serving.confined`) and is ended by the kernel where one takes too much
-processor time. It cannot have more memory than it is told, and opens no file once the model is read.
+that started it (:mod:`luthier.serving.confined_process`) and is ended by the kernel where one takes too
+much processor time. It cannot have more memory than it is told, and opens no file once the model is
+read.
 
 Requests and replies are JSON behind four bytes of length.
 """

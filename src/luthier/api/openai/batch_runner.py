@@ -23,6 +23,7 @@ from luthier.jobs.supervisor import Watch
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.serving.prompts import on_prompt_tokenized
 from luthier.serving.stream import metered
+from luthier.serving.turns import working_for
 from luthier.store import batches as store
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now
@@ -258,7 +259,8 @@ class BatchRunner:
         try:
             caller = self._caller(batch)
             self.count(batch.account, "", Used(requests=1))
-            with metered(partial(self._count_tokens, batch.account)):
+            count = partial(self._count_tokens, batch.account)
+            with metered(count), working_for(batch.account):
                 answer = self.endpoints[batch.endpoint](caller, asked["body"])
             status = 200
         except Fault as fault:

@@ -11,7 +11,7 @@ from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Access, Body, body
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer as HttpAnswer
-from luthier.api.wire import Call, Caller
+from luthier.api.wire import Call, Caller, Fault
 from luthier.errors import LuthierError, RecipeError
 from luthier.graders import (
     Answer,
@@ -26,7 +26,8 @@ from luthier.graders import (
 from luthier.graders.base import TOO_LONG
 from luthier.graders.running import attempt
 from luthier.limits import ServerLimits
-from luthier.serving.confined_work import ConfinedWork, TakesTooMuch, confined
+from luthier.serving.confined_process import Interrupted, TakesTooMuch
+from luthier.serving.confined_work import ConfinedWork, confined
 from luthier.types import Row
 
 Judge = Callable[[str, str], str]
@@ -123,6 +124,9 @@ class Graders:
             score, parts, trouble = graded_once(grader, sample)
         except TakesTooMuch as refused:
             raise invalid(str(refused), "grader", "invalid_grader") from refused
+        except Interrupted as interrupted:
+            text = "The grader could not be run to its end. Please try again."
+            raise Fault("ServiceUnavailable", text, retry_after=5) from interrupted
         if trouble is not None and trouble.rule == TOO_LONG:
             raise invalid(f"The grader refuses this: {trouble.message}", "grader", "invalid_grader")
         return HttpAnswer.of(
@@ -148,6 +152,7 @@ def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float]
 
     Raises:
         TakesTooMuch: where the work was ended at its limit.
+        Interrupted: where it was ended for another reason.
     """
     troubles: dict[int, Trouble] = {}
     parts: dict[str, float] = {}
@@ -161,7 +166,7 @@ def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float]
             (score,), troubles = attempt(grader, [sample])
     except Ungraded as ungraded:
         troubles = ungraded.troubles
-    except TakesTooMuch:
+    except (TakesTooMuch, Interrupted):
         raise
     except LuthierError as error:
         troubles = {0: Trouble("grader.raised", str(error), "Mend the grader.")}

@@ -1,0 +1,17 @@
+"""Work that can be ended: while it runs, and never after."""
+
+from __future__ import annotations
+
+from luthier.cancellation import Cancellable, Running, cancellable, cancelled_by
+
+
+def test_what_has_finished_is_not_killed() -> None:
+    registered: list[Cancellable] = []
+    kills: list[int] = []
+    with cancelled_by(registered.append):
+        running = cancellable(Running(lambda: kills.append(1)))
+    registered[0].close()
+    assert kills == [1]
+    running.finish()
+    registered[0].close()
+    assert kills == [1]
