@@ -116,7 +116,7 @@ def append(session: Session, *events: Event) -> None:
             name: value[:LONGEST] if isinstance(value, str) else value
             for name, value in storable_value(asdict(event)).items()
         }
-        row = {**fields, "seq": head.seq + 1, "previous": head.hash}
+        row: dict[str, Any] = {**fields, "seq": head.seq + 1, "previous": head.hash}
         row["hash"] = _hash(row)
         head.seq, head.hash = row["seq"], row["hash"]
         rows.append(row)
