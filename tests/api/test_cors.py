@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 from luthier_server import BASE, KEYS, ONE, Served, home_with_tiny
 
-from luthier.api.cors import check_origins
+from luthier.api.bedrock.face import CONTROL
+from luthier.api.bedrock.operations import operations
+from luthier.api.cors import METHODS, check_origins
+from luthier.api.s3.operations import OPERATIONS
+from luthier.api.service import Service
+from luthier.api.settings import Settings
 from luthier.errors import RefusedInput
 
 PAGE, OTHER_PAGE, STRANGER = "https://app.example", "http://localhost:3000", "https://evil.example"
@@ -62,6 +67,21 @@ def test_a_preflight_of_an_allowed_origin_needs_no_key(server: Served, face: str
         assert headers["access-control-allow-headers"] == FACES[face][2]
         assert "Origin" in headers["vary"]
         assert "access-control-allow-credentials" not in headers
+
+
+def test_the_methods_of_all_routes_are_allowed(luthier_home: Path) -> None:
+    service = Service(Settings())
+    faces = service.application.faces  # type: ignore[attr-defined]
+    of_bedrock = operations().by_name
+    methods = [
+        {of_bedrock[name].method for name in (*CONTROL, "Converse", "InvokeModel")},
+        {each.method for each in faces.openai.operations},
+        {each.method for each in faces.native.operations},
+        {each.method for each in OPERATIONS},
+    ]
+    service.close()
+    assert all(methods)
+    assert set().union(*methods) == set(METHODS)
 
 
 @pytest.mark.parametrize("face", FACES)

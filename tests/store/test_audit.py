@@ -141,11 +141,12 @@ def test_an_entry_is_part_of_its_transaction(database: Database) -> None:
 def test_odd_values(database: Database) -> None:
     odd = "\x00\ud800é你" + "x" * 5000
     with database.write() as session:
-        append(session, Event("x:y", odd, user=odd, details={"count": 3, "name": "é"}))
+        append(session, Event("x:y", odd, user=odd, details={"count": 3, "name": odd}))
     assert broken(database) is None
     with database.read() as session:
         entry = entries(session)[0]
-    assert entry.resource.startswith("\ufffd?é你")
+    assert entry.resource.startswith("\ufffd\ufffdé你")
+    assert entry.details == {"count": 3, "name": "\ufffd\ufffdé你" + "x" * 5000}
     assert len(entry.resource) == 2048
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ from sqlalchemy import select, text
 
 from luthier.encryption import keys
 from luthier.errors import CorruptFile, RefusedInput, RunConflict
-from luthier.files import sha256_of, write_json
+from luthier.files import sha256_of, write_bytes, write_json
 from luthier.store import accounts, principals
 from luthier.store import backup as backups
 from luthier.store.audit import Event, append, last, verify
@@ -326,6 +330,64 @@ def test_work_that_goes_on_is_there_and_what_is_being_removed_is_not(
         "runs/tiny/job-half/result.json",
         "models/custom/tiny/job-done/adapter.safetensors", "models/custom/tiny/job-done/luthier.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_writers_wait_only_for_models_that_came_meanwhile(
+    database: Database, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Without hard links to copy all models would take longer than writers may wait."""
+    for name in ("same", "replaced", "removed"):
+        model_of(database, store, name, None)
+    step = store / "runs" / "tiny" / "replaced" / "checkpoints" / "step-1"
+    write_json(step / "state.json", {"sha256": {}})
+    model_of(database, store, "new", None)
+    (store / "models/custom/tiny/new").rename(tmp_path / "new")
+    meanwhile = list[str]()
+    waiting = False
+    link, without_writers = os.link, database.without_writers
+
+    def named(source: Path, target: Path) -> None:
+        if waiting:
+            meanwhile.append(source.relative_to(store).as_posix())
+        if not links:
+            raise OSError(errno.EXDEV, "another disk")
+        link(source, target)
+
+    @contextmanager
+    def after_changes() -> Iterator[None]:
+        nonlocal waiting
+        folder = store / "models" / "custom" / "tiny"
+        with database.write() as session:
+            session.execute(text("DELETE FROM custom_models WHERE name='removed'"))
+        shutil.rmtree(folder / "removed")
+        (tmp_path / "new").rename(folder / "new")
+        # Another of the same name and length, as a run that is started again stores it.
+        write_bytes(folder / "replaced" / "adapter.safetensors", b"REPLACED" * 50)
+        files = {"adapter.safetensors": sha256_of(folder / "replaced" / "adapter.safetensors")}
+        manifest = {"id": "tiny:replaced", "parent": None, "files": files}
+        write_json(folder / "replaced" / "luthier.json", manifest)
+        with without_writers():
+            waiting = True
+            yield
+        waiting = False
+
+    monkeypatch.setattr(os, "link", named)
+    monkeypatch.setattr(database, "without_writers", after_changes)
+    backup(database, store, tmp_path / "backup")
+    folders = {Path(name).parent.name for name in meanwhile if "models/custom" in name}
+    assert folders == {"new", "replaced"}
+    assert not any("checkpoints" in name for name in meanwhile)
+    files = tmp_path / "backup" / "files"
+    models = files / "models" / "custom" / "tiny"
+    there = {path.relative_to(models).as_posix() for path in models.rglob("*") if path.is_file()}
+    assert there == {
+        f"{model}/{name}"
+        for model in ("same", "replaced", "new")
+        for name in ("adapter.safetensors", "luthier.json")
+    }
+    assert (models / "replaced" / "adapter.safetensors").read_bytes() == b"REPLACED" * 50
+    assert (files / step.relative_to(store) / "state.json").exists()
 
 
 def test_one_backup_at_a_time(database: Database, store: Path, tmp_path: Path) -> None:

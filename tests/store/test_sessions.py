@@ -19,7 +19,6 @@ from luthier.store.sessions import (
     open_token,
     secret_of,
     session_principal,
-    session_signer,
 )
 
 SEALING = Sealing(KEY)
@@ -54,7 +53,7 @@ def begun(database: Database, *roles: str, **more: Any) -> TemporarySession:
 
 def signer(database: Database, temporary: TemporarySession) -> principals.Principal | None:
     with database.read() as session:
-        return session_signer(session, temporary, SEALING)
+        return session_principal(session, temporary)
 
 
 def test_a_token_gives_back_what_was_sealed(database: Database) -> None:
@@ -118,16 +117,19 @@ def test_a_key_that_another_user_has_now(database: Database) -> None:
     assert signer(database, own) is None
 
 
-def test_work_that_goes_on_after_its_key_asks_for_the_user_alone(database: Database) -> None:
+@pytest.mark.parametrize("change", ["key disabled", "key removed", "user disabled"])
+def test_a_session_ends_with_its_key_and_not_at_its_time(database: Database, change: str) -> None:
     temporary = begun(database, "tuner", name="work")
+    late = temporary.model_copy(update={"expires": now() - timedelta(hours=1)})
+    assert signer(database, late) is not None
     with database.write() as session:
-        principals.remove_key(session, principals.key_of(session, "AKIAANN"))
-    with database.read() as session:
-        assert session_principal(session, temporary) is not None
-    with database.write() as session:
-        principals.disable_user(session, principals.user_of(session, FIRST, "ann"))
-    with database.read() as session:
-        assert session_principal(session, temporary) is None
+        if change == "key disabled":
+            principals.disable_key(session, principals.key_of(session, "AKIAANN"))
+        elif change == "key removed":
+            principals.remove_key(session, principals.key_of(session, "AKIAANN"))
+        else:
+            principals.disable_user(session, principals.user_of(session, FIRST, "ann"))
+    assert signer(database, temporary) is None
 
 
 @pytest.mark.parametrize(

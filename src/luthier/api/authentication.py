@@ -16,7 +16,7 @@ from luthier.store.accounts import Watch
 from luthier.store.database import Database, now
 from luthier.store.principals import SHORT_TERM, Principal, bearer, digest_of, signer
 from luthier.store.sealing import Sealing, server_key
-from luthier.store.sessions import open_token, secret_of, session_signer
+from luthier.store.sessions import open_token, secret_of, session_principal
 
 LONGEST_SHORT_TERM = 12 * 3600
 """Seconds that a short-term key may be good for."""
@@ -137,7 +137,7 @@ class Authenticator:
 
         def read() -> Principal | None:
             with self._database.read() as database:
-                return session_signer(database, session, self._sealing)
+                return session_principal(database, session)
 
         found = self._remembered("session", access_key, read)
         if found is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from datetime import date
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
@@ -36,22 +37,20 @@ class Meter:
         """``write_seconds`` is how often counts are written."""
         self._database, self._write_seconds = database, write_seconds
         self._lock = threading.Lock()
-        self._used: dict[tuple[str, str], Used] = {}
+        self._used: dict[tuple[date, str, str], Used] = {}
         self._totals: dict[str, Used] = {}
         """By account, since the start."""
-        self._day = now().date()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="meter", daemon=True)
         self._thread.start()
 
     def count(self, account: str, model: str, used: Used) -> None:
-        """Add what ``account`` used, of the model with this stored id; empty for none."""
-        late = now().date() != self._day
-        if late:
-            # What was counted before midnight belongs to that day.
-            self.write()
+        """Add what ``account`` used, of the model with this stored id; empty for none.
+
+        It is called in the event loop, and so never writes.
+        """
         with self._lock:
-            self._used.setdefault((account, model), Used()).add(used)
+            self._used.setdefault((now().date(), account, model), Used()).add(used)
             known = account in self._totals or len(self._totals) < MOST_ACCOUNTS
             self._totals.setdefault(account if known else OTHER, Used()).add(used)
 
@@ -59,15 +58,15 @@ class Meter:
         """Write what was counted; where that fails it is written with the next."""
         with self._lock:
             used, self._used = self._used, {}
-            day, self._day = self._day, now().date()
         try:
             with self._database.write() as session:
                 stored = session.execute(select(Storage.account, Storage.stored_bytes)).all()
+                today = now().date()
                 for account, size in stored:
                     if size:
                         peak = Used(stored_bytes=size)
-                        used.setdefault((account, ""), Used()).add(peak)
-                add_usage(session, used, day)
+                        used.setdefault((today, account, ""), Used()).add(peak)
+                add_usage(session, used)
         except Exception:
             _log.exception("usage could not be written; it is tried again")
             with self._lock:

@@ -30,6 +30,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from luthier.errors import CorruptFile
 from luthier.files import lock, read_json, write_json
 from luthier.store.database import Base, now
+from luthier.store.text import storable_value
 
 GENESIS = "0" * 64
 """What stands before the first entry."""
@@ -110,7 +111,12 @@ def append(session: Session, *events: Event) -> None:
         head = _first_head(session)
     rows = []
     for event in events:
-        row = {**_storable(asdict(event)), "seq": head.seq + 1, "previous": head.hash}
+        # Names come from requests: what is endless is cut. Details are hashed as they will be read.
+        fields = {
+            name: value[:LONGEST] if isinstance(value, str) else value
+            for name, value in storable_value(asdict(event)).items()
+        }
+        row: dict[str, Any] = {**fields, "seq": head.seq + 1, "previous": head.hash}
         row["hash"] = _hash(row)
         head.seq, head.hash = row["seq"], row["hash"]
         rows.append(row)
@@ -330,16 +336,6 @@ def _rows_with_entries(session: Session) -> str:
     return ", ".join(
         f"{name.replace('_', ' ')} ({count})" for name, count in counts.items() if count
     )
-
-
-def _storable(row: dict[str, Any]) -> dict[str, Any]:
-    """Names come from requests: what a database cannot hold is replaced, what is endless is cut."""
-    return {
-        name: value.encode("utf-8", "replace").decode().replace("\0", "\ufffd")[:LONGEST]
-        if isinstance(value, str)
-        else value
-        for name, value in row.items()
-    }
 
 
 def _fields(entry: AuditEntry) -> dict[str, Any]:

@@ -189,7 +189,8 @@ def renew(
     job.lease_ends = now() + LEASE
     if worked is not None:
         seconds = max(0.0, worked - job.worked)
-        add_usage(session, {(job.account, ""): Used(training_seconds=seconds)})
+        used = Used(training_seconds=seconds)
+        add_usage(session, {(now().date(), job.account, ""): used})
         job.worked = worked
     if worker is not None:
         job.worker = dict(worker)

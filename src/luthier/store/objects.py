@@ -89,7 +89,7 @@ class Objects:
             storage.check(session, account, self.quotas(session, account), **adds)
 
     def begin(
-        self, account: str, size: int | None = None, *, freed: int = 0, objects: int = 0
+        self, account: str, size: int | None = None, *, freed: int = 0, **adds: int
     ) -> Writing:
         """A new file for bytes of the account, to be used in a ``with`` until rows name it.
 
@@ -97,7 +97,7 @@ class Objects:
             account: whose they are.
             size: bytes that will come, where that is known.
             freed: bytes that go as soon as they are named, and leave them their room.
-            objects: how many more there are then.
+            adds: how many more there are then of what else has a quota, as of :meth:`check`.
 
         Raises:
             QuotaExceeded: where there is no room; ``write`` raises it as soon as there is none.
@@ -105,7 +105,7 @@ class Objects:
         with self.database.read() as session:
             quotas = self.quotas(session, account)
             more = (1 if size is None else size) - freed
-            storage.check(session, account, quotas, stored_bytes=more, objects=objects)
+            storage.check(session, account, quotas, stored_bytes=more, **adds)
             used = storage.stored_by(session, account)["stored_bytes"]
         return self.files.begin(account, Room(quotas.stored_bytes, used, freed))
 

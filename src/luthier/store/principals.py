@@ -114,7 +114,7 @@ class Principal:
 
 def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | None:
     """Whose access key it is; ``None`` unless key, user and account may be used."""
-    found = _usable(session, AccessKey, AccessKey.id == access_key)
+    found = usable_access_key(session, access_key)
     if found is None:
         return None
     key, user = found
@@ -129,6 +129,11 @@ def bearer(session: Session, digest: str) -> Principal | None:
         return None
     key, user = found
     return Principal(user.account, user.name, user.documents, key.expires, id=user.unique_id)
+
+
+def usable_access_key(session: Session, access_key: str) -> tuple[AccessKey, User] | None:
+    """The access key and its user; ``None`` unless key, user and account may be used."""
+    return _usable(session, AccessKey, AccessKey.id == access_key)
 
 
 def _usable(
@@ -148,12 +153,6 @@ def _usable(
 
 def standing(session: Session, account: str, name: str) -> tuple[Document, ...] | None:
     """What a user may do now; ``None`` where user or account is disabled, or gone."""
-    user = enabled_user(session, account, name)
-    return None if user is None else user.documents
-
-
-def enabled_user(session: Session, account: str, name: str) -> User | None:
-    """A user; ``None`` where user or account is disabled, or gone."""
     row = session.execute(
         select(User, Account)
         .join(Account, Account.id == User.account)
@@ -162,7 +161,7 @@ def enabled_user(session: Session, account: str, name: str) -> User | None:
     if row is None or any(part.disabled for part in row):
         return None
     user: User = row[0]
-    return user
+    return user.documents
 
 
 def digest_of(key: str) -> str:

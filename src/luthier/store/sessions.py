@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from luthier.errors import CorruptFile
 from luthier.store.accounts import Account
 from luthier.store.iam_roles import IamRole
-from luthier.store.principals import AccessKey, Principal, enabled_user, signer
+from luthier.store.principals import Principal, usable_access_key
 from luthier.store.sealing import Sealing, purpose_key
 
 ASSUMED = "assumed-role"
@@ -83,29 +83,20 @@ def secret_of(key: bytes, access_key: str) -> str:
     return base64.urlsafe_b64encode(drawn).decode()
 
 
-def session_signer(
-    session: Session, temporary: TemporarySession, sealing: Sealing
-) -> Principal | None:
-    """Who signs with the credentials of ``temporary``, without the secret; ``None`` where it has ended.
-
-    That it has expired is not looked at: times are compared with each request.
-    """
-    owner = signer(session, temporary.access_key, sealing)
-    key = session.get(AccessKey, temporary.access_key)
-    if owner is None or key is None or key.created != temporary.key_created:
-        return None
-    if (owner.account, owner.user) != (temporary.account, temporary.user):
-        return None
-    return session_principal(session, temporary)
-
-
 def session_principal(session: Session, temporary: TemporarySession) -> Principal | None:
-    """Who acts in ``temporary``, with the policies of this moment.
+    """Who acts in ``temporary``, with the policies of this moment and without a secret.
 
-    ``None`` where its user, one of its roles or one of their accounts is disabled or gone.
+    ``None`` where what it stands on is disabled, gone or made anew: the access key it was begun with,
+    its user, one of its roles or one of their accounts. That it has expired is not looked at: requests
+    compare times themselves, and a batch goes on after them.
     """
-    user = enabled_user(session, temporary.account, temporary.user)
-    if user is None:
+    found = usable_access_key(session, temporary.access_key)
+    if found is None:
+        return None
+    key, user = found
+    if key.created != temporary.key_created:
+        return None
+    if (user.account, user.name) != (temporary.account, temporary.user):
         return None
     if not temporary.roles:
         return Principal(user.account, user.name, user.documents, id=user.unique_id)

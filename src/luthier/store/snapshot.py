@@ -7,8 +7,9 @@ moment, gives the files a second name (a hard link), and lets the writers go on:
 loses its first name alone. Nothing outside the database holds them up, so a snapshot whose process is
 killed blocks nobody; the names that it leaves are removed by the next one, and when a server starts.
 
-Files that many rows name (objects) get their second names before, so that writers wait only for those
-that came meanwhile.
+Objects, models and checkpoints, which never change once they are there, get their second names before,
+so that writers wait only for those that came meanwhile. Where there are no hard links they are copied,
+which takes longer than writers may wait.
 """
 
 from __future__ import annotations
@@ -76,13 +77,20 @@ def snapshot(database: Database, home: Path) -> Iterator[Snapshot]:
         try:
             with ExitStack() as opened:
                 objects = _Objects(ObjectFiles(home / OBJECTS), ObjectFiles(folder / OBJECTS))
+                folders = _WholeFolders(home, folder)
                 with database.read() as session:
                     objects.add(session)
+                    finished = _finished(session)
+                with disk_errors(home):
+                    for top in _tops(home):
+                        for path in _entries(home, top, finished):
+                            if path.is_dir():
+                                folders.add(path)
                 with database.without_writers(), disk_errors(home):
                     session = opened.enter_context(database.read())
                     objects.add(session)
                     objects.drop_unnamed()
-                    _add_others(home, folder, _finished(session), _database_files(database))
+                    _add_others(home, folders, _finished(session), _database_files(database))
                 yield Snapshot(session, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -132,25 +140,81 @@ def _finished(session: Session) -> dict[str, bool]:
     return {job: job in with_model for job in ended}
 
 
-def _add_others(home: Path, folder: Path, finished: dict[str, bool], skip: set[Path]) -> None:
-    """Link everything but objects.
+class _WholeFolders:
+    """Second names of models and checkpoints, each as it was when it was added last."""
+
+    def __init__(self, home: Path, target: Path) -> None:
+        self.home, self.target = home, target
+        self._linked: dict[Path, _Listing | None] = {}
+
+    def add(self, path: Path) -> None:
+        """Link a folder, unless it is linked and still the same."""
+        listing = _listing(path)
+        if listing is None or self._linked.get(path) != listing:
+            self.drop(path)
+            _link_whole(path, self.target / path.relative_to(self.home))
+            self._linked[path] = listing
+
+    def drop(self, path: Path) -> None:
+        """Drop the names of a folder."""
+        self._linked.pop(path, None)
+        shutil.rmtree(self.target / path.relative_to(self.home), ignore_errors=True)
+
+    def drop_others(self, there: set[Path]) -> None:
+        """Drop all folders but those that are ``there``."""
+        for path in self._linked.keys() - there:
+            self.drop(path)
+
+
+_Listing = dict[Path, tuple[int, int, int, int]]
+"""Device, inode, size and time of change of the files of a folder: another model of the same name has
+others."""
+
+
+def _listing(folder: Path) -> _Listing | None:
+    """``None`` for a folder that is being removed."""
+    try:
+        found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    except FileNotFoundError:
+        return None
+    return {
+        path: (each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns)
+        for path, each in found.items()
+    }
+
+
+def _add_others(
+    home: Path, folders: _WholeFolders, finished: dict[str, bool], skip: set[Path]
+) -> None:
+    """Link everything but objects, and drop folders that are gone since they were linked.
 
     Models come last: a run that says that it is done has stored its model before. Workers and the
     command line go on while no row can be written; what they write as a whole is linked as a whole.
     """
-    for top in sorted(home.iterdir(), key=lambda path: (path.name == "models", path.name)):
-        if top.name in _LEFT_OUT:
-            continue
-        for path in _files(home, top, folder, finished):
-            if path not in skip:
-                try:
-                    _link(path, folder / path.relative_to(home))
-                except FileNotFoundError:
-                    continue  # removed since it was listed; no row names it
+    there = set()
+    for top in _tops(home):
+        for path in _entries(home, top, finished):
+            if path in skip:
+                continue
+            if path.is_dir():
+                there.add(path)
+                folders.add(path)
+                continue
+            try:
+                _link(path, folders.target / path.relative_to(home))
+            except FileNotFoundError:
+                continue  # removed since it was listed; no row names it
+    folders.drop_others(there)
 
 
-def _files(home: Path, path: Path, folder: Path, finished: dict[str, bool]) -> Iterator[Path]:
-    """Files at and below ``path`` that are to be linked; folders that are whole are linked at once."""
+def _tops(home: Path) -> list[Path]:
+    """What lies in the store and is taken, models last."""
+    tops = sorted(home.iterdir(), key=lambda path: (path.name == "models", path.name))
+    return [top for top in tops if top.name not in _LEFT_OUT]
+
+
+def _entries(home: Path, path: Path, finished: dict[str, bool]) -> Iterator[Path]:
+    """Files at and below ``path`` that are to be linked, and folders that are linked as a whole."""
     name = path.relative_to(home)
     if path.name.startswith(_TEMPORARY) or path.suffix == ".lock" or _removable(name, finished):
         return
@@ -158,7 +222,7 @@ def _files(home: Path, path: Path, folder: Path, finished: dict[str, bool]) -> I
         yield path
     elif path.is_dir() and not _is_loop(path):
         if _is_whole(name):
-            _link_whole(path, folder / name)
+            yield path
             return
         try:
             below = sorted(path.iterdir(), key=lambda each: (each.name != "checkpoints", each.name))
@@ -166,7 +230,7 @@ def _files(home: Path, path: Path, folder: Path, finished: dict[str, bool]) -> I
             return
         # Checkpoints first: metrics may go on beyond one, and are cut when it is gone on from.
         for each in below:
-            yield from _files(home, each, folder, finished)
+            yield from _entries(home, each, finished)
 
 
 def _removable(name: Path, finished: dict[str, bool]) -> bool:

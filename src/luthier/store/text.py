@@ -32,14 +32,15 @@ def dump_storable(value: Any) -> str:
     """``value`` as JSON that both databases take."""
     text = json.dumps(value)
     # Nearly no value needs the second look, and pairs that are whole pass it unchanged.
-    return json.dumps(_storable(value)) if _ESCAPED.search(text) else text
+    return json.dumps(storable_value(value)) if _ESCAPED.search(text) else text
 
 
-def _storable(value: Any) -> Any:
+def storable_value(value: Any) -> Any:
+    """``value`` ready for JSON, with all its texts and keys :func:`storable`."""
     if isinstance(value, str):
         return storable(value)
     if isinstance(value, dict):
-        return {storable(str(key)): _storable(each) for key, each in value.items()}
+        return {storable(str(key)): storable_value(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_storable(each) for each in value]
+        return [storable_value(each) for each in value]
     return value

@@ -83,13 +83,12 @@ class UploadedFiles:
         Raises:
             QuotaExceeded: where the account has no room for them; ``write`` raises it as well.
         """
-        self.objects.check(account, files=1)
         try:
             self.objects.create_bucket(account, UPLOADS)
         except ObjectRefused as refused:
             if refused.code != "BucketAlreadyOwnedByYou":
                 raise
-        return self.objects.begin(account, size, objects=1)
+        return self.objects.begin(account, size, files=1, objects=1)
 
     def keep(
         self,

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base, now
+from luthier.store.database import Base
 
 LONGEST_REPORT = timedelta(days=3660)
 
@@ -71,18 +71,15 @@ _PEAK = "stored_bytes"
 _AMOUNTS = tuple(each.name for each in fields(Used))
 
 
-def add_usage(
-    session: Session, used: Mapping[tuple[str, str], Used], day: date | None = None
-) -> None:
-    """Add to a ``day``, today when not given, by account and model."""
+def add_usage(session: Session, used: Mapping[tuple[date, str, str], Used]) -> None:
+    """Add what was ``used``, by day, account and model."""
     if not used:
         return
     kind = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    day = day or now().date()
     # In one order, so that two servers that write at once wait for each other and never cross.
     rows = [
         {"account": account, "day": day, "model": model, **asdict(each)}
-        for (account, model), each in sorted(used.items(), key=lambda pair: pair[0])
+        for (day, account, model), each in sorted(used.items(), key=lambda pair: pair[0])
     ]
     fresh = kind.insert(DailyUsage)
     table = DailyUsage.__table__.c

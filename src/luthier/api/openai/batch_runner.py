@@ -235,13 +235,17 @@ class BatchRunner:
             if fields is None:
                 policies = standing(session, account, user)
             else:
-                # Its credentials may have expired since: the batch was let in before.
+                # Its credentials may have expired since: the batch was let in before. With the access
+                # key that they were begun with it ends, as every session does.
                 temporary = TemporarySession.model_validate(fields)
                 principal = session_principal(session, temporary)
                 policies = principal.policies if principal else None
         caller = Caller(account, user, policies or (), batch.caller["bearer"], session=temporary)
         if policies is None:
-            text = f"User: {caller.arn} is disabled or gone; its batches are answered no further."
+            what = "or the access key of its session is" if temporary else "is"
+            text = (
+                f"User: {caller.arn} {what} disabled or gone; its batches are answered no further."
+            )
             raise Fault("AccessDenied", text)
         return caller
 
