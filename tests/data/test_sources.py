@@ -72,8 +72,13 @@ def test_a_pattern_is_what_it_matches_in_order(tmp_path: Path) -> None:
         (["a.jsonl", "b.png", "c.doc"], "file.directory", "holds b.png, c.doc", "*.jsonl'"),
         (["a.jsonl.gz", "b.png"], "file.directory", "b.png", "*.jsonl.gz'"),
         (["a.jsonl", "b.txt"], "file.directory", "plain text: b.txt", "*.jsonl'"),
-        (["train.jsonl", "test.jsonl"], "file.directory", "test and train", "--validation"),
-        (["my-train-1.csv", "dev_x.csv"], "file.directory", "train and validation", "--validation"),
+        (["train.jsonl", "test.jsonl"], "file.directory", "test and train", "validation data"),
+        (
+            ["my-train-1.csv", "dev_x.csv"],
+            "file.directory",
+            "train and validation",
+            "validation data",
+        ),
     ],
 )
 def test_a_folder_that_is_not_only_data(
