@@ -172,7 +172,7 @@ def test_what_was_cut_short_ends_at_the_same_bits(
             patch.setattr(engine, stage, die)
         with pytest.raises((OSError, LuthierError)):
             made(fields(name="cut"))
-    with pytest.raises(RunConflict, match="--resume goes on"):
+    with pytest.raises(RunConflict, match="Go on with it by --resume"):
         made(fields(name="cut"))
     heard = Heard()
     result = made(fields(name="cut"), resume=True, reporter=heard)

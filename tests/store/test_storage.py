@@ -151,7 +151,7 @@ def test_what_goes_beyond_a_quota_changes_nothing(store: Store) -> None:
     store.files.add(ONE, [b"1"], "name", "batch")  # its bucket is ours
     with pytest.raises(ObjectRefused, match="yours"):
         store.objects.create_bucket(ONE, "more")
-    store.quota(files=1, objects=None)
+    store.quota(files=1, objects=None, stored_bytes=None)
     with pytest.raises(QuotaExceeded, match="1 files"):
         store.files.add(ONE, [b""], "name", "batch")
     store.put("free", 1 << 20, OTHER, bucket=other_bucket(store))
