@@ -30,7 +30,7 @@ FURTHER = (
     "engine/pretrain.py", "engine/search.py", "engine/space.py", "engine/trials.py",
     "models/build.py", "models/student.py", "models/width.py", "models/width_bert.py",
     "inspection/policy.py", "inspection/report_style.py", "inspection/shown.py",
-    "inspection/splits.py",
+    "inspection/splits.py", "api/cors.py", "store/audit.py", "store/backup.py",
 )  # fmt: skip
 """The same, file by file."""
 OF_COMMANDS = {
