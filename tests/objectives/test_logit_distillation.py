@@ -245,7 +245,9 @@ def test_what_cannot_teach_is_refused_before_training(
 ) -> None:
     tokens = new_tokenizer(special=("<|im_end|>", "<|im_start|>"))
     swapped = stored(tiny_llama(seed=4), tokens, tmp_path / "swapped")
-    with pytest.raises(RecipeError, match=r"320 tokens, 0 of the fewer.*2 with another id.*`method=responses`"):
+    with pytest.raises(
+        RecipeError, match=r"320 tokens, 0 of the fewer.*2 with another id.*`method="
+    ):
         train(recipe(tiny_model_folder, data, teacher=str(swapped)), reporter=Silent())
     with pytest.raises(RecipeError, match="an encoder-decoder and"):
         objective().check_other(
