@@ -16,6 +16,11 @@ from luthier.errors import RefusedInput
 KIB, MIB = 1 << 10, 1 << 20
 BODY_BYTES = 25_000_000
 """Of the body of a request that is read whole, and of a line of a batch: AWS's own limit."""
+TEXT_CHARACTERS = 262_144
+"""Of a text that a grader compares: some forty times a long reply. To compare two texts is work that
+grows with the product of their lengths."""
+SCHEMA_CHARACTERS = 200_000
+"""Of a JSON schema that an answer has to meet."""
 
 
 class AccountQuotas(BaseModel):
@@ -56,7 +61,35 @@ class AccountQuotas(BaseModel):
     """Provisioned model throughputs of an account."""
 
 
-class ServerLimits(AccountQuotas):
+class ModelLimits(BaseModel):
+    """What models in memory take on, of one prompt, of one account and in all."""
+
+    model_config = AccountQuotas.model_config
+
+    prompt_bytes: int = Field(default=1 * MIB, ge=1024)
+    """Prompts of so many bytes of UTF-8 are tokenized for every model. A longer one is refused
+    untokenized where it has more bytes than the model's context times its longest token."""
+    prompt_seconds: float = Field(default=20, gt=0)
+    """In which a prompt has to be tokenized; one that takes longer is refused."""
+    answers: int = Field(default=128, ge=1)
+    """Answers that one model writes at once; further requests wait."""
+    waiting_requests: int = Field(default=256, ge=1)
+    """Requests of one account that wait for one model, or for anything else that is shared here;
+    further ones are answered 429."""
+    account_share: float = Field(default=0.75, gt=0, le=1)
+    """Part of answers, cache memory, model_requests, streams and transfers that one account has at
+    most. Beyond that accounts have equal parts of a model's time."""
+    weights_share: float = Field(default=0.45, gt=0, le=1)
+    """Part of the memory that is free at the start for the weights of models."""
+    cache_share: float = Field(default=0.15, gt=0, le=1)
+    """Part of the same for keys and values of what models read and write."""
+
+    def share_of(self, capacity: int) -> int:
+        """What one account has of ``capacity`` at most."""
+        return max(1, int(self.account_share * capacity))
+
+
+class ServerLimits(AccountQuotas, ModelLimits):
     """Limits of one server process. Sizes are bytes, times are seconds."""
 
     url_bytes: int = Field(default=16 * KIB, ge=256)
@@ -103,9 +136,9 @@ class ServerLimits(AccountQuotas):
     """Processor time in which a grader compares texts; what takes longer is ended and answered 400."""
     grading_memory_bytes: int = Field(default=96 * MIB, ge=32 * MIB)
     """Memory for that, beside 50 MB of the process; what takes more is answered 400."""
-    grading_text_characters: int = Field(default=262_144, ge=1)
+    grading_text_characters: int = Field(default=TEXT_CHARACTERS, ge=1)
     """Of each text that a grader compares, and of a template's text with its places filled."""
-    schema_characters: int = Field(default=200_000, ge=1)
+    schema_characters: int = Field(default=SCHEMA_CHARACTERS, ge=1)
     """Of the JSON schema of an answer, or of all schemas of the tools that are to be called, with what
     stands around them; a longer one is answered 400."""
     schema_seconds: int = Field(default=3, ge=1)
@@ -123,12 +156,12 @@ class ServerLimits(AccountQuotas):
     """Characters of a session policy of `AssumeRole`, as with AWS; a longer one is refused."""
     session_token_bytes: int = Field(default=4096, ge=1024)
     """Session token, with the session policy in it: a longer one is neither issued nor taken."""
-
-    prompt_bytes: int = Field(default=1 * MIB, ge=1024)
-    """Prompts of so many bytes of UTF-8 are tokenized for every model. A longer one is refused
-    untokenized where it has more bytes than the model's context times its longest token."""
-    prompt_seconds: float = Field(default=20, gt=0)
-    """In which a prompt has to be tokenized; one that takes longer is refused."""
+    model_requests: int = Field(default=48, ge=1)
+    """Requests that take a model's time at once; further ones wait."""
+    streams: int = Field(default=256, ge=1)
+    """Answers that are streamed at once; further ones are answered 429."""
+    transfers: int = Field(default=8, ge=1)
+    """Pieces of objects and files that are written or read at once; further ones wait."""
     large_body_bytes: int = Field(default=128 * KIB, ge=1024)
     """Larger bodies, and lines of batches, are parsed and tokenized in turns: that takes up to 8 times
     their size of memory, and much time."""

@@ -42,6 +42,8 @@ EXPECTED = {
     "template_bombs": {"400", "429"},
     "slow_graders": {"200", "400", "429", "closed"},
     "schema_bombs": {"200", "400", "429"},
+    "long_chats": {"200", "429"},
+    "many_embeddings": {"200", "429"},
 }
 """What each attack may be answered; ``closed`` is a connection that ended without an answer."""
 

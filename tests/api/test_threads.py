@@ -15,13 +15,17 @@ import pytest
 from served import served
 from trails import Remembered
 
-from luthier.api.app import LONG, SHARE, STREAMS, Application, Faces
+from luthier.api.app import Application, Faces
 from luthier.api.observability import Observer
-from luthier.api.threads import WAITING, FairSlots
+from luthier.api.threads import FairSlots
 from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
+from luthier.limits import ServerLimits
 from luthier.serving.prompts import prompt_tokenized
 
 BUSY, QUIET = "111111111111", "222222222222"
+LIMITS = ServerLimits()
+WAITING = LIMITS.waiting_requests
+OF_ONE_ACCOUNT = LIMITS.share_of(LIMITS.model_requests)
 
 
 def test_the_account_that_holds_the_fewest_is_next() -> None:
@@ -33,7 +37,7 @@ def test_the_account_that_holds_the_fewest_is_next() -> None:
             await asyncio.sleep(seconds)
 
     async def main() -> None:
-        slots = FairSlots(2, 2)
+        slots = FairSlots(2, 2, WAITING)
         tasks = [asyncio.create_task(work(slots, "a", 0.05)) for _ in range(6)]
         await asyncio.sleep(0.01)
         tasks += [asyncio.create_task(work(slots, "b", 0.05)) for _ in range(2)]
@@ -53,7 +57,7 @@ def test_a_heavy_turn_waits_for_room_and_nobody_passes_it() -> None:
             await asyncio.sleep(0.02)
 
     async def main() -> None:
-        slots = FairSlots(10, 8)
+        slots = FairSlots(10, 8, WAITING)
         tasks = []
         for account, weight in (("a", 6), ("b", 6), ("c", 1), ("a", 99), ("c", 1)):
             tasks.append(asyncio.create_task(work(slots, account, weight)))
@@ -68,7 +72,7 @@ def test_a_heavy_turn_waits_for_room_and_nobody_passes_it() -> None:
 
 def test_a_turn_that_does_not_come_in_time_is_told_so() -> None:
     async def main() -> None:
-        slots = FairSlots(10, 10)
+        slots = FairSlots(10, 10, WAITING)
         async with slots.turn("a", 10):
             began = time.monotonic()
             with pytest.raises(Fault) as refused:
@@ -83,7 +87,7 @@ def test_a_turn_that_does_not_come_in_time_is_told_so() -> None:
 
 def test_a_turn_that_is_given_up_goes_to_the_next() -> None:
     async def main() -> None:
-        slots = FairSlots(1, 1)
+        slots = FairSlots(1, 1, WAITING)
         async with slots.turn("a"):
             waiting = [asyncio.ensure_future(_hold(slots, name)) for name in ("b", "c", "b")]
             await asyncio.sleep(0)
@@ -107,7 +111,7 @@ def test_a_turn_that_is_given_up_goes_to_the_next() -> None:
 
 def test_a_turn_that_is_given_up_as_it_comes_is_not_lost() -> None:
     async def main() -> None:
-        slots = FairSlots(1, 1)
+        slots = FairSlots(1, 1, WAITING)
         release = await slots.acquire("a")
         # Given up, and in the same moment its turn has come: its entry is skipped.
         late = asyncio.ensure_future(_hold(slots, "b"))
@@ -205,25 +209,25 @@ def ask(place: str, account: str, path: str, body: bytes = b"{}") -> tuple[int, 
 
 
 def test_long_requests_of_one_account_hold_no_other_up(face: Slow, place: str) -> None:
-    count = LONG + 40
+    count = LIMITS.model_requests + 40
     with ThreadPoolExecutor(count) as pool:
         busy = [pool.submit(ask, place, BUSY, "/long") for _ in range(count)]
         deadline = time.monotonic() + 20
-        while face.begun < int(LONG * SHARE) and time.monotonic() < deadline:
+        while face.begun < OF_ONE_ACCOUNT and time.monotonic() < deadline:
             time.sleep(0.01)
         began = time.monotonic()
         assert ask(place, QUIET, "/long") == (200, json.dumps(QUIET).encode())
         assert ask(place, BUSY, "/short")[0] == 200
         assert ask(place, QUIET, "/stream") == (200, b"firstlast")
         assert time.monotonic() - began < 5 and not any(each.done() for each in busy)
-        assert face.begun == int(LONG * SHARE) + 1
+        assert face.begun == OF_ONE_ACCOUNT + 1
         face.go.set()
         assert {each.result()[0] for each in busy} == {200}
 
 
 def test_what_waits_beyond_its_share_is_told_to_come_again(face: Slow, place: str) -> None:
     async def filled() -> FairSlots:
-        slots = FairSlots(1, 1)
+        slots = FairSlots(1, 1, WAITING)
         async with slots.turn("a"):
             tasks = [asyncio.ensure_future(_hold(slots, "a")) for _ in range(WAITING)]
             await asyncio.sleep(0)
@@ -234,7 +238,7 @@ def test_what_waits_beyond_its_share_is_told_to_come_again(face: Slow, place: st
         return slots
 
     asyncio.run(filled())
-    most = int(STREAMS * SHARE)
+    most = LIMITS.share_of(LIMITS.streams)
     with ThreadPoolExecutor(most + 1) as pool:
         busy = [pool.submit(ask, place, BUSY, "/stream") for _ in range(most + 1)]
         deadline = time.monotonic() + 20

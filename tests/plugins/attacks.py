@@ -238,11 +238,26 @@ def schema_bombs(attacker: Attacker) -> None:
         attacker.together(lambda b=body: attacker.post("/v1/chat/completions", b), 2, 2)
 
 
+def long_chats(attacker: Attacker) -> None:
+    """Chats whose prompts fill the context, and answers that fill it: as many as wait at all."""
+    long = attacker.chat("word " * 150, max_tokens=1)
+    many = attacker.chat("Hello", max_tokens=800, n=8, temperature=1, logit_bias={"1": -100})
+    attacker.together(lambda: attacker.post("/v1/chat/completions", long), 200, 60)
+    attacker.together(lambda: attacker.post("/v1/chat/completions", many), 30, 30)
+
+
+def many_embeddings(attacker: Attacker) -> None:
+    """Requests for the vectors of 500 texts each."""
+    body = json.dumps({"model": attacker.keys["model"], "input": ["word " * 100] * 500}).encode()
+    attacker.together(lambda: attacker.post("/v1/embeddings", body), 12, 12)
+
+
 ATTACKS = {
     each.__name__: each
     for each in (
         endless_headers, half_heads, many_connections, unknown_signatures, wrong_signatures,
         large_bodies, sent_ahead, slow_bodies, digits, template_bombs, slow_graders, schema_bombs,
+        long_chats, many_embeddings,
     )
 }  # fmt: skip
 

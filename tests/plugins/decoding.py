@@ -7,6 +7,8 @@ from typing import Any
 
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import Chat, Request, Turn, Whole
+from luthier.serving.stream import Stream
+from luthier.serving.turns import working_for
 
 MEMORY = 1 << 28
 
@@ -20,11 +22,16 @@ def answer(decoder: Decoder, request: Request) -> Whole:
     return decoder.submit(request).whole()[0]
 
 
+def submit(decoder: Decoder, client: str, request: Request) -> Stream:
+    with working_for(client):
+        return decoder.submit(request)
+
+
 def settled(decoder: Decoder) -> bool:
     """Whether it comes to rest, with nothing kept, within a second."""
     until = time.monotonic() + 1
     while time.monotonic() < until:
-        if decoder.idle and decoder.memory.taken == decoder._answers == 0:
+        if decoder.idle and decoder.memory.taken == decoder._answers.total() == 0:
             return not any(bank.spans for bank in decoder._stepper._banks._banks.values())  # type: ignore[attr-defined]
         time.sleep(0.01)
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import MEMORY, answer, asked, settled
+from decoding import MEMORY, answer, asked, settled, submit
 
 from luthier.engine import devices
 from luthier.engine.devices import Machine
+from luthier.limits import ModelLimits
 from luthier.serving import decoder as module
 from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator, Sampling
@@ -186,11 +188,10 @@ def test_the_context_ends_an_answer(opened: Decoder) -> None:
 
 
 def test_too_many_are_turned_away(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WAITING", 3)
-    monkeypatch.setattr(module, "ANSWERS", 1)
+    monkeypatch.setattr(opened, "limits", ModelLimits(waiting_requests=3, answers=1))
     streams: list[Any] = []
     request = asked("Hi", max_tokens=500, logit_bias={1: -100.0})
-    with pytest.raises(InferenceFailed, match="Too many requests") as refused:
+    with pytest.raises(InferenceFailed, match="Too many of your requests") as refused:
         streams.extend(opened.submit(request) for _ in range(9))
     assert refused.value.code == "Throttling"
     assert 3 <= len(streams) <= 5
@@ -199,15 +200,83 @@ def test_too_many_are_turned_away(opened: Decoder, monkeypatch: pytest.MonkeyPat
     assert settled(opened)
 
 
+class SimulatedClock:
+    """The time that a network takes, where a chunk of a prompt costs ten steps."""
+
+    def __init__(self, opened: Decoder, patch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        stepper = opened._stepper
+        read, step = stepper.read, stepper.step
+        patch.setattr(stepper, "read", lambda state: (self.add(0.1), read(state))[1])
+        patch.setattr(
+            stepper,
+            "step",
+            lambda states, tokens: (self.add(0.01 + 0.002 * len(states)), step(states, tokens))[1],
+        )
+        patch.setattr(module, "time", self)
+
+    def add(self, seconds: float) -> None:
+        self.now += seconds
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_long_prompts_of_one_client_slow_another_one_by_half_at_most(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimulatedClock(opened, monkeypatch)
+    short = asked("Hi", max_tokens=60, logit_bias={1: -100.0})
+    quiet = submit(opened, "neighbour", short).whole()
+    quiet_seconds, clock.now = clock.now, 0.0
+    long = Request([5, 6, 7] * 300, max_tokens=100, temperature=1, logit_bias={1: -100.0})
+    streams = [submit(opened, "attacker", long) for _ in range(60)]
+    next(streams[0])
+    for _ in range(5):
+        began = clock.now
+        assert submit(opened, "neighbour", short).whole() == quiet
+        # and a chunk, with a step of all others, that had begun already
+        assert clock.now - began <= 2 * quiet_seconds + 0.35
+    assert any(not job.cancelled for job in (*opened._reading, *opened._writing))
+    for stream in streams:
+        stream.close()
+    assert settled(opened)
+
+
+def test_nobody_has_all_the_memory_or_all_answers(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = asked("Hi", max_tokens=900, n=8, temperature=1, logit_bias={1: -100.0})
+    streams = [submit(opened, "one", endless) for _ in range(20)]
+    next(streams[0])
+    assert submit(opened, "two", asked("Hi", n=32)).whole()
+    assert opened._answers["one"] == opened.limits.share_of(opened.limits.answers)
+    assert sum(map(len, opened._waiting.values())) == 8
+    for stream in streams:
+        stream.close()
+    assert settled(opened)
+    one = opened._stepper.bytes_of(len(opened.encode(endless.prompt)) + 900)
+    monkeypatch.setattr(opened, "memory", CacheBudget(4 * one, 3 * one))
+    single = asked("Hi", max_tokens=900, temperature=1, logit_bias={1: -100.0})
+    streams = [submit(opened, "one", single) for _ in range(5)]
+    next(streams[0])
+    assert submit(opened, "two", asked("Hi")).whole()
+    assert opened._answers["one"] == 3
+    for stream in streams:
+        stream.close()
+    assert settled(opened)
+
+
 def test_memory_is_bounded(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     one = opened._stepper.bytes_of(len(opened.encode(asked("Hi").prompt)) + 24)
-    monkeypatch.setattr(opened, "memory", CacheBudget(2 * one))
-    seen: list[int] = []
+    monkeypatch.setattr(opened, "memory", CacheBudget(2 * one, one))
+    seen: list[Counter[str]] = []
     write = opened._write
-    monkeypatch.setattr(opened, "_write", lambda: (seen.append(opened._answers), write())[1])
-    streams = [opened.submit(asked("Hi")) for _ in range(6)]
+    monkeypatch.setattr(opened, "_write", lambda: (seen.append(opened._answers.copy()), write())[1])
+    streams = [submit(opened, f"client {i % 2}", asked("Hi")) for i in range(6)]
     assert len({stream.whole()[0].text for stream in streams}) == 1
-    assert max(seen) == 2
+    assert max(each.total() for each in seen) == 2
+    assert max(max(each.values()) for each in seen) == 1
     with pytest.raises(InferenceRefused, match="MiB of memory"):
         opened.submit(asked("Hi", n=3))
     assert settled(opened)

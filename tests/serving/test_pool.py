@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from luthier.errors import UnknownModel
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Request, TooLong
 from luthier.serving.pool import ModelPool
+from luthier.serving.turns import FairTurns, working_for
 
 REQUEST = Request("The quick", max_tokens=4, temperature=0)
 
@@ -139,6 +142,39 @@ def test_embeddings_do_not_depend_on_their_batch(
         large.submit("reader", REQUEST)
     assert not large.writes("reader")
     large.close()
+
+
+def test_texts_of_one_client_do_not_keep_another_one_waiting(
+    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.embed(folders[0], ["Hi"])
+    reader = pool._entries[folders[0]].reader
+    order: list[str] = []
+    begun, honest = threading.Event(), reader._predictor.answers
+
+    def answers(rows: Any) -> Any:
+        order.append(rows[0].text)
+        begun.set()
+        time.sleep(0.02)
+        return honest(rows)
+
+    monkeypatch.setattr(reader._predictor, "answers", answers)
+
+    def embed(client: str) -> None:
+        with working_for(client):
+            pool.embed(folders[0], [client] * (40 if client == "many" else 3))
+
+    with ThreadPoolExecutor(8) as clients:
+        many = [clients.submit(embed, "many") for _ in range(6)]
+        assert begun.wait(10)
+        clients.submit(embed, "few").result()
+        assert sum(text == "many" for text in order) < 30
+        for done in many:
+            done.result()
+    reader._turns = FairTurns(1, 0.01)
+    with reader._turns.turn(), pytest.raises(InferenceFailed, match="Too many inputs") as refused:
+        pool.embed(folders[0], ["Hi"])
+    assert refused.value.code == "Throttling"
 
 
 def test_a_model_that_writes_gives_the_mean_of_its_states(

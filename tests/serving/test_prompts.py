@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from luthier.data.chat import ChatFormat
+from luthier.limits import ModelLimits
 from luthier.serving import prompts
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import (
@@ -22,7 +23,7 @@ from luthier.serving.inference import (
     TooLong,
     Turn,
 )
-from luthier.serving.prompts import PromptBounds, PromptLimit
+from luthier.serving.prompts import PromptLimit
 from luthier.types import IntArray
 
 SENTENCES = (
@@ -104,8 +105,8 @@ def texts(seed: int) -> list[str]:
     return found
 
 
-def limit_of(chat: ChatFormat, context: int, **bounds: Any) -> PromptLimit:
-    return PromptLimit(chat, context, PromptBounds(**bounds))
+def limit_of(chat: ChatFormat, context: int, **limits: Any) -> PromptLimit:
+    return PromptLimit(chat, context, ModelLimits(**limits))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -152,7 +153,7 @@ class Counted:
 @pytest.mark.parametrize("unit", ["0123456789", "word ", "世界", "🎻", "a b "])
 def test_long_texts_cost_no_more_than_their_first_pieces(tokenizer: Any, unit: str) -> None:
     counted: Any = Counted(ChatFormat.of(tokenizer, "plain"))
-    limit = PromptLimit(counted, 100)
+    limit = PromptLimit(counted, 100, ModelLimits())
     with pytest.raises(TooLong):
         limit.check_text(unit * (200_000 // len(unit)))
     assert counted.characters <= 6 * PIECE
@@ -163,7 +164,7 @@ def test_long_texts_cost_no_more_than_their_first_pieces(tokenizer: Any, unit: s
 
 
 def test_time_has_a_limit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = limit_of(ChatFormat.of(tokenizer, "plain"), 1 << 20, seconds=0.01)
+    limit = limit_of(ChatFormat.of(tokenizer, "plain"), 1 << 20, prompt_seconds=0.01)
     honest = ChatFormat.tokens
 
     def slow(self: ChatFormat, text: str, *, first: bool) -> IntArray:

@@ -63,14 +63,8 @@ OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
 STREAMED_COST = 1 << 20
 """Bytes of memory for a body that is handed on as it comes."""
-THREADS, STREAMS = 64, 256
-"""Requests that are worked on at once, and streams that wait for their next piece."""
-LONG = 48
-"""Requests that take a model's time at once: the other threads answer what is short."""
-TRANSFERS = 8
-"""Pieces of objects and files that are written or read at once."""
-SHARE = 0.75
-"""Part of all these that one account may have; further ones of it wait."""
+SHORT_REQUESTS = 16
+"""Threads beside those for requests that take a model's time: they answer what is short."""
 
 TROUBLES = (OperationalError, ReadOnlyDisk)
 """What passes when the database, or the disk, is back: clients are told to ask again."""
@@ -149,14 +143,20 @@ class Application:
         self.limits = limits = limits or ServerLimits()
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
         self.observer, self.trail, self.ready = observer, trail, ready
-        self._run, self._wait = Threads(THREADS, "request"), Threads(STREAMS, "stream")
-        self._turns = FairSlots(LONG, int(LONG * SHARE))
-        self._gradings = FairSlots(limits.grading_requests, max(1, limits.grading_requests // 4))
-        self._streams = FairSlots(STREAMS, int(STREAMS * SHARE))
-        self._transfers = FairThreads(TRANSFERS, int(TRANSFERS * SHARE), "transfer")
+        self._run = Threads(limits.model_requests + SHORT_REQUESTS, "request")
+        self._wait = Threads(limits.streams, "stream")
+
+        def slots(capacity: int, per_client: int) -> FairSlots:
+            return FairSlots(capacity, per_client, limits.waiting_requests)
+
+        self._turns = slots(limits.model_requests, limits.share_of(limits.model_requests))
+        self._gradings = slots(limits.grading_requests, max(1, limits.grading_requests // 4))
+        self._streams = slots(limits.streams, limits.share_of(limits.streams))
+        most, each = limits.transfers, limits.share_of(limits.transfers)
+        self._transfers = FairThreads(most, each, limits.waiting_requests, "transfer")
         # Apart: a client that sends its body slowly keeps nobody from working on theirs.
-        self._receiving = FairSlots(limits.body_memory, limits.body_memory_per_client)
-        self._large = FairSlots(limits.large_bodies, limits.large_bodies_per_client)
+        self._receiving = slots(limits.body_memory, limits.body_memory_per_client)
+        self._large = slots(limits.large_bodies, limits.large_bodies_per_client)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection's request; other kinds of connections are refused."""

@@ -44,7 +44,6 @@ from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.constraints import SchemaTrials
 from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
-from luthier.serving.prompts import PromptBounds
 from luthier.serving.turns import FairTurns
 from luthier.store import bootstrap, removal
 from luthier.store.accounts import quotas_of
@@ -95,9 +94,7 @@ class Service:
             FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds),
             limits.schema_characters,
         )
-        self.pool = ModelPool(
-            schemas=self.schemas, bounds=PromptBounds(limits.prompt_bytes, limits.prompt_seconds)
-        )
+        self.pool = ModelPool(schemas=self.schemas, limits=limits)
         self.memory = FreedMemory()
         self.locations = Locations(
             self.database, settings.s3_endpoint, settings.file_roots, quotas=limits

@@ -15,8 +15,6 @@ from luthier.api.sending import Run
 from luthier.api.wire import Fault
 
 T = TypeVar("T")
-WAITING = 256
-"""Requests of one account that wait for their turn; further ones are told to come again."""
 
 
 class Threads:
@@ -43,10 +41,10 @@ class FairSlots:
     used by the tasks of one event loop.
     """
 
-    def __init__(self, capacity: int, per_client: int, waiting: int = WAITING) -> None:
+    def __init__(self, capacity: int, per_client: int, waiting: int) -> None:
         """``capacity`` slots, ``per_client`` of them for one client at most.
 
-        ``waiting`` turns of an client may wait.
+        ``waiting`` turns of a client may wait; further ones are told to come again.
         """
         self.capacity, self.per_client, self.waiting = capacity, min(capacity, per_client), waiting
         self._held: Counter[str] = Counter()
@@ -165,11 +163,12 @@ class FairThreads:
     more than its share of what is worked on. To be used by the tasks of one event loop.
     """
 
-    def __init__(self, most: int, each: int, name: str) -> None:
-        """``most`` threads, ``each`` of them for one account at most."""
+    def __init__(self, most: int, each: int, waiting: int, name: str) -> None:
+        """``most`` threads, ``each`` of them for one account, which may have ``waiting`` requests."""
         self._threads = Threads(most, name)
         # A request waits for one call, and for one more where its client hangs up meanwhile.
-        self._slots = FairSlots(most, each, 2 * WAITING)
+        self._slots = FairSlots(most, each, 2 * waiting)
+        self._waiting = waiting
         self._open: Counter[str] = Counter()
 
     @contextmanager
@@ -179,7 +178,7 @@ class FairThreads:
         Raises:
             Fault: ``Throttling`` where too many of the account are open.
         """
-        if self._open[account] >= WAITING:
+        if self._open[account] >= self._waiting:
             raise _busy()
         self._open[account] += 1
 

@@ -24,13 +24,11 @@ from pydantic import BaseModel, ConfigDict
 from luthier.asking.base import Writer
 from luthier.asking.spec import AskedModel, Asking
 from luthier.errors import LuthierError, RowRefused
+from luthier.limits import TEXT_CHARACTERS
 from luthier.types import Message, Row
 
 TOO_LONG = "grader.too_long"
 """Rule of texts that are too long to be graded."""
-TEXT_CHARACTERS = 262_144
-"""Characters of a text that a grader compares: some forty times a long reply. The work of comparing two
-texts grows with the product of their lengths, so that each has a limit."""
 
 
 @dataclass(frozen=True, slots=True)

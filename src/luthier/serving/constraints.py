@@ -21,6 +21,7 @@ from torch import Tensor
 from luthier.data.chat import panics_refused
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import depth_of
+from luthier.limits import SCHEMA_CHARACTERS
 from luthier.serving.confined_process import Interrupted, TakesTooMuch
 from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Tool
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 KEPT = 64
 """Compiled grammars that are kept."""
-LARGEST = 200_000
-"""Characters of a schema at most, where no server says otherwise."""
 DEPTH = 100
 """Levels of objects and lists in a schema: it is read by functions that call themselves."""
 KNOWN = 1024
@@ -82,7 +81,9 @@ class SchemaTrials:
     Safe to share between threads and models.
     """
 
-    def __init__(self, work: ConfinedWork, turns: FairTurns, characters: int = LARGEST) -> None:
+    def __init__(
+        self, work: ConfinedWork, turns: FairTurns, characters: int = SCHEMA_CHARACTERS
+    ) -> None:
         """Grammars of at most ``characters`` are tried in processes of ``work``, by ``turns``."""
         self.characters = characters
         self._work, self._turns = work, turns
@@ -182,7 +183,7 @@ class Constraints:
     def _matcher(self, grammar: str) -> Matcher:
         from llguidance import LLMatcher
 
-        characters = self._schemas.characters if self._schemas else LARGEST
+        characters = self._schemas.characters if self._schemas else SCHEMA_CHARACTERS
         if len(grammar) > characters:
             text = f"The schema has {len(grammar):,} characters, and may have {characters:,}."
             raise InferenceRefused(text, "schema")

@@ -1,8 +1,9 @@
 """One model in memory that answers many requests at once: the engine behind every face.
 
 One thread owns the network. In each round it reads a little of the prompts that came, then every
-answer that is being written grows by one token. What an answer is depends on its own request alone, not
-on what else runs (:mod:`luthier.serving.stepping`): it is the same through every face, streamed or not.
+answer that is being written grows by one token; those of a client that is ahead of others pause
+(:mod:`luthier.serving.scheduler`). What an answer is depends on its own request alone, not on what else
+runs (:mod:`luthier.serving.stepping`): it is the same through every face, streamed or not.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from luthier.errors import RecipeError
+from luthier.limits import ModelLimits
 from luthier.serving.inference import (
     Chat,
     InferenceFailed,
@@ -24,8 +28,10 @@ from luthier.serving.inference import (
     Request,
 )
 from luthier.serving.memory import CacheBudget
-from luthier.serving.prompts import BOUNDS, PromptBounds, PromptLimit
+from luthier.serving.prompts import PromptLimit
+from luthier.serving.scheduler import FairScheduler
 from luthier.serving.stream import Stream
+from luthier.serving.turns import current_client
 from luthier.serving.writing import Job, Writing
 from luthier.types import Message
 
@@ -39,10 +45,6 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
     from luthier.types import IntArray
 
-ANSWERS = 128
-"""Answers that are written at once; each gets a token in each round."""
-WAITING = 256
-"""Requests that may wait for others to end; further ones are turned away."""
 READ = 512
 """Tokens of prompts that are read between two tokens of those who write."""
 RETRY_SECONDS = 0.05
@@ -62,7 +64,7 @@ class Decoder:
         vocabulary: int,
         memory: CacheBudget,
         schemas: SchemaTrials | None = None,
-        bounds: PromptBounds = BOUNDS,
+        limits: ModelLimits | None = None,
     ) -> None:
         """``soft`` stands before every prompt; what sequences keep is taken from ``memory``.
 
@@ -73,13 +75,15 @@ class Decoder:
         self.chat, self.memory, self.vocabulary = chat, memory, vocabulary
         self.context = stepper.context - len(soft)
         self.constraints = Constraints(chat, vocabulary, schemas)
-        self._limit = PromptLimit(chat, self.context, bounds)
+        self.limits = limits or ModelLimits()
+        self._limit = PromptLimit(chat, self.context, self.limits)
         self._stepper, self._soft = stepper, soft
         self._wake = threading.Condition()
-        self._waiting: deque[Job] = deque()
+        self._scheduler = FairScheduler()
+        self._waiting: dict[str, deque[Job]] = {}
         self._reading: deque[Job] = deque()
         self._writing: list[Job] = []
-        self._answers = 0
+        self._answers: Counter[str] = Counter()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="luthier-decoder", daemon=True)
         self._thread.start()
@@ -89,7 +93,7 @@ class Decoder:
         stored: StoredModel,
         memory: CacheBudget,
         schemas: SchemaTrials | None = None,
-        bounds: PromptBounds = BOUNDS,
+        limits: ModelLimits | None = None,
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine."""
         from luthier.engine.devices import choose_machine
@@ -109,7 +113,7 @@ class Decoder:
         vocabulary = int(network.model.config.vocab_size)
         stepper = stepper_of(network, context)
         format_ = serving_format(stored)
-        return Decoder(stepper, format_, soft, vocabulary, memory, schemas, bounds)
+        return Decoder(stepper, format_, soft, vocabulary, memory, schemas, limits)
 
     @property
     def network(self) -> Network:
@@ -158,11 +162,12 @@ class Decoder:
         with self._wake:
             if self._closed:
                 raise InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
-            if len(self._waiting) >= WAITING:
+            queue = self._waiting.setdefault(job.client, deque())
+            if len(queue) >= self.limits.waiting_requests:
                 raise InferenceFailed(
-                    "Throttling", "Too many requests wait for this model. Try again soon."
+                    "Throttling", "Too many of your requests wait for this model. Try again soon."
                 )
-            self._waiting.append(job)
+            queue.append(job)
             self._wake.notify()
         stream = Stream(
             job.events,
@@ -199,7 +204,8 @@ class Decoder:
                 f"{self.memory.total >> 20} MiB. Ask for fewer tokens or answers.",
                 "max_tokens",
             )
-        job = Job(request, np.concatenate([self._soft, ids_T]), len(ids_T), room, memory)
+        ids_P = np.concatenate([self._soft, ids_T])
+        job = Job(request, current_client(), ids_P, len(ids_T), room, memory)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         for index in range(request.n):
             own = matcher if index == 0 or matcher is None else matcher.copy()
@@ -248,32 +254,54 @@ class Decoder:
                 self._wake.wait()
             if self._closed:
                 gone = InferenceFailed("ServiceUnavailable", "The model was unloaded.")
-                for job in (*self._waiting, *self._reading, *self._writing):
+                for job in (*chain(*self._waiting.values()), *self._reading, *self._writing):
                     job.events.put(gone)
                 for job in [*self._reading, *self._writing]:
                     self._forget(job)
                 return False
-            while self._waiting and self._lets_in(self._waiting[0]):
-                self._waiting.popleft()
+            while (queue := self._next_queue()) and self._lets_in(queue[0]):
+                job = queue.popleft()
+                if not queue:
+                    del self._waiting[job.client]
             if not (self._reading or self._writing):
                 # Other models hold the memory; they do not tell when they give it back.
                 self._wake.wait(RETRY_SECONDS)
         return True
 
+    def _next_queue(self) -> deque[Job] | None:
+        """Of the clients that wait and may have more at work, the one that had the least done."""
+        able = [queue for queue in self._waiting.values() if self._may_begin(queue[0])]
+        return min(able, key=lambda queue: self._scheduler.seconds(queue[0].client), default=None)
+
+    def _may_begin(self, job: Job) -> bool:
+        """Whether the client's part of all answers and of the memory allows it."""
+        answers = self._answers[job.client]
+        most = self.limits.share_of(self.limits.answers)
+        within = not answers or answers + job.request.n <= most
+        return job.cancelled or (within and self.memory.allows(job.client, job.memory))
+
     def _lets_in(self, job: Job) -> bool:
         """Begin ``job`` where there is room for it; whether it need not wait any longer."""
         if job.cancelled:
             return True
-        if self._answers + job.request.n > ANSWERS or not self.memory.take(job.memory):
+        if self._answers.total() + job.request.n > self.limits.answers:
             return False
-        self._answers += job.request.n
+        if not self.memory.take(job.client, job.memory):
+            return False
+        self._answers[job.client] += job.request.n
+        self._scheduler.begin(job.client)
         self._reading.append(job)
         return True
 
     def _sweep(self) -> None:
         """Forget the requests of clients who hung up."""
         with self._wake:
-            self._waiting = deque(job for job in self._waiting if not job.cancelled)
+            for client, queue in [*self._waiting.items()]:
+                left = deque(job for job in queue if not job.cancelled)
+                if left:
+                    self._waiting[client] = left
+                else:
+                    del self._waiting[client]
         for job in [*self._reading, *self._writing]:
             if job.cancelled:
                 self._forget(job)
@@ -288,42 +316,69 @@ class Decoder:
             self._reading.remove(job)
         else:
             self._writing.remove(job)
-        self.memory.give(job.memory)
-        self._answers -= job.request.n
+        self.memory.give(job.client, job.memory)
+        self._scheduler.end(job.client)
+        self._answers[job.client] -= job.request.n
+        if not self._answers[job.client]:
+            del self._answers[job.client]
 
     def _read(self) -> None:
-        """A few chunks of prompts, in turns."""
+        """A few chunks of prompts, in turns; one where somebody else waits for the network."""
         spent = 0
-        while self._reading and spent < READ:
-            job = self._reading[0]
-            if job.state is None:
-                job.state = self._stepper.begin(job.ids_T)
-            unread = job.state.unread
-            logits_V = self._stepper.read(job.state)
-            spent += unread - job.state.unread
-            if logits_V is None:
-                self._reading.rotate(-1)
-                continue
-            state, job.state = job.state, None
-            states = self._stepper.fork(state, len(job.answers))
-            self._reading.popleft()
-            self._writing.append(job)
-            for answer, own in zip(job.answers, states, strict=True):
-                answer.state = own
-            for answer in job.answers:
-                self._advance(answer, logits_V, None)
+        while spent < READ and not (spent and self._waiting):
+            turn = self._scheduler.turn()
+            able = [job for job in self._reading if job.client in turn]
+            job = min(able, key=lambda job: self._scheduler.seconds(job.client), default=None)
+            if job is None:
+                return
+            began = time.perf_counter()
+            spent += self._read_chunk(job)
+            self._scheduler.charge(job.client, time.perf_counter() - began)
             self._settle(job)
 
+    def _read_chunk(self, job: Job) -> int:
+        """Read on in its prompt; how many tokens. With the last of them its answers begin."""
+        import torch
+
+        self._reading.remove(job)
+        self._reading.append(job)
+        if job.state is None:
+            job.state = self._stepper.begin(job.ids_T)
+        unread = job.state.unread
+        logits_V = self._stepper.read(job.state)
+        read: int = unread - job.state.unread
+        if logits_V is None:
+            device = self._stepper.network.device
+            if self._scheduler.shared and device.type == "cuda":
+                torch.cuda.synchronize(device)  # else the next client to wait for it pays
+            return read
+        state, job.state = job.state, None
+        states = self._stepper.fork(state, len(job.answers))
+        self._reading.remove(job)
+        self._writing.append(job)
+        for answer, own in zip(job.answers, states, strict=True):
+            answer.state = own
+        for answer in job.answers:
+            self._advance(answer, logits_V, None)
+        return read
+
     def _write(self) -> None:
-        """One token for every answer."""
-        writing = [a for job in self._writing for a in job.answers if a.state is not None]
+        """One token for every answer of the clients whose turn it is."""
+        turn = self._scheduler.turn()
+        jobs = [job for job in self._writing if job.client in turn]
+        writing = [a for job in jobs for a in job.answers if a.state is not None]
         if not writing:
             return
+        began = time.perf_counter()
+        rows: dict[str, list[int]] = {}
+        for answer in writing:
+            rows.setdefault(answer.job.client, []).append(len(answer.job.ids_T) + answer.count)
         logits_RV = self._stepper.step([a.state for a in writing], [a.last for a in writing])
         best = logits_RV.argmax(-1).tolist()
         for answer, logits_V, token in zip(writing, logits_RV, best, strict=True):
             self._advance(answer, logits_V, token)
-        for job in [*self._writing]:
+        self._scheduler.charge_step(rows, time.perf_counter() - began)
+        for job in jobs:
             self._settle(job)
 
     def _advance(self, answer: Writing, logits_V: Tensor, best: int | None) -> None:
@@ -343,7 +398,7 @@ class Decoder:
             answer.state = None
 
     def _settle(self, job: Job) -> None:
-        if all(answer.done for answer in job.answers):
+        if job in self._writing and all(answer.done for answer in job.answers):
             self._forget(job)
 
     def _fail(self, error: Exception) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections import Counter
 from pathlib import Path
 
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -85,21 +86,36 @@ class FreedMemory:
 
 
 class CacheBudget:
-    """Memory for the keys and values of all models together. Safe to share between threads."""
+    """Memory for the keys and values of all models together. Safe to share between threads.
 
-    def __init__(self, total: int) -> None:
-        """``total`` bytes."""
-        self.total, self.taken = total, 0
+    What a client's only request takes may be more than the client's part.
+    """
+
+    def __init__(self, total: int, per_client: int | None = None) -> None:
+        """``total`` bytes, ``per_client`` of them for one client at most."""
+        self.total, self.per_client = total, total if per_client is None else per_client
+        self._held: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> bool:
-        """Reserve ``size`` bytes, where they are free."""
+    @property
+    def taken(self) -> int:
+        """Bytes that are reserved."""
+        return self._held.total()
+
+    def allows(self, client: str, size: int) -> bool:
+        """Whether ``client`` may have ``size`` bytes more, as far as its own part goes."""
+        return not self._held[client] or self._held[client] + size <= self.per_client
+
+    def take(self, client: str, size: int) -> bool:
+        """Reserve ``size`` bytes, where they are free and ``client`` may have them."""
         with self._lock:
-            fits = self.taken + size <= self.total
-            self.taken += size if fits else 0
+            fits = self.allows(client, size) and self.taken + size <= self.total
+            self._held[client] += size if fits else 0
         return fits
 
-    def give(self, size: int) -> None:
+    def give(self, client: str, size: int) -> None:
         """Give them back."""
         with self._lock:
-            self.taken -= size
+            self._held[client] -= size
+            if not self._held[client]:
+                del self._held[client]

@@ -15,10 +15,12 @@ import numpy as np
 from luthier.cancellation import cancellable
 from luthier.engine.memory import available_memory
 from luthier.errors import LuthierError, UnknownModel
+from luthier.limits import ModelLimits
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request
 from luthier.serving.memory import CacheBudget
-from luthier.serving.prompts import BOUNDS, PromptBounds, PromptLimit, prompt_tokenized
+from luthier.serving.prompts import PromptLimit, prompt_tokenized
 from luthier.serving.stream import Stream, count_tokens, metered_stream
+from luthier.serving.turns import FairTurns, NoTurn
 from luthier.types import Row
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 LOADING_SECONDS = 300.0
 """How long a request waits for its model to be loaded."""
-WEIGHTS_SHARE, CACHE_SHARE = 0.45, 0.15
-"""Of the memory that is free at the start: for weights, and for keys and values."""
+EMBEDDING_SECONDS = 60.0
+"""How long a text waits for its turn at a model that reads."""
 _LOADED_TWICE = 2.5
 """Bytes in memory for each stored one: weights are kept a second time in the kernels' order."""
 
@@ -72,16 +74,17 @@ class ModelPool:
         budget: int | None = None,
         cache: int | None = None,
         schemas: SchemaTrials | None = None,
-        bounds: PromptBounds = BOUNDS,
+        limits: ModelLimits | None = None,
     ) -> None:
         """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
         sequences; by default shares of the free memory. ``schemas`` tries those of unknown clients,
-        and ``bounds`` hold for each prompt.
+        and ``limits`` hold for each model.
         """
-        self._schemas, self.bounds = schemas, bounds
+        self._schemas, self.limits = schemas, limits or ModelLimits()
         free = available_memory()
-        self.budget = int(WEIGHTS_SHARE * free) if budget is None else budget
-        self.memory = CacheBudget(int(CACHE_SHARE * free) if cache is None else cache)
+        self.budget = int(self.limits.weights_share * free) if budget is None else budget
+        cache = int(self.limits.cache_share * free) if cache is None else cache
+        self.memory = CacheBudget(cache, self.limits.share_of(cache))
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._lock = threading.Lock()
         # While transformers builds a network it changes what holds for the whole process, such as the
@@ -222,10 +225,10 @@ class ModelPool:
                 if store.objective_of(stored).task == "causal_lm":
                     from luthier.serving.decoder import Decoder
 
-                    entry.model = Decoder.open(stored, self.memory, self._schemas, self.bounds)
-                    entry.reader = Embedder.of(entry.model, self.bounds)
+                    entry.model = Decoder.open(stored, self.memory, self._schemas, self.limits)
+                    entry.reader = Embedder.of(entry.model, self.limits)
                 else:
-                    entry.model = entry.reader = Embedder.open(stored, self.bounds)
+                    entry.model = entry.reader = Embedder.open(stored, self.limits)
         except LuthierError as error:
             entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
         except Exception as error:
@@ -272,29 +275,31 @@ def _weights(stored: StoredModel) -> int:
 class Embedder:
     """A network in memory that reads: texts become vectors."""
 
-    def __init__(self, predictor: Any, bounds: PromptBounds = BOUNDS) -> None:
+    def __init__(self, predictor: Any, limits: ModelLimits | None = None) -> None:
         self._predictor = predictor
-        self._limit = PromptLimit(predictor.chat, predictor.context, bounds, "input")
+        self._limit = PromptLimit(
+            predictor.chat, predictor.context, limits or ModelLimits(), "input"
+        )
         # Takes off the truncation that a tokenizer's file may name: no two threads may do so at once.
         predictor.chat.encode_whole("")
-        self._lock = threading.Lock()
+        self._turns = FairTurns(1, EMBEDDING_SECONDS)
 
     @staticmethod
-    def open(stored: StoredModel, bounds: PromptBounds = BOUNDS) -> Embedder:
+    def open(stored: StoredModel, limits: ModelLimits | None = None) -> Embedder:
         """Load ``stored`` on the best device of this machine."""
         from luthier.serving.confined import serving_format
         from luthier.serving.prediction import Predictor
 
-        return Embedder(Predictor.open(stored, serving_format(stored)), bounds)
+        return Embedder(Predictor.open(stored, serving_format(stored)), limits)
 
     @staticmethod
-    def of(writer: Decoder, bounds: PromptBounds = BOUNDS) -> Embedder:
+    def of(writer: Decoder, limits: ModelLimits) -> Embedder:
         """The mean over the network of a model that writes, in the same memory."""
         from luthier.objectives.contrastive import Contrastive
         from luthier.serving.prediction import Predictor
 
         mean = Contrastive(pooling="mean")
-        return Embedder(Predictor(writer.network, mean, writer.chat, writer.context), bounds)
+        return Embedder(Predictor(writer.network, mean, writer.chat, writer.context), limits)
 
     def read(self, given: str | Sequence[int]) -> tuple[str, int]:
         """A text, or the one that ids stand for, and the number of its tokens.
@@ -318,14 +323,23 @@ class Embedder:
         return text, tokens
 
     def embed(self, text: str, tokens: int) -> Embedded:
-        """The vector of a text of so many tokens, as :meth:`read` gave them."""
-        with self._lock:
-            answer = self._predictor.answers([Row("", 1, text=text)])[0]
+        """The vector of a text of so many tokens, as :meth:`read` gave them.
+
+        Raises:
+            InferenceFailed: where other texts leave the network no time for it.
+        """
+        try:
+            with self._turns.turn():
+                answer = self._predictor.answers([Row("", 1, text=text)])[0]
+        except NoTurn:
+            raise InferenceFailed(
+                "Throttling", "Too many inputs wait for this model. Try again soon."
+            ) from None
         vector = np.asarray(answer["embedding"], dtype=np.float32)
         return Embedded(tuple(vector.tolist()), tokens)
 
     def close(self) -> None:
         """Let go of the network."""
-        with self._lock:
+        with self._turns.turn():
             self._predictor.network.close()
             self._predictor.chat.close()

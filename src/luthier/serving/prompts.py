@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
@@ -22,6 +21,7 @@ from luthier.serving.inference import Chat, InferenceRefused, TooLong
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
+    from luthier.limits import ModelLimits
 
 SLACK, CUT = 2, 128
 """A text's pieces have at most so many times the tokens of the whole, and so many for each cut. It is
@@ -42,21 +42,6 @@ def tokenize_in_own_thread() -> None:
     os.environ.setdefault(*OWN_THREAD)
 
 
-@dataclass(frozen=True)
-class PromptBounds:
-    """What tokenizing one prompt may take."""
-
-    bytes: int = 1 << 20
-    """Texts of so many are never refused for their size alone: a tokenizer may pass over white space,
-    or take a long word for one token."""
-    seconds: float = 20
-    """Of the clock."""
-
-
-BOUNDS = PromptBounds()
-"""Where no server says otherwise."""
-
-
 class PromptLimit:
     """What a model takes of a prompt, as far as that can be said before it is tokenized."""
 
@@ -64,17 +49,19 @@ class PromptLimit:
         self,
         chat: ChatFormat,
         context: int,
-        bounds: PromptBounds = BOUNDS,
+        limits: ModelLimits,
         parameter: str = "messages",
     ) -> None:
         """For texts that ``chat`` makes tokens of, and a model that reads ``context`` of them.
 
         ``parameter`` is the field that errors name.
         """
-        self._chat, self._context, self._seconds = chat, context, bounds.seconds
+        self._chat, self._context, self._seconds = chat, context, limits.prompt_seconds
         self._parameter = parameter
         longest = chat.longest_token
-        self.bytes = max(bounds.bytes, context * longest)
+        # A tokenizer may pass over white space, or take a long word for one token: texts of the first
+        # size are never refused for it alone.
+        self.bytes = max(limits.prompt_bytes, context * longest)
         """UTF-8 bytes of a text at most."""
         self._piece = max(PIECE, 64 * longest)
 

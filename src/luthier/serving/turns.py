@@ -21,6 +21,11 @@ def working_for(client: str) -> Iterator[None]:
         _client.reset(token)
 
 
+def current_client() -> str:
+    """Whom the thread is :func:`working_for`; empty where nobody has said."""
+    return _client.get()
+
+
 class NoTurn(Exception):
     """A thread's turn has not come in time."""
 
@@ -45,7 +50,7 @@ class FairTurns:
         Raises:
             NoTurn: where it has not come within the seconds.
         """
-        client, ticket = _client.get(), object()
+        client, ticket = current_client(), object()
         with self._changed:
             self._waiting.setdefault(client, deque()).append(ticket)
             came = self._changed.wait_for(lambda: self._next() is ticket, self._seconds)

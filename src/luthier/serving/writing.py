@@ -27,9 +27,16 @@ class Job:
     """A request on its way."""
 
     def __init__(
-        self, request: Request, ids_T: IntArray, prompt_tokens: int, room: int, memory: int
+        self,
+        request: Request,
+        client: str,
+        ids_T: IntArray,
+        prompt_tokens: int,
+        room: int,
+        memory: int,
     ) -> None:
-        self.request, self.ids_T, self.prompt_tokens = request, ids_T, prompt_tokens
+        self.request, self.client = request, client
+        self.ids_T, self.prompt_tokens = ids_T, prompt_tokens
         self.room, self.memory = room, memory
         self.events: SimpleQueue[Any] = SimpleQueue()
         self.answers: list[Writing] = []

@@ -12,11 +12,11 @@ from urllib.request import urlopen
 
 import pytest
 
-from luthier.api.app import SHARE, TRANSFERS
-from luthier.api.threads import WAITING
+from luthier.limits import ServerLimits
 from luthier.store.object_files import Writing
 
 BUSY = "000000000001"
+LIMITS = ServerLimits()
 
 
 def answered(url: str) -> tuple[int, str]:
@@ -50,7 +50,7 @@ def test_downloads_of_one_account_hold_no_other_up(
         client.put_object(Bucket=name, Key="k", Body=b"bytes")
     url = busy.generate_presigned_url("get_object", Params={"Bucket": "busy", "Key": "k"})
     monkeypatch.setattr(service.objects.files, "read", read)
-    count = WAITING + 10
+    count = LIMITS.waiting_requests + 10
     with ThreadPoolExecutor(count) as pool:
         asked = [pool.submit(answered, url) for _ in range(count)]
         try:
@@ -69,7 +69,7 @@ def test_downloads_of_one_account_hold_no_other_up(
     assert len(refused) == 10 and {status for status, _ in refused} == {503}
     assert all("SlowDown" in text and text.endswith("2") for _, text in refused)
     assert sorted({status for status, _ in told}) == [200, 503]
-    assert reads[1] == int(TRANSFERS * SHARE)
+    assert reads[1] == LIMITS.share_of(LIMITS.transfers)
 
 
 def test_uploads_of_one_account_hold_no_other_up(
@@ -95,7 +95,7 @@ def test_uploads_of_one_account_hold_no_other_up(
         ]
         try:
             deadline = time.monotonic() + 30
-            while len(at_once) < int(TRANSFERS * SHARE) and time.monotonic() < deadline:
+            while len(at_once) < LIMITS.share_of(LIMITS.transfers) and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.3)
             began = time.monotonic()
@@ -104,4 +104,4 @@ def test_uploads_of_one_account_hold_no_other_up(
         finally:
             go.set()
         assert {each.result()["ResponseMetadata"]["HTTPStatusCode"] for each in asked} == {200}
-    assert took < 5 and held == int(TRANSFERS * SHARE)
+    assert took < 5 and held == LIMITS.share_of(LIMITS.transfers)
