@@ -23,12 +23,12 @@ from luthier.files import luthier_home, sweep
 from luthier.jobs import processes
 from luthier.jobs.admission import Capacity, free
 from luthier.jobs.folders import JobFolders
-from luthier.jobs.submit import check_model_quota, one_at_a_time
+from luthier.jobs.submit import check_model_quota
 from luthier.jobs.supervisor import Supervisor
 from luthier.limits import AccountQuotas
 from luthier.store import imports, leases
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, CustomModel
-from luthier.store.database import Database, new_id, now
+from luthier.store.database import Database, new_id, now, one_at_a_time
 from luthier.store.imports import ModelImport
 from luthier.store.models import custom_folder
 
@@ -78,7 +78,7 @@ def submit_import(
         QuotaExceeded: where it has all the models that it may have, or too many imports under way.
     """
     limits = limits or AccountQuotas()
-    one_at_a_time(session, account)
+    one_at_a_time(session, f"submit {account}")
     taken = select(CustomModel.id).where(CustomModel.account == account, CustomModel.name == name)
     if session.scalar(taken) is not None:
         raise NameInUse("model")

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from luthier.errors import RecipeError
-from luthier.serving.text_process import LONGEST, READ_SECONDS, receive, send
+from luthier.serving.confined_child import LONGEST, READ_SECONDS, receive, send
 
 PATIENCE = 120.0
 """Seconds of the clock for one request; its processor time ends it before, unless others compute."""
@@ -44,8 +44,8 @@ class Interrupted(RecipeError):
 class ConfinedProcess:
     """A process with limits that answers one request at a time, and is started again where it ended.
 
-    Its module takes requests by :func:`luthier.serving.text_process.receive` and bounds the processor
-    time of each by itself. Safe to share between threads, which are answered in turns.
+    Its module answers by :func:`luthier.serving.confined_child.serve`. Safe to share between
+    threads, which are answered in turns.
     """
 
     def __init__(

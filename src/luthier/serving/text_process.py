@@ -1,12 +1,8 @@
 """The process in which template and tokenizer of a model from outside are at work.
 
 A chat template is a program, and so is a tokenizer's pattern: neither can read or write anything here,
-but both can be written to take all time and memory there is. This process takes requests from the one
-that started it (:mod:`luthier.serving.confined_process`) and is ended by the kernel where one takes too
-much processor time. It cannot have more memory than it is told, and opens no file once the model is
-read.
-
-Requests and replies are JSON behind four bytes of length.
+but both can be written to take all time and memory there is. This process has limits
+(:mod:`luthier.serving.confined_child`); :mod:`luthier.serving.confined` asks it.
 """
 
 from __future__ import annotations
@@ -14,27 +10,27 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import math
-import os
-import resource
 import socket
-import struct
 import sys
-import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from luthier.serving.confined_child import (
+    READ_SECONDS,
+    allow_seconds,
+    be_killed_first,
+    limit_memory,
+    send,
+    serve,
+)
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
 MEMORY = 2 << 30
 """Bytes of addresses that model and requests may take, beside the libraries."""
-READ_SECONDS = 60
-"""Of processor time, to read the model."""
-LONGEST = 32 << 20
-"""Bytes of a reply."""
 TEMPLATE = 1_000_000
 """Characters of a chat template."""
 TOKEN = 1024
@@ -45,55 +41,21 @@ _LATER = ("jinja2.debug", "encodings.unicode_escape", "pprint", "textwrap")
 """What templates import at their first error, escape or filter."""
 
 
-def send(connection: socket.socket, told: Any) -> None:
-    """Write one request or reply."""
-    data = json.dumps(told).encode()
-    connection.sendall(struct.pack(">I", len(data)) + data)
-
-
-def receive(connection: socket.socket, longest: int = (1 << 32) - 1) -> Any:
-    """Read one; raises :class:`EOFError` where nobody is there, and for more bytes than ``longest``."""
-    (size,) = struct.unpack(">I", _exactly(connection, 4))
-    if size > longest:
-        raise EOFError(f"{size:,} bytes")
-    return json.loads(_exactly(connection, size))
-
-
-def _exactly(connection: socket.socket, size: int) -> bytearray:
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = connection.recv_into(view)
-        if not count:
-            raise EOFError
-        view = view[count:]
-    return data
-
-
 def main(arguments: list[str]) -> None:
     """Read the model that ``arguments`` name, say what it is, and answer until nobody asks."""
     descriptor, seconds, folder, fields = arguments
     connection = socket.socket(fileno=int(descriptor))
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # before the server, where the machine has no memory left
+    be_killed_first()
     _import(Path(folder))
-    limit(resource.RLIMIT_AS, addresses() + MEMORY)
+    limit_memory(MEMORY)
     allow_seconds(READ_SECONDS)
     try:
         chat = _opened(Path(folder), json.loads(fields))
-        told = _about(chat)
+        about = _about(chat)
     except Exception as error:
         send(connection, {"error": _words(error)})
         return
-    limit(resource.RLIMIT_FSIZE, 0)
-    # Numbers of open files have to be lower: nothing more is opened, no connection either.
-    limit(resource.RLIMIT_NOFILE, 0)
-    send(connection, {"result": told})
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            asked = receive(connection)
-            allow_seconds(int(seconds))
-            _send_bounded(connection, _answer(chat, asked))
+    serve(connection, about, int(seconds), lambda call, given: _CALLS[call](chat, **given), _words)
 
 
 def _import(folder: Path) -> None:
@@ -140,23 +102,6 @@ def _about(chat: ChatFormat) -> dict[str, Any]:
         "longest_token": chat.longest_token,
         "bos_token_id": tokenizer.bos_token_id,
     }
-
-
-def _answer(chat: ChatFormat, asked: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return {"result": _CALLS[asked["call"]](chat, **asked["given"])}
-    except Exception as error:
-        return {"error": _words(error)}
-
-
-def _send_bounded(connection: socket.socket, told: Mapping[str, Any]) -> None:
-    try:
-        data = json.dumps(told)
-    except MemoryError:
-        data = ""
-    if not 0 < len(data) <= LONGEST:
-        told = {"error": f"what it makes of this text is larger than {LONGEST >> 20} MiB"}
-    send(connection, told)
 
 
 def _decode(chat: ChatFormat, ids: list[int]) -> str:
@@ -209,23 +154,6 @@ def _words(error: Exception) -> str:
     if isinstance(error, LuthierError):
         return str(error)[:2000]
     return f"the model's template or tokenizer fails: {type(error).__name__}: {str(error)[:300]}"
-
-
-def allow_seconds(seconds: int) -> None:
-    """Let the kernel end this process after so much more processor time."""
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + seconds, hard))
-
-
-def limit(kind: int, most: int) -> None:
-    """Set a limit of this process that it cannot raise again."""
-    resource.setrlimit(kind, (most, most))
-
-
-def addresses() -> int:
-    """Bytes of addresses that this process has now."""
-    pages = Path("/proc/self/statm").read_text().split()[0]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
 """The process in which graders of clients compare texts, and in which their schemas are tried.
 
 Texts, patterns and schemas that a client sends can be written to take all time and memory there is, and
-most libraries that work on them know no limit. This process is ended by the kernel where one request
-takes too much processor time, cannot have more memory than it is told, and opens no file
-(:mod:`luthier.serving.confined_work` is the other side).
+most libraries that work on them know no limit. This process has some
+(:mod:`luthier.serving.confined_child`); :mod:`luthier.serving.confined_work` asks it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from luthier.serving.text_process import addresses, allow_seconds, limit, receive, send
+from luthier.serving.confined_child import be_killed_first, limit_memory, serve
 
 NICE = 5
 """Requests that are answered by the server itself go first."""
@@ -26,19 +24,17 @@ def main(arguments: list[str]) -> None:
     """Answer requests within ``seconds`` and ``memory`` bytes each, until nobody asks."""
     descriptor, seconds, memory = arguments
     connection = socket.socket(fileno=int(descriptor))
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # before the server, where the machine has no memory left
+    be_killed_first()
     os.nice(NICE)
     _import()
-    limit(resource.RLIMIT_AS, addresses() + int(memory))
-    limit(resource.RLIMIT_FSIZE, 0)
-    limit(resource.RLIMIT_NOFILE, 0)
-    send(connection, {"result": {}})
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            asked = receive(connection)
-            allow_seconds(int(seconds))
-            send(connection, _answer(asked["call"], asked["given"], int(memory)))
+    limit_memory(int(memory))
+
+    def words(error: Exception) -> str:
+        if isinstance(error, MemoryError):
+            return f"this takes more than {int(memory) >> 20} MiB of memory"
+        return f"this fails: {type(error).__name__}: {str(error)[:300]}"
+
+    serve(connection, {}, int(seconds), lambda call, given: _CALLS[call](**given), words)
 
 
 def _import() -> None:
@@ -51,17 +47,6 @@ def _import() -> None:
         _grade(grader.model_dump(), [{"reply": "a", "members": {}, "text_characters": 1000}])
     with contextlib.suppress(ImportError):
         _grammar('{"grammars": []}')
-
-
-def _answer(call: str, given: Mapping[str, Any], memory: int) -> dict[str, Any]:
-    try:
-        if call == "grade":
-            return {"result": _grade(**given)}
-        return {"result": _grammar(**given)}
-    except MemoryError:
-        return {"error": f"this takes more than {memory >> 20} MiB of memory"}
-    except Exception as error:
-        return {"error": f"this fails: {type(error).__name__}: {str(error)[:300]}"}
 
 
 def _grade(grader: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -103,6 +88,9 @@ def _grammar(grammar: str) -> str:
     if not matcher.is_error():
         matcher.compute_bitmask()
     return str(matcher.get_error()) if matcher.is_error() else ""
+
+
+_CALLS: dict[str, Callable[..., Any]] = {"grade": _grade, "grammar": _grammar}
 
 
 if __name__ == "__main__":

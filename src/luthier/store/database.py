@@ -28,6 +28,7 @@ from sqlalchemy import (
     make_url,
     select,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Session
@@ -252,6 +253,23 @@ def _engine(url: str) -> Engine:
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "handle_error", _reopen_read_only)
     return engine
+
+
+def insert(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    """An ``INSERT`` that can say what happens ``ON CONFLICT``: each database has its own."""
+    if session.get_bind().dialect.name == "postgresql":
+        return postgresql.insert(table)
+    return sqlite.insert(table)
+
+
+def one_at_a_time(session: Session, what: str) -> None:
+    """Keep other transactions from doing ``what`` too until this one ends.
+
+    On PostgreSQL by a lock of that name. SQLite has one writer at a time as it is.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        key = func.hashtextextended(what, 0)
+        session.execute(select(func.pg_advisory_xact_lock(key)))
 
 
 def _reopen_read_only(context: Any) -> None:

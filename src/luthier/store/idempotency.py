@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import WrongState
-from luthier.store.database import Base, now
+from luthier.store.database import Base, now, one_at_a_time
 
 
 class TokenReused(WrongState):
@@ -63,9 +62,7 @@ def recall(session: Session, attempt: Attempt) -> dict[str, Any] | None:
     Raises:
         TokenReused: where the token came with other parameters.
     """
-    if session.get_bind().dialect.name == "postgresql":
-        key = f"{attempt.account} {attempt.operation} {attempt.token}"
-        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(key, 0))))
+    one_at_a_time(session, f"{attempt.account} {attempt.operation} {attempt.token}")
     found = session.get(
         AnsweredRequest,
         (attempt.account, attempt.operation, attempt.token),

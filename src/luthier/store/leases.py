@@ -20,7 +20,7 @@ from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
-from luthier.store.database import now
+from luthier.store.database import now, one_at_a_time
 from luthier.store.jobs import (
     COMPLETED,
     FAILED,
@@ -40,8 +40,6 @@ MOST_CRASHES = 25
 """So many workers may die one after the other without a step between them."""
 PATIENCE = timedelta(minutes=10)
 """How long a job or an import that does not fit now is overtaken by smaller ones."""
-_CLAIMS = 0x6C757468
-"""Key of the lock under which PostgreSQL lets one scheduler claim at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,7 @@ def fits(
 
 def alone(session: Session) -> None:
     """Keep every other server from claiming until the transaction ends, on PostgreSQL; SQLite does."""
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(_CLAIMS)))
+    one_at_a_time(session, "claim")
 
 
 def claim(

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sqlalchemy import BigInteger, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import QuotaExceeded
 from luthier.limits import AccountQuotas
-from luthier.store.database import Base
+from luthier.store.database import Base, insert
 
 COUNTED = {
     "stored_bytes": "bytes",
@@ -127,8 +126,7 @@ def lock(session: Session, account: str) -> Storage:
     wanted = wanted.execution_options(populate_existing=True)
     found: Storage | None = session.scalar(wanted)
     if found is None:
-        kind = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-        fresh = kind.insert(Storage).values(account=account, **dict.fromkeys(COUNTED, 0))
+        fresh = insert(session, Storage).values(account=account, **dict.fromkeys(COUNTED, 0))
         session.execute(fresh.on_conflict_do_nothing())
         found = session.scalar(wanted)
     assert found is not None

@@ -12,12 +12,11 @@ from datetime import date, timedelta
 from typing import Any
 
 from sqlalchemy import BigInteger, case, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base
+from luthier.store.database import Base, insert
 
 LONGEST_REPORT = timedelta(days=3660)
 
@@ -75,13 +74,12 @@ def add_usage(session: Session, used: Mapping[tuple[date, str, str], Used]) -> N
     """Add what was ``used``, by day, account and model."""
     if not used:
         return
-    kind = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
     # In one order, so that two servers that write at once wait for each other and never cross.
     rows = [
         {"account": account, "day": day, "model": model, **asdict(each)}
         for (day, account, model), each in sorted(used.items(), key=lambda pair: pair[0])
     ]
-    fresh = kind.insert(DailyUsage)
+    fresh = insert(session, DailyUsage)
     table = DailyUsage.__table__.c
     changes: dict[str, Any] = {
         name: table[name] + fresh.excluded[name] for name in _AMOUNTS if name != _PEAK

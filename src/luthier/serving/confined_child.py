@@ -1,0 +1,113 @@
+"""What runs within a process with limits, whatever it works on: its limits, and requests one by one.
+
+The kernel ends the process where a request takes too much processor time. It cannot have more memory
+than it is told, and opens no file once it has begun to answer
+(:mod:`luthier.serving.confined_process` is the other side). Requests and replies are JSON behind four
+bytes of length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+READ_SECONDS = 60
+"""Of processor time, to read what it works with before the first request."""
+LONGEST = 32 << 20
+"""Bytes of a reply."""
+
+Answers = Callable[[str, Mapping[str, Any]], Any]
+"""What is said to a call with its arguments; an exception is told in the words of a refusal."""
+
+
+def send(connection: socket.socket, message: Any) -> None:
+    """Write one request or reply."""
+    data = json.dumps(message).encode()
+    connection.sendall(struct.pack(">I", len(data)) + data)
+
+
+def receive(connection: socket.socket, longest: int = (1 << 32) - 1) -> Any:
+    """Read one; raises :class:`EOFError` where nobody is there, and for more bytes than ``longest``."""
+    (size,) = struct.unpack(">I", _exactly(connection, 4))
+    if size > longest:
+        raise EOFError(f"{size:,} bytes")
+    return json.loads(_exactly(connection, size))
+
+
+def _exactly(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = connection.recv_into(view)
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return data
+
+
+def be_killed_first() -> None:
+    """End before the server does, where the machine has no memory left."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+def limit_memory(size: int) -> None:
+    """Let this process have ``size`` bytes of addresses beside those it has now."""
+    pages = Path("/proc/self/statm").read_text().split()[0]
+    _limit(resource.RLIMIT_AS, int(pages) * os.sysconf("SC_PAGE_SIZE") + size)
+
+
+def allow_seconds(seconds: int) -> None:
+    """Let the kernel end this process after so much more processor time."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + seconds, hard))
+
+
+def serve(
+    connection: socket.socket,
+    about: Any,
+    seconds: int,
+    answers: Answers,
+    words: Callable[[Exception], str],
+) -> None:
+    """Say ``about``, and answer requests of ``seconds`` of processor time each until nobody asks.
+
+    ``words`` says of an exception why a request is refused. No file and no connection is opened from
+    here on, and nothing is written to one.
+    """
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_NOFILE, 0)  # numbers of open files have to be lower
+    send(connection, {"result": about})
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            request = receive(connection)
+            allow_seconds(seconds)
+            try:
+                reply = {"result": answers(request["call"], request["given"])}
+            except Exception as error:
+                reply = {"error": words(error)}
+            _send_bounded(connection, reply)
+
+
+def _send_bounded(connection: socket.socket, reply: Mapping[str, Any]) -> None:
+    try:
+        data = json.dumps(reply)
+    except MemoryError:
+        data = ""
+    if not 0 < len(data) <= LONGEST:
+        reply = {"error": f"what it makes of this text is larger than {LONGEST >> 20} MiB"}
+    send(connection, reply)
+
+
+def _limit(kind: int, most: int) -> None:
+    """Set a limit of this process that it cannot raise again."""
+    resource.setrlimit(kind, (most, most))
