@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.api.sending import Receive, Send
 from luthier.api.wire import Caller, Fault
-from luthier.store.usage import Used
+from luthier.store.usage import CountUsage, Used
 
 if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -25,8 +25,6 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 _UNTOLD = ("asked", "tokens")
 """Of :class:`Observed`, what is not in the log."""
-Count = Callable[[str, str, Used], None]
-"""Told what an account used, of the model with a stored id or of none."""
 Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
 """Gives values by label, by the name of the gauge; one without labels has its value under ``""``."""
 
@@ -89,7 +87,7 @@ class Observer:
     """Counts and logs requests; ``gauges`` are read when somebody looks."""
 
     def __init__(
-        self, gauges: Gauges, count: Count | None = None, collector: Collector | None = None
+        self, gauges: Gauges, count: CountUsage | None = None, collector: Collector | None = None
     ) -> None:
         """Begin to count.
 

@@ -6,7 +6,7 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import date, timedelta
 from typing import Any
@@ -66,6 +66,8 @@ class Used:
             setattr(self, each.name, max(mine, more) if each.name == _PEAK else mine + more)
 
 
+CountUsage = Callable[[str, str, Used], None]
+"""Counts what an account used, of the model with a stored id or of none."""
 _PEAK = "stored_bytes"
 _AMOUNTS = tuple(each.name for each in fields(Used))
 

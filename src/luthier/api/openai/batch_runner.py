@@ -30,11 +30,11 @@ from luthier.store.database import Database, now
 from luthier.store.principals import standing
 from luthier.store.sessions import TemporarySession, session_principal
 from luthier.store.uploaded_files import UploadedFiles
-from luthier.store.usage import Used
+from luthier.store.usage import CountUsage, Used
 
 Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
 """Answers a body of an endpoint with the rights of a caller."""
-Count = Callable[[str, str, Used], None]
+
 _Answered = Future[tuple[bool, dict[str, Any]]]
 
 AT_ONCE = 8
@@ -60,7 +60,7 @@ class BatchRunner:
         database: Database,
         files: UploadedFiles,
         endpoints: Mapping[str, Answers],
-        count: Count = lambda account, model, used: None,
+        count: CountUsage = lambda account, model, used: None,
         limits: ServerLimits | None = None,
     ) -> None:
         """``count`` is told what an account used, of which model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from luthier.api.openai.asking import Asker, Pool
-from luthier.api.openai.batch_runner import BatchRunner, Count
+from luthier.api.openai.batch_runner import BatchRunner
 from luthier.api.openai.batches import Batches
 from luthier.api.openai.chat import Chats
 from luthier.api.openai.completions import Completions
@@ -26,6 +26,7 @@ from luthier.store.arns import Arns
 from luthier.store.database import Database
 from luthier.store.objects import Objects
 from luthier.store.uploaded_files import UploadedFiles
+from luthier.store.usage import CountUsage
 
 FILE_LIMIT = 512_000_000
 """Bytes of an uploaded file at most."""
@@ -47,7 +48,7 @@ class OpenAIFace(Routing):
         limits: Callable[[str], AccountQuotas] = lambda account: AccountQuotas(),
         file_limit: int = FILE_LIMIT,
         submitted: Callable[[], None] = lambda: None,
-        count: Count = lambda account, model, used: None,
+        count: CountUsage = lambda account, model, used: None,
     ) -> None:
         """Put the face together; :meth:`start` begins the work on batches.
 
