@@ -29,7 +29,7 @@ from luthier.serving.inference import (
 )
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import PromptLimit
-from luthier.serving.scheduler import FairScheduler
+from luthier.serving.scheduler import FairScheduler, StepCosts
 from luthier.serving.stream import Stream
 from luthier.serving.turns import current_client
 from luthier.serving.writing import Job, Writing
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 READ = 512
 """Tokens of prompts that are read between two tokens of those who write."""
 RETRY_SECONDS = 0.05
-"""How often memory that other models hold is asked for again."""
+"""How often memory, or time, that other models have is asked for again."""
 
 _log = logging.getLogger("luthier.serving")
 
@@ -65,10 +65,12 @@ class Decoder:
         memory: CacheBudget,
         schemas: SchemaTrials | None = None,
         limits: ModelLimits | None = None,
+        scheduler: FairScheduler | None = None,
     ) -> None:
         """``soft`` stands before every prompt; what sequences keep is taken from ``memory``.
 
-        ``schemas`` tries schemas before they are read here.
+        ``schemas`` tries schemas before they are read here. The clients of all models that share a
+        ``scheduler`` have equal parts of their time together.
         """
         from luthier.serving.constraints import Constraints
 
@@ -79,7 +81,7 @@ class Decoder:
         self._limit = PromptLimit(chat, self.context, self.limits)
         self._stepper, self._soft = stepper, soft
         self._wake = threading.Condition()
-        self._scheduler = FairScheduler()
+        self._scheduler, self._costs = scheduler or FairScheduler(), StepCosts()
         self._waiting: dict[str, deque[Job]] = {}
         self._reading: deque[Job] = deque()
         self._writing: list[Job] = []
@@ -94,6 +96,7 @@ class Decoder:
         memory: CacheBudget,
         schemas: SchemaTrials | None = None,
         limits: ModelLimits | None = None,
+        scheduler: FairScheduler | None = None,
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine."""
         from luthier.engine.devices import choose_machine
@@ -113,7 +116,7 @@ class Decoder:
         vocabulary = int(network.model.config.vocab_size)
         stepper = stepper_of(network, context)
         format_ = serving_format(stored)
-        return Decoder(stepper, format_, soft, vocabulary, memory, schemas, limits)
+        return Decoder(stepper, format_, soft, vocabulary, memory, schemas, limits, scheduler)
 
     @property
     def network(self) -> Network:
@@ -241,7 +244,9 @@ class Decoder:
                 try:
                     self._sweep()
                     self._read()
-                    self._write()
+                    if not self._write() and not self._turn():
+                        # The time of others has come, at another model.
+                        self._scheduler.wait(RETRY_SECONDS)
                 except Exception as error:
                     _log.exception("decoding failed")
                     self._fail(error)
@@ -322,11 +327,15 @@ class Decoder:
         if not self._answers[job.client]:
             del self._answers[job.client]
 
+    def _turn(self) -> set[str]:
+        """The clients whose requests to this model go on now."""
+        return self._scheduler.turn({job.client for job in (*self._reading, *self._writing)})
+
     def _read(self) -> None:
         """A few chunks of prompts, in turns; one where somebody else waits for the network."""
         spent = 0
         while spent < READ and not (spent and self._waiting):
-            turn = self._scheduler.turn()
+            turn = self._turn()
             able = [job for job in self._reading if job.client in turn]
             job = min(able, key=lambda job: self._scheduler.seconds(job.client), default=None)
             if job is None:
@@ -362,13 +371,13 @@ class Decoder:
             self._advance(answer, logits_V, None)
         return read
 
-    def _write(self) -> None:
-        """One token for every answer of the clients whose turn it is."""
-        turn = self._scheduler.turn()
+    def _write(self) -> bool:
+        """One token for every answer of the clients whose turn it is; whether there was any."""
+        turn = self._turn()
         jobs = [job for job in self._writing if job.client in turn]
         writing = [a for job in jobs for a in job.answers if a.state is not None]
         if not writing:
-            return
+            return False
         began = time.perf_counter()
         rows: dict[str, list[int]] = {}
         for answer in writing:
@@ -377,9 +386,11 @@ class Decoder:
         best = logits_RV.argmax(-1).tolist()
         for answer, logits_V, token in zip(writing, logits_RV, best, strict=True):
             self._advance(answer, logits_V, token)
-        self._scheduler.charge_step(rows, time.perf_counter() - began)
+        for client, seconds in self._costs.of(rows, time.perf_counter() - began).items():
+            self._scheduler.charge(client, seconds)
         for job in jobs:
             self._settle(job)
+        return True
 
     def _advance(self, answer: Writing, logits_V: Tensor, best: int | None) -> None:
         try:

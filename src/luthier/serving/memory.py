@@ -28,8 +28,14 @@ def bound_kernels() -> None:
         os.environ.setdefault(name, str(KERNELS))
 
 
+LARGE_BLOCK = 4 << 20
+"""Bytes of a block that the system gives alone, and has back as soon as it is freed."""
 ROUNDS = 10
 """How often freed memory is given back after a load has grown the process."""
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of ``mallopt`` in the GNU C library."""
 
 
 def resident_bytes() -> int:
@@ -52,11 +58,16 @@ class FreedMemory:
         self.seconds, self.growth = seconds, growth
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self._library = ctypes.CDLL(None)
+        self._trim = getattr(self._library, "malloc_trim", None)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Begin to look; from here on large blocks lie apart from others."""
         if self._trim is not None:
+            # By default the library takes blocks of up to 32 MiB from its heaps once it has seen such a
+            # one freed, keeps up to 64 MiB at the end of each heap, and there are eight for each core.
+            for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+                self._library.mallopt(option, LARGE_BLOCK)
             self._thread = threading.Thread(target=self._run, name="freed-memory", daemon=True)
             self._thread.start()
 

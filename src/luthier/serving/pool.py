@@ -19,8 +19,9 @@ from luthier.limits import ModelLimits
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import PromptLimit, prompt_tokenized
+from luthier.serving.scheduler import FairScheduler
 from luthier.serving.stream import Stream, count_tokens, metered_stream
-from luthier.serving.turns import FairTurns, NoTurn
+from luthier.serving.turns import FairTurns, NoTurn, current_client
 from luthier.types import Row
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class ModelPool:
         self.budget = int(self.limits.weights_share * free) if budget is None else budget
         cache = int(self.limits.cache_share * free) if cache is None else cache
         self.memory = CacheBudget(cache, self.limits.share_of(cache))
+        self._scheduler = FairScheduler()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._lock = threading.Lock()
         # While transformers builds a network it changes what holds for the whole process, such as the
@@ -225,10 +227,13 @@ class ModelPool:
                 if store.objective_of(stored).task == "causal_lm":
                     from luthier.serving.decoder import Decoder
 
-                    entry.model = Decoder.open(stored, self.memory, self._schemas, self.limits)
-                    entry.reader = Embedder.of(entry.model, self.limits)
+                    entry.model = Decoder.open(
+                        stored, self.memory, self._schemas, self.limits, self._scheduler
+                    )
+                    entry.reader = Embedder.of(entry.model, self._scheduler)
                 else:
-                    entry.model = entry.reader = Embedder.open(stored, self.limits)
+                    entry.model = Embedder.open(stored, self.limits, self._scheduler)
+                    entry.reader = entry.model
         except LuthierError as error:
             entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
         except Exception as error:
@@ -275,8 +280,13 @@ def _weights(stored: StoredModel) -> int:
 class Embedder:
     """A network in memory that reads: texts become vectors."""
 
-    def __init__(self, predictor: Any, limits: ModelLimits | None = None) -> None:
-        self._predictor = predictor
+    def __init__(
+        self,
+        predictor: Any,
+        limits: ModelLimits | None = None,
+        scheduler: FairScheduler | None = None,
+    ) -> None:
+        self._predictor, self._scheduler = predictor, scheduler or FairScheduler()
         self._limit = PromptLimit(
             predictor.chat, predictor.context, limits or ModelLimits(), "input"
         )
@@ -285,21 +295,26 @@ class Embedder:
         self._turns = FairTurns(1, EMBEDDING_SECONDS)
 
     @staticmethod
-    def open(stored: StoredModel, limits: ModelLimits | None = None) -> Embedder:
+    def open(
+        stored: StoredModel,
+        limits: ModelLimits | None = None,
+        scheduler: FairScheduler | None = None,
+    ) -> Embedder:
         """Load ``stored`` on the best device of this machine."""
         from luthier.serving.confined import serving_format
         from luthier.serving.prediction import Predictor
 
-        return Embedder(Predictor.open(stored, serving_format(stored)), limits)
+        return Embedder(Predictor.open(stored, serving_format(stored)), limits, scheduler)
 
     @staticmethod
-    def of(writer: Decoder, limits: ModelLimits) -> Embedder:
+    def of(writer: Decoder, scheduler: FairScheduler) -> Embedder:
         """The mean over the network of a model that writes, in the same memory."""
         from luthier.objectives.contrastive import Contrastive
         from luthier.serving.prediction import Predictor
 
         mean = Contrastive(pooling="mean")
-        return Embedder(Predictor(writer.network, mean, writer.chat, writer.context), limits)
+        predictor = Predictor(writer.network, mean, writer.chat, writer.context)
+        return Embedder(predictor, writer.limits, scheduler)
 
     def read(self, given: str | Sequence[int]) -> tuple[str, int]:
         """A text, or the one that ids stand for, and the number of its tokens.
@@ -329,7 +344,7 @@ class Embedder:
             InferenceFailed: where other texts leave the network no time for it.
         """
         try:
-            with self._turns.turn():
+            with self._scheduler.work(current_client()), self._turns.turn():
                 answer = self._predictor.answers([Row("", 1, text=text)])[0]
         except NoTurn:
             raise InferenceFailed(
