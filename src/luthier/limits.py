@@ -114,6 +114,9 @@ class ServerLimits(AccountQuotas, ModelLimits):
     unknown_body_bytes: int = Field(default=64 * KIB, ge=1024)
     """Of a body that is read before anything is known of its sender. Larger ones are read of known keys
     alone, and of none whose signature names an unknown one."""
+    wrong_bodies_per_minute: int = Field(default=10, ge=1)
+    """Bodies of more than unknown_body_bytes from one address under one access key that are read for a
+    signature that turns out wrong. Further ones are answered 429 unread."""
     body_memory: int = Field(default=256 * MIB, ge=MIB)
     """For bodies that are received and worked on, in all: their length, or 1 MiB where a body is
     written to disk as it comes. Further ones wait for idle_seconds, and are answered 429 then."""

@@ -7,7 +7,7 @@ import threading
 import pytest
 from principals_of import FIRST, OTHER
 
-from luthier.api.rate_limits import BURST_SECONDS, RateLimits
+from luthier.api.rate_limits import BURST_SECONDS, WINDOW_SECONDS, RateLimits, WrongSignatures
 from luthier.api.wire import Caller, Fault
 from luthier.store import accounts
 from luthier.store.database import Database
@@ -92,3 +92,20 @@ def test_threads_take_no_token_twice(database: Database) -> None:
     for thread in threads:
         thread.join()
     assert sum(found) == 200
+
+
+def test_bodies_with_wrong_signatures_are_read_a_few_times_a_minute() -> None:
+    clock = Clock()
+    wrong = WrongSignatures(3, clock)
+    for _ in range(3):
+        wrong.check("192.0.2.1", "AKIA1")
+        wrong.count("192.0.2.1", "AKIA1")
+    clock.moment = 20
+    with pytest.raises(Fault, match="signature was wrong") as refused:
+        wrong.check("192.0.2.1", "AKIA1")
+    assert (refused.value.code, refused.value.details["retry_after"]) == ("Throttling", 40)
+    # The owner of the key elsewhere, and others at the same address, are not concerned.
+    wrong.check("192.0.2.2", "AKIA1")
+    wrong.check("192.0.2.1", "AKIA2")
+    clock.moment = WINDOW_SECONDS
+    wrong.check("192.0.2.1", "AKIA1")

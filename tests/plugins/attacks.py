@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 ADDRESS = "127.0.0.2"
+SECONDS = 8
+"""Of an attack at least: one that is over sooner is made again."""
 LARGE = 24_000_000
 SIGNATURE = (
     "AWS4-HMAC-SHA256 Credential={key}/{day}/us-east-1/bedrock/aws4_request, "
@@ -265,7 +267,8 @@ ATTACKS = {
 def main(name: str, port: str, keys: str) -> None:
     attacker = Attacker(int(port), json.loads(keys))
     began = time.monotonic()
-    ATTACKS[name](attacker)
+    while time.monotonic() - began < SECONDS:
+        ATTACKS[name](attacker)
     result = {"answers": attacker.answers, "last": attacker.last}
     print(json.dumps({**result, "seconds": round(time.monotonic() - began, 1)}))
 

@@ -37,6 +37,7 @@ from luthier.api.heads import (
 )
 from luthier.api.observability import Observed, Observer
 from luthier.api.policies import noted
+from luthier.api.rate_limits import WrongSignatures
 from luthier.api.sending import (
     ClientGone,
     Receive,
@@ -48,6 +49,7 @@ from luthier.api.sending import (
     send_answer,
     take_body,
 )
+from luthier.api.sigv4 import claim_of
 from luthier.api.threads import FairSlots, FairThreads, Threads
 from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
 from luthier.cancellation import cancelled_by
@@ -154,6 +156,7 @@ class Application:
         self._streams = slots(limits.streams, limits.share_of(limits.streams))
         most, each = limits.transfers, limits.share_of(limits.transfers)
         self._transfers = FairThreads(most, each, limits.waiting_requests, "transfer")
+        self._wrong_signatures = WrongSignatures(limits.wrong_bodies_per_minute)
         # Apart: a client that sends its body slowly keeps nobody from working on theirs.
         self._receiving = slots(limits.body_memory, limits.body_memory_per_client)
         self._large = slots(limits.large_bodies, limits.large_bodies_per_client)
@@ -297,13 +300,15 @@ class Application:
         async with AsyncExitStack() as receiving, AsyncExitStack() as turns:
             cost = STREAMED_COST if streamed else size
             await receiving.enter_async_context(self._body_memory(client, head, cost))
+            if signed is None and size > small:
+                self._wrong_signatures.check(client, claim_of(head).access_key)
             if route is not None and route.sink is not None:
                 return await self._upload(head, receive, limit, route, seen, signed)
             body = await read_body(head, receive, limit, self.limits)
             takes_turns = route is not None and (route.long or route.grading)
             if route is not None and takes_turns:
                 if signed is None:
-                    signed = await self._run(self.authenticator.authenticate, head, body)
+                    signed = await self._run(self._authenticate, head, body, client)
                 client = signed.caller.account
                 seen.let_in(seen.face, signed.caller)
                 seen.operation = route.operation
@@ -356,7 +361,8 @@ class Application:
         sent: bytes | None = None
         if signed is None:
             sent = await read_body(head, receive, limit, self.limits)
-            signed = await self._run(self.authenticator.authenticate, head, sent)
+            client = client_key(seen.address)
+            signed = await self._run(self._authenticate, head, sent, client)
         seen.let_in(seen.face, signed.caller)
         seen.operation = route.operation
         await self._run(self.admit, signed.caller)
@@ -401,6 +407,14 @@ class Application:
             await self._run(close_pieces, answer.body)
             raise
 
+    def _authenticate(self, head: Head, body: bytes, client: str) -> Signed:
+        try:
+            return self.authenticator.authenticate(head, body)
+        except Fault:
+            if len(body) > self.limits.unknown_body_bytes:
+                self._wrong_signatures.count(client, claim_of(head).access_key)
+            raise
+
     def _work(
         self,
         head: Head,
@@ -410,7 +424,7 @@ class Application:
         seen: Observed,
         signed: Signed | None,
     ) -> Answer:
-        signed = signed or self.authenticator.authenticate(head, body)
+        signed = signed or self._authenticate(head, body, client_key(seen.address))
         seen.let_in(seen.face, signed.caller)
         self.admit(signed.caller)
         if route is None:

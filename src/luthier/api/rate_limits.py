@@ -1,9 +1,10 @@
-"""How many requests an account may send: one bucket of tokens each, in memory."""
+"""How many requests an account may send, and how many bodies are read for nobody: in memory."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from luthier.api.wire import Caller, Fault
 from luthier.store.accounts import Watch, quota_of
 from luthier.store.database import Database
 
+WINDOW_SECONDS = 60.0
 BURST_SECONDS = 2.0
 """A bucket holds the tokens of this long: what an idle account may send at once."""
 
@@ -80,3 +82,29 @@ class RateLimits:
             own = quota_of(session, account).get("requests_per_second")
         rate = self._default if own is None else own
         return float("inf") if rate is None else float(rate)
+
+
+class WrongSignatures:
+    """Counts bodies that were read for a signature that was wrong, by address and access key.
+
+    Whoever knows the name of a key, which is no secret, could else have bodies read and hashed without
+    end. By both, so that nobody can keep the owner of a key from using it elsewhere.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most, self._clock = per_minute, clock
+        self._since, self._counts = clock(), Counter[tuple[str, str]]()
+
+    def check(self, address: str, access_key: str) -> None:
+        """Refuse a body before it is read; ``Throttling`` where too many of them were wrong."""
+        wait = WINDOW_SECONDS - (self._clock() - self._since)
+        if wait <= 0:
+            self._counts.clear()
+            self._since = self._clock()
+        elif self._counts[address, access_key] >= self._most:
+            text = "Too many requests whose signature was wrong. Please wait before trying again."
+            raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
+
+    def count(self, address: str, access_key: str) -> None:
+        """A body was read, and its signature was wrong."""
+        self._counts[address, access_key] += 1

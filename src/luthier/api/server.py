@@ -104,12 +104,24 @@ async def _run(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
-    tasks = [asyncio.ensure_future(server.serve()) for server in servers]
+    try:
+        sockets = [connections.listen(ports.host, config.port) for config in configs]
+    except OSError as error:
+        raise RefusedInput(
+            f"port {ports.port} of {ports.host} cannot be opened: {error.strerror}"
+        ) from error
+    for server, several in zip(servers, sockets, strict=True):
+        for each in several:
+            each.plain = not server.config.is_ssl
+    tasks = [
+        asyncio.ensure_future(server.serve([*several]))
+        for server, several in zip(servers, sockets, strict=True)
+    ]
     while not all(server.started for server in servers):
         if any(task.done() for task in tasks):
             end()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise RefusedInput(f"port {ports.port} of {ports.host} cannot be opened")
+            await asyncio.gather(*tasks)
+            raise RefusedInput(f"port {ports.port} of {ports.host} cannot be served")
         await asyncio.sleep(0.01)
     ready([_address(server) for server in servers])
     await asyncio.gather(*tasks)
