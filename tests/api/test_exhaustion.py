@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import attacks
-import psutil
 import pytest
 from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny
+from resident_memory import Growth
 
 pytestmark = pytest.mark.slow
 
@@ -46,39 +46,6 @@ EXPECTED = {
     "many_embeddings": {"200", "429", "closed"},
 }
 """What each attack may be answered; ``closed`` is a connection that ended without an answer."""
-
-
-class Memory:
-    """The resident bytes of a server and all its children, looked at all the time."""
-
-    def __init__(self, server: Served) -> None:
-        assert server.process is not None
-        self.process = psutil.Process(server.process.pid)
-        self.peak, self.done = 0, threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-
-    def now(self) -> int:
-        total = 0
-        for each in (self.process, *self.process.children(recursive=True)):
-            try:
-                total += int(each.memory_info().rss)
-            except psutil.NoSuchProcess:
-                continue
-        return total
-
-    def watch(self) -> None:
-        while not self.done.wait(0.05):
-            self.peak = max(self.peak, self.now())
-
-    def __enter__(self) -> Memory:
-        self.peak, self.done = self.now(), threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *reason: object) -> None:
-        self.done.set()
-        self.thread.join()
 
 
 class Neighbour:
@@ -150,12 +117,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 
 @pytest.mark.parametrize("name", attacks.ATTACKS)
 def test_an_attack_costs_the_neighbours_little(server: Served, name: str) -> None:
-    memory, neighbour = Memory(server), Neighbour(server)
+    neighbour = Neighbour(server)
     with neighbour:
         time.sleep(4)
     quiet = statistics.median(neighbour.chats)
     assert not neighbour.failures
-    rest = memory.now()
+    memory = Growth(server)
     keys = json.dumps({**KEYS[ONE], "model": BASE, "policies": None})
     command = [sys.executable, attacks.__file__, name, str(neighbour.port), keys]
     with memory, neighbour:
@@ -166,19 +133,17 @@ def test_an_attack_costs_the_neighbours_little(server: Served, name: str) -> Non
         "attack": name,
         "seconds": result["seconds"],
         "answers": result["answers"],
-        "rest": rest // MIB,
-        "peak": (memory.peak - rest) // MIB,
+        "rest": memory.rest // MIB,
+        "peak": memory.most // MIB,
         "chat": [round(quiet, 3), round(statistics.median(neighbour.chats), 3)],
         "listing": round(statistics.quantiles(neighbour.listings, n=100)[98], 3),
     }
-    deadline = time.monotonic() + 30
-    while memory.now() >= rest + BACK and time.monotonic() < deadline:
-        time.sleep(0.5)
-    report["after"] = (memory.now() - rest) // MIB
+    back = memory.comes_back(BACK)
+    report["after"] = memory.now() // MIB
     print(json.dumps(report))
     assert not neighbour.failures, neighbour.failures[:3]
     assert set(result["answers"]) <= EXPECTED[name], result
-    assert memory.peak - rest < PEAK, report
-    assert report["after"] < BACK // MIB, report
+    assert memory.most < PEAK, report
+    assert back, report
     assert report["chat"][1] < CHAT_RATIO * quiet, report
     assert report["listing"] < LISTING_SECONDS, report

@@ -14,6 +14,7 @@ import pytest
 from botocore.exceptions import ClientError
 from imported_models import BUCKET, deployed, ended
 from luthier_server import BASE, Served, home_with_tiny, until
+from resident_memory import Growth
 
 pytestmark = pytest.mark.slow
 
@@ -92,8 +93,6 @@ def test_one_that_waits_for_its_word_hurts_nobody_else(server: Served, sleeper: 
     model = deployed(server, "sleeper", sleeper)
     before = says(server, model, "Hello")
     usual = says(server, BASE, "Hello")
-    assert server.process is not None
-    rest = psutil.Process(server.process.pid).memory_info().rss
     refused: list[str] = []
 
     def asking(word: str) -> None:
@@ -104,16 +103,16 @@ def test_one_that_waits_for_its_word_hurts_nobody_else(server: Served, sleeper: 
     threads = [threading.Thread(target=asking, args=(word,)) for word in ("now", "much")]
     for thread in threads:
         thread.start()
-    slowest, most = 0.0, 0
-    while any(thread.is_alive() for thread in threads):
-        began = time.monotonic()
-        server.client("bedrock").list_custom_models()
-        assert says(server, BASE, "Hello") == usual
-        slowest = max(slowest, time.monotonic() - began)
-        most = max(most, psutil.Process(server.process.pid).memory_info().rss)
+    slowest = 0.0
+    with Growth(server, children=False) as growth:
+        while any(thread.is_alive() for thread in threads):
+            began = time.monotonic()
+            server.client("bedrock").list_custom_models()
+            assert says(server, BASE, "Hello") == usual
+            slowest = max(slowest, time.monotonic() - began)
     assert all("ValidationException" in text for text in refused) and len(refused) == 2, refused
     assert any("seconds of processor time" in text for text in refused), refused
-    assert slowest < 5 and most - rest < 300 << 20
+    assert slowest < 5 and growth.most < 300 << 20
     assert says(server, model, "Hello") == before
 
 

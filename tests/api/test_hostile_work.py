@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +19,7 @@ import botocore.exceptions
 import psutil
 import pytest
 from luthier_server import KEYS, ONE, OTHER, Served, home_with_tiny, until
+from resident_memory import Growth, processes
 
 pytestmark = pytest.mark.slow
 
@@ -45,37 +45,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 @pytest.fixture(autouse=True)
 def bounded(server: Served) -> Iterator[None]:
     """No attack makes the server grow, or leaves work behind."""
-    before, most, done = memory(server), [0], threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.02):
-            most[0] = max(most[0], memory(server) - before)
-
-    looking = threading.Thread(target=look)
-    looking.start()
-    try:
+    with Growth(server) as growth:
         yield
-    finally:
-        done.set()
-        looking.join()
-    print(f"grew by {most[0] >> 20} MiB")
-    assert most[0] < MOST_GROWTH
+    print(f"grew by {growth.most >> 20} MiB")
+    assert growth.most < MOST_GROWTH
     until(lambda: cpu_share(server) < 0.5, 20)
-    assert memory(server) - before < BACK
-
-
-def processes(server: Served) -> list[psutil.Process]:
-    assert server.process is not None
-    process = psutil.Process(server.process.pid)
-    return [process, *process.children(recursive=True)]
-
-
-def memory(server: Served) -> int:
-    total = 0
-    for each in processes(server):
-        with suppress(psutil.NoSuchProcess):
-            total += each.memory_info().rss
-    return total
+    assert growth.comes_back(BACK)
 
 
 def cpu_share(server: Served) -> float:

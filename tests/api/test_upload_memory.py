@@ -5,51 +5,19 @@ from __future__ import annotations
 import base64
 import secrets
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 from luthier_server import KEYS, ONE, Served
+from resident_memory import Growth
 
 from luthier.encryption import keys, memory
 from luthier.files import write_json
 
 SIZE, MOST = 150_000_000, 50_000_000
 """Bytes of a file, and bytes that the server may grow by meanwhile."""
-
-
-class Peak:
-    """The most that a process holds while the block runs, above what it held before."""
-
-    def __init__(self, server: Served, folder: Path) -> None:
-        assert server.process is not None
-        self.process, self.folder = psutil.Process(server.process.pid), folder
-        self.done, self.before, self.most = threading.Event(), self.now(), 0
-        self.thread = threading.Thread(target=self.look)
-
-    def now(self) -> int:
-        total = int(self.process.memory_info().rss)
-        for path in self.folder.rglob("*"):
-            try:
-                total += path.stat().st_size
-            except FileNotFoundError:
-                continue
-        return total
-
-    def look(self) -> None:
-        while not self.done.wait(0.01):
-            self.most = max(self.most, self.now() - self.before)
-
-    def __enter__(self) -> Peak:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *reason: object) -> None:
-        self.done.set()
-        self.thread.join()
 
 
 @pytest.fixture
@@ -100,7 +68,7 @@ def test_a_large_file_costs_a_few_pieces(server: Served, tmp_path: Path) -> None
     }  # fmt: skip
     grown = {}
     for name, work in works.items():
-        with Peak(server, memory.memory()) as peak:
+        with Growth(server, memory.memory()) as peak:
             work()
         grown[name] = peak.most
     assert made[0].bytes == size

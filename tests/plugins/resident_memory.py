@@ -1,0 +1,74 @@
+"""The memory that a server holds, with all its processes, watched while something happens to it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from luthier_server import Served
+
+
+def processes(server: Served) -> list[psutil.Process]:
+    """The server's own, and all that it started."""
+    assert server.process is not None
+    process = psutil.Process(server.process.pid)
+    return [process, *process.children(recursive=True)]
+
+
+def resident(server: Served, *, children: bool = True) -> int:
+    """Bytes that they hold now, or the server's own process alone."""
+    total = 0
+    for each in processes(server) if children else processes(server)[:1]:
+        with suppress(psutil.NoSuchProcess):
+            total += int(each.memory_info().rss)
+    return total
+
+
+class Growth:
+    """The most by which it grew while the block ran.
+
+    Files in ``folder``, which lies in memory, count as well.
+    """
+
+    def __init__(
+        self, server: Served, folder: Path | None = None, *, children: bool = True
+    ) -> None:
+        self.server, self.folder, self.children = server, folder, children
+        self.rest, self.most = self._now(), 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def now(self) -> int:
+        """By how much it is larger than at the beginning."""
+        return self._now() - self.rest
+
+    def comes_back(self, within: int, seconds: float = 30) -> bool:
+        """Whether it is soon no more than ``within`` bytes larger than at the beginning."""
+        deadline = time.monotonic() + seconds
+        while self.now() > within:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def _now(self) -> int:
+        total = resident(self.server, children=self.children)
+        for path in self.folder.rglob("*") if self.folder else ():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
+
+    def _look(self) -> None:
+        while not self._done.wait(0.02):
+            self.most = max(self.most, self.now())
+
+    def __enter__(self) -> Growth:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._done.set()
+        self._thread.join()
