@@ -1,15 +1,16 @@
 """What one server takes on: of a client nobody knows, of one account, and in all.
 
 Every limit of the service stands in :class:`ServerLimits`, with its default; ``luthier serve --limit
-NAME=VALUE`` changes one, and ``docs/access.md`` lists them. Rooms below the API are handed the values
-they need; none of them reads this object by itself.
+NAME=VALUE`` changes one, and ``docs/access.md`` lists them. Rooms below the API are handed what they
+need of it: models :class:`ModelLimits`, the store :class:`AccountQuotas`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from luthier.errors import RefusedInput
 
@@ -74,15 +75,24 @@ class ModelLimits(BaseModel):
     answers: int = Field(default=128, ge=1)
     """Answers that one model writes at once; further requests wait."""
     waiting_requests: int = Field(default=256, ge=1)
-    """Requests of one account that wait for one model, or for anything else that is shared here;
-    further ones are answered 429."""
+    """Requests of one account, or of one address as long as the account is not known, that wait for one
+    model or for anything else that is shared here; further ones are answered 429."""
+    logprobs: int = Field(default=500_000, ge=1)
+    """Log probabilities that the answers to one request may have in all, a few hundred bytes each; a
+    request that may need more is answered 400."""
     account_share: float = Field(default=0.75, gt=0, le=1)
     """Part of answers, cache memory, model_requests, streams and transfers that one account has at
-    most. Beyond that accounts have equal parts of a model's time."""
+    most; one request alone may take more of the first two."""
     weights_share: float = Field(default=0.45, gt=0, le=1)
     """Part of the memory that is free at the start for the weights of models."""
     cache_share: float = Field(default=0.15, gt=0, le=1)
     """Part of the same for keys and values of what models read and write."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.weights_share + self.cache_share > 1:
+            raise ValueError("weights_share and cache_share are more than 1 together")
+        return self
 
     def share_of(self, capacity: int) -> int:
         """What one account has of ``capacity`` at most."""

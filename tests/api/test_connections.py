@@ -14,7 +14,13 @@ import pytest
 from echo_service import Server
 from served import served
 
-from luthier.api.connections import DISCARDED, PIPELINED, client_key, raise_open_files
+from luthier.api.connections import (
+    DISCARDED,
+    PIPELINED,
+    Connections,
+    client_key,
+    raise_open_files,
+)
 from luthier.limits import ServerLimits
 
 LIMITS = ServerLimits(
@@ -190,6 +196,38 @@ def test_more_connections_than_allowed_are_refused_and_the_others_go_on(server: 
         except OSError:
             time.sleep(0.1)
     assert server.ask("GET", "/healthz")[0] == 200
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_connections_are_counted_from_before_their_handshake(tls: bool) -> None:
+    limits = ServerLimits(connections=3, connections_per_address=2)
+    connections = Connections(limits)
+    (listening,) = connections.listen("127.0.0.1", 0, tls)
+    with ExitStack() as stack:
+        stack.enter_context(listening)
+        listening.setblocking(False)
+        listening.listen()
+        port = listening.getsockname()[1]
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for _ in range(3)
+        ]
+        accepted = [stack.enter_context(listening.accept()[0]) for _ in range(2)]
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        said = clients[2].recv(4096)
+        assert said == b"" if tls else said.startswith(b"HTTP/1.1 503 ")
+        assert (connections.by_client["127.0.0.1"], connections.refused) == (2, 1)
+        accepted[0].close()
+        accepted[0].close()
+        assert connections.by_client["127.0.0.1"] == 1
+        for number in (2, 3):
+            address = (f"127.0.0.{number}", 0)
+            clients.append(socket.create_connection(("127.0.0.1", port), 5, address))
+            stack.enter_context(clients[-1])
+            accepted.append(stack.enter_context(listening.accept()[0]))
+        stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+        with pytest.raises(BlockingIOError):  # in all
+            listening.accept()
 
 
 def test_requests_that_are_sent_ahead_are_few(server: Server) -> None:

@@ -20,11 +20,12 @@ def served(application: Any, limits: ServerLimits | None = None, **options: Any)
     """``http://127.0.0.1:PORT`` of ``application``, until the block ends; TLS by uvicorn's options."""
     connections = Connections(limits or ServerLimits())
     config = uvicorn.Config(
-        application, host="127.0.0.1", port=0, http=connections.protocol, ws="none",
+        application, http=connections.protocol, ws="none",
         log_config=None, access_log=False, timeout_graceful_shutdown=1, **options,
     )  # fmt: skip
     server = LimitedServer(config, connections)
-    thread = threading.Thread(target=server.run, daemon=True)
+    (socket,) = connections.listen("127.0.0.1", 0, config.is_ssl)
+    thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
     while not server.started:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from decoding import MEMORY, answer, asked, settled, submit
@@ -17,6 +21,7 @@ from luthier.engine import devices
 from luthier.engine.devices import Machine
 from luthier.limits import ModelLimits
 from luthier.serving import decoder as module
+from luthier.serving.choosing import Chooser
 from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator, Sampling
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Piece, Request, TooLong
@@ -241,6 +246,124 @@ def test_long_prompts_of_one_client_slow_another_one_by_half_at_most(
     for stream in streams:
         stream.close()
     assert settled(opened)
+
+
+def test_clients_that_pause_change_no_answer(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sequences lie between those that step, in the same bank."""
+    requests = [asked(f"Hi {i}", max_tokens=40, logit_bias={1: -100.0}) for i in range(9)]
+    alone = [answer(opened, request) for request in requests]
+    draws = random.Random(0)
+
+    def some(clients: Collection[str]) -> set[str]:
+        return {each for each in sorted(clients) if draws.random() < 0.5} or set(clients)
+
+    monkeypatch.setattr(opened._scheduler, "runnable", some)
+    streams = [submit(opened, f"client {i % 3}", each) for i, each in enumerate(requests)]
+    assert [stream.whole()[0] for stream in streams] == alone
+    assert settled(opened)
+
+
+def test_whoever_is_alone_never_waits_for_others(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(opened._scheduler, "wait", waits.append)
+    for tokens in (1, 2, 9):
+        answer(opened, asked("Hi", max_tokens=tokens))
+    assert settled(opened)
+    assert not waits
+
+
+def test_more_answers_than_there_may_be_are_refused(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opened, "limits", ModelLimits(answers=4))
+    with pytest.raises(InferenceRefused, match="4 answers at once"):
+        opened.submit(asked("Hi", n=5))
+    assert len(opened.submit(asked("Hi", n=4)).whole()) == 4
+
+
+@pytest.mark.parametrize("fields", [{}, {"logit_bias": {5: 100.0}, "presence_penalty": 2}])
+def test_the_coldest_temperatures_take_the_likeliest(
+    opened: Decoder, fields: dict[str, Any]
+) -> None:
+    """Logits divided by them are infinite."""
+    likeliest = answer(opened, asked("Hi", temperature=0, **fields))
+    for temperature in (1e-300, 1e-39, 1e-37, 1e-7):
+        assert answer(opened, asked("Hi", temperature=temperature, **fields)) == likeliest
+
+
+def test_what_fails_in_one_answer_is_told_to_its_client_alone(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = answer(opened, asked("Hi"))
+    other = submit(opened, "other", asked("Hi"))
+    honest = Chooser.choose
+
+    def choose(chooser: Chooser, logits_V: torch.Tensor) -> int:
+        if chooser._request.seed == 13:
+            raise IndexError
+        return honest(chooser, logits_V)
+
+    monkeypatch.setattr(Chooser, "choose", choose)
+    with pytest.raises(InferenceFailed, match="IndexError"):
+        submit(opened, "one", asked("Hi", temperature=1, seed=13)).whole()
+    assert other.whole() == [usual]
+    no_numbers = torch.full((320,), torch.nan)
+    with pytest.raises(InferenceFailed, match="no probabilities"):
+        Chooser(asked("Hi", temperature=1), 0, 0, np.array([1]), None).choose(no_numbers)
+
+
+def test_log_probabilities_have_a_limit(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opened, "limits", ModelLimits(logprobs=2 * 24 * 4))
+    assert len(opened.submit(asked("Hi", n=2, top_logprobs=3)).whole()) == 2
+    with pytest.raises(InferenceRefused, match="264 log probabilities, and 192 are") as refused:
+        opened.submit(asked("Hi", n=2, top_logprobs=10, max_tokens=12))
+    assert refused.value.parameter == "top_logprobs"
+
+
+def test_who_does_not_read_is_written_no_more_until_it_does(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = asked("Hi", max_tokens=200, logit_bias={1: -100.0})
+    whole = answer(opened, long)
+    monkeypatch.setattr(module, "UNREAD", 5)
+    stream = submit(opened, "slow", long)
+    for _ in range(20):
+        assert submit(opened, "other", asked("Hi", max_tokens=9)).whole()
+    assert stream.written() < 20
+    deadline = time.monotonic() + 10
+    while opened._scheduler._at_work:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert stream.whole() == [whole]
+    assert settled(opened)
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**63], [10**30], [320]])
+def test_ids_that_are_no_tokens_are_refused(opened: Decoder, ids: list[int]) -> None:
+    with pytest.raises(InferenceRefused, match="no tokens"):
+        opened.submit(Request(ids))
+
+
+def test_what_cannot_be_given_back_stops_nobody(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop = opened._stepper.drop
+
+    def fail(state: Any) -> None:
+        drop(state)
+        raise MemoryError
+
+    monkeypatch.setattr(opened._stepper, "drop", fail)
+    with suppress(InferenceFailed):
+        submit(opened, "one", asked("Hi")).whole()
+    monkeypatch.setattr(opened._stepper, "drop", drop)
+    assert submit(opened, "two", asked("Hi")).whole()
+    assert settled(opened)
+    assert not opened._scheduler._at_work
 
 
 def test_nobody_has_all_the_memory_or_all_answers(

@@ -12,7 +12,7 @@ WRONG: list[dict[str, Any]] = [
     {"max_tokens": 0}, {"temperature": 2.1}, {"temperature": float("nan")}, {"top_p": -0.1},
     {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}, {"n": 0}, {"n": 129},
     {"frequency_penalty": 3}, {"presence_penalty": -3}, {"logit_bias": {1: 101}},
-    {"top_logprobs": 21}, {"stop": ("",)},
+    {"top_logprobs": 21}, {"stop": ("",)}, {"logit_bias": dict.fromkeys(range(1025), 1.0)},
 ]  # fmt: skip
 
 

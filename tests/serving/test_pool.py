@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from luthier.cancellation import cancelled_by
 from luthier.engine import devices
 from luthier.engine.devices import Machine
 from luthier.errors import UnknownModel
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Request, TooLong
 from luthier.serving.pool import ModelPool
-from luthier.serving.turns import FairTurns, working_for
+from luthier.serving.turns import working_for
 
 REQUEST = Request("The quick", max_tokens=4, temperature=0)
 
@@ -144,6 +145,35 @@ def test_embeddings_do_not_depend_on_their_batch(
     large.close()
 
 
+@pytest.mark.parametrize("ids", [[-1], [2**63], [10**30], [320, 10**6]])
+def test_ids_that_are_no_tokens_have_no_embedding(
+    pool: ModelPool, folders: list[str], ids: list[int]
+) -> None:
+    with pytest.raises(InferenceRefused, match="no tokens"):
+        pool.embed(folders[0], [ids])
+
+
+def test_who_hung_up_has_nothing_more_embedded(
+    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.embed(folders[0], ["Hi"])
+    reader = pool._entries[folders[0]].reader
+    works: list[Any] = []
+    done: list[int] = []
+    honest = reader._predictor.answers
+
+    def answers(rows: Any) -> Any:
+        done.append(1)
+        if len(done) == 3:
+            works[0].close()
+        return honest(rows)
+
+    monkeypatch.setattr(reader._predictor, "answers", answers)
+    with cancelled_by(works.append), pytest.raises(InferenceFailed, match="unloaded"):
+        pool.embed(folders[0], ["Hi"] * 50)
+    assert len(done) == 3
+
+
 def test_texts_of_one_client_do_not_keep_another_one_waiting(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,10 +201,6 @@ def test_texts_of_one_client_do_not_keep_another_one_waiting(
         assert sum(text == "many" for text in order) < 30
         for done in many:
             done.result()
-    reader._turns = FairTurns(1, 0.01)
-    with reader._turns.turn(), pytest.raises(InferenceFailed, match="Too many inputs") as refused:
-        pool.embed(folders[0], ["Hi"])
-    assert refused.value.code == "Throttling"
 
 
 def test_a_model_that_writes_gives_the_mean_of_its_states(

@@ -66,7 +66,7 @@ OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 STREAMED_COST = 1 << 20
 """Bytes of memory for a body that is handed on as it comes."""
 SHORT_REQUESTS = 16
-"""Threads beside those for requests that take a model's time: they answer what is short."""
+"""Threads beside those for what takes long: they answer what is short, and close streams."""
 
 TROUBLES = (OperationalError, ReadOnlyDisk)
 """What passes when the database, or the disk, is back: clients are told to ask again."""
@@ -145,8 +145,9 @@ class Application:
         self.limits = limits = limits or ServerLimits()
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
         self.observer, self.trail, self.ready = observer, trail, ready
-        self._run = Threads(limits.model_requests + SHORT_REQUESTS, "request")
-        self._wait = Threads(limits.streams, "stream")
+        long_requests = limits.model_requests + limits.grading_requests
+        self._run = Threads(long_requests + SHORT_REQUESTS, "request")
+        self._wait = Threads(limits.streams + SHORT_REQUESTS, "stream")
 
         def slots(capacity: int, per_client: int) -> FairSlots:
             return FairSlots(capacity, per_client, limits.waiting_requests)
@@ -308,7 +309,7 @@ class Application:
             takes_turns = route is not None and (route.long or route.grading)
             if route is not None and takes_turns:
                 if signed is None:
-                    signed = await self._run(self._authenticate, head, body, client)
+                    signed = await self._run(self._authenticate, head, body, seen.address)
                 client = signed.caller.account
                 seen.let_in(seen.face, signed.caller)
                 seen.operation = route.operation
@@ -361,8 +362,7 @@ class Application:
         sent: bytes | None = None
         if signed is None:
             sent = await read_body(head, receive, limit, self.limits)
-            client = client_key(seen.address)
-            signed = await self._run(self._authenticate, head, sent, client)
+            signed = await self._run(self._authenticate, head, sent, seen.address)
         seen.let_in(seen.face, signed.caller)
         seen.operation = route.operation
         await self._run(self.admit, signed.caller)
@@ -407,12 +407,13 @@ class Application:
             await self._run(close_pieces, answer.body)
             raise
 
-    def _authenticate(self, head: Head, body: bytes, client: str) -> Signed:
+    def _authenticate(self, head: Head, body: bytes, address: str) -> Signed:
         try:
             return self.authenticator.authenticate(head, body)
-        except Fault:
-            if len(body) > self.limits.unknown_body_bytes:
-                self._wrong_signatures.count(client, claim_of(head).access_key)
+        except Fault as fault:
+            large = len(body) > self.limits.unknown_body_bytes
+            if large and fault.code == "InvalidSignature":
+                self._wrong_signatures.count(client_key(address), claim_of(head).access_key)
             raise
 
     def _work(
@@ -424,7 +425,7 @@ class Application:
         seen: Observed,
         signed: Signed | None,
     ) -> Answer:
-        signed = signed or self._authenticate(head, body, client_key(seen.address))
+        signed = signed or self._authenticate(head, body, seen.address)
         seen.let_in(seen.face, signed.caller)
         self.admit(signed.caller)
         if route is None:

@@ -9,12 +9,13 @@ cheaper and simpler than timers that each part of a request starts and stops.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
 import resource
 import socket
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from typing import Any
 from weakref import WeakSet
@@ -59,44 +60,39 @@ class Connections:
         app_state: dict[str, object],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> LimitedHttpProtocol:
-        """The protocol of a new connection, as uvicorn's ``http_protocol_class`` makes it.
-
-        Raises:
-            ConnectionRefusedError: where there are too many; asyncio closes the connection then, also
-                one whose TLS handshake has not begun.
-        """
-        if len(self._open) >= self.limits.connections:
-            self.refused += 1
-            raise ConnectionRefusedError("too many connections")
+        """The protocol of a new connection, as uvicorn's ``http_protocol_class`` makes it."""
         made = LimitedHttpProtocol(self, config, server_state, app_state, _loop)
         self._open.add(made)
         return made
 
-    def has_room_for(self, client: str) -> bool:
-        """Whether one connection more of ``client`` is within its limit."""
-        return self.by_client[client] < self.limits.connections_per_address
-
-    def listen(self, host: str, port: int) -> list[LimitedSocket]:
+    def listen(self, host: str, port: int, tls: bool) -> list[LimitedSocket]:
         """Sockets on ``port`` of every address of ``host`` that this machine has.
 
         Raises:
-            OSError: where the port is taken, or there is no such address.
+            OSError: where the port is taken, or it has none of the addresses.
         """
         flags = socket.AI_PASSIVE
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-        made: list[LimitedSocket] = []
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            try:
-                each = LimitedSocket(self, family, kind, protocol)
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+        missing: OSError | None = None
+        with ExitStack() as opened:
+            made = []
+            for family, kind, protocol, _, address in dict.fromkeys(found):
+                try:
+                    each = LimitedSocket(self, family, kind, protocol, tls)
+                    opened.enter_context(each)
+                    each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    each.bind(address)
+                except OSError as error:
+                    if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                        raise
+                    missing = error  # as with ::1 of localhost on a machine without IPv6
+                    continue
                 made.append(each)
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                each.bind(address)
-            except OSError:
-                for each in made:
-                    each.close()
-                raise
+            if not made and missing is not None:
+                raise missing
+            opened.pop_all()
         return made
 
     def close_overdue(self) -> None:
@@ -109,14 +105,34 @@ class Connections:
         self._open.discard(connection)
 
 
+class CountedSocket(socket.socket):
+    """A connection of a client, which is counted until it is closed, handshakes included."""
+
+    def __init__(self, connection: socket.socket, client: str, by_client: Counter[str]) -> None:
+        """Takes the place of ``connection``."""
+        family, kind, protocol = connection.family, connection.type, connection.proto
+        super().__init__(family, kind, protocol, connection.detach())
+        self._client, self._by_client = client, by_client
+        by_client[client] += 1
+
+    def close(self) -> None:
+        """Close it, and count it no more."""
+        if self.fileno() >= 0:
+            self._by_client[self._client] -= 1
+            if not self._by_client[self._client]:
+                del self._by_client[self._client]
+        super().close()
+
+
 class LimitedSocket(socket.socket):
     """A listening socket that refuses what is too much before anything is made for it."""
 
-    def __init__(self, connections: Connections, family: int, kind: int, protocol: int) -> None:
+    def __init__(
+        self, connections: Connections, family: int, kind: int, protocol: int, tls: bool
+    ) -> None:
+        """With ``tls`` nobody is told why: before its handshake no client could read it."""
         super().__init__(family, kind, protocol)
-        self._connections, self._accepted = connections, 0
-        self.plain = True
-        """Whether an answer in HTTP can be read: not before a handshake."""
+        self._connections, self._tls, self._accepted = connections, tls, 0
 
     def accept(self) -> tuple[socket.socket, Any]:
         """The next connection that is not refused.
@@ -124,21 +140,30 @@ class LimitedSocket(socket.socket):
         Raises:
             BlockingIOError: where there is none now, or others have to be looked at first.
         """
+        by_client = self._connections.by_client
         while self._accepted < ACCEPTED_AT_ONCE:
             self._accepted += 1
             try:
                 connection, address = super().accept()
             except BlockingIOError:
                 break
-            if self._connections.has_room_for(client_key(address[0])):
-                return connection, address
-            self._connections.refused += 1
-            with connection, suppress(OSError):
-                if self.plain:
-                    connection.setblocking(False)
-                    connection.send(_refusal(HTTPStatus.SERVICE_UNAVAILABLE, TOO_MANY))
+            client = client_key(address[0])
+            if by_client[client] >= self._connections.limits.connections_per_address:
+                self._refuse(connection)
+            elif by_client.total() >= self._connections.limits.connections:
+                self._connections.refused += 1
+                connection.close()
+            else:
+                return CountedSocket(connection, client, by_client), address
         self._accepted = 0
         raise BlockingIOError
+
+    def _refuse(self, connection: socket.socket) -> None:
+        self._connections.refused += 1
+        with connection, suppress(OSError):
+            if not self._tls:
+                connection.setblocking(False)
+                connection.send(_refusal(HTTPStatus.SERVICE_UNAVAILABLE, TOO_MANY))
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -154,7 +179,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._connections, self._limits = connections, connections.limits
-        self._client_key = ""
         self._head_since: float | None = None
         """When the head that is being read began; ``None`` outside of heads."""
         self._idle_since = self.loop.time()
@@ -169,25 +193,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._refusal: tuple[HTTPStatus, str] | None = None
         self._unsent, self._unsent_since = 0, 0.0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Count the connection, and refuse it where its client has too many."""
-        super().connection_made(transport)
-        self._client_key = client_key(self.client[0] if self.client else "")
-        open_by_client = self._connections.by_client
-        within = self._connections.has_room_for(self._client_key)
-        open_by_client[self._client_key] += 1
-        if not within:  # others were taken in the same moment
-            self._connections.refused += 1
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, TOO_MANY)
-            self.transport.close()
-
     def connection_lost(self, exc: Exception | None) -> None:
         """Count it no more."""
         super().connection_lost(exc)
-        open_by_client = self._connections.by_client
-        open_by_client[self._client_key] -= 1
-        if open_by_client[self._client_key] <= 0:
-            del open_by_client[self._client_key]
         self._connections.discard(self)
 
     def data_received(self, data: bytes) -> None:

@@ -93,18 +93,22 @@ class WrongSignatures:
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._most, self._clock = per_minute, clock
+        self._lock = threading.Lock()
         self._since, self._counts = clock(), Counter[tuple[str, str]]()
 
     def check(self, address: str, access_key: str) -> None:
         """Refuse a body before it is read; ``Throttling`` where too many of them were wrong."""
-        wait = WINDOW_SECONDS - (self._clock() - self._since)
-        if wait <= 0:
-            self._counts.clear()
-            self._since = self._clock()
-        elif self._counts[address, access_key] >= self._most:
+        with self._lock:
+            wait = WINDOW_SECONDS - (self._clock() - self._since)
+            if wait <= 0:
+                self._counts.clear()
+                self._since = self._clock()
+            count = self._counts.get((address, access_key), 0)
+        if count >= self._most:
             text = "Too many requests whose signature was wrong. Please wait before trying again."
             raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
 
     def count(self, address: str, access_key: str) -> None:
         """A body was read, and its signature was wrong."""
-        self._counts[address, access_key] += 1
+        with self._lock:
+            self._counts[address, access_key] += 1

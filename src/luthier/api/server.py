@@ -8,12 +8,13 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from luthier.api.connections import Connections, raise_open_files
+from luthier.api.connections import Connections, LimitedSocket, raise_open_files
 from luthier.errors import RefusedInput
 
 LAST_SECONDS = 10.0
@@ -104,15 +105,15 @@ async def _run(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
-    try:
-        sockets = [connections.listen(ports.host, config.port) for config in configs]
-    except OSError as error:
-        raise RefusedInput(
-            f"port {ports.port} of {ports.host} cannot be opened: {error.strerror}"
-        ) from error
-    for server, several in zip(servers, sockets, strict=True):
-        for each in several:
-            each.plain = not server.config.is_ssl
+    sockets: list[list[LimitedSocket]] = []
+    for config in configs:
+        try:
+            sockets.append(connections.listen(ports.host, config.port, config.is_ssl))
+        except OSError as error:
+            for each in chain(*sockets):
+                each.close()
+            text = f"port {config.port} of {ports.host} cannot be opened: {error.strerror}"
+            raise RefusedInput(text) from error
     tasks = [
         asyncio.ensure_future(server.serve([*several]))
         for server, several in zip(servers, sockets, strict=True)

@@ -28,7 +28,7 @@ from luthier.jobs.supervisor import Supervisor
 from luthier.limits import AccountQuotas
 from luthier.store import imports, leases
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, CustomModel
-from luthier.store.database import Database, new_id, now, one_at_a_time
+from luthier.store.database import Database, lock_by_name, new_id, now
 from luthier.store.imports import ModelImport
 from luthier.store.models import custom_folder
 
@@ -78,7 +78,7 @@ def submit_import(
         QuotaExceeded: where it has all the models that it may have, or too many imports under way.
     """
     limits = limits or AccountQuotas()
-    one_at_a_time(session, f"submit {account}")
+    lock_by_name(session, f"submit {account}")
     taken = select(CustomModel.id).where(CustomModel.account == account, CustomModel.name == name)
     if session.scalar(taken) is not None:
         raise NameInUse("model")

@@ -17,7 +17,7 @@ from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
-from luthier.store.database import new_id, now, one_at_a_time
+from luthier.store.database import lock_by_name, new_id, now
 from luthier.store.foundation import FoundationModel, writes
 from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record
 from luthier.store.turns import next_turn
@@ -89,7 +89,7 @@ def submit(
         RecipeError: for settings that no recipe can have.
     """
     limits = limits or AccountQuotas()
-    one_at_a_time(session, f"submit {asked.account}")
+    lock_by_name(session, f"submit {asked.account}")
     _check_names(session, asked)
     _check_quota(session, asked.account, limits)
     job_id, moment = new_id(), now()

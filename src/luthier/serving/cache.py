@@ -161,7 +161,8 @@ class Chunk:
 class Step:
     """Attention of one further token of each of several sequences.
 
-    ``spans`` are neighbours in their banks, as :func:`in_order` has them; rows beyond them fill up.
+    ``spans`` are in the order of :func:`in_order`; those that are neighbours in a bank run as one.
+    Between them there may be others, which take no step now. Rows beyond them fill up.
     """
 
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
@@ -169,7 +170,8 @@ class Step:
         first = 0
         while first < len(spans):
             bank, end = spans[first].bank, first + 1
-            while end < len(spans) and spans[end].bank is bank:
+            slot = spans[first].slot - first
+            while end < len(spans) and spans[end].bank is bank and spans[end].slot == slot + end:
                 end += 1
             self._runs.append(_Run.of(spans[first:end], first, device))
             first = end

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from luthier.models.sampler import draw
-from luthier.serving.inference import Request
+from luthier.serving.inference import InferenceFailed, Request
 
 if TYPE_CHECKING:
     from luthier.serving.constraints import Matcher
     from luthier.types import IntArray
 
+COLDEST = 1e-6
+"""Temperatures below are 0: logits are divided by them, and would be infinite."""
 LIKELIEST = 1024
 """Where a draw is narrowed, so many tokens are looked at before all of them are sorted."""
 
@@ -32,6 +34,10 @@ class Chooser:
         self._read = (
             torch.from_numpy(prompt_T).unique() if request.repetition_penalty != 1 else None
         )
+        self._cold = request.temperature < COLDEST
+        bias = request.logit_bias
+        self._biased_N = torch.tensor([*bias], dtype=torch.int64)
+        self._bias_N = torch.tensor([*bias.values()], dtype=torch.float32)
         self._penalised = bool(
             request.frequency_penalty or request.presence_penalty or request.logit_bias
         )
@@ -40,15 +46,21 @@ class Chooser:
     def likeliest(self) -> bool:
         """Whether it always takes the highest logit, so that many can be looked at together."""
         plain = self.matcher is None and self._read is None and not self._penalised
-        return plain and self._request.temperature == 0
+        return plain and self._cold
 
     def choose(self, logits_V: Tensor) -> int:
-        """The next token."""
+        """The next token.
+
+        Raises:
+            InferenceFailed: where the network gave no numbers to choose by.
+        """
         logits_V = self._changed(logits_V.float())
-        if self._request.temperature == 0:
+        if self._cold:
             token = int(logits_V.argmax())
         else:
             token = self._drawn(logits_V / self._request.temperature)
+        if not 0 <= token < len(logits_V):
+            raise InferenceFailed("ModelError", "The model gave no probabilities.")
         self.took(token)
         return token
 
@@ -61,8 +73,9 @@ class Chooser:
         request = self._request
         if self._penalised or self._read is not None or self.matcher is not None:
             logits_V = logits_V.clone()
-        for token, bias in request.logit_bias.items():
-            logits_V[token] += bias
+        if len(self._biased_N):
+            at, bias = self._biased_N.to(logits_V.device), self._bias_N.to(logits_V.device)
+            logits_V.index_add_(0, at, bias)
         written = list(self._written)
         if self._read is not None:
             known = torch.cat([self._read, torch.tensor(written, dtype=torch.int64)]).unique()
@@ -95,7 +108,8 @@ class Chooser:
         # The likeliest is always kept, also for top_p = 0.
         out_K = (before_K >= request.top_p * total) | (kept_K < request.min_p * kept_K[0])
         out_K[0] = False
-        return int(index_K[draw(kept_K.masked_fill(out_K, 0.0)[None], uniform)])
+        at = int(draw(kept_K.masked_fill(out_K, 0.0)[None], uniform))
+        return int(index_K[at]) if at < len(index_K) else count
 
     def _wants_more(self, kept_K: Tensor) -> bool:
         """Whether tokens beyond the likeliest ones may be drawn too."""

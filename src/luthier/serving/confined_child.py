@@ -25,13 +25,16 @@ READ_SECONDS = 60
 LONGEST = 32 << 20
 """Bytes of a reply."""
 
-Answers = Callable[[str, Mapping[str, Any]], Any]
-"""What is said to a call with its arguments; an exception is told in the words of a refusal."""
+Handler = Callable[[str, Mapping[str, Any]], Any]
+"""The result of a call with its arguments."""
 
 
 def send(connection: socket.socket, message: Any) -> None:
     """Write one request or reply."""
-    data = json.dumps(message).encode()
+    _send(connection, json.dumps(message).encode())
+
+
+def _send(connection: socket.socket, data: bytes) -> None:
     connection.sendall(struct.pack(">I", len(data)) + data)
 
 
@@ -76,13 +79,13 @@ def serve(
     connection: socket.socket,
     about: Any,
     seconds: int,
-    answers: Answers,
-    words: Callable[[Exception], str],
+    handler: Handler,
+    describe_error: Callable[[Exception], str],
 ) -> None:
     """Say ``about``, and answer requests of ``seconds`` of processor time each until nobody asks.
 
-    ``words`` says of an exception why a request is refused. No file and no connection is opened from
-    here on, and nothing is written to one.
+    ``describe_error`` says of an exception why a request is refused. No file and no connection is
+    opened from here on, and nothing is written to one.
     """
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_NOFILE, 0)  # numbers of open files have to be lower
@@ -92,20 +95,21 @@ def serve(
             request = receive(connection)
             allow_seconds(seconds)
             try:
-                reply = {"result": answers(request["call"], request["given"])}
+                reply = {"result": handler(request["call"], request["given"])}
             except Exception as error:
-                reply = {"error": words(error)}
+                reply = {"error": describe_error(error)}
             _send_bounded(connection, reply)
 
 
 def _send_bounded(connection: socket.socket, reply: Mapping[str, Any]) -> None:
     try:
-        data = json.dumps(reply)
+        data = json.dumps(reply).encode()
     except MemoryError:
-        data = ""
-    if not 0 < len(data) <= LONGEST:
-        reply = {"error": f"what it makes of this text is larger than {LONGEST >> 20} MiB"}
-    send(connection, reply)
+        data = b""
+    if 0 < len(data) <= LONGEST:
+        _send(connection, data)
+    else:
+        send(connection, {"error": f"what it makes of this text is over {LONGEST >> 20} MiB"})
 
 
 def _limit(kind: int, most: int) -> None:

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 READ = 512
 """Tokens of prompts that are read between two tokens of those who write."""
+UNREAD = 4096
+"""Pieces of an answer that wait to be read; then no more of it is written."""
 RETRY_SECONDS = 0.05
 """How often memory, or time, that other models have is asked for again."""
 
@@ -86,7 +88,7 @@ class Decoder:
         self._reading: deque[Job] = deque()
         self._writing: list[Job] = []
         self._answers: Counter[str] = Counter()
-        self._closed = False
+        self._arrived = self._closed = False
         self._thread = threading.Thread(target=self._run, name="luthier-decoder", daemon=True)
         self._thread.start()
 
@@ -146,10 +148,8 @@ class Decoder:
             plain = self.chat.with_template("plain")
             ids_T = plain.encode_prompt([Message("user", prompt)])
         else:
-            self._limit.check_ids(len(prompt))
+            self._limit.check_ids(prompt, self.vocabulary)
             ids_T = np.asarray(prompt, dtype=np.int64)
-            if len(ids_T) and not 0 <= ids_T.min() <= ids_T.max() < self.vocabulary:
-                raise InferenceRefused("The prompt has ids that are no tokens.", "prompt")
         if not len(ids_T):
             raise InferenceRefused("The prompt has no tokens to go on from.", "prompt")
         return ids_T
@@ -171,7 +171,9 @@ class Decoder:
                     "Throttling", "Too many of your requests wait for this model. Try again soon."
                 )
             queue.append(job)
+            self._arrived = True
             self._wake.notify()
+        self._scheduler.wake()
         stream = Stream(
             job.events,
             job.prompt_tokens,
@@ -186,6 +188,7 @@ class Decoder:
         with self._wake:
             self._closed = True
             self._wake.notify()
+        self._scheduler.wake()
         self._thread.join()
         self.chat.close()
 
@@ -199,7 +202,18 @@ class Decoder:
             raise self._limit.too_long()
         if any(not 0 <= token < self.vocabulary for token in request.logit_bias):
             raise InferenceRefused("logit_bias names ids that are no tokens.", "logit_bias")
+        if request.n > self.limits.answers:
+            raise InferenceRefused(
+                f"This server writes {self.limits.answers} answers at once. Ask for fewer.", "n"
+            )
         longest = min(request.max_tokens or room, room)
+        scores = 0 if request.top_logprobs is None else 1 + request.top_logprobs
+        if request.n * longest * scores > self.limits.logprobs:
+            raise InferenceRefused(
+                f"This request may have {request.n * longest * scores:,} log probabilities, and "
+                f"{self.limits.logprobs:,} are allowed. Ask for fewer tokens or answers.",
+                "top_logprobs",
+            )
         memory = request.n * self._stepper.bytes_of(len(self._soft) + len(ids_T) + longest)
         if memory > self.memory.total:
             raise InferenceRefused(
@@ -237,6 +251,14 @@ class Decoder:
     # What follows runs in the decoder's own thread.
 
     def _run(self) -> None:
+        try:
+            self._decode()
+        finally:
+            # However it ends: nobody waits for an answer, or for a client that is not at work.
+            self._end()
+            self._stepper.close()
+
+    def _decode(self) -> None:
         import torch
 
         with torch.inference_mode():
@@ -244,13 +266,12 @@ class Decoder:
                 try:
                     self._sweep()
                     self._read()
-                    if not self._write() and not self._turn():
-                        # The time of others has come, at another model.
+                    if not self._write() and self._at_work() and not self._runnable():
+                        # It is the turn of others, at another model, or of those who read.
                         self._scheduler.wait(RETRY_SECONDS)
                 except Exception as error:
                     _log.exception("decoding failed")
                     self._fail(error)
-        self._stepper.close()
 
     def _next(self) -> bool:
         """Wait for work and let in what there is room for; whether there will be any more."""
@@ -258,12 +279,8 @@ class Decoder:
             while not (self._closed or self._waiting or self._reading or self._writing):
                 self._wake.wait()
             if self._closed:
-                gone = InferenceFailed("ServiceUnavailable", "The model was unloaded.")
-                for job in (*chain(*self._waiting.values()), *self._reading, *self._writing):
-                    job.events.put(gone)
-                for job in [*self._reading, *self._writing]:
-                    self._forget(job)
                 return False
+            self._arrived = False
             while (queue := self._next_queue()) and self._lets_in(queue[0]):
                 job = queue.popleft()
                 if not queue:
@@ -272,6 +289,28 @@ class Decoder:
                 # Other models hold the memory; they do not tell when they give it back.
                 self._wake.wait(RETRY_SECONDS)
         return True
+
+    def _end(self) -> None:
+        """Nothing is answered any more."""
+        gone = InferenceFailed("ServiceUnavailable", "The model was unloaded.")
+        with self._wake:
+            self._closed = True
+            for job in chain(*self._waiting.values()):
+                job.events.put(gone)
+            self._waiting.clear()
+        self._forget_all(gone)
+
+    def _forget_all(self, reason: InferenceFailed) -> None:
+        """Tell all that are at work, and let go of them, whatever fails."""
+        for job in self._at_work():
+            job.events.put(reason)
+            try:
+                self._forget(job)
+            except Exception:
+                _log.exception("what a sequence kept cannot be given back")
+
+    def _at_work(self) -> list[Job]:
+        return [*self._reading, *self._writing]
 
     def _next_queue(self) -> deque[Job] | None:
         """Of the clients that wait and may have more at work, the one that had the least done."""
@@ -294,7 +333,7 @@ class Decoder:
         if not self.memory.take(job.client, job.memory):
             return False
         self._answers[job.client] += job.request.n
-        self._scheduler.begin(job.client)
+        self._scheduler.enter(job.client)
         self._reading.append(job)
         return True
 
@@ -307,36 +346,47 @@ class Decoder:
                     self._waiting[client] = left
                 else:
                     del self._waiting[client]
-        for job in [*self._reading, *self._writing]:
+        for job in self._at_work():
             if job.cancelled:
                 self._forget(job)
 
     def _forget(self, job: Job) -> None:
-        for answer in job.answers:
-            self._end_state(answer)
-        if job.state is not None:
-            self._stepper.drop(job.state)
-            job.state = None
+        # First what others wait for: to give back what it keeps takes memory, and may fail.
         if job in self._reading:
             self._reading.remove(job)
         else:
             self._writing.remove(job)
         self.memory.give(job.client, job.memory)
-        self._scheduler.end(job.client)
+        if not job.unread:
+            self._scheduler.leave(job.client)
         self._answers[job.client] -= job.request.n
         if not self._answers[job.client]:
             del self._answers[job.client]
+        state, job.state = job.state, None
+        if state is not None:
+            self._stepper.drop(state)
+        for answer in job.answers:
+            self._end_state(answer)
 
-    def _turn(self) -> set[str]:
+    def _runnable(self) -> set[str]:
         """The clients whose requests to this model go on now."""
-        return self._scheduler.turn({job.client for job in (*self._reading, *self._writing)})
+        clients = {job.client for job in self._at_work() if not job.unread}
+        return self._scheduler.runnable(clients)
+
+    def _note_readers(self) -> None:
+        """Pause answers that nobody reads, which take memory with each token."""
+        for job in self._writing:
+            unread = job.events.qsize() > UNREAD
+            if unread != job.unread:
+                job.unread = unread
+                (self._scheduler.leave if unread else self._scheduler.enter)(job.client)
 
     def _read(self) -> None:
-        """A few chunks of prompts, in turns; one where somebody else waits for the network."""
+        """A few chunks of prompts, in turns; one where another request has come meanwhile."""
         spent = 0
-        while spent < READ and not (spent and self._waiting):
-            turn = self._turn()
-            able = [job for job in self._reading if job.client in turn]
+        while spent < READ and not (spent and self._arrived):
+            runnable = self._runnable()
+            able = [job for job in self._reading if job.client in runnable]
             job = min(able, key=lambda job: self._scheduler.seconds(job.client), default=None)
             if job is None:
                 return
@@ -358,8 +408,8 @@ class Decoder:
         read: int = unread - job.state.unread
         if logits_V is None:
             device = self._stepper.network.device
-            if self._scheduler.shared and device.type == "cuda":
-                torch.cuda.synchronize(device)  # else the next client to wait for it pays
+            if self._scheduler.shared and device.type != "cpu":
+                torch.accelerator.synchronize(device)  # else the next client to wait for it pays
             return read
         state, job.state = job.state, None
         states = self._stepper.fork(state, len(job.answers))
@@ -373,8 +423,9 @@ class Decoder:
 
     def _write(self) -> bool:
         """One token for every answer of the clients whose turn it is; whether there was any."""
-        turn = self._turn()
-        jobs = [job for job in self._writing if job.client in turn]
+        self._note_readers()
+        runnable = self._runnable()
+        jobs = [job for job in self._writing if job.client in runnable and not job.unread]
         writing = [a for job in jobs for a in job.answers if a.state is not None]
         if not writing:
             return False
@@ -386,27 +437,35 @@ class Decoder:
         best = logits_RV.argmax(-1).tolist()
         for answer, logits_V, token in zip(writing, logits_RV, best, strict=True):
             self._advance(answer, logits_V, token)
-        for client, seconds in self._costs.of(rows, time.perf_counter() - began).items():
+        for client, seconds in self._costs.split(rows, time.perf_counter() - began).items():
             self._scheduler.charge(client, seconds)
         for job in jobs:
             self._settle(job)
         return True
 
     def _advance(self, answer: Writing, logits_V: Tensor, best: int | None) -> None:
+        if answer.job.cancelled:  # between any two answers: one may take long
+            return
         try:
             answer.advance(logits_V, best)
-        except (InferenceFailed, RecipeError) as error:
-            # Of this answer alone: its grammar, or what its tokens are decoded to.
-            own = isinstance(error, InferenceFailed)
-            answer.job.events.put(error if own else InferenceFailed("ModelError", str(error)))
+        except Exception as error:
+            # Of this answer alone: its settings, its grammar, or what its tokens are decoded to.
+            if isinstance(error, RecipeError):
+                failed = InferenceFailed("ModelError", str(error))
+            elif isinstance(error, InferenceFailed):
+                failed = error
+            else:
+                _log.exception("an answer failed")
+                failed = InferenceFailed("ModelError", f"The model failed: {type(error).__name__}.")
+            answer.job.events.put(failed)
             answer.job.cancelled = answer.done = True
         if answer.done:
             self._end_state(answer)
 
     def _end_state(self, answer: Writing) -> None:
-        if answer.state is not None:
-            self._stepper.drop(answer.state)
-            answer.state = None
+        state, answer.state = answer.state, None
+        if state is not None:
+            self._stepper.drop(state)
 
     def _settle(self, job: Job) -> None:
         if job in self._writing and all(answer.done for answer in job.answers):
@@ -415,6 +474,4 @@ class Decoder:
     def _fail(self, error: Exception) -> None:
         """Everything that was running is told, and let go of."""
         told = InferenceFailed("ModelError", f"The model failed: {type(error).__name__}.")
-        for job in [*self._reading, *self._writing]:
-            job.events.put(told)
-            self._forget(job)
+        self._forget_all(told)

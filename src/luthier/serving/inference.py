@@ -12,6 +12,8 @@ STOPS = 2500
 """Stop sequences of one request at most."""
 TURNS = 10_000
 """Messages of one conversation, and parts of one message, at most."""
+BIASES = 1024
+"""Tokens of which the logits of one request are changed."""
 CHOICES = 128
 """Answers to one request at most."""
 MOST_TOKENS = 2**31 - 1
@@ -135,6 +137,8 @@ class Request:
         _in("repetition_penalty", self.repetition_penalty, 1 / MOST_PENALTY, MOST_PENALTY)
         _in("frequency_penalty", self.frequency_penalty, -2, 2)
         _in("presence_penalty", self.presence_penalty, -2, 2)
+        if len(self.logit_bias) > BIASES:
+            raise InferenceRefused(f"logit_bias must be at most {BIASES:,} tokens", "logit_bias")
         for value in self.logit_bias.values():
             _in("logit_bias", value, -100, 100)
         _in("n", self.n, 1, CHOICES)

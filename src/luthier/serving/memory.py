@@ -111,7 +111,8 @@ class CacheBudget:
     @property
     def taken(self) -> int:
         """Bytes that are reserved."""
-        return self._held.total()
+        with self._lock:
+            return self._held.total()
 
     def allows(self, client: str, size: int) -> bool:
         """Whether ``client`` may have ``size`` bytes more, as far as its own part goes."""
@@ -120,8 +121,9 @@ class CacheBudget:
     def take(self, client: str, size: int) -> bool:
         """Reserve ``size`` bytes, where they are free and ``client`` may have them."""
         with self._lock:
-            fits = self.allows(client, size) and self.taken + size <= self.total
-            self._held[client] += size if fits else 0
+            fits = self.allows(client, size) and self._held.total() + size <= self.total
+            if fits:
+                self._held[client] += size
         return fits
 
     def give(self, client: str, size: int) -> None:

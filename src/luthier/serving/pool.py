@@ -5,23 +5,23 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.cancellation import cancellable
+from luthier.cancellation import Running, cancellable
 from luthier.engine.memory import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.limits import ModelLimits
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import PromptLimit, prompt_tokenized
-from luthier.serving.scheduler import FairScheduler
+from luthier.serving.scheduler import Cancelled, FairScheduler
 from luthier.serving.stream import Stream, count_tokens, metered_stream
-from luthier.serving.turns import FairTurns, NoTurn, current_client
+from luthier.serving.turns import current_client
 from luthier.types import Row
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 LOADING_SECONDS = 300.0
 """How long a request waits for its model to be loaded."""
-EMBEDDING_SECONDS = 60.0
-"""How long a text waits for its turn at a model that reads."""
 _LOADED_TWICE = 2.5
 """Bytes in memory for each stored one: weights are kept a second time in the kernels' order."""
 
@@ -139,7 +137,9 @@ class ModelPool:
         with self._using(model_id) as entry:
             read = [entry.reader.read(text) for text in texts]
             prompt_tokenized()
-            found = [entry.reader.embed(text, tokens) for text, tokens in read]
+            gone = threading.Event()
+            cancellable(Running(gone.set))
+            found = [entry.reader.embed(text, tokens, gone.is_set) for text, tokens in read]
         count_tokens(model_id, sum(each.tokens for each in found))
         return found
 
@@ -292,7 +292,7 @@ class Embedder:
         )
         # Takes off the truncation that a tokenizer's file may name: no two threads may do so at once.
         predictor.chat.encode_whole("")
-        self._turns = FairTurns(1, EMBEDDING_SECONDS)
+        self._lock, self._closed = threading.Lock(), False
 
     @staticmethod
     def open(
@@ -327,7 +327,8 @@ class Embedder:
         if isinstance(given, str):
             text = given
         else:
-            self._limit.check_ids(len(given))
+            vocabulary = int(self._predictor.network.model.config.vocab_size)
+            self._limit.check_ids(given, vocabulary)
             text = self._predictor.chat.decode(list(given))
         self._limit.check_text(text)
         tokens = len(self._predictor.chat.encode_whole(text))
@@ -337,24 +338,29 @@ class Embedder:
             raise self._limit.too_long()
         return text, tokens
 
-    def embed(self, text: str, tokens: int) -> Embedded:
+    def embed(
+        self, text: str, tokens: int, cancelled: Callable[[], bool] = lambda: False
+    ) -> Embedded:
         """The vector of a text of so many tokens, as :meth:`read` gave them.
 
         Raises:
-            InferenceFailed: where other texts leave the network no time for it.
+            InferenceFailed: where ``cancelled`` says so before its turn has come, or after
+                :meth:`close`.
         """
+        gone = InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
         try:
-            with self._scheduler.work(current_client()), self._turns.turn():
+            with self._scheduler.work(current_client(), self, cancelled), self._lock:
+                if self._closed:
+                    raise gone
                 answer = self._predictor.answers([Row("", 1, text=text)])[0]
-        except NoTurn:
-            raise InferenceFailed(
-                "Throttling", "Too many inputs wait for this model. Try again soon."
-            ) from None
+        except Cancelled:
+            raise gone from None
         vector = np.asarray(answer["embedding"], dtype=np.float32)
         return Embedded(tuple(vector.tolist()), tokens)
 
     def close(self) -> None:
         """Let go of the network."""
-        with self._turns.turn():
+        with self._lock:
+            self._closed = True
             self._predictor.network.close()
             self._predictor.chat.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -114,10 +114,17 @@ class PromptLimit:
                     self._parameter,
                 )
 
-    def check_ids(self, count: int) -> None:
-        """Refuse a prompt of ``count`` ids, of which a text of fewer tokens may be made."""
-        if count > SLACK * self._context:
+    def check_ids(self, ids: Sequence[int], vocabulary: int) -> None:
+        """Refuse a prompt as ids that is too long, though a text of fewer tokens may be made of it.
+
+        Raises:
+            TooLong: for more ids than may be looked at.
+            InferenceRefused: for ids that are no tokens of so many.
+        """
+        if len(ids) > SLACK * self._context:
             raise self.too_long()
+        if not all(0 <= token < vocabulary for token in ids):
+            raise InferenceRefused("The prompt has ids that are no tokens.", self._parameter)
 
     def too_long(self) -> TooLong:
         """What is raised for a prompt of more tokens than the context."""

@@ -15,95 +15,154 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 
 LEAD_SECONDS = 0.1
 """By which a client may be ahead of another one: less, and they would seldom share a step."""
 HEAD_START_SECONDS = 0.5
 """By which one that comes back is behind those at work, at most: a short answer is not interrupted."""
+CANCELLATION_SECONDS = 0.5
+"""How often one that waits looks whether its client hung up."""
 
 StepSize = tuple[int, int]
 """Rows of a step, and the tokens that they look at: each as a size class."""
+
+
+class Cancelled(Exception):
+    """Whoever waited does not want it any more."""
 
 
 class FairScheduler:
     """Counts what models did for their clients. Safe to share between threads."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.RLock())
+        self._changed = threading.Condition()
         self._seconds: dict[str, float] = {}
-        self._requests: Counter[str] = Counter()
+        self._at_work: Counter[str] = Counter()
+        self._waiting: dict[Hashable, Counter[str]] = {}
+        """Who waits for a model that does one thing at a time."""
+        self._busy: dict[Hashable, tuple[str, float]] = {}
+        """Such models that are at work, for whom, and since when."""
 
-    def begin(self, client: str) -> None:
+    def enter(self, client: str) -> None:
         """A request of ``client`` is at work."""
         with self._changed:
-            if not self._requests:
-                self._seconds.clear()  # nobody has waited for anybody
-            if not self._requests[client]:
-                self._seconds[client] = self.seconds(client)
-            self._requests[client] += 1
-            floor = self._floor()
-            self._seconds = {
-                each: seconds
-                for each, seconds in self._seconds.items()
-                if seconds > floor or self._requests[each]
-            }
+            self._register(client)
+            self._at_work[client] += 1
 
-    def end(self, client: str) -> None:
+    def leave(self, client: str) -> None:
         """One of them has ended."""
         with self._changed:
-            self._requests[client] -= 1
-            if not self._requests[client]:
-                del self._requests[client]
+            _discount(self._at_work, client)
             self._changed.notify_all()
 
     @property
     def shared(self) -> bool:
         """Whether requests of more than one client are at work."""
-        return len(self._requests) > 1
+        return len(self._at_work) > 1
 
     def seconds(self, client: str) -> float:
         """The counter of ``client``, as it would be if it came now."""
         with self._changed:
-            if self._requests[client]:
-                return self._seconds[client]
-            return max(self._floor(), self._seconds.get(client, 0.0))
+            present = self._present()
+            if client in present:
+                return self._now(client)
+            floor = min((self._seconds[each] for each in present), default=0.0) - HEAD_START_SECONDS
+            return max(floor, self._seconds.get(client, 0.0))
 
-    def turn(self, clients: Collection[str]) -> set[str]:
-        """Those of ``clients``, all at work, whose requests go on now: who is too far ahead pauses."""
+    def runnable(self, clients: Collection[str]) -> set[str]:
+        """Those of ``clients``, all at work, that go on now: whoever is too far ahead pauses."""
         with self._changed:
-            limit = min((self._seconds[each] for each in self._requests), default=0) + LEAD_SECONDS
-            return {client for client in clients if self._seconds[client] <= limit}
-
-    def wait(self, seconds: float) -> None:
-        """Wait until turns may have changed, for ``seconds`` at most."""
-        with self._changed:
-            self._changed.wait(seconds)
-
-    @contextmanager
-    def work(self, client: str) -> Iterator[None]:
-        """Work for ``client`` alone, begun when it is its turn, and charged to it."""
-        self.begin(client)
-        try:
-            with self._changed:
-                self._changed.wait_for(lambda: self.turn([client]))
-            began = time.perf_counter()
-            yield
-            self.charge(client, time.perf_counter() - began)
-        finally:
-            self.end(client)
+            limit = self._limit()
+            return {client for client in clients if self._now(client) <= limit}
 
     def charge(self, client: str, seconds: float) -> None:
-        """A model worked ``seconds`` for ``client`` alone."""
+        """A model worked ``seconds`` for ``client``, which is at work."""
         with self._changed:
             self._seconds[client] += seconds
             self._changed.notify_all()
 
-    def _floor(self) -> float:
-        """What the counter of a client is at least that comes now."""
-        at_work: Iterable[float] = (self._seconds[client] for client in self._requests)
-        return min(at_work, default=HEAD_START_SECONDS) - HEAD_START_SECONDS
+    def wake(self) -> None:
+        """End every :meth:`wait`."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until others may run than before, for ``seconds`` at most."""
+        with self._changed:
+            self._changed.wait(seconds)
+
+    @contextmanager
+    def work(
+        self, client: str, model: Hashable, cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """Let ``model``, which does one thing at a time, work for ``client`` when it is its turn.
+
+        Raises:
+            Cancelled: where ``cancelled`` says so first.
+        """
+        with self._changed:
+            self._register(client)
+            waiting = self._waiting.setdefault(model, Counter())
+            waiting[client] += 1
+            try:
+                while not cancelled() and not self._is_next(client, model):
+                    self._changed.wait(CANCELLATION_SECONDS)
+                if cancelled():
+                    raise Cancelled
+                self._busy[model] = client, time.perf_counter()
+                self._at_work[client] += 1
+            finally:
+                _discount(waiting, client)
+                if not waiting:
+                    del self._waiting[model]
+        try:
+            yield
+        finally:
+            with self._changed:
+                _, began = self._busy.pop(model)
+                self.charge(client, time.perf_counter() - began)
+                self.leave(client)
+
+    def _is_next(self, client: str, model: Hashable) -> bool:
+        """Whether ``model`` is free, and of those that wait for it ``client`` is the next."""
+        first = min(self._waiting[model], key=self._seconds.__getitem__)
+        mine = self._seconds[client]
+        return model not in self._busy and mine <= min(self._seconds[first], self._limit())
+
+    def _limit(self) -> float:
+        """The counter with which a client just goes on."""
+        return min(map(self._now, self._at_work), default=float("inf")) + LEAD_SECONDS
+
+    def _now(self, client: str) -> float:
+        """The counter of one that is at work or waits, and what is not charged yet."""
+        moment = time.perf_counter()
+        running = sum(moment - since for other, since in self._busy.values() if other == client)
+        return self._seconds[client] + running
+
+    def _present(self) -> set[str]:
+        return set(self._at_work).union(*self._waiting.values())
+
+    def _register(self, client: str) -> None:
+        """Give ``client`` a counter, and forget those that are no worse off than a new one."""
+        present = self._present()
+        if not present:
+            self._seconds.clear()  # nobody has waited for anybody
+        mine = self.seconds(client)
+        floor = min((self._seconds[each] for each in present), default=0.0) - HEAD_START_SECONDS
+        self._seconds = {
+            each: seconds
+            for each, seconds in self._seconds.items()
+            if seconds > floor or each in present
+        }
+        self._seconds[client] = mine
+
+
+def _discount(counts: Counter[str], client: str) -> None:
+    counts[client] -= 1
+    if not counts[client]:
+        del counts[client]
 
 
 class StepCosts:
@@ -112,7 +171,7 @@ class StepCosts:
     def __init__(self) -> None:
         self._alone: dict[StepSize, float] = {}
 
-    def of(self, rows: Mapping[str, list[int]], seconds: float) -> dict[str, float]:
+    def split(self, rows: Mapping[str, list[int]], seconds: float) -> dict[str, float]:
         """The seconds that each client pays for a step of ``seconds``, by the lengths of its rows.
 
         A client pays for what a step of its own would have taken, which is more than its part of this

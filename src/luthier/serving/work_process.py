@@ -29,12 +29,12 @@ def main(arguments: list[str]) -> None:
     _import()
     limit_memory(int(memory))
 
-    def words(error: Exception) -> str:
+    def describe_error(error: Exception) -> str:
         if isinstance(error, MemoryError):
             return f"this takes more than {int(memory) >> 20} MiB of memory"
         return f"this fails: {type(error).__name__}: {str(error)[:300]}"
 
-    serve(connection, {}, int(seconds), lambda call, given: _CALLS[call](**given), words)
+    serve(connection, {}, int(seconds), lambda call, given: _CALLS[call](**given), describe_error)
 
 
 def _import() -> None:

@@ -43,6 +43,8 @@ class Job:
         self.state: Any = None
         """While its prompt is read."""
         self.cancelled = False
+        self.unread = False
+        """Whether its client reads too slowly for more to be written."""
 
     def add(
         self,

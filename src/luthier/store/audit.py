@@ -29,8 +29,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import CorruptFile
 from luthier.files import lock, read_json, write_json
-from luthier.store.database import Base, now
-from luthier.store.database import insert as insert_or_leave
+from luthier.store.database import Base, dialect_insert, now
 from luthier.store.text import storable_value
 
 GENESIS = "0" * 64
@@ -279,7 +278,7 @@ def shown(entry: AuditEntry) -> dict[str, Any]:
 
 def _first_head(session: Session) -> AuditHead:
     """Two may come to an empty log at once; one of them makes the row, and both lock it."""
-    made = insert_or_leave(session, AuditHead).values(id=1, seq=0, hash=GENESIS)
+    made = dialect_insert(session, AuditHead).values(id=1, seq=0, hash=GENESIS)
     session.execute(made.on_conflict_do_nothing())
     return session.get_one(AuditHead, 1, with_for_update=True, populate_existing=True)
 

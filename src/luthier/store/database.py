@@ -255,20 +255,20 @@ def _engine(url: str) -> Engine:
     return engine
 
 
-def insert(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
+def dialect_insert(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """An ``INSERT`` that can say what happens ``ON CONFLICT``: each database has its own."""
     if session.get_bind().dialect.name == "postgresql":
         return postgresql.insert(table)
     return sqlite.insert(table)
 
 
-def one_at_a_time(session: Session, what: str) -> None:
-    """Keep other transactions from doing ``what`` too until this one ends.
+def lock_by_name(session: Session, name: str) -> None:
+    """Keep other transactions that lock the same ``name`` waiting until this one ends.
 
-    On PostgreSQL by a lock of that name. SQLite has one writer at a time as it is.
+    On PostgreSQL by an advisory lock. SQLite has one writer at a time as it is.
     """
     if session.get_bind().dialect.name == "postgresql":
-        key = func.hashtextextended(what, 0)
+        key = func.hashtextextended(name, 0)
         session.execute(select(func.pg_advisory_xact_lock(key)))
 
 

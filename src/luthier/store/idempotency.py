@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import WrongState
-from luthier.store.database import Base, now, one_at_a_time
+from luthier.store.database import Base, lock_by_name, now
 
 
 class TokenReused(WrongState):
@@ -62,7 +62,7 @@ def recall(session: Session, attempt: Attempt) -> dict[str, Any] | None:
     Raises:
         TokenReused: where the token came with other parameters.
     """
-    one_at_a_time(session, f"{attempt.account} {attempt.operation} {attempt.token}")
+    lock_by_name(session, f"{attempt.account} {attempt.operation} {attempt.token}")
     found = session.get(
         AnsweredRequest,
         (attempt.account, attempt.operation, attempt.token),

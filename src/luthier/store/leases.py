@@ -20,7 +20,7 @@ from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
-from luthier.store.database import now, one_at_a_time
+from luthier.store.database import lock_by_name, now
 from luthier.store.jobs import (
     COMPLETED,
     FAILED,
@@ -65,7 +65,7 @@ def fits(
 
 def alone(session: Session) -> None:
     """Keep every other server from claiming until the transaction ends, on PostgreSQL; SQLite does."""
-    one_at_a_time(session, "claim")
+    lock_by_name(session, "claim")
 
 
 def claim(

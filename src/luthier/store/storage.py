@@ -15,7 +15,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import QuotaExceeded
 from luthier.limits import AccountQuotas
-from luthier.store.database import Base, insert
+from luthier.store.database import Base, dialect_insert
 
 COUNTED = {
     "stored_bytes": "bytes",
@@ -126,7 +126,9 @@ def lock(session: Session, account: str) -> Storage:
     wanted = wanted.execution_options(populate_existing=True)
     found: Storage | None = session.scalar(wanted)
     if found is None:
-        fresh = insert(session, Storage).values(account=account, **dict.fromkeys(COUNTED, 0))
+        fresh = dialect_insert(session, Storage).values(
+            account=account, **dict.fromkeys(COUNTED, 0)
+        )
         session.execute(fresh.on_conflict_do_nothing())
         found = session.scalar(wanted)
     assert found is not None

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base, insert
+from luthier.store.database import Base, dialect_insert
 
 LONGEST_REPORT = timedelta(days=3660)
 
@@ -81,7 +81,7 @@ def add_usage(session: Session, used: Mapping[tuple[date, str, str], Used]) -> N
         {"account": account, "day": day, "model": model, **asdict(each)}
         for (day, account, model), each in sorted(used.items(), key=lambda pair: pair[0])
     ]
-    fresh = insert(session, DailyUsage)
+    fresh = dialect_insert(session, DailyUsage)
     table = DailyUsage.__table__.c
     changes: dict[str, Any] = {
         name: table[name] + fresh.excluded[name] for name in _AMOUNTS if name != _PEAK

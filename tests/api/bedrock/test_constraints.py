@@ -46,9 +46,9 @@ def test_no_text_takes_a_pattern_long(name: str) -> None:
     for start in starts:
         for piece in pieces:
             text = (start + piece * longest)[: longest - 1] + "!"
-            began = time.perf_counter()
+            began = time.thread_time()
             matches(shape, text)
-            assert time.perf_counter() - began < 0.05, (name, start, piece)
+            assert time.thread_time() - began < 0.05, (name, start, piece)
 
 
 @given(st.text("ab-+.!A1", max_size=12))
