@@ -113,6 +113,7 @@ def _draw_picture(
     panels[0].set(title=title)
     panels[0].legend(frameon=False)
     panels[-1].set(xlabel="optimizer step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     _write(figure, path)
 
 
