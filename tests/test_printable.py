@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from luthier.printable import one_line, printable, printable_json
+from luthier.printable import format_duration, one_line, printable, printable_json
 
 HOSTILE = "key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\r\u2066\U000e0041"
 VISIBLE = r"key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\x0d\u2066" + r"\U000e0041"
@@ -28,3 +28,8 @@ def test_forms() -> None:
     document = printable_json(json.dumps({"a": HOSTILE, "b": "\ud800 é"}, ensure_ascii=False))
     assert document.isprintable()
     assert json.loads(document) == {"a": HOSTILE, "b": "\ud800 é"}
+
+
+def test_durations_are_written_for_people() -> None:
+    times = (45, 300, 3000, 11100)
+    assert [format_duration(s) for s in times] == ["45 s", "5.0 min", "50 min", "3 h 05 min"]

@@ -3,7 +3,7 @@
 Keys, names, messages and what a model writes may hold escape sequences, which move the cursor, change
 what stands on the screen or answer in the user's name, and turns of direction, which show other words
 than there are. Everything that a command prints goes through here (``luthier.cli.console``), and what
-a report shows.
+a report shows. How long something takes is written here, too.
 """
 
 from __future__ import annotations
@@ -35,6 +35,18 @@ def printable_json(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if _harmless(char) else _in_json(char) for char in text)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds for people: ``45 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    if minutes < 10:
+        return f"{minutes:.1f} min"
+    if minutes < 100:
+        return f"{minutes:.0f} min"
+    return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
 
 
 def _harmless(char: str) -> bool:

@@ -34,7 +34,7 @@ def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:
     expected = [{"prompt": f"colour of {thing}?", "completion": COLOURS[thing]} for thing in things]
     answer = Answer(*command, "--output", str(target)).good()
     assert [json.loads(line) for line in target.read_text().splitlines()] == expected
-    assert answer.out == ""
+    assert answer.out == f"5 replies written to {target}\n"
     printed = Answer(*command).good().out
     assert [json.loads(line) for line in printed.splitlines()] == expected
     report = Answer(*command, "--json").good().json()

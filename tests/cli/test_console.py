@@ -110,3 +110,104 @@ def test_samples(luthier_home: Path, capsys: pytest.CaptureFixture[str], full: b
     samples.show("tiny:one", 5, 5, False, full, False)
     out = capsys.readouterr().out
     assert not acts(out) and r"\x1b[2J" in out and r"\x9b\u202e" in out
+
+
+class Clock:
+    """Stands for the clock of the console; it moves when it is told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(console, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def step(number: int, **further: Any) -> dict[str, Any]:
+    line = {"event": "train", "step": number, "loss": 0.5, "tokens_per_second": 120.0}
+    return {**line, "memory_bytes": 6e8, **further}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_without_a_terminal_a_run_is_a_line_now_and_then(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = console.LiveReporter(quiet=False)
+    reporter.recorded({"event": "validation", "step": 0, "loss": 0.7, "best_step": 0}, 100)
+    told = []
+    for number in range(1, 101):
+        reporter.recorded(step(number), 100)
+        told.append(len(capsys.readouterr().err.splitlines()))
+        clock.now += 1
+    places = [number for number, lines in enumerate(told, 1) if lines]
+    assert places == [1, 3, *range(13, 100, 10), 100]
+    assert max(told) == 1
+
+
+def test_a_line_of_progress_has_the_time_left_and_both_losses(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = console.LiveReporter(quiet=False)
+    reporter.recorded(step(1), 101)
+    clock.now += 30
+    reporter.recorded({"event": "validation", "step": 10, "loss": 0.7, "best_step": 10}, 101)
+    reporter.recorded(step(11), 101)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "  step 1 of 101: loss 0.500  120 tok/s  0.6 GB"
+    assert second == "  step 11 of 101, 4.5 min left: loss 0.500  val 0.700  120 tok/s  0.6 GB"
+
+
+def test_a_result_for_programs_comes_without_progress(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = console.LiveReporter(quiet=True)
+    reporter.stage("Loading")
+    reporter.note("a note")
+    reporter.chosen([("a", 1, "b")])
+    reporter.recorded(step(1), 10)
+    with console.counting(10, "predict", quiet=True) as done:
+        clock.now += 60
+        done(5)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_done_soon_is_not_counted(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with console.counting(10, "predict") as done:
+        for number in range(1, 11):
+            done(number)
+    assert capsys.readouterr().err == ""
+    with console.counting(400, "predict") as done:
+        clock.now += 30
+        done(100)
+        clock.now += 30
+        done(400)
+    assert capsys.readouterr().err == ("  predict 100 of 400, 90 s left\n  predict 400 of 400\n")
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_no_bar_is_drawn_into_a_file_that_wants_colours(
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
+    capsys: pytest.CaptureFixture[str],
+    variable: str,
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    reporter = console.LiveReporter(quiet=False)
+    reporter.chosen([("training.epochs", 2.0, "as [asked]")])
+    reporter.recorded(step(1), 10)
+    reporter.recorded(step(10), 10)
+    reporter.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert "training.epochs=2  as [asked]" in lines[1]
+    assert [line.partition(":")[0] for line in lines[2:]] == ["  step 1 of 10", "  step 10 of 10"]
+
+
+def test_chosen_settings_are_not_wrapped_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = console.LiveReporter(quiet=False)
+    reporter.chosen([("training.learning_rate", 0.0018, "a reason " * 30)])
+    reporter.note("a note " * 40)
+    assert len(capsys.readouterr().err.splitlines()) == 3

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import MODEL, Answer, jsonl, memorise, start
+from pydantic import TypeAdapter
 from stored_files import files_in
 
 from luthier.cli.tuning import print_result
@@ -39,12 +41,18 @@ def test_tune_prints_one_object_and_nothing_else(
         assert (Path(result["run_dir"]) / name).stat().st_size > 1000
 
 
-def test_what_a_result_warns_of_is_printed(
+def test_the_verdict_is_printed_with_advice_in_the_words_of_the_command_line(
     tuned: tuple[Path, dict[str, Any], str, str], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tuned[1]["warnings"] == []
-    print_result(Result(**{**tuned[1], "warnings": ("nothing [of that] was learned",)}))
-    assert "nothing [of that] was learned" in capsys.readouterr().out
+    result = TypeAdapter(Result).validate_python(tuned[1])
+    assert result.verdict is not None and result.verdict.outcome == "learned"
+    print_result(result)
+    assert f"  {result.verdict.text}\n" in capsys.readouterr().out
+    verdict = replace(
+        result.verdict, outcome="worse", text="worse [x]", advice="Try `training.patience=3`"
+    )
+    print_result(replace(result, verdict=verdict))
+    assert "  worse [x]\n  Try --set training.patience=3\n" in capsys.readouterr().out
 
 
 def test_tune_without_json_tells_choices_and_next_steps(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from luthier.engine.metrics import MetricsFile, draw_loss_curve, learned_nothing, smooth
+from luthier.engine.metrics import MetricsFile, draw_curves, smooth
 
 
 def line(step: int, loss: float, event: str = "train") -> dict[str, Any]:
@@ -73,45 +74,45 @@ def test_a_line_that_a_kill_cut_short_is_not_read(metrics: MetricsFile) -> None:
     assert [record["step"] for record in metrics.read()] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("held", "silent"),
-    [
-        ((2.0, 1.5), True),
-        ((2.0, 1.5, 2.5), True),
-        ((2.0, 1.97, 1.99), False),
-        ((2.0, 2.3), False),
-        ((-2.0, -2.5), True),
-        ((-2.0, -2.01), False),
-        ((), True),  # nothing to measure on
-    ],
-)
-def test_a_validation_loss_that_hardly_falls_is_told(held: tuple[float, ...], silent: bool) -> None:
-    lines = [line(step, 5.0 - step) for step in range(4)]
-    lines += [line(step, loss, "validation") for step, loss in enumerate(held)]
-    said = learned_nothing(lines, 2e-3)
-    assert (said is None) is silent
-    if said:
-        assert f"{held[0]:.4f} before" in said and f"{min(held):.4f} at" in said
-        assert "`training.learning_rate=5.0e-04`" in said and "luthier search" in said
-
-
-def test_the_curve_is_drawn_as_svg_and_png(tmp_path: Path) -> None:
+def test_training_and_validation_are_in_one_picture(tmp_path: Path) -> None:
+    """As the loop writes the lines: each says what it measures."""
     lines = [line(step, 3.0 / step) for step in range(1, 20)]
     lines += [line(step, 4.0 / step, "validation") for step in (5, 10, 19)]
-    draw_loss_curve(lines, tmp_path, "base:my-model")
+    lines = [{**each, "measure": "loss"} for each in lines]
+    assert draw_curves(lines, tmp_path, "base:my-model") == ["loss.svg", "loss.png"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
     svg = ElementTree.parse(tmp_path / "loss.svg")
     assert svg.getroot().tag == "{http://www.w3.org/2000/svg}svg"
-    text = (tmp_path / "loss.svg").read_text()
-    for words in ("base:my-model", "best 0.211", "optimizer step", "validation"):
-        assert f"<!-- {words} -->" in text, words
+    shown = words_of(tmp_path / "loss.svg")
+    assert {"base:my-model", "kept 0.211", "optimizer step", "training, smoothed"} <= shown
+    assert "validation" in shown and "accuracy" not in shown
 
 
-def test_a_curve_without_validation_has_no_best(tmp_path: Path) -> None:
-    draw_loss_curve([line(1, 2.0)], tmp_path, "t")
-    text = (tmp_path / "loss.svg").read_text()
-    assert "<!-- training, smoothed -->" in text
-    assert "validation" not in text and "best" not in text
+def test_a_score_is_drawn_below_the_loss(tmp_path: Path) -> None:
+    lines = [{**line(step, 1 / step), "accuracy": step / 10} for step in range(1, 9)]
+    lines.append({**line(8, 0.25, "validation"), "accuracy": 0.875})
+    draw_curves(lines, tmp_path, "t")
+    assert {"accuracy", "kept 0.250", "kept 0.875"} <= words_of(tmp_path / "loss.svg")
+
+
+def test_what_is_measured_of_rewards_is_no_point_on_the_curve_of_losses(tmp_path: Path) -> None:
+    lines = [{**line(step, 0.01), "reward": step / 10} for step in range(1, 9)]
+    held = {**line(8, -0.75, "validation"), "reward": 0.75, "measure": "reward"}
+    assert draw_curves([*lines, held], tmp_path, "t")[2:] == ["reward.svg", "reward.png"]
+    assert "validation" not in words_of(tmp_path / "loss.svg")
+    assert {"validation", "mean reward", "kept 0.750"} <= words_of(tmp_path / "reward.svg")
+
+
+def test_a_curve_without_validation_marks_no_step(tmp_path: Path) -> None:
+    draw_curves([line(1, 2.0)], tmp_path, "t")
+    shown = words_of(tmp_path / "loss.svg")
+    assert "training, smoothed" in shown
+    assert "validation" not in shown and not any(word.startswith("kept") for word in shown)
+
+
+def words_of(picture: Path) -> set[str]:
+    """The texts in an SVG, which matplotlib notes beside their outlines."""
+    return set(re.findall(r"<!-- (.*?) -->", picture.read_text()))
 
 
 def test_smoothing_is_a_moving_average_without_a_start_from_zero() -> None:

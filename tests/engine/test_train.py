@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_a_run_learns_and_stores_what_it_learned(
     verify(Path(result.model_dir), manifest["files"])
     assert {"loss.png", "loss.svg"} <= manifest["files"].keys()
     assert manifest["metrics"] == {
-        key: value for key, value in vars(result).items() if not key.endswith("_dir")
+        key: value for key, value in asdict(result).items() if not key.endswith("_dir")
     }
     assert not (Path(result.run_dir) / "checkpoints").exists()
     assert result.model_id == "tiny-llama:x"
@@ -129,21 +130,24 @@ def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
     training = {"max_steps": 12, "learning_rate": 0.05, "evaluate_every": 1, "warmup_share": 0.0}
     data = {"train": str(held), "validation": str(held)}
     good = train.train(recipe(training, data=data, name="good"))
-    assert good.warnings == []
+    assert good.verdict is not None and good.verdict.kept_step > 0
     base = good.model_id
     data = {"train": str(recipe().data.train), "validation": str(held)}
-    result = train.train(recipe(training, data=data, base=base))
+    result = train.train(recipe(training, data=data, base=base, name="harm"))
     measured = [line["loss"] for line in metrics_of(result) if line["event"] == "validation"]
     assert min(measured[1:]) > measured[0] + 0.1
     assert result.steps == 3  # the patience
     assert result.validation_loss == measured[0]
     assert stored_loss(result.model_id, held) == pytest.approx(stored_loss(base, held), abs=1e-5)
-    (warning,) = result.warnings
-    assert (
-        warning.startswith("next to nothing was learned")
-        and "`training.learning_rate=1.3e-02`" in warning
-    )
-    assert manifest_of(result)["metrics"]["warnings"] == [warning]
+    verdict = result.verdict
+    assert verdict is not None and verdict.outcome == "worse"
+    assert verdict.kept_step == 0 and verdict.stopped_early
+    assert verdict.kept == verdict.before == {"loss": measured[0]}
+    assert verdict.last == {"loss": measured[-1]}
+    assert "The weights from before training are stored" in verdict.text
+    assert manifest_of(result)["metrics"]["verdict"] == asdict(verdict)
+    again = train.train(recipe(training, data=data, base=base, name="harm"), resume=True)
+    assert again == result
 
 
 def test_a_loss_that_is_no_number_ends_the_run(

@@ -132,6 +132,26 @@ def test_the_terminal_shows_it_and_nothing_acts(report: Report) -> None:
     assert "train, line 2" not in text
 
 
+def test_learned_text_stands_in_brackets_where_there_are_no_colours(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(**options: Any) -> str:
+        out = Console(file=StringIO(), width=100, highlight=False, **options)
+        show(report, out, rows=1)
+        return str(out.file.getvalue())  # type: ignore[attr-defined]
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    plain = shown(force_terminal=False)
+    assert "what it learns to write stands in [[ ]]" in plain
+    learned = plain[plain.index("train, line 1") :]
+    assert "[[" in learned and learned.index("[[") < learned.index("]]")
+    assert learned.index("q0") < learned.index("[[")  # the prompt is not learned
+    assert "[[" not in shown(force_terminal=True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "stands in [[ ]]" in shown(force_terminal=True)
+
+
 def test_without_a_model_both_say_what_was_not_checked(tmp_path: Path) -> None:
     report = a_report(tmp_path, None)
     out = Console(file=StringIO(), width=100, highlight=False)

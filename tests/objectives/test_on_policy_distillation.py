@@ -119,7 +119,7 @@ def test_measured_on_the_rows_own_replies(chat: ChatFormat, tiny_llama: Callable
         network, examples, 1000
     )
     state = torch.get_rng_state()
-    found = learner(chat).validation_loss(network, examples, 1000)
+    found = learner(chat).validation_metrics(network, examples, 1000)["loss"]
     assert found == pytest.approx(expected, rel=1e-6)
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn
 

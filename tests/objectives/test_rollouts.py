@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -193,10 +194,12 @@ def test_training_draws_anew_and_measuring_does_not(tiny_model_folder: Path) -> 
     assert [r.reply for r in one.each] != [r.reply for r in other.each]
     assert network.model.training
     state = torch.get_rng_state()
-    values = {objective.validation_loss(network, examples, 100) for _ in range(2)}
-    assert len(values) == 1 and torch.equal(torch.get_rng_state(), state)
-    greedy = objective.roll_out(network, examples, 1, seeded()).score_PG.mean()
-    assert values == {-float(greedy)}
+    one, other = (objective.validation_metrics(network, examples, 100) for _ in range(2))
+    assert one == other and torch.equal(torch.get_rng_state(), state)
+    score_P = objective.roll_out(network, examples, 1, seeded()).score_PG[:, 0].astype(np.float64)
+    assert one["reward"] == pytest.approx(score_P.mean())
+    assert one["loss"] == -one["reward"]
+    assert one["reward_error"] == pytest.approx(score_P.std(ddof=1) / len(score_P) ** 0.5)
 
 
 def test_log_probabilities_of_both_sides_agree_at_any_temperature(tiny_model_folder: Path) -> None:

@@ -14,7 +14,6 @@ from luthier.planning.deadline import (
     duration,
     plan,
     seconds_until,
-    spoken,
 )
 from luthier.planning.estimate import Estimate
 from luthier.planning.history import Correction
@@ -115,8 +114,3 @@ def test_a_time_of_day_that_is_over_is_tomorrow_s() -> None:
     for wrong in ("25:00", "soon", "2026-11-20T10:00"):
         with pytest.raises(RecipeError):
             seconds_until(wrong, now)
-
-
-def test_times_are_spoken() -> None:
-    times = (45, 300, 3000, 11100)
-    assert [spoken(s) for s in times] == ["45 s", "5.0 min", "50 min", "3 h 05 min"]

@@ -26,9 +26,9 @@ import luthier.cli.tuning, luthier.engine.train, luthier.models.load, luthier.st
 import matplotlib.pyplot, peft, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from luthier.cli.app import main
-from luthier.engine.metrics import draw_loss_curve
+from luthier.engine.metrics import draw_curves
 with tempfile.TemporaryDirectory() as folder:  # loads fonts
-    draw_loss_curve([{"event": "train", "step": 1, "loss": 1.0}], pathlib.Path(folder), "x")
+    draw_curves([{"event": "train", "step": 1, "loss": 1.0}], pathlib.Path(folder), "x")
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)

@@ -17,6 +17,7 @@ from luthier.cli.console import (
     print_json,
     print_text,
     stream_text,
+    wrote,
 )
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.printable import printable_json
@@ -66,7 +67,7 @@ def _generate_file(
     from luthier.files import write_bytes
 
     started = time.monotonic()
-    with counting(len(prompts), "generate") as done:
+    with counting(len(prompts), "generate", as_json) as done:
         asked = [p if isinstance(p, str) else [Message(**turn) for turn in p] for p in prompts]
         replies = generator.replies(asked, sampling, done=done)
     lines = [
@@ -81,6 +82,8 @@ def _generate_file(
         report: dict[str, Any] = {"rows": len(replies), "seconds": time.monotonic() - started}
         report |= {"output": str(target)} if target else {"completions": replies}
         print_json(report)
+    elif target is not None:
+        wrote(len(replies), "replies", target)
 
 
 def _read_prompts(source: Path) -> list[Any]:
@@ -201,7 +204,7 @@ def evaluate(
         generator = Generator.open(stored)
     chosen = open_graders(chosen, len(rows), note)
     started = time.monotonic()
-    with counting(len(rows), "evaluate") as done:
+    with counting(len(rows), "evaluate", as_json) as done:
         result = measure(generator, rows, chosen, max_tokens, done, on_error)
     seconds = time.monotonic() - started
     if target is not None:
@@ -218,6 +221,8 @@ def evaluate(
             print_text(f"scored 0: {problem}")
         if result.problems:
             sys.stdout.write(f"{len(result.problems)} replies could not be graded and score 0\n")
+        if target is not None:
+            wrote(len(result.answers), "answers", target)
 
 
 def _graders(given: Sequence[str], assignments: Sequence[str]) -> dict[str, Grader]:

@@ -84,7 +84,7 @@ def clean(
     }  # fmt: skip
     held = {"validation": validation, "test": test}
     with errors(json_):
-        summary = _clean(source, target, plan, fields, held, columns, overwrite, dry_run)
+        summary = _clean(source, target, plan, fields, held, columns, overwrite, dry_run, json_)
         if json_:
             from luthier.cli.console import print_json
 
@@ -102,6 +102,7 @@ def _clean(
     columns: list[str] | None,
     overwrite: bool,
     dry_run: bool,
+    as_json: bool,
 ) -> Summary:
     from luthier.cleaning.clean import clean as run
     from luthier.cleaning.plan import Plan
@@ -111,7 +112,7 @@ def _clean(
     given = {name: value for name, value in fields.items() if value is not None}
     chosen = Plan.of({**(read_toml(plan) if plan else {}), **given})
     splits = {split: each for split, each in held.items() if each is not None}
-    with counting(100, "clean") as done:
+    with counting(100, "clean", as_json) as done:
         return run(
             source, target, chosen, splits, parse_columns(columns or []), overwrite, dry_run,
             told=lambda read, size: done(100 * read // max(1, size)),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,13 +19,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from luthier.engine.metrics import Reporter
+from luthier.engine.metrics import SCORES, Reporter
 from luthier.errors import DataError, LuthierError, RecipeError, RefusedInput
-from luthier.printable import printable, printable_json
+from luthier.printable import format_duration, printable, printable_json
 from luthier.setting_names import option, with_setting_names
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Of progress, where no bar can be drawn."""
+SECONDS_TO_SECOND_LINE = 2.0
+"""The first says that it runs, the second how long it will take."""
 
 
 def print_json(value: Any) -> None:
@@ -132,13 +139,50 @@ def _fail(error: LuthierError, as_json: bool) -> NoReturn:
     raise typer.Exit(error.exit_code) from error
 
 
+def can_draw() -> bool:
+    """Whether standard error is a terminal on which a bar can move."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+class ProgressLines:
+    """Progress where no bar can move: a line soon, then one now and then, each with the time left."""
+
+    def __init__(self, name: str, first: float = 0.0) -> None:
+        """Of what is done within ``first`` seconds nothing is told; if 0, it begins with an update."""
+        self.name = name
+        self._began = (time.monotonic(), 0) if first else None
+        self._next = time.monotonic() + first
+        self._lines = 0
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        """``done`` of ``total`` are done; ``text`` says more of how it goes."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, done)
+        if now < self._next and not (done >= total and self._lines):
+            return
+        start, first = self._began
+        left = ""
+        if first < done < total:
+            left = f", {format_duration((now - start) / (done - first) * (total - done))} left"
+        shown = f"  {self.name} {done:,} of {total:,}{left}"
+        sys.stderr.write(printable(f"{shown}: {text}" if text else shown) + "\n")
+        sys.stderr.flush()
+        # A job of days needs no line every ten seconds.
+        wait = max(SECONDS_BETWEEN_LINES, 0.01 * (now - start))
+        self._next = now + (wait if self._lines else SECONDS_TO_SECOND_LINE)
+        self._lines += 1
+
+
 class LiveReporter(Reporter):
-    """Draws a run on a terminal: a bar with loss, speed, memory and time left."""
+    """Shows a run: on a terminal a bar with loss, speed, memory and time left, elsewhere lines."""
 
     def __init__(self, quiet: bool) -> None:
-        """``quiet`` keeps standard output free for the result (``--json``)."""
+        """``quiet`` is for a result that programs read (``--json``): only a terminal shows the run."""
         self.console = new_console(stderr=True)
-        self.quiet = quiet
+        self.draws = can_draw()
+        self.silent = quiet and not self.draws
+        self._lines: ProgressLines | None = None
         self._progress: Any = None
         self._task: Any = None
         self._validation = ""
@@ -146,65 +190,84 @@ class LiveReporter(Reporter):
     def stage(self, text: str) -> None:
         """Name the part of the work that begins."""
         self.close()
-        if self.console.is_terminal:
-            self.console.print(f"[bold]{text}[/bold] …", highlight=False)
+        if not self.silent:
+            self._print(f"{text} …", style="bold")
 
     def note(self, text: str) -> None:
         """Print a line worth knowing."""
-        if not self.quiet or self.console.is_terminal:
-            text = with_setting_names(text, option)
-            self.console.print(f"  {text}", highlight=False, markup=False)
+        if not self.silent:
+            self._print(f"  {with_setting_names(text, option)}")
 
     def chosen(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Print each setting that was chosen, and why."""
-        if self.quiet and not self.console.is_terminal:
+        if self.silent:
             return
         from rich.table import Table
 
+        rows = [
+            (name, f"{value:g}" if isinstance(value, float) else str(value), reason)
+            for name, value, reason in defaults
+        ]
+        self._print("Chosen for this run (override with --set NAME=VALUE):")
+        if not self.draws:
+            for name, shown, reason in rows:
+                self._print(f"  {name}={shown}  {reason}")
+            return
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        for name, value, reason in defaults:
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
+        for name, shown, reason in rows:
             table.add_row(f"  {name}", f"[bold]{shown}[/bold]", f"[dim]{reason}[/dim]")
-        self.console.print("Chosen for this run (override with --set NAME=VALUE):")
         self.console.print(table)
 
     def counted(self, done: int, total: int, what: str) -> None:
         """Move a bar with the time left; the last one takes it down."""
-        if not self.console.is_terminal:
-            return
-        if self._progress is None:
-            self._open(total, what)
-        self._progress.update(self._task, completed=done, text=what)
+        self._move(done, total, what)
         if done >= total:
             self.close()
 
     def recorded(self, line: Mapping[str, Any], steps: int) -> None:
         """Move the bar."""
-        if not self.console.is_terminal:
-            return
-        if self._progress is None:
-            self._open(steps)
         name = line.get("measure", "loss")
         if line["event"] == "validation":
             self._validation = f"val {line[name]:.3f}  "
-            best = "  best so far" if line["best_step"] == line["step"] else ""
-            self._progress.console.print(
-                f"  step {line['step']:>5}  validation {name} {line[name]:.4f}{best}",
-                highlight=False,
+            if self.draws:
+                best = "  best so far" if line["best_step"] == line["step"] else ""
+                scores = "".join(f"  {each} {line[each]:.3f}" for each in SCORES if each in line)
+                if self._progress is None:
+                    self._open(steps)
+                self._print(
+                    f"  step {line['step']:>5}  validation {name} {line[name]:.4f}{scores}{best}"
+                )
+        elif line["event"] == "train":
+            text = (
+                f"{name} {line[name]:.3f}  {self._validation}{line['tokens_per_second']:,.0f} tok/s"
             )
-            return
-        if line["event"] != "train":
-            return
-        speed = line["tokens_per_second"]
-        text = f"{name} {line[name]:.3f}  {self._validation}{speed:,.0f} tok/s"
-        memory = f"{line['memory_bytes'] / 1e9:.1f} GB"
-        self._progress.update(self._task, completed=line["step"], text=f"{text}  {memory}")
+            self._move(line["step"], steps, f"{text}  {line['memory_bytes'] / 1e9:.1f} GB", "step")
 
     def close(self) -> None:
         """Take the bar down."""
+        self._lines = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        # Nobody knows how wide a log is shown.
+        self.console.print(
+            text, style=style, highlight=False, markup=False, soft_wrap=not self.draws
+        )
+
+    def _move(self, done: int, total: int, text: str, name: str = "") -> None:
+        """Show that ``done`` of ``total`` are done, and how it goes."""
+        if self.silent:
+            return
+        if not self.draws:
+            if self._lines is None:
+                self._lines = ProgressLines(name or text)
+            self._lines.update(done, total, text if name else "")
+            return
+        if self._progress is None:
+            self._open(total, text)
+        self._progress.update(self._task, completed=done, text=text)
 
     def _open(self, steps: int, name: str = "tune") -> None:
         from rich.progress import (
@@ -229,17 +292,25 @@ class LiveReporter(Reporter):
 
 
 @contextmanager
-def counting(total: int, text: str) -> Iterator[Any]:
-    """A bar for ``total`` things on a terminal; yields a function that takes how many are done."""
+def counting(total: int, text: str, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Progress of ``total`` things; yields a function that takes how many are done.
+
+    ``quiet`` is for a result that programs read: it is shown on terminals only.
+    """
+    if not can_draw():
+        lines = ProgressLines(text, first=SECONDS_TO_SECOND_LINE)
+        yield (lambda done: None) if quiet else lambda done: lines.update(done, total)
+        return
     from rich.progress import Progress
 
-    console = new_console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done: None
-        return
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=new_console(stderr=True), transient=True) as progress:
         task = progress.add_task(text, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+def wrote(count: int, what: str, target: Path) -> None:
+    """Say which file has the results."""
+    print_text(f"{count:,} {what} written to {target}")
 
 
 def check_output(target: Path | None) -> None:

@@ -59,7 +59,7 @@ def _convert(
     from luthier.printable import one_line
     from luthier.recipe import parse_columns
 
-    with counting(100, "convert") as done:
+    with counting(100, "convert", as_json) as done:
         found = run(
             source, target, form, format_, parse_columns(columns), bare, overwrite,
             lambda read, size: done(100 * read // max(1, size)),

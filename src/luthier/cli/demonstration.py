@@ -48,7 +48,7 @@ def run(as_json: bool) -> None:
         if not as_json:
             print_result(result)
         scores = {
-            label: _measure(model, folder / "test.jsonl", label)
+            label: _measure(model, folder / "test.jsonl", label, as_json)
             for label, model in (("base", BASE), ("tuned", result.model_id))
         }
     report = {label: graded.scores for label, graded in scores.items()}
@@ -58,7 +58,7 @@ def run(as_json: bool) -> None:
         _show(result.model_id, scores)
 
 
-def _measure(model_id: str, test: Path, label: str) -> Evaluation:
+def _measure(model_id: str, test: Path, label: str, quiet: bool) -> Evaluation:
     from luthier.data.rows import load_rows
     from luthier.serving.generation import Generator
     from luthier.serving.measuring import measure
@@ -67,7 +67,7 @@ def _measure(model_id: str, test: Path, label: str) -> Evaluation:
     rows = load_rows(test)
     generator = Generator.open(find(model_id))
     graders = {"routing label": FirstLine(), "house style": HouseStyle()}
-    with counting(len(rows), f"asking the {label} model") as done:
+    with counting(len(rows), f"asking the {label} model", quiet) as done:
         return measure(generator, rows, graders, 80, done)
 
 

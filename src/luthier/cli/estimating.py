@@ -158,8 +158,8 @@ def show(found: Estimate, prices: PriceTable | None) -> None:
 
     from luthier.cli.console import new_console
     from luthier.engine.actuals import PARTS
-    from luthier.planning.deadline import spoken
     from luthier.planning.prices import prices_file
+    from luthier.printable import format_duration
 
     out = new_console(highlight=False)
     out.print(
@@ -171,7 +171,9 @@ def show(found: Estimate, prices: PriceTable | None) -> None:
     for name in ("", "estimate", "nine times in ten", ""):
         table.add_column(name, justify="right" if name else "left")
     size = "{:.2f} GB".format
-    table.add_row("  time", f"[bold]{spoken(found.seconds.value)}[/bold]", *_span(found.seconds))
+    table.add_row(
+        "  time", f"[bold]{format_duration(found.seconds.value)}[/bold]", *_span(found.seconds)
+    )
     table.add_row(
         "  peak memory",
         f"[bold]{size(found.memory.value / 1e9)}[/bold]",
@@ -215,18 +217,22 @@ def show(found: Estimate, prices: PriceTable | None) -> None:
 
 
 def _span(seconds: Interval) -> tuple[str, str]:
-    from luthier.planning.deadline import spoken
+    from luthier.printable import format_duration
 
-    return f"{spoken(seconds.low)} to {spoken(seconds.high)}", "unless it stops early"
+    return (
+        f"{format_duration(seconds.low)} to {format_duration(seconds.high)}",
+        "unless it stops early",
+    )
 
 
 def _show_plan(found: Estimate, seconds: float, when: str) -> None:
     from luthier.cli.console import new_console
-    from luthier.planning.deadline import advice, plan, spoken
+    from luthier.planning.deadline import advice, plan
+    from luthier.printable import format_duration
 
     planned, out = plan(found, seconds), new_console(highlight=False)
     if planned.fits:
-        left = spoken(seconds - planned.needed)
+        left = format_duration(seconds - planned.needed)
         out.print(f"[bold green]{when}[/bold green]: all of it fits, with {left} to spare")
         return
     text = advice(planned, found.epochs)
@@ -246,7 +252,7 @@ def show_history(as_json: bool) -> None:
     from rich.table import Table
 
     from luthier.cli.console import new_console
-    from luthier.planning.deadline import spoken
+    from luthier.printable import format_duration
 
     out = new_console(highlight=False)
     if not runs:
@@ -258,8 +264,8 @@ def show_history(as_json: bool) -> None:
     for each in runs:
         table.add_row(
             each.model_id,
-            spoken(each.estimated_seconds),
-            spoken(each.seconds),
+            format_duration(each.estimated_seconds),
+            format_duration(each.seconds),
             _marked(each.time_ratio, CLOSE),
             f"{each.estimated_memory / 1e9:.2f} GB",
             f"{each.memory / 1e9:.2f} GB",

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, print_json
+from luthier.cli.console import (
+    SECONDS_TO_SECOND_LINE,
+    ProgressLines,
+    can_draw,
+    check_output,
+    heavy_imports,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from luthier.inspection.gate import Request
@@ -60,10 +67,10 @@ def inspect(request: Request, rows: int, html: Path | None, as_json: bool) -> No
     note = new_console(stderr=True)
 
     def say(text: str) -> None:
-        if note.is_terminal:
+        if can_draw():
             note.print(f"[bold]{text}[/bold] …", highlight=False)
 
-    with bar() as progress:
+    with bar(as_json) as progress:
         report = gate.inspect(request, say, progress, os.cpu_count() or 1)
     if html is not None:
         from luthier.files import write_bytes
@@ -82,17 +89,23 @@ def inspect(request: Request, rows: int, html: Path | None, as_json: bool) -> No
 
 
 @contextmanager
-def bar() -> Iterator[Callable[[Progress], None]]:
-    """A bar with bytes, rows, problems and time left on a terminal, and nothing elsewhere."""
+def bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A bar with bytes, rows, problems and time left; lines where there is no terminal, or nothing."""
+    from luthier.cli.console import new_console
+
+    if not can_draw():
+        lines = ProgressLines("inspected", first=SECONDS_TO_SECOND_LINE)
+
+        def say(at: Progress) -> None:
+            text = f"{at.rows:,} rows, {at.problems:,} problems"
+            lines.update(100 * at.done_bytes // max(1, at.total_bytes), 100, text)
+
+        yield (lambda _: None) if quiet else say
+        return
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    from luthier.cli.console import new_console
-
     console = new_console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _: None
-        return
     with Bars(
         DownloadColumn(),
         BarColumn(bar_width=20),

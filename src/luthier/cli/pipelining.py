@@ -49,8 +49,8 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
     from luthier.cli.console import new_console
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("stage", "model", "steps", "validation", "time"):
-        left = name in ("stage", "model")
+    for name in ("stage", "model", "steps", "validation", "time", "outcome"):
+        left = name in ("stage", "model", "outcome")
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     for outcome in outcomes:
         model = f"[bold green]{outcome.model_id}[/bold green]"
@@ -61,7 +61,7 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
 
 
 def _cells(outcome: Outcome) -> list[str]:
-    """Steps, loss, validation and seconds, where the stage had some."""
+    """Steps, validation, seconds and outcome, where the stage had some."""
     from luthier.store.models import find, objective_of
 
     details = outcome.details
@@ -73,4 +73,5 @@ def _cells(outcome: Outcome) -> list[str]:
         f"{details['steps']:,}",
         "" if held is None else measured(measure, held),
         f"{details['seconds']:.0f} s",
+        (details.get("verdict") or {}).get("outcome", "").replace("_", " "),
     ]

@@ -15,6 +15,7 @@ from luthier.cli.console import (
     heavy_imports,
     print_json,
     print_text,
+    wrote,
 )
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.printable import printable_json
@@ -41,7 +42,7 @@ def predict(
     with heavy_imports():
         predictor = Predictor.open(find(model_id))
     started = time.monotonic()
-    with counting(len(rows), "predict") as done:
+    with counting(len(rows), "predict", as_json) as done:
         answers = predictor.answers(rows, done)
     lines = [
         json.dumps({**_given(row), **answer}, ensure_ascii=False) + "\n"
@@ -57,6 +58,8 @@ def predict(
         print_text(_shown(_given(rows[0]), answers[0]), end="")
     elif target is None:
         sys.stdout.write(printable_json("".join(lines)))
+    else:
+        wrote(len(lines), "answers", target)
 
 
 def evaluate(
@@ -68,7 +71,7 @@ def evaluate(
     with heavy_imports():
         predictor = Predictor.open(stored)
     started = time.monotonic()
-    with counting(len(rows), "evaluate") as done:
+    with counting(len(rows), "evaluate", as_json) as done:
         found, answers = predictor.scores(rows, done)
     if not rows or rows[0].reply is None:
         answers = [
@@ -85,7 +88,7 @@ def prefer(
     from luthier.serving.preferring import preference_scores
 
     started = time.monotonic()
-    with heavy_imports(), counting(len(rows), "evaluate") as done:
+    with heavy_imports(), counting(len(rows), "evaluate", as_json) as done:
         found, answers = preference_scores(stored, rows, done)
     _report(stored, data, rows, found, answers, target, time.monotonic() - started, as_json)
 
@@ -112,6 +115,8 @@ def _report(
     for name, score in found.items():
         print_text(f"{name}: {score:.4f}")
     print_text(f"{len(rows)} rows of {data} in {seconds:.0f} s")
+    if target is not None:
+        wrote(len(answers), "answers", target)
 
 
 def read_inputs(source: Path) -> list[Row]:

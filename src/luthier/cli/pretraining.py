@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.console import LiveReporter, heavy_imports, print_json
+from luthier.cli.tuning import print_verdict
 
 if TYPE_CHECKING:
     from luthier.engine.runs import Result
@@ -76,8 +77,10 @@ def print_result(result: Result) -> None:
     out.print(
         f"  {result.steps:,} steps, {result.tokens:,} tokens in {result.seconds:.0f} s "
         f"({speed:,.0f} a second); loss {result.train_loss:.4f}{shown}; "
-        f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+        f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB",
+        soft_wrap=True,
     )
+    print_verdict(result)
     out.print(f"  loss curve  {result.run_dir}/loss.png", soft_wrap=True)
     out.print(f'  use it      luthier generate {result.model_id} "Once"', soft_wrap=True)
     out.print(f"  tune it     luthier tune DATA --base {result.model_id}", soft_wrap=True)

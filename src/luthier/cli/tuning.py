@@ -99,16 +99,43 @@ def print_result(result: Result) -> None:
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
     out.print(
         f"  {result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s; "
-        f"loss {result.train_loss:.4f}{held}; peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+        f"loss {result.train_loss:.4f}{held}; peak memory {result.peak_memory_bytes / 1e9:.2f} GB",
+        soft_wrap=True,
     )
     out.print(
         f"  {result.trained_weights:,} of {result.weights:,} weights "
         f"({result.trained_weights / result.weights:.2%}) learned it, stored in "
-        f"{result.saved_bytes / 1e6:,.2f} MB"
+        f"{result.saved_bytes / 1e6:,.2f} MB",
+        soft_wrap=True,
     )
-    for warning in result.warnings:
-        out.print(f"  {warning}", style="bold yellow", markup=False, soft_wrap=True)
+    print_verdict(result)
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png", soft_wrap=True)
     verb = "chat {}" if objective.task == "causal_lm" else "tune DATA --base {}"
     verb = 'predict {} "some text"' if objective.reads else verb
     out.print(f"  use it      luthier {verb.format(result.model_id)}", soft_wrap=True)
+
+
+_STYLES = {
+    "learned": "bold green",
+    "still_improving": "bold green",
+    "overfitted": "bold yellow",
+    "declined": "bold yellow",
+    "hardly_learned": "bold yellow",
+    "worse": "bold red",
+    "unmeasured": "yellow",
+}
+
+
+def print_verdict(result: Result) -> None:
+    """Whether the run learned, and what to change in a further one."""
+    from luthier.cli.console import new_console
+    from luthier.setting_names import option, with_setting_names
+
+    if (verdict := result.verdict) is None:
+        return
+    out = new_console(highlight=False)
+    style = _STYLES[verdict.outcome]
+    out.print(f"  {verdict.text}", style=style, markup=False, soft_wrap=True)
+    if verdict.advice:
+        advice = with_setting_names(verdict.advice, option)
+        out.print(f"  {advice}", markup=False, soft_wrap=True)

@@ -222,8 +222,8 @@ class Loop:
         if not self.validation:
             return
         self.network.model.eval()
-        loss = self.objective.validation_loss(self.network, self.validation, self.budget)
-        progress = self.progress
+        found = self.objective.validation_metrics(self.network, self.validation, self.budget)
+        progress, loss = self.progress, found["loss"]
         progress.validation_loss = loss
         before = progress.best_loss
         if before is None or loss < before:
@@ -231,14 +231,7 @@ class Loop:
             self.best = {n: w.detach().clone() for n, w in self.optimizer.weights.items()}
         gained = before is None or loss < before - self.training.least_gain
         progress.worse = 0 if gained else progress.worse + 1
-        measured = {} if self.objective.measure == "loss" else {self.objective.measure: -loss}
-        self.record(
-            "validation",
-            loss=loss,
-            best=progress.best_loss,
-            best_step=progress.best_step,
-            **measured,
-        )
+        self.record("validation", **found, best=progress.best_loss, best_step=progress.best_step)
 
     def _advise(self) -> None:
         """Tell people what the objective makes of the course so far, where that is something new."""

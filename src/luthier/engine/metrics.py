@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from luthier.encryption.files import open_line, place_of, seal_line
 from luthier.files import disk_errors, write_bytes
 
-LEAST_GAIN = 0.02
-"""Share of the validation loss below which a run is said to have learned nothing."""
+SCORES: Mapping[str, str] = {
+    "accuracy": "accuracy",
+    "agreement": "agreement with the teacher",
+    "cosine": "cosine with the teacher",
+    "absolute_error": "mean absolute error",
+}
+"""Metrics of objectives that people read beside the loss, and what they are called."""
+_REWARDS: Mapping[str, str] = {
+    "reward": "mean reward",
+    "completion_tokens": "tokens of a completion",
+    "kl": "divergence (nats per token)",
+}
 
 
 class Reporter:
@@ -69,64 +79,42 @@ class MetricsFile:
         ]
 
 
-def learned_nothing(lines: Sequence[Mapping[str, Any]], rate: float) -> str | None:
-    """What to say of a run whose validation loss hardly fell, by the lines of its metrics."""
-    held = [line["loss"] for line in lines if line["event"] == "validation"]
-    if not held or held[0] - min(held) >= LEAST_GAIN * abs(held[0]):
-        return None
-    return (
-        f"next to nothing was learned: the validation loss was {held[0]:.4f} before the first step and "
-        f"{min(held):.4f} at its best. Unless the model knew the data already, the rate is too high "
-        f"for it or far too low: try `training.learning_rate={rate / 4:.1e}` (it was {rate:.1e}), or "
-        "let `luthier search` find one"
-    )
-
-
 def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:
-    """Draw what a run's metrics say into ``folder``; the names of the pictures."""
-    draw_loss_curve(lines, folder, title)
+    """Draw what a run's metrics say into ``folder``; the names of the pictures.
+
+    ``loss.svg`` and ``loss.png`` have the loss of training and validation rows, and each score of
+    :data:`SCORES` below it. Where rewards are learned from, ``reward.svg`` and ``reward.png`` have
+    reward, length and divergence of the completions: a reward that rises while texts grow, or leave
+    the reference far behind, may be a grader's mistake.
+    """
+    scores = {name: label for name, label in SCORES.items() if any(name in line for line in lines)}
+    _draw_picture(lines, folder / "loss", title, {"loss": "loss", **scores})
     names = ["loss"]
     if any("reward" in line for line in lines):
-        draw_rewards(lines, folder, title)
+        shown = {name: text for name, text in _REWARDS.items() if any(name in x for x in lines)}
+        _draw_picture(lines, folder / "reward", title, shown)
         names.append("reward")
     return [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
 
 
-def draw_loss_curve(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> None:
-    """Write ``loss.svg`` and ``loss.png`` of a run's metrics into ``folder``."""
-    figure, (axes,) = _figure(1)
-    _draw(axes, lines, "loss")
-    held = [line for line in lines if line["event"] == "validation" and "measure" not in line]
-    if held:
-        _draw_held(axes, held, "loss", min)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per learned token)", title=title)
-    axes.legend(frameon=False)
-    _write(figure, folder / "loss")
-
-
-def draw_rewards(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> None:
-    """Write ``reward.svg`` and ``reward.png``: reward, length and divergence of the completions.
-
-    A reward that rises while texts grow, or leave the reference far behind, may be a grader's mistake.
-    """
-    train = [line for line in lines if line["event"] == "train"]
-    shown = {
-        "reward": "mean reward",
-        "completion_tokens": "tokens of a completion",
-        "kl": "divergence (nats per token)",
-    }
-    names = [name for name in shown if any(name in line for line in train)]
-    figure, panels = _figure(len(names))
-    for axes, name in zip(panels, names, strict=True):
-        _draw(axes, lines, name)
-        axes.set(ylabel=shown[name])
-    held = [line for line in lines if line["event"] == "validation" and "reward" in line]
-    if held:
-        _draw_held(panels[0], held, "reward", max)
+def _draw_picture(
+    lines: Sequence[Mapping[str, Any]], path: Path, title: str, shown: Mapping[str, str]
+) -> None:
+    """A panel for each name in ``shown``, with training and validation, and the step that is kept."""
+    figure, panels = _figure(len(shown))
+    held = [line for line in lines if line["event"] == "validation"]
+    kept = min(held, key=lambda line: line["loss"], default=None)
+    for axes, (name, text) in zip(panels, shown.items(), strict=True):
+        _draw_train(axes, lines, name)
+        # Where rewards are measured, the loss is minus the reward and no point on a curve of losses.
+        points = [x for x in held if name in x and not (name == "loss" and "reward" in x)]
+        _draw_validation(axes, points, name, kept)
+        axes.set(ylabel=text)
     panels[0].set(title=title)
     panels[0].legend(frameon=False)
-    panels[-1].set(xlabel="step")
-    _write(figure, folder / "reward")
+    panels[-1].set(xlabel="optimizer step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    _write(figure, path)
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
@@ -144,7 +132,7 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     return figure, found
 
 
-def _draw(axes: Any, lines: Sequence[Mapping[str, Any]], name: str) -> None:
+def _draw_train(axes: Any, lines: Sequence[Mapping[str, Any]], name: str) -> None:
     """A value of the training steps, as it is and smoothed."""
     train = [
         (line["step"], line[name]) for line in lines if line["event"] == "train" and name in line
@@ -155,16 +143,24 @@ def _draw(axes: Any, lines: Sequence[Mapping[str, Any]], name: str) -> None:
         axes.plot(steps, smooth(values), color="#2f5d9b", linewidth=2, label="training, smoothed")
 
 
-def _draw_held(
-    axes: Any, lines: Sequence[Mapping[str, Any]], name: str, choose: Callable[..., Any]
+def _draw_validation(
+    axes: Any, points: Sequence[Mapping[str, Any]], name: str, kept: Mapping[str, Any] | None
 ) -> None:
-    """What was measured on the validation rows, and the best of it."""
-    held = [(line["step"], line[name]) for line in lines]
-    steps, values = zip(*held, strict=True)
+    """What was measured on the validation rows, with a mark at the weights that are kept."""
+    if not points or kept is None:
+        return
+    steps, values = [line["step"] for line in points], [line[name] for line in points]
     axes.plot(steps, values, "o-", color="#c8553d", linewidth=1.5, label="validation")
-    best = choose(held, key=lambda point: point[1])
+    axes.axvline(kept["step"], color="#c8553d", linewidth=1, linestyle=":")
+    axes.margins(y=0.15)
+    right = kept["step"] > steps[-1] / 2
     axes.annotate(
-        f"best {best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center"
+        f"kept {kept[name]:.3f}",
+        (kept["step"], kept[name]),
+        xytext=(-4 if right else 4, 8),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        bbox={"boxstyle": "round,pad=0.1", "color": "white", "alpha": 0.8},
     )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from luthier.data.containers import Container, container_of
 from luthier.data.sources import Source, stem_of
 from luthier.encryption.files import new_data_file
 from luthier.encryption.memory import remove, working
+from luthier.engine.verdict import RunVerdict
 from luthier.errors import RunConflict
 from luthier.files import copy_lines, disk_errors, lock, luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
@@ -55,8 +58,8 @@ class Result:
     """How many there are in all."""
     saved_bytes: int
     """Size of the custom model's weights on disk."""
-    warnings: list[str] = field(default_factory=list)
-    """What to know before the model is used."""
+    verdict: RunVerdict | None = None
+    """Whether it learned; results of older runs have none."""
 
 
 class Run:
@@ -81,7 +84,7 @@ class Run:
             return None
         same_request(read_json(self.folder / _REQUEST), request, self.model_id)
         if (self.model_folder / MANIFEST).is_file() and (self.folder / _RESULT).is_file():
-            return Result(**read_json(self.folder / _RESULT))
+            return TypeAdapter(Result).validate_python(read_json(self.folder / _RESULT))
         return None
 
     def check_free(self) -> None:

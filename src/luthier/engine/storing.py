@@ -15,8 +15,9 @@ from luthier import __version__
 from luthier.engine.checkpoints import Progress, fingerprint
 from luthier.engine.devices import peak_memory, return_freed_memory
 from luthier.engine.job import Job
-from luthier.engine.metrics import draw_curves, learned_nothing
+from luthier.engine.metrics import draw_curves
 from luthier.engine.runs import Result, Run
+from luthier.engine.verdict import judge_run
 from luthier.errors import LuthierError
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, new_folder, write_json
@@ -109,7 +110,8 @@ class Storing:
 
     def _result(self, stored: Path) -> Result:
         run, progress = self.run, self.progress
-        warning = learned_nothing(self.lines, self.job.recipe.training.learning_rate or 0.0)
+        rate = self.job.recipe.training.learning_rate or 0.0
+        measure = self.job.data.objective.measure
         return Result(
             model_id=run.model_id,
             run_dir=str(run.folder),
@@ -124,7 +126,7 @@ class Storing:
             trained_weights=self.trained,
             weights=self.weights,
             saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
-            warnings=[warning] if warning else [],
+            verdict=judge_run(self.lines, measure, rate, self.job.steps),
         )
 
     def _sample(self) -> list[Example]:

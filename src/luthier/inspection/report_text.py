@@ -210,24 +210,29 @@ def _learned(report: Report, console: Console, rows: int) -> None:
     splits = {split: found["shown"][:rows] for split, found in learned_of(report).items()}
     if not rows or not any(splits.values()):
         return
-    _heading("What the model sees; what it learns to write is green", console)
+    coloured = console.color_system is not None and not console.no_color
+    marked = "is green" if coloured else "stands in [[ ]]"
+    _heading(f"What the model sees; what it learns to write {marked}", console)
     for split, shown in splits.items():
         for row in shown:
             console.print(Line(f"{split}, line {row['line']}", align="left", style="dim"))
-            console.print(_row(row))
+            console.print(_row(row, coloured))
             if row["taught"]:
                 console.print(Text(f"learns: {printable(row['taught'])}", "bold green"))
 
 
-def _row(row: Mapping[str, Any]) -> Text:
-    """The tokens of a row in their colours."""
+def _row(row: Mapping[str, Any], coloured: bool) -> Text:
+    """The tokens of a row; those that are learned are green, or in brackets."""
     text = Text()
     if row["source"]:
         for run in runs(row["source"], [False] * len(row["source"])):
             text.append(run.text or _gap(run.left_out), "dim")
         text.append("\n→ ")
     for run in runs(row["tokens"], row["learned"]):
-        text.append(run.text or _gap(run.left_out), "bold green" if run.learned else "dim")
+        shown = run.text or _gap(run.left_out)
+        if run.learned and not coloured:
+            shown = f"[[{shown}]]"
+        text.append(shown, "bold green" if run.learned else "dim")
     return text
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.engine.metrics import Reporter
+from luthier.engine.metrics import SCORES, Reporter
 from luthier.setting_names import without_commands
 from luthier.store.database import now
 from luthier.store.jobs import Job, JobEvent
@@ -101,12 +101,18 @@ class Journal(Reporter):
         if step <= self._steps[event]:
             return
         self._steps[event] = step
-        values = {key: _plain(value) for key, value in line.items() if key not in ("event", "loss")}
+        values = {
+            # In files with a line a step, a score of validation rows stands beside that of training.
+            f"valid_{key}" if event == "validation" and key in SCORES else key: _plain(value)
+            for key, value in line.items()
+            if key not in ("event", "loss")
+        }
         data = {"step": step, _NAMES[event]: _plain(line["loss"]), "total_steps": steps, **values}
         if event == "validation" and self._train_loss[0]:
             # Clients of OpenAI read the training loss of every event with metrics.
             data["train_loss"] = self._train_loss[1]
-        self._add("metrics", f"Step {step}/{steps}: {event} loss {line['loss']:.4f}", data)
+        measure = line.get("measure", "loss")
+        self._add("metrics", f"Step {step}/{steps}: {event} {measure} {line[measure]:.4f}", data)
 
     def part(self, name: str, status: str) -> None:
         """A part of the work begins, or is over: ``status`` in Bedrock's words."""

@@ -32,7 +32,7 @@ def losses(
     for number in range(len(data.validators)):
         rows = DataSpec.model_validate({**fields, "train": data.validator(number), **_ALL})
         examples = prepare(rows, objective, chat, context, 0).train
-        found.append(objective.validation_loss(network, examples, BUDGET))
+        found.append(objective.validation_metrics(network, examples, BUDGET)["loss"])
     return found
 
 

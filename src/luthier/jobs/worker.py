@@ -178,6 +178,8 @@ class Worker:
         with asking_for(job.account, run_name(job.id)):
             result = kind.run(recipe, journal)
         journal.catch_up(metrics.read(), int(result["steps"]))
+        if verdict := result["verdict"]:
+            journal.note(f"{verdict['text']}. {verdict['advice']}".strip())
         journal.part("training", "Completed")
         model = find(result["model_id"])
         verify(model.folder, model.manifest["files"])

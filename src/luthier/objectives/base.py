@@ -19,7 +19,7 @@ vetted setting as default. The engine calls these methods and knows nothing else
 Methods that need more than the network that trains say so: ``refers`` for its starting weights
 (the reference model), ``others`` for further models (a teacher), ``extend`` for weights that only
 training needs (a value head). What is measured on held-out rows and compared after saving is the
-loss, unless ``validation_loss`` and ``parity_loss`` say otherwise.
+loss, unless ``validation_metrics`` and ``parity_loss`` say otherwise.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Objective(BaseModel):
     by_itself: ClassVar[bool] = True
     """Whether it may be chosen by the shape of the rows alone, where no objective was asked for."""
     measure: ClassVar[str] = "loss"
-    """Name of what :meth:`validation_loss` measures; of a ``reward`` it gives minus the reward."""
+    """What :meth:`validation_metrics` measures: ``loss``, or ``reward``, whose loss is minus it."""
     rate_factor: ClassVar[float] = 1.0
     """Share of the adaptation's learning rate that suits it, where no rate is given."""
     batch_rows: ClassVar[int | None] = None
@@ -261,19 +261,31 @@ class Objective(BaseModel):
 
     def mean_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """The loss on ``examples`` without dropout or a gradient, averaged over their weight."""
+        return self._means(network, examples, budget)["loss"]
+
+    def _means(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> dict[str, float]:
         import torch
 
         network.model.eval()
-        total = weight = 0.0
+        sums, weight = {"loss": 0.0}, 0.0
         with torch.no_grad():
             for batch in self.annotate(network, examples, budget):
-                total += float(self.loss(network, batch).total)
+                loss = self.loss(network, batch)
+                for name, value in {"loss": float(loss.total), **loss.metrics}.items():
+                    sums[name] = sums.get(name, 0.0) + value
                 weight += batch.weight
-        return total / weight
+        return {name: value / weight for name, value in sums.items()}
 
-    def validation_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """What is measured on held-out rows; the weights with the lowest are kept."""
-        return self.mean_loss(network, examples, budget)
+    def validation_metrics(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> dict[str, float]:
+        """What is measured on held-out rows: ``loss``, and the further metrics of :meth:`loss`.
+
+        The weights with the lowest ``loss`` are kept.
+        """
+        return self._means(network, examples, budget)
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """What must be the same before and after saving: a function of network and rows alone."""

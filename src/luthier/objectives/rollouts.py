@@ -13,6 +13,7 @@ another program is needed (as vLLM is in TRL, which multiplies by a truncated ra
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -342,10 +343,17 @@ class Reinforcement(Objective):
         note(verdict.text)
         return examples
 
-    def validation_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """Minus the mean reward of one completion of each prompt, drawn the same way each time."""
-        rollouts = self.roll_out(network, examples, 1, seeded())
-        return -float(rollouts.score_PG.mean(dtype=np.float64))
+    def validation_metrics(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> dict[str, float]:
+        """Mean reward of one completion of each prompt, drawn the same way each time.
+
+        ``reward_error`` is the standard error of that mean.
+        """
+        score_P = self.roll_out(network, examples, 1, seeded()).score_PG.astype(np.float64)
+        reward = float(score_P.mean())
+        error = float(score_P.std()) / math.sqrt(max(1, score_P.size - 1))
+        return {"loss": -reward, "reward": reward, "reward_error": error}
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """What the network says of the prompts themselves, without a draw."""

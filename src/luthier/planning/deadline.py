@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from luthier.errors import DoesNotFit, RecipeError
 from luthier.planning.estimate import Estimate
 from luthier.planning.prices import Prices
+from luthier.printable import format_duration
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -64,8 +65,8 @@ def advice(planned: Plan, asked: float) -> str:
     if planned.steps < 1:
         return (
             f"not even one step fits: reading the rows, loading and storing the model take "
-            f"{spoken(planned.least)} by themselves, so that is the smallest there is. Take a smaller "
-            "base model or more time"
+            f"{format_duration(planned.least)} by themselves, so that is the smallest there is. Take a "
+            "smaller base model or more time"
         )
     parts = 1 if planned.epochs >= 1 else 100
     epochs = math.floor(parts * planned.epochs + 1e-6) / parts
@@ -89,8 +90,8 @@ def check_limits(
         planned = plan(found, 60 * max_minutes)
         if not planned.fits:
             raise DoesNotFit(
-                f"this run needs up to {spoken(planned.needed)} and {max_minutes:g} minutes are "
-                f"allowed. What fits: {advice(planned, found.epochs)}."
+                f"this run needs up to {format_duration(planned.needed)} and {max_minutes:g} minutes "
+                f"are allowed. What fits: {advice(planned, found.epochs)}."
             )
     if max_cost is None:
         return
@@ -141,15 +142,3 @@ def duration(text: str) -> float:
     if total <= 0:
         raise RecipeError("--within takes more than no time at all")
     return total
-
-
-def spoken(seconds: float) -> str:
-    """Seconds for people: ``45 s``, ``12 min``, ``3 h 05 min``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    if minutes < 10:
-        return f"{minutes:.1f} min"
-    if minutes < 100:
-        return f"{minutes:.0f} min"
-    return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"

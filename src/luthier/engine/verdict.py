@@ -1,0 +1,223 @@
+"""What a finished run came to, by what was measured on its validation rows before and while it trained.
+
+The weights with the best measurement are the ones that are stored, and the first measurement comes
+before the first step: a run that only does harm keeps the weights it began with, and says so.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from luthier.engine.metrics import SCORES
+
+Outcome = Literal[
+    "learned",
+    "still_improving",
+    "overfitted",
+    "declined",
+    "hardly_learned",
+    "worse",
+    "unmeasured",
+]
+
+LEAST_GAIN = 0.02
+"""Share of the first validation loss that must be gained for a run to have learned something."""
+LEAST_CHANGE = 0.05
+"""Share of all that was gained, from which on a rise or a fall near the end counts."""
+LAST_PART = 0.8
+"""Where the last part of a run begins, which tells whether it still improves."""
+CHANCE = 2.0
+"""Standard errors by which two mean rewards must differ. Losses are means over far more."""
+
+_HEADLINES: Mapping[Outcome, str] = {
+    "learned": "learned",
+    "still_improving": "learned, and still improving at the end",
+    "overfitted": "overfitted since step {step}",
+    "declined": "worse again since step {step}",
+    "hardly_learned": "hardly learned",
+    "worse": "worse than before training",
+}
+
+
+@dataclass(frozen=True)
+class RunVerdict:
+    """Whether a run learned: in a word, in sentences, and in numbers."""
+
+    outcome: Outcome
+    text: str
+    """The outcome with its numbers, and which weights are stored."""
+    advice: str
+    """What to change in a further run; empty where there is nothing to say."""
+    kept_step: int
+    """The step whose weights are stored; 0 is before training."""
+    stopped_early: bool
+    """Whether the patience ended the run before its last step."""
+    before: dict[str, float]
+    """What was measured on the validation rows before training: ``loss`` or ``reward``, and scores."""
+    kept: dict[str, float]
+    """The same of the weights that are stored."""
+    last: dict[str, float]
+    """The same after the last step."""
+
+
+def judge_run(
+    lines: Sequence[Mapping[str, Any]], measure: str, rate: float, steps: int
+) -> RunVerdict:
+    """The verdict on a run.
+
+    Args:
+        lines: of its metrics, in their order.
+        measure: what the objective measures on validation rows: ``loss`` or ``reward``.
+        rate: its learning rate, which advice starts from.
+        steps: how many there were to be.
+    """
+    train = [line for line in lines if line["event"] == "train"]
+    held = [line for line in lines if line["event"] == "validation"]
+    last_step = train[-1]["step"] if train else 0
+    early = last_step < steps
+    if not held:
+        return RunVerdict(
+            "unmeasured",
+            "not measured: there were no validation rows, so nothing says whether the model does "
+            "better on rows that it did not learn from",
+            "Give rows to measure on: `data.validation=FILE`",
+            last_step,
+            early,
+            {},
+            {},
+            {},
+        )
+    course = _Course(train, held, measure)
+    outcome = course.outcome()
+    kept = course.kept["step"]
+    text = f"{_HEADLINES[outcome].format(step=kept)}: {course.described(early, last_step)}"
+    advice = course.advice(outcome, rate)
+    found = [_values(line, measure) for line in (course.first, course.kept, course.last)]
+    return RunVerdict(outcome, text, advice, kept, early, *found)
+
+
+class _Course:
+    """The measurements of a run. Its losses are what was minimized: of a reward, minus the reward."""
+
+    def __init__(
+        self,
+        train: Sequence[Mapping[str, Any]],
+        held: Sequence[Mapping[str, Any]],
+        measure: str,
+    ) -> None:
+        self.train, self.held, self.measure = train, held, measure
+        self.first, self.last = held[0], held[-1]
+        self.kept = min(held, key=lambda line: line["loss"])
+        self.gain: float = self.first["loss"] - self.kept["loss"]
+
+    def outcome(self) -> Outcome:
+        """The one word."""
+        if self.gain <= self._least(self.kept):
+            harmed = self.kept is self.first and self._above_start(self.last)
+            return "worse" if harmed else "hardly_learned"
+        if self.last["loss"] - self.kept["loss"] > self._noise(self.kept, self.last):
+            # It is overfitting where the training rows do not get worse with the others.
+            apart = self.measure == "loss" and self._training_moved() <= 0
+            return "overfitted" if apart else "declined"
+        part = LAST_PART * self.last["step"]
+        earlier = [line for line in self.held if 0 < line["step"] <= part]
+        if self.kept is self.last and earlier:
+            gained = earlier[-1]["loss"] - self.last["loss"]
+            if gained > self._noise(earlier[-1], self.last):
+                return "still_improving"
+        return "learned"
+
+    def described(self, early: bool, last_step: int) -> str:
+        """The numbers in words, and whose weights are stored."""
+        text = f"validation {self.measure} {self._shown(self.first)} before training"
+        kept = self.kept["step"]
+        if kept == 0:
+            return (
+                f"{text} and never better in {last_step} steps, {self._shown(self.last)} at the end. "
+                "The weights from before training are stored: this model answers as it did before"
+            )
+        text += f", {self._shown(self.kept)} at step {kept}"
+        if kept == last_step:
+            return text
+        end = "where training stopped early" if early else "the last"
+        worse = ", worse than before training" if self._above_start(self.last) else ""
+        return (
+            f"{text}, whose weights are stored; {self._shown(self.last)} at step {last_step}, {end}"
+            f"{worse}"
+        )
+
+    def advice(self, outcome: Outcome, rate: float) -> str:
+        """What to change in a further run."""
+        lower = f"`training.learning_rate={rate / 4:.1e}` (it was {rate:.1e})"
+        if outcome == "learned":
+            return ""
+        if outcome == "still_improving":
+            return "More steps are likely to help: raise `training.epochs` or `training.max_steps`"
+        if self.measure == "reward":
+            return self._reward_advice(outcome, lower)
+        if outcome == "declined":
+            return f"The training loss rose too, so the rate is too high: try {lower}"
+        if outcome == "overfitted":
+            return (
+                "The later steps only learned the training rows by heart: more rows help, or fewer "
+                "passes, or fewer weights"
+            )
+        if self._training_moved() < 0:
+            return (
+                "The training loss fell, so the rows were learned, and what they teach does not help "
+                "with the validation rows: check that both are of one kind, or give more rows"
+            )
+        if any(self._above_start(line) for line in self.held):
+            return f"The rate is too high: try {lower}, or let `luthier search` find one"
+        higher = f"`training.learning_rate={rate * 4:.1e}` (it was {rate:.1e})"
+        return (
+            "Unless the model knew the data already, the rate is too low or the steps are too few: try "
+            f"{higher}, or let `luthier search` find one"
+        )
+
+    def _reward_advice(self, outcome: Outcome, lower: str) -> str:
+        look = "Read what it wrote with `luthier samples`"
+        if outcome == "hardly_learned":
+            return f"{look}. A finer grader, easier prompts or more steps may be what it lacks"
+        return f"{look}. A lower rate is steadier: try {lower}"
+
+    def _least(self, line: Mapping[str, Any]) -> float:
+        """How far a measurement must be from the first to say anything."""
+        start: float = self.first["loss"]
+        return max(LEAST_GAIN * abs(start), _chance(self.first, line))
+
+    def _noise(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+        """How far two measurements of a run that learned must be apart to say anything."""
+        return max(LEAST_CHANGE * self.gain, _chance(one, other))
+
+    def _above_start(self, line: Mapping[str, Any]) -> bool:
+        risen: float = line["loss"] - self.first["loss"]
+        return risen > self._least(line)
+
+    def _training_moved(self) -> int:
+        """Where the training loss went from the best step to the end: 1 is up, -1 down, 0 neither."""
+        losses = [line["loss"] for line in self.train]
+        part = max(1, len(losses) // 4)
+        upto = self.kept["step"] or part
+        moved = statistics.fmean(losses[-part:]) - statistics.fmean(losses[:upto][-part:])
+        least = LEAST_GAIN * abs(statistics.fmean(losses[:part]))
+        return (moved > least) - (moved < -least)
+
+    def _shown(self, line: Mapping[str, Any]) -> str:
+        scores = [f"{label} {line[name]:.3f}" for name, label in SCORES.items() if name in line]
+        value = f"{line[self.measure]:.4f}"
+        return f"{value} ({', '.join(scores)})" if scores else value
+
+
+def _values(line: Mapping[str, Any], measure: str) -> dict[str, float]:
+    """What was measured, without what the loop notes beside it."""
+    return {name: line[name] for name in (measure, *SCORES) if name in line}
+
+
+def _chance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """How far two mean rewards may be apart by chance; 0 for losses."""
+    return CHANCE * math.hypot(*(line.get("reward_error", 0.0) for line in (one, other)))

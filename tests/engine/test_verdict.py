@@ -1,0 +1,158 @@
+"""What is said of a finished run, by its measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from luthier.engine.verdict import Outcome, RunVerdict, judge_run
+
+FALLING = [2.0 - 0.02 * step for step in range(1, 41)]
+FLAT = [2.0] * 40
+
+
+def held(step: int, loss: float, **further: float) -> dict[str, Any]:
+    return {"event": "validation", "step": step, "loss": loss, "best": 0, "best_step": 0, **further}
+
+
+def judged(
+    losses: Sequence[float], train: Sequence[float] = FALLING, steps: int = 40, rate: float = 2e-3
+) -> RunVerdict:
+    """The verdict on a run that measured ``losses`` at even distances, first before training."""
+    lines = [{"event": "train", "step": n, "loss": loss} for n, loss in enumerate(train, 1)]
+    every = len(train) // max(1, len(losses) - 1)
+    return judge_run(
+        [*lines, *(held(every * n, x) for n, x in enumerate(losses))], "loss", rate, steps
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "outcome", "kept_step"),
+    [
+        ((2.0, 1.2, 1.01, 1.0, 0.99), "learned", 40),
+        ((2.0, 1.0), "learned", 40),  # one measurement does not tell where it was going
+        ((2.0, 1.0, 0.99, 1.0, 1.02), "learned", 20),
+        ((2.0, 1.7, 1.5, 1.3, 1.1), "still_improving", 40),
+        ((2.0, 1.5, 1.0, 1.2, 1.4), "overfitted", 20),
+        ((2.0, 1.5, 2.5, 3.0, 3.5), "overfitted", 10),
+        ((2.0, 1.99, 1.98, 1.97, 1.98), "hardly_learned", 30),
+        ((2.0, 2.0, 2.01, 2.0, 2.02), "hardly_learned", 0),
+        ((2.0, 2.2, 2.4, 2.5, 2.6), "worse", 0),
+        ((2.0, 1.99, 2.4, 2.5, 2.6), "hardly_learned", 10),
+    ],
+)
+def test_the_course_of_the_validation_loss_decides(
+    losses: tuple[float, ...], outcome: Outcome, kept_step: int
+) -> None:
+    verdict = judged(losses)
+    assert (verdict.outcome, verdict.kept_step) == (outcome, kept_step)
+    assert verdict.before == {"loss": losses[0]}
+    assert verdict.kept == {"loss": min(losses)}
+    assert verdict.last == {"loss": losses[-1]}
+    assert f"{losses[0]:.4f} before training" in verdict.text
+    assert bool(verdict.advice) is (outcome != "learned")
+
+
+def test_a_run_that_got_worse_says_plainly_what_is_stored() -> None:
+    text = judged((2.0, 2.2, 2.6)).text
+    assert text.startswith("worse than before training: ") and "2.6000 at the end" in text
+    assert text.endswith(
+        "The weights from before training are stored: this model answers as it did before"
+    )
+    late = judged((2.0, 1.5, 2.5)).text
+    assert late.startswith("overfitted since step 20: ")
+    assert "1.5000 at step 20, whose weights are stored" in late
+    assert late.endswith("2.5000 at step 40, the last, worse than before training")
+
+
+def test_a_rise_of_both_losses_is_no_overfitting() -> None:
+    rising = [1.0, *[1.0 + 0.05 * n for n in range(39)]]
+    assert judged((2.0, 1.5, 2.0), rising).outcome == "declined"
+    by_heart = [1.0 * 0.6**n for n in range(20)] + [4e-5, 6e-5] * 10
+    assert judged((2.0, 1.5, 2.0), by_heart).outcome == "overfitted"
+
+
+def test_early_stopping_is_said() -> None:
+    verdict = judged((2.0, 1.0, 1.5), steps=100)
+    assert verdict.stopped_early
+    assert verdict.text.endswith("1.5000 at step 40, where training stopped early")
+    assert not judged((2.0, 1.0, 1.5)).stopped_early
+
+
+def test_without_validation_rows_nothing_is_claimed() -> None:
+    verdict = judged(())
+    assert (verdict.outcome, verdict.kept_step) == ("unmeasured", 40)
+    assert verdict.before == verdict.kept == verdict.last == {}
+    assert "`data.validation=FILE`" in verdict.advice
+
+
+@pytest.mark.parametrize(
+    ("losses", "train", "words"),
+    [
+        ((2.0, 2.5, 3.0), FLAT, "too high: try `training.learning_rate=5.0e-04`"),
+        (
+            (2.0, 1.999, 1.999),
+            FLAT,
+            "too low or the steps are too few: try `training.learning_rate=8",
+        ),
+        ((2.0, 2.5, 3.0), FALLING, "The training loss fell"),
+        ((2.0, 1.5, 2.0), FALLING, "by heart"),
+        ((2.0, 1.5, 2.0), FALLING[::-1], "The training loss rose too, so the rate is too high"),
+        ((2.0, 1.5, 1.2, 1.0, 0.8), FALLING, "`training.epochs`"),
+    ],
+)
+def test_advice_follows_from_both_losses(
+    losses: tuple[float, ...], train: list[float], words: str
+) -> None:
+    assert words in judged(losses, train).advice
+
+
+def rewarded(rewards: Sequence[float], error: float, loss: float = -0.3) -> RunVerdict:
+    lines: list[dict[str, Any]] = [
+        {"event": "train", "step": n, "loss": loss, "reward": 0.1} for n in range(1, 41)
+    ]
+    every = 40 // (len(rewards) - 1)
+    lines += [
+        held(every * n, -reward, reward=reward, reward_error=error)
+        for n, reward in enumerate(rewards)
+    ]
+    return judge_run(lines, "reward", 1e-5, 40)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "error", "outcome"),
+    [
+        ((0.2, 0.5, 0.7, 0.71), 0.02, "learned"),
+        ((0.2, 0.3, 0.4, 0.7), 0.02, "still_improving"),
+        ((0.2, 0.25, 0.3, 0.3), 0.06, "hardly_learned"),  # may be chance
+        ((0.2, 0.2, 0.2, 0.2), 0.0, "hardly_learned"),
+        ((0.2, 0.7, 0.5, 0.4), 0.02, "declined"),
+        ((0.7, 0.5, 0.3, 0.2), 0.02, "worse"),
+        ((0.5, 0.48, 0.45, 0.45), 0.06, "hardly_learned"),
+        ((-0.5, -0.2, 0.1, 0.1), 0.02, "learned"),  # a reward may be below 0
+    ],
+)
+def test_rewards_are_read_as_rewards(
+    rewards: tuple[float, ...], error: float, outcome: Outcome
+) -> None:
+    verdict = rewarded(rewards, error)
+    assert verdict.outcome == outcome
+    assert f"validation reward {rewards[0]:.4f} before training" in verdict.text
+    assert verdict.before == {"reward": rewards[0]}
+    assert "loss" not in verdict.text + verdict.advice and "too high" not in verdict.advice
+    if outcome in ("hardly_learned", "worse", "declined"):
+        assert "`luthier samples`" in verdict.advice
+
+
+def test_scores_stand_beside_the_loss() -> None:
+    lines = [{"event": "train", "step": 1, "loss": 1.0}]
+    lines += [held(0, 0.7, accuracy=0.5, margin=1.0), held(1, 0.2, accuracy=0.875)]
+    verdict = judge_run(lines, "loss", 1e-3, 1)
+    assert verdict.kept == {"loss": 0.2, "accuracy": 0.875}
+    assert verdict.before == {"loss": 0.7, "accuracy": 0.5}
+    assert verdict.text == (
+        "learned: validation loss 0.7000 (accuracy 0.500) before training, "
+        "0.2000 (accuracy 0.875) at step 1"
+    )

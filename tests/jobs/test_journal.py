@@ -1,0 +1,32 @@
+"""What of a run becomes events of its job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.jobs.journal import Journal
+from luthier.store.jobs import Job
+
+
+def events(*lines: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Message and data of what a journal makes of ``lines`` of the metrics."""
+    journal = Journal(Job(id="j", details={}), str)
+    for line in lines:
+        journal.recorded(line, 10)
+    return [(event.message, event.data) for event in journal.take().events]
+
+
+def test_scores_of_validation_rows_stand_beside_those_of_training() -> None:
+    train = {"event": "train", "step": 2, "loss": 0.5, "accuracy": 0.75, "measure": "loss"}
+    held = {"event": "validation", "step": 2, "loss": 0.25, "accuracy": 1.0, "measure": "loss"}
+    (first, trained), (second, measured) = events(train, held)
+    assert first == "Step 2/10: train loss 0.5000" and trained["accuracy"] == 0.75
+    assert second == "Step 2/10: validation loss 0.2500" and measured["valid_accuracy"] == 1.0
+    assert "accuracy" not in measured and (trained | measured)["accuracy"] == 0.75
+
+
+def test_a_reward_is_called_a_reward() -> None:
+    held = {"event": "validation", "step": 2, "loss": -0.2, "reward": 0.2, "measure": "reward"}
+    ((message, data),) = events(held)
+    assert message == "Step 2/10: validation reward 0.2000"
+    assert data["valid_loss"] == -0.2 and data["reward"] == 0.2
