@@ -108,13 +108,8 @@ def timed(triple: tuple[str, str, str]) -> Any:
 
 REFUSED = {
     **{
-        (o, f): "cannot be a causal"
-        for o in ("sft", "causal_lm", *DISTILLED)
-        for f in (*ENCODERS, "xlnet", "elmo")
-    },
-    **{
         (o, f): "cannot be a causal|learns to write"
-        for o in ("grpo", "ppo", *JUDGED)
+        for o in ("sft", "causal_lm", *DISTILLED, "grpo", "ppo", *JUDGED)
         for f in (*ENCODERS, "xlnet", "elmo")
     },
     ("causal_lm", "t5"): "Use span_corruption for raw text, or sft",

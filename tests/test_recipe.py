@@ -61,13 +61,35 @@ def test_a_data_file_is_enough() -> None:
 @pytest.mark.parametrize(
     ("fields", "where", "text"),
     [
-        ({"training": {"learning_rat": 1}}, "training.learning_rat", "did you mean learning_rate?"),
-        ({"training": {"batchsize": 1}}, "training.batchsize", "did you mean batch_size?"),
-        ({"data": {**DATA, "validatoin": "x"}}, "data.validatoin", "did you mean validation?"),
-        ({"adaptation": {"rnk": 8}}, "rnk", "did you mean rank?"),
-        ({"adaptation": {"method": "freeze", "shar": 0.2}}, "shar", "did you mean share?"),
-        ({"objective": {"templat": "plain"}}, "templat", "did you mean template?"),
+        (
+            {"training": {"learning_rat": 1}},
+            "training.learning_rat",
+            "did you mean training.learning_rate?",
+        ),
+        (
+            {"training": {"batchsize": 1}},
+            "training.batchsize",
+            "did you mean training.batch_size?",
+        ),
+        (
+            {"data": {**DATA, "validatoin": "x"}},
+            "data.validatoin",
+            "did you mean data.validation?",
+        ),
+        ({"adaptation": {"rnk": 8}}, "rnk", "did you mean adaptation.rank?"),
+        (
+            {"adaptation": {"method": "freeze", "shar": 0.2}},
+            "shar",
+            "did you mean adaptation.share?",
+        ),
+        ({"objective": {"templat": "plain"}}, "templat", "did you mean objective.template?"),
         ({"bas": "x"}, "bas", "did you mean base?"),
+        ({"epochs": 3}, "epochs", "did you mean training.epochs?"),
+        (
+            {"adaptation": {"method": "full", "dora": True}},
+            "adaptation.dora",
+            "adaptation lora has it: adaptation.method=lora",
+        ),
         ({"zzzzzz": 1}, "zzzzzz", "there are base, name, data"),
         (
             {"adaptation": "lorra"},

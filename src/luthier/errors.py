@@ -8,7 +8,7 @@
     │   ├── UnknownModel        no such base or custom model
     │   ├── ModelRefused        a model from outside breaks a rule; carries file, rule and fix
     │   ├── DoesNotFit          not enough memory or disk for what was asked
-    │   │   └── DiskFull        no room is left now; with some it would go on
+    │   │   └── DiskFull        exit 1: no room is left now; with some it would go on
     │   ├── RunConflict         the name is taken, or there is nothing to resume
     │   ├── NameInUse           another job or model of the account has the name
     │   ├── QuotaExceeded       the account has as many as it may have
@@ -29,8 +29,9 @@ To add an error, subclass the nearest branch; the exit code is inherited.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 
 class LuthierError(Exception):
@@ -75,9 +76,11 @@ class Problem:
 
 
 class DataError(RefusedInput):
-    """Data that would fail or mislead. All problems are kept, the first twenty are printed."""
+    """Data that would fail or mislead. All problems are kept, the first twenty causes are printed."""
 
     shown = 20
+    shown_lines = 3
+    """Further lines that are named of rows with the same cause."""
 
     def __init__(self, problems: Iterable[Problem], outcome: str = "nothing was trained") -> None:
         self.problems: Sequence[Problem] = tuple(problems)
@@ -87,10 +90,33 @@ class DataError(RefusedInput):
     def _text(self) -> str:
         count = len(self.problems)
         lines = [f"{count} problem{'s' if count != 1 else ''} in the data; {self.outcome}."]
-        lines += [f"  {problem}" for problem in self.problems[: self.shown]]
-        if count > self.shown:
-            lines.append(f"  … and {count - self.shown} more.")
+        causes: dict[Problem, list[int]] = {}
+        for problem in self.problems:
+            causes.setdefault(replace(problem, line=0), []).append(problem.line)
+        for cause, found in list(causes.items())[: self.shown]:
+            lines.append(f"  {replace(cause, line=found[0])}{self._also(found[1:])}")
+        if left := sum(len(found) for found in list(causes.values())[self.shown :]):
+            lines.append(f"  … and {left} more.")
         return "\n".join(lines)
+
+    def _also(self, further: Sequence[int]) -> str:
+        """The lines of further rows that the same is wrong with."""
+        if not further:
+            return ""
+        named = ", ".join(map(str, further[: self.shown_lines]))
+        more = len(further) - self.shown_lines
+        return f" (also line{'s' * (len(further) > 1)} {named}" + (
+            f" and {more} more)" if more > 0 else ")"
+        )
+
+
+@contextmanager
+def data_errors(outcome: str) -> Iterator[None]:
+    """End refusals of data with ``outcome``, where something else than training was asked for."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(error.problems, outcome) from error
 
 
 class RecipeError(RefusedInput):
@@ -121,7 +147,9 @@ class DoesNotFit(RefusedInput):
 
 
 class DiskFull(DoesNotFit):
-    """A disk has no room now. What was asked would fit on it."""
+    """A disk has no room now. What was asked would fit on it, so it is no fault of the request."""
+
+    exit_code = 1
 
 
 class ReadOnlyDisk(LuthierError):

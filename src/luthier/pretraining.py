@@ -35,7 +35,9 @@ class NewNetwork(Part):
 
     family: Family = "llama"
     """Kind of network; ``palm`` has parallel layers and one key head (Chowdhery et al. 2022),
-    ``transfo_xl`` segments that remember (Dai et al. 2019)."""
+    ``transfo_xl`` segments that remember (Dai et al. 2019). ELMo's is not among them: it reads
+    characters, and learns from both sides with ``bilm``, where pre-training makes a tokenizer and
+    writes from left to right."""
     size: Size | None = None
     """Its size, about so many weights; chosen by the text when not given."""
     config: Path | None = None

@@ -385,17 +385,28 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
 
 
 def _near(where: str, kind: type[BaseModel]) -> str:
+    """What is to be written instead of a field that there is not, by its full name."""
     import difflib
 
+    tables: Mapping[str, Mapping[str, type[BaseModel]]] = {
+        "objective": OBJECTIVES, "adaptation": ADAPTATIONS
+    }  # fmt: skip
     known: dict[str, list[str]] = {
         name: list(info.annotation.model_fields)
         for name, info in kind.model_fields.items()
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
     } | {
-        "objective": sorted({f for cls in OBJECTIVES.values() for f in cls.model_fields}),
-        "adaptation": sorted({f for cls in ADAPTATIONS.values() for f in cls.model_fields}),
+        name: sorted({field for part in table.values() for field in part.model_fields})
+        for name, table in tables.items()
     }
     group, _, field = where.rpartition(".")
-    names = known.get(group.split(".")[0], list(kind.model_fields))
-    close = difflib.get_close_matches(field or where, names, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
+    group = group.split(".")[0]
+    able = [name for name, part in tables.get(group, {}).items() if field in part.model_fields]
+    if able:
+        return f"; {group} {' or '.join(able)} has it: `{group}.method={able[0]}`"
+    if not group and (homes := [name for name, fields in known.items() if field in fields]):
+        return f"; did you mean `{homes[0]}.{field}`?"
+    names = known.get(group, list(kind.model_fields))
+    full = f"{group}." if group in known and group else ""
+    close = difflib.get_close_matches(field, names, n=1)
+    return f"; did you mean `{full}{close[0]}`?" if close else f"; there are {', '.join(names)}"

@@ -189,6 +189,22 @@ def test_graders_take_fields_from_the_command_line_and_from_files(
     assert "set allow_code=true" in refused
 
 
+def test_prompts_that_leave_no_room_for_a_reply_are_named_or_left_out(
+    home: Path, tmp_path: Path
+) -> None:
+    long = {"prompt": "colour of " * 600, "completion": "blue"}
+    held = jsonl(tmp_path / "held.jsonl", ROWS[0], long, ROWS[1], long)
+    message = Answer("evaluate", MODEL, str(held)).refused()
+    assert f"{held}:2: [row.too_long]" in message and "(also line 4)" in message
+    assert "--long-rows drop, or lower max_tokens" in message
+    answer = Answer("evaluate", MODEL, str(held), "--long-rows", "drop", "--json").good()
+    report = answer.json()
+    assert (report["rows"], report["dropped"], report["scores"]) == (2, 2, {"exact": 1.0})
+    assert "2 of 4 rows are longer than the context and were left out" in answer.err
+    message = Answer("evaluate", MODEL, str(held), "--long-rows", "truncate").refused()
+    assert "prompts are not truncated" in message
+
+
 def test_evaluate_refuses_what_cannot_be_graded(home: Path, data: Path, tmp_path: Path) -> None:
     message = Answer("evaluate", MODEL, str(data), "--grader", "rouge").refused()
     assert "unknown grader 'rouge'; there are exact, first_line" in message

@@ -59,7 +59,8 @@ def test_show_tells_files_hashes_and_whether_they_are_intact(
     assert weights["bytes"] == (folder / "model.safetensors").stat().st_size
     assert weights["sha256"] == sha256_of(folder / "model.safetensors")
     assert all(file["intact"] for file in shown["files"].values())
-    assert MODEL in Answer("models", "show", MODEL).good().out
+    shown = Answer("models", "show", MODEL).good().out
+    assert f"id: {MODEL}\n" in shown and "  intact: yes\n" in shown and "{" not in shown
     (folder / "tokenizer.json").write_text("{}")
     (folder / "loss.png").unlink()
     (folder / "extra").write_text("x")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import MODEL, Answer, jsonl, memorise, start
+from command_line import MODEL, ROWS, Answer, jsonl, memorise, start
 from pydantic import TypeAdapter
 from stored_files import files_in
 
@@ -144,13 +146,14 @@ def test_files_that_are_no_data_are_refused(
     assert files_in(luthier_home) == []
 
 
-def test_many_problems_are_counted_and_the_first_twenty_shown(
+def test_many_problems_of_one_cause_are_counted_and_shown_once(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     path = jsonl(tmp_path / "bad.jsonl", *["{" for _ in range(50)])
     answer = Answer("tune", str(path), "--base", str(tiny_model_folder), "--json")
     assert "50 problems in the data" in answer.refused()
-    assert "… and 30 more." in answer.err
+    assert answer.err.count("[json.invalid]") == 1
+    assert "(also lines 2, 3, 4 and 46 more)" in answer.err
     assert len(answer.json()["error"]["problems"]) == 50
 
 
@@ -160,7 +163,7 @@ def test_many_problems_are_counted_and_the_first_twenty_shown(
         (["--base", "no-such-model"], "UnknownModel", "smollm2-135m-instruct"),
         (["--base", "./no/such/folder"], "UnknownModel", "there is no model"),
         (["--base", "tiny-llama:none"], "UnknownModel", "no custom model"),
-        (["--set", "adaptation.rnk=8"], "RecipeError", "did you mean rank?"),
+        (["--set", "adaptation.rnk=8"], "RecipeError", "did you mean adaptation.rank?"),
         (["--set", "nonsense"], "RecipeError", "KEY=VALUE"),
         (
             ["--adaptation", "lorra"],
@@ -233,3 +236,15 @@ def test_control_c_in_training_ends_with_130(
     assert "stopped after step" in err
     assert "--resume goes on" in err
     assert "Traceback" not in err
+
+
+def test_bad_data_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "rows.jsonl", *ROWS, "{", *ROWS, "[]")
+    program = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom luthier.cli.app import app\n"
+        f"done = CliRunner().invoke(app, ['tune', {str(data)!r}])\n"
+        "print(done.exit_code, 'torch' in sys.modules, done.output)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.startswith("2 False"), done.stdout + done.stderr
+    assert f"{data}:5: [json.invalid]" in done.stdout and f"{data}:10: [json." in done.stdout

@@ -243,6 +243,26 @@ def test_columns_are_renamed_before_anything_is_recognized(tmp_path: Path) -> No
     assert (row.prompt, row.expected) == ("x", "y")
 
 
+def test_a_form_keeps_its_columns_under_a_mapping_that_agrees(tmp_path: Path) -> None:
+    alpaca = {"instruction": "add", "input": "1 and 2", "output": "3", "kind": "sum"}
+    path = write(tmp_path, alpaca, {"instruction": "hi", "output": "ho", "kind": "talk"})
+    agreeing = {"prompt": "instruction", "completion": "output"}
+    rows, recognized = read_rows(path, agreeing)
+    assert [row.prompt for row in rows] == ["add\n\n1 and 2", "hi"]
+    assert recognized.form == "Alpaca" and recognized.unread == ("kind",)
+    assert read_rows(path)[1].unread == ()
+    # Set aside by name, or another column named: then it is as the mapping says.
+    assert load_rows(path, {**agreeing, "input": ""})[0].prompt == "add"
+    path = write(tmp_path, alpaca)
+    assert load_rows(path, {"prompt": "input", "completion": "output"})[0].prompt == "1 and 2"
+
+
+def test_columns_beside_a_mapping_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path, {"q": "x", "a": "y", "hint": "z", "id": 1}, {"q": "x", "a": "y", "b": 1})
+    _, recognized = read_rows(path, {"prompt": "q", "completion": "a"})
+    assert recognized.unread == ("hint", "b")
+
+
 def test_columns_may_swap_and_files_may_have_our_names_already(tmp_path: Path) -> None:
     path = write(tmp_path, {"prompt": "x", "completion": "y"})
     (row,) = load_rows(path, {"prompt": "completion", "completion": "prompt"})

@@ -121,7 +121,7 @@ def test_problems_of_reading_and_of_rows_come_in_line_order(folder: Path) -> Non
     ]
 
 
-def test_twenty_five_bad_rows_are_counted_and_twenty_listed(folder: Path) -> None:
+def test_twenty_five_bad_rows_are_counted_and_their_one_cause_told_once(folder: Path) -> None:
     path = write(folder, *[PAIR, {"prompt": "a", "completion": ""}] * 25)
     with pytest.raises(DataError) as caught:
         load_rows(path)
@@ -129,13 +129,10 @@ def test_twenty_five_bad_rows_are_counted_and_twenty_listed(folder: Path) -> Non
     assert caught.value.exit_code == 2
     lines = str(caught.value).splitlines()
     assert lines[0] == "25 problems in the data; nothing was trained."
-    assert len(lines) == 22
-    assert lines[1] == (
+    assert lines[1:] == [
         f'  {path}:2: [field.empty] "completion" is empty: there would be nothing to learn.'
-        ' Fix: Write the text of "completion", or remove the row.'
-    )
-    assert lines[20].startswith(f"  {path}:40: [field.empty]")
-    assert lines[21] == "  … and 5 more."
+        ' Fix: Write the text of "completion", or remove the row. (also lines 4, 6, 8 and 21 more)'
+    ]
 
 
 # --- for any file --------------------------------------------------------------------------------

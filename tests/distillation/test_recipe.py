@@ -69,5 +69,7 @@ def test_unknown_methods_and_fields_are_refused(tmp_path: Path) -> None:
         RecipeError, match=f"unknown method 'magic'; there are {', '.join(METHODS)}"
     ):
         distil(recipe(method="magic"))
-    with pytest.raises(RecipeError, match=r"teacher\.concurency.*did you mean concurrency"):
+    with pytest.raises(
+        RecipeError, match=r"teacher\.concurency.*did you mean `teacher.concurrency"
+    ):
         recipe(teacher={"model": "m", "concurency": 2})

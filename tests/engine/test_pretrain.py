@@ -287,7 +287,7 @@ def test_problems_in_the_text_leave_nothing_behind(
         ({"name": "Not/good"}, "lower-case"),
         ({"data": {"train": []}}, "at least 1"),
         ({"network": {"config": "x", "size": "tiny"}}, "give --config, or --family and --size"),
-        ({"network": {"famly": "palm"}}, "did you mean family"),
+        ({"network": {"famly": "palm"}}, "did you mean `network.family`"),
         ({"network": {"size": "7b"}}, "tiny"),
     ],
 )

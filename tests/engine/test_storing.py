@@ -54,7 +54,7 @@ def test_a_disk_that_fills_while_storing_leaves_no_half_model(
     monkeypatch.setattr(storing, where, full)
     with pytest.raises(DoesNotFit, match="is full; nothing was left half-written") as caught:
         train.train(recipe())
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 1
     assert not [name for name in files_in(luthier_home) if name.startswith("models")]
     assert not [name for name in files_in(luthier_home) if ".tmp-" in name]
     monkeypatch.undo()

@@ -15,6 +15,7 @@ from luthier.cli.tuning import recipe_of
 from luthier.engine.actuals import estimates_folder
 from luthier.errors import RecipeError
 from luthier.files import read_json
+from luthier.sdk.assembly import recipe_of as assembled
 
 WORDS = ("fox", "dog", "card", "bank", "river", "tree", "house", "cloud", "stone", "bird")
 
@@ -77,3 +78,18 @@ def test_the_command_is_read_back_as_the_same_recipe(fields: dict[str, Any]) -> 
     for key, value in fields.items():
         assign(plain, key.split("."), value)
     assert recipe_of(data, flags, settings) == Recipe.parse(plain)
+
+
+def test_common_fields_need_no_group(tmp_path: Path) -> None:
+    fields = {"epochs": 3, "batch_size": 8, "learning_rate": 0.1, "seed": 7}
+    recipe = assembled("rows.jsonl", {**fields, "adaptation__rank": 4})
+    assert {name: getattr(recipe.training, name) for name in fields} == fields
+    assert recipe == assembled(
+        "rows.jsonl", {"adaptation__rank": 4, **{f"training__{k}": v for k, v in fields.items()}}
+    )
+    with pytest.raises(RecipeError, match="epochs and training__epochs are the same field"):
+        assembled("rows.jsonl", {"epochs": 3, "training__epochs": 3})
+
+
+def test_the_package_lists_its_public_names() -> None:
+    assert set(luthier.__all__) <= set(dir(luthier))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
+from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError
 
 WORDS = ("fox", "dog", "card", "capital", "question", "answer")
@@ -71,8 +72,10 @@ def test_what_stands_before_a_text_takes_room_in_the_context(
     config = model.opened.network.model.config  # type: ignore[union-attr]
     most = config.max_position_embeddings - config.pad_token_id - 1 - 20
     assert len(model.predict(["fox " * (most - 2)])) == 1
-    with pytest.raises(RecipeError, match=f"{most + 1} tokens, more than the model's context"):
-        model.predict(["fox " * (most - 1)])
+    long = "fox " * (most - 1)
+    with pytest.raises(DataError, match=f"{most + 1} tokens are more than the model's") as refused:
+        model.predict([long, "fox", long])
+    assert [problem.line for problem in refused.value.problems] == [1, 3]
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora", "feature_extraction"])
@@ -85,7 +88,9 @@ def test_a_classifier_learns_and_answers(
     assert report["rows"] == len(LABELLED)
     if adaptation != "feature_extraction":
         assert report["scores"]["accuracy"] > 0.9
-    answers = luthier.load(model_id).predict([row["text"] for row in LABELLED[:3]])
+    model = luthier.load(model_id)
+    answers = model.predict([row["text"] for row in LABELLED[:3]])
+    assert model.predict(LABELLED[0]["text"])["label"] == answers[0]["label"]
     for answer in answers:
         assert set(answer["scores"]) == {"side 0", "side 1"}
         assert sum(answer["scores"].values()) == pytest.approx(1.0, abs=1e-5)
@@ -159,6 +164,65 @@ def test_what_reads_does_not_write_and_the_other_way_round(
         luthier.load(str(tiny_model_folder)).predict(["x"])
 
 
+PARTNERS = [{"anchor": f"the {word}", "positive": f"a {word}"} for word in WORDS]
+KINDS = {"label": LABELLED, "rating": RATED, "tags": TAGGED, "pair": PARTNERS}
+
+
+@pytest.mark.parametrize("learned", ["label", "rating", "tags"])
+def test_rows_of_another_kind_are_not_evaluated(
+    learned: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
+) -> None:
+    model_id, _ = tuned(KINDS[learned], adaptation="bitfit")
+    model = luthier.load(model_id)
+    for kind, rows in KINDS.items():
+        data = write(tmp_path / f"{kind}.jsonl", rows)
+        if kind == learned:
+            assert luthier.evaluate(model, data).rows == len(rows)
+            continue
+        with pytest.raises(DataError, match="nothing was evaluated") as refused:
+            luthier.evaluate(model, data)
+        problems = refused.value.problems
+        assert [problem.line for problem in problems] == [*range(1, len(rows) + 1)]
+        assert {problem.rule for problem in problems} == {"row.objective"}
+
+
+def test_a_model_that_writes_is_not_evaluated_on_labels(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    for kind, rows in KINDS.items():
+        data = write(tmp_path / f"{kind}.jsonl", rows)
+        assert "row.objective" in command("evaluate", tiny_model_folder, data, code=2)
+
+
+@pytest.mark.parametrize("kind", ["label", "tags", "pair"])
+def test_long_rows_are_named_left_out_or_cut(
+    kind: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
+) -> None:
+    model_id, _ = tuned(KINDS[kind], adaptation="bitfit")
+    rows = [dict(row) for row in KINDS[kind]]
+    for index in (1, 4):
+        if kind == "tags":
+            rows[index] = {"tokens": ["fox"] * 300, "tags": ["B-thing"] * 300}
+        else:
+            field = "text" if kind == "label" else "positive"
+            rows[index][field] = "fox " * 300
+    data = write(tmp_path / "long.jsonl", rows)
+    message = command("evaluate", model_id, data, code=2)
+    assert f"{data}:2: [row.too_long]" in message and "(also line 5)" in message
+    assert "--long-rows drop, or --long-rows truncate" in message
+    report = command("evaluate", model_id, data, "--long-rows", "drop", "--json")
+    assert (report["rows"], report["dropped"]) == (len(rows) - 2, 2)
+    output = tmp_path / "answers.jsonl"
+    options = ["--long-rows", "truncate", "--output", output, "--json"]
+    report = command("evaluate", model_id, data, *options)
+    assert (report["rows"], report["truncated"]) == (len(rows), 2)
+    if kind == "tags":
+        answer = json.loads(output.read_text().splitlines()[1])
+        assert len(answer["tags"]) == 300 and answer["tags"][-1] == "O"
+    long = write(tmp_path / "all.jsonl", [rows[1]])
+    assert "none is left" in command("evaluate", model_id, long, "--long-rows", "drop", code=2)
+
+
 def test_bad_labels_are_refused_with_line_and_rule(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
@@ -195,3 +259,51 @@ def test_a_classifier_goes_on_from_a_custom_model(
         write(tmp_path / "rows.jsonl", LABELLED), base=first.model_id, name="label"
     )
     assert "label" in luthier.load(result.model_id).predict(["the fox is here"])[0]
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+def test_a_classifier_goes_on_to_other_classes_with_a_new_head(
+    adaptation: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
+) -> None:
+    class Notes(Reporter):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    first, _ = tuned(LABELLED, adaptation=adaptation)
+    three = [{"text": row["text"], "label": f"class {n % 3}"} for n, row in enumerate(LABELLED)]
+    for name, rows in (("three", three), ("tags", TAGGED), ("same", LABELLED)):
+        heard = Notes()
+        data = write(tmp_path / f"{name}.jsonl", rows)
+        fields: dict[str, Any] = {"adaptation": adaptation, "training__max_steps": 2}
+        result = luthier.tune(data, base=first, name=name, reporter=heard, **fields)
+        said = [text for text in heard.notes if "a new head" in text]
+        assert len(said) == (name != "same")
+        luthier.evaluate(result.model_id, data)
+    scores = luthier.load("bert:three").predict("the fox is here")["scores"]
+    assert list(scores) == ["class 0", "class 1", "class 2"]
+
+
+def test_an_encoder_without_a_head_for_masked_words_gets_a_new_one(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    bare = tmp_path / "bare"
+    AutoModel.from_pretrained(family_folder("bert")).save_pretrained(bare)
+    AutoTokenizer.from_pretrained(family_folder("bert")).save_pretrained(bare)
+    text = write(tmp_path / "text.jsonl", [{"text": row["text"]} for row in LABELLED])
+    fields: dict[str, Any] = {"objective": "masked_lm", "training__max_steps": 2}
+    result = luthier.tune(text, base=str(bare), name="words", **fields)
+    assert result.steps == 2
+
+
+def test_an_encoder_is_told_not_to_write_once(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"say {word}", "completion": word} for word in WORDS]
+    data = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(RecipeError, match="this base reads, it does not write"):
+        luthier.tune(data, base=str(family_folder("bert")), name="x")

@@ -281,3 +281,15 @@ def test_weights_that_are_missing_are_not_drawn_at_random(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnknownModel, match=r"missing or of another shape, lm_head\.weight"):
         load(find(str(folder)), torch.float32, torch.device("cpu"))
+
+
+def test_an_unknown_model_names_the_nearest_few(luthier_home: Path) -> None:
+    for number in range(30):
+        folder = luthier_home / "models" / "custom" / "base" / f"run-{number}"
+        folder.mkdir(parents=True)
+        write_json(folder / MANIFEST, {"id": f"base:run-{number}"})
+    with pytest.raises(UnknownModel) as refused:
+        find("base:runn-17")
+    message = str(refused.value)
+    assert "base:run-17" in message and message.count("base:run-") <= 5
+    assert "`luthier models list` shows all 30" in message

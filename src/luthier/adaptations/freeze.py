@@ -3,7 +3,8 @@
 ``interval`` trains every ``n``-th layer, the last one among them, so that those which move lie at one
 distance from each other; ``n`` follows from the share. Not every share can be had so: what a network of
 so many layers allows is said when it is refused. ``alternate`` takes any share and spreads the *frozen*
-layers instead, at distances that differ by one.
+layers instead, at distances that differ by one; at a share of one half of an even number of layers
+both freeze the same ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Freeze(Adaptation):
 
     method: Literal["freeze"] = "freeze"
     frozen: Literal["bottom", "top", "alternate", "interval"] = "bottom"
-    """Which layers stay: next to the input or the output, spread evenly, or all but every n-th."""
+    """Which layers stay: bottom, top, spread evenly, or all but every n-th (the same at share 0.5)."""
     share: float = Field(default=0.5, gt=0, lt=1)
     """Share of the layers that stays frozen."""
 

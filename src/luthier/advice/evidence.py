@@ -283,8 +283,7 @@ class _Labels:
         seconds = (time.perf_counter() - began) / len(self.held)
         if all(isinstance(row.label, str) for row in self.held):
             return self._scored("fine-tuning", name, [a["label"] for a in answers], seconds)
-        scores, _ = predictor.scores(self.held)
-        first = next(iter(scores.values()))
+        first = next(iter(predictor.scores(self.held).scores.values()))
         tokens = sum(len(row.text or "") for row in self.held) / 4 / len(self.held)
         return Tried("fine-tuning", name, None, first, tokens, seconds)
 

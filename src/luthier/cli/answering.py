@@ -19,12 +19,13 @@ from luthier.cli.console import (
     stream_text,
     wrote,
 )
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.errors import DataError, Problem, RecipeError, data_errors
 from luthier.printable import printable_json
 from luthier.types import Message
 
 if TYPE_CHECKING:
     from luthier.graders import Grader, OnError
+    from luthier.serving.long_rows import LongRows
     from luthier.store.models import StoredModel
     from luthier.types import Row
 
@@ -86,6 +87,7 @@ def _generate_file(
         wrote(len(replies), "replies", target)
 
 
+@data_errors("nothing was answered")
 def _read_prompts(source: Path) -> list[Any]:
     """Prompts of a JSONL file: texts under ``prompt``, or lists of messages; other keys are free."""
     from luthier.data.read import read_records
@@ -164,6 +166,7 @@ def chat(model_id: str, sampling: Mapping[str, Any]) -> None:
         history.append(Message("assistant", reply))
 
 
+@data_errors("nothing was evaluated")
 def evaluate(
     model_id: str,
     data: str,
@@ -174,15 +177,17 @@ def evaluate(
     max_tokens: int,
     target: Path | None,
     as_json: bool,
+    long_rows: LongRows = "error",
 ) -> None:
     """Grade a model's replies to held-out rows."""
     from luthier.cli import predicting
     from luthier.data.rows import load_rows
-    from luthier.evaluation.evaluate import check
+    from luthier.evaluation.evaluate import check, check_shapes
     from luthier.files import write_bytes
     from luthier.recipe import parse_columns
     from luthier.serving.generation import Generator
     from luthier.serving.grading import open_graders
+    from luthier.serving.long_rows import long_rows_summary
     from luthier.serving.measuring import measure
     from luthier.store.models import find, objective_of
 
@@ -190,11 +195,13 @@ def evaluate(
     check_output(target)
     rows = load_rows(data, parse_columns(columns))
     stored = find(model_id)
-    if objective_of(stored).reads:
-        predicting.evaluate(stored, data, rows, target, as_json)
+    objective = objective_of(stored)
+    check_shapes(rows, objective)
+    if objective.reads:
+        predicting.evaluate(stored, data, rows, target, as_json, long_rows)
         return
     if rows and rows[0].reply is not None:
-        predicting.prefer(stored, data, rows, target, as_json)
+        predicting.prefer(stored, data, rows, target, as_json, long_rows)
         return
     if target is None and all(row.text is not None for row in rows):
         _perplexity(stored, rows, as_json)
@@ -205,7 +212,9 @@ def evaluate(
     chosen = open_graders(chosen, len(rows), note)
     started = time.monotonic()
     with counting(len(rows), "evaluate", as_json) as done:
-        result = measure(generator, rows, chosen, max_tokens, done, on_error)
+        result = measure(generator, rows, chosen, max_tokens, done, on_error, long_rows)
+    if text := long_rows_summary(result):
+        note(text)
     seconds = time.monotonic() - started
     if target is not None:
         fields = ("prompt", "reply", "expected", "scores")

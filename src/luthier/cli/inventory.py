@@ -148,9 +148,31 @@ def show(model_id: str, as_json: bool) -> None:
     if as_json:
         print_json(details)
         return
-    from rich.pretty import Pretty
+    print_text("\n".join(_lines(details, "")))
 
-    new_console().print(Pretty(details, expand_all=True))
+
+def _lines(value: Any, indent: str) -> list[str]:
+    """JSON values as indented lines of names and values, for people."""
+    if isinstance(value, dict):
+        pairs = [(f"{name}:", each) for name, each in value.items()]
+    else:
+        pairs = [("-", each) for each in value]
+    lines: list[str] = []
+    for name, each in pairs:
+        if isinstance(each, dict | list) and each:
+            lines += [f"{indent}{name}", *_lines(each, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name} {_shown(each)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    words = {None: "none", True: "yes", False: "no"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    if isinstance(value, dict | list):
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _catalogued(model_id: str) -> StoredModel:

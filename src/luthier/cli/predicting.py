@@ -13,15 +13,18 @@ from luthier.cli.console import (
     check_output,
     counting,
     heavy_imports,
+    note,
     print_json,
     print_text,
     wrote,
 )
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.errors import DataError, Problem, RecipeError, data_errors
 from luthier.printable import printable_json
 from luthier.types import Row
 
 if TYPE_CHECKING:
+    from luthier.evaluation.evaluate import Evaluation
+    from luthier.serving.long_rows import LongRows
     from luthier.store.models import StoredModel
 
 
@@ -63,7 +66,12 @@ def predict(
 
 
 def evaluate(
-    stored: StoredModel, data: str, rows: Sequence[Row], target: Path | None, as_json: bool
+    stored: StoredModel,
+    data: str,
+    rows: Sequence[Row],
+    target: Path | None,
+    as_json: bool,
+    long_rows: LongRows,
 ) -> None:
     """Compare a model's labels, ratings, tags or preferences with those of held-out rows."""
     from luthier.serving.prediction import Predictor
@@ -72,32 +80,39 @@ def evaluate(
         predictor = Predictor.open(stored)
     started = time.monotonic()
     with counting(len(rows), "evaluate", as_json) as done:
-        found, answers = predictor.scores(rows, done)
+        found = predictor.scores(rows, done, long_rows)
+    answers = found.answers
     if not rows or rows[0].reply is None:
         answers = [
             {**_given(row), "expected": _truth(row), **answer}
-            for row, answer in zip(rows, answers, strict=True)
+            for row, answer in zip(found.measured.rows, answers, strict=True)
         ]
-    _report(stored, data, rows, found, answers, target, time.monotonic() - started, as_json)
+    seconds = time.monotonic() - started
+    _report(stored, data, found.evaluation(), answers, target, seconds, as_json)
 
 
 def prefer(
-    stored: StoredModel, data: str, rows: Sequence[Row], target: Path | None, as_json: bool
+    stored: StoredModel,
+    data: str,
+    rows: Sequence[Row],
+    target: Path | None,
+    as_json: bool,
+    long_rows: LongRows,
 ) -> None:
     """How often a model that writes ranks held-out answers as people did."""
     from luthier.serving.preferring import preference_scores
 
     started = time.monotonic()
     with heavy_imports(), counting(len(rows), "evaluate", as_json) as done:
-        found, answers = preference_scores(stored, rows, done)
-    _report(stored, data, rows, found, answers, target, time.monotonic() - started, as_json)
+        found = preference_scores(stored, rows, done, long_rows)
+    seconds = time.monotonic() - started
+    _report(stored, data, found.evaluation(), found.answers, target, seconds, as_json)
 
 
 def _report(
     stored: StoredModel,
     data: str,
-    rows: Sequence[Row],
-    found: dict[str, float],
+    found: Evaluation,
     answers: Sequence[dict[str, Any]],
     target: Path | None,
     seconds: float,
@@ -105,20 +120,24 @@ def _report(
 ) -> None:
     """Write the answers, print the scores."""
     from luthier.files import write_bytes
+    from luthier.serving.long_rows import long_rows_summary
 
     if target is not None:
         lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
         write_bytes(target, "".join(lines).encode())
     if as_json:
-        print_json({"model": stored.id, "rows": len(rows), "scores": found, "seconds": seconds})
+        print_json({"model": stored.id, **found.plain(), "seconds": seconds})
         return
-    for name, score in found.items():
+    for name, score in found.scores.items():
         print_text(f"{name}: {score:.4f}")
-    print_text(f"{len(rows)} rows of {data} in {seconds:.0f} s")
+    print_text(f"{found.rows} rows of {data} in {seconds:.0f} s")
+    if text := long_rows_summary(found):
+        note(text)
     if target is not None:
         wrote(len(answers), "answers", target)
 
 
+@data_errors("nothing was predicted")
 def read_inputs(source: Path) -> list[Row]:
     """Rows of a JSONL file with ``text``, ``tokens``, or ``prompt`` and ``completion``.
 

@@ -50,9 +50,12 @@ def tune(
     limits: Limits = Limits(),
 ) -> None:
     """Build the recipe, run it, print the result."""
+    from luthier.engine.dataset import check_sources
+
     recipe = recipe_of(data, flags, settings)
+    check_sources(recipe.data, recipe.objective)
     estimate = None if resume else limits.check(recipe, as_json)
-    # Loads torch, which takes seconds: only for a recipe that parses.
+    # Loads torch, which takes seconds: only for a recipe that parses, and data that is there.
     with heavy_imports():
         from luthier.engine.train import train
 

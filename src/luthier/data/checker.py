@@ -133,7 +133,8 @@ class Checker:
 
     def own(self, record: Record) -> Record | None:
         """The record in one of our shapes, from its form; None when a problem was reported."""
-        mapped = self.mapped(record) if self.columns else record
+        columns = self.beside_form(record) if self.columns else {}
+        mapped = self.mapped(record, columns) if columns else record
         if mapped is None:
             return None
         self.given = mapped
@@ -159,11 +160,31 @@ class Checker:
         self.names = self._called(called)
         return made
 
-    def mapped(self, record: Record) -> Record | None:
-        """The record with the columns renamed as asked; None when one is not there."""
-        taken = {*self.columns.values(), *self.columns}
+    def beside_form(self, record: Record) -> Mapping[str, str]:
+        """The mapping without what a form gives anyhow.
+
+        A form reads more columns than a mapping names (an Alpaca row's ``input``): where a mapping says
+        of an instruction and its output what their form says too, the row stays in its form.
+        """
+        left = {key: value for key, value in record.items() if self.columns.get(key) != ""}
+        found = forms_of(left)
+        if len(found) != 1:
+            return self.columns
+        _, names = found[0].convert(dict(left))
+        beside = {
+            ours: theirs
+            for ours, theirs in self.columns.items()
+            if not theirs or names.get(ours) != theirs
+        }
+        keys = found[0].keys | found[0].used
+        clash = any(theirs in keys or ours in names for ours, theirs in beside.items() if theirs)
+        return self.columns if clash or len(beside) == len(self.columns) else beside
+
+    def mapped(self, record: Record, columns: Mapping[str, str]) -> Record | None:
+        """The record with ``columns`` renamed as asked; None when one is not there."""
+        taken = {*columns.values(), *columns}
         made = {key: value for key, value in record.items() if key not in taken}
-        for ours, theirs in self.columns.items():
+        for ours, theirs in columns.items():
             # A validation file may have our names already.
             source = ours if theirs and theirs not in record else theirs
             if source and source not in record:

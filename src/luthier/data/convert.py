@@ -18,7 +18,7 @@ from luthier.data.rows import Columns, Recognized, RowReader
 from luthier.data.sources import Source
 from luthier.data.targets import TARGETS, used_keys
 from luthier.data.writers import Writer, check_columns, check_table, writer_of
-from luthier.errors import DataError, RecipeError, RowRefused
+from luthier.errors import DataError, RecipeError, RowRefused, data_errors
 from luthier.types import Row
 
 Format = Literal["jsonl", "csv", "tsv", "parquet"]
@@ -59,6 +59,7 @@ def format_of(target: Path) -> Format:
     )
 
 
+@data_errors("nothing was written")
 def convert(
     source: Source,
     target: Path,

@@ -21,6 +21,7 @@ from luthier.data.read import read_records
 from luthier.data.renames import listed, rename_fix
 from luthier.data.rules import RULES
 from luthier.data.sources import Source, files_of
+from luthier.data.targets import used_keys
 from luthier.errors import DataError, Problem
 from luthier.types import Row
 
@@ -40,6 +41,8 @@ class Recognized:
     """Form or shape of the rows."""
     rows: int
     files: int
+    unread: tuple[str, ...] = ()
+    """Columns that nothing was read from, where the caller said what columns are called."""
 
     def __str__(self) -> str:
         files = f" in {self.files:,} files" if self.files > 1 else ""
@@ -81,12 +84,14 @@ class RowReader:
         self.done = 0
         self.rows = 0
         self._containers: list[str] = []
+        self._unread: dict[str, None] = {}
 
     @property
     def recognized(self) -> Recognized:
         """What the rows that were read so far are."""
         form = self.checker.recognized or ("raw text" if self.rows else "nothing")
-        return Recognized(tuple(self._containers), form, self.rows, len(self.files))
+        containers, unread = tuple(self._containers), tuple(self._unread)
+        return Recognized(containers, form, self.rows, len(self.files), unread)
 
     def __iter__(self) -> Iterator[Row]:
         for path in self.files:
@@ -103,6 +108,9 @@ class RowReader:
                 row = _piece(path, record) if pieces else self.checker.row(line, record)
                 if row is not None:
                     self.rows += 1
+                    if self.checker.columns and row.members is None:
+                        beside = self.checker.given.keys() - used_keys(row, self.checker.form)
+                        self._unread |= dict.fromkeys(sorted(beside - {"id", "schemaVersion"}))
                     yield row
             if pieces and rows == self.rows:
                 self.checker.row(1, {"text": " "})  # refused, as nothing else is there

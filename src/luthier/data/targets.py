@@ -108,7 +108,7 @@ def _alpaca(row: Row) -> Record:
 
 def _text(row: Row) -> Record:
     if not _is_raw(row):
-        raise _no_place("text", "more than a text")
+        raise _no_place("text", "is more than a text")
     return {"text": row.text}
 
 
@@ -138,9 +138,9 @@ def _turns(row: Row, form: str) -> Turns:
     if row.prompt is not None and row.completion is not None:
         return (Message("user", row.prompt), Message("assistant", row.completion))
     if row.reply is not None:
-        raise _no_place(form, "a judgement")
+        raise _no_place(form, "is a judgement of answers")
     raise _no_place(
-        form, "a prompt without a reply" if row.prompt is not None else "no conversation"
+        form, "is a prompt without a reply" if row.prompt is not None else "is no conversation"
     )
 
 
@@ -148,14 +148,14 @@ def _one_turn(row: Row, form: str) -> tuple[str, str]:
     turns = _turns(row, form)
     if [turn.role for turn in turns] != ["user", "assistant"]:
         what = "a system prompt" if turns[0].role == "system" else f"{len(turns)} turns"
-        raise _no_place(form, what)
+        raise _no_place(form, f"has {what}")
     return turns[0].content, turns[1].content
 
 
 def _no_place(form: str, what: str) -> RowRefused:
     return RowRefused(
         "convert.form",
-        f"The row is or has {what}, and {form} has no place for it.",
+        f"The row {what}, and {form} has no place for it.",
         "Choose another form with --to (rows keeps everything), or remove the row.",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, total_tokens
 from luthier.data.prompts import PromptChecker
-from luthier.data.rows import Checker, Recognized, read_rows
+from luthier.data.rows import Checker, Recognized, RowReader, read_rows
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
@@ -147,6 +147,29 @@ def prepare(
         recognized=recognized,
         held_out={name: lines for name, lines in held_out.items() if lines},
     )
+
+
+FIRST_ROWS = 100
+"""Rows of a source that are looked at before anything heavy is imported."""
+
+
+def check_sources(spec: DataSpec, objective: Objective | None) -> None:
+    """Refuse sources whose first rows are wrong already, long before :func:`prepare` reads them.
+
+    It takes no more than reading them, where that needs torch, the model and the machine.
+
+    Raises:
+        DataError: with every problem of the source.
+    """
+    checker = _checker(objective)
+    for source in (spec.train, spec.validation, *(each.train for each in spec.mix)):
+        if not source:
+            continue
+        reader = RowReader(source, spec.columns, checker, whole=False)
+        for _ in islice(reader, FIRST_ROWS):
+            pass
+        if reader.problems:
+            read_rows(source, columns=spec.columns, checker=checker)
 
 
 def _split(

@@ -116,8 +116,10 @@ def settle(
     if recipe.training.layer_decay < 1:
         layer_names(model)  # refuses a network without layers to tell apart
     width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
-    # A custom model of the same task brings its head along.
-    new = bool(head_weights(model)) and base.manifest.get("kind") != data.objective.task
+    # A custom model of the same task and classes brings its head along.
+    brings = base.manifest.get("kind") == data.objective.task
+    brings = brings and store.objective_of(base).head().labels == data.objective.head().labels
+    new = bool(head_weights(model)) and not brings
     facts = defaults.Facts(data.main, data.longest, len(data.validation), width, new, data.mixed)
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)

@@ -31,6 +31,7 @@ from luthier.files import need_disk
 from luthier.inspection.jobs import warnings
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.dropout import set_dropout
+from luthier.models.heads import new_weights
 from luthier.models.load import as_network, check_folder, context_length
 from luthier.models.network import Network
 from luthier.models.save import (
@@ -139,6 +140,8 @@ def settled(
     objective = acquainted(recipe.objective, reporter.stage)
     data = prepare(recipe.data, objective, chat, room, recipe.training.seed, _bar(reporter))
     reporter.note(f"recognized: {data.recognized}")
+    if data.recognized and data.recognized.unread:
+        reporter.note(f"columns that nothing is read from: {', '.join(data.recognized.unread)}")
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
@@ -253,6 +256,11 @@ class Trainer:
         machine = self.machine
         head = self.job.data.objective.head()
         model = store.load(self.job.base, machine.dtype, machine.device, head)
+        if new_weights(model):
+            classes = f" of {len(head.labels)} classes" if len(head.labels) > 1 else ""
+            self.reporter.note(
+                f"a new head{classes} learns from random numbers: {self.job.base.id} has none that fits"
+            )
         if getattr(model.config, "attention_dropout", 0):
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, machine.device, machine.dtype)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.errors import DataError, Problem
 from luthier.graders import Answer, Grader, OnError, check_rows, graded
 from luthier.types import Message, Row
+
+if TYPE_CHECKING:
+    from luthier.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,43 @@ class Evaluation:
     problems: list[Problem] = field(default_factory=list)
     """Why answers have score 0 that a grader could not grade, where that was asked for."""
 
+    dropped: int = 0
+    """Rows that were left out, as they are longer than the model's context."""
+    truncated: int = 0
+    """Rows that were cut to the context."""
+
     def plain(self) -> dict[str, Any]:
-        """Scores and count, without the answers; how many could not be graded, if any."""
+        """Scores and count, without the answers; how many were not graded, left out or cut, if any."""
+        counts = {
+            "ungraded": len(self.problems), "dropped": self.dropped, "truncated": self.truncated
+        }  # fmt: skip
         found: dict[str, Any] = {"rows": self.rows, "scores": self.scores}
-        return found | ({"ungraded": len(self.problems)} if self.problems else {})
+        return found | {name: count for name, count in counts.items() if count}
+
+
+def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
+    """Refuse rows that say nothing of what models of ``objective`` answer.
+
+    Raises:
+        DataError: with each such row.
+    """
+    from luthier.objectives.choosing import shape_of, shapes_named
+
+    wanted = shapes_named(objective.evaluated_on)
+    problems = [
+        Problem(
+            row.file,
+            row.line,
+            "row.objective",
+            f"models of objective {objective.method} are evaluated on {wanted}, and this row is "
+            f"{shapes_named([shape_of(row)])}.",
+            "Bring the rows into the other form, or name a model that was trained for such rows.",
+        )
+        for row in rows
+        if shape_of(row) not in objective.evaluated_on
+    ]
+    if problems:
+        raise DataError(problems, "nothing was evaluated")
 
 
 def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str | None]]:
@@ -65,7 +101,8 @@ def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str | 
                         "the row asks nothing that could be answered.",
                         "Give rows of prompt and completion, of prompt and expected, or messages.",
                     )
-                ]
+                ],
+                "nothing was evaluated",
             )
     return asked, expected
 

@@ -29,7 +29,8 @@ def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[st
                     row.file, row.line, "row.no_label", "there is nothing to compare with.", fix
                 )
                 for row in missing
-            ]
+            ],
+            "nothing was evaluated",
         )
     if rows[0].rating is not None:
         pairs = [(row.rating or 0.0, a["rating"]) for row, a in zip(rows, answers, strict=True)]

@@ -232,7 +232,8 @@ class Gate:
         self.drain()
         if reader.rows:
             told = reader.recognized
-            self.forms[split] = f"{'; '.join(told.containers)}, {told.form}"
+            unread = f"; nothing is read from {', '.join(told.unread)}" if told.unread else ""
+            self.forms[split] = f"{'; '.join(told.containers)}, {told.form}{unread}"
 
     def progress(self, done: int, total: int) -> Progress:
         """How far the pass is, in bytes."""

@@ -13,7 +13,7 @@ from luthier.data.containers import Container, container_of
 from luthier.data.read import check_file
 from luthier.data.rows import stream_rows
 from luthier.data.splitting import Strata, split_rows
-from luthier.errors import DataError, Problem, RecipeError, RunConflict
+from luthier.errors import DataError, Problem, RecipeError, RunConflict, data_errors
 from luthier.files import copy_lines, new_folder, sha256_of, write_json
 from luthier.inspection.kin import BATCH, Kin
 from luthier.types import IntArray, Row
@@ -23,6 +23,7 @@ LABELS = 1000
 """Labels whose counts the record holds, the most frequent first."""
 
 
+@data_errors("nothing was written")
 def split_file(
     source: Path, output: Path, shares: Mapping[str, float], seed: int
 ) -> dict[str, Any]:

@@ -147,6 +147,17 @@ def mark(model: nn.Module, task: Task) -> None:
     model.luthier_task = task  # type: ignore[assignment]
 
 
+def mark_new(model: nn.Module, names: Collection[str]) -> None:
+    """Write down which weights of the head were drawn, as what was loaded holds none that fit."""
+    model.luthier_new_weights = frozenset(names)  # type: ignore[assignment]
+
+
+def new_weights(model: nn.Module) -> frozenset[str]:
+    """Weights of the head that were drawn and not loaded."""
+    names: frozenset[str] = getattr(model, "luthier_new_weights", frozenset())
+    return names
+
+
 def task_of(model: nn.Module) -> Task:
     """What the head of ``model`` is for."""
     task: Task = getattr(model, "luthier_task", "causal_lm")
@@ -157,6 +168,10 @@ def peft_task(model: nn.Module) -> str:
     """PEFT's name of the task of ``model``."""
     task = task_of(model)
     return "SEQ_2_SEQ_LM" if task == "causal_lm" and decoder_of(model) else _PEFT[task]
+
+
+INNER_HEADS = ("pooler", "mix")
+"""Modules inside a network that belong to some tasks' heads, and that it lacks for the others."""
 
 
 def head_modules(model: nn.Module) -> list[str]:

@@ -24,6 +24,7 @@ from luthier.models.heads import (
     decoder_of,
     head_weights,
     mark,
+    mark_new,
     start_bias,
     task_of,
 )
@@ -160,15 +161,24 @@ def load_model(
     # An embedding does not look at the pooler.
     unused = {n for n in loaded["missing_keys"] if head.task == "embedding" and "pooler." in n}
     other = {name for name, *_ in loaded["mismatched_keys"]}
-    if missing := sorted((set(loaded["missing_keys"]) | other) - head_weights(model) - unused):
+    absent = set(loaded["missing_keys"]) | other
+    if missing := sorted(absent - _head_names(model) - unused):
         # transformers would draw them at random, with no more than a warning.
         raise UnknownModel(
             f"{folder} ({kind}) has not all weights of the network: {len(missing)} are missing or "
             f"of another shape, {', '.join(missing[:3])} among them"
         )
-    start_bias(model, head.bias, {*loaded["missing_keys"], *other})
+    start_bias(model, head.bias, absent)
+    mark_new(model, absent & head_weights(model))
     on_device: nn.Module = model.to(device)
     return on_device
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    """All names of the weights of the head: a tied one (BERT's bias) has several."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    own = {id(named[name]) for name in head_weights(model)}
+    return {name for name, weight in named.items() if id(weight) in own}
 
 
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:

@@ -15,7 +15,7 @@ from luthier.encryption.memory import new_plain_folder
 from luthier.encryption.tensors import load_tensors, save_tensors
 from luthier.errors import CorruptFile
 from luthier.files import write_bytes
-from luthier.models.heads import head_weights, task_of
+from luthier.models.heads import INNER_HEADS, head_weights, mark_new, task_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,7 +75,10 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None:
-    """Attach ``adaptation`` to ``model`` and give it the weights saved in ``folder``."""
+    """Attach ``adaptation`` to ``model`` and give it the weights saved in ``folder``.
+
+    A head for other classes, or another task, keeps the numbers it was drawn with.
+    """
     import torch
     from transformers.initialization import no_init_weights
 
@@ -86,12 +89,19 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     weights = {
         adaptation.stored_name(n): p
         for n, p in adapter_tensors(model).items()
-        # An adapter of another task does not hold the head of this one.
-        if n not in new or adaptation.stored_name(n) in saved
+        # An adapter of another task does not hold the head of this one, and one for other classes
+        # holds a head of another size.
+        if n not in new or _fits(p, saved.get(adaptation.stored_name(n)))
     }
+    kept = {n for n in new if adaptation.stored_name(n) not in weights}
     inside = adaptation.stored_name(getattr(model, "base_model_prefix", ""))
     # ... and brings the head of its own, which this one has no place for.
-    saved = {n: w for n, w in saved.items() if n in weights or n.startswith(inside)}
+    others = tuple(f"{inside}.{name}." for name in INNER_HEADS)
+    saved = {
+        n: w
+        for n, w in saved.items()
+        if n in weights or (n.startswith(inside) and not n.startswith(others))
+    }
     odd = sorted(saved.keys() ^ weights.keys())
     odd = odd or [n for n, weight in weights.items() if weight.shape != saved[n].shape]
     if odd:
@@ -100,6 +110,11 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved[name])
+    mark_new(model, kept)
+
+
+def _fits(weight: Tensor, saved: Tensor | None) -> bool:
+    return saved is not None and saved.shape == weight.shape
 
 
 def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:

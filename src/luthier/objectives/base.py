@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from luthier.errors import RecipeError
 from luthier.models.heads import Head, Task
 from luthier.types import Example, Loss, Row
 
@@ -61,6 +62,10 @@ class Objective(BaseModel):
     """Further shapes it learns from when it is asked for by name; another is chosen for these."""
     beside: ClassVar[frozenset[str]] = frozenset()
     """Further row shapes that the sets of ``data.mix`` may have."""
+    evaluated_on: ClassVar[frozenset[str]] = frozenset(
+        {"messages", "preference", "prompt", "prompt_only", "rated", "text", "thumb"}
+    )
+    """Row shapes that its models are measured on."""
     reads: ClassVar[bool] = False
     """Whether its models answer with labels (:meth:`answers`); the others write text."""
     fixed: ClassVar[bool] = True
@@ -298,6 +303,26 @@ class Objective(BaseModel):
     def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """What a trained network says of each row of the batch, in the order of its tree."""
         raise NotImplementedError
+
+
+def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> None:
+    """Refuse a network that cannot learn to write, as its tokenizer has no token that ends a text.
+
+    Raises:
+        RecipeError: saying whether it is one that reads; ``instead`` is what it can learn.
+    """
+    if chat.stop_ids:
+        return
+    if chat.tokenizer.mask_token_id is None:
+        raise RecipeError(
+            f"objective {objective.method} learns to write, and this model's tokenizer names no token "
+            "that ends a text (eos_token). Name it in the model's tokenizer_config.json"
+        )
+    raise RecipeError(
+        f"this base reads, it does not write: objective {objective.method} learns to write, and its "
+        "tokenizer names no token that ends a text, as those of encoders do not. "
+        f"Use {instead}a base that writes, such as `base=smollm2-135m-instruct`"
+    )
 
 
 def cut_end(example: Example, context: int) -> Example:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, check_writes
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class CausalLM(Objective):
                 "causal_lm is for networks that go on with a text, and this one answers what its "
                 "encoder reads. Use span_corruption for raw text, or sft for prompts with replies."
             )
+        check_writes(self, chat, "masked_lm for raw text, or ")
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The document and its end-of-text token, all of weight 1 but the first."""

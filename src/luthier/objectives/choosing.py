@@ -48,7 +48,8 @@ def shape_of(row: Row) -> str:
 
 def shapes_named(shapes: Iterable[str]) -> str:
     """Shapes in words."""
-    return " or ".join(_SHAPES[shape] for shape in sorted(shapes))
+    *others, last = (_SHAPES[shape] for shape in sorted(shapes))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def objective_for(row: Row, chat: ChatFormat) -> Objective:

@@ -42,6 +42,7 @@ class Classification(Objective):
     """Share of the target that is spread over all classes (Szegedy et al. 2016); one label only."""
 
     task: ClassVar[Task] = "sequence_classification"
+    evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"label"})
     augments: ClassVar[bool] = True

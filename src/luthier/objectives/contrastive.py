@@ -56,6 +56,7 @@ class Contrastive(Objective):
 
     task: ClassVar[Task] = "embedding"
     shapes: ClassVar[frozenset[str]] = frozenset({"pair", "text"})
+    evaluated_on: ClassVar[frozenset[str]] = frozenset({"pair"})
     reads: ClassVar[bool] = True
     together: ClassVar[bool] = True
     augments: ClassVar[bool] = True

@@ -50,6 +50,7 @@ class EmbeddingDistillation(Taught):
     """The same of the teacher; read from it."""
 
     task: ClassVar[Task] = "embedding"
+    evaluated_on: ClassVar[frozenset[str]] = frozenset({"pair"})
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 

@@ -60,6 +60,7 @@ class EncoderDistillation(Taught):
     """Numbers in a hidden state of the teacher; read from it."""
 
     task: ClassVar[Task] = "sequence_classification"
+    evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
 

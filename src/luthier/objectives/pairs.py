@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.preferences import paired
-from luthier.errors import RecipeError, RowRefused
-from luthier.objectives.base import Objective, cut_end
+from luthier.errors import RowRefused
+from luthier.objectives.base import Objective, check_writes, cut_end
 from luthier.types import Example, FloatArray, Message, Row
 
 if TYPE_CHECKING:
@@ -40,12 +40,7 @@ class Judged(Objective):
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks that do not write; most encoders' tokenizers know no end of a text."""
-        if not chat.stop_ids:
-            raise RecipeError(
-                f"objective {self.method} learns to write, and this model's tokenizer names no token "
-                "that ends a text, as those of encoders do not. Use reward_model, or a model that "
-                "writes."
-            )
+        check_writes(self, chat, "reward_model, or ")
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""

@@ -36,6 +36,7 @@ class Regression(Objective):
     """Standard deviation of the ratings, from the training rows when not given."""
 
     task: ClassVar[Task] = "sequence_classification"
+    evaluated_on: ClassVar[frozenset[str]] = frozenset({"rating"})
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
     augments: ClassVar[bool] = True

@@ -40,6 +40,7 @@ class RewardModel(Objective):
     """Pulls the rewards of a pair to a mean of 0 (Eisenstein et al. 2023, section 2, who take 0.01)."""
 
     task: ClassVar[Task] = "sequence_classification"
+    evaluated_on: ClassVar[frozenset[str]] = frozenset({"preference", "rated", "thumb"})
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated"})
     also: ClassVar[frozenset[str]] = frozenset({"thumb"})

@@ -26,7 +26,7 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.graders import AnyGrader, Exact, Grader, OnError, graded
 from luthier.objectives import watching
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, check_writes
 from luthier.objectives.completions import answer, asked, record
 from luthier.objectives.scoring import Beside, check_judge, silent
 from luthier.types import Example, FloatArray, IntArray, Row
@@ -189,8 +189,12 @@ class Reinforcement(Objective):
         return {name: name for name in sorted(self.grader.models)}
 
     def check(self, chat: ChatFormat) -> None:
-        """Refuse a grader that lacks something; the models it names are opened later."""
+        """Refuse a grader that lacks something, and networks that do not write.
+
+        The models that the grader names are opened later.
+        """
         self.grader.check()
+        check_writes(self, chat)
 
     def meet(self, name: str, other: Objective, width: int) -> Self:
         """Refuse a judge that writes no text."""

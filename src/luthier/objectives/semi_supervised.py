@@ -64,6 +64,7 @@ class SemiSupervised(Objective):
     """How far labels spread: what a text takes from its neighbours; 0.99 in the paper."""
 
     task: ClassVar[Task] = "sequence_classification"
+    evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"label"})
     beside: ClassVar[frozenset[str]] = frozenset({"label", "text"})

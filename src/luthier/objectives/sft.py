@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, check_writes
 from luthier.types import Example, Loss, Message, Row
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ class SFT(Objective):
 
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
     also: ClassVar[frozenset[str]] = frozenset({"rated"})
+
+    def check(self, chat: ChatFormat) -> None:
+        """Refuse networks that do not write."""
+        check_writes(self, chat)
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""

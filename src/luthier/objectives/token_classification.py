@@ -37,6 +37,7 @@ class TokenClassification(Objective):
     """How frequent each tag is, in the order of ``labels``; from the training rows when not given."""
 
     task: ClassVar[Task] = "token_classification"
+    evaluated_on: ClassVar[frozenset[str]] = frozenset({"tags"})
     reads: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
 

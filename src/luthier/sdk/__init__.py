@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from luthier.errors import RecipeError
-from luthier.sdk.assembly import fields_of, recipe_of
+from luthier.errors import RecipeError, data_errors
+from luthier.sdk.assembly import assign_fields, fields_of, recipe_of
 from luthier.sdk.data import DEFAULT_BASE, clean, convert, inspect, split
 from luthier.sdk.deciding import advise, estimate
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from luthier.graders import OnError, Spec
     from luthier.recipe import Recipe
     from luthier.serving.generation import Generator
+    from luthier.serving.long_rows import LongRows
     from luthier.types import Message
 
 __all__ = [
@@ -57,7 +58,8 @@ def tune(
         resume: go on with an interrupted run of the same name and settings.
         reporter: receives progress; nothing is printed without one.
         **fields: fields of the recipe by dotted name with ``__`` for the dot, for example
-            ``base="..."``, ``name="..."``, ``training__epochs=3``, ``adaptation__rank=8``.
+            ``base="..."``, ``name="..."``, ``training__evaluate_every=50``, ``adaptation__rank=8``;
+            ``epochs``, ``batch_size``, ``learning_rate`` and ``seed`` need no ``training__``.
 
     Returns:
         Model id, folders, losses, time and memory of the finished run.
@@ -109,8 +111,7 @@ def distil(
         assign(plain, ["teacher", key], value)
     if student is not None:
         plain["base"] = student
-    for key, value in fields.items():
-        assign(plain, key.split("__"), value)
+    assign_fields(plain, fields)
     return run(DistilRecipe.parse(plain), resume, reporter)
 
 
@@ -138,13 +139,12 @@ def pretrain(
     """
     from luthier.engine.pretrain import pretrain as run
     from luthier.pretraining import PretrainRecipe
-    from luthier.recipe import assign, read_toml
+    from luthier.recipe import read_toml
 
     paths = [Path(data)] if isinstance(data, str | Path) else [Path(path) for path in data]
     one = len(paths) == 1 and paths[0].suffix == ".toml"
     plain: dict[str, Any] = read_toml(paths[0]) if one else {"data": {"train": paths}}
-    for key, value in fields.items():
-        assign(plain, key.split("__"), value)
+    assign_fields(plain, fields)
     return run(PretrainRecipe.parse(plain), resume, reporter)
 
 
@@ -202,11 +202,25 @@ class Model:
             raise RecipeError(f"{self.stored.id} gives labels; use predict()")
         return self.opened
 
-    def generate(self, prompts: Sequence[str | Sequence[Message]], **sampling: Any) -> list[str]:
-        """One reply to each prompt; keywords as :class:`luthier.serving.generation.Sampling`."""
+    @overload
+    def generate(self, prompts: str, **sampling: Any) -> str: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[str | Sequence[Message]], **sampling: Any
+    ) -> list[str]: ...
+    def generate(
+        self, prompts: str | Sequence[str | Sequence[Message]], **sampling: Any
+    ) -> str | list[str]:
+        """The reply to one prompt, or one to each of several.
+
+        Keywords as :class:`luthier.serving.generation.Sampling`.
+        """
         from luthier.serving.generation import Sampling
 
-        return self.generator.replies(prompts, Sampling(**sampling))
+        chosen = Sampling(**sampling)
+        if isinstance(prompts, str):
+            return self.generator.replies([prompts], chosen)[0]
+        return self.generator.replies(prompts, chosen)
 
     def stream(self, prompt: str | Sequence[Message], **sampling: Any) -> Iterator[str]:
         """The reply to one prompt in pieces, as it is decoded."""
@@ -214,8 +228,20 @@ class Model:
 
         return self.generator.stream(prompt, Sampling(**sampling))
 
-    def predict(self, texts: Sequence[str | Sequence[str]]) -> list[dict[str, Any]]:
-        """For each text (or list of words): ``label`` and ``scores``, ``rating``, or ``tags``."""
+    # A text is a sequence of texts to a type checker; to people it is one.
+    @overload
+    def predict(self, texts: str) -> dict[str, Any]: ...  # type: ignore[overload-overlap]
+    @overload
+    def predict(self, texts: Sequence[str | Sequence[str]]) -> list[dict[str, Any]]: ...
+    def predict(
+        self, texts: str | Sequence[str | Sequence[str]]
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """For one text, or each of several: ``label`` and ``scores``, ``rating``, or ``tags``.
+
+        Among several a text may be a list of words.
+        """
+        if isinstance(texts, str):
+            return self.predict([texts])[0]
         from luthier.serving.prediction import Predictor
         from luthier.types import Row
 
@@ -228,8 +254,20 @@ class Model:
             rows.append(Row("predict()", index, text=whole, tokens=words))
         return self.opened.answers(rows)
 
-    def rewards(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    @overload
+    def rewards(  # type: ignore[overload-overlap]
+        self, prompts: str, completions: str
+    ) -> float: ...
+    @overload
+    def rewards(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]: ...
+    def rewards(
+        self, prompts: str | Sequence[str], completions: str | Sequence[str]
+    ) -> float | list[float]:
         """The reward of each completion of its prompt, from a model of objective ``reward_model``."""
+        if isinstance(prompts, str) and isinstance(completions, str):
+            return self.rewards([prompts], [completions])[0]
+        if isinstance(prompts, str) or isinstance(completions, str):
+            raise RecipeError("give one prompt and one completion, or as many of each")
         from luthier.objectives import RewardModel
         from luthier.serving.prediction import Predictor
         from luthier.types import Row
@@ -241,10 +279,12 @@ class Model:
         rows = [Row("rewards()", n, prompt=p, completion=c) for n, (p, c) in pairs]
         return [answer["reward"] for answer in opened.answers(rows)]
 
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Embeddings ``[R, H]`` of length 1, from a model of objective ``contrastive``."""
+    def embed(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
+        """Embeddings ``[R, H]`` of length 1, of one text ``[H]``, from a model that embeds."""
         import numpy as np
 
+        if isinstance(texts, str):
+            return np.asarray(self.embed([texts])[0], dtype=np.float32)
         answers = self.predict(texts)
         if answers and "embedding" not in answers[0]:
             raise RecipeError(f"{self.stored.id} gives labels; use predict()")
@@ -256,6 +296,7 @@ def load(model_id: str) -> Model:
     return Model(model_id)
 
 
+@data_errors("nothing was evaluated")
 def evaluate(
     model: str | Model,
     data: str | Path,
@@ -263,20 +304,24 @@ def evaluate(
     max_tokens: int = 128,
     on_error: OnError = "fail",
     note: Callable[[str], None] = lambda text: None,
+    long_rows: LongRows = "error",
 ) -> Evaluation:
     """Let a model answer the prompts of a data file and grade the replies.
 
     Rows with judged answers (chosen and rejected, ratings, thumbs) are not answered: the scores say how
-    often the model ranks the answers as people did.
+    often the model ranks the answers as people did. Models that read are compared with the labels,
+    ratings, tags or partners of the rows.
 
     Args:
         model: an id, or a model in memory.
-        data: rows of prompt and reply, or of judged answers.
+        data: rows of prompt and reply, of judged answers, or with what a model that reads says.
         graders: methods by name, tables of ``method`` and fields, or :class:`luthier.graders.Grader`
             objects; a mapping gives them names of your own.
         max_tokens: of a reply at most.
         on_error: what becomes of a reply that a grader cannot grade: ``fail``, or score ``zero``.
         note: hears what a judge will cost and whether it is one.
+        long_rows: what becomes of rows longer than the context: ``error`` names them all, ``drop``
+            leaves them out, ``truncate`` cuts them; prompts to be answered are never cut.
 
     Returns:
         Mean scores by the graders' names, and every answer.
@@ -286,19 +331,28 @@ def evaluate(
         GradingFailed: with ``fail``, naming the row.
     """
     from luthier.data.rows import load_rows
-    from luthier.evaluation.evaluate import Evaluation, check
+    from luthier.evaluation.evaluate import check, check_shapes
     from luthier.graders import graders_named
     from luthier.serving.grading import open_graders
     from luthier.serving.measuring import measure
+    from luthier.serving.prediction import Predictor
     from luthier.serving.preferring import preference_scores
     from luthier.store.models import find, objective_of
 
     chosen = graders_named(graders)
     rows = load_rows(data)
     stored = model.stored if isinstance(model, Model) else find(model)
-    if rows and rows[0].reply is not None and not objective_of(stored).reads:
-        return Evaluation(preference_scores(stored, rows)[0], len(rows), [])
+    objective = objective_of(stored)
+    check_shapes(rows, objective)
+    if objective.reads:
+        predictor = model.opened if isinstance(model, Model) else Predictor.open(stored)
+        assert isinstance(predictor, Predictor)
+        return predictor.scores(rows, long_rows=long_rows).evaluation()
+    if rows and rows[0].reply is not None:
+        return preference_scores(stored, rows, long_rows=long_rows).evaluation()
     check(rows, chosen)
-    opened = model if isinstance(model, Model) else load(model)
+    writer = model if isinstance(model, Model) else load(model)
     chosen = open_graders(chosen, len(rows), note)
-    return measure(opened.generator, rows, chosen, max_tokens, on_error=on_error)
+    return measure(
+        writer.generator, rows, chosen, max_tokens, on_error=on_error, long_rows=long_rows
+    )

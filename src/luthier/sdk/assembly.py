@@ -26,13 +26,43 @@ def recipe_of(data: str | Path | Recipe, fields: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: for a field that there is not, or fields beside a :class:`~luthier.recipe.Recipe`.
     """
-    from luthier.recipe import Recipe, assign
+    from luthier.recipe import Recipe
 
     if isinstance(data, Recipe):
         if fields:
             raise RecipeError("a Recipe is complete; give no further fields beside it")
         return data
     plain = fields_of(data)
-    for key, value in fields.items():
-        assign(plain, key.split("__"), value)
+    assign_fields(plain, fields)
     return Recipe.parse(plain)
+
+
+SHORT_NAMES: Mapping[str, str] = {
+    "epochs": "training.epochs",
+    "batch_size": "training.batch_size",
+    "learning_rate": "training.learning_rate",
+    "seed": "training.seed",
+}
+"""Fields that may be given without their group, as on the command line."""
+
+
+def field_path(key: str) -> str:
+    """The dotted name of a field from a keyword: ``training__epochs``, or ``epochs`` for short."""
+    return SHORT_NAMES.get(key, key.replace("__", "."))
+
+
+def assign_fields(plain: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Set ``fields``, by keyword, in the plain values of a recipe.
+
+    Raises:
+        RecipeError: for a field that is given twice, in short and by its full name.
+    """
+    from luthier.recipe import assign
+
+    paths: dict[str, str] = {}
+    for key, value in fields.items():
+        path = field_path(key)
+        if path in paths:
+            raise RecipeError(f"{paths[path]} and {key} are the same field; give one")
+        paths[path] = key
+        assign(plain, path.split("."), value)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.sdk.assembly import recipe_of
+from luthier.sdk.assembly import field_path, recipe_of
 
 if TYPE_CHECKING:
     from luthier.advice.facts import Goal
@@ -77,7 +77,7 @@ def advise(
     from luthier.engine.metrics import Reporter
 
     recipe = recipe_of(data, fields)
-    dotted = {key.replace("__", "."): value for key, value in fields.items()}
+    dotted = {field_path(key): value for key, value in fields.items()}
     command = command_of(str(data), dotted)
     wishes = Wishes(goal, max_minutes, max_seconds, max_megabytes)
     texts = [str(source) for source in documents]

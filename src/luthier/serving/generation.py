@@ -126,11 +126,8 @@ class Generator:
 
     def refusal(self, prompt: Prompt, sampling: Sampling) -> str | None:
         """Why the model cannot answer ``prompt`` at all; ``None`` where it can."""
-        try:
-            self._encode(prompt, sampling, 0)
-        except RecipeError as error:
-            return str(error)
-        return None
+        refusal = self._refusal(self._prompt_ids(prompt), sampling)
+        return refusal and f"the prompt {refusal}"
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """The reply to one prompt, in pieces as they are decoded.
@@ -151,17 +148,24 @@ class Generator:
             yield text[len(shown) :]
 
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
+        ids_T = self._prompt_ids(prompt)
+        if refusal := self._refusal(ids_T, sampling):
+            raise RecipeError(f"prompt {index + 1} {refusal} Shorten it, or lower max_tokens.")
+        return ids_T
+
+    def _prompt_ids(self, prompt: Prompt) -> IntArray:
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        ids_T = np.concatenate([self.prompt_ids, self.chat.encode_prompt(messages)])
+        return np.concatenate([self.prompt_ids, self.chat.encode_prompt(messages)])
+
+    def _refusal(self, ids_T: IntArray, sampling: Sampling) -> str | None:
         beside = self.chat.start_id is not None  # the encoder's prompt takes no room of the reply
         sizes = [self.prefix + len(ids_T), sampling.max_tokens]
-        if (max(sizes) if beside else sum(sizes)) > self.context:
-            raise RecipeError(
-                f"prompt {index + 1} has {len(ids_T)} tokens; with {sampling.max_tokens} for the "
-                f"reply that is more than the model's context of {self.context}. Shorten it, or "
-                "lower max_tokens."
-            )
-        return ids_T
+        if (max(sizes) if beside else sum(sizes)) <= self.context:
+            return None
+        return (
+            f"has {len(ids_T)} tokens; with {sampling.max_tokens} for the reply that is more than the "
+            f"model's context of {self.context}."
+        )
 
     def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[Answer]:
         import torch

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
 from luthier.evaluation.evaluate import Evaluation, grade, questions
+from luthier.serving.long_rows import LongRows, refuse_long_rows, too_long
 
 if TYPE_CHECKING:
     from luthier.graders import Grader, OnError
@@ -27,16 +28,38 @@ def measure(
     max_tokens: int,
     done: Callable[[int], None] = lambda count: None,
     on_error: OnError = "fail",
+    long_rows: LongRows = "error",
 ) -> Evaluation:
     """Greedy replies to ``rows``, graded; ``done`` hears how many are finished.
 
-    ``on_error`` says what becomes of replies that a grader cannot grade.
+    ``on_error`` says what becomes of replies that a grader cannot grade, and ``long_rows`` of prompts
+    that leave no room for a reply; they are never cut, as their end is what is asked.
+
+    Raises:
+        DataError: with ``error``, naming every prompt that is too long.
+        RecipeError: for ``truncate``.
     """
     from luthier.serving.generation import Sampling
 
+    if long_rows == "truncate":
+        raise RecipeError(
+            "a prompt that is cut loses what it asks, so prompts are not truncated; choose "
+            "`long_rows=drop`"
+        )
     asked, _ = questions(rows)
-    replies = generator.replies(asked, Sampling(max_tokens=max_tokens), done=done)
-    return grade(rows, replies, graders, on_error)
+    sampling = Sampling(max_tokens=max_tokens)
+    refusals = [generator.refusal(prompt, sampling) for prompt in asked]
+    kept = [index for index, refusal in enumerate(refusals) if refusal is None]
+    dropped = len(rows) - len(kept)
+    problems = [
+        too_long(row, refusal, cure=", or lower max_tokens")
+        for row, refusal in zip(rows, refusals, strict=True)
+        if refusal is not None and long_rows == "error"
+    ]
+    refuse_long_rows(problems, len(kept), dropped)
+    replies = generator.replies([asked[index] for index in kept], sampling, done=done)
+    graded = grade([rows[index] for index in kept], replies, graders, on_error)
+    return replace(graded, dropped=dropped)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import RecipeError
-from luthier.types import Row
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.serving.long_rows import LongRows, RowScores, fit_rows
+from luthier.types import Example, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -48,14 +49,80 @@ class Predictor:
     def answers(
         self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
     ) -> list[dict[str, Any]]:
-        """What the model says of each row, in the order given; what rows say themselves is not read."""
+        """What the model says of each row, in the order given; what rows say themselves is not read.
+
+        Raises:
+            DataError: naming every row that is longer than the context.
+        """
+        examples = [self._encode(row, index) for index, row in enumerate(rows)]
+        if problems := [
+            Problem(
+                row.file,
+                row.line,
+                "row.too_long",
+                f"{len(example)} tokens are more than the model's context of {self.context}.",
+                "Shorten the text.",
+            )
+            for row, example in zip(rows, examples, strict=True)
+            if len(example) > self.context
+        ]:
+            raise DataError(problems, "nothing was predicted")
+        return self._read(examples, done)
+
+    def scores(
+        self,
+        rows: Sequence[Row],
+        done: Callable[[int], None] = lambda count: None,
+        long_rows: LongRows = "error",
+    ) -> RowScores:
+        """Answers to ``rows``, and how good they are by what the rows say.
+
+        Raises:
+            DataError: for rows of another kind than the answers, and with ``error`` for long rows.
+        """
+        from luthier.evaluation.evaluate import check_shapes
+        from luthier.evaluation.labels import scores
+        from luthier.evaluation.preferences import ranking_scores
+        from luthier.evaluation.retrieval import retrieval_scores
+
+        check_shapes(rows, self.objective)
+        rows = self.objective.gather(rows)
+        examples = [
+            [self._encode(text, index) for text in _texts(row)] for index, row in enumerate(rows)
+        ]
+        measured = fit_rows(rows, examples, self.context, long_rows, self.objective.cut)
+        rows = measured.rows
+        count = len(measured.examples[0]) if rows else 1
+        flat = [text for texts in measured.examples for text in texts]
+        numbered = [replace(text, row=index) for index, text in enumerate(flat)]
+        found = self._read(numbered, lambda finished: done(finished // count))
+        first, second = found[::count], found[count - 1 :: count]
+        if rows and rows[0].reply is not None:
+            pairs = [(c["reward"], r["reward"]) for c, r in zip(first, second, strict=True)]
+            lines = [
+                {"line": row.line, "chosen": c, "rejected": r}
+                for row, (c, r) in zip(rows, pairs, strict=True)
+            ]
+            return RowScores(ranking_scores(pairs, "reward"), measured, lines)
+        if rows and rows[0].positive is not None:
+            near = [[answer["embedding"] for answer in side] for side in (first, second)]
+            return RowScores(retrieval_scores(*near), measured, first)
+        for row, answer in zip(rows, first, strict=True):
+            if row.tags is not None:
+                # Words behind the cut were not read, so nothing was found in them.
+                answer["tags"] += ["O"] * (len(row.tags) - len(answer["tags"]))
+        return RowScores(scores(rows, first), measured, first)
+
+    def _read(
+        self, examples: Sequence[Example], done: Callable[[int], None]
+    ) -> list[dict[str, Any]]:
+        """Answers to ``examples``, which are numbered in their order."""
         import torch
 
-        examples = [self._encode(row, index) for index, row in enumerate(rows)]
-        answers: list[dict[str, Any]] = [{} for _ in rows]
+        answers: list[dict[str, Any]] = [{} for _ in examples]
         finished = 0
         with torch.inference_mode():
-            for batch in self.network.batches(examples, BUDGET):
+            for batch in self.network.batches(list(examples), BUDGET):
                 found = self.objective.answers(self.network, batch)
                 for example, answer in zip(batch.tree.examples, found, strict=True):
                     answers[example.row] = answer
@@ -63,52 +130,19 @@ class Predictor:
                 done(finished)
         return answers
 
-    def scores(
-        self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Answers to ``rows``, and how good they are by what the rows say."""
-        from luthier.evaluation.labels import scores
-        from luthier.evaluation.retrieval import retrieval_scores
-
-        if rows and "preference" in self.objective.shapes:
-            return self._preferences(rows, done)
-        answers = self.answers(rows, done)
-        if not rows or rows[0].positive is None:
-            return scores(rows, answers), answers
-        partners = self.answers([replace(row, text=row.positive) for row in rows])
-        found = [answer["embedding"] for answer in answers]
-        return retrieval_scores(found, [answer["embedding"] for answer in partners]), answers
-
-    def _preferences(
-        self, rows: Sequence[Row], done: Callable[[int], None]
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Rewards of both answers of each pair, and how often the chosen one has the higher."""
-        from luthier.evaluation.preferences import ranking_scores
-
-        if any(row.reply is None for row in rows):
-            raise RecipeError(
-                "a reward model is measured on chosen and rejected answers or ratings"
-            )
-        pairs = self.objective.gather(rows)
-        chosen = self.answers([replace(row, rejected=None) for row in pairs], done)
-        rejected = self.answers([replace(row, reply=row.rejected, rejected=None) for row in pairs])
-        found = [(c["reward"], r["reward"]) for c, r in zip(chosen, rejected, strict=True)]
-        answers = [
-            {"line": row.line, "chosen": c, "rejected": r}
-            for row, (c, r) in zip(pairs, found, strict=True)
-        ]
-        return ranking_scores(found, "reward"), answers
-
-    def _encode(self, row: Row, index: int) -> Any:
+    def _encode(self, row: Row, index: int) -> Example:
         if row.text is None and row.tokens is None and "preference" not in self.objective.shapes:
             raise RecipeError(
                 f"row {index + 1} is an answer to a prompt, and this model reads texts"
             )
         plain = replace(row, label=None, rating=None, tags=None, positive=None)
-        example = self.objective.encode(plain, index, self.chat)
-        if len(example) > self.context:
-            raise RecipeError(
-                f"row {index + 1} has {len(example)} tokens, more than the model's context of "
-                f"{self.context}. Shorten it."
-            )
-        return example
+        return self.objective.encode(plain, index, self.chat)
+
+
+def _texts(row: Row) -> list[Row]:
+    """What is read of a row: one text, both of a pair, or a prompt with each of two answers."""
+    if row.reply is not None:
+        return [replace(row, rejected=None), replace(row, reply=row.rejected, rejected=None)]
+    if row.positive is not None:
+        return [row, replace(row, text=row.positive)]
+    return [row]

@@ -15,6 +15,8 @@ import numpy as np
 
 from luthier.errors import RecipeError
 from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
+from luthier.objectives.base import cut_end
+from luthier.serving.long_rows import LongRows, RowScores, fit_rows
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -25,9 +27,16 @@ BUDGET = 2048
 
 
 def preference_scores(
-    stored: StoredModel, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Scores of ``stored`` on pairs, ratings or thumbs, and what it says of each row."""
+    stored: StoredModel,
+    rows: Sequence[Row],
+    done: Callable[[int], None] = lambda count: None,
+    long_rows: LongRows = "error",
+) -> RowScores:
+    """Scores of ``stored`` on pairs, ratings or thumbs, and what it says of each row.
+
+    Raises:
+        DataError: with ``error``, naming every row that is longer than the context.
+    """
     from luthier.objectives import DPO, KTO
     from luthier.store import models as store
 
@@ -37,9 +46,9 @@ def preference_scores(
     objective = KTO() if thumbs else DPO()
     rows = objective.gather(rows)
     chat = store.chat_format(stored)
-    examples = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
-    _check_context(stored, rows, [side for each in examples for side in objective.views(each)])
-    sides = [view for each in examples for view in _texts(each)]
+    texts = [_texts(objective.encode(row, index, chat)) for index, row in enumerate(rows)]
+    measured = fit_rows(rows, texts, store.room_of(stored), long_rows, cut_end)
+    rows, sides = measured.rows, [side for each in measured.examples for side in each]
     found = _logps(stored, sides)
     done(len(rows))
     parent = stored.manifest.get("parent")
@@ -48,15 +57,17 @@ def preference_scores(
         Likelihood(logp, int(np.count_nonzero(side.weight_T)), other)
         for logp, side, other in zip(found, sides, reference, strict=True)
     ]
+    lines: list[dict[str, Any]]
     if thumbs:
         scores = thumb_scores(answers, [bool(row.desirable) for row in rows])
-        return scores, [{"line": r.line, **a.plain()} for r, a in zip(rows, answers, strict=True)]
+        lines = [{"line": r.line, **a.plain()} for r, a in zip(rows, answers, strict=True)]
+        return RowScores(scores, measured, lines)
     pairs = list(zip(answers[::2], answers[1::2], strict=True))
     lines = [
         {"line": row.line, "chosen": chosen.plain(), "rejected": rejected.plain()}
         for row, (chosen, rejected) in zip(rows, pairs, strict=True)
     ]
-    return pair_scores(pairs), lines
+    return RowScores(pair_scores(pairs), measured, lines)
 
 
 def _texts(example: Example) -> list[Example]:
@@ -85,16 +96,3 @@ def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
         found = [each.reference for each in referred(network, texts, BUDGET)]
     network.close()
     return [float(logp or 0.0) for logp in found]
-
-
-def _check_context(stored: StoredModel, rows: Sequence[Row], sides: Sequence[Example]) -> None:
-    from luthier.store.models import room_of
-
-    context = room_of(stored)
-    longest = max(sides, key=lambda side: side.longest)
-    if longest.longest > context:
-        row = rows[longest.row // (len(sides) // len(rows))]
-        raise RecipeError(
-            f"line {row.line} of {row.file} has {longest.longest} tokens, more than the model's "
-            f"context of {context}. Shorten it."
-        )

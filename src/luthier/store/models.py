@@ -10,7 +10,7 @@ A custom model's id is ``base:name``. Local directories and hub ids are opened a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,11 +94,26 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
         return StoredModel(str(path.absolute()), path.absolute(), {})
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not model_id.startswith("."):
         return StoredModel(model_id, _from_hub(model_id, say), {})
-    known = ", ".join([*CATALOG, *(m.id for m in (*pretrained_models(), *custom_models()))])
+    known = [*CATALOG, *(m.id for m in (*pretrained_models(), *custom_models()))]
     raise UnknownModel(
-        f"there is no model {model_id!r}. Known here: {known}. A local Hugging Face directory or a "
-        "hub id (organisation/name) works too."
+        f"there is no model {model_id!r}. {_nearest(model_id, known)} A local Hugging Face directory "
+        "or a hub id (organisation/name) works too."
     )
+
+
+NEAREST = 5
+"""Ids that are named where one is not known."""
+
+
+def _nearest(model_id: str, known: Sequence[str]) -> str:
+    """The known ids most like ``model_id``, all of them where they are few, and where to see all."""
+    import difflib
+
+    if len(known) <= NEAREST:
+        return f"There are: {', '.join(known)}." if known else "There are none yet."
+    near = difflib.get_close_matches(model_id, known, NEAREST, cutoff=0.4)
+    more = f"`luthier models list` shows all {len(known)}."
+    return f"The nearest are: {', '.join(near)}. {more}" if near else more
 
 
 def pretrained_models() -> list[StoredModel]:
@@ -206,8 +221,7 @@ def _find_custom(model_id: str, base: str, name: str) -> StoredModel:
     folder = custom_folder(base, name)
     if not re.fullmatch(r"[\w.-]+", name) or not (folder / MANIFEST).is_file():
         others = [model.id for model in custom_models()]
-        listed = f" There are: {', '.join(others)}." if others else " There are none yet."
-        raise UnknownModel(f"there is no custom model {model_id!r}.{listed}")
+        raise UnknownModel(f"there is no custom model {model_id!r}. {_nearest(model_id, others)}")
     manifest = read_json(folder / MANIFEST)
     parent = find(manifest["parent"]) if manifest["saved"] == "adapter" else None
     return StoredModel(manifest["id"], folder, manifest, parent)
