@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli.comparing import print_comparison
 from luthier.cli.console import LiveReporter, heavy_imports, measured, print_json
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def print_result(result: Result) -> None:
         f"({result.trained_weights / result.weights:.2%}) learned it, stored in "
         f"{result.saved_bytes / 1e6:,.2f} MB"
     )
+    print_comparison(out, result.comparison)
     for warning in result.warnings:
         out.print(f"  {warning}", style="bold yellow", markup=False, soft_wrap=True)
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png", soft_wrap=True)

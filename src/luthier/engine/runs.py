@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
+
+from pydantic.dataclasses import dataclass
 
 from luthier.data.containers import Container, container_of
 from luthier.data.sources import Source, stem_of
 from luthier.encryption.files import new_data_file
 from luthier.encryption.memory import remove, working
 from luthier.errors import RunConflict
+from luthier.evaluation.baselines import Comparison
 from luthier.files import copy_lines, disk_errors, lock, luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
 from luthier.recipe import NAME_PATTERN
@@ -57,6 +60,8 @@ class Result:
     """Size of the custom model's weights on disk."""
     warnings: list[str] = field(default_factory=list)
     """What to know before the model is used."""
+    comparison: Comparison | None = None
+    """The model beside simple baselines on the validation rows, where some go with such rows."""
 
 
 class Run:
