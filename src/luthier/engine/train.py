@@ -308,6 +308,8 @@ class Trainer:
         network.model.eval()
         note = self.reporter.note
         with self.clock.part("begin"):
+            if self.job.new_head and (said := objective.start_head(network, self.begun, budget)):
+                note(said)
             train = objective.begin(network, self.job.data.train, budget, note)
         self.begun = train
         self.job = self.job.begun(train)

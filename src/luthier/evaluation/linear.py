@@ -34,14 +34,14 @@ class LinearModel:
 
 @dataclass(frozen=True)
 class _Scaling:
-    """Features of mean 0 and, all together, variance 1."""
+    """Features of mean 0 (as they are, where no bias can make up for it) and a mean square of 1."""
 
     mean_H: Tensor
     spread: Tensor
 
     @staticmethod
-    def of(features_NH: Tensor) -> _Scaling:
-        mean_H = features_NH.mean(0)
+    def of(features_NH: Tensor, centred: bool = True) -> _Scaling:
+        mean_H = features_NH.mean(0) * centred
         spread = (features_NH - mean_H).square().mean().sqrt().clamp(min=1e-12)
         return _Scaling(mean_H, spread)
 
@@ -55,7 +55,11 @@ class _Scaling:
 
 
 def fit_logistic(
-    features_NH: Tensor, targets: Tensor, classes: int, penalty: float = PENALTY
+    features_NH: Tensor,
+    targets: Tensor,
+    classes: int,
+    penalty: float = PENALTY,
+    bias: bool = True,
 ) -> LinearModel:
     """Logistic regression with an L2 penalty, by L-BFGS.
 
@@ -65,16 +69,17 @@ def fit_logistic(
             several; each class is then told from the rest by itself.
         classes: how many there are.
         penalty: weight of half the squared norm of the weights beside the mean loss of a row.
+        bias: whether there is one; else it is 0.
     """
     import torch
     from torch.nn import functional as F
 
-    scaling = _Scaling.of(features_NH)
+    scaling = _Scaling.of(features_NH, bias)
     scaled_NH = scaling.scaled(features_NH)
     weight_CH = scaled_NH.new_zeros(classes, scaled_NH.shape[1], requires_grad=True)
     bias_C = scaled_NH.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight_CH, bias_C],
+        [weight_CH, *([bias_C] if bias else [])],
         max_iter=ITERATIONS,
         history_size=10,  # each holds as many numbers as the weights, twice
         line_search_fn="strong_wolfe",
