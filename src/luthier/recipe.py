@@ -153,6 +153,8 @@ class Training(Part):
     """Stop after so many measurements without a better one; 0 never stops early."""
     least_gain: float = Field(default=0.0, ge=0, le=1e6)
     """A measurement counts as better for ``patience`` only where it is so by more than this."""
+    baseline_seconds: float = Field(default=60.0, ge=0, le=86_400)
+    """Seconds for simple baselines that the model is compared with, where it reads; 0 for none."""
     shuffle: bool = True
     """Take the rows in a new random order each epoch; otherwise in the order of the file."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -1,8 +1,8 @@
 """Small real tries of what competes with fine-tuning, and of fine-tuning itself, on held-out rows.
 
 All are asked the same questions. Models that write are asked as they are, with examples, with the
-nearest examples, and with passages of documents where there are some; models that read labels are
-beaten by the most frequent label and by the nearest labelled rows. Then the job itself is trained for
+nearest examples, and with passages of documents where there are some; models that read are held
+against the simple baselines that every run is compared with. Then the job itself is trained for
 a few steps on a copy that is thrown away, and asked again.
 """
 
@@ -11,13 +11,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
 
 from luthier.errors import LuthierError
 from luthier.serving.prompting import (
@@ -39,12 +36,13 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
     from luthier.recipe import Recipe
 
-Technique = Literal["as it is", "prompt engineering", "RAG", "nearest rows", "fine-tuning"]
+Technique = Literal["as it is", "prompt engineering", "RAG", "simple baselines", "fine-tuning"]
 HELD = 40
 """Rows that are asked; the standard error of a share of 50 % among them is 8 points."""
 HELD_LABELS = 400
 """The same for models that read labels, which takes far less; 2.5 points."""
-NEIGHBOURS = 5
+BASELINE_SECONDS = 60.0
+"""For all simple baselines of models that read."""
 SEED = 0
 
 
@@ -223,54 +221,34 @@ class _Labels:
         self.left_out: list[str] = []
 
     def untrained(self, note: Callable[[str], None]) -> list[Tried]:
-        """The most frequent label, and the label of the nearest rows."""
-        if not all(isinstance(row.label, str) for row in (*self.train, *self.held)):
-            self.left_out.append("the nearest rows: only for texts with one label")
+        """The baselines that go with such rows; their seconds are for each row that was read."""
+        from luthier.engine.comparison import ComparedRows, fit_baselines
+        from luthier.serving.prediction import BUDGET
+
+        objective, context = self.job.data.objective, _context(self.job)
+        # A label that no training row has is a wrong answer here, not a refusal.
+        asked = [replace(row, label=None) for row in self.held]
+        whole = [objective.encode(row, index, self.job.chat) for index, row in enumerate(asked)]
+        examples = [objective.cut(e, context) if len(e) > context else e for e in whole]
+        held = ComparedRows(self.held, examples)
+        train = self.job.data.compared[0]
+        compared = fit_baselines(self.network, train, held, BUDGET, BASELINE_SECONDS)
+        if compared is None:
+            self.left_out.append("simple baselines: there are none for such rows")
             return []
-        frequent = Counter(str(row.label) for row in self.train).most_common(1)[0][0]
-        always = [frequent] * len(self.held)
-        near, seconds = self._nearest()
-        found = [
-            self._scored("as it is", "always the most frequent label", always, 0.0),
-            self._scored("nearest rows", f"{NEIGHBOURS} nearest labelled rows", near, seconds),
-        ]
-        for each in found:
-            note(_said(each))
+        self.left_out += [f"{name}: there was no time for it" for name in compared.left_out]
+        found = []
+        for each in compared.baselines:
+            technique: Technique = "as it is" if each.constant else "simple baselines"
+            seconds = each.seconds / (compared.train_rows + compared.rows)
+            found.append(Tried(technique, each.name, None, each.score, self._tokens, seconds))
+            note(_said(found[-1]))
         return found
 
-    def _scored(
-        self, technique: Technique, name: str, labels: Sequence[str], seconds: float
-    ) -> Tried:
-        right = sum(a == row.label for a, row in zip(labels, self.held, strict=True))
-        tokens = sum(len(row.text or "") for row in self.held) / 4 / len(self.held)
-        return Tried(technique, name, None, right / len(self.held), tokens, seconds)
-
-    def _nearest(self) -> tuple[list[str], float]:
-        """Labels by vote of the nearest training rows (k-NN by the cosine of mean states).
-
-        Also the seconds each takes, once the training rows are indexed.
-        """
-        from luthier.objectives import Contrastive
-        from luthier.serving.prediction import Predictor
-
-        predictor = Predictor(self.network, Contrastive(), self.job.chat, _context(self.job))
-
-        def embedded(rows: Sequence[Row]) -> Any:
-            plain = [replace(row, label=None) for row in rows]
-            found = [answer["embedding"] for answer in predictor.answers(plain)]
-            states = np.asarray(found, np.float32)
-            return states / np.linalg.norm(states, axis=1, keepdims=True)
-
-        index_TH = embedded(self.train)
-        began = time.perf_counter()
-        near_QT = embedded(self.held) @ index_TH.T
-        count = min(NEIGHBOURS, len(self.train))
-        chosen_QK = np.argsort(-near_QT, axis=1)[:, :count]
-        labels = [
-            Counter(str(self.train[i].label) for i in order).most_common(1)[0][0]
-            for order in chosen_QK
-        ]
-        return labels, (time.perf_counter() - began) / len(self.held)
+    @property
+    def _tokens(self) -> float:
+        """Tokens of a row, roughly."""
+        return sum(len(row.text or "") for row in self.held) / 4 / len(self.held)
 
     def trained(self, name: str) -> Tried:
         """The head's own labels."""
@@ -279,13 +257,10 @@ class _Labels:
         objective = self.job.data.objective
         predictor = Predictor(self.network, objective, self.job.chat, _context(self.job))
         began = time.perf_counter()
-        answers = predictor.answers(self.held)
+        scores = predictor.scores(self.held).scores
         seconds = (time.perf_counter() - began) / len(self.held)
-        if all(isinstance(row.label, str) for row in self.held):
-            return self._scored("fine-tuning", name, [a["label"] for a in answers], seconds)
-        first = next(iter(predictor.scores(self.held).scores.values()))
-        tokens = sum(len(row.text or "") for row in self.held) / 4 / len(self.held)
-        return Tried("fine-tuning", name, None, first, tokens, seconds)
+        first = next(iter(scores.values()))
+        return Tried("fine-tuning", name, None, first, self._tokens, seconds)
 
 
 def _context(job: Job) -> int:

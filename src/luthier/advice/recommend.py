@@ -115,7 +115,7 @@ def _labelled(facts: Facts, fits: Mapping[str, str], command: str) -> Recommenda
 def _without_training(facts: Facts) -> tuple[str, list[str]]:
     """What does as well without training, if anything, and the reasons either way."""
     evidence = facts.evidence
-    best = evidence and evidence.best("as it is", "prompt engineering", "RAG", "nearest rows")
+    best = evidence and evidence.best("as it is", "prompt engineering", "RAG", "simple baselines")
     tuned = evidence and evidence.best("fine-tuning")
     if not evidence or not best:
         return "", ["nothing was tried without training"]

@@ -73,22 +73,22 @@ def prompting(facts: Facts) -> Judgement:
     )  # fmt: skip
 
 
-def nearest(facts: Facts) -> Judgement:
-    """Each text gets the label of the rows most like it, for models that read."""
-    best = facts.evidence and facts.evidence.best("nearest rows")
+def baselines(facts: Facts) -> Judgement:
+    """A simple classifier on words or on the base model's states, for models that read."""
+    best = facts.evidence and facts.evidence.best("simple baselines")
     fit: Fit = "yes" if best and (best.score or 0) >= SURE else "perhaps"
-    reason = "no training, and new rows count at once; every answer searches all rows"
+    reason = "fitted in seconds, and no weight of the base model moves"
     return Judgement(
-        "nearest rows", fit, reason, f"labelled rows; {facts.rows:,} are here",
-        "an index: seconds", "an embedding and a search", "low", "none", "none",
-        _measured(facts, "nearest rows"),
+        "simple baselines", fit, reason, f"labelled rows; {facts.rows:,} are here",
+        "a fit: seconds", "the text once at most", "low", "none", "none",
+        _measured(facts, "simple baselines"),
     )  # fmt: skip
 
 
 def rag(facts: Facts) -> Judgement:
     """What a search finds goes into the prompt."""
     if not facts.writes:
-        return nearest(facts)
+        return baselines(facts)
     if facts.document_tokens:
         fit: Fit = "yes" if facts.wishes.goal == "knowledge" else "perhaps"
         reason = (

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.cli.comparing import print_comparison
 from luthier.cli.console import LiveReporter, heavy_imports, measured, print_json
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def print_result(result: Result) -> None:
         f"{result.saved_bytes / 1e6:,.2f} MB",
         soft_wrap=True,
     )
+    print_comparison(out, result.comparison)
     print_verdict(result)
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png", soft_wrap=True)
     verb = "chat {}" if objective.task == "causal_lm" else "tune DATA --base {}"

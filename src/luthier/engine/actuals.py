@@ -27,6 +27,7 @@ PARTS = {
     "data": "reading, checking and encoding the rows",
     "load": "loading the model and what it needs beside it",
     "begin": "what the objective asks the model before the first step",
+    "baselines": "fitting simple baselines to compare with",
     "calibrate": "choosing the weights that train",
     "ahead": "what is computed once for all rows",
     "steps": "optimizer steps",

@@ -16,8 +16,10 @@ from luthier.data.loader import Mixed, total_tokens
 from luthier.data.prompts import PromptChecker
 from luthier.data.rows import Checker, Recognized, RowReader, read_rows
 from luthier.data.splitting import split_rows, strata_of
+from luthier.engine.comparison import ComparedRows
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
+from luthier.evaluation.baselines import MOST_ROWS
 from luthier.files import sha256_of
 from luthier.inspection.inspect import Report
 from luthier.inspection.jobs import inspect_job, refusals
@@ -64,6 +66,8 @@ class Dataset:
     """What the data gate says of the rows; ``None`` where they were never in memory."""
     recognized: Recognized | None = None
     """What the main source was taken for."""
+    compared: tuple[ComparedRows, ComparedRows] = (ComparedRows(), ComparedRows())
+    """Rows that baselines learn from and are measured on, beside the model."""
     held_out: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     """Lines by training file that are not learned from: of ``validation`` and ``test``."""
 
@@ -129,6 +133,11 @@ def prepare(
         "tokens": total_tokens(read),
         "learned_tokens": int(sum(np.count_nonzero(e.weight_T) for e in read)),
     }
+    learned = [(own[e.row], e) for own, es in zip((rows, *further), sets, strict=True) for e in es]
+    compared = (
+        ComparedRows.of(learned if objective.reads else (), seed),
+        ComparedRows.of([(held[e.row], e) for e in validation], seed, MOST_ROWS // 5),
+    )
     train, mixed = _mix(spec, [objective.arrange(each, context) if each else [] for each in sets])
     choices += _shares(spec, mixed, len(train) - sum(each.rows for each in mixed))
     validation = objective.arrange(validation, context) if validation else []
@@ -145,6 +154,7 @@ def prepare(
         mixed=mixed,
         report=report,
         recognized=recognized,
+        compared=compared,
         held_out={name: lines for name, lines in held_out.items() if lines},
     )
 

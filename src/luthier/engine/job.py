@@ -56,6 +56,8 @@ class Job:
     """Further models that the objective asked for."""
     expected_memory: int = 0
     """Peak in bytes as it was estimated from the sizes of the network alone."""
+    new_head: bool = False
+    """Whether the base model lacks the head, so that it would start from random numbers."""
     sample: Sample | None = None
     """The rows that are run, where a few stand for all of them."""
 
@@ -149,7 +151,17 @@ def settle(
         reporter.note(cost)
     chat = data.objective.format(chat)
     expected = estimate.peak(tokens)
-    return Job(recipe, base, chat, data, machine, steps, others=others, expected_memory=expected)
+    return Job(
+        recipe,
+        base,
+        chat,
+        data,
+        machine,
+        steps,
+        others=others,
+        expected_memory=expected,
+        new_head=new,
+    )
 
 
 def _readings(recipe: Recipe, data: Dataset, steps: int) -> tuple[int, int, int]:

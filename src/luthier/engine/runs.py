@@ -17,6 +17,7 @@ from luthier.encryption.files import new_data_file
 from luthier.encryption.memory import remove, working
 from luthier.engine.verdict import RunVerdict
 from luthier.errors import RunConflict
+from luthier.evaluation.baselines import Comparison
 from luthier.files import copy_lines, disk_errors, lock, luthier_home, read_json, sweep, write_json
 from luthier.models.catalog import MANIFEST
 from luthier.recipe import NAME_PATTERN
@@ -60,6 +61,8 @@ class Result:
     """Size of the custom model's weights on disk."""
     verdict: RunVerdict | None = None
     """Whether it learned; results of older runs have none."""
+    comparison: Comparison | None = None
+    """The model beside simple baselines on the validation rows, where some go with such rows."""
 
 
 class Run:

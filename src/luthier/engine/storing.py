@@ -19,6 +19,7 @@ from luthier.engine.metrics import draw_curves
 from luthier.engine.runs import Result, Run
 from luthier.engine.verdict import judge_run
 from luthier.errors import LuthierError
+from luthier.evaluation.baselines import Comparison
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, new_folder, write_json
 from luthier.inspection.jobs import record
@@ -51,6 +52,8 @@ class Storing:
     """Numbers that trained."""
     weights: int
     """All of the network."""
+    comparison: Comparison | None = None
+    """The model beside simple baselines."""
 
     def store(self, network: Network) -> Result:
         """Save, let go of the network, load what was saved, compare, and only then make it a model."""
@@ -127,6 +130,7 @@ class Storing:
             weights=self.weights,
             saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
             verdict=judge_run(self.lines, measure, rate, self.job.steps),
+            comparison=self.comparison,
         )
 
     def _sample(self) -> list[Example]:

@@ -13,6 +13,7 @@ import torch
 
 from luthier.engine.actuals import Clock, folder_bytes, record_actual
 from luthier.engine.checkpoints import Checkpoints, Progress
+from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.dataset import prepare
 from luthier.engine.devices import (
     Machine,
@@ -27,6 +28,7 @@ from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.runs import ACTIVATIONS, KEPT, METRICS, SAMPLES, Result, Run, automatic_name
 from luthier.engine.storing import Storing
 from luthier.errors import RecipeError, RefusedInput
+from luthier.evaluation.baselines import Comparison
 from luthier.files import need_disk
 from luthier.inspection.jobs import warnings
 from luthier.models.bottom import Bottom, frozen_layers
@@ -174,13 +176,20 @@ class Trainer:
         self.clock = clock or Clock()
         self.calibration_rows = 0
         """Rows whose gradients the adaptation asked for."""
+        self.comparison: Comparison | None = None
+        """What simple baselines are worth, where they are compared with."""
         self.begun = job.data.train
         """All training rows, with what the objective made of them before the first step."""
 
     def run(self, resume: bool) -> Result:
         """Everything after the last check."""
         resumed = self.run_folder.trained()
-        network, progress, lines = self.learn(resume)
+        network, progress, lines = self.learn(resume, compare=True)
+        if self.comparison is not None:
+            held, budget = self.job.data.compared[1], self._reading_budget
+            objective = self.job.data.objective
+            with self.clock.part("baselines"):
+                self.comparison = measure_tuned(network, objective, held, self.comparison, budget)
         result = self.stored(network, progress, lines)
         disk = folder_bytes(self.run_folder.folder) + folder_bytes(self.run_folder.model_folder)
         self.run_folder.finish(result)
@@ -190,25 +199,38 @@ class Trainer:
     def stored(self, network: Network, progress: Progress, lines: list[dict[str, Any]]) -> Result:
         """Write what was trained, and compare what comes back from disk."""
         self.reporter.stage("Storing and verifying the model")
-        storing = Storing(self.job, self.run_folder, progress, lines, self.trained, self.weights)
+        storing = Storing(
+            self.job,
+            self.run_folder,
+            progress,
+            lines,
+            self.trained,
+            self.weights,
+            self.comparison,
+        )
         with self.clock.part("store"):
             return storing.store(network)
 
-    def learn(self, resume: bool) -> tuple[Network, Progress, list[dict[str, Any]]]:
+    def learn(
+        self, resume: bool, compare: bool = False
+    ) -> tuple[Network, Progress, list[dict[str, Any]]]:
         """Train; the network with its best weights, how far it came, and the lines of the metrics.
 
+        ``compare`` fits baselines to compare with before.
         The memory of the optimizer is free again after, which a second copy of the network needs.
         """
-        network, loop = self.ready(resume)
+        network, loop = self.ready(resume, compare)
         progress = loop.run()
         self.release(network)
         return network, progress, loop.metrics.read()
 
-    def ready(self, resume: bool) -> tuple[Network, Loop]:
+    def ready(self, resume: bool, compare: bool = False) -> tuple[Network, Loop]:
         """The network and the loop, right before the first step, or the next."""
         with self.clock.part("load"):
             network = self._network()
         self._begin(network)
+        if compare:
+            self._compare(network)
         checkpoints = Checkpoints(self.run_folder.folder / "checkpoints")
         found = checkpoints.latest() if resume else None
         # What is calibrated comes with a checkpoint, but the starting weights do not.
@@ -290,10 +312,12 @@ class Trainer:
     @torch.no_grad()
     def _begin(self, network: Network) -> None:
         """Let the objective add to the rows what the network says of them before it is trained."""
-        objective, budget = self.job.data.objective, self.recipe.training.micro_batch_tokens or 1
+        objective, budget = self.job.data.objective, self._reading_budget
         network.model.eval()
-        budget, note = max(budget, 2048), self.reporter.note
+        note = self.reporter.note
         with self.clock.part("begin"):
+            if self.job.new_head and (said := objective.start_head(network, self.begun, budget)):
+                note(said)
             train = objective.begin(network, self.job.data.train, budget, note)
         self.begun = train
         self.job = self.job.begun(train)
@@ -302,6 +326,22 @@ class Trainer:
             rows = chain(self.job.data.train, self.job.data.validation)
             objective.keep(network, rows, budget, self.run_folder.working / KEPT, note)
         return_freed_memory()  # a teacher may have been let go
+
+    def _compare(self, network: Network) -> None:
+        """Fit the baselines on what the base model says before anything of it has moved."""
+        train, held = self.job.data.compared
+        seconds = self.recipe.training.baseline_seconds
+        with self.clock.part("baselines"):
+            if train and held and seconds:
+                self.reporter.stage("Fitting simple baselines to compare with")
+            budget = self._reading_budget
+            self.comparison = fit_baselines(network, train, held, budget, seconds)
+        return_freed_memory()
+
+    @property
+    def _reading_budget(self) -> int:
+        """Tokens read at once where nothing is learned."""
+        return max(self.recipe.training.micro_batch_tokens or 1, 2048)
 
     def _remember(self, network: Network) -> int:
         """Where the bottom is frozen and rows come more than once, compute it ahead for all rows.
@@ -321,8 +361,7 @@ class Trainer:
             need_disk(self.run_folder.working, size, "keeping the activations of the frozen layers")
             file = self._activations
         self.reporter.stage(f"Computing the {count} frozen layers once for {len(rows):,} rows")
-        budget = self.recipe.training.micro_batch_tokens or 1
-        network.bottom = Bottom.of(network, count, rows, max(budget, 2048), file)
+        network.bottom = Bottom.of(network, count, rows, self._reading_budget, file)
         self.reporter.note(
             f"{size / 1e6:,.0f} MB of activations are kept {'on disk' if file else 'in memory'}; each "
             f"epoch starts at layer {count + 1}"

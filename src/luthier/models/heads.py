@@ -206,6 +206,20 @@ def head_weights(model: nn.Module) -> set[str]:
     return {n for n, _ in model.named_parameters() if modules and n.startswith(modules)}
 
 
+def score_layer(model: Any) -> nn.Linear | None:
+    """The layer of a new head that gives the scores of the classes, where it is a linear one."""
+    from torch import nn
+
+    classes = int(model.config.num_labels)
+    inside = tuple(f"{name}." for name in head_modules(model))
+    found = [
+        module
+        for name, module in model.named_modules()
+        if f"{name}.".startswith(inside or ("?",)) and isinstance(module, nn.Linear)
+    ]
+    return found[-1] if found and found[-1].out_features == classes else None
+
+
 def start_bias(model: nn.Module, bias: Sequence[float], new: Collection[str]) -> None:
     """Set the bias behind the scores of classes, if it is one of the ``new`` weights.
 

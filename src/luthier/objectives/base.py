@@ -9,6 +9,7 @@ vetted setting as default. The engine calls these methods and knows nothing else
     gather    rows that are learned together: judged answers to one prompt are pairs
     fit       what it must know of all rows: the classes there are
     encode    rows to token ids with a loss weight for each token
+    start_head  where a new head starts, by the training rows
     begin     what the network, as it is before the first step, adds to the rows
     refer     what it says of rows as the reference model, where they are read more than once
     keep      what is computed ahead for all rows, held-out ones included, and kept in files
@@ -183,6 +184,14 @@ class Objective(BaseModel):
         and order of the rows. ``budget`` is the tokens read at once; ``note`` tells people something.
         """
         return examples
+
+    def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
+        """Set a head that would start at random by what the network says of the training rows.
+
+        Called as :meth:`begin` is and right before it, where the base model has no such head. Returns
+        what was done, for people; empty for nothing.
+        """
+        return ""
 
     def keep(
         self,

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
+PROBED_ROWS = 10_000
+"""Rows that a new head starts from at most; more hardly move so few weights."""
+
+
 class Classification(Objective):
     """Which class, or which classes, a text belongs to."""
 
@@ -40,6 +44,8 @@ class Classification(Objective):
     """Whether a text may have several labels, or none; from the training rows when not given."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread over all classes (Szegedy et al. 2016); one label only."""
+    probe: bool = False
+    """Start a new head from logistic regression on the base model, for many classes with few rows."""
 
     task: ClassVar[Task] = "sequence_classification"
     evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
@@ -122,6 +128,43 @@ class Classification(Objective):
         )
         right_R = scores_RC.argmax(-1) == target[:, 0]
         return Loss(total, {"accuracy": float(right_R.sum())})
+
+    def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
+        """Logistic regression on what the head's last layer reads of the training rows, as it starts.
+
+        Linear probing, then fine-tuning (Kumar et al. 2022, arXiv:2202.10054): the first gradients of a
+        random head would pull the states of the network apart for nothing.
+        """
+        import torch
+
+        from luthier.evaluation.linear import fit_logistic
+        from luthier.models.heads import score_layer
+
+        layer, classes = score_layer(network.model), len(self.labels or ())
+        if not self.probe or layer is None or classes < 2:
+            return ""
+        chosen = examples[:: -(-len(examples) // PROBED_ROWS)]
+        features, targets = list[torch.Tensor](), list[np.ndarray[Any, Any]]()
+        tap = layer.register_forward_pre_hook(
+            lambda _, given: features.append(given[0].flatten(0, -2).float().cpu())
+        )
+        try:
+            for batch in network.batches(chosen, budget):
+                network.row_scores(batch)
+                targets += batch.tree.targets
+        finally:
+            tap.remove()
+        target = torch.from_numpy(np.stack(targets))
+        found = fit_logistic(
+            torch.cat(features),
+            target if self.multi_label else target[:, 0],
+            classes,
+            bias=layer.bias is not None,
+        )
+        layer.weight.copy_(found.weight_CH)
+        if layer.bias is not None:
+            layer.bias.copy_(found.bias_C)
+        return f"the new head starts from logistic regression on {len(chosen):,} rows"
 
     def described(self, example: Example) -> str:
         """The labels of the row."""

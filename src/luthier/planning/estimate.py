@@ -137,6 +137,7 @@ def _parts(measured: Measured) -> dict[str, Interval]:
     every = measured.work.row_tokens / max(1, trial.row_tokens)
     found["ahead"] = found["ahead"].times(every)
     found["calibrate"] = found["calibrate"].times(measured.calibration)
+    found["baselines"] = _baselines(measured)
     found["steps"] = _steps(measured)
     found["validation"] = Interval.around(_validation(measured), COUNTED, COUNTED)
     going = found["steps"].value + found["validation"].value
@@ -178,6 +179,17 @@ def _validation(measured: Measured) -> float:
         return 0.0
     one = trial.held_seconds * measured.work.validation_tokens / trial.held_tokens
     return one * measurements(measured.work.steps, job.recipe.training.evaluate_every)
+
+
+def _baselines(measured: Measured) -> Interval:
+    """Seconds to read the rows once, for the states of the base model, and as long again to fit."""
+    trial, job = measured.trial, measured.job
+    most = job.recipe.training.baseline_seconds
+    if not trial.held_tokens or not all(job.data.compared):
+        return Interval.exactly(0.0)
+    tokens = sum(len(example) for rows in job.data.compared for example in rows.examples)
+    value = min(most, 2 * trial.held_seconds * tokens / trial.held_tokens)
+    return Interval(value, 0.0, most)
 
 
 def _checkpoints(seconds: float, steps: int, cost: float) -> int:

@@ -1,0 +1,119 @@
+"""The baselines of a run: fitted on the base model before its first step, and compared at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luthier.evaluation.baselines import (
+    MOST_ROWS,
+    Comparison,
+    States,
+    compare,
+    is_comparable,
+)
+from luthier.evaluation.labels import scores
+from luthier.models.network import Network
+from luthier.objectives import Contrastive, Objective
+from luthier.types import Example, Row
+
+LARGEST_STATES = 20_000_000
+"""Numbers of all states of the base model that are held."""
+READING = 0.75
+"""Share of the time that is for reading the rows."""
+CHUNK = 256
+"""Rows that are read between two looks at the clock."""
+
+
+@dataclass(frozen=True)
+class ComparedRows:
+    """Rows as they are and as they are encoded: at most so many as baselines take, in random order."""
+
+    rows: Sequence[Row] = ()
+    examples: Sequence[Example] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[Row, Example]], seed: int, most: int = MOST_ROWS) -> ComparedRows:
+        """Those of ``pairs`` that can be compared; a row that was cut says more than is read of it."""
+        able = [(row, example) for row, example in pairs if is_comparable(row, example)]
+        order = np.random.default_rng(seed).permutation(len(able))[:most].tolist()
+        return ComparedRows([able[i][0] for i in order], [able[i][1] for i in order])
+
+
+def fit_baselines(
+    network: Network, train: ComparedRows, held: ComparedRows, budget: int, seconds: float
+) -> Comparison | None:
+    """What the baselines are worth that go with such rows; ``None`` where there are none.
+
+    Args:
+        network: as it is before the first step.
+        train: what they learn from.
+        held: what they are measured on.
+        budget: tokens read at once.
+        seconds: after which no further baseline is begun; the states of the network have most of
+            them, and where these end only the rows that were read by then are learned from.
+    """
+    if not train or not held or not seconds:
+        return None
+    until = time.monotonic() + seconds
+    states = None
+    if train.rows[0].text is not None:
+        states = base_states(network, train, held, budget, seconds * READING)
+    return compare(train.rows, held.rows, states, until)
+
+
+@torch.no_grad()
+def base_states(
+    network: Network, train: ComparedRows, held: ComparedRows, budget: int, seconds: float
+) -> States | None:
+    """One state for each row; ``None`` where not even ``held`` could be read in ``seconds``."""
+    began = time.monotonic()
+    network.model.eval()
+    most = max(1, LARGEST_STATES // network.width)
+    held_QH = _states(network, held.examples, budget, began + seconds)
+    if len(held_QH) < len(held):
+        return None
+    train_NH = _states(network, train.examples[:most], budget, began + seconds)
+    if not len(train_NH):
+        return None
+    return States(train_NH, held_QH, time.monotonic() - began)
+
+
+def _states(network: Network, examples: Sequence[Example], budget: int, until: float) -> Tensor:
+    """Embeddings of the first rows, as many as are read until then."""
+    encoder, parts = Contrastive(), list[Tensor]()
+    for start in range(0, len(examples), CHUNK):
+        if time.monotonic() > until:
+            break
+        chunk = [replace(e, row=i) for i, e in enumerate(examples[start : start + CHUNK])]
+        states_RH = torch.zeros(len(chunk), network.width)
+        for batch in network.batches(chunk, budget):
+            rows = [example.row for example in batch.tree.examples]
+            states_RH[rows] = encoder.embed(network, batch).float().cpu()
+        parts.append(states_RH)
+    return torch.cat(parts) if parts else torch.zeros(0, network.width)
+
+
+@torch.no_grad()
+def measure_tuned(
+    network: Network, objective: Objective, held: ComparedRows, found: Comparison, budget: int
+) -> Comparison:
+    """``found`` with what the tuned network is worth on the same rows."""
+    network.model.eval()
+    answers: list[dict[str, Any]] = [{} for _ in held.rows]
+    examples = [replace(example, row=index) for index, example in enumerate(held.examples)]
+    for batch in network.batches(examples, budget):
+        for example, answer in zip(
+            batch.tree.examples, objective.answers(network, batch), strict=True
+        ):
+            answers[example.row] = answer
+    return replace(found, tuned=scores(held.rows, answers)[found.measure])

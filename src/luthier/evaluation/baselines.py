@@ -1,0 +1,324 @@
+"""Cheap methods that a tuned model has to beat: fitted on the same rows in seconds, by the same scores.
+
+What is fitted follows from what the rows say: a label (or several), a rating, a tag for each word.
+Some read the words alone, the others the states of the base model as it is, frozen.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.evaluation.labels import scores
+from luthier.evaluation.linear import fit_centroids, fit_logistic, fit_ridge
+from luthier.types import Example, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_ROWS = 10_000
+"""Rows that are learned from at most, and a fifth of it to measure on: what bounds the memory."""
+NEIGHBOURS = 5
+SMOOTHING = 0.3
+"""Added to each count of naive Bayes."""
+LARGEST_TABLE = 20_000_000
+"""Counts that naive Bayes holds at most; the rarest words are left out."""
+_WORD = re.compile(r"\w+")
+_LESS_IS_BETTER = frozenset({"mean_absolute_error"})
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One method, measured."""
+
+    name: str
+    score: float
+    """Of the measure that is compared."""
+    scores: dict[str, float]
+    """Of all measures that go with such rows."""
+    seconds: float
+    """To fit it and to answer all rows."""
+    constant: bool = False
+    """Whether it answers every row alike."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A tuned model beside the baselines, on the same held-out rows."""
+
+    measure: str
+    """What is compared: ``accuracy``, ``mean_absolute_error`` or ``entity_f1``."""
+    rows: int
+    """Held-out rows that are measured on."""
+    train_rows: int
+    """Training rows the baselines learned from."""
+    baselines: list[Baseline]
+    tuned: float | None = None
+    """The tuned model's; ``None`` where it was not measured."""
+    left_out: list[str] = field(default_factory=list)
+    """Baselines that there was no time for."""
+
+    def gain(self, baseline: Baseline) -> float:
+        """How much better than a baseline the tuned model is; below 0 where it is worse."""
+        difference = (self.tuned or 0.0) - baseline.score
+        return -difference if self.measure in _LESS_IS_BETTER else difference
+
+    @property
+    def best(self) -> Baseline | None:
+        """The hardest baseline to beat."""
+        return min(self.baselines, key=self.gain, default=None)
+
+    @property
+    def verdict(self) -> str:
+        """What to make of it, where a baseline does as well or better; else empty."""
+        best = self.best
+        if best is None or self.tuned is None or self.gain(best) > 0:
+            return ""
+        does = "does as well" if self.gain(best) == 0 else "does better"
+        return (
+            f"{best.name} {does}: {render(self.measure, best.score)} against "
+            f"{render(self.measure, self.tuned)} of the tuned model, on the same {self.rows:,} rows, "
+            f"and is fitted in {best.seconds:.1f} s"
+        )
+
+
+def render(measure: str, score: float) -> str:
+    """A score with the name of what it measures, for people."""
+    name = measure.replace("_", " ")
+    return f"{name} {score:.3g}" if measure in _LESS_IS_BETTER else f"{name} {score:.1%}"
+
+
+@dataclass(frozen=True)
+class States:
+    """Mean states of the frozen base model for the rows that are learned from and measured on."""
+
+    train_NH: Tensor
+    held_QH: Tensor
+    seconds: float = 0.0
+    """What computing them took, which belongs to whatever reads them."""
+
+
+Answers = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A name, and what answers the rows that are measured on."""
+
+    name: str
+    answers: Callable[[], Answers]
+    constant: bool = False
+    states: States | None = None
+    """What it reads of the base model."""
+
+    def measured(self, train: Sequence[Row], held: Sequence[Row]) -> Baseline:
+        """Fitted, with what it scores; said of fewer rows where not all were read."""
+        began = time.monotonic()
+        found = scores(held, self.answers())
+        seconds, name = time.monotonic() - began, self.name
+        if self.states is not None:
+            seconds += self.states.seconds
+            if (read := len(self.states.train_NH)) < len(train):
+                name += f" ({read:,} of {len(train):,} rows)"
+        score = next(iter(found.values()))
+        return Baseline(name, score, found, round(seconds, 3), self.constant)
+
+
+def is_comparable(row: Row, example: Example) -> bool:
+    """Whether a row says what it should be answered with, and was not cut when it was encoded."""
+    if row.tags is not None:
+        return int(np.count_nonzero(example.weight_T)) == len(row.tags)
+    return row.text is not None and (row.label, row.rating) != (None, None)
+
+
+def compare(
+    train: Sequence[Row],
+    held: Sequence[Row],
+    states: States | None,
+    until: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> Comparison | None:
+    """Fit the baselines that go with such rows on ``train`` and measure them on ``held``.
+
+    ``None`` where there are none. ``states`` are those of both, in the same order, perhaps only of the
+    first rows of ``train``; rows with tags have none. No further baseline is begun after the time
+    ``until`` of ``clock``.
+    """
+    if not train or not held:
+        return None
+    made: list[Baseline] = []
+    left_out: list[str] = []
+    for method in _methods(train, held, states):
+        if clock() < until:
+            made.append(method.measured(train, held))
+        else:
+            left_out.append(method.name)
+    if not made:
+        return None
+    measure = next(iter(made[0].scores))
+    return Comparison(measure, len(held), len(train), made, None, left_out)
+
+
+def _methods(train: Sequence[Row], held: Sequence[Row], states: States | None) -> Iterator[_Method]:
+    """Names and ways to answer ``held``, the quickest first."""
+    rows = (*train, *held)
+    if all(isinstance(row.label, str) for row in rows):
+        yield from _label_methods(train, held, states)
+    elif all(row.label is not None for row in rows):
+        yield from _label_set_methods(train, held, states)
+    elif all(row.rating is not None and row.text is not None for row in rows):
+        yield from _rating_methods(train, held, states)
+    elif all(row.tags is not None for row in rows):
+        yield _Method("the most frequent tag of each word", lambda: _frequent_tags(train, held))
+
+
+def _label_methods(
+    train: Sequence[Row], held: Sequence[Row], states: States | None
+) -> Iterator[_Method]:
+    labels = [str(row.label) for row in train]
+    names = sorted(set(labels))
+    frequent = Counter(labels).most_common(1)[0][0]
+    yield _Method(
+        "always the most frequent label", lambda: [{"label": frequent}] * len(held), constant=True
+    )
+
+    def named(classes: Sequence[int]) -> Answers:
+        return [{"label": names[index]} for index in classes]
+
+    places = {name: place for place, name in enumerate(names)}
+    classes = [places[label] for label in labels]
+    texts, asked = [row.text or "" for row in train], [row.text or "" for row in held]
+    yield _Method(
+        "naive Bayes on words", lambda: named(naive_bayes(texts, classes, len(names), asked))
+    )
+    if states is None:
+        return
+    given, train_NH = states, states.train_NH
+    targets_N = train_NH.new_tensor(classes[: len(train_NH)]).long()
+
+    def by_neighbours() -> Answers:
+        return [{"label": label} for label in nearest_labels(given, labels)]
+
+    def by_centroids() -> Answers:
+        model = fit_centroids(train_NH, targets_N, len(names))
+        return named(model.scores(given.held_QH).argmax(-1).tolist())
+
+    def by_regression() -> Answers:
+        model = fit_logistic(train_NH, targets_N, len(names))
+        return named(model.scores(given.held_QH).argmax(-1).tolist())
+
+    yield _Method(f"{NEIGHBOURS} nearest rows of the base model", by_neighbours, states=given)
+    yield _Method("class centroids of the base model", by_centroids, states=given)
+    yield _Method("logistic regression on the base model", by_regression, states=given)
+
+
+def _label_set_methods(
+    train: Sequence[Row], held: Sequence[Row], states: States | None
+) -> Iterator[_Method]:
+    """Rows that may have several labels."""
+    sets = [_label_set(row) for row in train]
+    frequent = list(Counter(sets).most_common(1)[0][0])
+    yield _Method(
+        "always the most frequent labels", lambda: [{"label": frequent}] * len(held), constant=True
+    )
+    if states is None:
+        return
+    given, train_NH = states, states.train_NH
+    names = sorted({name for each in sets for name in each})
+    targets_NC = train_NH.new_tensor(
+        [[name in each for name in names] for each in sets[: len(train_NH)]]
+    )
+
+    def by_regression() -> Answers:
+        model = fit_logistic(train_NH, targets_NC, len(names))
+        likely_QC = (model.scores(given.held_QH) > 0).tolist()
+        return [
+            {"label": [name for name, likely in zip(names, row, strict=True) if likely]}
+            for row in likely_QC
+        ]
+
+    yield _Method("logistic regression on the base model", by_regression, states=given)
+
+
+def _label_set(row: Row) -> tuple[str, ...]:
+    label = row.label
+    return (label,) if isinstance(label, str) else tuple(sorted(label or ()))
+
+
+def _rating_methods(
+    train: Sequence[Row], held: Sequence[Row], states: States | None
+) -> Iterator[_Method]:
+    ratings = [row.rating or 0.0 for row in train]
+    # The median has the least absolute error of all constants.
+    median = statistics.median(ratings)
+    yield _Method(
+        "always the median rating", lambda: [{"rating": median}] * len(held), constant=True
+    )
+    if states is None:
+        return
+    given = states
+
+    def by_regression() -> Answers:
+        targets_N = given.train_NH.new_tensor(ratings[: len(given.train_NH)])
+        found = fit_ridge(given.train_NH, targets_N).scores(given.held_QH)[:, 0].tolist()
+        return [{"rating": rating} for rating in found]
+
+    yield _Method("ridge regression on the base model", by_regression, states=given)
+
+
+def _frequent_tags(train: Sequence[Row], held: Sequence[Row]) -> Answers:
+    """Each word has the tag it most often has; O where it was never seen (CoNLL-2003's baseline)."""
+    seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in train:
+        for word, tag in zip(row.tokens or (), row.tags or (), strict=True):
+            seen[word][tag] += 1
+    tags = {word: counts.most_common(1)[0][0] for word, counts in seen.items()}
+    return [{"tags": [tags.get(word, "O") for word in row.tokens or ()]} for row in held]
+
+
+def nearest_labels(states: States, labels: Sequence[str]) -> list[str]:
+    """Labels by vote of the nearest training rows: k-NN by the cosine of their states."""
+    from torch.nn.functional import normalize
+
+    train_NH, held_QH = normalize(states.train_NH, dim=-1), normalize(states.held_QH, dim=-1)
+    count = min(NEIGHBOURS, len(labels))
+    return [
+        Counter(labels[index] for index in near).most_common(1)[0][0]
+        for near in (held_QH @ train_NH.T).topk(count).indices.tolist()
+    ]
+
+
+def words_and_pairs(text: str) -> list[str]:
+    """The words of a text in lower case, and every two that follow each other."""
+    words = _WORD.findall(text.lower())
+    return [*words, *(f"{one} {other}" for one, other in pairwise(words))]
+
+
+def naive_bayes(
+    texts: Sequence[str], classes: Sequence[int], count: int, asked: Sequence[str]
+) -> list[int]:
+    """Classes of the texts ``asked``: multinomial naive Bayes on words and pairs of words."""
+    rows = [words_and_pairs(text) for text in texts]
+    frequency = Counter(word for row in rows for word in row)
+    kept = frequency.most_common(LARGEST_TABLE // count)
+    places = {word: place for place, (word, _) in enumerate(kept)}
+    counts_CV: NDArray[np.float32] = np.full((count, len(places)), SMOOTHING, np.float32)
+    for row, index in zip(rows, classes, strict=True):
+        np.add.at(counts_CV[index], [places[word] for word in row if word in places], 1)
+    log_CV = np.log(counts_CV)
+    log_CV -= np.log(counts_CV.sum(1, keepdims=True))
+    prior_C = np.log(np.maximum(np.bincount(classes, minlength=count), 1e-9) / len(classes))
+    found = []
+    for text in asked:
+        known = [places[word] for word in words_and_pairs(text) if word in places]
+        found.append(int((prior_C + log_CV[:, known].sum(1)).argmax()))
+    return found

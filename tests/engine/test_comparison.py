@@ -1,0 +1,87 @@
+"""A run beside simple baselines: what it stores, and what it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from short_runs import manifest_of, write_rows
+
+from luthier.engine.runs import Result
+from luthier.engine.train import train
+from luthier.files import read_json
+from luthier.recipe import Recipe
+
+ANIMALS = ("fox", "dog", "cat", "bird")
+THINGS = ("card", "bank", "house", "stone")
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """What a row is about stands in it as a word."""
+    rows = [
+        {
+            "text": f"the {word} and my {other} {n}",
+            "label": "animal" if word in ANIMALS else "thing",
+        }
+        for n, (word, other) in enumerate(
+            (word, other)
+            for word in (*ANIMALS, *THINGS)
+            for other in ("river", "tree", "cloud") * 3
+        )
+    ]
+    return write_rows(tmp_path / "labelled.jsonl", rows)
+
+
+@pytest.fixture
+def tuned(labelled: Path, family_folder: Callable[[str], Path]) -> Callable[..., Result]:
+    def run(name: str, **training: Any) -> Result:
+        settings = {"max_steps": 2, "precision": "float32", "threads": 1, **training}
+        recipe = {
+            "base": str(family_folder("bert")), "name": name, "training": settings,
+            "data": {"train": str(labelled), "validation_share": 0.25},
+        }  # fmt: skip
+        return train(Recipe.parse(recipe))
+
+    return run
+
+
+def test_a_classifier_is_measured_beside_its_baselines(tuned: Callable[..., Result]) -> None:
+    result = tuned("beside")
+    found = result.comparison
+    assert found is not None
+    assert found.measure == "accuracy"
+    assert found.rows + found.train_rows == 72
+    scores = {each.name: each.score for each in found.baselines}
+    assert scores["naive Bayes on words"] == 1.0
+    assert len(scores) == 5
+    assert found.tuned is not None
+    assert found.tuned in [pytest.approx(n / found.rows) for n in range(found.rows + 1)]
+    # It is the same when it is read back, in the run and in the model.
+    stored = read_json(Path(result.run_dir) / "result.json")
+    assert Result(**stored) == result
+    kept = manifest_of(result)["metrics"]["comparison"]
+    assert kept["tuned"] == found.tuned
+    assert len(kept["baselines"]) == 5
+
+
+def test_baselines_can_be_turned_off_and_change_nothing_of_the_run(
+    tuned: Callable[..., Result],
+) -> None:
+    beside, alone = tuned("beside"), tuned("alone", baseline_seconds=0)
+    assert alone.comparison is None
+    weights = [manifest_of(result)["trained_weights_sha256"] for result in (beside, alone)]
+    assert weights[0] == weights[1]
+
+
+def test_models_that_write_have_none(recipe: Callable[..., Recipe]) -> None:
+    assert train(recipe()).comparison is None
+
+
+def test_a_result_of_a_run_without_a_comparison_is_read(tuned: Callable[..., Result]) -> None:
+    result = tuned("alone", baseline_seconds=0)
+    stored = read_json(Path(result.run_dir) / "result.json")
+    del stored["comparison"]
+    assert Result(**stored) == result

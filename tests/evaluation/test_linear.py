@@ -1,0 +1,73 @@
+"""Linear models on fixed features, on points whose answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from luthier.evaluation.linear import fit_centroids, fit_logistic, fit_ridge
+
+
+@pytest.fixture
+def clusters() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three clusters far from the origin, as states of networks are."""
+    generator = torch.Generator().manual_seed(0)
+    classes_N = torch.arange(90) % 3
+    points_NH = torch.randn(90, 8, generator=generator) + 4 * torch.eye(3, 8)[classes_N] + 50
+    return points_NH, classes_N
+
+
+def test_logistic_regression_tells_clusters_apart_wherever_they_lie(
+    clusters: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    points_NH, classes_N = clusters
+    model = fit_logistic(points_NH, classes_N, 3)
+    assert (model.scores(points_NH).argmax(-1) == classes_N).float().mean() > 0.97
+    # The scale of the features changes nothing.
+    other = fit_logistic(points_NH * 1000, classes_N, 3)
+    torch.testing.assert_close(
+        other.scores(points_NH * 1000), model.scores(points_NH), atol=0.02, rtol=0.02
+    )
+
+
+def test_it_minimizes_what_it_says(clusters: tuple[torch.Tensor, torch.Tensor]) -> None:
+    points_NH, classes_N = clusters
+    model = fit_logistic(points_NH, classes_N, 3, penalty=1.0)
+    spread = (points_NH - points_NH.mean(0)).square().mean().sqrt()
+
+    def loss(weight_CH: torch.Tensor, bias_C: torch.Tensor) -> float:
+        scores_NC = points_NH @ weight_CH.T + bias_C
+        entropy = torch.nn.functional.cross_entropy(scores_NC, classes_N)
+        return float(entropy + 0.5 * (weight_CH * spread).square().sum())
+
+    least = loss(model.weight_CH, model.bias_C)
+    for factor in (0.9, 1.1):
+        assert loss(model.weight_CH * factor, model.bias_C * factor) > least
+
+
+def test_classes_that_come_together_are_told_one_by_one(
+    clusters: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    points_NH, classes_N = clusters
+    targets_NC = torch.stack([classes_N == 0, classes_N != 2], 1).float()
+    model = fit_logistic(points_NH, targets_NC, 2)
+    right_NC = (model.scores(points_NH) > 0) == targets_NC.bool()
+    assert right_NC.float().mean() > 0.97
+
+
+def test_centroids_answer_by_direction(clusters: tuple[torch.Tensor, torch.Tensor]) -> None:
+    points_NH, classes_N = clusters
+    found_N = fit_centroids(points_NH, classes_N, 3).scores(points_NH).argmax(-1)
+    assert (found_N == classes_N).float().mean() > 0.95
+
+
+def test_ridge_finds_a_line_and_ignores_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points_NH = torch.randn(60, 40, generator=generator) + 10
+    line_N = 3 * points_NH[:, 0] + 7
+    found = fit_ridge(points_NH, line_N)
+    torch.testing.assert_close(found.scores(points_NH)[:, 0], line_N, atol=0.5, rtol=0.05)
+    noise_N = torch.randn(60, generator=generator)
+    fresh_NH = torch.randn(200, 40, generator=generator) + 10
+    guess_N = fit_ridge(points_NH, noise_N).scores(fresh_NH)[:, 0]
+    assert (guess_N - noise_N.mean()).square().mean() < 0.5 * noise_N.var()

@@ -1,0 +1,78 @@
+"""A new head starts from logistic regression on the states of the base model, where asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from luthier.models.heads import score_layer
+from luthier.models.load import as_network, load_model
+from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
+from luthier.objectives import Classification
+from luthier.types import Example, Row
+
+CPU = torch.device("cpu")
+FAMILIES = ("llama", "gpt2", "bert", "roberta", "albert", "t5", "xlnet")
+WORDS = ("fox", "dog", "card", "bank", "quick", "lazy", "brown", "jumps")
+
+
+def rows(several: bool) -> list[Row]:
+    made = []
+    for number, word in enumerate(WORDS * 3):
+        name = ("animal", "thing", "manner")[WORDS.index(word) // 2 % 3]
+        label = (name, "early") if several and number < 12 else (name,) if several else name
+        made.append(Row("f", number + 1, text=f"the {word} over my {word}", label=label))
+    return made
+
+
+def started(
+    folder: Path, several: bool = False, probe: bool = True
+) -> tuple[Network, Classification, list[Example], str]:
+    chat = load_chat_format(folder)
+    given = rows(several)
+    objective = Classification(probe=probe).fit(given, chat)
+    torch.manual_seed(0)
+    network = as_network(
+        load_model(folder, torch.float32, CPU, objective.head()), CPU, torch.float32
+    )
+    network.model.eval()
+    examples = [objective.encode(row, index, chat) for index, row in enumerate(given)]
+    with torch.no_grad():
+        said = objective.start_head(network, examples, 2048)
+    return network, objective, examples, said
+
+
+def accuracy(network: Network, objective: Classification, examples: list[Example]) -> float:
+    with torch.no_grad():
+        batches = network.batches(examples, 2048)
+        right = sum(objective.loss(network, batch).metrics["accuracy"] for batch in batches)
+    return right / len(examples)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_step_begins_where_the_regression_ended(
+    family: str, family_folder: Callable[[str], Path]
+) -> None:
+    network, objective, examples, said = started(family_folder(family))
+    assert said == "the new head starts from logistic regression on 24 rows"
+    assert accuracy(network, objective, examples) >= 0.9
+    alone, objective, examples, said = started(family_folder(family), probe=False)
+    assert not said
+    assert accuracy(alone, objective, examples) < 0.9
+
+
+def test_classes_that_come_together(family_folder: Callable[[str], Path]) -> None:
+    network, objective, examples, _ = started(family_folder("bert"), several=True)
+    alone, *_ = started(family_folder("bert"), several=True, probe=False)
+    losses = [objective.mean_loss(each, examples, 2048) for each in (network, alone)]
+    assert losses[0] < 0.7 * losses[1]
+
+
+def test_the_same_rows_give_the_same_head(family_folder: Callable[[str], Path]) -> None:
+    heads = [score_layer(started(family_folder("bert"))[0].model) for _ in range(2)]
+    assert heads[0] is not None and heads[1] is not None
+    assert torch.equal(heads[0].weight, heads[1].weight)
