@@ -122,6 +122,33 @@ def test_there_and_back(database: Database, store: Path, tmp_path: Path) -> None
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
 
 
+def modes_below(folder: Path) -> set[tuple[bool, int]]:
+    """Permissions of ``folder`` and all in it, each with whether it is of a folder."""
+    entries = [folder, *folder.rglob("*")]
+    return {(entry.is_dir(), stat.S_IMODE(entry.stat().st_mode)) for entry in entries}
+
+
+def test_only_the_owner_reads_a_backup_and_what_is_restored(
+    database: Database, store: Path, tmp_path: Path
+) -> None:
+    before = os.umask(0)
+    try:
+        backup(database, store, tmp_path / "backup")
+        home = tmp_path / "other"
+        home.mkdir(mode=0o755)
+        restore(tmp_path / "backup", home)
+        private = {(True, 0o700), (False, 0o600)}
+        assert modes_below(tmp_path / "backup") == modes_below(home) == private
+        restored = Database(f"sqlite:///{home / 'luthier.db'}")
+        with restored.write() as session:
+            append(session, Event("luthier:test"))
+            assert (home / "luthier.db-wal").exists()
+            assert modes_below(home) == private
+        restored.close()
+    finally:
+        os.umask(before)
+
+
 def test_the_key_is_left_out_unless_asked_for(
     database: Database, store: Path, tmp_path: Path
 ) -> None:
