@@ -25,7 +25,7 @@ from luthier.store.audit import Event, append
 from luthier.store.database import Database, now
 from luthier.store.policy_documents import ROLES
 from luthier.store.quota_usage import quota_usage
-from luthier.store.sealing import Sealing, server_key
+from luthier.store.sealing import Sealing
 
 Row = dict[str, Any]
 
@@ -209,7 +209,8 @@ def create_key(
     with changing(url, "keys.create", account, name) as session:
         user = principals.user_of(session, account, name)
         if kind == "access":
-            access, secret = principals.create_access_key(session, user, Sealing(server_key()))
+            sealing = Sealing(principals.matching_server_key(session))
+            access, secret = principals.create_access_key(session, user, sealing)
             told = {"access_key_id": access.id, "secret_access_key": secret}
         else:
             expires = None if days is None else now() + timedelta(days=days)
