@@ -71,6 +71,8 @@ def test_what_cannot_be_served_is_refused_at_once(tmp_path: Path) -> None:
     assert "--tls-cert and --tls-key" in refused("--tls-cert", str(file))
     assert "--tls-port" in refused("--tls-port", "1")
     assert "not a file" in refused("--tls-cert", str(file), "--tls-key", str(tmp_path / "none"))
+    for rate in ("-1", "nan", "inf"):
+        assert f"--requests-per-second {rate}" in refused("--requests-per-second", rate)
     assert "no database luthier knows" in refused("--database", "mysql://a/b")
 
 
