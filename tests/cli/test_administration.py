@@ -178,6 +178,19 @@ def test_the_log_says_what_was_changed(database: Database, ann: str, tmp_path: P
     assert run(audit_app, "verify", "--json")["intact"] is True
 
 
+def test_limits_of_accounts_say_whose_they_are(database: Database, ann: str) -> None:
+    admin("accounts", "quota", FIRST, "objects=7", "--requests-per-second", "0.5")
+    shown = {row["quota"]: row for row in admin("accounts", "usage", FIRST)["usage"]}
+    assert (shown["objects"]["most"], shown["objects"]["from"]) == (7, "account")
+    assert shown["stored_bytes"]["from"] == "built-in default"
+    rate = shown["requests_per_second"]
+    assert (rate["most"], rate["from"], rate["used"]) == (0.5, "account", None)
+    admin("accounts", "quota", FIRST, "requests_per_second=")
+    done = CliRunner().invoke(admin_app, ["accounts", "usage", FIRST])
+    assert "requests_per_second" in done.stdout
+    assert "of a server without --limit" in done.stderr
+
+
 def test_verifying_the_log(database: Database, ann: str) -> None:
     intact = run(audit_app, "verify", "--json")
     assert (intact["intact"], intact["entries"]) == (True, 2)

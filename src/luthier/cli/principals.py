@@ -32,6 +32,8 @@ from luthier.store.sealing import Sealing
 Row = dict[str, Any]
 RATE = "requests_per_second"
 """The one quota that no row is counted for."""
+BUILT_IN = "built-in default"
+"""Where a limit comes from that the account has no quota of its own for."""
 
 
 @contextmanager
@@ -123,7 +125,10 @@ def set_quota(
 
 
 def show_quotas(url: str | None, account: str | None, as_json: bool) -> None:
-    """Print what accounts have beside their quotas."""
+    """Print what accounts have beside their quotas.
+
+    What a running server was given by ``--limit`` stands in no table: of it this knows nothing.
+    """
     found: list[Row] = []
     with opened(url) as database, database.read() as session:
         known = accounts.accounts(session) if account is None else []
@@ -133,8 +138,15 @@ def show_quotas(url: str | None, account: str | None, as_json: bool) -> None:
             for name, used in quota_usage(session, each.id).items():
                 row: Row = {"account": each.id, "quota": name, "used": used}
                 row["most"] = getattr(quotas, name)
-                found.append(row | {"from": "account" if name in own else "default"})
+                found.append(row | {"from": "account" if name in own else BUILT_IN})
+            row = {"account": each.id, "quota": RATE, "used": None, "most": own.get(RATE)}
+            found.append(row | {"from": "account" if RATE in own else BUILT_IN})
     _print("usage", ("account", "quota", "used", "most", "from"), found, as_json)
+    if any(row["from"] == BUILT_IN for row in found):
+        note(
+            f"  {BUILT_IN}: of a server without --limit and --requests-per-second; the limits of the "
+            "running one are told by its GET /api/v1/usage"
+        )
 
 
 def show_usage(
