@@ -123,21 +123,23 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, private: bool = False) -> Iterator[Path]:
     """Fill a temporary folder; when the block ends well it becomes ``path``, else it is gone.
 
-    An existing ``path`` is replaced.
+    An existing ``path`` is replaced. What is ``private`` only its owner may read, whatever the umask.
     """
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}~", dir=path.parent))
         try:
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                if file.is_file():
-                    os.chmod(file, 0o644)
-                    _sync_file(file)
-            temporary.chmod(0o755)
+            for entry in sorted(temporary.rglob("*")):
+                if entry.is_file():
+                    os.chmod(entry, 0o600 if private else 0o644)
+                    _sync_file(entry)
+                elif private:
+                    entry.chmod(0o700)
+            temporary.chmod(0o700 if private else 0o755)
             _sync_folder(temporary)
             if path.exists():
                 doomed = Path(tempfile.mkdtemp(prefix=temporary.name, dir=path.parent))

@@ -237,7 +237,10 @@ def test_only_one_region(database: Database, api_key: str) -> None:
 
 
 def test_another_servers_key_opens_nothing(database: Database, api_key: str) -> None:
-    from luthier.errors import CorruptFile
-
-    with pytest.raises(CorruptFile, match=r"server\.key"):
-        Authenticator(database, Settings(), bytes(32)).authenticate(signed(), b"")
+    other = Authenticator(database, Settings(), bytes(32))
+    for head in (signed(), signed(service="sts")):
+        assert code_of(other, head) == "UnrecognizedClient"
+    # As an access key that nobody has.
+    assert code_of(other, signed(keys=("AKIANOBODY", SECRET))) == "UnrecognizedClient"
+    assert code_of(other, bearing(short_term_key())) == "AccessDenied"
+    assert other.authenticate(bearing(api_key), b"").caller.user == "root"

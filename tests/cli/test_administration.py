@@ -143,6 +143,54 @@ def test_changes_are_in_the_audit_log_and_refusals_change_nothing(
     }
 
 
+def details_of(action: str) -> dict[str, Any]:
+    """What the log says of the last change of this kind."""
+    listed = run(audit_app, "list", "--action", action, "--json")["entries"]
+    details: dict[str, Any] = listed[0]["details"]
+    return details
+
+
+def test_the_log_says_what_was_changed(database: Database, ann: str, tmp_path: Path) -> None:
+    admin("accounts", "quota", FIRST, "objects=7", "files=", "--requests-per-second", "0.5")
+    quotas = {"objects": "7", "files": "default", "requests_per_second": "0.5"}
+    assert details_of("quotas.set") == quotas
+    access = admin("keys", "create", ann, "--kind", "access")
+    assert details_of("keys.create") == {"kind": "access", "id": access["access_key_id"]}
+    api = admin("keys", "create", ann, "--days", "1", "--label", "build")
+    assert details_of("keys.create") == {
+        "kind": "api", "id": api["id"], "expires": api["expires"], "label": "build"
+    }  # fmt: skip
+    trust, policy = tmp_path / "trust.json", tmp_path / "policy.json"
+    principal = {"AWS": f"arn:aws:iam::{FIRST}:user/ann"}
+    statement = {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": principal}
+    trust.write_text(json.dumps({"Statement": statement}))
+    policy.write_text(json.dumps(ALLOW_ALL))
+    admin("iam-roles", "create", "tuner", "--trust", str(trust), "--policy", str(policy))
+    told = details_of("iam-roles.create")
+    assert json.loads(told["trust"]) == {"Statement": statement}
+    assert json.loads(told["policies"]) == [ALLOW_ALL]
+    assert told["max_session_seconds"] == 3600
+    admin("users", "policies", ann, "--policy", *[str(policy), "--policy"] * 40, str(policy))
+    assert "SHA-256" in details_of("users.policies")["policies"]
+    everything = run(audit_app, "list", "--json")
+    for secret in (access["secret_access_key"], api["api_key"]):
+        assert secret not in json.dumps(everything)
+    assert run(audit_app, "verify", "--json")["intact"] is True
+
+
+def test_limits_of_accounts_say_whose_they_are(database: Database, ann: str) -> None:
+    admin("accounts", "quota", FIRST, "objects=7", "--requests-per-second", "0.5")
+    shown = {row["quota"]: row for row in admin("accounts", "usage", FIRST)["usage"]}
+    assert (shown["objects"]["most"], shown["objects"]["from"]) == (7, "account")
+    assert shown["stored_bytes"]["from"] == "built-in default"
+    rate = shown["requests_per_second"]
+    assert (rate["most"], rate["from"], rate["used"]) == (0.5, "account", None)
+    admin("accounts", "quota", FIRST, "requests_per_second=")
+    done = CliRunner().invoke(admin_app, ["accounts", "usage", FIRST])
+    assert "requests_per_second" in done.stdout
+    assert "of a server without --limit" in done.stderr
+
+
 def test_verifying_the_log(database: Database, ann: str) -> None:
     intact = run(audit_app, "verify", "--json")
     assert (intact["intact"], intact["entries"]) == (True, 2)

@@ -14,6 +14,7 @@ from luthier.api.service import LAMBDA
 from luthier.cli.app import app
 from luthier.cli.serving import _graders
 from luthier.errors import RefusedInput
+from luthier.store.database import Database
 
 
 def refused(*arguments: str) -> str:
@@ -70,7 +71,18 @@ def test_what_cannot_be_served_is_refused_at_once(tmp_path: Path) -> None:
     assert "--tls-cert and --tls-key" in refused("--tls-cert", str(file))
     assert "--tls-port" in refused("--tls-port", "1")
     assert "not a file" in refused("--tls-cert", str(file), "--tls-key", str(tmp_path / "none"))
+    for rate in ("-1", "nan", "inf"):
+        assert f"--requests-per-second {rate}" in refused("--requests-per-second", rate)
     assert "no database luthier knows" in refused("--database", "mysql://a/b")
+
+
+def test_a_store_without_its_server_key_is_not_served(
+    database: Database, api_key: str, luthier_home: Path
+) -> None:
+    done = CliRunner().invoke(app, ["serve", "--port", "0"])
+    assert done.exit_code == 1, done.output
+    assert "put the server.key" in done.output
+    assert not (luthier_home / "server.key").exists()
 
 
 WITHOUT = """

@@ -122,16 +122,60 @@ def test_there_and_back(database: Database, store: Path, tmp_path: Path) -> None
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
 
 
-def test_the_key_is_left_out_unless_asked_for(
+def modes_below(folder: Path) -> set[tuple[bool, int]]:
+    """Permissions of ``folder`` and all in it, each with whether it is of a folder."""
+    entries = [folder, *folder.rglob("*")]
+    return {(entry.is_dir(), stat.S_IMODE(entry.stat().st_mode)) for entry in entries}
+
+
+def test_only_the_owner_reads_a_backup_and_what_is_restored(
     database: Database, store: Path, tmp_path: Path
+) -> None:
+    before = os.umask(0)
+    try:
+        backup(database, store, tmp_path / "backup")
+        home = tmp_path / "other"
+        home.mkdir(mode=0o755)
+        restore(tmp_path / "backup", home)
+        private = {(True, 0o700), (False, 0o600)}
+        assert modes_below(tmp_path / "backup") == modes_below(home) == private
+        restored = Database(f"sqlite:///{home / 'luthier.db'}")
+        with restored.write() as session:
+            append(session, Event("luthier:test"))
+            assert (home / "luthier.db-wal").exists()
+            assert modes_below(home) == private
+        restored.close()
+    finally:
+        os.umask(before)
+
+
+def test_the_key_is_left_out_unless_asked_for(
+    database: Database, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not backup(database, store, tmp_path / "backup").key
     assert not list((tmp_path / "backup").rglob("server.key*"))
     everything = [p.read_bytes() for p in (tmp_path / "backup").rglob("*") if p.is_file()]
     assert not any(b"the-secret" in content for content in everything)
     restore(tmp_path / "backup", tmp_path / "other")
-    with pytest.raises(CorruptFile, match=r"server\.key"):
-        restored_secret(tmp_path / "other")
+    home = tmp_path / "other"
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    restored = Database(f"sqlite:///{home / 'luthier.db'}")
+    with restored.read() as session:
+        # No other key is made, which would open nothing.
+        with pytest.raises(CorruptFile, match=r"no server key.*\(AKIA1\).*keys remove ID"):
+            principals.matching_server_key(session)
+        assert not (home / "server.key").exists()
+        server_key(home)
+        with pytest.raises(CorruptFile, match=r"another one.*\(AKIA1\).*put the server\.key"):
+            principals.matching_server_key(session)
+        assert principals.signer(session, "AKIA1", Sealing(server_key(home))) is None
+        (home / "server.key").write_bytes((store / "server.key").read_bytes())
+        assert principals.matching_server_key(session) == server_key(store)
+    with restored.write() as session:
+        (home / "server.key").unlink()
+        principals.remove_key(session, principals.key_of(session, "AKIA1"))
+        assert principals.matching_server_key(session) == server_key(home) != server_key(store)
+    restored.close()
 
 
 def test_a_backup_while_others_write(database: Database, store: Path, tmp_path: Path) -> None:

@@ -54,9 +54,10 @@ from luthier.store.jobs import Job
 from luthier.store.locations import Locations
 from luthier.store.object_files import UNNAMED_SECONDS
 from luthier.store.objects import Objects
+from luthier.store.principals import matching_server_key
 from luthier.store.recount import measure_models, recount
 from luthier.store.schema import upgrade
-from luthier.store.sealing import Sealing, purpose_key, server_key
+from luthier.store.sealing import Sealing, purpose_key
 
 _log = logging.getLogger("luthier.server")
 LAMBDA = re.compile(
@@ -74,13 +75,15 @@ class Service:
         Raises:
             LuthierError: where the database cannot be reached, or is of a newer version.
             WrongKey: where the store is encrypted, and not under the key that was given.
+            CorruptFile: where there are access keys that the server's key does not open.
         """
         self.settings = settings
         begin(settings.encryption_key)
         hold_temporary_files()
         self.database = Database(settings.database)
         upgrade(self.database)
-        key = server_key()
+        with self.database.read() as session:
+            key = matching_server_key(session)
         self.issued = bootstrap.prepare(self.database, Sealing(key), settings.account)
         """Keys of the root user, if it was made now: they are shown once."""
         self.arns = Arns(settings.region)

@@ -179,7 +179,8 @@ def accounts_usage(
 ) -> None:
     """Show what accounts store and have in hand beside their quotas.
 
-    Defaults are those of a server that was started without --limit.
+    Where an account has no quota of its own the built-in default is shown, which is that of a server
+    without --limit and --requests-per-second; GET /api/v1/usage tells those of the running server.
     """
     from luthier.cli.console import errors, extra
 

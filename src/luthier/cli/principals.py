@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -21,22 +23,48 @@ from luthier.limits import AccountQuotas
 from luthier.printable import one_line
 from luthier.store import accounts, iam_roles, principals, usage
 from luthier.store import backup as backups
-from luthier.store.audit import Event, append
+from luthier.store.audit import LONGEST, Event, append
 from luthier.store.database import Database, now
 from luthier.store.policy_documents import ROLES
 from luthier.store.quota_usage import quota_usage
-from luthier.store.sealing import Sealing, server_key
+from luthier.store.sealing import Sealing
 
 Row = dict[str, Any]
+RATE = "requests_per_second"
+"""The one quota that no row is counted for."""
+BUILT_IN = "built-in default"
+"""Where a limit comes from that the account has no quota of its own for."""
 
 
 @contextmanager
-def changing(url: str | None, action: str, account: str, name: str) -> Iterator[Session]:
-    """A transaction that changes something and says so in the audit log."""
+def changing(
+    url: str | None, action: str, account: str, name: str, details: Row | None = None
+) -> Iterator[Session]:
+    """A transaction that changes something and says so in the audit log.
+
+    ``details`` may be filled within the block; no secret belongs there.
+    """
     with opened(url) as database, database.write() as session:
         yield session
         event = Event(f"luthier:admin.{action}", f"{account}/{name}".strip("/"), user=operator())
-        append(session, replace(event, account=account, address="local"))
+        event = replace(event, account=account, address="local", details=details or {})
+        append(session, event)
+
+
+def _logged(**values: Any) -> Row:
+    """Values as the audit log keeps them: documents as text, those that are too long by their hash."""
+    return {
+        name: _logged_document(value) if isinstance(value, list | dict) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _logged_document(document: Any) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    if len(text) <= LONGEST:
+        return text
+    return f"{len(text)} characters, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def list_accounts(url: str | None, as_json: bool) -> None:
@@ -74,7 +102,7 @@ def parse_quotas(settings: Sequence[str], reset: bool) -> dict[str, float | None
         name, equals, text = setting.partition("=")
         try:
             values[name] = None if equals and not text else float(text.replace("_", ""))
-            if name != "requests_per_second" and values[name] is not None:
+            if name != RATE and values[name] is not None:
                 values[name] = int(text)
         except ValueError:
             raise RefusedInput(f"{setting!r}: write NAME=VALUE, with a number") from None
@@ -86,7 +114,9 @@ def set_quota(
 ) -> None:
     """Change quotas of an account, and show them."""
     if values:
-        with changing(url, "quotas.set", account, "") as session:
+        # As text: the chain of the log is over whole numbers and no fractions.
+        set_to = {name: "default" if each is None else str(each) for name, each in values.items()}
+        with changing(url, "quotas.set", account, "", set_to) as session:
             accounts.set_quota(session, account, **values)
     with opened(url) as database, database.read() as session:
         accounts.account_of(session, account)
@@ -95,7 +125,10 @@ def set_quota(
 
 
 def show_quotas(url: str | None, account: str | None, as_json: bool) -> None:
-    """Print what accounts have beside their quotas."""
+    """Print what accounts have beside their quotas.
+
+    What a running server was given by ``--limit`` stands in no table: of it this knows nothing.
+    """
     found: list[Row] = []
     with opened(url) as database, database.read() as session:
         known = accounts.accounts(session) if account is None else []
@@ -105,8 +138,15 @@ def show_quotas(url: str | None, account: str | None, as_json: bool) -> None:
             for name, used in quota_usage(session, each.id).items():
                 row: Row = {"account": each.id, "quota": name, "used": used}
                 row["most"] = getattr(quotas, name)
-                found.append(row | {"from": "account" if name in own else "default"})
+                found.append(row | {"from": "account" if name in own else BUILT_IN})
+            row = {"account": each.id, "quota": RATE, "used": None, "most": own.get(RATE)}
+            found.append(row | {"from": "account" if RATE in own else BUILT_IN})
     _print("usage", ("account", "quota", "used", "most", "from"), found, as_json)
+    if any(row["from"] == BUILT_IN for row in found):
+        note(
+            f"  {BUILT_IN}: of a server without --limit and --requests-per-second; the limits of the "
+            "running one are told by its GET /api/v1/usage"
+        )
 
 
 def show_usage(
@@ -149,7 +189,8 @@ def create_user(
 ) -> None:
     """Add a user."""
     documents = [_document(path) for path in policies]
-    with changing(url, "users.create", account, name) as session:
+    details = _logged(role=role, policies=documents)
+    with changing(url, "users.create", account, name, details) as session:
         user = _user(principals.create_user(session, account, name, documents, role))
     if not role and not documents:
         note("  it may do nothing yet: luthier admin users policies")
@@ -172,7 +213,8 @@ def set_policies(
 ) -> None:
     """Replace what a user may do."""
     documents = [_document(path) for path in policies]
-    with changing(url, "users.policies", account, name) as session:
+    details = _logged(role=role, policies=documents)
+    with changing(url, "users.policies", account, name, details) as session:
         user = principals.user_of(session, account, name)
         principals.set_policies(session, user, documents, role)
         shown = _user(user)
@@ -206,15 +248,19 @@ def create_key(
     if kind == "access" and days is not None:
         raise RefusedInput("access keys do not expire; disable or remove them")
     told: Row
-    with changing(url, "keys.create", account, name) as session:
+    details: Row = {"kind": kind}
+    with changing(url, "keys.create", account, name, details) as session:
         user = principals.user_of(session, account, name)
         if kind == "access":
-            access, secret = principals.create_access_key(session, user, Sealing(server_key()))
+            sealing = Sealing(principals.matching_server_key(session))
+            access, secret = principals.create_access_key(session, user, sealing)
             told = {"access_key_id": access.id, "secret_access_key": secret}
+            details["id"] = access.id
         else:
             expires = None if days is None else now() + timedelta(days=days)
             key, text = principals.create_api_key(session, user, expires, label)
             told = {"id": key.id, "api_key": text, "expires": expires and expires.isoformat()}
+            details |= _logged(id=key.id, expires=told["expires"], label=label or None)
     note("  shown now and never again:")
     _done(as_json, **told)
 
@@ -256,8 +302,10 @@ def create_iam_role(
     """Add an IAM role."""
     documents = [_document(path) for path in policies]
     seconds = iam_roles.SHORTEST_MAXIMUM if max_session_seconds is None else max_session_seconds
-    with changing(url, "iam-roles.create", account, name) as session:
-        role = iam_roles.create_role(session, account, name, _document(trust), documents, seconds)
+    trusted = _document(trust)
+    details = _logged(trust=trusted, policies=documents, max_session_seconds=seconds)
+    with changing(url, "iam-roles.create", account, name, details) as session:
+        role = iam_roles.create_role(session, account, name, trusted, documents, seconds)
         shown = _iam_role(role)
     if not documents:
         note("  its sessions may do nothing yet: luthier admin iam-roles update --policy")
@@ -274,15 +322,12 @@ def update_iam_role(
     as_json: bool,
 ) -> None:
     """Replace what is given of an IAM role."""
-    with changing(url, "iam-roles.update", account, name) as session:
+    trusted = _document(trust) if trust else None
+    documents = [_document(path) for path in policies] if policies else None
+    details = _logged(trust=trusted, policies=documents, max_session_seconds=max_session_seconds)
+    with changing(url, "iam-roles.update", account, name, details) as session:
         role = iam_roles.role_of(session, account, name)
-        iam_roles.update_role(
-            session,
-            role,
-            _document(trust) if trust else None,
-            [_document(path) for path in policies] if policies else None,
-            max_session_seconds,
-        )
+        iam_roles.update_role(session, role, trusted, documents, max_session_seconds)
         shown = _iam_role(role)
     _done(as_json, **shown)
 

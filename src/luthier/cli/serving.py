@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -120,6 +121,7 @@ def serve(
         os.umask(0o077)
         ports = server.Ports(host, port, tls_cert, tls_key, tls_port)
         ports.check()
+        _check_rate(requests_per_second)
         settings = Settings(
             region=region,
             account=account,
@@ -145,6 +147,17 @@ def serve(
             server.run(service.application, ports, service.connections, ready)
         finally:
             service.close(give_back)
+
+
+def _check_rate(requests_per_second: float | None) -> None:
+    from luthier.errors import RefusedInput
+
+    # Nothing is less than NaN either, and would let nobody in.
+    if requests_per_second is not None and not 0 <= requests_per_second < math.inf:
+        raise RefusedInput(
+            f"--requests-per-second {requests_per_second:g}: write a number from 0 on; without the "
+            "option there is no limit"
+        )
 
 
 def _graders(given: Sequence[str], check: bool = False) -> dict[str, dict[str, Any]]:

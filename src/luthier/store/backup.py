@@ -10,6 +10,7 @@ compared with its file before the backup has its name, and again before one is r
     files/          the store
 
 The server's key is left out unless it is asked for: who has both can read the secrets of access keys.
+A backup and a restored store hold everybody's data: only their owner may read them, as the live store.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def backup(
         raise RunConflict(f"{target} is there already; a backup makes a new folder")
     if home.resolve() in (target.resolve(), *target.resolve().parents):
         raise RefusedInput(f"{target} lies in the store that is to be backed up")
-    with snapshot(database, home) as taken, new_folder(target) as folder:
+    with snapshot(database, home) as taken, new_folder(target, private=True) as folder:
         need_disk(target, _bytes_below(taken.folder) + _database_bytes(database), "the backup")
         if database.is_sqlite:
             _copy_sqlite(taken.session, folder / DATABASE)
@@ -170,7 +171,7 @@ def restore(
     kept = [name for name in hashes if name != DUMP]
     size = sum((source / name).stat().st_size for name in kept)
     need_disk(home, size, "the restored store")
-    with new_folder(home) as folder:
+    with new_folder(home, private=True) as folder:
         for name in kept:
             plain = PurePosixPath(name)
             place = folder / (plain.relative_to(FILES) if plain.parts[0] == FILES else plain)

@@ -7,10 +7,11 @@ on disk: SQLite runs in WAL mode with ``synchronous=FULL``.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,12 +248,25 @@ def _engine(url: str) -> Engine:
             "postgresql://USER@HOST/NAME"
         )
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    _keep_private(Path(parsed.database))
     engine = create_engine(
         parsed, json_serializer=dump_storable, connect_args={"timeout": BUSY_SECONDS}
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "handle_error", _reopen_read_only)
     return engine
+
+
+def _keep_private(path: Path) -> None:
+    """Let only its owner read SQLite's file; SQLite gives new logs beside it the same permissions."""
+    path = path.resolve()
+    # Where this fails the file is another user's or the disk takes no writes, and opening tells.
+    with suppress(OSError):
+        if not path.exists():
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        for file in (path, *(path.with_name(f"{path.name}-{log}") for log in ("wal", "shm"))):
+            if file.exists() and file.stat().st_mode & 0o077:
+                file.chmod(file.stat().st_mode & 0o700)
 
 
 def dialect_insert(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import re
 import secrets
 from collections.abc import Sequence
@@ -18,16 +19,20 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.errors import RefusedInput
+from luthier.errors import CorruptFile, RefusedInput
+from luthier.files import luthier_home
 from luthier.store.accounts import Account, account_of, changed
 from luthier.store.database import Base, new_id, now
 from luthier.store.policy_documents import ROLES, Document, check_document, check_role
-from luthier.store.sealing import Sealing
+from luthier.store.sealing import ENVIRONMENT, Sealing, has_server_key, server_key
 
 ISSUED, BOOTSTRAP = "issued", "bootstrap"
 """Where a key comes from."""
 SHORT_TERM = "bedrock-api-key-"
 """Beginning of keys that are signed by a client and not issued here."""
+_NAMED = 5
+"""So many access keys that do not open are named; the others are counted."""
+_log = logging.getLogger("luthier.server")
 _NAME = re.compile(r"[A-Za-z0-9_+=,.@-]{1,64}")
 _ACCESS_KEY = re.compile(r"[A-Za-z0-9_.+=@-]{1,128}")
 _PRINTABLE = re.compile(r"[!-~]{1,512}")
@@ -113,13 +118,47 @@ class Principal:
 
 
 def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | None:
-    """Whose access key it is; ``None`` unless key, user and account may be used."""
+    """Whose access key it is; ``None`` unless all may be used and its secret opens."""
     found = usable_access_key(session, access_key)
     if found is None:
         return None
     key, user = found
-    secret = sealing.open(key.sealed, key.id)
+    try:
+        secret = sealing.open(key.sealed, key.id)
+    except CorruptFile as error:
+        _log.warning("%s", error)
+        return None
     return Principal(user.account, user.name, user.documents, secret=secret, id=user.unique_id)
+
+
+def matching_server_key(session: Session) -> bytes:
+    """The server's key, which opens the secrets of all access keys; made where there are none yet.
+
+    Raises:
+        CorruptFile: where there are secrets that it does not open, or no key for those that there are.
+        LuthierError: as :func:`luthier.store.sealing.server_key`.
+    """
+    query = select(AccessKey.id, AccessKey.sealed).order_by(AccessKey.created)
+    rows = session.execute(query).all()
+    if rows and not has_server_key():
+        raise CorruptFile(f"there is no server key, {_without_key([row.id for row in rows])}")
+    key = server_key()
+    sealing = Sealing(key)
+    closed = [row.id for row in rows if not sealing.opens(row.sealed, row.id)]
+    if closed:
+        raise CorruptFile(f"the server key is another one, {_without_key(closed)}")
+    return key
+
+
+def _without_key(access_keys: Sequence[str]) -> str:
+    """Which access keys need another key of the server, and what to do."""
+    more = len(access_keys) - _NAMED
+    names = ", ".join(access_keys[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return (
+        f"and access keys do not open without the one they were made under ({names}): put the "
+        f"server.key of that time back into {luthier_home()}, or give it in {ENVIRONMENT}. To go on "
+        "without these access keys, remove each: luthier admin keys remove ID"
+    )
 
 
 def bearer(session: Session, digest: str) -> Principal | None:

@@ -17,14 +17,21 @@ from luthier.errors import CorruptFile, LuthierError, RefusedInput
 from luthier.files import lock, luthier_home, new_file
 
 ENVIRONMENT = "LUTHIER_SERVER_KEY"
+_FILE = "server.key"
 _NONCE_BYTES = 12
 _VERSION = b"\x01"
+
+
+def has_server_key() -> bool:
+    """Whether there is a server's key, so that :func:`server_key` makes none."""
+    return bool(os.environ.get(ENVIRONMENT)) or (luthier_home() / _FILE).exists()
 
 
 def server_key(folder: Path | None = None) -> bytes:
     """The server's 32 bytes: from ``LUTHIER_SERVER_KEY``, else ``server.key`` in the store.
 
-    The file is made at the first call, readable by its owner alone.
+    The file is made at the first call, readable by its owner alone. Where there may be access keys
+    already, :func:`luthier.store.principals.matching_server_key` is the one to call.
 
     Raises:
         RefusedInput: for a variable that is not 32 bytes in base64.
@@ -33,10 +40,10 @@ def server_key(folder: Path | None = None) -> bytes:
     given = os.environ.get(ENVIRONMENT)
     if given:
         return key_of(given, ENVIRONMENT)
-    path = (folder or luthier_home()) / "server.key"
+    path = (folder or luthier_home()) / _FILE
     if not path.exists():
         # Of several processes that start at once, one makes it.
-        with lock(path.with_name("server.key.lock"), wait=True):
+        with lock(path.with_name(f"{_FILE}.lock"), wait=True):
             if not path.exists():
                 with new_file(path, mode=0o600) as file:
                     file.write(base64.b64encode(secrets.token_bytes(KEY_BYTES)) + b"\n")
@@ -64,6 +71,14 @@ class Sealing:
     def open(self, sealed: bytes, name: str) -> str:
         """What was sealed for ``name``; raises as :meth:`open_bytes`."""
         return self.open_bytes(sealed, name).decode()
+
+    def opens(self, sealed: bytes, name: str) -> bool:
+        """Whether :meth:`open` tells what was sealed for ``name``."""
+        try:
+            self.open_bytes(sealed, name)
+        except CorruptFile:
+            return False
+        return True
 
     def seal_bytes(self, data: bytes, name: str) -> bytes:
         """``data`` encrypted: version (1 byte), nonce (12), ciphertext and tag."""

@@ -12,6 +12,9 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+from botocore.exceptions import ClientError
+
+from luthier.store.object_rows import Described
 
 ODD = [
     "../../x", "a//b", "//", "a/./b/../c", "sp ace+plus%25", "ünïcödé/日本/🎻", "q?a=b&c#d",
@@ -44,6 +47,32 @@ def test_a_small_object(either: Any, bucket: str) -> None:
     assert head["LastModified"] == got["LastModified"]
     client.delete_object(Bucket=bucket, Key="a/b.txt")
     client.delete_object(Bucket=bucket, Key="a/b.txt")
+
+
+def test_files_of_openai_are_only_read(service: Any) -> None:
+    service.objects.create_bucket("000000000001", "luthier-files")
+    with service.objects.files.begin("000000000001") as file:
+        file.write(b"a row")
+        written = file.finish()
+    service.objects.put("000000000001", "luthier-files", "file-1", written, Described())
+    client, place = service.client(), {"Bucket": "luthier-files", "Key": "file-1"}
+    one = {"Objects": [{"Key": "file-1"}]}
+    for change in (
+        lambda: client.delete_object(**place),
+        lambda: client.delete_objects(Bucket="luthier-files", Delete=one),
+        lambda: client.put_object(**place, Body=b"another row"),
+        lambda: client.copy_object(**place, CopySource=place),
+        lambda: client.create_multipart_upload(**place),
+        lambda: client.delete_bucket(Bucket="luthier-files"),
+    ):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            change()
+    assert client.get_object(**place)["Body"].read() == b"a row"
+    assert [each["Key"] for each in client.list_objects_v2(Bucket="luthier-files")["Contents"]] == [
+        "file-1"
+    ]
+    service.objects.delete("000000000001", "luthier-files", ["file-1"])
+    service.objects.delete_bucket("000000000001", "luthier-files")
 
 
 def test_keys_are_names_and_never_paths(either: Any, bucket: str) -> None:

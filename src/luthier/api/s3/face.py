@@ -15,6 +15,7 @@ from luthier.api.sending import ClientGone, Receive, Run, Send, send_answer
 from luthier.api.wire import Answer, Authorize, Fault, Head, Signed
 from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded
 from luthier.limits import ServerLimits
+from luthier.store.object_rows import UPLOADS
 from luthier.store.objects import Objects
 from luthier.store.uploads import Uploads
 
@@ -49,6 +50,10 @@ class S3Face:
             operation = operation_of(request)
             if operation.action:
                 await run(self.stores.authorize, request.caller, operation.action, request.resource)
+            if request.bucket == UPLOADS and request.method not in ("GET", "HEAD"):
+                # Their other half is a row that this face does not know.
+                text = f"{UPLOADS} holds OpenAI files: write and delete them through that API."
+                raise Fault("AccessDenied", text)
             answer = await self._answer(operation, request, signed, receive, run)
         except (ObjectRefused, DoesNotFit, QuotaExceeded) as refused:
             raise errors.as_fault(refused) from refused
