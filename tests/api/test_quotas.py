@@ -235,8 +235,8 @@ def test_quotas_are_shown_beside_what_there_is(server: Server) -> None:
     rows = json.loads(server.luthier("accounts", "usage", ACCOUNT, "--json"))["usage"]
     found = {row["quota"]: (row["used"], row["most"], row["from"]) for row in rows}
     assert found["buckets"] == (1, 7, "account")
-    assert found["objects"] == (1, AccountQuotas().objects, "default")
-    assert set(found) == set(AccountQuotas.model_fields)
+    assert found["objects"] == (1, AccountQuotas().objects, "built-in default")
+    assert set(found) == {*AccountQuotas.model_fields, "requests_per_second"}
 
 
 def test_usage_is_written_down_by_day_and_model(server: Server) -> None:
