@@ -22,6 +22,7 @@ from urllib.parse import urlencode
 import boto3
 import openai
 import pytest
+from botocore import UNSIGNED
 from botocore.auth import SigV4Auth, SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
@@ -206,6 +207,21 @@ def test_unknown_actions_are_refused_in_xml(server: Served) -> None:
         assert told == ["Sender", "InvalidAction"]
     status, _ = plain(server, "PUT", Action="GetCallerIdentity")
     assert status == 400
+
+
+def test_who_does_not_sign_reads_the_refusal(server: Served) -> None:
+    unsigned = Config(signature_version=UNSIGNED, retries={"max_attempts": 0})
+    sts = boto3.client("sts", endpoint_url=server.url, region_name="us-east-1", config=unsigned)
+    calls: list[Callable[[], Any]] = [
+        sts.get_caller_identity,
+        lambda: sts.assume_role_with_web_identity(
+            RoleArn=f"arn:aws:iam::{ONE}:role/all", RoleSessionName="xx", WebIdentityToken="a" * 9
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(ClientError) as refused:
+            call()
+        assert refused.value.response["Error"]["Code"] == "MissingAuthenticationToken"
 
 
 def test_forms_that_are_none(server: Served) -> None:

@@ -68,15 +68,25 @@ def call_of(
     )
 
 
+_FORM = "application/x-www-form-urlencoded"
+
+
 def service_of(head: Head) -> str:
-    """The service of the credential scope, in the header or in a presigned query; unverified."""
+    """The service of the credential scope, in the header or in a presigned query; unverified.
+
+    A form that nobody signed is one of STS: only its clients send such, and they read XML alone.
+    """
+    form = False
     for name, value in head.headers:
+        form = form or (name == "content-type" and value.startswith(_FORM))
         if name == "authorization":
             _, _, after = value.partition("Credential=")
             parts = after.partition(",")[0].strip().split("/")
             return parts[3] if len(parts) > 3 else ""
     presigned = parse_qs(head.query).get("X-Amz-Credential", [""])[0].split("/")
-    return presigned[3] if len(presigned) > 3 else ""
+    if len(presigned) > 3:
+        return presigned[3]
+    return "sts" if form and (head.method, head.path) == ("POST", "/") else ""
 
 
 def address_of(scope: Scope) -> str:
