@@ -108,7 +108,7 @@ def test_bad_rows_are_refused_with_file_line_rule_and_fix(
     assert "nothing was trained" in message
     assert answer.out == ""
     answer = Answer(*command, "--json")
-    assert answer.refused() == message
+    assert answer.refused() == message.removeprefix("Checking the data …\n")
     error = answer.json()["error"]
     assert error["type"] == "DataError"
     assert error["count"] == len(error["problems"]) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 from short_runs import manifest_of, write_rows
 
 from luthier.engine.runs import Result
@@ -61,7 +62,7 @@ def test_a_classifier_is_measured_beside_its_baselines(tuned: Callable[..., Resu
     assert found.tuned in [pytest.approx(n / found.rows) for n in range(found.rows + 1)]
     # It is the same when it is read back, in the run and in the model.
     stored = read_json(Path(result.run_dir) / "result.json")
-    assert Result(**stored) == result
+    assert TypeAdapter(Result).validate_python(stored) == result
     kept = manifest_of(result)["metrics"]["comparison"]
     assert kept["tuned"] == found.tuned
     assert len(kept["baselines"]) == 5
@@ -84,4 +85,4 @@ def test_a_result_of_a_run_without_a_comparison_is_read(tuned: Callable[..., Res
     result = tuned("alone", baseline_seconds=0)
     stored = read_json(Path(result.run_dir) / "result.json")
     del stored["comparison"]
-    assert Result(**stored) == result
+    assert TypeAdapter(Result).validate_python(stored) == result

@@ -216,7 +216,8 @@ def test_memory_is_estimated_as_the_engine_does(queue: Any, luthier_home: Path) 
         for name, settings in (("a", {}), ("b", {"adaptation": {"method": "full"}}))
     )
     # Of the catalogue, and not here: nothing is fetched to know its size.
-    assert 0.6e9 < memory_of("tune", small) < memory_of("tune", full) < 6e9
+    # In float32, where the processor has no products of bfloat16, full tuning takes 7.4 GB.
+    assert 0.6e9 < memory_of("tune", small) < memory_of("tune", full) < 9e9
     taught = {**small, "method": "responses", "teacher": {"model": base}}
     beside = memory_of("distil", taught) - memory_of("tune", small)
     assert 0.2e9 < beside < 0.7e9

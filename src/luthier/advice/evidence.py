@@ -222,7 +222,8 @@ class _Labels:
 
     def untrained(self, note: Callable[[str], None]) -> list[Tried]:
         """The baselines that go with such rows; their seconds are for each row that was read."""
-        from luthier.engine.comparison import ComparedRows, fit_baselines
+        from luthier.engine.comparison import fit_baselines
+        from luthier.evaluation.baselines import ComparedRows
         from luthier.serving.prediction import BUDGET
 
         objective, context = self.job.data.objective, _context(self.job)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from luthier.evaluation.baselines import (
-    MOST_ROWS,
+    ComparedRows,
     Comparison,
     States,
     compare,
-    is_comparable,
 )
 from luthier.evaluation.labels import scores
 from luthier.models.network import Network
 from luthier.objectives import Contrastive, Objective
-from luthier.types import Example, Row
+from luthier.types import Example
 
 LARGEST_STATES = 20_000_000
 """Numbers of all states of the base model that are held."""
@@ -29,24 +27,6 @@ READING = 0.75
 """Share of the time that is for reading the rows."""
 CHUNK = 256
 """Rows that are read between two looks at the clock."""
-
-
-@dataclass(frozen=True)
-class ComparedRows:
-    """Rows as they are and as they are encoded: at most so many as baselines take, in random order."""
-
-    rows: Sequence[Row] = ()
-    examples: Sequence[Example] = ()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @staticmethod
-    def of(pairs: Sequence[tuple[Row, Example]], seed: int, most: int = MOST_ROWS) -> ComparedRows:
-        """Those of ``pairs`` that can be compared; a row that was cut says more than is read of it."""
-        able = [(row, example) for row, example in pairs if is_comparable(row, example)]
-        order = np.random.default_rng(seed).permutation(len(able))[:most].tolist()
-        return ComparedRows([able[i][0] for i in order], [able[i][1] for i in order])
 
 
 def fit_baselines(

@@ -16,10 +16,9 @@ from luthier.data.loader import Mixed, total_tokens
 from luthier.data.prompts import PromptChecker
 from luthier.data.rows import Checker, Recognized, RowReader, read_rows
 from luthier.data.splitting import split_rows, strata_of
-from luthier.engine.comparison import ComparedRows
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.evaluation.baselines import MOST_ROWS
+from luthier.evaluation.baselines import MOST_ROWS, ComparedRows
 from luthier.files import sha256_of
 from luthier.inspection.inspect import Report
 from luthier.inspection.jobs import inspect_job, refusals

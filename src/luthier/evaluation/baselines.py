@@ -140,6 +140,24 @@ def is_comparable(row: Row, example: Example) -> bool:
     return row.text is not None and (row.label, row.rating) != (None, None)
 
 
+@dataclass(frozen=True)
+class ComparedRows:
+    """Rows as they are and as they are encoded: at most so many as baselines take, in random order."""
+
+    rows: Sequence[Row] = ()
+    examples: Sequence[Example] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[Row, Example]], seed: int, most: int = MOST_ROWS) -> ComparedRows:
+        """Those of ``pairs`` that can be compared; a row that was cut says more than is read of it."""
+        able = [(row, example) for row, example in pairs if is_comparable(row, example)]
+        order = np.random.default_rng(seed).permutation(len(able))[:most].tolist()
+        return ComparedRows([able[i][0] for i in order], [able[i][1] for i in order])
+
+
 def compare(
     train: Sequence[Row],
     held: Sequence[Row],
