@@ -195,8 +195,8 @@ def test_verify_names_the_file_that_is_missing_or_changed(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("number", "kind", "exit_code", "text"),
     [
-        (errno.ENOSPC, DoesNotFit, 2, "full"),
-        (errno.EDQUOT, DoesNotFit, 2, "full"),
+        (errno.ENOSPC, DiskFull, 1, "full"),
+        (errno.EDQUOT, DiskFull, 1, "full"),
         (errno.EACCES, LuthierError, 1, "cannot be written"),
         (errno.EROFS, LuthierError, 1, "cannot be written"),
         (errno.ENOTDIR, LuthierError, 1, "cannot be written"),
