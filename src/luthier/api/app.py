@@ -181,10 +181,10 @@ class Application:
             if head.path in OPEN_PATHS:
                 answer = await self._run(self._open, head.path)
                 seen.status = await send_answer(send, receive, answer, self._wait)
-            elif service_of(head) == "s3" and not _named_face(head.path):
+            elif (service := service_of(head)) == "s3" and not _named_face(head.path):
                 await self._objects(head, receive, send, seen)
             else:
-                await self._face(head, receive, send, seen)
+                await self._face(head, service, receive, send, seen)
         except ClientGone:
             seen.status = 499
         except asyncio.CancelledError:
@@ -231,8 +231,10 @@ class Application:
             answer = _closing(head, face.refusal(told, seen.request_id))
             seen.status = await send_answer(send, receive, answer, self._wait)
 
-    async def _face(self, head: Head, receive: Receive, send: Send, seen: Observed) -> None:
-        name, face = self._chosen(head)
+    async def _face(
+        self, head: Head, service: str, receive: Receive, send: Send, seen: Observed
+    ) -> None:
+        name, face = self._chosen(head, service)
         seen.face = name
         async with AsyncExitStack() as held:
             answer = await self._answered(face, head, receive, seen, held)
@@ -273,12 +275,12 @@ class Application:
             seen.error = "InternalServer"
         return answer
 
-    def _chosen(self, head: Head) -> tuple[str, Face]:
+    def _chosen(self, head: Head, service: str) -> tuple[str, Face]:
         if head.path.startswith(OPENAI_PATHS):
             return "openai", self.faces.openai
         if head.path.startswith(NATIVE_PATH):
             return "native", self.faces.native
-        if service_of(head) == "sts":
+        if service == "sts":
             return "sts", self.faces.sts
         return "bedrock", self.faces.bedrock
 

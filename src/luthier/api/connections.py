@@ -25,6 +25,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from luthier.limits import ServerLimits
+from luthier.serving.turns import discount
 
 PIPELINED = 16
 """Requests that may be sent ahead on a connection whose first is not answered yet."""
@@ -118,9 +119,7 @@ class CountedSocket(socket.socket):
     def close(self) -> None:
         """Close it, and count it no more."""
         if self.fileno() >= 0:
-            self._by_client[self._client] -= 1
-            if not self._by_client[self._client]:
-                del self._by_client[self._client]
+            discount(self._by_client, self._client)
         super().close()
 
 
@@ -194,7 +193,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unsent, self._unsent_since = 0, 0.0
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Count it no more."""
+        """Its times are not looked at any more."""
         super().connection_lost(exc)
         self._connections.discard(self)
 

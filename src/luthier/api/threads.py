@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from luthier.api.sending import Run
 from luthier.api.wire import Fault
+from luthier.serving.turns import discount
 
 T = TypeVar("T")
 
@@ -125,9 +126,7 @@ class FairSlots:
         self._give()
 
     def _release(self, client: str, weight: int) -> None:
-        self._held[client] -= weight
-        if not self._held[client]:
-            del self._held[client]
+        discount(self._held, client, weight)
         self._give()
 
     def _give(self) -> None:
@@ -189,9 +188,7 @@ class FairThreads:
         try:
             yield run
         finally:
-            self._open[account] -= 1
-            if not self._open[account]:
-                del self._open[account]
+            discount(self._open, account)
 
 
 def _busy() -> Fault:

@@ -31,7 +31,7 @@ from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import PromptLimit
 from luthier.serving.scheduler import FairScheduler, StepCosts
 from luthier.serving.stream import Stream
-from luthier.serving.turns import current_client
+from luthier.serving.turns import current_client, discount
 from luthier.serving.writing import Job, Writing
 from luthier.types import Message
 
@@ -359,9 +359,7 @@ class Decoder:
         self.memory.give(job.client, job.memory)
         if not job.unread:
             self._scheduler.leave(job.client)
-        self._answers[job.client] -= job.request.n
-        if not self._answers[job.client]:
-            del self._answers[job.client]
+        discount(self._answers, job.client, job.request.n)
         state, job.state = job.state, None
         if state is not None:
             self._stepper.drop(state)

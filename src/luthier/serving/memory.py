@@ -12,6 +12,8 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+from luthier.serving.turns import discount
+
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Variables that oneDNN, and PyTorch above it, read when torch is loaded."""
 KERNELS = 128
@@ -129,6 +131,4 @@ class CacheBudget:
     def give(self, client: str, size: int) -> None:
         """Give them back."""
         with self._lock:
-            self._held[client] -= size
-            if not self._held[client]:
-                del self._held[client]
+            discount(self._held, client, size)

@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 
+from luthier.serving.turns import discount
+
 LEAD_SECONDS = 0.1
 """By which a client may be ahead of another one: less, and they would seldom share a step."""
 HEAD_START_SECONDS = 0.5
@@ -54,7 +56,7 @@ class FairScheduler:
     def leave(self, client: str) -> None:
         """One of them has ended."""
         with self._changed:
-            _discount(self._at_work, client)
+            discount(self._at_work, client)
             self._changed.notify_all()
 
     @property
@@ -68,8 +70,7 @@ class FairScheduler:
             present = self._present()
             if client in present:
                 return self._now(client)
-            floor = min((self._seconds[each] for each in present), default=0.0) - HEAD_START_SECONDS
-            return max(floor, self._seconds.get(client, 0.0))
+            return max(self._floor(present), self._seconds.get(client, 0.0))
 
     def runnable(self, clients: Collection[str]) -> set[str]:
         """Those of ``clients``, all at work, that go on now: whoever is too far ahead pauses."""
@@ -114,7 +115,7 @@ class FairScheduler:
                 self._busy[model] = client, time.perf_counter()
                 self._at_work[client] += 1
             finally:
-                _discount(waiting, client)
+                discount(waiting, client)
                 if not waiting:
                     del self._waiting[model]
         try:
@@ -144,25 +145,23 @@ class FairScheduler:
     def _present(self) -> set[str]:
         return set(self._at_work).union(*self._waiting.values())
 
+    def _floor(self, present: Collection[str]) -> float:
+        """The counter of a client that comes now is at least this."""
+        return min((self._seconds[each] for each in present), default=0.0) - HEAD_START_SECONDS
+
     def _register(self, client: str) -> None:
         """Give ``client`` a counter, and forget those that are no worse off than a new one."""
         present = self._present()
         if not present:
             self._seconds.clear()  # nobody has waited for anybody
         mine = self.seconds(client)
-        floor = min((self._seconds[each] for each in present), default=0.0) - HEAD_START_SECONDS
+        floor = self._floor(present)
         self._seconds = {
             each: seconds
             for each, seconds in self._seconds.items()
             if seconds > floor or each in present
         }
         self._seconds[client] = mine
-
-
-def _discount(counts: Counter[str], client: str) -> None:
-    counts[client] -= 1
-    if not counts[client]:
-        del counts[client]
 
 
 class StepCosts:

@@ -26,6 +26,13 @@ def current_client() -> str:
     return _client.get()
 
 
+def discount(counts: Counter[str], client: str, by: int = 1) -> None:
+    """Take ``by`` from what ``client`` holds; who holds nothing is forgotten."""
+    counts[client] -= by
+    if not counts[client]:
+        del counts[client]
+
+
 class NoTurn(Exception):
     """A thread's turn has not come in time."""
 
@@ -64,9 +71,7 @@ class FairTurns:
             yield
         finally:
             with self._changed:
-                self._active[client] -= 1
-                if not self._active[client]:
-                    del self._active[client]
+                discount(self._active, client)
                 if client in self._waiting:
                     self._waiting.move_to_end(client)
                 self._changed.notify_all()
