@@ -122,7 +122,7 @@ def test_the_answers_of_an_evaluation_are_written(base: str, tmp_path: Path) -> 
 def test_pairs_that_do_not_fit_are_named(base: str, tmp_path: Path) -> None:
     rows = [*PAIRS[:2], {"prompt": "yes", "chosen": "no", "rejected": "many " * 1200}]
     data = write(tmp_path / "long.jsonl", rows)
-    with pytest.raises(RecipeError, match="line 3"):
+    with pytest.raises(DataError, match=r"long.jsonl:3: \[row.too_long\]"):
         luthier.evaluate(base, data)
     with pytest.raises(DataError, match=r"more than the model's context of 1024") as caught:
         luthier.tune(data, base=base, name="x", objective="dpo", **FIELDS)
