@@ -28,8 +28,8 @@ def evidence(*ways: Tried, steps: int = 80, held: int = 40) -> Evidence:
 FACTS = Facts(
     wishes=Wishes(), rows=400, shape="prompt", objective="sft", labels=0, smallest_class=0,
     learned_tokens=20_000, prompt_tokens=20_000, document_tokens=0, weights=135_000_000,
-    trained_weights=5_000_000, megabytes=270.0, writes=True, refused=(), warned=(), estimate=None,
-    evidence=None,
+    trained_weights=5_000_000, megabytes=270.0, writes=True, refused=(), warned=(), cautions=(),
+    estimate=None, evidence=None,
 )  # fmt: skip
 
 

@@ -14,6 +14,9 @@ from luthier.store.models import pretrained_models, short_name
 _PROVIDERS = {
     "smollm2-135m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 135M"),
     "all-minilm-l6-v2": ("sentence-transformers", "SBERT", "MiniLM L6 v2"),
+    "smollm2-360m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 360M"),
+    "multilingual-e5-small": ("intfloat", "intfloat", "Multilingual E5 S"),
+    "bert-base-uncased": ("google-bert", "Google", "BERT base uncased"),
 }
 """First part of the id, provider and name (at most 20 letters each) by the catalogue's id."""
 
@@ -82,6 +85,6 @@ def _made_here(base: str, manifest: dict[str, Any]) -> FoundationModel:
     name = short_name(base).replace(".", "-").replace("_", "-")
     created = manifest.get("created")
     moment = datetime.fromisoformat(created) if created else None
-    return FoundationModel(
-        f"luthier.{name}", base, "luthier", name[:20], manifest.get("kind") != "encoder", moment
-    )
+    # Its task: a masked or a bidirectional language model writes nothing.
+    writes = manifest.get("kind", "causal_lm") == "causal_lm"
+    return FoundationModel(f"luthier.{name}", base, "luthier", name[:20], writes, moment)
