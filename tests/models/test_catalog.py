@@ -40,7 +40,8 @@ from luthier.models.catalog import (
     bases_for,
     pull,
 )
-from luthier.store.models import find, load, objective_of
+from luthier.models.heads import Head
+from luthier.store.models import find, load
 
 FILES = {
     "fake_model/__init__.py": b"raise SystemExit('imported')",
@@ -341,8 +342,7 @@ def test_a_model_of_the_hub_is_fetched_from_a_mirror_without_its_code(
     assert (manifest["kind"], manifest["licence"]) == ("masked_lm", "Apache-2.0")
     assert set(manifest["files"]) == set(everything(found.folder)) - {MANIFEST}
     verify(found.folder, manifest["files"])
-    assert objective_of(found).method == "masked_lm"
-    network = load(found, torch.float32, torch.device("cpu"))
+    network = load(found, torch.float32, torch.device("cpu"), Head("masked_lm"))
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(network.eval()(ids).logits, model.eval()(ids).logits)

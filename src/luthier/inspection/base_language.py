@@ -239,7 +239,7 @@ def language_name(code: str) -> str:
     """The English name of a language; its code where it has none here."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-    return str(LANGUAGES.get(code, code)).title()
+    return str(LANGUAGES[code]).title() if code in LANGUAGES else code
 
 
 def _samples(batch: Batch) -> Iterator[str]:

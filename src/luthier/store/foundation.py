@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from luthier.models.catalog import CATALOG
+from luthier.models.catalog import CATALOG, MANIFEST, PackageSource
 from luthier.store.arns import Arn
 from luthier.store.custom_models import CustomModel
-from luthier.store.models import pretrained_models, short_name
+from luthier.store.models import base_folder, pretrained_models, short_name
 
 _PROVIDERS = {
     "smollm2-135m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 135M"),
@@ -38,7 +38,10 @@ class FoundationModel:
 
 
 def foundation_models() -> list[FoundationModel]:
-    """Those of the catalogue, then those that were pre-trained in this store."""
+    """Those of the catalogue, then those that were pre-trained in this store.
+
+    Models of the hub join once they were pulled: no request sets a server to fetching them.
+    """
     return [*_catalogued(), *_made()]
 
 
@@ -73,6 +76,8 @@ def _catalogued() -> list[FoundationModel]:
     return [
         FoundationModel(f"{prefix}.{base}", base, provider, name, CATALOG[base].kind == "causal_lm")
         for base, (prefix, provider, name) in _PROVIDERS.items()
+        if isinstance(CATALOG[base].source, PackageSource)
+        or (base_folder(base) / MANIFEST).is_file()
     ]
 
 

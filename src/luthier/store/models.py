@@ -102,7 +102,7 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
     )
 
 
-NEAREST = 8
+NEAREST = 5
 """Ids that are named where one is not known."""
 
 
@@ -110,7 +110,7 @@ def _nearest(model_id: str, known: Sequence[str]) -> str:
     """The known ids most like ``model_id``, all of them where they are few, and where to see all."""
     import difflib
 
-    if len(known) <= NEAREST:
+    if len(known) <= 2 * NEAREST:
         return f"There are: {', '.join(known)}." if known else "There are none yet."
     near = difflib.get_close_matches(model_id, known, NEAREST, cutoff=0.4)
     more = f"`luthier models list` shows all {len(known)}."
@@ -200,9 +200,8 @@ def objective_of(model: StoredModel) -> Objective:
 
     fields = model.manifest.get("recipe", {}).get("objective")
     if fields is None:
-        made_for = {"encoder": "contrastive", "masked_lm": "masked_lm"}
-        method = made_for.get(model.manifest.get("kind", ""), "causal_lm")
-        return OBJECTIVES[method].model_validate({})
+        reads = model.manifest.get("kind") in ("encoder", "masked_lm")
+        return OBJECTIVES["contrastive" if reads else "causal_lm"].model_validate({})
     return OBJECTIVES[fields["method"]].model_validate(fields)
 
 
