@@ -28,8 +28,8 @@ def evidence(*ways: Tried, steps: int = 80, held: int = 40) -> Evidence:
 FACTS = Facts(
     wishes=Wishes(), rows=400, shape="prompt", objective="sft", labels=0, smallest_class=0,
     learned_tokens=20_000, prompt_tokens=20_000, document_tokens=0, weights=135_000_000,
-    trained_weights=5_000_000, megabytes=270.0, writes=True, refused=(), warned=(), estimate=None,
-    evidence=None,
+    trained_weights=5_000_000, megabytes=270.0, writes=True, refused=(), warned=(), cautions=(),
+    estimate=None, evidence=None,
 )  # fmt: skip
 
 
@@ -125,3 +125,9 @@ def test_risks_grow_with_what_moves_and_shrink_with_rows() -> None:
     few, many = replace(FACTS, rows=20), replace(FACTS, rows=9000, learned_tokens=5_000_000)
     assert order.index(overfitting(few)) > order.index(overfitting(many))
     assert forgetting(replace(FACTS, writes=False)) == "none"
+
+
+@pytest.mark.parametrize("shape", ["prompt", "text", "preference", "prompt_only"])
+def test_what_warns_of_the_data_as_a_whole_is_a_caution(shape: str) -> None:
+    advice = given(shape=shape, cautions=("the base was not trained on Vietnamese",))
+    assert advice.recommendation.cautions[0] == "the base was not trained on Vietnamese"

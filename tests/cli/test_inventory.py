@@ -13,7 +13,7 @@ from command_line import MODEL, Answer, memorise
 from stored_files import files_in
 
 from luthier.files import sha256_of, write_json
-from luthier.models.catalog import CATALOG, MANIFEST
+from luthier.models.catalog import CATALOG, MANIFEST, PackageSource
 
 
 def test_list_names_bases_and_custom_models(
@@ -22,6 +22,7 @@ def test_list_names_bases_and_custom_models(
     report = Answer("models", "list", "--json").good().json()
     assert [base["id"] for base in report["base"]] == list(CATALOG)
     assert not any(base["here"] for base in report["base"])
+    assert {base["source"].partition(":")[0] for base in report["base"]} == {"pypi", "hub"}
     (custom,) = report["custom"]
     assert custom["id"] == MODEL
     assert (custom["objective"], custom["adaptation"]) == ("sft", "full")
@@ -75,7 +76,10 @@ def test_show_tells_files_hashes_and_whether_they_are_intact(
 def test_show_describes_a_catalogue_model_without_fetching_it(luthier_home: Path) -> None:
     shown = Answer("models", "show", "smollm2-135m-instruct", "--json").good().json()
     assert shown["here"] is False
-    assert shown["source_sha256"] == CATALOG["smollm2-135m-instruct"].sha256
+    source = CATALOG["smollm2-135m-instruct"].source
+    assert isinstance(source, PackageSource) and shown["source_sha256"] == source.sha256
+    shown = Answer("models", "show", "multilingual-e5-small", "--json").good().json()
+    assert shown["source"] == "hub:intfloat/multilingual-e5-small" and not shown["files"]
     assert not luthier_home.exists()
     assert "there is no model" in Answer("models", "show", "none").refused()
 

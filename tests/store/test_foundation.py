@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from luthier.store.foundation import foundation_model
+from luthier.files import write_json
+from luthier.models.catalog import CATALOG, MANIFEST
+from luthier.store.foundation import foundation_model, foundation_models
+from luthier.store.models import base_folder, find, objective_of
 
 ALIAS = "smollm2-135m-instruct"
 ID = f"huggingfacetb.{ALIAS}"
@@ -34,3 +37,21 @@ def test_each_of_its_names(luthier_home: Path, identifier: str) -> None:
 )
 def test_what_only_looks_like_one_is_none(luthier_home: Path, identifier: str) -> None:
     assert foundation_model(identifier) is None
+
+
+def test_models_of_the_hub_join_once_they_are_here(luthier_home: Path) -> None:
+    assert [model.base for model in foundation_models()] == [ALIAS, "all-minilm-l6-v2"]
+    for name in CATALOG:
+        write_json(base_folder(name) / MANIFEST, {"id": name, "kind": CATALOG[name].kind})
+    assert {model.base: model.writes for model in foundation_models()} == {
+        name: entry.kind == "causal_lm" for name, entry in CATALOG.items()
+    }
+    # What does not write gives embeddings, also an encoder with a head for words.
+    assert objective_of(find("bert-base-uncased")).method == "contrastive"
+
+
+def test_a_masked_language_model_made_here_writes_nothing(luthier_home: Path) -> None:
+    for name, kind in (("words", "masked_lm"), ("texts", "causal_lm")):
+        write_json(base_folder(name) / MANIFEST, {"id": name, "kind": kind})
+    made = {model.base: model.writes for model in foundation_models()[2:]}
+    assert made == {"words": False, "texts": True}

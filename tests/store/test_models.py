@@ -91,11 +91,11 @@ def test_custom_comes_before_catalogue_before_local_folder_before_hub(
     monkeypatch.chdir(tmp_path)
     hub: list[str] = []
 
-    def from_hub(model_id: str, say: Any) -> Path:
+    def from_hub(model_id: str) -> tuple[Path, str]:
         hub.append(model_id)
-        return tmp_path / "hub"
+        return tmp_path / "hub", ""
 
-    monkeypatch.setattr(store, "_from_hub", from_hub)
+    monkeypatch.setattr(store, "download_from_hub", from_hub)
     for name in (BASE, "org/name"):
         (tmp_path / name).mkdir(parents=True)
     base = make_base(BASE)

@@ -92,6 +92,7 @@ def collect(
         writes=model.writes,
         refused=tuple(refused),
         warned=tuple(_rules(report, "warning")),
+        cautions=tuple(_cautions(report)),
         estimate=estimate,
         evidence=evidence,
     )
@@ -114,6 +115,15 @@ def _inspected(recipe: Recipe, reporter: Reporter) -> Report:
 def _rules(report: Report, severity: str) -> list[str]:
     found = report.findings
     return [rule.id for rule in found.rules() if found.severity(rule) == severity]
+
+
+def _cautions(report: Report) -> list[str]:
+    """Warnings of the data as a whole: they bear on the choice, those of single rows do not."""
+    found = report.findings
+    first = [
+        found.kept[r.id][0] for r in found.rules() if found.severity(r) == "warning" and r.whole
+    ]
+    return [f"{each.message} {each.fix or each.rule.fix}" for each in first]
 
 
 def _rows(recipe: Recipe, refused: Sequence[str]) -> list[Row]:

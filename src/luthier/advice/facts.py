@@ -51,6 +51,9 @@ class Facts:
     refused: tuple[str, ...]
     """Rules of the data gate that refuse the data."""
     warned: tuple[str, ...]
+    """Rules that warn."""
+    cautions: tuple[str, ...]
+    """What they say of the data as a whole."""
     estimate: Estimate | None
     """Of the recipe; ``None`` where it could not be made."""
     evidence: Evidence | None

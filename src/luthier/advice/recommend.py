@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from luthier.advice.evidence import Tried
@@ -54,7 +54,9 @@ class Advice:
 def advise(facts: Facts, command: str) -> Advice:
     """Judge every technique and choose; ``command`` is what tunes on this data."""
     judgements = [judge(facts) for judge in TECHNIQUES]
-    return Advice(facts, judgements, _recommend(facts, judgements, command))
+    chosen = _recommend(facts, judgements, command)
+    chosen = replace(chosen, cautions=(*facts.cautions, *chosen.cautions))
+    return Advice(facts, judgements, chosen)
 
 
 def _recommend(facts: Facts, judgements: list[Judgement], command: str) -> Recommendation:

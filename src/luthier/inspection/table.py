@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from luthier.errors import RecipeError
 from luthier.inspection.balance import Balance
+from luthier.inspection.base_language import BaseLanguage
 from luthier.inspection.check import Check, Known
 from luthier.inspection.contradictions import Contradictions
 from luthier.inspection.duplicates import Duplicates
@@ -27,6 +28,7 @@ _KINDS: tuple[type[Check], ...] = (
     Balance,
     Lengths,
     Language,
+    BaseLanguage,
     Privacy,
 )
 CHECKS: Mapping[str, type[Check]] = {kind.name: kind for kind in _KINDS}

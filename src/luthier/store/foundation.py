@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from luthier.models.catalog import CATALOG
+from luthier.models.catalog import CATALOG, MANIFEST, PackageSource
 from luthier.store.arns import Arn
 from luthier.store.custom_models import CustomModel
-from luthier.store.models import pretrained_models, short_name
+from luthier.store.models import base_folder, pretrained_models, short_name
 
 _PROVIDERS = {
     "smollm2-135m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 135M"),
     "all-minilm-l6-v2": ("sentence-transformers", "SBERT", "MiniLM L6 v2"),
+    "smollm2-360m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 360M"),
+    "multilingual-e5-small": ("intfloat", "intfloat", "Multilingual E5 S"),
+    "bert-base-uncased": ("google-bert", "Google", "BERT base uncased"),
 }
 """First part of the id, provider and name (at most 20 letters each) by the catalogue's id."""
 
@@ -35,7 +38,10 @@ class FoundationModel:
 
 
 def foundation_models() -> list[FoundationModel]:
-    """Those of the catalogue, then those that were pre-trained in this store."""
+    """Those of the catalogue, then those that were pre-trained in this store.
+
+    Models of the hub join once they were pulled: no request sets a server to fetching them.
+    """
     return [*_catalogued(), *_made()]
 
 
@@ -70,6 +76,8 @@ def _catalogued() -> list[FoundationModel]:
     return [
         FoundationModel(f"{prefix}.{base}", base, provider, name, CATALOG[base].kind == "causal_lm")
         for base, (prefix, provider, name) in _PROVIDERS.items()
+        if isinstance(CATALOG[base].source, PackageSource)
+        or (base_folder(base) / MANIFEST).is_file()
     ]
 
 
@@ -82,6 +90,6 @@ def _made_here(base: str, manifest: dict[str, Any]) -> FoundationModel:
     name = short_name(base).replace(".", "-").replace("_", "-")
     created = manifest.get("created")
     moment = datetime.fromisoformat(created) if created else None
-    return FoundationModel(
-        f"luthier.{name}", base, "luthier", name[:20], manifest.get("kind") != "encoder", moment
-    )
+    # Its task: a masked or a bidirectional language model writes nothing.
+    writes = manifest.get("kind", "causal_lm") == "causal_lm"
+    return FoundationModel(f"luthier.{name}", base, "luthier", name[:20], writes, moment)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import CorruptFile, DownloadError, RecipeError, UnknownModel
+from luthier.errors import CorruptFile, UnknownModel
 from luthier.files import luthier_home, read_json
-from luthier.models.catalog import CATALOG, MANIFEST, pull
+from luthier.models.catalog import CATALOG, MANIFEST, download_from_hub, pull
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,8 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
     if model_id and path.is_dir():
         return StoredModel(str(path.absolute()), path.absolute(), {})
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not model_id.startswith("."):
-        return StoredModel(model_id, _from_hub(model_id, say), {})
+        say(f"Looking up {model_id} on the hub")
+        return StoredModel(model_id, download_from_hub(model_id)[0], {})
     known = [*CATALOG, *(m.id for m in (*pretrained_models(), *custom_models()))]
     raise UnknownModel(
         f"there is no model {model_id!r}. {_nearest(model_id, known)} A local Hugging Face directory "
@@ -109,7 +110,7 @@ def _nearest(model_id: str, known: Sequence[str]) -> str:
     """The known ids most like ``model_id``, all of them where they are few, and where to see all."""
     import difflib
 
-    if len(known) <= NEAREST:
+    if len(known) <= 2 * NEAREST:
         return f"There are: {', '.join(known)}." if known else "There are none yet."
     near = difflib.get_close_matches(model_id, known, NEAREST, cutoff=0.4)
     more = f"`luthier models list` shows all {len(known)}."
@@ -198,10 +199,9 @@ def objective_of(model: StoredModel) -> Objective:
     from luthier.objectives import OBJECTIVES
 
     fields = model.manifest.get("recipe", {}).get("objective")
-    if fields is None and model.manifest.get("kind") == "encoder":
-        return OBJECTIVES["contrastive"].model_validate({})
     if fields is None:
-        return OBJECTIVES["causal_lm"].model_validate({})
+        reads = model.manifest.get("kind") in ("encoder", "masked_lm")
+        return OBJECTIVES["contrastive" if reads else "causal_lm"].model_validate({})
     return OBJECTIVES[fields["method"]].model_validate(fields)
 
 
@@ -225,28 +225,3 @@ def _find_custom(model_id: str, base: str, name: str) -> StoredModel:
     manifest = read_json(folder / MANIFEST)
     parent = find(manifest["parent"]) if manifest["saved"] == "adapter" else None
     return StoredModel(manifest["id"], folder, manifest, parent)
-
-
-def _from_hub(model_id: str, say: Callable[[str], None]) -> Path:
-    """Fetch a model of the Hugging Face hub into its own cache: safetensors and text files only."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    say(f"Looking up {model_id} on the hub")
-    patterns = [
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "*.json",
-        "*.txt",
-        "*.model",
-        "*.jinja",
-    ]
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DownloadError(
-            f"{model_id} is not on this machine and could not be fetched from the hub: {first}"
-        ) from error
-    except ValueError as error:
-        raise RecipeError(f"{model_id!r} is not a hub id: {error}") from error
