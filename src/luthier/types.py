@@ -123,3 +123,5 @@ class Loss:
     """Scalar tensor with a gradient."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further sums, divided by the same weight before they are shown."""
+    ratios: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Pairs of sums, of which the first is divided by the second: F1 is no mean over rows."""

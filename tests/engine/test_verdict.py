@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.engine.verdict import Outcome, RunVerdict, judge_run
+from luthier.recipe import Training
 
 FALLING = [2.0 - 0.02 * step for step in range(1, 41)]
 FLAT = [2.0] * 40
@@ -24,7 +25,10 @@ def judged(
     lines = [{"event": "train", "step": n, "loss": loss} for n, loss in enumerate(train, 1)]
     every = len(train) // max(1, len(losses) - 1)
     return judge_run(
-        [*lines, *(held(every * n, x) for n, x in enumerate(losses))], "loss", rate, steps
+        [*lines, *(held(every * n, x) for n, x in enumerate(losses))],
+        "loss",
+        Training(learning_rate=rate, epochs=3),
+        steps,
     )
 
 
@@ -53,6 +57,21 @@ def test_the_course_of_the_validation_loss_decides(
     assert verdict.last == {"loss": losses[-1]}
     assert f"{losses[0]:.4f} before training" in verdict.text
     assert bool(verdict.advice) is (outcome != "learned")
+
+
+def test_a_score_decides_where_it_is_what_is_measured() -> None:
+    """A loss that rises while more answers are right is no overfitting."""
+    train = [{"event": "train", "step": n, "loss": 1 / n, "seconds": 5.0} for n in range(1, 41)]
+    courses = ((0.2, 2.0), (0.7, 0.9), (0.8, 1.0), (0.8, 1.1), (0.9, 1.3))
+    lines = [held(10 * n, loss, accuracy=score) for n, (score, loss) in enumerate(courses)]
+    found = judge_run([*train, *lines], "accuracy", Training(max_steps=40), 40)
+    assert (found.outcome, found.kept_step) == ("still_improving", 40)
+    assert found.kept == {"accuracy": 0.9, "loss": 1.3}
+    assert "validation accuracy 0.2000 (loss 2.000) before training" in found.text
+    assert "`training.max_steps=80` would take 3 minutes more" in found.advice
+    fallen = [*lines[:4], held(40, 1.3, accuracy=0.5)]
+    worse = judge_run([*train, *fallen], "accuracy", Training(), 40)
+    assert (worse.outcome, worse.kept_step) == ("overfitted", 20)  # of equal ones the lower loss
 
 
 def test_a_run_that_got_worse_says_plainly_what_is_stored() -> None:
@@ -100,7 +119,7 @@ def test_without_validation_rows_nothing_is_claimed() -> None:
         ((2.0, 2.5, 3.0), FALLING, "The training loss fell"),
         ((2.0, 1.5, 2.0), FALLING, "by heart"),
         ((2.0, 1.5, 2.0), FALLING[::-1], "The training loss rose too, so the rate is too high"),
-        ((2.0, 1.5, 1.2, 1.0, 0.8), FALLING, "`training.epochs`"),
+        ((2.0, 1.5, 1.2, 1.0, 0.8), FALLING, "`training.epochs=6` would take 0 s more"),
     ],
 )
 def test_advice_follows_from_both_losses(
@@ -118,7 +137,7 @@ def rewarded(rewards: Sequence[float], error: float, loss: float = -0.3) -> RunV
         held(every * n, -reward, reward=reward, reward_error=error)
         for n, reward in enumerate(rewards)
     ]
-    return judge_run(lines, "reward", 1e-5, 40)
+    return judge_run(lines, "reward", Training(learning_rate=1e-5), 40)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +168,7 @@ def test_rewards_are_read_as_rewards(
 def test_scores_stand_beside_the_loss() -> None:
     lines = [{"event": "train", "step": 1, "loss": 1.0}]
     lines += [held(0, 0.7, accuracy=0.5, margin=1.0), held(1, 0.2, accuracy=0.875)]
-    verdict = judge_run(lines, "loss", 1e-3, 1)
+    verdict = judge_run(lines, "loss", Training(learning_rate=1e-3), 1)
     assert verdict.kept == {"loss": 0.2, "accuracy": 0.875}
     assert verdict.before == {"loss": 0.7, "accuracy": 0.5}
     assert verdict.text == (

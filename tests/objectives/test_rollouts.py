@@ -288,7 +288,8 @@ def test_a_row_without_what_the_grader_compares_with_is_refused(
 ) -> None:
     chat = load_chat_format(tiny_model_folder)
     spec = DataSpec(train=rows_file, validation=rows_file, severity={"leakage.many": "note"})
-    with pytest.raises(DataError, match=r"rows.jsonl:1: \[grader.no_expected\].*also lines 2, 3") as caught:
+    message = r"rows.jsonl:1: \[grader.no_expected\].*also lines 2, 3"
+    with pytest.raises(DataError, match=message) as caught:
         prepare(spec, GRPO(grader=Number()), chat, 1000, 0)
     assert len(caught.value.problems) == 2 * len(WORDS)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from luthier.engine.metrics import SCORES, Reporter
+from luthier.engine.metrics import SCORES, Reporter, metrics_beside
 from luthier.errors import DataError, LuthierError, RecipeError, RefusedInput
 from luthier.printable import format_duration, printable, printable_json
 from luthier.setting_names import option, with_setting_names
@@ -72,9 +72,12 @@ def _console_class() -> type[Console]:
     return PrintableConsole
 
 
-def measured(name: str, loss: float) -> str:
-    """A validation loss for people: where a reward is measured, it is minus the reward."""
-    return f"{loss:.4f}" if name == "loss" else f"{name} {-loss:.4f}"
+def validation_result(measure: str, kept: Mapping[str, float]) -> str:
+    """What the stored weights measured on the validation rows, for people; empty for nothing."""
+    if measure not in kept:
+        return ""
+    name = SCORES.get(measure, measure)
+    return f"{'' if measure == 'loss' else f'{name} '}{kept[measure]:.4f}"
 
 
 def note(text: str) -> None:
@@ -231,7 +234,8 @@ class LiveReporter(Reporter):
             self._validation = f"val {line[name]:.3f}  "
             if self.draws:
                 best = "  best so far" if line["best_step"] == line["step"] else ""
-                scores = "".join(f"  {each} {line[each]:.3f}" for each in SCORES if each in line)
+                beside = (each for each in metrics_beside(name) if each in line)
+                scores = "".join(f"  {each} {line[each]:.3f}" for each in beside)
                 if self._progress is None:
                     self._open(steps)
                 self._print(

@@ -6,7 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from luthier.cli.console import LiveReporter, measured, new_console, print_json, print_text
+from luthier.cli.console import (
+    LiveReporter,
+    new_console,
+    print_json,
+    print_text,
+    validation_result,
+)
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import luthier_home
 from luthier.models.catalog import CATALOG, MANIFEST
@@ -60,8 +66,7 @@ def list_models(as_json: bool) -> None:
     if custom:
         table = _table("custom model", "learned", "weights", "validation", "created")
         for model in custom:
-            loss = model.get("validation_loss")
-            shown = "" if loss is None else measured(model["measure"], loss)
+            shown = validation_result(model.get("measure", ""), model.get("validation", {}))
             if "damaged" in model:
                 table.add_row(model["id"], "[red]damaged[/red]", "", "", "")
             else:
@@ -125,6 +130,7 @@ def _listed(model: StoredModel) -> dict[str, Any]:
             "adaptation": manifest["recipe"]["adaptation"]["method"],
             "validation_loss": manifest["metrics"]["validation_loss"],
             "measure": OBJECTIVES[manifest["recipe"]["objective"]["method"]].measure,
+            "validation": (manifest["metrics"].get("verdict") or {}).get("kept", {}),
         }
     except (KeyError, TypeError) as error:
         reason = manifest.get("damaged") or f"{MANIFEST} has no {error}"

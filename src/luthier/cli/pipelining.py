@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.console import LiveReporter, heavy_imports, measured, print_json
+from luthier.cli.console import LiveReporter, heavy_imports, print_json, validation_result
 
 if TYPE_CHECKING:
     from luthier.pipeline import Outcome, Pipeline
@@ -67,11 +67,11 @@ def _cells(outcome: Outcome) -> list[str]:
     details = outcome.details
     if "steps" not in details:
         return []
-    held = details["validation_loss"]
     measure = objective_of(find(outcome.model_id)).measure
+    verdict = details.get("verdict") or {}
     return [
         f"{details['steps']:,}",
-        "" if held is None else measured(measure, held),
+        validation_result(measure, verdict.get("kept", {})),
         f"{details['seconds']:.0f} s",
-        (details.get("verdict") or {}).get("outcome", "").replace("_", " "),
+        verdict.get("outcome", "").replace("_", " "),
     ]

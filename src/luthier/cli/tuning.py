@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.cli.comparing import print_comparison
-from luthier.cli.console import LiveReporter, heavy_imports, measured, print_json
+from luthier.cli.console import LiveReporter, heavy_imports, print_json, validation_result
 
 if TYPE_CHECKING:
     from luthier.engine.runs import Result
@@ -97,8 +97,9 @@ def print_result(result: Result) -> None:
 
     objective = objective_of(find(result.model_id))
     held, curve = "", objective.measure
-    if result.validation_loss is not None:
-        held = f", validation {measured(objective.measure, result.validation_loss)}"
+    verdict = result.verdict
+    if verdict is not None and (shown := validation_result(objective.measure, verdict.kept)):
+        held = f", validation {shown}"
     out = new_console(highlight=False)
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
     out.print(

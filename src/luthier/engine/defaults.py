@@ -9,11 +9,14 @@ from typing import Any
 from luthier.data.loader import Mixed, RowOrder
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.estimate import MemoryEstimate
+from luthier.objectives import Objective
 from luthier.recipe import Recipe
 from luthier.types import Example
 
 Choice = tuple[str, Any, str]
 
+LONGEST_REPEATED = 3000
+"""Steps in all, up to which rows are read as often as the objective asks for at least."""
 SMALLEST_BUDGET = 512
 """Distinct tokens that reach full matmul speed on the machines measured."""
 
@@ -67,9 +70,9 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
         fill("batch_size", *_with_mixed(size, reason, facts))
     fill("batch_size", *_with_mixed(*_batch_size(facts.rows), facts))
     if training.max_steps is None:
-        fill(
-            "epochs", *_epochs(facts.rows, max(1, round((training.batch_size or 1) / facts.drawn)))
-        )
+        batch = max(1, round((training.batch_size or 1) / facts.drawn))
+        objective = recipe.objective or Objective(method="")
+        fill("epochs", *_epochs(objective, facts.rows, batch))
     # A rate that was given is meant for all weights.
     apart = facts.new_head and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
@@ -140,11 +143,16 @@ def _with_mixed(size: int, reason: str, facts: Facts) -> tuple[int, str]:
     return round(size * facts.drawn), f"{reason}; {size} of the main file, the others beside them"
 
 
-def _epochs(rows: int, batch: int) -> tuple[float, str]:
+def _epochs(objective: Objective, rows: int, batch: int) -> tuple[float, str]:
+    least, most = objective.least_steps, objective.most_epochs
     per_epoch = -(-rows // batch)
-    epochs = min(5, max(1, -(-150 // per_epoch)))
+    epochs = min(most, max(1, -(-least // per_epoch)))
+    # Further passes still help many classes; a set of a million rows teaches all it can in one.
+    repeated = min(objective.least_epochs, LONGEST_REPEATED // per_epoch)
+    if repeated > epochs:
+        reason = f"{per_epoch} steps in a pass: {repeated} passes teach more than one"
+        return float(repeated), f"{reason}, and stop early where they do not"
     if epochs == 1:
         return 1.0, f"{rows} rows give {per_epoch} steps in one pass, enough to learn from"
-    return float(
-        epochs
-    ), f"{per_epoch} steps in a pass: {epochs} passes, about 150 steps, at most 5"
+    reason = f"{per_epoch} steps in a pass: {epochs} passes, about {least} steps, at most {most}"
+    return float(epochs), f"{reason} passes"

@@ -23,7 +23,7 @@ from luthier.data.loader import Mixed, RowOrder
 from luthier.engine.actuals import Clock
 from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
 from luthier.engine.devices import peak_memory
-from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.engine.metrics import MetricsFile, Reporter, order_of
 from luthier.engine.optimizers import MasterAdamW
 from luthier.engine.schedules import rate_factor
 from luthier.errors import Diverged, Interrupted
@@ -31,7 +31,7 @@ from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
 from luthier.models.network import Network, TreeBatch
 from luthier.models.save import adapter_buffers
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Means, Objective
 from luthier.recipe import Training
 from luthier.types import Example
 
@@ -202,20 +202,20 @@ class Loop:
     def _backward(self, batches: Sequence[TreeBatch]) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over ``batches``; the mean, and the objective's metrics."""
         weight = math.fsum(batch.weight for batch in batches)
-        total, further = 0.0, dict[str, float]()
+        means = Means()
         for batch in batches:
             loss = self.objective.loss(self.network, batch)
             (loss.total / weight).backward()
             self.optimizer.collect()
-            total += float(loss.total.detach())
-            for key, value in loss.metrics.items():
-                further[key] = further.get(key, 0.0) + value / weight
-        if not math.isfinite(total):
+            means.add(loss, batch.weight)
+        further = means.values()
+        mean = further.pop("loss")
+        if not math.isfinite(mean):
             raise Diverged(
-                f"the loss of step {self.progress.step + 1} is {total}. Lower the learning rate "
+                f"the loss of step {self.progress.step + 1} is {mean}. Lower the learning rate "
                 f"(it was {self.rate:g} at its highest)."
             )
-        return total / weight, further
+        return mean, further
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -223,13 +223,16 @@ class Loop:
             return
         self.network.model.eval()
         found = self.objective.validation_metrics(self.network, self.validation, self.budget)
-        progress, loss = self.progress, found["loss"]
-        progress.validation_loss = loss
-        before = progress.best_loss
-        if before is None or loss < before:
-            progress.best_loss, progress.best_step = loss, progress.step
+        progress = self.progress
+        cost, loss = order_of(found, self.objective.measure)
+        before, least_gain = progress.best_cost, self.training.least_gain
+        # A score may stand still (no entity is found yet) while the loss shows that it learns.
+        better = before is None or (cost, loss) < (before, progress.best_loss)
+        gained = better and (before is None or cost <= before - least_gain)
+        if better:
+            progress.best_cost, progress.best_loss = cost, loss
+            progress.best_step = progress.step
             self.best = {n: w.detach().clone() for n, w in self.optimizer.weights.items()}
-        gained = before is None or loss < before - self.training.least_gain
         progress.worse = 0 if gained else progress.worse + 1
         self.record("validation", **found, best=progress.best_loss, best_step=progress.best_step)
 

@@ -16,6 +16,7 @@ SCORES: Mapping[str, str] = {
     "agreement": "agreement with the teacher",
     "cosine": "cosine with the teacher",
     "absolute_error": "mean absolute error",
+    "entity_f1": "entity F1",
 }
 """Metrics of objectives that people read beside the loss, and what they are called."""
 _REWARDS: Mapping[str, str] = {
@@ -23,6 +24,23 @@ _REWARDS: Mapping[str, str] = {
     "completion_tokens": "tokens of a completion",
     "kl": "divergence (nats per token)",
 }
+
+
+def cost_of(measured: Mapping[str, Any], measure: str) -> float:
+    """What of a measurement is to be low: the loss (minus the reward), or 1 less a score."""
+    cost: float = measured["loss"] if measure in ("loss", "reward") else 1 - measured[measure]
+    return cost
+
+
+def order_of(measured: Mapping[str, Any], measure: str) -> tuple[float, float]:
+    """Orders the measurements of a run, the best first: the loss decides between equal scores."""
+    return cost_of(measured, measure), measured["loss"]
+
+
+def metrics_beside(measure: str) -> dict[str, str]:
+    """What people read beside ``measure``, and what it is called."""
+    loss = {"loss": "loss"} if measure in SCORES else {}
+    return loss | {name: text for name, text in SCORES.items() if name != measure}
 
 
 class Reporter:
@@ -103,7 +121,8 @@ def _draw_picture(
     """A panel for each name in ``shown``, with training and validation, and the step that is kept."""
     figure, panels = _figure(len(shown))
     held = [line for line in lines if line["event"] == "validation"]
-    kept = min(held, key=lambda line: line["loss"], default=None)
+    measure = held[0].get("measure", "loss") if held else "loss"
+    kept = min(held, key=lambda line: order_of(line, measure), default=None)
     for axes, (name, text) in zip(panels, shown.items(), strict=True):
         _draw_train(axes, lines, name)
         # Where rewards are measured, the loss is minus the reward and no point on a curve of losses.

@@ -113,7 +113,6 @@ class Storing:
 
     def _result(self, stored: Path) -> Result:
         run, progress = self.run, self.progress
-        rate = self.job.recipe.training.learning_rate or 0.0
         measure = self.job.data.objective.measure
         return Result(
             model_id=run.model_id,
@@ -129,7 +128,7 @@ class Storing:
             trained_weights=self.trained,
             weights=self.weights,
             saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
-            verdict=judge_run(self.lines, measure, rate, self.job.steps),
+            verdict=judge_run(self.lines, measure, self.job.recipe.training, self.job.steps),
             comparison=self.comparison,
         )
 

@@ -47,7 +47,7 @@ class Trial:
     """Place in the search, from 1."""
     settings: dict[str, Any]
     value: float | None
-    """Validation loss: of its best weights, or the last one measured where it was pruned."""
+    """Validation loss: the lowest, or the last one measured where it was pruned."""
     state: Literal["complete", "pruned", "failed"]
     reason: str = ""
     """Why it failed."""
@@ -59,7 +59,7 @@ class Outcome:
 
     state: Literal["complete", "pruned", "failed"]
     value: float | None = None
-    """Validation loss of its best weights, where it is complete."""
+    """Lowest validation loss, where it is complete."""
     reason: str = ""
     """Why it failed."""
 
@@ -101,7 +101,7 @@ def carry_out(recipe: Recipe, folder: Path, asked: optuna.Trial, reporter: Repor
 
     watch = Watch(reporter, asked, folder / METRICS)
     try:
-        progress = rehearse(recipe, folder, watch)
+        rehearse(recipe, folder, watch)
     except optuna.TrialPruned:
         return Outcome("pruned")
     except (Diverged, RefusedInput) as error:
@@ -109,7 +109,7 @@ def carry_out(recipe: Recipe, folder: Path, asked: optuna.Trial, reporter: Repor
             raise
         return Outcome("failed", reason=str(error))
     watch.report()
-    return Outcome("complete", progress.best_loss)
+    return Outcome("complete", watch.lowest)
 
 
 def side_by_side(folder: Path, recipe: Recipe, asked: Sequence[optuna.Trial]) -> list[Outcome]:
@@ -200,6 +200,8 @@ class Watch(Reporter):
     def __init__(self, outer: Reporter, trial: optuna.Trial, metrics: Path) -> None:
         self.outer, self.trial, self.metrics = outer, trial, MetricsFile(metrics)
         self.told = 0
+        self.lowest: float | None = None
+        """The lowest validation loss so far."""
 
     def recorded(self, line: Mapping[str, Any], steps: int) -> None:
         """Report by the number of the measurement: trials may have different numbers of steps.
@@ -222,6 +224,7 @@ class Watch(Reporter):
         for number, line in enumerate(measured[self.told :], start=self.told):
             self.trial.report(line["loss"], number)
         self.told = len(measured)
+        self.lowest = min((line["loss"] for line in measured), default=None)
 
 
 def repaired_journal(path: Path) -> Any:

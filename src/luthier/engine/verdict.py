@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from luthier.engine.metrics import SCORES
+from luthier.engine.metrics import SCORES, cost_of, metrics_beside, order_of
+from luthier.recipe import Training
 
 Outcome = Literal[
     "learned",
@@ -65,14 +66,15 @@ class RunVerdict:
 
 
 def judge_run(
-    lines: Sequence[Mapping[str, Any]], measure: str, rate: float, steps: int
+    lines: Sequence[Mapping[str, Any]], measure: str, training: Training, steps: int
 ) -> RunVerdict:
     """The verdict on a run.
 
     Args:
         lines: of its metrics, in their order.
-        measure: what the objective measures on validation rows: ``loss`` or ``reward``.
-        rate: its learning rate, which advice starts from.
+        measure: what of the validation rows decides which weights are kept: ``loss``, ``reward`` or
+            a score.
+        training: its settings, which advice starts from.
         steps: how many there were to be.
     """
     train = [line for line in lines if line["event"] == "train"]
@@ -95,13 +97,13 @@ def judge_run(
     outcome = course.outcome()
     kept = course.kept["step"]
     text = f"{_HEADLINES[outcome].format(step=kept)}: {course.described(early, last_step)}"
-    advice = course.advice(outcome, rate)
+    advice = course.advice(outcome, training)
     found = [_values(line, measure) for line in (course.first, course.kept, course.last)]
     return RunVerdict(outcome, text, advice, kept, early, *found)
 
 
 class _Course:
-    """The measurements of a run. Its losses are what was minimized: of a reward, minus the reward."""
+    """The measurements of a run, judged by their cost (:func:`~luthier.engine.metrics.cost_of`)."""
 
     def __init__(
         self,
@@ -111,29 +113,31 @@ class _Course:
     ) -> None:
         self.train, self.held, self.measure = train, held, measure
         self.first, self.last = held[0], held[-1]
-        self.kept = min(held, key=lambda line: line["loss"])
-        self.gain: float = self.first["loss"] - self.kept["loss"]
+        self.kept = min(held, key=lambda line: order_of(line, measure))
+        self.gain = self._cost(self.first) - self._cost(self.kept)
 
     def outcome(self) -> Outcome:
         """The one word."""
         if self.gain <= self._least(self.kept):
             harmed = self.kept is self.first and self._above_start(self.last)
             return "worse" if harmed else "hardly_learned"
-        if self.last["loss"] - self.kept["loss"] > self._noise(self.kept, self.last):
+        lost = self._cost(self.last) - self._cost(self.kept)
+        if lost > self._noise(self.kept, self.last):
             # It is overfitting where the training rows do not get worse with the others.
-            apart = self.measure == "loss" and self._training_moved() <= 0
+            apart = self.measure != "reward" and self._training_moved() <= 0
             return "overfitted" if apart else "declined"
         part = LAST_PART * self.last["step"]
         earlier = [line for line in self.held if 0 < line["step"] <= part]
         if self.kept is self.last and earlier:
-            gained = earlier[-1]["loss"] - self.last["loss"]
+            gained = self._cost(earlier[-1]) - self._cost(self.last)
             if gained > self._noise(earlier[-1], self.last):
                 return "still_improving"
         return "learned"
 
     def described(self, early: bool, last_step: int) -> str:
         """The numbers in words, and whose weights are stored."""
-        text = f"validation {self.measure} {self._shown(self.first)} before training"
+        measure = SCORES.get(self.measure, self.measure)
+        text = f"validation {measure} {self._shown(self.first)} before training"
         kept = self.kept["step"]
         if kept == 0:
             return (
@@ -150,13 +154,14 @@ class _Course:
             f"{worse}"
         )
 
-    def advice(self, outcome: Outcome, rate: float) -> str:
+    def advice(self, outcome: Outcome, training: Training) -> str:
         """What to change in a further run."""
+        rate = training.learning_rate or 0.0
         lower = f"`training.learning_rate={rate / 4:.1e}` (it was {rate:.1e})"
         if outcome == "learned":
             return ""
         if outcome == "still_improving":
-            return "More steps are likely to help: raise `training.epochs` or `training.max_steps`"
+            return f"More steps are likely to help: {self._twice(training)}"
         if self.measure == "reward":
             return self._reward_advice(outcome, lower)
         if outcome == "declined":
@@ -185,18 +190,28 @@ class _Course:
             return f"{look}. A finer grader, easier prompts or more steps may be what it lacks"
         return f"{look}. A lower rate is steadier: try {lower}"
 
+    def _twice(self, training: Training) -> str:
+        """How to train twice as long, and what that takes."""
+        seconds = math.fsum(line.get("seconds", 0.0) for line in self.train)
+        longer = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
+        setting = f"training.max_steps={2 * self.train[-1]['step']}"
+        if training.max_steps is None and training.epochs:
+            setting = f"training.epochs={2 * training.epochs:g}"
+        return f"`{setting}` would take {longer} more"
+
+    def _cost(self, line: Mapping[str, Any]) -> float:
+        return cost_of(line, self.measure)
+
     def _least(self, line: Mapping[str, Any]) -> float:
         """How far a measurement must be from the first to say anything."""
-        start: float = self.first["loss"]
-        return max(LEAST_GAIN * abs(start), _chance(self.first, line))
+        return max(LEAST_GAIN * abs(self._cost(self.first)), _chance(self.first, line))
 
     def _noise(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
         """How far two measurements of a run that learned must be apart to say anything."""
         return max(LEAST_CHANGE * self.gain, _chance(one, other))
 
     def _above_start(self, line: Mapping[str, Any]) -> bool:
-        risen: float = line["loss"] - self.first["loss"]
-        return risen > self._least(line)
+        return self._cost(line) - self._cost(self.first) > self._least(line)
 
     def _training_moved(self) -> int:
         """Where the training loss went from the best step to the end: 1 is up, -1 down, 0 neither."""
@@ -208,14 +223,15 @@ class _Course:
         return (moved > least) - (moved < -least)
 
     def _shown(self, line: Mapping[str, Any]) -> str:
-        scores = [f"{label} {line[name]:.3f}" for name, label in SCORES.items() if name in line]
+        beside = metrics_beside(self.measure)
+        texts = [f"{text} {line[name]:.3f}" for name, text in beside.items() if name in line]
         value = f"{line[self.measure]:.4f}"
-        return f"{value} ({', '.join(scores)})" if scores else value
+        return f"{value} ({', '.join(texts)})" if texts else value
 
 
 def _values(line: Mapping[str, Any], measure: str) -> dict[str, float]:
     """What was measured, without what the loop notes beside it."""
-    return {name: line[name] for name in (measure, *SCORES) if name in line}
+    return {name: line[name] for name in (measure, *metrics_beside(measure)) if name in line}
 
 
 def _chance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:

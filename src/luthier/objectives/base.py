@@ -25,6 +25,8 @@ loss, unless ``validation_metrics`` and ``parity_loss`` say otherwise.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -80,11 +82,21 @@ class Objective(BaseModel):
     by_itself: ClassVar[bool] = True
     """Whether it may be chosen by the shape of the rows alone, where no objective was asked for."""
     measure: ClassVar[str] = "loss"
-    """What :meth:`validation_metrics` measures: ``loss``, or ``reward``, whose loss is minus it."""
+    """Which of :meth:`validation_metrics` decides what weights are kept: ``loss``, or a score, of which
+    more is better (where it is ``reward``, the loss is minus it)."""
     rate_factor: ClassVar[float] = 1.0
     """Share of the adaptation's learning rate that suits it, where no rate is given."""
     batch_rows: ClassVar[int | None] = None
     """Rows in a step, where no batch size is given and the rows themselves say nothing."""
+    least_epochs: ClassVar[int] = 1
+    """Passes over the rows where they are not too many, if no number of passes is given."""
+    most_epochs: ClassVar[int] = 5
+    """Passes over few rows, to come to :attr:`least_steps`."""
+
+    @property
+    def least_steps(self) -> int:
+        """Optimizer steps to come to by passes over few rows, if no number of passes is given."""
+        return 150
 
     @property
     def refers(self) -> bool:
@@ -283,21 +295,18 @@ class Objective(BaseModel):
         import torch
 
         network.model.eval()
-        sums, weight = {"loss": 0.0}, 0.0
+        means = Means()
         with torch.no_grad():
             for batch in self.annotate(network, examples, budget):
-                loss = self.loss(network, batch)
-                for name, value in {"loss": float(loss.total), **loss.metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + value
-                weight += batch.weight
-        return {name: value / weight for name, value in sums.items()}
+                means.add(self.loss(network, batch), batch.weight)
+        return means.values()
 
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, float]:
         """What is measured on held-out rows: ``loss``, and the further metrics of :meth:`loss`.
 
-        The weights with the lowest ``loss`` are kept.
+        The weights with the best :attr:`measure` are kept, of equal ones those with the lowest loss.
         """
         return self._means(network, examples, budget)
 
@@ -312,6 +321,33 @@ class Objective(BaseModel):
     def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """What a trained network says of each row of the batch, in the order of its tree."""
         raise NotImplementedError
+
+
+class Means:
+    """Means of the loss and of all metrics over micro-batches, from their sums."""
+
+    def __init__(self) -> None:
+        self._weights: list[float] = []
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._ratios: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+
+    def add(self, loss: Loss, weight: float) -> None:
+        """Count in a micro-batch of ``weight``."""
+        self._weights.append(weight)
+        self._sums["loss"] += float(loss.total.detach())
+        for name, value in loss.metrics.items():
+            self._sums[name] += value
+        for name, pair in loss.ratios.items():
+            self._ratios[name].append(pair)
+
+    def values(self) -> dict[str, float]:
+        """``loss`` and each metric by its name."""
+        weight = math.fsum(self._weights)
+        found = {name: total / weight for name, total in self._sums.items()}
+        for name, pairs in self._ratios.items():
+            parts, wholes = map(math.fsum, zip(*pairs, strict=True))
+            found[name] = parts / wholes if wholes else 0.0
+        return found
 
 
 def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> None:

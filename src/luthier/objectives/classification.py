@@ -50,8 +50,16 @@ class Classification(Objective):
     task: ClassVar[Task] = "sequence_classification"
     evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
     reads: ClassVar[bool] = True
+    measure: ClassVar[str] = "accuracy"
     shapes: ClassVar[frozenset[str]] = frozenset({"label"})
     augments: ClassVar[bool] = True
+    least_epochs: ClassVar[int] = 3
+    most_epochs: ClassVar[int] = 20
+
+    @property
+    def least_steps(self) -> int:
+        """More for many classes: a head that starts at random sees few rows of each in a step."""
+        return 300 + 6 * len(self.labels or ())
 
     @model_validator(mode="after")
     def _check(self) -> Self:

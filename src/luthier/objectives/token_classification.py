@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import model_validator
 
 from luthier.errors import RowRefused
+from luthier.evaluation.labels import entities
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
 from luthier.objectives.shares import check_shares, shares_of, softmax_bias
@@ -39,6 +41,7 @@ class TokenClassification(Objective):
     task: ClassVar[Task] = "token_classification"
     evaluated_on: ClassVar[frozenset[str]] = frozenset({"tags"})
     reads: ClassVar[bool] = True
+    measure: ClassVar[str] = "entity_f1"
     shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
 
     @model_validator(mode="after")
@@ -124,8 +127,14 @@ class TokenClassification(Objective):
         target_M = np.concatenate(batch.tree.targets)
         target_K = torch.from_numpy(target_M[first_M]).to(scores_KC.device)
         total = F.cross_entropy(scores_KC, target_K, reduction="sum")
-        right = (scores_KC.argmax(-1) == target_K).sum()
-        return Loss(total, {"accuracy": float(right)})
+        best_K = scores_KC.argmax(-1)
+        rights = twice = 0
+        rows = zip(self._tags(best_K, batch), self._tags(target_K, batch), strict=True)
+        for given, wanted in ((entities(one), entities(other)) for one, other in rows):
+            rights += 2 * len(given & wanted)
+            twice += len(given) + len(wanted)
+        right = float((best_K == target_K).sum())
+        return Loss(total, {"accuracy": right}, {"entity_f1": (rights, twice)})
 
     def described(self, example: Example) -> str:
         """The tags of the words, in order."""
@@ -134,14 +143,14 @@ class TokenClassification(Objective):
 
     def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """For each row in the order of the tree: the tags of its words."""
-        best_K = self._scores(network, batch).argmax(-1).tolist()
-        names = [(self.labels or ())[index] for index in best_K]
-        answers = []
-        for example in batch.tree.examples:
-            count = int(np.count_nonzero(example.weight_T))
-            answers.append({"tags": names[:count]})
-            names = names[count:]
-        return answers
+        best_K = self._scores(network, batch).argmax(-1)
+        return [{"tags": tags} for tags in self._tags(best_K, batch)]
+
+    def _tags(self, index_K: Tensor, batch: TreeBatch) -> list[list[str]]:
+        """Tags of the words of each row, from their places among the labels."""
+        names = iter([(self.labels or ())[index] for index in index_K.tolist()])
+        counts = (int(np.count_nonzero(example.weight_T)) for example in batch.tree.examples)
+        return [list(islice(names, count)) for count in counts]
 
     def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
         import torch
