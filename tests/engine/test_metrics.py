@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from luthier.engine.metrics import MetricsFile, draw_curves, smooth
+from luthier.engine.metrics import MetricsFile, best_measurement, draw_curves, smooth
 
 
 def line(step: int, loss: float, event: str = "train") -> dict[str, Any]:
@@ -118,3 +118,26 @@ def words_of(picture: Path) -> set[str]:
 def test_smoothing_is_a_moving_average_without_a_start_from_zero() -> None:
     assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     assert smooth([1.0, 3.0]) == pytest.approx([1.0, (0.8 * 0.2 * 1 + 0.2 * 3) / 0.36])
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ((0.10, 0.80, 0.79, 0.70), 2),  # 0.70 is more than a standard error below the best
+        ((0.10, 0.80, 0.74, 0.78), 3),
+        ((0.90, 0.80, 0.85, 0.89), 0),  # as good as before training is not better
+        ((0.90, 0.91, 0.89, 0.88), 1),
+        ((0.00, 0.00, 0.00, 0.00), 3),  # the loss falls
+        ((0.50, 1.00, 1.00, 0.90), 2),
+    ],
+)
+def test_of_scores_that_chance_tells_apart_the_later_weights_are_kept(
+    scores: tuple[float, ...], kept: int
+) -> None:
+    losses = (1.0, 0.9, 0.8, 0.7)
+    lines = [
+        {"loss": loss, "accuracy": score, "accuracy_error": (score * (1 - score) / 70) ** 0.5}
+        for loss, score in zip(losses, scores, strict=True)
+    ]
+    assert best_measurement(lines, "accuracy") is lines[kept]
+    assert best_measurement(lines, "loss") is lines[3]

@@ -45,10 +45,8 @@ class Progress:
     """Training time so far, over all starts."""
     first_loss: float | None = None
     last_loss: float | None = None
-    best_cost: float | None = None
-    """Lowest cost so far of what the objective measures on validation rows."""
     best_loss: float | None = None
-    """Validation loss of the weights that have it."""
+    """Validation loss of the best weights so far."""
     best_step: int | None = None
     worse: int = 0
     """Measurements in a row without a new best."""

@@ -23,7 +23,7 @@ from luthier.data.loader import Mixed, RowOrder
 from luthier.engine.actuals import Clock
 from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
 from luthier.engine.devices import peak_memory
-from luthier.engine.metrics import MetricsFile, Reporter, order_of
+from luthier.engine.metrics import MetricsFile, Reporter, best_measurement, cost_of
 from luthier.engine.optimizers import MasterAdamW
 from luthier.engine.schedules import rate_factor
 from luthier.errors import Diverged, Interrupted
@@ -80,6 +80,8 @@ class Loop:
             self.network.remember_start()
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
+        self.measured: list[Mapping[str, Any]] = []
+        """What was measured on the validation rows, in order."""
 
     def resume(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from what :meth:`Checkpoints.latest` gave."""
@@ -90,6 +92,8 @@ class Loop:
         self.best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
         restore_random_state(progress.rng)
         self.cut_lines()
+        lines = self.metrics.read()
+        self.measured = [line for line in lines if line["event"] == "validation"]
 
     def cut_lines(self) -> None:
         """Forget what was written after the state the run goes on from: it will be written again."""
@@ -223,16 +227,15 @@ class Loop:
             return
         self.network.model.eval()
         found = self.objective.validation_metrics(self.network, self.validation, self.budget)
-        progress = self.progress
-        cost, loss = order_of(found, self.objective.measure)
-        before, least_gain = progress.best_cost, self.training.least_gain
-        # A score may stand still (no entity is found yet) while the loss shows that it learns.
-        better = before is None or (cost, loss) < (before, progress.best_loss)
-        gained = better and (before is None or cost <= before - least_gain)
+        progress, measure = self.progress, self.objective.measure
+        before = min((cost_of(line, measure) for line in self.measured), default=math.inf)
+        self.measured.append(found)
+        better = best_measurement(self.measured, measure) is found
         if better:
-            progress.best_cost, progress.best_loss = cost, loss
-            progress.best_step = progress.step
+            progress.best_loss, progress.best_step = found["loss"], progress.step
             self.best = {n: w.detach().clone() for n, w in self.optimizer.weights.items()}
+        least_gain = self.training.least_gain
+        gained = better and (not least_gain or cost_of(found, measure) <= before - least_gain)
         progress.worse = 0 if gained else progress.worse + 1
         self.record("validation", **found, best=progress.best_loss, best_step=progress.best_step)
 

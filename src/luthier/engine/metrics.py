@@ -32,9 +32,26 @@ def cost_of(measured: Mapping[str, Any], measure: str) -> float:
     return cost
 
 
-def order_of(measured: Mapping[str, Any], measure: str) -> tuple[float, float]:
-    """Orders the measurements of a run, the best first: the loss decides between equal scores."""
-    return cost_of(measured, measure), measured["loss"]
+def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mapping[str, Any]:
+    """Of the measurements of a run in their order, the one whose weights are kept.
+
+    A score within a standard error of the best one is as good as that, and then the later weights are
+    kept: a few hundred rows measure to a point or two, and the end of the schedule, where the rate is
+    low, gives more than that. Nothing is kept that is not better than the weights before training. Of
+    losses, and of scores where the best one is 0 or 1, the lowest loss decides.
+    """
+
+    def order(line: Mapping[str, Any]) -> tuple[float, float]:
+        return cost_of(line, measure), line["loss"]
+
+    best = chosen = lines[0]
+    for line in lines[1:]:
+        best = min(best, line, key=order)
+        error = best.get(f"{measure}_error", 0.0) if measure in SCORES else 0.0
+        alike = error > 0 and cost_of(line, measure) <= cost_of(best, measure) + error
+        if line is best or (alike and order(line) < order(lines[0])):
+            chosen = line
+    return chosen
 
 
 def metrics_beside(measure: str) -> dict[str, str]:
@@ -121,8 +138,7 @@ def _draw_picture(
     """A panel for each name in ``shown``, with training and validation, and the step that is kept."""
     figure, panels = _figure(len(shown))
     held = [line for line in lines if line["event"] == "validation"]
-    measure = held[0].get("measure", "loss") if held else "loss"
-    kept = min(held, key=lambda line: order_of(line, measure), default=None)
+    kept = best_measurement(held, held[0].get("measure", "loss")) if held else None
     for axes, (name, text) in zip(panels, shown.items(), strict=True):
         _draw_train(axes, lines, name)
         # Where rewards are measured, the loss is minus the reward and no point on a curve of losses.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from luthier.engine.metrics import SCORES, cost_of, metrics_beside, order_of
+from luthier.engine.metrics import SCORES, best_measurement, cost_of, metrics_beside
 from luthier.recipe import Training
 
 Outcome = Literal[
@@ -32,7 +32,7 @@ LEAST_CHANGE = 0.05
 LAST_PART = 0.8
 """Where the last part of a run begins, which tells whether it still improves."""
 CHANCE = 2.0
-"""Standard errors by which two mean rewards must differ. Losses are means over far more."""
+"""Standard errors by which two scores or mean rewards must differ. Losses are means over far more."""
 
 _HEADLINES: Mapping[Outcome, str] = {
     "learned": "learned",
@@ -113,7 +113,7 @@ class _Course:
     ) -> None:
         self.train, self.held, self.measure = train, held, measure
         self.first, self.last = held[0], held[-1]
-        self.kept = min(held, key=lambda line: order_of(line, measure))
+        self.kept = best_measurement(held, measure)
         self.gain = self._cost(self.first) - self._cost(self.kept)
 
     def outcome(self) -> Outcome:
@@ -204,11 +204,16 @@ class _Course:
 
     def _least(self, line: Mapping[str, Any]) -> float:
         """How far a measurement must be from the first to say anything."""
-        return max(LEAST_GAIN * abs(self._cost(self.first)), _chance(self.first, line))
+        return max(LEAST_GAIN * abs(self._cost(self.first)), self._chance(self.first, line))
 
     def _noise(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
         """How far two measurements of a run that learned must be apart to say anything."""
-        return max(LEAST_CHANGE * self.gain, _chance(one, other))
+        return max(LEAST_CHANGE * self.gain, self._chance(one, other))
+
+    def _chance(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+        """How far two scores or mean rewards may be apart by chance; 0 for losses."""
+        error = f"{self.measure}_error"
+        return CHANCE * math.hypot(*(line.get(error, 0.0) for line in (one, other)))
 
     def _above_start(self, line: Mapping[str, Any]) -> bool:
         return self._cost(line) - self._cost(self.first) > self._least(line)
@@ -232,8 +237,3 @@ class _Course:
 def _values(line: Mapping[str, Any], measure: str) -> dict[str, float]:
     """What was measured, without what the loop notes beside it."""
     return {name: line[name] for name in (measure, *metrics_beside(measure)) if name in line}
-
-
-def _chance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """How far two mean rewards may be apart by chance; 0 for losses."""
-    return CHANCE * math.hypot(*(line.get("reward_error", 0.0) for line in (one, other)))

@@ -306,9 +306,14 @@ class Objective(BaseModel):
     ) -> dict[str, float]:
         """What is measured on held-out rows: ``loss``, and the further metrics of :meth:`loss`.
 
-        The weights with the best :attr:`measure` are kept, of equal ones those with the lowest loss.
+        The best by :attr:`measure` are kept. Of a score from 0 to 1, its standard error is given, too,
+        as that of a share of the rows.
         """
-        return self._means(network, examples, budget)
+        found = self._means(network, examples, budget)
+        score = found.get(self.measure, 0.0) if self.measure != "loss" else 0.0
+        if 0 < score < 1:
+            found[f"{self.measure}_error"] = math.sqrt(score * (1 - score) / len(examples))
+        return found
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """What must be the same before and after saving: a function of network and rows alone."""
