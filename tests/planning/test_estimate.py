@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from luthier.cli import estimating
 from luthier.cli.app import app
 from luthier.engine.actuals import ACTUAL, PARTS, estimates_folder
 from luthier.engine.checkpoints import Checkpoints
@@ -265,12 +266,16 @@ def test_the_command_line_estimates_runs_and_tells_the_history(
     assert done["model_id"].rpartition(":")[2] in invoke("estimate", "--history").stdout
 
 
-def test_the_command_line_refuses_what_it_cannot_plan(recipe: Callable[..., Recipe]) -> None:
+def test_the_command_line_refuses_what_it_cannot_plan_before_it_tries_any_step(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = str(recipe().data.train)
+    monkeypatch.setattr(estimating, "estimated", lambda *asked: pytest.fail("steps were tried"))
     assert "per_hour" in invoke("estimate", "--prices-example").stdout
     for wrong in (
         [],
         [data, "--within", "soon"],
+        [data, "--finish-by", "noon"],
         [data, "--within", "1h", "--finish-by", "18:00"],
         [data, "--prices", "none.toml"],
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -78,8 +79,18 @@ def test_what_stands_before_a_text_takes_room_in_the_context(
     assert [problem.line for problem in refused.value.problems] == [1, 3]
 
 
-@pytest.mark.parametrize("adaptation", ["full", "lora", "feature_extraction"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "llama", "gpt2"])
+EVERY_TIME = {("bert", "full"), ("llama", "lora"), ("gpt2", "feature_extraction")}
+
+
+@pytest.mark.parametrize(
+    ("family", "adaptation"),
+    [
+        pytest.param(*pair, marks=[] if pair in EVERY_TIME else [pytest.mark.slow])
+        for pair in itertools.product(
+            ("bert", "roberta", "albert", "llama", "gpt2"), ("full", "lora", "feature_extraction")
+        )
+    ],
+)
 def test_a_classifier_learns_and_answers(
     family: str, adaptation: str, tuned: Callable[..., tuple[str, Path]]
 ) -> None:
@@ -97,7 +108,14 @@ def test_a_classifier_learns_and_answers(
         assert answer["label"] == max(answer["scores"], key=answer["scores"].__getitem__)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "llama", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "bert",
+        "llama",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("roberta", "albert", "gpt2")),
+    ],
+)
 def test_transformers_and_peft_give_the_same_scores(
     family: str,
     tuned: Callable[..., tuple[str, Path]],

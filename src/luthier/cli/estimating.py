@@ -99,6 +99,7 @@ def _estimate(
     table = read_prices(prices)
     if finish_by and within:
         raise RecipeError("give --finish-by or --within, not both")
+    _seconds(finish_by, within)  # refused before the minutes that a trial takes
     found = estimated(recipe, as_json)
     until = _seconds(finish_by, within)  # what the trial took is over
     if as_json:
