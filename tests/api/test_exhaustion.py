@@ -1,21 +1,24 @@
 """No client, known or unknown, exhausts the server or slows its neighbours: a real server, attacked.
 
-Each attack is a process of its own, from another address than the neighbour's (``attacks``). What is
-asked for: the resident memory of the server and its children stays within 400 MB of what it was, and
-comes back to within 100 MB; a neighbour's chat takes at most twice its quiet time, and 99 of 100
-listings at most 100 ms; and the attacker gets the answer that the documentation names.
+Each attack is a process of its own, from another address than the neighbour's (``attacks``). In life it
+comes from other machines and takes none of the server's processors, so the server has half of them to
+itself here, in quiet times too. What is asked for: the resident memory of the server and its children
+stays within 400 MB of what it was, and comes back to within 100 MB; a neighbour's chat takes at most
+twice its quiet time, and 99 of 100 listings at most 100 ms; and the attacker gets the answer that the
+documentation names.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +109,18 @@ class Neighbour:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
     made = Served(home_with_tiny(tmp_path_factory.mktemp("served"), tiny_model_folder))
+    processors = sorted(os.sched_getaffinity(0))
+    half = len(processors) // 2
+    os.sched_setaffinity(0, processors[half:])  # which the server, and all it starts, takes over
     made.start("--limit", "head_seconds=5", "--limit", "idle_seconds=10")
+    os.sched_setaffinity(0, processors[:half] or processors)
     for account in (ONE, OTHER):
         messages = [{"role": "user", "content": "Hello"}]
         asked = {"model": BASE, "messages": messages, "max_tokens": 2}
         assert made.ask("POST", "/v1/chat/completions", asked, account)[0] == 200
     yield made
     made.end()
+    os.sched_setaffinity(0, processors)
 
 
 @pytest.mark.parametrize("name", attacks.ATTACKS)
@@ -121,6 +129,7 @@ def test_an_attack_costs_the_neighbours_little(server: Served, name: str) -> Non
     with neighbour:
         time.sleep(4)
     quiet = statistics.median(neighbour.chats)
+    listing = _slowest(neighbour.listings)
     assert not neighbour.failures
     memory = Growth(server)
     keys = json.dumps({**KEYS[ONE], "model": BASE, "policies": None})
@@ -136,7 +145,7 @@ def test_an_attack_costs_the_neighbours_little(server: Served, name: str) -> Non
         "rest": memory.rest // MIB,
         "peak": memory.most // MIB,
         "chat": [round(quiet, 3), round(statistics.median(neighbour.chats), 3)],
-        "listing": round(statistics.quantiles(neighbour.listings, n=100)[98], 3),
+        "listing": [round(listing, 3), round(_slowest(neighbour.listings), 3)],
     }
     back = memory.comes_back(BACK)
     report["after"] = memory.now() // MIB
@@ -146,4 +155,9 @@ def test_an_attack_costs_the_neighbours_little(server: Served, name: str) -> Non
     assert memory.most < PEAK, report
     assert back, report
     assert report["chat"][1] < CHAT_RATIO * quiet, report
-    assert report["listing"] < LISTING_SECONDS, report
+    assert report["listing"][1] < LISTING_SECONDS, report
+
+
+def _slowest(seconds: Sequence[float]) -> float:
+    """What 99 of 100 take at most."""
+    return statistics.quantiles(seconds, n=100)[98]
