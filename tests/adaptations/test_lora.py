@@ -12,16 +12,19 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from luthier.adaptations import LoRA
 from luthier.adaptations.lora_layer import LoRALinear
+from luthier.adaptations.peft import lora_of
 from luthier.data.tree import build_tree
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
+from luthier.models.bottom import frozen_layers
 from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.models.save import save_adapter
@@ -264,6 +267,32 @@ def test_layers_are_chosen_by_the_end_of_their_name(
     config = peft.LoraConfig(**lora.adapter_config(model, "") | {"base_model_name_or_path": None})
     theirs = peft.get_peft_model(tiny_llama(), config)
     assert adapter_of(theirs).keys() == adapter_of(model).keys()
+
+
+def test_blocks_are_chosen_by_their_numbers_as_in_peft(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, lora = tiny_llama(), LoRA(rank=2, layers_to_transform=(1,))
+    lora.attach(model)
+    assert adapter_of(model) and all(".layers.1." in name for name in adapter_of(model))
+    assert frozen_layers(model) == 1  # and below it nothing is computed twice
+    theirs = peft.get_peft_model(
+        tiny_llama(),
+        peft.LoraConfig(**lora.adapter_config(model, "") | {"base_model_name_or_path": None}),
+    )
+    assert adapter_of(theirs).keys() == adapter_of(model).keys()
+    save_adapter(model, lora, lora.adapter_config(model, ""), tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    again, fresh = lora_of(fields, weights, tiny_llama()), tiny_llama()
+    again.attach(fresh)
+    assert adapter_of(fresh).keys() == adapter_of(model).keys()
+    for wrong, message in (
+        ((99,), "no block 99; its blocks have the numbers 0 to"),
+        ((), "at least one"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            LoRA(layers_to_transform=wrong).attach(tiny_llama())
 
 
 def test_an_unknown_layer_is_refused_with_those_there_are(

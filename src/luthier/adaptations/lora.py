@@ -14,12 +14,12 @@ direction (Liu et al. 2024, arXiv:2402.09353).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from luthier.adaptations.base import Adaptation, full_rate, plain_config
-from luthier.adaptations.targets import ALL_LINEAR, linear_targets
+from luthier.adaptations.targets import ALL_LINEAR, in_blocks, linear_targets
 from luthier.models.layers import modules_of, replace_modules
 
 if TYPE_CHECKING:
@@ -42,12 +42,17 @@ class LoRA(Adaptation):
     """Share of the inputs of the added branch that is dropped in training."""
     targets: str | tuple[str, ...] = ALL_LINEAR
     """Linear layers to adapt: ``all-linear``, or ends of their names such as ``q_proj``."""
+    layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Numbers of the blocks to adapt, 0 the lowest; all when not given. What lies below the first one
+    is computed once for all epochs."""
 
     def adapt(self, model: nn.Module) -> None:
         """Wrap the chosen layers; freeze everything else."""
         from luthier.adaptations.lora_layer import DoRALinear, LoRALinear
 
         names = linear_targets(model, self.targets)
+        if self.layers_to_transform is not None:
+            names = in_blocks(model, names, self.layers_to_transform)
         kind = DoRALinear if self.dora else LoRALinear
         model.requires_grad_(False)
         replace_modules(model, names, lambda base: kind(base, self.rank, self.scale, self.dropout))
@@ -81,6 +86,7 @@ class LoRA(Adaptation):
             use_rslora=self.rslora,
             use_dora=self.dora,
             fan_in_fan_out=model.config.model_type == "gpt2",  # type: ignore[union-attr]
+            layers_to_transform=list(self.layers_to_transform or ()) or None,
             target_modules=sorted(ends if self.targets == ALL_LINEAR else _ends(self.targets)),
             task_type=peft_task(model),
             modules_to_save=head_modules(model) or None,

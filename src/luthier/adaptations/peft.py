@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _READ = frozenset(
     (
         "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules",
-        "task_type", "base_model_name_or_path", "init_lora_weights",
+        "task_type", "base_model_name_or_path", "init_lora_weights", "layers_to_transform",
     )
 )  # fmt: skip
 _HARMLESS = frozenset(

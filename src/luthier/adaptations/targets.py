@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError
 from luthier.models.heads import head_modules
+from luthier.models.layers import layer_names
 
 if TYPE_CHECKING:
     from torch import nn
 
 ALL_LINEAR = "all-linear"
+
+
+def in_blocks(model: nn.Module, names: Sequence[str], numbers: Collection[int]) -> list[str]:
+    """Those of the layers ``names`` that are in the blocks of these numbers, 0 the lowest.
+
+    As in PEFT, the blocks of encoder and decoder have the same numbers.
+
+    Raises:
+        RecipeError: for a number that no block has, and for no number at all.
+    """
+    blocks = [name.rpartition(".")[::2] for name in layer_names(model)]
+    there = {int(number) for _, number in blocks}
+    if missing := sorted(set(numbers) - there):
+        raise RecipeError(
+            f"this network has no block {missing[0]}; its blocks have the numbers 0 to {max(there)}",
+            "adaptation.layers_to_transform",
+        )
+    chosen = tuple(f"{stack}.{number}." for stack, number in blocks if int(number) in numbers)
+    if not chosen:
+        raise RecipeError("name at least one block", "adaptation.layers_to_transform")
+    return [name for name in names if name.startswith(chosen)]
 
 
 def linear_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
