@@ -125,8 +125,12 @@ class ServerLimits(AccountQuotas, ModelLimits):
     """Of a body that is read before anything is known of its sender. Larger ones are read of known keys
     alone, and of none whose signature names an unknown one."""
     wrong_bodies_per_minute: int = Field(default=10, ge=1)
-    """Bodies of more than unknown_body_bytes from one address under one access key that are read for a
-    signature that turns out wrong. Further ones are answered 429 unread."""
+    """Bodies from one address under one key that are read for nothing: of more than unknown_body_bytes
+    for a signature that turns out wrong, of more than 1 MiB that cannot be used. Further ones are
+    answered 429 unread."""
+    requests_per_second_per_address: float = Field(default=200, gt=0)
+    """Requests that one address, or one /64 of IPv6, may begin; two seconds of them at once. Further
+    ones wait. A proxy in front of the server is one address."""
     body_memory: int = Field(default=256 * MIB, ge=MIB)
     """For bodies that are received and worked on, in all: their length, or 1 MiB where a body is
     written to disk as it comes. Further ones wait for idle_seconds, and are answered 429 then."""

@@ -7,7 +7,13 @@ import threading
 import pytest
 from principals_of import FIRST, OTHER
 
-from luthier.api.rate_limits import BURST_SECONDS, WINDOW_SECONDS, RateLimits, WrongSignatures
+from luthier.api.rate_limits import (
+    BURST_SECONDS,
+    WINDOW_SECONDS,
+    RateLimits,
+    RequestPace,
+    WrongBodies,
+)
 from luthier.api.wire import Caller, Fault
 from luthier.store import accounts
 from luthier.store.database import Database
@@ -94,9 +100,9 @@ def test_threads_take_no_token_twice(database: Database) -> None:
     assert sum(found) == 200
 
 
-def test_bodies_with_wrong_signatures_are_read_a_few_times_a_minute() -> None:
+def test_bodies_that_are_read_for_nothing_are_read_a_few_times_a_minute() -> None:
     clock = Clock()
-    wrong = WrongSignatures(3, clock)
+    wrong = WrongBodies(3, clock)
     for _ in range(3):
         wrong.check("192.0.2.1", "AKIA1")
         wrong.count("192.0.2.1", "AKIA1")
@@ -109,3 +115,15 @@ def test_bodies_with_wrong_signatures_are_read_a_few_times_a_minute() -> None:
     wrong.check("192.0.2.1", "AKIA2")
     clock.moment = WINDOW_SECONDS
     wrong.check("192.0.2.1", "AKIA1")
+
+
+def test_requests_of_one_address_begin_at_its_pace() -> None:
+    clock = Clock()
+    pace = RequestPace(10, clock)
+    burst = int(10 * BURST_SECONDS)
+    delays = [pace.delay("192.0.2.1") for _ in range(burst + 4)]
+    assert delays[:burst] == [0.0] * burst
+    assert delays[burst + 1 :] == pytest.approx([0.1, 0.2, 0.3])
+    assert pace.delay("192.0.2.2") == 0.0  # others are not concerned
+    clock.moment += 60
+    assert pace.delay("192.0.2.1") == 0.0

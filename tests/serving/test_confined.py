@@ -186,7 +186,9 @@ class TestNothingTakesAllThereIs:
         self, hostile: Callable[..., ConfinedFormat], template: str
     ) -> None:
         chat = hostile(template)
-        with pytest.raises(RecipeError, match=r"GiB of memory|larger than|over 32 MiB|takes more than|fails"):
+        with pytest.raises(
+            RecipeError, match=r"GiB of memory|larger than|over 32 MiB|takes more than|fails"
+        ):
             chat.encode_prompt([Message("user", "Hi")])
 
     @pytest.mark.parametrize("faulty", [doubling, backtracking])

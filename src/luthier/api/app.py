@@ -12,11 +12,12 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     asynccontextmanager,
+    contextmanager,
     nullcontext,
 )
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ from luthier.api.heads import (
 )
 from luthier.api.observability import Observed, Observer
 from luthier.api.policies import noted
-from luthier.api.rate_limits import WrongSignatures
+from luthier.api.rate_limits import RequestPace, WrongBodies
 from luthier.api.sending import (
     ClientGone,
     Receive,
@@ -63,6 +64,9 @@ OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
+WRONG_BODY_BYTES = 1 << 20
+"""Larger bodies that cannot be used are counted: to read and parse them takes time of all others."""
+UNUSABLE = frozenset({"Validation", "Serialization", "RequestEntityTooLarge"})
 STREAMED_COST = 1 << 20
 """Bytes of memory for a body that is handed on as it comes."""
 SHORT_REQUESTS = 16
@@ -157,7 +161,8 @@ class Application:
         self._streams = slots(limits.streams, limits.share_of(limits.streams))
         most, each = limits.transfers, limits.share_of(limits.transfers)
         self._transfers = FairThreads(most, each, limits.waiting_requests, "transfer")
-        self._wrong_signatures = WrongSignatures(limits.wrong_bodies_per_minute)
+        self._wrong_bodies = WrongBodies(limits.wrong_bodies_per_minute)
+        self._pace = RequestPace(limits.requests_per_second_per_address)
         # Apart: a client that sends its body slowly keeps nobody from working on theirs.
         self._receiving = slots(limits.body_memory, limits.body_memory_per_client)
         self._large = slots(limits.large_bodies, limits.large_bodies_per_client)
@@ -178,6 +183,8 @@ class Application:
         began = time.perf_counter()
         receive, send = seen.counted(receive, send)
         try:
+            if (delay := self._pace.delay(client_key(seen.address))) > 0:
+                await asyncio.sleep(delay)
             if head.path in OPEN_PATHS:
                 answer = await self._run(self._open, head.path)
                 seen.status = await send_answer(send, receive, answer, self._wait)
@@ -303,15 +310,16 @@ class Application:
         async with AsyncExitStack() as receiving, AsyncExitStack() as turns:
             cost = STREAMED_COST if streamed else size
             await receiving.enter_async_context(self._body_memory(client, head, cost))
-            if signed is None and size > small:
-                self._wrong_signatures.check(client, claim_of(head).access_key)
+            if size > (small if signed is None else WRONG_BODY_BYTES):
+                self._wrong_bodies.check(*_sender(head, seen, signed))
             if route is not None and route.sink is not None:
                 return await self._upload(head, receive, limit, route, seen, signed)
             body = await read_body(head, receive, limit, self.limits)
+            turns.enter_context(self._counted_if_wrong(head, len(body), seen, signed))
             takes_turns = route is not None and (route.long or route.grading)
             if route is not None and takes_turns:
                 if signed is None:
-                    signed = await self._run(self._authenticate, head, body, seen.address)
+                    signed = await self._run(self.authenticator.authenticate, head, body)
                 client = signed.caller.account
                 seen.let_in(seen.face, signed.caller)
                 seen.operation = route.operation
@@ -332,6 +340,21 @@ class Application:
         if length is not None and length <= self.limits.unknown_body_bytes:
             return nullcontext()
         return self._receiving.turn(client, size, self.limits.idle_seconds)
+
+    @contextmanager
+    def _counted_if_wrong(
+        self, head: Head, size: int, seen: Observed, signed: Signed | None
+    ) -> Iterator[None]:
+        """Remember the sender of a body of ``size`` bytes that turns out to be read for nothing."""
+        try:
+            yield
+        except (Fault, RefusedInput) as refusal:
+            code = (refusal if isinstance(refusal, Fault) else Fault.of(refusal)).code
+            unsigned = code == "InvalidSignature"
+            least = self.limits.unknown_body_bytes if unsigned else WRONG_BODY_BYTES
+            if size > least and (unsigned or code in UNUSABLE):
+                self._wrong_bodies.count(*_sender(head, seen, signed))
+            raise
 
     @asynccontextmanager
     async def _large_turn(self, client: str, size: int) -> AsyncIterator[None]:
@@ -364,7 +387,8 @@ class Application:
         sent: bytes | None = None
         if signed is None:
             sent = await read_body(head, receive, limit, self.limits)
-            signed = await self._run(self._authenticate, head, sent, seen.address)
+            with self._counted_if_wrong(head, len(sent), seen, None):
+                signed = await self._run(self.authenticator.authenticate, head, sent)
         seen.let_in(seen.face, signed.caller)
         seen.operation = route.operation
         await self._run(self.admit, signed.caller)
@@ -409,15 +433,6 @@ class Application:
             await self._run(close_pieces, answer.body)
             raise
 
-    def _authenticate(self, head: Head, body: bytes, address: str) -> Signed:
-        try:
-            return self.authenticator.authenticate(head, body)
-        except Fault as fault:
-            large = len(body) > self.limits.unknown_body_bytes
-            if large and fault.code == "InvalidSignature":
-                self._wrong_signatures.count(client_key(address), claim_of(head).access_key)
-            raise
-
     def _work(
         self,
         head: Head,
@@ -427,7 +442,7 @@ class Application:
         seen: Observed,
         signed: Signed | None,
     ) -> Answer:
-        signed = signed or self._authenticate(head, body, seen.address)
+        signed = signed or self.authenticator.authenticate(head, body)
         seen.let_in(seen.face, signed.caller)
         self.admit(signed.caller)
         if route is None:
@@ -463,6 +478,12 @@ def _closing(head: Head, answer: Answer) -> Answer:
     if not any(name == "expect" for name, _ in head.headers):
         return answer
     return replace(answer, headers={**answer.headers, "Connection": "close"})
+
+
+def _sender(head: Head, seen: Observed, signed: Signed | None) -> tuple[str, str]:
+    """Address, and the account that a body comes under; the access key, where it is not known yet."""
+    known = signed.caller.account if signed else claim_of(head).access_key
+    return client_key(seen.address), known
 
 
 def _routed(face: Face, head: Head) -> tuple[Route | None, Fault | None]:

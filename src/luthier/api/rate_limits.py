@@ -15,6 +15,8 @@ from luthier.store.database import Database
 WINDOW_SECONDS = 60.0
 BURST_SECONDS = 2.0
 """A bucket holds the tokens of this long: what an idle account may send at once."""
+PACED_ADDRESSES = 10_000
+"""Addresses that are remembered, until those that wait for nothing are forgotten."""
 
 
 @dataclass
@@ -84,11 +86,35 @@ class RateLimits:
         return float("inf") if rate is None else float(rate)
 
 
-class WrongSignatures:
-    """Counts bodies that were read for a signature that was wrong, by address and access key.
+class RequestPace:
+    """Lets each address begin so many requests a second; further ones wait for their moment.
+
+    Whatever a request is answered, it takes time of the one thread that reads all connections, which a
+    client that is refused over and over would else take from the others. Waiting costs nothing, and
+    what is sent meanwhile is not read.
+    """
+
+    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval, self._clock = 1 / per_second, clock
+        self._next: dict[str, float] = {}
+        """When the next request of an address may begin, those of a burst aside."""
+
+    def delay(self, address: str) -> float:
+        """Seconds that a request that comes now has to wait."""
+        moment = self._clock()
+        if len(self._next) > PACED_ADDRESSES:
+            self._next = {each: at for each, at in self._next.items() if at > moment}
+        at = max(self._next.get(address, 0.0), moment)
+        self._next[address] = at + self._interval
+        return max(0.0, at - moment - BURST_SECONDS)
+
+
+class WrongBodies:
+    """Counts bodies that were read for nothing, by the address and the key or account they came under.
 
     Whoever knows the name of a key, which is no secret, could else have bodies read and hashed without
-    end. By both, so that nobody can keep the owner of a key from using it elsewhere.
+    end, and who has an account could have them parsed. By both, so that nobody keeps the owner of a key
+    from using it elsewhere.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -96,19 +122,22 @@ class WrongSignatures:
         self._lock = threading.Lock()
         self._since, self._counts = clock(), Counter[tuple[str, str]]()
 
-    def check(self, address: str, access_key: str) -> None:
+    def check(self, address: str, sender: str) -> None:
         """Refuse a body before it is read; ``Throttling`` where too many of them were wrong."""
         with self._lock:
             wait = WINDOW_SECONDS - (self._clock() - self._since)
             if wait <= 0:
                 self._counts.clear()
                 self._since = self._clock()
-            count = self._counts.get((address, access_key), 0)
+            count = self._counts.get((address, sender), 0)
         if count >= self._most:
-            text = "Too many requests whose signature was wrong. Please wait before trying again."
+            text = (
+                "Too many large requests whose signature was wrong, or that could not be used. Please "
+                "wait before trying again."
+            )
             raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
 
-    def count(self, address: str, access_key: str) -> None:
-        """A body was read, and its signature was wrong."""
+    def count(self, address: str, sender: str) -> None:
+        """A body was read for nothing."""
         with self._lock:
-            self._counts[address, access_key] += 1
+            self._counts[address, sender] += 1
