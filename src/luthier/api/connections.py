@@ -312,7 +312,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.close()  # an answer before it is on its way: nothing can stand between
+            # An answer before it is on its way, and nothing can stand between. The end comes after
+            # linger_seconds: who would do this again at once is kept waiting.
+            self.pipeline.clear()
+            self.flow.pause_reading()
             return
         self.transport.write(_refusal(status, text))
 
