@@ -43,7 +43,7 @@ class LoRA(Adaptation):
     targets: str | tuple[str, ...] = ALL_LINEAR
     """Linear layers to adapt: ``all-linear``, or ends of their names such as ``q_proj``."""
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Numbers of the blocks to adapt, 0 the lowest; all if not given. What is below is computed once."""
+    """Numbers of the blocks to adapt, 0 the lowest; all if not given. What is below is read once."""
 
     def adapt(self, model: nn.Module) -> None:
         """Wrap the chosen layers; freeze everything else."""
