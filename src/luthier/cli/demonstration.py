@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
 
 BASE = "smollm2-135m-instruct"
+UPPER_LAYERS = list(range(20, 30))
+"""Of the base's 30."""
 SHOWN = 4
 
 
@@ -39,8 +41,10 @@ def run(as_json: bool) -> None:
                     "train": str(folder / "train.jsonl"),
                     "validation": str(folder / "validation.jsonl"),
                 },
-                # The settings that the figures in the documents were measured with.
-                "training": {"epochs": 3, "learning_rate": 5e-4},
+                # The upper third of the layers learns labels and voice as well as all of them, in half
+                # of the time (docs/results.md).
+                "adaptation": {"method": "lora", "layers_to_transform": UPPER_LAYERS},
+                "training": {"epochs": 3, "evaluate_every": 27},
             }
         )
         with closing(LiveReporter(quiet=as_json)) as reporter:
