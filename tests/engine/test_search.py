@@ -155,7 +155,12 @@ def test_the_seed_decides_what_is_tried(recipe: Callable[..., Recipe]) -> None:
 # A trial that is not stopped writes 8 lines of steps and 9 of validation.
 @pytest.mark.parametrize(
     ("lines", "often"),
-    [(5, False), (17 * 3 + 3, False), (30, True), (17 * 3 + 24, True)],
+    [
+        pytest.param(5, False, marks=pytest.mark.slow),
+        (17 * 3 + 3, False),
+        pytest.param(30, True, marks=pytest.mark.slow),
+        (17 * 3 + 24, True),
+    ],
     ids=["first", "fourth", "second, from a checkpoint", "a late one, from a checkpoint"],
 )
 def test_a_broken_search_goes_on_as_if_it_had_not_been(
@@ -358,6 +363,7 @@ def test_metrics_of_a_rehearsal_are_no_run(
         trials.rehearse(recipe(max_steps=2), luthier_home / "here")
 
 
+@pytest.mark.slow
 def test_trials_run_side_by_side_and_a_killed_search_goes_on(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
