@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def refused(method: str, name: str, family: str) -> str:
     return wanted or refusals_of_both().get((method, name, family), "")
 
 
+@cache
 def adaptation_refusals() -> dict[tuple[str, str], str]:
     """Adaptations that a family cannot take, and what the refusal says."""
     return {
@@ -147,6 +149,7 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
     }
 
 
+@cache
 def refusals_of_both() -> dict[tuple[str, str, str], str]:
     """Refusals that take all three."""
     kinds = ("sft", *DISTILLED, "grpo", "ppo", *JUDGED)

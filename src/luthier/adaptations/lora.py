@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from luthier.adaptations.base import Adaptation, full_rate, plain_config
-from luthier.adaptations.targets import ALL_LINEAR, in_blocks, linear_targets
+from luthier.adaptations.targets import ALL_LINEAR, linear_targets
 from luthier.models.layers import modules_of, replace_modules
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ class LoRA(Adaptation):
         """Wrap the chosen layers; freeze everything else."""
         from luthier.adaptations.lora_layer import DoRALinear, LoRALinear
 
-        names = linear_targets(model, self.targets)
-        if self.layers_to_transform is not None:
-            names = in_blocks(model, names, self.layers_to_transform)
+        names = linear_targets(model, self.targets, self.layers_to_transform)
         kind = DoRALinear if self.dora else LoRALinear
         model.requires_grad_(False)
         replace_modules(model, names, lambda base: kind(base, self.rank, self.scale, self.dropout))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError
@@ -15,32 +15,18 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 
 
-def in_blocks(model: nn.Module, names: Sequence[str], numbers: Collection[int]) -> list[str]:
-    """Those of the layers ``names`` that are in the blocks of these numbers, 0 the lowest.
-
-    As in PEFT, the blocks of encoder and decoder have the same numbers.
-
-    Raises:
-        RecipeError: for a number that no block has, and for no number at all.
-    """
-    blocks = [name.rpartition(".")[::2] for name in layer_names(model)]
-    there = {int(number) for _, number in blocks}
-    if missing := sorted(set(numbers) - there):
-        raise RecipeError(
-            f"this network has no block {missing[0]}; its blocks have the numbers 0 to {max(there)}",
-            "adaptation.layers_to_transform",
-        )
-    chosen = tuple(f"{stack}.{number}." for stack, number in blocks if int(number) in numbers)
-    if not chosen:
-        raise RecipeError("name at least one block", "adaptation.layers_to_transform")
-    return [name for name in names if name.startswith(chosen)]
-
-
-def linear_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
+def linear_targets(
+    model: nn.Module, targets: str | tuple[str, ...], blocks: Collection[int] | None = None
+) -> list[str]:
     """Full names of the linear layers that ``targets`` names, in the order of the network.
 
     ``all-linear`` means every linear layer but the output head, as in PEFT. Otherwise each entry
     is the last part of a module's name (``q_proj``) or a dotted end of it (``mlp.up_proj``).
+    ``blocks`` are the numbers of the blocks that are meant, 0 the lowest; all when not given. As in
+    PEFT, those of encoder and decoder have the same numbers.
+
+    Raises:
+        RecipeError: for a name or number that is not there, and where no layer is meant.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -66,6 +52,25 @@ def linear_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[str
                 f"no linear layer is called {', '.join(missing)}. This network has: "
                 f"{', '.join(ends)}; or use {ALL_LINEAR}."
             )
+    if blocks is not None:
+        inside = _in_blocks(model, blocks)
+        found = [name for name in found if name.startswith(inside)]
     if not found:
-        raise RecipeError("this network has no linear layers to adapt")
+        where = " in these blocks" if blocks is not None else ""
+        raise RecipeError(f"this network has no linear layers to adapt{where}")
     return found
+
+
+def _in_blocks(model: nn.Module, numbers: Collection[int]) -> tuple[str, ...]:
+    """What the names of all modules in these blocks begin with."""
+    blocks = [name.rpartition(".")[::2] for name in layer_names(model)]
+    there = {int(number) for _, number in blocks}
+    if missing := sorted(set(numbers) - there):
+        raise RecipeError(
+            f"this network has no block {missing[0]}; its blocks have the numbers 0 to {max(there)}",
+            "adaptation.layers_to_transform",
+        )
+    chosen = tuple(f"{stack}.{number}." for stack, number in blocks if int(number) in numbers)
+    if not chosen:
+        raise RecipeError("name at least one block", "adaptation.layers_to_transform")
+    return chosen

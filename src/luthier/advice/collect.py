@@ -123,7 +123,7 @@ def _cautions(report: Report) -> list[str]:
     first = [
         found.kept[r.id][0] for r in found.rules() if found.severity(r) == "warning" and r.whole
     ]
-    return [f"{each.message} {each.fix or each.rule.fix}" for each in first]
+    return [f"{each.message} {each.closest_fix}" for each in first]
 
 
 def _rows(recipe: Recipe, refused: Sequence[str]) -> list[Row]:

@@ -54,6 +54,7 @@ def validation_share(rows: int) -> tuple[float, str]:
 def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     """Fill each unset field of ``recipe.training`` but the token budget."""
     training, choices = recipe.training, list[Choice]()
+    objective = recipe.objective or Objective(method="")
 
     def fill(field: str, value: Any, reason: str) -> None:
         nonlocal training
@@ -61,24 +62,23 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
             training = training.model_copy(update={field: value})
             choices.append((f"training.{field}", value, reason))
 
-    if recipe.objective is not None and recipe.objective.together:
+    if objective.together:
         reason = "each row is told from the others of its batch, so more of them teach more"
         fill("batch_size", *_with_mixed(min(64, max(2, facts.rows)), reason, facts))
-    if recipe.objective is not None and recipe.objective.batch_rows:
+    if objective.batch_rows:
         reason = "each row is many texts: the network writes its own answers"
-        size = min(recipe.objective.batch_rows, max(1, facts.rows))
+        size = min(objective.batch_rows, max(1, facts.rows))
         fill("batch_size", *_with_mixed(size, reason, facts))
     fill("batch_size", *_with_mixed(*_batch_size(facts.rows), facts))
     if training.max_steps is None:
         batch = max(1, round((training.batch_size or 1) / facts.drawn))
-        objective = recipe.objective or Objective(method="")
         fill("epochs", *_epochs(objective, facts.rows, batch))
     # A rate that was given is meant for all weights.
     apart = facts.new_head and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
-    factor = recipe.objective.rate_factor if recipe.objective is not None else 1.0
+    factor = objective.rate_factor
     if factor != 1:
-        reason += f"; {recipe.objective.method} takes {factor:g} of it"  # type: ignore[union-attr]
+        reason += f"; {objective.method} takes {factor:g} of it"
     if training.rate_factor != 1:
         reason += f"; times {training.rate_factor:g}, as asked"
     fill("learning_rate", rate * factor * training.rate_factor, reason)

@@ -228,6 +228,7 @@ class Loop:
         self.network.model.eval()
         found = self.objective.validation_metrics(self.network, self.validation, self.budget)
         progress, measure = self.progress, self.objective.measure
+        progress.validation_loss = found["loss"]
         before = min((cost_of(line, measure) for line in self.measured), default=math.inf)
         self.measured.append(found)
         better = best_measurement(self.measured, measure) is found

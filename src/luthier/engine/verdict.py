@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from luthier.engine.metrics import SCORES, best_measurement, cost_of, metrics_beside
+from luthier.printable import format_duration
 from luthier.recipe import Training
 
 Outcome = Literal[
@@ -192,8 +193,7 @@ class _Course:
 
     def _twice(self, training: Training) -> str:
         """How to train twice as long, and what that takes."""
-        seconds = math.fsum(line.get("seconds", 0.0) for line in self.train)
-        longer = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
+        longer = format_duration(math.fsum(line.get("seconds", 0.0) for line in self.train))
         setting = f"training.max_steps={2 * self.train[-1]['step']}"
         if training.max_steps is None and training.epochs:
             setting = f"training.epochs={2 * training.epochs:g}"

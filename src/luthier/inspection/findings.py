@@ -67,6 +67,11 @@ class Finding:
     others: tuple[Place, ...] = ()
     """Further rows that belong to it: the original of a copy, the other label of a text."""
 
+    @property
+    def closest_fix(self) -> str:
+        """How to mend this one; how to mend any of its rule, where nothing closer can be said."""
+        return self.fix or self.rule.fix
+
     def plain(self) -> dict[str, Any]:
         """The same for JSON."""
         found: dict[str, Any] = {
@@ -75,7 +80,7 @@ class Finding:
             "file": self.place.file,
             "line": self.place.line,
             "message": self.message,
-            "fix": self.fix or self.rule.fix,
+            "fix": self.closest_fix,
         }
         if self.excerpt:
             found["excerpt"] = self.excerpt

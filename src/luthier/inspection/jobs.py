@@ -44,7 +44,7 @@ def refusals(report: Report) -> list[Problem]:
     """What the gate refuses, as encoding would say it."""
     found = report.findings
     return [
-        Problem(each.place.file, each.place.line, rule.id, each.message, each.fix or rule.fix)
+        Problem(each.place.file, each.place.line, rule.id, each.message, each.closest_fix)
         for rule in found.rules()
         if found.severity(rule) == "error"
         for each in found.kept[rule.id]
@@ -60,7 +60,7 @@ def warnings(report: Report, data: str) -> list[str]:
             continue
         first = found.kept[rule.id][0]
         if rule.whole:
-            lines.append(f"warning: [{rule.id}] {first.message} {first.fix or rule.fix}".rstrip())
+            lines.append(f"warning: [{rule.id}] {first.message} {first.closest_fix}".rstrip())
             continue
         by_row = True
         places = [each.place for each in found.kept[rule.id]]

@@ -172,7 +172,7 @@ def _place(finding: Finding, columns: Sequence[str], rule: Rule) -> list[Markup]
         "what is there": element("td", element("bdi", finding.message)),
         "the row": element("td", element("bdi", finding.excerpt)),
         "with": element("td", listed(finding.others, 8)),
-        "fix": element("td", with_setting_names(finding.fix or rule.fix, option)),
+        "fix": element("td", with_setting_names(finding.closest_fix, option)),
     }
     return [cells[column] for column in columns]
 

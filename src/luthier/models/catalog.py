@@ -337,7 +337,7 @@ def download_from_hub(repository: str, folder: Path | None = None) -> tuple[Path
             revision=commit if folder is not None else None,
             local_dir=folder,
             local_files_only=bool(refusal),
-            allow_patterns=[f"*{suffix}" for suffix in (*_SUFFIXES, ".safetensors.index.json")],
+            allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES],
             ignore_patterns=["onnx/*", "openvino/*", "coreml/*"],
         )
     except (httpx2.HTTPError, OSError) as error:
