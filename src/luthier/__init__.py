@@ -71,4 +71,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The public names, those that were not used yet included."""
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

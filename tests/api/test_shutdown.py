@@ -105,8 +105,10 @@ def raw(server: Served) -> Any:
 
 @pytest.mark.parametrize(
     ("limit", "signals"),
-    [("shutdown_seconds=0.3", 1), ("shutdown_seconds=600", 2)],
-    ids=["after its time", "by a second signal"],
+    [
+        pytest.param("shutdown_seconds=0.3", 1, id="after its time"),
+        pytest.param("shutdown_seconds=600", 2, id="by a second signal", marks=pytest.mark.slow),
+    ],
 )
 def test_streams_that_are_cut_end_with_an_error(server: Served, limit: str, signals: int) -> None:
     server.start("--limit", limit)

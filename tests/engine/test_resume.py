@@ -72,7 +72,14 @@ def test_the_module_killed_and_resumed(
 
 @pytest.mark.parametrize(
     ("adaptation", "lines"),
-    [("lora", 1), ("lora", 5), ("lora", 17), ("full", 5), ("full", 17), ("bfloat16", 17)],
+    [
+        ("lora", 5),
+        ("full", 17),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("lora", 1), ("lora", 17), ("full", 5), ("bfloat16", 17))
+        ),
+    ],
 )
 def test_killed_from_outside(
     forker: Forker,

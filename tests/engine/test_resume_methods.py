@@ -98,7 +98,17 @@ def rows_for(objective: str, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("case", CASES)
+OFTEN = {
+    "masks are drawn anew", "dropout above a frozen bottom", "a packed base", "labels that spread",
+    "further rows and changed words", "a teacher's likeliest tokens", "answers of the student",
+    "pairs and a reference", "completions that are drawn", "a value head",
+}  # fmt: skip
+"""Those with a state of their own; the others differ from one of them in what is trained."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in OFTEN else [pytest.mark.slow]) for c in CASES]
+)
 def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
     case: str,
     family_folder: Callable[[str], Path],

@@ -19,8 +19,8 @@ SLOWLY = """
 import time
 from luthier.engine.metrics import MetricsFile
 append = MetricsFile.append
-def slowly(self, values):
-    time.sleep(0.03)
+def slowly(self, values):  # a run of 20 steps is looked at in its last ones
+    time.sleep(0.03 if values["step"] < 12 else 0.4)
     return append(self, values)
 MetricsFile.append = slowly
 """

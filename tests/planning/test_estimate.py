@@ -86,12 +86,12 @@ def recipe(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[...
     [
         ("sft", "llama", "lora"),
         ("classification", "bert", "feature_extraction"),
-        ("masked_lm", "bert", "full"),
-        ("contrastive", "bert", "lora"),
-        ("dpo", "llama", "lora"),
         ("grpo", "llama", "lora"),
-        ("logit_distillation", "llama", "freeze"),
-        ("sft", "t5", "full"),
+        pytest.param("masked_lm", "bert", "full", marks=pytest.mark.slow),
+        pytest.param("contrastive", "bert", "lora", marks=pytest.mark.slow),
+        pytest.param("dpo", "llama", "lora", marks=pytest.mark.slow),
+        pytest.param("logit_distillation", "llama", "freeze", marks=pytest.mark.slow),
+        pytest.param("sft", "t5", "full", marks=pytest.mark.slow),
     ],
 )
 def test_a_job_is_estimated_by_what_it_is_and_leaves_only_the_record(

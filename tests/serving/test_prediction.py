@@ -64,7 +64,7 @@ def command(*arguments: object, code: int = 0) -> Any:
     return json.loads(result.stdout) if "--json" in arguments else result.output
 
 
-@pytest.mark.parametrize("adaptation", ["prompt", "prefix"])
+@pytest.mark.parametrize("adaptation", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_what_stands_before_a_text_takes_room_in_the_context(
     adaptation: str, tuned: Callable[..., tuple[str, Path]]
 ) -> None:
@@ -111,9 +111,8 @@ def test_a_classifier_learns_and_answers(
 @pytest.mark.parametrize(
     "family",
     [
-        "bert",
         "llama",
-        *(pytest.param(f, marks=pytest.mark.slow) for f in ("roberta", "albert", "gpt2")),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("bert", "roberta", "albert", "gpt2")),
     ],
 )
 def test_transformers_and_peft_give_the_same_scores(
@@ -157,7 +156,7 @@ def test_several_labels_and_none(tuned: Callable[..., tuple[str, Path]]) -> None
     assert set(answer["label"]) == {name for name, p in answer["scores"].items() if p > 0.5}
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_words_get_tags(
     family: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:
@@ -279,7 +278,7 @@ def test_a_classifier_goes_on_from_a_custom_model(
     assert "label" in luthier.load(result.model_id).predict(["the fox is here"])[0]
 
 
-@pytest.mark.parametrize("adaptation", ["lora", "full"])
+@pytest.mark.parametrize("adaptation", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_classifier_goes_on_to_other_classes_with_a_new_head(
     adaptation: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:

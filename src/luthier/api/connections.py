@@ -16,6 +16,7 @@ import resource
 import socket
 from collections import Counter
 from contextlib import ExitStack, suppress
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 from weakref import WeakSet
@@ -320,6 +321,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.transport.write(_refusal(status, text))
 
 
+@lru_cache(maxsize=64)
 def _refusal(status: HTTPStatus, text: str) -> bytes:
     """An answer that ends its connection."""
     error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
@@ -331,6 +333,7 @@ def _refusal(status: HTTPStatus, text: str) -> bytes:
     return head.encode() + body
 
 
+@lru_cache(maxsize=4096)
 def client_key(address: str) -> str:
     """What counts as one client of those nobody knows: an IPv4 address, or the /64 of an IPv6 one.
 

@@ -82,6 +82,8 @@ class Loop:
         self.best: dict[str, torch.Tensor] = {}
         self.measured: list[Mapping[str, Any]] = []
         """What was measured on the validation rows, in order."""
+        self.train_lines: list[Mapping[str, Any]] = []
+        """What the metrics say of each training step."""
 
     def resume(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from what :meth:`Checkpoints.latest` gave."""
@@ -94,6 +96,7 @@ class Loop:
         self.cut_lines()
         lines = self.metrics.read()
         self.measured = [line for line in lines if line["event"] == "validation"]
+        self.train_lines = [line for line in lines if line["event"] == "train"]
 
     def cut_lines(self) -> None:
         """Forget what was written after the state the run goes on from: it will be written again."""
@@ -244,8 +247,8 @@ class Loop:
         """Tell people what the objective makes of the course so far, where that is something new."""
         if self.progress.step % ADVICE_EVERY:
             return
-        lines = [line for line in self.metrics.read() if line["event"] == "train"]
-        advice, before = (self.objective.advice(part) for part in (lines, lines[:-ADVICE_EVERY]))
+        parts = self.train_lines, self.train_lines[:-ADVICE_EVERY]
+        advice, before = map(self.objective.advice, parts)
         if advice and not before:
             self.reporter.note(advice)
 
@@ -256,6 +259,8 @@ class Loop:
             line["measure"] = self.objective.measure
         line["memory_bytes"] = peak_memory()
         self.progress.metrics_lines = self.metrics.append(line)
+        if event == "train":
+            self.train_lines.append(line)
         self.reporter.recorded(line, self.steps)
 
     def _checkpoint(self) -> None:

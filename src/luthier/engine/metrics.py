@@ -109,9 +109,8 @@ class MetricsFile:
             return []
         # What follows the last line end was cut short by a kill, or is being written now.
         lines = self.path.read_bytes().split(b"\n")[:-1]
-        return [
-            open_line(line, place_of(self.path, number)) for number, line in enumerate(lines, 1)
-        ]
+        place = place_of(self.path)
+        return [open_line(line, f"{place}:{number}") for number, line in enumerate(lines, 1)]
 
 
 def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:

@@ -154,14 +154,13 @@ def _hashable(value: Any) -> Any:
 
 def depth_of(value: Any) -> int:
     """How deep lists and objects of JSON are nested; does not call itself, so that any depth does."""
-    deepest, waiting = 0, [(value, 1)]
-    while waiting:
-        each, depth = waiting.pop()
-        if isinstance(each, (Mapping, list)):
-            deepest = max(deepest, depth)
-            items = each.values() if isinstance(each, Mapping) else each
-            waiting += [(item, depth + 1) for item in items]
-    return deepest
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, (dict, list))]:
+        depth += 1
+        level = [
+            item for each in level for item in (each.values() if isinstance(each, dict) else each)
+        ]
+    return depth
 
 
 def _patterns(schema: Any) -> Iterator[str]:

@@ -39,6 +39,8 @@ class _Cached:
     """Gradient of the loss by the embeddings."""
     loss: float
     """The part of the loss that is counted with this micro-batch."""
+    accuracy: float
+    """The part of the anchors nearest to their own partner."""
     random: tuple[Tensor, list[Tensor]]
     """State of the random numbers before the first pass: dropout must fall alike."""
 
@@ -109,14 +111,15 @@ class Contrastive(Objective):
         with torch.enable_grad():
             all_RH = torch.cat(parts).detach().requires_grad_()
             order = [e.row for batch in batches for e in batch.tree.examples]
-            total, _ = self._info_nce(all_RH, order)
+            total, right = self._info_nce(all_RH, order)
             (gradient_RH,) = torch.autograd.grad(total, all_RH)
-        share = float(total.detach()) / len(order)
+        found = []
         split = gradient_RH.split([len(part) for part in parts])
-        return [
-            replace(batch, extra=_Cached(gradient, share * len(gradient), state))
-            for batch, gradient, state in zip(batches, split, states, strict=True)
-        ]
+        for batch, gradient, state in zip(batches, split, states, strict=True):
+            share = len(gradient) / len(order)
+            cached = _Cached(gradient, float(total.detach()) * share, right * share, state)
+            found.append(replace(batch, extra=cached))
+        return found
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed InfoNCE over the anchors of the batch."""
@@ -129,7 +132,8 @@ class Contrastive(Objective):
             embeddings_RH = self.embed(network, batch)
         product = (embeddings_RH * cached.gradient_RH).sum()
         # The value is the loss, the gradient that of the embeddings.
-        return Loss(product + (cached.loss - product.detach()))
+        value = product + (cached.loss - product.detach())
+        return Loss(value, {"accuracy": cached.accuracy})
 
     def embed(self, network: Network, batch: TreeBatch) -> Tensor:
         """Embeddings ``[R, H]`` of length 1 in float32, in the order of the tree."""

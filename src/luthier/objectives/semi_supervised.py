@@ -63,6 +63,7 @@ class SemiSupervised(Objective):
     alpha: float = Field(default=0.9, gt=0, lt=1)
     """How far labels spread: what a text takes from its neighbours; 0.99 in the paper."""
 
+    measure: ClassVar[str] = "accuracy"
     task: ClassVar[Task] = "sequence_classification"
     evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
     reads: ClassVar[bool] = True

@@ -84,7 +84,7 @@ class SchemaTrials:
     def __init__(
         self, work: ConfinedWork, turns: FairTurns, characters: int = SCHEMA_CHARACTERS
     ) -> None:
-        """Grammars of at most ``characters`` are tried in processes of ``work``, by ``turns``."""
+        """Schemas of at most ``characters`` are tried in processes of ``work``, by ``turns``."""
         self.characters = characters
         self._work, self._turns = work, turns
         self._known: OrderedDict[bytes, str] = OrderedDict()
@@ -148,7 +148,9 @@ class Constraints:
         Raises:
             InferenceRefused: where it is no JSON schema, or has what cannot be enforced.
         """
-        return self._matcher(_grammar({"type": "object"} if isinstance(schema, bool) else schema))
+        return self._matcher(
+            self._grammar({"type": "object"} if isinstance(schema, bool) else schema)
+        )
 
     def calls(self, tools: Sequence[Tool], marked: bool) -> Matcher:
         """A matcher for one call of one of ``tools``; ``marked`` ones stand between tags.
@@ -163,8 +165,8 @@ class Constraints:
         else:
             schema = {"anyOf": [_call(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]}
         if not marked:
-            return self._matcher(_grammar(schema))
-        body = json.dumps({**schema, "x-guidance": _FORM})
+            return self._matcher(self._grammar(schema))
+        body = self._text({**schema, "x-guidance": _FORM})
         lark = f'start: "{CALL_OPEN}\\n" call "\\n{CALL_CLOSE}"\ncall: %json {body}\n'
         from llguidance import LLMatcher
 
@@ -183,10 +185,6 @@ class Constraints:
     def _matcher(self, grammar: str) -> Matcher:
         from llguidance import LLMatcher
 
-        characters = self._schemas.characters if self._schemas else SCHEMA_CHARACTERS
-        if len(grammar) > characters:
-            text = f"The schema has {len(grammar):,} characters, and may have {characters:,}."
-            raise InferenceRefused(text, "schema")
         with self._lock:
             found = self._compiled.get(grammar)
             if found is not None:
@@ -207,6 +205,32 @@ class Constraints:
                 self._compiled.popitem(last=False)
         return Matcher(made.deep_copy())
 
+    def _grammar(self, schema: Mapping[str, Any]) -> str:
+        from llguidance import LLMatcher
+
+        if not isinstance(schema, Mapping):
+            raise InferenceRefused("A JSON schema is an object.", "schema")
+        check_depth(schema)
+        try:
+            grammar: str = LLMatcher.grammar_from_json_schema(self._text(schema), None, _FORM)
+        except (ValueError, TypeError, RecursionError) as error:
+            text = f"The JSON schema cannot be read: {_plain(str(error))}"
+            raise InferenceRefused(text, "schema") from error
+        return grammar
+
+    def _text(self, schema: Mapping[str, Any]) -> str:
+        """``schema`` as JSON, where it is not too long."""
+        most = self._schemas.characters if self._schemas else SCHEMA_CHARACTERS
+        # Piece by piece, so that others run meanwhile, and a long one ends at the limit.
+        pieces, size = [], 0
+        for piece in json.JSONEncoder().iterencode(dict(schema)):
+            pieces.append(piece)
+            size += len(piece)
+            if size > most:
+                text = f"The schema has more than {most:,} characters."
+                raise InferenceRefused(text, "schema")
+        return "".join(pieces)
+
     def _tokens(self) -> Any:
         if self._tokenizer is None:
             try:
@@ -217,20 +241,6 @@ class Constraints:
                     f"Answers of this model cannot be kept to a schema: {error}", "schema"
                 ) from error
         return self._tokenizer
-
-
-def _grammar(schema: Mapping[str, Any]) -> str:
-    from llguidance import LLMatcher
-
-    if not isinstance(schema, Mapping):
-        raise InferenceRefused("A JSON schema is an object.", "schema")
-    check_depth(schema)
-    try:
-        grammar: str = LLMatcher.grammar_from_json_schema(dict(schema), None, _FORM)
-    except (ValueError, TypeError, RecursionError) as error:
-        text = f"The JSON schema cannot be read: {_plain(str(error))}"
-        raise InferenceRefused(text, "schema") from error
-    return grammar
 
 
 def check_depth(schema: Any) -> None:
