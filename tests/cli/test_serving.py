@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,20 @@ from luthier.cli.app import app
 from luthier.cli.serving import _graders
 from luthier.errors import RefusedInput
 from luthier.store.database import Database
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """``serve`` changes its process, which here is that of all tests."""
+    loggers = [logging.getLogger(name) for name in ("luthier", "uvicorn.error")]
+    before = [(each.handlers, each.propagate, each.level) for each in loggers]
+    interval, mask = sys.getswitchinterval(), os.umask(0o077)
+    yield
+    os.umask(mask)
+    sys.setswitchinterval(interval)
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def refused(*arguments: str) -> str:

@@ -49,6 +49,29 @@ def tuned(labelled: Path, family_folder: Callable[[str], Path]) -> Callable[...,
     return run
 
 
+def test_pairs_are_measured_beside_words_and_the_base_model(
+    tuned: Callable[..., Result], labelled: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"anchor": f"where is number {n}", "positive": f"number {n} is in row {n % 7}"}
+        for n in range(40)
+    ]
+    write_rows(labelled, rows)
+    found = tuned("pairs").comparison
+    assert found is not None
+    assert (found.measure, found.rows) == ("recall_at_1", 10)
+    scores = {each.name: each.score for each in found.baselines}
+    assert list(scores) == ["BM25 on words", "the base model as it is"]
+    assert scores["BM25 on words"] == 1.0
+    # Without a step the model is the base model, which makes the two measurements one.
+    same = tuned("same", max_steps=1, learning_rate=1e-12).comparison
+    assert same is not None
+    assert (
+        same.tuned == {each.name: each.score for each in same.baselines}["the base model as it is"]
+    )
+    assert same.verdict
+
+
 def test_a_classifier_is_measured_beside_its_baselines(tuned: Callable[..., Result]) -> None:
     result = tuned("beside")
     found = result.comparison

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,10 @@ from luthier.evaluation.baselines import (
     Comparison,
     States,
     compare,
+    ranked,
 )
 from luthier.evaluation.labels import scores
+from luthier.evaluation.retrieval import partner_ranks
 from luthier.models.network import Network
 from luthier.objectives import Contrastive, Objective
 from luthier.types import Example
@@ -59,6 +61,13 @@ def base_states(
     began = time.monotonic()
     network.model.eval()
     most = max(1, LARGEST_STATES // network.width)
+    if held.rows[0].positive is not None:
+        views = [view for example in held.examples for view in Contrastive().views(example)]
+        both_VH = _states(network, views, budget, began + seconds)
+        if len(both_VH) < len(views):
+            return None
+        nothing = both_VH[:0]
+        return States(nothing, both_VH[::2], time.monotonic() - began, both_VH[1::2])
     held_QH = _states(network, held.examples, budget, began + seconds)
     if len(held_QH) < len(held):
         return None
@@ -89,11 +98,17 @@ def measure_tuned(
 ) -> Comparison:
     """``found`` with what the tuned network is worth on the same rows."""
     network.model.eval()
-    answers: list[dict[str, Any]] = [{} for _ in held.rows]
-    examples = [replace(example, row=index) for index, example in enumerate(held.examples)]
+    pairs = held.rows[0].positive is not None
+    read = [v for e in held.examples for v in Contrastive().views(e)] if pairs else held.examples
+    examples = [replace(example, row=index) for index, example in enumerate(read)]
+    answers: list[Mapping[str, Any]] = [{} for _ in examples]
     for batch in network.batches(examples, budget):
         for example, answer in zip(
             batch.tree.examples, objective.answers(network, batch), strict=True
         ):
             answers[example.row] = answer
+    if pairs:
+        embeddings = [answer["embedding"] for answer in answers]
+        partners = [row.positive or "" for row in held.rows]
+        answers = [*ranked(partner_ranks(embeddings[::2], embeddings[1::2], partners))]
     return replace(found, tuned=scores(held.rows, answers)[found.measure])

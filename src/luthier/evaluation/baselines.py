@@ -1,6 +1,7 @@
 """Cheap methods that a tuned model has to beat: fitted on the same rows in seconds, by the same scores.
 
-What is fitted follows from what the rows say: a label (or several), a rating, a tag for each word.
+What is fitted follows from what the rows say: a label (or several), a rating, a tag for each word, the
+partner of a text.
 Some read the words alone, the others the states of the base model as it is, frozen.
 """
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from luthier.evaluation.labels import scores
 from luthier.evaluation.linear import fit_centroids, fit_logistic, fit_ridge
+from luthier.evaluation.retrieval import bm25_ranks, partner_ranks
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Comparison:
     """A tuned model beside the baselines, on the same held-out rows."""
 
     measure: str
-    """What is compared: ``accuracy``, ``mean_absolute_error`` or ``entity_f1``."""
+    """What is compared: ``accuracy``, ``mean_absolute_error``, ``entity_f1`` or ``recall_at_1``."""
     rows: int
     """Held-out rows that are measured on."""
     train_rows: int
@@ -102,9 +104,12 @@ class States:
     """Mean states of the frozen base model for the rows that are learned from and measured on."""
 
     train_NH: Tensor
+    """Of pairs none: nothing is fitted to them."""
     held_QH: Tensor
     seconds: float = 0.0
     """What computing them took, which belongs to whatever reads them."""
+    partner_QH: Tensor | None = None
+    """Of the partners, where the rows are pairs."""
 
 
 Answers = Sequence[Mapping[str, Any]]
@@ -127,7 +132,7 @@ class _Method:
         seconds, name = time.monotonic() - began, self.name
         if self.states is not None:
             seconds += self.states.seconds
-            if (read := len(self.states.train_NH)) < len(train):
+            if 0 < (read := len(self.states.train_NH)) < len(train):
                 name += f" ({read:,} of {len(train):,} rows)"
         score = next(iter(found.values()))
         return Baseline(name, score, found, round(seconds, 3), self.constant)
@@ -137,7 +142,8 @@ def is_comparable(row: Row, example: Example) -> bool:
     """Whether a row says what it should be answered with, and was not cut when it was encoded."""
     if row.tags is not None:
         return int(np.count_nonzero(example.weight_T)) == len(row.tags)
-    return row.text is not None and (row.label, row.rating) != (None, None)
+    said = (row.label, row.rating, row.positive)
+    return row.text is not None and said != (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,8 @@ def _methods(train: Sequence[Row], held: Sequence[Row], states: States | None) -
         yield from _rating_methods(train, held, states)
     elif all(row.tags is not None for row in rows):
         yield _Method("the most frequent tag of each word", lambda: _frequent_tags(train, held))
+    elif all(row.positive is not None for row in rows):
+        yield from _pair_methods(held, states)
 
 
 def _label_methods(
@@ -291,6 +299,22 @@ def _rating_methods(
         return [{"rating": rating} for rating in found]
 
     yield _Method("ridge regression on the base model", by_regression, states=given)
+
+
+def _pair_methods(held: Sequence[Row], states: States | None) -> Iterator[_Method]:
+    asked, partners = [row.text or "" for row in held], [row.positive or "" for row in held]
+    yield _Method("BM25 on words", lambda: ranked(bm25_ranks(asked, partners)))
+    if states is None or states.partner_QH is None:
+        return
+    near = states.held_QH, states.partner_QH
+    yield _Method(
+        "the base model as it is", lambda: ranked(partner_ranks(*near, partners)), states=states
+    )
+
+
+def ranked(ranks_Q: NDArray[np.int64]) -> Answers:
+    """Ranks of partners as answers."""
+    return [{"rank": rank} for rank in ranks_Q.tolist()]
 
 
 def _frequent_tags(train: Sequence[Row], held: Sequence[Row]) -> Answers:

@@ -43,6 +43,7 @@ class TokenClassification(Objective):
     reads: ClassVar[bool] = True
     measure: ClassVar[str] = "entity_f1"
     shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
+    least_epochs: ClassVar[int] = 3
 
     @model_validator(mode="after")
     def _check(self) -> Self:

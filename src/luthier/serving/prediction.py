@@ -83,7 +83,7 @@ class Predictor:
         from luthier.evaluation.evaluate import check_shapes
         from luthier.evaluation.labels import scores
         from luthier.evaluation.preferences import ranking_scores
-        from luthier.evaluation.retrieval import retrieval_scores
+        from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
 
         check_shapes(rows, self.objective)
         rows = self.objective.gather(rows)
@@ -105,8 +105,9 @@ class Predictor:
             ]
             return RowScores(ranking_scores(pairs, "reward"), measured, lines)
         if rows and rows[0].positive is not None:
-            near = [[answer["embedding"] for answer in side] for side in (first, second)]
-            return RowScores(retrieval_scores(*near), measured, first)
+            anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
+            ranks = partner_ranks(anchors, partners, [row.positive or "" for row in rows])
+            return RowScores(retrieval_scores(ranks), measured, first)
         for row, answer in zip(rows, first, strict=True):
             if row.tags is not None:
                 # Words behind the cut were not read, so nothing was found in them.

@@ -1,0 +1,71 @@
+"""Places at which partners are found, counted by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from luthier.evaluation.retrieval import bm25_ranks, partner_ranks, retrieval_scores
+
+AXES = [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_ranks_and_scores_by_hand() -> None:
+    assert partner_ranks(AXES, AXES, ["a", "b"]).tolist() == [1, 1]
+    assert partner_ranks(AXES, AXES[::-1], ["a", "b"]).tolist() == [2, 2]
+    found = retrieval_scores([1, 2, 20, 1])
+    assert found == {
+        "recall_at_1": 0.5,
+        "recall_at_10": 0.75,
+        "mean_reciprocal_rank": pytest.approx((1 + 1 / 2 + 1 / 20 + 1) / 4),
+    }
+
+
+def test_equal_embeddings_find_nothing_and_equal_texts_are_one_partner() -> None:
+    same = [[1.0, 0.0]] * 2
+    assert partner_ranks(same, same, ["a", "b"]).tolist() == [2, 2]
+    assert partner_ranks(same, same, ["a", "a"]).tolist() == [1, 1]
+    # Three anchors, two partners, of which the first stands in two pairs.
+    anchors = [AXES[0], AXES[1], AXES[0]]
+    assert partner_ranks(anchors, anchors, ["a", "b", "a"]).tolist() == [1, 1, 1]
+    assert partner_ranks(anchors[::-1], anchors, ["a", "b", "a"]).tolist() == [1, 1, 1]
+
+
+def test_many_anchors_are_ranked_in_parts() -> None:
+    count = 2500
+    turned = [[math.cos(x), math.sin(x)] for x in (i / count for i in range(count))]
+    assert set(partner_ranks(turned, turned, [str(i) for i in range(count)])) == {1}
+
+
+def bm25(query: str, texts: Sequence[str]) -> list[float]:
+    """As the formula stands in the paper, with k1 = 1.2 and b = 0.75, for distinct texts."""
+    documents = [text.split() for text in texts]
+    average = sum(map(len, documents)) / len(documents)
+    found = []
+    for document in documents:
+        score = 0.0
+        for word in set(query.split()):
+            holding = sum(word in each for each in documents)
+            idf = math.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5))
+            count = document.count(word)
+            norm = count + 1.2 * (1 - 0.75 + 0.75 * len(document) / average)
+            score += idf * count * 2.2 / norm
+        found.append(score)
+    return found
+
+
+def test_words_are_weighed_as_the_formula_says() -> None:
+    texts = [
+        "the cat sat on the mat and the cat slept",
+        "a dog sat by the river",
+        "the river is long and the boat is small",
+        "cat and dog",
+    ]
+    asked = ["the cat on the river", "dog river boat", "long long way", "nothing known"]
+    for query in asked:
+        scores = bm25(query, texts)
+        expected = [sum(score >= own for score in scores) for own in scores]
+        assert bm25_ranks([query] * 4, texts).tolist() == expected
+    assert bm25_ranks(["Boat!"], ["a BOAT, small"]).tolist() == [1]
