@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-K1, B = 1.2, 0.75
-"""How soon a word that is repeated counts no more, and how much the length of a text counts."""
-_WORD = re.compile(r"\w+")
 _AT_ONCE = 1024
 
 
@@ -33,29 +27,44 @@ def partner_ranks(anchors: Any, partners: Any, texts: Sequence[str]) -> NDArray[
     return np.concatenate(parts)
 
 
+class BM25Index:
+    """BM25 (Robertson and Zaragoza 2009) over texts, by the library bm25s."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        import bm25s
+
+        self._index = bm25s.BM25()
+        self._index.index(_words(texts), show_progress=False)
+        self.size = len(texts)
+
+    def scores(self, query: str) -> NDArray[np.float32]:
+        """How well each text answers ``query``, ``[N]``; 0 where they share no word."""
+        words = _words([query], ids=False)[0]
+        found: NDArray[np.float32] = self._index.get_scores(words)
+        return found
+
+    def nearest(self, query: str, count: int) -> list[int]:
+        """Numbers of the ``count`` texts nearest to ``query``, the nearest last.
+
+        In a prompt what stands last is heeded most.
+        """
+        most = min(count, self.size)
+        found, _ = self._index.retrieve(_words([query]), k=most, show_progress=False)
+        return [int(number) for number in found[0]][::-1]
+
+
+def _words(texts: Sequence[str], ids: bool = True) -> Any:
+    import bm25s
+
+    return bm25s.tokenize(list(texts), stopwords=None, return_ids=ids, show_progress=False)
+
+
 def bm25_ranks(anchors: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:
-    """As :func:`partner_ranks`, by the words they share (BM25, Robertson & Zaragoza 2009)."""
+    """As :func:`partner_ranks`, by the words they share."""
     places, own_P = _distinct(texts)
-    words = [Counter(_WORD.findall(texts[place].lower())) for place in places]
-    lengths_U = np.array([max(1, each.total()) for each in words], dtype=np.float64)
-    norm_U = K1 * (1 - B + B * lengths_U / lengths_U.mean())
-    postings: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
-    for index, each in enumerate(words):
-        for word, count in each.items():
-            postings[word].append((index, count))
-    weights = {}
-    for word, found in postings.items():
-        rarity = math.log(1 + (len(words) - len(found) + 0.5) / (len(found) + 0.5))
-        index_D, count_D = np.array(found).T
-        weights[word] = index_D, rarity * count_D * (K1 + 1) / (count_D + norm_U[index_D])
-    ranks = []
-    for anchor, own in zip(anchors, own_P, strict=True):
-        scores_U = np.zeros(len(words))
-        for word in set(_WORD.findall(anchor.lower())) & weights.keys():
-            index_D, weight_D = weights[word]
-            scores_U[index_D] += weight_D
-        ranks.append(_ranks(scores_U[None], np.array([own])))
-    return np.concatenate(ranks)
+    index = BM25Index([texts[place] for place in places])
+    scores_PU = np.stack([index.scores(anchor) for anchor in anchors])
+    return _ranks(scores_PU, own_P)
 
 
 def retrieval_scores(ranks: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:

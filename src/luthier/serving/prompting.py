@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.errors import RecipeError
+from luthier.evaluation.retrieval import BM25Index
 from luthier.types import Example, Message, Row
 
 if TYPE_CHECKING:
@@ -183,35 +184,12 @@ def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]
     return [train[number] for number in [*fresh, *others][:count]]
 
 
-class Search:
-    """BM25 (Robertson and Zaragoza 2009) over texts, by the library bm25s."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        import bm25s
-
-        self._index = bm25s.BM25()
-        tokens = bm25s.tokenize(list(texts), stopwords=None, show_progress=False)
-        self._index.index(tokens, show_progress=False)
-        self.size = len(texts)
-
-    def nearest(self, query: str, count: int) -> list[int]:
-        """Numbers of the ``count`` texts nearest to ``query``, the nearest last.
-
-        In a prompt what stands last is heeded most.
-        """
-        import bm25s
-
-        tokens = bm25s.tokenize([query], stopwords=None, show_progress=False)
-        found, _ = self._index.retrieve(tokens, k=min(count, self.size), show_progress=False)
-        return [int(number) for number in found[0]][::-1]
-
-
 def retrieved(
     questions: Sequence[Question], train: Sequence[Question], count: int
 ) -> list[list[Question]]:
     """For each question the ``count`` training questions nearest to it, with their answers."""
-    search = Search([_text(each.asked) for each in train])
-    return [[train[i] for i in search.nearest(_text(q.asked), count)] for q in questions]
+    index = BM25Index([_text(each.asked) for each in train])
+    return [[train[i] for i in index.nearest(_text(q.asked), count)] for q in questions]
 
 
 def passages(documents: Sequence[str]) -> list[str]:
@@ -239,8 +217,8 @@ def looked_up(
 ) -> list[list[str]]:
     """For each question the ``count`` passages nearest to it."""
     parts = passages(documents)
-    search = Search(parts)
-    return [[parts[i] for i in search.nearest(_text(q.asked), count)] for q in questions]
+    index = BM25Index(parts)
+    return [[parts[i] for i in index.nearest(_text(q.asked), count)] for q in questions]
 
 
 def _text(turns: Sequence[Message]) -> str:
