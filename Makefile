@@ -20,8 +20,11 @@ install: $(INSTALLED)  ## virtual environment in .venv with the locked versions
 demo: $(INSTALLED)  ## tune SmolLM2 on the sample data and compare before and after
 	$(BIN)/luthier demo
 
-test: $(INSTALLED)  ## the test suite (about ten minutes on 2 cores)
-	$(BIN)/pytest -q -n auto
+# One more than there are cores: tests of servers and workers wait for most of their time.
+WORKERS = $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
+
+test: $(INSTALLED)  ## the test suite (a quarter of an hour on 2 cores)
+	$(BIN)/pytest -q -n $(WORKERS)
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(BIN)/pytest -q -m slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def test_work_that_no_signal_reaches_ends_by_the_heart(
     monkeypatch.setattr(import_worker, "SECONDS", -import_worker.GRACE)
     monkeypatch.setattr(import_worker.os, "_exit", leave)
     with pytest.raises(_Ended):
-        worker._beat()
+        worker._beat(threading.Event())
     assert status == [LOST]
 
 

@@ -132,7 +132,14 @@ class ImportWorker:
     def _run(self) -> None:
         with self.database.write() as session:
             found = imports.renew(session, self.model_id, self.lease, this_process())
-        threading.Thread(target=self._beat, name="heart", daemon=True).start()
+        ended = threading.Event()
+        threading.Thread(target=self._beat, args=(ended,), name="heart", daemon=True).start()
+        try:
+            self._carry_out(found)
+        finally:
+            ended.set()
+
+    def _carry_out(self, found: ModelImport) -> None:
         sweep(self.folder.parent, self.folder.name)
         try:
             changes, told = self._taken(found)
@@ -299,11 +306,10 @@ class ImportWorker:
                 _log.warning("the database does not answer: %s", error)
                 time.sleep(1)
 
-    def _beat(self) -> None:
-        """Keep the lease as long as the process is there; end it where the lease is lost."""
+    def _beat(self, ended: threading.Event) -> None:
+        """Keep the lease until the work has ``ended``; end the process where the lease is lost."""
         began = heard = time.monotonic()
-        while True:
-            time.sleep(RENEWAL)
+        while not ended.wait(RENEWAL):
             if time.monotonic() - began > SECONDS + GRACE:
                 # Its main thread does not come back to Python, where the alarm would be heard.
                 _log.error("model %s takes too long, and cannot be interrupted", self.model_id)
