@@ -140,7 +140,7 @@ class ServerLimits(AccountQuotas, ModelLimits):
     """Values in a body of JSON: each takes up to 200 bytes of memory, however short it is."""
     connections: int = Field(default=2000, ge=1)
     """Open connections in all; further ones are closed at once."""
-    connections_per_address: int = Field(default=512, ge=1)
+    connections_per_address: int = Field(default=256, ge=1)
     """Open connections from one address, or one /64 of IPv6; further ones are answered 503."""
     shutdown_seconds: float = Field(default=30, ge=0)
     """For requests in flight when the server is told to end; then they are cut, and clients told so."""

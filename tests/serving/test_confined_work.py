@@ -20,7 +20,7 @@ from luthier.graders import (
     Ungraded,
     graded,
 )
-from luthier.serving import confined_process
+from luthier.serving import confined_process, confined_work
 from luthier.serving.confined_process import Interrupted, TakesTooMuch
 from luthier.serving.confined_work import ConfinedGrader, ConfinedWork, confined
 from luthier.types import Row
@@ -95,6 +95,27 @@ def test_work_is_cancelled_and_nobody_elses(work: ConfinedWork) -> None:
     assert len(workers()) == len(work._idle)
     with pytest.raises(Interrupted, match="the service is ending"):
         grader.grade([answer("a", "a")])
+
+
+def test_a_process_that_nobody_asks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confined_work, "IDLE_SECONDS", 1.0)
+    work = ConfinedWork(5, 1 << 28, "the work")
+    grader = confined(StringCheck(reference="{{item.a}}"), work)
+    children = set()
+    for _ in range(3):  # asked again in time, it stays
+        assert grader.grade([answer("a", "a")]) == [1.0]
+        (process,) = work._idle
+        children.add(process._child)
+        time.sleep(0.6)
+    (child,) = children
+    assert child is not None and child.poll() is None
+    deadline = time.monotonic() + 20
+    while child.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not work._idle
+    assert grader.grade([answer("a", "a")]) == [1.0]
+    work.close()
 
 
 def test_a_process_that_cannot_start_is_no_fault_of_the_work(

@@ -33,6 +33,8 @@ PIPELINED = 16
 DISCARDED = 32 << 20
 """Bytes that are read and thrown away behind an answer: a client that was refused before its body was
 read, and sends it all before it looks, finds the answer. To read without end is work for nobody."""
+DISCARD_PAUSE = 0.05
+"""Seconds before that begins: most clients have seen the answer by then, and send no more."""
 ACCEPTED_AT_ONCE = 16
 """Connections that are taken between two looks at those that are open: each costs a quarter of a
 millisecond, one that is refused a tenth of that."""
@@ -267,6 +269,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             # To close at once could take the answer away from a client that is still sending.
             self._discard_since = self._idle_since
             self._unset_keepalive_if_required()
+            self.flow.pause_reading()
+            self.loop.call_later(DISCARD_PAUSE, self._discard)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what the parser stopped at; uvicorn calls this for any of its errors."""
@@ -300,6 +304,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self._refuse(HTTPStatus.REQUEST_TIMEOUT, text)
         elif now - self._idle_since > limits.idle_seconds:
             self.transport.close()
+
+    def _discard(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _stop_parsing(self, status: HTTPStatus, text: str) -> None:
         self._refusal = (status, text)

@@ -22,6 +22,8 @@ from luthier.serving.confined_process import ConfinedProcess, Interrupted, Takes
 
 IDLE = 1
 """Processes that wait for work; further ones end with theirs."""
+IDLE_SECONDS = 10.0
+"""For which one waits; then its memory is given back."""
 CLOSED = "the service is ending"
 
 
@@ -37,7 +39,8 @@ class ConfinedWork:
         A refusal says that ``subject`` takes too much.
         """
         self.seconds, self.memory, self._subject = seconds, memory, subject
-        self._idle: list[ConfinedProcess] = []
+        self._idle: dict[ConfinedProcess, threading.Timer] = {}
+        """Those that wait for work, and what ends them when none comes."""
         self._lock = threading.Lock()
         self._closed = False
 
@@ -62,8 +65,15 @@ class ConfinedWork:
         """End the processes that wait; the others end with their work."""
         with self._lock:
             self._closed, idle = True, self._idle
-            self._idle = []
-        for process in idle:
+            self._idle = {}
+        for process, timer in idle.items():
+            timer.cancel()
+            process.close()
+
+    def _end_idle(self, process: ConfinedProcess) -> None:
+        with self._lock:
+            idle = self._idle.pop(process, None)
+        if idle is not None:
             process.close()
 
     @contextmanager
@@ -71,7 +81,9 @@ class ConfinedWork:
         with self._lock:
             if self._closed:
                 raise Interrupted(CLOSED)
-            process = self._idle.pop() if self._idle else None
+            process, timer = self._idle.popitem() if self._idle else (None, None)
+        if timer is not None:
+            timer.cancel()
         if process is None:
             process = ConfinedProcess(
                 "luthier.serving.work_process",
@@ -89,7 +101,10 @@ class ConfinedWork:
             with self._lock:
                 keep = process.alive and not self._closed and len(self._idle) < IDLE
                 if keep:
-                    self._idle.append(process)
+                    timer = threading.Timer(IDLE_SECONDS, self._end_idle, [process])
+                    timer.daemon = True
+                    self._idle[process] = timer
+                    timer.start()
             if not keep:
                 process.close()
 
