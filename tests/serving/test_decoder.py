@@ -165,6 +165,38 @@ def test_stop_sequences_over_borders_of_tokens(opened: Decoder) -> None:
     assert settled(opened)
 
 
+def test_more_answers_than_step_together_take_turns(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a model steps for one answer at a time, a short one waits for none of another's eight."""
+    many = asked("Hi", n=8, temperature=1, seed=3, max_tokens=60)
+    alone = [whole.text for whole in opened.submit(many).whole()]
+    short = answer(opened, asked("My card has not arrived", max_tokens=12)).text
+    steps: list[tuple[int, bool]] = []
+    step = opened._stepper.step
+
+    def counted(states: Any, tokens: Any) -> Any:
+        steps.append((len(states), any(a.state in states for a in briefly())))
+        return step(states, tokens)
+
+    def briefly() -> list[Any]:
+        return [a for job in opened._writing if job.client == "short" for a in job.answers]
+
+    monkeypatch.setattr(opened._stepper, "rows", 1)
+    monkeypatch.setattr(opened._stepper, "step", counted)
+    busy = submit(opened, "many", many)
+    while len(steps) < 80:
+        time.sleep(0.001)
+    begun = len(steps)
+    assert submit(opened, "short", asked(QUESTIONS[4], max_tokens=12)).whole()[0].text == short
+    ended = len(steps)
+    assert [whole.text for whole in busy.whole()] == alone
+    assert {count for count, _ in steps} == {1}
+    own = [place for place, (_, mine) in enumerate(steps) if mine]
+    # It came far behind the other, and had nearly every step from then on.
+    assert len(own) == 11 and ended - begun < 60
+
+
 def test_who_hangs_up_leaves_nothing(opened: Decoder) -> None:
     streams = [opened.submit(asked(f"Hi {i}", max_tokens=900, temperature=1)) for i in range(64)]
     for number, stream in enumerate(streams):

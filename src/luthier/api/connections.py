@@ -12,6 +12,7 @@ import asyncio
 import errno
 import ipaddress
 import json
+import os
 import resource
 import socket
 from collections import Counter
@@ -112,10 +113,11 @@ class Connections:
 class CountedSocket(socket.socket):
     """A connection of a client, which is counted until it is closed, handshakes included."""
 
-    def __init__(self, connection: socket.socket, client: str, by_client: Counter[str]) -> None:
-        """Takes the place of ``connection``."""
-        family, kind, protocol = connection.family, connection.type, connection.proto
-        super().__init__(family, kind, protocol, connection.detach())
+    def __init__(
+        self, kinds: tuple[int, int, int], number: int, client: str, by_client: Counter[str]
+    ) -> None:
+        """``kinds`` are family, type and protocol of the descriptor ``number``."""
+        super().__init__(*kinds, number)
         self._client, self._by_client = client, by_client
         by_client[client] += 1
 
@@ -146,26 +148,27 @@ class LimitedSocket(socket.socket):
         while self._accepted < ACCEPTED_AT_ONCE:
             self._accepted += 1
             try:
-                connection, address = super().accept()
+                # The number alone: to make a socket of it takes as long as to refuse it.
+                number, address = self._accept()  # type: ignore[attr-defined]
             except BlockingIOError:
                 break
             client = client_key(address[0])
             if by_client[client] >= self._connections.limits.connections_per_address:
-                self._refuse(connection)
+                self._refuse(number, not self._tls)
             elif by_client.total() >= self._connections.limits.connections:
-                self._connections.refused += 1
-                connection.close()
+                self._refuse(number, False)
             else:
-                return CountedSocket(connection, client, by_client), address
+                kinds = self.family, self.type, self.proto
+                return CountedSocket(kinds, number, client, by_client), address
         self._accepted = 0
         raise BlockingIOError
 
-    def _refuse(self, connection: socket.socket) -> None:
+    def _refuse(self, number: int, explain: bool) -> None:
         self._connections.refused += 1
-        with connection, suppress(OSError):
-            if not self._tls:
-                connection.setblocking(False)
-                connection.send(_refusal(HTTPStatus.SERVICE_UNAVAILABLE, TOO_MANY))
+        with suppress(OSError):
+            if explain:  # a new connection takes so few bytes at once
+                os.write(number, _refusal(HTTPStatus.SERVICE_UNAVAILABLE, TOO_MANY))
+        os.close(number)
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):

@@ -84,6 +84,7 @@ class Decoder:
         self._stepper, self._soft = stepper, soft
         self._wake = threading.Condition()
         self._scheduler, self._costs = scheduler or FairScheduler(), StepCosts()
+        self._steps = 0
         self._waiting: dict[str, deque[Job]] = {}
         self._reading: deque[Job] = deque()
         self._writing: list[Job] = []
@@ -420,13 +421,21 @@ class Decoder:
         return read
 
     def _write(self) -> bool:
-        """One token for every answer of the clients whose turn it is; whether there was any."""
+        """One token for the answers whose turn it is, as many as step together; whether for any."""
         self._note_readers()
         runnable = self._runnable()
         jobs = [job for job in self._writing if job.client in runnable and not job.unread]
         writing = [a for job in jobs for a in job.answers if a.state is not None]
         if not writing:
             return False
+        if len(writing) > self._stepper.rows:
+            # Who is behind goes first: one row need not wait for all those of another client.
+            had = {job.client: self._scheduler.seconds(job.client) for job in jobs}
+            writing.sort(key=lambda answer: (had[answer.job.client], answer.stepped))
+            del writing[self._stepper.rows :]
+        self._steps += 1
+        for answer in writing:
+            answer.stepped = self._steps
         began = time.perf_counter()
         rows: dict[str, list[int]] = {}
         for answer in writing:

@@ -66,6 +66,11 @@ class Stepper(Protocol):
     network: Network
     """What it runs."""
 
+    @property
+    def rows(self) -> int:
+        """Sequences that step together at most; further ones step after them."""
+        ...
+
     def bytes_of(self, tokens: int) -> int:
         """Memory that a sequence of ``tokens`` takes at most."""
         ...
@@ -135,6 +140,7 @@ class Together:
         self._bytes = 2 * int(config.num_hidden_layers) * int(key_heads) * int(size) * width
         large = int(config.num_attention_heads) * int(size) * STEP > SMALL
         self.sizes = self._probe() if large or network.dtype == torch.float32 else (1,)
+        self.rows = self.sizes[-1]
 
     def bytes_of(self, tokens: int) -> int:
         """Memory that a sequence of ``tokens`` takes at most."""
@@ -274,6 +280,8 @@ class _Single:
 
 class Alone:
     """Networks that need their own forward and cache: each sequence steps by itself."""
+
+    rows = 1
 
     def __init__(self, network: Network, context: int) -> None:
         self.network, self.context = network, context
