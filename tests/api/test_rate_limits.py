@@ -127,3 +127,14 @@ def test_requests_of_one_address_begin_at_its_pace() -> None:
     assert pace.delay("192.0.2.2") == 0.0  # others are not concerned
     clock.moment += 60
     assert pace.delay("192.0.2.1") == 0.0
+
+
+def test_refused_requests_count_more() -> None:
+    pace = RequestPace(10, Clock())
+    for _ in range(5):
+        assert pace.delay("one") == pace.delay("two") == 0
+        pace.note("one", 403)
+        pace.note("two", 404)
+    assert pace.delay("one") == 0  # the last of 20 that may come at once
+    assert pace.delay("one") == pytest.approx(0.1)
+    assert pace.delay("two") == 0

@@ -180,10 +180,10 @@ class Application:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         head, request_id = head_of(scope), str(uuid.uuid4())
         seen = Observed(request_id, head.method, address_of(scope))
-        began = time.perf_counter()
+        began, client = time.perf_counter(), client_key(seen.address)
         receive, send = seen.counted(receive, send)
         try:
-            if (delay := self._pace.delay(client_key(seen.address))) > 0:
+            if (delay := self._pace.delay(client)) > 0:
                 await asyncio.sleep(delay)
             if head.path in OPEN_PATHS:
                 answer = await self._run(self._open, head.path)
@@ -198,6 +198,7 @@ class Application:
             # The server waits no longer: a stream ends where it is.
             seen.status = 503
         finally:
+            self._pace.note(client, seen.status)
             self.observer.finished(seen, time.perf_counter() - began)
 
     def _open(self, path: str) -> Answer:

@@ -15,6 +15,10 @@ from luthier.store.database import Database
 WINDOW_SECONDS = 60.0
 BURST_SECONDS = 2.0
 """A bucket holds the tokens of this long: what an idle account may send at once."""
+REFUSALS = frozenset({400, 401, 403, 413, 429})
+"""Answers to requests that should not have been sent; that something is not there, is no such."""
+REFUSAL_COST = 4
+"""Requests that one of these counts as: nobody who means well needs many of them a second."""
 PACED_ADDRESSES = 10_000
 """Addresses that are remembered, until those that wait for nothing are forgotten."""
 
@@ -107,6 +111,11 @@ class RequestPace:
         at = max(self._next.get(address, 0.0), moment)
         self._next[address] = at + self._interval
         return max(0.0, at - moment - BURST_SECONDS)
+
+    def note(self, address: str, status: int) -> None:
+        """A request was answered with ``status``: after a refusal the next ones wait longer."""
+        if status in REFUSALS and address in self._next:
+            self._next[address] += self._interval * (REFUSAL_COST - 1)
 
 
 class WrongBodies:
