@@ -124,7 +124,7 @@ class ServerLimits(AccountQuotas, ModelLimits):
     unknown_body_bytes: int = Field(default=64 * KIB, ge=1024)
     """Of a body that is read before anything is known of its sender. Larger ones are read of known keys
     alone, and of none whose signature names an unknown one."""
-    wrong_bodies_per_minute: int = Field(default=10, ge=1)
+    wrong_bodies_per_minute: int = Field(default=5, ge=1)
     """Bodies from one address under one key that are read for nothing: of more than unknown_body_bytes
     for a signature that turns out wrong, of more than 1 MiB that cannot be used. Further ones are
     answered 429 unread."""
