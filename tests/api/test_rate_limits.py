@@ -133,8 +133,7 @@ def test_refused_requests_count_more() -> None:
     pace = RequestPace(10, Clock())
     for _ in range(5):
         assert pace.delay("one") == pace.delay("two") == 0
-        pace.note("one", 403)
-        pace.note("two", 404)
+        pace.charge_refusal("one")
     assert pace.delay("one") == pytest.approx(0)  # after the 20 that may come at once
     assert pace.delay("one") == pytest.approx(0.1)
     assert pace.delay("two") == 0

@@ -63,7 +63,7 @@ def test_pairs_are_measured_beside_words_and_the_base_model(
     scores = {each.name: each.score for each in found.baselines}
     assert list(scores) == ["BM25 on words", "the base model as it is"]
     assert scores["BM25 on words"] == 1.0
-    # Without a step the model is the base model, which makes the two measurements one.
+    # One step at such a rate leaves the base model as it is, which makes the two measurements one.
     same = tuned("same", max_steps=1, learning_rate=1e-12).comparison
     assert same is not None
     assert (

@@ -104,6 +104,7 @@ OFTEN = {
     "pairs and a reference", "completions that are drawn", "a value head",
 }  # fmt: skip
 """Those with a state of their own; the others differ from one of them in what is trained."""
+assert set(CASES) >= OFTEN
 
 
 @pytest.mark.parametrize(

@@ -70,3 +70,9 @@ def test_words_are_weighed_as_the_formula_says() -> None:
         expected = [sum(score >= own for score in scores) for own in scores]
         assert bm25_ranks([query] * 4, texts).tolist() == expected
     assert bm25_ranks(["Boat!"], ["a BOAT, small"]).tolist() == [1]
+
+
+def test_texts_without_words_share_none() -> None:
+    assert bm25_ranks(["?", "boat"], ["a boat", "a cat"]).tolist() == [2, 2]
+    assert bm25_ranks(["x", "我"], ["?", "y"]).tolist() == [2, 2]
+    assert BM25Index(["?", "y", "我"]).nearest("a boat", 2) == [1, 0]

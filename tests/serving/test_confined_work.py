@@ -84,7 +84,7 @@ def test_work_is_cancelled_and_nobody_elses(work: ConfinedWork) -> None:
     with cancelled_by(uses.append):
         assert grader.grade([answer("a", "a")]) == [1.0]
         uses[0].close()  # it has ended: the process is the next one's
-        (worker,) = patient._idle
+        ((worker, _),) = patient._idle
         assert worker.alive
         threading.Timer(1, lambda: uses[1].close()).start()
         started = time.monotonic()
@@ -98,23 +98,26 @@ def test_work_is_cancelled_and_nobody_elses(work: ConfinedWork) -> None:
 
 
 def test_a_process_that_nobody_asks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confined_work, "IDLE_SECONDS", 1.0)
     work = ConfinedWork(5, 1 << 28, "the work")
     grader = confined(StringCheck(reference="{{item.a}}"), work)
-    children = set()
-    for _ in range(3):  # asked again in time, it stays
-        assert grader.grade([answer("a", "a")]) == [1.0]
-        (process,) = work._idle
-        children.add(process._child)
-        time.sleep(0.6)
-    (child,) = children
-    assert child is not None and child.poll() is None
-    deadline = time.monotonic() + 20
-    while child.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert not work._idle
     assert grader.grade([answer("a", "a")]) == [1.0]
+    ((first, _),) = work._idle
+    assert grader.grade([answer("a", "a")]) == [1.0]
+    ((second, _),) = work._idle
+    assert second is first
+    work.close()
+
+    monkeypatch.setattr(confined_work, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(confined_work, "GRACE_SECONDS", 0.5)
+    work = ConfinedWork(5, 1 << 28, "the work")
+    grader = confined(StringCheck(reference="{{item.a}}"), work)
+    assert grader.grade([answer("a", "a")]) == [1.0]
+    ((first, _),) = work._idle
+    child = first._child
+    assert child is not None and child.wait(60) == 0
+    assert grader.grade([answer("a", "a")]) == [1.0]
+    ((second, _),) = work._idle
+    assert second is not first
     work.close()
 
 

@@ -233,7 +233,7 @@ class _Labels:
         examples = [objective.cut(e, context) if len(e) > context else e for e in whole]
         held = ComparedRows(self.held, examples)
         train = self.job.data.compared[0]
-        compared = fit_baselines(self.network, train, held, BUDGET, BASELINE_SECONDS)
+        compared = fit_baselines(self.network, objective, train, held, BUDGET, BASELINE_SECONDS)
         if compared is None:
             self.left_out.append("simple baselines: there are none for such rows")
             return []

@@ -38,7 +38,7 @@ from luthier.api.heads import (
 )
 from luthier.api.observability import Observed, Observer
 from luthier.api.policies import noted
-from luthier.api.rate_limits import RequestPace, WrongBodies
+from luthier.api.rate_limits import REFUSALS, RequestPace, WrongBodies
 from luthier.api.sending import (
     ClientGone,
     Receive,
@@ -198,7 +198,8 @@ class Application:
             # The server waits no longer: a stream ends where it is.
             seen.status = 503
         finally:
-            self._pace.note(client, seen.status)
+            if seen.status in REFUSALS or seen.unread:
+                self._pace.charge_refusal(client)
             self.observer.finished(seen, time.perf_counter() - began)
 
     def _open(self, path: str) -> Answer:
@@ -312,7 +313,9 @@ class Application:
             cost = STREAMED_COST if streamed else size
             await receiving.enter_async_context(self._body_memory(client, head, cost))
             if size > (small if signed is None else WRONG_BODY_BYTES):
+                seen.unread = True
                 self._wrong_bodies.check(*_sender(head, seen, signed))
+                seen.unread = False
             if route is not None and route.sink is not None:
                 return await self._upload(head, receive, limit, route, seen, signed)
             body = await read_body(head, receive, limit, self.limits)

@@ -35,7 +35,7 @@ DISCARDED = 32 << 20
 """Bytes that are read and thrown away behind an answer: a client that was refused before its body was
 read, and sends it all before it looks, finds the answer. To read without end is work for nobody."""
 DISCARD_PAUSE = 0.05
-"""Seconds before that begins: most clients have seen the answer by then, and send no more."""
+"""Seconds before what is thrown away is read: most clients have seen the answer by then, and stop."""
 ACCEPTED_AT_ONCE = 16
 """Connections that are taken between two looks at those that are open: each costs a quarter of a
 millisecond, one that is refused a tenth of that."""
@@ -114,10 +114,10 @@ class CountedSocket(socket.socket):
     """A connection of a client, which is counted until it is closed, handshakes included."""
 
     def __init__(
-        self, kinds: tuple[int, int, int], number: int, client: str, by_client: Counter[str]
+        self, listening: socket.socket, descriptor: int, client: str, by_client: Counter[str]
     ) -> None:
-        """``kinds`` are family, type and protocol of the descriptor ``number``."""
-        super().__init__(*kinds, number)
+        """``descriptor`` is what the socket ``listening`` accepted."""
+        super().__init__(listening.family, listening.type, listening.proto, descriptor)
         self._client, self._by_client = client, by_client
         by_client[client] += 1
 
@@ -148,27 +148,27 @@ class LimitedSocket(socket.socket):
         while self._accepted < ACCEPTED_AT_ONCE:
             self._accepted += 1
             try:
-                # The number alone: to make a socket of it takes as long as to refuse it.
-                number, address = self._accept()  # type: ignore[attr-defined]
+                # As CPython's own accept() begins (3.11 to 3.14): a socket of the descriptor takes as
+                # long to make as a refusal.
+                descriptor, address = self._accept()  # type: ignore[attr-defined]
             except BlockingIOError:
                 break
             client = client_key(address[0])
             if by_client[client] >= self._connections.limits.connections_per_address:
-                self._refuse(number, not self._tls)
+                self._refuse(descriptor, not self._tls)
             elif by_client.total() >= self._connections.limits.connections:
-                self._refuse(number, False)
+                self._refuse(descriptor, False)
             else:
-                kinds = self.family, self.type, self.proto
-                return CountedSocket(kinds, number, client, by_client), address
+                return CountedSocket(self, descriptor, client, by_client), address
         self._accepted = 0
         raise BlockingIOError
 
-    def _refuse(self, number: int, explain: bool) -> None:
+    def _refuse(self, descriptor: int, explain: bool) -> None:
         self._connections.refused += 1
         with suppress(OSError):
-            if explain:  # a new connection takes so few bytes at once
-                os.write(number, _refusal(HTTPStatus.SERVICE_UNAVAILABLE, TOO_MANY))
-        os.close(number)
+            if explain:  # it blocks, and has an empty buffer that takes this at once
+                os.write(descriptor, _refusal(HTTPStatus.SERVICE_UNAVAILABLE, TOO_MANY))
+        os.close(descriptor)
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -273,7 +273,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._discard_since = self._idle_since
             self._unset_keepalive_if_required()
             self.flow.pause_reading()
-            self.loop.call_later(DISCARD_PAUSE, self._discard)
+            self.loop.call_later(DISCARD_PAUSE, self._read_rest)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what the parser stopped at; uvicorn calls this for any of its errors."""
@@ -308,7 +308,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif now - self._idle_since > limits.idle_seconds:
             self.transport.close()
 
-    def _discard(self) -> None:
+    def _read_rest(self) -> None:
         if not self.transport.is_closing():
             self.flow.resume_reading()
 

@@ -15,10 +15,9 @@ from luthier.evaluation.baselines import (
     Comparison,
     States,
     compare,
-    ranked,
 )
 from luthier.evaluation.labels import scores
-from luthier.evaluation.retrieval import partner_ranks
+from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
 from luthier.models.network import Network
 from luthier.objectives import Contrastive, Objective
 from luthier.types import Example
@@ -32,12 +31,18 @@ CHUNK = 256
 
 
 def fit_baselines(
-    network: Network, train: ComparedRows, held: ComparedRows, budget: int, seconds: float
+    network: Network,
+    objective: Objective,
+    train: ComparedRows,
+    held: ComparedRows,
+    budget: int,
+    seconds: float,
 ) -> Comparison | None:
     """What the baselines are worth that go with such rows; ``None`` where there are none.
 
     Args:
         network: as it is before the first step.
+        objective: of the run; one of embeddings says how they are pooled.
         train: what they learn from.
         held: what they are measured on.
         budget: tokens read at once.
@@ -49,37 +54,49 @@ def fit_baselines(
     until = time.monotonic() + seconds
     states = None
     if train.rows[0].text is not None:
-        states = base_states(network, train, held, budget, seconds * READING)
+        encoder = objective if isinstance(objective, Contrastive) else Contrastive()
+        states = base_states(network, encoder, train, held, budget, seconds * READING)
     return compare(train.rows, held.rows, states, until)
 
 
 @torch.no_grad()
 def base_states(
-    network: Network, train: ComparedRows, held: ComparedRows, budget: int, seconds: float
+    network: Network,
+    encoder: Contrastive,
+    train: ComparedRows,
+    held: ComparedRows,
+    budget: int,
+    seconds: float,
 ) -> States | None:
     """One state for each row; ``None`` where not even ``held`` could be read in ``seconds``."""
     began = time.monotonic()
     network.model.eval()
     most = max(1, LARGEST_STATES // network.width)
     if held.rows[0].positive is not None:
-        views = [view for example in held.examples for view in Contrastive().views(example)]
-        both_VH = _states(network, views, budget, began + seconds)
+        views = [view for example in held.examples for view in encoder.views(example)]
+        both_VH = _states(network, encoder, views, budget, began + seconds)
         if len(both_VH) < len(views):
             return None
         nothing = both_VH[:0]
         return States(nothing, both_VH[::2], time.monotonic() - began, both_VH[1::2])
-    held_QH = _states(network, held.examples, budget, began + seconds)
+    held_QH = _states(network, encoder, held.examples, budget, began + seconds)
     if len(held_QH) < len(held):
         return None
-    train_NH = _states(network, train.examples[:most], budget, began + seconds)
+    train_NH = _states(network, encoder, train.examples[:most], budget, began + seconds)
     if not len(train_NH):
         return None
     return States(train_NH, held_QH, time.monotonic() - began)
 
 
-def _states(network: Network, examples: Sequence[Example], budget: int, until: float) -> Tensor:
+def _states(
+    network: Network,
+    encoder: Contrastive,
+    examples: Sequence[Example],
+    budget: int,
+    until: float,
+) -> Tensor:
     """Embeddings of the first rows, as many as are read until then."""
-    encoder, parts = Contrastive(), list[Tensor]()
+    parts: list[Tensor] = []
     for start in range(0, len(examples), CHUNK):
         if time.monotonic() > until:
             break
@@ -110,5 +127,6 @@ def measure_tuned(
     if pairs:
         embeddings = [answer["embedding"] for answer in answers]
         partners = [row.positive or "" for row in held.rows]
-        answers = [*ranked(partner_ranks(embeddings[::2], embeddings[1::2], partners))]
+        ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners)
+        return replace(found, tuned=retrieval_scores(ranks)[found.measure])
     return replace(found, tuned=scores(held.rows, answers)[found.measure])

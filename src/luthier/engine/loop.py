@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from luthier.types import Example
 _BEST, _KEPT = "best.", "kept."
 ADVICE_EVERY = 10
 """Steps between looks at the course of a run."""
+ADVICE_LINES = 200
+"""Of its last steps, which an objective is shown."""
 
 
 @dataclass
@@ -82,8 +85,8 @@ class Loop:
         self.best: dict[str, torch.Tensor] = {}
         self.measured: list[Mapping[str, Any]] = []
         """What was measured on the validation rows, in order."""
-        self.train_lines: list[Mapping[str, Any]] = []
-        """What the metrics say of each training step."""
+        self.train_lines: deque[Mapping[str, Any]] = deque(maxlen=ADVICE_LINES + ADVICE_EVERY)
+        """What the metrics say of the last training steps."""
 
     def resume(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from what :meth:`Checkpoints.latest` gave."""
@@ -96,7 +99,7 @@ class Loop:
         self.cut_lines()
         lines = self.metrics.read()
         self.measured = [line for line in lines if line["event"] == "validation"]
-        self.train_lines = [line for line in lines if line["event"] == "train"]
+        self.train_lines.extend(line for line in lines if line["event"] == "train")
 
     def cut_lines(self) -> None:
         """Forget what was written after the state the run goes on from: it will be written again."""
@@ -247,7 +250,8 @@ class Loop:
         """Tell people what the objective makes of the course so far, where that is something new."""
         if self.progress.step % ADVICE_EVERY:
             return
-        parts = self.train_lines, self.train_lines[:-ADVICE_EVERY]
+        lines = [*self.train_lines]
+        parts = lines[-ADVICE_LINES:], lines[:-ADVICE_EVERY]
         advice, before = map(self.objective.advice, parts)
         if advice and not before:
             self.reporter.note(advice)

@@ -335,7 +335,9 @@ class Trainer:
             if train and held and seconds:
                 self.reporter.stage("Fitting simple baselines to compare with")
             budget = self._reading_budget
-            self.comparison = fit_baselines(network, train, held, budget, seconds)
+            self.comparison = fit_baselines(
+                network, self.job.data.objective, train, held, budget, seconds
+            )
         return_freed_memory()
 
     @property

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from luthier.evaluation.labels import scores
 from luthier.evaluation.linear import fit_centroids, fit_logistic, fit_ridge
-from luthier.evaluation.retrieval import bm25_ranks, partner_ranks
+from luthier.evaluation.retrieval import bm25_ranks, partner_ranks, retrieval_scores
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ class _Method:
     """A name, and what answers the rows that are measured on."""
 
     name: str
-    answers: Callable[[], Answers]
+    answers: Callable[[], Answers | NDArray[np.int64]]
+    """Those to the rows that are measured on; of pairs, the ranks at which partners are found."""
     constant: bool = False
     states: States | None = None
     """What it reads of the base model."""
@@ -128,18 +129,23 @@ class _Method:
     def measured(self, train: Sequence[Row], held: Sequence[Row]) -> Baseline:
         """Fitted, with what it scores; said of fewer rows where not all were read."""
         began = time.monotonic()
-        found = scores(held, self.answers())
+        answers = self.answers()
+        if isinstance(answers, np.ndarray):
+            found, learned = retrieval_scores(answers), len(train)
+        else:
+            found = scores(held, answers)
+            learned = len(train) if self.states is None else len(self.states.train_NH)
         seconds, name = time.monotonic() - began, self.name
         if self.states is not None:
             seconds += self.states.seconds
-            if 0 < (read := len(self.states.train_NH)) < len(train):
-                name += f" ({read:,} of {len(train):,} rows)"
+            if learned < len(train):
+                name += f" ({learned:,} of {len(train):,} rows)"
         score = next(iter(found.values()))
         return Baseline(name, score, found, round(seconds, 3), self.constant)
 
 
 def is_comparable(row: Row, example: Example) -> bool:
-    """Whether a row says what it should be answered with, and was not cut when it was encoded."""
+    """Whether a row says what it should be answered with; one with tags must not have been cut."""
     if row.tags is not None:
         return int(np.count_nonzero(example.weight_T)) == len(row.tags)
     said = (row.label, row.rating, row.positive)
@@ -303,18 +309,11 @@ def _rating_methods(
 
 def _pair_methods(held: Sequence[Row], states: States | None) -> Iterator[_Method]:
     asked, partners = [row.text or "" for row in held], [row.positive or "" for row in held]
-    yield _Method("BM25 on words", lambda: ranked(bm25_ranks(asked, partners)))
+    yield _Method("BM25 on words", lambda: bm25_ranks(asked, partners))
     if states is None or states.partner_QH is None:
         return
-    near = states.held_QH, states.partner_QH
-    yield _Method(
-        "the base model as it is", lambda: ranked(partner_ranks(*near, partners)), states=states
-    )
-
-
-def ranked(ranks_Q: NDArray[np.int64]) -> Answers:
-    """Ranks of partners as answers."""
-    return [{"rank": rank} for rank in ranks_Q.tolist()]
+    near = states.held_QH.numpy(), states.partner_QH.numpy()
+    yield _Method("the base model as it is", lambda: partner_ranks(*near, partners), states=states)
 
 
 def _frequent_tags(train: Sequence[Row], held: Sequence[Row]) -> Answers:

@@ -1,4 +1,4 @@
-"""Scores of models that read: how often their labels, ratings, tags and partners are those of the data.
+"""Scores of models that read: how often their labels, ratings and tags are those of the data.
 
 Entities are counted as in CoNLL-2003 (Tjong Kim Sang & De Meulder 2003): right only with the right
 kind, first and last word; an I- tag that continues nothing begins an entity. The same numbers as
@@ -13,19 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from luthier.errors import DataError, Problem
-from luthier.evaluation.retrieval import retrieval_scores
 from luthier.types import Row
 
 
 def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Scores of ``answers`` to ``rows`` that hold the truth, each from 0 to 1 but for errors.
-
-    An answer has a ``label``, ``rating`` or ``tags``, or the ``rank`` at which a pair was found.
-    """
+    """Scores of ``answers`` to ``rows`` that hold the truth, each from 0 to 1 but for errors."""
     if not rows:
         return {}
-    if all(row.positive is not None for row in rows):
-        return retrieval_scores([answer["rank"] for answer in answers])
     missing = [row for row in rows if (row.label, row.rating, row.tags) == (None, None, None)]
     if missing:
         fix = "Give rows of text and label, text and rating, or tokens and tags."

@@ -6,19 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 _AT_ONCE = 1024
+"""Anchors whose scores are held at once: with 100,000 partners, 400 MB."""
 
 
-def partner_ranks(anchors: Any, partners: Any, texts: Sequence[str]) -> NDArray[np.int64]:
+def partner_ranks(
+    anchors: ArrayLike, partners: ArrayLike, texts: Sequence[str]
+) -> NDArray[np.int64]:
     """The place of each anchor's own partner, ``[P]`` from 1, by cosine of embeddings of length 1.
 
     ``texts`` are those of the partners; one that stands in several pairs is one partner. A partner as
     near as the own one counts as nearer, so that equal embeddings find nothing.
     """
     anchor_PH, all_PH = np.asarray(anchors), np.asarray(partners)
-    places, own_P = _distinct(texts)
+    _, places, own_P = np.unique(
+        np.array(texts, dtype=object), return_index=True, return_inverse=True
+    )
     partner_UH = all_PH[places]
     parts = []
     for start in range(0, len(anchor_PH), _AT_ONCE):
@@ -33,13 +38,17 @@ class BM25Index:
     def __init__(self, texts: Sequence[str]) -> None:
         import bm25s
 
-        self._index = bm25s.BM25()
-        self._index.index(_words(texts), show_progress=False)
         self.size = len(texts)
+        # Words of one letter are none, and neither an index nor a query may be without words.
+        self._index = bm25s.BM25() if any(_words(texts, ids=False)) else None
+        if self._index is not None:
+            self._index.index(_words(texts), show_progress=False)
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """How well each text answers ``query``, ``[N]``; 0 where they share no word."""
         words = _words([query], ids=False)[0]
+        if self._index is None or not words:
+            return np.zeros(self.size, dtype=np.float32)
         found: NDArray[np.float32] = self._index.get_scores(words)
         return found
 
@@ -49,6 +58,8 @@ class BM25Index:
         In a prompt what stands last is heeded most.
         """
         most = min(count, self.size)
+        if self._index is None:
+            return [*range(most)][::-1]
         found, _ = self._index.retrieve(_words([query]), k=most, show_progress=False)
         return [int(number) for number in found[0]][::-1]
 
@@ -61,8 +72,8 @@ def _words(texts: Sequence[str], ids: bool = True) -> Any:
 
 def bm25_ranks(anchors: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:
     """As :func:`partner_ranks`, by the words they share."""
-    places, own_P = _distinct(texts)
-    index = BM25Index([texts[place] for place in places])
+    distinct, own_P = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    index = BM25Index(distinct.tolist())
     scores_PU = np.stack([index.scores(anchor) for anchor in anchors])
     return _ranks(scores_PU, own_P)
 
@@ -75,14 +86,6 @@ def retrieval_scores(ranks: Sequence[int] | NDArray[np.int64]) -> dict[str, floa
         "recall_at_10": float((ranks_P <= 10).mean()),
         "mean_reciprocal_rank": float((1.0 / ranks_P).mean()),
     }
-
-
-def _distinct(texts: Sequence[str]) -> tuple[list[int], NDArray[np.int64]]:
-    """Where each distinct text stands first, and which of these each text is."""
-    known: dict[str, int] = {}
-    own_P = np.array([known.setdefault(text, len(known)) for text in texts])
-    first = {text: place for place, text in reversed(list(enumerate(texts)))}
-    return [first[text] for text in known], own_P
 
 
 def _ranks(scores_CU: NDArray[Any], own_C: NDArray[np.int64]) -> NDArray[np.int64]:

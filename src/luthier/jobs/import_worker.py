@@ -133,11 +133,13 @@ class ImportWorker:
         with self.database.write() as session:
             found = imports.renew(session, self.model_id, self.lease, this_process())
         ended = threading.Event()
-        threading.Thread(target=self._beat, args=(ended,), name="heart", daemon=True).start()
+        heart = threading.Thread(target=self._beat, args=(ended,), name="heart", daemon=True)
+        heart.start()
         try:
             self._carry_out(found)
         finally:
             ended.set()
+            heart.join(SILENCE)
 
     def _carry_out(self, found: ModelImport) -> None:
         sweep(self.folder.parent, self.folder.name)

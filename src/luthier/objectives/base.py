@@ -269,7 +269,7 @@ class Objective(BaseModel):
     def advice(self, lines: Sequence[Mapping[str, Any]]) -> str:
         """What people should know of the course of a run so far, from its metrics; empty for nothing.
 
-        Asked for from time to time; ``lines`` are the records of the training steps.
+        Asked for from time to time; ``lines`` are the records of the last training steps, 200 at most.
         """
         return ""
 

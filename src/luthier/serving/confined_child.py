@@ -81,16 +81,22 @@ def serve(
     seconds: int,
     handler: Handler,
     describe_error: Callable[[Exception], str],
+    idle_seconds: float | None = None,
 ) -> None:
     """Say ``about``, and answer requests of ``seconds`` of processor time each until nobody asks.
 
+    With ``idle_seconds`` that is so, too, when none has come for so long.
     ``describe_error`` says of an exception why a request is refused. No file and no connection is
     opened from here on, and nothing is written to one.
     """
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_NOFILE, 0)  # numbers of open files have to be lower
     send(connection, {"result": about})
-    with contextlib.suppress(EOFError, ConnectionError):
+    if idle_seconds is not None:
+        # By the kernel: a timeout of Python's needs poll, which obeys the limit of open files.
+        waits = struct.pack("ll", int(idle_seconds), int(idle_seconds % 1 * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, waits)
+    with contextlib.suppress(EOFError, ConnectionError, BlockingIOError):
         while True:
             request = receive(connection)
             allow_seconds(seconds)

@@ -7,6 +7,7 @@ client has hung up; the process that did it is started anew for the next.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,9 @@ from luthier.serving.confined_process import ConfinedProcess, Interrupted, Takes
 IDLE = 1
 """Processes that wait for work; further ones end with theirs."""
 IDLE_SECONDS = 10.0
-"""For which one waits; then its memory is given back."""
+"""For which one is asked again; it ends by itself a little later, and its memory is given back."""
+GRACE_SECONDS = 5.0
+"""How much later: no request may meet a process that ends."""
 CLOSED = "the service is ending"
 
 
@@ -39,8 +42,8 @@ class ConfinedWork:
         A refusal says that ``subject`` takes too much.
         """
         self.seconds, self.memory, self._subject = seconds, memory, subject
-        self._idle: dict[ConfinedProcess, threading.Timer] = {}
-        """Those that wait for work, and what ends them when none comes."""
+        self._idle: list[tuple[ConfinedProcess, float]] = []
+        """Those that wait for work, and since when."""
         self._lock = threading.Lock()
         self._closed = False
 
@@ -65,15 +68,8 @@ class ConfinedWork:
         """End the processes that wait; the others end with their work."""
         with self._lock:
             self._closed, idle = True, self._idle
-            self._idle = {}
-        for process, timer in idle.items():
-            timer.cancel()
-            process.close()
-
-    def _end_idle(self, process: ConfinedProcess) -> None:
-        with self._lock:
-            idle = self._idle.pop(process, None)
-        if idle is not None:
+            self._idle = []
+        for process, _ in idle:
             process.close()
 
     @contextmanager
@@ -81,13 +77,14 @@ class ConfinedWork:
         with self._lock:
             if self._closed:
                 raise Interrupted(CLOSED)
-            process, timer = self._idle.popitem() if self._idle else (None, None)
-        if timer is not None:
-            timer.cancel()
+            process, since = self._idle.pop() if self._idle else (None, 0.0)
+        if process is not None and time.monotonic() - since > IDLE_SECONDS:
+            process.close()
+            process = None
         if process is None:
             process = ConfinedProcess(
                 "luthier.serving.work_process",
-                (str(self.memory),),
+                (str(self.memory), str(IDLE_SECONDS + GRACE_SECONDS)),
                 self.seconds,
                 self._subject,
                 "for what was sent",
@@ -101,10 +98,7 @@ class ConfinedWork:
             with self._lock:
                 keep = process.alive and not self._closed and len(self._idle) < IDLE
                 if keep:
-                    timer = threading.Timer(IDLE_SECONDS, self._end_idle, [process])
-                    timer.daemon = True
-                    self._idle[process] = timer
-                    timer.start()
+                    self._idle.append((process, time.monotonic()))
             if not keep:
                 process.close()
 

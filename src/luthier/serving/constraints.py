@@ -166,7 +166,7 @@ class Constraints:
             schema = {"anyOf": [_call(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]}
         if not marked:
             return self._matcher(self._grammar(schema))
-        body = self._text({**schema, "x-guidance": _FORM})
+        body = self._serialize({**schema, "x-guidance": _FORM})
         lark = f'start: "{CALL_OPEN}\\n" call "\\n{CALL_CLOSE}"\ncall: %json {body}\n'
         from llguidance import LLMatcher
 
@@ -208,28 +208,32 @@ class Constraints:
     def _grammar(self, schema: Mapping[str, Any]) -> str:
         from llguidance import LLMatcher
 
-        if not isinstance(schema, Mapping):
+        if not isinstance(schema, dict):
             raise InferenceRefused("A JSON schema is an object.", "schema")
         check_depth(schema)
+        text = self._serialize(schema)
         try:
-            grammar: str = LLMatcher.grammar_from_json_schema(self._text(schema), None, _FORM)
-        except (ValueError, TypeError, RecursionError) as error:
-            text = f"The JSON schema cannot be read: {_plain(str(error))}"
-            raise InferenceRefused(text, "schema") from error
+            grammar: str = LLMatcher.grammar_from_json_schema(text, None, _FORM)
+        except ValueError as error:
+            raise _unreadable(error) from error
         return grammar
 
-    def _text(self, schema: Mapping[str, Any]) -> str:
+    def _serialize(self, schema: Mapping[str, Any]) -> str:
         """``schema`` as JSON, where it is not too long."""
         most = self._schemas.characters if self._schemas else SCHEMA_CHARACTERS
-        # Piece by piece, so that others run meanwhile, and a long one ends at the limit.
         pieces, size = [], 0
-        for piece in json.JSONEncoder().iterencode(dict(schema)):
-            pieces.append(piece)
-            size += len(piece)
-            if size > most:
-                text = f"The schema has more than {most:,} characters."
-                raise InferenceRefused(text, "schema")
-        return "".join(pieces)
+        encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+        try:
+            # Piece by piece, so that others run meanwhile, and a long one ends at the limit.
+            for piece in encoder.iterencode(dict(schema)):
+                pieces.append(piece)
+                size += len(piece)
+                if size > most:
+                    text = f"The schema has more than {most:,} characters."
+                    raise InferenceRefused(text, "schema")
+            return "".join(pieces).encode().decode()  # halves of surrogate pairs are no text
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _unreadable(error) from error
 
     def _tokens(self) -> Any:
         if self._tokenizer is None:
@@ -247,6 +251,10 @@ def check_depth(schema: Any) -> None:
     """Refuse a schema that is nested too deeply to be read."""
     if depth_of(schema) > DEPTH:
         raise InferenceRefused(f"The JSON schema is nested deeper than {DEPTH} levels.", "schema")
+
+
+def _unreadable(error: Exception) -> InferenceRefused:
+    return InferenceRefused(f"The JSON schema cannot be read: {_plain(str(error))}", "schema")
 
 
 def _refusal(error: str) -> str:

@@ -421,7 +421,10 @@ class Decoder:
         return read
 
     def _write(self) -> bool:
-        """One token for the answers whose turn it is, as many as step together; whether for any."""
+        """One token for as many answers as step together, those furthest behind first.
+
+        Returns whether any had its turn.
+        """
         self._note_readers()
         runnable = self._runnable()
         jobs = [job for job in self._writing if job.client in runnable and not job.unread]
@@ -430,12 +433,12 @@ class Decoder:
             return False
         if len(writing) > self._stepper.rows:
             # Who is behind goes first: one row need not wait for all those of another client.
-            had = {job.client: self._scheduler.seconds(job.client) for job in jobs}
-            writing.sort(key=lambda answer: (had[answer.job.client], answer.stepped))
+            seconds_of = {job.client: self._scheduler.seconds(job.client) for job in jobs}
+            writing.sort(key=lambda answer: (seconds_of[answer.job.client], answer.last_step))
             del writing[self._stepper.rows :]
         self._steps += 1
         for answer in writing:
-            answer.stepped = self._steps
+            answer.last_step = self._steps
         began = time.perf_counter()
         rows: dict[str, list[int]] = {}
         for answer in writing:

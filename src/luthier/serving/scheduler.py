@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 from luthier.serving.turns import discount
 
-LEAD_SECONDS = 0.03
+LEAD_SECONDS = 0.1
 """By which a client may be ahead of another one: less, and they would seldom share a step."""
 HEAD_START_SECONDS = 0.5
 """By which one that comes back is behind those at work, at most: a short answer is not interrupted."""

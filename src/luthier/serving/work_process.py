@@ -21,8 +21,8 @@ NICE = 5
 
 
 def main(arguments: list[str]) -> None:
-    """Answer requests within ``seconds`` and ``memory`` bytes each, until nobody asks."""
-    descriptor, seconds, memory = arguments
+    """Answer requests within ``seconds`` and ``memory`` bytes each, until none comes in time."""
+    descriptor, seconds, memory, idle_seconds = arguments
     connection = socket.socket(fileno=int(descriptor))
     be_killed_first()
     os.nice(NICE)
@@ -34,7 +34,14 @@ def main(arguments: list[str]) -> None:
             return f"this takes more than {int(memory) >> 20} MiB of memory"
         return f"this fails: {type(error).__name__}: {str(error)[:300]}"
 
-    serve(connection, {}, int(seconds), lambda call, given: _CALLS[call](**given), describe_error)
+    serve(
+        connection,
+        {},
+        int(seconds),
+        lambda call, given: _CALLS[call](**given),
+        describe_error,
+        float(idle_seconds),
+    )
 
 
 def _import() -> None:

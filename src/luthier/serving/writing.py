@@ -73,8 +73,8 @@ class Writing:
         request, self.job, self.index = job.request, job, index
         self.state: Any = None
         self.last, self.count, self.done = 0, 0, False
-        self.stepped = 0
-        """The step of the model that was its last one."""
+        self.last_step = 0
+        """The number of the model's step that wrote its last token."""
         self._stop_ids, self._token_bytes = frozenset(chat.stop_ids), token_bytes
         self._chooser = Chooser(request, seed, index, job.ids_T, matcher)
         self._text = Answer(chat.decode, request.stop)
