@@ -9,6 +9,7 @@ from principals_of import FIRST, OTHER
 
 from luthier.api.rate_limits import (
     BURST_SECONDS,
+    WAIT_SECONDS,
     WINDOW_SECONDS,
     RateLimits,
     RequestPace,
@@ -137,3 +138,19 @@ def test_refused_requests_count_more() -> None:
     assert pace.delay("one") == pytest.approx(0)  # after the 20 that may come at once
     assert pace.delay("one") == pytest.approx(0.1)
     assert pace.delay("two") == 0
+
+
+def test_no_request_waits_long_and_no_address_is_locked_out() -> None:
+    clock = Clock()
+    pace = RequestPace(10, clock)
+    waits = [pace.delay("one") for _ in range(int(10 * (BURST_SECONDS + WAIT_SECONDS)))]
+    assert WAIT_SECONDS / 2 < max(waits) <= WAIT_SECONDS
+    pace.charge_refusal("one")
+    with pytest.raises(Fault) as refused:
+        pace.delay("one")
+    assert refused.value.code == "Throttling" and pace.is_spent("one")
+    assert not pace.is_spent("two")
+    for _ in range(1000):  # however many were refused
+        pace.charge_refusal("one")
+    clock.moment += 2 * WAIT_SECONDS
+    assert pace.delay("one") <= WAIT_SECONDS

@@ -71,6 +71,8 @@ STREAMED_COST = 1 << 20
 """Bytes of memory for a body that is handed on as it comes."""
 SHORT_REQUESTS = 16
 """Threads beside those for what takes long: they answer what is short, and close streams."""
+SHORT_REQUESTS_PER_CLIENT = 4
+"""Of those, for one account or address."""
 
 TROUBLES = (OperationalError, ReadOnlyDisk)
 """What passes when the database, or the disk, is back: clients are told to ask again."""
@@ -144,8 +146,12 @@ class Application:
         trail: Audits,
         ready: Callable[[], str | None],
         limits: ServerLimits | None = None,
+        pace: RequestPace | None = None,
     ) -> None:
-        """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing."""
+        """``admit`` raises :class:`Fault` beyond the rate limit; ``ready`` says what is missing.
+
+        ``pace`` is that of the addresses, whose connections it concerns as well.
+        """
         self.limits = limits = limits or ServerLimits()
         self.faces, self.authenticator, self.admit = faces, authenticator, admit
         self.observer, self.trail, self.ready = observer, trail, ready
@@ -162,7 +168,9 @@ class Application:
         most, each = limits.transfers, limits.share_of(limits.transfers)
         self._transfers = FairThreads(most, each, limits.waiting_requests, "transfer")
         self._wrong_bodies = WrongBodies(limits.wrong_bodies_per_minute)
-        self._pace = RequestPace(limits.requests_per_second_per_address)
+        self._pace = pace or RequestPace(limits.requests_per_second_per_address)
+        # They compute in Python one after the other: more at once would only keep others waiting.
+        self._short = slots(SHORT_REQUESTS, SHORT_REQUESTS_PER_CLIENT)
         # Apart: a client that sends its body slowly keeps nobody from working on theirs.
         self._receiving = slots(limits.body_memory, limits.body_memory_per_client)
         self._large = slots(limits.large_bodies, limits.large_bodies_per_client)
@@ -183,7 +191,12 @@ class Application:
         began, client = time.perf_counter(), client_key(seen.address)
         receive, send = seen.counted(receive, send)
         try:
-            if (delay := self._pace.delay(client)) > 0:
+            try:
+                delay = self._pace.delay(client)
+            except Fault as fault:
+                seen.status = await self._turn_away(head, fault, receive, send, seen)
+                return
+            if delay > 0:
                 await asyncio.sleep(delay)
             if head.path in OPEN_PATHS:
                 answer = await self._run(self._open, head.path)
@@ -201,6 +214,17 @@ class Application:
             if seen.status in REFUSALS or seen.unread:
                 self._pace.charge_refusal(client)
             self.observer.finished(seen, time.perf_counter() - began)
+
+    async def _turn_away(
+        self, head: Head, fault: Fault, receive: Receive, send: Send, seen: Observed
+    ) -> int:
+        """Refuse before anything is read."""
+        service = service_of(head)
+        objects = service == "s3" and not _named_face(head.path)
+        face = self.faces.objects if objects else self._chosen(head, service)[1]
+        seen.refused(fault)
+        answer = _closing(head, face.refusal(fault, seen.request_id))
+        return await send_answer(send, receive, answer, self._wait)
 
     def _open(self, path: str) -> Answer:
         if path == "/metrics":
@@ -334,7 +358,11 @@ class Application:
             await turns.enter_async_context(self._large_turn(client, len(body)))
             # One thread does all of it: to change threads costs as much as to look something up.
             work = partial(self._work, head, body, route, unknown, seen, signed)
-            answer = await (self._attended(work, receive, seen) if takes_turns else self._run(work))
+            if takes_turns:
+                answer = await self._attended(work, receive, seen)
+            else:
+                async with self._short.turn(client):
+                    answer = await self._run(work)
             await self._hold(answer, seen.account, held)
             return answer
 

@@ -26,6 +26,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from luthier.api.rate_limits import RequestPace
 from luthier.limits import ServerLimits
 from luthier.serving.turns import discount
 
@@ -39,7 +40,7 @@ DISCARD_PAUSE = 0.05
 ACCEPTED_AT_ONCE = 16
 """Connections that are taken between two looks at those that are open: each costs a quarter of a
 millisecond, one that is refused a tenth of that."""
-TOO_MANY = "Too many connections from this address. Use fewer, or close some."
+TOO_MANY = "Too many connections or requests from this address. Use fewer, or wait."
 OTHER_FILES = 512
 """Descriptors that the server needs for all that is not a connection of a client."""
 
@@ -49,6 +50,8 @@ class Connections:
 
     def __init__(self, limits: ServerLimits) -> None:
         self.limits = limits
+        self.pace = RequestPace(limits.requests_per_second_per_address)
+        """That of requests: who has spent it far ahead opens no connection."""
         self.refused = 0
         """Connections that were closed at once, because there were too many."""
         self.by_client: Counter[str] = Counter()
@@ -154,7 +157,8 @@ class LimitedSocket(socket.socket):
             except BlockingIOError:
                 break
             client = client_key(address[0])
-            if by_client[client] >= self._connections.limits.connections_per_address:
+            most = self._connections.limits.connections_per_address
+            if by_client[client] >= most or self._connections.pace.is_spent(client):
                 self._refuse(descriptor, not self._tls)
             elif by_client.total() >= self._connections.limits.connections:
                 self._refuse(descriptor, False)

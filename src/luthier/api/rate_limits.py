@@ -21,6 +21,8 @@ which the server's load may cause."""
 REFUSAL_COST = 4
 """Requests that a refused one counts as. 250 refusals a second of 24 MB each doubled the time of a
 neighbour's chat on one core; 60 add a third."""
+WAIT_SECONDS = 2.0
+"""For which a request waits at most: what waits takes memory, also when its client has left."""
 PACED_ADDRESSES = 10_000
 """Addresses that are remembered, until those that wait for nothing are forgotten."""
 
@@ -106,8 +108,15 @@ class RequestPace:
         """When the next request of an address may begin, those of a burst aside."""
 
     def delay(self, address: str) -> float:
-        """Seconds that a request that comes now has to wait."""
+        """Seconds that a request that comes now has to wait.
+
+        Raises:
+            Fault: ``Throttling`` where that would be too long; then the request does not count.
+        """
         moment = self._clock()
+        if (wait := self._next.get(address, 0.0) - moment - BURST_SECONDS) > WAIT_SECONDS:
+            text = "Too many requests from this address, please wait before trying again."
+            raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
         if len(self._next) > PACED_ADDRESSES:
             self._next = {each: at for each, at in self._next.items() if at > moment}
         at = max(self._next.get(address, 0.0), moment)
@@ -117,7 +126,12 @@ class RequestPace:
     def charge_refusal(self, address: str) -> None:
         """A request of ``address`` was refused: its next ones wait longer."""
         if address in self._next:
-            self._next[address] += self._interval * (REFUSAL_COST - 1)
+            later = self._next[address] + self._interval * (REFUSAL_COST - 1)
+            self._next[address] = min(later, self._clock() + BURST_SECONDS + 2 * WAIT_SECONDS)
+
+    def is_spent(self, address: str) -> bool:
+        """Whether a request that comes now would not even wait."""
+        return self._next.get(address, 0.0) - self._clock() > BURST_SECONDS + WAIT_SECONDS
 
 
 class WrongBodies:

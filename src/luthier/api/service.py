@@ -123,6 +123,7 @@ class Service:
             self.trail,
             self.missing,
             settings.limits,
+            self.connections.pace,
         )
         if settings.cors_origins:
             from luthier.api.cors import AllowedOrigins

@@ -16,7 +16,9 @@ from luthier.limits import ServerLimits
 from luthier.store.object_files import Writing
 
 BUSY = "000000000001"
-LIMITS = ServerLimits()
+LIMITS = ServerLimits(
+    connections_per_address=512,
+)
 
 
 def answered(url: str) -> tuple[int, str]:
