@@ -26,6 +26,7 @@ from luthier.api.observability import Observer
 from luthier.api.s3.face import S3Face
 from luthier.api.sigv4 import Credential, verify
 from luthier.api.wire import Caller, Fault, Head, Signed
+from luthier.limits import ServerLimits
 from luthier.store.database import Base, Database, now
 from luthier.store.object_files import ObjectFiles
 from luthier.store.objects import Objects
@@ -114,7 +115,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     app = Application(
         faces, Names(), lambda caller: None, Observer(dict), Remembered(), lambda: None
     )
-    with served(app) as url:
+    # All tests are one address, and some ask as often as one account may.
+    with served(app, ServerLimits(connections_per_address=512)) as url:
         found = Service(url, objects, denied)
         found.app = app  # type: ignore[attr-defined]
         yield found

@@ -16,9 +16,7 @@ from luthier.limits import ServerLimits
 from luthier.store.object_files import Writing
 
 BUSY = "000000000001"
-LIMITS = ServerLimits(
-    connections_per_address=512,
-)
+LIMITS = ServerLimits()
 
 
 def answered(url: str) -> tuple[int, str]:
