@@ -4,10 +4,10 @@
 
 Each set is tuned with no setting but the base, in a home of its own; `luthier evaluate` measures what
 was stored on the set's test rows, 2,000 at most. The rivals are those that each run fits by itself.
-Here they learn from all training rows (10,000 at most) and are measured on the same test rows: a run of
-one step, which has the test rows for its validation, computes them. With ``--trials`` a search over rate,
-adaptation and batch size spends so many runs beside it. Sets that no rival goes with are measured
-before and after, on the run's own held-out rows.
+Here they learn from all training rows (10,000 at most) and are measured on the same test rows, in a run
+of one step that has the test rows for its validation. With ``--trials`` a search over rate, adaptation
+and batch size spends so many runs beside it. Sets that no rival goes with are measured before and
+after, on the run's own held-out rows.
 
 Sets marked * were looked at while the defaults were chosen; the others were not.
 """
