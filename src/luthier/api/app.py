@@ -190,18 +190,23 @@ class Application:
         seen = Observed(request_id, head.method, address_of(scope))
         began, client = time.perf_counter(), client_key(seen.address)
         receive, send = seen.counted(receive, send)
+        service = service_of(head)
+        objects = service == "s3" and not _named_face(head.path)
         try:
             try:
                 delay = self._pace.delay(client)
             except Fault as fault:
-                seen.status = await self._turn_away(head, fault, receive, send, seen)
+                face = self.faces.objects if objects else self._chosen(head, service)[1]
+                seen.refused(fault)
+                answer = _closing(head, face.refusal(fault, seen.request_id))
+                seen.status = await send_answer(send, receive, answer, self._wait)
                 return
             if delay > 0:
                 await asyncio.sleep(delay)
             if head.path in OPEN_PATHS:
                 answer = await self._run(self._open, head.path)
                 seen.status = await send_answer(send, receive, answer, self._wait)
-            elif (service := service_of(head)) == "s3" and not _named_face(head.path):
+            elif objects:
                 await self._objects(head, receive, send, seen)
             else:
                 await self._face(head, service, receive, send, seen)
@@ -211,20 +216,9 @@ class Application:
             # The server waits no longer: a stream ends where it is.
             seen.status = 503
         finally:
-            if seen.status in REFUSALS or seen.unread:
+            if seen.status in REFUSALS:
                 self._pace.charge_refusal(client)
             self.observer.finished(seen, time.perf_counter() - began)
-
-    async def _turn_away(
-        self, head: Head, fault: Fault, receive: Receive, send: Send, seen: Observed
-    ) -> int:
-        """Refuse before anything is read."""
-        service = service_of(head)
-        objects = service == "s3" and not _named_face(head.path)
-        face = self.faces.objects if objects else self._chosen(head, service)[1]
-        seen.refused(fault)
-        answer = _closing(head, face.refusal(fault, seen.request_id))
-        return await send_answer(send, receive, answer, self._wait)
 
     def _open(self, path: str) -> Answer:
         if path == "/metrics":
@@ -337,9 +331,12 @@ class Application:
             cost = STREAMED_COST if streamed else size
             await receiving.enter_async_context(self._body_memory(client, head, cost))
             if size > (small if signed is None else WRONG_BODY_BYTES):
-                seen.unread = True
-                self._wrong_bodies.check(*_sender(head, seen, signed))
-                seen.unread = False
+                address, sender = _sender(head, seen, signed)
+                try:
+                    self._wrong_bodies.check(address, sender)
+                except Fault:  # a 429 that no load of the server caused
+                    self._pace.charge_refusal(address)
+                    raise
             if route is not None and route.sink is not None:
                 return await self._upload(head, receive, limit, route, seen, signed)
             body = await read_body(head, receive, limit, self.limits)

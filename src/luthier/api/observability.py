@@ -46,8 +46,6 @@ class Observed:
     user: str = ""
     status: int = 0
     """499 for a client that hung up, as nginx logs it."""
-    unread: bool = False
-    """Whether it was refused for the bodies that came under its key before."""
     error: str = ""
     bytes_in: int = 0
     """Of the body of the request, as far as it was read."""

@@ -115,16 +115,15 @@ def measure_tuned(
 ) -> Comparison:
     """``found`` with what the tuned network is worth on the same rows."""
     network.model.eval()
-    pairs = held.rows[0].positive is not None
-    read = [v for e in held.examples for v in Contrastive().views(e)] if pairs else held.examples
-    examples = [replace(example, row=index) for index, example in enumerate(read)]
+    views = [view for example in held.examples for view in objective.views(example)]
+    examples = [replace(view, row=index) for index, view in enumerate(views)]
     answers: list[Mapping[str, Any]] = [{} for _ in examples]
     for batch in network.batches(examples, budget):
         for example, answer in zip(
             batch.tree.examples, objective.answers(network, batch), strict=True
         ):
             answers[example.row] = answer
-    if pairs:
+    if held.rows[0].positive is not None:
         embeddings = [answer["embedding"] for answer in answers]
         partners = [row.positive or "" for row in held.rows]
         ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners)

@@ -39,10 +39,11 @@ class BM25Index:
         import bm25s
 
         self.size = len(texts)
+        words = _words(texts)
         # Words of one letter are none, and neither an index nor a query may be without words.
-        self._index = bm25s.BM25() if any(_words(texts, ids=False)) else None
+        self._index = bm25s.BM25() if any(words.ids) else None
         if self._index is not None:
-            self._index.index(_words(texts), show_progress=False)
+            self._index.index(words, show_progress=False)
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """How well each text answers ``query``, ``[N]``; 0 where they share no word."""
@@ -78,7 +79,7 @@ def bm25_ranks(anchors: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64
     return _ranks(scores_PU, own_P)
 
 
-def retrieval_scores(ranks: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
+def retrieval_scores(ranks: ArrayLike) -> dict[str, float]:
     """Recall at 1 and 10, and the mean reciprocal rank."""
     ranks_P = np.asarray(ranks)
     return {

@@ -183,7 +183,7 @@ class Together:
         for state in states:
             state.span = self._banks.grown(state.span)
         order = in_order([state.span for state in states])
-        most = self.sizes[-1]
+        most = self.rows
         parts = [
             self._step([states[i].span for i in rows], [tokens[i] for i in rows])
             for rows in (order[first : first + most] for first in range(0, len(order), most))
