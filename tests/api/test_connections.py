@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import urllib3
 from echo_service import Server
 from served import served
 
@@ -98,6 +99,44 @@ def test_a_head_within_its_limits_is_read(server: Server) -> None:
     head = HEAD + b"X-Long: " + b"a" * 16_000 + b"\r\n"
     head += b"".join(b"X-%d: b\r\n" % number for number in range(90)) + b"Connection: close\r\n\r\n"
     assert server.raw(head).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("path", ["/x/take?deny", "/x/take"])
+def test_a_client_that_keeps_connections_is_told_where_one_ends(server: Server, path: str) -> None:
+    parts = urlsplit(server.address)
+    pool = urllib3.HTTPConnectionPool(parts.hostname or "", parts.port, maxsize=1, retries=False)
+    headers = {"Authorization": "Bearer good"}
+    for size in (3_000_000, 9_000_000):  # the second is more than is taken here
+        answer = pool.request("POST", path, body=b"a" * size, headers=headers, timeout=10)
+        unread = "deny" in path or size == 9_000_000
+        assert (answer.status >= 400) == unread
+        assert (answer.headers.get("connection") == "close") == unread
+        began = time.monotonic()
+        assert pool.request("GET", "/healthz", timeout=10).status == 200
+        assert time.monotonic() - began < 0.4  # and not after linger_seconds
+
+
+def test_what_is_sent_behind_an_unread_body_is_never_answered(server: Server) -> None:
+    head = HEAD.replace(b"GET /x/echo", b"POST /x/take?deny") + b"Content-Length: 3000000\r\n\r\n"
+    with connect(server) as connection:
+        connection.sendall(head)
+        assert b"AccessDenied" in connection.recv(65536)
+        with suppress(OSError):
+            connection.sendall(b"a" * 3_000_000 + b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert read_all(connection) == b""
+
+
+def test_refusals_are_counted_and_logged_now_and_then(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        flood(server, b"GET /healthz?", b"a" * 65536, 4_000_000)
+    time.sleep(1.5)
+    lines = [r for r in caplog.records if r.message.startswith("refused before")]
+    assert len(lines) == 1
+    fields = lines[0].fields  # type: ignore[attr-defined]
+    assert fields["last_address"] == "127.0.0.1" and "URL" in fields["last_reason"]
+    assert set(fields["refused_by_status"]) == {"414"}
 
 
 def test_trailers_and_chunk_extensions_have_the_limits_of_heads(server: Server) -> None:
@@ -216,7 +255,7 @@ def test_connections_are_counted_from_before_their_handshake(tls: bool) -> None:
             listening.accept()
         said = clients[2].recv(4096)
         assert said == b"" if tls else said.startswith(b"HTTP/1.1 503 ")
-        assert (connections.by_client["127.0.0.1"], connections.refused) == (2, 1)
+        assert (connections.by_client["127.0.0.1"], connections.refusals[503]) == (2, 1)
         accepted[0].close()
         accepted[0].close()
         assert connections.by_client["127.0.0.1"] == 1

@@ -148,6 +148,15 @@ def test_schemas_that_take_too_much(
     assert not constraints.schema({"type": "string"}).finished
 
 
+def test_a_schema_that_takes_too_much_memory_to_follow(
+    trials: SchemaTrials, tokenizer: Any
+) -> None:
+    constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer), trials)
+    with pytest.raises(InferenceRefused, match=r"takes \d\d MiB of memory, and may take 8 MiB"):
+        constraints.schema({"type": "integer", "multipleOf": 99_991})
+    constraints.schema({"enum": [f"choice {n}" for n in range(2000)]})
+
+
 def test_a_client_that_hangs_up_spoils_no_schema() -> None:
     trials = SchemaTrials(ConfinedWork(60, 256 << 20, "the JSON schema"), FairTurns(2, 30))
     schema = {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]}

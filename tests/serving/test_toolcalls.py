@@ -122,4 +122,3 @@ def test_the_grammar_of_a_marked_call(tokenizer: Any) -> None:
     first = again.copy().allowed(len(tokenizer))
     assert first.sum() >= 1
     assert not first[tokenizer.encode("x")[0]]
-    assert len(constraints._compiled) == 1

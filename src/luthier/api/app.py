@@ -198,7 +198,7 @@ class Application:
             except Fault as fault:
                 face = self.faces.objects if objects else self._chosen(head, service)[1]
                 seen.refused(fault)
-                answer = _closing(head, face.refusal(fault, seen.request_id))
+                answer = face.refusal(fault, seen.request_id)
                 seen.status = await send_answer(send, receive, answer, self._wait)
                 return
             if delay > 0:
@@ -249,13 +249,13 @@ class Application:
                     )
         except Fault as fault:
             self._refused(seen, fault)
-            answer = _closing(head, face.refusal(fault, seen.request_id))
+            answer = face.refusal(fault, seen.request_id)
             seen.status = await send_answer(send, receive, answer, self._wait)
         except TROUBLES as error:
             _log.exception("database or disk trouble", extra={"request_id": seen.request_id})
             told = Fault.unavailable(error)
             seen.refused(told)
-            answer = _closing(head, face.refusal(told, seen.request_id))
+            answer = face.refusal(told, seen.request_id)
             seen.status = await send_answer(send, receive, answer, self._wait)
 
     async def _face(
@@ -265,8 +265,6 @@ class Application:
         seen.face = name
         async with AsyncExitStack() as held:
             answer = await self._answered(face, head, receive, seen, held)
-            if answer.status >= 400:
-                answer = _closing(head, answer)
             seen.status = await send_answer(send, receive, answer, self._wait)
 
     async def _answered(
@@ -497,16 +495,6 @@ class Application:
             # Only what was asked for last can have been refused.
             seen.asked = seen.asked[-1:]
             self._note(seen, fault.code)
-
-
-def _closing(head: Head, answer: Answer) -> Answer:
-    """``answer``, after which the connection ends if the client still waits to send its body.
-
-    It will not send it now, and what it sends next on the connection would be taken for it.
-    """
-    if not any(name == "expect" for name, _ in head.headers):
-        return answer
-    return replace(answer, headers={**answer.headers, "Connection": "close"})
 
 
 def _sender(head: Head, seen: Observed, signed: Signed | None) -> tuple[str, str]:

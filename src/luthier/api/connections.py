@@ -12,10 +12,13 @@ import asyncio
 import errno
 import ipaddress
 import json
+import logging
 import os
 import resource
 import socket
+import time
 from collections import Counter
+from collections.abc import MutableMapping
 from contextlib import ExitStack, suppress
 from functools import lru_cache
 from http import HTTPStatus
@@ -23,10 +26,11 @@ from typing import Any
 from weakref import WeakSet
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from luthier.api.rate_limits import RequestPace
+from luthier.api.sending import Receive, Send
 from luthier.limits import ServerLimits
 from luthier.serving.turns import discount
 
@@ -41,8 +45,13 @@ ACCEPTED_AT_ONCE = 16
 """Connections that are taken between two looks at those that are open: each costs a quarter of a
 millisecond, one that is refused a tenth of that."""
 TOO_MANY = "Too many connections or requests from this address. Use fewer, or wait."
+TOO_MANY_IN_ALL = "Too many connections in all."
 OTHER_FILES = 512
 """Descriptors that the server needs for all that is not a connection of a client."""
+LOG_SECONDS = 10.0
+"""Between two lines of the log about refusals: who is refused could fill the disk else."""
+
+_log = logging.getLogger("luthier.server")
 
 
 class Connections:
@@ -52,8 +61,11 @@ class Connections:
         self.limits = limits
         self.pace = RequestPace(limits.requests_per_second_per_address)
         """That of requests: who has spent it far ahead opens no connection."""
-        self.refused = 0
-        """Connections that were closed at once, because there were too many."""
+        self.refusals: Counter[int] = Counter()
+        """What was refused before its request was read, by status."""
+        self._last_refusal: tuple[str, str] | None = None
+        """Address and reason, where it is not in the log yet."""
+        self._logged = float("-inf")
         self.by_client: Counter[str] = Counter()
         # Weak: a TLS handshake that fails ends without a word to its protocol.
         self._open: WeakSet[LimitedHttpProtocol] = WeakSet()
@@ -104,9 +116,24 @@ class Connections:
         return made
 
     def close_overdue(self) -> None:
-        """End every connection that has waited longer than it may."""
+        """End every connection that has waited longer than it may, and log what was refused."""
         for connection in list(self._open):
             connection.close_if_overdue()
+        now = time.monotonic()
+        if self._last_refusal is not None and now - self._logged > LOG_SECONDS:
+            address, reason = self._last_refusal
+            fields = {
+                "refused_by_status": {str(k): n for k, n in sorted(self.refusals.items())},
+                "last_address": address,
+                "last_reason": reason,
+            }
+            _log.warning("refused before the request was read", extra={"fields": fields})
+            self._last_refusal, self._logged = None, now
+
+    def count_refusal(self, status: HTTPStatus, address: str, reason: str) -> None:
+        """A connection or a request of ``address`` is refused before it is read."""
+        self.refusals[status.value] += 1
+        self._last_refusal = (address, reason)
 
     def discard(self, connection: LimitedHttpProtocol) -> None:
         """``connection`` is closed."""
@@ -159,19 +186,20 @@ class LimitedSocket(socket.socket):
             client = client_key(address[0])
             most = self._connections.limits.connections_per_address
             if by_client[client] >= most or self._connections.pace.is_spent(client):
-                self._refuse(descriptor, not self._tls)
+                self._refuse(descriptor, address[0], TOO_MANY, explain=not self._tls)
             elif by_client.total() >= self._connections.limits.connections:
-                self._refuse(descriptor, False)
+                self._refuse(descriptor, address[0], TOO_MANY_IN_ALL, explain=False)
             else:
                 return CountedSocket(self, descriptor, client, by_client), address
         self._accepted = 0
         raise BlockingIOError
 
-    def _refuse(self, descriptor: int, explain: bool) -> None:
-        self._connections.refused += 1
+    def _refuse(self, descriptor: int, address: str, reason: str, explain: bool) -> None:
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        self._connections.count_refusal(status, address, reason)
         with suppress(OSError):
             if explain:  # it blocks, and has an empty buffer that takes this at once
-                os.write(descriptor, _refusal(HTTPStatus.SERVICE_UNAVAILABLE, TOO_MANY))
+                os.write(descriptor, _refusal(status, reason))
         os.close(descriptor)
 
 
@@ -195,6 +223,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._discard_since: float | None = None
         """Since when what comes is thrown away: the answer is sent, and the connection ends."""
         self._discarded = 0
+        self._ends = False
+        """Whether the answer that is sent is the last of this connection."""
         self._closing_since: float | None = None
         self._unparsed = 0
         """Bytes that the parser was fed since it gave anything back: it holds them."""
@@ -266,13 +296,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_response_complete(self) -> None:
-        """An answer is sent; where its request is not whole, the connection ends after it."""
+        """An answer is sent; where its request was not whole, the connection ends after it."""
+        if self._ends:
+            self.pipeline.clear()
         super().on_response_complete()
         self._idle_since = self.loop.time()
         if self._head_since is not None:
             # Of a request that was sent ahead: while its turn had not come, nothing was read of it.
             self._head_since = self._idle_since
-        if self.cycle.response_complete and self.cycle.more_body:
+        if self._ends:
             # To close at once could take the answer away from a client that is still sending.
             self._discard_since = self._idle_since
             self._unset_keepalive_if_required()
@@ -312,6 +344,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif now - self._idle_since > limits.idle_seconds:
             self.transport.close()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Begin a request, whose answer says so where the connection ends with it."""
+
+        async def answered(scope: Any, receive: Receive, send: Send) -> None:
+            async def sending(message: MutableMapping[str, Any]) -> None:
+                if message["type"] != "http.response.start" or not cycle.more_body:
+                    await send(message)
+                    return
+                # Part of the body is still to come. A client that keeps connections would send its
+                # next request behind it, where nobody reads any more.
+                self._ends = True
+                headers = [*message.get("headers", []), (b"connection", b"close")]
+                await send({**message, "headers": headers})
+                cycle.keep_alive = True  # uvicorn would close it before the client has the answer
+
+            await app(scope, receive, sending)
+
+        super()._start_asgi_task(cycle, answered)  # type: ignore[arg-type]
+
     def _read_rest(self) -> None:
         if not self.transport.is_closing():
             self.flow.resume_reading()
@@ -324,6 +375,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _refuse(self, status: HTTPStatus, text: str) -> None:
         """Answer before any face is known, in a body that clients of each of them can read."""
         self._head_since, self._discard_since = None, self.loop.time()
+        self._connections.count_refusal(status, self.client[0] if self.client else "", text)
         self.flow.resume_reading()
         if self.transport.is_closing():
             return
@@ -338,14 +390,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
 @lru_cache(maxsize=64)
 def _refusal(status: HTTPStatus, text: str) -> bytes:
-    """An answer that ends its connection."""
-    error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+    """An answer that ends its connection, and says as much to clients of every face.
+
+    Those of S3 take what is no XML for its status. It has no request id: no request was read.
+    """
+    kind, code = _WORDS.get(status, ("invalid_request_error", "ValidationException"))
+    error = {"message": text, "type": kind, "param": None, "code": None}
     body = json.dumps({"message": text, "error": error}).encode()
     head = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        f"x-amzn-errortype: {code}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
     )
     return head.encode() + body
+
+
+_WORDS = {
+    HTTPStatus.SERVICE_UNAVAILABLE: ("server_error", "ServiceUnavailableException"),
+    HTTPStatus.TOO_MANY_REQUESTS: ("rate_limit_error", "ThrottlingException"),
+}
+"""Kinds of errors as OpenAI and Bedrock name them."""
 
 
 @lru_cache(maxsize=4096)

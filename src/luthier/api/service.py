@@ -268,9 +268,9 @@ class Service:
             counted = session.execute(select(Job.state, func.count()).group_by(Job.state)).all()
         return {
             "jobs": {state: float(count) for state, count in counted},
-            "connections": {
-                "open": float(len(self.connections)),
-                "refused": float(self.connections.refused),
+            "connections": {"open": float(len(self.connections))},
+            "refused_unread": {
+                str(status): float(count) for status, count in self.connections.refusals.items()
             },
             "models_in_memory": {"": float(len(self.pool.loaded()))},
             "workers": {"": float(len(self.scheduler.children))},

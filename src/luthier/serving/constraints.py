@@ -30,8 +30,6 @@ from luthier.serving.turns import FairTurns, NoTurn
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
-KEPT = 64
-"""Compiled grammars that are kept."""
 DEPTH = 100
 """Levels of objects and lists in a schema: it is read by functions that call themselves."""
 KNOWN = 1024
@@ -138,7 +136,6 @@ class Constraints:
     ) -> None:
         """``schemas`` tries grammars before they are read here; needed where strangers send them."""
         self._chat, self._vocabulary, self._schemas = chat, vocabulary, schemas
-        self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._tokenizer: Any = None
         self._lock = threading.Lock()
 
@@ -186,24 +183,18 @@ class Constraints:
         from llguidance import LLMatcher
 
         with self._lock:
-            found = self._compiled.get(grammar)
-            if found is not None:
-                self._compiled.move_to_end(grammar)
-                return Matcher(found.deep_copy())
             tokenizer = self._tokens()
         if self._schemas is not None:
             self._schemas.check(grammar)
+        # None is kept for the next answer: copies share what they learn of texts, some 5 kB a token,
+        # which only goes with the last of them; to compile it again takes 2 to 40 ms.
         made = LLMatcher(tokenizer, grammar, log_level=0)
         first = made.deep_copy()
         if not made.is_error():
             first.compute_bitmask()  # a grammar that nothing matches says so at the first token
         if first.is_error():
             raise InferenceRefused(_refusal(first.get_error()), "schema")
-        with self._lock:
-            self._compiled[grammar] = made
-            while len(self._compiled) > KEPT:
-                self._compiled.popitem(last=False)
-        return Matcher(made.deep_copy())
+        return Matcher(made)
 
     def _grammar(self, schema: Mapping[str, Any]) -> str:
         from llguidance import LLMatcher
