@@ -45,8 +45,11 @@ EXPECTED = {
     "template_bombs": {"400", "429"},
     "slow_graders": {"200", "400", "429", "closed"},
     "schema_bombs": {"200", "400", "429"},
+    "large_grammars": {"200", "400", "429"},
     "long_chats": {"200", "429", "closed"},
     "many_embeddings": {"200", "429", "closed"},
+    "abandoned_requests": {"200", "429", "503", "closed"},
+    "large_listings": {"200", "429"},
 }
 """What each attack may be answered; ``closed`` is a connection that ended without an answer."""
 

@@ -97,6 +97,8 @@ def test_keys(database: Database, ann: str) -> None:
         "keys", "create", ann, "--kind", "ssh", code=2
     )["error"]["message"]  # fmt: skip
     admin("keys", "create", ann, "--kind", "access", "--days", "1", code=2)
+    for days in ("0", "-1", "1e9", "nan"):
+        admin("keys", "create", ann, "--days", days, code=2)
     admin("keys", "disable", "x", code=2)
 
 

@@ -240,6 +240,42 @@ def schema_bombs(attacker: Attacker) -> None:
         attacker.together(lambda b=body: attacker.post("/v1/chat/completions", b), 2, 2)
 
 
+def large_grammars(attacker: Attacker) -> None:
+    """Schemas of 40 characters that take 20 to 45 MB to follow, or just less than is too much."""
+    for divisor in (99_991, 100_003, 100_019, 50_021, 50_023, 13_001, 12_983, 10_007, 10_009):
+        schema = {"type": "integer", "multipleOf": divisor}
+        wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        body = attacker.chat("Hello", response_format=wanted)
+        attacker.together(lambda b=body: attacker.post("/v1/chat/completions", b), 4, 4)
+
+
+def abandoned_requests(attacker: Attacker) -> None:
+    """20,000 requests whose clients leave at once."""
+    key = attacker.keys["api_key"]
+    one = f"GET /v1/models HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\n\r\n".encode()
+    attacker.together(lambda: attacker.send(one, seconds=0.001), 20_000, 16)
+
+
+def large_listings(attacker: Attacker) -> None:
+    """400 files, which 40 connections list all the time."""
+    parts = (("purpose", "batch"), ('file"; filename="a.jsonl', "{}"))
+    form = "".join(
+        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in parts
+    )
+    body, kind = f"{form}--x--\r\n".encode(), "multipart/form-data; boundary=x"
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: {kind}\r\n"
+        f"Authorization: Bearer {attacker.keys['api_key']}\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    attacker.together(lambda: attacker.send(head, lambda: [body]), 400, 4)
+    one = (
+        "GET /v1/files?limit=10000 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+        f"Authorization: Bearer {attacker.keys['api_key']}\r\n\r\n"
+    ).encode()
+    attacker.together(lambda: attacker.send(one), 800, 40)
+
+
 def long_chats(attacker: Attacker) -> None:
     """Chats whose prompts fill the context, and answers that fill it: as many as wait at all."""
     long = attacker.chat("word " * 150, max_tokens=1)
@@ -259,7 +295,7 @@ ATTACKS = {
     for each in (
         endless_headers, half_heads, many_connections, unknown_signatures, wrong_signatures,
         large_bodies, sent_ahead, slow_bodies, digits, template_bombs, slow_graders, schema_bombs,
-        long_chats, many_embeddings,
+        large_grammars, long_chats, many_embeddings, abandoned_requests, large_listings,
     )
 }  # fmt: skip
 

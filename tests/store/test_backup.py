@@ -211,12 +211,17 @@ def test_what_was_changed_is_not_restored(database: Database, store: Path, tmp_p
     weights = source / "files/models/a/weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
-    with pytest.raises(CorruptFile, match="SHA-256 differs"):
+    with pytest.raises(CorruptFile, match=r"a/weights.safetensors was changed\. Nothing was rest"):
         restore(source, home)
     weights.unlink()
-    with pytest.raises(CorruptFile, match="missing"):
+    with pytest.raises(CorruptFile, match=r"a/weights.safetensors is missing\. Nothing was rest"):
         restore(source, home)
     weights.write_bytes(whole)
+    copied = (source / "luthier.db").read_bytes()
+    (source / "luthier.db").write_bytes(copied + b"\0")
+    with pytest.raises(CorruptFile, match=r"luthier.db is missing or was changed"):
+        restore(source, home, allow_damaged=True)
+    (source / "luthier.db").write_bytes(copied)
     (source / "files" / "extra").write_bytes(b"x")
     with pytest.raises(CorruptFile, match="extra, which was not backed up"):
         restore(source, home)
@@ -227,6 +232,57 @@ def test_what_was_changed_is_not_restored(database: Database, store: Path, tmp_p
     with pytest.raises(CorruptFile, match="which no backup holds"):
         restore(source, home)
     assert not home.exists()
+
+
+def test_the_rest_of_a_damaged_backup_is_restored_where_that_is_allowed(
+    database: Database, store: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two", "three"):
+        put(database, name.encode(), name)
+    source, home = tmp_path / "backup", tmp_path / "other"
+    backup(database, store, source, with_key=True)
+    objects = {p.read_bytes(): p for p in (source / "files/objects").rglob("*") if p.is_file()}
+    objects[b"one"].unlink()
+    objects[b"two"].write_bytes(b"TWO")
+    (source / "files/models/a/weights.safetensors").unlink()
+    with pytest.raises(CorruptFile, match=r"is not whole: .*; .*; .*\. Nothing was") as refused:
+        restore(source, home)
+    for part in ("s3://data/one", "s3://data/two", "weights.safetensors is missing"):
+        assert part in str(refused.value)
+    made = restore(source, home, allow_damaged=True)
+    assert len(made.damaged) == 3 and made.key
+    contents = [path.read_bytes() for path in home.rglob("*") if path.is_file()]
+    assert b"three" in contents and b"TWO" not in contents
+
+
+def test_the_key_is_there_with_the_rest_or_nothing_is(
+    database: Database, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, home = tmp_path / "backup", tmp_path / "other"
+    backup(database, store, source, with_key=True)
+    assert (source / "server.key").read_bytes() == (store / "server.key").read_bytes()
+    replace = os.replace
+
+    def killed(old: Path, new: Path) -> None:
+        replace(old, new)
+        if Path(new) == home:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        restore(source, home)
+    monkeypatch.undo()
+    assert (home / "server.key").read_bytes() == (store / "server.key").read_bytes()
+    (source / "server.key").write_bytes(b"x" * 32)
+    with pytest.raises(CorruptFile, match=r"server.key is not the one that was backed up"):
+        restore(source, tmp_path / "third")
+    (source / "server.key").unlink()
+    assert not restore(source, tmp_path / "third").key
+
+
+def test_a_folder_that_is_no_backup(tmp_path: Path) -> None:
+    with pytest.raises(CorruptFile, match=r"has no backup.json: it is no backup.*Nothing was"):
+        restore(tmp_path, tmp_path / "other")
 
 
 def test_places_that_are_refused(database: Database, store: Path, tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def keys_create(
     user: str,
     kind: Annotated[str, typer.Option(help="access (signs requests) or api (sk-…).")] = "api",
     account: Account = FIRST,
-    days: Annotated[float | None, typer.Option(min=0, help="An API key ends after these.")] = None,
+    days: Annotated[float | None, typer.Option(help="An API key ends after these.")] = None,
     label: Annotated[str, typer.Option(help="What an API key is for.")] = "",
     database: ServiceDatabase = None,
     json_: Json = False,

@@ -32,6 +32,8 @@ from luthier.store.sealing import Sealing
 Row = dict[str, Any]
 RATE = "requests_per_second"
 """The one quota that no row is counted for."""
+MOST_DAYS = 36_500
+"""For which an API key may last."""
 BUILT_IN = "built-in default"
 """Where a limit comes from that the account has no quota of its own for."""
 
@@ -247,6 +249,8 @@ def create_key(
         raise RefusedInput(f"there is no kind of key {kind!r}; there are access and api")
     if kind == "access" and days is not None:
         raise RefusedInput("access keys do not expire; disable or remove them")
+    if days is not None and not 0 < days <= MOST_DAYS:
+        raise RefusedInput(f"--days is more than 0 and at most {MOST_DAYS:,}, not {days:g}")
     told: Row
     details: Row = {"kind": kind}
     with changing(url, "keys.create", account, name, details) as session:

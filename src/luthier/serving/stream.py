@@ -59,7 +59,7 @@ class Stream:
         """Tokens of the prompt, template included."""
         self.written = written
         """Gives the tokens that were written so far, for all answers."""
-        self._events, self._left = events, n
+        self._events, self._n, self._left = events, n, n
         self._at_end: list[Callable[[], None]] = []
         self._interruption: InferenceFailed | None = None
 
@@ -114,8 +114,8 @@ class Stream:
         Raises:
             InferenceFailed: where the work failed, or somebody closed the stream before.
         """
-        answers = [Whole() for _ in range(self._left)]
-        missing = len(answers)
+        answers = [Whole() for _ in range(self._n)]
+        missing = self._n  # it may be closed already, by a client that hung up at once
         for event in self:
             answers[event.index].take(event)
             missing -= isinstance(event, End)

@@ -8,8 +8,8 @@ compared with its file before the backup has its name, and again before one is r
     backup.json     SHA-256 of each file
     luthier.db      or ``luthier.pgdump``
     files/          the store
+    server.key      only where it was asked for: who has it can read the secrets of access keys
 
-The server's key is left out unless it is asked for: who has both can read the secrets of access keys.
 A backup and a restored store hold everybody's data: only their owner may read them, as the live store.
 """
 
@@ -20,7 +20,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,10 +37,9 @@ from luthier.errors import CorruptFile, LuthierError, RefusedInput, RunConflict
 from luthier.files import (
     hashes_of,
     need_disk,
-    new_file,
     new_folder,
     read_json,
-    verify,
+    sha256_of,
     write_json,
 )
 from luthier.models.catalog import CATALOG
@@ -127,17 +126,16 @@ def backup(
                 f"the store has lost files, and nothing was backed up: {found.listed}. Bring them back "
                 "from an earlier backup or delete what names them; --allow-damaged backs up the rest"
             )
+        size = _bytes_below(folder)
+        key = with_key and (home / KEY).is_file()
+        if key:
+            shutil.copyfile(home / KEY, folder / KEY)
         write_json(
             folder / MANIFEST,
             {"format": _FORMAT, "created": now().isoformat(), "hashes": hashes,
-             "damaged": list(found.damaged)},
+             "key": sha256_of(folder / KEY) if key else None, "damaged": found.texts},
         )  # fmt: skip
-        size = _bytes_below(folder)
-    key = home / KEY
-    if with_key and key.is_file():
-        with new_file(target / KEY, mode=0o600) as file:
-            file.write(key.read_bytes())
-    return Backup(len(hashes), size, True, with_key and key.is_file(), found.damaged, found.unread)
+    return Backup(len(hashes), size, True, key, tuple(found.texts), found.unread)
 
 
 def restore(
@@ -160,15 +158,23 @@ def restore(
     """
     if home.exists() and any(home.iterdir()):
         raise RunConflict(f"{home} is not empty; restore into a new LUTHIER_HOME")
-    hashes = check(source)
+    hashes, key = _manifest(source)
+    actual = hashes_of(source, skip=(MANIFEST, KEY))
+    changed = {name for name, digest in hashes.items() if actual.get(name) != digest}
+    _check_database(source, changed)
     with _rows(source, hashes, database) as session:
-        found = _check_rows(session, source, hashes)
+        found = _check_rows(session, source, actual)
+    # What no row names is a part of the backup all the same.
+    found.damaged.extend(
+        (name, f"{name} {'was changed' if name in actual else 'is missing'}")
+        for name in sorted(changed - {place for place, _ in found.damaged})
+    )
     if found.damaged and not allow_damaged:
         raise CorruptFile(
             f"{source} is not whole: {found.listed}. Nothing was restored. Take an earlier backup; "
             "--allow-damaged restores the rest"
         )
-    kept = [name for name in hashes if name != DUMP]
+    kept = [name for name in hashes if name != DUMP and name not in changed]
     size = sum((source / name).stat().st_size for name in kept)
     need_disk(home, size, "the restored store")
     with new_folder(home, private=True) as folder:
@@ -177,16 +183,21 @@ def restore(
             place = folder / (plain.relative_to(FILES) if plain.parts[0] == FILES else plain)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, place)
-    key = source / KEY
-    if key.is_file():
-        with new_file(home / KEY, mode=0o600) as file:
-            file.write(key.read_bytes())
+        if key:
+            shutil.copyfile(source / KEY, folder / KEY)
     there = DATABASE in hashes or DUMP in hashes
-    return Backup(len(kept), size, there, key.is_file(), found.damaged, found.unread)
+    return Backup(len(kept), size, there, key, tuple(found.texts), found.unread)
 
 
-def check(source: Path) -> dict[str, str]:
-    """SHA-256 of each file of a backup by its name; :class:`CorruptFile` unless all are right."""
+def _manifest(source: Path) -> tuple[dict[str, str], bool]:
+    """SHA-256 of each file of a backup by its name, and whether its key is with it.
+
+    Raises:
+        CorruptFile: where there is no backup, or other files are in it.
+    """
+    if not (source / MANIFEST).is_file():
+        text = f"{source} has no {MANIFEST}: it is no backup, or one that did not end"
+        raise CorruptFile(f"{text}. Nothing was restored")
     manifest: Any = read_json(source / MANIFEST)
     hashes = manifest.get("hashes") if isinstance(manifest, dict) else None
     if not isinstance(hashes, dict) or manifest.get("format") != _FORMAT:
@@ -197,25 +208,45 @@ def check(source: Path) -> dict[str, str]:
             raise CorruptFile(f"{source / MANIFEST} names {name}, which no backup holds")
     there = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     if strange := there - set(hashes) - {MANIFEST, KEY}:
-        raise CorruptFile(f"{source} holds {min(strange)}, which was not backed up")
-    verify(source, hashes)
-    if DATABASE in hashes:
-        _check_database(source / DATABASE)
-    return hashes
+        raise CorruptFile(
+            f"{source} holds {min(strange)}, which was not backed up. Nothing was restored"
+        )
+    # Earlier versions did not note it; and people keep it apart, and may put it back.
+    if KEY in there and sha256_of(source / KEY) != (manifest.get("key") or sha256_of(source / KEY)):
+        raise CorruptFile(f"{source / KEY} is not the one that was backed up. Nothing was restored")
+    return hashes, KEY in there
+
+
+def _check_database(source: Path, changed: Set[str]) -> None:
+    """Refuse a backup whose rows are not as they were: nothing else can be compared with them."""
+    for name in (DATABASE, DUMP):
+        if name in changed:
+            raise CorruptFile(
+                f"{source / name} is missing or was changed, and without it nothing can be restored. "
+                "Take an earlier backup"
+            )
+    if (source / DATABASE).is_file():
+        _check_sqlite(source / DATABASE)
 
 
 @dataclass(frozen=True)
 class _Findings:
     """What comparing rows with files found."""
 
-    damaged: tuple[str, ...]
+    damaged: list[tuple[str, str]]
+    """Names of files of the backup, empty where a row alone is wrong, and what is wrong in words."""
     unread: int
 
     @property
+    def texts(self) -> list[str]:
+        """What is wrong in words."""
+        return [text for _, text in self.damaged]
+
+    @property
     def listed(self) -> str:
-        """The first of them in words."""
+        """The first of them."""
         more = len(self.damaged) - _NAMED
-        text = "; ".join(self.damaged[:_NAMED])
+        text = "; ".join(self.texts[:_NAMED])
         return f"{text}; and {more} more" if more > 0 else text
 
 
@@ -225,27 +256,26 @@ def _check_rows(session: Session, folder: Path, hashes: Mapping[str, str]) -> _F
     Args:
         session: one that reads the rows.
         folder: of the backup.
-        hashes: SHA-256 of its files by their names, which are right.
+        hashes: SHA-256 of its files, as they are, by their names.
     """
-    damaged: list[str] = []
+    damaged: list[tuple[str, str]] = []
     unread = 0
     ring = keys_in(folder / FILES)
     for piece, what in _pieces(session):
         place = ObjectFiles(Path(FILES) / OBJECTS).path(piece.account, piece.id).as_posix()
         if place not in hashes:
-            damaged.append(f"{what} lacks its file {place}")
+            damaged.append((place, f"{what} lacks its file {place}"))
         elif not piece.id.endswith(SEALED):
             if hashes[place] != piece.sha256:
-                damaged.append(f"{what} has another SHA-256 than its row says ({place})")
+                damaged.append((place, f"{what} has another SHA-256 than its row says ({place})"))
         elif ring is None:
             unread += 1
         elif _sealed_sha256(folder / place, ring) != piece.sha256:
-            damaged.append(
-                f"{what} has another SHA-256 than its row says, or does not open ({place})"
-            )
-    damaged += _objects_without_pieces(session)
+            text = f"{what} has another SHA-256 than its row says, or does not open ({place})"
+            damaged.append((place, text))
+    damaged += [("", text) for text in _objects_without_pieces(session)]
     damaged += _damaged_models(session, folder, hashes)
-    return _Findings(tuple(damaged), unread)
+    return _Findings(damaged, unread)
 
 
 def _pieces(session: Session) -> Iterator[tuple[Any, str]]:
@@ -281,7 +311,9 @@ def _objects_without_pieces(session: Session) -> Iterator[str]:
         yield f"s3://{bucket}/{key} of account {account} lacks some of its files"
 
 
-def _damaged_models(session: Session, folder: Path, hashes: Mapping[str, str]) -> Iterator[str]:
+def _damaged_models(
+    session: Session, folder: Path, hashes: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     """Models, with a row or without one, whose files are not as their manifests say."""
     manifests = {
         name: PurePosixPath(name).parent
@@ -291,22 +323,26 @@ def _damaged_models(session: Session, folder: Path, hashes: Mapping[str, str]) -
     }
     there = set(manifests.values())
     named = select(CustomModel.name, CustomModel.account, CustomModel.stored_id)
-    for name, account, stored_id in session.execute(named.where(CustomModel.status == ACTIVE)):
+    for model, account, stored_id in session.execute(named.where(CustomModel.status == ACTIVE)):
         place = _place_of(str(stored_id))
         if place is not None and place not in there:
-            yield f"custom model {name} of account {account} lacks its folder {place}"
+            yield "", f"custom model {model} of account {account} lacks its folder {place}"
     for name, place in sorted(manifests.items()):
-        manifest = read_json(folder / name)
+        try:
+            manifest = read_json(folder / name)
+        except CorruptFile:
+            manifest = None
         files = manifest.get("files", {}) if isinstance(manifest, dict) else None
-        if not isinstance(files, dict):
-            yield f"{name} is not the manifest of a model"
+        if not isinstance(manifest, dict) or not isinstance(files, dict):
+            yield name, f"{name} is not the manifest of a model"
             continue
         for file, digest in files.items():
-            if hashes.get((place / file).as_posix()) != digest:
-                yield f"{place / file} is missing, or has another SHA-256 than {name} says"
+            path = (place / file).as_posix()
+            if hashes.get(path) != digest:
+                yield path, f"{path} is missing, or has another SHA-256 than {name} says"
         parent = _place_of(str(manifest.get("parent") or ""))
         if parent is not None and parent not in there:
-            yield f"{place} lacks the model that it was made from, {parent}"
+            yield "", f"{place} lacks the model that it was made from, {parent}"
 
 
 def _place_of(stored_id: str) -> PurePosixPath | None:
@@ -365,7 +401,7 @@ def _copied_rows(path: Path) -> Iterator[Session]:
         engine.dispose()
 
 
-def _check_database(path: Path) -> None:
+def _check_sqlite(path: Path) -> None:
     # Read as it is: SQLite would write beside it otherwise.
     with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as connection:
         try:
@@ -383,7 +419,7 @@ def _copy_sqlite(session: Session, target: Path) -> None:
         source.backup(writer)
         # One file, without a log beside it.
         writer.execute("PRAGMA journal_mode=DELETE")
-    _check_database(target)
+    _check_sqlite(target)
 
 
 def _dump_postgres(database: Database, session: Session, target: Path) -> None:
