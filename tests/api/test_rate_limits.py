@@ -9,6 +9,7 @@ from principals_of import FIRST, OTHER
 
 from luthier.api.rate_limits import (
     BURST_SECONDS,
+    SPENT_SECONDS,
     WAIT_SECONDS,
     WINDOW_SECONDS,
     RateLimits,
@@ -149,6 +150,10 @@ def test_no_request_waits_long_and_no_address_is_locked_out() -> None:
     with pytest.raises(Fault) as refused:
         pace.delay("one")
     assert refused.value.code == "Throttling" and pace.is_spent("one")
+    clock.moment += SPENT_SECONDS / 2
+    assert pace.is_spent("one")  # though there is time for a request by now
+    clock.moment += SPENT_SECONDS / 2
+    assert not pace.is_spent("one")
     assert not pace.is_spent("two")
     for _ in range(1000):  # however many were refused
         pace.charge_refusal("one")

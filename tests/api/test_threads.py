@@ -15,7 +15,7 @@ import pytest
 from served import served
 from trails import Remembered
 
-from luthier.api.app import Application, Faces
+from luthier.api.app import REST, SHORT_REQUESTS_PER_CLIENT, Application, Faces
 from luthier.api.observability import Observer
 from luthier.api.threads import FairSlots
 from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
@@ -25,6 +25,8 @@ from luthier.serving.prompts import prompt_tokenized
 BUSY, QUIET = "111111111111", "222222222222"
 LIMITS = ServerLimits()
 WAITING = LIMITS.waiting_requests
+COMPUTED = 0.02
+"""Seconds of a processor for one short request."""
 OF_ONE_ACCOUNT = LIMITS.share_of(LIMITS.model_requests)
 
 
@@ -150,8 +152,15 @@ class Slow:
         works = {
             "/long": self.long, "/stream": self.stream, "/short": lambda call: Answer.of(1),
             "/long-short": lambda call: Answer.of(1), "/read": self.read_prompt,
+            "/computed": self.compute,
         }  # fmt: skip
-        return Route(path[1:], works[path], long=path != "/short")
+        return Route(path[1:], works[path], long=path not in ("/short", "/computed"))
+
+    def compute(self, call: Call) -> Answer:
+        began = time.thread_time()
+        while time.thread_time() - began < COMPUTED:
+            pass
+        return Answer.of(1)
 
     def read_prompt(self, call: Call) -> Answer:
         self.reading.append(call.caller.account)
@@ -223,6 +232,27 @@ def test_long_requests_of_one_account_hold_no_other_up(face: Slow, place: str) -
         assert face.begun == OF_ONE_ACCOUNT + 1
         face.go.set()
         assert {each.result()[0] for each in busy} == {200}
+
+
+def test_short_requests_leave_time_to_those_beside_them(face: Slow, place: str) -> None:
+    def seconds(count: int) -> float:
+        began = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(ask, place, QUIET, "/computed") for _ in range(count)]
+        assert {each.result()[0] for each in asked} == {200}
+        return time.monotonic() - began
+
+    alone = seconds(8)
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(ask, place, BUSY, "/long")
+        while not face.begun:
+            time.sleep(0.01)
+        beside = seconds(8)
+        face.go.set()
+        assert busy.result()[0] == 200
+    # All slots rest after each but the last ones.
+    rests = 8 // SHORT_REQUESTS_PER_CLIENT - 1
+    assert beside > rests * (1 + REST) * COMPUTED and beside > alone
 
 
 def test_what_waits_beyond_its_share_is_told_to_come_again(face: Slow, place: str) -> None:

@@ -39,11 +39,18 @@ PIPELINED = 16
 DISCARDED = 32 << 20
 """Bytes that are read and thrown away behind an answer: a client that was refused before its body was
 read, and sends it all before it looks, finds the answer. To read without end is work for nobody."""
+DISCARD_RATE = 64 << 20
+"""Bytes a second that are thrown away, on all connections together: sixty clients that send 24 MB each
+for nothing would else take most of the time of the thread that reads all connections."""
 DISCARD_PAUSE = 0.05
 """Seconds before what is thrown away is read: most clients have seen the answer by then, and stop."""
-ACCEPTED_AT_ONCE = 16
-"""Connections that are taken between two looks at those that are open: each costs a quarter of a
-millisecond, one that is refused a tenth of that."""
+REFUSED_AT_ONCE = 128
+"""Connections that are refused between two looks at those that are open, each in 20 microseconds. There
+may be a thousand such looks a second, and other threads hold the interpreter between them."""
+REFUSALS_OF_ONE = 8
+"""One that is taken counts as so many: it costs a quarter of a millisecond."""
+EXPLAINED = 100
+"""Refused connections that are told why, in a second: that takes half of what a refusal takes."""
 TOO_MANY = "Too many connections or requests from this address. Use fewer, or wait."
 TOO_MANY_IN_ALL = "Too many connections in all."
 OTHER_FILES = 512
@@ -66,6 +73,9 @@ class Connections:
         self._last_refusal: tuple[str, str] | None = None
         """Address and reason, where it is not in the log yet."""
         self._logged = float("-inf")
+        self._discard_until = 0.0
+        self._explained = 0, 0
+        """A second of the clock, and how many were told why in it."""
         self.by_client: Counter[str] = Counter()
         # Weak: a TLS handshake that fails ends without a word to its protocol.
         self._open: WeakSet[LimitedHttpProtocol] = WeakSet()
@@ -135,6 +145,19 @@ class Connections:
         self.refusals[status.value] += 1
         self._last_refusal = (address, reason)
 
+    def may_explain(self) -> bool:
+        """Whether one more refused connection is told why in this second."""
+        if (second := int(time.monotonic())) != self._explained[0]:
+            self._explained = second, 0
+        self._explained = second, self._explained[1] + 1
+        return self._explained[1] <= EXPLAINED
+
+    def discard_pause(self, size: int) -> float:
+        """Seconds until more may be thrown away, after ``size`` bytes were."""
+        now = time.monotonic()
+        self._discard_until = max(now, self._discard_until) + size / DISCARD_RATE
+        return self._discard_until - now
+
     def discard(self, connection: LimitedHttpProtocol) -> None:
         """``connection`` is closed."""
         self._open.discard(connection)
@@ -166,7 +189,7 @@ class LimitedSocket(socket.socket):
     ) -> None:
         """With ``tls`` nobody is told why: before its handshake no client could read it."""
         super().__init__(family, kind, protocol)
-        self._connections, self._tls, self._accepted = connections, tls, 0
+        self._connections, self._tls, self._refused = connections, tls, 0
 
     def accept(self) -> tuple[socket.socket, Any]:
         """The next connection that is not refused.
@@ -175,8 +198,8 @@ class LimitedSocket(socket.socket):
             BlockingIOError: where there is none now, or others have to be looked at first.
         """
         by_client = self._connections.by_client
-        while self._accepted < ACCEPTED_AT_ONCE:
-            self._accepted += 1
+        while self._refused < REFUSED_AT_ONCE:
+            self._refused += 1
             try:
                 # As CPython's own accept() begins (3.11 to 3.14): a socket of the descriptor takes as
                 # long to make as a refusal.
@@ -190,15 +213,17 @@ class LimitedSocket(socket.socket):
             elif by_client.total() >= self._connections.limits.connections:
                 self._refuse(descriptor, address[0], TOO_MANY_IN_ALL, explain=False)
             else:
+                self._refused += REFUSALS_OF_ONE - 1
                 return CountedSocket(self, descriptor, client, by_client), address
-        self._accepted = 0
+        self._refused = 0
         raise BlockingIOError
 
     def _refuse(self, descriptor: int, address: str, reason: str, explain: bool) -> None:
         status = HTTPStatus.SERVICE_UNAVAILABLE
         self._connections.count_refusal(status, address, reason)
         with suppress(OSError):
-            if explain:  # it blocks, and has an empty buffer that takes this at once
+            # It blocks, and has an empty buffer that takes this at once.
+            if explain and self._connections.may_explain():
                 os.write(descriptor, _refusal(status, reason))
         os.close(descriptor)
 
@@ -241,8 +266,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Parse what came, unless the connection is at its end."""
         if self._discard_since is not None or self.transport.is_closing():
             self._discarded += len(data)
-            if self._discarded > DISCARDED:
-                self.flow.pause_reading()
+            self.flow.pause_reading()
+            if self._discarded <= DISCARDED:
+                self.loop.call_later(self._connections.discard_pause(len(data)), self._read_rest)
             return
         self._unparsed += len(data)
         super().data_received(data)

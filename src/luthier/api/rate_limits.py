@@ -15,14 +15,17 @@ from luthier.store.database import Database
 WINDOW_SECONDS = 60.0
 BURST_SECONDS = 2.0
 """A bucket holds the tokens of this long: what an idle account may send at once."""
-REFUSALS = frozenset({400, 401, 403, 413})
-"""Statuses that say the request was at fault. Not 404: clients ask whether things exist; and not 429,
-which the server's load may cause."""
+REFUSALS = frozenset({400, 401, 403, 413, 499})
+"""Statuses that say the request was at fault, or its client gone. Not 404: clients ask whether things
+exist; and not 429, which the server's load may cause."""
 REFUSAL_COST = 4
 """Requests that a refused one counts as: 250 refused bodies of 24 MB a second made a neighbour's chat
 take 1.4 to 2.7 times as long on one core, and 66 of them 1.6 times."""
 WAIT_SECONDS = 2.0
 """For which a request waits at most: what waits takes memory, also when its client has left."""
+SPENT_SECONDS = 1.0
+"""For which an address whose request would wait too long opens no connection. To look at its pace alone
+let sixteen connections in whenever there was time for one request."""
 PACED_ADDRESSES = 10_000
 """Addresses that are remembered, until those that wait for nothing are forgotten."""
 
@@ -105,6 +108,7 @@ class RequestPace:
         self._interval, self._clock = 1 / per_second, clock
         self._next: dict[str, float] = {}
         """When the next request of an address may begin, those of a burst aside."""
+        self._spent_until: dict[str, float] = {}
 
     def delay(self, address: str) -> float:
         """Seconds that a request that comes now has to wait.
@@ -114,10 +118,12 @@ class RequestPace:
         """
         moment = self._clock()
         if (wait := self._next.get(address, 0.0) - moment - BURST_SECONDS) > WAIT_SECONDS:
+            self._spent_until[address] = moment + SPENT_SECONDS
             text = "Too many requests from this address, please wait before trying again."
             raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
         if len(self._next) > PACED_ADDRESSES:
             self._next = {each: at for each, at in self._next.items() if at > moment}
+            self._spent_until = {k: at for k, at in self._spent_until.items() if at > moment}
         at = max(self._next.get(address, 0.0), moment)
         self._next[address] = at + self._interval
         return max(0.0, at - moment - BURST_SECONDS)
@@ -129,8 +135,8 @@ class RequestPace:
             self._next[address] = min(later, self._clock() + BURST_SECONDS + 2 * WAIT_SECONDS)
 
     def is_spent(self, address: str) -> bool:
-        """Whether a request that comes now would not even wait."""
-        return self._next.get(address, 0.0) - self._clock() > BURST_SECONDS + WAIT_SECONDS
+        """Whether a request of ``address`` was refused just now because it would wait too long."""
+        return self._spent_until.get(address, 0.0) > self._clock()
 
 
 class WrongBodies:

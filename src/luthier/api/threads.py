@@ -88,6 +88,11 @@ class FairSlots:
 
         return release
 
+    def is_shared(self, client: str) -> bool:
+        """Whether anybody but ``client`` has a turn, or waits for one."""
+        waits = len(self._waiting) > (client in self._waiting)
+        return waits or self._held.total() > self._held[client]
+
     @contextmanager
     def try_turn(self, client: str) -> Iterator[None]:
         """Hold one at once; ``Throttling`` where there is none for the client."""
