@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from written_rows import CHAT, PAIR, TEXT, chat, problems_of, write
 
-from luthier.data.rows import RULES, load_rows
+from luthier.data.rows import RULES, RowReader, load_rows
 from luthier.errors import DataError
 from luthier.types import Message, Row
 
@@ -281,3 +282,20 @@ def test_ten_thousand_rows_are_quick(folder: Path) -> None:
         times.append(time.perf_counter() - start)
     # Several times what it takes on an idle machine, so that only a real slip fails here.
     assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("key", ["lable", "labels", "Label", "ratings", "tag"])
+def test_a_misspelt_label_is_not_left_out_without_a_word(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "Hello there", key: "greeting"}) + "\n")
+    with pytest.raises(DataError, match=rf"close to .*data\.columns\.\w+={key}"):
+        load_rows(path)
+    meant = get_close_matches(key, ("label", "rating", "tags"), 1)[0]
+    assert load_rows(path, {meant: ""})[0].label is None
+
+
+def test_columns_that_nothing_is_read_from_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "Hello there", "sentiment": "good"}) + "\n")
+    reader = RowReader(path)
+    assert len(list(reader)) == 1 and reader.recognized.unread == ("sentiment",)

@@ -158,7 +158,8 @@ def test_rewards_are_read_as_rewards(
 ) -> None:
     verdict = rewarded(rewards, error)
     assert verdict.outcome == outcome
-    assert f"validation reward {rewards[0]:.4f} before training" in verdict.text
+    first = f"{rewards[0]:.4f} ± {error:.3f}" if error else f"{rewards[0]:.4f}"
+    assert f"validation reward {first} before training" in verdict.text
     assert verdict.before == {"reward": rewards[0]}
     assert "loss" not in verdict.text + verdict.advice and "too high" not in verdict.advice
     if outcome in ("hardly_learned", "worse", "declined"):
@@ -175,3 +176,13 @@ def test_scores_stand_beside_the_loss() -> None:
         "learned: validation loss 0.7000 (accuracy 0.500) before training, "
         "0.2000 (accuracy 0.875) at step 1"
     )
+
+
+def test_few_held_out_rows_are_said_to_be_few() -> None:
+    lines = [{"event": "train", "step": n, "loss": 1.0} for n in range(1, 3)]
+    lines += [held(0, 2.0), held(2, 1.0)]
+    few = judge_run(lines, "loss", Training(), 2, rows=5)
+    assert few.outcome == "learned" and "5 held-out rows are too few" in few.text
+    assert "data.validation=FILE" in few.advice
+    enough = judge_run(lines, "loss", Training(), 2, rows=50)
+    assert "too few" not in enough.text and not enough.advice

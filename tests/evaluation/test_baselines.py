@@ -156,4 +156,7 @@ def test_a_baseline_that_wins_is_said_to(measure: str, tuned: float, said: str) 
     verdict = Comparison(measure, 30, 60, made, tuned).verdict
     assert (said in verdict) if said else not verdict
     assert not said or verdict.startswith("naive Bayes")
+    assert ("too few to tell" in verdict) is ((measure, tuned) == ("accuracy", 0.7))
+    many = Comparison(measure, 3000, 60, made, tuned)
+    assert "too few" not in many.verdict
     assert not Comparison(measure, 30, 60, made).verdict

@@ -26,3 +26,13 @@ def test_a_group_of_most_rows_is_taken_apart() -> None:
     assert alike(rows(*near, "yes")).tolist() == [0, 1, 2, 3, 0, 5, 6]
     assert alike(rows("yes", "yes", "yes", "no")).tolist() == [0, 1, 2, 3]
     assert alike([]).tolist() == []
+
+
+def test_pairs_with_one_partner_are_one_group() -> None:
+    anchors = ["where is it", "who wrote this", "how much does that cost", "when was it"]
+    positives = ["In Rome.", "Ann did.", "Ten euros.", "In  rome."]
+    pairs = [
+        Row("f", line, text=anchor, positive=positive)
+        for line, (anchor, positive) in enumerate(zip(anchors, positives, strict=True), 1)
+    ]
+    assert alike(pairs).tolist() == [0, 1, 2, 0]

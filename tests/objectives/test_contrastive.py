@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,29 @@ def test_the_loss_is_info_nce(
     total, _, count = total_and_gradients(network, objective, examples, 1000)
     assert count == 1
     assert total == pytest.approx(expected, rel=1e-4)
+
+
+def test_pairs_that_share_a_side_are_not_told_apart(
+    family_folder: Callable[[str], Path],
+) -> None:
+    objective = Contrastive(temperature=0.1)
+    network, examples = ready(family_folder("bert"), objective)
+    network.model.eval()
+    examples[1] = replace(examples[1], target=examples[0].target)
+    examples[3] = replace(examples[3], ids_T=examples[2].ids_T, weight_T=examples[2].weight_T)
+    with torch.no_grad():
+        (batch,) = objective.annotate(network, examples, 1000)
+        embedded = objective.embed(network, batch).double().numpy()
+        total = float(objective.loss(network, batch).total)
+    order = np.argsort([side.row for side in batch.tree.examples])
+    scores = (embedded[order[::2]] @ embedded[order[1::2]].T) / 0.1
+    for one, other in ((0, 1), (2, 3)):
+        scores[one, other] = scores[other, one] = -np.inf
+    forward = np.log(np.exp(scores).sum(1)) - np.diag(scores)
+    backward = np.log(np.exp(scores).sum(0)) - np.diag(scores)
+    assert total == pytest.approx((forward + backward).sum() / 2, rel=1e-5)
+    parts, _, count = total_and_gradients(network, objective, examples, 16)
+    assert count > 2 and parts == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 from luthier.data import labels, preferences
 from luthier.data.content import joined
@@ -26,6 +27,8 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
 _PAIR, _CHAT, _TEXT, _LABEL, _RATING, _TAGS, _PARTNERS, _PROMPT = _SHAPES
 _ANNOTATED = frozenset((_LABEL, _RATING, _TAGS, *preferences.SHAPES))
 _ALL_SHAPES = ", ".join([*_SHAPES, *preferences.SHAPES])
+_BESIDE_TEXT = ("label", "rating", "tags")
+"""What makes another shape of a text: misspelt, it would be left out without a word."""
 _MOST_KNOWN = 100
 _JUDGES = frozenset(("label", "thumb", "rating", "score"))
 _ROLES = ("system", "user", "assistant")
@@ -272,6 +275,15 @@ class Checker:
             self.report("row.ambiguous", message, fix)
             return None
         shape = found[0]
+        if shape == _TEXT and (misspelt := self.misspelt(record)):
+            key, meant = misspelt
+            message = f"The row has a text and {shown(key)}, which is close to {shown(meant)}."
+            fix = (
+                f"Say `data.columns.{meant}={key}` (`--map {meant}={key}`) if that is meant, and "
+                f"`data.columns.{meant}=` (empty) to learn the text alone."
+            )
+            self.report("row.ambiguous", message, fix)
+            return None
         if self.first is None:
             self.first, self.first_file = (shape, self.line), self.file
         # A form may give rows with a system prompt as messages, and others as prompt and completion.
@@ -279,6 +291,14 @@ class Checker:
             self.report_mixed(shape)
             return None
         return shape
+
+    def misspelt(self, record: Record) -> tuple[str, str] | None:
+        """A key beside a text that looks like one of ours, and that one, unless it was set aside."""
+        for key in record.keys() - {"text", "id"}:
+            close = get_close_matches(key.strip().lower(), _BESIDE_TEXT, 1, cutoff=0.75)
+            if close and close[0] not in (key, *self.columns):
+                return key, close[0]
+        return None
 
     def only_asks(self, record: Record) -> bool:
         """Whether a row with a prompt is meant without a reply: none is there, misnamed or lost."""

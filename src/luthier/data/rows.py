@@ -30,6 +30,9 @@ __all__ = ["RULES", "Checker", "listed", "rename_fix"]  # for who checks rows an
 Columns = Mapping[str, str]
 """The file's name for each of our keys; an empty one sets the key aside."""
 
+LOOKED_AT = 1000
+"""Rows that are looked at for columns that nothing is read from."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recognized:
@@ -42,7 +45,8 @@ class Recognized:
     rows: int
     files: int
     unread: tuple[str, ...] = ()
-    """Columns that nothing was read from, where the caller said what columns are called."""
+    """Columns that nothing was read from: of all rows where the caller said what columns are called,
+    else of the first ones."""
 
     def __str__(self) -> str:
         files = f" in {self.files:,} files" if self.files > 1 else ""
@@ -108,7 +112,8 @@ class RowReader:
                 row = _piece(path, record) if pieces else self.checker.row(line, record)
                 if row is not None:
                     self.rows += 1
-                    if self.checker.columns and row.members is None:
+                    looked_at = not self.problems and self.rows <= LOOKED_AT
+                    if row.members is None and (self.checker.columns or looked_at):
                         beside = self.checker.given.keys() - used_keys(row, self.checker.form)
                         self._unread |= dict.fromkeys(sorted(beside - {"id", "schemaVersion"}))
                     yield row

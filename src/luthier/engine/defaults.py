@@ -154,5 +154,9 @@ def _epochs(objective: Objective, rows: int, batch: int) -> tuple[float, str]:
         return float(repeated), f"{reason}, and stop early where they do not"
     if epochs == 1:
         return 1.0, f"{rows} rows give {per_epoch} steps in one pass, enough to learn from"
-    reason = f"{per_epoch} steps in a pass: {epochs} passes, about {least} steps, at most {most}"
-    return float(epochs), f"{reason} passes"
+    each = f"{per_epoch} step{'s' * (per_epoch != 1)} in a pass"
+    if per_epoch * most < least:
+        return float(
+            epochs
+        ), f"{each}: {most} passes, as often as the same rows still teach something"
+    return float(epochs), f"{each}: {epochs} passes make about {least} steps"

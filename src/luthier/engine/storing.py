@@ -128,7 +128,13 @@ class Storing:
             trained_weights=self.trained,
             weights=self.weights,
             saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
-            verdict=judge_run(self.lines, measure, self.job.recipe.training, self.job.steps),
+            verdict=judge_run(
+                self.lines,
+                measure,
+                self.job.recipe.training,
+                self.job.steps,
+                len(self.job.data.validation),
+            ),
             comparison=self.comparison,
         )
 

@@ -70,6 +70,8 @@ def train(
     run = Run(base.root, recipe.name or automatic_name(base.root, recipe.data.train, resume))
     with run.lock():
         try:
+            if not resume:
+                run.check_free()  # a name that is taken is not told after minutes of reading
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
             budget = run.recorded("micro_batch_tokens") if resume else None
             with clock.part("data"):

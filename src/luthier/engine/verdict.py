@@ -32,6 +32,8 @@ LEAST_CHANGE = 0.05
 """Share of all that was gained, from which on a rise or a fall near the end counts."""
 LAST_PART = 0.8
 """Where the last part of a run begins, which tells whether it still improves."""
+FEW_ROWS = 30
+"""Held-out rows below which a measurement of them is no more than a hint."""
 CHANCE = 2.0
 """Standard errors by which two scores or mean rewards must differ. Losses are means over far more."""
 
@@ -67,7 +69,7 @@ class RunVerdict:
 
 
 def judge_run(
-    lines: Sequence[Mapping[str, Any]], measure: str, training: Training, steps: int
+    lines: Sequence[Mapping[str, Any]], measure: str, training: Training, steps: int, rows: int = 0
 ) -> RunVerdict:
     """The verdict on a run.
 
@@ -77,6 +79,7 @@ def judge_run(
             a score.
         training: its settings, which advice starts from.
         steps: how many there were to be.
+        rows: how many validation rows there are; 0 where that is not known.
     """
     train = [line for line in lines if line["event"] == "train"]
     held = [line for line in lines if line["event"] == "validation"]
@@ -99,6 +102,11 @@ def judge_run(
     kept = course.kept["step"]
     text = f"{_HEADLINES[outcome].format(step=kept)}: {course.described(early, last_step)}"
     advice = course.advice(outcome, training)
+    if 0 < rows < FEW_ROWS:
+        held_out = "One held-out row is" if rows == 1 else f"{rows} held-out rows are"
+        text += f". {held_out} too few to be sure of any of it"
+        more = "Give more rows to measure on: `data.validation=FILE`"
+        advice = f"{more}. {advice}" if advice else more
     found = [_values(line, measure) for line in (course.first, course.kept, course.last)]
     return RunVerdict(outcome, text, advice, kept, early, *found)
 
@@ -231,6 +239,8 @@ class _Course:
         beside = metrics_beside(self.measure)
         texts = [f"{text} {line[name]:.3f}" for name, text in beside.items() if name in line]
         value = f"{line[self.measure]:.4f}"
+        if error := line.get(f"{self.measure}_error", 0.0):
+            value += f" ± {error:.3f}"
         return f"{value} ({', '.join(texts)})" if texts else value
 
 

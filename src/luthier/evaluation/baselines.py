@@ -7,6 +7,7 @@ Some read the words alone, the others the states of the base model as it is, fro
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
@@ -35,6 +36,8 @@ SMOOTHING = 0.3
 LARGEST_TABLE = 20_000_000
 """Counts that naive Bayes holds at most; the rarest words are left out."""
 _WORD = re.compile(r"\w+")
+_SHARES = frozenset({"accuracy", "recall_at_1"})
+"""Shares of the rows that are answered right; those of words or of spans are not of rows."""
 _LESS_IS_BETTER = frozenset({"mean_absolute_error"})
 
 
@@ -86,11 +89,21 @@ class Comparison:
         if best is None or self.tuned is None or self.gain(best) > 0:
             return ""
         does = "does as well" if self.gain(best) == 0 else "does better"
-        return (
+        text = (
             f"{best.name} {does}: {render(self.measure, best.score)} against "
             f"{render(self.measure, self.tuned)} of the tuned model, on the same {self.rows:,} rows, "
             f"and is fitted in {best.seconds:.1f} s"
         )
+        if self.gain(best) and self.within_chance(best):
+            text += f"; {self.rows:,} rows are too few to tell such scores apart"
+        return text
+
+    def within_chance(self, baseline: Baseline) -> bool:
+        """Whether two shares of right answers are nearer than twice their standard error."""
+        if self.tuned is None or self.measure not in _SHARES:
+            return False
+        variance = sum(score * (1 - score) for score in (self.tuned, baseline.score)) / self.rows
+        return abs(self.gain(baseline)) < 2 * math.sqrt(variance)
 
 
 def render(measure: str, score: float) -> str:

@@ -1,4 +1,4 @@
-"""Rows that ask the same or nearly the same, which a split must keep on one side."""
+"""Rows that ask nearly the same, or have one partner, which a split must keep on one side."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ class Kin:
             if self._common is None:
                 self._common = common_shingles(texts)
             self._table.append("asked", keys(map(key, texts), len(texts)))
+            partners = [
+                text if row.positive is None else normal(row.positive)
+                for row, text in zip(rows[start : start + BATCH], texts, strict=True)
+            ]
+            self._table.append("partner", keys(map(key, partners), len(partners)))
             self._near.add(sketch(texts, self._common))
 
     def groups(self) -> IntArray:
@@ -46,6 +51,7 @@ class Kin:
         groups = Groups(self._near.rows)
         same_N = firsts(asked_N)
         groups.join(np.arange(len(same_N)), same_N)
+        groups.join(np.arange(len(same_N)), firsts(self._table.read("partner")))
         self._near.find(asked_N, lambda one, other: ~groups.together(one, other), groups.join)
         found_N = groups.roots_N
         for finer_N in (same_N, np.arange(len(same_N))):

@@ -110,7 +110,7 @@ class Contrastive(Objective):
             parts.append(self.embed(network, batch))
         with torch.enable_grad():
             all_RH = torch.cat(parts).detach().requires_grad_()
-            order = [e.row for batch in batches for e in batch.tree.examples]
+            order = [example for batch in batches for example in batch.tree.examples]
             total, right = self._info_nce(all_RH, order)
             (gradient_RH,) = torch.autograd.grad(total, all_RH)
         found = []
@@ -126,7 +126,7 @@ class Contrastive(Objective):
         cached = batch.extra
         if cached is None:
             embeddings_RH = self.embed(network, batch)
-            total, right = self._info_nce(embeddings_RH, [e.row for e in batch.tree.examples])
+            total, right = self._info_nce(embeddings_RH, batch.tree.examples)
             return Loss(total, {"accuracy": right})
         with _random_numbers(network, cached.random):
             embeddings_RH = self.embed(network, batch)
@@ -144,17 +144,30 @@ class Contrastive(Objective):
             pooling = "mean" if network.both_ways else "last"
         return normalize(network.row_states(batch, pooling).float(), dim=-1)
 
-    def _info_nce(self, embeddings_RH: Tensor, rows: Sequence[int]) -> tuple[Tensor, float]:
-        """Summed loss over the pairs, and how many anchors are nearest to their own partner."""
+    def _info_nce(self, embeddings_RH: Tensor, sides: Sequence[Example]) -> tuple[Tensor, float]:
+        """Summed loss over the pairs, and how many anchors are nearest to their own partner.
+
+        Pairs of one anchor, or of one partner, are not told from each other: what the file calls right
+        would else count as wrong.
+        """
         import torch
         from torch.nn.functional import cross_entropy
 
-        place = {row: index for index, row in enumerate(rows)}
-        anchors = sorted(row for row in rows if row % 2 == 0)
+        place = {side.row: index for index, side in enumerate(sides)}
+        anchors = sorted(row for row in place if row % 2 == 0)
         anchor_PH = embeddings_RH[[place[row] for row in anchors]]
         partner_PH = embeddings_RH[[place[row + 1] for row in anchors]]
         scores_PP = anchor_PH @ partner_PH.t() / self.temperature
         own_P = torch.arange(len(anchors), device=scores_PP.device)
+        same_PP = np.zeros((len(anchors), len(anchors)), dtype=bool)
+        for side in (0, 1):
+            texts = [sides[place[row + side]].ids_T.tobytes() for row in anchors]
+            _, text_P = np.unique(np.array(texts, dtype=object), return_inverse=True)
+            same_PP |= text_P[:, None] == text_P
+        np.fill_diagonal(same_PP, False)
+        if same_PP.any():
+            same = torch.from_numpy(same_PP).to(scores_PP.device)
+            scores_PP = scores_PP.masked_fill(same, float("-inf"))
         total = cross_entropy(scores_PP, own_P, reduction="sum")
         if self.symmetric:
             total = (total + cross_entropy(scores_PP.t(), own_P, reduction="sum")) / 2
