@@ -109,6 +109,7 @@ def settle(
     ``began_with`` is the token budget of the run that is resumed.
     """
     size = machine.dtype.itemsize
+    data = replace(data, objective=data.objective.on_base(base.network_folder))
     config = read_config(base.network_folder, data.objective.head())
     drawn = sketched(config, data.objective, recipe.adaptation, size)
     model = drawn.model

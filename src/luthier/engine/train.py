@@ -283,7 +283,7 @@ class Trainer:
         if new_weights(model):
             classes = f" of {len(head.labels)} classes" if len(head.labels) > 1 else ""
             self.reporter.note(
-                f"a new head{classes} learns from random numbers: {self.job.base.id} has none that fits"
+                f"a new head{classes} is made: {self.job.base.id} has none that fits"
             )
         if getattr(model.config, "attention_dropout", 0):
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]

@@ -66,6 +66,8 @@ class Head:
     )
     bias: tuple[float, ...] = ()
     """What the bias of a new head starts at, one number for each class; zeros when not given."""
+    pooling: Literal["mean"] | None = None
+    """How a classifier of BERT reads a text; as the family does when not given."""
 
     def settings(self) -> dict[str, Any]:
         """Fields of transformers' configuration that say so."""
@@ -290,6 +292,8 @@ def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
     """Scores ``[R, C]`` from the hidden state that stands for each row."""
     from torch import nn
 
+    if hasattr(model, "direction"):  # sentence encoders
+        chosen_RH = model.direction(chosen_RH)
     if hasattr(model, "score"):  # decoders: the last token, no bias
         scores: Tensor = model.score(chosen_RH)
         return scores

@@ -8,6 +8,7 @@ vetted setting as default. The engine calls these methods and knows nothing else
     cost      what it asks of others in a run, for people to know before
     gather    rows that are learned together: judged answers to one prompt are pairs
     fit       what it must know of all rows: the classes there are
+    on_base   what it must know of the base model: how its states are read
     encode    rows to token ids with a loss weight for each token
     start_head  where a new head starts, by the training rows
     begin     what the network, as it is before the first step, adds to the rows
@@ -84,8 +85,6 @@ class Objective(BaseModel):
     measure: ClassVar[str] = "loss"
     """Which of :meth:`validation_metrics` decides what weights are kept: ``loss``, or a score, of which
     more is better (where it is ``reward``, the loss is minus it)."""
-    rate_factor: ClassVar[float] = 1.0
-    """Share of the adaptation's learning rate that suits it, where no rate is given."""
     batch_rows: ClassVar[int | None] = None
     """Rows in a step, where no batch size is given and the rows themselves say nothing."""
     least_epochs: ClassVar[int] = 1
@@ -196,6 +195,15 @@ class Objective(BaseModel):
         and order of the rows. ``budget`` is the tokens read at once; ``note`` tells people something.
         """
         return examples
+
+    @property
+    def rate_factor(self) -> float:
+        """Share of the adaptation's learning rate that suits it, where no rate is given."""
+        return 1.0
+
+    def on_base(self, folder: Path) -> Self:
+        """This objective with what follows from the base model in ``folder``."""
+        return self
 
     def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
         """Set a head that would start at random by what the network says of the training rows.

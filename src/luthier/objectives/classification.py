@@ -1,8 +1,9 @@
 """Text classification: a linear head on the state of one token (Devlin et al. 2019, section 4.1).
 
-Encoders are read at their first token, decoders at their last. One label a row gives softmax and
-cross-entropy; rows with arrays of labels give a sigmoid for each class. Heads are transformers' own,
-so the custom model loads there as ``AutoModelForSequenceClassification``.
+Encoders are read at their first token, decoders at their last, and encoders that were trained to be
+read by the mean of their states by that (Reimers and Gurevych 2019). One label a row gives softmax and
+cross-entropy; rows with arrays of labels give a sigmoid for each class. Heads are transformers' own, so
+the custom model loads there as ``AutoModelForSequenceClassification``; it has none that reads a mean.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from luthier.objectives.shares import check_shares, shares_of, sigmoid_bias, sof
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
@@ -44,8 +47,12 @@ class Classification(Objective):
     """Whether a text may have several labels, or none; from the training rows when not given."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread over all classes (Szegedy et al. 2016); one label only."""
-    probe: bool = False
-    """Start a new head from logistic regression on the base model, for many classes with few rows."""
+    pooling: Literal["first", "mean"] | None = None
+    """The state that the head of an encoder reads: that of the first token, or the mean of all.
+    ``mean`` (BERT only) where the base model was trained to be read so; else as its family does."""
+    probe: bool | None = None
+    """Start a new head from logistic regression on the states that it reads, and take a lower rate,
+    which does not undo it. Done where these are means, unless this says otherwise."""
 
     task: ClassVar[Task] = "sequence_classification"
     evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
@@ -72,7 +79,23 @@ class Classification(Objective):
             "multi_label_classification" if self.multi_label else "single_label_classification"
         )
         bias = (sigmoid_bias if self.multi_label else softmax_bias)(self.shares or ())
-        return Head(self.task, self.labels or (), kind, bias)
+        mean: Literal["mean"] | None = "mean" if self.pooling == "mean" else None
+        return Head(self.task, self.labels or (), kind, bias, mean)
+
+    def on_base(self, folder: Path) -> Self:
+        """Read texts as the base model was trained to be read."""
+        from luthier.models.nets.mean_pooling import is_trained_for_mean
+
+        pooling = self.pooling
+        if pooling is None and is_trained_for_mean(folder):
+            pooling = "mean"
+        probe = pooling == "mean" if self.probe is None else self.probe
+        return self.model_copy(update={"pooling": pooling, "probe": probe})
+
+    @property
+    def rate_factor(self) -> float:
+        """At the full rate the first steps undo what the regression found (docs/log.md)."""
+        return 0.3 if self.probe else 1.0
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Count the classes, and see whether rows have several."""

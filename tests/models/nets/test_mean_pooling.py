@@ -1,0 +1,106 @@
+"""A classifier that reads the mean of BERT's states, against transformers' network and a formula."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+import luthier
+from luthier.models.heads import Head, head_in, score_layer
+from luthier.models.load import as_network, load_model, read_config
+from luthier.models.nets.mean_pooling import is_trained_for_mean
+from luthier.objectives import Classification
+from luthier.store import models as store
+
+CPU = torch.device("cpu")
+HEAD = Head("sequence_classification", ("a", "b", "c"), pooling="mean")
+
+
+@pytest.fixture
+def sentence_encoder(family_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A folder as sentence-transformers writes it."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(family_folder("bert"), folder)
+    (folder / "1_Pooling").mkdir()
+    declared = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(declared))
+    return folder
+
+
+def test_scores_are_those_of_the_direction_of_the_mean(sentence_encoder: Path) -> None:
+    torch.manual_seed(1)
+    model = load_model(sentence_encoder, torch.float32, CPU, HEAD).eval()
+    plain = AutoModel.from_pretrained(sentence_encoder).eval()
+    ids = torch.randint(5, 90, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask).logits.numpy()
+        states = plain(input_ids=ids, attention_mask=mask).last_hidden_state.double().numpy()
+    layer = score_layer(model)
+    assert layer is not None
+    weight, bias = (w.detach().double().numpy() for w in (layer.weight, layer.bias))
+    for row, length in enumerate((9, 5)):
+        mean = states[row, :length].mean(0)
+        direction = mean / np.sqrt((mean**2).mean())
+        assert found[row] == pytest.approx(weight @ direction + bias, abs=1e-5)
+    as_network(model, CPU, torch.float32)  # compares the flat layout with the same
+
+
+def test_what_a_folder_declares_decides(
+    sentence_encoder: Path, family_folder: Callable[[str], Path]
+) -> None:
+    assert is_trained_for_mean(sentence_encoder)
+    assert not is_trained_for_mean(family_folder("bert"))
+    assert not is_trained_for_mean(family_folder("roberta"))
+    settled = Classification().on_base(sentence_encoder)
+    assert settled.pooling == "mean" and settled.probe and settled.rate_factor < 1
+    own = Classification(pooling="first", probe=False).on_base(sentence_encoder)
+    assert own.head().pooling is None and own.rate_factor == 1
+    plain = Classification().on_base(family_folder("bert"))
+    assert plain.pooling is None and not plain.probe
+    # Models of earlier versions have no such field, and were trained to read the first token.
+    assert Classification.model_validate({"method": "classification"}).head().pooling is None
+
+
+def test_a_classifier_of_texts_is_trained_stored_and_merged(
+    sentence_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
+    data = tmp_path / "rows.jsonl"
+    rows = [
+        {"text": f"the {word} over my {word} {number}", "label": word}
+        for number in range(20)
+        for word in ("fox", "dog", "card")
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tuned = luthier.tune(data, base=str(sentence_encoder), name="words", training__max_steps=4)
+    found = store.find(tuned.model_id)
+    assert store.objective_of(found).head().pooling == "mean"
+    answers = luthier.load(tuned.model_id).predict([row["text"] for row in rows[:6]])
+    assert [answer["label"] for answer in answers] == [row["label"] for row in rows[:6]]
+    whole = luthier.tune(
+        data, base=str(sentence_encoder), name="whole", adaptation="full", training__max_steps=2
+    )
+    folder = store.find(whole.model_id).network_folder
+    config = read_config(folder, Head("embedding"))
+    assert config.model_type == "mean_pooling_bert"
+    assert head_in(config).labels == ("card", "dog", "fox")
+    # Elsewhere it is unknown, and not taken for a BERT that reads the first token.
+    program = (
+        "import sys; from transformers import AutoModelForSequenceClassification as A; "
+        "A.from_pretrained(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and "mean_pooling_bert" in done.stderr
