@@ -18,3 +18,8 @@ def test_named_limits_change_and_the_others_stay() -> None:
 def test_a_limit_that_is_none_is_refused_by_name(setting: str) -> None:
     with pytest.raises(RefusedInput, match=f"--limit .?{setting.partition('=')[0]}"):
         parse_limits([setting])
+
+
+def test_a_limit_that_is_misspelt_is_told_its_name() -> None:
+    with pytest.raises(RefusedInput, match="did you mean connections"):
+        parse_limits(["conections=3"])

@@ -8,6 +8,7 @@ need of it: models :class:`ModelLimits`, the store :class:`AccountQuotas`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -200,8 +201,10 @@ def parse_limits(settings: Sequence[str]) -> ServerLimits:
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or name not in ServerLimits.model_fields:
+            near = get_close_matches(name, ServerLimits.model_fields, 1)
             names = ", ".join(ServerLimits.model_fields)
-            raise RefusedInput(f"--limit {setting!r}: write NAME=VALUE; the names are {names}")
+            hint = f"did you mean {near[0]}?" if near else f"the names are {names}"
+            raise RefusedInput(f"--limit {setting!r}: write NAME=VALUE; {hint}")
         values[name] = value
     try:
         return ServerLimits.model_validate(values)

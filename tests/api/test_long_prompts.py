@@ -20,7 +20,7 @@ DIGITS = "0123456789" * 1_200_000
 TURNS = [{"role": "user", "content": [{"text": DIGITS}]}]
 CHAT = [{"role": "user", "content": DIGITS}]
 MODEL = f"/model/{BASE}"
-WORDS = "Input is too long for requested model."
+WORDS = "Input is too long for requested model. Its context is"
 GROWTH, LEFT = 400 << 20, 100 << 20
 
 
@@ -105,12 +105,12 @@ def test_every_operation_refuses_them_in_its_own_words(server: Served) -> None:
             slowest[name] = time.monotonic() - began
             error = told["error"]
             assert (status, error["code"]) == (400, "context_length_exceeded"), (name, error)
-            assert (error["message"], error["param"]) == (WORDS, member), name
+            assert error["message"].startswith(WORDS) and error["param"] == member, name
         for name, (operation, body) in BEDROCK.items():
             began = time.monotonic()
             status, told = server.ask("POST", f"{MODEL}/{operation}", body)
             slowest[name] = time.monotonic() - began
-            assert (status, told) == (400, {"message": WORDS}), name
+            assert status == 400 and told["message"].startswith(WORDS), name
     # 13 to 70 s each before; most of this is the client's own work, beside others'.
     assert max(slowest.values()) < 6, slowest
     assert neighbour.answers > len(slowest) and neighbour.slowest < 6

@@ -171,7 +171,7 @@ def parse_json(data: bytes, most_values: int) -> Any:
     """
     # Counted as they would be outside of texts: to tell them apart takes as long as parsing.
     if sum(map(data.count, (b",", b"[", b"{"))) > most_values:
-        raise Fault("RequestEntityTooLarge", f"It has more than {most_values:,} values of JSON.")
+        raise Fault("RequestEntityTooLarge", f"The body has more than {most_values:,} JSON values.")
     try:
         # Given bytes, json would take UTF-16 and halves of pairs as well.
         found = json.loads(data.decode("utf-8-sig"), parse_constant=_not_finite)

@@ -460,5 +460,7 @@ def _done(as_json: bool, **values: Any) -> None:
         print_json(values)
         return
     for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}={each}" for key, each in value.items())
         if value not in (None, "", [], (), False):
             print_text(f"{name:<18} {one_line(str(value))}")

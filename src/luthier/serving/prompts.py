@@ -128,7 +128,8 @@ class PromptLimit:
 
     def too_long(self) -> TooLong:
         """What is raised for a prompt of more tokens than the context."""
-        return TooLong("Input is too long for requested model.", self._parameter)
+        text = f"Input is too long for requested model. Its context is {self._context:,} tokens."
+        return TooLong(text, self._parameter)
 
     def _pieces(self, text: str) -> Iterator[str]:
         """``text`` in pieces, cut before white space where there is some in their second half."""
