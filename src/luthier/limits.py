@@ -131,7 +131,7 @@ class ServerLimits(AccountQuotas, ModelLimits):
     answered 429 unread."""
     requests_per_second_per_address: float = Field(default=200, gt=0)
     """Requests that one address, or one /64 of IPv6, may begin; two seconds of them at once. Further
-    ones wait. One that is refused (400, 401, 403, 413) counts as four. A proxy in front of the
+    ones wait. One that is refused (400, 401, 403, 413), or whose client leaves, counts as four. A proxy in front of the
     server is one address."""
     body_memory: int = Field(default=256 * MIB, ge=MIB)
     """For bodies that are received and worked on, in all: their length, or 1 MiB where a body is
@@ -143,7 +143,8 @@ class ServerLimits(AccountQuotas, ModelLimits):
     connections: int = Field(default=2000, ge=1)
     """Open connections in all; further ones are closed at once."""
     connections_per_address: int = Field(default=256, ge=1)
-    """Open connections from one address, or one /64 of IPv6; further ones are answered 503."""
+    """Open connections from one address, or one /64 of IPv6; further ones are answered 503,
+    or closed where more than 100 come in a second."""
     shutdown_seconds: float = Field(default=30, ge=0)
     """For requests in flight when the server is told to end; then they are cut, and clients told so."""
     grading_body_bytes: int = Field(default=4 * MIB, ge=1024)
@@ -163,7 +164,7 @@ class ServerLimits(AccountQuotas, ModelLimits):
     schema_seconds: int = Field(default=3, ge=1)
     """Processor time to read such a schema; one that takes longer is answered 400."""
     schema_memory_bytes: int = Field(default=64 * MIB, ge=32 * MIB)
-    """Memory for that, beside 50 MB of the process."""
+    """Memory for that, beside 50 MB of the process. What is kept to follow it may be 8 MiB."""
     schema_checks_at_once: int = Field(default=2, ge=1)
     """Schemas that are read for the first time at once, of which one account has half, but one at
     least; further ones wait for schema_wait_seconds, and are answered 429 then."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import time
@@ -102,8 +103,15 @@ def test_a_head_within_its_limits_is_read(server: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["/x/take?deny", "/x/take"])
-def test_a_client_that_keeps_connections_is_told_where_one_ends(server: Server, path: str) -> None:
-    parts = urlsplit(server.address)
+def test_a_client_that_keeps_connections_is_told_where_one_ends(path: str) -> None:
+    limits = LIMITS.model_copy(update={"linger_seconds": 20, "body_rate": 1})
+    server = Server(limits)
+    with served(server.app, limits) as address:
+        _send_refused_bodies(address, path)
+
+
+def _send_refused_bodies(address: str, path: str) -> None:
+    parts = urlsplit(address)
     pool = urllib3.HTTPConnectionPool(parts.hostname or "", parts.port, maxsize=1, retries=False)
     headers = {"Authorization": "Bearer good"}
     for size in (3_000_000, 9_000_000):  # the second is more than is taken here
@@ -113,7 +121,7 @@ def test_a_client_that_keeps_connections_is_told_where_one_ends(server: Server, 
         assert (answer.headers.get("connection") == "close") == unread
         began = time.monotonic()
         assert pool.request("GET", "/healthz", timeout=10).status == 200
-        assert time.monotonic() - began < 0.4  # and not after linger_seconds
+        assert time.monotonic() - began < 10  # and not after linger_seconds
 
 
 def test_what_is_sent_behind_an_unread_body_is_never_answered(server: Server) -> None:
@@ -131,8 +139,10 @@ def test_refusals_are_counted_and_logged_now_and_then(
 ) -> None:
     for _ in range(3):
         flood(server, b"GET /healthz?", b"a" * 65536, 4_000_000)
-    time.sleep(1.5)
-    lines = [r for r in caplog.records if r.message.startswith("refused before")]
+    deadline, lines = time.monotonic() + 10, list[logging.LogRecord]()
+    while not lines and time.monotonic() < deadline:
+        time.sleep(0.05)
+        lines = [r for r in caplog.records if r.message.startswith("refused before")]
     assert len(lines) == 1
     fields = lines[0].fields  # type: ignore[attr-defined]
     assert fields["last_address"] == "127.0.0.1" and "URL" in fields["last_reason"]

@@ -294,6 +294,13 @@ def test_a_misspelt_label_is_not_left_out_without_a_word(tmp_path: Path, key: st
     assert load_rows(path, {meant: ""})[0].label is None
 
 
+@pytest.mark.parametrize("key", ["grading", "lab", "label_id", "heating", "stars", "title"])
+def test_ordinary_columns_beside_a_text_are_no_misspelt_labels(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "Hello there", key: "a"}) + "\n")
+    assert load_rows(path)[0].text == "Hello there"
+
+
 def test_columns_that_nothing_is_read_from_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "Hello there", "sentiment": "good"}) + "\n")

@@ -73,7 +73,7 @@ SHORT_REQUESTS = 16
 """Threads beside those for what takes long: they answer what is short, and close streams."""
 SHORT_REQUESTS_PER_CLIENT = 2
 """Of those, for one account or address."""
-REST = 4.0
+REST_FACTOR = 4.0
 """For so many times the processor time of a short request its slot takes no other one of its client
 while others are at work: they all compute in Python, one at a time. Forty connections that listed 400
 files made a neighbour's chat take 3.6 times as long, and 1.5 times with this."""
@@ -362,11 +362,13 @@ class Application:
             if takes_turns:
                 answer = await self._attended(work, receive, seen)
             else:
-                answer = await self._brief(client, work)
+                answer = await self._short_request(client, work, seen)
             await self._hold(answer, seen.account, held)
             return answer
 
-    async def _brief(self, client: str, work: Callable[[], Answer]) -> Answer:
+    async def _short_request(
+        self, client: str, work: Callable[[], Answer], seen: Observed
+    ) -> Answer:
         """What a short request is answered; its client's next ones wait a little beside others."""
         release = await self._short.acquire(client)
         seconds = 0.0
@@ -382,9 +384,11 @@ class Application:
         try:
             return await self._run(measured)
         finally:
-            beside = (self._turns, self._streams, self._short)
-            rest = REST * seconds if any(each.is_shared(client) for each in beside) else 0.0
-            asyncio.get_running_loop().call_later(min(rest, LONGEST_REST), release)
+            # A model works for accounts; who sends a short request is known once it is answered.
+            shared = self._short.used_by_others(client) or any(
+                each.used_by_others(seen.account) for each in (self._turns, self._streams)
+            )
+            release(min(REST_FACTOR * seconds, LONGEST_REST) if shared else 0.0)
 
     def _body_memory(self, client: str, head: Head, size: int) -> AbstractAsyncContextManager[None]:
         """Hold ``size`` bytes of memory for the body of ``head``, unless it is a small one."""

@@ -44,12 +44,12 @@ DISCARD_RATE = 64 << 20
 for nothing would else take most of the time of the thread that reads all connections."""
 DISCARD_PAUSE = 0.05
 """Seconds before what is thrown away is read: most clients have seen the answer by then, and stop."""
-REFUSED_AT_ONCE = 128
+ACCEPT_BUDGET = 128
 """Connections that are refused between two looks at those that are open, each in 20 microseconds. There
 may be a thousand such looks a second, and other threads hold the interpreter between them."""
-REFUSALS_OF_ONE = 8
+ACCEPT_COST = 8
 """One that is taken counts as so many: it costs a quarter of a millisecond."""
-EXPLAINED = 100
+EXPLANATIONS_PER_SECOND = 100
 """Refused connections that are told why, in a second: that takes half of what a refusal takes."""
 TOO_MANY = "Too many connections or requests from this address. Use fewer, or wait."
 TOO_MANY_IN_ALL = "Too many connections in all."
@@ -150,7 +150,7 @@ class Connections:
         if (second := int(time.monotonic())) != self._explained[0]:
             self._explained = second, 0
         self._explained = second, self._explained[1] + 1
-        return self._explained[1] <= EXPLAINED
+        return self._explained[1] <= EXPLANATIONS_PER_SECOND
 
     def discard_pause(self, size: int) -> float:
         """Seconds until more may be thrown away, after ``size`` bytes were."""
@@ -189,7 +189,7 @@ class LimitedSocket(socket.socket):
     ) -> None:
         """With ``tls`` nobody is told why: before its handshake no client could read it."""
         super().__init__(family, kind, protocol)
-        self._connections, self._tls, self._refused = connections, tls, 0
+        self._connections, self._tls, self._spent = connections, tls, 0
 
     def accept(self) -> tuple[socket.socket, Any]:
         """The next connection that is not refused.
@@ -198,8 +198,8 @@ class LimitedSocket(socket.socket):
             BlockingIOError: where there is none now, or others have to be looked at first.
         """
         by_client = self._connections.by_client
-        while self._refused < REFUSED_AT_ONCE:
-            self._refused += 1
+        while self._spent < ACCEPT_BUDGET:
+            self._spent += 1
             try:
                 # As CPython's own accept() begins (3.11 to 3.14): a socket of the descriptor takes as
                 # long to make as a refusal.
@@ -213,9 +213,9 @@ class LimitedSocket(socket.socket):
             elif by_client.total() >= self._connections.limits.connections:
                 self._refuse(descriptor, address[0], TOO_MANY_IN_ALL, explain=False)
             else:
-                self._refused += REFUSALS_OF_ONE - 1
+                self._spent += ACCEPT_COST - 1
                 return CountedSocket(self, descriptor, client, by_client), address
-        self._refused = 0
+        self._spent = 0
         raise BlockingIOError
 
     def _refuse(self, descriptor: int, address: str, reason: str, explain: bool) -> None:
@@ -420,21 +420,24 @@ def _refusal(status: HTTPStatus, text: str) -> bytes:
 
     Those of S3 take what is no XML for its status. It has no request id: no request was read.
     """
-    kind, code = _WORDS.get(status, ("invalid_request_error", "ValidationException"))
-    error = {"message": text, "type": kind, "param": None, "code": None}
+    kind, code, name = _ERROR_TYPES.get(status, _INVALID)
+    error = {"message": text, "type": kind, "param": None, "code": code}
     body = json.dumps({"message": text, "error": error}).encode()
     head = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-        f"x-amzn-errortype: {code}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        f"x-amzn-errortype: {name}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
     )
     return head.encode() + body
 
 
-_WORDS = {
-    HTTPStatus.SERVICE_UNAVAILABLE: ("server_error", "ServiceUnavailableException"),
-    HTTPStatus.TOO_MANY_REQUESTS: ("rate_limit_error", "ThrottlingException"),
-}
-"""Kinds of errors as OpenAI and Bedrock name them."""
+_INVALID = "invalid_request_error", None, "ValidationException"
+_ERROR_TYPES = {
+    HTTPStatus.SERVICE_UNAVAILABLE: (
+        "server_error", "service_unavailable", "ServiceUnavailableException",
+    ),
+    HTTPStatus.TOO_MANY_REQUESTS: ("requests", "rate_limit_exceeded", "ThrottlingException"),
+}  # fmt: skip
+"""Type and code of errors as OpenAI's face names them, and Bedrock's name."""
 
 
 @lru_cache(maxsize=4096)

@@ -49,6 +49,7 @@ class FairSlots:
         """
         self.capacity, self.per_client, self.waiting = capacity, min(capacity, per_client), waiting
         self._held: Counter[str] = Counter()
+        self._resting: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[tuple[asyncio.Future[None], int]]] = OrderedDict()
 
     @asynccontextmanager
@@ -69,8 +70,12 @@ class FairSlots:
 
     async def acquire(
         self, client: str, weight: int = 1, seconds: float | None = None
-    ) -> Callable[[], None]:
-        """The same as :meth:`turn`; what is returned ends it, and does nothing when called again."""
+    ) -> Callable[..., None]:
+        """The same as :meth:`turn`; what is returned ends it, and does nothing when called again.
+
+        It may be given seconds: for so long the slots count for the share of the client still, and
+        are free for others.
+        """
         weight = min(weight, self.per_client)
         if self._next() is None and self._may(client, weight):
             self._held[client] += weight
@@ -82,13 +87,17 @@ class FairSlots:
                 raise _busy() from None
         taken = [weight]
 
-        def release() -> None:
+        def release(rest: float = 0.0) -> None:
             if taken:
-                self._release(client, taken.pop())
+                weight = taken.pop()
+                if rest > 0:
+                    self._resting[client] += weight
+                    asyncio.get_running_loop().call_later(rest, self._end_rest, client, weight)
+                self._release(client, weight)
 
         return release
 
-    def is_shared(self, client: str) -> bool:
+    def used_by_others(self, client: str) -> bool:
         """Whether anybody but ``client`` has a turn, or waits for one."""
         waits = len(self._waiting) > (client in self._waiting)
         return waits or self._held.total() > self._held[client]
@@ -104,8 +113,15 @@ class FairSlots:
         finally:
             self._release(client, 1)
 
+    def _end_rest(self, client: str, weight: int) -> None:
+        discount(self._resting, client, weight)
+        self._give()
+
+    def _within_share(self, client: str, weight: int) -> bool:
+        return self._held[client] + self._resting[client] + weight <= self.per_client
+
     def _may(self, client: str, weight: int) -> bool:
-        share = self._held[client] + weight <= self.per_client
+        share = self._within_share(client, weight)
         return share and self._held.total() + weight <= self.capacity
 
     async def _wait(self, client: str, weight: int) -> None:
@@ -155,7 +171,7 @@ class FairSlots:
         able = [
             client
             for client, queue in self._waiting.items()
-            if self._held[client] + queue[0][1] <= self.per_client
+            if self._within_share(client, queue[0][1])
         ]
         return min(able, key=lambda client: self._held[client], default=None)
 

@@ -250,7 +250,7 @@ def create_key(
     if kind == "access" and days is not None:
         raise RefusedInput("access keys do not expire; disable or remove them")
     if days is not None and not 0 < days <= MOST_DAYS:
-        raise RefusedInput(f"--days is more than 0 and at most {MOST_DAYS:,}, not {days:g}")
+        raise RefusedInput(f"--days must be more than 0 and at most {MOST_DAYS:,}, not {days:g}")
     told: Row
     details: Row = {"kind": kind}
     with changing(url, "keys.create", account, name, details) as session:

@@ -294,8 +294,10 @@ class Checker:
 
     def misspelt(self, record: Record) -> tuple[str, str] | None:
         """A key beside a text that looks like one of ours, and that one, unless it was set aside."""
-        for key in record.keys() - {"text", "id"}:
-            close = get_close_matches(key.strip().lower(), _BESIDE_TEXT, 1, cutoff=0.75)
+        for key in record:
+            # "grading" is close to "rating" as well, but starts otherwise.
+            able = [each for each in _BESIDE_TEXT if each[0] == key.strip()[:1].lower()]
+            close = get_close_matches(key.strip().lower(), able, 1, cutoff=0.8)
             if close and close[0] not in (key, *self.columns):
                 return key, close[0]
         return None

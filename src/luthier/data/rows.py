@@ -30,7 +30,7 @@ __all__ = ["RULES", "Checker", "listed", "rename_fix"]  # for who checks rows an
 Columns = Mapping[str, str]
 """The file's name for each of our keys; an empty one sets the key aside."""
 
-LOOKED_AT = 1000
+ROWS_CHECKED = 1000
 """Rows that are looked at for columns that nothing is read from."""
 
 
@@ -112,7 +112,7 @@ class RowReader:
                 row = _piece(path, record) if pieces else self.checker.row(line, record)
                 if row is not None:
                     self.rows += 1
-                    looked_at = not self.problems and self.rows <= LOOKED_AT
+                    looked_at = not self.problems and self.rows <= ROWS_CHECKED
                     if row.members is None and (self.checker.columns or looked_at):
                         beside = self.checker.given.keys() - used_keys(row, self.checker.form)
                         self._unread |= dict.fromkeys(sorted(beside - {"id", "schemaVersion"}))

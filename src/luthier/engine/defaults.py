@@ -17,6 +17,8 @@ Choice = tuple[str, Any, str]
 
 LONGEST_REPEATED = 3000
 """Steps in all, up to which rows are read as often as the objective asks for at least."""
+FITTED_HEAD_RATE = 0.3
+"""Share of the rate where a new head starts from logistic regression (docs/log.md)."""
 SMALLEST_BUDGET = 512
 """Distinct tokens that reach full matmul speed on the machines measured."""
 
@@ -74,11 +76,15 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
         batch = max(1, round((training.batch_size or 1) / facts.drawn))
         fill("epochs", *_epochs(objective, facts.rows, batch))
     # A rate that was given is meant for all weights.
-    apart = facts.new_head and training.learning_rate is None
+    starts = facts.new_head and objective.starts_head
+    apart = facts.new_head and not starts and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
     factor = objective.rate_factor
     if factor != 1:
         reason += f"; {objective.method} takes {factor:g} of it"
+    if starts:
+        factor *= FITTED_HEAD_RATE
+        reason += f"; {FITTED_HEAD_RATE:g} of it, as more would undo the regression of the new head"
     if training.rate_factor != 1:
         reason += f"; times {training.rate_factor:g}, as asked"
     fill("learning_rate", rate * factor * training.rate_factor, reason)
@@ -156,7 +162,5 @@ def _epochs(objective: Objective, rows: int, batch: int) -> tuple[float, str]:
         return 1.0, f"{rows} rows give {per_epoch} steps in one pass, enough to learn from"
     each = f"{per_epoch} step{'s' * (per_epoch != 1)} in a pass"
     if per_epoch * most < least:
-        return float(
-            epochs
-        ), f"{each}: {most} passes, as often as the same rows still teach something"
+        return float(epochs), f"{each}: {most} passes; more of the same rows teach little"
     return float(epochs), f"{each}: {epochs} passes make about {least} steps"

@@ -109,7 +109,10 @@ def settle(
     ``began_with`` is the token budget of the run that is resumed.
     """
     size = machine.dtype.itemsize
-    data = replace(data, objective=data.objective.on_base(base.network_folder))
+    own = store.objective_of(base)
+    learned = own if base.manifest.get("recipe") else None
+    bound = data.objective.bind_base(base.network_folder, learned)
+    data = replace(data, objective=bound)
     config = read_config(base.network_folder, data.objective.head())
     drawn = sketched(config, data.objective, recipe.adaptation, size)
     model = drawn.model
@@ -121,7 +124,8 @@ def settle(
     width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
     # A custom model of the same task and classes brings its head along.
     brings = base.manifest.get("kind") == data.objective.task
-    brings = brings and store.objective_of(base).head().labels == data.objective.head().labels
+    one, other = own.head(), bound.head()
+    brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
     new = bool(head_weights(model)) and not brings
     facts = defaults.Facts(data.main, data.longest, len(data.validation), width, new, data.mixed)
     recipe = recipe.model_copy(update={"objective": data.objective})

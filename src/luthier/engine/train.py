@@ -71,7 +71,7 @@ def train(
     with run.lock():
         try:
             if not resume:
-                run.check_free()  # a name that is taken is not told after minutes of reading
+                run.check_free()  # before the rows are read, which can take minutes
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
             budget = run.recorded("micro_batch_tokens") if resume else None
             with clock.part("data"):

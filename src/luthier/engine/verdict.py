@@ -32,8 +32,8 @@ LEAST_CHANGE = 0.05
 """Share of all that was gained, from which on a rise or a fall near the end counts."""
 LAST_PART = 0.8
 """Where the last part of a run begins, which tells whether it still improves."""
-FEW_ROWS = 30
-"""Held-out rows below which a measurement of them is no more than a hint."""
+FEW_ROWS, FEW_LOSSES = 30, 10
+"""Held-out rows below which a score of them is rough; a loss is a mean over many tokens."""
 CHANCE = 2.0
 """Standard errors by which two scores or mean rewards must differ. Losses are means over far more."""
 
@@ -102,9 +102,10 @@ def judge_run(
     kept = course.kept["step"]
     text = f"{_HEADLINES[outcome].format(step=kept)}: {course.described(early, last_step)}"
     advice = course.advice(outcome, training)
-    if 0 < rows < FEW_ROWS:
-        held_out = "One held-out row is" if rows == 1 else f"{rows} held-out rows are"
-        text += f". {held_out} too few to be sure of any of it"
+    few = FEW_ROWS if f"{measure}_error" in course.kept else FEW_LOSSES
+    if 0 < rows < few:
+        held_out = "One held-out row gives" if rows == 1 else f"{rows} held-out rows give"
+        text += f". {held_out} only a rough measurement"
         more = "Give more rows to measure on: `data.validation=FILE`"
         advice = f"{more}. {advice}" if advice else more
     found = [_values(line, measure) for line in (course.first, course.kept, course.last)]

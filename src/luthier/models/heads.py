@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.errors import RecipeError
+from luthier.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,6 +85,22 @@ class Head:
 
 
 CAUSAL_LM = Head("causal_lm")
+MEAN_POOLED = frozenset({"bert", "mean_pooling_bert"})
+"""Families that can be read by the mean of their states (:mod:`luthier.models.nets.mean_pooling`)."""
+POOLING_CONFIG = Path("1_Pooling") / "config.json"
+"""Where a folder of sentence-transformers says how its texts are read."""
+
+
+def declared_pooling(folder: Path) -> Literal["mean"] | None:
+    """How the network in ``folder`` is to be read, where that is by the mean and can be done here."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind == "mean_pooling_bert":
+        return "mean"
+    if kind not in MEAN_POOLED or not (folder / POOLING_CONFIG).is_file():
+        return None
+    modes = {name for name, on in read_json(folder / POOLING_CONFIG).items() if on is True}
+    alone = {name for name in modes if name.startswith("pooling_mode_")}
+    return "mean" if alone == {"pooling_mode_mean_tokens"} else None
 
 
 def auto_class(config: Any, task: Task) -> Any:
@@ -292,9 +310,7 @@ def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
     """Scores ``[R, C]`` from the hidden state that stands for each row."""
     from torch import nn
 
-    if hasattr(model, "direction"):  # sentence encoders
-        chosen_RH = model.direction(chosen_RH)
-    if hasattr(model, "score"):  # decoders: the last token, no bias
+    if hasattr(model, "score"):  # decoders: the last token, no bias; sentence encoders: the mean
         scores: Tensor = model.score(chosen_RH)
         return scores
     if hasattr(model, "classification_head"):  # T5, BART

@@ -17,13 +17,14 @@ from luthier.models.units import gain, largest, select, set_size, unit_size
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILY = frozenset({"bert", "roberta", "xlm-roberta"})
+FAMILY = frozenset({"bert", "roberta", "xlm-roberta", "mean_pooling_bert"})
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 _QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
 _WRITERS = ("attention.output.dense", "output.dense")
 _TOPS = {
     "pooler.dense": (0, 1),
     "classifier": (1,),
+    "score.1": (1,),
     "classifier.dense": (0, 1),
     "classifier.out_proj": (1,),
     "cls.predictions.transform.dense": (0, 1),

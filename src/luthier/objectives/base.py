@@ -8,9 +8,9 @@ vetted setting as default. The engine calls these methods and knows nothing else
     cost      what it asks of others in a run, for people to know before
     gather    rows that are learned together: judged answers to one prompt are pairs
     fit       what it must know of all rows: the classes there are
-    on_base   what it must know of the base model: how its states are read
     encode    rows to token ids with a loss weight for each token
     start_head  where a new head starts, by the training rows
+    bind_base   what it must know of the base model: how its states are read
     begin     what the network, as it is before the first step, adds to the rows
     refer     what it says of rows as the reference model, where they are read more than once
     keep      what is computed ahead for all rows, held-out ones included, and kept in files
@@ -85,6 +85,8 @@ class Objective(BaseModel):
     measure: ClassVar[str] = "loss"
     """Which of :meth:`validation_metrics` decides what weights are kept: ``loss``, or a score, of which
     more is better (where it is ``reward``, the loss is minus it)."""
+    rate_factor: ClassVar[float] = 1.0
+    """Share of the adaptation's learning rate that suits it, where no rate is given."""
     batch_rows: ClassVar[int | None] = None
     """Rows in a step, where no batch size is given and the rows themselves say nothing."""
     least_epochs: ClassVar[int] = 1
@@ -196,14 +198,22 @@ class Objective(BaseModel):
         """
         return examples
 
-    @property
-    def rate_factor(self) -> float:
-        """Share of the adaptation's learning rate that suits it, where no rate is given."""
-        return 1.0
+    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
+        """This objective with what follows from the base model.
 
-    def on_base(self, folder: Path) -> Self:
-        """This objective with what follows from the base model in ``folder``."""
+        Args:
+            folder: the Hugging Face directory of its network.
+            learned: what it was tuned for, where it is a custom model.
+
+        Raises:
+            RecipeError: where the network cannot be read as asked.
+        """
         return self
+
+    @property
+    def starts_head(self) -> bool:
+        """Whether :meth:`start_head` sets a new head, which then does not start at random."""
+        return False
 
     def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
         """Set a head that would start at random by what the network says of the training rows.

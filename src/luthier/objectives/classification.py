@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from luthier.errors import RowRefused
-from luthier.models.heads import Head, Task
+from luthier.errors import RecipeError, RowRefused
+from luthier.files import read_json
+from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
 from luthier.objectives.base import Objective
 from luthier.objectives.shares import check_shares, shares_of, sigmoid_bias, softmax_bias
 from luthier.types import Example, Loss, Row
@@ -82,20 +83,31 @@ class Classification(Objective):
         mean: Literal["mean"] | None = "mean" if self.pooling == "mean" else None
         return Head(self.task, self.labels or (), kind, bias, mean)
 
-    def on_base(self, folder: Path) -> Self:
+    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
         """Read texts as the base model was trained to be read."""
-        from luthier.models.nets.mean_pooling import is_trained_for_mean
-
+        kind = read_json(folder / "config.json").get("model_type")
+        if self.pooling == "mean" and kind not in MEAN_POOLED:
+            raise RecipeError(
+                f"objective.pooling=mean reads a BERT; the base model is of type {kind}"
+            )
+        if self.pooling == "first" and kind == "mean_pooling_bert":
+            raise RecipeError(
+                "objective.pooling=first: the base model was trained to be read by the mean"
+            )
         pooling = self.pooling
-        if pooling is None and is_trained_for_mean(folder):
-            pooling = "mean"
+        if pooling is None and isinstance(learned, Classification):
+            pooling = learned.pooling  # its head reads that, and can be trained further
+        elif pooling is None and getattr(learned, "pooling", None) in ("auto", "mean"):
+            pooling = "mean" if kind in MEAN_POOLED else None
+        elif pooling is None:
+            pooling = declared_pooling(folder)
         probe = pooling == "mean" if self.probe is None else self.probe
         return self.model_copy(update={"pooling": pooling, "probe": probe})
 
     @property
-    def rate_factor(self) -> float:
-        """At the full rate the first steps undo what the regression found (docs/log.md)."""
-        return 0.3 if self.probe else 1.0
+    def starts_head(self) -> bool:
+        """Whether logistic regression does."""
+        return bool(self.probe)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Count the classes, and see whether rows have several."""

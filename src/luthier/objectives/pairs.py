@@ -36,10 +36,7 @@ class Judged(Objective):
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a row becomes text: the model's chat template, or prompt and answer as they are."""
 
-    @property
-    def rate_factor(self) -> float:
-        """A tenth: the starting weights are the reference that it keeps near."""
-        return 0.1
+    rate_factor: ClassVar[float] = 0.1
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks that do not write; most encoders' tokenizers know no end of a text."""

@@ -176,11 +176,7 @@ class Reinforcement(Objective):
     by_itself: ClassVar[bool] = False
     measure: ClassVar[str] = "reward"
     batch_rows: ClassVar[int | None] = 4
-
-    @property
-    def rate_factor(self) -> float:
-        """A tenth: the network learns from what it writes itself."""
-        return 0.1
+    rate_factor: ClassVar[float] = 0.1
 
     @property
     def generations(self) -> int:

@@ -105,7 +105,7 @@ def _grammar(grammar: str) -> str:
     size = allocated_bytes() - before
     if size > GRAMMAR_BYTES:
         took, most = f"{size / (1 << 20):.0f} MiB", f"{GRAMMAR_BYTES >> 20} MiB"
-        return f"it takes {took} of memory, and may take {most}. Use a simpler one."
+        return f"it takes {took} of memory; at most {most} are allowed. Use a simpler one."
     return ""
 
 

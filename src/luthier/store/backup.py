@@ -218,8 +218,9 @@ def _manifest(source: Path) -> tuple[dict[str, str], bool]:
 
 
 def _check_database(source: Path, changed: Set[str]) -> None:
-    """Refuse a backup whose rows are not as they were: nothing else can be compared with them."""
-    for name in (DATABASE, DUMP):
+    """Refuse a backup whose rows or keys are not as they were: all else is read by them."""
+    # Without its keys, encrypted files are noise, and a new server would make other ones.
+    for name in (DATABASE, DUMP, f"{FILES}/{ENCRYPTION}"):
         if name in changed:
             raise CorruptFile(
                 f"{source / name} is missing or was changed, and without it nothing can be restored. "

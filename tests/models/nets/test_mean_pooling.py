@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModel
 
 import luthier
-from luthier.models.heads import Head, head_in, score_layer
+from luthier.errors import RecipeError
+from luthier.models.heads import Head, declared_pooling, head_in, score_layer
 from luthier.models.load import as_network, load_model, read_config
-from luthier.models.nets.mean_pooling import is_trained_for_mean
-from luthier.objectives import Classification
+from luthier.objectives import Classification, Contrastive
 from luthier.store import models as store
 
 CPU = torch.device("cpu")
@@ -59,20 +59,33 @@ def test_scores_are_those_of_the_direction_of_the_mean(sentence_encoder: Path) -
 def test_what_a_folder_declares_decides(
     sentence_encoder: Path, family_folder: Callable[[str], Path]
 ) -> None:
-    assert is_trained_for_mean(sentence_encoder)
-    assert not is_trained_for_mean(family_folder("bert"))
-    assert not is_trained_for_mean(family_folder("roberta"))
-    settled = Classification().on_base(sentence_encoder)
-    assert settled.pooling == "mean" and settled.probe and settled.rate_factor < 1
-    own = Classification(pooling="first", probe=False).on_base(sentence_encoder)
-    assert own.head().pooling is None and own.rate_factor == 1
-    plain = Classification().on_base(family_folder("bert"))
-    assert plain.pooling is None and not plain.probe
+    bert, roberta = family_folder("bert"), family_folder("roberta")
+    assert declared_pooling(sentence_encoder) == "mean"
+    assert declared_pooling(bert) is None and declared_pooling(roberta) is None
+    bound = Classification().bind_base(sentence_encoder, None)
+    assert bound.pooling == "mean" and bound.starts_head
+    own = Classification(pooling="first", probe=False).bind_base(sentence_encoder, None)
+    assert own.head().pooling is None and not own.starts_head
+    plain = Classification().bind_base(bert, None)
+    assert plain.pooling is None and not plain.starts_head
     # Models of earlier versions have no such field, and were trained to read the first token.
-    assert Classification.model_validate({"method": "classification"}).head().pooling is None
+    earlier = Classification.model_validate({"method": "classification"})
+    assert earlier.head().pooling is None
+    assert Classification().bind_base(sentence_encoder, earlier).pooling is None
+    # An encoder of texts that was tuned here has no file that says so.
+    assert Classification().bind_base(bert, Contrastive()).pooling == "mean"
+    assert Classification().bind_base(bert, Contrastive(pooling="first")).pooling is None
+    with pytest.raises(
+        RecipeError, match="pooling=mean reads a BERT; the base model is of type rob"
+    ):
+        Classification(pooling="mean").bind_base(roberta, None)
+    config = sentence_encoder / "1_Pooling" / "config.json"
+    both = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}
+    config.write_text(json.dumps(both))
+    assert declared_pooling(sentence_encoder) is None
 
 
-def test_a_classifier_of_texts_is_trained_stored_and_merged(
+def test_a_classifier_of_texts_is_trained_and_stored(
     sentence_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
@@ -95,6 +108,9 @@ def test_a_classifier_of_texts_is_trained_stored_and_merged(
     config = read_config(folder, Head("embedding"))
     assert config.model_type == "mean_pooling_bert"
     assert head_in(config).labels == ("card", "dog", "fox")
+    assert Classification().bind_base(folder, None).pooling == "mean"
+    with pytest.raises(RecipeError, match="was trained to be read by the mean"):
+        Classification(pooling="first").bind_base(folder, None)
     # Elsewhere it is unknown, and not taken for a BERT that reads the first token.
     program = (
         "import sys; from transformers import AutoModelForSequenceClassification as A; "
@@ -104,3 +120,31 @@ def test_a_classifier_of_texts_is_trained_stored_and_merged(
         [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False
     )
     assert done.returncode != 0 and "mean_pooling_bert" in done.stderr
+
+
+def test_earlier_classifiers_are_tuned_on_as_they_are_and_new_labels_get_a_new_head(
+    sentence_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
+
+    def data(*words: str) -> Path:
+        path = tmp_path / f"{'-'.join(words)}.jsonl"
+        rows = [{"text": f"my {word} {n}", "label": word} for n in range(20) for word in words]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    first: dict[str, object] = {"method": "classification", "pooling": "first", "probe": False}
+    earlier = luthier.tune(
+        data("fox", "dog"), base=str(sentence_encoder), name="a", objective=first,
+        training__max_steps=60,
+    )  # fmt: skip
+    assert earlier.verdict.kept["accuracy"] == 1
+    further = luthier.tune(
+        data("dog", "fox"), base=earlier.model_id, name="b", training__max_steps=1
+    )
+    assert further.verdict.before["accuracy"] == 1  # its head came with it
+    new = luthier.tune(
+        data("fox", "dog", "card"), base=earlier.model_id, name="c", training__max_steps=1
+    )
+    learned = store.objective_of(store.find(new.model_id))
+    assert isinstance(learned, Classification) and learned.pooling == "first"
