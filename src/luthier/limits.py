@@ -131,8 +131,8 @@ class ServerLimits(AccountQuotas, ModelLimits):
     answered 429 unread."""
     requests_per_second_per_address: float = Field(default=200, gt=0)
     """Requests that one address, or one /64 of IPv6, may begin; two seconds of them at once. Further
-    ones wait. One that is refused (400, 401, 403, 413), or whose client leaves, counts as four. A proxy in front of the
-    server is one address."""
+    ones wait. One that is refused (400, 401, 403, 413), or whose client leaves, counts as four. A
+    proxy in front of the server is one address."""
     body_memory: int = Field(default=256 * MIB, ge=MIB)
     """For bodies that are received and worked on, in all: their length, or 1 MiB where a body is
     written to disk as it comes. Further ones wait for idle_seconds, and are answered 429 then."""
