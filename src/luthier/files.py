@@ -118,7 +118,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of the store; :class:`CorruptFile` if it is not one."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
 
 

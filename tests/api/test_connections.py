@@ -124,6 +124,32 @@ def _send_refused_bodies(address: str, path: str) -> None:
         assert time.monotonic() - began < 10  # and not after linger_seconds
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kind", [b"h2c", b"websocket"])
+def test_no_request_is_read_out_of_the_body_of_an_upgrade(
+    server: Server, kind: bytes, apart: bool
+) -> None:
+    body = HEAD + b"\r\n"
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %s\r\n" % kind
+    head = HEAD + upgrade + b"Content-Length: %d\r\n\r\n" % len(body)
+    with connect(server) as connection:
+        connection.sendall(head)
+        if apart:
+            time.sleep(0.2)
+        with suppress(OSError):
+            connection.sendall(body)
+        found = read_all(connection)
+    assert found.startswith(b"HTTP/1.1 501 ") and found.count(b"HTTP/1.1 ") == 1
+    with connect(server) as connection:
+        connection.sendall(HEAD + upgrade + b"\r\n" + (b"" if apart else body))
+        time.sleep(0.2)
+        with suppress(OSError):
+            connection.sendall(body)
+        found = read_all(connection)
+    assert found.startswith(b"HTTP/1.1 200 ") and found.count(b"HTTP/1.1 ") == 1
+    assert b"connection: close" in found.lower()
+
+
 def test_what_is_sent_behind_an_unread_body_is_never_answered(server: Server) -> None:
     head = HEAD.replace(b"GET /x/echo", b"POST /x/take?deny") + b"Content-Length: 3000000\r\n\r\n"
     with connect(server) as connection:

@@ -176,6 +176,18 @@ def test_a_client_that_hangs_up_spoils_no_schema() -> None:
     trials.close()
 
 
+def test_a_schema_that_is_known_is_read_in_turns_too(tokenizer: Any) -> None:
+    turns = FairTurns(1, 0.1)
+    trials = SchemaTrials(ConfinedWork(20, 256 << 20, "the JSON schema"), turns)
+    constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer), trials)
+    constraints.schema({"type": "string"})
+    with turns.turn(), pytest.raises(InferenceFailed) as failed:
+        constraints.schema({"type": "string"})
+    assert failed.value.code == "Throttling"
+    constraints.schema({"type": "string"})
+    trials.close()
+
+
 def test_too_many_trials_are_told_to_wait() -> None:
     turns = FairTurns(1, 0.1)
     trials = SchemaTrials(ConfinedWork(2, 256 << 20, "the JSON schema"), turns)

@@ -280,6 +280,59 @@ def test_the_key_is_there_with_the_rest_or_nothing_is(
     assert not restore(source, tmp_path / "third").key
 
 
+def test_relative_folders(
+    database: Database, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backup(database, store, Path("backup"))
+    restore(Path("backup"), Path("other"))
+    monkeypatch.chdir(tmp_path / "backup")
+    restore(Path(), Path("../third"))
+    assert (tmp_path / "third" / "luthier.db").is_file()
+
+
+def test_homes_that_cannot_be_restored_into(
+    database: Database, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "backup"
+    backup(database, store, source)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunConflict, match="not empty"):
+        restore(source, tmp_path / "file")
+    elsewhere, home = tmp_path / "disk" / "store", tmp_path / "link"
+    elsewhere.mkdir(parents=True)
+    home.symlink_to(elsewhere)
+    restore(source, home)
+    assert home.is_symlink() and (elsewhere / "luthier.db").is_file()
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == volume)
+    with pytest.raises(RefusedInput, match=r"mount point.*LUTHIER_HOME=.*volume/luthier"):
+        restore(source, volume)
+    restore(source, volume / "luthier")
+    monkeypatch.undo()
+
+    empty, copyfile = tmp_path / "empty", shutil.copyfile
+
+    def busy(one: Path, other: Path) -> Path:
+        (empty / "precious").write_text("x")  # a service that began to work there
+        return copyfile(one, other)
+
+    empty.mkdir()
+    monkeypatch.setattr(shutil, "copyfile", busy)
+    with pytest.raises(RunConflict, match="not empty any more; nothing was restored"):
+        restore(source, empty)
+    assert [path.name for path in empty.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"format": 1, "hashes": {"files/a": null}}', "{"])
+def test_a_manifest_that_makes_no_sense(tmp_path: Path, text: str) -> None:
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "backup" / "backup.json").write_text(text)
+    with pytest.raises(CorruptFile):
+        restore(tmp_path / "backup", tmp_path / "other")
+
+
 def test_a_folder_that_is_no_backup(tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match=r"has no backup.json: it is no backup.*Nothing was"):
         restore(tmp_path, tmp_path / "other")

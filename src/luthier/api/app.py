@@ -362,7 +362,8 @@ class Application:
             if takes_turns:
                 answer = await self._attended(work, receive, seen)
             else:
-                answer = await self._short_request(client, work, seen)
+                # By key as well: many accounts may come from the address of one proxy.
+                answer = await self._short_request(f"{client} {_claimed_key(head)}", work, seen)
             await self._hold(answer, seen.account, held)
             return answer
 
@@ -530,6 +531,12 @@ def _sender(head: Head, seen: Observed, signed: Signed | None) -> tuple[str, str
     """Address, and the account that a body comes under; the access key, where it is not known yet."""
     known = signed.caller.account if signed else claim_of(head).access_key
     return client_key(seen.address), known
+
+
+def _claimed_key(head: Head) -> str:
+    """The key that a request claims to come with, unchecked; empty without one."""
+    given = next((value for name, value in head.headers if name == "authorization"), "")
+    return given.partition("/")[0]  # behind the key, a signature has its day
 
 
 def _routed(face: Face, head: Head) -> tuple[Route | None, Fault | None]:

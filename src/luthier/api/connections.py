@@ -250,6 +250,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._discarded = 0
         self._ends = False
         """Whether the answer that is sent is the last of this connection."""
+        self._ending = False
+        """Whether the server ends."""
+        self._upgrade = False
+        """Whether the last request offered another protocol: what follows it cannot be told apart."""
         self._closing_since: float | None = None
         self._unparsed = 0
         """Bytes that the parser was fed since it gave anything back: it holds them."""
@@ -264,6 +268,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, unless the connection is at its end."""
+        if self._upgrade:
+            return
         if self._discard_since is not None or self.transport.is_closing():
             self._discarded += len(data)
             self.flow.pause_reading()
@@ -311,7 +317,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is whole: its request begins, or waits for those before it."""
         self._head_since = None
+        if self.parser.should_upgrade():
+            # To the parser, whatever follows such a head is of the other protocol, its body as well.
+            if any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
+                text = "A request with a body cannot offer an upgrade. Send it without `Upgrade`."
+                self._stop_parsing(HTTPStatus.NOT_IMPLEMENTED, text)
+            self._upgrade = True
         super().on_headers_complete()
+        if self._upgrade:
+            self.cycle.keep_alive = False
         if len(self.pipeline) > PIPELINED:
             text = f"On one connection {PIPELINED} requests at most may wait for their answers."
             self._stop_parsing(HTTPStatus.TOO_MANY_REQUESTS, text)
@@ -370,6 +384,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif now - self._idle_since > limits.idle_seconds:
             self.transport.close()
 
+    def shutdown(self) -> None:
+        """The server ends: no answer is waited for any more than it takes to send it."""
+        self._ending = True
+        if self._discard_since is not None:
+            self.transport.close()
+        super().shutdown()
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Begin a request, whose answer says so where the connection ends with it."""
 
@@ -383,7 +404,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self._ends = True
                 headers = [*message.get("headers", []), (b"connection", b"close")]
                 await send({**message, "headers": headers})
-                cycle.keep_alive = True  # uvicorn would close it before the client has the answer
+                if not self._ending:
+                    cycle.keep_alive = True  # uvicorn would close before the client has the answer
 
             await app(scope, receive, sending)
 

@@ -11,7 +11,8 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,9 @@ DEPTH = 100
 """Levels of objects and lists in a schema: it is read by functions that call themselves."""
 KNOWN = 1024
 """Results of trials that are kept."""
+LEXER_STATES = 100_000
+"""States of a grammar's lexer, some 360 bytes each, that an answer may lead to. A text of limited
+length has 18 for each token, one of any length few, ``\\w*a\\w{60}`` 200."""
 _FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """White space as Python writes it, and no other: a model cannot fill an answer with line breaks."""
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
@@ -112,14 +116,25 @@ class SchemaTrials:
         """End the processes."""
         self._work.close()
 
-    def _tried(self, grammar: str) -> str:
-        """What is wrong with it; empty where nothing is."""
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A turn of the client to have a grammar read: one client's take half of the time at most.
+
+        Raises:
+            InferenceFailed: ``Throttling`` where it has not come in time.
+        """
         try:
             with self._turns.turn():
-                error: str = self._work.ask("grammar", grammar=grammar)
+                yield
         except NoTurn as late:
             text = "Too many JSON schemas are being read. Please wait and try again."
             raise InferenceFailed("Throttling", text) from late
+
+    def _tried(self, grammar: str) -> str:
+        """What is wrong with it; empty where nothing is."""
+        try:
+            with self.turn():
+                error: str = self._work.ask("grammar", grammar=grammar)
         except TakesTooMuch as refused:
             return f"{refused} Use a simpler one."
         except Interrupted as interrupted:  # says nothing of the schema, and is not remembered
@@ -180,18 +195,21 @@ class Constraints:
         return found
 
     def _matcher(self, grammar: str) -> Matcher:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         with self._lock:
             tokenizer = self._tokens()
         if self._schemas is not None:
             self._schemas.check(grammar)
         # None is kept for the next answer: copies share what they learn of texts, some 5 kB a token,
-        # which only goes with the last of them; to compile it again takes 2 to 40 ms.
-        made = LLMatcher(tokenizer, grammar, log_level=0)
-        first = made.deep_copy()
-        if not made.is_error():
-            first.compute_bitmask()  # a grammar that nothing matches says so at the first token
+        # which only goes with the last of them. To compile it again takes 2 to 40 ms as a rule, and a
+        # second where somebody wants it to: hence the turns.
+        with self._schemas.turn() if self._schemas is not None else nullcontext():
+            limits = LLParserLimits(max_lexer_states=LEXER_STATES)
+            made = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+            first = made.deep_copy()
+            if not made.is_error():
+                first.compute_bitmask()  # a grammar that nothing matches says so at the first token
         if first.is_error():
             raise InferenceRefused(_refusal(first.get_error()), "schema")
         return Matcher(made)

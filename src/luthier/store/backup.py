@@ -156,8 +156,14 @@ def restore(
             written then.
         RefusedInput: where ``database`` is needed, and not given or empty.
     """
-    if home.exists() and any(home.iterdir()):
+    home = home.resolve()
+    if home.exists() and (not home.is_dir() or any(home.iterdir())):
         raise RunConflict(f"{home} is not empty; restore into a new LUTHIER_HOME")
+    if home.is_mount():
+        raise RefusedInput(
+            f"{home} is a mount point, which cannot be put in place in one step. Restore into a folder "
+            f"of it: LUTHIER_HOME={home / 'luthier'}"
+        )
     hashes, key = _manifest(source)
     actual = hashes_of(source, skip=(MANIFEST, KEY))
     changed = {name for name, digest in hashes.items() if actual.get(name) != digest}
@@ -185,6 +191,11 @@ def restore(
             shutil.copyfile(source / name, place)
         if key:
             shutil.copyfile(source / KEY, folder / KEY)
+        if home.exists():
+            try:
+                home.rmdir()
+            except OSError as error:  # it took long: something may have begun to work there
+                raise RunConflict(f"{home} is not empty any more; nothing was restored") from error
     there = DATABASE in hashes or DUMP in hashes
     return Backup(len(kept), size, there, key, tuple(found.texts), found.unread)
 
@@ -200,7 +211,8 @@ def _manifest(source: Path) -> tuple[dict[str, str], bool]:
         raise CorruptFile(f"{text}. Nothing was restored")
     manifest: Any = read_json(source / MANIFEST)
     hashes = manifest.get("hashes") if isinstance(manifest, dict) else None
-    if not isinstance(hashes, dict) or manifest.get("format") != _FORMAT:
+    valid = isinstance(hashes, dict) and all(isinstance(each, str) for each in hashes.values())
+    if not isinstance(hashes, dict) or not valid or manifest.get("format") != _FORMAT:
         raise CorruptFile(f"{source / MANIFEST} is not of a backup that this version reads")
     for name in hashes:
         parts = PurePosixPath(name).parts
@@ -212,7 +224,8 @@ def _manifest(source: Path) -> tuple[dict[str, str], bool]:
             f"{source} holds {min(strange)}, which was not backed up. Nothing was restored"
         )
     # Earlier versions did not note it; and people keep it apart, and may put it back.
-    if KEY in there and sha256_of(source / KEY) != (manifest.get("key") or sha256_of(source / KEY)):
+    noted = manifest.get("key")
+    if KEY in there and noted is not None and sha256_of(source / KEY) != noted:
         raise CorruptFile(f"{source / KEY} is not the one that was backed up. Nothing was restored")
     return hashes, KEY in there
 
@@ -391,7 +404,7 @@ def _rows(source: Path, hashes: Mapping[str, str], database: Database | None) ->
 def _copied_rows(path: Path) -> Iterator[Session]:
     """A session that reads a copy of SQLite's database, and leaves it as it is."""
     # SQLite would write beside it otherwise.
-    address = f"{path.absolute().as_uri()}?immutable=1"
+    address = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
     engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True))
     try:
         with Session(engine) as session:
@@ -404,7 +417,8 @@ def _copied_rows(path: Path) -> Iterator[Session]:
 
 def _check_sqlite(path: Path) -> None:
     # Read as it is: SQLite would write beside it otherwise.
-    with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as connection:
+    address = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    with closing(sqlite3.connect(address, uri=True)) as connection:
         try:
             found = connection.execute("PRAGMA integrity_check").fetchone()[0]
         except sqlite3.DatabaseError as error:
