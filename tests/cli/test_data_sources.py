@@ -67,7 +67,7 @@ def test_a_recipe_may_name_a_pattern_and_columns(tiny_model_folder: Path, folder
 def test_inspect_shows_what_was_recognized(tiny_model_folder: Path, folder: Path) -> None:
     result = run("inspect", folder, "--base", tiny_model_folder, "--json")
     found = json.loads(result.stdout)
-    assert found["forms"] == {"train": "jsonl, question and answer"}
+    assert found["forms"] == {"train": "jsonl, question and answer; nothing is read from kind"}
     assert found["rows"] == {"train": 4} and len(found["files"]["train"]) == 2
     columns = ["--map", "prompt=question", "--map", "completion=kind", "--map", "answer="]
     result = run("inspect", folder, "--base", tiny_model_folder, *columns)
