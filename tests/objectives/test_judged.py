@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ def test_what_cannot_judge_is_refused_before_training(
     endpoint.server.server_close()
     with pytest.raises(LuthierError, match=r"judge big gives no verdict: .*cannot be reached"):
         tuned(judge, **zero)
+    shutil.rmtree(luthier_home / "runs")  # the last one had begun, and has the name
     with pytest.raises(UnknownModel, match="nobody"):
         tuned({"model": "nobody:knows"})
     with pytest.raises(RecipeError, match="needs a model that judges"):

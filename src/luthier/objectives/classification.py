@@ -49,11 +49,9 @@ class Classification(Objective):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread over all classes (Szegedy et al. 2016); one label only."""
     pooling: Literal["first", "mean"] | None = None
-    """The state that the head of an encoder reads: that of the first token, or the mean of all.
-    ``mean`` (BERT only) where the base model was trained to be read so; else as its family does."""
+    """What of a BERT the head reads; ``mean`` where the base was trained to be read so, else ``first``."""
     probe: bool | None = None
-    """Start a new head from logistic regression on the states that it reads, and take a lower rate,
-    which does not undo it. Done where these are means, unless this says otherwise."""
+    """Start a new head from logistic regression on the base model; done where it reads means."""
 
     task: ClassVar[Task] = "sequence_classification"
     evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
