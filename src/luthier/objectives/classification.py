@@ -49,7 +49,7 @@ class Classification(Objective):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread over all classes (Szegedy et al. 2016); one label only."""
     pooling: Literal["first", "mean"] | None = None
-    """What of a BERT the head reads; ``mean`` where the base was trained to be read so, else ``first``."""
+    """What of a BERT the head reads; ``mean`` where the base was trained for it, else ``first``."""
     probe: bool | None = None
     """Start a new head from logistic regression on the base model; done where it reads means."""
 
