@@ -79,6 +79,19 @@ def test_tune_without_json_tells_choices_and_next_steps(
     assert "Traceback" not in err
 
 
+def test_the_picture_that_is_named_is_there(tiny_model_folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"my {word} {n}", "label": word} for n in range(12) for word in ("fox", "dog")]
+    data = jsonl(tmp_path / "labels.jsonl", *rows)
+    process = start(
+        tmp_path, "tune", str(data), "--base", str(tiny_model_folder), "--set",
+        "training.max_steps=2", "--set", "training.baseline_seconds=0",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    named = next(line.split("curve")[1].strip() for line in out.splitlines() if " curve " in line)
+    assert Path(named).is_file()
+
+
 @pytest.mark.parametrize(
     ("content", "rule", "line"),
     [

@@ -186,3 +186,23 @@ def test_few_held_out_rows_are_said_to_be_few() -> None:
     assert "data.validation=FILE" in few.advice
     enough = judge_run(lines, "loss", Training(), 2, rows=50)
     assert "rough" not in enough.text and not enough.advice
+
+
+def test_a_head_that_started_from_regression_is_compared_with_it() -> None:
+    lines = [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 41)]
+
+    def judged_from(*scores: float) -> RunVerdict:
+        measured = [
+            held(20 * n, 1.0, accuracy=score, accuracy_error=0.02) for n, score in enumerate(scores)
+        ]
+        return judge_run([*lines, *measured], "accuracy", Training(), 40, 50, fitted_head=True)
+
+    same = judged_from(0.9, 0.9, 0.91)
+    assert same.text.startswith("no better than the logistic regression that it started from")
+    assert (
+        "0.9000 ± 0.020 (loss 1.000) of the regression" in same.text and "More rows" in same.advice
+    )
+    worse = judged_from(0.9, 0.7, 0.6)
+    assert "The regression is what is stored" in worse.text and worse.kept_step == 0
+    better = judged_from(0.6, 0.8, 0.9)
+    assert better.text.startswith("learned") and "before training" not in better.text

@@ -96,7 +96,8 @@ def print_result(result: Result) -> None:
     from luthier.store.models import find, objective_of
 
     objective = objective_of(find(result.model_id))
-    held, curve = "", objective.measure
+    # The picture of the loss has the scores, too; that of rewards is one of its own.
+    held, curve = "", "reward" if objective.measure == "reward" else "loss"
     verdict = result.verdict
     if verdict is not None and (shown := validation_result(objective.measure, verdict.kept)):
         held = f", validation {shown}"
@@ -109,7 +110,7 @@ def print_result(result: Result) -> None:
     )
     out.print(
         f"  {result.trained_weights:,} of {result.weights:,} weights "
-        f"({result.trained_weights / result.weights:.2%}) learned it, stored in "
+        f"({result.trained_weights / result.weights:.2%}) were trained, stored in "
         f"{result.saved_bytes / 1e6:,.2f} MB",
         soft_wrap=True,
     )

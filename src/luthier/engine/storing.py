@@ -134,6 +134,7 @@ class Storing:
                 self.job.recipe.training,
                 self.job.steps,
                 len(self.job.data.validation),
+                self.job.new_head and self.job.data.objective.starts_head,
             ),
             comparison=self.comparison,
         )

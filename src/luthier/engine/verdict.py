@@ -69,7 +69,12 @@ class RunVerdict:
 
 
 def judge_run(
-    lines: Sequence[Mapping[str, Any]], measure: str, training: Training, steps: int, rows: int = 0
+    lines: Sequence[Mapping[str, Any]],
+    measure: str,
+    training: Training,
+    steps: int,
+    rows: int = 0,
+    fitted_head: bool = False,
 ) -> RunVerdict:
     """The verdict on a run.
 
@@ -80,6 +85,8 @@ def judge_run(
         training: its settings, which advice starts from.
         steps: how many there were to be.
         rows: how many validation rows there are; 0 where that is not known.
+        fitted_head: whether the head started from logistic regression: what was measured before the
+            first step is that, and to be no better is no failure to learn.
     """
     train = [line for line in lines if line["event"] == "train"]
     held = [line for line in lines if line["event"] == "validation"]
@@ -97,10 +104,13 @@ def judge_run(
             {},
             {},
         )
-    course = _Course(train, held, measure)
+    course = _Course(train, held, measure, fitted_head)
     outcome = course.outcome()
     kept = course.kept["step"]
-    text = f"{_HEADLINES[outcome].format(step=kept)}: {course.described(early, last_step)}"
+    headline = _HEADLINES[outcome]
+    if fitted_head and outcome in ("hardly_learned", "worse"):
+        headline = "no better than the logistic regression that it started from"
+    text = f"{headline.format(step=kept)}: {course.described(early, last_step)}"
     advice = course.advice(outcome, training)
     few = FEW_ROWS if f"{measure}_error" in course.kept else FEW_LOSSES
     if 0 < rows < few:
@@ -120,8 +130,9 @@ class _Course:
         train: Sequence[Mapping[str, Any]],
         held: Sequence[Mapping[str, Any]],
         measure: str,
+        fitted_head: bool = False,
     ) -> None:
-        self.train, self.held, self.measure = train, held, measure
+        self.train, self.held, self.measure, self.fitted_head = train, held, measure, fitted_head
         self.first, self.last = held[0], held[-1]
         self.kept = best_measurement(held, measure)
         self.gain = self._cost(self.first) - self._cost(self.kept)
@@ -147,8 +158,14 @@ class _Course:
     def described(self, early: bool, last_step: int) -> str:
         """The numbers in words, and whose weights are stored."""
         measure = SCORES.get(self.measure, self.measure)
-        text = f"validation {measure} {self._shown(self.first)} before training"
+        before = "of the regression" if self.fitted_head else "before training"
+        text = f"validation {measure} {self._shown(self.first)} {before}"
         kept = self.kept["step"]
+        if kept == 0 and self.fitted_head:
+            return (
+                f"{text} and never better in {last_step} steps, {self._shown(self.last)} at the end. "
+                "The regression is what is stored"
+            )
         if kept == 0:
             return (
                 f"{text} and never better in {last_step} steps, {self._shown(self.last)} at the end. "
@@ -158,7 +175,8 @@ class _Course:
         if kept == last_step:
             return text
         end = "where training stopped early" if early else "the last"
-        worse = ", worse than before training" if self._above_start(self.last) else ""
+        start = "the regression" if self.fitted_head else "before training"
+        worse = f", worse than {start}" if self._above_start(self.last) else ""
         return (
             f"{text}, whose weights are stored; {self._shown(self.last)} at step {last_step}, {end}"
             f"{worse}"
@@ -170,6 +188,8 @@ class _Course:
         lower = f"`training.learning_rate={rate / 4:.1e}` (it was {rate:.1e})"
         if outcome == "learned":
             return ""
+        if self.fitted_head and outcome in ("hardly_learned", "worse"):
+            return "More rows, above all of the labels that it confuses, are likely to help most"
         if outcome == "still_improving":
             return f"More steps are likely to help: {self._twice(training)}"
         if self.measure == "reward":
