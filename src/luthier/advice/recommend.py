@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from luthier.advice.evidence import Tried
 from luthier.advice.facts import Facts
 from luthier.advice.techniques import FEW_ROWS, SURE, TECHNIQUES, Judgement
+from luthier.evaluation.labels import differ
 
 MARGIN = 0.05
 """Difference of losses, as a share, that is taken for one."""
@@ -147,11 +147,9 @@ def _without_training(facts: Facts) -> tuple[str, list[str]]:
 
 
 def _gain(tuned: Tried, best: Tried, held: int) -> tuple[float, bool]:
-    """How much better the tuned one is, and whether that is more than noise (two standard errors)."""
+    """How much better the tuned one is, and whether that is more than noise."""
     if tuned.score is not None and best.score is not None:
-        gain = tuned.score - best.score
-        spread = math.sqrt(sum(s * (1 - s) for s in (tuned.score, best.score)) / held)
-        return gain, gain > 2 * spread
+        return tuned.score - best.score, differ(tuned.score, best.score, held)
     if tuned.loss is None or best.loss is None:
         return 1.0, False
     gain = (best.loss - tuned.loss) / best.loss

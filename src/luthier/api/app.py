@@ -72,7 +72,7 @@ STREAMED_COST = 1 << 20
 SHORT_REQUESTS = 16
 """Threads beside those for what takes long: they answer what is short, and close streams."""
 SHORT_REQUESTS_PER_CLIENT = 2
-"""Of those, for one account or address."""
+"""Of those, for one key from one address."""
 REST_FACTOR = 4.0
 """For so many times the processor time of a short request its slot takes no other one of its client
 while others are at work: they all compute in Python, one at a time. Forty connections that listed 400

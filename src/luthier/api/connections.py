@@ -248,9 +248,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._discard_since: float | None = None
         """Since when what comes is thrown away: the answer is sent, and the connection ends."""
         self._discarded = 0
-        self._ends = False
+        self._last_answer = False
         """Whether the answer that is sent is the last of this connection."""
-        self._ending = False
+        self._shutting_down = False
         """Whether the server ends."""
         self._upgrade = False
         """Whether the last request offered another protocol: what follows it cannot be told apart."""
@@ -337,14 +337,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """An answer is sent; where its request was not whole, the connection ends after it."""
-        if self._ends:
+        if self._last_answer:
             self.pipeline.clear()
         super().on_response_complete()
         self._idle_since = self.loop.time()
         if self._head_since is not None:
             # Of a request that was sent ahead: while its turn had not come, nothing was read of it.
             self._head_since = self._idle_since
-        if self._ends:
+        if self._last_answer:
             # To close at once could take the answer away from a client that is still sending.
             self._discard_since = self._idle_since
             self._unset_keepalive_if_required()
@@ -386,7 +386,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """The server ends: no answer is waited for any more than it takes to send it."""
-        self._ending = True
+        self._shutting_down = True
         if self._discard_since is not None:
             self.transport.close()
         super().shutdown()
@@ -401,10 +401,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                     return
                 # Part of the body is still to come. A client that keeps connections would send its
                 # next request behind it, where nobody reads any more.
-                self._ends = True
+                self._last_answer = True
                 headers = [*message.get("headers", []), (b"connection", b"close")]
                 await send({**message, "headers": headers})
-                if not self._ending:
+                if not self._shutting_down:
                     cycle.keep_alive = True  # uvicorn would close before the client has the answer
 
             await app(scope, receive, sending)

@@ -47,7 +47,8 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
     best = chosen = lines[0]
     for line in lines[1:]:
         best = min(best, line, key=order)
-        error = best.get(f"{measure}_error", 0.0) if measure in SCORES else 0.0
+        is_share = measure in SCORES and 0 < best[measure] < 1
+        error = best.get(f"{measure}_error", 0.0) if is_share else 0.0
         alike = error > 0 and cost_of(line, measure) <= cost_of(best, measure) + error
         if line is best or (alike and order(line) < order(lines[0])):
             chosen = line

@@ -48,6 +48,24 @@ _HEADLINES: Mapping[Outcome, str] = {
 
 
 @dataclass(frozen=True)
+class _Start:
+    """How sentences name what was measured before the first step."""
+
+    measured: str
+    name: str
+    stored: str
+    """Said where its weights are the ones that are stored."""
+
+
+_UNTRAINED = _Start(
+    "before training",
+    "before training",
+    "The weights from before training are stored: this model answers as it did before",
+)
+_REGRESSION = _Start("of the regression", "the regression", "The regression is what is stored")
+
+
+@dataclass(frozen=True)
 class RunVerdict:
     """Whether a run learned: in a word, in sentences, and in numbers."""
 
@@ -104,14 +122,14 @@ def judge_run(
             {},
             {},
         )
-    course = _Course(train, held, measure, fitted_head)
+    course = _Course(train, held, measure, _REGRESSION if fitted_head else _UNTRAINED)
     outcome = course.outcome()
     kept = course.kept["step"]
-    headline = _HEADLINES[outcome]
+    headline, advice = _HEADLINES[outcome], course.advice(outcome, training)
     if fitted_head and outcome in ("hardly_learned", "worse"):
         headline = "no better than the logistic regression that it started from"
+        advice = "More rows, above all of the labels that it confuses, are likely to help most"
     text = f"{headline.format(step=kept)}: {course.described(early, last_step)}"
-    advice = course.advice(outcome, training)
     few = FEW_ROWS if f"{measure}_error" in course.kept else FEW_LOSSES
     if 0 < rows < few:
         held_out = "One held-out row gives" if rows == 1 else f"{rows} held-out rows give"
@@ -130,9 +148,9 @@ class _Course:
         train: Sequence[Mapping[str, Any]],
         held: Sequence[Mapping[str, Any]],
         measure: str,
-        fitted_head: bool = False,
+        start: _Start,
     ) -> None:
-        self.train, self.held, self.measure, self.fitted_head = train, held, measure, fitted_head
+        self.train, self.held, self.measure, self.start = train, held, measure, start
         self.first, self.last = held[0], held[-1]
         self.kept = best_measurement(held, measure)
         self.gain = self._cost(self.first) - self._cost(self.kept)
@@ -158,25 +176,18 @@ class _Course:
     def described(self, early: bool, last_step: int) -> str:
         """The numbers in words, and whose weights are stored."""
         measure = SCORES.get(self.measure, self.measure)
-        before = "of the regression" if self.fitted_head else "before training"
-        text = f"validation {measure} {self._shown(self.first)} {before}"
+        text = f"validation {measure} {self._shown(self.first)} {self.start.measured}"
         kept = self.kept["step"]
-        if kept == 0 and self.fitted_head:
-            return (
-                f"{text} and never better in {last_step} steps, {self._shown(self.last)} at the end. "
-                "The regression is what is stored"
-            )
         if kept == 0:
             return (
                 f"{text} and never better in {last_step} steps, {self._shown(self.last)} at the end. "
-                "The weights from before training are stored: this model answers as it did before"
+                f"{self.start.stored}"
             )
         text += f", {self._shown(self.kept)} at step {kept}"
         if kept == last_step:
             return text
         end = "where training stopped early" if early else "the last"
-        start = "the regression" if self.fitted_head else "before training"
-        worse = f", worse than {start}" if self._above_start(self.last) else ""
+        worse = f", worse than {self.start.name}" if self._above_start(self.last) else ""
         return (
             f"{text}, whose weights are stored; {self._shown(self.last)} at step {last_step}, {end}"
             f"{worse}"
@@ -188,8 +199,6 @@ class _Course:
         lower = f"`training.learning_rate={rate / 4:.1e}` (it was {rate:.1e})"
         if outcome == "learned":
             return ""
-        if self.fitted_head and outcome in ("hardly_learned", "worse"):
-            return "More rows, above all of the labels that it confuses, are likely to help most"
         if outcome == "still_improving":
             return f"More steps are likely to help: {self._twice(training)}"
         if self.measure == "reward":

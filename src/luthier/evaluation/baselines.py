@@ -7,7 +7,6 @@ Some read the words alone, the others the states of the base model as it is, fro
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 import time
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.evaluation.labels import scores
+from luthier.evaluation.labels import differ, scores
 from luthier.evaluation.linear import fit_centroids, fit_logistic, fit_ridge
 from luthier.evaluation.retrieval import bm25_ranks, partner_ranks, retrieval_scores
 from luthier.types import Example, Row
@@ -99,11 +98,10 @@ class Comparison:
         return text
 
     def within_chance(self, baseline: Baseline) -> bool:
-        """Whether two shares of right answers are nearer than twice their standard error."""
+        """Whether two shares of right answers are too near to tell apart."""
         if self.tuned is None or self.measure not in _SHARES:
             return False
-        variance = sum(score * (1 - score) for score in (self.tuned, baseline.score)) / self.rows
-        return abs(self.gain(baseline)) < 2 * math.sqrt(variance)
+        return not differ(self.tuned, baseline.score, self.rows)
 
 
 def render(measure: str, score: float) -> str:

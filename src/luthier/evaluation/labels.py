@@ -7,6 +7,7 @@ scikit-learn's and seqeval's, without their 0.5 s of imports.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,6 +43,21 @@ def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[st
     return _labels(
         [(_set(row.label), _set(a["label"])) for row, a in zip(rows, answers, strict=True)]
     )
+
+
+def standard_error(share: float, rows: int) -> float:
+    """Standard error of a share of ``rows`` that are answered right.
+
+    Two right and two wrong answers are added (Agresti and Coull 1998): 16 of 16 are no certainty.
+    """
+    share = (share * rows + 2) / (rows + 4)
+    return math.sqrt(share * (1 - share) / (rows + 4))
+
+
+def differ(share: float, other: float, rows: int) -> bool:
+    """Whether two shares of so many rows each are two standard errors of their difference apart."""
+    error = math.hypot(standard_error(share, rows), standard_error(other, rows))
+    return abs(share - other) >= 2 * error
 
 
 def _set(label: str | Iterable[str] | None) -> frozenset[str]:

@@ -86,7 +86,7 @@ class Head:
 
 CAUSAL_LM = Head("causal_lm")
 MEAN_POOLED = frozenset({"bert", "mean_pooling_bert"})
-"""Families that can be read by the mean of their states (:mod:`luthier.models.nets.mean_pooling`)."""
+"""Families that can be read by their mean state (:mod:`luthier.models.nets.mean_pooling_bert`)."""
 POOLING_CONFIG = Path("1_Pooling") / "config.json"
 """Where a folder of sentence-transformers says how its texts are read."""
 

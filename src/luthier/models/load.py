@@ -89,11 +89,11 @@ def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
 
 def _for_head(config: Any, head: Head) -> Any:
     if head.pooling == "mean" and config.model_type == "bert":
-        from luthier.models.nets import mean_pooling
+        from luthier.models.nets import mean_pooling_bert
 
-        nets.register(mean_pooling.Config.model_type)
+        nets.register(mean_pooling_bert.Config.model_type)
         fields = config.to_dict()
-        config = mean_pooling.Config(**{k: v for k, v in fields.items() if k != "model_type"})
+        config = mean_pooling_bert.Config(**{k: v for k, v in fields.items() if k != "model_type"})
     for key, value in head.settings().items():
         setattr(config, key, value)
     return config

@@ -36,6 +36,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from luthier.errors import RecipeError
+from luthier.evaluation.labels import standard_error
 from luthier.models.heads import Head, Task
 from luthier.types import Example, Loss, Row
 
@@ -328,9 +329,9 @@ class Objective(BaseModel):
         as that of a share of the rows.
         """
         found = self._means(network, examples, budget)
-        score = found.get(self.measure, 0.0) if self.measure != "loss" else 0.0
-        if 0 < score < 1:
-            found[f"{self.measure}_error"] = math.sqrt(score * (1 - score) / len(examples))
+        if self.measure != "loss" and self.measure in found:
+            error = standard_error(found[self.measure], len(examples))
+            found[f"{self.measure}_error"] = error
         return found
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:

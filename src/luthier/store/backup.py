@@ -211,8 +211,11 @@ def _manifest(source: Path) -> tuple[dict[str, str], bool]:
         raise CorruptFile(f"{text}. Nothing was restored")
     manifest: Any = read_json(source / MANIFEST)
     hashes = manifest.get("hashes") if isinstance(manifest, dict) else None
-    valid = isinstance(hashes, dict) and all(isinstance(each, str) for each in hashes.values())
-    if not isinstance(hashes, dict) or not valid or manifest.get("format") != _FORMAT:
+    if (
+        not isinstance(hashes, dict)
+        or not all(isinstance(each, str) for each in hashes.values())
+        or manifest.get("format") != _FORMAT
+    ):
         raise CorruptFile(f"{source / MANIFEST} is not of a backup that this version reads")
     for name in hashes:
         parts = PurePosixPath(name).parts
@@ -403,9 +406,7 @@ def _rows(source: Path, hashes: Mapping[str, str], database: Database | None) ->
 @contextmanager
 def _copied_rows(path: Path) -> Iterator[Session]:
     """A session that reads a copy of SQLite's database, and leaves it as it is."""
-    # SQLite would write beside it otherwise.
-    address = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-    engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True))
+    engine = create_engine("sqlite://", creator=lambda: _connect_immutable(path))
     try:
         with Session(engine) as session:
             yield session
@@ -415,10 +416,13 @@ def _copied_rows(path: Path) -> Iterator[Session]:
         engine.dispose()
 
 
+def _connect_immutable(path: Path) -> sqlite3.Connection:
+    # Otherwise SQLite would write beside it.
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+
+
 def _check_sqlite(path: Path) -> None:
-    # Read as it is: SQLite would write beside it otherwise.
-    address = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-    with closing(sqlite3.connect(address, uri=True)) as connection:
+    with closing(_connect_immutable(path)) as connection:
         try:
             found = connection.execute("PRAGMA integrity_check").fetchone()[0]
         except sqlite3.DatabaseError as error:

@@ -13,7 +13,7 @@ NETS = {
     "palm": "luthier.models.nets.palm",
     "elmo": "luthier.models.nets.elmo",
     "transfo_xl": "luthier.models.nets.transfo_xl",
-    "mean_pooling_bert": "luthier.models.nets.mean_pooling",
+    "mean_pooling_bert": "luthier.models.nets.mean_pooling_bert",
 }
 """Module of each network by its ``model_type`` in config.json."""
 

@@ -31,8 +31,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GenericForTokenClassification
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
+
+from luthier.models.nets.mean_pooling import MeanPoolingClassifier
 
 FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
 """Width and number of the filters of each convolution in the authors' code."""
@@ -324,10 +326,8 @@ def _picked(states_RWH: Tensor, index_RT: Tensor) -> Tensor:
     return states_RWH.gather(1, index_RT[..., None].expand(-1, -1, states_RWH.shape[-1]))
 
 
-class ElmoForSequenceClassification(ElmoPreTrainedModel):
+class ElmoForSequenceClassification(MeanPoolingClassifier, ElmoPreTrainedModel):
     """A classifier that reads the mean of all characters' states."""
-
-    row_pooling = "mean"
 
     def __init__(self, config: ElmoConfig) -> None:
         super().__init__(config)
@@ -335,26 +335,6 @@ class ElmoForSequenceClassification(ElmoPreTrainedModel):
         self.model = ElmoModel(config)
         self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0))
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Scores ``[R, C]``."""
-        state_RTH = self.model(input_ids, attention_mask).last_hidden_state
-        mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        total_RH = (state_RTH.float() * mask_RT[..., None]).sum(1)
-        mean_RH = total_RH / mask_RT.sum(1, keepdim=True)
-        logits = self.score(mean_RH.to(state_RTH.dtype))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, pooled_logits=logits, config=self.config
-            )
-        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 class ElmoForTokenClassification(GenericForTokenClassification, ElmoPreTrainedModel):

@@ -1,49 +1,20 @@
-"""BERT as a classifier that reads the mean of a text's states, as sentence encoders are trained to be.
-
-Of transformers' own classes for BERT each reads the first token, through a pooler that sentence
-encoders were not trained with (Reimers and Gurevych 2019, section 4.4, compares the two).
-"""
+"""A classifier of texts that reads the mean of all tokens' states."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, BertPreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
-class MeanPoolingBertConfig(BertConfig):
-    """The configuration of BERT, under a name that transformers does not take for BERT's."""
+class MeanPoolingClassifier(PreTrainedModel):
+    """Goes before a network's own ``PreTrainedModel`` among the bases; the network sets ``score``."""
 
-    model_type = "mean_pooling_bert"
-
-
-class MeanPoolingBertModel(BertModel):
-    """The network without a head, and without the pooler."""
-
-    config_class = MeanPoolingBertConfig
-
-    def __init__(self, config: Any, add_pooling_layer: bool = False) -> None:
-        super().__init__(config, add_pooling_layer)
-
-
-class MeanPoolingBertForSequenceClassification(BertPreTrainedModel):
-    """A linear head on the mean of all tokens' states, brought to one length."""
-
-    config_class = MeanPoolingBertConfig
-    row_pooling = "mean"
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.bert = MeanPoolingBertModel(config)
-        # Such encoders compare texts by cosine: only the direction of a mean says something.
-        self.score = nn.Sequential(
-            nn.RMSNorm(config.hidden_size, elementwise_affine=False),
-            nn.Linear(config.hidden_size, int(config.num_labels)),
-        )
-        self.post_init()
+    row_pooling: ClassVar[str] = "mean"
+    score: nn.Module
 
     def forward(
         self,
@@ -53,24 +24,14 @@ class MeanPoolingBertForSequenceClassification(BertPreTrainedModel):
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Scores ``[R, C]``."""
-        states_RTH = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
-        if attention_mask is None:
-            mean_RH = states_RTH.float().mean(1)
-        else:
-            mask_RT1 = attention_mask[..., None]
-            mean_RH = (states_RTH.float() * mask_RT1).sum(1) / mask_RT1.sum(1)
-        logits = self.score(mean_RH.to(states_RTH.dtype))
+        state_RTH = self.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
+        mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        total_RH = (state_RTH.float() * mask_RT[..., None]).sum(1)
+        mean_RH = total_RH / mask_RT.sum(1, keepdim=True)
+        logits = self.score(mean_RH.to(state_RTH.dtype))
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, pooled_logits=logits, config=self.config
             )
         return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
-Config = MeanPoolingBertConfig
-CLASSES = {
-    "AutoModel": MeanPoolingBertModel,
-    "AutoModelForSequenceClassification": MeanPoolingBertForSequenceClassification,
-}
-"""Model of each automatic class of transformers."""

@@ -1,0 +1,54 @@
+"""BERT as a classifier that reads the mean of a text's states, as sentence encoders are trained to be.
+
+Of transformers' own classes for BERT each reads the first token, through a pooler that sentence
+encoders were not trained with (Reimers and Gurevych 2019, section 4.4, compares the two).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import BertConfig, BertModel, BertPreTrainedModel
+
+from luthier.models.nets.mean_pooling import MeanPoolingClassifier
+
+
+class MeanPoolingBertConfig(BertConfig):
+    """The configuration of BERT, under a name that transformers does not take for BERT's."""
+
+    model_type = "mean_pooling_bert"
+
+
+class MeanPoolingBertModel(BertModel):
+    """The network without a head, and without the pooler."""
+
+    config_class = MeanPoolingBertConfig
+
+    def __init__(self, config: Any, add_pooling_layer: bool = False) -> None:
+        super().__init__(config, add_pooling_layer)
+
+
+class MeanPoolingBertForSequenceClassification(MeanPoolingClassifier, BertPreTrainedModel):
+    """A linear head on the mean, brought to one length."""
+
+    config_class = MeanPoolingBertConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = MeanPoolingBertModel(config)
+        # Such encoders compare texts by cosine: only the direction of a mean says something.
+        self.score = nn.Sequential(
+            nn.RMSNorm(config.hidden_size, elementwise_affine=False),
+            nn.Linear(config.hidden_size, int(config.num_labels)),
+        )
+        self.post_init()
+
+
+Config = MeanPoolingBertConfig
+CLASSES = {
+    "AutoModel": MeanPoolingBertModel,
+    "AutoModelForSequenceClassification": MeanPoolingBertForSequenceClassification,
+}
+"""Model of each automatic class of transformers."""
