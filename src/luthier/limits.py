@@ -130,7 +130,7 @@ class ServerLimits(AccountQuotas, ModelLimits):
     for a signature that turns out wrong, of more than 1 MiB that cannot be used. Further ones are
     answered 429 unread."""
     requests_per_second_per_address: float = Field(default=200, gt=0)
-    """Requests that one address, or one /64 of IPv6, may begin; two seconds of them at once. Further
+    """Requests that one address, or one /64 of IPv6, may begin; half a second of them at once. Further
     ones wait. One that is refused (400, 401, 403, 413), or whose client leaves, counts as four. A
     proxy in front of the server is one address."""
     body_memory: int = Field(default=256 * MIB, ge=MIB)

@@ -124,6 +124,27 @@ def _send_refused_bodies(address: str, path: str) -> None:
         assert time.monotonic() - began < 10  # and not after linger_seconds
 
 
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"NONSENSE\r\n\r\n",
+        b"POST /x/take?deny HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
+        b"Content-Length: 3000000\r\n\r\n",
+    ],
+)
+def test_a_refused_client_that_reads_to_the_end_is_not_kept_waiting(request_bytes: bytes) -> None:
+    limits = LIMITS.model_copy(update={"linger_seconds": 20})
+    server = Server(limits)
+    with served(server.app, limits) as address:
+        parts = urlsplit(address)
+        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=10) as client:
+            client.sendall(request_bytes)
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+            assert answer.startswith(b"HTTP/1.1 4")
+            with suppress(OSError):
+                client.sendall(b"a" * 100_000)  # what is still on its way does harm to nobody
+
+
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("kind", [b"h2c", b"websocket"])
 def test_no_request_is_read_out_of_the_body_of_an_upgrade(
@@ -271,6 +292,20 @@ def test_more_connections_than_allowed_are_refused_and_the_others_go_on(server: 
         except OSError:
             time.sleep(0.1)
     assert server.ask("GET", "/healthz")[0] == 200
+
+
+def test_clients_that_left_before_they_were_let_in_slow_their_address() -> None:
+    connections = Connections(ServerLimits(requests_per_second_per_address=2))
+    (listening,) = connections.listen("127.0.0.1", 0, tls=False)
+    with listening:
+        listening.listen()
+        for gone in (False, True):
+            with socket.create_connection(listening.getsockname()) as client:
+                if gone:
+                    client.shutdown(socket.SHUT_WR)
+                accepted, _ = listening.accept()
+                accepted.close()
+            assert (connections.pace.delay("127.0.0.1") > 0) == gone
 
 
 @pytest.mark.parametrize("tls", [False, True])

@@ -49,6 +49,8 @@ ACCEPT_BUDGET = 128
 may be a thousand such looks a second, and other threads hold the interpreter between them."""
 ACCEPT_COST = 8
 """One that is taken counts as so many: it costs a quarter of a millisecond."""
+TCP_CLOSE_WAIT = 8
+"""State of a connection whose other end has closed it, in Linux's ``tcp_states.h``."""
 EXPLANATIONS_PER_SECOND = 100
 """Refused connections that are told why, in a second: that takes half of what a refusal takes."""
 TOO_MANY = "Too many connections or requests from this address. Use fewer, or wait."
@@ -174,6 +176,12 @@ class CountedSocket(socket.socket):
         self._client, self._by_client = client, by_client
         by_client[client] += 1
 
+    def is_half_closed(self) -> bool:
+        """Whether the client sends nothing more; ``False`` where the system cannot tell."""
+        if not hasattr(socket, "TCP_INFO"):
+            return False
+        return self.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE_WAIT
+
     def close(self) -> None:
         """Close it, and count it no more."""
         if self.fileno() >= 0:
@@ -214,7 +222,11 @@ class LimitedSocket(socket.socket):
                 self._refuse(descriptor, address[0], TOO_MANY_IN_ALL, explain=False)
             else:
                 self._spent += ACCEPT_COST - 1
-                return CountedSocket(self, descriptor, client, by_client), address
+                made = CountedSocket(self, descriptor, client, by_client)
+                if made.is_half_closed():
+                    # Most have left, and cost as much as others until that is noticed.
+                    self._connections.pace.charge_refusal(client)
+                return made, address
         self._spent = 0
         raise BlockingIOError
 
@@ -347,6 +359,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._last_answer:
             # To close at once could take the answer away from a client that is still sending.
             self._discard_since = self._idle_since
+            self._write_eof()
             self._unset_keepalive_if_required()
             self.flow.pause_reading()
             self.loop.call_later(DISCARD_PAUSE, self._read_rest)
@@ -434,6 +447,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             return
         self.transport.write(_refusal(status, text))
+        self._write_eof()
+
+    def _write_eof(self) -> None:
+        """Tell clients that read to the end of a connection that this is it; TLS cannot."""
+        if self.transport.can_write_eof() and not self.transport.is_closing():
+            with suppress(OSError):  # the client may have left
+                self.transport.write_eof()
 
 
 @lru_cache(maxsize=64)

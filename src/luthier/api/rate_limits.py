@@ -15,6 +15,8 @@ from luthier.store.database import Database
 WINDOW_SECONDS = 60.0
 BURST_SECONDS = 2.0
 """A bucket holds the tokens of this long: what an idle account may send at once."""
+ADDRESS_BURST_SECONDS = 0.5
+"""The same for all requests of an address: what comes in at once delays whoever comes behind it."""
 REFUSALS = frozenset({400, 401, 403, 413, 499})
 """Statuses that say the request was at fault, or its client gone. Not 404: clients ask whether things
 exist; and not 429, which the server's load may cause."""
@@ -117,7 +119,7 @@ class RequestPace:
             Fault: ``Throttling`` where that would be too long; then the request does not count.
         """
         moment = self._clock()
-        if (wait := self._next.get(address, 0.0) - moment - BURST_SECONDS) > WAIT_SECONDS:
+        if (wait := self._next.get(address, 0.0) - moment - ADDRESS_BURST_SECONDS) > WAIT_SECONDS:
             self._spent_until[address] = moment + SPENT_SECONDS
             text = "Too many requests from this address, please wait before trying again."
             raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
@@ -126,13 +128,13 @@ class RequestPace:
             self._spent_until = {k: at for k, at in self._spent_until.items() if at > moment}
         at = max(self._next.get(address, 0.0), moment)
         self._next[address] = at + self._interval
-        return max(0.0, at - moment - BURST_SECONDS)
+        return max(0.0, at - moment - ADDRESS_BURST_SECONDS)
 
     def charge_refusal(self, address: str) -> None:
         """A request of ``address`` was refused: its next ones wait longer."""
-        if address in self._next:
-            later = self._next[address] + self._interval * (REFUSAL_COST - 1)
-            self._next[address] = min(later, self._clock() + BURST_SECONDS + 2 * WAIT_SECONDS)
+        moment = self._clock()
+        later = max(self._next.get(address, 0.0), moment) + self._interval * (REFUSAL_COST - 1)
+        self._next[address] = min(later, moment + ADDRESS_BURST_SECONDS + 2 * WAIT_SECONDS)
 
     def is_spent(self, address: str) -> bool:
         """Whether a request of ``address`` was refused just now because it would wait too long."""
