@@ -137,7 +137,9 @@ def test_a_refused_client_that_reads_to_the_end_is_not_kept_waiting(request_byte
     server = Server(limits)
     with served(server.app, limits) as address:
         parts = urlsplit(address)
-        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=10) as client:
+        with socket.create_connection(
+            (parts.hostname or "", parts.port or 0), timeout=10
+        ) as client:
             client.sendall(request_bytes)
             answer = b"".join(iter(lambda: client.recv(65536), b""))
             assert answer.startswith(b"HTTP/1.1 4")
