@@ -88,7 +88,7 @@ def test_a_data_file_is_enough() -> None:
         (
             {"adaptation": {"method": "full", "dora": True}},
             "adaptation.dora",
-            "adaptation lora has it: adaptation.method=lora",
+            "belongs to adaptation lora: add adaptation.method=lora",
         ),
         ({"zzzzzz": 1}, "zzzzzz", "there are base, name, data"),
         (

@@ -377,7 +377,7 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
         where = ".".join(str(part) for part in item["loc"]) or "recipe"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = "there is no such field" + _near(where, kind)
+            message = _unknown_field(where, kind)
         elif item["type"] == "missing":
             message = "is required"
         else:
@@ -386,8 +386,8 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
-def _near(where: str, kind: type[BaseModel]) -> str:
-    """What is to be written instead of a field that there is not, by its full name."""
+def _unknown_field(where: str, kind: type[BaseModel]) -> str:
+    """That a field does not exist here, and what to write instead, by its full name."""
     import difflib
 
     tables: Mapping[str, Mapping[str, type[BaseModel]]] = {
@@ -405,10 +405,11 @@ def _near(where: str, kind: type[BaseModel]) -> str:
     group = group.split(".")[0]
     able = [name for name, part in tables.get(group, {}).items() if field in part.model_fields]
     if able:
-        return f"; {group} {' or '.join(able)} has it: `{group}.method={able[0]}`"
+        return f"belongs to {group} {' or '.join(able)}: add `{group}.method={able[0]}`"
     if not group and (homes := [name for name, fields in known.items() if field in fields]):
-        return f"; did you mean `{homes[0]}.{field}`?"
+        return f"there is no such field; did you mean `{homes[0]}.{field}`?"
     names = known.get(group, list(kind.model_fields))
     full = f"{group}." if group in known and group else ""
     close = difflib.get_close_matches(field, names, n=1)
-    return f"; did you mean `{full}{close[0]}`?" if close else f"; there are {', '.join(names)}"
+    hint = f"did you mean `{full}{close[0]}`?" if close else f"there are {', '.join(names)}"
+    return f"there is no such field; {hint}"

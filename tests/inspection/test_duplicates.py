@@ -107,6 +107,13 @@ def test_an_answer_makes_rows_different(shape: Any) -> None:
     assert not found(report, "duplicate.exact")
 
 
+def test_questions_about_one_paragraph_are_no_copies() -> None:
+    paragraph = "The university was founded in 1842 and has many departments today. " * 8
+    asks = ["Who founded it?", "How many departments are there?", "Is there a school of law?"]
+    report = report_of(rows(*({"anchor": ask, "positive": paragraph} for ask in asks)))
+    assert not found(report, "duplicate.near")
+
+
 def test_a_prompt_that_all_rows_are_written_in_makes_no_copies() -> None:
     frame = (
         "Name the intent of this message of a customer. Answer with one word. Message: {}\nIntent:"

@@ -65,6 +65,14 @@ def test_the_command_names_each_fix_once_and_held_out_rows_where_they_are_needed
     }  # fmt: skip
 
 
+def test_nothing_is_dropped_where_no_row_would_be_left() -> None:
+    found, rule = Findings(), all_rules()["field.missing"]
+    found.add(Finding(rule, Place("a.jsonl", 1), "x"))
+    files = {"train": ["a.jsonl"]}
+    assert command(Report(files, {"train": 0}, found)) == ""
+    assert "--drop unreadable" in command(Report(files, {"train": 1}, found))
+
+
 def test_targets_stand_beside_their_file(tmp_path: Path) -> None:
     file = written(tmp_path / "a.csv", {})
     assert target_of(str(file)) == str(tmp_path / "a-clean.csv")

@@ -305,6 +305,13 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
     ("tags.bio", [{"tokens": ["a"], "tags": ["person"]}], 1, 'Tag 1 is "person"', "B-name"),
     ("field.missing", [{"label": "a"}], 1, '"text" is missing', '"text"'),
     (
+        "field.missing",
+        [{"txet": "a", "label": "b"}],
+        1,
+        'the keys are "txet", "label"',
+        'If "txet" is meant, say `data.columns.text=txet`.',
+    ),
+    (
         "row.ambiguous",
         [{"text": "x", "label": "a", "rating": 1}],
         1,

@@ -29,6 +29,7 @@ _ANNOTATED = frozenset((_LABEL, _RATING, _TAGS, *preferences.SHAPES))
 _ALL_SHAPES = ", ".join([*_SHAPES, *preferences.SHAPES])
 _BESIDE_TEXT = ("label", "rating", "tags")
 """What makes another shape of a text: misspelt, it would be left out without a word."""
+_OTHERS = {"id", "expected", "tags", *(key for keys in _SHAPES.values() for key in keys)} - {"text"}
 _MOST_KNOWN = 100
 _JUDGES = frozenset(("label", "thumb", "rating", "score"))
 _ROLES = ("system", "user", "assistant")
@@ -317,8 +318,8 @@ class Checker:
         fix = fix or rename_fix(record, ("text",))
         fix = fix or f"Rename the keys so that the row has one of the shapes {_ALL_SHAPES}."
         fix += (
-            " Or say which column is what: `data.columns.prompt=COLUMN` "
-            "`data.columns.completion=COLUMN`."
+            " Or say which column is what: `data.columns.text=COLUMN` and `data.columns.label=COLUMN` "
+            "to classify, `data.columns.prompt=COLUMN` and `data.columns.completion=COLUMN` to write."
         )
         self.report("row.unknown_shape", message, fix)
 
@@ -333,7 +334,8 @@ class Checker:
         name = f'"{called}" of message {number}' if number else f'"{called}"'
         if key not in holder:
             keys = listed(holder) if holder else "none"
-            fix = rename_fix(holder, (key,)) or f'Add "{called}", or remove the row.'
+            fix = rename_fix(holder, (key,)) or (_column_fix(holder, key) if not number else "")
+            fix = fix or f'Add "{called}", or remove the row.'
             self.report("field.missing", f"{name} is missing; the keys are {keys}.", fix)
         elif not isinstance(value, str):
             fix = f"Write {name} as one string in double quotes."
@@ -448,3 +450,10 @@ class Checker:
             )
             fix = "Join the two into one message, or add the turn that is missing between them."
         self.report("message.order", message, fix)
+
+
+def _column_fix(record: Record, key: str) -> str:
+    """Name the column that may be what is missing: one of text that is nothing else of ours."""
+    able = [name for name in record if name not in _OTHERS and isinstance(record[name], str)]
+    close = get_close_matches(key, able, 1) or (able if len(able) == 1 else [])
+    return f"If {shown(close[0])} is meant, say `data.columns.{key}={close[0]}`." if close else ""

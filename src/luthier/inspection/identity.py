@@ -19,7 +19,7 @@ from luthier.types import Row
 
 Keys = NDArray[np.uint64]
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER, _WORD = re.compile(r"\d+"), re.compile(r"\w+")
 
 
 def key(*texts: str) -> int:
@@ -67,11 +67,15 @@ def masked(text: str) -> str:
 
 
 def compared(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Of each row what is asked, and all of it that is text; the same object where that is all."""
+    """Of each row what is asked, and all of it that is text.
+
+    Of a text with its partner that is the text: many have one partner, a paragraph for instance, which
+    would make them alike.
+    """
     inputs = [normal(asked(row)) for row in rows]
     wholes = []
     for row, text in zip(rows, inputs, strict=True):
-        answer = written(row)
+        answer = written(row) if row.positive is None else ()
         wholes.append(f"{text}\n{normal(' '.join(answer))}" if answer else text)
     return inputs, wholes
 
@@ -79,10 +83,10 @@ def compared(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
 def teaching(row: Row) -> int:
     """Key of what tells rows apart however alike their texts are; 0 for what is only written.
 
-    That is a label, tags or a rating; of judged answers, the judgement and the answer preferred, as
+    That is a label, tags, a rating or the words of a partner; of judged answers, the judgement and the answer preferred, as
     rows that prefer each other's rejected answer have the same texts.
     """
-    said: Any = named(row)
+    said: Any = named(row) if row.positive is None else tuple(_WORD.findall(normal(row.positive)))
     if said is None and row.reply is not None:
         chosen = [normal(turn.content) for turn in row.reply] if row.rejected is not None else []
         said = (*chosen, repr(row.rating), repr(row.desirable))
