@@ -83,8 +83,8 @@ def compared(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
 def teaching(row: Row) -> int:
     """Key of what tells rows apart however alike their texts are; 0 for what is only written.
 
-    That is a label, tags, a rating or the words of a partner; of judged answers, the judgement and the answer preferred, as
-    rows that prefer each other's rejected answer have the same texts.
+    That is a label, tags, a rating or the words of a partner; of judged answers, the judgement and the
+    answer preferred, as rows that prefer each other's rejected answer have the same texts.
     """
     said: Any = named(row) if row.positive is None else tuple(_WORD.findall(normal(row.positive)))
     if said is None and row.reply is not None:
