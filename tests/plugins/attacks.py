@@ -1,7 +1,8 @@
 """Clients that try to take a server down: ``python attacks.py NAME PORT KEYS``, a process each.
 
-They come from 127.0.0.2, so that others on this machine come from elsewhere. Each prints one line of
-JSON: how often it got which answer, and the last answer of each kind.
+Each comes from an address of its own (127.0.0.2 and on): what one is refused for protects the server
+from none of the others. Each prints one line of JSON: how often it got which answer, and the last
+answer of each kind.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
-ADDRESS = "127.0.0.2"
 SECONDS = 8
 """Of an attack at least: one that is over sooner is made again."""
 LARGE = 24_000_000
@@ -30,15 +30,15 @@ SIGNATURE = (
 class Attacker:
     """Sends what is hostile, and counts what comes back."""
 
-    def __init__(self, port: int, keys: dict[str, str]) -> None:
-        self.port, self.keys = port, keys
+    def __init__(self, address: str, port: int, keys: dict[str, str]) -> None:
+        self.address, self.port, self.keys = address, port, keys
         self.answers: Counter[str] = Counter()
         self.last: dict[str, str] = {}
         self.lock = threading.Lock()
 
     def connect(self) -> socket.socket:
         made = socket.create_connection(
-            ("127.0.0.1", self.port), timeout=60, source_address=(ADDRESS, 0)
+            ("127.0.0.1", self.port), timeout=60, source_address=(self.address, 0)
         )
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return made
@@ -301,7 +301,8 @@ ATTACKS = {
 
 
 def main(name: str, port: str, keys: str) -> None:
-    attacker = Attacker(int(port), json.loads(keys))
+    address = f"127.0.0.{2 + list(ATTACKS).index(name)}"
+    attacker = Attacker(address, int(port), json.loads(keys))
     began = time.monotonic()
     while time.monotonic() - began < SECONDS:
         ATTACKS[name](attacker)
