@@ -327,11 +327,11 @@ class _Encoder:
             except RecipeError as error:
                 self._problem(row, "row.template", str(error), "See the message.")
                 continue
-            longest = max(view.longest for view in _largest(self.objective, example))
-            if longest <= self.context or self.objective.packs:
+            refused = self.objective.refused_length(example, self.context)
+            if refused is None:
                 examples.append(example)
             elif self.long_rows == "error":
-                self._too_long(row, example, longest)
+                self.problems.append(refused.at(row.file, row.line))
             elif self.long_rows == "drop":
                 self.dropped += 1
             else:
@@ -352,29 +352,6 @@ class _Encoder:
             return None
         self.truncated += 1
         return shorter
-
-    def _too_long(self, row: Row, example: Example, longest: int) -> None:
-        views = self.objective.views(example)
-        if written := longest - max(view.longest for view in views):
-            self._problem(
-                row,
-                "row.too_long",
-                f"{longest} tokens are more than the model's context of {self.context}; {written} of "
-                "them are for what the network is to write.",
-                "Shorten the prompt, write less, or choose `data.long_rows=drop`.",
-            )
-            return
-        lost = sum(float(view.weight_T[self.context :].sum()) for view in views)
-        lost /= sum(view.weight for view in views)
-        cost = f"cutting the row would lose {lost:.0%} of what it teaches"
-        if example.source_T is not None and len(example.source_T) == longest:
-            cost = f"cutting the prompt would lose {1 - self.context / longest:.0%} of it"
-        self._problem(
-            row,
-            "row.too_long",
-            f"{longest} tokens are more than the model's context of {self.context}; {cost}.",
-            "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`.",
-        )
 
     def _problem(self, row: Row, rule: str, message: str, fix: str) -> None:
         self.problems.append(Problem(row.file, row.line, rule, message, fix))

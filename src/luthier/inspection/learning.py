@@ -257,19 +257,8 @@ class Learning(Check):
     ) -> int:
         """Learned tokens of a row; what does not fit joins ``problems``."""
         views = objective.views(example)
-        rooms = [room for view in views for room in objective.room(view)]
-        longest = max(room.longest for room in rooms)
-        weight = sum(view.weight for view in views)
-        if longest > self.context and not objective.packs:
-            written = longest - max(view.longest for view in views)
-            lost = sum(float(view.weight_T[self.context :].sum()) for view in views)
-            cost = f"cutting it would lose {lost / max(weight, 1e-9):.0%} of what it teaches"
-            if written:
-                cost = f"{written} of them are for what the network is to write"
-            message = (
-                f"{longest} tokens are more than the model's context of {self.context}; {cost}."
-            )
-            problems.append((index, TOO_LONG.id, message, ""))
+        if refused := objective.refused_length(example, self.context):
+            problems.append((index, TOO_LONG.id, refused.message, refused.fix))
         learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
         if not learned and objective.fixed:
             problems.append((index, NOTHING.id, "no token of the row is learned.", ""))

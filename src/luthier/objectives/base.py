@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.labels import standard_error
 from luthier.models.heads import Head, Task
 from luthier.types import Example, Loss, Row
@@ -299,6 +299,31 @@ class Objective(BaseModel):
     def cut(self, example: Example, context: int) -> Example:
         """``example`` with at most ``context`` tokens, its end cut off."""
         return cut_end(example, context)
+
+    def refused_length(self, example: Example, context: int) -> RowRefused | None:
+        """Why a row has no room in ``context`` tokens; ``None`` where it has, or needs none."""
+        views = self.views(example)
+        longest = max(room.longest for view in views for room in self.room(view))
+        if longest <= context or self.packs:
+            return None
+        text = f"{longest} tokens are more than the model's context of {context}; "
+        if written := longest - max(view.longest for view in views):
+            text += f"{written} of them are for what the network is to write."
+            return RowRefused(
+                "row.too_long",
+                text,
+                "Shorten the prompt, write less, or choose `data.long_rows=drop`.",
+            )
+        weight = sum(view.weight for view in views)
+        if example.source_T is not None and len(example.source_T) == longest:
+            text += f"cutting the prompt would lose {1 - context / longest:.0%} of it."
+        elif max(np.count_nonzero(view.weight_T) for view in views) > 1:
+            lost = sum(float(view.weight_T[context:].sum()) for view in views) / weight
+            text += f"cutting the row would lose {lost:.0%} of what it teaches."
+        else:  # what it teaches is one label, rating or partner of the whole text
+            text += f"cutting the row would lose {1 - context / longest:.0%} of its longest text."
+        fix = "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`."
+        return RowRefused("row.too_long", text, fix)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss of one micro-batch."""
