@@ -7,7 +7,7 @@ import random
 import pytest
 
 from luthier.errors import DataError
-from luthier.evaluation.labels import differ, entities, scores, standard_error
+from luthier.evaluation.labels import differ, entities, label_remarks, scores, standard_error
 from luthier.types import Row
 
 
@@ -84,3 +84,20 @@ def test_scores_differ_where_two_standard_errors_lie_between() -> None:
     assert not differ(0.80, 0.84, 200)
     assert differ(0.80, 0.84, 2000)
     assert differ(0.84, 0.80, 2000)
+
+
+def test_remarks_name_unknown_labels_and_mistakes() -> None:
+    truth = ["a", "a", "a", "b", "c", "c"]
+    given = ["a", "b", "b", "b", "a", "b"]
+    rows = [Row("f", n, text="x", label=t) for n, t in enumerate(truth)]
+    scores_of = {"a": 0.5, "b": 0.5}
+    found = label_remarks(rows, [{"label": g, "scores": scores_of} for g in given])
+    error = standard_error(2 / 6, 6)
+    assert found == [
+        f"accuracy 33.3% ± {2 * error:.1%} (95 %)",
+        "2 of the rows have labels that the model was not trained with, which it can only get wrong: c",
+        "answered wrong most often: b for a (2 of 3)",
+    ]
+    # Several labels a row have no single mistake.
+    several = [Row("f", 0, text="x", label=("a", "b"))]
+    assert label_remarks(several, [{"label": ["a"]}]) == []

@@ -167,6 +167,12 @@ def test_words_get_tags(
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["tags"] for line in lines] == [row["tags"] for row in TAGGED]
     assert "fox[B-thing] is[I-thing]" in command("predict", model_id, "the fox is here")
+    plain = tmp_path / "texts.txt"
+    plain.write_text("the fox is here\n\nthe dog\n")
+    texts = [
+        json.loads(line) for line in command("predict", model_id, "--input", plain).splitlines()
+    ]
+    assert [len(line["tags"]) for line in texts] == [4, 2]
 
 
 def test_what_reads_does_not_write_and_the_other_way_round(

@@ -130,7 +130,9 @@ def _report(
         return
     for name, score in found.scores.items():
         print_text(f"{name}: {score:.4f}")
-    print_text(f"{found.rows} rows of {data} in {seconds:.0f} s")
+    for remark in found.remarks:
+        print_text(remark)
+    print_text(f"{found.rows:,} rows of {data} in {seconds:.0f} s")
     if text := long_rows_summary(found):
         note(text)
     if target is not None:
@@ -139,15 +141,19 @@ def _report(
 
 @data_errors("nothing was predicted")
 def read_inputs(source: Path) -> list[Row]:
-    """Rows of a JSONL file with ``text``, ``tokens``, or ``prompt`` and ``completion``.
+    """Rows of a JSONL file with ``text``, ``tokens``, or ``prompt`` and ``completion``; or lines.
 
-    Labels and other keys are passed over.
+    Labels and other keys are passed over. Of plain text (``.txt``) each line is one text.
     """
     from luthier.data.read import read_records
 
     problems: list[Problem] = []
     rows: list[Row] = []
     for line, record in read_records(source, problems):
+        if source.suffix.lower() == ".txt":
+            texts = enumerate(str(record["text"]).splitlines(), line)
+            rows += [_row(str(source), number, text) for number, text in texts if text.strip()]
+            continue
         text, tokens = record.get("text"), record.get("tokens")
         prompt, reply = record.get("prompt"), record.get("completion")
         if isinstance(text, str) and text.strip():

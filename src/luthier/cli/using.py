@@ -121,7 +121,9 @@ def chat(
 def predict(
     model: Annotated[str, typer.Argument(help="Custom model that gives labels.")],
     text: Annotated[str | None, typer.Argument(help="What to label.")] = None,
-    input_: Annotated[Path | None, typer.Option("--input", help="JSONL of texts.")] = None,
+    input_: Annotated[
+        Path | None, typer.Option("--input", help="JSONL of texts, or .txt with one a line.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL of texts and answers.")] = None,
     json_: Json = False,
 ) -> None:

@@ -38,6 +38,8 @@ class Evaluation:
     """Rows that were left out, as they are longer than the model's context."""
     truncated: int = 0
     """Rows that were cut to the context."""
+    remarks: list[str] = field(default_factory=list)
+    """What the scores do not say, in sentences: how sure they are, and what is answered wrong."""
 
     def plain(self) -> dict[str, Any]:
         """Scores and count, without the answers; how many were not graded, left out or cut, if any."""
@@ -45,7 +47,8 @@ class Evaluation:
             "ungraded": len(self.problems), "dropped": self.dropped, "truncated": self.truncated
         }  # fmt: skip
         found: dict[str, Any] = {"rows": self.rows, "scores": self.scores}
-        return found | {name: count for name, count in counts.items() if count}
+        found |= {name: count for name, count in counts.items() if count}
+        return found | ({"remarks": self.remarks} if self.remarks else {})
 
 
 def check_shapes(rows: Sequence[Row], objective: Objective) -> None:

@@ -16,6 +16,9 @@ from typing import Any
 from luthier.errors import DataError, Problem
 from luthier.types import Row
 
+SHOWN = 5
+"""Labels, or pairs of labels that were mistaken, that a remark names."""
+
 
 def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Scores of ``answers`` to ``rows`` that hold the truth, each from 0 to 1 but for errors."""
@@ -58,6 +61,41 @@ def differ(share: float, other: float, rows: int) -> bool:
     """Whether two shares of so many rows each are two standard errors of their difference apart."""
     error = math.hypot(standard_error(share, rows), standard_error(other, rows))
     return abs(share - other) >= 2 * error
+
+
+def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the scores of single labels do not say: how sure they are, and where the mistakes lie.
+
+    Named are the labels of the rows that the answers have no score for, which no answer can be, and the
+    labels that are mistaken for each other most often.
+    """
+    pairs = [
+        (row.label, answer["label"])
+        for row, answer in zip(rows, answers, strict=True)
+        if isinstance(row.label, str)
+    ]
+    if not pairs or len(pairs) < len(rows):
+        return []
+    right = sum(truth == answer for truth, answer in pairs) / len(pairs)
+    remarks = [f"accuracy {right:.1%} ± {2 * standard_error(right, len(pairs)):.1%} (95 %)"]
+    wanted = Counter(truth for truth, _ in pairs)
+    unknown = [name for name in wanted if name not in answers[0].get("scores", wanted)]
+    if unknown:
+        count = sum(wanted[name] for name in unknown)
+        some = ", ".join(unknown[:SHOWN]) + (", …" if len(unknown) > SHOWN else "")
+        have = "has a label" if count == 1 else "have labels"
+        remarks.append(
+            f"{count:,} of the rows {have} that the model was not trained with, which it can only get "
+            f"wrong: {some}"
+        )
+    wrong = Counter(pair for pair in pairs if pair[0] != pair[1] and pair[0] not in unknown)
+    if wrong:
+        most = [
+            f"{answer} for {truth} ({count:,} of {wanted[truth]:,})"
+            for (truth, answer), count in wrong.most_common(SHOWN)
+        ]
+        remarks.append(f"answered wrong most often: {', '.join(most)}")
+    return remarks
 
 
 def _set(label: str | Iterable[str] | None) -> frozenset[str]:

@@ -6,7 +6,7 @@ What training does with them is for ``data.long_rows``; the choices have the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from luthier.errors import DataError, Problem, RecipeError
@@ -39,12 +39,16 @@ class RowScores:
     """The rows that were read, and how many were not or not whole."""
     answers: list[dict[str, Any]]
     """What the model says of each of them."""
+    remarks: list[str] = field(default_factory=list)
+    """What the scores do not say."""
 
     def evaluation(self) -> Evaluation:
         """The scores and the counts."""
         rows = self.measured
         count, dropped, truncated = len(rows.rows), rows.dropped, rows.truncated
-        return Evaluation(self.scores, count, [], dropped=dropped, truncated=truncated)
+        return Evaluation(
+            self.scores, count, [], dropped=dropped, truncated=truncated, remarks=self.remarks
+        )
 
 
 def fit_rows(

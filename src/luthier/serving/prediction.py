@@ -81,7 +81,7 @@ class Predictor:
             DataError: for rows of another kind than the answers, and with ``error`` for long rows.
         """
         from luthier.evaluation.evaluate import check_shapes
-        from luthier.evaluation.labels import scores
+        from luthier.evaluation.labels import label_remarks, scores
         from luthier.evaluation.preferences import ranking_scores
         from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
 
@@ -107,12 +107,14 @@ class Predictor:
         if rows and rows[0].positive is not None:
             anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
             ranks = partner_ranks(anchors, partners, [row.positive or "" for row in rows])
-            return RowScores(retrieval_scores(ranks), measured, first)
+            pool = len({row.positive for row in rows})
+            remark = f"each partner is looked for among the {pool:,} different ones of the rows"
+            return RowScores(retrieval_scores(ranks), measured, first, [remark])
         for row, answer in zip(rows, first, strict=True):
             if row.tags is not None:
                 # Words behind the cut were not read, so nothing was found in them.
                 answer["tags"] += ["O"] * (len(row.tags) - len(answer["tags"]))
-        return RowScores(scores(rows, first), measured, first)
+        return RowScores(scores(rows, first), measured, first, label_remarks(rows, first))
 
     def _read(
         self, examples: Sequence[Example], done: Callable[[int], None]
