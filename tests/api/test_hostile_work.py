@@ -139,7 +139,9 @@ SLEEP = {
 
 def at_work(server: Served, told: str) -> psutil.Process | None:
     """The process with ``told`` in its command line that has worked most, once it has begun."""
-    found = [each for each in processes(server)[1:] if told in " ".join(each.cmdline())]
+    # One that was idle for long has ended, and is waited for when the next is needed.
+    alive = (each for each in processes(server)[1:] if each.status() != psutil.STATUS_ZOMBIE)
+    found = [each for each in alive if told in " ".join(each.cmdline())]
     return max(found, key=lambda each: sum(each.cpu_times()[:2]), default=None)
 
 
