@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import socket
-import ssl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +17,6 @@ from echo_service import Server
 from served import served
 
 from luthier.api.connections import (
-    AT_ONCE,
     DISCARDED,
     PIPELINED,
     Connections,
@@ -343,33 +340,6 @@ def test_connections_are_counted_from_before_their_handshake(tls: bool) -> None:
         stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
         with pytest.raises(BlockingIOError):  # in all
             listening.accept()
-
-
-@pytest.mark.parametrize("tls", [False, True])
-def test_many_connections_of_one_address_are_all_answered(
-    tls: bool, certificate: tuple[Path, Path]
-) -> None:
-    """Those behind the first of an address are taken in turn, and none is forgotten."""
-    certfile, keyfile = map(str, certificate)
-    options = {"ssl_certfile": certfile, "ssl_keyfile": keyfile} if tls else {}
-    context = ssl.create_default_context(cafile=certfile)
-    count = 3 * AT_ONCE
-    limits = ServerLimits(connections_per_address=count)
-    with served(Server(limits).app, limits, **options) as address, ExitStack() as stack:
-        port = urlsplit(address).port or 0
-        plain = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", port), 20))
-            for _ in range(count)
-        ]
-        clients = [
-            stack.enter_context(context.wrap_socket(each, server_hostname="127.0.0.1"))
-            if tls
-            else each
-            for each in plain
-        ]
-        for client in clients:
-            client.sendall(HEAD + b"\r\n")
-        assert all(client.recv(4096).startswith(b"HTTP/1.1 200 ") for client in clients)
 
 
 def test_requests_that_are_sent_ahead_are_few(server: Server) -> None:

@@ -17,10 +17,10 @@ import os
 import resource
 import socket
 import time
-from collections import Counter, deque
-from collections.abc import Callable, MutableMapping
+from collections import Counter
+from collections.abc import MutableMapping
 from contextlib import ExitStack, suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 from weakref import WeakSet
@@ -49,11 +49,6 @@ ACCEPT_BUDGET = 128
 may be a thousand such looks a second, and other threads hold the interpreter between them."""
 ACCEPT_COST = 8
 """One that is taken counts as so many: it costs a quarter of a millisecond."""
-AT_ONCE = 32
-"""Open connections of an address up to which a new one is taken at once. For further ones a protocol is
-made a moment later, a few at a time: who comes behind two hundred of them waited for all of that."""
-LATER, LATER_SECONDS = 8, 0.002
-"""So many of those are taken in turn, and after so long the next."""
 TCP_CLOSE_WAIT = 8
 """State of a connection whose other end has closed it, in Linux's ``tcp_states.h``."""
 EXPLANATIONS_PER_SECOND = 100
@@ -86,11 +81,6 @@ class Connections:
         self.by_client: Counter[str] = Counter()
         # Weak: a TLS handshake that fails ends without a word to its protocol.
         self._open: WeakSet[LimitedHttpProtocol] = WeakSet()
-        self._factories: dict[bool, tuple[Callable[[], LimitedHttpProtocol], Config]] = {}
-        """What makes a protocol of a server, and the server's configuration, by whether it has TLS."""
-        self._closing = False
-        self._later: deque[tuple[CountedSocket, bool]] = deque()
-        self._taking: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -103,44 +93,9 @@ class Connections:
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> LimitedHttpProtocol:
         """The protocol of a new connection, as uvicorn's ``http_protocol_class`` makes it."""
-        if config.is_ssl not in self._factories:
-            factory = partial(self.protocol, config, server_state, app_state, _loop)
-            self._factories[config.is_ssl] = factory, config
         made = LimitedHttpProtocol(self, config, server_state, app_state, _loop)
         self._open.add(made)
         return made
-
-    def take_later(self, accepted: CountedSocket, tls: bool) -> bool:
-        """Make a protocol for a connection when it is its turn; ``False`` before the first of all."""
-        if tls not in self._factories:
-            return False
-        self._later.append((accepted, tls))
-        if len(self._later) == 1:
-            asyncio.get_running_loop().call_later(LATER_SECONDS, self._take_some)
-        return True
-
-    def _take_some(self) -> None:
-        loop = asyncio.get_running_loop()
-        for _ in range(min(LATER, len(self._later))):
-            task = loop.create_task(self._take(*self._later.popleft()))
-            self._taking.add(task)
-            task.add_done_callback(self._taking.discard)
-        if self._later:
-            loop.call_later(LATER_SECONDS, self._take_some)
-
-    async def _take(self, accepted: CountedSocket, tls: bool) -> None:
-        factory, config = self._factories[tls]
-        loop = asyncio.get_running_loop()
-        with suppress(OSError):  # of a handshake, or a client that left; the socket is closed then
-            _, made = await loop.connect_accepted_socket(
-                factory, accepted, ssl=config.ssl if tls else None
-            )
-            if self._closing:
-                made.shutdown()
-
-    def close(self) -> None:
-        """The servers end: connections that are still taken end as those that wait for a request."""
-        self._closing = True
 
     def listen(self, host: str, port: int, tls: bool) -> list[LimitedSocket]:
         """Sockets on ``port`` of every address of ``host`` that this machine has.
@@ -266,13 +221,11 @@ class LimitedSocket(socket.socket):
             elif by_client.total() >= self._connections.limits.connections:
                 self._refuse(descriptor, address[0], TOO_MANY_IN_ALL, explain=False)
             else:
+                self._spent += ACCEPT_COST - 1
                 made = CountedSocket(self, descriptor, client, by_client)
                 if made.is_half_closed():
                     # Most have left, and cost as much as others until that is noticed.
                     self._connections.pace.charge_refusal(client)
-                if by_client[client] > AT_ONCE and self._connections.take_later(made, self._tls):
-                    continue
-                self._spent += ACCEPT_COST - 1
                 return made, address
         self._spent = 0
         raise BlockingIOError

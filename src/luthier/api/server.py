@@ -98,7 +98,6 @@ async def _run(
     loop = asyncio.get_running_loop()
 
     def end() -> None:
-        connections.close()
         for server in servers:
             # The second signal does not wait for requests in flight.
             server.force_exit = server.should_exit
