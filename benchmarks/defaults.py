@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 
 from children import run
 from luthier.evaluation.baselines import MOST_ROWS, Baseline, Comparison, render
+from luthier.evaluation.labels import standard_error
 
 Rows = list[dict[str, Any]]
 ENCODER, DECODER = "all-minilm-l6-v2", "smollm2-135m-instruct"
@@ -211,7 +211,7 @@ def table_row(data: Path, case: Case, trials: int) -> str:
         assert best is not None
         gap = f"{found.gain(best):+.3f}"
         if found.measure in ("accuracy", "recall_at_1"):
-            gap += f" (own error {math.sqrt(tuned * (1 - tuned) / found.rows):.3f})"
+            gap += f" (own error {standard_error(tuned, found.rows):.3f})"
         cells += [f"{best.name}, {render(found.measure, best.score)}", gap]
         if trials:
             run_search(home, case, train, trials)

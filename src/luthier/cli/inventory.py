@@ -258,14 +258,26 @@ def pull_model(model_id: str, as_json: bool) -> None:
 
 def export_model(model_id: str, folder: Path, merged: bool, as_json: bool) -> None:
     """Write a model for other software."""
+    from luthier.models.load import read_config
+    from luthier.models.nets import NETS
     from luthier.serving.export import export
+    from luthier.store.models import objective_of
 
-    target = export(find(model_id), folder, merged)
+    stored = find(model_id)
+    target = export(stored, folder, merged)
+    network = read_config(stored.network_folder, objective_of(stored).head()).model_type
     if as_json:
         files = sorted(path.name for path in target.iterdir())
-        print_json({"id": model_id, "folder": str(target), "files": files})
-    else:
-        print_text(f"{model_id} was written to {target}")
+        report = {"id": model_id, "folder": str(target), "network": network, "files": files}
+        print_json(report | {"own_network": network in NETS})
+        return
+    print_text(f"{model_id} was written to {target}")
+    if network in NETS:
+        text = f"Its network, {network}, is one of luthier's: transformers loads it after "
+        text += "`luthier.models.nets.register()`."
+        if (target / "adapter_config.json").exists():
+            text = f"PEFT does not find its network, {network}, from the base: export it with --merged."
+        print_text(text)
 
 
 def remove(model_id: str, as_json: bool) -> None:
