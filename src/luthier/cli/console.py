@@ -150,25 +150,31 @@ def can_draw() -> bool:
 class ProgressLines:
     """Progress where no bar can move: a line soon, then one now and then, each with the time left."""
 
-    def __init__(self, name: str, first: float = 0.0) -> None:
-        """Of what is done within ``first`` seconds nothing is told; if 0, it begins with an update."""
-        self.name = name
+    def __init__(self, name: str, first: float = 0.0, percent: bool = False) -> None:
+        """Of what is done within ``first`` seconds nothing is told; if 0, it begins with an update.
+
+        With ``percent`` the numbers done and in all are not shown, which people would not know.
+        """
+        self.name, self.percent = name, percent
         self._began = (time.monotonic(), 0) if first else None
         self._next = time.monotonic() + first
-        self._lines = 0
+        self._lines, self._ended = 0, False
 
     def update(self, done: int, total: int, text: str = "") -> None:
         """``done`` of ``total`` are done; ``text`` says more of how it goes."""
         now = time.monotonic()
         if self._began is None:
             self._began = (now, done)
-        if now < self._next and not (done >= total and self._lines):
+        ends = done >= total and self._lines > 0 and not self._ended
+        if now < self._next and not ends:
             return
+        self._ended = done >= total
         start, first = self._began
         left = ""
         if first < done < total:
             left = f", {format_duration((now - start) / (done - first) * (total - done))} left"
-        shown = f"  {self.name} {done:,} of {total:,}{left}"
+        part = f"{done / max(1, total):.0%}" if self.percent else f"{done:,} of {total:,}"
+        shown = f"  {self.name} {part}{left}"
         sys.stderr.write(printable(f"{shown}: {text}" if text else shown) + "\n")
         sys.stderr.flush()
         # A job of days needs no line every ten seconds.

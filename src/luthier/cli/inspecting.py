@@ -94,11 +94,11 @@ def bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     from luthier.cli.console import new_console
 
     if not can_draw():
-        lines = ProgressLines("inspected", first=SECONDS_TO_SECOND_LINE)
+        lines = ProgressLines("inspected", first=SECONDS_TO_SECOND_LINE, percent=True)
 
         def say(at: Progress) -> None:
             text = f"{at.rows:,} rows, {at.problems:,} problems"
-            lines.update(100 * at.done_bytes // max(1, at.total_bytes), 100, text)
+            lines.update(at.done_bytes, at.total_bytes, text)
 
         yield (lambda _: None) if quiet else say
         return

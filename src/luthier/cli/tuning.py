@@ -103,8 +103,9 @@ def print_result(result: Result) -> None:
         held = f", validation {shown}"
     out = new_console(highlight=False)
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
+    steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     out.print(
-        f"  {result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s; "
+        f"  {steps}, {result.tokens:,} tokens in {result.seconds:.0f} s; "
         f"loss {result.train_loss:.4f}{held}; peak memory {result.peak_memory_bytes / 1e9:.2f} GB",
         soft_wrap=True,
     )

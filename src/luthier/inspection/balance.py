@@ -33,7 +33,7 @@ SMALL = Rule(
     "warning",
     "A class has fewer than 8 training rows.",
     "What so few rows teach depends on which they are.",
-    "Add rows of it, or merge it with a class that is near.",
+    "Add rows of it, or merge it with a class of nearly the same meaning.",
     whole=True,
 )
 SPELLING = Rule(
@@ -133,7 +133,8 @@ class Balance(Check):
                     f"{shown(name)} has {_rows(count)}; {FEWEST - count} more would make {FEWEST}."
                 )
                 fix = (
-                    f"Add {FEWEST - count} rows with this label, or merge it with one that is near."
+                    f"Add {FEWEST - count} rows with this label, or merge it with one of nearly the "
+                    "same meaning."
                 )
                 findings.add(Finding(SMALL, self._places["train", name], message, fix))
         if len(train) < 2 or self._tagged:

@@ -64,8 +64,9 @@ def warnings(report: Report, data: str) -> list[str]:
             continue
         by_row = True
         places = [each.place for each in found.kept[rule.id]]
-        text = f"warning: [{rule.id}] {rule.about} {found.counts[rule.id]:,} times: "
-        text += f"{listed(places, PLACES)}." if found.counts[rule.id] <= PLACES else (
+        count = found.counts[rule.id]
+        text = f"warning: [{rule.id}] {rule.about} {f'{count:,} times' if count > 1 else 'Once'}: "
+        text += f"{listed(places, PLACES)}." if count <= PLACES else (
             f"{listed(places[:PLACES], PLACES)}, …"
         )  # fmt: skip
         lines.append(f"{text} {rule.fix or first.fix}".rstrip())
