@@ -50,6 +50,7 @@ def tuned(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[...,
             data__validation_share=0,
             training__learning_rate=3e-3,
             training__epochs=10,
+            training__batch_size=8,
             training__precision="float32",
             **fields,
         )
