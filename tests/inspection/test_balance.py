@@ -40,6 +40,17 @@ def test_small_classes_say_how_many_rows_are_missing() -> None:
     assert report.findings.kept["label.few_rows"][0].fix.startswith("Add 5 rows")
 
 
+def test_a_rare_label_may_be_a_misspelt_one() -> None:
+    names = ["refund"] * 10 + ["login 1"] * 10 + ["refudn", "login 2"]
+    report = inspect_rows({"train": rows(*names)}, [Balance()])
+    assert messages(report)["label.few_rows"] == [
+        'train:22: "login 2" has 1 row; 7 more would make 8.',
+        'train:21: "refudn" has 1 row; 7 more would make 8. "refund" has 10 rows.',
+    ]
+    fixes = [each.fix for each in report.findings.kept["label.few_rows"]]
+    assert fixes[1].startswith('If "refund" is meant, write it so; if not: Add 7 rows')
+
+
 def test_one_class_unseen_labels_and_spelling() -> None:
     one = inspect_rows({"train": rows(*"aaaa")}, [Balance()])
     assert messages(one) == {"label.one_class": ['train: every row has the label "a".']}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
 from luthier.data.read import shown
@@ -54,6 +55,10 @@ UNEVEN = Rule(
 )
 FEWEST = 8
 """Rows of a class: the fewest with which Tunstall et al. (SetFit, arXiv:2209.11055) report figures."""
+FREQUENT = 5
+"""So many times the rows of a rare label has the one that it may be a misspelling of."""
+MOST_COMPARED = 1000
+"""Labels up to which each rare one is compared with the frequent ones."""
 SHOWN = 200
 """Labels of the summary, the most frequent first."""
 
@@ -136,6 +141,9 @@ class Balance(Check):
                     f"Add {FEWEST - count} rows with this label, or merge it with one of nearly the "
                     "same meaning."
                 )
+                if meant := _misspelt(name, train):
+                    message += f" {shown(meant)} has {_rows(train[meant])}."
+                    fix = f"If {shown(meant)} is meant, write it so; if not: {fix}"
                 findings.add(Finding(SMALL, self._places["train", name], message, fix))
         if len(train) < 2 or self._tagged:
             return
@@ -189,3 +197,11 @@ def labels_of(row: Row) -> Iterable[str]:
 
 def _rows(count: int) -> str:
     return f"{count} row{'' if count == 1 else 's'}"
+
+
+def _misspelt(name: str, counts: Mapping[str, int]) -> str | None:
+    """A much more frequent label that is written nearly as ``name``; numbers are no misspellings."""
+    if len(counts) > MOST_COMPARED or any(character.isdigit() for character in name):
+        return None
+    frequent = [other for other, count in counts.items() if count >= FREQUENT * counts[name]]
+    return next(iter(get_close_matches(name, frequent, 1, cutoff=0.8)), None)
