@@ -282,9 +282,11 @@ class Trainer:
         model = store.load(self.job.base, machine.dtype, machine.device, head)
         if new_weights(model):
             classes = f" of {len(head.labels)} classes" if len(head.labels) > 1 else ""
-            self.reporter.note(
-                f"a new head{classes} is made: {self.job.base.id} has none that fits"
-            )
+            why = f": {self.job.base.id} has none that fits"
+            if own := store.objective_of(self.job.base).head().labels:
+                some = ", ".join(own[:5]) + (", …" if len(own) > 5 else "")
+                why = f"; the old one, of {some}, is left out"
+            self.reporter.note(f"a new head{classes} is made{why}")
         if getattr(model.config, "attention_dropout", 0):
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, machine.device, machine.dtype)
