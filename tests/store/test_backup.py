@@ -24,7 +24,7 @@ from sqlalchemy import select, text
 
 from luthier.encryption import keys
 from luthier.errors import CorruptFile, RefusedInput, RunConflict
-from luthier.files import sha256_of, write_bytes, write_json
+from luthier.files import lock, sha256_of, write_bytes, write_json
 from luthier.store import accounts, principals
 from luthier.store import backup as backups
 from luthier.store.audit import Event, append, last, verify
@@ -120,6 +120,22 @@ def test_there_and_back(database: Database, store: Path, tmp_path: Path) -> None
     ]
     for key in (home / "server.key", tmp_path / "backup" / "server.key"):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+def test_what_a_killed_restore_left_goes_and_two_do_not_mix(
+    database: Database, store: Path, tmp_path: Path
+) -> None:
+    backup(database, store, tmp_path / "backup")
+    home, left = tmp_path / "other", tmp_path / ".tmp-other~killed"
+    left.mkdir()
+    (left / "part").write_bytes(b"half of it")
+    with lock(tmp_path / ".other.restoring") as free:
+        assert free
+        with pytest.raises(RunConflict, match="another restore"):
+            restore(tmp_path / "backup", home)
+    assert left.exists() and not home.exists()
+    restore(tmp_path / "backup", home)
+    assert home.exists() and not list(tmp_path.glob(".*"))
 
 
 def modes_below(folder: Path) -> set[tuple[bool, int]]:

@@ -36,10 +36,12 @@ from luthier.encryption.keys import Keyring, keys_in
 from luthier.errors import CorruptFile, LuthierError, RefusedInput, RunConflict
 from luthier.files import (
     hashes_of,
+    lock,
     need_disk,
     new_folder,
     read_json,
     sha256_of,
+    sweep,
     write_json,
 )
 from luthier.models.catalog import CATALOG
@@ -182,22 +184,39 @@ def restore(
         )
     kept = [name for name in hashes if name != DUMP and name not in changed]
     size = sum((source / name).stat().st_size for name in kept)
-    need_disk(home, size, "the restored store")
-    with new_folder(home, private=True) as folder:
-        for name in kept:
-            plain = PurePosixPath(name)
-            place = folder / (plain.relative_to(FILES) if plain.parts[0] == FILES else plain)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, place)
-        if key:
-            shutil.copyfile(source / KEY, folder / KEY)
-        if home.exists():
-            try:
-                home.rmdir()
-            except OSError as error:  # it took long: something may have begun to work there
-                raise RunConflict(f"{home} is not empty any more; nothing was restored") from error
+    with _alone(home):
+        need_disk(home, size, "the restored store")
+        with new_folder(home, private=True) as folder:
+            for name in kept:
+                plain = PurePosixPath(name)
+                place = folder / (plain.relative_to(FILES) if plain.parts[0] == FILES else plain)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, place)
+            if key:
+                shutil.copyfile(source / KEY, folder / KEY)
+            if home.exists():
+                try:
+                    home.rmdir()
+                except OSError as error:  # it took long: something may have begun to work there
+                    raise RunConflict(
+                        f"{home} is not empty any more; nothing was restored"
+                    ) from error
     there = DATABASE in hashes or DUMP in hashes
     return Backup(len(kept), size, there, key, tuple(found.texts), found.unread)
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """No other restore makes ``home`` meanwhile, and what a killed one left beside it goes."""
+    place = home.parent / f".{home.name}.restoring"
+    with lock(place) as free:
+        if not free:
+            raise RunConflict(f"another restore into {home} is at work; nothing was restored")
+        sweep(home.parent, home.name)
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
 
 
 def _manifest(source: Path) -> tuple[dict[str, str], bool]:
