@@ -124,30 +124,37 @@ async def send_answer(send: Send, receive: Receive, answer: Answer, run: Run) ->
     if isinstance(body, bytes):
         await send({"type": "http.response.body", "body": body})
     else:
-        await _stream(send, receive, body, run)
+        length = next((int(value) for name, value in headers if name == b"content-length"), None)
+        await _stream(send, receive, body, run, length)
     return answer.status
 
 
-async def _stream(send: Send, receive: Receive, pieces: Iterator[bytes], run: Run) -> None:
+async def _stream(
+    send: Send, receive: Receive, pieces: Iterator[bytes], run: Run, length: int | None
+) -> None:
     """Send pieces as they come; end the work as soon as the client has hung up.
 
-    Where the server ends first, the last piece is an error in the words of the face, if it has them.
+    One that has all of its ``length`` bytes may hang up: it has its answer. Where the server ends
+    first, the last piece is an error in the words of the face, if it has them.
     """
     gone = asyncio.ensure_future(hung_up(receive))
     piece: asyncio.Future[bytes | None] | None = None
+    sent = 0
     try:
         while True:
             piece = asyncio.ensure_future(run(partial(next, pieces, None)))
             await asyncio.wait((piece, gone), return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
+            if gone.done() and sent != length:
                 # It may wait long for its next piece; closing wakes those that can be woken.
                 await run(close_pieces, pieces)
                 with suppress(Exception):
                     await piece
                 raise ClientGone
+            await asyncio.wait((piece,))
             if (found := piece.result()) is None:
                 break
             if found:
+                sent += len(found)
                 await send({"type": "http.response.body", "body": found, "more_body": True})
             else:
                 await asyncio.wait((gone,), timeout=POLL_SECONDS)
