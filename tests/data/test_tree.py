@@ -157,6 +157,7 @@ def test_padding_adds_lone_roots_and_nothing_else(rows: IdsAndWeights, multiple:
 
 @PROPERTY
 @given(rows_of_data, st.integers(1, 25))
+@example([((0, 0), (0.0,) * 2), ((9,) * 5, (0.0,) * 5), ((1,), (0.0,)), ((1, 0), (0.0,) * 2)], 2)
 def test_micro_batches_hold_each_row_once_within_the_budget(
     rows: IdsAndWeights, budget: int
 ) -> None:

@@ -155,9 +155,10 @@ def split_to_budget(
     rows = _by_group(sorted(examples, key=_sort_key))
     shared_R = _shared_prefixes(rows, share)
     parts = _fill(rows, shared_R, budget)
-    even = sum(row.tokens for row in rows) - sum(shared_R)
+    # Rows longer than the budget may take the mean above it.
+    even = min(budget, (sum(row.tokens for row in rows) - sum(shared_R)) // len(parts))
     for step in range(8):
-        smaller = even // len(parts) + (budget - even // len(parts)) * step // 8
+        smaller = even + (budget - even) * step // 8
         candidate = _fill(rows, shared_R, smaller)
         if len(candidate) == len(parts):
             return candidate
