@@ -91,7 +91,7 @@ def test_labels_spread_as_by_the_inverse(
     gap = np.abs(expected[:, 0] - expected[:, 1])
     for label, share, seen, clear in zip(found, expected, reached, gap > 1e-2, strict=True):
         if not seen:
-            assert label == -1
+            assert label == -100
         elif clear:
             assert label == share.argmax()
     assert f"{int(reached[2:].sum())} of 5 texts have a label of 0 or more" in notes[0]
@@ -103,7 +103,7 @@ def test_labels_spread_as_by_the_inverse(
     limit = expected.max(1) >= highest - 1e-2
     assert [place for place, label in enumerate(begun(network, sure, examples)[0]) if label >= 0]
     for place, label in enumerate(begun(network, sure, examples)[0]):
-        assert place < 2 or label == -1 or limit[place]
+        assert place < 2 or label == -100 or limit[place]
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "llama", "t5", "xlnet"])
@@ -147,13 +147,14 @@ def test_the_loss_of_a_step_whole_and_in_parts(
     network, objective, examples = ready(
         family_folder(family), SemiSupervised(unlabelled_weight=0.3)
     )
-    examples = labelled(examples, [0, 1, -1, 1, 0, -1, 1])
+    examples = labelled(examples, [0, 1, -100, 1, 0, -100, 1])
     expected = 0.0
     for example, weight in zip(examples, [1, 1, 0, 0.3, 0.3, 0, 0.3], strict=True):
         with torch.no_grad():
             scores_C = network.row_scores(network.batches([example], 1000)[0])[0]
         assert example.target is not None
-        expected -= weight * float(scores_C.double().log_softmax(-1)[int(example.target[0])])
+        if weight:
+            expected -= weight * float(scores_C.double().log_softmax(-1)[int(example.target[0])])
     total, weight, wanted, count = total_and_gradients(network, objective, examples, 10_000)
     assert count == 1
     assert total == pytest.approx(expected, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from luthier.models.heads import score_layer
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives import Classification
+from luthier.objectives import Classification, EncoderDistillation, SemiSupervised
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")
@@ -76,3 +77,34 @@ def test_the_same_rows_give_the_same_head(family_folder: Callable[[str], Path]) 
     heads = [score_layer(started(family_folder("bert"))[0].model) for _ in range(2)]
     assert heads[0] is not None and heads[1] is not None
     assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+@pytest.mark.parametrize("kind", [SemiSupervised, EncoderDistillation])
+def test_rows_without_a_label_are_left_out(
+    kind: type[Classification], family_folder: Callable[[str], Path]
+) -> None:
+    folder = family_folder("bert")
+    chat = load_chat_format(folder)
+    given = [
+        *rows(several=False),
+        *(Row("g", n, text=f"the {word}") for n, word in enumerate(WORDS)),
+    ]
+    network, plain, _, _ = started(folder)
+    objective = kind(probe=True).fit(given, chat)
+    assert objective.labels == plain.labels
+    examples = [objective.encode(row, index, chat) for index, row in enumerate(given)]
+    with torch.no_grad():
+        said = objective.start_head(network, examples, 2048)
+    assert said == "the new head starts from logistic regression on 24 rows"
+
+
+@pytest.mark.parametrize("kind", [Classification, SemiSupervised, EncoderDistillation])
+def test_texts_are_read_as_the_base_was_trained_to_be(
+    kind: type[Classification], family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(family_folder("bert"), tmp_path / "base"))
+    assert kind().bind_base(folder, None).head().pooling is None
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    bound = kind().bind_base(folder, None)
+    assert (bound.head().pooling, bound.starts_head) == ("mean", True)

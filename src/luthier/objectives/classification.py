@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
+NO_LABEL = -100
+"""Target of a row without a label, which torch's cross-entropy passes over."""
 PROBED_ROWS = 10_000
 """Rows that a new head starts from at most; more hardly move so few weights."""
 
@@ -184,7 +186,8 @@ class Classification(Objective):
         layer, classes = score_layer(network.model), len(self.labels or ())
         if not self.probe or layer is None or classes < 2:
             return ""
-        chosen = examples[:: -(-len(examples) // PROBED_ROWS)]
+        labelled = [each for each in examples if np.asarray(each.target).min() != NO_LABEL]
+        chosen = labelled[:: -(-len(labelled) // PROBED_ROWS)]
         features, targets = list[torch.Tensor](), list[np.ndarray[Any, Any]]()
         tap = layer.register_forward_pre_hook(
             lambda _, given: features.append(given[0].flatten(0, -2).float().cpu())

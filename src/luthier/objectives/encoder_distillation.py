@@ -18,15 +18,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
 from luthier.errors import RecipeError, RowRefused
-from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
-from luthier.objectives.classification import Classification, cut_text, encode_text, names_of
+from luthier.objectives.classification import NO_LABEL, Classification, encode_text, names_of
 from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
 
@@ -36,18 +35,17 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
 
-NO_LABEL = -100
-"""Class of a row without a label, which torch's cross-entropy passes over."""
 
-
-class EncoderDistillation(Taught):
+class EncoderDistillation(Taught, Classification):
     """Which class a text belongs to, from a teacher's opinion of it and the label."""
 
-    method: Literal["encoder_distillation"] = "encoder_distillation"
+    method: Literal["encoder_distillation"] = "encoder_distillation"  # type: ignore[assignment]
     teacher: str = ""
     """Id of the classifier to learn from; it has the student's tokenizer."""
     labels: tuple[str, ...] | None = None
     """The classes in the order of the head; the teacher's."""
+    multi_label: Literal[False] = False
+    """A text has one label."""
     temperature: float = Field(default=2.0, gt=0, le=1000)
     """Scores of both are divided by it; 2 in the authors' training."""
     soft: float = Field(default=5.0, gt=0, le=1e6)
@@ -59,18 +57,9 @@ class EncoderDistillation(Taught):
     teacher_width: int | None = Field(default=None, ge=1, le=10_000_000)
     """Numbers in a hidden state of the teacher; read from it."""
 
-    task: ClassVar[Task] = "sequence_classification"
-    evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
-    reads: ClassVar[bool] = True
+    measure: ClassVar[str] = Objective.measure
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
-
-    @property
-    def _classifier(self) -> Classification:
-        return Classification(labels=self.labels, multi_label=False)
-
-    def head(self) -> Head:
-        """One score for each class."""
-        return self._classifier.head()
+    augments: ClassVar[bool] = False
 
     def meet(self, name: str, other: Objective, width: int) -> Self:
         """The teacher must be a classifier of one label a text; its classes are learned."""
@@ -93,8 +82,7 @@ class EncoderDistillation(Taught):
         """Read the classes of the rows, where no teacher has told them."""
         if self.labels is not None:
             return self
-        found = self._classifier.fit([row for row in rows if row.label is not None], chat)
-        return self.model_copy(update={"labels": found.labels})
+        return super().fit([row for row in rows if row.label is not None], chat)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text; the class, or -100, is its target."""
@@ -106,13 +94,9 @@ class EncoderDistillation(Taught):
                 "Correct it, remove the row, or leave its label out.",
             )
         if row.label is not None:
-            return self._classifier.encode(row, index, chat)
+            return super().encode(row, index, chat)
         example = encode_text(row.text or "", index, chat)
         return replace(example, target=np.array([NO_LABEL]))
-
-    def cut(self, example: Example, context: int) -> Example:
-        """Keep the start and the closing token, and the weight."""
-        return cut_text(example, context)
 
     def extend(self, model: nn.Module) -> None:
         """Where the widths differ, a linear map from the student's hidden states to the teacher's."""
@@ -150,7 +134,9 @@ class EncoderDistillation(Taught):
         logq_RC = (ours_RC / self.temperature).log_softmax(-1)
         soft = F.kl_div(logq_RC, p_RC, reduction="sum") * self.temperature**2
         target_R = torch.from_numpy(np.concatenate(batch.tree.targets)).to(ours_RC.device)
-        hard = F.cross_entropy(ours_RC, target_R, ignore_index=NO_LABEL, reduction="sum")
+        hard = F.cross_entropy(
+            ours_RC, target_R, reduction="sum", label_smoothing=self.label_smoothing
+        )
         total = self.soft * soft + self.hard * hard
         if self.hidden:
             theirs_MH = theirs_NH[torch.from_numpy(seen.tree.node_M).to(theirs_NH.device)]
@@ -161,17 +147,13 @@ class EncoderDistillation(Taught):
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """The cross-entropy of the label, of the first class where a row has none; asks no teacher."""
         known = [replace(e, target=np.maximum(np.asarray(e.target), 0)) for e in examples]
-        return self._classifier.mean_loss(network, known, budget)
+        return Classification(labels=self.labels).mean_loss(network, known, budget)
 
     def described(self, example: Example) -> str:
         """The label of the row, where it has one."""
         if int(np.asarray(example.target)[0]) == NO_LABEL:
             return "without a label"
-        return self._classifier.described(example)
-
-    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: label and a probability for each class."""
-        return self._classifier.answers(network, batch)
+        return super().described(example)
 
 
 def _apart(network: Network, batch: TreeBatch, ours_NH: Tensor, theirs_MH: Tensor) -> Tensor:

@@ -22,16 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective
-from luthier.objectives.classification import Classification, cut_text, encode_text
-from luthier.objectives.shares import check_shares
+from luthier.objectives.classification import NO_LABEL, Classification, encode_text
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -40,20 +37,16 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
 
-NO_LABEL = -1
-"""Target of a row that has no label, or none that is sure enough."""
 FOLDS = 5
 """Parts of the labelled rows that are hidden in turn, to see whether they find their label again."""
 
 
-class SemiSupervised(Objective):
+class SemiSupervised(Classification):
     """Which class a text belongs to, from few labelled texts and many without a label."""
 
-    method: Literal["semi_supervised"] = "semi_supervised"
-    labels: tuple[str, ...] | None = None
-    """The classes in the order of the head; from the labelled training rows when not given."""
-    shares: tuple[float, ...] | None = None
-    """How frequent each class is, in the order of ``labels``; from the labelled rows when not given."""
+    method: Literal["semi_supervised"] = "semi_supervised"  # type: ignore[assignment]
+    multi_label: Literal[False] = False
+    """A text has one label."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Share of a text's likeliest label from which on it is learned."""
     unlabelled_weight: float = Field(default=1.0, gt=0, le=1e6)
@@ -63,27 +56,7 @@ class SemiSupervised(Objective):
     alpha: float = Field(default=0.9, gt=0, lt=1)
     """How far labels spread: what a text takes from its neighbours; 0.99 in the paper."""
 
-    measure: ClassVar[str] = "accuracy"
-    task: ClassVar[Task] = "sequence_classification"
-    evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
-    reads: ClassVar[bool] = True
-    shapes: ClassVar[frozenset[str]] = frozenset({"label"})
     beside: ClassVar[frozenset[str]] = frozenset({"label", "text"})
-    augments: ClassVar[bool] = True
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_shares(self.labels, self.shares)
-        return self
-
-    @property
-    def classifier(self) -> Classification:
-        """What is left of it when all rows have labels."""
-        return Classification(labels=self.labels, shares=self.shares, multi_label=False)
-
-    def head(self) -> Head:
-        """One score for each class."""
-        return self.classifier.head()
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the classes of the labelled rows, and check that there are others."""
@@ -94,20 +67,15 @@ class SemiSupervised(Objective):
                 "too. Give a file of such rows with `data.mix=FILE=10` (ten for each labelled one), or "
                 "use objective classification"
             )
-        found = self.classifier.fit(labelled, chat)
-        return self.model_copy(update={"labels": found.labels, "shares": found.shares})
+        return super().fit(labelled, chat)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The whole text; a row without a label has the target -1 and the weight of such rows."""
+        """The whole text; a row without a label has the target -100 and the weight of such rows."""
         if row.label is not None:
-            return self.classifier.encode(row, index, chat)
+            return super().encode(row, index, chat)
         example = encode_text(row.text or "", index, chat)
         weight_T = example.weight_T * np.float32(self.unlabelled_weight)
         return replace(example, weight_T=weight_T, target=np.array([NO_LABEL]))
-
-    def cut(self, example: Example, context: int) -> Example:
-        """Keep the start and the closing token, and the weight."""
-        return cut_text(example, context)
 
     def begin(
         self,
@@ -161,7 +129,9 @@ class SemiSupervised(Objective):
         scores_RC = network.row_scores(batch).float()
         target_R = torch.from_numpy(np.concatenate(batch.tree.targets)).to(scores_RC.device)
         weight_R = scores_RC.new_tensor([example.weight for example in batch.tree.examples])
-        each_R = F.cross_entropy(scores_RC, target_R, ignore_index=NO_LABEL, reduction="none")
+        each_R = F.cross_entropy(
+            scores_RC, target_R, reduction="none", label_smoothing=self.label_smoothing
+        )
         right_R = scores_RC.argmax(-1) == target_R
         return Loss((each_R * weight_R).sum(), {"accuracy": float((right_R * weight_R).sum())})
 
@@ -169,11 +139,7 @@ class SemiSupervised(Objective):
         """The label of the row, where it has one."""
         if _label(example) == NO_LABEL:
             return "without a label"
-        return self.classifier.described(example)
-
-    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: label and a probability for each class."""
-        return self.classifier.answers(network, batch)
+        return super().described(example)
 
 
 def _label(example: Example) -> int:
@@ -182,7 +148,7 @@ def _label(example: Example) -> int:
 
 
 def _fold(known_N: Tensor, fold: int) -> Tensor:
-    """Every fifth row of each class, beginning with row ``fold``; labels are ``-1`` or a class."""
+    """Every fifth row of each class, beginning with row ``fold``."""
     import torch
 
     chosen_N = torch.zeros_like(known_N, dtype=torch.bool)
