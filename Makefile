@@ -38,19 +38,21 @@ test: $(INSTALLED)  ## the test suite (a quarter of an hour on 2 cores)
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(BIN)/pytest -q -m slow
 
-check: $(INSTALLED)  ## lint, types, import order, generated docs
+check: $(INSTALLED)  ## lint, types, import order, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --quiet
 
 format: $(INSTALLED)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED)  ## write docs/reference.md from the code
+docs: $(INSTALLED)  ## write docs/reference.md from the code, and all pages to build/site
 	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --quiet
 
 bench: $(INSTALLED)  ## speed and memory against TRL (needs DATA=…/banking77/train.jsonl)
 	$(BIN)/python benchmarks/sft_vs_trl.py $(DATA)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "src" / "luthier" / "demo" / "README.md",
 ]
 HOLES = re.compile(r"[A-Z_]{3,}|…|\.\.\.|[\[\]<>|]")
@@ -136,7 +136,7 @@ def test_the_readme_shows_the_main_commands() -> None:
     """So that the test above cannot pass by finding nothing."""
     text = (ROOT / "README.md").read_text()
     shown = {" ".join(command.split()[:2]) for command in commands(text, "luthier")}
-    for name in ("tune", "chat", "generate", "evaluate", "inspect", "models"):
+    for name in ("tune", "chat", "predict", "evaluate", "inspect", "serve"):
         assert f"luthier {name}" in shown
 
 
@@ -164,8 +164,9 @@ def test_recipes_named_in_the_documents_are_there() -> None:
                 assert (ROOT / path).is_file()
 
 
-def test_python_in_the_readme_uses_what_is_public() -> None:
-    for body in blocks((ROOT / "README.md").read_text(), "python"):
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_in_the_documents_uses_what_is_public(document: Path) -> None:
+    for body in blocks(document.read_text(), "python"):
         for node in ast.walk(ast.parse(body)):
             if (
                 isinstance(node, ast.Attribute)
@@ -175,12 +176,10 @@ def test_python_in_the_readme_uses_what_is_public() -> None:
                 assert node.attr in luthier.__all__
 
 
-def test_rows_in_the_readme_are_rows(tmp_path: Path) -> None:
-    lines = [
-        line
-        for body in blocks((ROOT / "README.md").read_text(), "json")
-        for line in body.splitlines()
-    ]
+@pytest.mark.parametrize("document", ["README.md", "docs/guide/data.md"])
+def test_rows_in_the_documents_are_rows(document: str, tmp_path: Path) -> None:
+    bodies = blocks((ROOT / document).read_text(), "json")
+    lines = [line for body in bodies for line in body.splitlines()]
     assert len(lines) >= 3
     for line in lines:
         path = tmp_path / "row.jsonl"
@@ -230,10 +229,9 @@ def test_the_demo_does_what_it_promises(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_service_does_what_its_chapter_shows(tmp_path: Path) -> None:
-    """``luthier serve``, the variables it prints and the chapter's Python, pasted as they stand."""
-    chapter = (ROOT / "README.md").read_text().partition("\n## The service\n")[2]
-    aws, compatible = blocks(chapter.partition("\n## ")[0], "python")
+def test_the_service_does_what_its_page_shows(tmp_path: Path) -> None:
+    """``luthier serve``, the variables it prints and the page's Python, pasted as they stand."""
+    aws, compatible = blocks((ROOT / "docs/guide/service.md").read_text(), "python")
     (tmp_path / "my.jsonl").write_text(
         "".join((ROOT / "src/luthier/demo/train.jsonl").read_text().splitlines(keepends=True)[:40])
     )

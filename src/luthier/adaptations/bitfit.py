@@ -42,6 +42,7 @@ class BitFit(Adaptation):
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Above the paper's search range of 1e-4 to 1e-3, which is for a network 12 times as large.
 
-        On four data sets a small encoder learned more or as much at 3e-3 as at 7e-4; see docs/log.md.
+        On four data sets a small encoder learned more or as much at 3e-3 as at 7e-4
+        (docs/log/defaults.md).
         """
         return 3e-3, "biases alone: above the paper's 1e-3, where small networks stay behind"

@@ -47,6 +47,6 @@ class FeatureExtraction(Adaptation):
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Above the 1e-3 of Peters et al. (2019, arXiv:1903.05987), at which few steps do not suffice.
 
-        Of 1e-3 to 1e-2 on four data sets; see docs/log.md.
+        Of 1e-3 to 1e-2 on four data sets; see docs/log/defaults.md.
         """
         return 5e-3, "a new head on fixed features: 5e-3, as at 1e-3 few steps teach it little"

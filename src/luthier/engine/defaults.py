@@ -18,7 +18,7 @@ Choice = tuple[str, Any, str]
 LONGEST_REPEATED = 3000
 """Steps in all, up to which rows are read as often as the objective asks for at least."""
 FITTED_HEAD_RATE = 0.3
-"""Share of the rate where a new head starts from logistic regression (docs/log.md)."""
+"""Share of the rate where a new head starts from logistic regression (docs/log/defaults.md)."""
 SMALLEST_BUDGET = 512
 """Distinct tokens that reach full matmul speed on the machines measured."""
 

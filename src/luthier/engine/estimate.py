@@ -3,7 +3,7 @@
 Memory = the process itself + frozen weights + trained weights with their masters, moments and sums
 + activations of one micro-batch + one chunk of logits. It is never less than the plain network takes,
 which is loaded first, and again to check what was saved. The constants were fitted on this code's own
-runs (``docs/log.md``); the estimate errs upwards.
+runs (``docs/log/estimates.md``); the estimate errs upwards.
 """
 
 from __future__ import annotations

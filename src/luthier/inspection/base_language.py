@@ -6,7 +6,7 @@ even its short words fall into letters or bytes: Rust et al. 2021, "How Good is 
 (Finnish, Turkish), so pieces are counted per letter here, against plain English of the same
 tokenizer, and a language whose short words stay whole is never warned of. Chinese, Japanese, Thai and
 others have no spaces between words, and Korean's letters are syllables: they are judged by pieces per
-character alone. docs/log.md has the table that the limits come from (21 November 2026).
+character alone. docs/log/defaults.md has the table that the limits come from (21 November 2026).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A tuned weight is a base weight plus a small step. Where the step is less than h
 the next bfloat16 number, rounding to nearest gives back the base weight, everywhere at once, and the
 network forgets. Rounding up or down with the probability that keeps the mean (stochastic rounding,
 Gupta et al. 2015) lets the steps survive as a sum. It is used where adapters are merged and where the
-float32 masters of trained weights are copied to the network; what it gains is in ``docs/log.md``.
+float32 masters of trained weights are copied to the network; what it gains is in
+``docs/log/engine.md``.
 
 The random numbers are always the same ones: a number is rounded by where it stands, not by when, so
 weights that stay do not flicker, and a copy can be made again from the masters alone.

@@ -15,7 +15,7 @@ it is tuned. How many labelled texts find their own label while it is hidden is 
 Labelled rows come in the main file, the others through ``data.mix``. Left out: labels found anew in
 each epoch, and weights by entropy and by the size of the class; the threshold stands for the former.
 FixMatch (Sohn et al. 2020, arXiv:2001.07685), where the network labels texts as it learns, was here
-before, and lost to the labelled rows alone (``docs/log.md``).
+before, and lost to the labelled rows alone (``docs/log/objectives.md``).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A head of random numbers gives every class the same probability. Where one class
 than the others (the tag ``O`` in named-entity recognition), the first gradients all say the same thing
 of every state: more of that class. The head's own bias follows at a learning rate a step; the network
 below it is faster, and answers by making all states alike. With LoRA on an encoder that takes eight
-steps, and nothing is left to learn from (``docs/log.md`` has the figures). So the bias says from the
+steps, and nothing is left to learn from (see ``docs/log/objectives.md``). So the bias says from the
 start what the shares say, and gradients are about how texts differ. Lin et al. 2017
 (arXiv:1708.02002, section 3.3) start the rare class at a fixed share of 0.01; here it is the rows' own.
 """

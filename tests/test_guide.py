@@ -1,0 +1,109 @@
+"""Each shell block of the guide, run as it stands (slow): a page from top to bottom in one folder.
+
+Blocks behind ``<!-- not run: reason -->`` are left out, and lines that install an extra. The files that
+a page names are short cuts of the sample data, so that a run takes seconds.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.files import luthier_home
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "src" / "luthier" / "demo"
+PAGES = sorted((ROOT / "docs" / "guide").glob("*.md"))
+BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(sh|python)\n(.*?)^```", re.M | re.S)
+HOME = luthier_home()
+
+
+def runnable(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each block that is run; of a service's page nothing is."""
+    found = []
+    for skipped, language, body in BLOCK.findall(page.read_text()):
+        lines = [line for line in body.splitlines() if not line.startswith("pip install")]
+        if not skipped and any(lines) and not (language == "python" and "Client" in body):
+            found.append((language, "\n".join(lines)))
+    return found
+
+
+def sample(name: str, rows: int) -> list[dict[str, Any]]:
+    lines = (DEMO / name).read_text().splitlines()
+    return [json.loads(line) for line in lines[:: len(lines) // rows][:rows]]
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_files(folder: Path) -> None:
+    """What the pages call the reader's own data."""
+    write(folder / "my.jsonl", sample("train.jsonl", 40))
+    write(folder / "held-out.jsonl", sample("validation.jsonl", 10))
+    write(folder / "old.jsonl", sample("test.jsonl", 20))
+    write(folder / "more.jsonl", sample("test.jsonl", 30))
+    write(folder / "pairs.jsonl", sample("preferences.jsonl", 32))
+    write(folder / "held-out-pairs.jsonl", sample("preferences.jsonl", 40)[1::5])
+    write(folder / "labelled.jsonl", sample("routes-train.jsonl", 80))
+    write(folder / "labelled-test.jsonl", sample("routes-test.jsonl", 30))
+    write(
+        folder / "texts.jsonl", ({"text": row["text"]} for row in sample("routes-train.jsonl", 200))
+    )
+    chats = sample("train.jsonl", 80)
+    pairs = [{"anchor": row["prompt"], "positive": row["completion"]} for row in chats]
+    write(folder / "pairs-of-texts.jsonl", pairs[:60])
+    write(folder / "pairs-of-texts-test.jsonl", pairs[60:])
+    sums = [(one, other) for one in range(1, 7) for other in range(1, 7)]
+    write(
+        folder / "prompts.jsonl",
+        ({"prompt": f"What is {a} plus {b}?", "expected": str(a + b)} for a, b in sums),
+    )
+    (folder / "data").mkdir()
+    with (folder / "data" / "rows.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["question", "reply"])
+        rows.writerows([row["prompt"], row["completion"]] for row in chats[:40])
+    for name, source in (("corpus.txt", "docs/results.md"), ("handbook.txt", "README.md")):
+        shutil.copy(ROOT / source, folder / name)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    for name in ("README.md", "CHANGELOG.md", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "src").symlink_to(ROOT / "src")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_each_block_of_the_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
+    bases = HOME / "models" / "base"
+    if not bases.is_dir():
+        pytest.skip("no base models here: `luthier models pull` fetches them")
+    todo = runnable(page)
+    if not todo:
+        pytest.skip("nothing on this page is run here")
+    folder, home = tmp_path / "work", tmp_path / "home"
+    folder.mkdir()
+    make_files(folder)
+    (home / "models" / "base").mkdir(parents=True)
+    for base in bases.iterdir():
+        (home / "models" / "base" / base.name).symlink_to(base)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for language, body in todo:
+        done = subprocess.run(
+            ["bash", "-euxc", body] if language == "sh" else [sys.executable, "-c", body],
+            env={**os.environ, "LUTHIER_HOME": str(home), "PATH": path},
+            cwd=folder, capture_output=True, text=True, check=False, timeout=1800,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{body}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
