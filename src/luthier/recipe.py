@@ -132,7 +132,7 @@ class Training(Part):
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the rate from each layer to the one below; heads have the full rate, 1 is off."""
     head_rate: float | None = Field(default=None, gt=0, le=10_000)
-    """Factor of the rate for a head. Without a rate: 10 where a new one stands on weights that move."""
+    """Factor of the rate for a head; 10 for a new one with ``full`` at its default rate, else 1."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
     """Decoupled weight decay, on matrices only."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -150,9 +150,9 @@ class Training(Part):
     evaluate_every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps between measurements on the validation rows."""
     patience: int = Field(default=3, ge=0, le=1_000_000)
-    """Stop after so many measurements without a better one; 0 never stops early."""
+    """Stop after so many measurements further below the best than by chance; 0 never stops early."""
     least_gain: float = Field(default=0.0, ge=0, le=1e6)
-    """A measurement counts as better for ``patience`` only where it is so by more than this."""
+    """Above 0, a measurement counts for ``patience`` unless it is better than the best by so much."""
     baseline_seconds: float = Field(default=60.0, ge=0, le=86_400)
     """Seconds for simple baselines that the model is compared with, where it reads; 0 for none."""
     shuffle: bool = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -123,5 +123,5 @@ class Loss:
     """Scalar tensor with a gradient."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further sums, divided by the same weight before they are shown."""
-    ratios: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Pairs of sums, of which the first is divided by the second: F1 is no mean over rows."""
+    ratios: Mapping[str, tuple[ArrayLike, ArrayLike]] = field(default_factory=dict)
+    """A part and a whole for each row, whose sums are divided: F1 is no mean over rows."""

@@ -29,7 +29,7 @@ def lines(found: Comparison | None, capsys: pytest.CaptureFixture[str]) -> list[
 
 
 def test_one_line_each_the_best_first(capsys: pytest.CaptureFixture[str]) -> None:
-    said = lines(FOUND, capsys)
+    said = lines(replace(FOUND, verdict=FOUND.judge()), capsys)
     assert said[0] == "on 200 held-out rows, beside simple baselines:"
     assert [line.split()[1] for line in said[1:4]] == ["73.5%", "48.5%", "25.0%"]
     assert "naive Bayes on words  (0.3 s)" in said[1] and said[2].endswith("this model")

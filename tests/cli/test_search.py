@@ -124,8 +124,9 @@ def test_the_table_comes_with_what_to_type_next(
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["trial", "validation", *found["trials"][0]["settings"]]
     for line, trial in zip(lines[1:5], found["trials"], strict=True):
-        number, value, rate, rank, *state = line.split()
-        assert (int(number), value) == (trial["number"], f"{trial['value']:.4f}")
+        number, measure, value, rate, rank, *state = line.split()
+        assert (measure, value) == ("loss", f"{trial['value']:.4f}")
+        assert int(number) == trial["number"]
         assert float(rate) == pytest.approx(trial["settings"]["training.learning_rate"], rel=5e-3)
         assert int(rank) == trial["settings"]["adaptation.rank"]
         assert state == ([] if trial["state"] == "complete" else [trial["state"]])

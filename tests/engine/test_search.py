@@ -16,6 +16,7 @@ from luthier.engine import search as searching
 from luthier.engine import trials
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.engine.runs import METRICS
 from luthier.engine.search import Found, search
 from luthier.engine.train import train
 from luthier.errors import DataError, Diverged, RecipeError, RefusedInput, RunConflict
@@ -142,6 +143,37 @@ def test_the_recipe_as_it_stands_is_the_first_trial(recipe: Callable[..., Recipe
     assert found.trials[0].value == alone.validation_loss
 
 
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+def test_the_first_trial_of_a_classifier_is_its_default_run(
+    adaptation: str, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its rates are chosen for it, that of the new head too, and its accuracy is what counts."""
+    path = tmp_path / "labels.jsonl"
+    texts = [(f"{WORDS[n % 12]} {WORDS[n % 5]} {n}", "ab"[n % 2]) for n in range(60)]
+    path.write_text("".join(json.dumps({"text": t, "label": c}) + "\n" for t, c in texts))
+
+    def build(name: str) -> Recipe:
+        return Recipe.parse(
+            {
+                "base": str(family_folder("bert")),
+                "name": name,
+                "data": {"train": str(path), "validation_share": 0.2},
+                "adaptation": adaptation,
+                "training": {"max_steps": 8, "precision": "float32", "threads": 1},
+            }
+        )
+
+    alone = train(build("alone"))
+    found = search(build("searched"), 1)
+    [trial] = found.trials
+    assert trial.measure == "accuracy"
+    assert trial.value == 1 - alone.verdict.kept["accuracy"]
+    assert trial.measured == f"accuracy {alone.verdict.kept['accuracy']:.4f}"
+    lines = [MetricsFile(Path(each.run_dir) / METRICS).read() for each in (alone, found.result)]
+    first, again = ([line["loss"] for line in each if "loss" in line] for each in lines)
+    assert first == again
+
+
 def test_the_seed_decides_what_is_tried(recipe: Callable[..., Recipe]) -> None:
     short = {"max_steps": 1}
     one = search(recipe("one", **short), 3, [RATES])
@@ -239,7 +271,7 @@ def test_without_validation_rows_nothing_begins(
 ) -> None:
     with pytest.raises(RecipeError, match="trials are compared on validation rows"):
         search(recipe(share=0.0), 2)
-    assert list((luthier_home / "searches").iterdir()) == []
+    assert not list((luthier_home / "searches").glob("*"))
 
 
 def test_bad_data_is_refused_before_the_first_trial(
@@ -251,7 +283,7 @@ def test_bad_data_is_refused_before_the_first_trial(
     bad = Recipe.parse({**plain, "data": {**plain["data"], "train": str(path)}})
     with pytest.raises(DataError):
         search(bad, 2)
-    assert list((luthier_home / "searches").iterdir()) == []
+    assert not list((luthier_home / "searches").glob("*"))
 
 
 def test_names_that_are_taken_are_refused(recipe: Callable[..., Recipe]) -> None:

@@ -111,34 +111,35 @@ def test_settings_replace_fields_and_nothing_else() -> None:
     }
 
 
+def resolved(recipe: Recipe, rate: float) -> Recipe:
+    """With the rate that a run would choose."""
+    return with_settings(recipe, {"training.learning_rate": rate, "training.epochs": 2.0})
+
+
 def test_by_default_the_rate_and_the_rank_are_searched() -> None:
-    rate, rank = default_space(recipe(), 576)
-    default = recipe().adaptation.learning_rate(576)[0]
-    assert rate.log and rate.low == pytest.approx(default / 5) and rate.high == default * 5
+    rate, rank = default_space(recipe(), resolved(recipe(), 3e-4))
+    assert rate.log and (rate.low, rate.high) == (6e-5, 1.5e-3)
     assert "the default" in rate.reason
     assert (rank.key, rank.choices) == ("adaptation.rank", (8, 16, 32))
 
 
 def test_the_default_space_lies_around_the_recipe_s_own_values() -> None:
     own = recipe(training={"learning_rate": 0.02}, adaptation={"rank": 12})
-    rate, rank = default_space(own, 576)
+    rate, rank = default_space(own, own)
     assert (rate.low, rate.high) == (0.004, 0.1) and "the recipe's" in rate.reason
     assert rank.choices == (8, 12, 16, 32)
 
 
 def test_only_lora_has_a_rank_to_search() -> None:
-    [rate] = default_space(recipe(adaptation="full"), 576)
+    full = recipe(adaptation="full")
+    [rate] = default_space(full, resolved(full, 1e-5))
     assert rate.key == "training.learning_rate"
-    assert rate.low < recipe(adaptation="full").adaptation.learning_rate(576)[0] < rate.high
 
 
 def test_where_a_search_starts() -> None:
-    assert (
-        start_of("training.learning_rate", recipe(), 576)
-        == recipe().adaptation.learning_rate(576)[0]
-    )
-    assert start_of("training.learning_rate", recipe(training={"learning_rate": 0.5}), 576) == 0.5
-    assert start_of("adaptation.rank", recipe(), 576) == 16
-    assert start_of("training.epochs", recipe(), 576) is None
+    found = resolved(recipe(), 3e-4)
+    assert start_of("training.learning_rate", found) == 3e-4
+    assert start_of("adaptation.rank", found) == 16
+    assert start_of("training.epochs", found) == 2
     around = Dimension("training.epochs", low=1, high=3)
     assert 1 in around and 3 in around and 4 not in around and None not in around

@@ -68,7 +68,7 @@ def test_a_score_decides_where_it_is_what_is_measured() -> None:
     assert (found.outcome, found.kept_step) == ("still_improving", 40)
     assert found.kept == {"accuracy": 0.9, "loss": 1.3}
     assert "validation accuracy 0.2000 (loss 2.000) before training" in found.text
-    assert "`training.max_steps=80` would take 3.3 min more" in found.advice
+    assert "`training.max_steps=80` would take 3.3 min more than this run" in found.advice
     fallen = [*lines[:4], held(40, 1.3, accuracy=0.5)]
     worse = judge_run([*train, *fallen], "accuracy", Training(), 40)
     assert (worse.outcome, worse.kept_step) == ("overfitted", 20)  # of equal ones the lower loss

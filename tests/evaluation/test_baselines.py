@@ -16,6 +16,7 @@ from luthier.evaluation.baselines import (
     is_comparable,
     naive_bayes,
 )
+from luthier.evaluation.significance import RowScores
 from luthier.types import Example, Row
 
 ALWAYS = math.inf
@@ -45,14 +46,19 @@ def states_of(train: list[Row], held: list[Row], read: int | None = None) -> Sta
     return States(made(train)[:read], made(held), 2.0)
 
 
-def scores(found: Comparison | None) -> dict[str, float]:
+def compared(train: list[Row], held: list[Row], states: States | None) -> Comparison:
+    found = compare(train, held, states, ALWAYS)
     assert found is not None
+    return found.comparison
+
+
+def scores(found: Comparison) -> dict[str, float]:
     return {each.name: each.score for each in found.baselines}
 
 
 def test_rows_with_one_label_have_five_baselines() -> None:
     train, held = labelled(60), labelled(30)
-    found = compare(train, held, states_of(train, held), ALWAYS)
+    found = compared(train, held, states_of(train, held))
     assert scores(found) == {
         "always the most frequent label": pytest.approx(2 / 3),
         "naive Bayes on words": 1.0,
@@ -60,30 +66,31 @@ def test_rows_with_one_label_have_five_baselines() -> None:
         "class centroids of the base model": 1.0,
         "logistic regression on the base model": 1.0,
     }
-    assert found is not None
     assert (found.measure, found.rows, found.train_rows) == ("accuracy", 30, 60)
     # Whatever reads states also pays for them.
     assert [each.seconds >= 2 for each in found.baselines] == [False, False, True, True, True]
     assert [each.constant for each in found.baselines] == [True, False, False, False, False]
 
 
-def test_without_states_only_words_are_read() -> None:
-    found = compare(labelled(60), labelled(30), None, ALWAYS)
+def test_what_would_read_missing_states_is_named() -> None:
+    found = compared(labelled(60), labelled(30), None)
     assert list(scores(found)) == ["always the most frequent label", "naive Bayes on words"]
+    assert [name.split(" ")[0] for name in found.left_out] == ["5", "class", "logistic"]
 
 
 def test_states_of_a_part_of_the_rows_are_said_to_be_so() -> None:
     train, held = labelled(60), labelled(30)
-    found = scores(compare(train, held, states_of(train, held, read=40), ALWAYS))
+    found = scores(compared(train, held, states_of(train, held, read=40)))
     assert found["logistic regression on the base model (40 of 60 rows)"] == 1.0
 
 
 def test_what_there_is_no_time_for_is_named() -> None:
     train, held = labelled(60), labelled(30)
     times = iter([0.0, 0.0, 9.0, 9.0, 9.0])
-    found = compare(train, held, states_of(train, held), 5.0, clock=lambda: next(times))
+    fitted = compare(train, held, states_of(train, held), 5.0, clock=lambda: next(times))
+    assert fitted is not None
+    found = fitted.comparison
     assert list(scores(found)) == ["always the most frequent label", "naive Bayes on words"]
-    assert found is not None
     assert len(found.left_out) == 3
     assert compare(train, held, None, 0.0, clock=lambda: 1.0) is None
 
@@ -93,7 +100,7 @@ def test_rows_with_several_labels() -> None:
     train, held = (
         [row(text=r.text, label=several[str(r.label)]) for r in labelled(n)] for n in (60, 30)
     )
-    found = scores(compare(train, held, states_of(labelled(60), labelled(30)), ALWAYS))
+    found = scores(compared(train, held, states_of(labelled(60), labelled(30))))
     assert found["always the most frequent labels"] == pytest.approx(2 / 3)
     assert found["logistic regression on the base model"] == 1.0
 
@@ -103,8 +110,7 @@ def test_ratings_are_compared_by_their_error() -> None:
         [row(text=r.text, rating=4.0 if r.label == "fish" else 1.0) for r in labelled(n)]
         for n in (60, 30)
     )
-    found = compare(train, held, states_of(labelled(60), labelled(30)), ALWAYS)
-    assert found is not None
+    found = compared(train, held, states_of(labelled(60), labelled(30)))
     assert found.measure == "mean_absolute_error"
     assert scores(found)["always the median rating"] == pytest.approx(1.0)
     assert scores(found)["ridge regression on the base model"] < 0.3
@@ -116,8 +122,7 @@ def test_words_have_the_tag_they_mostly_have() -> None:
     train = [row(tokens=("Rita", "sings"), tags=("B-person", "O"))] * 3
     train += [row(tokens=("Rita", "Street"), tags=("B-place", "I-place"))]
     held = [row(tokens=("Rita", "runs"), tags=("B-person", "O"))]
-    found = compare(train, held, None, ALWAYS)
-    assert found is not None
+    found = compared(train, held, None)
     assert found.measure == "entity_f1"
     assert scores(found) == {"the most frequent tag of each word": 1.0}
 
@@ -141,22 +146,40 @@ def test_a_row_that_was_cut_is_not_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("measure", "tuned", "said"),
+    ("measure", "tuned", "error", "said"),
     [
-        ("accuracy", 0.9, ""),
-        ("accuracy", 0.8, "does as well"),
-        ("accuracy", 0.7, "does better"),
-        ("mean_absolute_error", 0.9, "does better"),
-        ("mean_absolute_error", 0.7, ""),
+        ("accuracy", 0.9, 0.01, ""),
+        ("accuracy", 0.9, 0.06, "may do as well"),
+        ("accuracy", 0.8, 0.01, "does as well"),
+        ("accuracy", 0.7, 0.06, "may do as well"),
+        ("accuracy", 0.7, 0.01, "does better"),
+        ("mean_absolute_error", 0.9, 0.01, "does better"),
+        ("mean_absolute_error", 0.7, 0.01, ""),
     ],
 )
-def test_a_baseline_that_wins_is_said_to(measure: str, tuned: float, said: str) -> None:
+def test_a_baseline_that_wins_is_said_to(
+    measure: str, tuned: float, error: float, said: str
+) -> None:
     made = [Baseline("bad", 0.1 if measure == "accuracy" else 2.0, {}, 0.1)]
-    made.append(Baseline("naive Bayes", 0.8, {}, 0.1))
-    verdict = Comparison(measure, 30, 60, made, tuned).verdict
-    assert (said in verdict) if said else not verdict
-    assert not said or verdict.startswith("naive Bayes")
-    assert ("too few to tell" in verdict) is ((measure, tuned) == ("accuracy", 0.7))
-    many = Comparison(measure, 3000, 60, made, tuned)
-    assert "too few" not in many.verdict
-    assert not Comparison(measure, 30, 60, made).verdict
+    made.append(Baseline("naive Bayes", 0.8, {}, 0.1, error=error))
+    verdict = Comparison(measure, 30, 60, made, tuned).judge()
+    assert verdict.startswith(f"naive Bayes {said}: ") if said else not verdict
+    assert ("too few to tell" in verdict) is (said == "may do as well")
+    assert not Comparison(measure, 30, 60, made).judge()
+
+
+def test_the_tuned_model_is_held_against_each_on_the_same_rows() -> None:
+    train, held = labelled(60), labelled(30)
+    fitted = compare(train, held, states_of(train, held), ALWAYS)
+    assert fitted is not None
+    right = RowScores.of([each.label == "fish" for each in held])
+    found = fitted.beside(right)
+    assert found.tuned == pytest.approx(2 / 3)
+    frequent, words = found.baselines[:2]
+    # The constant one is right on the same rows, naive Bayes on ten more.
+    assert frequent.error == pytest.approx((2 / 32 / 32) ** 0.5)
+    assert words.error == pytest.approx(right.difference_error(RowScores.of([1] * 30)))
+    assert found.verdict == found.judge()
+    assert found.verdict.startswith(
+        "naive Bayes on words does better: accuracy 100.0% against accuracy 66.7%"
+    )

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from luthier.errors import DataError
-from luthier.evaluation.labels import differ, entities, label_remarks, scores, standard_error
+from luthier.evaluation.labels import entities, label_remarks, scores
+from luthier.evaluation.significance import standard_error
 from luthier.types import Row
 
 
@@ -72,18 +73,6 @@ def test_ratings() -> None:
 def test_rows_without_the_truth_are_refused() -> None:
     with pytest.raises(DataError, match="nothing to compare"):
         scores([Row("f", 3, text="x")], [{"label": "a"}])
-
-
-def test_a_perfect_score_on_few_rows_is_no_certainty() -> None:
-    # Agresti and Coull's interval for 16 of 16: 18 of 20.
-    assert standard_error(1.0, 16) == pytest.approx((0.9 * 0.1 / 20) ** 0.5)
-    assert standard_error(0.5, 10_000) == pytest.approx(0.005, rel=1e-3)
-
-
-def test_scores_differ_where_two_standard_errors_lie_between() -> None:
-    assert not differ(0.80, 0.84, 200)
-    assert differ(0.80, 0.84, 2000)
-    assert differ(0.84, 0.80, 2000)
 
 
 def test_remarks_name_unknown_labels_and_mistakes() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from luthier.evaluation.significance import RowScores
 from luthier.models.heads import score_layer
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
@@ -50,8 +51,8 @@ def started(
 def accuracy(network: Network, objective: Classification, examples: list[Example]) -> float:
     with torch.no_grad():
         batches = network.batches(examples, 2048)
-        right = sum(objective.loss(network, batch).metrics["accuracy"] for batch in batches)
-    return right / len(examples)
+        ratios = [objective.loss(network, batch).ratios["accuracy"] for batch in batches]
+    return RowScores.joined([RowScores.of(*each) for each in ratios]).value
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,7 +96,8 @@ def test_rows_without_a_label_are_left_out(
     examples = [objective.encode(row, index, chat) for index, row in enumerate(given)]
     with torch.no_grad():
         said = objective.start_head(network, examples, 2048)
-    assert said == "the new head starts from logistic regression on 24 rows"
+        assert said == "the new head starts from logistic regression on 24 rows"
+        assert not objective.start_head(network, examples[24:], 2048)
 
 
 @pytest.mark.parametrize("kind", [Classification, SemiSupervised, EncoderDistillation])
@@ -107,4 +109,7 @@ def test_texts_are_read_as_the_base_was_trained_to_be(
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     bound = kind().bind_base(folder, None)
-    assert (bound.head().pooling, bound.starts_head) == ("mean", True)
+    assert bound.head().pooling == "mean"
+    assert bound.model_copy(update={"labels": ("a", "b")}).starts_head == (
+        kind is not EncoderDistillation
+    )

@@ -53,13 +53,15 @@ class Tried:
     technique: Technique
     name: str
     loss: float | None
-    """Nats for each token of the right answers, for models that write."""
+    """Nats for each token of the right answers, for models that write; the mean error of ratings."""
     score: float | None
     """Share of right answers, where they are short enough to compare, or labels."""
     prompt_tokens: float
     """Tokens read for one answer."""
     seconds: float
     """For one answer, in a batch, on this machine."""
+    constant: bool = False
+    """Whether it answers every row alike: something to compare with, and no way to answer."""
 
     def plain(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -84,7 +86,7 @@ class Evidence:
 
     def best(self, *techniques: Technique) -> Tried | None:
         """The best of some techniques: by right answers where all have them, else by loss."""
-        found = self.of(*techniques)
+        found = [each for each in self.of(*techniques) if not each.constant]
         scored = [each for each in found if each.score is not None]
         if scored:
             return max(scored, key=lambda each: (each.score or 0.0, -(each.loss or 0.0)))
@@ -233,16 +235,18 @@ class _Labels:
         examples = [objective.cut(e, context) if len(e) > context else e for e in whole]
         held = ComparedRows(self.held, examples)
         train = self.job.data.compared[0]
-        compared = fit_baselines(self.network, objective, train, held, BUDGET, BASELINE_SECONDS)
-        if compared is None:
+        fitted = fit_baselines(self.network, objective, train, held, BUDGET, BASELINE_SECONDS)
+        if fitted is None:
             self.left_out.append("simple baselines: there are none for such rows")
             return []
+        compared = fitted.comparison
         self.left_out += [f"{name}: there was no time for it" for name in compared.left_out]
         found = []
         for each in compared.baselines:
             technique: Technique = "as it is" if each.constant else "simple baselines"
             seconds = each.seconds / (compared.train_rows + compared.rows)
-            found.append(Tried(technique, each.name, None, each.score, self._tokens, seconds))
+            values = _loss_and_score(compared.measure, each.score)
+            found.append(Tried(technique, each.name, *values, self._tokens, seconds, each.constant))
             note(_said(found[-1]))
         return found
 
@@ -260,8 +264,8 @@ class _Labels:
         began = time.perf_counter()
         scores = predictor.scores(self.held).scores
         seconds = (time.perf_counter() - began) / len(self.held)
-        first = next(iter(scores.values()))
-        return Tried("fine-tuning", name, None, first, self._tokens, seconds)
+        values = _loss_and_score(*next(iter(scores.items())))
+        return Tried("fine-tuning", name, *values, self._tokens, seconds)
 
 
 def _context(job: Job) -> int:
@@ -273,6 +277,10 @@ def _context(job: Job) -> int:
 
 def _tried(technique: Technique, found: Prompted) -> Tried:
     return Tried(technique, found.name, found.loss, found.exact, found.prompt_tokens, found.seconds)
+
+
+def _loss_and_score(measure: str, value: float) -> tuple[float | None, float | None]:
+    return (value, None) if measure == "mean_absolute_error" else (None, value)
 
 
 def _said(each: Tried) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from luthier.advice.evidence import Tried
 from luthier.advice.facts import Facts
 from luthier.advice.techniques import FEW_ROWS, SURE, TECHNIQUES, Judgement
-from luthier.evaluation.labels import differ
+from luthier.evaluation.significance import differ
 
 MARGIN = 0.05
 """Difference of losses, as a share, that is taken for one."""
@@ -121,11 +121,11 @@ def _without_training(facts: Facts) -> tuple[str, list[str]]:
     tuned = evidence and evidence.best("fine-tuning")
     if not evidence or not best:
         return "", ["nothing was tried without training"]
-    if best.score is not None and best.score >= SURE:
+    gain, sure = _gain(tuned, best, evidence.held) if tuned else (0.0, False)
+    if best.score is not None and best.score >= SURE and not (gain > 0 and sure):
         return best.technique, [f"{best.name}: {best.score:.1%} right without training"]
     if not tuned:
         return "", [f"without training the best is {_said(best)}"]
-    gain, sure = _gain(tuned, best, evidence.held)
     share = evidence.steps / max(1, evidence.all_steps)
     said = (
         f"after {evidence.steps:,} of {evidence.all_steps:,} steps {_said(tuned)}; without training "

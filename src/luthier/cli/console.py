@@ -239,13 +239,13 @@ class LiveReporter(Reporter):
         if line["event"] == "validation":
             self._validation = f"val {line[name]:.3f}  "
             if self.draws:
-                best = "  best so far" if line["best_step"] == line["step"] else ""
+                kept = "  (kept)" if line["best_step"] == line["step"] else ""
                 beside = (each for each in metrics_beside(name) if each in line)
                 scores = "".join(f"  {each} {line[each]:.3f}" for each in beside)
                 if self._progress is None:
                     self._open(steps)
                 self._print(
-                    f"  step {line['step']:>5}  validation {name} {line[name]:.4f}{scores}{best}"
+                    f"  step {line['step']:>5}  validation {name} {line[name]:.4f}{scores}{kept}"
                 )
         elif line["event"] == "train":
             text = (

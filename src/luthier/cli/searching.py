@@ -91,8 +91,12 @@ def _print(found: Found) -> None:
 
 
 def _cells(trial: Trial, keys: Sequence[str]) -> list[str]:
-    value = "" if trial.value is None else f"{trial.value:.4f}"
     shown = [trial.settings[key] for key in keys]
     settings = [f"{item:.3g}" if isinstance(item, float) else str(item) for item in shown]
     state = trial.state if not trial.reason else f"{trial.state}: {trial.reason.splitlines()[0]}"
-    return [str(trial.number), value, *settings, "" if trial.state == "complete" else state]
+    return [
+        str(trial.number),
+        trial.measured,
+        *settings,
+        "" if trial.state == "complete" else state,
+    ]

@@ -13,11 +13,12 @@ from torch import Tensor
 from luthier.evaluation.baselines import (
     ComparedRows,
     Comparison,
+    FittedBaselines,
     States,
     compare,
 )
-from luthier.evaluation.labels import scores
-from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
+from luthier.evaluation.labels import row_scores
+from luthier.evaluation.retrieval import partner_ranks, recall_at_1
 from luthier.models.network import Network
 from luthier.objectives import Contrastive, Objective
 from luthier.types import Example
@@ -37,7 +38,7 @@ def fit_baselines(
     held: ComparedRows,
     budget: int,
     seconds: float,
-) -> Comparison | None:
+) -> FittedBaselines | None:
     """What the baselines are worth that go with such rows; ``None`` where there are none.
 
     Args:
@@ -111,9 +112,13 @@ def _states(
 
 @torch.no_grad()
 def measure_tuned(
-    network: Network, objective: Objective, held: ComparedRows, found: Comparison, budget: int
+    network: Network,
+    objective: Objective,
+    held: ComparedRows,
+    baselines: FittedBaselines,
+    budget: int,
 ) -> Comparison:
-    """``found`` with what the tuned network is worth on the same rows."""
+    """The tuned network beside the baselines, on the same rows."""
     network.model.eval()
     views = [view for example in held.examples for view in objective.views(example)]
     examples = [replace(view, row=index) for index, view in enumerate(views)]
@@ -127,5 +132,5 @@ def measure_tuned(
         embeddings = [answer["embedding"] for answer in answers]
         partners = [row.positive or "" for row in held.rows]
         ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners)
-        return replace(found, tuned=retrieval_scores(ranks)[found.measure])
-    return replace(found, tuned=scores(held.rows, answers)[found.measure])
+        return baselines.beside(recall_at_1(ranks))
+    return baselines.beside(row_scores(held.rows, answers))

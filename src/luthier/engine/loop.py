@@ -24,7 +24,13 @@ from luthier.data.loader import Mixed, RowOrder
 from luthier.engine.actuals import Clock
 from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
 from luthier.engine.devices import peak_memory
-from luthier.engine.metrics import MetricsFile, Reporter, best_measurement, cost_of
+from luthier.engine.metrics import (
+    MetricsFile,
+    Reporter,
+    best_measurement,
+    cost_of,
+    without_rows,
+)
 from luthier.engine.optimizers import MasterAdamW
 from luthier.engine.schedules import rate_factor
 from luthier.errors import Diverged, Interrupted
@@ -265,7 +271,7 @@ class Loop:
         self.progress.metrics_lines = self.metrics.append(line)
         if event == "train":
             self.train_lines.append(line)
-        self.reporter.recorded(line, self.steps)
+        self.reporter.recorded(without_rows(line), self.steps)
 
     def _checkpoint(self) -> None:
         self.progress.rng = random_state()

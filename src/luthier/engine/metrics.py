@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.encryption.files import open_line, place_of, seal_line
+from luthier.evaluation.significance import RowScores
 from luthier.files import disk_errors, write_bytes
 
 SCORES: Mapping[str, str] = {
@@ -53,6 +54,16 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
         if line is best or (alike and order(line) < order(lines[0])):
             chosen = line
     return chosen
+
+
+def row_scores_of(line: Mapping[str, Any]) -> RowScores | None:
+    """What each held-out row adds to the score of a measurement, where that is noted."""
+    return RowScores.of(line["parts"], line.get("wholes")) if "parts" in line else None
+
+
+def without_rows(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A measurement without what it says of each row."""
+    return {name: value for name, value in line.items() if name not in ("parts", "wholes")}
 
 
 def metrics_beside(measure: str) -> dict[str, str]:
@@ -104,14 +115,15 @@ class MetricsFile:
         write_bytes(self.path, b"".join(text.splitlines(keepends=True)[:lines]))
         self.lines = lines
 
-    def read(self) -> list[dict[str, Any]]:
-        """All complete lines."""
+    def read(self, rows: bool = False) -> list[dict[str, Any]]:
+        """All complete lines; with what measurements say of each of the ``rows``, where asked for."""
         if not self.path.is_file():
             return []
         # What follows the last line end was cut short by a kill, or is being written now.
         lines = self.path.read_bytes().split(b"\n")[:-1]
         place = place_of(self.path)
-        return [open_line(line, f"{place}:{number}") for number, line in enumerate(lines, 1)]
+        opened = (open_line(line, f"{place}:{number}") for number, line in enumerate(lines, 1))
+        return [line if rows else without_rows(line) for line in opened]
 
 
 def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:

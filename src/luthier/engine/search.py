@@ -15,7 +15,9 @@ and resumed makes the trials of one that was not.
 
 The custom model is one more ordinary run of the recipe found, not the weights of the best trial: it
 costs one run more, and keeps no second way to store, verify and resume models, nor a copy of the
-weights of every trial that led for a while. The engine being exact, its loss is the trial's.
+weights of every trial that led for a while. The engine being exact, it measures what the trial did.
+Trials are compared by what decides which weights of a run are kept: a score where there is one, else
+the validation loss.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier import __version__
+from luthier.engine.devices import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, same_request
 from luthier.engine.space import (
@@ -40,7 +43,7 @@ from luthier.engine.space import (
     start_of,
     with_settings,
 )
-from luthier.engine.train import train
+from luthier.engine.train import settled, train
 from luthier.engine.trials import (
     PLACE,
     Outcome,
@@ -56,8 +59,6 @@ from luthier.engine.trials import (
 )
 from luthier.errors import Diverged, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
-from luthier.models.heads import CAUSAL_LM
-from luthier.models.load import read_config
 from luthier.recipe import Recipe, portable, to_toml
 from luthier.store.models import StoredModel, find
 
@@ -75,7 +76,7 @@ class Found:
     name: str
     folder: str
     trials: list[Trial]
-    """Best first: complete ones by their loss, then those pruned, then those that failed."""
+    """Best first: complete ones by what they measured, then those pruned, then those that failed."""
     recipe: str
     """TOML file of the recipe found, without a name."""
     result: Result
@@ -94,8 +95,8 @@ def search(
 
     ``space`` holds texts for :func:`~luthier.engine.space.parse_space`; when empty, the learning rate
     is searched and, for LoRA, the rank. The recipe as it stands is the first trial wherever it lies in
-    the space, so what is found is at least as good. ``parallel`` trials run at once, each in a process
-    with its share of the cores; those of a round know only of the rounds before.
+    the space, so what is found is at least as good on the validation rows. ``parallel`` trials run at
+    once, each in a process with its share of the cores; those of a round know of the rounds before.
 
     Raises:
         RefusedInput: before any training, for space, data, recipe or name.
@@ -141,12 +142,18 @@ class _Search:
         reporter: Reporter,
         parallel: int,
     ) -> None:
-        hidden = int(read_config(base.network_folder, CAUSAL_LM).hidden_size)
-        self.recipe, self.base, self.count, self.folder = recipe, base, count, folder
-        self.dimensions = list(dimensions) or default_space(recipe, hidden)
+        machine = choose_machine(recipe.training.precision, recipe.training.threads)
+        resolved = settled(recipe, base, machine, Reporter()).recipe
+        self.base, self.count, self.folder = base, count, folder
+        self.dimensions = list(dimensions) or default_space(recipe, resolved)
+        keys = {dimension.key for dimension in self.dimensions}
+        if "training.learning_rate" in keys and "adaptation.method" not in keys:
+            # Without it a rate that is given is one for the head, too, and no trial the default run.
+            recipe = with_settings(recipe, {"training.head_rate": resolved.training.head_rate})
+        self.recipe = recipe
         self.reporter, self.parallel = reporter, parallel
         self.run_folder = Run(base.root, str(recipe.name))
-        starts = {d.key: start_of(d.key, recipe, hidden) for d in self.dimensions}
+        starts = {d.key: start_of(d.key, resolved) for d in self.dimensions}
         self.start = {d.key: starts[d.key] for d in self.dimensions if starts[d.key] in d}
 
     def begin(self, resume: bool) -> None:
@@ -187,7 +194,7 @@ class _Search:
             )
         recipe = with_settings(self.recipe, best.settings)
         file = self._write_recipe(recipe, best)
-        self.reporter.note(f"best is trial {best.number}: {best.value:.4f} with {said(best)}")
+        self.reporter.note(f"best is trial {best.number}: {best.measured} with {said(best)}")
         result = train(recipe, resume=True, reporter=self.reporter)
         return Found(str(recipe.name), str(self.folder), trials, str(file), result)
 
@@ -283,15 +290,15 @@ class _Search:
         folder = trial_folder(self.folder, trial.number)
         Run(self.base.root, folder.name, rehearsal=folder).drop_working_files()
         done = finished(trial.number, ended(study)[trial.number - 1])
-        value = "" if done.value is None else f", validation loss {done.value:.4f}"
+        value = "" if done.value is None else f", validation {done.measured}"
         self.reporter.note(f"trial {done.number} of {self.count} {done.state}{value}")
 
     def _write_recipe(self, recipe: Recipe, best: Trial) -> Path:
         """``best.toml``: no name, so that it can be tuned again as it is; paths that work anywhere."""
         fields = portable(recipe.model_copy(update={"base": self.base.id}))
         head = (
-            f"# Found by `luthier search`: trial {best.number} of {self.count}, validation loss "
-            f"{best.value:.4f}.\n\n"
+            f"# Found by `luthier search`: trial {best.number} of {self.count}, validation "
+            f"{best.measured}.\n\n"
         )
         path = self.folder / "best.toml"
         write_bytes(path, (head + to_toml(fields)).encode())

@@ -117,31 +117,29 @@ def _dimension(text: str, recipe: Recipe) -> Dimension:
     return Dimension(key, low=low, high=high, log=low > 0 and high >= LOG_FROM * low)
 
 
-def default_space(recipe: Recipe, hidden: int) -> list[Dimension]:
+def default_space(recipe: Recipe, resolved: Recipe) -> list[Dimension]:
     """What is searched when nothing is named: the rate, and the rank of LoRA.
 
-    The rate decides most, and its best value depends on rows and network. LoRA's ``alpha`` stays, and
-    so the best rate is nearly the same for all ranks (Schulman et al. 2025, "LoRA Without Regret").
+    ``resolved`` is ``recipe`` with what a run of it would choose. The rate decides most, and its
+    best value depends on rows and network. LoRA's ``alpha`` stays, and so the best rate is nearly the
+    same for all ranks (Schulman et al. 2025, "LoRA Without Regret").
     """
-    rate = start_of("training.learning_rate", recipe, hidden)
+    rate = start_of("training.learning_rate", resolved)
     low, high = (float(f"{end:.4g}") for end in (rate / RATE_FACTOR, rate * RATE_FACTOR))
     source = "the recipe's" if recipe.training.learning_rate else "the default"
     reason = f"a factor of {RATE_FACTOR} around {source} {rate:g}; the rate decides most"
     space = [Dimension("training.learning_rate", low=low, high=high, log=True, reason=reason)]
     if recipe.adaptation.method == "lora":
-        rank = start_of("adaptation.rank", recipe, hidden)
+        rank = start_of("adaptation.rank", resolved)
         ranks = tuple(sorted({*RANKS, rank}))
         space.append(Dimension("adaptation.rank", ranks, reason="how much LoRA can take up"))
     return space
 
 
-def start_of(key: str, recipe: Recipe, hidden: int) -> Any:
-    """Value of a field before the search; ``None`` where only the data would tell."""
+def start_of(key: str, resolved: Recipe) -> Any:
+    """Value of a field in a run of the recipe as it stands."""
     group, _, field = key.partition(".")
-    value = getattr(getattr(recipe, group), field)
-    if key == "training.learning_rate" and value is None:
-        return recipe.adaptation.learning_rate(hidden)[0]
-    return value
+    return getattr(getattr(resolved, group), field)
 
 
 def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:

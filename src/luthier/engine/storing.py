@@ -54,6 +54,8 @@ class Storing:
     """All of the network."""
     comparison: Comparison | None = None
     """The model beside simple baselines."""
+    fitted_head: bool = False
+    """Whether its head started from logistic regression."""
 
     def store(self, network: Network) -> Result:
         """Save, let go of the network, load what was saved, compare, and only then make it a model."""
@@ -134,7 +136,7 @@ class Storing:
                 self.job.recipe.training,
                 self.job.steps,
                 len(self.job.data.validation),
-                self.job.new_head and self.job.data.objective.starts_head,
+                self.fitted_head,
             ),
             comparison=self.comparison,
         )

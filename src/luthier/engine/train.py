@@ -28,7 +28,7 @@ from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.runs import ACTIVATIONS, KEPT, METRICS, SAMPLES, Result, Run, automatic_name
 from luthier.engine.storing import Storing
 from luthier.errors import RecipeError, RefusedInput
-from luthier.evaluation.baselines import Comparison
+from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import need_disk
 from luthier.inspection.jobs import warnings
 from luthier.models.bottom import Bottom, frozen_layers
@@ -178,8 +178,12 @@ class Trainer:
         self.clock = clock or Clock()
         self.calibration_rows = 0
         """Rows whose gradients the adaptation asked for."""
-        self.comparison: Comparison | None = None
+        self.fitted_head = False
+        """Whether the head started from logistic regression."""
+        self.baselines: FittedBaselines | None = None
         """What simple baselines are worth, where they are compared with."""
+        self.comparison: Comparison | None = None
+        """The trained model beside them."""
         self.begun = job.data.train
         """All training rows, with what the objective made of them before the first step."""
 
@@ -187,11 +191,11 @@ class Trainer:
         """Everything after the last check."""
         resumed = self.run_folder.trained()
         network, progress, lines = self.learn(resume, compare=True)
-        if self.comparison is not None:
+        if self.baselines is not None:
             held, budget = self.job.data.compared[1], self._reading_budget
             objective = self.job.data.objective
             with self.clock.part("baselines"):
-                self.comparison = measure_tuned(network, objective, held, self.comparison, budget)
+                self.comparison = measure_tuned(network, objective, held, self.baselines, budget)
         result = self.stored(network, progress, lines)
         disk = folder_bytes(self.run_folder.folder) + folder_bytes(self.run_folder.model_folder)
         self.run_folder.finish(result)
@@ -209,6 +213,7 @@ class Trainer:
             self.trained,
             self.weights,
             self.comparison,
+            self.fitted_head,
         )
         with self.clock.part("store"):
             return storing.store(network)
@@ -224,7 +229,7 @@ class Trainer:
         network, loop = self.ready(resume, compare)
         progress = loop.run()
         self.release(network)
-        return network, progress, loop.metrics.read()
+        return network, progress, loop.metrics.read(rows=True)
 
     def ready(self, resume: bool, compare: bool = False) -> tuple[Network, Loop]:
         """The network and the loop, right before the first step, or the next."""
@@ -321,6 +326,7 @@ class Trainer:
         note = self.reporter.note
         with self.clock.part("begin"):
             if self.job.new_head and (said := objective.start_head(network, self.begun, budget)):
+                self.fitted_head = True
                 note(said)
             train = objective.begin(network, self.job.data.train, budget, note)
         self.begun = train
@@ -339,7 +345,7 @@ class Trainer:
             if train and held and seconds:
                 self.reporter.stage("Fitting simple baselines to compare with")
             budget = self._reading_budget
-            self.comparison = fit_baselines(
+            self.baselines = fit_baselines(
                 network, self.job.data.objective, train, held, budget, seconds
             )
         return_freed_memory()

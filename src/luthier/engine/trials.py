@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.engine.metrics import SCORES, MetricsFile, Reporter, best_measurement, cost_of
 from luthier.engine.runs import METRICS
 from luthier.engine.space import with_settings
 from luthier.engine.train import rehearse
@@ -37,6 +37,8 @@ MEASUREMENTS_BEFORE_PRUNING = 2
 OUTCOME, ERRORS = "outcome.json", "errors.txt"
 PLACE = "place"
 """Attribute of a trial in the study: its place in the search, from 0."""
+MEASURE = "measure"
+"""The same: what is measured."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,21 @@ class Trial:
     """Place in the search, from 1."""
     settings: dict[str, Any]
     value: float | None
-    """Validation loss: the lowest, or the last one measured where it was pruned."""
+    """What is to be low: the validation loss, or 1 less the score that is measured; of the weights that
+    a run would keep, or the last one where it was pruned."""
     state: Literal["complete", "pruned", "failed"]
     reason: str = ""
     """Why it failed."""
+    measure: str = "loss"
+    """What is measured: ``loss``, ``reward`` or a score."""
+
+    @property
+    def measured(self) -> str:
+        """What was measured, for people."""
+        if self.value is None:
+            return ""
+        shown = {"loss": self.value, "reward": -self.value}.get(self.measure, 1 - self.value)
+        return f"{SCORES.get(self.measure, self.measure)} {shown:.4f}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Outcome:
 
     state: Literal["complete", "pruned", "failed"]
     value: float | None = None
-    """Lowest validation loss, where it is complete."""
+    """:attr:`Trial.value`, where it is complete."""
     reason: str = ""
     """Why it failed."""
 
@@ -109,7 +122,7 @@ def carry_out(recipe: Recipe, folder: Path, asked: optuna.Trial, reporter: Repor
             raise
         return Outcome("failed", reason=str(error))
     watch.report()
-    return Outcome("complete", watch.lowest)
+    return Outcome("complete", watch.value)
 
 
 def side_by_side(folder: Path, recipe: Recipe, asked: Sequence[optuna.Trial]) -> list[Outcome]:
@@ -195,19 +208,19 @@ def _stop_when_alone() -> None:
 
 
 class Watch(Reporter):
-    """Hands each validation loss of a trial to the study, and stops the trial when that says so."""
+    """Hands each measurement of a trial to the study, and stops the trial when that says so."""
 
     def __init__(self, outer: Reporter, trial: optuna.Trial, metrics: Path) -> None:
         self.outer, self.trial, self.metrics = outer, trial, MetricsFile(metrics)
         self.told = 0
-        self.lowest: float | None = None
-        """The lowest validation loss so far."""
+        self.value: float | None = None
+        """What the weights that would be kept so far cost."""
 
     def recorded(self, line: Mapping[str, Any], steps: int) -> None:
         """Report by the number of the measurement: trials may have different numbers of steps.
 
         The metrics file has those of before a kill, too. Without them, a resumed trial would be
-        judged by other losses than one that was never cut short.
+        judged by other measurements than one that was never cut short.
         """
         self.outer.recorded(line, steps)
         if line["event"] != "validation":
@@ -221,10 +234,15 @@ class Watch(Reporter):
     def report(self) -> None:
         """Tell the study what it does not know yet."""
         measured = [line for line in self.metrics.read() if line["event"] == "validation"]
+        if not measured:
+            return
+        measure = measured[0].get("measure", "loss")
+        if not self.told:
+            self.trial.set_user_attr(MEASURE, measure)
         for number, line in enumerate(measured[self.told :], start=self.told):
-            self.trial.report(line["loss"], number)
+            self.trial.report(cost_of(line, measure), number)
         self.told = len(measured)
-        self.lowest = min((line["loss"] for line in measured), default=None)
+        self.value = cost_of(best_measurement(measured, measure), measure)
 
 
 def repaired_journal(path: Path) -> Any:
@@ -256,7 +274,8 @@ def finished(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
     reason = frozen.user_attrs.get("reason", "")
     complete = frozen.state.name == "COMPLETE"
     state: Any = "failed" if reason else "complete" if complete else "pruned"
-    return Trial(number, dict(frozen.params), None if reason else frozen.value, state, reason)
+    value, measure = None if reason else frozen.value, frozen.user_attrs.get(MEASURE, "loss")
+    return Trial(number, dict(frozen.params), value, state, reason, measure)
 
 
 def said(trial: Trial) -> str:

@@ -1,7 +1,8 @@
 """What a finished run came to, by what was measured on its validation rows before and while it trained.
 
-The weights with the best measurement are the ones that are stored, and the first measurement comes
-before the first step: a run that only does harm keeps the weights it began with, and says so.
+The weights with the best measurement are the ones that are stored, the last of those that chance does
+not tell from it (:func:`~luthier.engine.metrics.best_measurement`). The first measurement comes before
+the first step: a run that only does harm keeps the weights it began with, and says so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from luthier.engine.metrics import SCORES, best_measurement, cost_of, metrics_beside
+from luthier.engine.metrics import (
+    SCORES,
+    best_measurement,
+    cost_of,
+    metrics_beside,
+    row_scores_of,
+)
+from luthier.evaluation.significance import CHANCE
 from luthier.printable import format_duration
 from luthier.recipe import Training
 
@@ -34,9 +42,6 @@ LAST_PART = 0.8
 """Where the last part of a run begins, which tells whether it still improves."""
 FEW_ROWS, FEW_LOSSES = 30, 10
 """Held-out rows below which a score of them is rough; a loss is a mean over many tokens."""
-CHANCE = 2.0
-"""Standard errors by which two scores or mean rewards must differ. Losses are means over far more."""
-
 _HEADLINES: Mapping[Outcome, str] = {
     "learned": "learned",
     "still_improving": "learned, and still improving at the end",
@@ -235,7 +240,7 @@ class _Course:
         setting = f"training.max_steps={2 * self.train[-1]['step']}"
         if training.max_steps is None and training.epochs:
             setting = f"training.epochs={2 * training.epochs:g}"
-        return f"`{setting}` would take {longer} more"
+        return f"`{setting}` would take {longer} more than this run"
 
     def _cost(self, line: Mapping[str, Any]) -> float:
         return cost_of(line, self.measure)
@@ -249,7 +254,13 @@ class _Course:
         return max(LEAST_CHANGE * self.gain, self._chance(one, other))
 
     def _chance(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-        """How far two scores or mean rewards may be apart by chance; 0 for losses."""
+        """How far two scores or mean rewards may be apart by chance; 0 for losses.
+
+        Scores of the same rows by those that only one of both has right.
+        """
+        scores = row_scores_of(one), row_scores_of(other)
+        if scores[0] is not None and scores[1] is not None:
+            return CHANCE * scores[0].difference_error(scores[1])
         error = f"{self.measure}_error"
         return CHANCE * math.hypot(*(line.get(error, 0.0) for line in (one, other)))
 

@@ -12,16 +12,23 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.evaluation.labels import differ, scores
-from luthier.evaluation.linear import fit_centroids, fit_logistic, fit_ridge
-from luthier.evaluation.retrieval import bm25_ranks, partner_ranks, retrieval_scores
+from luthier.evaluation.labels import row_scores, scores
+from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic, fit_ridge
+from luthier.evaluation.retrieval import (
+    bm25_ranks,
+    partner_ranks,
+    recall_at_1,
+    retrieval_scores,
+)
+from luthier.evaluation.significance import CHANCE, RowScores
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -35,8 +42,6 @@ SMOOTHING = 0.3
 LARGEST_TABLE = 20_000_000
 """Counts that naive Bayes holds at most; the rarest words are left out."""
 _WORD = re.compile(r"\w+")
-_SHARES = frozenset({"accuracy", "recall_at_1"})
-"""Shares of the rows that are answered right; those of words or of spans are not of rows."""
 _LESS_IS_BETTER = frozenset({"mean_absolute_error"})
 
 
@@ -53,6 +58,8 @@ class Baseline:
     """To fit it and to answer all rows."""
     constant: bool = False
     """Whether it answers every row alike."""
+    error: float = 0.0
+    """Standard error of the difference between the tuned model's score and its own."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ class Comparison:
     """The tuned model's; ``None`` where it was not measured."""
     left_out: list[str] = field(default_factory=list)
     """Baselines that there was no time for."""
+    verdict: str = ""
+    """What to make of it, where a baseline does as well or better."""
 
     def gain(self, baseline: Baseline) -> float:
         """How much better than a baseline the tuned model is; below 0 where it is worse."""
@@ -81,27 +90,37 @@ class Comparison:
         """The hardest baseline to beat."""
         return min(self.baselines, key=self.gain, default=None)
 
-    @property
-    def verdict(self) -> str:
-        """What to make of it, where a baseline does as well or better; else empty."""
+    def judge(self) -> str:
+        """The :attr:`verdict`: empty where the tuned model is better than all, beyond chance."""
         best = self.best
-        if best is None or self.tuned is None or self.gain(best) > 0:
+        if best is None or self.tuned is None or self.gain(best) > CHANCE * best.error:
             return ""
-        does = "does as well" if self.gain(best) == 0 else "does better"
+        behind = self.gain(best) < -CHANCE * best.error
+        does = "does better" if behind else "may do as well" if self.gain(best) else "does as well"
         text = (
             f"{best.name} {does}: {render(self.measure, best.score)} against "
             f"{render(self.measure, self.tuned)} of the tuned model, on the same {self.rows:,} rows, "
             f"and is fitted in {best.seconds:.1f} s"
         )
-        if self.gain(best) and self.within_chance(best):
+        if does == "may do as well":
             text += f"; {self.rows:,} rows are too few to tell such scores apart"
         return text
 
-    def within_chance(self, baseline: Baseline) -> bool:
-        """Whether two shares of right answers are too near to tell apart."""
-        if self.tuned is None or self.measure not in _SHARES:
-            return False
-        return not differ(self.tuned, baseline.score, self.rows)
+
+@dataclass(frozen=True)
+class FittedBaselines:
+    """Baselines that were measured, before there is a tuned model to compare with them."""
+
+    comparison: Comparison
+    row_scores: list[RowScores]
+    """Of each baseline."""
+
+    def beside(self, tuned: RowScores) -> Comparison:
+        """The comparison with a model that scores ``tuned`` on the same rows."""
+        both = zip(self.comparison.baselines, self.row_scores, strict=True)
+        baselines = [replace(each, error=tuned.difference_error(scores)) for each, scores in both]
+        found = replace(self.comparison, baselines=baselines, tuned=tuned.value)
+        return replace(found, verdict=found.judge())
 
 
 def render(measure: str, score: float) -> str:
@@ -131,28 +150,30 @@ class _Method:
     """A name, and what answers the rows that are measured on."""
 
     name: str
-    answers: Callable[[], Answers | NDArray[np.int64]]
-    """Those to the rows that are measured on; of pairs, the ranks at which partners are found."""
+    answers: Callable[[Any], Answers | NDArray[np.int64]]
+    """Those to the rows that are measured on, from the :class:`States` where it reads them; of pairs,
+    the ranks at which partners are found."""
     constant: bool = False
-    states: States | None = None
-    """What it reads of the base model."""
+    reads_states: bool = False
+    """Whether it goes by what the base model makes of the rows, or by their words alone."""
 
-    def measured(self, train: Sequence[Row], held: Sequence[Row]) -> Baseline:
+    def measured(
+        self, train: Sequence[Row], held: Sequence[Row], states: States | None
+    ) -> tuple[Baseline, RowScores]:
         """Fitted, with what it scores; said of fewer rows where not all were read."""
         began = time.monotonic()
-        answers = self.answers()
+        answers = self.answers(states)
         if isinstance(answers, np.ndarray):
-            found, learned = retrieval_scores(answers), len(train)
+            found, each = retrieval_scores(answers), recall_at_1(answers)
         else:
-            found = scores(held, answers)
-            learned = len(train) if self.states is None else len(self.states.train_NH)
+            found, each = scores(held, answers), row_scores(held, answers)
         seconds, name = time.monotonic() - began, self.name
-        if self.states is not None:
-            seconds += self.states.seconds
-            if learned < len(train):
+        if self.reads_states and states is not None:
+            seconds += states.seconds
+            if 0 < (learned := len(states.train_NH)) < len(train):
                 name += f" ({learned:,} of {len(train):,} rows)"
         score = next(iter(found.values()))
-        return Baseline(name, score, found, round(seconds, 3), self.constant)
+        return Baseline(name, score, found, round(seconds, 3), self.constant), each
 
 
 def is_comparable(row: Row, example: Example) -> bool:
@@ -187,51 +208,51 @@ def compare(
     states: States | None,
     until: float,
     clock: Callable[[], float] = time.monotonic,
-) -> Comparison | None:
+) -> FittedBaselines | None:
     """Fit the baselines that go with such rows on ``train`` and measure them on ``held``.
 
     ``None`` where there are none. ``states`` are those of both, in the same order, perhaps only of the
-    first rows of ``train``; rows with tags have none. No further baseline is begun after the time
-    ``until`` of ``clock``.
+    first rows of ``train``; where they are missing, what would read them is left out. No further
+    baseline is begun after the time ``until`` of ``clock``.
     """
     if not train or not held:
         return None
-    made: list[Baseline] = []
+    made: list[tuple[Baseline, RowScores]] = []
     left_out: list[str] = []
-    for method in _methods(train, held, states):
-        if clock() < until:
-            made.append(method.measured(train, held))
+    for method in _methods(train, held):
+        if clock() < until and not (method.reads_states and states is None):
+            made.append(method.measured(train, held, states))
         else:
             left_out.append(method.name)
     if not made:
         return None
-    measure = next(iter(made[0].scores))
-    return Comparison(measure, len(held), len(train), made, None, left_out)
+    measure = next(iter(made[0][0].scores))
+    baselines = [baseline for baseline, _ in made]
+    found = Comparison(measure, len(held), len(train), baselines, None, left_out)
+    return FittedBaselines(found, [each for _, each in made])
 
 
-def _methods(train: Sequence[Row], held: Sequence[Row], states: States | None) -> Iterator[_Method]:
+def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
     """Names and ways to answer ``held``, the quickest first."""
     rows = (*train, *held)
     if all(isinstance(row.label, str) for row in rows):
-        yield from _label_methods(train, held, states)
+        yield from _label_methods(train, held)
     elif all(row.label is not None for row in rows):
-        yield from _label_set_methods(train, held, states)
+        yield from _label_set_methods(train, held)
     elif all(row.rating is not None and row.text is not None for row in rows):
-        yield from _rating_methods(train, held, states)
+        yield from _rating_methods(train, held)
     elif all(row.tags is not None for row in rows):
-        yield _Method("the most frequent tag of each word", lambda: _frequent_tags(train, held))
+        yield _Method("the most frequent tag of each word", lambda _: _frequent_tags(train, held))
     elif all(row.positive is not None for row in rows):
-        yield from _pair_methods(held, states)
+        yield from _pair_methods(held)
 
 
-def _label_methods(
-    train: Sequence[Row], held: Sequence[Row], states: States | None
-) -> Iterator[_Method]:
+def _label_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
     labels = [str(row.label) for row in train]
     names = sorted(set(labels))
     frequent = Counter(labels).most_common(1)[0][0]
     yield _Method(
-        "always the most frequent label", lambda: [{"label": frequent}] * len(held), constant=True
+        "always the most frequent label", lambda _: [{"label": frequent}] * len(held), constant=True
     )
 
     def named(classes: Sequence[int]) -> Answers:
@@ -241,55 +262,49 @@ def _label_methods(
     classes = [places[label] for label in labels]
     texts, asked = [row.text or "" for row in train], [row.text or "" for row in held]
     yield _Method(
-        "naive Bayes on words", lambda: named(naive_bayes(texts, classes, len(names), asked))
+        "naive Bayes on words", lambda _: named(naive_bayes(texts, classes, len(names), asked))
     )
-    if states is None:
-        return
-    given, train_NH = states, states.train_NH
-    targets_N = train_NH.new_tensor(classes[: len(train_NH)]).long()
 
-    def by_neighbours() -> Answers:
-        return [{"label": label} for label in nearest_labels(given, labels)]
+    def by_neighbours(states: States) -> Answers:
+        return [{"label": label} for label in nearest_labels(states, labels)]
 
-    def by_centroids() -> Answers:
-        model = fit_centroids(train_NH, targets_N, len(names))
-        return named(model.scores(given.held_QH).argmax(-1).tolist())
+    def by_model(fit: Callable[..., LinearModel], states: States) -> Answers:
+        targets_N = states.train_NH.new_tensor(classes[: len(states.train_NH)]).long()
+        model = fit(states.train_NH, targets_N, len(names))
+        return named(model.scores(states.held_QH).argmax(-1).tolist())
 
-    def by_regression() -> Answers:
-        model = fit_logistic(train_NH, targets_N, len(names))
-        return named(model.scores(given.held_QH).argmax(-1).tolist())
-
-    yield _Method(f"{NEIGHBOURS} nearest rows of the base model", by_neighbours, states=given)
-    yield _Method("class centroids of the base model", by_centroids, states=given)
-    yield _Method("logistic regression on the base model", by_regression, states=given)
+    for name, answers in (
+        (f"{NEIGHBOURS} nearest rows of the base model", by_neighbours),
+        ("class centroids of the base model", partial(by_model, fit_centroids)),
+        ("logistic regression on the base model", partial(by_model, fit_logistic)),
+    ):
+        yield _Method(name, answers, reads_states=True)
 
 
-def _label_set_methods(
-    train: Sequence[Row], held: Sequence[Row], states: States | None
-) -> Iterator[_Method]:
+def _label_set_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
     """Rows that may have several labels."""
     sets = [_label_set(row) for row in train]
     frequent = list(Counter(sets).most_common(1)[0][0])
     yield _Method(
-        "always the most frequent labels", lambda: [{"label": frequent}] * len(held), constant=True
+        "always the most frequent labels",
+        lambda _: [{"label": frequent}] * len(held),
+        constant=True,
     )
-    if states is None:
-        return
-    given, train_NH = states, states.train_NH
     names = sorted({name for each in sets for name in each})
-    targets_NC = train_NH.new_tensor(
-        [[name in each for name in names] for each in sets[: len(train_NH)]]
-    )
 
-    def by_regression() -> Answers:
-        model = fit_logistic(train_NH, targets_NC, len(names))
-        likely_QC = (model.scores(given.held_QH) > 0).tolist()
+    def by_regression(states: States) -> Answers:
+        known = sets[: len(states.train_NH)]
+        targets_NC = states.train_NH.new_tensor(
+            [[name in each for name in names] for each in known]
+        )
+        model = fit_logistic(states.train_NH, targets_NC, len(names))
+        likely_QC = (model.scores(states.held_QH) > 0).tolist()
         return [
             {"label": [name for name, likely in zip(names, row, strict=True) if likely]}
             for row in likely_QC
         ]
 
-    yield _Method("logistic regression on the base model", by_regression, states=given)
+    yield _Method("logistic regression on the base model", by_regression, reads_states=True)
 
 
 def _label_set(row: Row) -> tuple[str, ...]:
@@ -297,34 +312,31 @@ def _label_set(row: Row) -> tuple[str, ...]:
     return (label,) if isinstance(label, str) else tuple(sorted(label or ()))
 
 
-def _rating_methods(
-    train: Sequence[Row], held: Sequence[Row], states: States | None
-) -> Iterator[_Method]:
+def _rating_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
     ratings = [row.rating or 0.0 for row in train]
     # The median has the least absolute error of all constants.
     median = statistics.median(ratings)
     yield _Method(
-        "always the median rating", lambda: [{"rating": median}] * len(held), constant=True
+        "always the median rating", lambda _: [{"rating": median}] * len(held), constant=True
     )
-    if states is None:
-        return
-    given = states
 
-    def by_regression() -> Answers:
-        targets_N = given.train_NH.new_tensor(ratings[: len(given.train_NH)])
-        found = fit_ridge(given.train_NH, targets_N).scores(given.held_QH)[:, 0].tolist()
+    def by_regression(states: States) -> Answers:
+        targets_N = states.train_NH.new_tensor(ratings[: len(states.train_NH)])
+        found = fit_ridge(states.train_NH, targets_N).scores(states.held_QH)[:, 0].tolist()
         return [{"rating": rating} for rating in found]
 
-    yield _Method("ridge regression on the base model", by_regression, states=given)
+    yield _Method("ridge regression on the base model", by_regression, reads_states=True)
 
 
-def _pair_methods(held: Sequence[Row], states: States | None) -> Iterator[_Method]:
+def _pair_methods(held: Sequence[Row]) -> Iterator[_Method]:
     asked, partners = [row.text or "" for row in held], [row.positive or "" for row in held]
-    yield _Method("BM25 on words", lambda: bm25_ranks(asked, partners))
-    if states is None or states.partner_QH is None:
-        return
-    near = states.held_QH.numpy(), states.partner_QH.numpy()
-    yield _Method("the base model as it is", lambda: partner_ranks(*near, partners), states=states)
+    yield _Method("BM25 on words", lambda _: bm25_ranks(asked, partners))
+
+    def as_it_is(states: States) -> NDArray[np.int64]:
+        assert states.partner_QH is not None
+        return partner_ranks(states.held_QH.numpy(), states.partner_QH.numpy(), partners)
+
+    yield _Method("the base model as it is", as_it_is, reads_states=True)
 
 
 def _frequent_tags(train: Sequence[Row], held: Sequence[Row]) -> Answers:

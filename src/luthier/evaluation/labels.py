@@ -7,13 +7,13 @@ scikit-learn's and seqeval's, without their 0.5 s of imports.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from luthier.errors import DataError, Problem
+from luthier.evaluation.significance import RowScores, standard_error
 from luthier.types import Row
 
 SHOWN = 5
@@ -48,19 +48,22 @@ def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[st
     )
 
 
-def standard_error(share: float, rows: int) -> float:
-    """Standard error of a share of ``rows`` that are answered right.
+def row_scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> RowScores:
+    """Row by row, the score that :func:`scores` names first."""
+    both = [*zip(rows, answers, strict=True)]
+    if rows[0].rating is not None:
+        errors = [abs((row.rating or 0.0) - answer["rating"]) for row, answer in both]
+        return RowScores.of(errors, is_share=False)
+    if rows[0].tags is not None:
+        return tag_scores((answer["tags"], row.tags or ()) for row, answer in both)
+    return RowScores.of([_set(row.label) == _set(answer["label"]) for row, answer in both])
 
-    Two right and two wrong answers are added (Agresti and Coull 1998): 16 of 16 are no certainty.
-    """
-    share = (share * rows + 2) / (rows + 4)
-    return math.sqrt(share * (1 - share) / (rows + 4))
 
-
-def differ(share: float, other: float, rows: int) -> bool:
-    """Whether two shares of so many rows each are two standard errors of their difference apart."""
-    error = math.hypot(standard_error(share, rows), standard_error(other, rows))
-    return abs(share - other) >= 2 * error
+def tag_scores(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> RowScores:
+    """Entity F1 of rows of tags that were given and wanted."""
+    each = [(entities(given), entities(wanted)) for given, wanted in pairs]
+    right = [len(given & wanted) for given, wanted in each]
+    return RowScores.of(right, [(len(given) + len(wanted)) / 2 for given, wanted in each])
 
 
 def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> list[str]:

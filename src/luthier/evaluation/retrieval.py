@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from luthier.evaluation.significance import RowScores
+
 _AT_ONCE = 1024
 """Anchors whose scores are held at once: with 100,000 partners, 400 MB."""
 
@@ -77,6 +79,11 @@ def bm25_ranks(anchors: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64
     index = BM25Index(distinct.tolist())
     scores_PU = np.stack([index.scores(anchor) for anchor in anchors])
     return _ranks(scores_PU, own_P)
+
+
+def recall_at_1(ranks: ArrayLike) -> RowScores:
+    """Whether the own partner of each is the first, row by row."""
+    return RowScores.of(np.asarray(ranks) <= 1)
 
 
 def retrieval_scores(ranks: ArrayLike) -> dict[str, float]:

@@ -124,7 +124,7 @@ def spelling(text: str, tokenizer: Any) -> Spelling:
 
 
 def unknown_to(tokenizer: Any, samples: Iterable[str]) -> tuple[str, float, Spelling] | None:
-    """The language of ``samples`` that ``tokenizer`` was hardly trained on, where there is one.
+    """The most frequent language of ``samples`` that ``tokenizer`` was hardly trained on, if any.
 
     Returns:
         Its ISO 639 code, its share of the samples, and how its words are written.
@@ -143,20 +143,18 @@ def unknown_to(tokenizer: Any, samples: Iterable[str]) -> tuple[str, float, Spel
         code = told(text)
         counts[code] += bool(code)
         by_language[code] = by_language.get(code, Spelling(0, 0, 0, 0, 0)) + each
-    code, count = max(
-        ((code, n) for code, n in counts.items() if code not in ("", "en")),
-        key=lambda pair: pair[1],
-        default=("", 0),
-    )
-    if count < max(LEAST_SAMPLES, SHARE * counts.total()):
-        return None
-    found = by_language[code]
-    if code in UNSPACED:
-        strange = found.per_letter >= PIECES_PER_CHARACTER
-    else:
-        strange = found.per_letter >= PIECES_PER_LETTER * english.per_letter
-        strange = strange and found.whole < WHOLE_SHORT_WORDS
-    return (code, count / counts.total(), found) if strange else None
+    for code, count in counts.most_common():
+        found = by_language[code]
+        if code in ("", "en") or count < max(LEAST_SAMPLES, SHARE * counts.total()):
+            continue
+        if code in UNSPACED:
+            unknown = found.per_letter >= PIECES_PER_CHARACTER
+        else:
+            unknown = found.per_letter >= PIECES_PER_LETTER * english.per_letter
+            unknown = unknown and found.whole < WHOLE_SHORT_WORDS
+        if unknown:
+            return code, count / counts.total(), found
+    return None
 
 
 class BaseLanguage(Check):

@@ -180,6 +180,8 @@ class Worker:
         journal.catch_up(metrics.read(), int(result["steps"]))
         if verdict := result["verdict"]:
             journal.note(f"{verdict['text']}. {verdict['advice']}".strip())
+        if (comparison := result.get("comparison")) and comparison["verdict"]:
+            journal.note(comparison["verdict"])
         journal.part("training", "Completed")
         model = find(result["model_id"])
         verify(model.folder, model.manifest["files"])

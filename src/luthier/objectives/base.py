@@ -36,7 +36,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from luthier.errors import RecipeError, RowRefused
-from luthier.evaluation.labels import standard_error
+from luthier.evaluation.significance import RowScores
 from luthier.models.heads import Head, Task
 from luthier.types import Example, Loss, Row
 
@@ -49,8 +49,12 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
+MOST_ROW_SCORES = 2_000
+"""Held-out rows whose single scores are noted; the scores of more are known well enough."""
+
+
 class Objective(BaseModel):
-    """Base of all objectives. Subclasses are final: one paper, one file, one class."""
+    """Base of all objectives: one paper, one file, one class."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -331,11 +335,9 @@ class Objective(BaseModel):
 
     def mean_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """The loss on ``examples`` without dropout or a gradient, averaged over their weight."""
-        return self._means(network, examples, budget)["loss"]
+        return self._means(network, examples, budget).values()["loss"]
 
-    def _means(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> dict[str, float]:
+    def _means(self, network: Network, examples: Sequence[Example], budget: int) -> Means:
         import torch
 
         network.model.eval()
@@ -343,20 +345,25 @@ class Objective(BaseModel):
         with torch.no_grad():
             for batch in self.annotate(network, examples, budget):
                 means.add(self.loss(network, batch), batch.weight)
-        return means.values()
+        return means
 
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """What is measured on held-out rows: ``loss``, and the further metrics of :meth:`loss`.
 
         The best by :attr:`measure` are kept. Of a score from 0 to 1, its standard error is given, too,
-        as that of a share of the rows.
+        and what each row adds to it: ``parts``, and ``wholes`` where they are not 1, of at most
+        :data:`MOST_ROW_SCORES` rows.
         """
-        found = self._means(network, examples, budget)
-        if self.measure != "loss" and self.measure in found:
-            error = standard_error(found[self.measure], len(examples))
-            found[f"{self.measure}_error"] = error
+        means = self._means(network, examples, budget)
+        found: dict[str, Any] = means.values()
+        if (scores := means.row_scores(self.measure)) is not None:
+            found[f"{self.measure}_error"] = scores.error
+            if len(scores.parts_R) <= MOST_ROW_SCORES:
+                found["parts"] = scores.parts_R.tolist()
+                if (scores.wholes_R != 1).any():
+                    found["wholes"] = scores.wholes_R.tolist()
         return found
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
@@ -378,7 +385,7 @@ class Means:
     def __init__(self) -> None:
         self._weights: list[float] = []
         self._sums: defaultdict[str, float] = defaultdict(float)
-        self._ratios: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+        self._ratios: defaultdict[str, list[RowScores]] = defaultdict(list)
 
     def add(self, loss: Loss, weight: float) -> None:
         """Count in a micro-batch of ``weight``."""
@@ -387,16 +394,17 @@ class Means:
         for name, value in loss.metrics.items():
             self._sums[name] += value
         for name, pair in loss.ratios.items():
-            self._ratios[name].append(pair)
+            self._ratios[name].append(RowScores.of(*pair))
 
     def values(self) -> dict[str, float]:
         """``loss`` and each metric by its name."""
         weight = math.fsum(self._weights)
         found = {name: total / weight for name, total in self._sums.items()}
-        for name, pairs in self._ratios.items():
-            parts, wholes = map(math.fsum, zip(*pairs, strict=True))
-            found[name] = parts / wholes if wholes else 0.0
-        return found
+        return found | {name: RowScores.joined(each).value for name, each in self._ratios.items()}
+
+    def row_scores(self, name: str) -> RowScores | None:
+        """What each row adds to a score, in the order of the micro-batches."""
+        return RowScores.joined(self._ratios[name]) if name in self._ratios else None
 
 
 def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> None:

@@ -26,6 +26,7 @@ from luthier.types import Example, Loss, Row
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import ArrayLike
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
@@ -106,8 +107,8 @@ class Classification(Objective):
 
     @property
     def starts_head(self) -> bool:
-        """Whether logistic regression does."""
-        return bool(self.probe)
+        """Whether logistic regression does; that needs two classes."""
+        return bool(self.probe) and len(self.labels or ()) > 1
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Count the classes, and see whether rows have several."""
@@ -165,12 +166,12 @@ class Classification(Objective):
         if self.multi_label:
             each_RC = F.binary_cross_entropy_with_logits(scores_RC, target, reduction="none")
             right_R = ((scores_RC > 0) == (target > 0.5)).all(-1)
-            return Loss(each_RC.mean(-1).sum(), {"accuracy": float(right_R.sum())})
+            return Loss(each_RC.mean(-1).sum(), ratios=_accuracy(right_R))
         total = F.cross_entropy(
             scores_RC, target[:, 0], reduction="sum", label_smoothing=self.label_smoothing
         )
         right_R = scores_RC.argmax(-1) == target[:, 0]
-        return Loss(total, {"accuracy": float(right_R.sum())})
+        return Loss(total, ratios=_accuracy(right_R))
 
     def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
         """Logistic regression on what the head's last layer reads of the training rows, as it starts.
@@ -184,9 +185,9 @@ class Classification(Objective):
         from luthier.models.heads import score_layer
 
         layer, classes = score_layer(network.model), len(self.labels or ())
-        if not self.probe or layer is None or classes < 2:
-            return ""
         labelled = [each for each in examples if np.asarray(each.target).min() != NO_LABEL]
+        if not self.starts_head or layer is None or not labelled:
+            return ""
         chosen = labelled[:: -(-len(labelled) // PROBED_ROWS)]
         features, targets = list[torch.Tensor](), list[np.ndarray[Any, Any]]()
         tap = layer.register_forward_pre_hook(
@@ -228,6 +229,10 @@ class Classification(Objective):
         if self.multi_label:
             return {"label": [name for name, p in scores.items() if p > 0.5], "scores": scores}
         return {"label": max(scores, key=scores.__getitem__), "scores": scores}
+
+
+def _accuracy(right_R: Tensor) -> dict[str, tuple[ArrayLike, ArrayLike]]:
+    return {"accuracy": (right_R.tolist(), [1] * len(right_R))}
 
 
 def names_of(label: str | tuple[str, ...] | None) -> tuple[str, ...]:

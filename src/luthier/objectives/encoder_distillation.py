@@ -30,6 +30,8 @@ from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
@@ -60,6 +62,11 @@ class EncoderDistillation(Taught, Classification):
     measure: ClassVar[str] = Objective.measure
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
     augments: ClassVar[bool] = False
+
+    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
+        """Read texts as the student was trained to be read; rows may have no label to start from."""
+        bound = super().bind_base(folder, learned)
+        return bound.model_copy(update={"probe": bool(self.probe)})
 
     def meet(self, name: str, other: Objective, width: int) -> Self:
         """The teacher must be a classifier of one label a text; its classes are learned."""

@@ -57,6 +57,9 @@ class SemiSupervised(Classification):
     """How far labels spread: what a text takes from its neighbours; 0.99 in the paper."""
 
     beside: ClassVar[frozenset[str]] = frozenset({"label", "text"})
+    least_steps: ClassVar[int] = 150
+    least_epochs: ClassVar[int] = 1
+    most_epochs: ClassVar[int] = 5
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the classes of the labelled rows, and check that there are others."""
@@ -133,7 +136,11 @@ class SemiSupervised(Classification):
             scores_RC, target_R, reduction="none", label_smoothing=self.label_smoothing
         )
         right_R = scores_RC.argmax(-1) == target_R
-        return Loss((each_R * weight_R).sum(), {"accuracy": float((right_R * weight_R).sum())})
+        known_R = weight_R * (target_R != NO_LABEL)
+        parts_R = known_R * right_R
+        return Loss(
+            (each_R * weight_R).sum(), ratios={"accuracy": (parts_R.tolist(), known_R.tolist())}
+        )
 
     def described(self, example: Example) -> str:
         """The label of the row, where it has one."""

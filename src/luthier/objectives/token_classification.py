@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import model_validator
 
 from luthier.errors import RowRefused
-from luthier.evaluation.labels import entities
+from luthier.evaluation.labels import tag_scores
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
 from luthier.objectives.shares import check_shares, shares_of, softmax_bias
@@ -129,13 +129,10 @@ class TokenClassification(Objective):
         target_K = torch.from_numpy(target_M[first_M]).to(scores_KC.device)
         total = F.cross_entropy(scores_KC, target_K, reduction="sum")
         best_K = scores_KC.argmax(-1)
-        rights = twice = 0
-        rows = zip(self._tags(best_K, batch), self._tags(target_K, batch), strict=True)
-        for given, wanted in ((entities(one), entities(other)) for one, other in rows):
-            rights += 2 * len(given & wanted)
-            twice += len(given) + len(wanted)
         right = float((best_K == target_K).sum())
-        return Loss(total, {"accuracy": right}, {"entity_f1": (rights, twice)})
+        rows = zip(self._tags(best_K, batch), self._tags(target_K, batch), strict=True)
+        found = tag_scores(rows)
+        return Loss(total, {"accuracy": right}, {"entity_f1": (found.parts_R, found.wholes_R)})
 
     def described(self, example: Example) -> str:
         """The tags of the words, in order."""

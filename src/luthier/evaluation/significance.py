@@ -1,0 +1,99 @@
+"""How far scores of held-out rows may be from the truth by chance, alone and beside each other.
+
+Two models that are measured on the same rows agree on most of them, so the difference of their scores
+is known better than either score: its error comes from the rows on which they differ (McNemar 1947).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+CHANCE = 2.0
+"""Standard errors by which scores must differ to say anything: 95 % of what chance does is less."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowScores:
+    """A score as the sum of a part of each row over the sum of a whole of each row.
+
+    An accuracy has 1 or 0 over 1; an F1 the entities that are right over the mean of those given and
+    wanted (it is no mean over rows); a mean error the error over 1.
+    """
+
+    parts_R: NDArray[np.float64]
+    wholes_R: NDArray[np.float64]
+    is_share: bool = True
+    """Whether the score goes from 0 to 1."""
+
+    @staticmethod
+    def of(parts: ArrayLike, wholes: ArrayLike | None = None, is_share: bool = True) -> RowScores:
+        """Of sequences of numbers; each whole is 1 when not given."""
+        parts_R = np.asarray(parts, dtype=np.float64)
+        wholes_R = np.ones_like(parts_R) if wholes is None else np.asarray(wholes, dtype=np.float64)
+        return RowScores(parts_R, wholes_R, is_share)
+
+    @staticmethod
+    def joined(pieces: Sequence[RowScores]) -> RowScores:
+        """All rows of several."""
+        parts, wholes = (
+            [getattr(each, name) for each in pieces] for name in ("parts_R", "wholes_R")
+        )
+        return RowScores(np.concatenate(parts), np.concatenate(wholes), pieces[0].is_share)
+
+    @property
+    def value(self) -> float:
+        """The score."""
+        whole = float(self.wholes_R.sum())
+        return float(self.parts_R.sum()) / whole if whole else 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error of the score.
+
+        Of a share, two rows that are right and two that are wrong are added (Agresti and Coull 1998):
+        16 of 16 are no certainty.
+        """
+        return _error(self._with((1, 1, 0, 0))._influence())
+
+    def difference_error(self, other: RowScores) -> float:
+        """Standard error of the difference to another score of the same rows.
+
+        Of shares, one row that only this one and one that only the other has right are added (Bonett
+        and Price 2012).
+        """
+        one_R, other_R = self._with((1, 0))._influence(), other._with((0, 1))._influence()
+        return _error(one_R - other_R)
+
+    def _with(self, right: Sequence[int]) -> RowScores:
+        """With rows of whole 1 that are right or wrong."""
+        if not self.is_share:
+            return self
+        wholes = np.ones(len(right))
+        return RowScores(np.r_[self.parts_R, right], np.r_[self.wholes_R, wholes])
+
+    def _influence(self) -> NDArray[np.float64]:
+        """By how much each row moves the score, times the number of rows (the delta method)."""
+        mean = float(self.wholes_R.mean()) or 1.0
+        influence_R: NDArray[np.float64] = (self.parts_R - self.value * self.wholes_R) / mean
+        return influence_R
+
+
+def _error(influence_R: NDArray[np.float64]) -> float:
+    return math.sqrt(float((influence_R**2).sum())) / len(influence_R)
+
+
+def standard_error(share: float, rows: int) -> float:
+    """Standard error of a share of ``rows`` that are answered right, as :attr:`RowScores.error`."""
+    share = (share * rows + 2) / (rows + 4)
+    return math.sqrt(share * (1 - share) / (rows + 4))
+
+
+def differ(share: float, other: float, rows: int) -> bool:
+    """Whether two shares, of other rows each, are further apart than by chance."""
+    error = math.hypot(standard_error(share, rows), standard_error(other, rows))
+    return abs(share - other) >= CHANCE * error
