@@ -92,6 +92,25 @@ def test_a_process_killed_in_the_middle_of_a_write_keeps_the_old_bytes(tmp_path:
     assert names(tmp_path) == ["file"]
 
 
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_bytes(link, b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_bytes(pipe, b"through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    with pytest.raises(DiskFull):
+        write_bytes(Path("/dev/full"), b"x")
+    assert Path("/dev/full").is_char_device()
+
+
 def test_json_goes_round_and_a_broken_file_is_corrupt(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"ü": [1, None, "\u2028"]})

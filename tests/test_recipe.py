@@ -90,6 +90,10 @@ def test_a_data_file_is_enough() -> None:
             "adaptation.dora",
             "belongs to adaptation lora: add adaptation.method=lora",
         ),
+        ({"epoch": 3}, "epoch", "did you mean training.epochs?"),
+        ({"learning_rat": 3}, "learning_rat", "did you mean training.learning_rate?"),
+        ({"lr": 3}, "lr", "did you mean training.learning_rate?"),
+        ({"adaptation": "dora"}, "adaptation", "a field of lora: use adaptation.dora=true"),
         ({"zzzzzz": 1}, "zzzzzz", "there are base, name, data"),
         (
             {"adaptation": "lorra"},

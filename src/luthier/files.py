@@ -73,7 +73,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
-    """Fill a temporary file; when the block ends well it becomes ``path``, else it is gone."""
+    """Fill a temporary file; when the block ends well it becomes ``path``, else it is gone.
+
+    A link stays one, and its target is replaced. What is no file, a device or a pipe, is written to.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with disk_errors(path.parent), path.open("wb") as file:
+            yield file
+        return
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)

@@ -362,6 +362,11 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
         default = {"objective": "sft", "adaptation": "lora"}[kind]
         value, method = {"method": default, **value}, default
     if not isinstance(method, str) or method not in table:
+        able = [name for name, part in table.items() if method in getattr(part, "model_fields", ())]
+        if able:
+            raise ValueError(
+                f"{method} is no {kind} but a field of {able[0]}: use `{kind}.{method}=true`"
+            )
         raise ValueError(f"unknown {kind} {method!r}; there are {', '.join(table)}")
     return table[method].model_validate(value)
 
@@ -386,6 +391,17 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
+_SYNONYMS: Mapping[str, str] = {
+    "lr": "training.learning_rate",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "model": "base",
+    "peft": "adaptation",
+}
+"""What other trainers call fields."""
+
+
 def _unknown_field(where: str, kind: type[BaseModel]) -> str:
     """That a field does not exist here, and what to write instead, by its full name."""
     import difflib
@@ -408,6 +424,13 @@ def _unknown_field(where: str, kind: type[BaseModel]) -> str:
         return f"belongs to {group} {' or '.join(able)}: add `{group}.method={able[0]}`"
     if not group and (homes := [name for name, fields in known.items() if field in fields]):
         return f"there is no such field; did you mean `{homes[0]}.{field}`?"
+    if not group and (meant := _SYNONYMS.get(field)):
+        return f"there is no such field; did you mean `{meant}`?"
+    every = {
+        name: f"{home}.{name}" for home in ("training", "data") for name in known.get(home, ())
+    }
+    if not group and (close := difflib.get_close_matches(field, [*kind.model_fields, *every], n=1)):
+        return f"there is no such field; did you mean `{every.get(close[0], close[0])}`?"
     names = known.get(group, list(kind.model_fields))
     full = f"{group}." if group in known and group else ""
     close = difflib.get_close_matches(field, names, n=1)

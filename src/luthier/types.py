@@ -124,4 +124,15 @@ class Loss:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further sums, divided by the same weight before they are shown."""
     ratios: Mapping[str, tuple[ArrayLike, ArrayLike]] = field(default_factory=dict)
-    """A part and a whole for each row, whose sums are divided: F1 is no mean over rows."""
+    """A part and a whole for each row, whose sums are divided: F1 is no mean over rows. ``loss`` is the
+    loss of each row, where that is one number: its mean is known less well than one over tokens."""
+
+    @staticmethod
+    def of_rows(
+        each_R: Any,
+        metrics: Mapping[str, float],
+        ratios: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    ) -> Loss:
+        """The sum of the losses ``[R]`` of single rows."""
+        own = {"loss": (each_R.tolist(), [1] * len(each_R))}
+        return Loss(each_R.sum(), metrics, own | dict(ratios or {}))

@@ -34,7 +34,9 @@ def test_one_line_each_the_best_first(capsys: pytest.CaptureFixture[str]) -> Non
     assert [line.split()[1] for line in said[1:4]] == ["73.5%", "48.5%", "25.0%"]
     assert "naive Bayes on words  (0.3 s)" in said[1] and said[2].endswith("this model")
     assert said[4] == "not measured for want of time: logistic regression on the base model"
-    assert " ".join(said[5:]).startswith("naive Bayes on words does better: accuracy 73.5% against")
+    assert " ".join(said[5:]).startswith(
+        "a simple baseline does better: naive Bayes on words, accuracy 73.5% against"
+    )
 
 
 def test_no_word_where_the_model_wins_and_nothing_without_baselines(

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from luthier.engine.metrics import MetricsFile, best_measurement, draw_curves, smooth
+from luthier.engine.metrics import MetricsFile, best_measurement, draw_curves, is_hollow, smooth
 
 
 def line(step: int, loss: float, event: str = "train") -> dict[str, Any]:
@@ -141,3 +141,36 @@ def test_of_scores_that_chance_tells_apart_the_later_weights_are_kept(
     ]
     assert best_measurement(lines, "accuracy") is lines[kept]
     assert best_measurement(lines, "loss") is lines[3]
+
+
+def test_a_loss_that_says_nothing_is_not_kept() -> None:
+    """Embeddings that are all alike have the loss of chance, which may be below that at the start."""
+    first = {
+        "loss": 4.02,
+        "accuracy": 0.9,
+        "chance_loss": 3.0,
+        "rows": {"accuracy": {"parts": [1] * 18 + [0] * 2}},
+    }
+    alike = {**first, "loss": 2.99, "accuracy": 0.85}
+    fallen = {
+        **first,
+        "loss": 2.0,
+        "accuracy": 0.4,
+        "rows": {"accuracy": {"parts": [1] * 8 + [0] * 12}},
+    }
+    better = {
+        **first,
+        "loss": 2.5,
+        "rows": {"accuracy": {"parts": [1] * 17 + [0] * 3}},
+        "accuracy": 0.85,
+    }
+    assert [is_hollow(line, first) for line in (alike, fallen, better)] == [True, True, False]
+    assert best_measurement([first, alike, fallen], "loss") is first
+    assert best_measurement([first, better, fallen, alike], "loss") is better
+
+
+def test_what_is_noted_of_rows_is_read_where_it_is_asked_for(metrics: MetricsFile) -> None:
+    full = {"event": "validation", "step": 0, "loss": 1.0, "rows": {"accuracy": {"parts": [1.0]}}}
+    metrics.append(full)
+    assert metrics.read(rows=True) == [full]
+    assert metrics.read() == [{"event": "validation", "step": 0, "loss": 1.0}]

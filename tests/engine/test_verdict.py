@@ -14,7 +14,7 @@ FALLING = [2.0 - 0.02 * step for step in range(1, 41)]
 FLAT = [2.0] * 40
 
 
-def held(step: int, loss: float, **further: float) -> dict[str, Any]:
+def held(step: int, loss: float, **further: Any) -> dict[str, Any]:
     return {"event": "validation", "step": step, "loss": loss, "best": 0, "best_step": 0, **further}
 
 
@@ -117,6 +117,8 @@ def test_without_validation_rows_nothing_is_claimed() -> None:
             "too low or the steps are too few: try `training.learning_rate=8",
         ),
         ((2.0, 2.5, 3.0), FALLING, "The training loss fell"),
+        ((0.8, 300.0, 700.0), [2.0, 40.0, *range(3000, 1100, -50)], "too high: try"),
+        ((2.0, 1.999, 2.3), FLAT, "too high: try"),
         ((2.0, 1.5, 2.0), FALLING, "by heart"),
         ((2.0, 1.5, 2.0), FALLING[::-1], "The training loss rose too, so the rate is too high"),
         ((2.0, 1.5, 1.2, 1.0, 0.8), FALLING, "`training.epochs=6` would take 0 s more"),
@@ -126,6 +128,48 @@ def test_advice_follows_from_both_losses(
     losses: tuple[float, ...], train: list[float], words: str
 ) -> None:
     assert words in judged(losses, train).advice
+
+
+def scored(right: Sequence[Sequence[int]], **fields: Any) -> RunVerdict:
+    """The verdict on a run that got these rows right, first before training."""
+    lines = [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 41)]
+    every = 40 // (len(right) - 1)
+    for n, each in enumerate(right):
+        share = sum(each) / len(each)
+        error = (share * (1 - share) / len(each)) ** 0.5
+        rows: Any = {"accuracy": {"parts": each}}
+        lines.append(held(every * n, 1 - share, accuracy=share, accuracy_error=error, rows=rows))
+    return judge_run(lines, "accuracy", Training(learning_rate=1e-3), 40, len(right[0]), **fields)
+
+
+def test_scores_of_the_same_rows_are_told_apart_by_those_that_changed() -> None:
+    """Thirteen rows won and three lost are no chance, though each share has an error of two points."""
+    before = [1] * 177 + [0] * 23
+    after = [1] * 174 + [0] * 3 + [1] * 13 + [0] * 10
+    assert scored([before, after], fitted_head=True).outcome == "learned"
+    swapped = [1] * 160 + [0] * 17 + [1] * 23
+    found = scored([before, swapped], fitted_head=True)
+    assert found.outcome == "hardly_learned"
+    assert found.text.startswith("not measurably better than the logistic regression")
+
+
+def test_what_is_all_right_before_training_needs_no_more_rows() -> None:
+    found = scored([[1] * 40, [1] * 40], fitted_head=True)
+    assert found.text.startswith("as right as the logistic regression that it started from")
+    assert not found.advice
+
+
+def test_labels_that_the_rows_do_not_tell_are_said_to_be_so() -> None:
+    found = scored([[1, 0] * 20, [1, 0] * 20], fitted_head=True, untold=True)
+    assert "check what they are labelled with" in found.advice
+
+
+def test_a_lower_loss_that_is_no_gain_is_explained() -> None:
+    lines = [{"event": "train", "step": n, "loss": 3.0} for n in range(1, 11)]
+    lines += [held(0, 4.02, chance_loss=3.0), held(10, 2.99, chance_loss=3.0)]
+    found = judge_run(lines, "loss", Training(), 10, 40)
+    assert (found.outcome, found.kept_step) == ("hardly_learned", 0)
+    assert "no partner would be told from another at a loss of 3.000" in found.text
 
 
 def rewarded(rewards: Sequence[float], error: float, loss: float = -0.3) -> RunVerdict:
@@ -198,7 +242,9 @@ def test_a_head_that_started_from_regression_is_compared_with_it() -> None:
         return judge_run([*lines, *measured], "accuracy", Training(), 40, 50, fitted_head=True)
 
     same = judged_from(0.9, 0.9, 0.91)
-    assert same.text.startswith("no better than the logistic regression that it started from")
+    assert same.text.startswith(
+        "not measurably better than the logistic regression that it started from"
+    )
     assert (
         "0.9000 ± 0.020 (loss 1.000) of the regression" in same.text and "More rows" in same.advice
     )

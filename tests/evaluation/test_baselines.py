@@ -43,7 +43,7 @@ def states_of(train: list[Row], held: list[Row], read: int | None = None) -> Sta
         noise_NH = 0.1 * torch.randn(len(rows), 4, generator=generator)
         return noise_NH + way_N[:, None] * torch.tensor([1.0, 0, 0, 0])
 
-    return States(made(train)[:read], made(held), 2.0)
+    return States(made(train)[:read], made(held), read or len(train), 2.0)
 
 
 def compared(train: list[Row], held: list[Row], states: States | None) -> Comparison:
@@ -127,6 +127,18 @@ def test_words_have_the_tag_they_mostly_have() -> None:
     assert scores(found) == {"the most frequent tag of each word": 1.0}
 
 
+def test_words_are_told_apart_by_their_states() -> None:
+    train = [row(tokens=("Rita", "sings"), tags=("B-person", "O"))] * 4
+    held = [row(tokens=("Ann", "runs"), tags=("B-person", "O")), row(tokens=("so",), tags=("O",))]
+    ways = torch.tensor([[2.0, 0], [0, 2.0]])
+    states = States(ways.repeat(3, 1), ways[[0, 1, 1]], 3)
+    found = compared(train, held, states)
+    assert scores(found) == {
+        "the most frequent tag of each word": 0.0,
+        "logistic regression on the base model (3 of 4 rows)": 1.0,
+    }
+
+
 def test_rows_of_other_shapes_have_none() -> None:
     assert compare([row(text="a")], [row(text="b")], None, ALWAYS) is None
     assert compare([], labelled(3), None, ALWAYS) is None
@@ -163,7 +175,7 @@ def test_a_baseline_that_wins_is_said_to(
     made = [Baseline("bad", 0.1 if measure == "accuracy" else 2.0, {}, 0.1)]
     made.append(Baseline("naive Bayes", 0.8, {}, 0.1, error=error))
     verdict = Comparison(measure, 30, 60, made, tuned).judge()
-    assert verdict.startswith(f"naive Bayes {said}: ") if said else not verdict
+    assert verdict.startswith(f"a simple baseline {said}: naive Bayes, ") if said else not verdict
     assert ("too few to tell" in verdict) is (said == "may do as well")
     assert not Comparison(measure, 30, 60, made).judge()
 
@@ -181,5 +193,22 @@ def test_the_tuned_model_is_held_against_each_on_the_same_rows() -> None:
     assert words.error == pytest.approx(right.difference_error(RowScores.of([1] * 30)))
     assert found.verdict == found.judge()
     assert found.verdict.startswith(
-        "naive Bayes on words does better: accuracy 100.0% against accuracy 66.7%"
+        "a simple baseline does better: naive Bayes on words, accuracy 100.0% against accuracy 66.7%"
     )
+
+
+def test_held_out_rows_of_one_label_say_nothing() -> None:
+    made = [Baseline("always the most frequent label", 1.0, {}, 0.0, constant=True)]
+    found = Comparison("accuracy", 40, 400, made, 1.0)
+    assert found.judge().startswith("all 40 held-out rows have the same label")
+    assert found.untold
+
+
+@pytest.mark.parametrize(
+    ("tuned", "rows", "untold"),
+    [(0.5, 200, True), (0.9, 200, False), (0.62, 20, False), (0.55, 20, True)],
+)
+def test_a_constant_answer_that_is_no_worse(tuned: float, rows: int, untold: bool) -> None:
+    made = [Baseline("always the most frequent label", 0.6, {}, 0.0, constant=True, error=0.05)]
+    made.append(Baseline("naive Bayes", 0.1, {}, 0.0, error=0.05))
+    assert Comparison("accuracy", rows, 400, made, tuned).untold is untold

@@ -40,6 +40,30 @@ def test_the_default_base_is_the_recipe_s() -> None:
     assert DEFAULT_BASE == gate.DEFAULT_BASE
 
 
+@pytest.mark.parametrize(
+    ("row", "objective", "base"),
+    [
+        (LABELS[0], None, gate.READER),
+        ({"text": "a", "rating": 1.5}, None, gate.READER),
+        ({"tokens": ["a"], "tags": ["O"]}, None, gate.READER),
+        ({"anchor": "a", "positive": "b"}, None, gate.READER),
+        (LABELS[0], "causal_lm", DEFAULT_BASE),
+        ({"text": "raw"}, None, DEFAULT_BASE),
+        ({"prompt": "a", "completion": "b", "label": False}, None, DEFAULT_BASE),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, DEFAULT_BASE),
+        ({"nothing": 1}, None, DEFAULT_BASE),
+    ],
+)
+def test_where_no_base_is_named_the_rows_decide(
+    row: dict[str, Any], objective: str | None, base: str, tmp_path: Path
+) -> None:
+    data = written(tmp_path / "rows.jsonl", row)
+    found, reason = gate.default_base(str(data), None, gate.objective_of(objective))
+    assert found == base
+    assert ("encoder" in reason) is (base == gate.READER)
+    assert gate.default_base(str(tmp_path / "missing.jsonl"))[0] == DEFAULT_BASE
+
+
 def test_rows_are_counted_by_split_and_bad_ones_are_not_looked_at_again(tmp_path: Path) -> None:
     data = written(tmp_path / "a.jsonl", {"prompt": "a", "completion": ""}, "{", *LABELS[:3])
     report = luthier.inspect(data, validation=written(tmp_path / "b.jsonl", *LABELS), base=None)

@@ -185,7 +185,7 @@ def test_rewards_known_ahead_change_nothing(
         assert (others[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
-def test_at_the_start_the_loss_is_ln_2_and_nothing_is_right(
+def test_at_the_start_the_loss_is_ln_2_and_every_pair_a_tie(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = DPO()
@@ -196,7 +196,8 @@ def test_at_the_start_the_loss_is_ln_2_and_nothing_is_right(
         setup.network, objective, encoded(objective, setup.chat), budget=50
     )
     assert loss == pytest.approx(math.log(2), rel=1e-6)
-    assert (metrics["margin"], metrics["accuracy"]) == (0.0, 0.0)
+    assert metrics["margin"] == 0.0
+    assert metrics["accuracy"] == pytest.approx(0.5)  # either may be the better one
 
 
 def test_orpo_is_its_formula_on_padded_rows(family_folder: Callable[[str], Path]) -> None:

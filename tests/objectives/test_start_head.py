@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import luthier
 from luthier.evaluation.significance import RowScores
 from luthier.models.heads import score_layer
 from luthier.models.load import as_network, load_model
@@ -113,3 +115,29 @@ def test_texts_are_read_as_the_base_was_trained_to_be(
     assert bound.model_copy(update={"labels": ("a", "b")}).starts_head == (
         kind is not EncoderDistillation
     )
+
+
+def test_a_run_ends_where_all_is_right_again_and_again(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def write(name: str, numbers: range) -> Path:
+        path = tmp_path / name
+        lines = [{"text": f"the {WORDS[n % 2]} {n}", "label": "ab"[n % 2]} for n in numbers]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    result = luthier.tune(
+        write("train.jsonl", range(60)),
+        base=str(family_folder("bert")),
+        name="told",
+        objective={"method": "classification", "probe": True},
+        data__validation=write("held.jsonl", range(60, 100)),
+        data__severity={"leakage.many": "note", "leakage.near": "note"},
+        training__max_steps=80,
+        training__evaluate_every=5,
+        training__learning_rate=1e-6,
+    )
+    assert result.verdict.before["accuracy"] == 1.0
+    assert result.verdict.stopped_early
+    assert result.steps == 10
+    assert result.verdict.text.startswith("as right as the logistic regression")

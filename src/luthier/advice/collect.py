@@ -54,9 +54,11 @@ def collect(
         RefusedInput: for a recipe that cannot be, or a base model that is not here. Data that the
             gate refuses raises nothing where any row can be read: that is the advice.
     """
+    from luthier.engine.train import with_base
     from luthier.objectives.choosing import objective_for, shape_of
     from luthier.store import models as store
 
+    recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
     chat = store.chat_format(base)
     report = _inspected(recipe, reporter)

@@ -27,6 +27,7 @@ from luthier.cli.options import (
     Columns,
     Data,
     Json,
+    LongRows,
     Mix,
     Objective,
     Prices,
@@ -59,12 +60,14 @@ def _named(
     objective: str | None,
     adaptation: str | None,
     mix: list[str] | None,
+    long_rows: str | None,
 ) -> dict[str, Any]:
     """Fields of the recipe by the options that name them."""
     return {
         "data.validation": validation,
         "data.columns": columns,
         "data.mix": mix,
+        "data.long_rows": long_rows,
         "base": base,
         "name": name,
         "objective.method": objective,
@@ -95,6 +98,7 @@ def tune(
     validation: Validation = None,
     columns: Columns = None,
     mix: Mix = None,
+    long_rows: LongRows = None,
     base: Base = None,
     name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
     objective: Objective = None,
@@ -126,7 +130,7 @@ def tune(
     from luthier.cli import tuning
     from luthier.cli.console import errors
 
-    flags = _named(validation, columns, base, name, objective, adaptation, mix) | {
+    flags = _named(validation, columns, base, name, objective, adaptation, mix, long_rows) | {
         "training.epochs": epochs,
         "training.batch_size": batch_size,
         "training.learning_rate": learning_rate,
@@ -221,6 +225,7 @@ def search(
     validation: Validation = None,
     columns: Columns = None,
     mix: Mix = None,
+    long_rows: LongRows = None,
     base: Base = None,
     name: Annotated[str | None, typer.Option(help="Name of search and custom model.")] = None,
     objective: Objective = None,
@@ -244,7 +249,7 @@ def search(
     from luthier.cli import searching
     from luthier.cli.console import errors
 
-    flags = _named(validation, columns, base, name, objective, adaptation, mix)
+    flags = _named(validation, columns, base, name, objective, adaptation, mix, long_rows)
     with errors(json_):
         if range_test:
             searching.range_test(data, flags, set_ or [], json_)
@@ -293,7 +298,7 @@ def distil(
     named = {
         "teacher": teacher, "url": teacher_url, "model": teacher_model, "key_env": teacher_key_env
     }  # fmt: skip
-    flags = _named(validation, columns, student, name, None, adaptation, None) | {
+    flags = _named(validation, columns, student, name, None, adaptation, None, None) | {
         "method": method,
         "sampling.max_tokens": max_tokens,
         "sampling.temperature": temperature,

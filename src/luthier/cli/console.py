@@ -248,9 +248,9 @@ class LiveReporter(Reporter):
                     f"  step {line['step']:>5}  validation {name} {line[name]:.4f}{scores}{kept}"
                 )
         elif line["event"] == "train":
-            text = (
-                f"{name} {line[name]:.3f}  {self._validation}{line['tokens_per_second']:,.0f} tok/s"
-            )
+            part = "" if name in ("loss", "reward") else "train "
+            text = f"{part}{name} {line[name]:.3f}  {self._validation}"
+            text += f"{line['tokens_per_second']:,.0f} tok/s"
             self._move(line["step"], steps, f"{text}  {line['memory_bytes'] / 1e9:.1f} GB", "step")
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def request_of(
 ) -> Request:
     """What the options ask for."""
     from luthier.errors import RecipeError
-    from luthier.inspection.gate import DEFAULT_BASE, Request
+    from luthier.inspection.gate import AUTO, Request
     from luthier.inspection.policy import parse_severity
     from luthier.recipe import parse_columns
 
@@ -48,7 +48,7 @@ def request_of(
     decided: dict[str, str] = {}
     for each in severity:
         decided |= parse_severity(each)
-    chosen = None if no_base else base or DEFAULT_BASE
+    chosen = None if no_base else base or AUTO
     shown = max(rows, 5)  # the page shows some, whatever the terminal does
     named = parse_columns(columns) if columns else None
     return Request(

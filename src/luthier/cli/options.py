@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,6 +29,12 @@ Columns = Annotated[
         "--map",
         metavar="KEY=COLUMN",
         help="What the data calls a key: prompt=question; text= sets a column aside. May be repeated.",
+    ),
+]
+LongRows = Annotated[
+    Literal["error", "drop", "truncate"] | None,
+    typer.Option(
+        help="What becomes of rows longer than the context: refuse all, leave them out, cut them."
     ),
 ]
 Mix = Annotated[

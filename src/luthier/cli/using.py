@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from luthier.cli.options import Columns, Json, Objective
+from luthier.cli.options import Columns, Json, LongRows, Objective
 
 
 def inspect(
@@ -160,12 +160,7 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
     columns: Columns = None,
-    long_rows: Annotated[
-        Literal["error", "drop", "truncate"],
-        typer.Option(
-            help="What becomes of rows longer than the context: refuse all, leave them out, cut them."
-        ),
-    ] = "error",
+    long_rows: LongRows = "error",
     json_: Json = False,
 ) -> None:
     """Grade a model's replies to held-out rows, or its labels; perplexity where they are raw text."""
@@ -175,5 +170,5 @@ def evaluate(
     with errors(json_):
         answering.evaluate(
             model, data, columns or [], grader or ["exact"], set_ or [], on_grader_error,
-            max_tokens, output, json_, long_rows,
+            max_tokens, output, json_, long_rows or "error",
         )  # fmt: skip

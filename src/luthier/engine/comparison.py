@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,10 +54,11 @@ def fit_baselines(
     if not train or not held or not seconds:
         return None
     until = time.monotonic() + seconds
-    states = None
     if train.rows[0].text is not None:
         encoder = objective if isinstance(objective, Contrastive) else Contrastive()
         states = base_states(network, encoder, train, held, budget, seconds * READING)
+    else:
+        states = word_states(network, train, held, budget, seconds * READING)
     return compare(train.rows, held.rows, states, until)
 
 
@@ -79,14 +81,53 @@ def base_states(
         if len(both_VH) < len(views):
             return None
         nothing = both_VH[:0]
-        return States(nothing, both_VH[::2], time.monotonic() - began, both_VH[1::2])
+        return States(nothing, both_VH[::2], 0, time.monotonic() - began, both_VH[1::2])
     held_QH = _states(network, encoder, held.examples, budget, began + seconds)
     if len(held_QH) < len(held):
         return None
     train_NH = _states(network, encoder, train.examples[:most], budget, began + seconds)
     if not len(train_NH):
         return None
-    return States(train_NH, held_QH, time.monotonic() - began)
+    return States(train_NH, held_QH, len(train_NH), time.monotonic() - began)
+
+
+@torch.no_grad()
+def word_states(
+    network: Network, train: ComparedRows, held: ComparedRows, budget: int, seconds: float
+) -> States | None:
+    """One state for each word, that of its first piece; ``None`` as for :func:`base_states`."""
+    began = time.monotonic()
+    network.model.eval()
+    parts = [
+        _word_states(network, rows.examples, budget, began + seconds) for rows in (held, train)
+    ]
+    if len(parts[0]) < len(held) or not parts[1]:
+        return None
+    held_QH, train_NH = (torch.cat(each) for each in parts)
+    return States(train_NH, held_QH, len(parts[1]), time.monotonic() - began)
+
+
+def _word_states(
+    network: Network, examples: Sequence[Example], budget: int, until: float
+) -> list[Tensor]:
+    """Those of each of the first rows, as many as are read until then and can be held."""
+    found: list[Tensor] = []
+    numbers = 0
+    for start in range(0, len(examples), CHUNK):
+        if time.monotonic() > until or numbers > LARGEST_STATES:
+            break
+        chunk = [replace(e, row=i) for i, e in enumerate(examples[start : start + CHUNK])]
+        states: list[Tensor] = [torch.empty(0)] * len(chunk)
+        for batch in network.batches(chunk, budget):
+            first_M = np.concatenate([each.weight_T for each in batch.tree.examples]) > 0
+            nodes_K = torch.from_numpy(batch.tree.node_M[first_M]).to(network.device)
+            states_KH = network.hidden(batch)[nodes_K].float().cpu()
+            counts = [int(np.count_nonzero(each.weight_T)) for each in batch.tree.examples]
+            for example, words_WH in zip(batch.tree.examples, states_KH.split(counts), strict=True):
+                states[example.row] = words_WH
+        numbers += sum(each.numel() for each in states)
+        found += states
+    return found
 
 
 def _states(

@@ -18,7 +18,7 @@ Choice = tuple[str, Any, str]
 LONGEST_REPEATED = 3000
 """Steps in all, up to which rows are read as often as the objective asks for at least."""
 FITTED_HEAD_RATE = 0.3
-"""Share of the rate where a new head starts from logistic regression (docs/log/defaults.md)."""
+"""Share of the rate where a head starts from logistic regression or training (docs/log/defaults.md)."""
 SMALLEST_BUDGET = 512
 """Distinct tokens that reach full matmul speed on the machines measured."""
 
@@ -76,15 +76,15 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
         batch = max(1, round((training.batch_size or 1) / facts.drawn))
         fill("epochs", *_epochs(objective, facts.rows, batch))
     # A rate that was given is meant for all weights.
-    starts = facts.new_head and objective.starts_head
-    apart = facts.new_head and not starts and training.learning_rate is None
+    apart = facts.new_head and not objective.starts_head and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
     factor = objective.rate_factor
     if factor != 1:
         reason += f"; {objective.method} takes {factor:g} of it"
-    if starts:
+    if objective.starts_head:
         factor *= FITTED_HEAD_RATE
-        reason += f"; {FITTED_HEAD_RATE:g} of it, as more would undo the regression of the new head"
+        known = "the regression of the new head" if facts.new_head else "what the head has learned"
+        reason += f"; {FITTED_HEAD_RATE:g} of it, as more would undo {known}"
     if training.rate_factor != 1:
         reason += f"; times {training.rate_factor:g}, as asked"
     fill("learning_rate", rate * factor * training.rate_factor, reason)

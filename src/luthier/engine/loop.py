@@ -25,6 +25,7 @@ from luthier.engine.actuals import Clock
 from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
 from luthier.engine.devices import peak_memory
 from luthier.engine.metrics import (
+    SCORES,
     MetricsFile,
     Reporter,
     best_measurement,
@@ -47,6 +48,10 @@ ADVICE_EVERY = 10
 """Steps between looks at the course of a run."""
 ADVICE_LINES = 200
 """Of its last steps, which an objective is shown."""
+
+
+ROWS_FOR_PERFECT = 30
+"""Held-out rows from which on all right, again and again, ends a run: there is nothing to gain."""
 
 
 @dataclass
@@ -282,7 +287,14 @@ class Loop:
         self.checkpoints.write(self.progress, tensors)
 
     def _patience_spent(self) -> bool:
-        return 0 < self.training.patience <= self.progress.worse
+        """Whether so many measurements were no better, or as good as any can be."""
+        patience, measure = self.training.patience, self.objective.measure
+        if not patience:
+            return False
+        last = self.measured[-patience:]
+        perfect = len(last) == patience and not any(cost_of(line, measure) for line in last)
+        enough = len(self.validation) >= ROWS_FOR_PERFECT and measure in SCORES
+        return self.progress.worse >= patience or (perfect and enough)
 
     def _use_best(self) -> None:
         if self.best and self.progress.best_step != self.progress.step:

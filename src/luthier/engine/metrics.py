@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from luthier.encryption.files import open_line, place_of, seal_line
-from luthier.evaluation.significance import RowScores
+from luthier.evaluation.significance import CHANCE, RowScores
 from luthier.files import disk_errors, write_bytes
 
 SCORES: Mapping[str, str] = {
@@ -20,6 +21,8 @@ SCORES: Mapping[str, str] = {
     "entity_f1": "entity F1",
 }
 """Metrics of objectives that people read beside the loss, and what they are called."""
+HOLLOW = 0.95
+"""Share of the loss of a model that tells no row from another, above which a loss says nothing."""
 _REWARDS: Mapping[str, str] = {
     "reward": "mean reward",
     "completion_tokens": "tokens of a completion",
@@ -39,7 +42,7 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
     A score within a standard error of the best one is as good as that, and then the later weights are
     kept: a few hundred rows measure to a point or two, and the end of the schedule, where the rate is
     low, gives more than that. Nothing is kept that is not better than the weights before training. Of
-    losses, and of scores where the best one is 0 or 1, the lowest loss decides.
+    losses, and of scores where the best one is 0 or 1, the lowest loss decides, if it is not hollow.
     """
 
     def order(line: Mapping[str, Any]) -> tuple[float, float]:
@@ -47,6 +50,8 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
 
     best = chosen = lines[0]
     for line in lines[1:]:
+        if measure == "loss" and is_hollow(line, lines[0]):
+            continue
         best = min(best, line, key=order)
         is_share = measure in SCORES and 0 < best[measure] < 1
         error = best.get(f"{measure}_error", 0.0) if is_share else 0.0
@@ -56,14 +61,41 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
     return chosen
 
 
-def row_scores_of(line: Mapping[str, Any]) -> RowScores | None:
-    """What each held-out row adds to the score of a measurement, where that is noted."""
-    return RowScores.of(line["parts"], line.get("wholes")) if "parts" in line else None
+def chance_between(one: Mapping[str, Any], other: Mapping[str, Any], measure: str) -> float:
+    """How far two measurements may be apart by chance; 0 for means over many tokens.
+
+    Where single rows are noted, by those that differ.
+    """
+    noted = [
+        RowScores.read(rows[measure])
+        for line in (one, other)
+        if measure in (rows := line.get("rows", {}))
+    ]
+    if len(noted) == 2:
+        return CHANCE * noted[0].difference_error(noted[1])
+    error = f"{measure}_error"
+    return CHANCE * math.hypot(*(line.get(error, 0.0) for line in (one, other)))
+
+
+def is_hollow(line: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    """Whether a lower loss says nothing.
+
+    It is that of a model which tells no row from another, or comes with an accuracy that is clearly
+    below the one before training.
+    """
+    if line["loss"] > HOLLOW * line.get("chance_loss", math.inf):
+        return True
+    fallen = first.get("accuracy", 0.0) - line.get("accuracy", 0.0)
+    return (
+        fallen > 0
+        and "accuracy" in line.get("rows", {})
+        and fallen > chance_between(first, line, "accuracy")
+    )
 
 
 def without_rows(line: Mapping[str, Any]) -> dict[str, Any]:
     """A measurement without what it says of each row."""
-    return {name: value for name, value in line.items() if name not in ("parts", "wholes")}
+    return {name: value for name, value in line.items() if name != "rows"}
 
 
 def metrics_beside(measure: str) -> dict[str, str]:

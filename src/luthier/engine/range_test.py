@@ -20,7 +20,7 @@ import numpy as np
 
 from luthier.engine.metrics import MetricsFile, Reporter, smooth
 from luthier.engine.runs import METRICS, automatic_name
-from luthier.engine.train import rehearse
+from luthier.engine.train import rehearse, with_base
 from luthier.errors import Diverged, LuthierError, RunConflict
 from luthier.files import lock, luthier_home, write_bytes
 from luthier.recipe import Recipe
@@ -57,6 +57,7 @@ def range_test(recipe: Recipe, reporter: Reporter | None = None) -> RangeTest:
         LuthierError: where the loss falls at no rate.
     """
     reporter = reporter or Reporter()
+    recipe = with_base(recipe, reporter)
     base = find(recipe.base, reporter.stage)
     parent = luthier_home() / "searches"
     name = recipe.name or automatic_name(base.root, recipe.data.train, False, parent)

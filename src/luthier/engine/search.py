@@ -43,7 +43,7 @@ from luthier.engine.space import (
     start_of,
     with_settings,
 )
-from luthier.engine.train import settled, train
+from luthier.engine.train import settled, train, with_base
 from luthier.engine.trials import (
     PLACE,
     Outcome,
@@ -105,6 +105,7 @@ def search(
     reporter = reporter or Reporter()
     need_optuna()
     dimensions = parse_space(space, recipe)
+    recipe = with_base(recipe, reporter)
     base = find(recipe.base, reporter.stage)
     parent = luthier_home() / "searches"
     name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)

@@ -101,6 +101,7 @@ class Storing:
                 "sha256": job.data.hashes,
                 "dropped": job.data.dropped,
                 "truncated": job.data.truncated,
+                "held_out": job.data.held_out.get("validation", {}),
                 **job.data.counts,
                 "mix": job.data.mix_record(self.job.recipe.data),
             },
@@ -137,6 +138,7 @@ class Storing:
                 self.job.steps,
                 len(self.job.data.validation),
                 self.fitted_head,
+                untold=self.comparison is not None and self.comparison.untold,
             ),
             comparison=self.comparison,
         )

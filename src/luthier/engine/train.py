@@ -14,7 +14,7 @@ import torch
 from luthier.engine.actuals import Clock, folder_bytes, record_actual
 from luthier.engine.checkpoints import Checkpoints, Progress
 from luthier.engine.comparison import fit_baselines, measure_tuned
-from luthier.engine.dataset import prepare
+from luthier.engine.dataset import Dataset, prepare
 from luthier.engine.devices import (
     Machine,
     choose_machine,
@@ -30,6 +30,7 @@ from luthier.engine.storing import Storing
 from luthier.errors import RecipeError, RefusedInput
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import need_disk
+from luthier.inspection.gate import default_base
 from luthier.inspection.jobs import warnings
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.dropout import set_dropout
@@ -64,6 +65,7 @@ def train(
     reporter = reporter or Reporter()
     keep_freed_memory()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
     clock = Clock()
     # A model tuned further keeps the name of the base model at the bottom of its lineage.
@@ -91,6 +93,15 @@ def train(
         except RefusedInput:
             run.drop_if_untrained()
             raise
+
+
+def with_base(recipe: Recipe, reporter: Reporter) -> Recipe:
+    """The recipe with the base model that goes with its rows, where none is named."""
+    if "base" in recipe.model_fields_set:
+        return recipe
+    base, reason = default_base(recipe.data.train, recipe.data.columns, recipe.objective)
+    reporter.chosen([("base", base, reason)])
+    return recipe.model_copy(update={"base": base})
 
 
 def rehearse(
@@ -151,12 +162,29 @@ def settled(
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
     for line in warnings(data.report, recipe.data.train) if data.report else ():
         reporter.note(line)
+    if seen := rows_learned_by(base, data):
+        reporter.note(
+            f"{seen:,} of the {len(data.validation):,} held-out rows are rows that {base.id} learned "
+            "from, so what is measured on them is too good. Give rows that it has not seen as "
+            "`data.validation=FILE`, or hold out those that it held out, by its `training.seed`"
+        )
     job = settle(recipe, base, chat, data, machine, reporter, began_with)
     origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
     origin |= store.tokenizer_origin(base)
     if job.others:
         origin["others"] = {name: other.id for name, other in job.others.items()}
     return replace(job, origin=origin)
+
+
+def rows_learned_by(base: store.StoredModel, data: Dataset) -> int:
+    """How many held-out rows the model was itself trained on: those of a file that it knows."""
+    known = base.manifest.get("data", {})
+    own = {sha256: path for path, sha256 in known.get("sha256", {}).items()}
+    seen = 0
+    for path, lines in data.held_out.get("validation", {}).items():
+        if (before := own.get(data.hashes.get(path, ""))) is not None:
+            seen += len({*lines} - {*known.get("held_out", {}).get(before, ())})
+    return seen
 
 
 def _bar(reporter: Reporter) -> Callable[[int, int], None]:

@@ -16,11 +16,11 @@ from typing import Any, Literal
 from luthier.engine.metrics import (
     SCORES,
     best_measurement,
+    chance_between,
     cost_of,
+    is_hollow,
     metrics_beside,
-    row_scores_of,
 )
-from luthier.evaluation.significance import CHANCE
 from luthier.printable import format_duration
 from luthier.recipe import Training
 
@@ -38,8 +38,11 @@ LEAST_GAIN = 0.02
 """Share of the first validation loss that must be gained for a run to have learned something."""
 LEAST_CHANGE = 0.05
 """Share of all that was gained, from which on a rise or a fall near the end counts."""
-LAST_PART = 0.8
-"""Where the last part of a run begins, which tells whether it still improves."""
+LAST_PART = 0.6
+"""Where the last part of a run begins, which tells whether it still improves. It is a large one, as the
+rate that falls to 0 makes the very end flat, whether there is more to learn or not."""
+RISEN = 0.1
+"""Share of a loss by which it must end above its beginning to have risen."""
 FEW_ROWS, FEW_LOSSES = 30, 10
 """Held-out rows below which a score of them is rough; a loss is a mean over many tokens."""
 _HEADLINES: Mapping[Outcome, str] = {
@@ -98,6 +101,7 @@ def judge_run(
     steps: int,
     rows: int = 0,
     fitted_head: bool = False,
+    untold: bool = False,
 ) -> RunVerdict:
     """The verdict on a run.
 
@@ -110,6 +114,8 @@ def judge_run(
         rows: how many validation rows there are; 0 where that is not known.
         fitted_head: whether the head started from logistic regression: what was measured before the
             first step is that, and to be no better is no failure to learn.
+        untold: whether answering all rows alike is no worse, so that nothing shows that the rows tell
+            what they are answered with.
     """
     train = [line for line in lines if line["event"] == "train"]
     held = [line for line in lines if line["event"] == "validation"]
@@ -132,8 +138,18 @@ def judge_run(
     kept = course.kept["step"]
     headline, advice = _HEADLINES[outcome], course.advice(outcome, training)
     if fitted_head and outcome in ("hardly_learned", "worse"):
-        headline = "no better than the logistic regression that it started from"
+        headline = "not measurably better than the logistic regression that it started from"
         advice = "More rows, above all of the labels that it confuses, are likely to help most"
+    if measure in SCORES and not cost_of(course.first, measure) and outcome == "hardly_learned":
+        started = (
+            "the logistic regression that it started from" if fitted_head else "before training"
+        )
+        headline, advice = f"as right as {started}", ""
+    if untold and outcome not in ("still_improving", "worse"):
+        advice = (
+            "To answer every row alike is no worse, so nothing shows that the rows tell their answers: "
+            "check what they are labelled with"
+        )
     text = f"{headline.format(step=kept)}: {course.described(early, last_step)}"
     few = FEW_ROWS if f"{measure}_error" in course.kept else FEW_LOSSES
     if 0 < rows < few:
@@ -171,10 +187,11 @@ class _Course:
             apart = self.measure != "reward" and self._training_moved() <= 0
             return "overfitted" if apart else "declined"
         part = LAST_PART * self.last["step"]
-        earlier = [line for line in self.held if 0 < line["step"] <= part]
-        if self.kept is self.last and earlier:
-            gained = self._cost(earlier[-1]) - self._cost(self.last)
-            if gained > self._noise(earlier[-1], self.last):
+        between = [line for line in self.held[:-1] if line["step"] > 0]
+        if self.kept is self.last and between:
+            earlier = min(between, key=lambda line: abs(line["step"] - part))
+            gained = self._cost(earlier) - self._cost(self.last)
+            if gained > self._noise(earlier, self.last):
                 return "still_improving"
         return "learned"
 
@@ -184,11 +201,24 @@ class _Course:
         text = f"validation {measure} {self._shown(self.first)} {self.start.measured}"
         kept = self.kept["step"]
         if kept == 0:
+            hollow = self.measure == "loss" and is_hollow(self.last, self.first)
+            why = ", which is lower and yet no better: " if hollow else ""
+            if hollow and "chance_loss" in self.last:
+                why += "no partner would be told from another at a loss of "
+                why += f"{self.last['chance_loss']:.3f}"
+            elif hollow:
+                why += "fewer rows are right"
             return (
-                f"{text} and never better in {last_step} steps, {self._shown(self.last)} at the end. "
-                f"{self.start.stored}"
+                f"{text} and never better in {last_step} steps, {self._shown(self.last)} at the end"
+                f"{why}. {self.start.stored}"
             )
         text += f", {self._shown(self.kept)} at step {kept}"
+        best = min(self.held, key=self._cost)
+        if self.measure in SCORES and self._cost(best) < self._cost(self.kept):
+            text += (
+                f" (the {best[self.measure]:.4f} of step {best['step']} may be chance, and of scores "
+                "that are alike the last one is taken)"
+            )
         if kept == last_step:
             return text
         end = "where training stopped early" if early else "the last"
@@ -215,12 +245,13 @@ class _Course:
                 "The later steps only learned the training rows by heart: more rows help, or fewer "
                 "passes, or fewer weights"
             )
-        if self._training_moved() < 0:
+        if self._training_moved() < 0 and not self._risen(self.train):
             return (
                 "The training loss fell, so the rows were learned, and what they teach does not help "
                 "with the validation rows: check that both are of one kind, or give more rows"
             )
-        if any(self._above_start(line) for line in self.held):
+        harmed = any(self._above_start(line) for line in self.held)
+        if harmed or self._risen(self.held) or self._risen(self.train):
             return f"The rate is too high: try {lower}, or let `luthier search` find one"
         higher = f"`training.learning_rate={rate * 4:.1e}` (it was {rate:.1e})"
         return (
@@ -254,15 +285,7 @@ class _Course:
         return max(LEAST_CHANGE * self.gain, self._chance(one, other))
 
     def _chance(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-        """How far two scores or mean rewards may be apart by chance; 0 for losses.
-
-        Scores of the same rows by those that only one of both has right.
-        """
-        scores = row_scores_of(one), row_scores_of(other)
-        if scores[0] is not None and scores[1] is not None:
-            return CHANCE * scores[0].difference_error(scores[1])
-        error = f"{self.measure}_error"
-        return CHANCE * math.hypot(*(line.get(error, 0.0) for line in (one, other)))
+        return chance_between(one, other, self.measure)
 
     def _above_start(self, line: Mapping[str, Any]) -> bool:
         return self._cost(line) - self._cost(self.first) > self._least(line)
@@ -275,6 +298,13 @@ class _Course:
         moved = statistics.fmean(losses[-part:]) - statistics.fmean(losses[:upto][-part:])
         least = LEAST_GAIN * abs(statistics.fmean(losses[:part]))
         return (moved > least) - (moved < -least)
+
+    def _risen(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a loss ended above where it began, whatever it was in between."""
+        losses = [line["loss"] for line in lines]
+        part = max(1, len(losses) // 4)
+        first = statistics.fmean(losses[: min(part, 3)])
+        return statistics.fmean(losses[-part:]) > first + RISEN * abs(first)
 
     def _shown(self, line: Mapping[str, Any]) -> str:
         beside = metrics_beside(self.measure)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 10_000
 """Rows that are learned from at most, and a fifth of it to measure on: what bounds the memory."""
+FEW_ROWS = 30
+"""Held-out rows below which equal scores say little."""
 NEIGHBOURS = 5
 SMOOTHING = 0.3
 """Added to each count of naive Bayes."""
@@ -90,19 +92,31 @@ class Comparison:
         """The hardest baseline to beat."""
         return min(self.baselines, key=self.gain, default=None)
 
+    @property
+    def untold(self) -> bool:
+        """Whether a baseline that answers all rows alike is no worse; of many rows, beyond chance."""
+        chance = CHANCE if self.rows >= FEW_ROWS else 0.0
+        gains = [self.gain(each) - chance * each.error for each in self.baselines if each.constant]
+        return self.tuned is not None and bool(gains) and min(gains) <= 0
+
     def judge(self) -> str:
         """The :attr:`verdict`: empty where the tuned model is better than all, beyond chance."""
         best = self.best
         if best is None or self.tuned is None or self.gain(best) > CHANCE * best.error:
             return ""
+        if best.constant and best.score == 1 and self.measure == "accuracy":
+            return (
+                f"all {self.rows:,} held-out rows have the same label, so accuracy says nothing of how "
+                "labels are told apart: give rows of each label to measure on"
+            )
         behind = self.gain(best) < -CHANCE * best.error
         does = "does better" if behind else "may do as well" if self.gain(best) else "does as well"
         text = (
-            f"{best.name} {does}: {render(self.measure, best.score)} against "
+            f"a simple baseline {does}: {best.name}, {render(self.measure, best.score)} against "
             f"{render(self.measure, self.tuned)} of the tuned model, on the same {self.rows:,} rows, "
             f"and is fitted in {best.seconds:.1f} s"
         )
-        if does == "may do as well":
+        if does == "may do as well" or (not behind and self.rows < FEW_ROWS):
             text += f"; {self.rows:,} rows are too few to tell such scores apart"
         return text
 
@@ -131,11 +145,14 @@ def render(measure: str, score: float) -> str:
 
 @dataclass(frozen=True)
 class States:
-    """Mean states of the frozen base model for the rows that are learned from and measured on."""
+    """States of the frozen base model: one for each text, or one for each word of rows with tags."""
 
     train_NH: Tensor
-    """Of pairs none: nothing is fitted to them."""
+    """Of what is learned from; of pairs none, as nothing is fitted to them."""
     held_QH: Tensor
+    """Of what is measured on."""
+    rows: int
+    """Rows that are learned from."""
     seconds: float = 0.0
     """What computing them took, which belongs to whatever reads them."""
     partner_QH: Tensor | None = None
@@ -170,8 +187,8 @@ class _Method:
         seconds, name = time.monotonic() - began, self.name
         if self.reads_states and states is not None:
             seconds += states.seconds
-            if 0 < (learned := len(states.train_NH)) < len(train):
-                name += f" ({learned:,} of {len(train):,} rows)"
+            if 0 < states.rows < len(train):
+                name += f" ({states.rows:,} of {len(train):,} rows)"
         score = next(iter(found.values()))
         return Baseline(name, score, found, round(seconds, 3), self.constant), each
 
@@ -242,7 +259,7 @@ def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
     elif all(row.rating is not None and row.text is not None for row in rows):
         yield from _rating_methods(train, held)
     elif all(row.tags is not None for row in rows):
-        yield _Method("the most frequent tag of each word", lambda _: _frequent_tags(train, held))
+        yield from _tag_methods(train, held)
     elif all(row.positive is not None for row in rows):
         yield from _pair_methods(held)
 
@@ -326,6 +343,20 @@ def _rating_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Meth
         return [{"rating": rating} for rating in found]
 
     yield _Method("ridge regression on the base model", by_regression, reads_states=True)
+
+
+def _tag_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
+    yield _Method("the most frequent tag of each word", lambda _: _frequent_tags(train, held))
+    names = sorted({tag for row in train for tag in row.tags or ()})
+
+    def by_regression(states: States) -> Answers:
+        classes = [names.index(tag) for row in train[: states.rows] for tag in row.tags or ()]
+        targets_N = states.train_NH.new_tensor(classes).long()
+        model = fit_logistic(states.train_NH, targets_N, len(names))
+        words = iter(model.scores(states.held_QH).argmax(-1).tolist())
+        return [{"tags": [names[next(words)] for _ in row.tags or ()]} for row in held]
+
+    yield _Method("logistic regression on the base model", by_regression, reads_states=True)
 
 
 def _pair_methods(held: Sequence[Row]) -> Iterator[_Method]:

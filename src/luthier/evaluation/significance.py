@@ -7,8 +7,9 @@ is known better than either score: its error comes from the rows on which they d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,6 +45,18 @@ class RowScores:
             [getattr(each, name) for each in pieces] for name in ("parts_R", "wholes_R")
         )
         return RowScores(np.concatenate(parts), np.concatenate(wholes), pieces[0].is_share)
+
+    @staticmethod
+    def read(plain: Mapping[str, Any]) -> RowScores:
+        """From what :meth:`plain` gave."""
+        return RowScores.of(plain["parts"], plain.get("wholes"), plain.get("is_share", True))
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON, without what goes without saying."""
+        found: dict[str, Any] = {"parts": self.parts_R.tolist()}
+        if (self.wholes_R != 1).any():
+            found["wholes"] = self.wholes_R.tolist()
+        return found if self.is_share else found | {"is_share": False}
 
     @property
     def value(self) -> float:

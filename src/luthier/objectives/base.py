@@ -352,18 +352,16 @@ class Objective(BaseModel):
     ) -> dict[str, Any]:
         """What is measured on held-out rows: ``loss``, and the further metrics of :meth:`loss`.
 
-        The best by :attr:`measure` are kept. Of a score from 0 to 1, its standard error is given, too,
-        and what each row adds to it: ``parts``, and ``wholes`` where they are not 1, of at most
-        :data:`MOST_ROW_SCORES` rows.
+        The best by :attr:`measure` are kept. Where the loss tells its rows apart, the standard error
+        is given, too, and under ``rows`` what each of at most :data:`MOST_ROW_SCORES` rows adds.
         """
         means = self._means(network, examples, budget)
         found: dict[str, Any] = means.values()
-        if (scores := means.row_scores(self.measure)) is not None:
-            found[f"{self.measure}_error"] = scores.error
-            if len(scores.parts_R) <= MOST_ROW_SCORES:
-                found["parts"] = scores.parts_R.tolist()
-                if (scores.wholes_R != 1).any():
-                    found["wholes"] = scores.wholes_R.tolist()
+        scores = means.row_scores()
+        if self.measure in scores:
+            found[f"{self.measure}_error"] = scores[self.measure].error
+        if scores and len(examples) <= MOST_ROW_SCORES:
+            found["rows"] = {name: each.plain() for name, each in scores.items()}
         return found
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
@@ -394,17 +392,18 @@ class Means:
         for name, value in loss.metrics.items():
             self._sums[name] += value
         for name, pair in loss.ratios.items():
-            self._ratios[name].append(RowScores.of(*pair))
+            self._ratios[name].append(RowScores.of(*pair, is_share=name != "loss"))
 
     def values(self) -> dict[str, float]:
         """``loss`` and each metric by its name."""
         weight = math.fsum(self._weights)
         found = {name: total / weight for name, total in self._sums.items()}
-        return found | {name: RowScores.joined(each).value for name, each in self._ratios.items()}
+        scores = self.row_scores()
+        return found | {name: each.value for name, each in scores.items() if name != "loss"}
 
-    def row_scores(self, name: str) -> RowScores | None:
-        """What each row adds to a score, in the order of the micro-batches."""
-        return RowScores.joined(self._ratios[name]) if name in self._ratios else None
+    def row_scores(self) -> dict[str, RowScores]:
+        """What each row adds to the scores, in the order of the micro-batches."""
+        return {name: RowScores.joined(each) for name, each in self._ratios.items()}
 
 
 def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> None:

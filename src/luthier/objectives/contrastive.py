@@ -39,8 +39,8 @@ class _Cached:
     """Gradient of the loss by the embeddings."""
     loss: float
     """The part of the loss that is counted with this micro-batch."""
-    accuracy: float
-    """The part of the anchors nearest to their own partner."""
+    metrics: dict[str, float]
+    """The parts of the metrics."""
     random: tuple[Tensor, list[Tensor]]
     """State of the random numbers before the first pass: dropout must fall alike."""
 
@@ -111,13 +111,16 @@ class Contrastive(Objective):
         with torch.enable_grad():
             all_RH = torch.cat(parts).detach().requires_grad_()
             order = [example for batch in batches for example in batch.tree.examples]
-            total, right = self._info_nce(all_RH, order)
-            (gradient_RH,) = torch.autograd.grad(total, all_RH)
+            whole = self._info_nce(all_RH, order)
+            (gradient_RH,) = torch.autograd.grad(whole.total, all_RH)
         found = []
         split = gradient_RH.split([len(part) for part in parts])
         for batch, gradient, state in zip(batches, split, states, strict=True):
             share = len(gradient) / len(order)
-            cached = _Cached(gradient, float(total.detach()) * share, right * share, state)
+            total = float(whole.total.detach()) * share
+            metrics = {name: value * share for name, value in whole.metrics.items()}
+            right = float(np.sum(whole.ratios["accuracy"][0])) * share
+            cached = _Cached(gradient, total, {**metrics, "accuracy": right}, state)
             found.append(replace(batch, extra=cached))
         return found
 
@@ -126,14 +129,13 @@ class Contrastive(Objective):
         cached = batch.extra
         if cached is None:
             embeddings_RH = self.embed(network, batch)
-            total, right = self._info_nce(embeddings_RH, batch.tree.examples)
-            return Loss(total, {"accuracy": right})
+            return self._info_nce(embeddings_RH, batch.tree.examples)
         with _random_numbers(network, cached.random):
             embeddings_RH = self.embed(network, batch)
         product = (embeddings_RH * cached.gradient_RH).sum()
         # The value is the loss, the gradient that of the embeddings.
         value = product + (cached.loss - product.detach())
-        return Loss(value, {"accuracy": cached.accuracy})
+        return Loss(value, cached.metrics)
 
     def embed(self, network: Network, batch: TreeBatch) -> Tensor:
         """Embeddings ``[R, H]`` of length 1 in float32, in the order of the tree."""
@@ -144,11 +146,11 @@ class Contrastive(Objective):
             pooling = "mean" if network.both_ways else "last"
         return normalize(network.row_states(batch, pooling).float(), dim=-1)
 
-    def _info_nce(self, embeddings_RH: Tensor, sides: Sequence[Example]) -> tuple[Tensor, float]:
+    def _info_nce(self, embeddings_RH: Tensor, sides: Sequence[Example]) -> Loss:
         """Summed loss over the pairs, and how many anchors are nearest to their own partner.
 
         Pairs of one anchor, or of one partner, are not told from each other: what the file calls right
-        would else count as wrong.
+        would else count as wrong. ``chance_loss`` is that of embeddings which are all alike.
         """
         import torch
         from torch.nn.functional import cross_entropy
@@ -168,10 +170,13 @@ class Contrastive(Objective):
         if same_PP.any():
             same = torch.from_numpy(same_PP).to(scores_PP.device)
             scores_PP = scores_PP.masked_fill(same, float("-inf"))
-        total = cross_entropy(scores_PP, own_P, reduction="sum")
+        each_P = cross_entropy(scores_PP, own_P, reduction="none")
         if self.symmetric:
-            total = (total + cross_entropy(scores_PP.t(), own_P, reduction="sum")) / 2
-        return total, float((scores_PP.argmax(-1) == own_P).sum())
+            each_P = (each_P + cross_entropy(scores_PP.t(), own_P, reduction="none")) / 2
+        right_P = (scores_PP.argmax(-1) == own_P).tolist()
+        chance = float(np.log((~same_PP).sum(1)).sum())
+        ratios = {"accuracy": (right_P, [1] * len(right_P))}
+        return Loss.of_rows(each_P, {"chance_loss": chance}, ratios)
 
     def described(self, example: Example) -> str:
         """How long the partner is; its text is in the file."""

@@ -77,11 +77,11 @@ class DPO(Pairwise):
         logp_R = row_sums(batch, token_logps(network, batch))
         length_R, sides = answer_lengths(batch), Sides.of(batch)
         reward_R = self.beta * self._ratios(logp_R, batch.extra, length_R)
-        total = self._of_margin(reward_R[sides.chosen_P] - reward_R[sides.rejected_P]).sum()
+        each_P = self._of_margin(reward_R[sides.chosen_P] - reward_R[sides.rejected_P])
         if self.sft_weight:
             mean_R = logp_R / length_R
-            total = total - self.sft_weight * mean_R[sides.chosen_P].sum()
-        return Loss(total, sides.measures(reward_R) | sides.likelihoods(logp_R))
+            each_P = each_P - self.sft_weight * mean_R[sides.chosen_P]
+        return Loss.of_rows(each_P, sides.measures(reward_R) | sides.likelihoods(logp_R))
 
     def _ratios(self, logp_R: Tensor, reference_R: Tensor, length_R: Tensor) -> Tensor:
         """How much likelier each answer is than under the reference, in nats, or nats a token."""

@@ -110,11 +110,11 @@ class KTO(Judged):
         logp_R = row_sums(batch, token_logps(network, batch))
         wanted_R = logp_R.new_tensor([bool(row.desirable) for row in batch.tree.examples]).bool()
         ratio_R = logp_R - reference_R
-        total = self._losses(ratio_R, wanted_R, point).sum()
+        each_R = self._losses(ratio_R, wanted_R, point)
         reward_R = self.beta * ratio_R.detach()
         right_R = (ratio_R.detach() > point) == wanted_R
-        return Loss(
-            total,
+        return Loss.of_rows(
+            each_R,
             {
                 "accuracy": float(right_R.sum()),
                 "reward_desirable": float(reward_R[wanted_R].sum()),

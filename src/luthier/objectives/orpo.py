@@ -39,9 +39,9 @@ class ORPO(Pairwise):
         log_odds_R = mean_R - _log_one_minus_exp(mean_R)
         ratio_P = log_odds_R[sides.chosen_P] - log_odds_R[sides.rejected_P]
         nll_P = -mean_R[sides.chosen_P]
-        total = (nll_P - self.odds_weight * logsigmoid(ratio_P)).sum()
+        each_P = nll_P - self.odds_weight * logsigmoid(ratio_P)
         measures = sides.measures(mean_R) | sides.likelihoods(logp_R)
-        return Loss(total, {**measures, "nll": float(nll_P.detach().sum())})
+        return Loss.of_rows(each_P, {**measures, "nll": float(nll_P.detach().sum())})
 
 
 def _log_one_minus_exp(x: Tensor) -> Tensor:

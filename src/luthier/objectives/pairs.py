@@ -103,10 +103,13 @@ class Sides:
         return Sides([place[row] for row in pairs], [place[row + 1] for row in pairs])
 
     def measures(self, reward_R: Tensor) -> dict[str, float]:
-        """Sums over the pairs: how often the chosen answer has the higher reward, and by how much."""
+        """Sums over the pairs: how often the chosen answer has the higher reward, and by how much.
+
+        Of equal rewards, as all are before training, either may be the higher one.
+        """
         chosen_P, rejected_P = reward_R[self.chosen_P].detach(), reward_R[self.rejected_P].detach()
         return {
-            "accuracy": float((chosen_P > rejected_P).sum()),
+            "accuracy": float((chosen_P > rejected_P).sum() + (chosen_P == rejected_P).sum() / 2),
             "margin": float((chosen_P - rejected_P).sum()),
             "reward_chosen": float(chosen_P.sum()),
             "reward_rejected": float(rejected_P.sum()),

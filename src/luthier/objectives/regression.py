@@ -79,7 +79,7 @@ class Regression(Objective):
             scores_R.device
         )
         absolute = float(error_R.detach().abs().sum()) * (self.scale or 1.0)
-        return Loss(error_R.square().sum(), {"absolute_error": absolute})
+        return Loss.of_rows(error_R.square(), {"absolute_error": absolute})
 
     def described(self, example: Example) -> str:
         """The rating of the row."""

@@ -86,7 +86,7 @@ class RewardModel(Objective):
         each_P = -logsigmoid(chosen_P - rejected_P - self.margin)
         if self.centering:
             each_P = each_P + self.centering * (chosen_P + rejected_P).square()
-        return Loss(each_P.sum(), sides.measures(reward_R))
+        return Loss.of_rows(each_P, sides.measures(reward_R))
 
     def described(self, example: Example) -> str:
         """How long the other answer is; its text is in the file."""

@@ -27,7 +27,7 @@ from luthier.engine.loop import Loop
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import KEPT, Run
 from luthier.engine.storing import PARITY_ROWS
-from luthier.engine.train import Trainer, settled
+from luthier.engine.train import Trainer, settled, with_base
 from luthier.models.network import Network
 from luthier.planning.workload import (
     Step,
@@ -112,6 +112,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measured:
     forget_peak_memory()
     keep_freed_memory()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
     clock = Clock()
     with clock.part("data"):

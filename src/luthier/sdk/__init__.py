@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from luthier.serving.long_rows import LongRows
     from luthier.types import Message
 
+    Conversation = Sequence[Message | Mapping[str, str]]
+
 __all__ = [
     "DEFAULT_BASE",
     "Model",
@@ -199,34 +201,40 @@ class Model:
         from luthier.serving.generation import Generator
 
         if not isinstance(self.opened, Generator):
-            raise RecipeError(f"{self.stored.id} gives labels; use predict()")
+            use = "embeddings; use embed()" if self._embeds else "labels; use predict()"
+            raise RecipeError(f"{self.stored.id} gives {use}")
         return self.opened
 
-    @overload
-    def generate(self, prompts: str, **sampling: Any) -> str: ...
-    @overload
-    def generate(
-        self, prompts: Sequence[str | Sequence[Message]], **sampling: Any
-    ) -> list[str]: ...
-    def generate(
-        self, prompts: str | Sequence[str | Sequence[Message]], **sampling: Any
-    ) -> str | list[str]:
-        """The reply to one prompt, or one to each of several.
+    @property
+    def _embeds(self) -> bool:
+        from luthier.serving.prediction import Predictor
 
-        Keywords as :class:`luthier.serving.generation.Sampling`.
+        return isinstance(self.opened, Predictor) and self.opened.objective.task == "embedding"
+
+    @overload
+    def generate(self, prompts: str | Conversation, **sampling: Any) -> str: ...
+    @overload
+    def generate(self, prompts: Sequence[str | Conversation], **sampling: Any) -> list[str]: ...
+    def generate(
+        self, prompts: str | Conversation | Sequence[str | Conversation], **sampling: Any
+    ) -> str | list[str]:
+        """The reply to one prompt or conversation, or one to each of several.
+
+        A conversation is a list of messages, each ``{"role": ..., "content": ...}`` or a
+        :class:`~luthier.types.Message`. Keywords as :class:`luthier.serving.generation.Sampling`.
         """
         from luthier.serving.generation import Sampling
 
         chosen = Sampling(**sampling)
-        if isinstance(prompts, str):
-            return self.generator.replies([prompts], chosen)[0]
-        return self.generator.replies(prompts, chosen)
+        if isinstance(prompts, str) or _is_conversation(prompts):
+            return self.generator.replies([_prompt(prompts)], chosen)[0]
+        return self.generator.replies([_prompt(each) for each in prompts], chosen)
 
-    def stream(self, prompt: str | Sequence[Message], **sampling: Any) -> Iterator[str]:
-        """The reply to one prompt in pieces, as it is decoded."""
+    def stream(self, prompt: str | Conversation, **sampling: Any) -> Iterator[str]:
+        """The reply to one prompt or conversation in pieces, as it is decoded."""
         from luthier.serving.generation import Sampling
 
-        return self.generator.stream(prompt, Sampling(**sampling))
+        return self.generator.stream(_prompt(prompt), Sampling(**sampling))
 
     # A text is a sequence of texts to a type checker; to people it is one.
     @overload
@@ -247,6 +255,10 @@ class Model:
 
         if not isinstance(self.opened, Predictor):
             raise RecipeError(f"{self.stored.id} writes text; use generate()")
+        if not isinstance(texts, Sequence):
+            raise RecipeError(f"give a text, or a list of texts, and no {type(texts).__name__}")
+        if not texts:
+            return []
         rows = []
         for index, text in enumerate(texts, 1):
             words = tuple(text.split() if isinstance(text, str) else text)
@@ -289,6 +301,34 @@ class Model:
         if answers and "embedding" not in answers[0]:
             raise RecipeError(f"{self.stored.id} gives labels; use predict()")
         return np.array([answer["embedding"] for answer in answers], dtype=np.float32)
+
+
+def _is_conversation(given: Any) -> bool:
+    from luthier.types import Message
+
+    return isinstance(given, Sequence) and any(
+        isinstance(each, Mapping | Message) for each in given
+    )
+
+
+def _prompt(given: Any) -> Any:
+    """A prompt as the generator takes it: a text, or messages."""
+    from luthier.types import Message
+
+    if isinstance(given, str):
+        return given
+    if not _is_conversation(given):
+        raise RecipeError("a prompt is a text, or a list of messages with role and content")
+    found = []
+    for each in given:
+        if isinstance(each, Mapping):
+            if {*each} != {"role", "content"} or not all(isinstance(v, str) for v in each.values()):
+                raise RecipeError(
+                    f"a message has a role and a content, both texts; this one has {', '.join(each)}"
+                )
+            each = Message(each["role"], each["content"])
+        found.append(each)
+    return found
 
 
 def load(model_id: str) -> Model:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from luthier.inspection.inspect import Report
 
 DEFAULT_BASE = "smollm2-135m-instruct"
-"""Base model where none is named; the same as in a recipe."""
+"""Base model where none is named and the rows are answered; the same as in a recipe."""
 
 
 def inspect(
@@ -21,7 +21,7 @@ def inspect(
     validation: str | Path | None = None,
     test: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
-    base: str | None = DEFAULT_BASE,
+    base: str | None = "auto",
     objective: str | Mapping[str, Any] | None = None,
     rows: int = 5,
     severity: Mapping[str, Any] | None = None,
@@ -34,7 +34,8 @@ def inspect(
         data: rows to learn from: a file, a folder, a pattern, ``file://`` or ``s3://``.
         validation, test: rows of the other splits, which must not stand in ``data`` too.
         columns: the file's name for each of our keys, such as ``{"prompt": "question"}``.
-        base: model that the rows are encoded for; ``None`` leaves out what needs a tokenizer.
+        base: model that the rows are encoded for, by default the one that :func:`tune` would take;
+            ``None`` leaves out what needs a tokenizer.
         objective: what is to be learned: a name, or a table of ``method`` and fields; chosen by the
             rows when not given.
         rows: rows of each split whose tokens the report keeps, with what of them is learned.

@@ -63,11 +63,11 @@ def test_what_a_folder_declares_decides(
     assert declared_pooling(sentence_encoder) == "mean"
     assert declared_pooling(bert) is None and declared_pooling(roberta) is None
     bound = Classification().bind_base(sentence_encoder, None)
-    assert bound.pooling == "mean" and bound.starts_head
+    assert bound.pooling == "mean" and bound.probe
     own = Classification(pooling="first", probe=False).bind_base(sentence_encoder, None)
-    assert own.head().pooling is None and not own.starts_head
+    assert own.head().pooling is None and not own.probe
     plain = Classification().bind_base(bert, None)
-    assert plain.pooling is None and not plain.starts_head
+    assert plain.pooling is None and not plain.probe
     # Models of earlier versions have no such field, and were trained to read the first token.
     earlier = Classification.model_validate({"method": "classification"})
     assert earlier.head().pooling is None

@@ -1,0 +1,43 @@
+"""What a model in memory takes for a prompt, and what it says of anything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import luthier
+from luthier.errors import RecipeError
+from luthier.types import Message
+
+
+def test_conversations_are_lists_of_messages(tiny_model_folder: Path) -> None:
+    model = luthier.load(str(tiny_model_folder))
+    sampling: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0}
+    turn = {"role": "user", "content": "Hello"}
+    reply = model.generate([turn], **sampling)
+    assert isinstance(reply, str)
+    assert model.generate([Message("user", "Hello")], **sampling) == reply
+    assert model.generate([[turn], "Hello"], **sampling) == [reply, reply]
+    assert "".join(model.stream([turn], **sampling)) == reply
+    for wrong in ([{"role": "user"}], [{**turn, "name": "x"}], [[1]], [3]):
+        with pytest.raises(RecipeError, match=r"a message has|a prompt is"):
+            model.generate(wrong, **sampling)
+
+
+def test_what_is_no_text_is_refused(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = tmp_path / "pairs.jsonl"
+    pairs = [{"anchor": f"the fox {n}", "positive": f"a dog {n}"} for n in range(8)]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    base = str(family_folder("bert"))
+    tuned = luthier.tune(rows, base=base, name="finder", training__max_steps=1)
+    model = luthier.load(tuned.model_id)
+    assert model.predict([]) == []
+    for wrong in (None, 5):
+        with pytest.raises(RecipeError, match="give a text, or a list of texts"):
+            model.predict(wrong)  # type: ignore[call-overload]
+    with pytest.raises(RecipeError, match=r"gives embeddings; use embed\(\)"):
+        model.generate("Hello")
