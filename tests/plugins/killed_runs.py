@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -205,6 +206,10 @@ def outcome(home: Path) -> Outcome:
     manifest = json.loads((model / "luthier.json").read_text())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((run / "result.json").read_text())
+    # How long a longer run would take follows from how long this one took.
+    result["verdict"]["advice"] = re.sub(
+        "take .* more", "take some more", result["verdict"]["advice"]
+    )
     return Outcome(
         manifest,
         manifest["trained_weights_sha256"],
