@@ -41,3 +41,12 @@ def test_what_is_no_text_is_refused(family_folder: Callable[[str], Path], tmp_pa
             model.predict(wrong)  # type: ignore[call-overload]
     with pytest.raises(RecipeError, match=r"gives embeddings; use embed\(\)"):
         model.generate("Hello")
+
+
+def test_a_reply_has_half_of_a_small_context_where_nothing_is_said(tiny_model_folder: Path) -> None:
+    generator = luthier.load(str(tiny_model_folder)).generator
+    generator.context = 20
+    assert generator.sampling().max_tokens == 10
+    assert generator.sampling(max_tokens=15, seed=None).max_tokens == 15
+    generator.context = 8192
+    assert generator.sampling(temperature=0.5).max_tokens == 256

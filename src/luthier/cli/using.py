@@ -12,6 +12,11 @@ import typer
 
 from luthier.cli.options import Columns, Json, LongRows, Objective
 
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a reply at most; 256, or half of a smaller context.", min=1),
+]
+
 
 def inspect(
     data: Annotated[
@@ -70,7 +75,7 @@ def generate(
         Path | None, typer.Option("--input", help="JSONL of prompts or messages to answer.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL of prompt and completion.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 256,
+    max_tokens: MaxTokens = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
@@ -107,7 +112,7 @@ def samples(
 
 def chat(
     model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 256,
+    max_tokens: MaxTokens = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
 ) -> None:
     """Talk to a model. An empty line starts anew, Ctrl-D ends."""

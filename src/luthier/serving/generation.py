@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,6 +95,13 @@ class Generator:
         machine = choose_machine()
         model = load(stored, machine.dtype, machine.device)
         return Generator(model, chat_format(stored), machine.device)
+
+    def sampling(self, **fields: Any) -> Sampling:
+        """How to choose tokens; without ``max_tokens`` half of the context is left to the prompt."""
+        chosen = Sampling(**{name: value for name, value in fields.items() if value is not None})
+        if fields.get("max_tokens") is not None:
+            return chosen
+        return replace(chosen, max_tokens=max(1, min(chosen.max_tokens, self.context // 2)))
 
     def replies(
         self,
