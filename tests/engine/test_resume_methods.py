@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.loop import Loop
 from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
 from luthier.objectives.teacher_cache import TopK
@@ -159,7 +160,18 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
     kept = list(run.glob("kept/*"))
     assert bool(kept) == ("cache_top_k" in fields)
     monkeypatch.setattr(TopK, "_write", None)  # what was kept is there, and not asked for again
+    known: list[Mapping[str, Any]] = []
+    resume = Loop.resume
+
+    def resume_and_look(self: Loop, *state: Any) -> None:
+        resume(self, *state)
+        known.extend(self.measured)
+
+    monkeypatch.setattr(Loop, "resume", resume_and_look)
     again = train(recipe("broken"), resume=True)
+    # What decides which weights are kept is known as if nothing had happened.
+    assert known
+    assert all("rows" in line for line in known) or objective not in ("dpo", "semi_supervised")
     assert not (run / "kept").exists()
     assert (whole.steps, again.steps) == (11, 11)
     assert again.validation_loss == whole.validation_loss

@@ -108,7 +108,8 @@ class Loop:
         self.best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
         restore_random_state(progress.rng)
         self.cut_lines()
-        lines = self.metrics.read()
+        # What is noted of single rows decides what is kept.
+        lines = self.metrics.read(rows=True)
         self.measured = [line for line in lines if line["event"] == "validation"]
         self.train_lines.extend(line for line in lines if line["event"] == "train")
 

@@ -233,7 +233,8 @@ class Watch(Reporter):
 
     def report(self) -> None:
         """Tell the study what it does not know yet."""
-        measured = [line for line in self.metrics.read() if line["event"] == "validation"]
+        lines = self.metrics.read(rows=True)
+        measured = [line for line in lines if line["event"] == "validation"]
         if not measured:
             return
         measure = measured[0].get("measure", "loss")

@@ -348,9 +348,10 @@ def _rating_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Meth
 def _tag_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
     yield _Method("the most frequent tag of each word", lambda _: _frequent_tags(train, held))
     names = sorted({tag for row in train for tag in row.tags or ()})
+    places = {name: place for place, name in enumerate(names)}
 
     def by_regression(states: States) -> Answers:
-        classes = [names.index(tag) for row in train[: states.rows] for tag in row.tags or ()]
+        classes = [places[tag] for row in train[: states.rows] for tag in row.tags or ()]
         targets_N = states.train_NH.new_tensor(classes).long()
         model = fit_logistic(states.train_NH, targets_N, len(names))
         words = iter(model.scores(states.held_QH).argmax(-1).tolist())

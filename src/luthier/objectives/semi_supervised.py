@@ -28,6 +28,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.errors import RecipeError
+from luthier.objectives.base import Objective
 from luthier.objectives.classification import NO_LABEL, Classification, encode_text
 from luthier.types import Example, Loss, Row
 
@@ -57,9 +58,13 @@ class SemiSupervised(Classification):
     """How far labels spread: what a text takes from its neighbours; 0.99 in the paper."""
 
     beside: ClassVar[frozenset[str]] = frozenset({"label", "text"})
-    least_steps: ClassVar[int] = 150
-    least_epochs: ClassVar[int] = 1
-    most_epochs: ClassVar[int] = 5
+    least_epochs: ClassVar[int] = Objective.least_epochs
+    most_epochs: ClassVar[int] = Objective.most_epochs
+
+    @property
+    def least_steps(self) -> int:
+        """No more for many classes: a pass over the labelled rows brings many texts along."""
+        return super(Classification, self).least_steps
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the classes of the labelled rows, and check that there are others."""
