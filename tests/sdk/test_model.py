@@ -11,6 +11,7 @@ import pytest
 
 import luthier
 from luthier.errors import RecipeError
+from luthier.serving.generation import Sampling
 from luthier.types import Message
 
 
@@ -46,7 +47,7 @@ def test_what_is_no_text_is_refused(family_folder: Callable[[str], Path], tmp_pa
 def test_a_reply_has_half_of_a_small_context_where_nothing_is_said(tiny_model_folder: Path) -> None:
     generator = luthier.load(str(tiny_model_folder)).generator
     generator.context = 20
-    assert generator.sampling().max_tokens == 10
-    assert generator.sampling(max_tokens=15, seed=None).max_tokens == 15
+    assert generator.max_tokens(Sampling()) == 10
+    assert generator.max_tokens(Sampling(max_tokens=15)) == 15
     generator.context = 8192
-    assert generator.sampling(temperature=0.5).max_tokens == 256
+    assert generator.max_tokens(Sampling(temperature=0.5)) == 256

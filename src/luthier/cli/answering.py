@@ -46,12 +46,11 @@ def generate(
         raise RecipeError("give one prompt, or --input FILE with many")
     if target is not None and source is None:
         raise RecipeError("--output goes with --input")
-    Sampling(**{name: value for name, value in sampling.items() if value is not None})
+    chosen = Sampling(**sampling)
     check_output(target)
     prompts = _read_prompts(source) if source else []
     with heavy_imports():
         generator = Generator.open(find(model_id))
-    chosen = generator.sampling(**sampling)
     if source is not None:
         _generate_file(generator, prompts, chosen, target, as_json)
     elif as_json:
@@ -143,10 +142,9 @@ def chat(model_id: str, sampling: Mapping[str, Any]) -> None:
     from luthier.serving.generation import Generator, Sampling
     from luthier.store.models import find
 
-    Sampling(**{name: value for name, value in sampling.items() if value is not None})
+    chosen = Sampling(**sampling)
     with heavy_imports():
         generator = Generator.open(find(model_id))
-    chosen = generator.sampling(**sampling)
     several = generator.chat.template == "chat"
     print_text(f"{model_id} is ready. An empty line starts anew, Ctrl-D ends.")
     history: list[Message] = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from luthier.evaluation.baselines import (
 )
 from luthier.evaluation.labels import row_scores
 from luthier.evaluation.retrieval import partner_ranks, recall_at_1
-from luthier.models.network import Network
+from luthier.models.network import Network, TreeBatch
 from luthier.objectives import Contrastive, Objective
 from luthier.types import Example
 
@@ -54,11 +55,8 @@ def fit_baselines(
     if not train or not held or not seconds:
         return None
     until = time.monotonic() + seconds
-    if train.rows[0].text is not None:
-        encoder = objective if isinstance(objective, Contrastive) else Contrastive()
-        states = base_states(network, encoder, train, held, budget, seconds * READING)
-    else:
-        states = word_states(network, train, held, budget, seconds * READING)
+    encoder = objective if isinstance(objective, Contrastive) else Contrastive()
+    states = base_states(network, encoder, train, held, budget, seconds * READING)
     return compare(train.rows, held.rows, states, until)
 
 
@@ -71,46 +69,48 @@ def base_states(
     budget: int,
     seconds: float,
 ) -> States | None:
-    """One state for each row; ``None`` where not even ``held`` could be read in ``seconds``."""
+    """One state for each row, or for each word of rows with tags, that of its first piece.
+
+    ``None`` where not even ``held`` could be read in ``seconds``.
+    """
     began = time.monotonic()
     network.model.eval()
-    most = max(1, LARGEST_STATES // network.width)
+
+    def texts(batch: TreeBatch) -> Sequence[Tensor]:
+        return list(encoder.embed(network, batch).split(1))
+
+    def words(batch: TreeBatch) -> Sequence[Tensor]:
+        first_M = np.concatenate([each.weight_T for each in batch.tree.examples]) > 0
+        nodes_K = torch.from_numpy(batch.tree.node_M[first_M]).to(network.device)
+        counts = [int(np.count_nonzero(each.weight_T)) for each in batch.tree.examples]
+        return list(network.hidden(batch)[nodes_K].split(counts))
+
+    read = partial(_states, network, words if held.rows[0].tags is not None else texts)
     if held.rows[0].positive is not None:
         views = [view for example in held.examples for view in encoder.views(example)]
-        both_VH = _states(network, encoder, views, budget, began + seconds)
-        if len(both_VH) < len(views):
+        both = read(views, budget, began + seconds)
+        if len(both) < len(views):
             return None
-        nothing = both_VH[:0]
-        return States(nothing, both_VH[::2], 0, time.monotonic() - began, both_VH[1::2])
-    held_QH = _states(network, encoder, held.examples, budget, began + seconds)
-    if len(held_QH) < len(held):
+        both_VH = torch.cat(both)
+        return States(both_VH[:0], both_VH[::2], 0, time.monotonic() - began, both_VH[1::2])
+    asked = read(held.examples, budget, began + seconds)
+    if len(asked) < len(held):
         return None
-    train_NH = _states(network, encoder, train.examples[:most], budget, began + seconds)
-    if not len(train_NH):
+    most = max(1, LARGEST_STATES // network.width)
+    learned = read(train.examples[:most], budget, began + seconds)
+    if not learned:
         return None
-    return States(train_NH, held_QH, len(train_NH), time.monotonic() - began)
+    return States(torch.cat(learned), torch.cat(asked), len(learned), time.monotonic() - began)
 
 
-@torch.no_grad()
-def word_states(
-    network: Network, train: ComparedRows, held: ComparedRows, budget: int, seconds: float
-) -> States | None:
-    """One state for each word, that of its first piece; ``None`` as for :func:`base_states`."""
-    began = time.monotonic()
-    network.model.eval()
-    parts = [
-        _word_states(network, rows.examples, budget, began + seconds) for rows in (held, train)
-    ]
-    if len(parts[0]) < len(held) or not parts[1]:
-        return None
-    held_QH, train_NH = (torch.cat(each) for each in parts)
-    return States(train_NH, held_QH, len(parts[1]), time.monotonic() - began)
-
-
-def _word_states(
-    network: Network, examples: Sequence[Example], budget: int, until: float
+def _states(
+    network: Network,
+    read: Callable[[TreeBatch], Sequence[Tensor]],
+    examples: Sequence[Example],
+    budget: int,
+    until: float,
 ) -> list[Tensor]:
-    """Those of each of the first rows, as many as are read until then and can be held."""
+    """Those ``[K, H]`` of each of the first rows, as many as are read until then and can be held."""
     found: list[Tensor] = []
     numbers = 0
     for start in range(0, len(examples), CHUNK):
@@ -119,36 +119,11 @@ def _word_states(
         chunk = [replace(e, row=i) for i, e in enumerate(examples[start : start + CHUNK])]
         states: list[Tensor] = [torch.empty(0)] * len(chunk)
         for batch in network.batches(chunk, budget):
-            first_M = np.concatenate([each.weight_T for each in batch.tree.examples]) > 0
-            nodes_K = torch.from_numpy(batch.tree.node_M[first_M]).to(network.device)
-            states_KH = network.hidden(batch)[nodes_K].float().cpu()
-            counts = [int(np.count_nonzero(each.weight_T)) for each in batch.tree.examples]
-            for example, words_WH in zip(batch.tree.examples, states_KH.split(counts), strict=True):
-                states[example.row] = words_WH
+            for example, state_KH in zip(batch.tree.examples, read(batch), strict=True):
+                states[example.row] = state_KH.float().cpu()
         numbers += sum(each.numel() for each in states)
         found += states
     return found
-
-
-def _states(
-    network: Network,
-    encoder: Contrastive,
-    examples: Sequence[Example],
-    budget: int,
-    until: float,
-) -> Tensor:
-    """Embeddings of the first rows, as many as are read until then."""
-    parts: list[Tensor] = []
-    for start in range(0, len(examples), CHUNK):
-        if time.monotonic() > until:
-            break
-        chunk = [replace(e, row=i) for i, e in enumerate(examples[start : start + CHUNK])]
-        states_RH = torch.zeros(len(chunk), network.width)
-        for batch in network.batches(chunk, budget):
-            rows = [example.row for example in batch.tree.examples]
-            states_RH[rows] = encoder.embed(network, batch).float().cpu()
-        parts.append(states_RH)
-    return torch.cat(parts) if parts else torch.zeros(0, network.width)
 
 
 @torch.no_grad()

@@ -223,14 +223,18 @@ class Model:
         A conversation is a list of messages, each ``{"role": ..., "content": ...}`` or a
         :class:`~luthier.types.Message`. Keywords as :class:`luthier.serving.generation.Sampling`.
         """
-        chosen = self.generator.sampling(**sampling)
+        from luthier.serving.generation import Sampling
+
+        chosen = Sampling(**sampling)
         if isinstance(prompts, str) or _is_conversation(prompts):
             return self.generator.replies([_prompt(prompts)], chosen)[0]
         return self.generator.replies([_prompt(each) for each in prompts], chosen)
 
     def stream(self, prompt: str | Conversation, **sampling: Any) -> Iterator[str]:
         """The reply to one prompt or conversation in pieces, as it is decoded."""
-        return self.generator.stream(_prompt(prompt), self.generator.sampling(**sampling))
+        from luthier.serving.generation import Sampling
+
+        return self.generator.stream(_prompt(prompt), Sampling(**sampling))
 
     # A text is a sequence of texts to a type checker; to people it is one.
     @overload

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,14 +28,16 @@ if TYPE_CHECKING:
     from luthier.types import IntArray
 
 Prompt = str | Sequence[Message]
+MAX_TOKENS = 256
+"""Of a reply, where nothing else is said."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen."""
 
-    max_tokens: int = 256
-    """Tokens of the reply at most."""
+    max_tokens: int | None = None
+    """Tokens of the reply at most; 256, or half of a smaller context, when not given."""
     temperature: float = 0.0
     """0 takes the most likely token; higher draws more freely."""
     top_p: float = 1.0
@@ -45,7 +47,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise RecipeError("max-tokens must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise RecipeError("temperature must be 0 or more")
@@ -96,12 +98,9 @@ class Generator:
         model = load(stored, machine.dtype, machine.device)
         return Generator(model, chat_format(stored), machine.device)
 
-    def sampling(self, **fields: Any) -> Sampling:
-        """How to choose tokens; without ``max_tokens`` half of the context is left to the prompt."""
-        chosen = Sampling(**{name: value for name, value in fields.items() if value is not None})
-        if fields.get("max_tokens") is not None:
-            return chosen
-        return replace(chosen, max_tokens=max(1, min(chosen.max_tokens, self.context // 2)))
+    def max_tokens(self, sampling: Sampling) -> int:
+        """Tokens of a reply at most; where that is not said, half of the context is the prompt's."""
+        return sampling.max_tokens or max(1, min(MAX_TOKENS, self.context // 2))
 
     def replies(
         self,
@@ -166,11 +165,12 @@ class Generator:
 
     def _refusal(self, ids_T: IntArray, sampling: Sampling) -> str | None:
         beside = self.chat.start_id is not None  # the encoder's prompt takes no room of the reply
-        sizes = [self.prefix + len(ids_T), sampling.max_tokens]
+        reply = self.max_tokens(sampling)
+        sizes = [self.prefix + len(ids_T), reply]
         if (max(sizes) if beside else sum(sizes)) <= self.context:
             return None
         return (
-            f"has {len(ids_T)} tokens; with {sampling.max_tokens} for the reply that is more than the "
+            f"has {len(ids_T)} tokens; with {reply} for the reply that is more than the "
             f"model's context of {self.context}."
         )
 
@@ -208,7 +208,7 @@ class Generator:
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "decoder_start_token_id": self.chat.start_id,
-            "max_new_tokens": sampling.max_tokens,
+            "max_new_tokens": self.max_tokens(sampling),
             "do_sample": sampling.temperature > 0,
             "eos_token_id": list(self.chat.stop_ids),
             "pad_token_id": self.chat.stop_ids[0],
@@ -230,7 +230,7 @@ class Generator:
             ids = torch.tensor([[self.chat.start_id]], device=self.device)
         else:
             further["logits_to_keep"] = 1
-        for _ in range(sampling.max_tokens):
+        for _ in range(self.max_tokens(sampling)):
             if beside:
                 further["decoder_input_ids"] = ids
             with torch.inference_mode():
