@@ -21,9 +21,9 @@ from luthier.jobs import deletion
 from luthier.jobs.deletion import REMOVED, Asked, Deletions
 from luthier.store import audit
 from luthier.store.arns import Arns
-from luthier.store.custom_models import ACTIVE, CustomModel
+from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database, now
-from luthier.store.deployments import Deployment
+from luthier.store.endpoints import DEPLOYMENT, READY, Endpoint
 from luthier.store.jobs import Job, JobEvent, stop
 from luthier.store.listing import page
 from luthier.store.models import find
@@ -205,7 +205,7 @@ def test_models_that_learned_from_the_data_are_told_kept_or_deleted(
         store.delete(models="delete")
     assert store.keys() == ["other.jsonl", "rows.jsonl"] and len(store.rows(CustomModel)) == 3
     with store.database.write() as session:
-        session.query(Deployment).delete()
+        session.query(Endpoint).delete()
     certificate = store.delete(models="delete")
     verified(store, certificate)
     assert [model.name for model in store.rows(CustomModel)] == ["apart"]
@@ -217,11 +217,11 @@ def test_models_that_learned_from_the_data_are_told_kept_or_deleted(
     assert store.keys() == ["other.jsonl"]
 
 
-def deployed(arn: str) -> Deployment:
+def deployed(arn: str) -> Endpoint:
     moment = now()
-    return Deployment(
-        id="d" * 12, account=ACCOUNT, name="d", model=arn, status=ACTIVE, created=moment,
-        modified=moment,
+    return Endpoint(
+        id="d" * 12, account=ACCOUNT, kind=DEPLOYMENT, name="d", foundation="luthier.tiny", model=arn,
+        status=READY, created=moment, modified=moment,
     )  # fmt: skip
 
 

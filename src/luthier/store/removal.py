@@ -16,10 +16,11 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import WrongState
 from luthier.files import luthier_home, write_bytes
-from luthier.store import deployments, provisioned, storage, tags
+from luthier.store import storage, tags
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
+from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
 from luthier.store.jobs import ENDED, Job
 from luthier.store.models import StoredModel, custom_folder, custom_models
 
@@ -59,9 +60,10 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     if model.status == CREATING:
         text = f"The model {model.name} is Creating. Wait until it is Active or Failed."
         raise ModelInUse(text)
-    if deployments.uses(session, arn):
+    kind = kind_that_uses(session, arn)
+    if kind == DEPLOYMENT:
         raise ModelInUse(f"The model {model.name} is deployed. Delete its deployments first.")
-    if provisioned.uses(session, arn):
+    if kind is not None:
         raise ModelInUse(f"The model {model.name} has provisioned throughput. Delete that first.")
     started = select(Job.seq).where(
         Job.account == model.account, Job.base_model == arn, Job.state.not_in(ENDED)

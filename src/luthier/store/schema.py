@@ -16,14 +16,13 @@ from luthier.store import (
     audit,
     batches,
     custom_models,
-    deployments,
+    endpoints,
     iam_roles,
     idempotency,
     imports,
     jobs,
     object_rows,
     principals,
-    provisioned,
     storage,
     tags,
     uploaded_files,
@@ -32,8 +31,8 @@ from luthier.store import (
 from luthier.store.database import Base, Database
 
 _MODULES = (
-    accounts, audit, batches, custom_models, deployments, iam_roles, idempotency, imports, jobs,
-    object_rows, principals, provisioned, storage, tags, uploaded_files, usage,
+    accounts, audit, batches, custom_models, endpoints, iam_roles, idempotency, imports, jobs,
+    object_rows, principals, storage, tags, uploaded_files, usage,
 )  # fmt: skip
 """Each declares its tables when it is imported."""
 METADATA = Base.metadata

@@ -1,28 +1,26 @@
-"""Deployments and provisioned throughput become usable: models are made ready in the background."""
+"""Endpoints become usable: their models are made ready in the background."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Select, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.errors import DoesNotFit
 from luthier.files import verify
-from luthier.store import deployments, models, provisioned
+from luthier.store import models
 from luthier.store.arns import Arn
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
+from luthier.store.endpoints import Endpoint, unfinished
 from luthier.store.foundation import foundation_model
 
 Prepare = Callable[[str], None]
 """Makes the model of an id ready to answer; raises :class:`LuthierError` where it cannot."""
 
-Row = TypeVar("Row")
 _THREADS = 2
 _LONGEST = 2048
 """Letters of a failure message."""
@@ -41,22 +39,6 @@ def check_files(stored_id: str) -> None:
         found = found.parent
 
 
-@dataclass(frozen=True)
-class _Kind(Generic[Row]):
-    """Something that waits for a model."""
-
-    table: type[Row]
-    awaited: Callable[[Row], str | None]
-    settle: Callable[[Row, str, str | None], None]
-
-    def asked(self, identifier: str) -> Select[Row]:
-        return select(self.table).filter_by(id=identifier)
-
-
-_DEPLOYMENT = _Kind(deployments.Deployment, deployments.awaited, deployments.settle)
-_PROVISIONED = _Kind(provisioned.Provisioned, provisioned.awaited, provisioned.settle)
-
-
 class Activation:
     """Prepares models one after the other; what comes of it is written where it was asked for."""
 
@@ -65,47 +47,39 @@ class Activation:
         self.database, self.prepare = database, prepare
         self._threads = ThreadPoolExecutor(_THREADS, "activation")
 
-    def deployment(self, deployment_id: str) -> None:
-        """Prepare what a deployment waits for; call it after the transaction that asks for it."""
-        self._threads.submit(self._run, _DEPLOYMENT, deployment_id)
-
-    def provisioned(self, provisioned_id: str) -> None:
-        """The same for provisioned throughput."""
-        self._threads.submit(self._run, _PROVISIONED, provisioned_id)
+    def submit(self, endpoint_id: str) -> None:
+        """Prepare what an endpoint waits for; call it after the transaction that asks for it."""
+        self._threads.submit(self._run, endpoint_id)
 
     def resume(self) -> None:
         """Go on with what a server that was killed left behind."""
         with self.database.read() as session:
-            waiting = deployments.unfinished(session), provisioned.unfinished(session)
-        for deployment_id in waiting[0]:
-            self.deployment(deployment_id)
-        for provisioned_id in waiting[1]:
-            self.provisioned(provisioned_id)
+            waiting = unfinished(session)
+        for endpoint_id in waiting:
+            self.submit(endpoint_id)
 
     def close(self) -> None:
         """Wait for the models that are being prepared; the others are left for the next start."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, kind: _Kind[Any], identifier: str) -> None:
+    def _run(self, endpoint_id: str) -> None:
+        wanted = select(Endpoint).filter_by(id=endpoint_id)
         try:
-            self._activate(kind, identifier)
+            with self.database.read() as session:
+                endpoint = session.scalars(wanted).one_or_none()
+            model = endpoint.pending_model if endpoint else None
+            if model is None:
+                return
+            failure = self._prepare(model)
+            with self.database.write() as session:
+                endpoint = session.scalars(wanted.with_for_update()).one_or_none()
+                if endpoint is not None:
+                    endpoint.finish_update(model, failure)
         except Exception:
             # It stays as it is, and is tried again at the next start.
-            _log.exception("could not write what became of %s", identifier)
+            _log.exception("could not write what became of %s", endpoint_id)
 
-    def _activate(self, kind: _Kind[Any], identifier: str) -> None:
-        with self.database.read() as session:
-            found = session.scalars(kind.asked(identifier)).one_or_none()
-            model = kind.awaited(found) if found else None
-        if model is None:
-            return
-        failure = self._prepared(model)
-        with self.database.write() as session:
-            again = session.scalars(kind.asked(identifier).with_for_update()).one_or_none()
-            if again is not None:
-                kind.settle(again, model, failure)
-
-    def _prepared(self, model: str) -> str | None:
+    def _prepare(self, model: str) -> str | None:
         """Prepare the model of an ARN; what its owner is told where that is not possible."""
         try:
             with self.database.read() as session:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from luthier.api.bedrock import custom_models, deployments, foundation, jobs, provisioned, tags
+from luthier.api.bedrock import custom_models, endpoints, foundation, jobs, tags
 from luthier.api.bedrock.control import Control, Operate, handler
 from luthier.api.bedrock.hyperparameters import setting_name
 from luthier.api.bedrock.operations import Operations, operations
@@ -16,8 +16,7 @@ CONTROL: Mapping[str, Operate] = {
     **foundation.OPERATIONS,
     **jobs.OPERATIONS,
     **custom_models.OPERATIONS,
-    **deployments.OPERATIONS,
-    **provisioned.OPERATIONS,
+    **endpoints.OPERATIONS,
     **tags.OPERATIONS,
 }
 """The operations of the control plane by their names."""

@@ -16,19 +16,17 @@ from luthier.api.bedrock.activation import stored_of
 from luthier.api.bedrock.constraints import matches
 from luthier.api.bedrock.operations import operations
 from luthier.api.wire import Fault
-from luthier.store import deployments, provisioned
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.database import Database
-from luthier.store.deployments import Deployment
+from luthier.store.endpoints import CREATING, DEPLOYMENT, FAILED, PROVISIONED, Endpoint
 from luthier.store.foundation import FoundationModel, foundation_model
 from luthier.store.jobs import Job
-from luthier.store.provisioned import Provisioned
 
+_ENDPOINTS = {DEPLOYMENT: "deployment", PROVISIONED: "provisioned throughput"}
 JOB, MODEL, FOUNDATION = "model-customization-job", "custom-model", "foundation-model"
-DEPLOYMENT, PROVISIONED = "custom-model-deployment", "provisioned-model"
 
-Row = TypeVar("Row", Job, CustomModel, Deployment, Provisioned)
+Row = TypeVar("Row", Job, CustomModel, Endpoint)
 
 
 def job_arn(arns: Arns, job: Job) -> str:
@@ -36,14 +34,9 @@ def job_arn(arns: Arns, job: Job) -> str:
     return arns.job(job.account, job.foundation, job.id)
 
 
-def deployment_arn(arns: Arns, deployment: Deployment) -> str:
-    """Of a deployment."""
-    return arns.of(deployment.account, DEPLOYMENT, deployment.id)
-
-
-def provisioned_arn(arns: Arns, found: Provisioned) -> str:
-    """Of provisioned throughput."""
-    return arns.of(found.account, PROVISIONED, found.id)
+def endpoint_arn(arns: Arns, endpoint: Endpoint) -> str:
+    """Of a deployment or provisioned throughput."""
+    return arns.of(endpoint.account, endpoint.kind, endpoint.id)
 
 
 def own(arns: Arns, account: str, kind: str, text: str) -> Arn | None:
@@ -78,20 +71,12 @@ def find_model(
     return found if found and found.status != RESERVED else None
 
 
-def find_deployment(
-    session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
-) -> Deployment | None:
-    """A deployment by ARN or name."""
-    sought = _Sought(arns, account, DEPLOYMENT, identifier, lock)
-    return _find(session, sought, Deployment, deployment_arn)
-
-
-def find_provisioned(
-    session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
-) -> Provisioned | None:
-    """Provisioned throughput by ARN or name."""
-    sought = _Sought(arns, account, PROVISIONED, identifier, lock)
-    return _find(session, sought, Provisioned, provisioned_arn)
+def find_endpoint(
+    session: Session, arns: Arns, account: str, kind: str, identifier: str, *, lock: bool = False
+) -> Endpoint | None:
+    """A deployment or provisioned throughput by ARN or name."""
+    sought = _Sought(arns, account, kind, identifier, lock)
+    return _find(session, sought, Endpoint, endpoint_arn)
 
 
 @dataclass(frozen=True)
@@ -118,6 +103,8 @@ def _find(
         asked = asked.where(table.id == arn.id)
     else:
         asked = asked.where(table.name == sought.identifier)
+    if table is Endpoint:
+        asked = asked.where(Endpoint.kind == sought.kind)
     if sought.lock:
         asked = asked.with_for_update().execution_options(populate_existing=True)
     found = session.scalars(asked).one_or_none()
@@ -166,12 +153,21 @@ def invocable(session: Session, arns: Arns, account: str, model_id: str) -> Invo
             "request with the ARN of a custom model deployment or of provisioned throughput that "
             "contains this model.",
         )
-    kind = Arn.parse(model_id)
-    if kind is not None and kind.kind == DEPLOYMENT:
-        return _deployed(session, arns, account, model_id)
-    if kind is not None and kind.kind == PROVISIONED:
-        return _provided(session, arns, account, model_id)
-    raise _unknown(model_id)
+    arn_parts = Arn.parse(model_id)
+    if arn_parts is None or arn_parts.kind not in _ENDPOINTS:
+        raise _unknown(model_id)
+    endpoint = find_endpoint(session, arns, account, arn_parts.kind, model_id)
+    if endpoint is None:
+        raise _unknown(model_id)
+    text = _ENDPOINTS[endpoint.kind]
+    if endpoint.status == CREATING:
+        raise Fault("ModelNotReady", f"The {text} is being created. Try again in a moment.")
+    if endpoint.status == FAILED:
+        raise Fault("Validation", f"The {text} is Failed and cannot answer.")
+    stored_id = stored_of(session, endpoint.model)
+    if stored_id is None:
+        raise _unknown(model_id)
+    return Invocable(stored_id, model_id, endpoint.model)
 
 
 @dataclass(frozen=True)
@@ -199,36 +195,6 @@ def _well_formed(model_id: str) -> bool:
     shape = operations().by_name["Converse"].input.members["modelId"]  # type: ignore[union-attr]
     longest = shape.metadata["max"]
     return 0 < len(model_id) <= longest and matches(shape, model_id)
-
-
-def _deployed(session: Session, arns: Arns, account: str, model_id: str) -> Invocable:
-    found = find_deployment(session, arns, account, model_id)
-    if found is None:
-        raise _unknown(model_id)
-    if found.status == deployments.CREATING:
-        raise Fault("ModelNotReady", "The deployment is being created. Try again in a moment.")
-    if found.status != deployments.ACTIVE:
-        raise Fault("Validation", f"The deployment is {found.status} and cannot answer.")
-    return Invocable(_stored(session, found.model, model_id), model_id, found.model)
-
-
-def _provided(session: Session, arns: Arns, account: str, model_id: str) -> Invocable:
-    found = find_provisioned(session, arns, account, model_id)
-    if found is None:
-        raise _unknown(model_id)
-    if found.status == provisioned.CREATING:
-        text = "The provisioned throughput is being created. Try again in a moment."
-        raise Fault("ModelNotReady", text)
-    if found.status == provisioned.FAILED:
-        raise Fault("Validation", "The provisioned throughput is Failed and cannot answer.")
-    return Invocable(_stored(session, found.model, model_id), model_id, found.model)
-
-
-def _stored(session: Session, model: str, model_id: str) -> str:
-    stored_id = stored_of(session, model)
-    if stored_id is None:
-        raise _unknown(model_id)
-    return stored_id
 
 
 def _unknown(model_id: str) -> Fault:

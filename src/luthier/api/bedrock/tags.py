@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.control import Operate, Request, not_found, tags_of
-from luthier.api.bedrock.identifiers import (
-    DEPLOYMENT,
-    JOB,
-    MODEL,
-    PROVISIONED,
-    find_deployment,
-    find_job,
-    find_model,
-    find_provisioned,
-)
+from luthier.api.bedrock.identifiers import JOB, MODEL, find_endpoint, find_job, find_model
 from luthier.store import tags
-from luthier.store.arns import Arn, Arns
+from luthier.store.arns import Arn
+from luthier.store.endpoints import DEPLOYMENT, PROVISIONED
 
-Find = Callable[[Session, Arns, str, str], object | None]
-
-TAGGABLE: dict[str, Find] = {
-    JOB: find_job,
-    MODEL: find_model,
-    DEPLOYMENT: find_deployment,
-    PROVISIONED: find_provisioned,
-}
-"""How what an ARN names is found, by the kind of the ARN."""
+_BY_KIND = {JOB: find_job, MODEL: find_model}
 
 
 def tag_resource(request: Request) -> dict[str, Any]:
@@ -61,8 +44,12 @@ def _resource(request: Request, session: Session) -> str:
     """The ARN of something that is there, under which its tags are kept."""
     text = request["resourceARN"]
     arn = Arn.parse(text)
-    find = TAGGABLE.get(arn.kind) if arn else None
-    if find is None or find(session, request.arns, request.account, text) is None:
+    found: object | None = None
+    if arn is not None and arn.kind in (DEPLOYMENT, PROVISIONED):
+        found = find_endpoint(session, request.arns, request.account, arn.kind, text)
+    elif arn is not None and arn.kind in _BY_KIND:
+        found = _BY_KIND[arn.kind](session, request.arns, request.account, text)
+    if found is None:
         raise not_found("resource", text)
     # Partitions of AWS are told apart by clients alone: one resource, one place for its tags.
     return str(arn)

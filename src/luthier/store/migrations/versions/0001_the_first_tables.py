@@ -115,26 +115,30 @@ def upgrade() -> None:
     op.create_index("ix_custom_models_job_id", "custom_models", ["job_id"])
     op.create_index("ix_custom_models_openai_id", "custom_models", ["openai_id"])
     op.create_table(
-        "deployments",
+        "endpoints",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("account", sa.String(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
         sa.Column("name", sa.String(), nullable=False),
+        sa.Column("foundation", sa.String(), nullable=False),
         sa.Column("model", sa.String(), nullable=False),
-        sa.Column("description", sa.String(), nullable=True),
-        sa.Column("status", sa.String(), nullable=False),
-        sa.Column("failure", sa.String(), nullable=True),
         sa.Column("next_model", sa.String(), nullable=True),
+        sa.Column("status", sa.String(), nullable=False),
         sa.Column("update_status", sa.String(), nullable=True),
+        sa.Column("failure", sa.String(), nullable=True),
+        sa.Column("description", sa.String(), nullable=True),
+        sa.Column("units", sa.Integer(), nullable=True),
+        sa.Column("commitment", sa.String(), nullable=True),
         sa.Column("created", Moment(), nullable=False),
         sa.Column("modified", Moment(), nullable=False),
         sa.PrimaryKeyConstraint("seq"),
-        sa.UniqueConstraint("account", "name"),
+        sa.UniqueConstraint("account", "kind", "name"),
         sa.UniqueConstraint("id"),
     )
-    op.create_index("ix_deployments_account", "deployments", ["account"])
-    op.create_index("ix_deployments_model", "deployments", ["model"])
-    op.create_index("ix_deployments_next_model", "deployments", ["next_model"])
+    op.create_index("ix_endpoints_account", "endpoints", ["account"])
+    op.create_index("ix_endpoints_model", "endpoints", ["model"])
+    op.create_index("ix_endpoints_next_model", "endpoints", ["next_model"])
     op.create_table(
         "jobs",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -182,28 +186,6 @@ def upgrade() -> None:
         sa.Column("token", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
-    op.create_table(
-        "provisioned",
-        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
-        sa.Column("id", sa.String(), nullable=False),
-        sa.Column("account", sa.String(), nullable=False),
-        sa.Column("name", sa.String(), nullable=False),
-        sa.Column("foundation", sa.String(), nullable=False),
-        sa.Column("model", sa.String(), nullable=False),
-        sa.Column("next_model", sa.String(), nullable=False),
-        sa.Column("units", sa.Integer(), nullable=False),
-        sa.Column("commitment", sa.String(), nullable=True),
-        sa.Column("status", sa.String(), nullable=False),
-        sa.Column("failure", sa.String(), nullable=True),
-        sa.Column("created", Moment(), nullable=False),
-        sa.Column("modified", Moment(), nullable=False),
-        sa.PrimaryKeyConstraint("seq"),
-        sa.UniqueConstraint("account", "name"),
-        sa.UniqueConstraint("id"),
-    )
-    op.create_index("ix_provisioned_account", "provisioned", ["account"])
-    op.create_index("ix_provisioned_model", "provisioned", ["model"])
-    op.create_index("ix_provisioned_next_model", "provisioned", ["next_model"])
     op.create_table(
         "tags",
         sa.Column("resource", sa.String(), nullable=False),
