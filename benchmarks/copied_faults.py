@@ -15,8 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from faults import Fault, Record, answer, with_answer
-from luthier.inspection.near import LEAST
-from luthier.inspection.shingles import LENGTH, normal
+from luthier.gate.near_duplicates import LEAST, LENGTH, normal
 
 MOST = 0.97
 """Similarity down to which at least near copies are edited, where their length allows it."""

@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from luthier.data.rows import load_rows
-from luthier.inspection.check import Batch, Check, Places
-from luthier.inspection.contradictions import Contradictions
-from luthier.inspection.duplicates import Duplicates
-from luthier.inspection.encoding import Encoding
-from luthier.inspection.findings import Findings
-from luthier.inspection.inspect import batches
-from luthier.inspection.language import Language
-from luthier.inspection.lengths import Lengths
-from luthier.inspection.markers import Markers
-from luthier.inspection.privacy import Privacy
+from luthier.gate.check import Batch, Check, Places
+from luthier.gate.checks.contradictions import Contradictions
+from luthier.gate.checks.duplicates import Duplicates
+from luthier.gate.checks.encoding import Encoding
+from luthier.gate.checks.language import Language
+from luthier.gate.checks.lengths import Lengths
+from luthier.gate.checks.markers import Markers
+from luthier.gate.checks.privacy import Privacy
+from luthier.gate.rules import Findings
+from luthier.gate.scan import batches
 
 
 def seconds(made: Callable[[], Check], parts: list[Batch]) -> float:

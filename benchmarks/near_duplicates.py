@@ -20,10 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from luthier.inspection.groups import Groups, firsts
-from luthier.inspection.identity import key, keys
-from luthier.inspection.near import LEAST, Near
-from luthier.inspection.shingles import LENGTH, normal, sketch
+from luthier.gate.near_duplicates import LEAST, LENGTH, Groups, Near, firsts, normal, sketch
+from luthier.gate.row_keys import key, keys
 
 BATCH = 1024
 

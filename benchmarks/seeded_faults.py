@@ -29,17 +29,17 @@ import faults
 from copied_faults import COPIES, Truth
 from faults import Fault, Record
 from luthier.data.chat import ChatFormat
-from luthier.inspection import contradictions, duplicates
-from luthier.inspection import findings as kept
-from luthier.inspection.check import Check
-from luthier.inspection.contradictions import Contradictions
-from luthier.inspection.duplicates import Duplicates
-from luthier.inspection.encoding import Encoding
-from luthier.inspection.inspect import inspect_sources
-from luthier.inspection.language import Language
-from luthier.inspection.lengths import Lengths
-from luthier.inspection.markers import Markers
-from luthier.inspection.privacy import Privacy
+from luthier.gate import rules as kept
+from luthier.gate.check import Check
+from luthier.gate.checks import contradictions, duplicates
+from luthier.gate.checks.contradictions import Contradictions
+from luthier.gate.checks.duplicates import Duplicates
+from luthier.gate.checks.encoding import Encoding
+from luthier.gate.checks.language import Language
+from luthier.gate.checks.lengths import Lengths
+from luthier.gate.checks.markers import Markers
+from luthier.gate.checks.privacy import Privacy
+from luthier.gate.scan import inspect_sources
 
 kept.KEPT = contradictions.NAMED = duplicates.NAMED = 10**9  # Every place is needed here.
 

@@ -18,7 +18,6 @@ from pydantic import BaseModel
 import luthier
 from luthier.adaptations import ADAPTATIONS
 from luthier.asking.spec import Asking
-from luthier.cleaning.plan import Plan
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
 from luthier.data.preferences import RULES as PREFERENCE_RULES
@@ -28,9 +27,10 @@ from luthier.data.targets import RULES as TARGET_RULES
 from luthier.distillation.insights import RULES as INSIGHT_RULES
 from luthier.distillation.recipe import DistilRecipe, InsightSpec, TeacherSpec
 from luthier.engine.dataset import RULES as TOKEN_RULES
+from luthier.gate.checks import CHECKS, all_rules
+from luthier.gate.clean_plan import Plan
+from luthier.gate.rules import Rule
 from luthier.graders import GRADERS
-from luthier.inspection.findings import Rule
-from luthier.inspection.table import CHECKS, all_rules
 from luthier.limits import ServerLimits
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import SHAPES

@@ -18,7 +18,7 @@ from luthier.types import Row
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.engine.metrics import Reporter
-    from luthier.inspection.inspect import Report
+    from luthier.gate.report import Report
     from luthier.planning.estimate import Estimate
     from luthier.recipe import Recipe
     from luthier.store.models import StoredModel
@@ -101,7 +101,7 @@ def collect(
 
 
 def _inspected(recipe: Recipe, reporter: Reporter) -> Report:
-    from luthier.inspection import gate
+    from luthier.gate import inspect as gate
 
     reporter.stage("Inspecting the data")
     given = recipe.objective.model_dump(mode="json") if recipe.objective else None
@@ -213,7 +213,7 @@ def _parted(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequenc
     """Rows to learn from, and rows to ask: near-duplicates of these are not learned from."""
     from luthier.data.rows import read_rows
     from luthier.data.splitting import split_rows, strata_of
-    from luthier.inspection.kin import alike
+    from luthier.gate.row_keys import alike
 
     count = HELD_LABELS if recipe.objective and recipe.objective.reads else HELD
     if recipe.data.validation:

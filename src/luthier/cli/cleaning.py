@@ -11,7 +11,7 @@ import typer
 from luthier.cli.options import Columns, Json
 
 if TYPE_CHECKING:
-    from luthier.cleaning.clean import Summary
+    from luthier.gate.clean import Summary
 
 
 def clean(
@@ -104,9 +104,9 @@ def _clean(
     dry_run: bool,
     as_json: bool,
 ) -> Summary:
-    from luthier.cleaning.clean import clean as run
-    from luthier.cleaning.plan import Plan
     from luthier.cli.console import counting
+    from luthier.gate.clean import clean as run
+    from luthier.gate.clean_plan import Plan
     from luthier.recipe import parse_columns, read_toml
 
     given = {name: value for name, value in fields.items() if value is not None}

@@ -20,8 +20,8 @@ from luthier.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from luthier.inspection.gate import Request
-    from luthier.inspection.inspect import Progress
+    from luthier.gate.inspect import Request
+    from luthier.gate.scan import Progress
 
 
 def request_of(
@@ -39,8 +39,8 @@ def request_of(
 ) -> Request:
     """What the options ask for."""
     from luthier.errors import RecipeError
-    from luthier.inspection.gate import AUTO, Request
-    from luthier.inspection.policy import parse_severity
+    from luthier.gate.inspect import AUTO, Request
+    from luthier.gate.policy import parse_severity
     from luthier.recipe import parse_columns
 
     if no_base and base:
@@ -62,7 +62,7 @@ def inspect(request: Request, rows: int, html: Path | None, as_json: bool) -> No
 
     check_output(html)
     with heavy_imports():
-        from luthier.inspection import gate
+        from luthier.gate import inspect as gate
 
     note = new_console(stderr=True)
 
@@ -80,7 +80,7 @@ def inspect(request: Request, rows: int, html: Path | None, as_json: bool) -> No
     if as_json:
         print_json(report.plain())
     else:
-        from luthier.inspection.report_text import show
+        from luthier.gate.report_text import show
 
         show(report, new_console(highlight=False), rows)
         if html is not None:

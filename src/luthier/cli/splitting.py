@@ -20,7 +20,7 @@ def split(
 ) -> None:
     """Split a file: each label in proportion, near-duplicates on one side, lines unchanged."""
     from luthier.cli.console import errors, print_json
-    from luthier.inspection.splits import split_file
+    from luthier.gate.splits import split_file
 
     with errors(json_):
         record = split_file(source, output, {"validation": validation, "test": test}, seed)

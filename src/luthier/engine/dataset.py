@@ -20,9 +20,9 @@ from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.baselines import MOST_ROWS, ComparedRows
 from luthier.files import sha256_of
-from luthier.inspection.inspect import Report
-from luthier.inspection.jobs import inspect_job, refusals
-from luthier.inspection.kin import alike
+from luthier.gate.inspect import inspect_job
+from luthier.gate.report import Report, refusals
+from luthier.gate.row_keys import alike
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.choosing import objective_for, shape_of, shapes_named, unlearned
 from luthier.recipe import DataSpec

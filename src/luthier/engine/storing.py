@@ -22,7 +22,7 @@ from luthier.errors import LuthierError
 from luthier.evaluation.baselines import Comparison
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, new_folder, write_json
-from luthier.inspection.jobs import record
+from luthier.gate.report import record
 from luthier.models.catalog import MANIFEST
 from luthier.models.load import as_network
 from luthier.models.network import Network

@@ -30,8 +30,8 @@ from luthier.engine.storing import Storing
 from luthier.errors import RecipeError, RefusedInput
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import need_disk
-from luthier.inspection.gate import default_base
-from luthier.inspection.jobs import warnings
+from luthier.gate.inspect import default_base
+from luthier.gate.report import warnings
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.dropout import set_dropout
 from luthier.models.heads import new_weights

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from luthier.cleaning.clean import Summary
     from luthier.data.convert import Conversion, Format
-    from luthier.inspection.inspect import Report
+    from luthier.gate.clean import Summary
+    from luthier.gate.report import Report
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 """Base model where none is named and the rows are answered; the same as in a recipe."""
@@ -51,7 +51,7 @@ def inspect(
         RefusedInput: for a base, an objective, a rule or a check that there is not.
         DownloadError: for a base model, other than the default, that cannot be fetched.
     """
-    from luthier.inspection import gate
+    from luthier.gate import inspect as gate
 
     request = gate.Request(
         str(data),
@@ -88,7 +88,7 @@ def clean(
         columns: the source's name for each of our keys.
         overwrite: replace files where there are some.
         dry_run: find out all that would happen, and write nothing.
-        **fixes: fields of :class:`luthier.cleaning.plan.Plan`, for example ``dedupe="near"``,
+        **fixes: fields of :class:`luthier.gate.clean_plan.Plan`, for example ``dedupe="near"``,
             ``drop=["unreadable"]``, ``redact=["all"]``, ``truncate="end", base="..."``.
 
     Returns:
@@ -97,8 +97,8 @@ def clean(
     Raises:
         RefusedInput: for fixes that cannot be, or rows that are neither mended nor dropped.
     """
-    from luthier.cleaning.clean import clean as run
-    from luthier.cleaning.plan import Plan
+    from luthier.gate.clean import clean as run
+    from luthier.gate.clean_plan import Plan
 
     held = {"validation": validation, "test": test}
     splits = {split: str(each) for split, each in held.items() if each is not None}
@@ -163,6 +163,6 @@ def split(
         RefusedInput: for rows that cannot be read, or shares that leave nothing to train on.
         RunConflict: where ``output`` exists.
     """
-    from luthier.inspection.splits import split_file
+    from luthier.gate.splits import split_file
 
     return split_file(Path(source), Path(output), {"validation": validation, "test": test}, seed)

@@ -1,0 +1,79 @@
+"""Every check of the gate, in the order they run; to add one, add a line."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from luthier.errors import RecipeError
+from luthier.gate.check import Check, Known
+from luthier.gate.checks.balance import Balance
+from luthier.gate.checks.base_language import BaseLanguage
+from luthier.gate.checks.contradictions import Contradictions
+from luthier.gate.checks.duplicates import Duplicates
+from luthier.gate.checks.encoding import Encoding
+from luthier.gate.checks.language import Language
+from luthier.gate.checks.learning import Learning
+from luthier.gate.checks.lengths import Lengths
+from luthier.gate.checks.markers import Markers
+from luthier.gate.checks.privacy import Privacy
+from luthier.gate.rules import Rule
+from luthier.gate.rules import rules as reading_rules
+
+_KINDS: tuple[type[Check], ...] = (
+    Learning,
+    Encoding,
+    Markers,
+    Duplicates,
+    Contradictions,
+    Balance,
+    Lengths,
+    Language,
+    BaseLanguage,
+    Privacy,
+)
+CHECKS: Mapping[str, type[Check]] = {kind.name: kind for kind in _KINDS}
+"""Checks by name. Their modules import heavy libraries only where they use them."""
+
+BASE_MISSING = Rule(
+    "base.missing",
+    "warning",
+    "The base model could not be fetched, so no row was encoded.",
+    "Template, lengths in tokens and what is learned are not checked.",
+    "Run `luthier models pull ID` where there is a network, or `luthier inspect --no-base`.",
+    whole=True,
+)
+
+
+def checks_for(
+    known: Known, skip: Collection[str] = (), in_jobs: bool = False
+) -> tuple[list[Check], dict[str, str]]:
+    """New checks for what is known, and why others of the table are left out.
+
+    Args:
+        known: model and objective, where there are some.
+        skip: names of checks that are not wanted.
+        in_jobs: only those that each job runs.
+
+    Raises:
+        RecipeError: for a name that is no check.
+    """
+    for name in skip:
+        if name not in CHECKS:
+            raise RecipeError(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
+    chosen, left = [], {}
+    for name, kind in CHECKS.items():
+        if name in skip:
+            left[name] = "skipped, as asked"
+        elif in_jobs and not kind.in_jobs:
+            left[name] = "not run in jobs"
+        elif kind.needs_model and known.chat is None:
+            left[name] = "needs a base model"
+        else:
+            chosen.append(kind.of(known))
+    return chosen, left
+
+
+def all_rules(checks: Iterable[type[Check]] = CHECKS.values()) -> dict[str, Rule]:
+    """Every rule of reading and of the checks, by id."""
+    known = {**reading_rules(), BASE_MISSING.id: BASE_MISSING}
+    return known | {rule.id: rule for check in checks for rule in check.rules}

@@ -1,0 +1,255 @@
+"""Whether the base model was trained on the language of the rows, as its tokenizer shows.
+
+A tokenizer gives whole pieces to the words it has seen often. Where it has hardly seen a language,
+even its short words fall into letters or bytes: Rust et al. 2021, "How Good is Your Tokenizer?"
+(arXiv:2012.15613), who count pieces per word. Words of other languages may be longer for good reasons
+(Finnish, Turkish), so pieces are counted per letter here, against plain English of the same
+tokenizer, and a language whose short words stay whole is never warned of. Chinese, Japanese, Thai and
+others have no spaces between words, and Korean's letters are syllables: they are judged by pieces per
+character alone. docs/log/defaults.md has the table that the limits come from (21 November 2026).
+"""
+
+from __future__ import annotations
+
+import heapq
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import regex
+
+from luthier.data.chat import ChatFormat
+from luthier.errors import DataError
+from luthier.gate.check import Batch, Check, Known, Places, Where
+from luthier.gate.checks.language import CHARACTERS, told
+from luthier.gate.rules import Finding, Findings, Place, Rule
+from luthier.gate.texts import texts
+from luthier.models.catalog import bases_for
+from luthier.objectives import Objective
+from luthier.objectives.choosing import objective_for
+
+UNTRAINED = Rule(
+    "base.language",
+    "warning",
+    "The base model was not trained on the language of the rows.",
+    "Its tokenizer cuts the words into letters: rows are longer and slower, and the model is weaker.",
+    "Start from a base that was trained on it: `--base ID`, where ID may be a hub id or a folder.",
+    whole=True,
+)
+ENGLISH = (
+    "The morning train was late again, so we waited on the platform and talked about the weather. "
+    "My sister wants to visit her friends in the city next month, but the tickets are expensive. "
+    "Could you please tell me how to change the date of my order? The report says that sales grew "
+    "by seven percent in the second quarter, mostly because of new customers. He opened the window, "
+    "looked at the garden and decided to cook dinner at home. Children learn a language by listening "
+    "to the people around them long before they can read."
+)
+PIECES_PER_LETTER = 1.55
+"""Times as many as in English, from which a tokenizer may not know a language."""
+WHOLE_SHORT_WORDS = 0.5
+"""Share of :data:`SHORT` words in one piece, from which it knows it all the same."""
+SHORT = range(3, 6)
+"""Letters of a short word. Shorter ones are whole in the tokenizers of many languages."""
+PIECES_PER_CHARACTER = 1.2
+"""The same limit for :data:`UNSPACED` languages; a tokenizer that knows them needs 1 at most."""
+UNSPACED = frozenset({"zh", "ja", "ko", "th", "lo", "km", "my", "bo", "dz"})
+SPELLS = 0.5
+"""Pieces per letter of English from which a tokenizer is one of letters or bytes: it tells nothing."""
+SHARE = 0.2
+"""Share of the samples whose language is certain that must be in the language."""
+SAMPLES = 256
+LEAST_SAMPLES = 5
+SAMPLE_CHARACTERS = 120
+"""Shorter texts are joined, as the language of a few words is not certain."""
+_WORD = regex.compile(r"(?<![\p{L}\p{M}\p{N}])[\p{L}\p{M}]+(?![\p{L}\p{M}\p{N}])")
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a tokenizer writes the words of texts."""
+
+    pieces: int
+    letters: int
+    words: int
+    short_words: int
+    whole_short_words: int
+
+    def __add__(self, other: Spelling) -> Spelling:
+        mine, theirs = vars(self).values(), vars(other).values()
+        return Spelling(*(one + two for one, two in zip(mine, theirs, strict=True)))
+
+    @property
+    def per_letter(self) -> float:
+        """Pieces per letter."""
+        return self.pieces / max(1, self.letters)
+
+    @property
+    def per_word(self) -> float:
+        """Pieces per word."""
+        return self.pieces / max(1, self.words)
+
+    @property
+    def whole(self) -> float:
+        """Share of the short words that are one piece."""
+        return self.whole_short_words / max(1, self.short_words)
+
+
+def spelling(text: str, tokenizer: Any) -> Spelling:
+    """Count the pieces of the words of ``text``; ``tokenizer`` must be a fast one.
+
+    An unknown piece hides what it stands for, so it counts as the bytes that it would fall back to.
+    """
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+    )
+    unknown = tokenizer.unk_token_id
+    spans = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+    total, at = Spelling(0, 0, 0, 0, 0), 0
+    for word in _WORD.finditer(text):
+        start, end = word.span()
+        while at < len(spans) and spans[at][1][1] <= start:
+            at += 1
+        pieces = 0
+        for token, (first, last) in spans[at:]:
+            if first >= end:
+                break
+            hidden = text[max(first, start) : min(last, end)]
+            pieces += len(hidden.encode("utf-8", "surrogatepass")) if token == unknown else 1
+        short = end - start in SHORT
+        total += Spelling(pieces, end - start, 1, int(short), int(short and pieces == 1))
+    return total
+
+
+def unknown_to(tokenizer: Any, samples: Iterable[str]) -> tuple[str, float, Spelling] | None:
+    """The most frequent language of ``samples`` that ``tokenizer`` was hardly trained on, if any.
+
+    Returns:
+        Its ISO 639 code, its share of the samples, and how its words are written.
+    """
+    english = spelling(ENGLISH, tokenizer)
+    if english.per_letter > SPELLS:
+        return None
+    counted = [(text, spelling(text, tokenizer)) for text in samples]
+    # Well spelled rows need no detector, whose tables take most of a second to load.
+    heavy = sum(each.per_letter > 1.3 * english.per_letter for _, each in counted)
+    if len(counted) < LEAST_SAMPLES or heavy < SHARE * len(counted):
+        return None
+    by_language: dict[str, Spelling] = {}
+    counts: Counter[str] = Counter()
+    for text, each in counted:
+        code = told(text)
+        counts[code] += bool(code)
+        by_language[code] = by_language.get(code, Spelling(0, 0, 0, 0, 0)) + each
+    for code, count in counts.most_common():
+        found = by_language[code]
+        if code in ("", "en") or count < max(LEAST_SAMPLES, SHARE * counts.total()):
+            continue
+        if code in UNSPACED:
+            unknown = found.per_letter >= PIECES_PER_CHARACTER
+        else:
+            unknown = found.per_letter >= PIECES_PER_LETTER * english.per_letter
+            unknown = unknown and found.whole < WHOLE_SHORT_WORDS
+        if unknown:
+            return code, count / counts.total(), found
+    return None
+
+
+class BaseLanguage(Check):
+    """Compares how the base's tokenizer writes the rows with how it writes English."""
+
+    name: ClassVar[str] = "base_language"
+    rules: ClassVar[tuple[Rule, ...]] = (UNTRAINED,)
+    needs_model: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, known: Known) -> Self:
+        """The check for a model; :class:`ValueError` without one."""
+        if known.chat is None:
+            raise ValueError("the check of the base's language needs a model's tokenizer")
+        return cls(known.chat, known.objective)
+
+    def __init__(self, chat: ChatFormat, objective: Objective | None) -> None:
+        self.chat, self.objective = chat, objective
+        self._samples: list[tuple[int, str]] = []
+
+    def begin(self, batch: Batch, rows: int = 0) -> None:
+        """Choose the objective by the first row, where none was asked for and the row tells."""
+        if self.objective is None:
+            with suppress(DataError):
+                self.objective = objective_for(batch.rows[0], self.chat)
+
+    def measure(self, batch: Batch) -> list[tuple[int, str]]:
+        """A random sample of the texts, the same in each run."""
+        if batch.split != "train":
+            return []
+        drawn = ((zlib.crc32(t.encode("utf-8", "surrogatepass")), t) for t in _samples(batch))
+        return heapq.nsmallest(SAMPLES, drawn)
+
+    def take(self, where: Where, measured: list[tuple[int, str]], findings: Findings) -> None:
+        """Keep the sample of all batches: 60 kB at most."""
+        self._samples = heapq.nsmallest(SAMPLES, [*self._samples, *measured])
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """Say which language the base does not know, and which base does."""
+        tokenizer = self.chat.tokenizer
+        if not self._samples or not tokenizer.is_fast:
+            return
+        found = unknown_to(tokenizer, [text for _, text in self._samples])
+        if found is None:
+            return
+        code, share, written = found
+        name = language_name(code)
+        if code in UNSPACED:
+            cost = (
+                f"{written.per_letter:.1f} pieces a character of it, where one that was trained on "
+                "it needs 1 at most"
+            )
+        else:
+            english = spelling(ENGLISH, tokenizer)
+            cost = (
+                f"{written.per_word:.1f} pieces a word of it and {english.per_word:.1f} of English"
+            )
+        message = (
+            f"{share:.0%} of the text is in {name} ({code}), and the tokenizer of the base model "
+            f"needs {cost}: the base was not trained on {name}. Rows are longer and slower, and the "
+            "model will be weaker."
+        )
+        task = self.objective.task if self.objective else "causal_lm"
+        fitting = [f"`--base {each}`" for each in bases_for(code, task)]
+        kind = {"causal_lm": "decoder", "masked_lm": "masked language model"}.get(task, "encoder")
+        fix = (
+            f"Start from {' or '.join(fitting)}, which was trained on {name}."
+            if fitting
+            else f"No {kind} of the catalogue knows {name}: give one that does as `--base`, by its "
+            "hub id (organisation/name) or as a folder."
+        )
+        findings.add(Finding(UNTRAINED, Place(places.place(0).file, 0), message, fix))
+
+    def summary(self) -> dict[str, Any]:
+        """Nothing beside the finding."""
+        return {}
+
+
+def language_name(code: str) -> str:
+    """The English name of a language; its code where it has none here."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    return str(LANGUAGES[code]).title() if code in LANGUAGES else code
+
+
+def _samples(batch: Batch) -> Iterator[str]:
+    """The beginnings of the texts of a batch, short ones joined with those that follow."""
+    joined = ""
+    for row in batch.rows:
+        for text in texts(row):
+            if text.part == "other":
+                continue
+            joined = f"{joined} {text.content[:CHARACTERS]}".strip()
+            if len(joined) >= SAMPLE_CHARACTERS:
+                yield joined
+                joined = ""
+    if joined:
+        yield joined

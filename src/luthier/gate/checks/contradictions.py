@@ -1,0 +1,121 @@
+"""Rows that ask the same and teach something else.
+
+Two labels for one text are a mistake in one of them, unless both are meant, and then the text should
+have both. Two completions of one prompt are often as good as each other, and only noted. Texts are the
+same where they differ in letter case, punctuation and white space only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from luthier.gate.check import Batch, Check, Places, Where
+from luthier.gate.columns import LIMIT, Table, parts_of
+from luthier.gate.near_duplicates import normal, runs
+from luthier.gate.row_keys import key, keys, named
+from luthier.gate.rules import Finding, Findings, Rule
+from luthier.gate.texts import input_of, target_of
+from luthier.types import IntArray, Row
+
+LABEL = Rule(
+    "label.contradiction",
+    "warning",
+    "Rows with the same text have different labels, tags, ratings or judgements.",
+    "The model learns the mean of both and is wrong about one of them.",
+    "Decide which is right; where both are, write an array of labels.",
+)
+PREFERENCE = Rule(
+    "preference.contradiction",
+    "warning",
+    "Of two answers to one prompt, one row prefers what another rejects.",
+    "The two rows cancel each other.",
+    "Keep the one that people meant, or neither.",
+)
+ANSWERS = Rule(
+    "answer.several",
+    "note",
+    "The same prompt is answered in different ways.",
+    "Several good answers teach variety; contradicting ones teach the mean.",
+    "Look whether all of them are right.",
+)
+_KINDS = (LABEL, PREFERENCE, ANSWERS)
+NAMED = 100
+"""Rows of a group that a finding names."""
+
+
+class Contradictions(Check):
+    """What rows with the same input teach, in all splits together."""
+
+    name: ClassVar[str] = "contradictions"
+    rules: ClassVar[tuple[Rule, ...]] = _KINDS
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._table = Table(limit)
+        self._summary: dict[str, Any] = {}
+
+    def measure(self, batch: Batch) -> Mapping[str, Any]:
+        """Kind of each row, and keys of what is asked and what is taught."""
+        parts = [_parts(row) for row in batch.rows]
+        count = len(parts)
+        return {
+            "kind": np.fromiter((kind for kind, _, _ in parts), np.uint8, count),
+            "asked": keys((asked for _, asked, _ in parts), count),
+            "taught": keys((taught for _, _, taught in parts), count),
+        }
+
+    def take(self, where: Where, measured: Mapping[str, Any], findings: Findings) -> None:
+        """Keep them; nothing can be said before the last row."""
+        for name, column in measured.items():
+            self._table.append(name, column)
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """Compare what rows with the same key teach."""
+        if not places.total:
+            return
+        columns = ("asked", "taught", "kind")
+        for rows_P, (asked_P, taught_P, kinds_P) in parts_of(
+            lambda: self._table.chunks(*columns), places.total
+        ):
+            for group in runs(asked_P):
+                different = len(np.unique(taught_P[group]))
+                kind = int(kinds_P[group[0]])
+                if different > 1 and kind < len(_KINDS):
+                    self._add(_KINDS[kind], different, rows_P[group], places, findings)
+
+    def _add(
+        self, rule: Rule, different: int, group: IntArray, places: Places, findings: Findings
+    ) -> None:
+        count = self._summary.setdefault(rule.id, {"inputs": 0, "rows": 0})
+        count["inputs"] += 1
+        count["rows"] += len(group)
+        words = {LABEL: "ways of labelling one text", ANSWERS: "answers to one prompt"}
+        said = f"{different} {words.get(rule, 'opposite preferences between two answers')}"
+        named = group[1 : NAMED + 1].tolist() if findings.keeps(rule) else ()
+        message = f"{said}, in {len(group)} rows."
+        others = tuple(map(places.place, named))
+        finding = Finding(rule, places.place(int(group[0])), message, others=others)
+        findings.add(finding, rows=group.tolist())
+
+    def summary(self) -> Mapping[str, Any]:
+        """By rule, inputs that are concerned and their rows."""
+        return self._summary
+
+
+def _parts(row: Row) -> tuple[int, int, int]:
+    """Number of the rule that applies, and keys of the input and of what must not differ."""
+    asks = [normal(text) for text in input_of(row)]
+    if row.reply is not None and row.rejected is not None:
+        both = ["\0".join(t.content for t in turns) for turns in (row.reply, row.rejected)]
+        return 1, key("pair", *asks, "\0", *sorted(both)), key(*both)
+    if row.reply is not None:
+        answer = [turn.content for turn in row.reply]
+        judgement = key(repr(row.rating), repr(row.desirable))
+        return 0, key("judged", *asks, "\0", *answer), judgement
+    if (said := named(row)) is not None:
+        return 0, key("named", *asks), key(*said)
+    if not (says := target_of(row)):
+        return len(_KINDS), key("bare", *asks), 0
+    return 2, key("written", *asks), key(*says)

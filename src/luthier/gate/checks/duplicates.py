@@ -1,0 +1,261 @@
+"""Rows that come more than once: the same, nearly the same, or the same but for their numbers.
+
+A repeated row weighs double and is learned by heart first (Lee et al. 2022, "Deduplicating training
+data makes language models better"). Near means a Jaccard similarity of at least 0.8 between the sets
+of their characters five by five, letter case, punctuation and white space aside
+(``luthier.gate.near_duplicates``).
+Labelled rows are copies only with the same label: "turn on" and "turn off" are meant to look alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from luthier.gate.check import Batch, Check, Known, Places, Where
+from luthier.gate.checks import leakage
+from luthier.gate.columns import LIMIT, Table, parts_of
+from luthier.gate.near_duplicates import (
+    Groups,
+    Near,
+    Sketches,
+    Words,
+    common_shingles,
+    runs,
+    sketch,
+)
+from luthier.gate.row_keys import Keys, compared, key, keys, masked, mixed, teaching
+from luthier.gate.rules import Finding, Findings, Place, Rule
+from luthier.gate.texts import input_of, target_of
+from luthier.types import IntArray
+
+EXACT = Rule(
+    "duplicate.exact",
+    "warning",
+    "The same row comes more than once in a split.",
+    "It counts double in every pass and is learned by heart before the others are learned.",
+    "Keep the first, unless the repetition is meant.",
+)
+NEAR = Rule(
+    "duplicate.near",
+    "warning",
+    "Rows of a split are nearly the same, in what they ask and in what they teach.",
+    "They count almost double, and a split of them puts the answer on both sides.",
+    "Keep one of them.",
+)
+NUMBERS = Rule(
+    "duplicate.numbers",
+    "note",
+    "Rows of a split differ in their numbers only.",
+    "Filled-in templates teach the template; for data about numbers that may be the purpose.",
+    "Keep a few of each template.",
+)
+SAMPLED = Rule(
+    "duplicate.sampled",
+    "note",
+    "Of data with very many rows, a share is compared for near-duplicates and near leaks.",
+    "Counts of those are counts among the rows compared; exact copies are looked for among all rows.",
+    "To compare all rows, run `luthier clean --dedupe near`.",
+    whole=True,
+)
+NAMED = 100
+"""Rows of a group that a finding names."""
+COMPARED = 500_000
+"""Rows up to which all are compared for near-duplicates, and about so many of more rows."""
+LARGEST = 10
+"""Groups whose sizes the summary has."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Keys of a batch, and of its rows that are compared for being alike also sketches."""
+
+    columns: Mapping[str, Keys]
+    """Of all rows."""
+    inputs: Sketches
+    wholes: Sketches
+    """The same object where rows are all input."""
+    compared: Mapping[str, Keys]
+    """Of the rows of ``inputs`` (``asked``) and of ``wholes`` (the others)."""
+
+
+class Duplicates(Check):
+    """Copies within a split, and between training and held-out rows."""
+
+    name: ClassVar[str] = "duplicates"
+    rules: ClassVar[tuple[Rule, ...]] = (EXACT, NEAR, NUMBERS, SAMPLED, *leakage.RULES)
+    measures_with: ClassVar[tuple[str, ...]] = ("common", "share")
+
+    @classmethod
+    def of(cls, known: Known) -> Self:
+        """Every row is compared where that is asked for, and none where no near rows are wanted."""
+        near = {NEAR.id, NUMBERS.id, leakage.NEAR.id, leakage.MANY.id}
+        return cls(every=known.every, alike=known.only is None or bool(known.only & near))
+
+    def __init__(self, limit: int = LIMIT, every: bool = False, alike: bool = True) -> None:
+        self.common: tuple[Words, Words] | None = None
+        """Shingles that nearly all rows share, of the inputs and of whole rows."""
+        self.share = 1.0 if alike else 0.0
+        """Of the rows, so many are compared for being alike."""
+        self._every = every
+        self._table, self._compared = Table(limit), Table(limit)
+        self._inputs, self._wholes = Near(limit), Near(limit)
+        self._apart = False
+        self._summary: dict[str, Any] = {}
+
+    def begin(self, batch: Batch, rows: int = 0) -> None:
+        """Learn what rows are written in from the first of them, and how many can be compared."""
+        inputs, wholes = compared(batch.rows)
+        self.common = (common_shingles(inputs), common_shingles(wholes))
+        if self.share and not self._every and rows > COMPARED:
+            self.share = COMPARED / rows
+
+    def measure(self, batch: Batch) -> Measured:
+        """Keys and sketches."""
+        rows, count = batch.rows, len(batch)
+        inputs, wholes = compared(rows)
+        texts = [(input_of(row), target_of(row)) for row in rows]
+        columns = {
+            "exact": keys((key(*asks, "\0", *says) for asks, says in texts), count),
+            "input": keys(map(key, inputs), count),
+            "target": keys((key(*says) for _, says in texts), count),
+        }
+        common = self.common or (None, None)
+        asked = sketch(inputs if self.share else (), common[0], self.share)
+        apart = bool(self.share) and inputs != wholes
+        whole = sketch(wholes, common[1], self.share) if apart else asked
+        chosen = whole.rows_N.tolist()
+        of_chosen = {
+            "asked": columns["input"][asked.rows_N],
+            "whole": keys((key(wholes[row]) for row in chosen), len(chosen)),
+            "said": keys((teaching(rows[row]) for row in chosen), len(chosen)),
+            "masked": keys((key(masked(wholes[row])) for row in chosen), len(chosen)),
+        }
+        return Measured(columns, asked, whole, of_chosen)
+
+    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+        """Keep them; nothing can be said before the last row."""
+        for name, column in measured.columns.items():
+            self._table.append(name, column)
+        for name, column in measured.compared.items():
+            self._compared.append(name, column)
+        self._compared.append("asked rows", measured.inputs.rows_N + where.first)
+        self._compared.append("whole rows", measured.wholes.rows_N + where.first)
+        self._inputs.add(measured.inputs)
+        self._apart |= measured.wholes is not measured.inputs
+        self._wholes.add(measured.wholes)
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """Look for copies, then for leaks."""
+        if not places.total:
+            return
+        splits_N = places.splits_N()
+        train = places.names().index("train") if "train" in places.names() else -1
+        leaks = leakage.Leaks(splits_N, train, lambda: self._table.chunks("input", "target"))
+        copies_N = np.zeros(places.total, np.bool_)
+        self._report(EXACT, self._exact(splits_N, copies_N), places, findings)
+        near, numbers = self._alike(splits_N, leaks)
+        rows_S = self._compared.read("whole rows")
+        groups = (rows_S[group] for group in near.members())
+        # Copies of a row that is named already say nothing new.
+        closer = (group[~copies_N[group]] for group in groups)
+        self._report(NEAR, (group for group in closer if len(group) > 1), places, findings)
+        filled = (rows_S[group] for group in numbers.members())
+        self._report(NUMBERS, filled, places, findings)
+        del near, numbers, rows_S, copies_N
+        if self._apart and leaks.possible:
+            leaks.compare(self._compared.read("asked rows"))
+            self._inputs.find(self._compared.read("asked"), leaks.wanted, leaks.found)
+        leaks.report(places, findings)
+        leaks.overlap(places, findings)
+        self._summary["leakage"] = leaks.summary()
+        if 0 < self.share < 1:
+            self._say_sampled(places, findings)
+
+    def _exact(self, splits_N: Any, copies_N: Any) -> Iterator[IntArray]:
+        """Groups of equal rows; all but the first of each are marked in ``copies_N``."""
+
+        def chunks() -> Iterator[tuple[Any, ...]]:
+            start = 0
+            for (keys_C,) in self._table.chunks("exact"):
+                split_C = splits_N[start : start + len(keys_C)].astype(np.uint64)
+                start += len(keys_C)
+                yield (mixed(split_C + np.uint64(1), keys_C),)
+
+        for rows_P, (keys_P,) in parts_of(chunks, len(splits_N)):
+            for group in runs(keys_P):
+                rows = rows_P[group]
+                copies_N[rows[1:]] = True
+                yield rows
+
+    def _alike(self, splits_N: Any, leaks: leakage.Leaks) -> tuple[Groups, Groups]:
+        """Near groups and those of numbers, among rows compared; leaks too where rows are all input."""
+        rows_S = self._compared.read("whole rows")
+        split_S = splits_N[rows_S].astype(np.uint64) + np.uint64(1)
+        apart_S = mixed(split_S, self._compared.read("said"))
+        whole_S, masked_S = self._compared.read("whole"), self._compared.read("masked")
+        near, numbers = Groups(len(rows_S)), Groups(len(rows_S))
+        if not self._apart:
+            leaks.compare(rows_S)
+
+        def wanted(one_P: Any, other_P: Any) -> Any:
+            same_P = apart_S[one_P] == apart_S[other_P]
+            same_P &= ~(near.together(one_P, other_P) | numbers.together(one_P, other_P))
+            return same_P if self._apart else same_P | leaks.wanted(one_P, other_P)
+
+        def found(one_P: Any, other_P: Any) -> None:
+            if not self._apart:
+                leaks.found(one_P, other_P)
+            copy_P = apart_S[one_P] == apart_S[other_P]
+            one_P, other_P = one_P[copy_P], other_P[copy_P]
+            filled_P = masked_S[one_P] == masked_S[other_P]
+            numbers.join(one_P[filled_P], other_P[filled_P])
+            near.join(one_P[~filled_P], other_P[~filled_P])
+
+        self._wholes.find(mixed(apart_S, whole_S), wanted, found)
+        # Only the first of rows with one text was compared; the others are as near as it is.
+        _follow(near, mixed(apart_S, whole_S))
+        return near, numbers
+
+    def _report(
+        self, rule: Rule, groups: Iterable[IntArray], places: Places, findings: Findings
+    ) -> None:
+        words = {EXACT.id: "the same as", NEAR.id: "nearly the same as",
+                 NUMBERS.id: "but for its numbers the same as"}[rule.id]  # fmt: skip
+        count, rows, largest = 0, 0, list[int]()
+        for group in groups:
+            count, rows = count + 1, rows + len(group)
+            if len(largest) < LARGEST or len(group) > largest[-1]:
+                largest = sorted([*largest, len(group)], reverse=True)[:LARGEST]
+            further = len(group) - 1
+            named = group[1 : NAMED + 1].tolist() if findings.keeps(rule) else ()
+            message = (
+                f"{further} further {'rows are' if further > 1 else 'row is'} {words} this one."
+            )
+            others = tuple(map(places.place, named))
+            finding = Finding(rule, places.place(int(group[0])), message, others=others)
+            findings.add(finding, further, rows=group[1:].tolist())
+        self._summary[rule.id] = {"groups": count, "copies": rows - count, "largest": largest}
+
+    def _say_sampled(self, places: Places, findings: Findings) -> None:
+        count = self._wholes.rows
+        self._summary["rows_compared_for_likeness"] = {"rows": count, "of": places.total}
+        message = (
+            f"{count:,} of {places.total:,} rows were compared, drawn so that rows alike are drawn "
+            f"together; in all there may be {1 / self.share:,.1f} times as many near copies."
+        )
+        findings.add(Finding(SAMPLED, Place(places.place(0).file, 0), message))
+
+    def summary(self) -> Mapping[str, Any]:
+        """Groups and copies of each rule, sizes of the largest groups, and leaks of each split."""
+        return self._summary
+
+
+def _follow(groups: Groups, keys_N: Keys) -> None:
+    """Join rows with the same key."""
+    order = np.argsort(keys_N, kind="stable")
+    same = np.flatnonzero(keys_N[order][1:] == keys_N[order][:-1])
+    groups.join(order[same], order[same + 1])

@@ -1,0 +1,234 @@
+"""Text that was damaged on its way: read in the wrong encoding, cut, or carrying what nobody sees."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from luthier.gate.check import Batch, Check, Where
+from luthier.gate.pii import SEPARATOR
+from luthier.gate.rules import Findings, Rule
+from luthier.gate.texts import BETWEEN, Joined, Spot, add
+
+CONTROL = Rule(
+    "encoding.control",
+    "warning",
+    "The text holds control characters.",
+    "They come from broken exports; the model learns to write them.",
+    "Remove them.",
+)
+REPLACEMENT = Rule(
+    "encoding.replacement",
+    "warning",
+    "The text holds U+FFFD, which stands where a character was lost.",
+    "What was lost is not in the data any more; the model learns the gap.",
+    "Export the data again with the encoding that it has.",
+)
+MOJIBAKE = Rule(
+    "encoding.mojibake",
+    "warning",
+    "UTF-8 was read as another encoding: Ã© for é.",
+    "The words are others to the tokenizer, and take several times as many tokens.",
+    "Decode again: text.encode('cp1252').decode('utf-8'), or ftfy.fix_text(text).",
+)
+INVISIBLE = Rule(
+    "encoding.invisible",
+    "warning",
+    "The text holds characters that nobody sees: byte order marks, zero-width spaces, tags.",
+    "Words that look alike are others to the tokenizer, and hidden text may give orders.",
+    "Remove them.",
+)
+BIDI = Rule(
+    "encoding.bidi",
+    "warning",
+    "The text holds marks that turn the direction of writing.",
+    "It reads otherwise than it looks (Boucher and Anderson 2021, Trojan Source).",
+    "Remove them.",
+)
+FORMS = Rule(
+    "encoding.not_nfc",
+    "warning",
+    "The text writes letters as a base and combining marks, where one character would do.",
+    "The same word has other tokens than in its usual form (NFC), which models were trained on.",
+    "Normalize: unicodedata.normalize('NFC', text).",
+)
+MARKUP = Rule(
+    "encoding.markup",
+    "note",
+    "The text holds HTML entities or tags.",
+    "The model learns to write them; good where that is wanted.",
+    "Unescape entities and strip tags, unless the answers are meant to hold them.",
+)
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufdd0-\ufdef\ufffe\uffff]")
+"""C0 and C1 but for tab, line ends and U+0085 (a line end in real files); and noncharacters."""
+_INVISIBLE = re.compile(
+    "[\ufeff\u200b\u2060-\u2064\u180e\u115f\u1160\u3164\uffa0\U000e0001\U000e0020-\U000e007f]"
+    "|(?<=[A-Za-z0-9])[\u200c\u200d]|\u00ad(?=\u00ad)"
+)
+"""Joiners (U+200C, U+200D) are part of many scripts and of emoji; behind Latin letters they are not."""
+_FLAG = "\U0001f3f4"
+"""The black flag, behind which tag characters spell a region: the flags of England, Scotland, Wales."""
+_BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
+_MARKUP = re.compile(
+    r"&(?:amp|lt|gt|quot|apos|nbsp|copy|reg|hellip|mdash|ndash|[lr]squo|[lr]dquo|#\d{2,6}"
+    r"|#x[0-9a-fA-F]{2,5});"
+    r"|</?(?:p|br|div|span|b|i|em|strong|ul|ol|li|table|tr|td|th|h[1-6]|a|img|font|script|style)"
+    r"(?: [^<>\n]{0,200})?/?>"
+)
+
+
+def _utf8_as_cp1252() -> re.Pattern[str]:
+    """UTF-8 sequences of two to four bytes, as they look when they are read as Windows-1252 or Latin-1.
+
+    Two bytes whose second looks like punctuation behind a capital (``É »``) are ordinary French.
+    """
+    seen: dict[int, str] = {}
+    for byte in range(0x80, 0x100):
+        latin = chr(byte)
+        windows = bytes([byte]).decode("cp1252", "ignore")
+        seen[byte] = re.escape(latin + windows)
+
+    def any_of(first: int, last: int) -> str:
+        return "[" + "".join(seen[byte] for byte in range(first, last + 1)) + "]"
+
+    behind = any_of(0x80, 0xBF)
+    ordinary = "[Ç-ÖØ-ß][\\xa0»’”…–—™®°]"
+    return re.compile(
+        f"(?!{ordinary}){any_of(0xC2, 0xDF)}{behind}"
+        f"|{any_of(0xE0, 0xEF)}{behind}{{2}}|{any_of(0xF0, 0xF4)}{behind}{{3}}"
+    )
+
+
+_MOJIBAKE = _utf8_as_cp1252()
+_BEYOND_ASCII: tuple[tuple[Rule, re.Pattern[str]], ...] = (
+    (REPLACEMENT, re.compile("\ufffd")),
+    (MOJIBAKE, _MOJIBAKE),
+    (INVISIBLE, _INVISIBLE),
+    (BIDI, _BIDI),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is wrong in a batch, and how many rows have letters with marks in each form."""
+
+    spots: tuple[Spot, ...]
+    forms: Counter[str]
+
+
+class Encoding(Check):
+    """Looks for damaged and invisible characters."""
+
+    name: ClassVar[str] = "encoding"
+    rules: ClassVar[tuple[Rule, ...]] = (
+        CONTROL,
+        *(rule for rule, _ in _BEYOND_ASCII),
+        FORMS,
+        MARKUP,
+    )
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.forms: Counter[str] = Counter()
+
+    def measure(self, batch: Batch) -> Measured:
+        """Look through a batch."""
+        joined = Joined.of(batch)
+        spots: list[Spot] = []
+        if _may_hold_control(joined):
+            spots += joined.spots(CONTROL, _found(CONTROL, _CONTROL, joined.text))
+        spots += joined.spots(MARKUP, _markup(joined.text))
+        forms: Counter[str] = Counter()
+        if not joined.text.isascii():
+            other = joined.only(lambda text: not text.isascii())
+            for rule, pattern in _BEYOND_ASCII:
+                spots += other.spots(rule, _found(rule, pattern, other.text))
+            spots += self._normal_forms(other, forms)
+        return Measured(tuple(spots), forms)
+
+    def _normal_forms(self, joined: Joined, forms: Counter[str]) -> list[Spot]:
+        found: list[tuple[int, int, str]] = []
+        rows: dict[int, bool] = {}
+        for start, (index, text) in zip(joined.starts, joined.owners, strict=True):
+            content = text.content
+            composed = unicodedata.is_normalized("NFC", content)
+            rows[index] = rows.get(index, True) and composed
+            if not composed:
+                at = _first_difference(content)
+                what = f"{content[at : at + 2]!r} in a form other than NFC"
+                found.append((start + at, start + at + 2, what))
+        forms["NFC"] += sum(rows.values())
+        forms["other"] += len(rows) - sum(rows.values())
+        return joined.spots(FORMS, found)
+
+    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+        """Count the rows of each rule."""
+        self.rows.update(spot.rule for spot in measured.spots)
+        self.forms += measured.forms
+        add(measured.spots, self.rules, where, findings)
+
+    def summary(self) -> Mapping[str, Any]:
+        """Rows that break each rule; rows with other than ASCII letters in NFC and not."""
+        return {
+            "rows": {"counts": dict(self.rows.most_common())},
+            "normal_forms": {"counts": dict(self.forms)},
+        }
+
+
+def _may_hold_control(joined: Joined) -> bool:
+    """Whether any control character is there beside those between the texts."""
+    characters = "".join(set(joined.text)).replace(SEPARATOR, "")
+    between = max(0, len(joined.starts) - 1)
+    return joined.text.count(SEPARATOR) > between or _CONTROL.search(characters) is not None
+
+
+def _found(rule: Rule, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int, str]]:
+    for match in pattern.finditer(text):
+        start, end = match.span()
+        if rule is CONTROL and text[start - 1 : end + 1] == BETWEEN:
+            continue
+        if (
+            rule is INVISIBLE
+            and match[0] >= "\U000e0020"
+            and _FLAG in text[max(0, start - 7) : start]
+        ):
+            continue
+        yield start, end, named(rule, match[0])
+
+
+def hidden(text: str) -> tuple[str, int]:
+    """``text`` without what :data:`CONTROL` and :data:`INVISIBLE` find, and how much that was."""
+    count = 0
+    for rule, pattern in ((CONTROL, _CONTROL), (INVISIBLE, _INVISIBLE)):
+        parts, at = [], 0
+        for start, end, _ in _found(rule, pattern, text):
+            parts.append(text[at:start])
+            at, count = end, count + end - start
+        text = "".join([*parts, text[at:]])
+    return text, count
+
+
+def named(rule: Rule, found: str) -> str:
+    """What was found, in words."""
+    if rule is MOJIBAKE:
+        return f"{found!r}, which looks like UTF-8 read as another encoding"
+    character = found[0]
+    name = unicodedata.name(character, "control character" if rule is CONTROL else "")
+    return f"U+{ord(character):04X}{f' ({name.lower()})' if name else ''}"
+
+
+def _markup(text: str) -> Iterator[tuple[int, int, str]]:
+    for match in _MARKUP.finditer(text):
+        yield *match.span(), match[0][:24]
+
+
+def _first_difference(content: str) -> int:
+    """Where the text first differs from its NFC form."""
+    other = unicodedata.normalize("NFC", content)
+    pairs = enumerate(zip(content, other, strict=False))
+    return next((at for at, (one, two) in pairs if one != two), min(len(content), len(other)))

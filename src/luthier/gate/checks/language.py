@@ -1,0 +1,237 @@
+"""The languages of the rows, of what is given and of what is learned, told by py3langid.
+
+py3langid (Barbaresi; after Lui and Baldwin 2012, langid.py) is naive Bayes on byte n-grams: offline,
+the same answer each time. Its probability is trusted from 0.9; what it is less sure of counts as
+unknown. A row is told by the first 240 characters of its input and of its answer. All of the first
+10,000 lines of a file are told, and of those after them fewer and fewer, so that it never takes most of
+the time; the summary says how many.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+
+from luthier.gate.check import Batch, Check, Places, Where
+from luthier.gate.rules import Finding, Findings, Rule
+from luthier.gate.texts import texts
+from luthier.types import IntArray, Row
+
+MIX = Rule(
+    "language.mix",
+    "note",
+    "The rows are in several languages.",
+    "Each is learned from its own share of the rows only.",
+    "Nothing, if it is meant; else remove the rows of the other languages.",
+    whole=True,
+)
+OTHER = Rule(
+    "language.other",
+    "warning",
+    "The row is in another language than almost all others.",
+    "A few such rows are mostly there by mistake; the model learns to change its language.",
+    "Translate the row, or remove it.",
+)
+ANSWER = Rule(
+    "language.answer",
+    "warning",
+    "The answer is in another language than its question, unlike in almost all other rows.",
+    "The model learns to answer in the wrong language.",
+    "Write the answer in the language of the question.",
+)
+SPLITS = Rule(
+    "language.splits_differ",
+    "warning",
+    "Training and held-out rows are in different languages.",
+    "What is measured on the held-out rows says little about what was trained.",
+    "Draw both from the same rows.",
+    whole=True,
+)
+CERTAIN = 0.9
+"""Probability from which a language counts."""
+NO_LANGUAGE = "zxx"
+"""What py3langid says of keys, code and numbers."""
+CHARACTERS = 240
+LEAST_CHARACTERS = 40
+"""Shorter texts are not told: names and single words are of every language."""
+ALL_UNTIL = 10_000
+RARE = 0.02
+"""Share up to which a language is there by mistake, not by intent."""
+APART = 0.2
+"""Total variation distance of the languages of two splits that is too much."""
+LEAST_ROWS = 50
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Languages of the rows that were told."""
+
+    rows_N: IntArray
+    """Index of each in the batch."""
+    codes: tuple[tuple[str, str], ...]
+    """ISO 639 code of its input and of its target; empty where unknown or absent."""
+
+
+class Language(Check):
+    """Tells languages, and rows that are in the wrong one."""
+
+    name: ClassVar[str] = "language"
+    rules: ClassVar[tuple[Rule, ...]] = (MIX, OTHER, ANSWER, SPLITS)
+    in_jobs: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._rows: list[IntArray] = []
+        self._codes: list[tuple[str, str]] = []
+        self._splits: list[str] = []
+        self._seen: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
+
+    def measure(self, batch: Batch) -> Measured:
+        """Tell the languages of a sample of the batch."""
+        rows, codes = [], []
+        for index, row in enumerate(batch.rows):
+            given, learned = _texts(row)
+            if _sampled(row, given or learned):
+                rows.append(index)
+                codes.append((told(given), told(learned)))
+        return Measured(np.asarray(rows, np.int64), tuple(codes))
+
+    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+        """Keep the codes of the sample."""
+        self._rows.append(measured.rows_N + where.first)
+        self._codes += measured.codes
+        self._splits += [where.split] * len(measured.codes)
+        self._seen[where.split] += len(where.lines_N)
+        self._told[where.split] += len(measured.codes)
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """Find rows and splits that differ from the rest."""
+        rows_N = np.concatenate(self._rows) if self._rows else np.zeros(0, np.int64)
+        for side, part in enumerate(("input", "target")):
+            self._strays(side, part, rows_N, places, findings)
+        self._answers(rows_N, places, findings)
+        self._compare_splits(places, findings)
+
+    def _strays(
+        self, side: int, part: str, rows_N: IntArray, places: Places, findings: Findings
+    ) -> None:
+        counts = Counter(codes[side] for codes in self._codes if codes[side])
+        total = sum(counts.values())
+        if total < LEAST_ROWS:
+            return
+        main, _ = counts.most_common(1)[0]
+        common = {code for code, count in counts.items() if count > RARE * total}
+        if len(common) > 1:
+            shares = ", ".join(
+                f"{code} {counts[code] / total:.0%}" for code in _ranked(counts, common)
+            )
+            finding = Finding(MIX, places.place(0), f"The languages of the {part} are {shares}.")
+            findings.add(finding)
+        # Where many rows are in rare languages, the data has many languages and none is by mistake.
+        rare = total - sum(counts[code] for code in common)
+        if rare > 2 * RARE * total:
+            return
+        for number, codes in zip(rows_N.tolist(), self._codes, strict=True):
+            if codes[side] and codes[side] not in common:
+                message = f"The {part} is in {codes[side]!r}; most rows are in {main!r}."
+                findings.add(Finding(OTHER, places.place(number), message))
+
+    def _answers(self, rows_N: IntArray, places: Places, findings: Findings) -> None:
+        pairs = [(n, *codes) for n, codes in zip(rows_N.tolist(), self._codes, strict=True)]
+        both = [(number, one, two) for number, one, two in pairs if one and two]
+        apart = [(number, one, two) for number, one, two in both if one != two]
+        if len(both) < LEAST_ROWS or len(apart) > 2 * RARE * len(both):
+            return
+        for number, one, two in apart:
+            message = f"The question is in {one!r}, and the answer in {two!r}."
+            findings.add(Finding(ANSWER, places.place(number), message))
+
+    def _compare_splits(self, places: Places, findings: Findings) -> None:
+        shares = self._shares()
+        if "train" not in shares:
+            return
+        for split, parts in shares.items():
+            for part, counts in parts.items():
+                trained = shares["train"].get(part, Counter())
+                if split == "train" or min(counts.total(), trained.total()) < LEAST_ROWS:
+                    continue
+                names = counts.keys() | trained.keys()
+                distance = 0.5 * sum(
+                    abs(counts[name] / counts.total() - trained[name] / trained.total())
+                    for name in names
+                )
+                if distance > APART:
+                    most, usual = counts.most_common(1)[0][0], trained.most_common(1)[0][0]
+                    message = (
+                        f"The {part} of {split} is mostly in {most!r}, that of train in {usual!r}; "
+                        f"{distance:.0%} of the rows would have to change their language."
+                    )
+                    findings.add(Finding(SPLITS, places.place(0), message))
+
+    def _shares(self) -> dict[str, dict[str, Counter[str]]]:
+        found: dict[str, dict[str, Counter[str]]] = {}
+        for split, codes in zip(self._splits, self._codes, strict=True):
+            for part, code in zip(("input", "target"), codes, strict=True):
+                if code:
+                    found.setdefault(split, {}).setdefault(part, Counter())[code] += 1
+        return found
+
+    def summary(self) -> Mapping[str, Any]:
+        """Rows by language, of each split and part; rows seen, and rows whose language was told."""
+        return {
+            "splits": {
+                split: {
+                    part: {"counts": dict(counts.most_common(12))} for part, counts in parts.items()
+                }
+                for split, parts in self._shares().items()
+            },
+        } | (
+            {"rows": dict(self._seen), "rows_told": dict(self._told), "sampled": True}
+            if self._told != self._seen
+            else {"sampled": False}
+        )
+
+
+def _ranked(counts: Counter[str], among: set[str]) -> list[str]:
+    return [code for code, _ in counts.most_common() if code in among]
+
+
+def _texts(row: Row) -> tuple[str, str]:
+    """The beginning of the last input, and of the first target."""
+    given = learned = ""
+    for text in texts(row):
+        if text.part == "input" and not learned:
+            given = text.content[:CHARACTERS]
+        elif text.part == "target" and not learned:
+            learned = text.content[:CHARACTERS]
+    return given, learned
+
+
+def _sampled(row: Row, text: str) -> bool:
+    """All rows up to a line, fewer after it; by the row alone, so that batches do not matter."""
+    if row.line <= ALL_UNTIL:
+        return True
+    drawn = zlib.crc32(f"{row.line}\0{text}".encode("utf-8", "surrogatepass"))
+    return drawn / 2**32 < ALL_UNTIL / row.line
+
+
+def told(text: str) -> str:
+    """ISO 639 code of a text, empty where it is too short or not certain."""
+    if len(text) < LEAST_CHARACTERS:
+        return ""
+    code, probability = identifier().classify(text)
+    return str(code) if probability >= CERTAIN and code != NO_LANGUAGE else ""
+
+
+@lru_cache(maxsize=1)
+def identifier() -> Any:
+    """The model of py3langid, 70 MB, loaded once."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

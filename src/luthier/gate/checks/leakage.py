@@ -1,0 +1,231 @@
+"""Held-out rows that training rows give away: the same row, the same question, or nearly so.
+
+Questions are the same where they differ in letter case, punctuation and white space only.
+
+What is measured on such a row is memory. A few of them move a figure by no more than their share, so
+each is a warning; where a tenth of a split is given away, its figures say nothing and the data is
+refused. (A published set such as Banking77 repeats 0.8 % of its test texts: worth knowing, no reason
+to stop.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from luthier.gate.check import Places
+from luthier.gate.columns import Chunks
+from luthier.gate.near_duplicates import firsts
+from luthier.gate.row_keys import Keys, mixed
+from luthier.gate.rules import Finding, Findings, Place, Rule
+from luthier.types import IntArray
+
+_WHY = "What is measured on it is memory."
+_FIX = "Remove the row from one side; `luthier split` makes splits without such rows."
+EXACT = Rule(
+    "leakage.exact",
+    "warning",
+    "A held-out row is also a training row, with its answer.",
+    _WHY,
+    _FIX,
+)
+INPUT = Rule(
+    "leakage.input",
+    "warning",
+    "A held-out row asks what a training row asks, and has another answer.",
+    "What is measured on it is memory, or the two contradict each other.",
+    _FIX,
+)
+NEAR = Rule(
+    "leakage.near", "warning", "A held-out row asks nearly what a training row asks.", _WHY, _FIX
+)
+MANY = Rule(
+    "leakage.many",
+    "error",
+    "A tenth or more of a held-out split is in the training rows.",
+    "Its figures would say how much was learned by heart.",
+    "Make new splits with `luthier split`, or remove these rows from one side.",
+    whole=True,
+)
+OVERLAP = Rule(
+    "split.overlap",
+    "warning",
+    "A test row asks what a validation row asks.",
+    "Settings and the moment to stop are chosen by the validation rows, so they fit it too.",
+    "Remove the row from one side; `luthier split` makes splits without such rows.",
+)
+RULES = (EXACT, INPUT, NEAR, MANY, OVERLAP)
+TOO_MANY = 0.1
+"""Share of a held-out split that may not be given away."""
+FEWEST = 5
+"""Rows given away below which a share of a small split says nothing."""
+
+
+class Leaks:
+    """For each held-out row, the first training row that gives it away.
+
+    Args:
+        splits_N: number of each row's split.
+        train: that of the training rows.
+        chunks: keys of what each row asks and of what it teaches, in pieces.
+    """
+
+    def __init__(self, splits_N: Any, train: int, chunks: Chunks) -> None:
+        self._splits_N, self._train, self._chunks = splits_N, train, chunks
+        self._train_N = splits_N == train
+        self._none = len(splits_N)
+        self.possible = bool(self._train_N.any() and not self._train_N.all())
+        self._rows_S: IntArray = np.zeros(0, np.int64)
+        self._counts: dict[str, dict[str, int]] = {}
+
+    def compare(self, rows_S: IntArray) -> None:
+        """What follows is about pairs of these rows, by their place here."""
+        self._rows_S, self._train_S = rows_S, self._train_N[rows_S]
+        self._near_S = np.full(len(rows_S), self._none)
+        """Training row that is near; ``_none`` where there is none."""
+
+    def wanted(self, one_P: Any, other_P: Any) -> Any:
+        """Whether a pair is of both sides, and its held-out row is not given away yet."""
+        train_P = self._train_S[one_P]
+        across_P = train_P != self._train_S[other_P]
+        return across_P & (self._near_S[np.where(train_P, other_P, one_P)] == self._none)
+
+    def found(self, one_P: Any, other_P: Any) -> None:
+        """Take in pairs that are near."""
+        across_P = self._train_S[one_P] != self._train_S[other_P]
+        one_P, other_P = one_P[across_P], other_P[across_P]
+        train_P = self._train_S[one_P]
+        held_P, from_P = np.where(train_P, other_P, one_P), np.where(train_P, one_P, other_P)
+        np.minimum.at(self._near_S, held_P, self._rows_S[from_P])
+
+    def report(self, places: Places, findings: Findings) -> None:
+        """A finding for each held-out row that is given away, and one for a split with many."""
+        if not self.possible:
+            return
+        held = np.flatnonzero(~self._train_N)
+        inputs_H, both_H = self._keys_of(held)
+        left = np.ones(len(held), np.bool_)
+        given = np.zeros(len(self._splits_N), np.bool_)
+        near_H = self._nearest(held, inputs_H)
+        partners = near_H[near_H < self._none]
+        ways = [(EXACT, both_H, both_H), (INPUT, inputs_H, inputs_H),
+                (NEAR, inputs_H, self._keys_of(np.unique(partners))[0])]  # fmt: skip
+        for rule, keys_H, wanted in ways:
+            giving = _Giving(self._chunks, self._train_N, wanted, both=rule is EXACT)
+            partner_H = near_H if rule is NEAR else giving.firsts(keys_H, self._none)
+            rows = np.flatnonzero(left & (partner_H < self._none))
+            left[rows] = False
+            given[held[rows]] = True
+            for row in rows.tolist():
+                partner = int(partner_H[row])
+                self._add(rule, int(held[row]), partner, giving.beside(partner), places, findings)
+        self._judge(given, places, findings)
+
+    def overlap(self, places: Places, findings: Findings) -> None:
+        """A finding for each test row whose question is a validation row's, too."""
+        names = places.names()
+        if not {"validation", "test"} <= set(names):
+            return
+        rows = np.flatnonzero(self._splits_N == names.index("test"))
+        keys_R, _ = self._keys_of(rows)
+        validation_N = self._splits_N == names.index("validation")
+        giving = _Giving(self._chunks, validation_N, keys_R, both=False)
+        partner_R = giving.firsts(keys_R, self._none)
+        for row in np.flatnonzero(partner_R < self._none).tolist():
+            other = places.place(int(partner_R[row]))
+            message = f"this test row asks the same as the validation row {other}."
+            finding = Finding(OVERLAP, places.place(int(rows[row])), message, others=(other,))
+            findings.add(finding)
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Rows given away of each held-out split, by rule."""
+        return self._counts
+
+    def _keys_of(self, rows: IntArray) -> tuple[Keys, Keys]:
+        """Keys of what some rows (ascending) ask, and of that with what they teach."""
+        inputs, both, start = [], [], 0
+        for input_C, target_C in self._chunks():
+            low, high = np.searchsorted(rows, (start, start + len(input_C)))
+            here = rows[low:high] - start
+            inputs.append(input_C[here])
+            both.append(mixed(input_C[here], target_C[here]))
+            start += len(input_C)
+        return np.concatenate(inputs), np.concatenate(both)
+
+    def _nearest(self, held: IntArray, inputs_H: Keys) -> IntArray:
+        """The near training row of each held-out row; of rows that ask the same, it is the same."""
+        near_H: IntArray = np.full(len(held), self._none)
+        if not len(self._rows_S):
+            return near_H
+        mine = np.flatnonzero(self._near_S < self._none)
+        at = np.searchsorted(held, self._rows_S[mine])
+        np.minimum.at(near_H, at, self._near_S[mine])
+        first_H = firsts(inputs_H)
+        best_H = np.full(len(held), self._none)
+        np.minimum.at(best_H, first_H, near_H)
+        return best_H[first_H]
+
+    def _add(
+        self,
+        rule: Rule,
+        row: int,
+        partner: int,
+        giving: list[int],
+        places: Places,
+        findings: Findings,
+    ) -> None:
+        split, other = places.split(row), places.place(partner)
+        count = self._counts.setdefault(split, {})
+        count[rule.id] = count.get(rule.id, 0) + 1
+        how = {
+            EXACT.id: f"this {split} row is also the training row",
+            INPUT.id: f"this {split} row asks the same, with another answer, as the training row",
+            NEAR.id: f"this {split} row asks nearly the same as the training row",
+        }[rule.id]
+        finding = Finding(rule, places.place(row), f"{how} {other}.", others=(other,))
+        findings.add(finding, rows=giving)
+
+    def _judge(self, given_N: Any, places: Places, findings: Findings) -> None:
+        """Refuse a split of which too much is given away."""
+        for number, split in enumerate(places.names()):
+            rows = np.flatnonzero(self._splits_N == number)
+            count = int(given_N[rows].sum())
+            if count < FEWEST or count < TOO_MANY * len(rows):
+                continue
+            file = places.place(int(rows[0])).file
+            share = f"{count} of {len(rows)} {split} rows ({count / len(rows):.0%})"
+            message = f"{share} are in the training rows, or nearly."
+            findings.add(Finding(MANY, Place(file, 0), message))
+
+
+class _Giving:
+    """Training rows with certain keys, found in one pass over all rows."""
+
+    def __init__(self, chunks: Chunks, train_N: Any, wanted: Keys, both: bool) -> None:
+        known = np.unique(wanted)
+        rows, found, start = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], 0
+        for input_C, target_C in chunks() if len(known) else ():
+            keys_C = mixed(input_C, target_C) if both else input_C
+            at_C = np.minimum(np.searchsorted(known, keys_C), len(known) - 1)
+            here = np.flatnonzero((known[at_C] == keys_C) & train_N[start : start + len(keys_C)])
+            rows.append(here + start)
+            found.append(keys_C[here])
+            start += len(keys_C)
+        self._rows, self._keys = np.concatenate(rows), np.concatenate(found)
+        order = np.argsort(self._keys, kind="stable")
+        self._by_key, self._sorted = self._rows[order], self._keys[order]
+
+    def firsts(self, keys_H: Keys, none: int) -> IntArray:
+        """The first row with each key; ``none`` where there is none."""
+        if not len(self._sorted):
+            return np.full(len(keys_H), none)
+        at_H = np.minimum(np.searchsorted(self._sorted, keys_H), len(self._sorted) - 1)
+        return np.where(self._sorted[at_H] == keys_H, self._by_key[at_H], none)
+
+    def beside(self, row: int) -> list[int]:
+        """All rows with the key of one of them."""
+        wanted = self._keys[np.searchsorted(self._rows, row)]
+        low, high = (np.searchsorted(self._sorted, wanted, side) for side in ("left", "right"))
+        found: list[int] = self._by_key[low:high].tolist()
+        return found

@@ -1,0 +1,471 @@
+"""What a model would learn from each row: tokens, the loss mask, and what does not fit.
+
+Rows are encoded as in training, by the objective and the model's own format, so that what is shown
+is what would be trained.
+
+Objectives that read their classes or the spread of ratings from the rows refuse data that has only one
+of them, and held-out rows of a class that no training row has. To ask them, it is enough to keep one
+row for each label or tag, and two different ratings.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from heapq import nlargest
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from luthier.data.chat import ChatFormat
+from luthier.errors import DataError, RecipeError, RowRefused
+from luthier.gate.check import Batch, Check, Known, Places, Where
+from luthier.gate.histogram import Histogram
+from luthier.gate.rules import Finding, Findings, Place, Rule, late_rule, late_rules, rule_of
+from luthier.gate.texts import excerpt_of, texts
+from luthier.objectives import Objective
+from luthier.objectives.choosing import objective_for, shape_of, shapes_named
+from luthier.objectives.classification import names_of
+from luthier.types import Example, Row
+
+TOO_LONG = Rule(
+    "row.too_long",
+    "error",
+    "The row has more tokens than the model's context.",
+    "Other trainers cut such rows in silence, and with them the end of the answer.",
+    "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`.",
+    ("openai:n_too_long",),
+)
+NOTHING = Rule(
+    "row.nothing_learned",
+    "error",
+    "No token of the row is learned.",
+    "The row costs time and teaches nothing.",
+    "Add what is to be learned, or remove the row.",
+)
+TEMPLATE = Rule(
+    "row.template",
+    "error",
+    "The row cannot be written in the model's template.",
+    fix="See the message.",
+)
+SHAPE = Rule(
+    "row.objective", "error", "The row has a shape that the objective does not learn from."
+)
+EMPTY = Rule("row.empty", "error", "The tokenizer makes nothing of the text.")
+_KNOWN = {rule.id: rule for rule in (TOO_LONG, NOTHING, TEMPLATE, SHAPE, EMPTY)}
+
+WHOLE = 20_000
+"""Rows of a file that are all encoded; of those after it one in :data:`EVERY` is."""
+EVERY = 16
+LONGEST = 10
+"""Longest rows that the summary names, of each split."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row as the model sees it, for people."""
+
+    line: int
+    pieces: tuple[str, ...]
+    """Its tokens as text."""
+    learned: tuple[bool, ...]
+    """Whether each is learned."""
+    source: tuple[str, ...] = ()
+    """What an encoder of its own reads, before."""
+    taught: str = ""
+    """What is learned about the row as a whole, such as its label."""
+
+
+def stands_for(row: Row, context: int) -> int:
+    """How many rows a row stands for in the counts of tokens; 0 where it is not encoded.
+
+    No token is less than a byte, so that a row with fewer bytes than the context has tokens fits: what
+    may be too long is always encoded. A quarter is left for what templates add.
+    """
+    if row.line <= WHOLE:
+        return 1
+    if zlib.crc32(b"%d" % row.line) % EVERY == 0:
+        return EVERY
+    return int(sum(len(text.content.encode()) for text in texts(row)) > 0.75 * context)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Token counts of a batch, and what is wrong with its rows."""
+
+    tokens_N: Any
+    learned_N: Any
+    times_N: Any
+    """Rows that each one stands for (:func:`stands_for`)."""
+    problems: tuple[tuple[int, str, str, str, str], ...]
+    """Index in the batch, rule, message, fix, and how the row begins."""
+    shown: tuple[Shown, ...]
+    longest: tuple[tuple[int, int, int, str], ...] = ()
+    """Tokens, learned tokens, line and beginning of its longest rows."""
+    kinds: Mapping[Kind, Witness] = field(default_factory=dict)
+    """A row of each class."""
+    waiting: tuple[Row, ...] = ()
+    """Judged answers that are learned from beside other answers to the same prompt."""
+
+
+def _neighbours(row: Row) -> list[Row]:
+    """Rows of the same shape with other labels, ratings, thumbs or tags than ``row``."""
+    if row.tags is not None:
+        return [replace(row, tokens=("a", "b"), tags=("O", "B-another"))]
+    if row.rating is not None:
+        return [replace(row, rating=row.rating + 1)]
+    if row.desirable is not None:
+        return [replace(row, desirable=not row.desirable)]
+    several = isinstance(row.label, tuple)
+    other = replace(row, label=("another", "more") if several else "another")
+    return [other, replace(row, label=None)]
+
+
+class Learning(Check):
+    """Encodes every row for a model and an objective."""
+
+    name: ClassVar[str] = "learning"
+    rules: ClassVar[tuple[Rule, ...]] = (*_KNOWN.values(), *late_rules())
+    needs_model: ClassVar[bool] = True
+    in_jobs: ClassVar[bool] = False
+    measures_with: ClassVar[tuple[str, ...]] = ("objective", "chat", "context", "kept", "every")
+
+    @classmethod
+    def of(cls, known: Known) -> Self:
+        """The check for a model; :class:`ValueError` without one."""
+        if known.chat is None:
+            raise ValueError("the check of what is learned needs a model's tokenizer")
+        return cls(known.objective, known.chat, known.context, known.shown, known.every)
+
+    def __init__(
+        self,
+        objective: Objective | None,
+        chat: ChatFormat,
+        context: int,
+        kept: int = 5,
+        every: bool = False,
+    ) -> None:
+        self.objective, self.chat, self.context, self.kept = objective, chat, context, kept
+        self.every = every
+        self.lengths: dict[str, Histogram] = {}
+        self.learned: dict[str, int] = {}
+        self.sampled = False
+        self.shown: dict[str, list[Shown]] = {}
+        self.longest: dict[str, list[tuple[int, int, str, int, str]]] = {}
+        self.fitting = Fitting()
+        self.waiting: dict[tuple[str, str], list[Row]] = {}
+        """Kept in memory until the end, unlike other rows: their partners may come last."""
+
+    def begin(self, batch: Batch, rows: int = 0) -> None:
+        """Choose the objective by the first row, where none was asked for and the row tells."""
+        if self.objective is None:
+            with suppress(DataError):
+                self.objective = objective_for(batch.rows[0], self.chat)
+                self.objective.check(self.chat)
+
+    def measure(self, batch: Batch) -> Measured:
+        """Encode the rows."""
+        try:
+            objective = self.objective or objective_for(batch.rows[0], self.chat)
+        except DataError as error:
+            bad, empty = error.problems[0], np.zeros(0, np.int64)
+            start = excerpt_of(batch.rows[0])
+            return Measured(empty, empty, empty, ((0, bad.rule, bad.message, bad.fix, start),), ())
+        problems: list[tuple[int, str, str, str]] = []
+        tokens_N, learned_N, times_N = np.zeros((3, len(batch)), np.int64)
+        shown: list[Shown] = []
+        gathered, waiting = self._gathered(objective, batch, problems)
+        fitted = self._fitted(objective, [row for _, row in gathered])
+        for index, row in gathered:
+            times = 1 if self.every else stands_for(row, self.context)
+            if not times:
+                continue
+            try:
+                example = fitted.encode(row, index, self.chat)
+            except RowRefused as bad:
+                problems.append((index, bad.rule, bad.message, bad.fix))
+                continue
+            except RecipeError as error:
+                problems.append((index, TEMPLATE.id, str(error), ""))
+                continue
+            times_N[index] = times
+            tokens_N[index] += sum(view.tokens for view in fitted.views(example))
+            learned_N[index] += self._judge(fitted, example, index, problems)
+            if len(shown) < self.kept:
+                shown.append(self._show(fitted, example, row))
+        begins = tuple((i, a, b, c, excerpt_of(batch.rows[i])) for i, a, b, c in problems)
+        return Measured(
+            tokens_N,
+            learned_N,
+            times_N,
+            begins,
+            tuple(shown),
+            self._longest(batch, tokens_N, learned_N),
+            witnesses([row for _, row in gathered]),
+            tuple(waiting),
+        )
+
+    def _gathered(
+        self, objective: Objective, batch: Batch, problems: list[tuple[int, str, str, str]]
+    ) -> tuple[list[tuple[int, Row]], list[Row]]:
+        """Rows as they are learned from, by index, and those that wait for others to be paired with."""
+        allowed = objective.shapes | objective.also
+        gathered: list[tuple[int, Row]] = []
+        waiting: list[Row] = []
+        for index, row in enumerate(batch.rows):
+            if shape_of(row) not in allowed:
+                message = (
+                    f"objective {objective.method} learns from {shapes_named(allowed)}, and this "
+                    f"row is {shapes_named([shape_of(row)])}."
+                )
+                problems.append((index, SHAPE.id, message, ""))
+                continue
+            try:
+                gathered += [(index, each) for each in objective.gather([row])]
+            except DataError:
+                waiting.append(row)
+        return gathered, waiting
+
+    def _longest(
+        self, batch: Batch, tokens_N: Any, learned_N: Any
+    ) -> tuple[tuple[int, int, int, str], ...]:
+        most = np.argsort(-tokens_N, kind="stable")[:LONGEST].tolist()
+        return tuple(
+            (int(tokens_N[i]), int(learned_N[i]), batch.rows[i].line, excerpt_of(batch.rows[i]))
+            for i in most
+            if tokens_N[i]
+        )
+
+    def _fitted(self, objective: Objective, rows: list[Row]) -> Objective:
+        """The objective fitted to a batch: what it takes from the rows changes no length.
+
+        A batch alone may hold only one class or rating, which says nothing of the whole data.
+        """
+        for known in (rows, [*rows, *_neighbours(rows[0])]) if rows else ():
+            try:
+                return objective.fit(known, self.chat)
+            except (RowRefused, RecipeError):
+                continue
+        return objective
+
+    def _judge(
+        self,
+        objective: Objective,
+        example: Example,
+        index: int,
+        problems: list[tuple[int, str, str, str]],
+    ) -> int:
+        """Learned tokens of a row; what does not fit joins ``problems``."""
+        views = objective.views(example)
+        if refused := objective.refused_length(example, self.context):
+            problems.append((index, TOO_LONG.id, refused.message, refused.fix))
+        learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
+        if not learned and objective.fixed:
+            problems.append((index, NOTHING.id, "no token of the row is learned.", ""))
+        return learned
+
+    def _show(self, objective: Objective, example: Example, row: Row) -> Shown:
+        views = objective.views(example)
+        first = views[0] if objective.fixed else (objective.seen([example]) or views)[0]
+        whole = first.target is None or len(first.target) == len(first)
+        return Shown(
+            row.line,
+            tuple(self.chat.pieces(first.ids_T.tolist())),
+            tuple(bool(weight) and whole for weight in first.weight_T.tolist()),
+            () if first.source_T is None else tuple(self.chat.pieces(first.source_T.tolist())),
+            objective.described(example),
+        )
+
+    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+        """Count, and add what is wrong."""
+        for index, name, message, fix, begins in measured.problems:
+            rule = _KNOWN.get(name) or late_rule(name)
+            findings.add(Finding(rule, where.place(index), message, fix, begins))
+        self.fitting.take(where, measured.kinds)
+        if measured.waiting:
+            self.waiting.setdefault((where.split, where.file), []).extend(measured.waiting)
+        lengths = self.lengths.setdefault(where.split, Histogram())
+        lengths.add(measured.tokens_N, measured.times_N)
+        learned = int(measured.learned_N @ measured.times_N)
+        self.learned[where.split] = self.learned.get(where.split, 0) + learned
+        self.sampled |= bool(np.any(measured.times_N > 1))
+        kept = self.shown.setdefault(where.split, [])
+        kept += measured.shown[: self.kept - len(kept)]
+        longest = self.longest.setdefault(where.split, [])
+        longest += [(n, m, where.file, line, begins) for n, m, line, begins in measured.longest]
+        self.longest[where.split] = nlargest(LONGEST, longest, key=lambda row: row[0])
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """What the objective refuses of all rows together."""
+        if self.objective is None:
+            return
+        for (split, file), rows in self.waiting.items():
+            try:
+                pairs = list(self.objective.gather(rows))
+            except DataError as error:
+                for bad in error.problems:
+                    place = Place(bad.file, bad.line)
+                    findings.add(Finding(rule_of(bad.rule), place, bad.message, bad.fix))
+                continue
+            lines_N = np.array([row.line for row in pairs], np.int64)
+            measured = self.measure(Batch(split, file, pairs))
+            self.take(Where(split, file, lines_N, -1), measured, findings)
+        for finding, count in self.fitting.judge(self.objective, self.chat):
+            findings.add(finding, count)
+
+    def summary(self) -> Mapping[str, Any]:
+        """Tokens and learned tokens of each split, lengths, the longest rows and the first.
+
+        ``sampled`` says that the counts of large files are scaled up from every 16th row.
+        """
+        return {
+            "objective": self.objective.method if self.objective else None,
+            "context": self.context,
+            "sampled": self.sampled,
+            "splits": {
+                split: {
+                    "tokens": lengths.sum,
+                    "learned_tokens": self.learned[split],
+                    "lengths": lengths.plain(),
+                    "longest": [
+                        {"file": file, "line": line, "tokens": n, "learned": m, "begins": begins}
+                        for n, m, file, line, begins in self.longest[split]
+                    ],
+                    "shown": [
+                        {
+                            "line": row.line,
+                            "source": list(row.source),
+                            "tokens": list(row.pieces),
+                            "learned": list(row.learned),
+                            "taught": row.taught,
+                        }
+                        for row in self.shown[split]
+                    ],
+                }
+                for split, lengths in self.lengths.items()
+            },
+        }
+
+
+Kind = tuple[str, ...]
+
+
+@dataclass
+class Witness:
+    """The first row of a kind, without its text, and how many there are."""
+
+    row: Row
+    index: int
+    """Its index in the batch."""
+    count: int
+
+
+def witnesses(rows: Sequence[Row]) -> dict[Kind, Witness]:
+    """One row for each kind of rows in a batch."""
+    found: dict[Kind, Witness] = {}
+    for index, row in enumerate(rows):
+        for kind in _kinds(row):
+            if kind in found:
+                found[kind].count += 1
+            else:
+                found[kind] = Witness(_short(row), index, 1)
+    return found
+
+
+def _kinds(row: Row) -> Iterable[Kind]:
+    if row.tags is not None:
+        return {("tag", tag) for tag in row.tags}
+    if row.label is not None:
+        several = "labels" if isinstance(row.label, tuple) else "label"
+        return [(several, name) for name in dict.fromkeys(names_of(row.label))]
+    if row.rating is not None and row.reply is None:
+        return [("rating", repr(row.rating))]
+    if row.desirable is not None:
+        return [("thumb", repr(row.desirable))]
+    return [("row", shape_of(row))]
+
+
+def _short(row: Row) -> Row:
+    """The row with a text of one letter, so that any number may be kept."""
+    if row.tags is not None:
+        return replace(row, tokens=("a",) * len(row.tags))
+    return replace(row, text="a") if row.text is not None else row
+
+
+class Fitting:
+    """Takes in the witnesses of all batches, and lets the objective judge them at the end."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[Kind, tuple[Place, Witness]]] = {}
+        self._lines: Counter[str] = Counter()
+
+    def take(self, where: Where, found: Mapping[Kind, Witness]) -> None:
+        """Those of one batch."""
+        self._lines[where.split] += len(where.lines_N)
+        kept = self._kept.setdefault(where.split, {})
+        ratings = sum(kind[0] == "rating" for kind in kept)
+        for kind, witness in found.items():
+            if kind in kept:
+                kept[kind][1].count += witness.count
+            elif kind[0] != "rating" or ratings < 2:
+                kept[kind] = (where.place(witness.index), witness)
+                ratings += kind[0] == "rating"
+
+    def judge(self, objective: Objective, chat: ChatFormat) -> list[tuple[Finding, int]]:
+        """What the objective refuses, and of how many rows.
+
+        Raises:
+            RecipeError: where it cannot learn such rows whatever they say.
+        """
+        train = self._kept.get("train", {})
+        allowed = objective.shapes | objective.also
+        rows = [w.row for _, w in train.values() if shape_of(w.row) in allowed]
+        if not rows:
+            return []
+        file = next(iter(train.values()))[0].file
+        if self._lines["train"] == 1 and shape_of(rows[0]) != "text":
+            message = "this is the only row; one example cannot show what is to be learned."
+            return [(Finding(late_rule("rows.too_few"), Place(file, rows[0].line), message), 1)]
+        try:
+            fitted = objective.fit(rows, chat)
+        except RowRefused as bad:
+            message = bad.message if len(train) > 1 else _plainly(bad, rows[0])
+            return [(Finding(late_rule(bad.rule), Place(file, 0), message, bad.fix), 1)]
+        except RecipeError:
+            if objective.beside:  # it needs a second file, which only a job names
+                return []
+            raise
+        return [
+            (found, count)
+            for split, kept in self._kept.items()
+            if split != "train"
+            for found, count in self._unseen(kept, fitted, chat)
+        ]
+
+    def _unseen(
+        self, kept: dict[Kind, tuple[Place, Witness]], fitted: Objective, chat: ChatFormat
+    ) -> Iterable[tuple[Finding, int]]:
+        for place, witness in kept.values():
+            try:
+                fitted.encode(witness.row, 0, chat)
+            except RowRefused as bad:
+                if bad.rule.startswith("label."):
+                    yield Finding(late_rule(bad.rule), place, bad.message, bad.fix), witness.count
+            except RecipeError:
+                continue
+
+
+def _plainly(bad: RowRefused, row: Row) -> str:
+    """The message without a count of rows, as only one of each class was looked at."""
+    if row.rating is not None:
+        return f"all rows have the rating {row.rating:g}."
+    if row.tags is not None:
+        return "all words have the tag O."
+    if row.desirable is not None:
+        return f"all answers have a thumb {'up' if row.desirable else 'down'}."
+    names = names_of(row.label)
+    return f"all rows have the label {names[0]!r}." if names else "no row has a label."

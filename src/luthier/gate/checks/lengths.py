@@ -1,0 +1,212 @@
+"""Sizes that stand out, and answers that say nothing: of all rows, what each is beside the others."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from luthier.gate.check import Batch, Check, Places, Where
+from luthier.gate.columns import LIMIT, Table
+from luthier.gate.histogram import Histogram
+from luthier.gate.rules import Finding, Findings, Rule
+from luthier.gate.texts import Spot, add, excerpt, texts
+from luthier.types import FloatArray, Row
+
+OUTLIER = Rule(
+    "length.outlier",
+    "note",
+    "The row is far longer or shorter than the others.",
+    "Such rows are often cut, joined or empty by mistake; long ones set the cost of their batch.",
+    "Look at it.",
+)
+EMPTYISH = Rule(
+    "target.says_nothing",
+    "warning",
+    "The answer is a stand-in for none: N/A, -, null.",
+    "The model learns that this is an answer.",
+    "Write the answer, or remove the row.",
+)
+ECHO = Rule(
+    "target.equals_input",
+    "warning",
+    "The answer repeats the prompt.",
+    "The model learns to copy.",
+    "Write the answer, or remove the row.",
+)
+SAME_START = Rule(
+    "target.same_start",
+    "note",
+    "Most answers begin with the same words.",
+    "The model learns the phrase before anything else, and begins every answer with it.",
+    "Remove the phrase, unless it is wanted.",
+    whole=True,
+)
+FENCE = 2.0
+"""Interquartile ranges beyond a quartile, on log lengths, that stand out.
+
+Tukey 1977 has 1.5 for "outside" and 3 for "far out". Of normal log lengths 0.7 %, 0.08 % and 0.0002 %
+are beyond 1.5, 2 and 3."""
+LEAST_SPREAD = 0.75
+"""Interquartile range of log lengths that is taken at least: rows of equal length have no outliers."""
+LEAST_ROWS = 50
+"""Rows from which quartiles mean something."""
+QUARTILES_OF = 1_000_000
+"""Rows up to which quartiles are those of all; of more, of every second, third and so on."""
+WORDS = 4
+"""First words of an answer that are compared."""
+MOSTLY = 0.5
+_COUNTED = 512
+_NOTHING = re.compile(
+    r"\W*|[\W_]*(?:n/?a|n\.a\.?|nil|null|none|nan|undefined|unknown|tbd|todo|empty|blank|no answer"
+    r"|no response|không có|không rõ)[\W_]*",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Log lengths and openings of a batch."""
+
+    log_2N: FloatArray
+    """``[2, N]`` log of 1 + characters of input and target; 0 where there is none."""
+    words_2N: FloatArray
+    starts: Counter[str]
+    answers: int
+    spots: tuple[Spot, ...]
+
+
+class Lengths(Check):
+    """Looks for lengths that stand out, and for answers without content."""
+
+    name: ClassVar[str] = "lengths"
+    rules: ClassVar[tuple[Rule, ...]] = (OUTLIER, EMPTYISH, ECHO, SAME_START)
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._table = Table(limit)
+        self._histograms: dict[str, dict[str, Histogram]] = {}
+        self._starts: Counter[str] = Counter()
+        self.answers = 0
+        self.rows: Counter[str] = Counter()
+        self.fences: dict[str, tuple[int, int]] = {}
+
+    def measure(self, batch: Batch) -> Measured:
+        """Measure a batch."""
+        sizes_2N = np.zeros((2, len(batch)), np.int64)
+        words_2N = np.zeros((2, len(batch)), np.int64)
+        starts: Counter[str] = Counter()
+        spots: list[Spot] = []
+        answers = 0
+        for index, row in enumerate(batch.rows):
+            asked, answer = "", None
+            for text in texts(row):
+                if text.part == "other":
+                    continue
+                side = int(text.part == "target")
+                sizes_2N[side, index] += len(text.content)
+                words_2N[side, index] += text.content.count(" ") + 1
+                if side and text.field != "text" and row.positive is None:
+                    answer = text
+                elif not side:
+                    asked = text.content
+            if answer is None:
+                continue
+            answers += 1
+            starts[" ".join(answer.content[:200].split()[:WORDS]).casefold()] += 1
+            spot = _judged(index, row, asked, answer.field, answer.content)
+            if spot:
+                spots.append(spot)
+        logs_2N = np.log1p(sizes_2N).astype(np.float32)
+        return Measured(logs_2N, words_2N.astype(np.float32), starts, answers, tuple(spots))
+
+    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+        """Keep 8 bytes a row, on disk once there are many, and the most frequent openings."""
+        for name, log_N in zip(_SIDES, measured.log_2N, strict=True):
+            self._table.append(name, log_N)
+        histograms = self._histograms.setdefault(
+            where.split, {name: Histogram() for name in _NAMES}
+        )
+        for side, part in enumerate(_SIDES):
+            there_N = measured.log_2N[side] > 0
+            sizes_N = np.rint(np.expm1(measured.log_2N[side].astype(np.float64)))[there_N]
+            histograms[f"{part}_characters"].add(sizes_N)
+            histograms[f"{part}_words"].add(measured.words_2N[side][there_N])
+        self.answers += measured.answers
+        self._count(measured.starts)
+        self.rows.update(spot.rule for spot in measured.spots)
+        add(measured.spots, self.rules, where, findings)
+
+    def _count(self, starts: Counter[str]) -> None:
+        """Count openings in bounded memory; what stays is counted too low by at most one in 512.
+
+        Misra and Gries 1982, "Finding repeated elements", for batches: all counts sink by that of the
+        first one beyond the room.
+        """
+        self._starts += starts
+        if len(self._starts) > 2 * _COUNTED:
+            ranked = self._starts.most_common(_COUNTED + 1)
+            least = ranked[-1][1]
+            self._starts = Counter(
+                {start: count - least for start, count in ranked if count > least}
+            )
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """Rows outside the fences, and an opening that most answers share."""
+        if not places.total:
+            return
+        for part in _SIDES:
+            self._outliers(part, places, findings)
+        start, count = self._starts.most_common(1)[0] if self._starts else ("", 0)
+        if self.answers >= LEAST_ROWS and count > MOSTLY * self.answers and " " in start:
+            message = f"{count / self.answers:.0%} of the answers begin with {excerpt(start)!r}."
+            findings.add(Finding(SAME_START, places.place(0), message))
+
+    def _outliers(self, part: str, places: Places, findings: Findings) -> None:
+        step = max(1, places.total // QUARTILES_OF)
+        sample = np.concatenate([log_C[::step] for (log_C,) in self._table.chunks(part)])
+        sample = sample[sample > 0]
+        if len(sample) < LEAST_ROWS:
+            return
+        low, middle, high = np.quantile(sample, (0.25, 0.5, 0.75))
+        reach = FENCE * max(high - low, LEAST_SPREAD)
+        self.fences[part] = (round(np.expm1(low - reach)), round(np.expm1(high + reach)))
+        usual, start = round(np.expm1(middle)), 0
+        for (log_C,) in self._table.chunks(part):
+            outside_C = (log_C > 0) & ((log_C < low - reach) | (log_C > high + reach))
+            for index in np.flatnonzero(outside_C).tolist():
+                size = round(np.expm1(float(log_C[index])))
+                message = f"The {part} has {size:,} characters; the median is {usual:,}."
+                findings.add(Finding(OUTLIER, places.place(start + index), message))
+            start += len(log_C)
+
+    def summary(self) -> Mapping[str, Any]:
+        """Histograms of characters and words of each split; fences; the commonest opening."""
+        start, count = self._starts.most_common(1)[0] if self._starts else ("", 0)
+        return {
+            "splits": {
+                split: {name: each.plain() for name, each in names.items() if each.count}
+                for split, names in self._histograms.items()
+            },
+            "fences": {part: list(pair) for part, pair in self.fences.items()},
+            "rows": {"counts": dict(self.rows.most_common())},
+            "commonest_start": {"words": excerpt(start), "answers": count, "of": self.answers},
+        }
+
+
+_SIDES = ("input", "target")
+_NAMES = ("input_characters", "input_words", "target_characters", "target_words")
+
+
+def _judged(index: int, row: Row, asked: str, field: str, answer: str) -> Spot | None:
+    if row.messages is None and row.prompt is None:
+        return None
+    stripped = answer.strip()
+    if _NOTHING.fullmatch(stripped[:64]) and len(stripped) < 64 and stripped:
+        return Spot(index, EMPTYISH.id, f"{field} is {stripped!r}.")
+    if len(stripped) > 3 and stripped.casefold() == asked.strip().casefold():
+        return Spot(index, ECHO.id, f"{field} is the prompt itself.", excerpt(stripped))
+    return None

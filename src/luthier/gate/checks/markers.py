@@ -1,0 +1,236 @@
+"""Marks of chat templates inside text, placeholders, and answers that refuse.
+
+A special token written inside a message is not read as text: ``luthier.data.chat`` renders the model's
+template to one string and encodes that, as serving does, so the tokenizer makes one special id of it.
+The turn then ends, or another begins, in the middle of the message; in an answer the model learns to
+stop or to speak for the user there. With a model's format given, exactly the strings that its tokenizer
+turns into special ids break :data:`SPECIAL`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from luthier.data.chat import ChatFormat
+from luthier.gate.check import Batch, Check, Known, Where
+from luthier.gate.rules import Findings, Rule
+from luthier.gate.texts import Joined, Spot, add
+
+SPECIAL = Rule(
+    "marker.special_token",
+    "error",
+    "The text holds a string that the model's tokenizer turns into a special token.",
+    "The turn ends or another begins there, and an answer teaches the model to stop in its middle.",
+    "Remove it; if the row was rendered by a template already, give the turns as messages instead.",
+)
+TEMPLATE = Rule(
+    "marker.other_template",
+    "warning",
+    "The text holds marks of a chat template, which are plain text to this model.",
+    "The row was rendered for another model: the marks are learned as words, and answers write them.",
+    "Give the turns as messages; luthier writes the model's own template around them.",
+)
+ROLE = Rule(
+    "marker.role_prefix",
+    "warning",
+    "The answer begins with the name of a role.",
+    "The template says who speaks already; the model learns to write the name too.",
+    "Remove the name from the answer.",
+)
+PLACEHOLDER = Rule(
+    "marker.placeholder",
+    "warning",
+    "The text holds a placeholder that nobody filled in.",
+    "The model learns to answer with the placeholder.",
+    "Fill it in, or remove the row.",
+)
+REFUSAL = Rule(
+    "marker.refusal",
+    "note",
+    "The answer refuses, or speaks of itself as a language model.",
+    "Other models' refusals are learned like any answer; a few per cent of them are soon a habit.",
+    "Remove the row, unless the model is to refuse this.",
+)
+
+_TEMPLATE = re.compile(
+    r"<\|(?:im_start|im_end|im_sep|endoftext|user|assistant|system|end|eot_id|eom_id|begin_of_text"
+    r"|end_of_text|start_header_id|end_header_id|START_OF_TURN_TOKEN|END_OF_TURN_TOKEN|prompter"
+    r"|endofprompt|channel|message|start|return)\|>"
+    r"|<[|｜](?:User|Assistant|begin▁of▁sentence|end▁of▁sentence)[|｜]>"
+    r"|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS)\]"
+    r"|</s>|<s>|<bos>|<eos>"
+    # Looking back behind the first character leaves the search to that character, which is fast.
+    r"|#(?<![^\n]#)## ?(?:Instruction|Response|Input|Human|Assistant|User):"
+    r"|H(?<=\n\nH)uman: |A(?<=\n\nA)ssistant: "
+    r"|U(?<![^\n]U)SER: |A(?<![^\n]A)SSISTANT: "
+)
+_STRUCK = re.compile(r"<s>[^<\n]{1,200}</s>")
+"""Struck-through text of HTML, which is no mark."""
+_ROLE = re.compile(
+    r"\s*(?:[*#<\[]{0,3})(?:assistant|ai|bot|chatbot|chatgpt|gpt|gpt-4|model|system|user|human|trợ lý"
+    r"|người dùng)(?:[*>\]]{0,3}) ?[:：]",
+    re.IGNORECASE,
+)
+_PLACEHOLDER = re.compile(
+    r"{(?<![\\\w}^_{]{){ ?[A-Za-z_][A-Za-z0-9_ ]{0,40} ?}}(?!})"
+    r"|[\[<](?:[Ii]nsert|INSERT|[Yy]our|YOUR|[Ee]nter|ENTER)[ _-][A-Za-z' _-]{2,40}[\]>]"
+    r"|\[(?:Name|NAME|Date|DATE|Company(?: Name)?|Recipient(?:'s Name)?|Address|placeholder"
+    r"|PLACEHOLDER)\]"
+    r"|T(?<![^\n]T)(?:ODO|BD)\b[:.]?(?=\s|$)|F(?<![^\n]F)IXME\b[:.]?(?=\s|$)"
+    r"|L(?=orem [Ii]psum)orem .psum|l(?=orem ipsum)orem ipsum"
+)
+_REFUSAL = re.compile(
+    r"as an? (?:ai|artificial intelligence)(?: language)? (?:model|assistant)"
+    r"|as a (?:large )?language model"
+    r"|^\W{0,3}(?:i'?m|i am) (?:sorry|afraid),? (?:but )?(?:i|as an?|that i) "
+    r"(?:can(?:no|'|’)t|am (?:not able|unable)|ai |do not have|don't have)"
+    r"|^\W{0,3}(?:sorry|unfortunately),? (?:but )?i (?:can(?:no|'|’)t|am (?:not able|unable))"
+    r"|^\W{0,3}i (?:can(?:no|'|’)t|am unable to) (?:assist|help|provide|fulfil|comply|answer)"
+    r"|là một (?:mô hình ngôn ngữ|trợ lý ai|ai)"
+    r"|^\W{0,3}(?:tôi )?(?:rất )?xin lỗi,? (?:nhưng )?tôi không thể",
+    re.IGNORECASE,
+)
+_HINTS = (
+    "model",
+    "assistant",
+    "sorry",
+    "afraid",
+    "unfortunately",
+    "i can",
+    "i am unable",
+    "xin lỗi",
+    "là một",
+)
+"""One of them is in every refusal; looking for them is cheaper."""
+_OPENING = 300
+"""Characters of an answer in which a refusal is looked for."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a batch holds."""
+
+    spots: tuple[Spot, ...]
+    marks: Counter[str]
+    answers: int
+
+
+class Markers(Check):
+    """Looks for special tokens, template marks, placeholders and refusals."""
+
+    name: ClassVar[str] = "markers"
+    rules: ClassVar[tuple[Rule, ...]] = (SPECIAL, TEMPLATE, ROLE, PLACEHOLDER, REFUSAL)
+    measures_with: ClassVar[tuple[str, ...]] = ("tokenizer", "special", "_special")
+
+    @classmethod
+    def of(cls, known: Known) -> Self:
+        """With the special tokens of the model, where there is one."""
+        return cls(known.chat)
+
+    def __init__(self, chat: ChatFormat | None = None) -> None:
+        self.tokenizer = None if chat is None else chat.tokenizer
+        self.special = {} if chat is None else special_tokens(chat.tokenizer)
+        names = sorted(self.special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names))) if names else None
+        self.marks: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter()
+        self.answers = 0
+
+    def measure(self, batch: Batch) -> Measured:
+        """Look through a batch."""
+        joined = Joined.of(batch)
+        marks: Counter[str] = Counter()
+        special = list(self._reserved(joined))
+        templates = list(self._foreign(joined.text, {start for start, _, _ in special}))
+        marks.update(what for _, _, what in special + templates)
+        spots = joined.spots(SPECIAL, special) + joined.spots(TEMPLATE, templates)
+        named = ((*match.span(), match[0]) for match in _PLACEHOLDER.finditer(joined.text))
+        spots += joined.spots(PLACEHOLDER, named)
+        roles, refusals, answers = [], [], set()
+        for start, (index, text) in zip(joined.starts, joined.owners, strict=True):
+            if text.part != "target" or text.field == "text":
+                continue  # Raw text and partners of pairs answer nothing.
+            answers.add(index)
+            role = _ROLE.match(text.content)
+            if role:
+                roles.append((start, start + role.end(), f"{role[0].strip()!r} at its start"))
+            refusal = _refusal(text.content)
+            if refusal:
+                at = start + refusal.start()
+                refusals.append((at, start + refusal.end(), f'"{refusal[0].strip()}"'))
+        spots += joined.spots(ROLE, roles) + joined.spots(REFUSAL, refusals)
+        return Measured(tuple(spots), marks, len(answers))
+
+    def _reserved(self, joined: Joined) -> Iterator[tuple[int, int, str]]:
+        if self._special is None:
+            return
+        judged: dict[int, bool] = {}
+        for match in self._special.finditer(joined.text):
+            _, text, offset = joined.at(match.start())
+            start = match.start() - offset
+            if start not in judged:
+                judged[start] = self._is_encoded(text.content)
+            if judged[start]:
+                yield *match.span(), match[0]
+
+    def _is_encoded(self, content: str) -> bool:
+        """Whether the tokenizer makes a special id of any part of ``content``."""
+        assert self.tokenizer is not None
+        ids = self.tokenizer.encode(content, add_special_tokens=False)
+        return not set(self.special.values()).isdisjoint(ids)
+
+    def _foreign(self, joined: str, taken: set[int]) -> Iterator[tuple[int, int, str]]:
+        for match in _TEMPLATE.finditer(joined):
+            start, end = match.span()
+            if start in taken or match[0] in self.special:
+                continue
+            low = max(0, start - 210)
+            if match[0] in ("<s>", "</s>") and any(
+                low + struck.start() <= start < low + struck.end()
+                for struck in _STRUCK.finditer(joined[low : end + 210])
+            ):
+                continue
+            yield start, end, match[0].strip()
+
+    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+        """Count, and add what is wrong."""
+        self.marks += measured.marks
+        self.answers += measured.answers
+        self.rows.update(spot.rule for spot in measured.spots)
+        add(measured.spots, self.rules, where, findings)
+
+    def summary(self) -> Mapping[str, Any]:
+        """Rows that break each rule, marks by their text, and the share of answers that refuse."""
+        return {
+            "rows": {"counts": dict(self.rows.most_common())},
+            "marks": {"counts": dict(self.marks.most_common(20))},
+            "refusal_share": round(self.rows[REFUSAL.id] / self.answers, 4)
+            if self.answers
+            else 0.0,
+            "special_tokens": sorted(self.special)[:50],
+        }
+
+
+def _refusal(answer: str) -> re.Match[str] | None:
+    opening = answer[:_OPENING].lower()
+    if not any(hint in opening for hint in _HINTS):
+        return None
+    return _REFUSAL.search(answer, 0, _OPENING)
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Strings that ``tokenizer`` may turn into special ids, and these ids.
+
+    Tokens that were added to a vocabulary as ordinary text (``<think>``) are none.
+    """
+    known = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {
+        str(token): int(id_) for id_, token in known.items() if getattr(token, "special", True)
+    }
+    for name in tokenizer.all_special_tokens:
+        found.setdefault(str(name), int(tokenizer.convert_tokens_to_ids(name)))
+    return found

@@ -1,0 +1,130 @@
+"""Personal data and secrets in the rows: what a model may learn by heart and give away.
+
+Large language models give back training text word for word, rare strings among it (Carlini et al. 2021,
+"Extracting Training Data from Large Language Models"). Personal data is a warning, as it may be meant;
+keys of services and private keys are errors, as nobody means to publish them and their forms leave no
+doubt. A policy may say otherwise of each kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from luthier.gate.check import Batch, Check, Places, Where
+from luthier.gate.pii import KINDS, SECRETS, Finder, Kind, checked
+from luthier.gate.rules import Finding, Findings, Place, Rule
+from luthier.gate.texts import Joined, Spot, add
+
+_WHY = "A model gives back what it has learned by heart, to whoever asks."
+_REDACT = "Redact it, or remove the row."
+_REVOKE = (
+    "Revoke it at its service, then redact it or remove the row: it has left its place already."
+)
+
+_ABOUT: Mapping[Kind, str] = {
+    "private_key": "a private key",
+    "api_key": "a key or token of a service",
+    "jwt": "a signed web token",
+    "password": "a password or an assigned secret",
+    "email": "an e-mail address",
+    "iban": "a bank account",
+    "card": "a payment card number",
+    "national_id": "a national id",
+    "phone": "a telephone number",
+    "ip": "a public IP address",
+}
+RULES: Mapping[Kind, Rule] = {
+    kind: Rule(
+        f"{'secret' if kind in SECRETS else 'privacy'}.{kind}",
+        "error" if kind in ("private_key", "api_key") else "warning",
+        f"The row holds {about}.",
+        _WHY,
+        _REVOKE if kind in SECRETS else _REDACT,
+    )
+    for kind, about in _ABOUT.items()
+}
+UNCHECKED = Rule(
+    "privacy.unchecked",
+    "note",
+    "Bank accounts and national ids were not looked for.",
+    "They can be told from other numbers by their check digits only.",
+    "Install the extra: pip install 'luthier[privacy]'.",
+    whole=True,
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a batch holds."""
+
+    spots: tuple[Spot, ...]
+    items: Counter[str]
+    details: Counter[str]
+
+
+_VOWEL = re.compile(r"[aeioAEIO]|[FHLMNRSX][A-Z]+\b")
+
+
+class Privacy(Check):
+    """Looks for personal data and secrets in every text; no finding holds one."""
+
+    name: ClassVar[str] = "privacy"
+    rules: ClassVar[tuple[Rule, ...]] = (*RULES.values(), UNCHECKED)
+    measures_with: ClassVar[tuple[str, ...]] = ("finder",)
+
+    def __init__(self, finder: Finder | None = None) -> None:
+        self.finder = finder or Finder()
+        self.items: Counter[str] = Counter()
+        self.details: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter()
+        self.place: Place | None = None
+
+    def measure(self, batch: Batch) -> Measured:
+        """Find all items of a batch."""
+        joined = Joined.of(batch)
+        found = self.finder.find(joined.text)
+        spots: list[Spot] = []
+        for kind in KINDS:
+            these = [
+                (each.start, each.end, _named(each.detail)) for each in found if each.kind == kind
+            ]
+            spots += joined.spots(RULES[kind], these) if these else []
+        return Measured(
+            tuple(spots),
+            Counter(each.kind for each in found),
+            Counter(each.detail for each in found),
+        )
+
+    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+        """Count items and rows of each kind."""
+        if self.place is None:
+            self.place = Place(where.file, 0)
+        self.items += measured.items
+        self.details += measured.details
+        self.rows.update(spot.rule for spot in measured.spots)
+        add(measured.spots, self.rules, where, findings)
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """Say what could not be looked for."""
+        wanted = {"iban", "national_id"} & set(self.finder.kinds)
+        if wanted and self.place is not None and not checked():
+            findings.add(Finding(UNCHECKED, self.place, "python-stdnum is not installed here."))
+
+    def summary(self) -> Mapping[str, Any]:
+        """Items and rows of each kind."""
+        return {
+            "items": {"counts": {kind: self.items[kind] for kind in KINDS if self.items[kind]}},
+            "rows": {"counts": dict(self.rows.most_common())},
+            "details": {"counts": dict(self.details.most_common())},
+            "regions": list(self.finder.regions),
+            "national_ids_checked": checked(),
+        }
+
+
+def _named(detail: str) -> str:
+    """With its article, as it is said: an RSA key, a US number."""
+    return f"{'an' if _VOWEL.match(detail) else 'a'} {detail}"

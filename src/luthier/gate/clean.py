@@ -1,0 +1,496 @@
+"""One data set to a cleaned one: what goes is found first, then the new file and its log are written.
+
+Nothing is changed in place. The source is read once for each run of the gate and once more to write;
+texts are not kept in memory. The same source, plan and seed give the same bytes.
+
+What did not change is written as it was read. Of what changed, the record is kept and its texts are
+replaced, so that whatever else it holds stays; where a text is put together of several (Alpaca's
+instruction and input), the record is written anew. Either way it is read again before it is written,
+and must give the row that was meant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from luthier.data.checker import Checker
+from luthier.data.convert import format_of
+from luthier.data.forms import Form
+from luthier.data.parsing import Record
+from luthier.data.rows import Columns, RowReader
+from luthier.data.sources import Source, files_of
+from luthier.data.targets import TARGETS, used_keys
+from luthier.data.writers import Writer, check_columns, check_table, writer_of
+from luthier.errors import DataError, LuthierError, Problem, RecipeError, RowRefused
+from luthier.files import new_file, write_json
+from luthier.gate.check import Known, Split
+from luthier.gate.checks import all_rules
+from luthier.gate.clean_plan import Plan, key_of
+from luthier.gate.edits import Edit, Piece, Setting, edits_for, mapped
+from luthier.gate.scan import Streaming
+from luthier.gate.selection import Selection, Selector
+from luthier.gate.texts import texts
+from luthier.types import Row
+
+MOST_PROBLEMS = 100
+"""Refused rows that are named."""
+
+
+@dataclass
+class Summary:
+    """What was done."""
+
+    source: str
+    target: str
+    changes: str
+    """The log: a line for each thing that happened to a row."""
+    form: str = ""
+    rows_in: int = 0
+    """Rows of the source, readable or not."""
+    rows_out: int = 0
+    kept: int = 0
+    """Rows of the source that are in the target, changed or not."""
+    changed: dict[str, int] = field(default_factory=dict)
+    """Rows that each edit changed and that are in the target."""
+    edits: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What each edit did, in all rows that were read."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows that went, by the rule they went by."""
+    passes: int = 0
+    """Runs of the gate; the last found nothing more to drop."""
+    dry_run: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """The summary for JSON."""
+        return asdict(self)
+
+
+def changes_of(target: Path) -> Path:
+    """Where the log of ``target`` is."""
+    return target.with_name(f"{target.name}.changes.jsonl")
+
+
+def summary_of(target: Path) -> Path:
+    """Where the summary of ``target`` is."""
+    return target.with_name(f"{target.name}.summary.json")
+
+
+def clean(
+    source: Source,
+    target: Path,
+    plan: Plan,
+    held: Mapping[Split, Source] | None = None,
+    columns: Columns | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    environment: Mapping[str, str] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    told: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Apply ``plan`` to the rows of ``source`` and write ``target``, its log and its summary.
+
+    Args:
+        source: a file, a folder, a pattern or an address.
+        target: the new file; its ending names the format, and ``.gz`` or ``.zst`` packs it.
+        plan: the fixes.
+        held: sources of held-out splits, for ``leakage.*``.
+        columns: the source's name for each of our keys.
+        overwrite: replace files where there are some.
+        dry_run: find out all that would happen, and write nothing.
+        environment: where the key of pseudonyms stands; this process's if not given.
+        say: told what takes a while.
+        told: now and then given how many bytes of how many of a pass have been read.
+
+    Raises:
+        RecipeError: for a plan or target that cannot be.
+        DataError: with every row that is neither mended nor dropped and cannot be written.
+        UnknownModel, DownloadError: for a base model that is not here.
+    """
+    held = dict(held or {})
+    if plan.leaks and not held:
+        raise RecipeError(
+            "rows that leak are found beside held-out rows; name --validation or --test"
+        )
+    kind = _kind(target)
+    _check_target(target, [source, *held.values()], overwrite or dry_run)
+    key = key_of(plan, os.environ if environment is None else environment)
+    setting = Setting(plan, _known(plan, say), key)
+    work = _Cleaning(source, columns, setting, told)
+    summary = Summary(str(source), str(target), str(changes_of(target)), dry_run=dry_run)
+    selection = Selection(())
+    if plan.dropped or plan.balance:
+        splits = {split: _rows_of(each) for split, each in held.items()}
+        selector = Selector(plan, setting.known, work.rows, splits)
+        selection = selector.select()
+        summary.passes = selector.passes
+    names = work.names(selection) if kind not in ("jsonl", "text") else []
+    with ExitStack() as stack:
+        if dry_run:
+            work.write(_Nowhere(), None, selection, summary, names)
+            return summary
+        log = stack.enter_context(new_file(changes_of(target)))
+        writer = stack.enter_context(writer_of(kind, target, names))
+        work.write(writer, log, selection, summary, names)
+    write_json(summary_of(target), summary.plain())
+    return summary
+
+
+class _Nowhere:
+    def write(self, record: Record) -> None:
+        """Nothing is kept."""
+
+
+class _Cleaning:
+    """Reads the source as often as it is needed."""
+
+    def __init__(
+        self,
+        source: Source,
+        columns: Columns | None,
+        setting: Setting,
+        told: Callable[[int, int], None] | None,
+    ) -> None:
+        self.source, self.columns, self.setting, self.told = source, columns, setting, told
+        self.left_out = setting.plan.refused
+        self.rules = all_rules()
+
+    def rows(self) -> Iterator[Row]:
+        """All rows as edited; refused where one can be neither read nor mended nor left out."""
+        for each in self._edited(self._pass()):
+            yield from (piece.row for piece in each.pieces)
+
+    def names(self, selection: Selection) -> list[str]:
+        """Columns of the records that will be written, in the order of appearance."""
+        found: dict[str, None] = {}
+        number = 0
+        problems: list[Problem] = []
+
+        def seen(record: Record) -> None:
+            check_table(record)
+            found.update(dict.fromkeys(record))
+
+        for each in self._edited(self._pass()):
+            for piece in each.pieces:
+                if not selection.why(number):
+                    _put(each, piece, seen, problems)
+                number += 1
+        _refuse(problems)
+        return list(found)
+
+    def write(
+        self,
+        writer: Writer,
+        log: BinaryIO | None,
+        selection: Selection,
+        summary: Summary,
+        names: Sequence[str],
+    ) -> None:
+        """The last pass."""
+        book = _Book(log)
+        done = self._pass()
+        number = 0
+        problems: list[Problem] = []
+
+        def put(record: Record) -> None:
+            check_columns(record, names)
+            writer.write(record)
+
+        for each in self._edited(done, book):
+            book.rows += 1
+            reasons = [selection.why(number + at) for at in range(len(each.pieces))]
+            stay = [piece for piece, why in zip(each.pieces, reasons, strict=True) if not why]
+            if stay:
+                book.changed(each)
+            for at, why in enumerate(reasons):
+                if why:
+                    about = self._about(why, selection, number + at)
+                    book.dropped(each.row.file, each.row.line, why, about)
+            number += len(reasons)
+            for piece in stay:
+                _put(each, piece, put, problems)
+            summary.rows_out += len(stay)
+        _refuse(problems)
+        self._check_end(number, selection, summary, book)
+        summary.form = str(done.reader.recognized.form)
+        summary.rows_in, summary.kept = book.rows, book.kept
+        summary.changed, summary.dropped = dict(book.changes), dict(book.drops)
+        summary.edits = {edit.name: dict(edit.counts) for edit in done.edits if edit.counts}
+
+    def _check_end(self, number: int, selection: Selection, summary: Summary, book: _Book) -> None:
+        """Refuse a source that is another than before, and a cleaning that leaves nothing."""
+        if len(selection) not in (0, number):
+            raise LuthierError(f"{self.source} changed while it was read; nothing was written")
+        if not summary.rows_out:
+            went = ", ".join(f"{rule} {count:,}" for rule, count in book.drops.items())
+            raise RecipeError(f"no row would be left of {self.source} ({went}); drop less")
+
+    def _pass(self) -> Pass:
+        return Pass(self.source, self.columns, self.setting, self.told)
+
+    def _edited(self, done: Pass, book: _Book | None = None) -> Iterator[Edited]:
+        """Rows that are not left out; of those that are, the log is told."""
+        bad: list[Problem] = []
+        for each in done:
+            if isinstance(each, Edited):
+                if not bad:
+                    yield each
+                continue
+            refused = [p for p in each if not p.line or p.rule not in self.left_out]
+            bad += refused
+            _refuse(bad, MOST_PROBLEMS)
+            if not refused and book is not None:
+                first = each[0]
+                book.rows += 1
+                book.dropped(first.file, first.line, first.rule, self.rules[first.rule].about)
+        _refuse(bad + done.refused)
+
+    def _about(self, why: str, selection: Selection, number: int) -> str:
+        """Why a row went; the words of the rule, as those of a finding may quote the row."""
+        if why not in self.rules:
+            return "The class has more rows than asked for."
+        other = selection.other(number)
+        return self.rules[why].about + (f" See {other}." if other else "")
+
+
+def _put(
+    each: Edited, piece: Piece, action: Callable[[Record], None], problems: list[Problem]
+) -> None:
+    """Do something with the record of a piece; where it cannot be, that is noted."""
+    try:
+        action(each.record(piece))
+    except RowRefused as bad:
+        problems.append(bad.at(each.row.file, each.row.line))
+        _refuse(problems, MOST_PROBLEMS)
+
+
+class _Book:
+    """The log, and the counts of it."""
+
+    def __init__(self, log: BinaryIO | None) -> None:
+        self.log = log
+        self.rows = self.kept = 0
+        self.changes: Counter[str] = Counter()
+        self.drops: Counter[str] = Counter()
+
+    def changed(self, each: Edited) -> None:
+        """A row that stays, with what the edits did."""
+        self.kept += 1
+        for name, detail in each.done:
+            self.changes[name] += 1
+            self._line(each.row.file, each.row.line, "changed", name, detail)
+
+    def dropped(self, file: str, line: int, rule: str, detail: str) -> None:
+        """A row that goes."""
+        self.drops[rule] += 1
+        self._line(file, line, "dropped", rule, detail)
+
+    def _line(self, file: str, line: int, action: str, rule: str, detail: str) -> None:
+        if self.log is not None:
+            told = {"file": file, "line": line, "action": action, "rule": rule, "detail": detail}
+            self.log.write((json.dumps(told, ensure_ascii=False) + "\n").encode())
+
+
+def _refuse(problems: Sequence[Problem], count: int = 1) -> None:
+    if len(problems) >= count:
+        raise DataError(problems, "nothing was written")
+
+
+def _kind(target: Path) -> str:
+    return "text" if target.suffix.lower() in (".txt", ".md", ".text") else format_of(target)
+
+
+def _check_target(target: Path, sources: Sequence[Source], overwrite: bool) -> None:
+    written = (target, changes_of(target), summary_of(target))
+    for source in sources:
+        if Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
+            raise RecipeError(
+                f"{target} would be read as a part of {source}; name a file elsewhere"
+            )
+    read = {path.resolve() for source in sources for path in files_of(source)}
+    for path in written:
+        if path.resolve() in read:
+            raise RecipeError(
+                f"{path} is read from, and nothing is changed in place; name another file"
+            )
+        if path.exists() and not overwrite:
+            raise RecipeError(f"{path} is there already; --overwrite replaces it")
+
+
+def _rows_of(source: Source) -> Callable[[], Iterable[Row]]:
+    """Held-out rows; :class:`DataError` where one cannot be read."""
+
+    def rows() -> Iterator[Row]:
+        reader = RowReader(source, None, Streaming)
+        yield from reader
+        _refuse(reader.problems)
+
+    return rows
+
+
+def _known(plan: Plan, say: Callable[[str], None]) -> Known:
+    if plan.base is None:
+        return Known()
+    from dataclasses import replace
+
+    from luthier.gate.inspect import known_of
+
+    return replace(known_of(plan.base, plan.objective, 0, say), every=True)
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A row that was read, and what the edits made of it."""
+
+    row: Row
+    pieces: tuple[Piece, ...]
+    done: tuple[tuple[str, str], ...]
+    """Edits that did something, and what, in words."""
+    given: Record
+    reader: RowReader
+
+    def record(self, piece: Piece) -> Record:
+        """What is written of ``piece``; :class:`RowRefused` where its form cannot say it."""
+        return record_of(piece, self.row, self.given, self.reader.checker.form)
+
+
+class Pass:
+    """Rows of the source in order, and before each what could not be read on the way to it."""
+
+    def __init__(
+        self,
+        source: Source,
+        columns: Columns | None,
+        setting: Setting,
+        told: Callable[[int, int], None] | None = None,
+    ) -> None:
+        # A text that is a file is one row: a telephone number may stand across any cut.
+        self.reader = RowReader(source, columns, Streaming, whole=True, told=told)
+        self.edits: list[Edit] = edits_for(setting)
+        self.refused: list[Problem] = []
+        """What no edit could mend."""
+
+    def __iter__(self) -> Iterator[Edited | list[Problem]]:
+        for row in self.reader:
+            bad: list[Problem] = []
+            before: list[Problem] = []
+            for problem in self._taken():
+                same = (problem.file, problem.line) == (row.file, row.line)
+                (bad if same else before).append(problem)
+            yield from _by_line(before)
+            if bad:
+                yield from _by_line(bad)
+                continue
+            try:
+                yield self._edited(row)
+            except RowRefused as error:
+                self.refused.append(error.at(row.file, row.line))
+        yield from _by_line(self._taken())
+
+    def _taken(self) -> list[Problem]:
+        problems = list(self.reader.problems)
+        self.reader.problems.clear()
+        return problems
+
+    def _edited(self, row: Row) -> Edited:
+        given = self.reader.checker.given
+        pieces = [Piece(row, further_of(row, given, self.reader.checker.form))]
+        done = []
+        for edit in self.edits:
+            results = [edit.apply(piece) for piece in pieces]
+            words = [said for _, said in results if said]
+            if words:
+                pieces = [piece for made, _ in results for piece in made]
+                done.append((edit.name, "; ".join(words)))
+        return Edited(row, tuple(pieces), tuple(done), given, self.reader)
+
+
+def _by_line(problems: list[Problem]) -> Iterator[list[Problem]]:
+    """Problems of the same line together."""
+    held: list[Problem] = []
+    for problem in problems:
+        if held and (held[0].file, held[0].line) != (problem.file, problem.line):
+            yield held
+            held = []
+        held.append(problem)
+    if held:
+        yield held
+
+
+_BACK: Mapping[str, str] = {
+    "Bedrock conversation": "bedrock-conversation",
+    "ShareGPT": "sharegpt",
+    "Alpaca": "alpaca",
+    "Bedrock raw text": "bedrock",
+}
+"""The target that writes a form; others can only have their texts replaced."""
+
+
+def further_of(row: Row, given: Record, form: Form | None) -> Record:
+    """Keys that stand beside what the row was made of."""
+    used = used_keys(row, form)
+    return {key: value for key, value in given.items() if key not in used}
+
+
+def record_of(piece: Piece, row: Row, given: Record, form: Form | None) -> Record:
+    """The record of ``piece``, which was made of ``row``, which was read from ``given``.
+
+    Raises:
+        RowRefused: where the form cannot say what became of the row.
+    """
+    if piece.row == row:
+        return _beside(given, piece)
+    for made in (_replaced(piece, row, given), _anew(piece, given, form)):
+        if made is not None and _reads(made, piece.row):
+            return made
+    name = form.name if form else "its own"
+    raise RowRefused(
+        "convert.form",
+        f"The row was changed and cannot be written in the form {name} again.",
+        "Write the data in luthier's own form first: luthier convert SOURCE rows.jsonl.",
+    )
+
+
+def _beside(given: Record, piece: Piece) -> Record:
+    return {key: piece.further.get(key, value) for key, value in given.items()}
+
+
+def _replaced(piece: Piece, row: Row, given: Record) -> Record:
+    """The record as it was, with the new texts in the places of the old ones."""
+    new = {text.field: text.content for text in texts(piece.row)}
+    changed = {text.content: new[text.field] for text in texts(row) if text.field in new}
+    made = {
+        key: piece.further[key]
+        if key in piece.further
+        else mapped(value, lambda text: changed.get(text, text))
+        for key, value in given.items()
+    }
+    if piece.row.tokens is not None:
+        made["tokens"] = list(piece.row.tokens)
+        if "tags" in made:
+            made["tags"] = list(piece.row.tags or ())
+    return made
+
+
+def _anew(piece: Piece, given: Record, form: Form | None) -> Record | None:
+    if form is not None and form.name not in _BACK:
+        return None
+    target = _BACK[form.name] if form else "openai" if "preferred_output" in given else "rows"
+    try:
+        made = TARGETS[target](piece.row)
+    except RowRefused:
+        return None
+    return made if piece.further.keys() & made.keys() else {**made, **piece.further}
+
+
+def _reads(record: Record, row: Row) -> bool:
+    """Whether the record is read as the row; ids are no part of it."""
+    problems: list[Problem] = []
+    read = Checker(row.file, problems).row(row.line, record)
+    return not problems and read is not None and replace(read, line=row.line) == row

@@ -1,0 +1,166 @@
+"""What is to be cleaned: the fixes that a person chose, and the rules of the gate they name.
+
+Edits come first, as they are written in :data:`luthier.cleaning.edits.EDITS`: a repair may make rows
+equal, and a row that was shortened is too long no more. What is dropped is judged by what would be
+written: rows that break the chosen rules, copies among them, then rows of classes that are too large.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from luthier.errors import RecipeError
+from luthier.gate.check import Known
+from luthier.gate.checks import CHECKS, all_rules, checks_for
+from luthier.gate.pii import KINDS
+from luthier.gate.rules import rules as reading_rules
+from luthier.recipe import Part
+
+UNREADABLE = "unreadable"
+"""Stands for every rule of reading that a single row can break."""
+_COPIES: Mapping[str | None, tuple[str, ...]] = {
+    None: (),
+    "exact": ("duplicate.exact",),
+    "near": ("duplicate.exact", "duplicate.near"),
+}
+LEAKAGE = "leakage."
+
+
+class Plan(Part):
+    """Fixes; each is off until it is asked for."""
+
+    strip: bool = False
+    """Remove control characters, byte order marks and what else nobody sees, write CRLF as LF, and
+    put letters into their usual form (NFC)."""
+    redact: tuple[str, ...] = ()
+    """Replace personal data and secrets of these kinds by pseudonyms; `all` for all kinds."""
+    redact_key_env: str | None = None
+    """Environment variable with a key of 16 bytes or more, that makes pseudonyms equal across files."""
+    split_long: bool = False
+    """Split raw text that is longer than the context of `base`, at paragraphs where it can be."""
+    truncate: Literal["end", "start"] | None = None
+    """Cut rows to the context of `base`: the `end` of what is learned, or the `start` of what is
+    given."""
+    drop: tuple[str, ...] = ()
+    """Rules of the gate whose rows are removed; `unreadable` for rows that cannot be read."""
+    dedupe: Literal["exact", "near"] | None = None
+    """Keep the first of rows that are the same, or nearly."""
+    balance: Literal["down"] | PositiveInt | None = None
+    """Rows of each class at most; `down` for as many as the smallest has."""
+    seed: int = Field(default=0, ge=0)
+    """Which rows of a class are kept."""
+    base: str | None = None
+    """Model that rows are to fit."""
+    objective: str | None = None
+    """What is to be learned; the rows decide where it is not given."""
+
+    @staticmethod
+    def of(fields: Mapping[str, Any]) -> Plan:
+        """A plan from plain values; :class:`RecipeError` names each bad field."""
+        try:
+            return Plan.model_validate(fields)
+        except ValidationError as error:
+            found = error.errors()
+        lines = []
+        for item in found:
+            # A field of two kinds is named once, without the kind that was tried.
+            where = str(item["loc"][0]).replace("_", "-") if item["loc"] else ""
+            what = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                what = f"there is no such field; there are {', '.join(Plan.model_fields)}"
+            lines.append(f"{where}: {what}" if where else what)
+        raise RecipeError("; ".join(dict.fromkeys(lines)))
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        if not (self.edits or self.dropped or self.refused or self.balance):
+            raise ValueError(
+                "nothing is asked for; choose from --strip, --redact, --split-long, --truncate, "
+                "--drop, --dedupe and --balance"
+            )
+        for kind in self.redact:
+            if kind not in (*KINDS, "all"):
+                raise ValueError(
+                    f"redact: there is no kind {kind!r}; there are all, {', '.join(KINDS)}"
+                )
+        if self.redact_key_env and not self.redact:
+            raise ValueError("redact_key_env: nothing is redacted; name kinds with --redact")
+        if not self.base:
+            self._check_base()
+        return self
+
+    def _check_base(self) -> None:
+        for name, wanted in (("split_long", self.split_long), ("truncate", self.truncate)):
+            if wanted:
+                raise ValueError(f"{name}: say for which model, with --base ID")
+        _, left_out = checks_for(Known())
+        for name in left_out:
+            for rule in CHECKS[name].rules:
+                if rule.id in self.dropped:
+                    raise ValueError(f"drop: {rule.id} is found with a model only; give --base ID")
+
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """Names of the edits that are asked for."""
+        asked = {"strip": self.strip, "redact": self.redact, "split_long": self.split_long,
+                 "truncate": self.truncate}  # fmt: skip
+        return tuple(name for name, wanted in asked.items() if wanted)
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """Rules of reading whose rows are left out."""
+        return frozenset(rule for rule in self._rules() if rule in reading_rules())
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Rules of the gate whose rows are dropped, copies included; a row goes by the first."""
+        named = [rule for rule in self._rules() if rule not in reading_rules()]
+        return tuple(dict.fromkeys([*named, *_COPIES[self.dedupe]]))
+
+    @property
+    def leaks(self) -> bool:
+        """Whether held-out rows are needed."""
+        return any(rule.startswith(LEAKAGE) for rule in self.dropped)
+
+    def _rules(self) -> list[str]:
+        return list(dict.fromkeys(rule for name in self.drop for rule in _named(name)))
+
+
+def _named(name: str) -> list[str]:
+    """The rules that ``name`` means: one, all that begin so, or all of reading."""
+    rules = all_rules()
+    if name == UNREADABLE:
+        return [rule.id for rule in reading_rules().values() if not rule.whole]
+    if name.endswith(".*"):
+        found = [
+            rule.id for rule in rules.values() if rule.id.startswith(name[:-1]) and not rule.whole
+        ]
+        if found:
+            return found
+    elif name in rules:
+        if rules[name].whole:
+            raise ValueError(
+                f"drop: {name} is about the data as a whole, and no row can be removed for it; "
+                f"{rules[name].fix or 'mend the file'}"
+            )
+        return [name]
+    close = difflib.get_close_matches(name, [*rules, UNREADABLE], n=1)
+    hint = f"did you mean {close[0]}?" if close else "docs/reference.md lists them all"
+    raise ValueError(f"drop: there is no rule {name!r}; {hint}")
+
+
+def key_of(plan: Plan, environment: Mapping[str, str]) -> bytes | None:
+    """The key of pseudonyms; :class:`RecipeError` where it is absent or too short."""
+    if plan.redact_key_env is None:
+        return None
+    key = environment.get(plan.redact_key_env, "").encode()
+    if len(key) < 16:
+        raise RecipeError(
+            f"the environment variable {plan.redact_key_env} must hold a key of 16 bytes or more; "
+            f"`openssl rand -hex 32` makes one"
+        )
+    return key

@@ -1,0 +1,117 @@
+"""Policy: which rules are errors, which warnings, and which checks are left out.
+
+A policy is a TOML file that a team keeps beside its data::
+
+    skip = ["language"]
+
+    [severity]
+    "leakage.exact" = "error"
+    "privacy.*" = "off"
+
+A name that ends in ``.*`` means every rule that begins so. The command line and a recipe say more on
+top of it, and have the last word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from luthier.errors import RecipeError
+from luthier.gate.checks import CHECKS, all_rules
+from luthier.gate.checks.learning import TOO_LONG, Learning
+from luthier.gate.rules import SEVERITIES, Rule, Severity
+from luthier.gate.rules import rules as reading_rules
+
+Choice = Severity | Literal["off"]
+CHOICES: tuple[str, ...] = (*get_args(Literal["off"]), *SEVERITIES)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What people decided about rules and checks."""
+
+    severity: Mapping[str, Choice] = field(default_factory=dict)
+    """By the full id of a rule."""
+    skip: frozenset[str] = frozenset()
+    """Names of checks that are not run."""
+
+    def and_then(self, other: Policy) -> Policy:
+        """Both, where ``other`` has the last word."""
+        return Policy({**self.severity, **other.severity}, self.skip | other.skip)
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy of a TOML file; :class:`RecipeError` for what it cannot say."""
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} is not a readable policy: {error}") from error
+    if unknown := set(fields) - {"severity", "skip"}:
+        raise RecipeError(f"{path}: a policy has `severity` and `skip`, not {sorted(unknown)[0]!r}")
+    severity, skip = fields.get("severity", {}), fields.get("skip", [])
+    if not isinstance(severity, dict) or not isinstance(skip, list):
+        raise RecipeError(f"{path}: `severity` is a table, and `skip` an array of names of checks")
+    return policy_of(severity, map(str, skip))
+
+
+def policy_of(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> Policy:
+    """A policy from plain values; dotted names may also be nested, as TOML nests them."""
+    chosen: dict[str, Choice] = {}
+    for name, value in _flat(severity):
+        if value not in CHOICES:
+            raise RecipeError(f"{name}: a severity is one of {', '.join(CHOICES)}, not {value!r}")
+        for rule in _named(name):
+            chosen[rule.id] = value
+    left = frozenset(skip)
+    for name in sorted(left - set(CHECKS)):
+        raise RecipeError(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
+    return Policy(chosen, left)
+
+
+def parse_severity(text: str) -> dict[str, str]:
+    """``RULE=SEVERITY`` of the command line."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(
+            f"--severity takes RULE=off, note, warning or error, for example row.too_long=warning; "
+            f"got {text!r}"
+        )
+    return {name.strip(): value.strip()}
+
+
+def _flat(fields: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
+def _named(name: str) -> list[Rule]:
+    """The rules that ``name`` means, each of which may be decided about."""
+    rules = all_rules()
+    if name.endswith(".*"):
+        found = [rule for id_, rule in rules.items() if id_.startswith(name[:-1])]
+        found = [rule for rule in found if rule.id not in _settled()]
+    else:
+        found = [rules[name]] if name in rules else []
+        if name in _settled():
+            raise RecipeError(
+                f"{name}: such rows cannot be trained on, so the rule stays an error; mend them, or "
+                "remove them"
+            )
+    if not found:
+        close = difflib.get_close_matches(name, rules, n=1)
+        hint = f"did you mean {close[0]}?" if close else "docs/reference.md lists them all"
+        raise RecipeError(f"there is no rule {name!r} to decide about; {hint}")
+    return found
+
+
+def _settled() -> set[str]:
+    """Rules that refuse training itself. What becomes of long rows is for ``data.long_rows``."""
+    return {*reading_rules(), *(rule.id for rule in Learning.rules)} - {TOO_LONG.id}

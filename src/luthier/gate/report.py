@@ -1,0 +1,363 @@
+"""What the gate says of a data set, what to look at first, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier.data.sources import stem_of
+from luthier.errors import Problem
+from luthier.gate.check import Split
+from luthier.gate.checks.learning import TOO_LONG
+from luthier.gate.pii import KINDS
+from luthier.gate.rules import Finding, Findings, Place, Rule
+from luthier.gate.rules import rules as reading_rules
+from luthier.printable import printable
+
+
+@dataclass
+class Report:
+    """What the gate says of a data set."""
+
+    files: Mapping[Split, Sequence[str]]
+    rows: dict[Split, int]
+    findings: Findings
+    summaries: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What each check has to show, by its name."""
+    seconds: float = 0.0
+    forms: Mapping[Split, str] = field(default_factory=dict)
+    """What the rows were taken for, by the first of each split."""
+    base: str | None = None
+    """Id of the model whose tokenizer and template the rows were encoded with."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Checks that were not run, and why."""
+    sources: Mapping[Split, str] = field(default_factory=dict)
+    """What was asked to be inspected: files, folders, patterns or addresses."""
+
+    def source(self, split: Split) -> str:
+        """What a command is to name for the rows of a split."""
+        return self.sources.get(split) or next(iter(self.files.get(split, ())), "")
+
+    @property
+    def exit_code(self) -> int:
+        """0 for nothing but notes, 1 for warnings, 2 for data that is refused."""
+        return self.findings.exit_code
+
+    @property
+    def verdict(self) -> str:
+        """``passed``, ``warnings`` or ``refused``."""
+        return ("passed", "warnings", "refused")[self.exit_code]
+
+    def html(self) -> str:
+        """The report as one page that needs nothing beside it."""
+        from luthier.gate.report_html import page
+
+        return page(self)
+
+    def plain(self) -> dict[str, Any]:
+        """The report for JSON."""
+        found = self.findings
+        return {
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "base": self.base,
+            "forms": dict(self.forms),
+            "left_out": dict(self.left_out),
+            "files": {split: list(files) for split, files in self.files.items()},
+            "rows": self.rows,
+            "seconds": round(self.seconds, 3),
+            "rules": [
+                {
+                    "rule": rule.id,
+                    "severity": found.severity(rule),
+                    "count": found.counts[rule.id],
+                    "about": rule.about,
+                    "why": rule.why,
+                    "fix": rule.fix,
+                    "aliases": list(rule.aliases),
+                    "places": [each.plain() for each in found.kept[rule.id]],
+                }
+                for rule in found.rules()
+            ],
+            "summaries": {name: dict(each) for name, each in self.summaries.items()},
+        }
+
+
+TOKENS = 360
+"""Tokens of a row that are shown at most; a third from its start, the rest from its end."""
+
+
+def short(place: Place) -> str:
+    """A place without the folders of its file."""
+    return str(Place(Path(place.file).name, place.line))
+
+
+def number(value: Any, key: str = "") -> str:
+    """A value of a summary for people; ``key`` is what it is called there."""
+    if value is None or isinstance(value, bool):
+        return {None: "–", True: "yes", False: "no"}[value]
+    if isinstance(value, int | float) and key.endswith("share") and 0 <= value <= 1:
+        return f"{value:.1%}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def listed(places: Sequence[Place], count: int) -> str:
+    """The first ``count`` places; a file is named once for lines of it that follow each other."""
+    parts, file = [], ""
+    for each in places[:count]:
+        parts.append(short(each) if each.file != file else str(each.line))
+        file = each.file
+    more = f" and {len(places) - count:,} more" if len(places) > count else ""
+    return ", ".join(parts) + more
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of which all are learned, or none."""
+
+    text: str
+    learned: bool
+    left_out: int = 0
+    """Tokens that stand here in the row and are not shown."""
+
+
+def runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[Run]:
+    """The tokens of a row in as few pieces as they have colours, with the middle of long ones cut."""
+    head, tail = (len(tokens), len(tokens)) if len(tokens) <= TOKENS else (120, len(tokens) - 240)
+    found: list[Run] = []
+    for start, stop in ((0, head), (tail, len(tokens))):
+        if start and start < stop:
+            found.append(Run("", False, tail - head))
+        for token, taught in zip(tokens[start:stop], learned[start:stop], strict=True):
+            if found and found[-1].learned == taught and not found[-1].left_out:
+                found[-1] = Run(found[-1].text + token, taught)
+            else:
+                found.append(Run(token, taught))
+    return [Run(printable(run.text), run.learned, run.left_out) for run in found]
+
+
+def worst_rows(report: Report, count: int = 10) -> list[tuple[Place, list[Finding]]]:
+    """Rows that break the most rules, of those whose places are kept."""
+    rows: dict[Place, dict[str, Finding]] = {}
+    for findings in report.findings.kept.values():
+        for each in findings:
+            if each.place.line:
+                rows.setdefault(each.place, {}).setdefault(each.rule.id, each)
+    found = [(place, list(each.values())) for place, each in rows.items() if len(each) > 1]
+    return sorted(found, key=lambda row: -len(row[1]))[:count]
+
+
+def severities(report: Report) -> Counter[str]:
+    """How many findings there are of each severity."""
+    found: Counter[str] = Counter()
+    for rule in report.findings.rules():
+        found[report.findings.severity(rule)] += report.findings.counts[rule.id]
+    return found
+
+
+def verdict_line(report: Report) -> str:
+    """What was found, in one sentence."""
+    count = severities(report)
+    names = ("error", "warning", "note")
+    parts = [f"{count[name]:,} {name}{'s' * (count[name] != 1)}" for name in names if count[name]]
+    rows = sum(report.rows.values())
+    return f"{', '.join(parts) or 'Nothing wrong'}; {rows:,} row{'s' * (rows != 1)} could be read."
+
+
+def learned_of(report: Report) -> Mapping[str, Mapping[str, Any]]:
+    """What the check of what is learned says of each split; empty where it was not run."""
+    summary = report.summaries.get("learning", {})
+    splits: Mapping[str, Mapping[str, Any]] = summary.get("splits", {})
+    return splits
+
+
+def learned_share(found: Mapping[str, Any]) -> str:
+    """How much of a split is learned; a target of the row as a whole is no share of its tokens."""
+    tokens, learned = found["tokens"], found["learned_tokens"]
+    if learned == found["lengths"]["count"] and not any(
+        any(row["learned"]) for row in found["shown"]
+    ):
+        return "1 a row"
+    return f"{learned / tokens:.0%}" if tokens else "–"
+
+
+def next_steps(report: Report) -> list[tuple[str, str]]:
+    """What to do now, one after the other: in words, and a command to type where there is one."""
+    cleaning = command(report)
+    first = [("Write a new data set in which this is mended:", cleaning)] if cleaning else []
+    return [*first, _training(report)]
+
+
+def _training(report: Report) -> tuple[str, str]:
+    command = ["luthier", "tune", report.source("train")]
+    if report.files.get("validation"):
+        command += ["--validation", report.source("validation")]
+    if report.base:
+        command += ["--base", report.base]
+    if objective := report.summaries.get("learning", {}).get("objective"):
+        command += ["--objective", str(objective)]
+    typed = shlex.join(command)
+    found = report.findings
+    errors = {rule.id for rule in found.rules() if found.severity(rule) == "error"}
+    if errors == {TOO_LONG.id}:
+        return "Shorten the long rows, or train without them:", f"{typed} --set data.long_rows=drop"
+    if errors:
+        return "Mend the errors as their fixes say, then inspect the data again.", ""
+    if report.exit_code:
+        return "Look at the warnings; where they are as you want them, train:", typed
+    return "The data can be trained on:", typed
+
+
+def says(summary: Any) -> bool:
+    """Whether a check's summary holds any number but 0, or a table."""
+    if isinstance(summary, Mapping):
+        return any(says(each) for each in summary.values())
+    if isinstance(summary, list):
+        return any(isinstance(each, Mapping) for each in summary)
+    return isinstance(summary, int | float) and not isinstance(summary, bool) and summary > 0
+
+
+_DROPPED = (
+    "label.contradiction",
+    "preference.contradiction",
+    "target.says_nothing",
+    "target.equals_input",
+    "encoding.replacement",
+    "row.nothing_learned",
+    "row.empty",
+)
+"""Rules whose rows nothing but a person mends; without them nothing is wrong."""
+
+FIXES: Mapping[str, tuple[str, str]] = {
+    **{rule.id: ("--drop", "unreadable") for rule in reading_rules().values() if not rule.whole},
+    **{f"encoding.{name}": ("--strip", "") for name in ("control", "invisible", "not_nfc")},
+    **{f"{group}.{kind}": ("--redact", kind) for group in ("privacy", "secret") for kind in KINDS},
+    **{f"leakage.{name}": ("--drop", "leakage.*") for name in ("exact", "input", "near", "many")},
+    **{name: ("--drop", name) for name in _DROPPED},
+    "row.too_long": ("--truncate", "end"),
+    "duplicate.exact": ("--dedupe", "exact"),
+    "duplicate.near": ("--dedupe", "near"),
+    "label.imbalance": ("--balance", "down"),
+}
+"""Option and value by rule. ``--balance`` is never proposed, as it costs good rows."""
+
+_SAME_ENDING = (".csv", ".tsv", ".parquet", ".txt", ".md")
+
+
+def command(report: Report) -> str:
+    """The cleaning that mends what was found in the training rows; empty where there is none."""
+    options = _options(_mended(report))
+    if not options:
+        return ""
+    source = report.source("train")
+    words = ["luthier", "clean", source, target_of(source)]
+    for name, value in options.items():
+        for each in value:
+            words += [name, each] if each else [name]
+    if any(each.startswith("leakage.") for each in options.get("--drop", {})):
+        for split in report.files:
+            if split != "train":
+                words += [f"--{split}", report.source(split)]
+    if report.base and "--truncate" in options:
+        words += ["--base", report.base]
+    return shlex.join(words)
+
+
+def target_of(source: str) -> str:
+    """A name for the cleaned data: beside a file, in the working folder for anything else."""
+    ending = next((each for each in _SAME_ENDING if source.lower().endswith(each)), ".jsonl")
+    name = f"{stem_of(source)}-clean{ending}"
+    path = Path(source)
+    return str(path.with_name(name)) if path.is_file() else name
+
+
+def _mended(report: Report) -> Iterable[Rule]:
+    """Rules that a fix mends and that are worth one: notes are left to people."""
+    found = report.findings
+    train = set(report.files.get("train", ()))
+
+    def ours(each: Finding) -> bool:
+        return each.place.file in train or each.rule.id.startswith("leakage.")
+
+    for rule in found.rules():
+        serious = found.severity(rule) != "note"
+        if rule.id in FIXES and FIXES[rule.id][1] == "unreadable" and not report.rows.get("train"):
+            continue  # to leave out all rows mends nothing
+        if serious and rule.id in FIXES and any(map(ours, found.kept[rule.id])):
+            yield rule
+
+
+def _options(rules: Iterable[Rule]) -> dict[str, dict[str, None]]:
+    """Values of each option, each once."""
+    options: dict[str, dict[str, None]] = {}
+    for rule in rules:
+        name, value = FIXES[rule.id]
+        options.setdefault(name, {})[value] = None
+    if "near" in options.get("--dedupe", {}):
+        options["--dedupe"] = {"near": None}  # exact copies go with it
+    return options
+
+
+PLACES = 3
+"""Places of each rule that a job names."""
+
+
+def refusals(report: Report) -> list[Problem]:
+    """What the gate refuses, as encoding would say it."""
+    found = report.findings
+    return [
+        Problem(each.place.file, each.place.line, rule.id, each.message, each.closest_fix)
+        for rule in found.rules()
+        if found.severity(rule) == "error"
+        for each in found.kept[rule.id]
+    ]
+
+
+def warnings(report: Report, data: str) -> list[str]:
+    """What to say before training: a line for each rule, and where to see more."""
+    found = report.findings
+    lines, by_row = [], False
+    for rule in found.rules():
+        if found.severity(rule) != "warning":
+            continue
+        first = found.kept[rule.id][0]
+        if rule.whole:
+            lines.append(f"warning: [{rule.id}] {first.message} {first.closest_fix}".rstrip())
+            continue
+        by_row = True
+        places = [each.place for each in found.kept[rule.id]]
+        count = found.counts[rule.id]
+        text = f"warning: [{rule.id}] {rule.about} {f'{count:,} times' if count > 1 else 'Once'}: "
+        text += f"{listed(places, PLACES)}." if count <= PLACES else (
+            f"{listed(places[:PLACES], PLACES)}, …"
+        )  # fmt: skip
+        lines.append(f"{text} {rule.fix or first.fix}".rstrip())
+    if by_row:
+        command = shlex.join(["luthier", "inspect", str(data), "--html", "report.html"])
+        lines.append(f"to see all of them, row by row, run `{command}`")
+    return lines
+
+
+def record(report: Report) -> dict[str, Any]:
+    """What the manifest keeps: how often each rule was broken, and where first."""
+    found = report.findings
+    return {
+        "verdict": report.verdict,
+        "checks": list(report.summaries),
+        "seconds": round(report.seconds, 3),
+        "rules": [
+            {
+                "rule": rule.id,
+                "severity": found.severity(rule),
+                "count": found.counts[rule.id],
+                "first": [str(each.place) for each in found.kept[rule.id][:PLACES]],
+            }
+            for rule in found.rules()
+        ],
+    }

@@ -1,0 +1,240 @@
+"""The report for a terminal, drawn with rich: what a newcomer needs, and what to type next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule as Line
+from rich.table import Table
+from rich.text import Text
+
+from luthier.gate.histogram import density, merged
+from luthier.gate.report import (
+    Report,
+    learned_of,
+    learned_share,
+    listed,
+    next_steps,
+    number,
+    runs,
+    says,
+    short,
+    verdict_line,
+)
+from luthier.gate.rules import Rule
+from luthier.printable import printable
+from luthier.setting_names import option, with_setting_names
+
+COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+VERDICTS = {
+    "passed": ("✓ passed", "bold green"),
+    "warnings": ("! passed with warnings", "bold yellow"),
+    "refused": ("✗ refused", "bold red"),
+}
+PLACES = 3
+"""Places of each rule that are named."""
+BLOCKS = "▁▂▃▄▅▆▇█"
+QUIET = frozenset({"learning", "encoding", "markers", "lengths", "contradictions", "duplicates"})
+"""Checks whose summaries say what the table of rules says already; the page has all of them."""
+NAMED = 8
+"""Counts that are shown of a table of counts."""
+
+
+def show(report: Report, console: Console, rows: int = 3) -> None:
+    """Print the report; the tokens of the first ``rows`` rows of each split are coloured."""
+    _head(report, console)
+    _rules(report, console)
+    _lengths(report, console)
+    for name, summary in report.summaries.items():
+        if name not in QUIET and says(summary):
+            _heading(name.replace("_", " ").capitalize(), console)
+            _summary(summary, console, 2)
+    _learned(report, console, rows)
+    console.print()
+    for words, command in next_steps(report):
+        console.print(Text(words, "bold"))
+        if command:
+            console.print(Text(f"  {command}", "bold cyan"), soft_wrap=True)
+
+
+def sparkline(bars: Sequence[Mapping[str, int]], width: int = 16) -> str:
+    """Bars of a histogram as one line of block characters, by count over width on the log axis."""
+    step = max(-(-len(bars) // width), 1)
+    dense = [density(merged(bars[at : at + step])) for at in range(0, len(bars), step)]
+    most = max(dense, default=0.0) or 1.0
+    return "".join(
+        BLOCKS[math.ceil(each / most * (len(BLOCKS) - 1))] if each else " " for each in dense
+    )
+
+
+def _heading(text: str, console: Console) -> None:
+    console.print()
+    console.print(Text(text, "bold"))
+
+
+def _head(report: Report, console: Console) -> None:
+    verdict, style = VERDICTS[report.verdict]
+    console.print(Text.assemble((verdict, style), "  ", verdict_line(report)))
+    console.print()
+    facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(justify="right", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for split, files in report.files.items():
+        form = report.forms.get(split, "nothing that can be read")
+        names = [Path(file).name for file in files]
+        what = Text(f"{form}  ")
+        what.append(printable(", ".join(names[:3]) + (" …" if len(names) > 3 else "")), "dim")
+        facts.add_row(split, f"{report.rows.get(split, 0):,} rows", what)
+    if objective := report.summaries.get("learning", {}).get("objective"):
+        facts.add_row("learns", "", f"{objective} on {report.base}")
+    console.print(facts)
+    for name, why in report.left_out.items():
+        console.print(Text(f"  not checked: {name} ({why})", "dim"), soft_wrap=True)
+
+
+def _rules(report: Report, console: Console) -> None:
+    found = report.findings
+    if not found.rules():
+        return
+    console.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=False)
+    table.add_column("severity", no_wrap=True)
+    table.add_column("count", justify="right", no_wrap=True)
+    table.add_column("what, where and how to mend it", overflow="fold", ratio=1)
+    for rule in found.rules():
+        severity = found.severity(rule)
+        table.add_row(
+            Text(severity, COLOURS[severity]), f"{found.counts[rule.id]:,}", _about(rule, report)
+        )
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _about(rule: Rule, report: Report) -> Text:
+    """A rule in a few lines: what, the first places, the fix."""
+    places = report.findings.kept[rule.id]
+    text = Text.assemble((rule.id, "bold"), f"  {printable(rule.about)}")
+    for each in places[:PLACES]:
+        text.append(f"\n{printable(short(each.place))}", "cyan")
+        if each.message and each.message != rule.about:
+            text.append(f"  {printable(each.message)}")
+        if each.excerpt:
+            begins = each.excerpt if len(each.excerpt) <= 60 else f"{each.excerpt[:59]}…"
+            text.append(f"  {printable(begins)}", "dim")
+        if each.others and not all(str(other) in each.message for other in each.others):
+            text.append(f"  with {listed(each.others, PLACES)}", "dim")
+    further = report.findings.counts[rule.id] - min(len(places), PLACES)
+    if further > 0:
+        text.append(f"\n… and {further:,} more", "dim")
+    if fix := places[0].closest_fix if rule.whole else rule.fix or places[0].fix:
+        text.append("\nfix  ", "green")
+        text.append(printable(with_setting_names(fix, option)))
+    return text
+
+
+def _lengths(report: Report, console: Console) -> None:
+    splits = learned_of(report)
+    if not splits:
+        return
+    summary = report.summaries["learning"]
+    _heading(f"Tokens of a row; the model reads {summary['context']:,} at most", console)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("", "least", "median", "95 %", "most", "in all", "learned"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_column("least to most", no_wrap=True)
+    for split, found in splits.items():
+        lengths = found["lengths"]
+        numbers = [f"{lengths[key]:,}" for key in ("min", "p50", "p95", "max")]
+        bars = Text(sparkline(lengths.get("bars", ())), "blue")
+        table.add_row(split, *numbers, f"{found['tokens']:,}", learned_share(found), bars)
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _summary(value: Any, console: Console, indent: int, title: str = "") -> None:
+    """What a check has to show, by the rules of :meth:`luthier.gate.check.Check.summary`."""
+    pad = " " * indent
+    name = title.replace("_", " ")
+    if not isinstance(value, Mapping):
+        if not isinstance(value, list):
+            console.print(Text.assemble(pad, (f"{name}  ", "dim"), number(value, title)))
+        elif value and all(isinstance(each, str) for each in value):
+            console.print(Text.assemble(pad, (f"{name}  ", "dim"), printable(", ".join(value))))
+        elif value:
+            console.print(Text.assemble(pad, (f"{name}  ", "dim"), f"{len(value):,}"))
+        return
+    if "bars" in value:
+        line = Text.assemble(pad, (f"{name}  " if name else "", "dim"))
+        line.append(sparkline(value["bars"]), "blue")
+        numbers = [f"{key} {number(n, key)}" for key, n in value.items() if key != "bars"]
+        console.print(line.append(f"  {', '.join(numbers)}"), soft_wrap=True)
+        return
+    if isinstance(value.get("counts"), Mapping):
+        _counts(value["counts"], console, indent, name)
+        value = {key: each for key, each in value.items() if key != "counts"}
+        name, title = "", ""
+    if isinstance(value.get("splits"), Mapping):
+        value = {**value, **value["splits"]}
+        value.pop("splits")
+    if name and value:
+        console.print(Text(f"{pad}{printable(name)}", "dim"))
+        indent += 2
+    for key, each in value.items():
+        _summary(each, console, indent, str(key))
+
+
+def _counts(counts: Mapping[str, Any], console: Console, indent: int, name: str) -> None:
+    ordered = sorted(counts.items(), key=lambda pair: -pair[1])
+    total, most = sum(counts.values()) or 1, max(counts.values(), default=1) or 1
+    if name:
+        console.print(Text(f"{' ' * indent}{printable(name)}: {len(ordered):,}", "dim"))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(max_width=36, no_wrap=True, overflow="ellipsis")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True, style="dim")
+    table.add_column(no_wrap=True, style="blue")
+    shown = ordered if len(ordered) <= NAMED + 1 else [*ordered[: NAMED - 2], *ordered[-2:]]
+    for place, (label, count) in enumerate(shown):
+        if len(shown) < len(ordered) and place == NAMED - 2:
+            table.add_row(Text(f"… {len(ordered) - NAMED:,} more", "dim"))
+        bar = "█" * max(round(20 * count / most), 1 if count else 0)
+        table.add_row(Text(printable(str(label))), f"{count:,}", f"{count / total:.1%}", bar)
+    console.print(Padding(table, (0, 0, 0, indent + 2)))
+
+
+def _learned(report: Report, console: Console, rows: int) -> None:
+    splits = {split: found["shown"][:rows] for split, found in learned_of(report).items()}
+    if not rows or not any(splits.values()):
+        return
+    coloured = console.color_system is not None and not console.no_color
+    marked = "is green" if coloured else "stands in [[ ]]"
+    _heading(f"What the model sees; what it learns to write {marked}", console)
+    for split, shown in splits.items():
+        for row in shown:
+            console.print(Line(f"{split}, line {row['line']}", align="left", style="dim"))
+            console.print(_row(row, coloured))
+            if row["taught"]:
+                console.print(Text(f"learns: {printable(row['taught'])}", "bold green"))
+
+
+def _row(row: Mapping[str, Any], coloured: bool) -> Text:
+    """The tokens of a row; those that are learned are green, or in brackets."""
+    text = Text()
+    if row["source"]:
+        for run in runs(row["source"], [False] * len(row["source"])):
+            text.append(run.text or _gap(run.left_out), "dim")
+        text.append("\n→ ")
+    for run in runs(row["tokens"], row["learned"]):
+        shown = run.text or _gap(run.left_out)
+        if run.learned and not coloured:
+            shown = f"[[{shown}]]"
+        text.append(shown, "bold green" if run.learned else "dim")
+    return text
+
+
+def _gap(tokens: int) -> str:
+    return f" … {tokens:,} tokens are not shown … "

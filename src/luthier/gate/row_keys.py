@@ -1,0 +1,157 @@
+"""What makes rows the same: keys of 64 bits for what a row asks and for what it teaches.
+
+Among 10 million rows, the chance that two different ones share a key is 3 in a million. Rows that ask
+nearly the same, or have one partner, are groups that a split must keep on one side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.gate.columns import LIMIT, Table
+from luthier.gate.near_duplicates import (
+    Groups,
+    Near,
+    Words,
+    common_shingles,
+    firsts,
+    normal,
+    sketch,
+)
+from luthier.gate.texts import input_of, target_of
+from luthier.types import IntArray, Row
+
+Keys = NDArray[np.uint64]
+
+_NUMBER, _WORD = re.compile(r"\d+"), re.compile(r"\w+")
+
+
+def key(*texts: str) -> int:
+    """64 bits that stand for ``texts`` in this order."""
+    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+    data = b"".join(each for part in parts for each in (len(part).to_bytes(8, "little"), part))
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def keys(values: Iterable[int], count: int) -> Keys:
+    """``[count]`` keys as a column."""
+    return np.fromiter(values, np.uint64, count)
+
+
+def mixed(first_N: Keys, second_N: Keys) -> Keys:
+    """One key of two."""
+    return (first_N * np.uint64(0x9E3779B97F4A7C15)) ^ (second_N + np.uint64(0x165667B19E3779F9))
+
+
+def asked(row: Row) -> str:
+    """What a model is given, without the system's turns, which are often the same in all rows."""
+    if row.messages is None:
+        return (" " if row.tokens is not None else "\n").join(input_of(row))
+    turns = [text for text in input_of(row) if not text.startswith("system: ")]
+    return "\n".join(turns or input_of(row))
+
+
+def named(row: Row) -> tuple[str, ...] | None:
+    """What the row says of its text where that is a name or a number: its label, tags, rating."""
+    if row.reply is not None:
+        return None
+    if row.label is not None or row.rating is not None or row.tags is not None:
+        return target_of(row)
+    return None
+
+
+def written(row: Row) -> tuple[str, ...]:
+    """The texts that a model learns to write; empty for labelled rows and raw text."""
+    return () if named(row) is not None else target_of(row)
+
+
+def masked(text: str) -> str:
+    """``text`` with a zero for each of its numbers."""
+    return _NUMBER.sub("0", text)
+
+
+def compared(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Of each row what is asked, and all of it that is text.
+
+    Of a text with its partner that is the text: many have one partner, a paragraph for instance, which
+    would make them alike.
+    """
+    inputs = [normal(asked(row)) for row in rows]
+    wholes = []
+    for row, text in zip(rows, inputs, strict=True):
+        answer = written(row) if row.positive is None else ()
+        wholes.append(f"{text}\n{normal(' '.join(answer))}" if answer else text)
+    return inputs, wholes
+
+
+def teaching(row: Row) -> int:
+    """Key of what tells rows apart however alike their texts are; 0 for what is only written.
+
+    That is a label, tags, a rating or the words of a partner; of judged answers, the judgement and the
+    answer preferred, as rows that prefer each other's rejected answer have the same texts.
+    """
+    said: Any = named(row) if row.positive is None else tuple(_WORD.findall(normal(row.positive)))
+    if said is None and row.reply is not None:
+        chosen = [normal(turn.content) for turn in row.reply] if row.rejected is not None else []
+        said = (*chosen, repr(row.rating), repr(row.desirable))
+    return 0 if said is None else key(*said)
+
+
+BATCH = 1024
+LARGEST = 0.5
+"""Share of the rows beyond which a group is one of a template, and its rows are not kept together."""
+
+
+class Kin:
+    """Collects rows, in order; texts are not kept."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._near, self._table = Near(limit), Table(limit)
+        self._common: Words | None = None
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Take in the next rows; the first ones show what all are written in."""
+        for start in range(0, len(rows), BATCH):
+            texts = [normal(asked(row)) for row in rows[start : start + BATCH]]
+            if self._common is None:
+                self._common = common_shingles(texts)
+            self._table.append("asked", keys(map(key, texts), len(texts)))
+            partners = [
+                text if row.positive is None else normal(row.positive)
+                for row, text in zip(rows[start : start + BATCH], texts, strict=True)
+            ]
+            self._table.append("partner", keys(map(key, partners), len(partners)))
+            self._near.add(sketch(texts, self._common))
+
+    def groups(self) -> IntArray:
+        """``[N]`` number of the first row of each row's group.
+
+        Where more than half of all rows would be one group, as of a template, only rows that ask the
+        same stay together, and not even those where half of all do: they could not be split otherwise.
+        """
+        if not self._near.rows:
+            return np.zeros(0, np.int64)
+        asked_N = self._table.read("asked")
+        groups = Groups(self._near.rows)
+        same_N = firsts(asked_N)
+        groups.join(np.arange(len(same_N)), same_N)
+        groups.join(np.arange(len(same_N)), firsts(self._table.read("partner")))
+        self._near.find(asked_N, lambda one, other: ~groups.together(one, other), groups.join)
+        found_N = groups.roots_N
+        for finer_N in (same_N, np.arange(len(same_N))):
+            crowded = np.bincount(found_N) > LARGEST * len(same_N)
+            found_N = np.where(crowded[found_N], finer_N, found_N)
+        return found_N
+
+
+def alike(rows: Sequence[Row]) -> IntArray:
+    """``[N]`` groups of rows in memory; see :meth:`Kin.groups`."""
+    kin = Kin()
+    kin.add(rows)
+    return kin.groups()

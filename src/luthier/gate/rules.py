@@ -1,0 +1,261 @@
+"""Rules with stable ids, and a bounded collection of what broke them.
+
+Here are the rules of reading and of encoding, which every room names; those of a check stand beside it
+(``luthier.gate.checks``). Counts are exact however much is found; of each rule only the first places
+are kept, so that a file in which every row is wrong takes no more memory than one with a few.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from luthier.data import preferences, prompts, rows
+
+Severity = Literal["note", "warning", "error"]
+SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
+
+KEPT = 100
+"""Places of one rule that are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One thing that data can do wrong."""
+
+    id: str
+    """Stable; never renamed once released."""
+    severity: Severity
+    """``error`` refuses the data, ``warning`` does not, ``note`` is worth knowing."""
+    about: str
+    """What breaks the rule, in one sentence."""
+    why: str = ""
+    """What it does to the model."""
+    fix: str = ""
+    """How to mend it, in one sentence."""
+    aliases: tuple[str, ...] = ()
+    """What other validators call it."""
+    whole: bool = False
+    """Whether it speaks of the data as a whole, so that no row can be removed for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A row: its file and its 1-based line there; line 0 is the file as a whole."""
+
+    file: str
+    line: int
+    number: int = field(default=-1, compare=False)
+    """Number of the row among all rows of all splits, from 0; -1 where it is not known."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One place that breaks a rule."""
+
+    rule: Rule
+    place: Place
+    message: str
+    """What is there, in one sentence."""
+    fix: str = ""
+    """How to mend this one, where it can be said closer than by the rule."""
+    excerpt: str = ""
+    """The text in question, short; secrets are masked."""
+    others: tuple[Place, ...] = ()
+    """Further rows that belong to it: the original of a copy, the other label of a text."""
+
+    @property
+    def closest_fix(self) -> str:
+        """How to mend this one; how to mend any of its rule, where nothing closer can be said."""
+        return self.fix or self.rule.fix
+
+    def plain(self) -> dict[str, Any]:
+        """The same for JSON."""
+        found: dict[str, Any] = {
+            "rule": self.rule.id,
+            "severity": self.rule.severity,
+            "file": self.place.file,
+            "line": self.place.line,
+            "message": self.message,
+            "fix": self.closest_fix,
+        }
+        if self.excerpt:
+            found["excerpt"] = self.excerpt
+        if self.others:
+            found["others"] = [{"file": each.file, "line": each.line} for each in self.others]
+        return found
+
+
+class Blamed:
+    """Rows that break one rule, however many: 16 bytes each."""
+
+    def __init__(self) -> None:
+        self.rows = array("q")
+        """Numbers of the rows, in the order they were found; one may come twice."""
+        self.others = array("q")
+        """For each, the number of the other row that it was found with; -1 for none."""
+
+    def add(self, rows: Iterable[int], other: int) -> None:
+        """Take in ``rows`` that were found with ``other``."""
+        self.rows.extend(rows)
+        self.others.extend([other] * (len(self.rows) - len(self.others)))
+
+
+@dataclass
+class Findings:
+    """All that was found: how often each rule was broken, and the first places of each."""
+
+    overrides: Mapping[str, Severity | Literal["off"]] = field(default_factory=dict)
+    """Severities that a policy sets instead of the rules' own."""
+    kept: dict[str, list[Finding]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    blamed: dict[str, Blamed] = field(default_factory=dict)
+    """Rules of which every row is remembered, by its number: those that cleaning drops rows for."""
+
+    def add(self, finding: Finding, times: int = 1, rows: Iterable[int] | None = None) -> None:
+        """Count ``finding``, and keep it while its rule has room.
+
+        Args:
+            finding: what is wrong, and where.
+            times: how often the rule is broken by it.
+            rows: numbers of the rows without which nothing would be wrong, where that is not the row
+                at its place: the copies of an original, the training rows that give a test row away.
+        """
+        rule = finding.rule.id
+        if self.overrides.get(rule) == "off":
+            return
+        self.counts[rule] += times
+        if rule in self.blamed:
+            number = finding.place.number
+            if rows is not None:
+                self.blamed[rule].add(rows, number)
+            elif number >= 0:
+                self.blamed[rule].add([number], -1)
+        places = self.kept.setdefault(rule, [])
+        if len(places) < KEPT:
+            places.append(finding)
+
+    def keeps(self, rule: Rule) -> bool:
+        """Whether a further finding of ``rule`` would be kept, and not only counted."""
+        return len(self.kept.get(rule.id, ())) < KEPT
+
+    def extend(self, findings: Iterable[Finding]) -> None:
+        """Add each."""
+        for finding in findings:
+            self.add(finding)
+
+    def severity(self, rule: Rule) -> Severity:
+        """How serious a broken rule is, with the policy's word taken."""
+        chosen = self.overrides.get(rule.id, rule.severity)
+        return rule.severity if chosen == "off" else chosen
+
+    def rules(self) -> list[Rule]:
+        """Broken rules, the most serious and then the most frequent first."""
+        broken = [places[0].rule for places in self.kept.values()]
+        return sorted(
+            broken,
+            key=lambda rule: (
+                -SEVERITIES.index(self.severity(rule)),
+                -self.counts[rule.id],
+                rule.id,
+            ),
+        )
+
+    @property
+    def worst(self) -> Severity:
+        """The most serious severity of all; ``note`` where nothing was found."""
+        rules = self.rules()
+        return self.severity(rules[0]) if rules else "note"
+
+    @property
+    def exit_code(self) -> int:
+        """0 for nothing but notes, 1 for warnings, 2 for errors."""
+        return SEVERITIES.index(self.worst)
+
+
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    # OpenAI's cookbook, "Data preparation and analysis for chat model fine-tuning": format_errors.
+    "json.not_object": ("openai:data_type",),
+    "messages.type": ("openai:message_missing_key",),
+    "messages.empty": ("openai:missing_messages_list",),
+    "row.unknown_shape": ("openai:missing_messages_list",),
+    "message.role": ("openai:unrecognized_role",),
+    "field.missing": ("openai:message_missing_key",),
+    "field.empty": ("openai:missing_content",),
+    "field.type": ("openai:missing_content",),
+    "message.last": ("openai:example_missing_assistant_message",),
+    "message.order": (
+        "bedrock:A conversation must alternate between user and assistant roles.",
+        "bedrock:A conversation must start with a user message.",
+    ),
+}
+"""What people know the rules by: OpenAI's keys, and texts of Bedrock's messages."""
+
+
+WHY: Mapping[str, str] = {
+    "file": "Nothing of it can be read.",
+    "line": "The line cannot be held in memory beside others.",
+    "encoding": "Characters would be lost, or learned wrong.",
+    "json": "What the row says is unclear, so it would be lost or learned wrong.",
+    "row": "It is unclear what is given and what is to be learned.",
+    "field": "There is nothing to learn from, or nothing to learn.",
+    "id": "Answers and findings could not be told apart by their id.",
+    "messages": "There is no conversation to learn from.",
+    "message": "The model's template would write the conversation wrong.",
+    "label": "It is unclear which class is to be learned.",
+    "rating": "There is no number to learn.",
+    "tags": "Tags would be learned for the wrong words.",
+}
+"""What the rules protect from, by the first part of their ids."""
+
+
+def rules() -> dict[str, Rule]:
+    """Every rule of reading, by its id; all of them refuse the data."""
+    texts = {**rows.RULES, **preferences.RULES}
+    return {
+        rule: Rule(
+            rule,
+            "error",
+            about,
+            WHY.get(rule.partition(".")[0], ""),
+            aliases=ALIASES.get(rule, ()),
+            whole=rule.startswith("file."),
+        )
+        for rule, about in texts.items()
+    }
+
+
+_LATE: Mapping[str, str] = {
+    "rows.too_few": "A single labelled row is not enough to learn from.",
+    "label.one_class": "All rows have the same label, so there is nothing to tell apart.",
+    "label.unseen": "A label of held-out rows is in none of the training rows.",
+    "label.mixed": "Some rows have one label and others an array of them.",
+    "rating.constant": "All rows have the same rating.",
+    **prompts.RULES,
+}
+"""Rules that objectives find broken while they take in the rows."""
+
+
+def late_rules() -> tuple[Rule, ...]:
+    """Every rule of objectives, which refuse the data too."""
+    return tuple(map(late_rule, _LATE))
+
+
+def late_rule(name: str) -> Rule:
+    """A rule of an objective by its id."""
+    about = _LATE.get(name, "The objective refuses the row.")
+    return Rule(name, "error", about, whole=name.startswith(("rows.", "label.", "rating.")))
+
+
+_RULES = rules()
+
+
+def rule_of(name: str) -> Rule:
+    """The rule of a problem that reading found."""
+    return _RULES[name]

@@ -1,0 +1,350 @@
+"""One pass over the data with every check.
+
+Memory does not grow with the files but for a few numbers a row: rows are read in batches, measured by
+each check, and let go. Batches may be measured in other processes; reading and taking stay in one, so
+that a report does not depend on how many measure.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from luthier.data.checker import Checker
+from luthier.data.containers import PACKED
+from luthier.data.rows import Columns, RowReader
+from luthier.data.sources import Source
+from luthier.errors import DataError, Problem
+from luthier.gate.check import Batch, Check, Places, Split
+from luthier.gate.pii import Finder, masked
+from luthier.gate.report import Report
+from luthier.gate.rules import Finding, Findings, Place, Severity, rule_of
+from luthier.gate.texts import excerpt_of, texts
+from luthier.objectives.choosing import shape_of, shapes_named
+from luthier.types import Row
+
+ROWS = 1024
+"""Rows of a batch at most."""
+CHARACTERS = 1 << 20
+"""Characters of a batch, about: long rows come in smaller batches."""
+LARGE = 8_000_000
+"""Bytes of sources beyond which other processes pay for their start of some seconds."""
+KEY = 16
+"""Bytes of a text's key and quotes, about."""
+IDS = 1_000_000
+"""Ids that are remembered."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the pass is."""
+
+    rows: int
+    done_bytes: int
+    total_bytes: int
+    problems: int
+
+
+def inspect_rows(
+    splits: Mapping[Split, Iterable[Row]],
+    checks: Sequence[Check],
+    overrides: Mapping[str, Severity | Literal["off"]] | None = None,
+) -> Report:
+    """The gate on rows that are in memory already, as in a job."""
+    with Gate(checks, Findings(overrides or {})) as gate:
+        for split, rows in splits.items():
+            gate.see(split, rows)
+        return gate.report({split: sorted(gate.files[split]) for split in splits})
+
+
+def inspect_sources(
+    sources: Mapping[Split, Source],
+    checks: Sequence[Check],
+    overrides: Mapping[str, Severity | Literal["off"]] | None = None,
+    columns: Columns | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    processes: int = 1,
+) -> Report:
+    """The gate on sources of any size; what cannot be read is found by the rules of reading.
+
+    Sources of more than :data:`LARGE` bytes are measured by so many further processes; the report is
+    the same.
+    """
+    readers: dict[Split, RowReader] = {}
+    refused: list[Problem] = []
+    for split, source in sources.items():
+        try:
+            readers[split] = RowReader(source, columns, Streaming, whole=False)
+        except DataError as error:
+            refused += error.problems
+    total = sum(reader.size for reader in readers.values())
+    processes = processes if total > LARGE else 1
+    done = 0
+    size = sum(unpacked_size(path) for reader in readers.values() for path in reader.files)
+    with Gate(checks, Findings(overrides or {}), processes, size) as gate:
+        for split in sources:
+            gate.begin(split)
+        gate.note(refused)
+        for split, reader in readers.items():
+            for _ in gate.see_all(split, reader):
+                progress(gate.progress(done + reader.done, total))
+            done += reader.size
+        progress(gate.progress(total, total))
+        files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
+        report = gate.report({split: [str(sources[split])] for split in sources} | files)
+    again = (RowReader(sources[split], columns, Streaming, whole=False) for split in readers)
+    quote(report.findings, again)
+    return replace(report, sources={split: str(source) for split, source in sources.items()})
+
+
+class Streaming(Checker):
+    """Remembers the first ids only: those of a file larger than memory would not fit either."""
+
+    def check_id(self, value: object) -> None:
+        """Report an id that one of the first :data:`IDS` rows has."""
+        if len(self.line_of_id) < IDS or value in self.line_of_id:
+            super().check_id(value)
+
+
+class Gate:
+    """Batches through all checks, in order."""
+
+    def __init__(
+        self, checks: Sequence[Check], findings: Findings, processes: int = 1, size: int = 0
+    ) -> None:
+        self.checks = checks
+        self.size = size
+        """Bytes of all rows, about; 0 where that is not known."""
+        self.measuring = Measuring(checks, processes)
+        self._begun = False
+        self.findings = findings
+        self.places = Places()
+        self.files: dict[Split, set[str]] = {}
+        self.rows: dict[Split, int] = {}
+        self.forms: dict[Split, str] = {}
+        self.began = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.measuring.close()
+
+    def begin(self, split: Split) -> None:
+        """A split may have no row, and is named all the same."""
+        self.files.setdefault(split, set())
+        self.rows.setdefault(split, 0)
+
+    def see(self, split: Split, rows: Iterable[Row]) -> None:
+        """All rows of a split."""
+        self.begin(split)
+        for batch in batches(split, rows):
+            self.take(batch)
+        self.drain()
+
+    def see_all(self, split: Split, reader: RowReader) -> Iterator[None]:
+        """All rows of a source, with a pause after each batch."""
+        problems = reader.problems
+        # No check need look at a row that was refused in reading.
+        rows = (
+            row
+            for row in reader
+            if not (problems and (problems[-1].file, problems[-1].line) == (row.file, row.line))
+        )
+        for batch in batches(split, rows):
+            self.take(batch)
+            self.note(problems)
+            yield
+        self.note(problems)
+        self.drain()
+        if reader.rows:
+            told = reader.recognized
+            unread = f"; nothing is read from {', '.join(told.unread)}" if told.unread else ""
+            self.forms[split] = f"{'; '.join(told.containers)}, {told.form}{unread}"
+
+    def progress(self, done: int, total: int) -> Progress:
+        """How far the pass is, in bytes."""
+        return Progress(self.places.total, done, total, sum(self.findings.counts.values()))
+
+    def take(self, batch: Batch) -> None:
+        """One batch on its way through all checks."""
+        if not self._begun:
+            self._begun = True
+            for check in self.checks:
+                check.begin(batch, rows_of(self.size, batch))
+        for each, measured in self.measuring.push(batch):
+            self._taken(each, measured)
+
+    def drain(self) -> None:
+        """Take in all that is being measured."""
+        for each, measured in self.measuring.rest():
+            self._taken(each, measured)
+
+    def _taken(self, batch: Batch, measured: Sequence[Any]) -> None:
+        lines_N = np.fromiter((row.line for row in batch.rows), np.int64, len(batch))
+        where = self.places.add(batch.split, batch.file, lines_N)
+        self.files[batch.split].add(batch.file)
+        self.rows[batch.split] += len(batch)
+        self.forms.setdefault(batch.split, shapes_named([shape_of(batch.rows[0])]))
+        for check, found in zip(self.checks, measured, strict=True):
+            check.take(where, found, self.findings)
+
+    def note(self, problems: list[Problem]) -> None:
+        """What reading found, as findings; the list is emptied."""
+        for each in problems:
+            place = Place(each.file, each.line)
+            self.findings.add(Finding(rule_of(each.rule), place, each.message, each.fix))
+        problems.clear()
+
+    def report(self, files: Mapping[Split, Sequence[str]]) -> Report:
+        """What all checks say, after the last row."""
+        self.measuring.close()
+        for check in self.checks:
+            check.finish(self.places, self.findings)
+        summaries = {check.name: check.summary() for check in self.checks}
+        seconds = time.perf_counter() - self.began
+        return Report(files, self.rows, self.findings, summaries, seconds, self.forms)
+
+
+def unpacked_size(path: Path) -> int:
+    """Bytes of a file as rows, about: packed text has a quarter of them."""
+    size = path.stat().st_size if path.is_file() else 0
+    return size * 4 if path.suffix in (*PACKED, ".parquet") else size
+
+
+def rows_of(size: int, batch: Batch) -> int:
+    """About how many rows ``size`` bytes hold, if all are as those of ``batch``; 0 for no size."""
+    fields = [text.content for row in batch.rows for text in texts(row)]
+    bytes_ = sum(len(text.encode("utf-8", "surrogatepass")) + KEY for text in fields)
+    return size * len(batch) // max(1, bytes_)
+
+
+def batches(split: Split, rows: Iterable[Row]) -> Iterator[Batch]:
+    """Rows in batches of one file each, of bounded size."""
+    held: list[Row] = []
+    size = 0
+    for row in rows:
+        if held and (row.file != held[0].file or len(held) == ROWS or size > CHARACTERS):
+            yield Batch(split, held[0].file, held)
+            held, size = [], 0
+        held.append(row)
+        size += len(row.text or row.completion or "") + len(row.prompt or "")
+    if held:
+        yield Batch(split, held[0].file, held)
+
+
+AHEAD = 3
+"""Batches that wait for each process: enough that none is idle while rows are read."""
+
+Measured = tuple[Batch, list[Any]]
+"""A batch, and what each check measured of it."""
+
+
+class Measuring:
+    """Hands batches to the checks; with one process, at once."""
+
+    def __init__(self, checks: Sequence[Check], processes: int = 1) -> None:
+        self.checks, self.processes = checks, processes
+        self._pool: ProcessPoolExecutor | None = None
+        self._waiting: deque[tuple[Batch, Future[list[Any]]]] = deque()
+
+    def close(self) -> None:
+        """End the other processes; what is not taken yet is lost."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def push(self, batch: Batch) -> Iterator[Measured]:
+        """Take a batch on; those that are measured by now, in the order they came."""
+        if self.processes == 1:
+            yield batch, [check.measure(batch) for check in self.checks]
+            return
+        if self._pool is None:
+            checks = pickle.dumps(self.checks)  # They have begun by now.
+            self._pool = ProcessPoolExecutor(self.processes, _context(), _hold, (checks,))
+        self._waiting.append((batch, self._pool.submit(_measure, batch)))
+        while self._waiting:
+            crowded = len(self._waiting) > AHEAD * self.processes
+            if not (crowded or self._waiting[0][1].done()):
+                return
+            yield self._next()
+
+    def rest(self) -> Iterator[Measured]:
+        """Those that are not measured yet, in order."""
+        while self._waiting:
+            yield self._next()
+
+    def _next(self) -> Measured:
+        batch, future = self._waiting.popleft()
+        return batch, future.result()
+
+
+def _context() -> BaseContext:
+    """Not forked from this process, as the tokenizer may hold threads; where there is none that only
+    imports, each starts anew."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["luthier.gate.preload"])
+    return context
+
+
+_held: Sequence[Check] = ()
+"""The checks of a measuring process."""
+
+
+def _hold(checks: bytes) -> None:
+    global _held
+    _held = pickle.loads(checks)  # noqa: S301 - what our own parent has just made
+
+
+def _measure(batch: Batch) -> list[Any]:
+    return [check.measure(batch) for check in _held]
+
+
+QUOTED_RULES = (
+    "duplicate.",
+    "leakage.",
+    "split.overlap",
+    "label.contradiction",
+    "preference.contradiction",
+    "answer.",
+)
+"""Rules, by how their ids begin, whose findings quote no text."""
+QUOTED_ROWS = 200_000
+"""Rows of each source that are read again at most."""
+
+
+def quote(findings: Findings, readers: Iterable[RowReader]) -> None:
+    """Add the beginnings of their rows to findings of :data:`QUOTED_RULES` about single rows."""
+    rules = [rule for rule in findings.kept if rule.startswith(QUOTED_RULES)]
+    wanted = {each.place for rule in rules for each in findings.kept[rule] if each.place.line}
+    begins: dict[Place, str] = {}
+    finder = Finder()
+    for reader in readers:
+        names = {str(path) for path in reader.files}
+        left = {place for place in wanted if place.file in names}
+        for row in islice(reader, QUOTED_ROWS) if left else ():
+            place = Place(row.file, row.line)
+            if place in left:
+                text = excerpt_of(row)
+                begins[place] = masked(text, finder.find(text))
+                left.discard(place)
+                if not left:
+                    break
+    for rule in rules:
+        findings.kept[rule] = [
+            replace(each, excerpt=begins[each.place]) if each.place in begins else each
+            for each in findings.kept[rule]
+        ]

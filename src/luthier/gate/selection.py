@@ -1,0 +1,163 @@
+"""Which rows go: by the rules of the gate until it finds none broken, then by their class.
+
+Rules look at rows beside each other, so that dropping some may uncover others: quartiles move, and a
+test row may be given away by two. So the gate is run on what is left until it finds nothing that was to
+be dropped; the last run is the proof. What is kept of a row are 12 bytes, never its text.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from luthier.errors import RecipeError
+from luthier.gate.check import Check, Known, Split
+from luthier.gate.checks import CHECKS, checks_for
+from luthier.gate.clean_plan import Plan
+from luthier.gate.rules import Blamed, Findings, Place
+from luthier.gate.scan import Gate
+from luthier.types import Row
+
+BALANCE = "balance"
+Held = Mapping[Split, Callable[[], Iterable[Row]]]
+"""Held-out rows, which can be read again."""
+
+
+class Selection:
+    """Why each row goes, by its number among the rows as edited."""
+
+    def __init__(self, rules: Sequence[str]) -> None:
+        self.reasons = ("", *rules, BALANCE)
+        self._why = array("h")
+        self._lines = array("I")
+        self._files = array("h")
+        self._names: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._why)
+
+    def grow(self) -> None:
+        """Take in one more row, which stays."""
+        self._why.append(0)
+        self._lines.append(0)
+        self._files.append(-1)
+
+    def why(self, number: int) -> str:
+        """The rule that the row goes by; empty where it stays."""
+        return self.reasons[self._why[number]] if number < len(self._why) else ""
+
+    def other(self, number: int) -> Place | None:
+        """The row for which it goes: of two copies the first."""
+        file = self._files[number]
+        return Place(self._names[file], self._lines[number]) if file >= 0 else None
+
+    def drop(self, number: int, rule: str, other: Place | None = None) -> bool:
+        """Let a row go; False where it is gone already."""
+        if self._why[number]:
+            return False
+        self._why[number] = self.reasons.index(rule)
+        if other is not None:
+            if other.file not in self._names:
+                self._names.append(other.file)
+            self._files[number] = self._names.index(other.file)
+            self._lines[number] = other.line
+        return True
+
+
+class Selector:
+    """Runs the gate over what is left, again and again.
+
+    Args:
+        plan: what is to be dropped.
+        known: the model, for rules that need one.
+        rows: all rows as edited; called for each pass.
+        held: rows of the other splits.
+    """
+
+    def __init__(
+        self, plan: Plan, known: Known, rows: Callable[[], Iterable[Row]], held: Held
+    ) -> None:
+        self.plan, self.known, self.rows, self.held = plan, known, rows, held
+        self.selection = Selection(plan.dropped)
+        self.passes = 0
+
+    def select(self) -> Selection:
+        """Drop until nothing more is to be dropped."""
+        while self._round():
+            pass
+        return self.selection
+
+    def _round(self) -> bool:
+        """One pass; whether anything was dropped."""
+        self.passes += 1
+        wanted = self.plan.dropped
+        blamed = {rule: Blamed() for rule in wanted}
+        gate = Gate(self._checks(), Findings(blamed=blamed))
+        alive, classes = array("I"), _Classes(self.plan)
+        gate.see("train", self._left(alive, classes))
+        for split, rows in self.held.items():
+            gate.see(split, rows())
+        gate.report({})
+        dropped = 0
+        for rule in wanted:
+            for row, other in zip(blamed[rule].rows, blamed[rule].others, strict=True):
+                if row < len(alive):
+                    place = gate.places.place(other) if other >= 0 and other != row else None
+                    dropped += self.selection.drop(alive[row], rule, place)
+        if not dropped:
+            for row in classes.too_many():
+                dropped += self.selection.drop(alive[row], BALANCE)
+        return bool(dropped)
+
+    def _left(self, alive: array[int], classes: _Classes) -> Iterator[Row]:
+        """Rows that are not dropped yet; their numbers join ``alive``."""
+        for number, row in enumerate(self.rows()):
+            if number == len(self.selection):
+                self.selection.grow()
+            if not self.selection.why(number):
+                alive.append(number)
+                classes.add(row)
+                yield row
+
+    def _checks(self) -> list[Check]:
+        wanted = set(self.plan.dropped)
+        skip = [n for n, kind in CHECKS.items() if not wanted & {r.id for r in kind.rules}]
+        return checks_for(replace(self.known, only=frozenset(wanted)), skip)[0]
+
+
+class _Classes:
+    """Classes of the rows that are left, by number; what is above the limit is drawn by the seed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.limit, self.seed = plan.balance, plan.seed
+        self._numbers: dict[str, int] = {}
+        self._class_N = array("l")
+
+    def add(self, row: Row) -> None:
+        """Take in the next row."""
+        if self.limit is None:
+            return
+        name = row.label if row.desirable is None else str(row.desirable)
+        if not isinstance(name, str):
+            what = "several labels" if isinstance(name, tuple) else "no label"
+            raise RecipeError(
+                f"--balance counts rows by their label, and {row.file}:{row.line} has {what}"
+            )
+        self._class_N.append(self._numbers.setdefault(name, len(self._numbers)))
+
+    def too_many(self) -> Iterator[int]:
+        """Numbers of the rows that go: of each class that is too large, all but a random share."""
+        if self.limit is None or not self._class_N:
+            return
+        class_N = np.array(self._class_N)
+        sizes = np.bincount(class_N)
+        limit = int(sizes.min()) if self.limit == "down" else int(self.limit)
+        # By name, so that the draw of a class does not hang on which class came first.
+        for name in sorted(self._numbers):
+            rows = np.flatnonzero(class_N == self._numbers[name])
+            if len(rows) > limit:
+                draw = np.random.default_rng([self.seed, len(rows)])
+                yield from np.sort(draw.permutation(rows)[limit:]).tolist()

@@ -1,0 +1,106 @@
+"""Training and held-out files made of one file, with a record of what is in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.data.containers import Container, container_of
+from luthier.data.read import check_file
+from luthier.data.rows import stream_rows
+from luthier.data.splitting import Strata, split_rows
+from luthier.errors import DataError, Problem, RecipeError, RunConflict, data_errors
+from luthier.files import copy_lines, new_folder, sha256_of, write_json
+from luthier.gate.row_keys import BATCH, Kin
+from luthier.types import IntArray, Row
+
+RECORD = "split.json"
+LABELS = 1000
+"""Labels whose counts the record holds, the most frequent first."""
+
+
+@data_errors("nothing was written")
+def split_file(
+    source: Path, output: Path, shares: Mapping[str, float], seed: int
+) -> dict[str, Any]:
+    """Write ``train.jsonl`` and a file for each of ``shares`` (by name); returns the record of it.
+
+    Lines are copied byte for byte, in the order of the file; the last one gets a line end. Texts are
+    not kept in memory. The same file, shares and seed give the same files.
+
+    Raises:
+        RunConflict: ``output`` exists. DataError: with every row that cannot be read.
+        RecipeError: another format than JSON Lines, or shares that leave nothing to train on.
+    """
+    if output.exists():
+        raise RunConflict(f"{output} exists already; name a new folder with --output")
+    problems: list[Problem] = []
+    check_file(source, problems)
+    if problems:
+        raise DataError(problems)
+    if (found := container_of(source)) != Container("jsonl"):
+        raise RecipeError(
+            f"{source} holds {found} and lines can only be copied from JSON Lines; `luthier convert "
+            f"{source} rows.jsonl` makes it"
+        )
+    if sum(shares.values()) >= 1:
+        raise RecipeError("the shares leave nothing to train on; they must sum to less than 1")
+    kin, strata, lines = Kin(), Strata(), list[int]()
+    for rows in _batches(source, problems):
+        kin.add(rows)
+        strata.add(rows)
+        lines += [row.line for row in rows]
+    if problems:
+        raise DataError(problems)
+    groups_N, names = kin.groups(), strata.names()
+    chosen = {name: share for name, share in shares.items() if share > 0}
+    parts = split_rows(names, groups_N, list(chosen.values()), seed)
+    with new_folder(output) as folder:
+        record = _record(source, shares, seed, groups_N)
+        for name, part in zip(("train", *chosen), parts, strict=True):
+            path = folder / f"{name}.jsonl"
+            with path.open("wb") as target:
+                copy_lines(source, [lines[row] for row in part.tolist()], target)
+            counts = Counter(names[row] for row in part.tolist())
+            record["splits"][name] = {
+                "file": path.name,
+                "rows": len(part),
+                "sha256": sha256_of(path),
+                "labels": {label: n for label, n in counts.most_common(LABELS) if label},
+            }
+        write_json(folder / RECORD, record)
+    return record
+
+
+def _batches(source: Path, problems: list[Problem]) -> Iterator[list[Row]]:
+    held: list[Row] = []
+    for row, _ in stream_rows(source, problems):
+        held.append(row)
+        if len(held) == BATCH:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def _record(
+    source: Path, shares: Mapping[str, float], seed: int, groups_N: IntArray
+) -> dict[str, Any]:
+    sizes = np.bincount(groups_N, minlength=1)
+    return {
+        "source": str(source),
+        "sha256": sha256_of(source),
+        "seed": seed,
+        "shares": dict(shares),
+        "rows": len(groups_N),
+        "kept_together": {
+            "groups": int((sizes > 1).sum()),
+            "rows": int(sizes[sizes > 1].sum()),
+            "largest": int(sizes.max(initial=0)),
+        },
+        "splits": {},
+    }

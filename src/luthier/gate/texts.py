@@ -1,0 +1,226 @@
+"""The texts of a row, by what they are to a model; those of a batch as one; excerpts for people."""
+
+from __future__ import annotations
+
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from luthier.gate.check import Batch, Where
+from luthier.gate.pii import SEPARATOR, Finder, mask
+from luthier.gate.rules import Finding, Findings, Rule
+from luthier.types import Message, Row
+
+Part = Literal["input", "target", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text of a row."""
+
+    field: str
+    """As people know it: ``prompt``, ``messages[2].content``, ``tokens``."""
+    content: str
+    part: Part
+    """``input`` is what is given, ``target`` what is learned or preferred, ``other`` is graded
+    against, or was rejected."""
+
+
+def texts(row: Row) -> Iterator[Text]:
+    """Every text of ``row``, in the order a model reads them."""
+    yield from _turns("messages", row.messages, "target" if row.reply is None else "input")
+    yield from _turns("reply" if row.rejected is None else "chosen", row.reply, "target")
+    yield from _turns("rejected", row.rejected, "other", "other")
+    if row.prompt is not None:
+        yield Text("prompt", row.prompt, "input")
+    if row.completion is not None:
+        yield Text("completion", row.completion, "target")
+    if row.expected is not None:
+        yield Text("expected", row.expected, "other")
+    if row.text is not None:
+        labelled = row.label is not None or row.rating is not None or row.positive is not None
+        yield Text("text", row.text, "input" if labelled else "target")
+    if row.positive is not None:
+        yield Text("positive", row.positive, "target")
+    if row.tokens is not None:
+        yield Text("tokens", " ".join(row.tokens), "input")
+
+
+def _turns(
+    field: str, turns: tuple[Message, ...] | None, answered: Part, given: Part = "input"
+) -> Iterator[Text]:
+    """Turns of a conversation; those of the assistant are ``answered``."""
+    for number, turn in enumerate(turns or (), 1):
+        part = answered if turn.role == "assistant" else given
+        yield Text(f"{field}[{number}].content", turn.content, part)
+
+
+def input_of(row: Row) -> tuple[str, ...]:
+    """All that the model is given before it first answers; what makes two rows ask the same."""
+    if row.messages is not None:
+        until = len(row.messages)
+        if row.reply is None and row.messages[-1].role == "assistant":
+            until -= 1
+        return tuple(f"{turn.role}: {turn.content}" for turn in row.messages[:until])
+    if row.prompt is not None:
+        return (row.prompt,)
+    if row.tokens is not None:
+        return tuple(row.tokens)
+    return (row.text or "",)
+
+
+def target_of(row: Row) -> tuple[str, ...]:
+    """All that the row teaches about :func:`input_of`; empty for raw text and bare prompts."""
+    if row.reply is not None:
+        turns = [turn.content for turn in row.reply]
+        judged = row.rejected if row.rejected is not None else ()
+        return (*turns, *(f"not: {turn.content}" for turn in judged), _judgement(row))
+    if row.messages is not None:
+        last = row.messages[-1]
+        return (last.content,) if last.role == "assistant" else ()
+    if row.completion is not None:
+        return (row.completion,)
+    if row.label is not None:
+        return tuple(sorted((row.label,) if isinstance(row.label, str) else row.label))
+    if row.rating is not None:
+        return (repr(row.rating),)
+    if row.positive is not None:
+        return (row.positive,)
+    return row.tags or ()
+
+
+def _judgement(row: Row) -> str:
+    return repr(row.rating) if row.rating is not None else repr(row.desirable)
+
+
+def excerpt_of(row: Row, width: int = 100) -> str:
+    """How a row begins, on one line, for people to recognise it by."""
+    text = " ".join(" ".join(each.content[: 4 * width] for each in texts(row)).split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+WIDTH = 32
+"""Characters shown on each side of what is meant."""
+_AROUND = 2048
+"""Characters on each side in which private items are looked for."""
+_FINDER = Finder()
+_HIDDEN = {"Cc", "Cf", "Co", "Cn", "Zl", "Zp"}
+
+
+def excerpt(text: str, start: int = 0, end: int | None = None) -> str:
+    """``text`` from ``start`` to ``end`` with a little around it, on one line.
+
+    Personal data and secrets are masked whatever is being looked for: reports are passed on.
+    """
+    end = start if end is None else end
+    low, high = max(0, start - WIDTH), min(len(text), min(end, start + 2 * WIDTH) + WIDTH)
+    first = max(0, low - _AROUND)
+    part = text[first : high + _AROUND]
+    shown, done = [], low - first
+    for span in _FINDER.find(part):
+        if span.end > low - first and span.start < high - first:
+            shown += [part[done : max(done, span.start)], mask(part, span)]
+            done = span.end
+    shown.append(part[done : max(done, high - first)])
+    line = visible("".join(shown))
+    return f"{'…' if low else ''}{line}{'…' if high < len(text) else ''}"
+
+
+def visible(text: str) -> str:
+    """``text`` on one line, with every character that has no shape written as its code point."""
+    return "".join(_seen(character) for character in text)
+
+
+def _seen(character: str) -> str:
+    if character in "\n\r\t":
+        return " "
+    if character != "\xad" and unicodedata.category(character) not in _HIDDEN:
+        return character
+    return f"⟨U+{ord(character):04X}⟩"
+
+
+BETWEEN = f"\n{SEPARATOR}\n"
+"""Stands between two texts: the end of a line for patterns, and a character that none of them takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """One row of a batch that breaks a rule; picklable."""
+
+    index: int
+    rule: str
+    message: str
+    excerpt: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """All texts of a batch, one behind the other."""
+
+    text: str
+    starts: Sequence[int]
+    """Where each text begins in ``text``."""
+    owners: Sequence[tuple[int, Text]]
+    """Index of its row in the batch, and the text."""
+
+    @staticmethod
+    def of(batch: Batch) -> Joined:
+        """Join the texts of ``batch``; several checks look at one batch after the other."""
+        global _last
+        if _last is None or _last[0] is not batch:
+            owners = [(index, text) for index, row in enumerate(batch.rows) for text in texts(row)]
+            _last = batch, Joined.join(owners)
+        return _last[1]
+
+    @staticmethod
+    def join(owners: Sequence[tuple[int, Text]]) -> Joined:
+        """Join texts, each with the index of its row."""
+        contents = [each.content for _, each in owners]
+        starts = accumulate((len(each) + len(BETWEEN) for each in contents[:-1]), initial=0)
+        return Joined(BETWEEN.join(contents), list(starts) if contents else [], owners)
+
+    def only(self, wanted: Callable[[str], bool]) -> Joined:
+        """The texts that are ``wanted``."""
+        return Joined.join([owner for owner in self.owners if wanted(owner[1].content)])
+
+    def at(self, position: int) -> tuple[int, Text, int]:
+        """Row, text, and character in that text of a ``position``."""
+        number = bisect_right(self.starts, position) - 1
+        index, text = self.owners[number]
+        return index, text, position - self.starts[number]
+
+    def spots(self, rule: Rule, found: Iterable[tuple[int, int, str]]) -> list[Spot]:
+        """One spot for each row with anything ``found``: start, end and what it is, in words."""
+        first: dict[int, tuple[Text, int, int, str]] = {}
+        more: dict[int, int] = {}
+        for start, end, what in found:
+            index, text, offset = self.at(start)
+            if offset >= len(text.content):
+                continue  # Between two texts.
+            if index in first:
+                more[index] = more.get(index, 0) + 1
+            else:
+                first[index] = (text, offset, offset + end - start, what)
+        spots = []
+        for index, (text, start, end, what) in first.items():
+            others = f", and {more[index]} more in this row" if index in more else ""
+            message = f"{text.field} holds {what}{others}."
+            spots.append(Spot(index, rule.id, message, excerpt(text.content, start, end)))
+        return spots
+
+
+_last: tuple[Batch, Joined] | None = None
+
+
+def add(spots: Iterable[Spot], rules: Sequence[Rule], where: Where, findings: Findings) -> None:
+    """Add ``spots`` of a batch to ``findings``."""
+    known = {rule.id: rule for rule in rules}
+    for spot in spots:
+        finding = Finding(
+            known[spot.rule], where.place(spot.index), spot.message, spot.fix, spot.excerpt
+        )
+        findings.add(finding)

@@ -1,1 +1,0 @@
-"""The data gate: what is wrong with data, row by row, before anything is trained."""

@@ -1,0 +1,87 @@
+"""Counts of labels, and what is wrong with them."""
+
+from __future__ import annotations
+
+from luthier.gate.checks.balance import Balance
+from luthier.gate.report import Report
+from luthier.gate.scan import inspect_rows
+from luthier.types import Row
+
+
+def rows(*labels: str | tuple[str, ...], file: str = "train") -> list[Row]:
+    return [Row(file, n, text=f"t{n}", label=label) for n, label in enumerate(labels, 1)]
+
+
+def messages(report: Report) -> dict[str, list[str]]:
+    kept = report.findings.kept.items()
+    return {rule: [f"{each.place}: {each.message}" for each in places] for rule, places in kept}
+
+
+def test_a_balanced_set_is_fine_and_its_counts_are_told() -> None:
+    report = inspect_rows(
+        {"train": rows(*"ab" * 8), "validation": rows(*"aab", file="v")}, [Balance()]
+    )
+    assert not report.findings.counts
+    assert report.summaries["balance"] == {
+        "labels": 2,
+        "kind": "labels",
+        "rows": {"train": 16, "validation": 3},
+        "splits": {
+            "train": {"counts": {"a": 8, "b": 8}},
+            "validation": {"counts": {"a": 2, "b": 1}},
+        },
+    }
+
+
+def test_small_classes_say_how_many_rows_are_missing() -> None:
+    report = inspect_rows({"train": rows(*"ab" * 8, "c", "c", "c")}, [Balance()])
+    assert messages(report) == {
+        "label.few_rows": ['train:17: "c" has 3 rows; 5 more would make 8.']
+    }
+    assert report.findings.kept["label.few_rows"][0].fix.startswith("Add 5 rows")
+
+
+def test_a_rare_label_may_be_a_misspelt_one() -> None:
+    names = ["refund"] * 10 + ["login 1"] * 10 + ["refudn", "login 2"]
+    report = inspect_rows({"train": rows(*names)}, [Balance()])
+    assert messages(report)["label.few_rows"] == [
+        'train:22: "login 2" has 1 row; 7 more would make 8.',
+        'train:21: "refudn" has 1 row; 7 more would make 8. "refund" has 10 rows.',
+    ]
+    fixes = [each.fix for each in report.findings.kept["label.few_rows"]]
+    assert fixes[1].startswith('If "refund" is meant, write it so; if not: Add 7 rows')
+
+
+def test_one_class_unseen_labels_and_spelling() -> None:
+    one = inspect_rows({"train": rows(*"aaaa")}, [Balance()])
+    assert messages(one) == {"label.one_class": ['train: every row has the label "a".']}
+    assert one.findings.exit_code == 2
+    held = inspect_rows(
+        {"train": rows(*["spam", "ham"] * 8), "test": rows("Spam ", "egg", "egg", file="t")},
+        [Balance()],
+    )
+    assert messages(held) == {
+        "label.spelling": ['t:1: the label "Spam " differs from "spam" in its spelling only.'],
+        "label.unseen": [
+            't:1: "Spam " has 1 row in test and none in train.',
+            't:2: "egg" has 2 rows in test and none in train.',
+        ],
+    }
+
+
+def test_one_class_that_drowns_the_others_is_a_note() -> None:
+    report = inspect_rows({"train": rows(*"a" * 90, *"b" * 10)}, [Balance()])
+    assert messages(report) == {
+        "label.imbalance": ['train: "a" has 90.0% of the rows, "b" has 10 rows.']
+    }
+    assert report.findings.exit_code == 0
+
+
+def test_several_labels_tags_and_rows_without_any() -> None:
+    report = inspect_rows({"train": rows(*[("a", "b"), ("a",), ()] * 8)}, [Balance()])
+    assert not report.findings.counts
+    assert report.summaries["balance"]["splits"] == {"train": {"counts": {"a": 16, "b": 8}}}
+    tags = [Row("f", n, tokens=("x", "y"), tags=("B-person", "I-person")) for n in range(1, 9)]
+    assert inspect_rows({"train": tags}, [Balance()]).summaries["balance"]["kind"] == "tags"
+    plain = inspect_rows({"train": [Row("f", 1, text="x")]}, [Balance()])
+    assert not plain.findings.counts

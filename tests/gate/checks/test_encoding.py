@@ -1,0 +1,113 @@
+"""Damage is made on purpose from real sentences, and undamaged text of many scripts is left alone."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.gate.checks.encoding import Encoding
+from luthier.gate.rules import Findings
+from luthier.gate.scan import inspect_rows
+from luthier.types import Row
+
+
+def gate(*texts: str) -> Findings:
+    rows = [Row("f", line, text=text) for line, text in enumerate(texts, 1)]
+    return inspect_rows({"train": rows}, [Encoding()]).findings
+
+
+def rules(text: str) -> list[str]:
+    return sorted(gate("plain", text).counts)
+
+
+def read_as(text: str, encoding: str) -> str:
+    """UTF-8 read as ``encoding``; the five bytes that Windows-1252 leaves free stay what they are."""
+    parts = [bytes([byte]) for byte in text.encode()]
+    return "".join(part.decode(encoding, "ignore") or part.decode("latin-1") for part in parts)
+
+
+SENTENCES = [
+    "Đội thủ của Panthers chỉ thua 308 điểm, đứng thứ sáu trong giải đấu.",
+    "Le café est fermé dès l’été où nous étions là.",
+    "It’s “quoted” – and costs 5 €.",
+    "Größe, Straße, über, daß",
+    "naïve 🙂",
+]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
+@pytest.mark.parametrize("text", SENTENCES)
+def test_utf8_read_as_another_encoding(text: str, encoding: str) -> None:
+    assert rules(text) == []
+    assert "encoding.mojibake" in rules(read_as(text, encoding))
+
+
+@pytest.mark.parametrize("word", ["é", "ệ", "đ", "’", "🙂", "ß", "Ă", "ư"])
+def test_one_damaged_letter_is_enough(word: str) -> None:
+    assert "encoding.mojibake" in rules(f"a {read_as(word, 'cp1252')} b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DÉCONSEILLÉ\xa0: « À CÔTÉ »",
+        "PHÂN TÍCH SỐ LIỆU”",
+        "Ã, Â and Ñ are letters; ÃO, Âm",
+        "日本語のテキスト",
+        "हिन्दी और اردو में لکھا\u200cہوا",  # with joiners that belong there
+        "👩\u200d👩\u200d👧 🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f ❤️",
+        "line one\u2028line two\u0085line three\ttab\r\n",
+        "a < b && c > d, 5 &amp 3, List<String>",
+    ],
+)
+def test_ordinary_text_is_left_alone(text: str) -> None:
+    assert rules(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("a\x00b", "encoding.control"),
+        ("a\x07b", "encoding.control"),
+        ("DON\x92T", "encoding.control"),
+        ("lost \ufffd here", "encoding.replacement"),
+        ("\ufeffbegins", "encoding.invisible"),
+        ("zero\u200bwidth", "encoding.invisible"),
+        ("pass\u200dword", "encoding.invisible"),
+        ("hidden \U000e0049\U000e0067\U000e006e", "encoding.invisible"),
+        ("access\u202e\u2066// check\u2069", "encoding.bidi"),
+        ("caf\u0065\u0301", "encoding.not_nfc"),
+        ("Tom &amp; Jerry", "encoding.markup"),
+        ("one<br/>two", "encoding.markup"),
+        ('<a href="x">y</a>', "encoding.markup"),
+    ],
+)
+def test_each_rule(text: str, rule: str) -> None:
+    assert rules(text) == [rule]
+
+
+def test_messages_name_the_character_and_excerpts_show_it() -> None:
+    found = gate("zero\u200bwidth and \u200b again").kept["encoding.invisible"][0]
+    assert found.message == "text holds U+200B (zero width space), and 1 more in this row."
+    assert found.excerpt == "zero⟨U+200B⟩width and ⟨U+200B⟩ again"
+
+
+def test_normal_forms_are_counted() -> None:
+    text = SENTENCES[0]
+    rows = [Row("f", n, text=each) for n, each in enumerate([text, text, "plain"], 1)]
+    rows.append(Row("f", 4, text=unicodedata.normalize("NFD", text)))
+    report = inspect_rows({"train": rows}, [Encoding()])
+    assert report.summaries["encoding"]["normal_forms"]["counts"] == {"NFC": 2, "other": 1}
+    assert [each.place.line for each in report.findings.kept["encoding.not_nfc"]] == [4]
+
+
+@given(st.lists(st.text(st.characters(codec="ascii", exclude_categories=["Cc"])), max_size=6))
+def test_rows_are_told_apart_whatever_stands_between(texts: list[str]) -> None:
+    marked = [f"{text}\x01" for text in texts]
+    rows = [x for pair in zip(texts, marked, strict=True) for x in pair]
+    found = gate(*rows)
+    lines = [each.place.line for each in found.kept.get("encoding.control", [])]
+    assert lines == [2 * n for n in range(1, len(texts) + 1)]

@@ -1,0 +1,74 @@
+"""Strays are found among many rows of one language; data sets of two languages are left alone."""
+
+from __future__ import annotations
+
+from luthier.gate.checks.language import ALL_UNTIL, Language, _sampled, told
+from luthier.gate.report import Report
+from luthier.gate.scan import inspect_rows
+from luthier.types import Row
+
+EN = "The parcel that I ordered last week has not arrived at my home yet, number {}."
+VI = "Bưu kiện mà tôi đặt mua tuần trước vẫn chưa được giao đến nhà tôi, số {}."
+FR = "Le colis que j'ai commandé la semaine dernière n'est pas encore arrivé, numéro {}."
+
+
+def texts(text: str, count: int, first: int = 1) -> list[Row]:
+    return [Row("f", first + n, text=text.format(n)) for n in range(count)]
+
+
+def gate(*rows: Row, **splits: list[Row]) -> Report:
+    return inspect_rows({"train": list(rows), **splits}, [Language()])
+
+
+def test_languages_are_told() -> None:
+    assert [told(text.format(1)) for text in (EN, VI, FR)] == ["en", "vi", "fr"]
+    assert told("OK, yes") == "" and told("1 + 1 = 2, 2 + 2 = 4, 4 + 4 = 8, 8 + 8 = 16.") == ""
+
+
+def test_strays() -> None:
+    report = gate(*texts(EN, 200), *texts(FR, 1, 201), *texts(VI, 2, 202))
+    assert [each.place.line for each in report.findings.kept["language.other"]] == [201, 202, 203]
+    assert "'fr'; most rows are in 'en'" in report.findings.kept["language.other"][0].message
+    counts = report.summaries["language"]["splits"]["train"]["target"]["counts"]
+    assert counts == {"en": 200, "vi": 2, "fr": 1}
+
+
+def test_two_languages_on_purpose_are_a_note() -> None:
+    report = gate(*texts(EN, 60), *texts(VI, 60, 61))
+    assert dict(report.findings.counts) == {"language.mix": 1}
+    assert report.findings.exit_code == 0
+
+
+def pairs(one: str, two: str, count: int, first: int = 1) -> list[Row]:
+    return [
+        Row("f", first + n, prompt=one.format(n), completion=two.format(n)) for n in range(count)
+    ]
+
+
+def test_answers_in_another_language_than_their_questions() -> None:
+    both = [*pairs(EN, EN, 60), *pairs(VI, VI, 60, 61)]
+    report = gate(*both, *pairs(VI, EN, 1, 121))
+    assert [each.place.line for each in report.findings.kept["language.answer"]] == [121]
+    assert "language.answer" not in gate(*both).findings.counts
+    translations = gate(*pairs(EN, VI, 120))
+    assert not translations.findings.counts
+
+
+def test_splits_in_different_languages() -> None:
+    report = gate(*texts(EN, 80), validation=texts(VI, 80))
+    assert "language.splits_differ" in report.findings.counts
+    found = report.findings.kept["language.splits_differ"][0]
+    assert "validation is mostly in 'vi', that of train in 'en'" in found.message
+    assert not gate(*texts(EN, 80), validation=texts(EN, 80)).findings.counts
+
+
+def test_long_files_are_sampled_and_the_report_says_so() -> None:
+    size = 40 * ALL_UNTIL
+    taken = sum(_sampled(Row("f", line), "") for line in range(1, size + 1))
+    expected = ALL_UNTIL * 4.7  # 1 + ln 40
+    assert 0.95 * expected < taken < 1.05 * expected
+    report = gate(Row("f", 1, text="short"), *(Row("f", 10**7 + n, text="short") for n in range(9)))
+    summary = report.summaries["language"]
+    assert summary["sampled"] and summary["rows"] == {"train": 10}
+    assert summary["rows_told"]["train"] < 10
+    assert not gate(*texts(EN, 5)).summaries["language"]["sampled"]

@@ -1,0 +1,96 @@
+"""What the gate says a model would learn is what training encodes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from luthier.data.chat import ChatFormat
+from luthier.engine.dataset import prepare
+from luthier.gate.check import Batch
+from luthier.gate.checks import learning
+from luthier.gate.checks.learning import Learning
+from luthier.gate.report import Report
+from luthier.gate.scan import batches, inspect_rows, inspect_sources
+from luthier.models.tokenizer import load_chat_format
+from luthier.objectives import DPO, Objective
+from luthier.recipe import Recipe
+from luthier.types import Row
+
+ROWS = [Row("f", n, prompt=f"what is {n}?", completion="the lazy dog " * n) for n in range(1, 9)]
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model_folder: Path) -> ChatFormat:
+    return load_chat_format(tiny_model_folder)
+
+
+def found(
+    chat: ChatFormat, rows: list[Row], context: int = 512, objective: Objective | None = None
+) -> Report:
+    return inspect_rows({"train": rows}, [Learning(objective, chat, context)])
+
+
+def test_counts_are_those_of_training(chat: ChatFormat, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    lines = [{"prompt": row.prompt, "completion": row.completion} for row in ROWS]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = Recipe.parse({"data": {"train": data, "validation_share": 0}})
+    trained = prepare(recipe.data, None, chat, 512, 0)
+    report = inspect_sources({"train": data}, [Learning(None, chat, 512)])
+    summary: dict[str, Any] = dict(report.summaries["learning"])
+    split = summary["splits"]["train"]
+    assert report.findings.exit_code == 0 and summary["objective"] == "sft"
+    assert (split["tokens"], split["learned_tokens"]) == (
+        trained.counts["tokens"],
+        trained.counts["learned_tokens"],
+    )
+    assert (split["lengths"]["count"], split["lengths"]["max"]) == (8, trained.longest)
+    shown = split["shown"][0]
+    assert "".join(p for p, on in zip(shown["tokens"], shown["learned"], strict=True) if on)
+    assert len(split["shown"]) == 5 and shown["line"] == 1
+
+
+def test_a_long_row_says_how_much_of_the_answer_would_be_lost(chat: ChatFormat) -> None:
+    whole = len(ROWS[-1].completion or "")
+    report = found(chat, ROWS, context=20)
+    places = report.findings.kept["row.too_long"]
+    assert places and places[-1].place.line == 8 and whole
+    assert "of what it teaches" in places[-1].message and "context of 20" in places[-1].message
+    assert report.findings.exit_code == 2
+
+
+def test_rows_of_another_shape_are_named(chat: ChatFormat) -> None:
+    odd = Row("f", 9, text="raw")
+    report = found(chat, [*ROWS, odd])
+    (finding,) = report.findings.kept["row.objective"]
+    assert (finding.place.line, "raw text" in finding.message) == (9, True)
+    assert "row.objective" in found(chat, [Row("f", 1, prompt="x")]).findings.counts
+    assert found(chat, ROWS, objective=DPO()).findings.counts["row.objective"] == 8
+
+
+def test_large_files_are_sampled_and_long_rows_never_missed(
+    chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "WHOLE", 10)
+    rows = [Row("f", n, prompt="a", completion="the dog") for n in range(1, 801)]
+    exact = len(rows) * found(chat, rows[:1]).summaries["learning"]["splits"]["train"]["tokens"]
+    rows[700] = Row("f", 701, prompt="a", completion="the dog " * 40)
+    report = found(chat, rows, context=60)
+    assert [f.place.line for f in report.findings.kept["row.too_long"]] == [701]
+    summary = report.summaries["learning"]
+    assert summary["sampled"]
+    assert summary["splits"]["train"]["tokens"] == pytest.approx(exact, rel=0.3)
+
+
+def test_measuring_can_be_done_elsewhere(chat: ChatFormat) -> None:
+    check = Learning(None, chat, 512)
+    (batch,) = batches("train", ROWS)
+    measured = pickle.loads(pickle.dumps(check.measure(batch)))
+    assert isinstance(batch, Batch) and np.all(measured.tokens_N > 0)
+    assert np.all(measured.learned_N <= measured.tokens_N)

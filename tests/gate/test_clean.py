@@ -1,0 +1,328 @@
+"""Whole cleanings: what the gate found is gone, nothing else is, and every change is in the log."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import luthier
+from luthier.errors import DataError, LuthierError, RecipeError
+from luthier.gate.clean import Summary, changes_of, clean, summary_of
+from luthier.gate.clean_plan import Plan
+from luthier.gate.selection import Selector
+
+SMS = Path("/work/shared/data/sms_spam")
+SYLLABLES = ("ri", "ver", "sto", "ne", "win", "ter", "gar", "den", "mor", "ning", "let", "lan")
+
+
+def written(path: Path, *rows: Any) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def log_of(target: Path) -> list[dict[str, Any]]:
+    return read(changes_of(target))
+
+
+def cleaned(source: Path, target: Path, **fields: Any) -> Summary:
+    held = {split: fields.pop(split) for split in ("validation", "test") if split in fields}
+    return clean(source, target, Plan.of(fields), held)
+
+
+def sentence(rng: random.Random, words: int = 14) -> str:
+    return " ".join("".join(rng.choices(SYLLABLES, k=3)) for _ in range(words))
+
+
+def labelled(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [{"text": sentence(rng), "label": "ab"[n % 2]} for n in range(count)]
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> tuple[Path, Path]:
+    """120 rows with faults at known places, and held-out rows of which training rows give some away."""
+    rows: list[Any] = labelled(120)
+    held = labelled(30, seed=1)
+    rows[10] = dict(rows[5])  # copy
+    rows[20] = {"text": rows[6]["text"] + " end", "label": rows[6]["label"]}  # near
+    rows[30] = {"text": rows[7]["text"], "label": "ba"[7 % 2]}  # other label
+    rows[40] = {"text": held[0]["text"], "label": held[0]["label"]}  # leak
+    rows[41] = {"text": held[0]["text"].upper(), "label": held[0]["label"]}  # the same leak
+    rows[42] = {"text": held[1]["text"] + " end", "label": held[1]["label"]}  # near leak
+    rows[50] = {"text": "x", "label": "a"}  # short
+    rows[51] = {"text": sentence(random.Random(2), 3000), "label": "b"}  # long
+    rows[60] = {"text": "", "label": "a"}
+    rows[61] = "{broken"
+    return written(tmp_path / "a.jsonl", *rows), written(tmp_path / "v.jsonl", *held)
+
+
+RULES = ("duplicate.exact", "duplicate.near", "label.contradiction", "leakage.exact", "leakage.input",
+         "leakage.near", "length.outlier", "field.empty", "json.invalid")  # fmt: skip
+
+
+def test_what_was_dropped_is_not_found_again_and_nothing_else_is_gone(
+    faulty: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, held = faulty
+    before = source.read_bytes()
+    found = luthier.inspect(source, validation=held, base=None).findings.counts
+    assert set(RULES) - {"leakage.input"} <= set(found)
+    target = tmp_path / "b.jsonl"
+    done = cleaned(
+        source, target, dedupe="near", validation=held,
+        drop=["unreadable", "label.contradiction", "leakage.*", "length.outlier"],
+    )  # fmt: skip
+    after = luthier.inspect(target, validation=held, base=None).findings.counts
+    assert not set(RULES) & set(after)
+    # One of each pair of copies, both of a contradiction, the training side of each leak.
+    gone = {line["line"]: line["rule"] for line in log_of(target)}
+    assert gone == {
+        8: "label.contradiction", 31: "label.contradiction", 11: "duplicate.exact",
+        21: "duplicate.near", 41: "leakage.exact", 42: "leakage.exact", 43: "leakage.near",
+        51: "length.outlier", 52: "length.outlier", 61: "field.empty", 62: "json.invalid",
+    }  # fmt: skip
+    lines = source.read_text().split("\n")
+    assert read(target) == [
+        json.loads(line) for number, line in enumerate(lines, 1) if line and number not in gone
+    ]
+    assert (done.rows_in, done.rows_out, done.kept) == (120, 109, 109)
+    assert Counter(gone.values()) == Counter(done.dropped)
+    assert source.read_bytes() == before
+    assert json.loads(summary_of(target).read_text()) == done.plain()
+
+
+def test_a_clean_set_stays_as_it_is_byte_for_byte(
+    faulty: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, held = faulty
+    every: dict[str, Any] = {
+        "strip": True, "redact": ["all"], "dedupe": "near", "balance": "down",
+        "drop": ["unreadable", "label.contradiction", "leakage.*", "length.outlier"],
+        "validation": held,
+    }  # fmt: skip
+    once, twice, again = (tmp_path / f"{n}.jsonl" for n in range(3))
+    cleaned(source, once, **every)
+    done = cleaned(once, twice, **every)
+    assert (done.changed, done.dropped) == ({}, {})
+    assert changes_of(twice).read_bytes() == b""
+    assert once.read_bytes() == twice.read_bytes()
+    cleaned(source, again, **every)
+    assert changes_of(again).read_bytes() == changes_of(once).read_bytes()
+    assert again.read_bytes() == once.read_bytes()
+
+
+def test_every_row_of_a_rule_goes_however_many(tmp_path: Path) -> None:
+    rows = labelled(150)
+    source = written(tmp_path / "a.jsonl", *rows, *([rows[0]] * 350), *rows[1:140])
+    target = tmp_path / "b.jsonl"
+    done = cleaned(source, target, drop=["duplicate.exact"])
+    assert done.dropped == {"duplicate.exact": 489} and read(target) == rows
+    assert log_of(target)[0]["detail"].endswith(f"See {source}:1.")
+
+
+def test_what_cannot_be_read_stops_it_unless_it_is_asked_for(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.jsonl", *labelled(3), "{broken", {"text": "", "label": "a"})
+    target = tmp_path / "b.jsonl"
+    with pytest.raises(DataError, match="nothing was written") as caught:
+        cleaned(source, target, drop=["json.invalid"])
+    assert [(p.rule, p.line) for p in caught.value.problems] == [("field.empty", 5)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+    done = cleaned(source, target, drop=["unreadable"])
+    assert done.dropped == {"json.invalid": 1, "field.empty": 1} and done.rows_out == 3
+
+
+def test_hidden_characters_go_and_further_keys_stay(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": "\ufeffa\u200bb\u0007c\r\nd",
+            "completion": "cafe\u0301",
+            "id": 7,
+            "from": ["x\u200by"],
+        },
+        {"prompt": "plain", "completion": "kept as it is", "id": 8},
+    ]
+    source, target = written(tmp_path / "a.jsonl", *rows), tmp_path / "b.jsonl"
+    done = cleaned(source, target, strip=True)
+    mended = {"prompt": "abc\nd", "completion": "café", "id": 7, "from": ["x\u200by"]}
+    assert read(target) == [mended, rows[1]]
+    assert done.changed == {"strip": 1}
+    assert done.edits["strip"] == {
+        "CRLF written as LF": 1, "characters removed": 3, "texts put into NFC": 1
+    }  # fmt: skip
+    found = luthier.inspect(target, base=None).findings.counts
+    assert not [rule for rule in found if rule.startswith("encoding.")]
+
+
+def test_a_repair_may_make_rows_equal_and_one_of_them_goes(tmp_path: Path) -> None:
+    rows = [{"text": "hello there", "label": "a"}, {"text": "hel\u200blo there", "label": "a"}]
+    target = tmp_path / "b.jsonl"
+    done = cleaned(written(tmp_path / "a.jsonl", *rows), target, strip=True, dedupe="exact")
+    assert read(target) == rows[:1]
+    assert (done.dropped, done.changed) == ({"duplicate.exact": 1}, {})
+
+
+def test_nothing_private_is_in_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mail, key = "bob.smith@gmail.com", "AKIAIOSFODNN7EXAMPLQ"
+    rows = [
+        {"messages": [
+            {"role": "user", "content": f"I am {mail}", "weight": 0},
+            {"role": "assistant", "content": f"Hello {mail}"},
+        ], "source": {"by": [mail]}},
+        {"messages": [
+            {"role": "user", "content": f"my key is {key}"},
+            {"role": "assistant", "content": "revoke it"},
+        ]},
+    ]  # fmt: skip
+    source, target = written(tmp_path / "a.jsonl", *rows), tmp_path / "b.jsonl"
+    done = cleaned(source, target, redact=["all"])
+    first, second = read(target)
+    assert first["messages"][0] == {"role": "user", "content": "I am [EMAIL_1]", "weight": 0}
+    assert first["messages"][1]["content"] == "Hello [EMAIL_1]"
+    assert first["source"] == {"by": ["[EMAIL_1]"]}
+    assert second["messages"][0]["content"] == "my key is [API_KEY_1]"
+    everything = "".join(p.read_text() for p in tmp_path.glob("b.jsonl*"))
+    assert mail not in everything and key not in everything
+    assert done.edits["redact"] == {"email": 3, "api_key": 1}
+    assert cleaned(source, tmp_path / "c.jsonl", redact=["phone"]).changed == {}
+    monkeypatch.setenv("A_KEY", "k" * 32)
+    keyed = tmp_path / "d.jsonl"
+    cleaned(source, keyed, redact=["email"], redact_key_env="A_KEY")
+    assert "[EMAIL_1]" not in keyed.read_text() and key in keyed.read_text()
+    monkeypatch.setenv("A_KEY", "short")
+    with pytest.raises(RecipeError, match="16 bytes"):
+        cleaned(source, tmp_path / "e.jsonl", redact=["email"], redact_key_env="A_KEY")
+
+
+def test_classes_are_drawn_down_to_the_smallest_or_to_a_number(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    sizes = {"a": 50, "b": 20, "c": 7}
+    rows = [{"text": sentence(rng), "label": name} for name, n in sizes.items() for _ in range(n)]
+    source = written(tmp_path / "a.jsonl", *rows)
+
+    def labels(name: str, **fields: Any) -> tuple[dict[str, int], list[Any]]:
+        cleaned(source, tmp_path / name, **fields)
+        kept = read(tmp_path / name)
+        return dict(Counter(row["label"] for row in kept)), kept
+
+    assert labels("1.jsonl", balance="down")[0] == {"a": 7, "b": 7, "c": 7}
+    count, first = labels("2.jsonl", balance=12)
+    assert count == {"a": 12, "b": 12, "c": 7}
+    assert labels("3.jsonl", balance=12)[1] == first
+    other = labels("4.jsonl", balance=12, seed=1)[1]
+    assert other != first and [rows.index(row) for row in first] == sorted(map(rows.index, first))
+    with pytest.raises(RecipeError, match="no label"):
+        cleaned(written(tmp_path / "t.jsonl", {"text": "a"}), tmp_path / "5.jsonl", balance=3)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl.gz", "parquet"])
+def test_other_containers(tmp_path: Path, ending: str) -> None:
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    rows = labelled(20)
+    source = written(tmp_path / "a.jsonl", *rows, rows[3], {"text": "e\u0301", "label": "a"})
+    target = tmp_path / f"b.{ending}"
+    cleaned(source, target, dedupe="exact", strip=True)
+    back = tmp_path / "c.jsonl"
+    assert cleaned(target, back, dedupe="exact", strip=True).dropped == {}
+    assert read(back) == [*rows, {"text": "é", "label": "a"}]
+    if ending.endswith("gz"):
+        assert gzip.decompress(target.read_bytes()) == back.read_bytes()
+
+
+def test_plain_text_stays_plain_text(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.txt", tmp_path / "b.txt"
+    source.write_bytes(b"One line\r\nwith bob@gmail.com\n")
+    cleaned(source, target, strip=True, redact=["all"])
+    assert target.read_text() == "One line\nwith [EMAIL_1]\n"
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(
+    faulty: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, _ = faulty
+    plan = Plan.of({"drop": ["unreadable"], "dedupe": "near"})
+    before = sorted(tmp_path.iterdir())
+    dry = clean(source, tmp_path / "b.jsonl", plan, dry_run=True)
+    assert sorted(tmp_path.iterdir()) == before
+    wet = clean(source, tmp_path / "b.jsonl", plan)
+    assert {**dry.plain(), "dry_run": False} == wet.plain()
+
+
+def test_nothing_is_changed_in_place_or_overwritten(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.jsonl", *labelled(3))
+    with pytest.raises(RecipeError, match="in place"):
+        clean(source, source, Plan.of({"strip": True}), overwrite=True)
+    target = written(tmp_path / "b.jsonl", "x")
+    with pytest.raises(RecipeError, match="overwrite"):
+        cleaned(source, target, strip=True)
+    assert target.read_text() == "x\n"
+    clean(source, target, Plan.of({"strip": True}), overwrite=True)
+    assert read(target) == labelled(3)
+
+
+def test_a_target_inside_its_source_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    written(folder / "a.jsonl", *labelled(3))
+    with pytest.raises(RecipeError, match="name a file elsewhere"):
+        cleaned(folder, folder / "b.jsonl", strip=True)
+    cleaned(folder, tmp_path / "b.jsonl", strip=True)
+    assert read(tmp_path / "b.jsonl") == labelled(3)
+
+
+def test_a_set_of_which_nothing_would_be_left_is_not_written(tmp_path: Path) -> None:
+    rows = [{"text": "a b c", "label": "x"}, {"text": "a b c", "label": "y"}]
+    with pytest.raises(RecipeError, match=r"no row would be left.*label.contradiction 2"):
+        cleaned(written(tmp_path / "a.jsonl", *rows), tmp_path / "b.jsonl", drop=["label.*"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_source_that_changes_in_between_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(tmp_path / "a.jsonl", *labelled(5))
+    select = Selector.select
+
+    def growing(self: Selector) -> Any:
+        found = select(self)
+        written(source, *labelled(6))
+        return found
+
+    monkeypatch.setattr(Selector, "select", growing)
+    with pytest.raises(LuthierError, match="changed while it was read"):
+        cleaned(source, tmp_path / "b.jsonl", dedupe="exact")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_leaks_need_held_out_rows(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.jsonl", *labelled(3))
+    with pytest.raises(RecipeError, match="--validation"):
+        cleaned(source, tmp_path / "b.jsonl", drop=["leakage.near"])
+
+
+@pytest.mark.skipif(not SMS.exists(), reason="needs the data of the workplace")
+def test_a_real_set_is_clean_afterwards(tmp_path: Path) -> None:
+    target = tmp_path / "clean.jsonl"
+    dropped = ["duplicate.exact", "duplicate.near", "leakage.exact", "leakage.input", "leakage.near",
+               "label.contradiction", "length.outlier"]  # fmt: skip
+    done = cleaned(
+        SMS / "train.jsonl", target, test=SMS / "test.jsonl", dedupe="near", strip=True,
+        redact=["all"], drop=["leakage.*", "label.contradiction", "length.outlier"],
+    )  # fmt: skip
+    alone = luthier.inspect(target, base=None).findings.counts
+    beside = luthier.inspect(target, test=SMS / "test.jsonl", base=None).findings.counts
+    found = {*alone, *(rule for rule in beside if rule.startswith("leakage."))}
+    assert done.dropped["duplicate.exact"] > 100 and done.rows_out > 3000
+    assert not [r for r in found if r in dropped or r.startswith(("privacy.", "secret."))]
+    assert done.rows_in == done.rows_out + sum(done.dropped.values())

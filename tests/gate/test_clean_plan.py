@@ -1,0 +1,73 @@
+"""Plans: what can be asked for, from Python and from a TOML file, and what is said of what cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from luthier.cli.app import app
+from luthier.errors import RecipeError
+from luthier.gate.clean_plan import Plan
+from luthier.gate.edits import EDITS
+from luthier.gate.rules import rules as reading_rules
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "nothing is asked for"),
+        ({"seed": 3}, "nothing is asked for"),
+        ({"drop": ["duplicate.nere"]}, "did you mean duplicate.near"),
+        ({"drop": ["label.imbalance"]}, "about the data as a whole"),
+        ({"drop": ["leakage.many"]}, "about the data as a whole"),
+        ({"drop": ["file.empty"]}, "about the data as a whole"),
+        ({"drop": ["row.too_long"]}, "--base"),
+        ({"truncate": "end"}, "--base"),
+        ({"truncate": "middle"}, "truncate"),
+        ({"redact": ["names"]}, "there is no kind 'names'"),
+        ({"strip": True, "redact_key_env": "K"}, "nothing is redacted"),
+        ({"balance": 0}, "balance"),
+        ({"balance": "up"}, "balance"),
+        ({"dedup": "near"}, "there is no such field"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        Plan.of(fields)
+
+
+def test_names_stand_for_rules() -> None:
+    plan = Plan.of({"drop": ["unreadable", "leakage.*", "duplicate.near"], "dedupe": "near"})
+    assert plan.refused == {name for name, rule in reading_rules().items() if not rule.whole}
+    assert plan.dropped == (
+        "leakage.exact", "leakage.input", "leakage.near", "duplicate.near", "duplicate.exact"
+    )  # fmt: skip
+    assert plan.leaks and plan.edits == ()
+
+
+def test_every_edit_is_a_field_of_the_plan() -> None:
+    assert set(EDITS) <= set(Plan.model_fields)
+    every = {"strip": True, "redact": ["all"], "split_long": True, "truncate": "end", "base": "m"}
+    assert Plan.of(every).edits == tuple(EDITS)
+
+
+def test_options_have_the_last_word_over_a_plan_in_a_file(tmp_path: Path) -> None:
+    plan = tmp_path / "clean.toml"
+    plan.write_text('strip = true\ndedupe = "near"\ndrop = ["unreadable"]\nbalance = 5\n')
+    rows = [{"text": f"{word} of {n}", "label": "ab"[n % 2]} for n, word in enumerate("pqrstuvw")]
+    source, target = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "{\n")
+    arguments = ["clean", str(source), str(target), "--plan", str(plan), "--balance", "2", "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["dropped"] == {"balance": 4, "json.invalid": 1} and told["rows_out"] == 4
+    assert CliRunner().invoke(app, arguments).exit_code == 2  # the target is there
+    shown = CliRunner().invoke(app, [*arguments[:-1], "--overwrite", "--dry-run"])
+    assert "4 rows would be written" in " ".join(shown.stdout.split())
+    bad = CliRunner().invoke(app, [*arguments[:3], "--drop", "nothing.such"])
+    assert bad.exit_code == 2 and "there is no rule" in bad.output

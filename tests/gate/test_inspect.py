@@ -1,0 +1,199 @@
+"""The whole gate on small files: what is counted, where, and what the objective says of all rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import luthier
+from luthier.engine.dataset import prepare
+from luthier.errors import DataError, RecipeError
+from luthier.gate import inspect as gate
+from luthier.gate.checks import CHECKS
+from luthier.gate.inspect import Request, inspect
+from luthier.gate.scan import Progress
+from luthier.models.tokenizer import load_chat_format
+from luthier.recipe import Recipe
+from luthier.sdk import DEFAULT_BASE
+
+
+def written(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(f"{r if isinstance(r, str) else json.dumps(r)}\n" for r in rows))
+    return path
+
+
+LABELS = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(40)]
+
+
+OTHERS = sorted(CHECKS.keys() - {"learning"})
+"""Checks with tests of their own."""
+
+
+def broken(report: Any) -> dict[str, int]:
+    return dict(report.findings.counts)
+
+
+def test_the_default_base_is_the_recipe_s() -> None:
+    assert DEFAULT_BASE == gate.DEFAULT_BASE
+
+
+@pytest.mark.parametrize(
+    ("row", "objective", "base"),
+    [
+        (LABELS[0], None, gate.READER),
+        ({"text": "a", "rating": 1.5}, None, gate.READER),
+        ({"tokens": ["a"], "tags": ["O"]}, None, gate.READER),
+        ({"anchor": "a", "positive": "b"}, None, gate.READER),
+        (LABELS[0], "causal_lm", DEFAULT_BASE),
+        ({"text": "raw"}, None, DEFAULT_BASE),
+        ({"prompt": "a", "completion": "b", "label": False}, None, DEFAULT_BASE),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, DEFAULT_BASE),
+        ({"nothing": 1}, None, DEFAULT_BASE),
+    ],
+)
+def test_where_no_base_is_named_the_rows_decide(
+    row: dict[str, Any], objective: str | None, base: str, tmp_path: Path
+) -> None:
+    data = written(tmp_path / "rows.jsonl", row)
+    found, reason = gate.default_base(str(data), None, gate.objective_of(objective))
+    assert found == base
+    assert ("encoder" in reason) is (base == gate.READER)
+    assert gate.default_base(str(tmp_path / "missing.jsonl"))[0] == DEFAULT_BASE
+
+
+def test_rows_are_counted_by_split_and_bad_ones_are_not_looked_at_again(tmp_path: Path) -> None:
+    data = written(tmp_path / "a.jsonl", {"prompt": "a", "completion": ""}, "{", *LABELS[:3])
+    report = luthier.inspect(data, validation=written(tmp_path / "b.jsonl", *LABELS), base=None)
+    assert report.rows == {"train": 0, "validation": 40}
+    assert report.forms == {
+        "train": 'jsonl, {"prompt", "completion"}',
+        "validation": 'jsonl, {"text", "label"}',
+    }
+    assert broken(report) == {"field.empty": 1, "json.invalid": 1, "row.mixed_shapes": 3}
+    assert (report.exit_code, report.plain()["verdict"]) == (2, "refused")
+
+
+def test_a_bad_line_of_one_file_hides_no_row_of_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    written(folder / "a.jsonl", "{", *LABELS[:2])
+    written(folder / "b.jsonl", *LABELS[2:])
+    report = luthier.inspect(folder, base=None)
+    assert report.rows == {"train": 40} and broken(report)["json.invalid"] == 1
+
+
+def test_a_file_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
+    assert broken(luthier.inspect(tmp_path / "no.jsonl", base=None)) == {"file.missing": 1}
+
+
+def test_a_plain_text_has_no_row_without_text(tmp_path: Path, tiny_model_folder: Path) -> None:
+    data = tmp_path / "a.txt"
+    data.write_text("some raw text\n" * 20)
+    report = luthier.inspect(data, base=str(tiny_model_folder))
+    assert report.exit_code == 0 and report.forms == {"train": "text, raw text"}
+    data.write_text(" \n" * 20)
+    assert broken(luthier.inspect(data, base=None)) == {"field.empty": 1}
+    splits = report.plain()["summaries"]["learning"]["splits"]
+    assert splits["train"]["lengths"]["count"] == report.rows["train"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "rules"),
+    [
+        (LABELS, [{"text": f"other {n}", "label": "ab"[n % 2]} for n in range(7)], {}),
+        (LABELS[::2], [], {"label.one_class": 1}),
+        (LABELS, [{"text": "x", "label": "c"}] * 3, {"label.unseen": 3}),
+        (LABELS[:1], [], {"rows.too_few": 1}),
+        ([{"text": "x", "rating": 2.0}] * 3, [], {"rating.constant": 1}),
+        ([{"text": f"x {n}", "rating": n} for n in range(5)], [], {}),
+        ([{"tokens": ["a", "b"], "tags": ["O", "O"]}] * 3, [], {"label.one_class": 1}),
+        (
+            [{"tokens": ["a", "b"], "tags": ["O", "B-x"]}] * 3,
+            [{"tokens": ["a"], "tags": ["B-y"]}],
+            {"label.unseen": 1},
+        ),
+        ([*LABELS, {"text": "x", "label": ["a", "b"]}], [], {}),
+        ([{"prompt": "q", "completion": "a", "label": True}] * 3, [], {"thumb.one_kind": 1}),
+        ([{"prompt": "q", "completion": "a", "label": n > 1} for n in range(3)], [], {}),
+    ],
+)
+def test_the_objective_judges_all_rows_together_as_a_job_does(
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train: list[Any],
+    test: list[Any],
+    rules: dict[str, int],
+) -> None:
+    """Batches of few rows: one of a single class must not look like data of a single class."""
+    monkeypatch.setattr("luthier.gate.scan.ROWS", 1)
+    held = written(tmp_path / "test.jsonl", *test) if test else None
+    data = written(tmp_path / "a.jsonl", *train)
+    report = luthier.inspect(data, test=held, base=str(tiny_model_folder), skip=OTHERS)
+    assert broken(report) == rules
+    fields = {"train": data, "validation_share": 0.0} | ({"validation": held} if held else {})
+    spec = Recipe.parse({"data": fields}).data
+    if not rules:
+        prepare(spec, None, load_chat_format(tiny_model_folder), 1024, 0)
+        return
+    with pytest.raises(DataError) as refused:
+        prepare(spec, None, load_chat_format(tiny_model_folder), 1024, 0)
+    assert {problem.rule for problem in refused.value.problems} == set(rules)
+
+
+def test_an_objective_that_the_base_cannot_learn_is_refused(
+    tmp_path: Path, family_folder: Any
+) -> None:
+    data = written(tmp_path / "a.jsonl", *({"prompt": "a", "completion": "b"} for _ in range(3)))
+    with pytest.raises(RecipeError):
+        luthier.inspect(data, base=str(family_folder("llama")), objective="masked_lm")
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo", "reward_model"])
+def test_rated_answers_are_learned_in_pairs_wherever_they_stand(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr("luthier.gate.scan.ROWS", 1)
+    rows = [{"prompt": f"q{n % 3}", "completion": f"a{n}", "rating": n} for n in range(6)]
+    data = written(tmp_path / "a.jsonl", *rows)
+    report = luthier.inspect(data, base=str(tiny_model_folder), objective=method, skip=OTHERS)
+    assert broken(report) == {}
+    assert report.plain()["summaries"]["learning"]["splits"]["train"]["lengths"]["count"] == 3
+    written(data, *rows, {"prompt": "alone", "completion": "a", "rating": 1})
+    report = luthier.inspect(data, base=str(tiny_model_folder), objective=method, skip=OTHERS)
+    assert broken(report) == {"rating.single": 1}
+    assert report.findings.kept["rating.single"][0].place.line == 7
+
+
+def test_a_pair_is_two_answers_with_thumbs(tmp_path: Path, tiny_model_folder: Path) -> None:
+    pair = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    report = luthier.inspect(
+        written(tmp_path / "a.jsonl", pair, pair | {"prompt": "another question"}),
+        base=str(tiny_model_folder), objective="kto", skip=OTHERS,
+    )  # fmt: skip
+    assert broken(report) == {}
+
+
+def test_the_longest_rows_are_named(tmp_path: Path, tiny_model_folder: Path) -> None:
+    rows = [{"prompt": "x " * n, "completion": "y"} for n in (3, 30, 300, 9, 90)]
+    data = written(tmp_path / "a.jsonl", *rows)
+    report = luthier.inspect(data, base=str(tiny_model_folder), rows=2)
+    found = report.plain()["summaries"]["learning"]["splits"]["train"]
+    assert [row["line"] for row in found["longest"]] == [3, 5, 2, 4, 1]
+    assert [row["line"] for row in found["shown"]] == [1, 2]
+    assert found["longest"][0]["tokens"] == found["lengths"]["max"]
+
+
+def test_progress_moves_through_a_file_and_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.gate.scan.ROWS", 4)
+    data = written(tmp_path / "a.jsonl", *({"text": "long " * 50_000} for _ in range(30)))
+    size, seen = data.stat().st_size, list[Progress]()
+    inspect(Request(data, base=None), progress=seen.append)
+    done = [each.done_bytes for each in seen]
+    assert done == sorted(done) and done[-1] == size and any(0 < each < size for each in done)
+    assert (seen[-1].rows, seen[-1].total_bytes) == (30, size)

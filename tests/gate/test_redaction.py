@@ -1,0 +1,121 @@
+"""Nothing private is left, equal items stay equal, everything else stays as it was."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.gate.edits import Redactor
+from luthier.gate.pii import Finder
+from luthier.types import Message, Row
+
+KEY = b"0123456789abcdef"
+
+
+def row(**fields: object) -> Row:
+    return Row("f", 1, **fields)  # type: ignore[arg-type]
+
+
+def test_equal_items_have_equal_pseudonyms_in_every_spelling() -> None:
+    redactor = Redactor()
+    given_row = row(
+        prompt="Call +84 912 345 678 or write to A@corp.io.",
+        completion="I called 0912.345.678, wrote to a@corp.io and b@corp.io.",
+        label="spam",
+    )
+    changed, changes = redactor.redact(given_row)
+    assert changed.prompt == "Call [PHONE_1] or write to [EMAIL_1]."
+    assert changed.completion == "I called [PHONE_1], wrote to [EMAIL_1] and [EMAIL_2]."
+    assert changed.label == "spam"
+    assert redactor.counts == {"phone": 2, "email": 3}
+    first = changes[0]
+    assert (first.field, first.kind, first.pseudonym) == ("prompt", "phone", "[PHONE_1]")
+    assert given_row.prompt is not None
+    assert given_row.prompt[first.start : first.end] == "+84 912 345 678"
+    assert "912" not in repr(changes) and "corp" not in repr(redactor)
+
+
+def test_all_texts_of_a_row() -> None:
+    turn = Message("user", "I am a@corp.io")
+    answer = Message("assistant", "Hello a@corp.io")
+    changed, changes = Redactor().redact(
+        row(messages=(turn,), reply=(answer,), rejected=(answer,), expected="a@corp.io")
+    )
+    assert changed.messages == (Message("user", "I am [EMAIL_1]"),)
+    assert changed.reply == changed.rejected == (Message("assistant", "Hello [EMAIL_1]"),)
+    assert changed.expected == "[EMAIL_1]"
+    assert [each.field for each in changes] == [
+        "expected", "messages[1].content", "chosen[1].content", "rejected[1].content",
+    ]  # fmt: skip
+
+
+def test_a_clean_row_is_the_same_row() -> None:
+    clean = row(text="Nothing here.", label="a")
+    assert Redactor().redact(clean) == (clean, ())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tags", "expected"),
+    [
+        ("call 0912 345 678 now", "O B-p I-p I-p O", ("call|[PHONE_1]|now", "O B-p O")),
+        ("to (a@corp.io) , b@corp.io", "O B-x O O", ("to|([EMAIL_1])|,|[EMAIL_2]", "O B-x O O")),
+        ("a@corp.io", "O", ("[EMAIL_1]", "O")),
+        ("a@corp.io/b@corp.io x", "O O", ("[EMAIL_1]/[EMAIL_2]|x", "O O")),
+        ("IBAN is (301) 496-5248.", "O O B I", ("IBAN|is|[PHONE_1].", "O O B")),
+    ],
+)
+def test_tokens_keep_their_tags(tokens: str, tags: str, expected: tuple[str, str]) -> None:
+    given_row = row(tokens=tuple(tokens.split()), tags=tuple(tags.split()))
+    changed, _ = Redactor().redact(given_row)
+    assert changed.tokens is not None and changed.tags is not None
+    assert ("|".join(changed.tokens), " ".join(changed.tags)) == expected
+
+
+def test_a_key_makes_pseudonyms_the_same_everywhere() -> None:
+    one, two = Redactor(key=KEY), Redactor(key=KEY)
+    two.text("first other@corp.io")
+    name = one.text("a@corp.io")
+    assert name == two.text("a@corp.io") == one.text("A@Corp.io")
+    assert name != Redactor(key=KEY[::-1]).text("a@corp.io") and "a@corp.io" not in name
+    with pytest.raises(ValueError, match="16 bytes"):
+        Redactor(key=b"short")
+
+
+def test_a_table_is_kept_only_when_asked_for() -> None:
+    table: dict[str, str] = {}
+    redactor = Redactor(table=table)
+    redactor.text("a@corp.io")
+    assert table == {"[EMAIL_1]": "a@corp.io"}
+    silent = Redactor()
+    silent.text("a@corp.io")
+    assert "a@corp.io" not in str(vars(silent))
+
+
+PIECES = st.sampled_from(
+    [
+        "a@corp.io",
+        "0912 345 678",
+        "call ",
+        "4242424242424242",
+        "54.239.28.85",
+        "key=aB3dE5gH7jK9",
+        " ",
+    ]
+)
+
+
+@given(st.lists(st.one_of(PIECES, st.text(max_size=5)), max_size=8), st.sampled_from([None, KEY]))
+def test_what_was_redacted_is_clean_and_the_rest_is_there(
+    parts: list[str], key: bytes | None
+) -> None:
+    text = "".join(parts)
+    spans = Finder().find(text)
+    changed, changes = Redactor(key=key).redact(row(text=text))
+    assert len(changes) == len(spans)
+    left = changed.text or ""
+    assert all(span.kind not in ("email", "card", "ip") for span in Finder().find(left))
+    for change in reversed(changes):  # put back, from the end
+        at = left.rindex(change.pseudonym)
+        left = left[:at] + text[change.start : change.end] + left[at + len(change.pseudonym) :]
+    assert left == text

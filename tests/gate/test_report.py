@@ -1,0 +1,206 @@
+"""Reports for people: nothing from the data acts, everything is there, any summary can be drawn."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import luthier
+from luthier.gate.histogram import Histogram
+from luthier.gate.markup import element, join
+from luthier.gate.report import Report, listed, next_steps, runs
+from luthier.gate.report_text import show, sparkline
+from luthier.gate.rules import Finding, Findings, Place, Rule
+from luthier.gate.svg import histogram
+
+EVIL = '<script>alert("x")</script>'
+NEAR = Rule("duplicate.near", "warning", "A row is nearly another.", "It counts twice.", "Drop it.")
+VOID = {"meta", "input", "br", "hr"}
+
+
+class Tags(HTMLParser):
+    """All tags with their attributes; fails where they do not close in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def a_report(folder: Path, base: str | None) -> Report:
+    data = folder / "a.jsonl"
+    row = '{"prompt": "q%d \\u001b[31m <script>alert(\\"x\\")</script>", "completion": "%s"}\n'
+    data.write_text("".join(row % (n, EVIL.replace('"', "'")) for n in range(8)) + "{\n")
+    report = luthier.inspect(data, base=base)
+    places = [Place(str(data), n) for n in range(1, 5)]
+    text = f"{EVIL} \x1b[2J \u202e"
+    report.findings.add(Finding(NEAR, places[0], text, excerpt=text, others=tuple(places[1:])))
+    lengths = Histogram()
+    lengths.add(np.arange(200))
+    report.summaries["anything"] = {
+        "label": EVIL,
+        "some_share": 0.25,
+        "nothing": None,
+        "splits": {"train": {"counts": {EVIL: 3, **{f"c{n}": 1 for n in range(40)}}}},
+        "lengths": lengths.plain(),
+        "empty": Histogram().plain(),
+        "table": [{"name": EVIL, "rows": 3}, {"name": "b", "rows": 4}],
+        "places": [{"file": str(data), "line": 3}],
+        "deep": {"er": {"still": {"counts": {}}}},
+        "names": [EVIL],
+    }
+    return report
+
+
+@pytest.fixture
+def report(tmp_path: Path, tiny_model_folder: Path) -> Report:
+    return a_report(tmp_path, str(tiny_model_folder))
+
+
+def test_nothing_in_the_data_becomes_part_of_the_page(report: Report) -> None:
+    page = report.html()
+    tags = Tags(page).found
+    assert not {"script", "img", "iframe", "object", "form", "link"} & {tag for tag, _ in tags}
+    for tag, attributes in tags:
+        assert not any(name.startswith("on") or name == "style" for name in attributes), tag
+        assert not {"href", "src", "action"} & attributes.keys()
+    assert page.count("&lt;script&gt;") > 10
+    assert "\x1b" not in page and "\u202e" not in page
+
+
+def test_the_page_allows_only_its_own_style_sheet(report: Report) -> None:
+    page = report.html()
+    style = re.search("<style>(.*)</style>", page, re.DOTALL)
+    assert style is not None
+    hashed = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    (policy,) = (a["content"] for t, a in Tags(page).found if "http-equiv" in a)
+    assert policy == (
+        f"default-src 'none'; style-src 'sha256-{hashed}'; base-uri 'none'; form-action 'none'"
+    )
+    assert "url(" not in page and "@import" not in page
+
+
+def test_the_page_is_accessible(report: Report) -> None:
+    tags = Tags(report.html()).found
+    assert ("html", {"lang": "en"}) in tags
+    names = [attributes for tag, attributes in tags if tag == "svg"]
+    assert all(each.get("aria-label") or each.get("aria-hidden") for each in names) and names
+    assert all(attributes.get("scope") for tag, attributes in tags if tag == "th")
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
+
+
+def test_the_page_holds_what_was_found(report: Report) -> None:
+    page = report.html()
+    for text in ("Refused", "json.invalid", "duplicate.near", "It counts twice.", "Drop it.",
+                 "a.jsonl:1, 2, 3, 4", "What the model learns", "<mark>", "25.0%", "of 1,024 tokens",
+                 "29 more", "a.jsonl:3"):  # fmt: skip
+        assert text in page, text
+
+
+def test_the_terminal_shows_it_and_nothing_acts(report: Report) -> None:
+    out = Console(file=StringIO(), width=100, highlight=False, force_terminal=False)
+    show(report, out, rows=1)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in text and "\u202e" not in text
+    for part in ("✗ refused", "1 error, ", "json.invalid",
+                 "duplicate.near", "Drop it.", "8 rows", "learned", EVIL, "train, line 1"):  # fmt: skip
+        assert part in text, part
+    assert "train, line 2" not in text
+
+
+def test_learned_text_stands_in_brackets_where_there_are_no_colours(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(**options: Any) -> str:
+        out = Console(file=StringIO(), width=100, highlight=False, **options)
+        show(report, out, rows=1)
+        return str(out.file.getvalue())  # type: ignore[attr-defined]
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    plain = shown(force_terminal=False)
+    assert "what it learns to write stands in [[ ]]" in plain
+    learned = plain[plain.index("train, line 1") :]
+    assert "[[" in learned and learned.index("[[") < learned.index("]]")
+    assert learned.index("q0") < learned.index("[[")  # the prompt is not learned
+    assert "[[" not in shown(force_terminal=True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "stands in [[ ]]" in shown(force_terminal=True)
+
+
+def test_without_a_model_both_say_what_was_not_checked(tmp_path: Path) -> None:
+    report = a_report(tmp_path, None)
+    out = Console(file=StringIO(), width=100, highlight=False)
+    show(report, out)
+    assert "needs a base model" in out.file.getvalue()  # type: ignore[attr-defined]
+    assert "needs a base model" in report.html() and "<mark>" not in report.html()
+
+
+def test_the_last_line_is_what_to_do() -> None:
+    found = Findings()
+    report = Report({"train": ["my data.jsonl"], "validation": ["v.jsonl"]}, {"train": 2}, found)
+    ((words, command),) = next_steps(report)
+    assert command == "luthier tune 'my data.jsonl' --validation v.jsonl"
+    assert "can be trained" in words
+    found.add(Finding(NEAR, Place("a", 1), "x"))
+    assert "warnings" in next_steps(report)[0][0]
+    found.add(Finding(Rule("an.error", "error", "x"), Place("a", 1), "x"))
+    assert next_steps(report)[-1][1] == ""
+
+
+def test_tokens_of_one_colour_come_as_one_piece_and_long_rows_are_cut() -> None:
+    found = runs(["a", "b", "c", "d\x07"], [False, False, True, True])
+    assert [(run.text, run.learned) for run in found] == [("ab", False), ("cd\\x07", True)]
+    found = runs(["x"] * 1000, [False] * 999 + [True])
+    assert sum(len(run.text) for run in found) == 360
+    assert sum(run.left_out for run in found) == 640
+    assert found[-1] == type(found[-1])("x", True)
+
+
+def test_places_name_their_file_once() -> None:
+    places = [Place("x/a", 1), Place("x/a", 2), Place("b", 3), Place("b", 4)]
+    assert listed(places, 3) == "a:1, 2, b:3 and 1 more"
+
+
+def test_markup_escapes_all_but_markup() -> None:
+    inner = element("b", "<&>", title='"')
+    assert inner == '<b title="&quot;">&lt;&amp;&gt;</b>'
+    assert element("p", [inner, None, "<"], hidden=True, id=None) == f"<p hidden>{inner}&lt;</p>"
+    assert join("<", inner) == f"&lt;{inner}"
+    assert element("br") == "<br>"
+
+
+@pytest.mark.parametrize("numbers", [[5], [0, 0, 0], [1, 100_000], list(range(3, 60))])
+def test_bars_cover_their_axis(numbers: list[int]) -> None:
+    found = Histogram()
+    found.add(np.array(numbers))
+    plain: dict[str, Any] = found.plain()
+    drawn = histogram(plain["bars"], {"median": plain["p50"]}, "what", "tokens")
+    bars = [a for t, a in Tags(drawn).found if t == "rect"]
+    lefts = [float(a["x"] or 0) for a in bars]
+    assert lefts == sorted(lefts) and lefts[0] == 8
+    assert float(bars[-1]["x"] or 0) + float(bars[-1]["width"] or 0) <= 632
+    assert len(sparkline(plain["bars"])) <= 16

@@ -1,0 +1,38 @@
+"""Rows that ask the same stay together, unless that were most of them."""
+
+from __future__ import annotations
+
+from luthier.gate.row_keys import Kin, alike
+from luthier.types import Row
+
+LONG = "please tell me when the parcel that I ordered at the end of last week will be delivered"
+
+
+def rows(*texts: str) -> list[Row]:
+    return [Row("f", line, text=text, label=str(line)) for line, text in enumerate(texts, 1)]
+
+
+def test_near_and_same_questions_are_one_group_whatever_they_teach() -> None:
+    texts = [LONG, "yes", "no", LONG + " now", "Yes.", "maybe", "what else"]
+    assert alike(rows(*texts)).tolist() == [0, 1, 2, 0, 1, 5, 6]
+    kin = Kin(limit=0)
+    kin.add(rows(*texts)[:4])
+    kin.add(rows(*texts)[4:])
+    assert kin.groups().tolist() == alike(rows(*texts)).tolist()
+
+
+def test_a_group_of_most_rows_is_taken_apart() -> None:
+    near = [f"{LONG} {word}" for word in ("now", "soon", "today", "tomorrow", "now", "please")]
+    assert alike(rows(*near, "yes")).tolist() == [0, 1, 2, 3, 0, 5, 6]
+    assert alike(rows("yes", "yes", "yes", "no")).tolist() == [0, 1, 2, 3]
+    assert alike([]).tolist() == []
+
+
+def test_pairs_with_one_partner_are_one_group() -> None:
+    anchors = ["where is it", "who wrote this", "how much does that cost", "when was it"]
+    positives = ["In Rome.", "Ann did.", "Ten euros.", "In  rome."]
+    pairs = [
+        Row("f", line, text=anchor, positive=positive)
+        for line, (anchor, positive) in enumerate(zip(anchors, positives, strict=True), 1)
+    ]
+    assert alike(pairs).tolist() == [0, 1, 2, 0]

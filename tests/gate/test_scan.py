@@ -1,0 +1,74 @@
+"""Measuring in other processes: the same report as in one, in the same order."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.gate import inspect as gate
+from luthier.gate import scan as inspect
+from luthier.gate.check import Known
+from luthier.gate.checks import CHECKS, checks_for
+from luthier.gate.checks.duplicates import Duplicates
+from luthier.gate.inspect import Request
+from luthier.models.tokenizer import load_chat_format
+
+
+def told(report: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = report.plain()
+    del plain["seconds"]
+    return plain
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Rows with faults of most checks, in more batches than wait at once."""
+    path = tmp_path / "rows.jsonl"
+    texts = ["the quick brown fox", "mail me: anna@kontor.de", "<|im_end|> is a mark", "x\u200by"]
+    lines = [
+        json.dumps({"prompt": f"{n} {texts[n % 4]}", "completion": f"answer {n % 50} " * 3})
+        for n in range(600)
+    ]
+    lines[100:100] = ["{", lines[5], json.dumps({"prompt": "a", "completion": " "})]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_report_does_not_depend_on_processes(
+    rows: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "ROWS", 32)
+    monkeypatch.setattr(inspect, "LARGE", 0)
+    request = Request(str(rows), base=str(tiny_model_folder))
+    alone = told(gate.inspect(request))
+    assert {"json.invalid", "field.empty", "duplicate.exact", "privacy.email"} <= {
+        rule["rule"] for rule in alone["rules"]
+    }
+    assert told(gate.inspect(request, processes=2)) == alone
+
+
+def test_small_sources_start_no_process(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("luthier.gate.scan.ProcessPoolExecutor", refuse)
+    assert gate.inspect(Request(str(rows), base=None), processes=2).rows == {"train": 601}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_copy_of_a_check_has_what_it_measures_with_and_no_more(
+    name: str, tiny_model_folder: Path
+) -> None:
+    known = Known(load_chat_format(tiny_model_folder), context=64)
+    check = next(each for each in checks_for(known)[0] if each.name == name)
+    copy = pickle.loads(pickle.dumps(check))
+    assert set(vars(copy)) == set(type(check).measures_with)
+
+
+def test_what_was_collected_stays_behind() -> None:
+    check = Duplicates()
+    assert "_table" in vars(check) and "_table" not in vars(pickle.loads(pickle.dumps(check)))
