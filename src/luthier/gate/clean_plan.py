@@ -1,6 +1,6 @@
 """What is to be cleaned: the fixes that a person chose, and the rules of the gate they name.
 
-Edits come first, as they are written in :data:`luthier.cleaning.edits.EDITS`: a repair may make rows
+Edits come first, as they are written in :data:`luthier.gate.edits.EDITS`: a repair may make rows
 equal, and a row that was shortened is too long no more. What is dropped is judged by what would be
 written: rows that break the chosen rules, copies among them, then rows of classes that are too large.
 """
