@@ -58,8 +58,8 @@ class Broken(Share):
 
 @pytest.fixture(autouse=True)
 def _graders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GRADERS, "share", Share)
-    monkeypatch.setitem(GRADERS, "broken", Broken)
+    monkeypatch.setitem(GRADERS.built_in, "share", Share)
+    monkeypatch.setitem(GRADERS.built_in, "broken", Broken)
 
 
 class Notes(Reporter):

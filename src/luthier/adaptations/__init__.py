@@ -11,19 +11,24 @@ from luthier.adaptations.prefix import Prefix
 from luthier.adaptations.prompt import Prompt
 from luthier.adaptations.qlora import QLoRA
 from luthier.adaptations.sparse import Sparse
+from luthier.plugins import PluginTable
 
-ADAPTATIONS: dict[str, type[Adaptation]] = {
-    "full": Full,
-    "freeze": Freeze,
-    "feature_extraction": FeatureExtraction,
-    "lora": LoRA,
-    "qlora": QLoRA,
-    "bitfit": BitFit,
-    "adapters": Adapters,
-    "prompt": Prompt,
-    "prefix": Prefix,
-    "sparse": Sparse,
-}
+ADAPTATIONS: PluginTable[type[Adaptation]] = PluginTable(
+    "adaptations",
+    Adaptation,
+    {
+        "full": Full,
+        "freeze": Freeze,
+        "feature_extraction": FeatureExtraction,
+        "lora": LoRA,
+        "qlora": QLoRA,
+        "bitfit": BitFit,
+        "adapters": Adapters,
+        "prompt": Prompt,
+        "prefix": Prefix,
+        "sparse": Sparse,
+    },
+)
 
 __all__ = [
     "ADAPTATIONS",

@@ -33,6 +33,7 @@ from luthier.cli.options import (
     Prices,
     Validation,
 )
+from luthier.cli.plugins import plugins
 from luthier.cli.serving import serve
 from luthier.cli.shrinking import student
 from luthier.cli.splitting import split
@@ -210,6 +211,7 @@ app.command()(student)
 app.command()(split)
 app.command()(estimate)
 app.command()(advise)
+app.command()(plugins)
 
 
 @app.command()

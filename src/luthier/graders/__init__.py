@@ -24,25 +24,30 @@ from luthier.graders.similarity import Similarity
 from luthier.graders.specs import AnyGrader, Spec, grader_from, graders_named, read_graders
 from luthier.graders.string_check import StringCheck
 from luthier.graders.text_similarity import TextSimilarity
+from luthier.plugins import PluginTable
 
-GRADERS: dict[str, type[Grader]] = {
-    "exact": Exact,
-    "first_line": FirstLine,
-    "number": Number,
-    "regex": Regex,
-    "similarity": Similarity,
-    "json_schema": JsonSchema,
-    "code": Code,
-    "judge": Judge,
-    "reward": Reward,
-    "mix": Mix,
-    "string_check": StringCheck,
-    "text_similarity": TextSimilarity,
-    "python": PythonSource,
-    "lambda": LambdaFunction,
-    "score_model": ScoreModel,
-    "multi": Multi,
-}
+GRADERS: PluginTable[type[Grader]] = PluginTable(
+    "graders",
+    Grader,
+    {
+        "exact": Exact,
+        "first_line": FirstLine,
+        "number": Number,
+        "regex": Regex,
+        "similarity": Similarity,
+        "json_schema": JsonSchema,
+        "code": Code,
+        "judge": Judge,
+        "reward": Reward,
+        "mix": Mix,
+        "string_check": StringCheck,
+        "text_similarity": TextSimilarity,
+        "python": PythonSource,
+        "lambda": LambdaFunction,
+        "score_model": ScoreModel,
+        "multi": Multi,
+    },
+)
 
 __all__ = [
     "GRADERS",

@@ -25,7 +25,7 @@ def grader_from(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     method = value.get("method")
-    if method not in GRADERS:
+    if not isinstance(method, str) or method not in GRADERS:
         known = ", ".join(GRADERS)
         if method is None:
             raise ValueError(f"a grader needs its `method`; there are {known}")

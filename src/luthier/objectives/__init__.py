@@ -21,29 +21,34 @@ from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
 from luthier.objectives.span_corruption import SpanCorruption
 from luthier.objectives.token_classification import TokenClassification
+from luthier.plugins import PluginTable
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "sft": SFT,
-    "causal_lm": CausalLM,
-    "masked_lm": MaskedLM,
-    "span_corruption": SpanCorruption,
-    "bilm": BiLM,
-    "classification": Classification,
-    "semi_supervised": SemiSupervised,
-    "regression": Regression,
-    "token_classification": TokenClassification,
-    "contrastive": Contrastive,
-    "logit_distillation": LogitDistillation,
-    "on_policy_distillation": OnPolicyDistillation,
-    "encoder_distillation": EncoderDistillation,
-    "embedding_distillation": EmbeddingDistillation,
-    "dpo": DPO,
-    "kto": KTO,
-    "orpo": ORPO,
-    "reward_model": RewardModel,
-    "grpo": GRPO,
-    "ppo": PPO,
-}
+OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
+    "objectives",
+    Objective,
+    {
+        "sft": SFT,
+        "causal_lm": CausalLM,
+        "masked_lm": MaskedLM,
+        "span_corruption": SpanCorruption,
+        "bilm": BiLM,
+        "classification": Classification,
+        "semi_supervised": SemiSupervised,
+        "regression": Regression,
+        "token_classification": TokenClassification,
+        "contrastive": Contrastive,
+        "logit_distillation": LogitDistillation,
+        "on_policy_distillation": OnPolicyDistillation,
+        "encoder_distillation": EncoderDistillation,
+        "embedding_distillation": EmbeddingDistillation,
+        "dpo": DPO,
+        "kto": KTO,
+        "orpo": ORPO,
+        "reward_model": RewardModel,
+        "grpo": GRPO,
+        "ppo": PPO,
+    },
+)
 
 __all__ = [
     "DPO",

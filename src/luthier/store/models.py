@@ -10,14 +10,15 @@ A custom model's id is ``base:name``. Local directories and hub ids are opened a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from luthier.errors import CorruptFile, UnknownModel
+from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import luthier_home, read_json
 from luthier.models.catalog import CATALOG, MANIFEST, download_from_hub, pull
+from luthier.plugins import PluginTable
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.models.heads import Head
     from luthier.objectives import Objective
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def adaptation_of(model: StoredModel) -> Any:
     from luthier.adaptations import ADAPTATIONS
 
     fields = model.manifest["recipe"]["adaptation"]
-    return ADAPTATIONS[fields["method"]].model_validate(fields)
+    return _method(ADAPTATIONS, fields, model).model_validate(fields)
 
 
 def objective_of(model: StoredModel) -> Objective:
@@ -202,7 +205,18 @@ def objective_of(model: StoredModel) -> Objective:
     if fields is None:
         reads = model.manifest.get("kind") in ("encoder", "masked_lm")
         return OBJECTIVES["contrastive" if reads else "causal_lm"].model_validate({})
-    return OBJECTIVES[fields["method"]].model_validate(fields)
+    return _method(OBJECTIVES, fields, model).model_validate(fields)
+
+
+def _method(table: PluginTable[Part], fields: Mapping[str, Any], model: StoredModel) -> Part:
+    """The class that a model was trained with, which a package may have brought that is gone."""
+    method = fields["method"]
+    if method not in table:
+        raise RecipeError(
+            f"{model.id} was trained with {method}, which comes from a package that is not installed "
+            f"here ({table.group}). Install it to use the model"
+        )
+    return table[method]
 
 
 def chat_format(model: StoredModel) -> ChatFormat:

@@ -1,0 +1,134 @@
+"""Objectives, adaptations, graders and base models that other installed packages add.
+
+A package names what it adds by entry points, one group for each table:
+
+    [project.entry-points."luthier.objectives"]
+    focal = "luthier_focal:Focal"
+
+The name is that of recipes: the default of the class's ``method``, or the ``id`` of a base model. The
+package is imported when the table is first looked through, or when its name is asked for. One that
+cannot be used is left out with a warning, so that it stops no other command; to ask for it by its
+name says what is wrong, and with which package.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from luthier.errors import RecipeError
+
+log = logging.getLogger(__name__)
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One entry point of an installed package."""
+
+    group: str
+    name: str
+    package: str
+    """Name and version of the distribution it came with."""
+    problem: str = ""
+    """Why it cannot be used; empty where it can."""
+
+
+class PluginTable(Mapping[str, Part], Generic[Part]):
+    """Parts of one kind by name: the built-in ones, then those of the entry points of ``group``.
+
+    A name that is broken is ``in`` the table and raises where it is looked up; iterating leaves it out.
+    """
+
+    def __init__(self, group: str, kind: type, built_in: Mapping[str, Part]) -> None:
+        """``kind`` is the class that parts are subclasses or instances of."""
+        self.group, self.kind, self.built_in = f"luthier.{group}", kind, dict(built_in)
+        self._loaded: dict[str, Part | Plugin] = {}
+
+    @cached_property
+    def _points(self) -> dict[str, EntryPoint]:
+        # The order of entry points is that of the search path, which is not ours to decide.
+        found = sorted(entry_points(group=self.group), key=lambda each: (each.name, _package(each)))
+        return {each.name: each for each in reversed(found)}
+
+    def plugins(self) -> list[Plugin]:
+        """The entry points of the group, each loaded to see whether it can be used."""
+        return [self._plugin(name) for name in self._points]
+
+    def package_of(self, name: str) -> str | None:
+        """Name and version of the package that brings ``name``; ``None`` for what is built in."""
+        return None if name in self.built_in else _package(self._points[name])
+
+    def __getitem__(self, name: str) -> Part:
+        """The part called ``name``.
+
+        Raises:
+            KeyError: where there is none.
+            RecipeError: where its package cannot be used, with the reason.
+        """
+        if name in self.built_in:
+            return self.built_in[name]
+        part = self._load(name)
+        if isinstance(part, Plugin):
+            raise RecipeError(
+                f"{name} comes from the installed package {part.package}, which cannot be used: "
+                f"{part.problem}"
+            )
+        return part
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.built_in or name in self._points
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.built_in
+        for plugin in self.plugins():
+            if not plugin.problem:
+                yield plugin.name
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _plugin(self, name: str) -> Plugin:
+        if name in self.built_in:
+            problem = "the name is that of a built-in one; it needs another"
+            return Plugin(self.group, name, _package(self._points[name]), problem)
+        part = self._load(name)
+        if isinstance(part, Plugin):
+            return part
+        return Plugin(self.group, name, _package(self._points[name]))
+
+    def _load(self, name: str) -> Part | Plugin:
+        """What the entry point stands for; a :class:`Plugin` with its problem where that fails."""
+        if name not in self._loaded:
+            point = self._points[name]
+            try:
+                part = point.load()
+                self._check(name, part)
+            # A package of others may raise anything while it is imported, and is one of many.
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+                part = Plugin(self.group, name, _package(point), problem)
+                log.warning("%s of %s is left out: %s", name, part.package, problem)
+            self._loaded[name] = part
+        return self._loaded[name]
+
+    def _check(self, name: str, part: Any) -> None:
+        own = None
+        if isinstance(part, type) and issubclass(part, self.kind):
+            own = getattr(part, "model_fields", {})["method"].default
+        elif isinstance(part, self.kind):
+            own = getattr(part, "id", None)
+        else:
+            raise TypeError(f"{part!r} is no {self.kind.__module__}.{self.kind.__name__}")
+        # Stored models and recipes find it again by the name it gives itself.
+        if own != name:
+            raise ValueError(f"the entry point is called {name!r}, and what it names {own!r}")
+
+
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value

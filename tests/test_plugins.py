@@ -1,0 +1,179 @@
+"""A package that is really installed beside luthier, and what it adds used end to end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from short_runs import manifest_of, write_rows
+
+from luthier import plugins
+from luthier.adaptations import ADAPTATIONS
+from luthier.engine import train
+from luthier.errors import RecipeError
+from luthier.graders import GRADERS, Exact, Grader
+from luthier.models.catalog import CATALOG
+from luthier.objectives import OBJECTIVES
+from luthier.planning.capabilities import capabilities
+from luthier.recipe import Recipe
+from luthier.store.models import find, objective_of
+
+SAMPLE = Path(__file__).parent / "sample_plugin"
+TABLES: tuple[plugins.PluginTable[Any], ...] = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the sample package is installed in, as pip does it."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    shutil.copytree(SAMPLE, source, dirs_exist_ok=True)
+    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", *install, "--target", str(target), str(source)],
+        check=True,
+        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
+    return target
+
+
+def forget() -> None:
+    for table in TABLES:
+        table.__dict__.pop("_points", None)
+        table._loaded.clear()
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def installed(
+    site: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family_folder: Callable[[str], Path],
+) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("SAMPLE_MODEL", str(family_folder("bert")))
+    forget()
+    yield
+    monkeypatch.undo()
+    sys.modules.pop("luthier_sample", None)
+    forget()
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_run_with_everything_from_a_package(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"the {word} {n}", "label": word} for n in range(12) for word in ("fox", "dog")
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = Recipe.parse(
+        {
+            "base": "sample-tiny",
+            "name": "focused",
+            "data": {"train": str(data)},
+            "objective": {"method": "focal", "gamma": 1.5},
+            "adaptation": "norms",
+            "training": {"max_steps": 4, "baseline_seconds": 0},
+        }
+    )
+    result = train.train(recipe)
+    manifest = manifest_of(result)
+    assert manifest["recipe"]["objective"]["gamma"] == 1.5
+    assert manifest["saved"] == "adapter" and manifest["root"] == "sample-tiny"
+    assert find("sample-tiny").manifest["source"] == "folder:SAMPLE_MODEL"
+    model = find("sample-tiny:focused")
+    assert type(objective_of(model)) is OBJECTIVES["focal"]
+    # Without its package the model says what is missing.
+    sys.path.pop(0)
+    forget()
+    with pytest.raises(
+        RecipeError, match=r"sample-tiny:focused was trained with focal.*Install it"
+    ):
+        objective_of(model)
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_is_installed_is_listed_and_checked_as_the_rest() -> None:
+    assert list(OBJECTIVES)[-1] == "focal" and len(OBJECTIVES) == len(OBJECTIVES.built_in) + 1
+    found = capabilities("sample-tiny")
+    cells = {(each.objective, each.adaptation): each for each in found.verdicts}
+    assert not found.here and cells["focal", "norms"].fits
+    assert "cannot be a causal language model" in cells["sft", "norms"].reason
+    with pytest.raises(RecipeError, match=r"`objective.gamma`.*number"):
+        Recipe.parse({"data": {"train": "x"}, "objective": {"method": "focal", "gamma": "much"}})
+    with pytest.raises(RecipeError, match=r"belongs to objective ppo or focal"):
+        Recipe.parse({"data": {"train": "x"}, "objective": {"method": "sft", "gamma": 1}})
+    assert GRADERS["brief"].model_validate({"words": 3})
+    assert OBJECTIVES.package_of("focal") == "luthier-sample 0.3"
+    assert OBJECTIVES.package_of("sft") is None
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_broken_plugin_names_its_package_and_stops_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert "broken" not in list(OBJECTIVES) and "broken" in OBJECTIVES
+        assert list(OBJECTIVES)
+    (record,) = caplog.records
+    assert "broken of luthier-sample 0.3 is left out: ModuleNotFoundError" in record.getMessage()
+    with pytest.raises(RecipeError, match=r"package luthier-sample 0\.3, which cannot be used"):
+        Recipe.parse({"data": {"train": "x"}, "objective": "broken"})
+    # What is built in keeps its name.
+    assert GRADERS["exact"] is Exact
+
+
+def test_the_command_lists_packages(site: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "luthier", "plugins", "--json"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    )
+    found = {each["name"]: each for each in json.loads(done.stdout)["plugins"]}
+    assert found["focal"] == {
+        "group": "luthier.objectives", "name": "focal", "package": "luthier-sample 0.3", "problem": ""
+    }  # fmt: skip
+    assert "missing" in found["broken"]["problem"]
+    assert "built-in" in found["exact"]["problem"]
+    assert not found["sample-tiny"]["problem"] and not found["norms"]["problem"]
+
+
+@pytest.mark.parametrize(
+    ("part", "problem"),
+    [
+        (object(), "is no luthier.graders.base.Grader"),
+        (dict, "is no luthier.graders.base.Grader"),
+        (Exact, "the entry point is called 'other', and what it names 'exact'"),
+    ],
+)
+def test_what_is_no_grader_is_refused(
+    part: Any, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = SimpleNamespace(name="other", value="x:y", dist=None, load=lambda: part)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
+    table = plugins.PluginTable("graders", Grader, {})
+    with pytest.raises(RecipeError, match=problem):
+        table["other"]
+    assert list(table) == [] and table.get("third") is None
+
+
+def test_of_two_packages_with_one_name_the_same_one_always_wins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    points = [
+        SimpleNamespace(name="exact", value=value, dist=None, load=lambda: Exact)
+        for value in ("b", "a")
+    ]
+    for order in (points, points[::-1]):
+        monkeypatch.setattr(plugins, "entry_points", lambda group, order=order: order)
+        assert plugins.PluginTable("graders", Grader, {}).package_of("exact") == "a"
