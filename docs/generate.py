@@ -20,13 +20,9 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.asking.spec import Asking
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
-from luthier.data.preferences import RULES as PREFERENCE_RULES
-from luthier.data.prompts import RULES as PROMPT_RULES
-from luthier.data.rows import RULES as ROW_RULES
 from luthier.data.targets import RULES as TARGET_RULES
 from luthier.distillation.insights import RULES as INSIGHT_RULES
 from luthier.distillation.recipe import DistilRecipe, InsightSpec, TeacherSpec
-from luthier.engine.dataset import RULES as TOKEN_RULES
 from luthier.gate.checks import CHECKS, all_rules
 from luthier.gate.clean_plan import Plan
 from luthier.gate.rules import Rule
@@ -360,10 +356,8 @@ def _models() -> list[str]:
 def _rules() -> list[str]:
     """Every rule of the data gate, those of checks behind those of reading."""
     known = all_rules()
-    further = {**ROW_RULES, **PREFERENCE_RULES, **PROMPT_RULES, **TARGET_RULES, **TOKEN_RULES}
-    known |= {
-        name: Rule(name, "error", about) for name, about in further.items() if name not in known
-    }
+    further = {name: text for name, text in TARGET_RULES.items() if name not in known}
+    known |= {name: Rule(name, "error", about) for name, about in further.items()}
     lines = [
         "## Rules of the data gate",
         "",

@@ -13,7 +13,7 @@ from luthier.cli.app import app
 from luthier.errors import RecipeError
 from luthier.gate.clean_plan import Plan
 from luthier.gate.edits import EDITS
-from luthier.gate.rules import rules as reading_rules
+from luthier.gate.rules import READING_RULES
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], said: str) ->
 
 def test_names_stand_for_rules() -> None:
     plan = Plan.of({"drop": ["unreadable", "leakage.*", "duplicate.near"], "dedupe": "near"})
-    assert plan.refused == {name for name, rule in reading_rules().items() if not rule.whole}
+    assert plan.refused == {name for name, rule in READING_RULES.items() if not rule.whole}
     assert plan.dropped == (
         "leakage.exact", "leakage.input", "leakage.near", "duplicate.near", "duplicate.exact"
     )  # fmt: skip

@@ -17,30 +17,17 @@ from luthier.data.prompts import PromptChecker
 from luthier.data.rows import Checker, Recognized, RowReader, read_rows
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
-from luthier.errors import DataError, Problem, RecipeError, RowRefused
+from luthier.errors import DataError, RecipeError, RowRefused
 from luthier.evaluation.baselines import MOST_ROWS, ComparedRows
 from luthier.files import sha256_of
+from luthier.gate.encode import RowEncoder, check_shapes
 from luthier.gate.inspect import inspect_job
 from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import alike
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.choosing import objective_for, shape_of, shapes_named, unlearned
+from luthier.objectives.choosing import objective_for, shape_of, shapes_named
 from luthier.recipe import DataSpec
 from luthier.types import Example, Row
-
-RULES = {
-    "rows.too_few": "A single labelled row is not enough to learn from.",
-    "label.one_class": "All rows have the same label, so there is nothing to tell apart.",
-    "label.unseen": "A label of the validation rows is in none of the training rows.",
-    "label.mixed": "Some rows have one label and others an array of them.",
-    "rating.constant": "All rows have the same rating.",
-    "row.empty": "The tokenizer makes nothing of the text.",
-    "row.objective": "The row has a shape that the objective does not learn from.",
-    "row.template": "The row cannot be written in the model's template.",
-    "row.too_long": "The row has more tokens than the model's context.",
-    "row.nothing_learned": "Cut to the context, the row would have no learned token.",
-}
-"""Rules that need the model's tokenizer; those of the file alone are in ``data.rows``."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +91,7 @@ def prepare(
             ("objective", objective.method, f"the rows are {shapes_named([shape_of(rows[0])])}")
         )
     objective.check(chat)
-    _check_shapes(rows, held, objective, chat)
-    _check_shapes((), [*chain(*further)], objective, chat, beside=True)
+    check_shapes(rows, held, [*chain(*further)], objective, chat)
     _check_augmentation(spec, objective, chat)
     # As the files are: a held-out part of one file is not yet split from it.
     splits = {"train": [*rows, *chain(*further)], "validation": held}
@@ -120,8 +106,9 @@ def prepare(
         objective = objective.fit([*rows, *chain(*further)], chat)
     except RowRefused as bad:
         raise DataError([bad.at(str(spec.train), 0)]) from bad
-    encoder = _Encoder(objective, objective.format(chat), context, spec.long_rows)
-    sets, validation = [encoder.encode(each) for each in (rows, *further)], encoder.encode(held)
+    encoder = RowEncoder(objective, chat)
+    encode = partial(encoder.encode_all, context=context, long_rows=spec.long_rows)
+    sets, validation = [encode(each) for each in (rows, *further)], encode(held)
     if problems := [*encoder.problems, *refusals(report)]:
         raise DataError(problems)
     encoded = [*chain(*sets)]
@@ -259,99 +246,6 @@ def _checker(objective: Objective | None) -> type[Checker]:
     return PromptChecker if objective and "prompt_only" in objective.shapes else Checker
 
 
-def _check_shapes(
-    rows: Sequence[Row],
-    held: Sequence[Row],
-    objective: Objective,
-    chat: ChatFormat,
-    beside: bool = False,
-) -> None:
-    """Every row must be of a shape that is learned; ``beside`` those of the main file, more may be."""
-    problems = []
-    shapes = objective.shapes | objective.also | (objective.beside if beside else frozenset())
-    if len(rows) == 1 and shape_of(rows[0]) != "text":
-        problems.append(
-            Problem(
-                rows[0].file,
-                rows[0].line,
-                "rows.too_few",
-                "this is the only row; one example cannot show what is to be learned.",
-                "Give at least two, better fifty or more; a single reply belongs in the prompt.",
-            )
-        )
-    for row in [*rows, *held]:
-        shape = shape_of(row)
-        if shape not in shapes:
-            message = (
-                f"objective {objective.method} learns from {shapes_named(shapes)}, and this row is "
-            )
-            problem = unlearned(row, f"{message}{shapes_named([shape])}.")
-            fix = problem.fix
-            if shape != "prompt_only":
-                other = objective_for(row, chat).method
-                fix = f"Use `objective.method={other}`, or bring the rows into the other form."
-            if beside:
-                fix = f"Bring the rows into the form of {shapes_named(shapes)}, or leave the file out."
-            elif shape in objective.beside:
-                here = shapes_named(objective.shapes)
-                fix = f"Such rows are for a file of `data.mix`; {here} goes here."
-            problems.append(replace(problem, fix=fix))
-    if problems:
-        raise DataError(problems)
-
-
 def _largest(objective: Objective, example: Example) -> list[Example]:
     """All that an example may become in a step."""
     return [row for view in objective.views(example) for row in objective.room(view)]
-
-
-class _Encoder:
-    """Encodes rows and collects what is wrong with them."""
-
-    def __init__(
-        self, objective: Objective, chat: ChatFormat, context: int, long_rows: str
-    ) -> None:
-        self.objective, self.chat, self.context = objective, chat, context
-        self.long_rows = long_rows
-        self.problems: list[Problem] = []
-        self.dropped = self.truncated = 0
-
-    def encode(self, rows: Sequence[Row]) -> list[Example]:
-        examples = []
-        for index, row in enumerate(rows):
-            try:
-                example = self.objective.encode(row, index, self.chat)
-            except RowRefused as bad:
-                self.problems.append(bad.at(row.file, row.line))
-                continue
-            except RecipeError as error:
-                self._problem(row, "row.template", str(error), "See the message.")
-                continue
-            refused = self.objective.refused_length(example, self.context)
-            if refused is None:
-                examples.append(example)
-            elif self.long_rows == "error":
-                self.problems.append(refused.at(row.file, row.line))
-            elif self.long_rows == "drop":
-                self.dropped += 1
-            else:
-                shorter = self._truncate(row, example)
-                examples += [shorter] if shorter else []
-        return examples
-
-    def _truncate(self, row: Row, example: Example) -> Example | None:
-        """Cut from the end; a row that loses all its learned tokens is a problem, not a row."""
-        shorter = self.objective.cut(example, self.context)
-        if not np.any(shorter.weight_T):
-            self._problem(
-                row,
-                "row.nothing_learned",
-                f"cut to the context of {self.context} tokens, nothing of the reply is left.",
-                "Shorten the prompt, or use `data.long_rows=drop`.",
-            )
-            return None
-        self.truncated += 1
-        return shorter
-
-    def _problem(self, row: Row, rule: str, message: str, fix: str) -> None:
-        self.problems.append(Problem(row.file, row.line, rule, message, fix))

@@ -17,7 +17,7 @@ from luthier.errors import RecipeError
 from luthier.gate.check import Known
 from luthier.gate.checks import CHECKS, all_rules, checks_for
 from luthier.gate.pii import KINDS
-from luthier.gate.rules import rules as reading_rules
+from luthier.gate.rules import READING_RULES
 from luthier.recipe import Part
 
 UNREADABLE = "unreadable"
@@ -113,12 +113,12 @@ class Plan(Part):
     @property
     def refused(self) -> frozenset[str]:
         """Rules of reading whose rows are left out."""
-        return frozenset(rule for rule in self._rules() if rule in reading_rules())
+        return frozenset(rule for rule in self._rules() if rule in READING_RULES)
 
     @property
     def dropped(self) -> tuple[str, ...]:
         """Rules of the gate whose rows are dropped, copies included; a row goes by the first."""
-        named = [rule for rule in self._rules() if rule not in reading_rules()]
+        named = [rule for rule in self._rules() if rule not in READING_RULES]
         return tuple(dict.fromkeys([*named, *_COPIES[self.dedupe]]))
 
     @property
@@ -134,7 +134,7 @@ def _named(name: str) -> list[str]:
     """The rules that ``name`` means: one, all that begin so, or all of reading."""
     rules = all_rules()
     if name == UNREADABLE:
-        return [rule.id for rule in reading_rules().values() if not rule.whole]
+        return [rule.id for rule in READING_RULES.values() if not rule.whole]
     if name.endswith(".*"):
         found = [
             rule.id for rule in rules.values() if rule.id.startswith(name[:-1]) and not rule.whole

@@ -20,8 +20,9 @@ from luthier.data.parsing import Record
 from luthier.errors import RecipeError, RowRefused
 from luthier.gate.check import Batch, Known
 from luthier.gate.checks.encoding import hidden
-from luthier.gate.checks.learning import TOO_LONG, Learning
+from luthier.gate.checks.learning import Learning
 from luthier.gate.pii import KINDS, Finder, Kind, Span
+from luthier.gate.rules import TOO_LONG
 from luthier.gate.texts import Text, texts
 from luthier.types import Message, Row
 
@@ -383,7 +384,7 @@ class Truncate(Edit):
     def _length(self, row: Row) -> tuple[bool, int]:
         """Whether the row fits as the gate judges it, and its tokens."""
         found = self.judge.measure(Batch("train", row.file, [row]))
-        long = any(rule == TOO_LONG.id for _, rule, *_ in found.problems)
+        long = any(spot.rule == TOO_LONG.id for spot in found.spots)
         return not long, int(sum(found.tokens_N))
 
     def _cut(self, row: Row) -> Row | None:

@@ -23,11 +23,11 @@ from typing import Any, Literal, get_args
 
 from luthier.errors import RecipeError
 from luthier.gate.checks import CHECKS, all_rules
-from luthier.gate.checks.learning import TOO_LONG, Learning
-from luthier.gate.rules import SEVERITIES, Rule, Severity
-from luthier.gate.rules import rules as reading_rules
+from luthier.gate.rules import ENCODING_RULES, READING_RULES, SEVERITIES, TOO_LONG, Rule, Severity
 
 Choice = Severity | Literal["off"]
+_FIXED = {*READING_RULES, *ENCODING_RULES} - {TOO_LONG.id}
+"""Rules that refuse training itself. What becomes of long rows is for ``data.long_rows``."""
 CHOICES: tuple[str, ...] = (*get_args(Literal["off"]), *SEVERITIES)
 
 
@@ -97,10 +97,10 @@ def _named(name: str) -> list[Rule]:
     rules = all_rules()
     if name.endswith(".*"):
         found = [rule for id_, rule in rules.items() if id_.startswith(name[:-1])]
-        found = [rule for rule in found if rule.id not in _settled()]
+        found = [rule for rule in found if rule.id not in _FIXED]
     else:
         found = [rules[name]] if name in rules else []
-        if name in _settled():
+        if name in _FIXED:
             raise RecipeError(
                 f"{name}: such rows cannot be trained on, so the rule stays an error; mend them, or "
                 "remove them"
@@ -110,8 +110,3 @@ def _named(name: str) -> list[Rule]:
         hint = f"did you mean {close[0]}?" if close else "docs/reference.md lists them all"
         raise RecipeError(f"there is no rule {name!r} to decide about; {hint}")
     return found
-
-
-def _settled() -> set[str]:
-    """Rules that refuse training itself. What becomes of long rows is for ``data.long_rows``."""
-    return {*reading_rules(), *(rule.id for rule in Learning.rules)} - {TOO_LONG.id}

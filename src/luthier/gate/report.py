@@ -12,10 +12,8 @@ from typing import Any
 from luthier.data.sources import stem_of
 from luthier.errors import Problem
 from luthier.gate.check import Split
-from luthier.gate.checks.learning import TOO_LONG
 from luthier.gate.pii import KINDS
-from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.gate.rules import rules as reading_rules
+from luthier.gate.rules import READING_RULES, TOO_LONG, Finding, Findings, Place, Rule
 from luthier.printable import printable
 
 
@@ -235,7 +233,7 @@ _DROPPED = (
 """Rules whose rows nothing but a person mends; without them nothing is wrong."""
 
 FIXES: Mapping[str, tuple[str, str]] = {
-    **{rule.id: ("--drop", "unreadable") for rule in reading_rules().values() if not rule.whole},
+    **{rule.id: ("--drop", "unreadable") for rule in READING_RULES.values() if not rule.whole},
     **{f"encoding.{name}": ("--strip", "") for name in ("control", "invisible", "not_nfc")},
     **{f"{group}.{kind}": ("--redact", kind) for group in ("privacy", "secret") for kind in KINDS},
     **{f"leakage.{name}": ("--drop", "leakage.*") for name in ("exact", "input", "near", "many")},

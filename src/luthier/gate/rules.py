@@ -215,47 +215,91 @@ WHY: Mapping[str, str] = {
 """What the rules protect from, by the first part of their ids."""
 
 
-def rules() -> dict[str, Rule]:
-    """Every rule of reading, by its id; all of them refuse the data."""
-    texts = {**rows.RULES, **preferences.RULES}
-    return {
-        rule: Rule(
-            rule,
-            "error",
-            about,
-            WHY.get(rule.partition(".")[0], ""),
-            aliases=ALIASES.get(rule, ()),
-            whole=rule.startswith("file."),
-        )
-        for rule, about in texts.items()
-    }
-
-
-_LATE: Mapping[str, str] = {
-    "rows.too_few": "A single labelled row is not enough to learn from.",
-    "label.one_class": "All rows have the same label, so there is nothing to tell apart.",
-    "label.unseen": "A label of held-out rows is in none of the training rows.",
-    "label.mixed": "Some rows have one label and others an array of them.",
-    "rating.constant": "All rows have the same rating.",
-    **prompts.RULES,
+READING_RULES: Mapping[str, Rule] = {
+    id_: Rule(
+        id_,
+        "error",
+        about,
+        WHY.get(id_.partition(".")[0], ""),
+        aliases=ALIASES.get(id_, ()),
+        whole=id_.startswith("file."),
+    )
+    for id_, about in {**rows.RULES, **preferences.RULES}.items()
 }
-"""Rules that objectives find broken while they take in the rows."""
+"""Rules of reading and of row shapes, by id; all of them refuse the data."""
+
+TOO_LONG = Rule(
+    "row.too_long",
+    "error",
+    "The row has more tokens than the model's context.",
+    "Other trainers cut such rows in silence, and with them the end of the answer.",
+    "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`.",
+    ("openai:n_too_long",),
+)
+NOTHING_LEARNED = Rule(
+    "row.nothing_learned",
+    "error",
+    "No token of the row is learned.",
+    "The row costs time and teaches nothing.",
+    "Add what is to be learned, or remove the row.",
+)
+TEMPLATE = Rule(
+    "row.template",
+    "error",
+    "The row cannot be written in the model's template.",
+    fix="See the message.",
+)
+SHAPE = Rule(
+    "row.objective", "error", "The row has a shape that the objective does not learn from."
+)
+TOO_FEW = Rule(
+    "rows.too_few",
+    "error",
+    "A single labelled row is not enough to learn from.",
+    fix="Give at least two, better fifty or more; a single reply belongs in the prompt.",
+    whole=True,
+)
+ONE_CLASS = Rule(
+    "label.one_class",
+    "error",
+    "All rows have the same label.",
+    "There is nothing to tell apart.",
+    "Add rows of the other classes.",
+    whole=True,
+)
+UNSEEN = Rule(
+    "label.unseen",
+    "error",
+    "A label of held-out rows is in none of the training rows.",
+    "The model cannot give a label it was never shown.",
+    "Add training rows with it, or make the splits with `luthier split`.",
+    whole=True,
+)
+ENCODING_RULES: Mapping[str, Rule] = {
+    rule.id: rule
+    for rule in (
+        TOO_LONG,
+        NOTHING_LEARNED,
+        TEMPLATE,
+        SHAPE,
+        Rule("row.empty", "error", "The tokenizer makes nothing of the text."),
+        TOO_FEW,
+        ONE_CLASS,
+        UNSEEN,
+        Rule(
+            "label.mixed",
+            "error",
+            "Some rows have one label and others an array of them.",
+            whole=True,
+        ),
+        Rule("rating.constant", "error", "All rows have the same rating.", whole=True),
+        *(Rule(id_, "error", about) for id_, about in prompts.RULES.items()),
+    )
+}
+"""Rules of objectives, which take in the rows and encode them, by id; all of them refuse the data."""
 
 
-def late_rules() -> tuple[Rule, ...]:
-    """Every rule of objectives, which refuse the data too."""
-    return tuple(map(late_rule, _LATE))
-
-
-def late_rule(name: str) -> Rule:
-    """A rule of an objective by its id."""
-    about = _LATE.get(name, "The objective refuses the row.")
-    return Rule(name, "error", about, whole=name.startswith(("rows.", "label.", "rating.")))
-
-
-_RULES = rules()
-
-
-def rule_of(name: str) -> Rule:
-    """The rule of a problem that reading found."""
-    return _RULES[name]
+def rule_of(id_: str) -> Rule:
+    """The rule of a problem of reading or encoding; an objective may have rules of its own."""
+    known = READING_RULES.get(id_) or ENCODING_RULES.get(id_)
+    return known or Rule(id_, "error", "The objective refuses the row.")

@@ -16,8 +16,7 @@ from luthier.gate.checks.learning import Learning
 from luthier.gate.checks.lengths import Lengths
 from luthier.gate.checks.markers import Markers
 from luthier.gate.checks.privacy import Privacy
-from luthier.gate.rules import Rule
-from luthier.gate.rules import rules as reading_rules
+from luthier.gate.rules import READING_RULES, Rule
 
 _KINDS: tuple[type[Check], ...] = (
     Learning,
@@ -75,5 +74,5 @@ def checks_for(
 
 def all_rules(checks: Iterable[type[Check]] = CHECKS.values()) -> dict[str, Rule]:
     """Every rule of reading and of the checks, by id."""
-    known = {**reading_rules(), BASE_MISSING.id: BASE_MISSING}
+    known = {**READING_RULES, BASE_MISSING.id: BASE_MISSING}
     return known | {rule.id: rule for check in checks for rule in check.rules}

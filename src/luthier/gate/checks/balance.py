@@ -10,25 +10,9 @@ from typing import Any, ClassVar, Self
 from luthier.data.read import shown
 from luthier.gate.check import Batch, Check, Known, Places, Where
 from luthier.gate.near_duplicates import normal
-from luthier.gate.rules import Finding, Findings, Place, Rule
+from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule
 from luthier.types import Row
 
-ONE = Rule(
-    "label.one_class",
-    "error",
-    "All rows have the same label.",
-    "There is nothing to tell apart.",
-    "Add rows of the other classes.",
-    whole=True,
-)
-UNSEEN = Rule(
-    "label.unseen",
-    "error",
-    "A label of held-out rows is in none of the training rows.",
-    "The model cannot give a label it was never shown.",
-    "Add training rows with it, or make the splits with `luthier split`.",
-    whole=True,
-)
 SMALL = Rule(
     "label.few_rows",
     "warning",
@@ -70,7 +54,7 @@ class Balance(Check):
     """Labels of texts, and names of what words are tagged as."""
 
     name: ClassVar[str] = "balance"
-    rules: ClassVar[tuple[Rule, ...]] = (ONE, UNSEEN, SMALL, SPELLING, UNEVEN)
+    rules: ClassVar[tuple[Rule, ...]] = (ONE_CLASS, UNSEEN, SMALL, SPELLING, UNEVEN)
 
     @classmethod
     def of(cls, known: Known) -> Self:
@@ -130,7 +114,7 @@ class Balance(Check):
         if len(train) == 1 and not (self._tagged or self._several or self.fitted):
             name = next(iter(train))
             place = Place(self._places["train", name].file, 0)
-            findings.add(Finding(ONE, place, f"every row has the label {shown(name)}."))
+            findings.add(Finding(ONE_CLASS, place, f"every row has the label {shown(name)}."))
             return
         for name, count in sorted(train.items()):
             if count < FEWEST:

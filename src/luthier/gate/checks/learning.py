@@ -21,42 +21,25 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from luthier.data.chat import ChatFormat
-from luthier.errors import DataError, RecipeError, RowRefused
+from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.check import Batch, Check, Known, Places, Where
+from luthier.gate.encode import RowEncoder, refuse_single
 from luthier.gate.histogram import Histogram
-from luthier.gate.rules import Finding, Findings, Place, Rule, late_rule, late_rules, rule_of
-from luthier.gate.texts import excerpt_of, texts
+from luthier.gate.rules import (
+    ENCODING_RULES,
+    NOTHING_LEARNED,
+    TOO_FEW,
+    Finding,
+    Findings,
+    Place,
+    Rule,
+    rule_of,
+)
+from luthier.gate.texts import Spot, excerpt_of, texts
 from luthier.objectives import Objective
-from luthier.objectives.choosing import objective_for, shape_of, shapes_named
+from luthier.objectives.choosing import objective_for, shape_of
 from luthier.objectives.classification import names_of
-from luthier.types import Example, Row
-
-TOO_LONG = Rule(
-    "row.too_long",
-    "error",
-    "The row has more tokens than the model's context.",
-    "Other trainers cut such rows in silence, and with them the end of the answer.",
-    "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`.",
-    ("openai:n_too_long",),
-)
-NOTHING = Rule(
-    "row.nothing_learned",
-    "error",
-    "No token of the row is learned.",
-    "The row costs time and teaches nothing.",
-    "Add what is to be learned, or remove the row.",
-)
-TEMPLATE = Rule(
-    "row.template",
-    "error",
-    "The row cannot be written in the model's template.",
-    fix="See the message.",
-)
-SHAPE = Rule(
-    "row.objective", "error", "The row has a shape that the objective does not learn from."
-)
-EMPTY = Rule("row.empty", "error", "The tokenizer makes nothing of the text.")
-_KNOWN = {rule.id: rule for rule in (TOO_LONG, NOTHING, TEMPLATE, SHAPE, EMPTY)}
+from luthier.types import Example, IntArray, Row
 
 WHOLE = 20_000
 """Rows of a file that are all encoded; of those after it one in :data:`EVERY` is."""
@@ -94,16 +77,15 @@ def stands_for(row: Row, context: int) -> int:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EncodedBatch:
     """Token counts of a batch, and what is wrong with its rows."""
 
-    tokens_N: Any
-    learned_N: Any
-    times_N: Any
+    tokens_N: IntArray
+    learned_N: IntArray
+    times_N: IntArray
     """Rows that each one stands for (:func:`stands_for`)."""
-    problems: tuple[tuple[int, str, str, str, str], ...]
-    """Index in the batch, rule, message, fix, and how the row begins."""
-    shown: tuple[Shown, ...]
+    spots: tuple[Spot, ...]
+    shown: tuple[Shown, ...] = ()
     longest: tuple[tuple[int, int, int, str], ...] = ()
     """Tokens, learned tokens, line and beginning of its longest rows."""
     kinds: Mapping[Kind, Witness] = field(default_factory=dict)
@@ -129,7 +111,7 @@ class Learning(Check):
     """Encodes every row for a model and an objective."""
 
     name: ClassVar[str] = "learning"
-    rules: ClassVar[tuple[Rule, ...]] = (*_KNOWN.values(), *late_rules())
+    rules: ClassVar[tuple[Rule, ...]] = tuple(ENCODING_RULES.values())
     needs_model: ClassVar[bool] = True
     in_jobs: ClassVar[bool] = False
     measures_with: ClassVar[tuple[str, ...]] = ("objective", "chat", "context", "kept", "every")
@@ -167,77 +149,69 @@ class Learning(Check):
                 self.objective = objective_for(batch.rows[0], self.chat)
                 self.objective.check(self.chat)
 
-    def measure(self, batch: Batch) -> Measured:
+    def measure(self, batch: Batch) -> EncodedBatch:
         """Encode the rows."""
+        tokens_N, learned_N, times_N = np.zeros((3, len(batch)), np.int64)
+        spots: list[Spot] = []
+
+        def refuse(index: int, bad: RowRefused | Problem) -> None:
+            start = excerpt_of(batch.rows[index])
+            spots.append(Spot(index, bad.rule, bad.message, start, bad.fix))
+
         try:
             objective = self.objective or objective_for(batch.rows[0], self.chat)
         except DataError as error:
-            bad, empty = error.problems[0], np.zeros(0, np.int64)
-            start = excerpt_of(batch.rows[0])
-            return Measured(empty, empty, empty, ((0, bad.rule, bad.message, bad.fix, start),), ())
-        problems: list[tuple[int, str, str, str]] = []
-        tokens_N, learned_N, times_N = np.zeros((3, len(batch)), np.int64)
-        shown: list[Shown] = []
-        gathered, waiting = self._gathered(objective, batch, problems)
+            refuse(0, error.problems[0])
+            return EncodedBatch(tokens_N, learned_N, times_N, tuple(spots))
+        encoder = RowEncoder(objective, self.chat)
+        gathered: list[tuple[int, Row]] = []
+        waiting: list[Row] = []
+        for index, row in enumerate(batch.rows):
+            try:
+                encoder.check_shape(row)
+                gathered += [(index, each) for each in objective.gather([row])]
+            except RowRefused as bad:
+                refuse(index, bad)
+            except DataError:
+                waiting.append(row)
         fitted = self._fitted(objective, [row for _, row in gathered])
+        encoder = RowEncoder(fitted, self.chat)
+        shown: list[Shown] = []
         for index, row in gathered:
             times = 1 if self.every else stands_for(row, self.context)
             if not times:
                 continue
             try:
-                example = fitted.encode(row, index, self.chat)
+                example = encoder.encode(row, index)
             except RowRefused as bad:
-                problems.append((index, bad.rule, bad.message, bad.fix))
+                refuse(index, bad)
                 continue
-            except RecipeError as error:
-                problems.append((index, TEMPLATE.id, str(error), ""))
-                continue
+            views = fitted.views(example)
+            learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
+            if too_long := fitted.refused_length(example, self.context):
+                refuse(index, too_long)
+            if not learned and fitted.fixed:
+                nothing = "no token of the row is learned."
+                refuse(index, RowRefused(NOTHING_LEARNED.id, nothing, NOTHING_LEARNED.fix))
             times_N[index] = times
-            tokens_N[index] += sum(view.tokens for view in fitted.views(example))
-            learned_N[index] += self._judge(fitted, example, index, problems)
+            tokens_N[index] += sum(view.tokens for view in views)
+            learned_N[index] += learned
             if len(shown) < self.kept:
                 shown.append(self._show(fitted, example, row))
-        begins = tuple((i, a, b, c, excerpt_of(batch.rows[i])) for i, a, b, c in problems)
-        return Measured(
+        most = np.argsort(-tokens_N, kind="stable")[:LONGEST].tolist()
+        return EncodedBatch(
             tokens_N,
             learned_N,
             times_N,
-            begins,
+            tuple(spots),
             tuple(shown),
-            self._longest(batch, tokens_N, learned_N),
+            tuple(
+                (int(tokens_N[i]), int(learned_N[i]), batch.rows[i].line, excerpt_of(batch.rows[i]))
+                for i in most
+                if tokens_N[i]
+            ),
             witnesses([row for _, row in gathered]),
             tuple(waiting),
-        )
-
-    def _gathered(
-        self, objective: Objective, batch: Batch, problems: list[tuple[int, str, str, str]]
-    ) -> tuple[list[tuple[int, Row]], list[Row]]:
-        """Rows as they are learned from, by index, and those that wait for others to be paired with."""
-        allowed = objective.shapes | objective.also
-        gathered: list[tuple[int, Row]] = []
-        waiting: list[Row] = []
-        for index, row in enumerate(batch.rows):
-            if shape_of(row) not in allowed:
-                message = (
-                    f"objective {objective.method} learns from {shapes_named(allowed)}, and this "
-                    f"row is {shapes_named([shape_of(row)])}."
-                )
-                problems.append((index, SHAPE.id, message, ""))
-                continue
-            try:
-                gathered += [(index, each) for each in objective.gather([row])]
-            except DataError:
-                waiting.append(row)
-        return gathered, waiting
-
-    def _longest(
-        self, batch: Batch, tokens_N: Any, learned_N: Any
-    ) -> tuple[tuple[int, int, int, str], ...]:
-        most = np.argsort(-tokens_N, kind="stable")[:LONGEST].tolist()
-        return tuple(
-            (int(tokens_N[i]), int(learned_N[i]), batch.rows[i].line, excerpt_of(batch.rows[i]))
-            for i in most
-            if tokens_N[i]
         )
 
     def _fitted(self, objective: Objective, rows: list[Row]) -> Objective:
@@ -252,22 +226,6 @@ class Learning(Check):
                 continue
         return objective
 
-    def _judge(
-        self,
-        objective: Objective,
-        example: Example,
-        index: int,
-        problems: list[tuple[int, str, str, str]],
-    ) -> int:
-        """Learned tokens of a row; what does not fit joins ``problems``."""
-        views = objective.views(example)
-        if refused := objective.refused_length(example, self.context):
-            problems.append((index, TOO_LONG.id, refused.message, refused.fix))
-        learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
-        if not learned and objective.fixed:
-            problems.append((index, NOTHING.id, "no token of the row is learned.", ""))
-        return learned
-
     def _show(self, objective: Objective, example: Example, row: Row) -> Shown:
         views = objective.views(example)
         first = views[0] if objective.fixed else (objective.seen([example]) or views)[0]
@@ -280,11 +238,11 @@ class Learning(Check):
             objective.described(example),
         )
 
-    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+    def take(self, where: Where, measured: EncodedBatch, findings: Findings) -> None:
         """Count, and add what is wrong."""
-        for index, name, message, fix, begins in measured.problems:
-            rule = _KNOWN.get(name) or late_rule(name)
-            findings.add(Finding(rule, where.place(index), message, fix, begins))
+        for spot in measured.spots:
+            place = where.place(spot.index)
+            findings.add(Finding(rule_of(spot.rule), place, spot.message, spot.fix, spot.excerpt))
         self.fitting.take(where, measured.kinds)
         if measured.waiting:
             self.waiting.setdefault((where.split, where.file), []).extend(measured.waiting)
@@ -427,14 +385,13 @@ class Fitting:
         if not rows:
             return []
         file = next(iter(train.values()))[0].file
-        if self._lines["train"] == 1 and shape_of(rows[0]) != "text":
-            message = "this is the only row; one example cannot show what is to be learned."
-            return [(Finding(late_rule("rows.too_few"), Place(file, rows[0].line), message), 1)]
+        if self._lines["train"] == 1 and (bad := refuse_single(rows[0])):
+            return [(Finding(TOO_FEW, Place(file, rows[0].line), bad.message), 1)]
         try:
             fitted = objective.fit(rows, chat)
         except RowRefused as bad:
             message = bad.message if len(train) > 1 else _plainly(bad, rows[0])
-            return [(Finding(late_rule(bad.rule), Place(file, 0), message, bad.fix), 1)]
+            return [(Finding(rule_of(bad.rule), Place(file, 0), message, bad.fix), 1)]
         except RecipeError:
             if objective.beside:  # it needs a second file, which only a job names
                 return []
@@ -454,7 +411,7 @@ class Fitting:
                 fitted.encode(witness.row, 0, chat)
             except RowRefused as bad:
                 if bad.rule.startswith("label."):
-                    yield Finding(late_rule(bad.rule), place, bad.message, bad.fix), witness.count
+                    yield Finding(rule_of(bad.rule), place, bad.message, bad.fix), witness.count
             except RecipeError:
                 continue
 

@@ -1,0 +1,143 @@
+"""Rows to examples for a model: what cannot be encoded, or does not fit, is refused by a rule.
+
+The check of what is learned and the jobs both encode by this, so that they refuse the same rows in the
+same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from luthier.data.chat import ChatFormat
+from luthier.errors import DataError, Problem, RecipeError, RowRefused
+from luthier.gate.rules import NOTHING_LEARNED, SHAPE, TEMPLATE, TOO_FEW
+from luthier.objectives import Objective
+from luthier.objectives.choosing import objective_for, shape_of, shapes_named
+from luthier.types import Example, Row
+
+
+class RowEncoder:
+    """Encodes rows for an objective, with the template that it asks for.
+
+    Args:
+        objective: fitted to the rows already, where rows are encoded.
+        chat: tokenizer and template of the base model.
+        beside: the rows stand beside the main ones, in a file of ``data.mix``.
+    """
+
+    def __init__(self, objective: Objective, chat: ChatFormat, beside: bool = False) -> None:
+        self.objective, self.chat, self.beside = objective, chat, beside
+        self.format = objective.format(chat)
+        more = objective.beside if beside else frozenset()
+        self.shapes = objective.shapes | objective.also | more
+        self._refusals: dict[str, RowRefused] = {}
+        self.problems: list[Problem] = []
+        self.dropped = self.truncated = 0
+
+    def check_shape(self, row: Row) -> None:
+        """Refuse a row of a shape that is not learned from."""
+        shape = shape_of(row)
+        if shape in self.shapes:
+            return
+        if shape not in self._refusals:  # to look for another objective takes a while
+            self._refusals[shape] = self._refuse_shape(row, shape)
+        raise self._refusals[shape]
+
+    def _refuse_shape(self, row: Row, shape: str) -> RowRefused:
+        objective, learned = self.objective, shapes_named(self.shapes)
+        message = (
+            f"objective {objective.method} learns from {learned}, and this row is "
+            f"{shapes_named([shape])}."
+        )
+        if self.beside:
+            fix = f"Bring the rows into the form of {learned}, or leave the file out."
+        elif shape in objective.beside:
+            here = shapes_named(objective.shapes)
+            fix = f"Such rows are for a file of `data.mix`; {here} goes here."
+        else:
+            try:
+                other = objective_for(row, self.chat).method
+                fix = f"Use `objective.method={other}`, or bring the rows into the other form."
+            except DataError as error:
+                fix = error.problems[0].fix
+        return RowRefused(SHAPE.id, message, fix)
+
+    def encode(self, row: Row, index: int) -> Example:
+        """Token ids and loss weights of a row; :class:`RowRefused` for whatever cannot be encoded."""
+        try:
+            return self.objective.encode(row, index, self.format)
+        except RecipeError as error:
+            raise RowRefused(TEMPLATE.id, str(error), TEMPLATE.fix) from error
+
+    def encode_all(self, rows: Sequence[Row], context: int, long_rows: str) -> list[Example]:
+        """The rows of a job; ``long_rows`` says whether what does not fit is refused, dropped or cut.
+
+        What is refused joins ``problems``.
+        """
+        examples: list[Example] = []
+        for index, row in enumerate(rows):
+            try:
+                example = self.encode(row, index)
+                too_long = self.objective.refused_length(example, context)
+                if too_long is None:
+                    examples.append(example)
+                elif long_rows == "error":
+                    raise too_long
+                elif long_rows == "drop":
+                    self.dropped += 1
+                else:
+                    examples.append(self._cut(example, context))
+                    self.truncated += 1
+            except RowRefused as bad:
+                self.problems.append(bad.at(row.file, row.line))
+        return examples
+
+    def _cut(self, example: Example, context: int) -> Example:
+        """Cut from the end; a row that loses all its learned tokens is a problem, not a row."""
+        shorter = self.objective.cut(example, context)
+        if not np.any(shorter.weight_T):
+            raise RowRefused(
+                NOTHING_LEARNED.id,
+                f"cut to the context of {context} tokens, nothing of the reply is left.",
+                "Shorten the prompt, or use `data.long_rows=drop`.",
+            )
+        return shorter
+
+
+def refuse_single(row: Row) -> RowRefused | None:
+    """Why one row is too few to learn from; ``None`` for raw text, which may be one."""
+    message = "this is the only row; one example cannot show what is to be learned."
+    return None if shape_of(row) == "text" else RowRefused(TOO_FEW.id, message, TOO_FEW.fix)
+
+
+def check_shapes(
+    rows: Sequence[Row],
+    held: Sequence[Row],
+    further: Sequence[Row],
+    objective: Objective,
+    chat: ChatFormat,
+) -> None:
+    """Refuse rows of a shape that is not learned from, and a single row to learn from.
+
+    Args:
+        rows: those of the main file.
+        held: those that are measured on.
+        further: those of the files of ``data.mix``, which may have more shapes.
+
+    Raises:
+        DataError: with each such row.
+    """
+    problems: list[Problem] = []
+    if len(rows) == 1 and (bad := refuse_single(rows[0])):
+        problems.append(bad.at(rows[0].file, rows[0].line))
+    for beside, some in ((False, (*rows, *held)), (True, further)):
+        encoder = RowEncoder(objective, chat, beside)
+        for row in some:
+            try:
+                encoder.check_shape(row)
+            except RowRefused as bad:
+                problems.append(bad.at(row.file, row.line))
+        if problems:
+            raise DataError(problems)
