@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,19 +15,60 @@ FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that a model may ask to be called."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object"}, hash=False)
+    """JSON schema of its arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an assistant asks for."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation, tool calls and their results included."""
 
     role: str
     """``system``, ``user``, ``assistant`` or ``tool``."""
-    content: str
+    content: str = ""
     learned: bool = True
     """False for a turn of the assistant that is only read."""
+    calls: tuple[ToolCall, ...] = ()
+    """What an assistant asked to be called."""
+    call_id: str = ""
+    """Which call a tool's turn answers."""
+    reasoning: str = ""
+    """What an assistant thought before it answered or called."""
 
-    @property
-    def said(self) -> dict[str, str]:
-        """Who says what, ready for JSON: what a model is given of the turn."""
-        return {"role": self.role, "content": self.content}
+    def to_dict(self) -> dict[str, Any]:
+        """The turn in OpenAI's form, ready for JSON."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning:
+            turn["reasoning_content"] = self.reasoning
+        if self.calls:
+            turn["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": json.dumps(dict(call.arguments), ensure_ascii=False),
+                    },
+                }
+                for call in self.calls
+            ]
+        if self.role == "tool":
+            turn["tool_call_id"] = self.call_id
+        return turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,13 +151,24 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(new_tokenizer: Callable[.
         chat.encode_reply(conversation("Q", "A"))
 
 
-def test_a_template_that_rewrites_history_is_refused(new_tokenizer: Callable[..., Any]) -> None:
+BEGINS_WITH_THOUGHTS = FORGETS_THOUGHTS.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
+
+def test_a_turn_that_a_template_rewrites_is_read_only(new_tokenizer: Callable[..., Any]) -> None:
     chat = ChatFormat.of(new_tokenizer(FORGETS_THOUGHTS))
     thought = "<think>hm</think>A1"
     single = chat.encode_reply(conversation("Q1", thought))
     assert shown(single, chat.tokenizer).endswith(f"«{thought}<|im_end|>»")
-    with pytest.raises(RecipeError, match="rewrites earlier turns"):
-        chat.encode_reply(conversation("Q1", thought, "Q2", "A2"))
+    both = shown(chat.encode_reply(conversation("Q1", thought, "Q2", "A2")), chat.tokenizer)
+    assert "assistant\nA1<|im_end|>" in both
+    assert both.count("«") == 1 and both.endswith("«A2<|im_end|>»")
+    three = shown(
+        chat.encode_reply(conversation("Q1", "A1", "Q2", thought, "Q3", "A3")), chat.tokenizer
+    )
+    assert three.count("«") == 2 and "«A1<|im_end|>»" in three and "«A3<|im_end|>»" in three
+    other = ChatFormat.of(new_tokenizer(BEGINS_WITH_THOUGHTS))
+    with pytest.raises(RecipeError, match="begins an answer in another way"):
+        other.encode_reply(conversation("Q1", "A1"))
 
 
 def test_a_template_without_a_stop_token_is_refused(new_tokenizer: Callable[..., Any]) -> None:

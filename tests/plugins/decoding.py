@@ -6,16 +6,17 @@ import time
 from typing import Any
 
 from luthier.serving.decoder import Decoder
-from luthier.serving.inference import Chat, Request, Turn, Whole
+from luthier.serving.inference import Chat, Request, Whole
 from luthier.serving.stream import Stream
 from luthier.serving.turns import working_for
+from luthier.types import Message
 
 MEMORY = 1 << 28
 
 
 def asked(text: str, **fields: Any) -> Request:
     fields = {"temperature": 0, "max_tokens": 24, **fields}
-    return Request(Chat((Turn("user", text),)), **fields)
+    return Request(Chat((Message("user", text),)), **fields)
 
 
 def answer(decoder: Decoder, request: Request) -> Whole:

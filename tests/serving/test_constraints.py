@@ -26,10 +26,9 @@ from luthier.serving.inference import (
     InferenceRefused,
     Piece,
     Request,
-    Tool,
-    Turn,
 )
 from luthier.serving.turns import FairTurns
+from luthier.types import Message, Tool
 
 
 def test_characters_of_several_tokens_come_whole(opened: Decoder) -> None:
@@ -115,7 +114,7 @@ def test_schemas_that_cannot_be_enforced(
         opened.submit(asked("Hi", schema=schema))
     assert "<state>" not in str(refused.value) and "\n" not in str(refused.value)
     for tool in (Tool("f", "", schema), Tool("g", "", {"properties": {"a": schema}})):
-        chat = Chat((Turn("user", "Hi"),), (tool,), "required")
+        chat = Chat((Message("user", "Hi"),), (tool,), "required")
         with suppress(InferenceRefused):
             assert len(opened.submit(Request(chat, max_tokens=3)).whole()) == 1
 
@@ -211,7 +210,7 @@ TOOLS = (
 @pytest.mark.parametrize("choice", ["required", "name:weather", "name:stop"])
 def test_a_call_is_enforced(opened: Decoder, choice: str) -> None:
     for seed in range(2):
-        chat = Chat((Turn("user", "Hi"),), TOOLS, choice)
+        chat = Chat((Message("user", "Hi"),), TOOLS, choice)
         request = Request(chat, max_tokens=200, temperature=1, seed=seed)
         found = answer(opened, request)
         assert (found.text, found.reason) == ("", "tool_calls")
@@ -222,11 +221,11 @@ def test_a_call_is_enforced(opened: Decoder, choice: str) -> None:
 
 
 def test_words_beside_tools_are_streamed(opened: Decoder) -> None:
-    chat = Chat((Turn("user", "Hi"),), TOOLS)
+    chat = Chat((Message("user", "Hi"),), TOOLS)
     counts = []
     for seed in range(4):
         request = Request(chat, 20, seed=seed, logit_bias={1: -100.0})
         counts.append(sum(isinstance(event, Piece) for event in opened.submit(request)))
     assert max(counts) > 5
-    none = Request(Chat((Turn("user", "Hi"),), TOOLS, "none"), 20, 0)
+    none = Request(Chat((Message("user", "Hi"),), TOOLS, "none"), 20, 0)
     assert answer(opened, none).text == answer(opened, asked("Hi", max_tokens=20)).text

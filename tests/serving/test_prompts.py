@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from luthier.data.chat import ChatFormat
+from luthier.data.tools import in_words
 from luthier.limits import ModelLimits
 from luthier.serving import prompts
 from luthier.serving.decoder import Decoder
@@ -18,13 +19,10 @@ from luthier.serving.inference import (
     Chat,
     InferenceRefused,
     Request,
-    Tool,
-    ToolCall,
     TooLong,
-    Turn,
 )
 from luthier.serving.prompts import PromptLimit
-from luthier.types import IntArray
+from luthier.types import IntArray, Message, Tool, ToolCall
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -185,11 +183,11 @@ class TestConversations:
 
         monkeypatch.setattr(ChatFormat, "render", never)
         large, call = "a" * 3_000_000, ToolCall("1", "f", {"x": "a" * 3_000_000})
-        said = Turn("user", "Hi")
+        said = Message("user", "Hi")
         for conversation in (
-            Chat((Turn("user", large),)),
+            Chat((Message("user", large),)),
             Chat((said,) * 3000),
-            Chat((said, Turn("assistant", "", (call,)), Turn("tool", "yes", call_id="1"))),
+            Chat((said, Message("assistant", calls=(call,)), Message("tool", "yes", call_id="1"))),
             Chat((said,), (Tool("f", large),)),
             Chat((said,), (Tool("f", "", {"description": large}),)),
         ):
@@ -201,7 +199,7 @@ class TestConversations:
             "1" * 12_000_000,
             "1" * 3000,
             [5] * 12_000_000,
-            Chat((Turn("user", "1" * 12_000_000),)),
+            Chat((Message("user", "1" * 12_000_000),)),
         ):
             with pytest.raises(TooLong) as caught:
                 opened.submit(Request(prompt))
@@ -217,14 +215,13 @@ class TestConversations:
     def test_long_histories_take_no_time_that_grows_with_their_square(
         self, opened: Decoder
     ) -> None:
-        from luthier.serving import toolcalls
 
         calls = tuple(ToolCall(str(n), f"f{n}", {}) for n in range(20_000))
-        results = tuple(Turn("tool", "x" * 100, call_id=str(n)) for n in range(20_000))
+        results = tuple(Message("tool", "x" * 100, call_id=str(n)) for n in range(20_000))
         began = time.process_time()
-        (_, assistant, user) = toolcalls._plain(
-            (Turn("user", "Hi"), Turn("assistant", "", calls), *results), ()
+        (_, assistant, user) = in_words(
+            (Message("user", "Hi"), Message("assistant", calls=calls), *results), ()
         )
         assert time.process_time() - began < 3
         assert user.content.endswith("Result of f19999: " + "x" * 100)
-        assert assistant.content.count("\n") == 19_999
+        assert assistant.content.count("\n") == 59_999

@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 
 from luthier.data.chat import ChatFormat
+from luthier.data.tools import parse_calls, takes_tools
 from luthier.serving.constraints import Constraints
-from luthier.serving.inference import Chat, InferenceRefused, Tool, ToolCall, Turn
-from luthier.serving.toolcalls import CallSplitter, encode, knows_tools, marks_calls, parse_calls
-from luthier.types import Message
+from luthier.serving.inference import Chat, InferenceRefused
+from luthier.serving.toolcalls import CallSplitter, encode, marks_calls
+from luthier.types import Message, Tool, ToolCall
 
 WEATHER = Tool("weather", "Tells it.", {"type": "object", "properties": {"city": {}}})
 CALL = ToolCall("tooluse_1", "weather", {"city": "Róma"})
 TALK = (
-    Turn("system", "Be kind."),
-    Turn("user", "And in Rome?"),
-    Turn("assistant", "", (CALL,)),
-    Turn("tool", "sun", call_id="tooluse_1"),
-    Turn("user", "Sure?"),
+    Message("system", "Be kind."),
+    Message("user", "And in Rome?"),
+    Message("assistant", calls=(CALL,)),
+    Message("tool", "sun", call_id="tooluse_1"),
+    Message("user", "Sure?"),
 )
 HERMES = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
@@ -40,7 +41,7 @@ def text(chat: ChatFormat, asked: Chat) -> str:
 
 def test_a_template_with_a_place_for_tools_gets_them(new_tokenizer: Callable[..., Any]) -> None:
     chat = ChatFormat.of(new_tokenizer(HERMES, SPECIAL, "<|im_end|>"))
-    assert knows_tools(chat) and marks_calls(chat)
+    assert takes_tools(chat.template_text) and marks_calls(chat)
     found = text(chat, Chat(TALK, (WEATHER,)))
     listed = found[len("<tools>") : found.index("</tools>")]
     function = json.loads(listed)[0]["function"]
@@ -53,7 +54,7 @@ def test_a_template_with_a_place_for_tools_gets_them(new_tokenizer: Callable[...
 
 def test_other_templates_are_told_in_words(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
-    assert not knows_tools(chat)
+    assert not takes_tools(chat.template_text)
     found = text(chat, Chat(TALK, (WEATHER,)))
     assert found.count("<|im_start|>system\n") == 1
     assert found.startswith("<|im_start|>system\nBe kind.\n\nYou can call these functions")
@@ -66,7 +67,7 @@ def test_other_templates_are_told_in_words(tokenizer: Any) -> None:
 def test_without_tools_it_is_the_prompt_that_was_trained(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
     messages = [Message("system", "Be kind."), Message("user", "Hi")]
-    turns = (Turn("system", "Be kind."), Turn("user", "Hi"))
+    turns = (Message("system", "Be kind."), Message("user", "Hi"))
     assert encode(chat, Chat(turns)).tolist() == chat.encode_prompt(messages).tolist()
     plain = ChatFormat.of(tokenizer, "plain")
     assert encode(plain, Chat(turns[1:])).tolist() == plain.encode_prompt(messages[1:]).tolist()

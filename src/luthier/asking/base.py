@@ -118,5 +118,5 @@ class Remembering:
 
 def _digest(conversation: Sequence[Message]) -> bytes:
     """32 bytes for a conversation, so that a long run holds little of what it asked."""
-    text = json.dumps([turn.said for turn in conversation], ensure_ascii=False)
+    text = json.dumps([turn.to_dict() for turn in conversation], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -6,6 +6,7 @@ what is served is what was trained: template, tokenizer and stop tokens included
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,8 +15,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.errors import RecipeError
-from luthier.types import IntArray, Message
+from luthier.data.tools import (
+    describe_tool,
+    in_words,
+    missing_from,
+    takes_tools,
+    template_turns,
+    uses_tools,
+)
+from luthier.errors import RecipeError, RowRefused
+from luthier.types import IntArray, Message, Tool
 
 Template = Literal["auto", "chat", "plain"]
 
@@ -69,15 +78,23 @@ class ChatFormat:
             _check_template(self.tokenizer)
         return replace(self, template=template)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> IntArray:
-        """Token ids that a reply to ``messages`` continues, or that the encoder reads."""
-        return self.prompt_tokens(self.prompt_text(messages))
+    @property
+    def template_text(self) -> str:
+        """The chat template that is used; empty without one."""
+        template = self.tokenizer.chat_template if self.template == "chat" else ""
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default")
+        return str(template or "")
 
-    def prompt_text(self, messages: Sequence[Message]) -> str:
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> IntArray:
+        """Token ids that a reply to ``messages`` continues, or that the encoder reads."""
+        return self.prompt_tokens(self.prompt_text(messages, tools))
+
+    def prompt_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """The text that :meth:`encode_prompt` makes tokens of."""
         if self.start_id is not None or self.template == "plain":
-            return _joined(messages)
-        return self._render(messages, reply=True)
+            return _joined(in_words(messages, tools))
+        return self._render(messages, tools, reply=True)
 
     def prompt_tokens(self, text: str) -> IntArray:
         """Token ids of what :meth:`prompt_text` gave."""
@@ -85,41 +102,110 @@ class ChatFormat:
             return self.encode_whole(text)
         return self.tokens(text, first=self.template == "plain")
 
-    def encode_reply(self, messages: Sequence[Message], given: int = 0) -> Encoded:
+    def encode_reply(
+        self, messages: Sequence[Message], given: int = 0, tools: Sequence[Tool] = ()
+    ) -> Encoded:
         """A conversation with every assistant turn learned, its end-of-turn token included.
 
-        Turns among the first ``given`` messages are not learned, nor those that say so.
+        Turns among the first ``given`` messages are not learned, nor those that say so, nor those that
+        the template writes without a part of them once others follow, as their reasoning.
 
         What follows the last learned token (a newline, in many templates) is left out: nothing
         would be learned from it.
+
+        Raises:
+            RowRefused: where the template leaves out a part of a turn that would be learned.
+            RecipeError: where template and conversation do not go together at all.
         """
         if self.start_id is not None:
-            return self._encode_sides(messages)
+            return self._encode_sides(in_words(messages, tools))
         if self.template == "plain":
-            return self._encode_plain(messages)
+            return self._encode_plain(in_words(messages, tools))
         parts: list[IntArray] = []
         learned: list[NDArray[np.bool_]] = []
-        done = ""
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before = self._render(messages[:index], reply=True)
-            after = self._render(messages[: index + 1], reply=False)
-            if not (before.startswith(done) and after.startswith(before)):
-                raise RecipeError(
-                    "the chat template rewrites earlier turns when a turn is added, so the learned "
-                    "tokens cannot be told apart. Use single-turn rows or template=plain."
-                )
-            prompt_T = self.tokens(before[len(done) :], first=False)
-            reply_T = self.tokens(after[len(before) :], first=False)
-            parts += [prompt_T, reply_T]
-            learned_T = self._up_to_stop(reply_T) & (index >= given and message.learned)
-            learned += [np.zeros(len(prompt_T), bool), learned_T]
-            done = after
+        for text, learns in self._segments(messages, given, tools):
+            part_T = self.tokens(text, first=False)
+            parts.append(part_T)
+            learned.append(
+                self._up_to_stop(part_T) if learns else np.zeros(len(part_T), dtype=bool)
+            )
         ids_T = np.concatenate(parts)
         learned_T = np.concatenate(learned)
+        if not learned_T.any():
+            raise RowRefused(
+                "template.incomplete",
+                "The model's chat template writes no turn that is learned as the row has it.",
+                "Give each such turn a row of its own, in which it is the last one.",
+            )
         size = int(np.flatnonzero(learned_T)[-1]) + 1
         return Encoded(ids_T[:size], learned_T[:size])
+
+    def _segments(
+        self, messages: Sequence[Message], given: int, tools: Sequence[Tool]
+    ) -> list[tuple[str, bool]]:
+        """The text of a conversation in pieces, and whether each is learned."""
+        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        places: list[tuple[str, str]] = []
+        rewrites, done = False, ""
+        for index in answers:
+            before = self._render(messages[:index], tools, reply=True)
+            after = self._render(messages[: index + 1], tools, reply=False)
+            if not (before.startswith(done) and after.startswith(before)):
+                rewrites, places = True, self._places_in_whole(messages, answers, tools)
+                break
+            places.append((before, after))
+            done = after
+        segments: list[tuple[str, bool]] = []
+        done = ""
+        for index, (before, after) in zip(answers, places, strict=True):
+            reply, message = after[len(before) :], messages[index]
+            learns = index >= given and message.learned and bool(reply)
+            missing = None
+            if rewrites or message.calls or message.reasoning:
+                missing = missing_from(reply, message)
+            if missing and learns and index == answers[-1]:
+                raise _cannot_write(missing, index)
+            # An empty block of thoughts is what templates put where there are none: nobody wrote it.
+            thoughtless = (
+                re.match(r"<think>\s*</think>\s*", reply) if not message.reasoning else None
+            )
+            unlearned = thoughtless[0] if thoughtless else ""
+            segments += [
+                (before[len(done) :] + unlearned, False),
+                (reply[len(unlearned) :], learns and not missing),
+            ]
+            done = after
+        for index, message in enumerate(messages[: answers[-1]]):
+            if message.role == "tool" and (missing := missing_from(done, message)):
+                raise _cannot_write(missing, index)
+        return segments
+
+    def _places_in_whole(
+        self, messages: Sequence[Message], answers: Sequence[int], tools: Sequence[Tool]
+    ) -> list[tuple[str, str]]:
+        """Each answer as it stands in the whole conversation: the text before it, and up to its end.
+
+        For templates that write a turn otherwise once others follow. Where a turn begins cannot be
+        told for every one of them; such a turn is empty here.
+        """
+        whole = self._render(messages[: answers[-1] + 1], tools, reply=False)
+        stops = [str(name) for name in self.tokenizer.convert_ids_to_tokens([*self.stop_ids])]
+        places: list[tuple[str, str]] = []
+        done = ""
+        for index in answers:
+            before = self._render(messages[:index], tools, reply=True)
+            ends = [at + len(s) for s in stops if (at := whole.find(s, len(before))) >= 0]
+            if whole.startswith(before) and before.startswith(done) and ends:
+                done = whole[: min(ends)]
+                places.append((before, done))
+            elif index == answers[-1]:
+                raise RecipeError(
+                    "the chat template begins an answer in another way than it writes one, so the "
+                    "learned tokens cannot be told apart. Use single-turn rows or template=plain."
+                )
+            else:
+                places.append((done, done))
+        return places
 
     def encode_text(self, text: str) -> IntArray:
         """Raw text followed by the end-of-text token, for language modelling."""
@@ -261,8 +347,11 @@ class ChatFormat:
             ids = ids[:-1]
         return np.asarray(ids, dtype=np.int64)
 
-    def _render(self, messages: Sequence[Message], *, reply: bool) -> str:
-        return self.render([message.said for message in messages], reply=reply)
+    def _render(self, messages: Sequence[Message], tools: Sequence[Tool], *, reply: bool) -> str:
+        if uses_tools(messages, tools) and takes_tools(self.template_text):
+            described = [describe_tool(tool) for tool in tools]
+            return self.render(template_turns(messages), reply=reply, tools=described)
+        return self.render(template_turns(in_words(messages, tools)), reply=reply)
 
 
 @contextmanager
@@ -290,6 +379,15 @@ def _check_template(tokenizer: Any) -> None:
             "this model's tokenizer has no chat template. Use template=plain, or a model that "
             "was tuned on conversations."
         )
+
+
+def _cannot_write(missing: str, index: int) -> RowRefused:
+    return RowRefused(
+        "template.incomplete",
+        f"The model's chat template leaves out {missing} (message {index + 1}).",
+        "Write it into the content as the model is to write it, use a base model whose template has "
+        "a place for it, or remove the row.",
+    )
 
 
 def _check_single(messages: Sequence[Message]) -> None:

@@ -55,7 +55,7 @@ def key_of(
     identity: Mapping[str, Any], messages: Sequence[Message], sampling: Mapping[str, Any]
 ) -> str:
     """SHA-256 of teacher, conversation and settings: what makes two questions the same."""
-    turns = [message.said for message in messages]
+    turns = [message.to_dict() for message in messages]
     asked = {"teacher": dict(identity), "messages": turns, "sampling": dict(sampling)}
     text = json.dumps(asked, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -310,7 +310,7 @@ def _pair(insight: Insight) -> dict[str, Any]:
     if row.messages is None:
         return {"prompt": row.prompt, "completion": answer}
     turns = (*row.messages, Message("assistant", answer))
-    return {"messages": [turn.said for turn in turns]}
+    return {"messages": [turn.to_dict() for turn in turns]}
 
 
 @contextmanager

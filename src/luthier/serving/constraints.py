@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from luthier.data.chat import panics_refused
+from luthier.data.tools import CALL_CLOSE, CALL_OPEN
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import depth_of
 from luthier.limits import SCHEMA_CHARACTERS
 from luthier.serving.confined_process import Interrupted, TakesTooMuch
 from luthier.serving.confined_work import ConfinedWork
-from luthier.serving.inference import InferenceFailed, InferenceRefused, Tool
+from luthier.serving.inference import InferenceFailed, InferenceRefused
 from luthier.serving.turns import FairTurns, NoTurn
+from luthier.types import Tool
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -40,7 +42,6 @@ LEXER_STATES = 100_000
 length has 18 for each token, one of any length few, ``\\w*a\\w{60}`` 200."""
 _FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """White space as Python writes it, and no other: a model cannot fill an answer with line breaks."""
-CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 
 
 class Matcher:

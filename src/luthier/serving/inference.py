@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from luthier.errors import LuthierError, RefusedInput
+from luthier.types import Message, Tool, ToolCall
 
 STOPS = 2500
 """Stop sequences of one request at most."""
@@ -48,41 +49,10 @@ class InferenceFailed(LuthierError):
 
 
 @dataclass(frozen=True)
-class Tool:
-    """A function that a model may ask to be called."""
-
-    name: str
-    description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object"})
-    """JSON schema of its arguments."""
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call that a model asks for."""
-
-    id: str
-    name: str
-    arguments: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of a conversation, tool calls and their results included."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str = ""
-    calls: tuple[ToolCall, ...] = ()
-    """What an assistant asked to be called."""
-    call_id: str = ""
-    """Which call a tool's turn answers."""
-
-
-@dataclass(frozen=True)
 class Chat:
     """A conversation to be continued in the model's own template."""
 
-    turns: tuple[Turn, ...]
+    turns: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     tool_choice: str = "auto"
     """``auto``, ``none``, ``required`` (any tool), or ``name:`` and the name of a tool."""

@@ -12,7 +12,8 @@ from pydantic import ConfigDict, Field
 
 from luthier.api.bedrock.bodies import Body
 from luthier.api.wire import Fault
-from luthier.serving.inference import TURNS, Chat, Tool, ToolCall, Turn
+from luthier.serving.inference import TURNS, Chat
+from luthier.types import Message, Tool, ToolCall
 
 Identifier = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
 
@@ -159,7 +160,7 @@ class Conversation(Body):
             Fault: Validation, where turns do not follow each other as they should.
         """
         _check_order(self.messages)
-        turns = [Turn("system", text)] if (text := self._system()) else []
+        turns = [Message("system", text)] if (text := self._system()) else []
         for index, message in enumerate(self.messages):
             turns += _turns(message, f"messages.{index}")
         _check_calls(turns, self.toolConfig is not None)
@@ -228,7 +229,7 @@ def _check_order(messages: Sequence[ConversationMessage]) -> None:
         )
 
 
-def _turns(message: ConversationMessage, at: str) -> list[Turn]:
+def _turns(message: ConversationMessage, at: str) -> list[Message]:
     """A message as turns: what tools gave back stands before what is said beside it."""
     if not message.content:
         raise Fault(
@@ -238,7 +239,7 @@ def _turns(message: ConversationMessage, at: str) -> list[Turn]:
         )
     texts: list[str] = []
     calls: list[ToolCall] = []
-    results: list[Turn] = []
+    results: list[Message] = []
     for index, block in enumerate(message.content):
         where = f"{at}.content.{index}"
         name, value = block.member(where)
@@ -248,7 +249,7 @@ def _turns(message: ConversationMessage, at: str) -> list[Turn]:
             calls.append(ToolCall(value.toolUseId, value.name, value.input))
         elif name == "toolResult" and message.role == "user":
             parts = [part.told(f"{where}.toolResult.content") for part in value.content]
-            results.append(Turn("tool", "\n".join(parts), call_id=value.toolUseId))
+            results.append(Message("tool", "\n".join(parts), call_id=value.toolUseId))
         elif name in ("toolUse", "toolResult"):
             raise Fault(
                 "Validation",
@@ -257,7 +258,7 @@ def _turns(message: ConversationMessage, at: str) -> list[Turn]:
         elif name != "cachePoint":
             raise _unsupported(name)
     if texts or calls or not results:
-        results.append(Turn(message.role, "\n".join(texts), tuple(calls)))
+        results.append(Message(message.role, "\n".join(texts), calls=tuple(calls)))
     return results
 
 
@@ -271,7 +272,7 @@ def _text(text: str, at: str) -> str:
     return text
 
 
-def _check_calls(turns: Sequence[Turn], tools: bool) -> None:
+def _check_calls(turns: Sequence[Message], tools: bool) -> None:
     """Every call is answered in the next turn, and nothing else is."""
     if not tools and any(turn.calls or turn.role == "tool" for turn in turns):
         raise Fault(

@@ -19,10 +19,10 @@ from luthier.serving.inference import (
     End,
     Piece,
     Request,
-    ToolCall,
     Whole,
 )
 from luthier.serving.stream import Stream
+from luthier.types import ToolCall
 
 TEMPERATURE, TOP_P = 0.5, 0.9
 """Where a request names none: what Llama has on Bedrock."""

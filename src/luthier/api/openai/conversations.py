@@ -13,7 +13,8 @@ from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body
 from luthier.api.wire import JSON_DEPTH
 from luthier.graders.json_schema import depth_of
-from luthier.serving.inference import MOST_TOKENS, TURNS, Chat, Request, Tool, ToolCall, Turn
+from luthier.serving.inference import MOST_TOKENS, TURNS, Chat, Request
+from luthier.types import Message, Tool, ToolCall
 
 MOST_TOOLS = 128
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
@@ -51,7 +52,7 @@ class ChatMessage(Body):
     tool_calls: Annotated[list[AskedCall], Field(max_length=TURNS)] | None = None
     tool_call_id: str | None = None
 
-    def turn(self, where: str) -> Turn:
+    def turn(self, where: str) -> Message:
         """The same for the engine."""
         content = self._text(where)
         if content is None and not (self.role == "assistant" and self.tool_calls):
@@ -70,7 +71,7 @@ class ChatMessage(Body):
             for i, call in enumerate(self.tool_calls or ())
         )
         role = _ROLES.get(self.role, self.role)
-        return Turn(role, content or "", calls, self.tool_call_id or "")
+        return Message(role, content or "", calls=calls, call_id=self.tool_call_id or "")
 
     def _text(self, where: str) -> str | None:
         if not isinstance(self.content, list):

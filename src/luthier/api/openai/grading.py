@@ -9,7 +9,7 @@ from luthier.asking.base import Failure, Remembering, Writer
 from luthier.asking.spec import AskedModel, Asking
 from luthier.errors import LuthierError, RecipeError
 from luthier.graders import Scorer
-from luthier.serving.inference import Chat, Request, Turn
+from luthier.serving.inference import Chat, Request
 from luthier.types import Message
 
 
@@ -32,7 +32,7 @@ class PooledModels:
         return Remembering(write)
 
     def _reply(self, model: str, turns: Sequence[Message], sampling: Asking) -> str | Failure:
-        chat = Chat(tuple(Turn(turn.role, turn.content) for turn in turns))  # type: ignore[arg-type]
+        chat = Chat(tuple(turns))
         request = Request(
             chat,
             max_tokens=sampling.max_tokens,

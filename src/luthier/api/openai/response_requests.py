@@ -16,7 +16,8 @@ from pydantic import Field
 from luthier.api.openai.conversations import MOST_TOOLS, NAME, Part, arguments, joined
 from luthier.api.openai.errors import invalid
 from luthier.api.openai.requests import Body, Metadata
-from luthier.serving.inference import MOST_TOKENS, TURNS, Chat, Request, Tool, ToolCall, Turn
+from luthier.serving.inference import MOST_TOKENS, TURNS, Chat, Request
+from luthier.types import Message, Tool, ToolCall
 
 LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "text")
@@ -147,10 +148,10 @@ class ResponseRequest(Body):
             **{name: value for name, value in given.items() if value is not None},
         )
 
-    def _turns(self) -> tuple[Turn, ...]:
-        turns = [Turn("system", self.instructions)] if self.instructions else []
+    def _turns(self) -> tuple[Message, ...]:
+        turns = [Message("system", self.instructions)] if self.instructions else []
         if isinstance(self.input, str):
-            return (*turns, Turn("user", self.input))
+            return (*turns, Message("user", self.input))
         for index, item in enumerate(self.input):
             _add(turns, item, f"input[{index}]")
         return tuple(turns)
@@ -165,12 +166,12 @@ class ResponseRequest(Body):
 _ANYTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
-def _add(turns: list[Turn], item: Item, where: str) -> None:
+def _add(turns: list[Message], item: Item, where: str) -> None:
     """Put ``item`` behind ``turns``; calls belong to the turn of the assistant before them."""
     if item.type == "message":
         role = _required(item.role, f"{where}.role")
         content = _text(_required(item.content, f"{where}.content"), f"{where}.content")
-        turns.append(Turn("system" if role == "developer" else role, content))
+        turns.append(Message("system" if role == "developer" else role, content))
     elif item.type == "function_call":
         call = ToolCall(
             _required(item.call_id, f"{where}.call_id"),
@@ -178,7 +179,7 @@ def _add(turns: list[Turn], item: Item, where: str) -> None:
             arguments(item.arguments, f"{where}.arguments"),
         )
         if not turns or turns[-1].role != "assistant":
-            turns.append(Turn("assistant"))
+            turns.append(Message("assistant"))
         turns[-1] = replace(turns[-1], calls=(*turns[-1].calls, call))
     elif item.type == "function_call_output":
         call_id = _required(item.call_id, f"{where}.call_id")
@@ -186,7 +187,7 @@ def _add(turns: list[Turn], item: Item, where: str) -> None:
             text = f"No tool call found for function call output with call_id {call_id}."
             raise invalid(text, "input")
         output = _text(_required(item.output, f"{where}.output"), f"{where}.output")
-        turns.append(Turn("tool", output, (), call_id))
+        turns.append(Message("tool", output, call_id=call_id))
     elif item.type != "reasoning":  # of a model that thinks aloud elsewhere; nothing to go on from
         raise invalid(f"Items of the type '{item.type}' are not taken.", f"{where}.type")
 
