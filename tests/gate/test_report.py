@@ -17,11 +17,10 @@ from rich.console import Console
 
 import luthier
 from luthier.gate.histogram import Histogram
-from luthier.gate.markup import element, join
 from luthier.gate.report import Report, listed, next_steps, runs
+from luthier.gate.report_page import draw_histogram
 from luthier.gate.report_text import show, sparkline
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.gate.svg import histogram
 
 EVIL = '<script>alert("x")</script>'
 NEAR = Rule("duplicate.near", "warning", "A row is nearly another.", "It counts twice.", "Drop it.")
@@ -185,12 +184,12 @@ def test_places_name_their_file_once() -> None:
     assert listed(places, 3) == "a:1, 2, b:3 and 1 more"
 
 
-def test_markup_escapes_all_but_markup() -> None:
-    inner = element("b", "<&>", title='"')
-    assert inner == '<b title="&quot;">&lt;&amp;&gt;</b>'
-    assert element("p", [inner, None, "<"], hidden=True, id=None) == f"<p hidden>{inner}&lt;</p>"
-    assert join("<", inner) == f"&lt;{inner}"
-    assert element("br") == "<br>"
+def test_names_of_files_cannot_leave_their_attributes(tmp_path: Path) -> None:
+    data = tmp_path / 'a" onload="alert(1)"><script>.jsonl'
+    data.write_text("{\n")
+    page = luthier.inspect(data, base=None).html()
+    assert "script" not in {tag for tag, _ in Tags(page).found}
+    assert 'onload="' not in page and "onload=&#34;" in page
 
 
 @pytest.mark.parametrize("numbers", [[5], [0, 0, 0], [1, 100_000], list(range(3, 60))])
@@ -198,9 +197,8 @@ def test_bars_cover_their_axis(numbers: list[int]) -> None:
     found = Histogram()
     found.add(np.array(numbers))
     plain: dict[str, Any] = found.plain()
-    drawn = histogram(plain["bars"], {"median": plain["p50"]}, "what", "tokens")
-    bars = [a for t, a in Tags(drawn).found if t == "rect"]
-    lefts = [float(a["x"] or 0) for a in bars]
+    drawn = draw_histogram(plain["bars"], {"median": plain["p50"]}, "what", "tokens")["bars"]
+    lefts = [float(each["x"]) for each in drawn]
     assert lefts == sorted(lefts) and lefts[0] == 8
-    assert float(bars[-1]["x"] or 0) + float(bars[-1]["width"] or 0) <= 632
+    assert lefts[-1] + float(drawn[-1]["width"]) <= 632
     assert len(sparkline(plain["bars"])) <= 16

@@ -52,7 +52,7 @@ class Report:
 
     def html(self) -> str:
         """The report as one page that needs nothing beside it."""
-        from luthier.gate.report_html import page
+        from luthier.gate.report_page import page
 
         return page(self)
 

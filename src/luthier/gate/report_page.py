@@ -1,0 +1,402 @@
+"""The report as one HTML page: no script, nothing fetched, everything from the data escaped.
+
+What is shown is chosen here; how it is written stands in ``templates/report.html``.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from luthier import __version__
+from luthier.gate.histogram import density
+from luthier.gate.report import (
+    Report,
+    learned_of,
+    learned_share,
+    listed,
+    next_steps,
+    number,
+    runs,
+    says,
+    severities,
+    short,
+    verdict_line,
+    worst_rows,
+)
+from luthier.gate.rules import SEVERITIES, Place, Rule
+from luthier.printable import printable
+from luthier.setting_names import option, with_setting_names
+
+PLACES = 25
+"""Places of each rule on the page; the report as JSON has them all."""
+OPEN = 2
+"""Rows of each split whose tokens are shown; further ones are folded away."""
+GROUPS = 12
+"""Groups of rows that belong together, of each rule."""
+COUNTS = 12
+"""Counts of a summary that are shown before the rest folds away."""
+ROWS = 25
+"""Rows of a table of a summary."""
+VERDICTS = {"passed": "Passed", "warnings": "Passed, with warnings", "refused": "Refused"}
+
+Cell = tuple[Any, str]
+"""A value, and how it is drawn: text, code, place, number, bar or name (the heading of its row)."""
+Part = tuple[str, Any]
+"""A part of a summary: its kind and what the template draws."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells under their headings."""
+
+    caption: str
+    columns: Sequence[tuple[str, str]]
+    """Headings, and how the cells below are drawn."""
+    rows: Sequence[Sequence[Cell]]
+    further: int = 0
+    """Rows that are left out."""
+
+    @classmethod
+    def of(
+        cls,
+        caption: str,
+        columns: Mapping[str, str],
+        rows: Sequence[Sequence[Any]],
+        further: int = 0,
+    ) -> Table:
+        """A table of plain values, drawn as their columns say."""
+        kinds = columns.values()
+        drawn = [list(zip(row, kinds, strict=True)) for row in rows]
+        return cls(caption, list(columns.items()), drawn, further)
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    environment = Environment(
+        loader=PackageLoader("luthier.gate"),
+        autoescape=True,
+        finalize=_printable,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"short": short, "number": "{:,}".format}
+    assert environment.loader is not None
+    style = environment.loader.get_source(environment, "report.css")[0]
+    tokens = learned_of(report)
+    count, found = severities(report), report.findings
+    return environment.get_template("report.html").render(
+        report=report,
+        version=__version__,
+        style=Markup(style),  # noqa: S704 - our own file
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        name=", ".join(Path(file).name for file in report.files.get("train", ())) or "data",
+        verdict=VERDICTS[report.verdict],
+        verdict_line=verdict_line(report),
+        steps=next_steps(report),
+        facts=_facts(report),
+        rules=[_rule(report, rule) for rule in found.rules()],
+        severities=[(name, count[name]) for name in reversed(SEVERITIES) if count[name]],
+        seen=[(split, [_row(row) for row in each["shown"]])
+              for split, each in tokens.items() if each["shown"]],
+        open_rows=OPEN,
+        lengths=list(_lengths(report)),
+        length_table=_length_table(report),
+        row_tables=[
+            ("rows", "Rows to look at", list(_rows(report))),
+            ("groups", "Rows that belong together", list(_groups(report))),
+        ],
+        summaries=[
+            (name, _title(name), list(_summary(each, _title(name))))
+            for name, each in report.summaries.items()
+            if name != "learning" and says(each)
+        ],
+        checks=", ".join(report.summaries) or "reading only",
+    )  # fmt: skip
+
+
+def _printable(value: Any) -> Any:
+    """What the template writes of a value, before it is escaped; markup is of templates only."""
+    if isinstance(value, Markup):
+        return value
+    return "" if value is None else printable(str(value))
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str, str]]:
+    for split, rows in report.rows.items():
+        yield f"{split} rows", f"{rows:,}", report.forms.get(split, "")
+    summary = report.summaries.get("learning", {})
+    if objective := summary.get("objective"):
+        yield "objective", str(objective), f"for {report.base}"
+    splits = learned_of(report)
+    if tokens := sum(each["tokens"] for each in splits.values()):
+        shares = dict.fromkeys(learned_share(each) for each in splits.values())
+        yield "tokens", f"{tokens:,}", f"learned: {', '.join(shares)}"
+        longest = max(each["lengths"]["max"] for each in splits.values())
+        yield "longest row", f"{longest:,}", f"of {summary['context']:,} tokens read"
+
+
+def _rule(report: Report, rule: Rule) -> dict[str, Any]:
+    found = report.findings
+    shown = found.kept[rule.id][:PLACES]
+    columns = {"place": "place", "what is there": "text"}
+    if any(each.excerpt for each in shown):
+        columns["the row"] = "text"
+    if any(each.others for each in shown):
+        columns["with"] = "text"
+    if {each.fix for each in shown} - {"", rule.fix}:
+        columns["fix"] = "text"
+    cells = [
+        {
+            "place": each.place,
+            "what is there": each.message,
+            "the row": each.excerpt,
+            "with": listed(each.others, 8),
+            "fix": with_setting_names(each.closest_fix, option),
+        }
+        for each in shown
+    ]
+    facts = {
+        "why": rule.why,
+        "fix": with_setting_names(rule.fix, option),
+        "known as": ", ".join(rule.aliases),
+    }
+    return {
+        "rule": rule,
+        "severity": found.severity(rule),
+        "count": found.counts[rule.id],
+        "facts": [(name, text) for name, text in facts.items() if text],
+        "places": Table.of(
+            f"Places of {rule.id}",
+            columns,
+            [[row[name] for name in columns] for row in cells],
+            found.counts[rule.id] - len(shown),
+        ),
+    }
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as the model reads it."""
+    source = row["source"]
+    return {
+        "line": row["line"],
+        "tokens": len(row["tokens"]) + len(source),
+        "source": runs(source, [False] * len(source)),
+        "runs": runs(row["tokens"], row["learned"]),
+        "taught": row["taught"],
+    }
+
+
+def _lengths(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    context = report.summaries.get("learning", {}).get("context", 0)
+    for split, found in learned_of(report).items():
+        lengths = found["lengths"]
+        if lengths.get("bars"):
+            marks = {"median": lengths["p50"], "95 %": lengths["p95"], "99 %": lengths["p99"]}
+            marks |= {"context": context} if context <= lengths["max"] else {}
+            title = f"Tokens of {lengths['count']:,} rows of {split}, median {lengths['p50']:,}"
+            yield split, draw_histogram(lengths["bars"], marks, title, "tokens")
+
+
+def _length_table(report: Report) -> Table:
+    keys = {"rows": "count", "shortest": "min", "5 %": "p5", "median": "p50", "mean": "mean",
+            "95 %": "p95", "99 %": "p99", "longest": "max"}  # fmt: skip
+    rows = [
+        [split, *(f"{found['lengths'][key]:,}" for key in keys.values())]
+        for split, found in learned_of(report).items()
+    ]
+    return Table.of(
+        "Tokens of a row by split", {"split": "name"} | dict.fromkeys(keys, "number"), rows
+    )
+
+
+def _rows(report: Report) -> Iterator[tuple[str, Table]]:
+    """Rows to look at: those with most findings, and the longest."""
+    if worst := worst_rows(report):
+        rows: list[list[Any]] = [
+            [
+                place,
+                ", ".join(each.rule.id for each in findings),
+                next((each.excerpt for each in findings if each.excerpt), ""),
+            ]
+            for place, findings in worst
+        ]
+        columns = {"place": "place", "rules": "code", "the row": "text"}
+        yield "That break most rules", Table.of("Rows that break most rules", columns, rows)
+    longest = [row for found in learned_of(report).values() for row in found["longest"]]
+    if longest:
+        longest.sort(key=lambda row: -row["tokens"])
+        rows = [
+            [Place(row["file"], row["line"]), f"{row['tokens']:,}", f"{row['learned']:,}",
+             row["begins"]]
+            for row in longest[:10]
+        ]  # fmt: skip
+        columns = {"place": "place", "tokens": "number", "learned": "number", "begins": "text"}
+        yield "The longest", Table.of("The longest rows", columns, rows)
+
+
+def _groups(report: Report) -> Iterator[tuple[str, Table]]:
+    """Rows that belong together: copies of each other, one text with two labels."""
+    for rule in report.findings.rules():
+        groups = [each for each in report.findings.kept[rule.id] if each.others]
+        groups.sort(key=lambda each: -len(each.others))
+        if groups:
+            rows = [
+                [f"{1 + len(each.others):,}", each.excerpt or each.message,
+                 listed((each.place, *each.others), 8)]
+                for each in groups[:GROUPS]
+            ]  # fmt: skip
+            columns = {"rows": "number", "text": "text", "where": "text"}
+            yield rule.id, Table.of(f"Groups of {rule.id}", columns, rows)
+
+
+def _summary(value: Mapping[str, Any], title: str) -> Iterator[Part]:
+    """Any check's summary, by the rules of :meth:`luthier.gate.check.Check.summary`."""
+    rest = dict(value)
+    if isinstance(rest.get("bars"), list):
+        names = {"p50": "median", "p95": "95 %", "p99": "99 %"}
+        marks = {names[key]: rest[key] for key in names if key in rest}
+        yield "histogram", draw_histogram(rest["bars"], marks, title, "")
+        return
+    if isinstance(rest.get("counts"), Mapping):
+        yield from _counts(rest.pop("counts"), title)
+    splits = rest.pop("splits", None)
+    plain = {key: each for key, each in rest.items() if not isinstance(each, Mapping | list)}
+    if plain:
+        lines = [
+            [(_title(key), "name"), (number(each, key), _kind(each))] for key, each in plain.items()
+        ]
+        yield "table", Table(title, (), lines)
+    for key, each in rest.items():
+        if key not in plain and each:
+            yield "heading", _title(key)
+            if isinstance(each, Mapping):
+                yield "inside", list(_summary(each, _title(key)))
+            else:
+                yield _list(each, key)
+    if isinstance(splits, Mapping):
+        yield (
+            "splits",
+            [(split, list(_summary(each, f"{title}, {split}"))) for split, each in splits.items()],
+        )
+
+
+def _title(key: str) -> str:
+    words = key.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def _kind(value: Any) -> str:
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else "text"
+
+
+def _counts(counts: Mapping[str, Any], title: str) -> Iterator[Part]:
+    ordered = sorted(counts.items(), key=lambda pair: -pair[1])
+    total, most = sum(counts.values()) or 1, max(counts.values(), default=1) or 1
+    rows = [
+        [name, f"{count:,}", f"{count / total:.1%}",
+         f"{max(count / most * 100, 0.5) if count > 0 else 0:.2f}"]
+        for name, count in ordered
+    ]  # fmt: skip
+    columns = {f"{len(ordered):,} in all": "text", "rows": "number", "share": "number", "": "bar"}
+    yield "table", Table.of(title, columns, rows[:COUNTS])
+    if rows[COUNTS:]:
+        yield "folded", Table.of(f"{title}, the rest", columns, rows[COUNTS:])
+
+
+def _list(items: list[Any], key: str) -> Part:
+    """A table where the items are mappings, a line elsewhere."""
+    shown, further = items[:ROWS], max(len(items) - ROWS, 0)
+    columns = list(
+        dict.fromkeys(name for item in shown if isinstance(item, Mapping) for name in item)
+    )
+    if set(columns) in ({"file", "line"}, set()):
+        more = f" … and {further:,} more" if further else ""
+        return "text", ", ".join(_words(item, key) for item in shown) + more
+    kinds = {
+        name: "number" if all(_kind(item.get(name, 0)) == "number" for item in shown) else "text"
+        for name in columns
+    }
+    rows = [[_words(item.get(name, ""), name) for name in columns] for item in shown]
+    headings = {name.replace("_", " "): kind for name, kind in kinds.items()}
+    return "table", Table.of(_title(key), headings, rows, further)
+
+
+def _words(value: Any, key: str) -> str:
+    """A value of a summary in one line."""
+    if isinstance(value, list):
+        return ", ".join(_words(each, key) for each in value[:8]) + (" …" if len(value) > 8 else "")
+    if isinstance(value, Mapping) and set(value) == {"file", "line"}:
+        return short(Place(str(value["file"]), int(value["line"])))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(each, str(name))}" for name, each in value.items())
+    return number(value, key)
+
+
+def draw_histogram(
+    bars: Sequence[Mapping[str, int]], marks: Mapping[str, int], title: str, unit: str
+) -> dict[str, Any]:
+    """Where the parts of a histogram stand: a log axis, areas that are counts, a line at each mark.
+
+    Args:
+        bars: as :meth:`luthier.gate.histogram.Histogram.plain` gives them.
+        marks: name and number of lines, such as the median.
+        title: what it shows, for those who do not see it.
+        unit: of the numbers.
+    """
+    width, height, left, top = 640, 150, 8, 24
+    right, floor = width - left, height - 24
+    low = math.log(bars[0]["from"] + 1)
+    high = max(math.log(bars[-1]["to"] + 2), low + 0.1)
+    highest = max(map(density, bars)) or 1.0
+
+    def x(value: float) -> float:
+        return left + (right - left) * (math.log(value + 1) - low) / (high - low)
+
+    drawn = []
+    for bar in bars:
+        tall = (floor - top) * density(bar) / highest
+        span = f"{bar['from']:,}" + (f"–{bar['to']:,}" if bar["to"] > bar["from"] else "")
+        start = x(bar["from"])
+        drawn.append(
+            {
+                "x": f"{start:.1f}",
+                "y": f"{floor - tall:.1f}",
+                "width": f"{max(x(bar['to'] + 1) - start - 1, 0.5):.1f}",
+                "height": f"{tall:.1f}",
+                "title": f"{span} {unit}: {bar['count']:,} rows",
+            }
+        )
+    lines: list[dict[str, Any]] = []
+    free = 0.0
+    for name, value in sorted(marks.items(), key=lambda pair: pair[1]):
+        if x(value) > width:
+            continue
+        at, text = x(value + 0.5), f"{name} {value:,}"
+        wide = 7.4 * len(text)
+        start = min(max(at - wide / 2, 0), width - wide)
+        fits = start >= free  # a name that would touch the one before is left out
+        lines.append({"x": f"{at:.1f}", "name": text, "name_x": f"{start:.1f}" if fits else None})
+        free = start + wide + 8 if fits else free
+    return {
+        "title": title,
+        "width": width,
+        "height": height,
+        "left": left,
+        "right": right,
+        "floor": floor,
+        "bars": drawn,
+        "marks": lines,
+        "least": f"{bars[0]['from']:,}",
+        "most": f"{bars[-1]['to']:,} {unit}",
+    }
