@@ -18,6 +18,7 @@ from luthier.graders.number import Number
 from luthier.graders.python_source import PythonSource
 from luthier.graders.regex import Regex
 from luthier.graders.reward import Reward
+from luthier.graders.ruler import Ruler
 from luthier.graders.running import Grades, OnError, check_rows, graded
 from luthier.graders.score_model import ScoreModel
 from luthier.graders.similarity import Similarity
@@ -38,6 +39,7 @@ GRADERS: PluginTable[type[Grader]] = PluginTable(
         "json_schema": JsonSchema,
         "code": Code,
         "judge": Judge,
+        "ruler": Ruler,
         "reward": Reward,
         "mix": Mix,
         "string_check": StringCheck,
@@ -69,6 +71,7 @@ __all__ = [
     "PythonSource",
     "Regex",
     "Reward",
+    "Ruler",
     "ScoreModel",
     "Scorer",
     "Similarity",

@@ -120,7 +120,7 @@ class Judge(AskedModel, Grader):
         """Have a sum judged: whether there is a model, takes the key, and gives scores at all."""
         asked = (Message("user", "What is 2 + 2?"),)
         answer = Answer(asked, "2 + 2 is 4.", "4", Row("a trial", 0))
-        (verdict,) = self._verdicts([answer])
+        (verdict,) = self.verdicts([self.asked(answer)])
         if isinstance(verdict, Failure):
             raise LuthierError(f"the judge {self.model} gives no verdict: {verdict.reason}")
         if parse_verdict(verdict) is None:
@@ -129,35 +129,41 @@ class Judge(AskedModel, Grader):
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """A score for each answer; :class:`Ungraded` where a verdict has none."""
-        verdicts = self._verdicts(answers)
+        verdicts = self.verdicts([self.asked(answer) for answer in answers])
         found = [parse_verdict(each) if isinstance(each, str) else None for each in verdicts]
         troubles = {
-            index: _trouble(verdicts[index]) for index, score in enumerate(found) if score is None
+            index: verdict_trouble(self.method, verdicts[index])
+            for index, score in enumerate(found)
+            if score is None
         }
         scores = [math.nan if score is None else (score - 1) / 9 for score in found]
         if troubles:
             raise Ungraded(scores, troubles)
         return scores
 
-    def _verdicts(self, answers: Sequence[Answer]) -> Sequence[str | Failure]:
+    def verdicts(self, asked: Sequence[Sequence[Message]]) -> Sequence[str | Failure]:
+        """What the judge says to each conversation, all asked at once."""
         self.check()
         if self.writer is None:
             raise RecipeError(f"the judge {self.model} is not open; open it with `with_models`")
-        verdicts = self.writer([self.asked(answer) for answer in answers])
-        if len(verdicts) != len(answers):
-            raise ValueError(f"the judge gave {len(verdicts)} verdicts for {len(answers)} answers")
+        verdicts = self.writer([list(each) for each in asked])
+        if len(verdicts) != len(asked):
+            raise ValueError(f"the judge gave {len(verdicts)} verdicts for {len(asked)} answers")
         return verdicts
 
     def asked(self, answer: Answer) -> list[Message]:
         """What the judge reads."""
-        parts = [
-            _tagged("conversation", "\n\n".join(f"{m.role}: {m.content}" for m in answer.prompt))
-        ]
-        if self.use_expected and answer.expected is not None:
-            parts.append(_tagged("reference", answer.expected))
-        parts.append(_tagged("reply", answer.reply))
+        parts = [*self.context(answer), quoted("reply", answer.reply)]
         system = SYSTEM.format(rubric=self.rubric.strip())
         return [Message("system", system), Message("user", "\n\n".join(parts))]
+
+    def context(self, answer: Answer) -> list[str]:
+        """What a reply is graded by: the conversation, and the expected text where it is shown."""
+        turns = "\n\n".join(f"{turn.role}: {turn.content}" for turn in answer.prompt)
+        parts = [quoted("conversation", turns)]
+        if self.use_expected and answer.expected is not None:
+            parts.append(quoted("reference", answer.expected))
+        return parts
 
 
 def parse_verdict(text: str) -> int | None:
@@ -166,14 +172,14 @@ def parse_verdict(text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def _trouble(verdict: str | Failure) -> Trouble:
-    """Why there is no score."""
+def verdict_trouble(method: str, verdict: str | Failure) -> Trouble:
+    """Why the grader ``method`` has no score from ``verdict``."""
     if isinstance(verdict, Failure):
-        text = f"grader `judge`: there is no verdict: {verdict.reason}"
+        text = f"grader `{method}`: there is no verdict: {verdict.reason}"
         return Trouble(
             verdict.rule, text, "Try again when the judge answers, or score such answers 0."
         )
-    text = f"grader `judge`: the verdict has no score: {_end(verdict)}"
+    text = f"grader `{method}`: the verdict has no score: {_end(verdict)}"
     fix = "Use a stronger judge, allow it more tokens, or score such answers 0."
     return Trouble("grader.verdict", text, fix)
 
@@ -182,7 +188,8 @@ def _end(verdict: str) -> str:
     return repr(verdict[-200:])
 
 
-def _tagged(name: str, text: str) -> str:
+def quoted(name: str, text: str) -> str:
     """``text`` between tags that it cannot close itself."""
-    text = re.sub(rf"</(?=\s*{name}\b)", "<\u200b/", text, flags=re.IGNORECASE)
+    kind = name.partition(" ")[0]
+    text = re.sub(rf"</(?=\s*{kind}\b)", "<\u200b/", text, flags=re.IGNORECASE)
     return f"<{name}>\n{text}\n</{name}>"
