@@ -144,8 +144,11 @@ def _stands_in(text: str, value: Any) -> bool:
     return any(form in text for form in forms)
 
 
-def parse_calls(text: str, names: set[str]) -> list[ToolCall]:
-    """The calls in ``text``, without ids; none where it is anything but calls of ``names``."""
+def parse_calls(text: str, names: set[str] | None = None) -> list[ToolCall]:
+    """The calls in ``text``, without ids; none where it is anything but calls.
+
+    ``names`` are the functions that there are, any when not given.
+    """
     if CALL_OPEN in text:
         bodies = [part.partition(CALL_CLOSE)[0] for part in text.split(CALL_OPEN)[1:]]
     else:
@@ -154,7 +157,7 @@ def parse_calls(text: str, names: set[str]) -> list[ToolCall]:
     for body in bodies:
         try:
             parsed = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
         for each in parsed if isinstance(parsed, list) else [parsed]:
             call = _call_in(each, names)
@@ -164,10 +167,10 @@ def parse_calls(text: str, names: set[str]) -> list[ToolCall]:
     return calls
 
 
-def _call_in(parsed: Any, names: set[str]) -> ToolCall | None:
+def _call_in(parsed: Any, names: set[str] | None) -> ToolCall | None:
     if not isinstance(parsed, dict):
         return None
-    arguments = parsed.get("arguments", parsed.get("parameters"))
-    if parsed.get("name") not in names or not isinstance(arguments, dict):
+    name, arguments = parsed.get("name"), parsed.get("arguments", parsed.get("parameters"))
+    if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
-    return ToolCall("", parsed["name"], arguments)
+    return ToolCall("", name, arguments) if names is None or name in names else None

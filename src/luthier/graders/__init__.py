@@ -25,6 +25,7 @@ from luthier.graders.similarity import Similarity
 from luthier.graders.specs import AnyGrader, Spec, grader_from, graders_named, read_graders
 from luthier.graders.string_check import StringCheck
 from luthier.graders.text_similarity import TextSimilarity
+from luthier.graders.tool_calls import ToolCalls
 from luthier.plugins import PluginTable
 
 GRADERS: PluginTable[type[Grader]] = PluginTable(
@@ -37,6 +38,7 @@ GRADERS: PluginTable[type[Grader]] = PluginTable(
         "regex": Regex,
         "similarity": Similarity,
         "json_schema": JsonSchema,
+        "tool_calls": ToolCalls,
         "code": Code,
         "judge": Judge,
         "ruler": Ruler,
@@ -78,6 +80,7 @@ __all__ = [
     "Spec",
     "StringCheck",
     "TextSimilarity",
+    "ToolCalls",
     "Trouble",
     "Ungraded",
     "Writer",
