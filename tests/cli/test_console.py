@@ -18,9 +18,9 @@ from rich.progress import Progress
 from rich.table import Table
 from typer.testing import CliRunner
 
-from luthier.cli import console
-from luthier.cli.auditing import audit_app
-from luthier.cli.service import table_of
+from luthier.cli import console, progress
+from luthier.cli.audit import audit_app
+from luthier.cli.console import print_rows
 from luthier.engine.metrics import MetricsFile
 from luthier.errors import RefusedInput
 from luthier.store.audit import Event, append
@@ -49,7 +49,7 @@ def test_every_way_to_print(capsys: pytest.CaptureFixture[str]) -> None:
     console.note(HOSTILE)
     console.print_text(HOSTILE)
     console.print_json({"value": HOSTILE})
-    table_of(("name",), [{"name": f"{HOSTILE}\nsecond"}])
+    print_rows(("name",), [{"name": f"{HOSTILE}\nsecond"}])
     with pytest.raises(typer.Exit), console.errors(False):
         raise RefusedInput(f"there is no {HOSTILE}")
     printed = capsys.readouterr()
@@ -107,7 +107,7 @@ def test_samples(luthier_home: Path, capsys: pytest.CaptureFixture[str], full: b
     MetricsFile(folder / "samples.jsonl").append(
         {**record, "prompt": "\x1b[2J", "completion": "\x9b\u202e \x1b]0;x"}
     )
-    samples.show("tiny:one", 5, 5, False, full, False)
+    samples.samples("tiny:one", 5, 5, False, full, False)
     out = capsys.readouterr().out
     assert not acts(out) and r"\x1b[2J" in out and r"\x9b\u202e" in out
 
@@ -117,7 +117,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(console, "time", self)
+        monkeypatch.setattr(progress, "time", self)
 
     def monotonic(self) -> float:
         return self.now
@@ -136,7 +136,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_without_a_terminal_a_run_is_a_line_now_and_then(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = console.LiveReporter(quiet=False)
+    reporter = progress.LiveReporter(quiet=False)
     reporter.recorded({"event": "validation", "step": 0, "loss": 0.7, "best_step": 0}, 100)
     told = []
     for number in range(1, 101):
@@ -151,7 +151,7 @@ def test_without_a_terminal_a_run_is_a_line_now_and_then(
 def test_a_line_of_progress_has_the_time_left_and_both_losses(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = console.LiveReporter(quiet=False)
+    reporter = progress.LiveReporter(quiet=False)
     reporter.recorded(step(1), 101)
     clock.now += 30
     reporter.recorded({"event": "validation", "step": 10, "loss": 0.7, "best_step": 10}, 101)
@@ -164,23 +164,23 @@ def test_a_line_of_progress_has_the_time_left_and_both_losses(
 def test_a_result_for_programs_comes_without_progress(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = console.LiveReporter(quiet=True)
+    reporter = progress.LiveReporter(quiet=True)
     reporter.stage("Loading")
     reporter.note("a note")
     reporter.chosen([("a", 1, "b")])
     reporter.recorded(step(1), 10)
-    with console.counting(10, "predict", quiet=True) as done:
+    with progress.counting(10, "predict", quiet=True) as done:
         clock.now += 60
         done(5)
     assert capsys.readouterr().err == ""
 
 
 def test_what_is_done_soon_is_not_counted(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with console.counting(10, "predict") as done:
+    with progress.counting(10, "predict") as done:
         for number in range(1, 11):
             done(number)
     assert capsys.readouterr().err == ""
-    with console.counting(400, "predict") as done:
+    with progress.counting(400, "predict") as done:
         clock.now += 30
         done(100)
         clock.now += 30
@@ -196,7 +196,7 @@ def test_no_bar_is_drawn_into_a_file_that_wants_colours(
     variable: str,
 ) -> None:
     monkeypatch.setenv(variable, "1")
-    reporter = console.LiveReporter(quiet=False)
+    reporter = progress.LiveReporter(quiet=False)
     reporter.chosen([("training.epochs", 2.0, "as [asked]")])
     reporter.recorded(step(1), 10)
     reporter.recorded(step(10), 10)
@@ -207,7 +207,7 @@ def test_no_bar_is_drawn_into_a_file_that_wants_colours(
 
 
 def test_chosen_settings_are_not_wrapped_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = console.LiveReporter(quiet=False)
+    reporter = progress.LiveReporter(quiet=False)
     reporter.chosen([("training.learning_rate", 0.0018, "a reason " * 30)])
     reporter.note("a note " * 40)
     assert len(capsys.readouterr().err.splitlines()) == 3

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import luthier
-from luthier.cli.inventory import remove
+from luthier.cli.models import remove_model
 from luthier.data.corpus import Survey
 from luthier.engine import pretrain as engine
 from luthier.engine import pretrain_defaults as defaults
@@ -131,9 +131,9 @@ def test_a_base_model_comes_out_that_everything_else_takes(
     )
     assert tuned.model_id == "mine:more"
     with pytest.raises(RecipeError, match="mine:more was made from mine"):
-        remove("mine", as_json=False)
-    remove("mine:more", as_json=False)
-    remove("mine", as_json=False)
+        remove_model("mine", json_=False)
+    remove_model("mine:more", json_=False)
+    remove_model("mine", json_=False)
     with pytest.raises(UnknownModel):
         find("mine")
     assert not any((luthier_home / "pretraining").glob("mine"))

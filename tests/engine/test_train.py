@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
-from luthier.cli.inventory import _lineage, remove
+from luthier.cli.models import lineage, remove_model
 from luthier.engine import train
 from luthier.engine.runs import Result
 from luthier.errors import Diverged, RecipeError, UnknownModel
@@ -264,16 +264,16 @@ def test_custom_models_are_tuned_further_and_know_where_they_come_from(
         assert losses[-1] == pytest.approx(result.validation_loss, abs=1e-4)
         assert losses[-1] < losses[-2]
     four = find("tiny-llama:four")
-    assert _lineage(four) == [
+    assert lineage(four) == [
         "tiny-llama:four", "tiny-llama:three", "tiny-llama:two", "tiny-llama:one", root,
     ]  # fmt: skip
     assert four.network_folder == find("tiny-llama:three").folder
     assert len(luthier.load("tiny-llama:four").generate(["say fox"], max_tokens=4)) == 1
     with pytest.raises(RecipeError, match="tiny-llama:two was made from tiny-llama:one"):
-        remove("tiny-llama:one", True)
+        remove_model("tiny-llama:one", True)
     shutil.rmtree(find("tiny-llama:one").folder)
     # A whole network needs no ancestors, an adapter does.
-    assert _lineage(find("tiny-llama:three"))[-1] == "tiny-llama:two (not here)"
+    assert lineage(find("tiny-llama:three"))[-1] == "tiny-llama:two (not here)"
     with pytest.raises(UnknownModel, match="tiny-llama:one"):
         find("tiny-llama:two")
 

@@ -12,7 +12,7 @@ from luthier.jobs.admission import Capacity
 from luthier.jobs.scheduler import Scheduler
 
 pytest.importorskip("luthier.store.locations")
-COMMAND = "import typer; from luthier.cli.working import worker; typer.run(worker)"
+COMMAND = "import typer; from luthier.cli.worker import worker; typer.run(worker)"
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

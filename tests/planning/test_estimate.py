@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from luthier.cli import estimating
+from luthier.cli import estimate as estimate_command
 from luthier.cli.app import app
 from luthier.engine.actuals import ACTUAL, PARTS, estimates_folder
 from luthier.engine.checkpoints import Checkpoints
@@ -270,7 +270,9 @@ def test_the_command_line_refuses_what_it_cannot_plan_before_it_tries_any_step(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = str(recipe().data.train)
-    monkeypatch.setattr(estimating, "estimated", lambda *asked: pytest.fail("steps were tried"))
+    monkeypatch.setattr(
+        estimate_command, "run_estimate", lambda *_: pytest.fail("steps were tried")
+    )
     assert "per_hour" in invoke("estimate", "--prices-example").stdout
     for wrong in (
         [],

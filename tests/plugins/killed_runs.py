@@ -23,7 +23,7 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 FORKER = """
 import json, os, pathlib, sys, tempfile, traceback
-import luthier.cli.tuning, luthier.engine.train, luthier.models.load, luthier.store.models
+import luthier.engine.train, luthier.models.load, luthier.store.models
 import matplotlib.pyplot, peft, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from luthier.cli.app import main

@@ -98,7 +98,7 @@ def _work(job: dict[str, Any]) -> None:
             handed = os.open(f"/proc/{job['pid']}/fd/{keys}", os.O_RDONLY)
             os.environ["LUTHIER_ENCRYPTION_KEYS_FD"] = str(handed)
         exec(os.environ.get("LUTHIER_TEST_BEFORE", ""), {})
-        from luthier.cli.working import log_to
+        from luthier.cli.worker import configure_logging
         from luthier.encryption import keys as encryption
         from luthier.encryption import memory
         from luthier.jobs.worker import Worker
@@ -108,7 +108,7 @@ def _work(job: dict[str, Any]) -> None:
         options = dict(zip(job["options"][::2], job["options"][1::2], strict=True))
         encryption.taken_over()
         memory.hold_temporary_files()
-        log_to(options["--job"])
+        configure_logging(options["--job"])
         database = Database(os.environ["LUTHIER_DATABASE"])
         folders = Folders(Locations(database))
         code = Worker(database, folders, options["--job"], options["--lease"]).run()

@@ -11,7 +11,7 @@ import pytest
 
 import luthier
 from luthier.advice.command import command_of
-from luthier.cli.tuning import recipe_of
+from luthier.cli.options import read_recipe
 from luthier.engine.actuals import estimates_folder
 from luthier.errors import RecipeError
 from luthier.files import read_json
@@ -77,7 +77,7 @@ def test_the_command_is_read_back_as_the_same_recipe(fields: dict[str, Any]) -> 
     plain: dict[str, Any] = {"data": {"train": "rows.jsonl"}}
     for key, value in fields.items():
         assign(plain, key.split("."), value)
-    assert recipe_of(data, flags, settings) == Recipe.parse(plain)
+    assert read_recipe(data, flags, settings) == Recipe.parse(plain)
 
 
 def test_common_fields_need_no_group(tmp_path: Path) -> None:

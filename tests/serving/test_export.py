@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import luthier.cli.inventory
+from luthier.cli.models import remove_model
 from luthier.engine import devices
 from luthier.engine.devices import Machine
 from luthier.engine.train import train
@@ -187,7 +187,7 @@ def test_a_second_one_before_every_row_is_refused(name: str, tmp_path: Path) -> 
     assert added_tokens(both) == 7
     model: Any = load(both, torch.float32, CPU)
     assert len(prompt_ids(model)) + prefix_tokens(model) == 7
-    luthier.cli.inventory.remove("tiny-llama:again", as_json=True)
+    remove_model("tiny-llama:again", json_=True)
 
 
 def test_an_adapter_on_an_adapter_is_exported_merged_only(tmp_path: Path) -> None:

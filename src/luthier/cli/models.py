@@ -1,82 +1,385 @@
-"""``luthier models``: the commands; what they do is in ``inventory``."""
+"""``luthier models``: what is here, and what can be fetched, exported and removed."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from luthier.cli.console import (
+    CommandGroup,
+    heavy_imports,
+    new_console,
+    new_table,
+    print_json,
+    print_text,
+)
 from luthier.cli.options import Json
+from luthier.errors import CorruptFile, RecipeError
 
-models_app = typer.Typer(help="Base models and custom models.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from luthier.planning.capabilities import Capabilities
+    from luthier.store.models import StoredModel
+
+models_app = CommandGroup("Base models and custom models.")
 
 
 @models_app.command("list")
-def models_list(json_: Json = False) -> None:
+def list_models(json_: Json = False) -> None:
     """List base models and custom models."""
-    from luthier.cli import inventory
-    from luthier.cli.console import errors
+    from luthier.cli.tune import validation_result
+    from luthier.models.catalog import CATALOG, MANIFEST
+    from luthier.store.models import base_folder, custom_models, pretrained_models
 
-    with errors(json_):
-        inventory.list_models(json_)
+    bases: list[dict[str, Any]] = [
+        {
+            "id": entry.id,
+            "kind": entry.kind,
+            "parameters": entry.parameters,
+            "context": entry.context,
+            "licence": entry.licence,
+            "languages": list(entry.languages),
+            "source": entry.source.provenance["source"],
+            "here": (base_folder(entry.id) / MANIFEST).is_file(),
+            "about": entry.about,
+        }
+        for entry in CATALOG.values()
+    ] + [_base_record(model) for model in pretrained_models()]
+    custom = [_custom_record(model) for model in custom_models()]
+    if json_:
+        print_json({"base": bases, "custom": custom})
+        return
+    table = new_table("base model", "parameters", "context", "languages", "licence", "here")
+    table.columns[0].no_wrap = True
+    for base in bases:
+        if "damaged" in base:
+            table.add_row(str(base["id"]), "", "", "", "", "[red]damaged[/red]")
+            continue
+        size = f"{base['parameters'] / 1e6:.0f} M"
+        known = base.get("languages", [])
+        languages = ", ".join(known) if len(known) < 4 else str(len(known))
+        here = "yes" if base["here"] else f"no, {base['source'].partition(':')[0]}"
+        cells = (size, str(base["context"]), languages, str(base["licence"]), here)
+        table.add_row(str(base["id"]), *cells)
+    out = new_console(highlight=False)
+    out.print(table)
+    if not all(base["here"] for base in bases):
+        out.print("\nluthier models pull ID fetches one; tune does so by itself.")
+    if not custom:
+        out.print("\nNo custom models yet: luthier tune DATA makes one.")
+        return
+    table = new_table("custom model", "learned", "weights", "validation", "created")
+    table.columns[0].no_wrap = True
+    for model in custom:
+        if "damaged" in model:
+            table.add_row(model["id"], "[red]damaged[/red]", "", "", "")
+            continue
+        measured = validation_result(model.get("measure", ""), model.get("validation", {}))
+        names = (model["objective"], model["adaptation"])
+        table.add_row(model["id"], *names, measured, model["created"])
+    out.print()
+    out.print(table)
+
+
+def _base_record(model: StoredModel) -> dict[str, Any]:
+    """One entry of the list of base models, for one that was pre-trained in this store."""
+    from luthier.models.catalog import MANIFEST
+
+    manifest = model.manifest
+    try:
+        return {
+            "id": model.id,
+            "kind": manifest["kind"],
+            "parameters": manifest["parameters"],
+            "context": manifest["context"],
+            "licence": "your own",
+            "here": True,
+            "about": f"pre-trained here: {manifest['recipe']['network']['family']}",
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = manifest.get("damaged") or f"{MANIFEST} has no {error}"
+        return {"id": model.id, "here": True, "damaged": reason}
+
+
+def _custom_record(model: StoredModel) -> dict[str, Any]:
+    """One entry of the list of custom models."""
+    from luthier.models.catalog import MANIFEST
+    from luthier.objectives import OBJECTIVES
+
+    manifest = model.manifest
+    try:
+        record = {
+            "id": model.id,
+            "parent": manifest["parent"],
+            "created": manifest["created"],
+            "objective": manifest.get("recipe", {}).get("objective", {}).get("method", ""),
+            "validation_loss": None,
+        }
+        if cut := manifest.get("student"):
+            kept = f"student, {cut['layers']} of {cut['teacher_layers']} layers"
+            return record | {"adaptation": kept, "parameters": manifest["parameters"]}
+        if "source" in manifest:
+            imported = f"imported {manifest['saved']}"
+            return record | {"adaptation": imported, "source": manifest["source"]}
+        return record | {
+            "adaptation": manifest["recipe"]["adaptation"]["method"],
+            "validation_loss": manifest["metrics"]["validation_loss"],
+            "measure": OBJECTIVES[manifest["recipe"]["objective"]["method"]].measure,
+            "validation": (manifest["metrics"].get("verdict") or {}).get("kept", {}),
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = manifest.get("damaged") or f"{MANIFEST} has no {error}"
+        return {"id": model.id, "damaged": reason}
 
 
 @models_app.command("show")
-def models_show(model: str, json_: Json = False) -> None:
+def show_model(model: str, json_: Json = False) -> None:
     """Show what a model is, where its files are, and that they are intact."""
-    from luthier.cli import inventory
-    from luthier.cli.console import errors
+    from luthier.models.catalog import CATALOG, MANIFEST
+    from luthier.store.models import StoredModel, base_folder, find
 
-    with errors(json_):
-        inventory.show(model, json_)
+    entry = CATALOG.get(model)
+    if entry is None or (base_folder(model) / MANIFEST).is_file():
+        stored = find(model)
+    else:  # described without fetching it
+        manifest = {
+            "kind": entry.kind,
+            **entry.source.provenance,
+            "licence": entry.licence,
+            "parameters": entry.parameters,
+            "context": entry.context,
+            "here": False,
+        }
+        stored = StoredModel(entry.id, base_folder(model), manifest)
+    details = {
+        "id": stored.id,
+        "folder": str(stored.folder),
+        "lineage": lineage(stored),
+        **{key: value for key, value in stored.manifest.items() if key != "files"},
+        "files": _files(stored),
+    }
+    if json_:
+        print_json(details)
+    else:
+        print_text("\n".join(_lines(details, "")))
+
+
+def lineage(model: StoredModel) -> list[str]:
+    """Ids of a model and of all that it was made from."""
+    from luthier.store.models import find
+
+    ids = [model.id]
+    while model.manifest.get("parent"):
+        try:
+            model = find(model.manifest["parent"])
+        except Exception:
+            ids.append(f"{model.manifest['parent']} (not here)")
+            break
+        ids.append(model.id)
+    return ids
+
+
+def _files(model: StoredModel) -> dict[str, dict[str, Any]]:
+    """Path, size, hash and state of each file."""
+    from luthier.files import hashes_of
+    from luthier.models.catalog import MANIFEST
+
+    if not model.folder.is_dir():
+        return {}
+    recorded = model.manifest.get("files", {})
+    found = hashes_of(model.folder, skip=(MANIFEST,))
+    return {
+        name: {
+            "path": str(model.folder / name),
+            "bytes": (model.folder / name).stat().st_size if name in found else 0,
+            "sha256": found.get(name),
+            "intact": found.get(name) == recorded[name] if name in recorded else None,
+        }
+        for name in sorted(found.keys() | recorded.keys())
+    }
+
+
+def _lines(value: Any, indent: str) -> list[str]:
+    """JSON values as indented lines of names and values, for people."""
+    if isinstance(value, dict):
+        pairs = [(f"{name}:", each) for name, each in value.items()]
+    else:
+        pairs = [("-", each) for each in value]
+    lines: list[str] = []
+    for name, each in pairs:
+        if isinstance(each, dict | list) and each:
+            lines += [f"{indent}{name}", *_lines(each, indent + "  ")]
+            continue
+        if isinstance(each, bool):
+            text = "yes" if each else "no"
+        elif each is None or isinstance(each, dict | list):
+            text = "none"
+        else:
+            text = f"{each:g}" if isinstance(each, float) else str(each)
+        lines.append(f"{indent}{name} {text}")
+    return lines
 
 
 @models_app.command("capabilities")
-def models_capabilities(
+def show_capabilities(
     model: Annotated[
         str | None, typer.Argument(help="Model; all base models of the list when not given.")
     ] = None,
     json_: Json = False,
 ) -> None:
     """Say what a model can be trained for, in which ways, and what fits into memory here."""
-    from luthier.cli import capabilities
-    from luthier.cli.console import errors
+    with heavy_imports():
+        from luthier.models.catalog import CATALOG
+        from luthier.planning.capabilities import capabilities
+        from luthier.store.models import pretrained_models
 
-    with errors(json_):
-        capabilities.show(model, json_)
+    names = [model] if model else [*CATALOG, *(each.id for each in pretrained_models())]
+    found = [capabilities(name) for name in names]
+    if json_:
+        plain = [asdict(each) for each in found]
+        print_json(plain[0] if model else {"models": plain})
+        return
+    for each in found:
+        _print_capabilities(each)
+
+
+def _print_capabilities(found: Capabilities) -> None:
+    from rich.table import Table
+
+    from luthier.adaptations import ADAPTATIONS
+    from luthier.objectives import OBJECTIVES
+
+    out = new_console(highlight=False)
+    where = "" if found.here else ", not fetched yet"
+    free = found.available / 1e9
+    out.print(f"\n[bold]{found.model}[/bold]{where}: gigabytes each takes; {free:.1f} GB are free")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    # The names stand upright in 80 columns as numbers, and below the table in full.
+    numbers = {name: str(number) for number, name in enumerate(ADAPTATIONS, 1)}
+    for name in ("", *numbers.values()):
+        table.add_column(name, justify="right" if name else "left")
+    cells = {(v.objective, v.adaptation): v for v in found.verdicts}
+    marks: dict[str, str] = {}
+    impossible: dict[str, list[str]] = {}
+    for objective in OBJECTIVES:
+        row = [cells[objective, adaptation] for adaptation in ADAPTATIONS]
+        if all(v.reason for v in row) and len({v.reason for v in row}) == 1:
+            impossible.setdefault(row[0].reason, []).append(objective)
+            continue
+        texts = []
+        for verdict in row:
+            if verdict.reason:
+                mark = marks.setdefault(verdict.reason, chr(ord("a") + len(marks)))
+                texts.append(f"[dim]{mark}[/dim]")
+            elif verdict.fits:
+                texts.append(f"[green]{verdict.memory / 1e9:.1f}[/green]")
+            else:
+                texts.append(f"[red]{verdict.memory / 1e9:.1f}![/red]")
+        table.add_row(objective, *texts)
+    out.print(table)
+    columns = "  ".join(f"{number} {name}" for name, number in numbers.items())
+    out.print(f"  {columns}", style="dim")
+    for reason, mark in marks.items():
+        out.print(f"  {mark}  {reason}", markup=False, soft_wrap=True)
+    for reason, names in impossible.items():
+        out.print(f"  refused: {', '.join(names)}: {reason}", markup=False, soft_wrap=True)
 
 
 @models_app.command("pull")
-def models_pull(model: str, json_: Json = False) -> None:
+def pull_model(model: str, json_: Json = False) -> None:
     """Fetch a base model."""
-    from luthier.cli import inventory
-    from luthier.cli.console import errors
+    from luthier.cli.progress import LiveReporter
+    from luthier.files import verify
+    from luthier.models.catalog import CATALOG
+    from luthier.store.models import find
 
-    with errors(json_):
-        inventory.pull_model(model, json_)
+    with LiveReporter(quiet=json_) as reporter:
+        stored = find(model, reporter.stage)
+        try:
+            verify(stored.folder, stored.manifest.get("files", {}))
+        except CorruptFile:
+            if model not in CATALOG:
+                raise
+            reporter.note("a file was damaged; fetching it again")
+            shutil.rmtree(stored.folder)
+            stored = find(model, reporter.stage)
+    if json_:
+        print_json({"id": stored.id, "folder": str(stored.folder)})
+    else:
+        print_text(f"{stored.id} is in {stored.folder}")
 
 
 @models_app.command("export")
-def models_export(
+def export_model(
     model: str,
     folder: Path,
     merged: Annotated[bool, typer.Option("--merged", help="Fold the adapter in.")] = False,
     json_: Json = False,
 ) -> None:
     """Write a model as a Hugging Face directory, or an adapter as PEFT's."""
-    from luthier.cli import inventory
-    from luthier.cli.console import errors
+    from luthier.models.load import read_config
+    from luthier.models.nets import NETS
+    from luthier.serving.export import export
+    from luthier.store.models import find, objective_of
 
-    with errors(json_):
-        inventory.export_model(model, folder, merged, json_)
+    stored = find(model)
+    target = export(stored, folder, merged)
+    network = read_config(stored.network_folder, objective_of(stored).head()).model_type
+    if json_:
+        files = sorted(path.name for path in target.iterdir())
+        report = {"id": model, "folder": str(target), "network": network, "files": files}
+        print_json(report | {"own_network": network in NETS})
+        return
+    print_text(f"{model} was written to {target}")
+    if network not in NETS:
+        return
+    if (target / "adapter_config.json").exists():
+        print_text(
+            f"PEFT does not find its network, {network}, from the base: export it with --merged."
+        )
+    else:
+        print_text(
+            f"Its network, {network}, is one of luthier's: transformers loads it after "
+            "`luthier.models.nets.register()`."
+        )
 
 
 @models_app.command("remove")
-def models_remove(model: str, json_: Json = False) -> None:
+def remove_model(model: str, json_: Json = False) -> None:
     """Delete a custom model, or a base model made here, and its run."""
-    from luthier.cli import inventory
-    from luthier.cli.console import errors
+    from luthier.engine.runs import BaseRun, Run
+    from luthier.files import luthier_home
+    from luthier.models.catalog import CATALOG
+    from luthier.recipe import NAME_PATTERN
+    from luthier.store.models import custom_models, short_name
+    from luthier.store.removal import remove_unneeded
 
-    with errors(json_):
-        inventory.remove(model, json_)
+    base, colon, name = model.partition(":")
+    made_here = not colon and model not in CATALOG
+    run = BaseRun(base) if made_here else Run(base, name)
+    beside = [] if made_here else [luthier_home() / "distillations" / short_name(base) / name]
+    # An empty name, or `..`, would take the models beside it, too.
+    folders = (run.model_folder, run.folder, *beside)
+    known = NAME_PATTERN.fullmatch(run.name) and any(folder.exists() for folder in folders)
+    if not known:
+        raise RecipeError(
+            f"{model!r} is no model that was made here, and no run; see `luthier models list`"
+        )
+    children = [
+        m.id for m in custom_models() if model in (m.manifest.get("parent"), made_here and m.root)
+    ]
+    if children:
+        raise RecipeError(f"{', '.join(children)} was made from {model}; remove it first")
+    parents = [m.manifest.get("parent") for m in custom_models() if m.id == model]
+    with run.lock():
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    for parent in parents:
+        remove_unneeded(parent)
+    if json_:
+        print_json({"id": model, "removed": True})
+    else:
+        print_text(f"{model} is gone")

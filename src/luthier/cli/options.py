@@ -1,11 +1,18 @@
-"""Arguments and options that several commands take. Nothing heavy is imported here."""
+"""Arguments and options that several commands take, and the recipe that they make.
+
+Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from luthier.recipe import Recipe
 
 _OBJECTIVES = (
     "sft, causal_lm, masked_lm, span_corruption, bilm, classification, semi_supervised, regression, "
@@ -44,18 +51,80 @@ Mix = Annotated[
 Base = Annotated[str | None, typer.Option(help="Model to start from.")]
 Objective = Annotated[str | None, typer.Option(help=_OBJECTIVES)]
 Adaptation = Annotated[str | None, typer.Option(help=_ADAPTATIONS)]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the rows.")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows in one step.")]
+LearningRate = Annotated[float | None, typer.Option(help="Highest learning rate.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. adaptation.rank=8."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted.")]
 Prices = Annotated[
     Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-ServiceDatabase = Annotated[
-    str | None,
-    typer.Option(
-        "--database",
-        metavar="URL",
-        # As the server has it: in a container with PostgreSQL a command would make another one.
-        envvar="LUTHIER_DATABASE",
-        show_envvar=False,
-        help="The service's database; LUTHIER_DATABASE, or the one in LUTHIER_HOME, if not given.",
-    ),
-]
+
+FIELDS: Mapping[str, str] = {
+    "base": "base",
+    "student": "base",
+    "name": "name",
+    "method": "method",
+    "objective": "objective.method",
+    "adaptation": "adaptation.method",
+    "validation": "data.validation",
+    "columns": "data.columns",
+    "mix": "data.mix",
+    "long_rows": "data.long_rows",
+    "epochs": "training.epochs",
+    "batch_size": "training.batch_size",
+    "learning_rate": "training.learning_rate",
+    "seed": "training.seed",
+    "size": "network.size",
+    "family": "network.family",
+    "config": "network.config",
+    "context": "network.context",
+    "vocabulary": "tokenizer.vocabulary",
+    "max_tokens": "sampling.max_tokens",
+    "temperature": "sampling.temperature",
+    "grader": "insights.grader",
+}
+"""Field of the recipe by the parameter of a command."""
+
+
+def recipe_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command was given of the recipe, by field; ``parameters`` are its ``locals()``."""
+    return {
+        field: parameters[name]
+        for name, field in FIELDS.items()
+        if parameters.get(name) is not None
+    }
+
+
+def recipe_fields(
+    data: str | Sequence[str], options: Mapping[str, Any], settings: Sequence[str] | None
+) -> dict[str, Any]:
+    """The recipe of a data file or a TOML file, with options and ``--set`` applied in this order."""
+    from luthier.recipe import assign, parse_columns, parse_mix, read_toml, set_field
+
+    file = data if isinstance(data, str) else data[0] if len(data) == 1 else ""
+    fields = read_toml(Path(file)) if file.endswith(".toml") else {"data": {"train": data}}
+    for key, value in options.items():
+        if key == "data.mix":
+            value = [parse_mix(text) for text in value]
+        elif key == "data.columns":
+            value = parse_columns(value)
+        assign(fields, key.split("."), value)
+    for setting in settings or ():
+        set_field(fields, setting)
+    return fields
+
+
+def read_recipe(data: str, options: Mapping[str, Any], settings: Sequence[str] | None) -> Recipe:
+    """The same as the recipe of a tuning.
+
+    Raises:
+        RecipeError: naming each field that cannot be used.
+    """
+    from luthier.recipe import Recipe
+
+    return Recipe.parse(recipe_fields(data, options, settings))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from luthier.cli.console import print_json, print_text
 from luthier.cli.options import Json
 
 
 def plugins(json_: Json = False) -> None:
     """List what installed packages add: objectives, adaptations, graders and base models."""
     from luthier.adaptations import ADAPTATIONS
-    from luthier.cli.console import print_json, print_text
     from luthier.graders import GRADERS
     from luthier.models.catalog import CATALOG
     from luthier.objectives import OBJECTIVES

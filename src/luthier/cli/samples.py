@@ -6,14 +6,15 @@ rewards tell; so does a reward that goes with length, and a divergence that grow
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from luthier.cli.console import print_json
+import typer
+
+from luthier.cli.console import new_console, print_json
+from luthier.cli.options import Json
 from luthier.errors import RecipeError
-from luthier.files import luthier_home
 from luthier.printable import printable
 
 Line = dict[str, Any]
@@ -32,12 +33,27 @@ _TREND = {
 _NUMBERS = {"reward": ".3f", "step": "d", "line": "d", "tokens": "d", "kl": ".2f"}
 
 
-def show(run: str, count: int, last: int, lowest: bool, full: bool, as_json: bool) -> None:
-    """Print the texts of the last steps by their reward, and how the run went."""
+def samples(
+    run: Annotated[str, typer.Argument(help="Custom model or its run: base:name, or a folder.")],
+    count: Annotated[int, typer.Option(min=1, help="Texts to show.")] = 20,
+    last: Annotated[int, typer.Option(min=1, help="Only of so many last steps.")] = 20,
+    lowest: Annotated[bool, typer.Option("--lowest", help="The worst first.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Whole texts, not their beginnings.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Show what a model wrote while it learned from rewards or a teacher: texts, lengths, trend."""
     from luthier.engine.metrics import MetricsFile
     from luthier.engine.runs import METRICS, SAMPLES
+    from luthier.files import luthier_home
 
-    folder = folder_of(run)
+    base, colon, name = run.partition(":")
+    folder = luthier_home() / "runs" / base / name if colon and name else Path(run)
+    if not folder.is_dir():
+        raise RecipeError(
+            f"there is no run {run!r}; give the id of a custom model (base:name), or the run's folder"
+        )
     records = MetricsFile(folder / SAMPLES).read()
     if not records:
         raise RecipeError(
@@ -50,26 +66,18 @@ def show(run: str, count: int, last: int, lowest: bool, full: bool, as_json: boo
     # Where nothing was rewarded, the newest come first.
     rewarded = all("reward" in record for record in recent)
     recent.sort(key=lambda record: record["reward" if rewarded else "step"], reverse=not lowest)
-    trend, link = trend_of(lines), length_link(recent)
-    if as_json:
-        print_json({"samples": recent[:count], "trend": trend, "reward_length_correlation": link})
+    trend, correlation = trend_of(lines), length_correlation(recent)
+    if json_:
+        report = {"samples": recent[:count], "trend": trend}
+        print_json(report | {"reward_length_correlation": correlation})
         return
-    _print(recent[:count], trend, link, full)
-
-
-def folder_of(run: str) -> Path:
-    """The folder of a run, by the id of its model or by its path."""
-    base, colon, name = run.partition(":")
-    folder = luthier_home() / "runs" / base / name if colon and name else Path(run)
-    if not folder.is_dir():
-        raise RecipeError(
-            f"there is no run {run!r}; give the id of a custom model (base:name), or the run's folder"
-        )
-    return folder
+    _print(recent[:count], trend, correlation, full)
 
 
 def trend_of(lines: Sequence[Line]) -> list[Line]:
     """Means over consecutive parts of a run."""
+    import statistics
+
     size = max(1, -(-len(lines) // PARTS))
     parts = [lines[start : start + size] for start in range(0, len(lines), size)]
     return [
@@ -83,8 +91,10 @@ def trend_of(lines: Sequence[Line]) -> list[Line]:
     ]
 
 
-def length_link(records: Sequence[Line]) -> float | None:
+def length_correlation(records: Sequence[Line]) -> float | None:
     """Correlation of reward and length; none where one of them is always the same."""
+    import statistics
+
     if not all("reward" in record for record in records):
         return None
     rewards, lengths = ([float(r[name]) for r in records] for name in ("reward", "tokens"))
@@ -93,11 +103,11 @@ def length_link(records: Sequence[Line]) -> float | None:
     return statistics.correlation(rewards, lengths)
 
 
-def _print(records: Sequence[Line], trend: Sequence[Line], link: float | None, full: bool) -> None:
+def _print(
+    records: Sequence[Line], trend: Sequence[Line], correlation: float | None, full: bool
+) -> None:
     from rich.table import Table
     from rich.text import Text
-
-    from luthier.cli.console import new_console
 
     out = new_console(highlight=False)
     table = Table(box=None, expand=True)
@@ -109,7 +119,7 @@ def _print(records: Sequence[Line], trend: Sequence[Line], link: float | None, f
     for record in records:
         texts = [
             # Escaped before the width of a column is found.
-            printable(record[name] if full else _one_line(record[name]))
+            printable(record[name] if full else " ".join(record[name].split()))
             for name in ("prompt", "completion")
         ]
         cells = ("" if record[n] is None else format(record[n], _NUMBERS[n]) for n in numbers)
@@ -121,11 +131,7 @@ def _print(records: Sequence[Line], trend: Sequence[Line], link: float | None, f
         course.add_row(part["steps"], *(f"{part[name]:.3f}" for name in names))
     out.print()
     out.print(course)
-    if link is not None:
+    if correlation is not None:
         out.print(
-            f"\nReward and length of these texts go together with a correlation of {link:+.2f}."
+            f"\nReward and length of these texts go together with a correlation of {correlation:+.2f}."
         )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -1,22 +1,40 @@
-"""What commands about the service share: its database, who calls, tables for people."""
+"""What commands about a service share: its database, who calls, and options."""
 
 from __future__ import annotations
 
 import getpass
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from luthier.printable import one_line
-from luthier.store.database import Database
+import typer
 
-WIDE = 240
-"""Characters of a line that no terminal breaks."""
+from luthier.cli.console import print_json, print_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from luthier.store.database import Database
+
+ServiceDatabase = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        # As the server has it: in a container with PostgreSQL a command would make another one.
+        envvar="LUTHIER_DATABASE",
+        show_envvar=False,
+        help="The service's database; LUTHIER_DATABASE, or the one in LUTHIER_HOME, if not given.",
+    ),
+]
+FIRST = "000000000000"
+"""The account that the first start of a service makes."""
 
 
 @contextmanager
-def opened(url: str | None) -> Iterator[Database]:
+def open_database(url: str | None) -> Iterator[Database]:
     """The service's database, its tables made where there are none."""
+    from luthier.store.database import Database
     from luthier.store.schema import upgrade
 
     database = Database(url)
@@ -35,28 +53,11 @@ def operator() -> str:
         return "cli"
 
 
-def table_of(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows for people."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from luthier.cli.console import new_console
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(one_line(_text(row.get(column)))) for column in columns))
-    out = new_console()
-    # Into a pipe or file nothing has to be broken.
-    (out if out.is_terminal else new_console(width=WIDE)).print(table)
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    if isinstance(value, Mapping):
-        return " ".join(f"{name}={each}" for name, each in value.items())
-    return str(value)
+def print_records(
+    name: str, columns: Sequence[str], records: Sequence[dict[str, Any]], as_json: bool
+) -> None:
+    """Print records as a table, or as an object that holds them under ``name``."""
+    if as_json:
+        print_json({name: records})
+    else:
+        print_rows(columns, records)

@@ -15,8 +15,9 @@ from command_line import MODEL, ROWS, Answer, jsonl, memorise, start
 from pydantic import TypeAdapter
 from stored_files import files_in
 
-from luthier.cli.tuning import print_result
+from luthier.cli.tune import print_comparison, print_result
 from luthier.engine.runs import Result
+from luthier.evaluation.baselines import Baseline, Comparison
 from luthier.files import read_json, sha256_of
 from luthier.models.catalog import MANIFEST
 
@@ -261,3 +262,40 @@ def test_bad_data_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.startswith("2 False"), done.stdout + done.stderr
     assert f"{data}:5: [json.invalid]" in done.stdout and f"{data}:10: [json." in done.stdout
+
+
+FOUND = Comparison(
+    "accuracy",
+    200,
+    1800,
+    [
+        Baseline("always the most frequent label", 0.25, {"accuracy": 0.25}, 0.0, constant=True),
+        Baseline("naive Bayes on words", 0.735, {"accuracy": 0.735}, 0.31),
+    ],
+    0.485,
+    ["logistic regression on the base model"],
+)
+
+
+def comparison_lines(found: Comparison | None, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    print_comparison(found)
+    return [line.strip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_one_line_each_the_best_first(capsys: pytest.CaptureFixture[str]) -> None:
+    said = comparison_lines(replace(FOUND, verdict=FOUND.judge()), capsys)
+    assert said[0] == "on 200 held-out rows, beside simple baselines:"
+    assert [line.split()[1] for line in said[1:4]] == ["73.5%", "48.5%", "25.0%"]
+    assert "naive Bayes on words  (0.3 s)" in said[1] and said[2].endswith("this model")
+    assert said[4] == "not measured for want of time: logistic regression on the base model"
+    assert " ".join(said[5:]).startswith(
+        "a simple baseline does better: naive Bayes on words, accuracy 73.5% against"
+    )
+
+
+def test_no_word_where_the_model_wins_and_nothing_without_baselines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert len(comparison_lines(replace(FOUND, tuned=0.9), capsys)) == 5
+    assert not comparison_lines(replace(FOUND, tuned=None), capsys)
+    assert not comparison_lines(None, capsys)

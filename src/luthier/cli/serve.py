@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from luthier.cli.console import extra, new_console
+from luthier.errors import RefusedInput
+
 if TYPE_CHECKING:
     from luthier.store.bootstrap import Issued
 
@@ -99,9 +102,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve the Bedrock, OpenAI, S3 and native APIs on one port."""
-    from luthier.cli.console import errors, extra
-
-    with errors(False), extra("server"):
+    with extra("server"):
         from luthier.api import server
         from luthier.api.cors import check_origins
         from luthier.api.observability import log_as_json
@@ -121,7 +122,12 @@ def serve(
         os.umask(0o077)
         ports = server.Ports(host, port, tls_cert, tls_key, tls_port)
         ports.check()
-        _check_rate(requests_per_second)
+        # Nothing is less than NaN either, and would let nobody in.
+        if requests_per_second is not None and not 0 <= requests_per_second < math.inf:
+            raise RefusedInput(
+                f"--requests-per-second {requests_per_second:g}: write a number from 0 on; without "
+                "the option there is no limit"
+            )
         settings = Settings(
             region=region,
             account=account,
@@ -129,7 +135,7 @@ def serve(
             s3_endpoint=s3_endpoint,
             file_roots=tuple(file_root or ()),
             strict_region=strict_region,
-            graders=_graders(grader or (), check=not no_work),
+            graders=parse_graders(grader or (), check=not no_work),
             requests_per_second=requests_per_second,
             cors_origins=check_origins(cors_origin or ()),
             limits=parse_limits(limit or ()),
@@ -141,7 +147,7 @@ def serve(
 
         def ready(addresses: list[str]) -> None:
             service.start(work=not no_work)
-            _tell(addresses, region, service.issued)
+            _print_addresses(addresses, region, service.issued)
 
         try:
             server.run(service.application, ports, service.connections, ready)
@@ -149,34 +155,27 @@ def serve(
             service.close(give_back)
 
 
-def _check_rate(requests_per_second: float | None) -> None:
-    from luthier.errors import RefusedInput
-
-    # Nothing is less than NaN either, and would let nobody in.
-    if requests_per_second is not None and not 0 <= requests_per_second < math.inf:
-        raise RefusedInput(
-            f"--requests-per-second {requests_per_second:g}: write a number from 0 on; without the "
-            "option there is no limit"
-        )
-
-
-def _graders(given: Sequence[str], check: bool = False) -> dict[str, dict[str, Any]]:
+def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, dict[str, Any]]:
     """Graders by the names that ``--grader`` gives them, tried before anything is served.
 
     ``check`` that this machine has what they need, as it is the one that grades.
     """
-    from luthier.errors import RefusedInput
     from luthier.graders import grader_from
+    from luthier.recipe import read_toml
 
     found: dict[str, dict[str, Any]] = {}
-    for text in given:
+    for text in assignments:
         name, equals, file = text.partition("=")
         if not (name and equals and file):
             raise RefusedInput(f"--grader {text!r}: write NAME=FILE")
-        fields = _grader(name, Path(file))
         try:
+            if file.endswith(".py"):
+                source = Path(file).read_text(encoding="utf-8")
+                fields = {"method": "lambda", "name": name, "source": source}
+            else:
+                fields = read_toml(Path(file))
             grader = grader_from(fields)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise RefusedInput(f"--grader {file}: {error}") from error
         if check:
             grader.check()
@@ -184,23 +183,8 @@ def _graders(given: Sequence[str], check: bool = False) -> dict[str, dict[str, A
     return found
 
 
-def _grader(name: str, file: Path) -> dict[str, Any]:
-    from luthier.errors import RefusedInput
-    from luthier.recipe import read_toml
-
-    if file.suffix != ".py":
-        return read_toml(file)
-    try:
-        source = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RefusedInput(f"--grader {file}: {error}") from error
-    return {"method": "lambda", "name": name, "source": source}
-
-
-def _tell(addresses: list[str], region: str, issued: Issued | None) -> None:
+def _print_addresses(addresses: list[str], region: str, issued: Issued | None) -> None:
     """Where it listens, and the first keys, which are told once."""
-    from luthier.cli.console import new_console
-
     out = new_console(highlight=False, soft_wrap=True)
     out.print(f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}")
     if issued is None:

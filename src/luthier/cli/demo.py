@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from luthier.cli.console import LiveReporter, counting, print_json
-from luthier.cli.tuning import print_result
-from luthier.graders import Answer, FirstLine, Grader
+from luthier.cli.console import new_console, print_json
+from luthier.cli.options import Json
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
@@ -19,10 +17,13 @@ BASE = "smollm2-135m-instruct"
 UPPER_LAYERS = list(range(20, 30))
 """Of the base's 30."""
 SHOWN = 4
+"""Replies."""
 
 
-def run(as_json: bool) -> None:
-    """Tune, measure before and after on unseen prompts, show, and say what to type next."""
+def demo(json_: Json = False) -> None:
+    """Tune the default model on the sample data and compare before and after."""
+    from luthier.cli.progress import LiveReporter
+    from luthier.cli.tune import print_result
     from luthier.engine.runs import Run
     from luthier.engine.train import train
     from luthier.recipe import Recipe
@@ -47,26 +48,42 @@ def run(as_json: bool) -> None:
                 "training": {"epochs": 3, "evaluate_every": 27},
             }
         )
-        with closing(LiveReporter(quiet=as_json)) as reporter:
+        with LiveReporter(quiet=json_) as reporter:
             result = train(recipe, Run(BASE, name).folder.exists(), reporter)
-        if not as_json:
+        if not json_:
             print_result(result)
         scores = {
-            label: _measure(model, folder / "test.jsonl", label, as_json)
+            label: _measure(model, folder / "test.jsonl", label, json_)
             for label, model in (("base", BASE), ("tuned", result.model_id))
         }
-    report = {label: graded.scores for label, graded in scores.items()}
-    if as_json:
+    if json_:
+        report = {label: graded.scores for label, graded in scores.items()}
         print_json({"model_id": result.model_id, "seconds": result.seconds, "scores": report})
     else:
-        _show(result.model_id, scores)
+        _print(result.model_id, scores["base"], scores["tuned"])
 
 
 def _measure(model_id: str, test: Path, label: str, quiet: bool) -> Evaluation:
+    """Scores of a model on unseen prompts."""
+    from luthier.cli.progress import counting
     from luthier.data.rows import load_rows
+    from luthier.graders import Answer, FirstLine, Grader
     from luthier.serving.generation import Generator
     from luthier.serving.measuring import measure
     from luthier.store.models import find
+
+    class HouseStyle(Grader):
+        """1 when the reply has a label line, and is signed as the sample's replies are."""
+
+        method: Literal["house_style"] = "house_style"
+        watched = False
+
+        def score(self, answer: Answer) -> float:
+            """1 or 0."""
+            lines = answer.reply.strip().split("\n")
+            labelled = lines[0].startswith("[route: ") and lines[0].endswith("]")
+            signature = self.expected_of(answer).strip().split("\n")[-1]
+            return float(labelled and lines[-1].strip() == signature)
 
     rows = load_rows(test)
     generator = Generator.open(find(model_id))
@@ -75,39 +92,22 @@ def _measure(model_id: str, test: Path, label: str, quiet: bool) -> Evaluation:
         return measure(generator, rows, graders, 80, done)
 
 
-class HouseStyle(Grader):
-    """1 when the reply has a label line, and is signed as the sample's replies are."""
-
-    method: Literal["house_style"] = "house_style"
-    watched = False
-
-    def score(self, answer: Answer) -> float:
-        """1 or 0."""
-        lines = answer.reply.strip().split("\n")
-        labelled = lines[0].startswith("[route: ") and lines[0].endswith("]")
-        signature = self.expected_of(answer).strip().split("\n")[-1]
-        return float(labelled and lines[-1].strip() == signature)
-
-
-def _show(model_id: str, scores: dict[str, Any]) -> None:
+def _print(model_id: str, base: Evaluation, tuned: Evaluation) -> None:
+    """Replies and scores side by side, and what to type next."""
+    from rich.markup import escape
     from rich.table import Table
-
-    from luthier.cli.console import new_console
 
     out = new_console(highlight=False)
     out.print(
         f"\n[bold]Unseen customers, the same question to both[/bold]  ({time.strftime('%H:%M')})"
     )
     table = Table("customer", "base model", model_id, show_lines=True, expand=True)
-    for before, after in list(zip(scores["base"].answers, scores["tuned"].answers, strict=True))[
-        :SHOWN
-    ]:
-        table.add_row(before.prompt, before.reply, f"[green]{_plain(after.reply)}[/green]")
+    for before, after in list(zip(base.answers, tuned.answers, strict=True))[:SHOWN]:
+        table.add_row(before.prompt, before.reply, f"[green]{escape(after.reply)}[/green]")
     out.print(table)
-    table = Table(f"on {scores['base'].rows} unseen rows", "base", "tuned", box=None)
-    for name in scores["base"].scores:
-        values = [f"{scores[label].scores[name]:.0%}" for label in ("base", "tuned")]
-        table.add_row(name, values[0], f"[bold green]{values[1]}[/bold green]")
+    table = Table(f"on {base.rows} unseen rows", "base", "tuned", box=None)
+    for name, score in base.scores.items():
+        table.add_row(name, f"{score:.0%}", f"[bold green]{tuned.scores[name]:.0%}[/bold green]")
     out.print(table)
     out.print("\nNext:")
     for text in (
@@ -117,9 +117,3 @@ def _show(model_id: str, scores: dict[str, Any]) -> None:
         "luthier tune YOUR.jsonl --name my-first-model",
     ):
         out.print(f"  {text}", soft_wrap=True)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -11,8 +11,8 @@ from principals_of import ALLOW_ALL, FIRST, OTHER
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from luthier.cli.administration import admin_app
-from luthier.cli.auditing import audit_app
+from luthier.cli.admin import admin_app
+from luthier.cli.audit import audit_app
 from luthier.store import principals
 from luthier.store.database import Database
 from luthier.store.sealing import Sealing, server_key

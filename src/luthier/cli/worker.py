@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from luthier.cli.console import heavy_imports
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 DATABASE = "LUTHIER_DATABASE"
 """Variable with the address of the database: it may hold a password, which no command line may."""
@@ -31,10 +33,8 @@ def worker(
     limit: Quotas = None,
 ) -> None:
     """Train one job of the service."""
-    _begin()
-    log_to(job)
-    from luthier.cli.console import heavy_imports
-
+    _prepare_process()
+    configure_logging(job)
     with heavy_imports():
         from luthier.jobs.worker import Worker
         from luthier.limits import parse_limits
@@ -63,13 +63,11 @@ def import_worker(
     limit: Quotas = None,
 ) -> None:
     """Take one model from outside into the store."""
-    _begin()
-    log_to(f"import-{model}")
+    _prepare_process()
+    configure_logging(f"import-{model}")
     # Where memory ends, this process is the one to go.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    from luthier.cli.console import heavy_imports
-
     with heavy_imports():
         from luthier.jobs.admission import Capacity
         from luthier.jobs.import_worker import ImportWorker
@@ -88,17 +86,17 @@ def import_worker(
     raise typer.Exit(worker.run())
 
 
-def _begin() -> None:
+def _prepare_process() -> None:
+    """Let nobody else read what it writes, and the server go first."""
     from luthier.encryption import keys, memory
 
     os.umask(0o077)
-    # What answers requests beside it comes first.
     os.nice(5)
     keys.taken_over()
     memory.hold_temporary_files()
 
 
-def log_to(job: str) -> None:
+def configure_logging(job: str) -> None:
     """Where a worker's messages go: standard error, or line by line into an encrypted log.
 
     ``job`` is its id, or ``import-`` and a model's.

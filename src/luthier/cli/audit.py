@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.options import Json, ServiceDatabase
+from luthier.cli.console import CommandGroup, note, print_json
+from luthier.cli.options import Json
+from luthier.cli.service import ServiceDatabase, open_database, print_records
 from luthier.errors import CorruptFile
 
-audit_app = typer.Typer(help="The service's audit log.", no_args_is_help=True)
+audit_app = CommandGroup("The service's audit log.", extra="server")
 
 
 @audit_app.command("verify")
-def audit_verify(
+def verify_log(
     noted: Annotated[
         str | None,
         typer.Option("--noted", help="Hash that was the last one once: it has to be there still."),
@@ -23,20 +25,16 @@ def audit_verify(
     json_: Json = False,
 ) -> None:
     """Check every entry against the chain, and its end against what the store notes; 1 where broken."""
-    from luthier.cli.console import errors, extra, note, print_json
+    from luthier.files import luthier_home
+    from luthier.store.audit import last, read_mark, verify
 
-    with errors(json_), extra("server"):
-        from luthier.cli.service import opened
-        from luthier.files import luthier_home
-        from luthier.store.audit import last, read_mark, verify
-
-        mark = read_mark(luthier_home())
-        with opened(database) as service, service.read() as session:
-            broken = verify(session, noted, mark)
-            try:
-                number, hash_ = last(session)
-            except CorruptFile:
-                number, hash_ = 0, ""
+    mark = read_mark(luthier_home())
+    with open_database(database) as service, service.read() as session:
+        broken = verify(session, noted, mark)
+        try:
+            number, hash_ = last(session)
+        except CorruptFile:
+            number, hash_ = 0, ""
     if json_:
         found = {"seq": broken.seq, "reason": broken.reason} if broken else None
         print_json({"intact": broken is None, "broken": found, "entries": number, "last": hash_})
@@ -49,7 +47,7 @@ def audit_verify(
 
 
 @audit_app.command("list")
-def audit_list(
+def list_entries(
     account: Annotated[str | None, typer.Option(help="Only of this account.")] = None,
     user: Annotated[str | None, typer.Option(help="Only of this user.")] = None,
     action: Annotated[str | None, typer.Option(help="Only actions that contain this.")] = None,
@@ -62,20 +60,14 @@ def audit_list(
     json_: Json = False,
 ) -> None:
     """Print entries, the newest first."""
-    from luthier.cli.console import errors, extra, print_json
+    from luthier.store.audit import entries, shown
 
     from_ = since.replace(tzinfo=UTC) if since else None
-    with errors(json_), extra("server"):
-        from luthier.cli.service import opened, table_of
-        from luthier.store.audit import entries, shown
-
-        with opened(database) as service, service.read() as session:
-            found = entries(session, account, user, action, from_, before, limit)
-            rows = [shown(entry) for entry in found]
-    if json_:
-        print_json({"entries": rows})
-        return
-    for row in rows:
-        row["at"] = row["at"][:19]
+    with open_database(database) as service, service.read() as session:
+        found = entries(session, account, user, action, from_, before, limit)
+        rows = [shown(entry) for entry in found]
+    if not json_:
+        for row in rows:
+            row["at"] = row["at"][:19]
     columns = ("seq", "at", "account", "user", "action", "outcome", "resource", "details")
-    table_of(columns, rows)
+    print_records("entries", columns, rows, json_)

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
-from luthier.cli.pretraining import recipe_of
+from luthier.cli.options import recipe_fields, recipe_options
+from luthier.pretraining import PretrainRecipe
 
 TEXT = "The quick brown fox jumps over the lazy dog. My card has not arrived yet. " * 80
 SHORT = ["--size", "tiny", "--context", "32", "--vocabulary", "300", "--batch-size", "2",
@@ -59,11 +60,9 @@ def test_what_came_out_is_printed(text: Path) -> None:
 
 
 def test_options_and_settings_reach_the_recipe(tmp_path: Path) -> None:
-    recipe = recipe_of(
-        [tmp_path / "a.txt", tmp_path / "b.txt"],
-        {"name": "x", "network.family": "palm", "training.seed": None},
-        ["training.beta2=0.99"],
-    )
+    texts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    options = recipe_options({"name": "x", "family": "palm", "seed": None})
+    recipe = PretrainRecipe.parse(recipe_fields(texts, options, ["training.beta2=0.99"]))
     assert [path.name for path in recipe.data.train] == ["a.txt", "b.txt"]
     assert recipe.network.family == "palm"
     assert recipe.training.beta2 == 0.99 and recipe.training.weight_decay == 0.1
@@ -72,7 +71,7 @@ def test_options_and_settings_reach_the_recipe(tmp_path: Path) -> None:
 def test_a_recipe_file_names_texts_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('name = "x"\n[data]\ntrain = ["a.txt", "b.md"]\nvalidation = ["c.txt"]\n')
-    recipe = recipe_of([path], {}, [])
+    recipe = PretrainRecipe.parse(recipe_fields([str(path)], {}, []))
     assert recipe.data.train == (tmp_path / "a.txt", tmp_path / "b.md")
     assert recipe.data.validation == (tmp_path / "c.txt",)
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from luthier.api.service import LAMBDA
 from luthier.cli.app import app
-from luthier.cli.serving import _graders
+from luthier.cli.serve import parse_graders
 from luthier.errors import RefusedInput
 from luthier.store.database import Database
 
@@ -44,14 +44,14 @@ def test_graders_are_named_and_checked(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
     good.write_text('method = "exact"\n')
     bad.write_text('method = "telepathy"\n')
-    assert _graders([f"reward={good}"]) == {"reward": {"method": "exact"}}
+    assert parse_graders([f"reward={good}"]) == {"reward": {"method": "exact"}}
     handler, source = (
         tmp_path / "handler.py",
         "def lambda_handler(event, context):\n    return []\n",
     )
     handler.write_text(source)
     own = {"method": "lambda", "name": "own", "source": source}
-    assert _graders([f"own={handler}"]) == {"own": own}
+    assert parse_graders([f"own={handler}"]) == {"own": own}
     bad.with_suffix(".py").write_text("def handler(event):\n    return []\n")
     for given in (
         f"own={bad.with_suffix('.py')}",
@@ -64,7 +64,7 @@ def test_graders_are_named_and_checked(tmp_path: Path) -> None:
         f"reward={tmp_path / 'none.toml'}",
     ):
         with pytest.raises(RefusedInput):
-            _graders([given])
+            parse_graders([given])
 
 
 @pytest.mark.parametrize(

@@ -1,44 +1,53 @@
-"""``luthier estimate``: what a job will take, before it is run. Nothing heavy is imported here."""
+"""``luthier estimate``: what a job will take, before it is run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.options import Adaptation, Base, Columns, Json, Mix, Objective, Prices, Validation
+from luthier.cli.console import heavy_imports, new_console, new_table, print_json
+from luthier.cli.options import (
+    Adaptation,
+    Base,
+    BatchSize,
+    Columns,
+    Epochs,
+    Json,
+    Mix,
+    Objective,
+    Prices,
+    Settings,
+    Validation,
+    read_recipe,
+    recipe_options,
+)
+from luthier.errors import RecipeError
+from luthier.printable import format_duration
 
 if TYPE_CHECKING:
     from luthier.planning.estimate import Estimate
-    from luthier.planning.interval import Interval
     from luthier.planning.prices import Prices as PriceTable
     from luthier.recipe import Recipe
 
-_Data = Annotated[
-    str | None,
-    typer.Argument(
-        help="File, folder, 'pattern*' or s3:// with rows or text, or a recipe (.toml)."
-    ),
-]
-
 
 def estimate(
-    data: _Data = None,
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            help="File, folder, 'pattern*' or s3:// with rows or text, or a recipe (.toml)."
+        ),
+    ] = None,
     validation: Validation = None,
     mix: Mix = None,
     columns: Columns = None,
     base: Base = None,
     objective: Objective = None,
     adaptation: Adaptation = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the rows.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows in one step.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. adaptation.rank=8."),
-    ] = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    set_: Settings = None,
     finish_by: Annotated[
         str | None, typer.Option(help="Time of day, e.g. 18:00: how much can be done by then.")
     ] = None,
@@ -55,54 +64,27 @@ def estimate(
     json_: Json = False,
 ) -> None:
     """Say how long a tuning will take, and its memory, disk and cost, from a few real steps."""
-    from luthier.cli.console import errors
-    from luthier.errors import RecipeError
+    options = recipe_options(locals())
+    if prices_example:
+        from luthier.planning.prices import EXAMPLE
 
-    with errors(json_):
-        if prices_example:
-            from luthier.planning.prices import EXAMPLE
-
-            typer.echo(EXAMPLE, nl=False)
-        elif history:
-            show_history(json_)
-        elif data is None:
-            raise RecipeError("give the data of the job, or --history, or --prices-example")
-        else:
-            flags = {
-                "data.validation": validation and str(validation),
-                "data.mix": mix,
-                "data.columns": columns,
-                "base": base,
-                "objective.method": objective,
-                "adaptation.method": adaptation,
-                "training.epochs": epochs,
-                "training.batch_size": batch_size,
-            }
-            _estimate(data, flags, set_ or [], finish_by, within, prices, json_)
-
-
-def _estimate(
-    data: str,
-    flags: Mapping[str, Any],
-    settings: Sequence[str],
-    finish_by: str | None,
-    within: str | None,
-    prices: Path | None,
-    as_json: bool,
-) -> None:
-    from luthier.cli.console import print_json
-    from luthier.cli.tuning import recipe_of
-    from luthier.errors import RecipeError
+        typer.echo(EXAMPLE, nl=False)
+        return
+    if history:
+        _show_history(json_)
+        return
+    if data is None:
+        raise RecipeError("give the data of the job, or --history, or --prices-example")
     from luthier.planning.prices import read_prices
 
-    recipe = recipe_of(data, flags, settings)
+    recipe = read_recipe(data, options, set_)
     table = read_prices(prices)
     if finish_by and within:
         raise RecipeError("give --finish-by or --within, not both")
     _seconds(finish_by, within)  # refused before the minutes that a trial takes
-    found = estimated(recipe, as_json)
+    found = run_estimate(recipe, json_)
     until = _seconds(finish_by, within)  # what the trial took is over
-    if as_json:
+    if json_:
         print_json(as_plain(found, table, until))
         return
     show(found, table)
@@ -118,14 +100,13 @@ def _seconds(finish_by: str | None, within: str | None) -> float | None:
     return duration(within) if within else None
 
 
-def estimated(recipe: Recipe, quiet: bool) -> Estimate:
+def run_estimate(recipe: Recipe, quiet: bool) -> Estimate:
     """Try the job of a recipe, with a bar."""
-    from luthier.cli.console import LiveReporter, heavy_imports
-
     with heavy_imports():
+        from luthier.cli.progress import LiveReporter
         from luthier.planning.estimate import estimate as try_job
 
-    with closing(LiveReporter(quiet)) as reporter:
+    with LiveReporter(quiet) as reporter:
         return try_job(recipe, reporter)
 
 
@@ -133,8 +114,6 @@ def as_plain(
     found: Estimate, prices: PriceTable | None, until: float | None = None
 ) -> dict[str, Any]:
     """An estimate as JSON holds it, with its cost where there are prices."""
-    from dataclasses import asdict
-
     from luthier.planning.deadline import plan
 
     plain = found.plain()
@@ -155,12 +134,8 @@ def _cost(found: Estimate, prices: PriceTable) -> dict[str, float]:
 
 def show(found: Estimate, prices: PriceTable | None) -> None:
     """Print an estimate."""
-    from rich.table import Table
-
-    from luthier.cli.console import new_console
     from luthier.engine.actuals import PARTS
     from luthier.planning.prices import prices_file
-    from luthier.printable import format_duration
 
     out = new_console(highlight=False)
     out.print(
@@ -168,12 +143,14 @@ def show(found: Estimate, prices: PriceTable | None) -> None:
         f"[bold]{found.base}[/bold]: {found.rows:,} rows, {found.steps:,} steps, "
         f"{found.epochs:g} passes"
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("", "estimate", "nine times in ten", ""):
-        table.add_column(name, justify="right" if name else "left")
+    numbers = ("estimate", "nine times in ten")
+    table = new_table("", *numbers, "", numbers=numbers)
     size = "{:.2f} GB".format
     table.add_row(
-        "  time", f"[bold]{format_duration(found.seconds.value)}[/bold]", *_span(found.seconds)
+        "  time",
+        f"[bold]{format_duration(found.seconds.value)}[/bold]",
+        f"{format_duration(found.seconds.low)} to {format_duration(found.seconds.high)}",
+        "unless it stops early",
     )
     table.add_row(
         "  peak memory",
@@ -217,19 +194,8 @@ def show(found: Estimate, prices: PriceTable | None) -> None:
         )
 
 
-def _span(seconds: Interval) -> tuple[str, str]:
-    from luthier.printable import format_duration
-
-    return (
-        f"{format_duration(seconds.low)} to {format_duration(seconds.high)}",
-        "unless it stops early",
-    )
-
-
 def _show_plan(found: Estimate, seconds: float, when: str) -> None:
-    from luthier.cli.console import new_console
     from luthier.planning.deadline import advice, plan
-    from luthier.printable import format_duration
 
     planned, out = plan(found, seconds), new_console(highlight=False)
     if planned.fits:
@@ -240,45 +206,38 @@ def _show_plan(found: Estimate, seconds: float, when: str) -> None:
     out.print(f"[bold yellow]{when}[/bold yellow]: all of it does not fit. {text}", soft_wrap=True)
 
 
-def show_history(as_json: bool) -> None:
+def _show_history(as_json: bool) -> None:
     """Print estimates beside what came of them."""
-    from luthier.cli.console import print_json
     from luthier.planning.history import CLOSE, past, summary
 
     runs = past()
-    told = summary(runs)
+    counts = summary(runs)
     if as_json:
-        print_json(told)
+        print_json(counts)
         return
-    from rich.table import Table
-
-    from luthier.cli.console import new_console
-    from luthier.printable import format_duration
-
     out = new_console(highlight=False)
     if not runs:
         out.print("No run was estimated before it ran. luthier tune DATA --estimate does both.")
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("run", "estimated", "took", "ratio", "estimated", "peak memory", "ratio"):
-        table.add_column(name, justify="left" if name == "run" else "right")
+
+    def colored(ratio: float) -> str:
+        color = "green" if abs(ratio - 1) <= CLOSE else "yellow"
+        return f"[{color}]{ratio:.2f}[/{color}]"
+
+    columns = ("estimated", "took", "ratio", "estimated", "peak memory", "ratio")
+    table = new_table("run", *columns, numbers=columns)
     for each in runs:
         table.add_row(
             each.model_id,
             format_duration(each.estimated_seconds),
             format_duration(each.seconds),
-            _marked(each.time_ratio, CLOSE),
+            colored(each.time_ratio),
             f"{each.estimated_memory / 1e9:.2f} GB",
             f"{each.memory / 1e9:.2f} GB",
-            _marked(each.memory_ratio, CLOSE),
+            colored(each.memory_ratio),
         )
     out.print(table)
     out.print(
-        f"\nwithin {CLOSE:.0%}: time {told['time_close']} of {len(runs)}, memory "
-        f"{told['memory_close']} of {len(runs)}"
+        f"\nwithin {CLOSE:.0%}: time {counts['time_close']} of {len(runs)}, memory "
+        f"{counts['memory_close']} of {len(runs)}"
     )
-
-
-def _marked(ratio: float, close: float) -> str:
-    colour = "green" if abs(ratio - 1) <= close else "yellow"
-    return f"[{colour}]{ratio:.2f}[/{colour}]"

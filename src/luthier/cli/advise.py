@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from luthier.cli.options import Adaptation, Base, Columns, Data, Json, Objective, Validation
+from luthier.cli.console import heavy_imports, new_console, print_json
+from luthier.cli.options import (
+    Adaptation,
+    Base,
+    Columns,
+    Data,
+    Json,
+    Objective,
+    Settings,
+    Validation,
+    read_recipe,
+    recipe_options,
+)
 
 if TYPE_CHECKING:
     from luthier.advice.recommend import Advice
@@ -34,64 +46,41 @@ def advise(
     trial: Annotated[
         float, typer.Option(min=0, help="Seconds to train on trial; 0 trains nothing.")
     ] = 60.0,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. adaptation.rank=8."),
-    ] = None,
+    set_: Settings = None,
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="Write the recipe that is advised (TOML).")
     ] = None,
     json_: Json = False,
 ) -> None:
     """Compare fine-tuning with prompting, search, distillation and the rest, tried on your rows."""
-    from luthier.cli.console import errors
+    options = recipe_options(locals())
+    from luthier.advice.command import tuning_command
+    from luthier.advice.facts import Wishes
+    from luthier.recipe import portable, to_toml
 
-    flags = {
-        "data.validation": validation,
-        "data.columns": columns,
-        "base": base,
-        "objective.method": objective,
-        "adaptation.method": adaptation,
-    }
-    limits = {
-        "max_minutes": max_minutes, "max_seconds": max_seconds, "max_megabytes": max_megabytes
-    }  # fmt: skip
-    with errors(json_):
+    recipe = read_recipe(data, options, set_)
+    command = tuning_command(data, options, set_ or ())
+    wishes = Wishes(goal, max_minutes, max_seconds, max_megabytes)
+    with heavy_imports():
         from luthier.advice import advise as run
-        from luthier.advice.command import tuning_command
-        from luthier.advice.facts import Wishes
-        from luthier.cli.console import LiveReporter, heavy_imports, print_json
-        from luthier.cli.tuning import recipe_of
+        from luthier.cli.progress import LiveReporter
 
-        recipe = recipe_of(data, flags, set_ or [])
-        command = tuning_command(data, flags, set_ or [])
-        reporter = LiveReporter(quiet=json_)
-        with heavy_imports():
-            found = run(recipe, command, documents or [], Wishes(goal, **limits), trial, reporter)
-        if recipe_file is not None:
-            from luthier.files import write_bytes
-            from luthier.recipe import portable
+        with LiveReporter(quiet=json_) as reporter:
+            found = run(recipe, command, documents or (), wishes, trial, reporter)
+    if recipe_file is not None:
+        from luthier.files import write_bytes
 
-            write_bytes(recipe_file, recipe_text(portable(recipe), found).encode())
-        if json_:
-            print_json(found.plain())
-        else:
-            show(found)
-
-
-def recipe_text(fields: dict[str, Any], advice: Advice) -> str:
-    """The recipe as TOML, with the reasons above it."""
-    from luthier.recipe import to_toml
-
-    reasons = [f"# {reason}\n" for reason in advice.recommendation.reasons]
-    return "".join(reasons) + to_toml(fields)
+        reasons = "".join(f"# {reason}\n" for reason in found.recommendation.reasons)
+        write_bytes(recipe_file, (reasons + to_toml(portable(recipe))).encode())
+    if json_:
+        print_json(found.plain())
+    else:
+        show(found)
 
 
 def show(advice: Advice) -> None:
     """The comparison as tables, and the recommendation below."""
     from rich.table import Table
-
-    from luthier.cli.console import new_console
 
     out = new_console(highlight=False)
     facts = advice.facts

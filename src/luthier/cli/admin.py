@@ -1,0 +1,726 @@
+"""``luthier admin``: accounts, users, keys, IAM roles, quotas and backups of a service.
+
+Each change and its entry in the audit log are one transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, fields
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from luthier.cli.console import CommandGroup, note, print_json, print_rows, print_text
+from luthier.cli.deletion import data_app
+from luthier.cli.options import Json
+from luthier.cli.service import FIRST, ServiceDatabase, open_database, operator, print_records
+from luthier.errors import CorruptFile, RefusedInput
+from luthier.printable import one_line, printable
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from luthier.store import backup as backups
+    from luthier.store import iam_roles, principals
+
+Record = dict[str, Any]
+RATE = "requests_per_second"
+"""The one quota that no row is counted for."""
+MOST_DAYS = 36_500
+"""For which an API key may last."""
+BUILT_IN = "built-in default"
+"""Where a limit comes from that the account has no quota of its own for."""
+
+admin_app = CommandGroup("Accounts, users, keys, IAM roles, quotas and backups.", extra="server")
+accounts_app = CommandGroup("Accounts (tenants) and their quotas.", extra="server")
+users_app = CommandGroup("Users and what they may do.", extra="server")
+keys_app = CommandGroup("Access keys and API keys.", extra="server")
+iam_roles_app = CommandGroup("IAM roles that users may assume (STS AssumeRole).", extra="server")
+encryption_app = CommandGroup("The key of an encrypted store.")
+for name, part in (
+    ("accounts", accounts_app), ("users", users_app), ("keys", keys_app),
+    ("iam-roles", iam_roles_app), ("encryption", encryption_app), ("data", data_app),
+):  # fmt: skip
+    admin_app.add_typer(part, name=name)
+
+Account = Annotated[str, typer.Option(help="Twelve digits.")]
+OnlyAccount = Annotated[str | None, typer.Option("--account", help="Only of this account.")]
+Role = Annotated[
+    str | None, typer.Option(help="admin, developer, auditor or invoke-only; see admin roles.")
+]
+Policies = Annotated[
+    list[Path] | None, typer.Option("--policy", help="File with an IAM policy document.")
+]
+AllowDamaged = Annotated[
+    bool,
+    typer.Option("--allow-damaged", help="Go on where files of rows are lost, and list them."),
+]
+Trust = typer.Option("--trust", help="File with the trust policy: who may assume the role.")
+MaxSession = Annotated[
+    int | None, typer.Option(help="Seconds of its longest session: 3600 (the default) to 43200.")
+]
+
+
+@contextmanager
+def audited_write(
+    url: str | None, action: str, account: str, name: str, details: Record | None = None
+) -> Iterator[Session]:
+    """A transaction that changes something and says so in the audit log.
+
+    ``details`` may be filled within the block; no secret belongs there.
+    """
+    from luthier.store.audit import Event, append
+
+    with open_database(url) as database, database.write() as session:
+        yield session
+        resource = f"{account}/{name}".strip("/")
+        event = Event(
+            f"luthier:admin.{action}", resource, user=operator(), account=account,
+            address="local", details=details or {},
+        )  # fmt: skip
+        append(session, event)
+
+
+def audit_details(**values: Any) -> Record:
+    """Values as the audit log keeps them: documents as text, those that are too long by their hash."""
+    from luthier.store.audit import LONGEST
+
+    details: Record = {}
+    for name, value in values.items():
+        if isinstance(value, list | dict):
+            value = json.dumps(value, sort_keys=True, separators=(",", ":"))
+            if len(value) > LONGEST:
+                digest = hashlib.sha256(value.encode()).hexdigest()
+                value = f"{len(value)} characters, SHA-256 {digest}"
+        if value is not None:
+            details[name] = value
+    return details
+
+
+def read_document(path: Path) -> Any:
+    """A policy document from a file; :class:`RefusedInput` where it is none."""
+    from luthier.files import read_json
+
+    try:
+        return read_json(path)
+    except CorruptFile as error:
+        raise RefusedInput(str(error)) from error
+
+
+def print_outcome(as_json: bool, **values: Any) -> None:
+    """Print what came of a change: names and values, or an object."""
+    if as_json:
+        print_json(values)
+        return
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}={each}" for key, each in value.items())
+        if value not in (None, "", [], (), False):
+            print_text(f"{name:<18} {one_line(str(value))}")
+
+
+@admin_app.command("roles")
+def list_roles(json_: Json = False) -> None:
+    """List the built-in roles and what they allow."""
+    from luthier.store.policy_documents import ROLES
+
+    if json_:
+        print_json({"roles": {name: dict(document) for name, document in ROLES.items()}})
+        return
+    rows = [
+        {"role": name, "effect": statement["Effect"], "action": ", ".join(statement["Action"])}
+        for name, document in ROLES.items()
+        for statement in document["Statement"]
+    ]
+    print_rows(("role", "effect", "action"), rows)
+
+
+@admin_app.command("backup")
+def back_up(
+    folder: Annotated[Path, typer.Argument(help="New folder for the backup.")],
+    with_key: Annotated[
+        bool, typer.Option("--with-key", help="Put the server's key into it, too.")
+    ] = False,
+    allow_damaged: AllowDamaged = False,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Back up database and store while the service runs, and compare every row with its file."""
+    from luthier.files import luthier_home
+    from luthier.store import backup as backups
+
+    if database is None and not (luthier_home() / backups.DATABASE).is_file():
+        raise RefusedInput(
+            f"there is no {backups.DATABASE} in {luthier_home()}; give the database of the service by "
+            "--database"
+        )
+    with open_database(database) as service:
+        made = backups.backup(service, luthier_home(), folder, with_key, allow_damaged)
+    if not made.key:
+        note(f"  without {backups.KEY}: keep it apart; access keys do not open without it")
+    _note_damage(made)
+    print_outcome(json_, folder=str(folder), **asdict(made))
+
+
+@admin_app.command("restore")
+def restore(
+    folder: Annotated[Path, typer.Argument(help="A backup.")],
+    allow_damaged: AllowDamaged = False,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Check a backup, with every row and its file, and restore it into an empty LUTHIER_HOME.
+
+    Of a service on PostgreSQL, restore luthier.pgdump by pg_restore before, and give --database.
+    """
+    from luthier.files import luthier_home
+    from luthier.store import backup as backups
+    from luthier.store.database import Database
+
+    # Only PostgreSQL's: a new database of SQLite would lie in the folder that has to be empty.
+    named = database if database and database.startswith("postgresql") else None
+    with closing(Database(named)) if named else nullcontext() as service:
+        made = backups.restore(folder, luthier_home(), service, allow_damaged)
+    if not made.key:
+        note(f"  put {backups.KEY} back before the service starts")
+    _note_damage(made)
+    print_outcome(json_, store=str(luthier_home()), **asdict(made))
+
+
+def _note_damage(made: backups.Backup) -> None:
+    """Say what of a backup is not as its rows say, or could not be compared with them."""
+    for each in made.damaged:
+        note(f"  damaged: {each}")
+    if made.unread:
+        note(
+            f"  {made.unread} encrypted files were not compared with their rows: give the key of the "
+            "store for that"
+        )
+
+
+@admin_app.command("usage")
+def show_usage(
+    first: Annotated[
+        datetime | None,
+        typer.Option("--from", formats=["%Y-%m-%d"], help="First day (UTC); else 30 days back."),
+    ] = None,
+    last: Annotated[
+        datetime | None,
+        typer.Option("--to", formats=["%Y-%m-%d"], help="Last day; else today."),
+    ] = None,
+    account: Annotated[str | None, typer.Option(help="Only of this one.")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Report what accounts used: requests, tokens, seconds of training and bytes, by day and model."""
+    from luthier.store import accounts, usage
+    from luthier.store.database import now
+
+    end = last.date() if last else now().date()
+    start = first.date() if first else end - timedelta(days=30)
+    with open_database(database) as service, service.read() as session:
+        if account is not None:
+            accounts.account_of(session, account)
+        found = usage.report(session, start, end, account)
+    columns = ["day", "account", "model", *(each.name for each in fields(usage.Used))]
+    if csv:
+        import csv as csv_files
+
+        writer = csv_files.DictWriter(sys.stdout, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    else:
+        print_records("usage", columns, found, json_)
+
+
+@accounts_app.command("list")
+def list_accounts(database: ServiceDatabase = None, json_: Json = False) -> None:
+    """List accounts with the quotas that are their own."""
+    from luthier.store import accounts
+
+    with open_database(database) as service, service.read() as session:
+        found = [
+            {
+                "id": account.id,
+                "name": account.name,
+                "disabled": account.disabled,
+                "created": account.created.isoformat(timespec="seconds"),
+                "quotas": accounts.quota_of(session, account.id),
+            }
+            for account in accounts.accounts(session)
+        ]
+    print_records("accounts", ("id", "name", "disabled", "created", "quotas"), found, json_)
+
+
+@accounts_app.command("create")
+def create_account(
+    account: str,
+    name: Annotated[str, typer.Option(help="What people call it.")] = "",
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Add an account."""
+    from luthier.store import accounts
+
+    with audited_write(database, "accounts.create", account, "") as session:
+        accounts.create_account(session, account, name)
+    print_outcome(json_, account=account, action="create")
+
+
+@accounts_app.command("disable")
+def disable_account(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Let no key of an account in any more."""
+    _change_account("disable", account, database, json_)
+
+
+@accounts_app.command("enable")
+def enable_account(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Let the keys of an account in again."""
+    _change_account("enable", account, database, json_)
+
+
+@accounts_app.command("remove")
+def remove_account(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Remove an account without users that owns nothing."""
+    _change_account("remove", account, database, json_)
+
+
+def _change_account(action: str, account: str, database: str | None, as_json: bool) -> None:
+    from luthier.store import accounts
+
+    with audited_write(database, f"accounts.{action}", account, "") as session:
+        if action == "remove":
+            accounts.remove_account(session, account)
+        else:
+            accounts.disable_account(session, account, action == "disable")
+    print_outcome(as_json, account=account, action=action)
+
+
+@accounts_app.command("quota")
+def set_quotas(
+    account: str,
+    quota: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=VALUE]...",
+            help="Quotas to set, such as stored_bytes=1000000000; NAME= goes back to the server's "
+            "default. docs/access.md lists them, and requests_per_second is one as well.",
+        ),
+    ] = None,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="First go back to the server's defaults.")
+    ] = False,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+    jobs_in_flight: Annotated[int | None, typer.Option(help="The same by option.")] = None,
+    custom_models: Annotated[int | None, typer.Option(help="The same by option.")] = None,
+    deployments: Annotated[int | None, typer.Option(help="The same by option.")] = None,
+    requests_per_second: Annotated[float | None, typer.Option(help="The same by option.")] = None,
+) -> None:
+    """Set what an account may have at most; show it, where nothing is set."""
+    from luthier.store import accounts
+
+    values: dict[str, float | None] = dict.fromkeys(accounts.QUOTAS) if reset else {}
+    for setting in quota or ():
+        name, equals, text = setting.partition("=")
+        try:
+            values[name] = None if equals and not text else float(text.replace("_", ""))
+            if name != RATE and values[name] is not None:
+                values[name] = int(text)
+        except ValueError:
+            raise RefusedInput(f"{setting!r}: write NAME=VALUE, with a number") from None
+    options = {
+        "jobs_in_flight": jobs_in_flight,
+        "custom_models": custom_models,
+        "deployments": deployments,
+        RATE: requests_per_second,
+    }
+    values |= {name: value for name, value in options.items() if value is not None}
+    if values:
+        # As text: the chain of the log is over whole numbers and no fractions.
+        details = {name: "default" if each is None else str(each) for name, each in values.items()}
+        with audited_write(database, "quotas.set", account, "", details) as session:
+            accounts.set_quota(session, account, **values)
+    with open_database(database) as service, service.read() as session:
+        accounts.account_of(session, account)
+        found = accounts.quota_of(session, account)
+    print_outcome(json_, account=account, quotas=found)
+
+
+@accounts_app.command("usage")
+def show_quotas(
+    account: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Show what accounts store and have in hand beside their quotas.
+
+    Where an account has no quota of its own the built-in default is shown, which is that of a server
+    without --limit and --requests-per-second; GET /api/v1/usage tells those of the running server.
+    """
+    from luthier.limits import AccountQuotas
+    from luthier.store import accounts
+    from luthier.store.quota_usage import quota_usage
+
+    found: list[Record] = []
+    with open_database(database) as service, service.read() as session:
+        known = accounts.accounts(session) if account is None else []
+        for each in known or [accounts.account_of(session, str(account))]:
+            own = accounts.quota_of(session, each.id)
+            quotas = accounts.quotas_of(session, each.id, AccountQuotas())
+            for name, used in {**quota_usage(session, each.id), RATE: None}.items():
+                most = own.get(RATE) if name == RATE else getattr(quotas, name)
+                record = {"account": each.id, "quota": name, "used": used, "most": most}
+                found.append(record | {"from": "account" if name in own else BUILT_IN})
+    print_records("usage", ("account", "quota", "used", "most", "from"), found, json_)
+    # What a running server was given by --limit stands in no table: of it this command knows nothing.
+    if any(record["from"] == BUILT_IN for record in found):
+        note(
+            f"  {BUILT_IN}: of a server without --limit and --requests-per-second; the limits of the "
+            "running one are told by its GET /api/v1/usage"
+        )
+
+
+@users_app.command("list")
+def list_users(
+    account: OnlyAccount = None, database: ServiceDatabase = None, json_: Json = False
+) -> None:
+    """List users."""
+    from luthier.store import principals
+
+    with open_database(database) as service, service.read() as session:
+        found = [_user_record(user) for user in principals.users(session, account)]
+    if not json_:
+        for record in found:
+            record["policies"] = len(record["policies"])
+    columns = ("account", "name", "role", "policies", "disabled", "created")
+    print_records("users", columns, found, json_)
+
+
+@users_app.command("create")
+def create_user(
+    user: str,
+    account: Account = FIRST,
+    role: Role = None,
+    policy: Policies = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Add a user with a role, policies of its own, or both."""
+    from luthier.store import principals
+
+    documents = [read_document(path) for path in policy or ()]
+    details = audit_details(role=role, policies=documents)
+    with audited_write(database, "users.create", account, user, details) as session:
+        record = _user_record(principals.create_user(session, account, user, documents, role))
+    if not role and not documents:
+        note("  it may do nothing yet: luthier admin users policies")
+    print_outcome(json_, **record)
+
+
+@users_app.command("policies")
+def set_policies(
+    user: str,
+    account: Account = FIRST,
+    role: Role = None,
+    policy: Policies = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Replace role and policies of a user; without any it may do nothing."""
+    from luthier.store import principals
+
+    documents = [read_document(path) for path in policy or ()]
+    details = audit_details(role=role, policies=documents)
+    with audited_write(database, "users.policies", account, user, details) as session:
+        found = principals.user_of(session, account, user)
+        principals.set_policies(session, found, documents, role)
+        record = _user_record(found)
+    print_outcome(json_, **record)
+
+
+@users_app.command("disable")
+def disable_user(
+    user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
+) -> None:
+    """Let no key of a user in any more."""
+    _change_user("disable", user, account, database, json_)
+
+
+@users_app.command("enable")
+def enable_user(
+    user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
+) -> None:
+    """Let the keys of a user in again."""
+    _change_user("enable", user, account, database, json_)
+
+
+@users_app.command("remove")
+def remove_user(
+    user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
+) -> None:
+    """Remove a user and its keys."""
+    _change_user("remove", user, account, database, json_)
+
+
+def _change_user(action: str, user: str, account: str, database: str | None, as_json: bool) -> None:
+    from luthier.store import principals
+
+    with audited_write(database, f"users.{action}", account, user) as session:
+        found = principals.user_of(session, account, user)
+        if action == "remove":
+            principals.remove_user(session, found)
+        else:
+            principals.disable_user(session, found, action == "disable")
+    print_outcome(as_json, account=account, user=user, action=action)
+
+
+def _user_record(user: principals.User) -> Record:
+    return {
+        "account": user.account,
+        "name": user.name,
+        "role": user.role,
+        "policies": list(user.policies),
+        "disabled": user.disabled,
+        "created": user.created.isoformat(timespec="seconds"),
+    }
+
+
+@keys_app.command("list")
+def list_keys(
+    user: Annotated[str | None, typer.Option(help="Only of this user.")] = None,
+    account: Account = FIRST,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """List keys; their secrets are not told again."""
+    from luthier.store import principals
+
+    found: list[Record] = []
+    with open_database(database) as service, service.read() as session:
+        for each in principals.users(session, account):
+            if user in (None, each.name):
+                found += [_key_record(each, key) for key in principals.access_keys(session, each)]
+                found += [_key_record(each, key) for key in principals.api_keys(session, each)]
+    columns = ("id", "kind", "user", "shown", "label", "disabled", "expires", "created")
+    print_records("keys", columns, found, json_)
+
+
+def _key_record(user: principals.User, key: principals.AccessKey | principals.ApiKey) -> Record:
+    from luthier.store.principals import AccessKey
+
+    record = {
+        "id": key.id,
+        "user": user.name,
+        "disabled": key.disabled,
+        "created": key.created.isoformat(timespec="seconds"),
+    }
+    if isinstance(key, AccessKey):
+        return record | {"kind": "access"}
+    expires = key.expires and key.expires.isoformat(timespec="seconds")
+    further = {"shown": f"{key.shown}…", "label": key.label, "expires": expires}
+    return record | {"kind": "api", **further}
+
+
+@keys_app.command("create")
+def create_key(
+    user: str,
+    kind: Annotated[str, typer.Option(help="access (signs requests) or api (sk-…).")] = "api",
+    account: Account = FIRST,
+    days: Annotated[float | None, typer.Option(help="An API key ends after these.")] = None,
+    label: Annotated[str, typer.Option(help="What an API key is for.")] = "",
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Make a key and print it, once."""
+    from luthier.store import principals
+    from luthier.store.database import now
+    from luthier.store.sealing import Sealing
+
+    if kind not in ("access", "api"):
+        raise RefusedInput(f"there is no kind of key {kind!r}; there are access and api")
+    if kind == "access" and days is not None:
+        raise RefusedInput("access keys do not expire; disable or remove them")
+    if days is not None and not 0 < days <= MOST_DAYS:
+        raise RefusedInput(f"--days must be more than 0 and at most {MOST_DAYS:,}, not {days:g}")
+    issued: Record
+    details: Record = {"kind": kind}
+    with audited_write(database, "keys.create", account, user, details) as session:
+        owner = principals.user_of(session, account, user)
+        if kind == "access":
+            sealing = Sealing(principals.matching_server_key(session))
+            access, secret = principals.create_access_key(session, owner, sealing)
+            issued = {"access_key_id": access.id, "secret_access_key": secret}
+            details["id"] = access.id
+        else:
+            expires = None if days is None else now() + timedelta(days=days)
+            key, text = principals.create_api_key(session, owner, expires, label)
+            issued = {"id": key.id, "api_key": text, "expires": expires and expires.isoformat()}
+            details |= audit_details(id=key.id, expires=issued["expires"], label=label or None)
+    note("  shown now and never again:")
+    print_outcome(json_, **issued)
+
+
+@keys_app.command("disable")
+def disable_key(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Let a key in no more; running servers notice within a second."""
+    _change_key("disable", key, database, json_)
+
+
+@keys_app.command("enable")
+def enable_key(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Let a key in again."""
+    _change_key("enable", key, database, json_)
+
+
+@keys_app.command("remove")
+def remove_key(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
+    """Forget a key."""
+    _change_key("remove", key, database, json_)
+
+
+def _change_key(action: str, identifier: str, database: str | None, as_json: bool) -> None:
+    from luthier.store import principals
+
+    with open_database(database) as service, service.read() as session:
+        account = principals.key_of(session, identifier).account
+    with audited_write(database, f"keys.{action}", account, identifier) as session:
+        key = principals.key_of(session, identifier)
+        if action == "remove":
+            principals.remove_key(session, key)
+        else:
+            principals.disable_key(session, key, action == "disable")
+    print_outcome(as_json, key=identifier, action=action)
+
+
+@iam_roles_app.command("list")
+def list_iam_roles(
+    account: OnlyAccount = None, database: ServiceDatabase = None, json_: Json = False
+) -> None:
+    """List IAM roles."""
+    from luthier.store import iam_roles
+
+    with open_database(database) as service, service.read() as session:
+        found = [_role_record(role) for role in iam_roles.roles(session, account)]
+    if not json_:
+        for record in found:
+            record["policies"] = len(record["policies"])
+    columns = ("account", "name", "arn", "policies", "max_session_seconds", "created")
+    print_records("roles", columns, found, json_)
+
+
+@iam_roles_app.command("create")
+def create_iam_role(
+    role: str,
+    trust: Annotated[Path, Trust],
+    account: Account = FIRST,
+    policy: Policies = None,
+    max_session_seconds: MaxSession = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Add an IAM role; its policies say what its sessions may do."""
+    from luthier.store import iam_roles
+
+    documents = [read_document(path) for path in policy or ()]
+    seconds = iam_roles.SHORTEST_MAXIMUM if max_session_seconds is None else max_session_seconds
+    trusted = read_document(trust)
+    details = audit_details(trust=trusted, policies=documents, max_session_seconds=seconds)
+    with audited_write(database, "iam-roles.create", account, role, details) as session:
+        made = iam_roles.create_role(session, account, role, trusted, documents, seconds)
+        record = _role_record(made)
+    if not documents:
+        note("  its sessions may do nothing yet: luthier admin iam-roles update --policy")
+    print_outcome(json_, **record)
+
+
+@iam_roles_app.command("update")
+def update_iam_role(
+    role: str,
+    account: Account = FIRST,
+    trust: Annotated[Path | None, Trust] = None,
+    policy: Policies = None,
+    max_session_seconds: MaxSession = None,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Replace trust policy, policies or longest session of an IAM role, as far as they are given."""
+    from luthier.store import iam_roles
+
+    trusted = read_document(trust) if trust else None
+    documents = [read_document(path) for path in policy] if policy else None
+    details = audit_details(
+        trust=trusted, policies=documents, max_session_seconds=max_session_seconds
+    )
+    with audited_write(database, "iam-roles.update", account, role, details) as session:
+        found = iam_roles.role_of(session, account, role)
+        iam_roles.update_role(session, found, trusted, documents, max_session_seconds)
+        record = _role_record(found)
+    print_outcome(json_, **record)
+
+
+@iam_roles_app.command("remove")
+def remove_iam_role(
+    role: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
+) -> None:
+    """Remove an IAM role; its sessions end at once."""
+    from luthier.store import iam_roles
+
+    with audited_write(database, "iam-roles.remove", account, role) as session:
+        iam_roles.remove_role(session, iam_roles.role_of(session, account, role))
+    print_outcome(json_, account=account, role=role, action="remove")
+
+
+def _role_record(role: iam_roles.IamRole) -> Record:
+    return {
+        "account": role.account,
+        "name": role.name,
+        "arn": role.arn,
+        "trust": dict(role.trust),
+        "policies": list(role.policies),
+        "max_session_seconds": role.max_session_seconds,
+        "created": role.created.isoformat(timespec="seconds"),
+    }
+
+
+@encryption_app.command("rotate")
+def rotate_key(
+    new: Annotated[Path, typer.Argument(help="File with the new key: 32 bytes in base64.")],
+    json_: Json = False,
+) -> None:
+    """Put the store under a new key; then start every server anew with it.
+
+    The old key is given as the service has it: LUTHIER_ENCRYPTION_KEY or LUTHIER_ENCRYPTION_KEY_FILE.
+    """
+    from luthier.encryption import keys
+
+    old = keys.master_key()
+    if old is None:
+        raise RefusedInput(f"give the old key by {keys.ENVIRONMENT} or {keys.FILE}")
+    ring = keys.rotate(old, keys.key_file(new))
+    if json_:
+        print_json({"current": ring.current, "keys": len(ring.keys)})
+    else:
+        print_text(f"the store is under the new key; data keys: {len(ring.keys)}")
+        print_text("start every server anew with it")
+
+
+@encryption_app.command("open")
+def open_file(
+    file: Annotated[Path, typer.Argument(help="A file of the store, such as a log.")],
+) -> None:
+    """Write what an encrypted file holds to standard output."""
+    from luthier.encryption.files import is_sealed, opened_lines, pieces_of
+
+    for piece in pieces_of(file) if is_sealed(file) else opened_lines(file):
+        if sys.stdout.isatty():
+            piece = printable(piece.decode("utf-8", "backslashreplace")).encode()
+        sys.stdout.buffer.write(piece)

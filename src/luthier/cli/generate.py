@@ -1,0 +1,173 @@
+"""``luthier generate`` and ``luthier chat``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
+
+import typer
+
+from luthier.cli.console import (
+    check_output,
+    heavy_imports,
+    print_json,
+    print_text,
+    stream_text,
+    wrote,
+)
+from luthier.cli.options import Json
+from luthier.errors import DataError, Problem, RecipeError, data_errors
+from luthier.printable import printable_json
+
+if TYPE_CHECKING:
+    from luthier.types import Message
+
+Model = Annotated[str, typer.Argument(help="Model id, local directory or hub id.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a reply at most; 256, or half of a smaller context.", min=1),
+]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    input_: Annotated[
+        Path | None, typer.Option("--input", help="JSONL of prompts or messages to answer.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL of prompt and completion.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Answer one prompt, streaming, or a file of prompts."""
+    from luthier.files import write_bytes
+    from luthier.serving.generation import Generator, Sampling
+    from luthier.store.models import find
+    from luthier.types import Message
+
+    if (prompt is None) == (input_ is None):
+        raise RecipeError("give one prompt, or --input FILE with many")
+    if output is not None and input_ is None:
+        raise RecipeError("--output goes with --input")
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    check_output(output)
+    prompts = _read_prompts(input_) if input_ else []
+    with heavy_imports():
+        from luthier.cli.progress import counting
+
+        generator = Generator.open(find(model))
+    if input_ is None:
+        if json_:
+            completion = "".join(generator.stream(prompt or "", sampling))
+            print_json({"model": model, "prompt": prompt, "completion": completion})
+            return
+        for piece in generator.stream(prompt or "", sampling):
+            stream_text(piece)
+        sys.stdout.write("\n")
+        return
+    started = time.monotonic()
+    with counting(len(prompts), "generate", json_) as done:
+        asked = [p if isinstance(p, str) else [Message(**turn) for turn in p] for p in prompts]
+        replies = generator.replies(asked, sampling, done=done)
+    text = "".join(
+        json.dumps({"prompt": prompt, "completion": reply}, ensure_ascii=False) + "\n"
+        for prompt, reply in zip(prompts, replies, strict=True)
+    )
+    if output is not None:
+        write_bytes(output, text.encode())
+    elif not json_:
+        sys.stdout.write(printable_json(text))
+    if json_:
+        report: dict[str, Any] = {"rows": len(replies), "seconds": time.monotonic() - started}
+        print_json(report | ({"output": str(output)} if output else {"completions": replies}))
+    elif output is not None:
+        wrote(len(replies), "replies", output)
+
+
+@data_errors("nothing was answered")
+def _read_prompts(source: Path) -> list[Any]:
+    """Prompts of a JSONL file: texts under ``prompt``, or lists of messages; other keys are free."""
+    from luthier.data.read import read_records
+
+    problems: list[Problem] = []
+    prompts: list[Any] = []
+
+    for line, record in read_records(source, problems):
+        prompt, messages = record.get("prompt"), record.get("messages")
+        if isinstance(prompt, str) and prompt.strip():
+            prompts.append(prompt)
+        elif _are_turns(messages):
+            while messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            prompts.append([{k: turn[k] for k in ("role", "content")} for turn in messages])
+        else:
+            problems.append(
+                Problem(
+                    str(source),
+                    line,
+                    "prompt.missing",
+                    "the row has neither a text under `prompt` nor a list of `messages`.",
+                    'Write {"prompt": "…"} on each line.',
+                )
+            )
+    if not prompts and not problems:
+        rule, message, fix = "file.empty", "the file has no rows.", "Give at least one prompt."
+        problems.append(Problem(str(source), 0, rule, message, fix))
+    if problems:
+        raise DataError(problems)
+    return prompts
+
+
+def _are_turns(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether these are turns, one of them at least not the assistant's."""
+    return (
+        isinstance(messages, list)
+        and all(
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+            for turn in messages
+        )
+        and any(turn["role"] != "assistant" for turn in messages)
+    )
+
+
+def chat(
+    model: Model,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.0,
+) -> None:
+    """Talk to a model. An empty line starts anew, Ctrl-D ends."""
+    from luthier.serving.generation import Generator, Sampling
+    from luthier.store.models import find
+    from luthier.types import Message
+
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
+    with heavy_imports():
+        generator = Generator.open(find(model))
+    several = generator.chat.template == "chat"
+    print_text(f"{model} is ready. An empty line starts anew, Ctrl-D ends.")
+    history: list[Message] = []
+    while True:
+        try:
+            text = input("\nyou > ")
+        except EOFError:
+            sys.stdout.write("\n")
+            return
+        if not text.strip():
+            history = []
+            continue
+        history = [*history, Message("user", text)] if several else [Message("user", text)]
+        reply = ""
+        for piece in generator.stream(history, sampling):
+            stream_text(piece)
+            reply += piece
+        sys.stdout.write("\n")
+        history.append(Message("assistant", reply))

@@ -1,0 +1,85 @@
+"""``luthier pretrain``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from luthier.cli.console import heavy_imports, new_console, print_json
+from luthier.cli.options import Json, LearningRate, Resume, recipe_fields, recipe_options
+
+if TYPE_CHECKING:
+    from luthier.engine.runs import Result
+
+
+def pretrain(
+    data: Annotated[
+        list[str],
+        typer.Argument(help="Files of raw text (.txt, .md, JSONL), or a recipe (.toml)."),
+    ],
+    name: Annotated[str | None, typer.Option(help="Id of the new base model.")] = None,
+    size: Annotated[str | None, typer.Option(help="tiny, 3m, 10m, 30m or 135m weights.")] = None,
+    family: Annotated[str | None, typer.Option(help="llama, gpt2, palm or transfo_xl.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A config.json to build from, instead of size and family.")
+    ] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="Tokens of the tokenizer.")] = None,
+    context: Annotated[int | None, typer.Option(help="Longest input in tokens.")] = None,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Raw text to measure on; may be repeated.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the text.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences in one step.")] = None,
+    learning_rate: LearningRate = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the weights and of the order.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. training.beta2=0.99."),
+    ] = None,
+    resume: Resume = False,
+    json_: Json = False,
+) -> None:
+    """Train a new base model from random weights on raw text, with a tokenizer of its own."""
+    options = recipe_options(locals())
+    from luthier.pretraining import PretrainRecipe
+
+    recipe = PretrainRecipe.parse(recipe_fields(data, options, set_))
+    # Loads torch, which takes seconds: only for a recipe that parses.
+    with heavy_imports():
+        from luthier.cli.progress import LiveReporter
+        from luthier.engine.pretrain import pretrain as train
+
+    with LiveReporter(quiet=json_) as reporter:
+        result = train(recipe, resume, reporter)
+    loss = result.validation_loss
+    perplexity = None if loss is None else math.exp(min(loss, 700.0))
+    if json_:
+        print_json(asdict(result) | {"perplexity": perplexity})
+    else:
+        _print(result, perplexity)
+
+
+def _print(result: Result, perplexity: float | None) -> None:
+    from luthier.cli.tune import print_verdict
+
+    out = new_console(highlight=False, soft_wrap=True)
+    held = ""
+    if perplexity is not None:
+        held = f", validation {result.validation_loss:.4f} (perplexity {perplexity:.1f})"
+    out.print(
+        f"\n[bold green]{result.model_id}[/bold green] is a base model here, stored and verified"
+    )
+    speed = result.tokens / max(result.seconds, 1e-9)
+    out.print(
+        f"  {result.steps:,} steps, {result.tokens:,} tokens in {result.seconds:.0f} s "
+        f"({speed:,.0f} a second); loss {result.train_loss:.4f}{held}; "
+        f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+    )
+    print_verdict(result)
+    out.print(f"  loss curve  {result.run_dir}/loss.png")
+    out.print(f'  use it      luthier generate {result.model_id} "Once"')
+    out.print(f"  tune it     luthier tune DATA --base {result.model_id}")

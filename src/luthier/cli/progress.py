@@ -1,0 +1,202 @@
+"""How work is shown while it goes on: a bar on a terminal, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from luthier.cli.console import new_console
+from luthier.engine.metrics import Reporter, metrics_beside
+from luthier.printable import format_duration, printable
+from luthier.setting_names import option, with_setting_names
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Of progress, where no bar can be drawn."""
+SECONDS_TO_SECOND_LINE = 2.0
+"""The first says that it runs, the second how long it will take."""
+
+
+def can_draw() -> bool:
+    """Whether standard error is a terminal on which a bar can move."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+class ProgressLines:
+    """Progress where no bar can move: a line soon, then one now and then, each with the time left."""
+
+    def __init__(self, name: str, first: float = 0.0, percent: bool = False) -> None:
+        """Of what is done within ``first`` seconds nothing is told; if 0, it begins with an update.
+
+        With ``percent`` the numbers done and in all are not shown, which people would not know.
+        """
+        self.name, self.percent = name, percent
+        self._began = (time.monotonic(), 0) if first else None
+        self._next = time.monotonic() + first
+        self._lines, self._ended = 0, False
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        """``done`` of ``total`` are done; ``text`` says more of how it goes."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, done)
+        ends = done >= total and self._lines > 0 and not self._ended
+        if now < self._next and not ends:
+            return
+        self._ended = done >= total
+        start, first = self._began
+        left = ""
+        if first < done < total:
+            left = f", {format_duration((now - start) / (done - first) * (total - done))} left"
+        part = f"{done / max(1, total):.0%}" if self.percent else f"{done:,} of {total:,}"
+        shown = f"  {self.name} {part}{left}"
+        sys.stderr.write(printable(f"{shown}: {text}" if text else shown) + "\n")
+        sys.stderr.flush()
+        # A job of days needs no line every ten seconds.
+        wait = max(SECONDS_BETWEEN_LINES, 0.01 * (now - start))
+        self._next = now + (wait if self._lines else SECONDS_TO_SECOND_LINE)
+        self._lines += 1
+
+
+class LiveReporter(Reporter):
+    """Shows a run: on a terminal a bar with loss, speed, memory and time left, elsewhere lines."""
+
+    def __init__(self, quiet: bool) -> None:
+        """``quiet`` is for a result that programs read (``--json``): only a terminal shows the run."""
+        self.console = new_console(stderr=True)
+        self.draws = can_draw()
+        self.silent = quiet and not self.draws
+        self._lines: ProgressLines | None = None
+        self._progress: Any = None
+        self._task: Any = None
+        self._validation = ""
+
+    def __enter__(self) -> LiveReporter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def stage(self, text: str) -> None:
+        """Name the part of the work that begins."""
+        self.close()
+        if not self.silent:
+            self._print(f"{text} …", style="bold")
+
+    def note(self, text: str) -> None:
+        """Print a line worth knowing."""
+        if not self.silent:
+            self._print(f"  {with_setting_names(text, option)}")
+
+    def chosen(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+        """Print each setting that was chosen, and why."""
+        if self.silent:
+            return
+        from rich.table import Table
+
+        rows = [
+            (name, f"{value:g}" if isinstance(value, float) else str(value), reason)
+            for name, value, reason in defaults
+        ]
+        self._print("Chosen for this run (override with --set NAME=VALUE):")
+        if not self.draws:
+            for name, shown, reason in rows:
+                self._print(f"  {name}={shown}  {reason}")
+            return
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        for name, shown, reason in rows:
+            table.add_row(f"  {name}", f"[bold]{shown}[/bold]", f"[dim]{reason}[/dim]")
+        self.console.print(table)
+
+    def counted(self, done: int, total: int, what: str) -> None:
+        """Move a bar with the time left; the last one takes it down."""
+        self._move(done, total, what)
+        if done >= total:
+            self.close()
+
+    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        """Move the bar."""
+        name = line.get("measure", "loss")
+        if line["event"] == "validation":
+            self._validation = f"val {line[name]:.3f}  "
+            if self.draws:
+                kept = "  (kept)" if line["best_step"] == line["step"] else ""
+                beside = (each for each in metrics_beside(name) if each in line)
+                scores = "".join(f"  {each} {line[each]:.3f}" for each in beside)
+                if self._progress is None:
+                    self._open(steps)
+                self._print(
+                    f"  step {line['step']:>5}  validation {name} {line[name]:.4f}{scores}{kept}"
+                )
+        elif line["event"] == "train":
+            part = "" if name in ("loss", "reward") else "train "
+            text = f"{part}{name} {line[name]:.3f}  {self._validation}"
+            text += f"{line['tokens_per_second']:,.0f} tok/s"
+            self._move(line["step"], steps, f"{text}  {line['memory_bytes'] / 1e9:.1f} GB", "step")
+
+    def close(self) -> None:
+        """Take the bar down."""
+        self._lines = None
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        # Nobody knows how wide a log is shown.
+        self.console.print(
+            text, style=style, highlight=False, markup=False, soft_wrap=not self.draws
+        )
+
+    def _move(self, done: int, total: int, text: str, name: str = "") -> None:
+        """Show that ``done`` of ``total`` are done, and how it goes."""
+        if self.silent:
+            return
+        if not self.draws:
+            if self._lines is None:
+                self._lines = ProgressLines(name or text)
+            self._lines.update(done, total, text if name else "")
+            return
+        if self._progress is None:
+            self._open(total, text)
+        self._progress.update(self._task, completed=done, text=text)
+
+    def _open(self, steps: int, name: str = "tune") -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.table import Column
+
+        self._progress = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=12),
+            TimeRemainingColumn(),
+            # Short enough for 80 columns.
+            TextColumn("left  {task.fields[text]}", table_column=Column(no_wrap=True)),
+            console=self.console,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(name, total=steps, text="")
+
+
+@contextmanager
+def counting(total: int, text: str, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Progress of ``total`` things; yields a function that takes how many are done.
+
+    ``quiet`` is for a result that programs read: it is shown on terminals only.
+    """
+    if not can_draw():
+        lines = ProgressLines(text, first=SECONDS_TO_SECOND_LINE)
+        yield (lambda done: None) if quiet else lambda done: lines.update(done, total)
+        return
+    from rich.progress import Progress
+
+    with Progress(console=new_console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda done: progress.update(task, completed=done)

@@ -1,0 +1,122 @@
+"""``luthier search`` and its range test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from luthier.cli.console import heavy_imports, new_console, new_table, print_json
+from luthier.cli.options import (
+    Adaptation,
+    Base,
+    Columns,
+    Data,
+    Json,
+    LongRows,
+    Mix,
+    Objective,
+    Resume,
+    Settings,
+    Validation,
+    read_recipe,
+    recipe_options,
+)
+
+if TYPE_CHECKING:
+    from luthier.engine.search import Found
+    from luthier.recipe import Recipe
+
+
+def search(
+    data: Data,
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = 12,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Field to search: KEY=LOW..HIGH or KEY=a,b,c; the rate if none is given."
+        ),
+    ] = None,
+    validation: Validation = None,
+    columns: Columns = None,
+    mix: Mix = None,
+    long_rows: LongRows = None,
+    base: Base = None,
+    name: Annotated[str | None, typer.Option(help="Name of search and custom model.")] = None,
+    objective: Objective = None,
+    adaptation: Adaptation = None,
+    set_: Settings = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, help="Trials at once, each with a share of the cores.")
+    ] = 1,
+    resume: Resume = False,
+    range_test: Annotated[
+        bool, typer.Option("--range-test", help="Only try 100 growing rates in one short run.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Try settings, stop hopeless trials early, and store the best as a custom model."""
+    from luthier.engine.space import parse_space
+
+    recipe = read_recipe(data, recipe_options(locals()), set_)
+    if range_test:
+        _range_test(data, recipe, json_)
+        return
+    ranges: Sequence[str] = space or ()
+    parse_space(ranges, recipe)  # a wrong space is refused before torch is loaded
+    with heavy_imports():
+        from luthier.cli.progress import LiveReporter
+        from luthier.engine.search import search as find_settings
+
+    with LiveReporter(quiet=json_) as reporter:
+        found = find_settings(recipe, trials, ranges, resume, reporter, parallel)
+    if json_:
+        print_json({**asdict(found), "model_id": found.result.model_id})
+    else:
+        _print(found)
+
+
+def _range_test(data: str, recipe: Recipe, as_json: bool) -> None:
+    """Print which learning rate a range test suggests."""
+    with heavy_imports():
+        from luthier.cli.progress import LiveReporter
+        from luthier.engine.range_test import range_test as find_rate
+
+    with LiveReporter(quiet=as_json) as reporter:
+        found = find_rate(recipe, reporter)
+    if as_json:
+        print_json(asdict(found))
+        return
+    out = new_console(highlight=False, soft_wrap=True)
+    out.print(f"learning rate [bold green]{found.suggested:.1e}[/bold green] is suggested")
+    out.print(
+        f"  the loss falls fastest at {found.steepest:.1e}; a tenth of the rate of the lowest loss "
+        f"is {found.tenth:.1e}"
+    )
+    low, high = found.suggested / 4, found.suggested * 4
+    out.print(f"  plot     {found.picture}")
+    out.print(f"  use it   luthier tune {data} --learning-rate {found.suggested:.1e}")
+    space = f"training.learning_rate={low:.1e}..{high:.1e}"
+    out.print(f"  or       luthier search {data} --space {space}")
+
+
+def _print(found: Found) -> None:
+    from luthier.cli.tune import print_result
+
+    keys = list(found.trials[0].settings)
+    table = new_table("trial", "validation", *keys, "", numbers=("trial", "validation", *keys))
+    for place, trial in enumerate(found.trials):
+        values = [trial.settings[key] for key in keys]
+        settings = [f"{item:.3g}" if isinstance(item, float) else str(item) for item in values]
+        state = f"{trial.state}: {trial.reason.splitlines()[0]}" if trial.reason else trial.state
+        if trial.state == "complete":
+            state = ""
+        style = "bold green" if place == 0 else None
+        table.add_row(str(trial.number), trial.measured, *settings, state, style=style)
+    out = new_console(highlight=False)
+    out.print(table)
+    print_result(found.result)
+    out.print(f"  recipe      {found.recipe}", soft_wrap=True)
+    out.print(f"  again       luthier tune {found.recipe} --name NAME", soft_wrap=True)

@@ -1,0 +1,180 @@
+"""``luthier tune``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from luthier.cli.console import heavy_imports, new_console, print_json
+from luthier.cli.options import (
+    Adaptation,
+    Base,
+    BatchSize,
+    Columns,
+    Data,
+    Epochs,
+    Json,
+    LearningRate,
+    LongRows,
+    Mix,
+    Objective,
+    Prices,
+    Resume,
+    Settings,
+    Validation,
+    read_recipe,
+    recipe_options,
+)
+
+if TYPE_CHECKING:
+    from luthier.engine.runs import Result
+    from luthier.evaluation.baselines import Comparison
+
+
+def tune(
+    data: Data,
+    validation: Validation = None,
+    columns: Columns = None,
+    mix: Mix = None,
+    long_rows: LongRows = None,
+    base: Base = None,
+    name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
+    objective: Objective = None,
+    adaptation: Adaptation = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the row order and new weights.")] = None,
+    set_: Settings = None,
+    resume: Resume = False,
+    estimate_: Annotated[
+        bool, typer.Option("--estimate", help="First say what it will take, from a few steps.")
+    ] = False,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Refuse a run that is estimated to take longer.")
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="Refuse a run that is estimated to cost more.")
+    ] = None,
+    prices: Prices = None,
+    json_: Json = False,
+) -> None:
+    """Tune a model on your data and store the custom model."""
+    recipe = read_recipe(data, recipe_options(locals()), set_)
+    from luthier.engine.dataset import check_sources
+
+    check_sources(recipe.data, recipe.objective)
+    estimate: dict[str, Any] = {}
+    if not resume and (estimate_ or max_minutes is not None or max_cost is not None):
+        from luthier.cli.estimate import as_plain, run_estimate, show
+        from luthier.planning.deadline import check_limits
+        from luthier.planning.prices import read_prices
+
+        table = read_prices(prices)
+        found = run_estimate(recipe, json_)
+        if not json_:
+            show(found, table)
+        check_limits(found, max_minutes, max_cost, table)
+        estimate = {"estimate": as_plain(found, table)}
+    # Loads torch, which takes seconds: only for a recipe that parses, and data that is there.
+    with heavy_imports():
+        from luthier.cli.progress import LiveReporter
+        from luthier.engine.train import train
+
+    with LiveReporter(quiet=json_) as reporter:
+        result = train(recipe, resume, reporter)
+    if json_:
+        print_json(asdict(result) | estimate)
+    else:
+        print_result(result)
+
+
+def print_result(result: Result) -> None:
+    """What a finished run came to, and what to type next."""
+    from luthier.store.models import find, objective_of
+
+    objective = objective_of(find(result.model_id))
+    # The picture of the loss has the scores, too; that of rewards is one of its own.
+    curve = "reward" if objective.measure == "reward" else "loss"
+    held = ""
+    if result.verdict is not None:
+        held = validation_result(objective.measure, result.verdict.kept)
+    out = new_console(highlight=False, soft_wrap=True)
+    out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
+    steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
+    out.print(
+        f"  {steps}, {result.tokens:,} tokens in {result.seconds:.0f} s; "
+        f"loss {result.train_loss:.4f}{f', validation {held}' if held else ''}; "
+        f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
+    )
+    out.print(
+        f"  {result.trained_weights:,} of {result.weights:,} weights "
+        f"({result.trained_weights / result.weights:.2%}) were trained, stored in "
+        f"{result.saved_bytes / 1e6:,.2f} MB"
+    )
+    print_comparison(result.comparison)
+    print_verdict(result)
+    out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
+    use = f"chat {result.model_id}"
+    if objective.reads:
+        use = f'predict {result.model_id} "some text"'
+    elif objective.task != "causal_lm":
+        use = f"tune DATA --base {result.model_id}"
+    out.print(f"  use it      luthier {use}")
+
+
+def validation_result(measure: str, kept: Mapping[str, float]) -> str:
+    """What the stored weights measured on the validation rows, for people; empty for nothing."""
+    from luthier.engine.metrics import SCORES
+
+    if measure not in kept:
+        return ""
+    name = SCORES.get(measure, measure)
+    return f"{'' if measure == 'loss' else f'{name} '}{kept[measure]:.4f}"
+
+
+def print_comparison(found: Comparison | None) -> None:
+    """The model beside simple baselines: a line for each, the best first, and what to make of it."""
+    if found is None or found.tuned is None:
+        return
+    from luthier.evaluation.baselines import render
+
+    out = new_console(highlight=False)
+    out.print(f"  on {found.rows:,} held-out rows, beside simple baselines:")
+    lines = [("this model", found.tuned, 0.0)]
+    lines += [(each.name, each.score, each.seconds) for each in found.baselines]
+    gains = {each.name: found.gain(each) for each in found.baselines}
+    for name, score, seconds in sorted(lines, key=lambda line: gains.get(line[0], 0.0)):
+        spent = f"  ({seconds:.1f} s)" if name in gains else ""
+        style = "" if name in gains else "bold"
+        out.print(f"    {render(found.measure, score):24} {name}{spent}", style=style, markup=False)
+    for name in found.left_out:
+        out.print(f"    not measured for want of time: {name}", markup=False)
+    if found.verdict:
+        out.print(f"  {found.verdict}", style="bold yellow", markup=False, soft_wrap=True)
+
+
+_STYLES = {
+    "learned": "bold green",
+    "still_improving": "bold green",
+    "overfitted": "bold yellow",
+    "declined": "bold yellow",
+    "hardly_learned": "bold yellow",
+    "worse": "bold red",
+    "unmeasured": "yellow",
+}
+
+
+def print_verdict(result: Result) -> None:
+    """Whether the run learned, and what to change in a further one."""
+    from luthier.setting_names import option, with_setting_names
+
+    if (verdict := result.verdict) is None:
+        return
+    out = new_console(highlight=False, markup=False, soft_wrap=True)
+    out.print(f"  {verdict.text}", style=_STYLES[verdict.outcome])
+    if verdict.advice:
+        out.print(f"  {with_setting_names(verdict.advice, option)}")
