@@ -21,8 +21,6 @@ from luthier.asking.spec import Asking
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
 from luthier.data.targets import RULES as TARGET_RULES
-from luthier.distillation.insights import RULES as INSIGHT_RULES
-from luthier.distillation.recipe import DistilRecipe, InsightSpec, TeacherSpec
 from luthier.gate.checks import CHECKS, all_rules
 from luthier.gate.clean_plan import Plan
 from luthier.gate.rules import Rule
@@ -31,7 +29,6 @@ from luthier.limits import ServerLimits
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import SHAPES
 from luthier.objectives import OBJECTIVES
-from luthier.planning.capabilities import Verdict, family_table
 from luthier.pretraining import (
     Corpus,
     NewNetwork,
@@ -40,6 +37,9 @@ from luthier.pretraining import (
     PretrainTraining,
 )
 from luthier.recipe import DataSpec, MixSpec, Recipe, Training
+from luthier.workflows.capabilities import Verdict, family_table
+from luthier.workflows.distil.insights import RULES as INSIGHT_RULES
+from luthier.workflows.distil.recipe import DistilRecipe, InsightSpec, TeacherSpec
 
 TARGET = Path(__file__).parent / "reference.md"
 ACCESS = Path(__file__).parent / "access.md"

@@ -24,9 +24,9 @@ from luthier.errors import RecipeError
 from luthier.graders import GRADERS, Exact, Grader
 from luthier.models.catalog import CATALOG
 from luthier.objectives import OBJECTIVES
-from luthier.planning.capabilities import capabilities
 from luthier.recipe import Recipe
 from luthier.store.models import find, objective_of
+from luthier.workflows.capabilities import capabilities
 
 SAMPLE = Path(__file__).parent / "sample_plugin"
 TABLES: tuple[plugins.PluginTable[Any], ...] = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG)

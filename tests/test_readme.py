@@ -19,9 +19,9 @@ import typer
 import luthier
 from luthier.cli.app import app
 from luthier.data.rows import load_rows
-from luthier.distillation.recipe import DistilRecipe
 from luthier.graders import graders_named
 from luthier.recipe import Recipe, set_field
+from luthier.workflows.distil.recipe import DistilRecipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [

@@ -20,7 +20,6 @@ from luthier.data.augmentation import Augmentation
 from luthier.errors import RecipeError
 from luthier.graders import GRADERS
 from luthier.objectives import OBJECTIVES
-from luthier.pipeline import Pipeline
 from luthier.recipe import (
     NAME_PATTERN,
     DataSpec,
@@ -32,6 +31,7 @@ from luthier.recipe import (
     set_field,
     to_toml,
 )
+from luthier.workflows.pipeline import Pipeline
 
 DATA = {"train": "rows.jsonl"}
 

@@ -10,9 +10,9 @@ import pytest
 from luthier.asking.base import Failure, Reply
 from luthier.asking.endpoint import Endpoint
 from luthier.asking.spec import Asking
-from luthier.distillation.recipe import TeacherSpec
 from luthier.errors import LuthierError, RecipeError
 from luthier.types import Message
+from luthier.workflows.distil.recipe import TeacherSpec
 
 
 def ask(

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from luthier.asking.base import Reply
-from luthier.distillation.journal import Journal
 from luthier.encryption.files import opened_lines
 from luthier.encryption.keys import Keyring
 from luthier.engine.metrics import MetricsFile
@@ -18,6 +17,7 @@ from luthier.jobs.folders import JobFolders, SealedLog
 from luthier.store import batches
 from luthier.store.batches import BatchLine
 from luthier.store.database import Base, Database
+from luthier.workflows.distil.journal import Journal
 
 
 def test_samples_of_a_run_keep_their_places(ring: Keyring, luthier_home: Path) -> None:

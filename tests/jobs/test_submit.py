@@ -11,13 +11,13 @@ from sqlalchemy import update
 from luthier.errors import NameInUse, QuotaExceeded, RecipeError
 from luthier.jobs.submit import submit
 from luthier.limits import AccountQuotas
-from luthier.pipeline import KINDS
 from luthier.recipe import parse
 from luthier.store import leases
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import new_id, now
 from luthier.store.jobs import Job, get, move
+from luthier.workflows.pipeline import KINDS
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
 ROWS = ["s3://bucket/rows.jsonl"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HEAVY = (
-    "luthier.distillation", "luthier.engine.train", "luthier.jobs.measuring", "luthier.jobs.worker",
+    "luthier.workflows.distil", "luthier.engine.train", "luthier.jobs.measuring", "luthier.jobs.worker",
     "luthier.serving.generation", "matplotlib.pyplot", "peft",
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import luthier
-from luthier.advice.command import command_of
 from luthier.cli.options import read_recipe
 from luthier.engine.actuals import estimates_folder
 from luthier.errors import RecipeError
 from luthier.files import read_json
 from luthier.sdk.assembly import recipe_of as assembled
+from luthier.workflows.advise import command_of
 
 WORDS = ("fox", "dog", "card", "bank", "river", "tree", "house", "cloud", "stone", "bird")
 

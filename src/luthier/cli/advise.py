@@ -22,7 +22,7 @@ from luthier.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from luthier.advice.recommend import Advice
+    from luthier.workflows.advise.recommend import Advice
 
 
 def advise(
@@ -54,16 +54,16 @@ def advise(
 ) -> None:
     """Compare fine-tuning with prompting, search, distillation and the rest, tried on your rows."""
     options = recipe_options(locals())
-    from luthier.advice.command import tuning_command
-    from luthier.advice.facts import Wishes
     from luthier.recipe import portable, to_toml
+    from luthier.workflows.advise import tuning_command
+    from luthier.workflows.advise.facts import Wishes
 
     recipe = read_recipe(data, options, set_)
     command = tuning_command(data, options, set_ or ())
     wishes = Wishes(goal, max_minutes, max_seconds, max_megabytes)
     with heavy_imports():
-        from luthier.advice import advise as run
         from luthier.cli.progress import LiveReporter
+        from luthier.workflows.advise import advise as run
 
         with LiveReporter(quiet=json_) as reporter:
             found = run(recipe, command, documents or (), wishes, trial, reporter)

@@ -54,7 +54,7 @@ def distil(
     """Teach a student what a teacher answers, or what it thinks of every token."""
     options = recipe_options(locals())
     from luthier.asking.spec import address_fields
-    from luthier.distillation.recipe import DistilRecipe
+    from luthier.workflows.distil.recipe import DistilRecipe
 
     address = address_fields(teacher) if teacher else {}
     parts = {"url": teacher_url, "model": teacher_model, "key_env": teacher_key_env}
@@ -64,7 +64,7 @@ def distil(
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
         from luthier.cli.tune import print_result
-        from luthier.distillation import distil as run
+        from luthier.workflows.distil import distil as run
 
     with LiveReporter(quiet=json_) as reporter:
         found = run(recipe, resume, reporter)

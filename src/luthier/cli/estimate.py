@@ -27,9 +27,9 @@ from luthier.errors import RecipeError
 from luthier.printable import format_duration
 
 if TYPE_CHECKING:
-    from luthier.planning.estimate import Estimate
-    from luthier.planning.prices import Prices as PriceTable
     from luthier.recipe import Recipe
+    from luthier.workflows.estimate.budget import Prices as PriceTable
+    from luthier.workflows.estimate.estimate import Estimate
 
 
 def estimate(
@@ -66,7 +66,7 @@ def estimate(
     """Say how long a tuning will take, and its memory, disk and cost, from a few real steps."""
     options = recipe_options(locals())
     if prices_example:
-        from luthier.planning.prices import EXAMPLE
+        from luthier.workflows.estimate.budget import EXAMPLE
 
         typer.echo(EXAMPLE, nl=False)
         return
@@ -75,7 +75,7 @@ def estimate(
         return
     if data is None:
         raise RecipeError("give the data of the job, or --history, or --prices-example")
-    from luthier.planning.prices import read_prices
+    from luthier.workflows.estimate.budget import read_prices
 
     recipe = read_recipe(data, options, set_)
     table = read_prices(prices)
@@ -93,7 +93,7 @@ def estimate(
 
 
 def _seconds(finish_by: str | None, within: str | None) -> float | None:
-    from luthier.planning.deadline import duration, seconds_until
+    from luthier.workflows.estimate.budget import duration, seconds_until
 
     if finish_by:
         return seconds_until(finish_by)
@@ -104,7 +104,7 @@ def run_estimate(recipe: Recipe, quiet: bool) -> Estimate:
     """Try the job of a recipe, with a bar."""
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
-        from luthier.planning.estimate import estimate as try_job
+        from luthier.workflows.estimate.estimate import estimate as try_job
 
     with LiveReporter(quiet) as reporter:
         return try_job(recipe, reporter)
@@ -114,7 +114,7 @@ def as_plain(
     found: Estimate, prices: PriceTable | None, until: float | None = None
 ) -> dict[str, Any]:
     """An estimate as JSON holds it, with its cost where there are prices."""
-    from luthier.planning.deadline import plan
+    from luthier.workflows.estimate.budget import plan
 
     plain = found.plain()
     if prices is not None:
@@ -135,7 +135,7 @@ def _cost(found: Estimate, prices: PriceTable) -> dict[str, float]:
 def show(found: Estimate, prices: PriceTable | None) -> None:
     """Print an estimate."""
     from luthier.engine.actuals import PARTS
-    from luthier.planning.prices import prices_file
+    from luthier.workflows.estimate.budget import prices_file
 
     out = new_console(highlight=False)
     out.print(
@@ -195,7 +195,7 @@ def show(found: Estimate, prices: PriceTable | None) -> None:
 
 
 def _show_plan(found: Estimate, seconds: float, when: str) -> None:
-    from luthier.planning.deadline import advice, plan
+    from luthier.workflows.estimate.budget import advice, plan
 
     planned, out = plan(found, seconds), new_console(highlight=False)
     if planned.fits:
@@ -208,7 +208,7 @@ def _show_plan(found: Estimate, seconds: float, when: str) -> None:
 
 def _show_history(as_json: bool) -> None:
     """Print estimates beside what came of them."""
-    from luthier.planning.history import CLOSE, past, summary
+    from luthier.workflows.estimate.history import CLOSE, past, summary
 
     runs = past()
     counts = summary(runs)

@@ -21,8 +21,8 @@ from luthier.cli.options import Json
 from luthier.errors import CorruptFile, RecipeError
 
 if TYPE_CHECKING:
-    from luthier.planning.capabilities import Capabilities
     from luthier.store.models import StoredModel
+    from luthier.workflows.capabilities import Capabilities
 
 models_app = CommandGroup("Base models and custom models.")
 
@@ -233,8 +233,8 @@ def show_capabilities(
     """Say what a model can be trained for, in which ways, and what fits into memory here."""
     with heavy_imports():
         from luthier.models.catalog import CATALOG
-        from luthier.planning.capabilities import capabilities
         from luthier.store.models import pretrained_models
+        from luthier.workflows.capabilities import capabilities
 
     names = [model] if model else [*CATALOG, *(each.id for each in pretrained_models())]
     found = [capabilities(name) for name in names]

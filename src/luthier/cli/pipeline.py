@@ -12,7 +12,7 @@ from luthier.cli.console import heavy_imports, new_console, new_table, print_jso
 from luthier.cli.options import Json
 
 if TYPE_CHECKING:
-    from luthier.pipeline import Outcome
+    from luthier.workflows.pipeline import Outcome
 
 
 def pipeline(
@@ -21,7 +21,7 @@ def pipeline(
     json_: Json = False,
 ) -> None:
     """Run several tunings as one, each from a model of an earlier one; done stages are not repeated."""
-    from luthier.pipeline import Pipeline
+    from luthier.workflows.pipeline import Pipeline
 
     stages = Pipeline.read(file)
     out = new_console(highlight=False)

@@ -70,8 +70,7 @@ def tune(
     estimate: dict[str, Any] = {}
     if not resume and (estimate_ or max_minutes is not None or max_cost is not None):
         from luthier.cli.estimate import as_plain, run_estimate, show
-        from luthier.planning.deadline import check_limits
-        from luthier.planning.prices import read_prices
+        from luthier.workflows.estimate.budget import check_limits, read_prices
 
         table = read_prices(prices)
         found = run_estimate(recipe, json_)

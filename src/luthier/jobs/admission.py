@@ -93,9 +93,9 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.engine.fitting import sketched
     from luthier.models.load import catalogue_config, read_config, sketch_of
     from luthier.objectives import OBJECTIVES
-    from luthier.pipeline import KINDS
     from luthier.recipe import Recipe, parse
     from luthier.store.models import base_folder, find, objective_of
+    from luthier.workflows.pipeline import KINDS
 
     def config(model_id: str, head: Any) -> Any:
         from luthier.models.catalog import CATALOG, MANIFEST

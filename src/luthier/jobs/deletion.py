@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from sqlalchemy import select, update
 
-from luthier.distillation.journal import forget, written_for
 from luthier.encryption import memory
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import luthier_home, sha256_of
@@ -33,6 +32,7 @@ from luthier.store.object_rows import UPLOADS
 from luthier.store.objects import Objects
 from luthier.store.uploaded_files import UploadedFiles
 from luthier.store.uploads import Uploads
+from luthier.workflows.distil.journal import forget, written_for
 
 Models = Literal["refuse", "keep", "delete"]
 REMOVED = "(removed with the training data)"

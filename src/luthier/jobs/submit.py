@@ -134,8 +134,8 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
         RecipeError: naming each field that cannot be used.
     """
     # All objectives and adaptations: too much for the start of a server.
-    from luthier.distillation.recipe import DistilRecipe
     from luthier.recipe import Recipe, parse
+    from luthier.workflows.distil.recipe import DistilRecipe
 
     fields = _settings(asked.settings)
     fields["name"] = run_name(job_id)

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
-from luthier.distillation.journal import asking_for
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, Run
 from luthier.errors import (
@@ -40,13 +39,14 @@ from luthier.jobs.heart import LOST, SILENCE, Heart
 from luthier.jobs.journal import Journal, copied
 from luthier.jobs.processes import NO_DISK, this_process
 from luthier.limits import AccountQuotas
-from luthier.pipeline import KINDS
 from luthier.recipe import parse
 from luthier.store import leases, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, Job
 from luthier.store.models import StoredModel, find
+from luthier.workflows.distil.journal import asking_for
+from luthier.workflows.pipeline import KINDS
 
 Done = TypeVar("Done")
 GIVEN_BACK = "The worker made a checkpoint and gave the job back."

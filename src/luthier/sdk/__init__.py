@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from luthier.distillation import Distilled
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
     from luthier.engine.student import Student
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from luthier.serving.generation import Generator
     from luthier.serving.long_rows import LongRows
     from luthier.types import Message
+    from luthier.workflows.distil.responses import Distilled
 
     Conversation = Sequence[Message | Mapping[str, str]]
 
@@ -91,8 +91,9 @@ def distil(
         student: base or custom model that learns; the default base model when not given.
         resume: go on with an interrupted distillation of the same name and settings.
         reporter: receives progress; nothing is printed without one.
-        **fields: fields of :class:`luthier.distillation.DistilRecipe` with ``__`` for the dot: those of
-            :func:`tune`, and for example ``sampling__max_tokens=256`` or ``insights__minimum=50``.
+        **fields: fields of :class:`luthier.workflows.distil.recipe.DistilRecipe` with ``__`` for the
+            dot: those of :func:`tune`, and for example ``sampling__max_tokens=256`` or
+            ``insights__minimum=50``.
 
     Returns:
         The finished run of the student, and what the manifest says of the distillation.
@@ -102,9 +103,9 @@ def distil(
         LuthierError: where the teacher cannot be reached; the answers so far are kept.
     """
     from luthier.asking.spec import address_fields
-    from luthier.distillation import DistilRecipe
-    from luthier.distillation import distil as run
     from luthier.recipe import assign
+    from luthier.workflows.distil import distil as run
+    from luthier.workflows.distil.recipe import DistilRecipe
 
     plain = fields_of(prompts)
     if isinstance(plain.get("teacher"), str):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from luthier.sdk.assembly import field_path, recipe_of
 
 if TYPE_CHECKING:
-    from luthier.advice.facts import Goal
-    from luthier.advice.recommend import Advice
     from luthier.engine.metrics import Reporter
-    from luthier.planning.estimate import Estimate
     from luthier.recipe import Recipe
+    from luthier.workflows.advise.facts import Goal
+    from luthier.workflows.advise.recommend import Advice
+    from luthier.workflows.estimate.estimate import Estimate
 
 
 def estimate(
@@ -29,12 +29,12 @@ def estimate(
     Returns:
         ``seconds``, ``memory``, ``disk`` and ``tokens``, each with ``value``, ``low`` and ``high``, the
         parts of the time, and ``plain()`` for JSON.
-        :func:`luthier.planning.deadline.plan` says how much of it fits into a time.
+        :func:`luthier.workflows.estimate.budget.plan` says how much of it fits into a time.
 
     Raises:
         RefusedInput: as :func:`luthier.tune` does, for the same reasons.
     """
-    from luthier.planning.estimate import estimate as run
+    from luthier.workflows.estimate.estimate import estimate as run
 
     return run(recipe_of(data, fields), reporter)
 
@@ -71,10 +71,10 @@ def advise(
     Raises:
         RefusedInput: for a recipe or documents that cannot be.
     """
-    from luthier.advice import advise as run
-    from luthier.advice.command import command_of
-    from luthier.advice.facts import Wishes
     from luthier.engine.metrics import Reporter
+    from luthier.workflows.advise import advise as run
+    from luthier.workflows.advise import command_of
+    from luthier.workflows.advise.facts import Wishes
 
     recipe = recipe_of(data, fields)
     dotted = {field_path(key): value for key, value in fields.items()}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from luthier.asking.base import Reply
-from luthier.distillation.journal import Journal, asking_for, forget, journal_path, key_of
 from luthier.errors import CorruptFile, WrongState
 from luthier.types import Message
+from luthier.workflows.distil.journal import Journal, asking_for, forget, journal_path, key_of
 
 ASKED = (Message("user", "why?"),)
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from luthier.advice.evidence import Evidence, Technique, Tried
-from luthier.advice.facts import Facts, Wishes
-from luthier.advice.recommend import Advice, advise
-from luthier.advice.techniques import TECHNIQUES, forgetting, overfitting
+from luthier.workflows.advise.evidence import Evidence, Technique, Tried
+from luthier.workflows.advise.facts import Facts, Wishes
+from luthier.workflows.advise.recommend import TECHNIQUES, Advice, advise, forgetting, overfitting
 
 COMMAND = "luthier tune rows.jsonl"
 

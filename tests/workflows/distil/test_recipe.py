@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from luthier.asking.spec import address_fields
-from luthier.distillation import METHODS, distil
-from luthier.distillation.recipe import DistilRecipe, TeacherSpec
 from luthier.errors import RecipeError
 from luthier.recipe import Recipe
+from luthier.workflows.distil import METHODS, distil
+from luthier.workflows.distil.recipe import DistilRecipe, TeacherSpec
 
 
 def recipe(**fields: Any) -> DistilRecipe:

@@ -374,7 +374,7 @@ def test_a_missing_package_is_named(prompts: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     from luthier.asking.endpoint import Endpoint
-    from luthier.distillation.recipe import TeacherSpec
+    from luthier.workflows.distil.recipe import TeacherSpec
 
     with pytest.raises(RecipeError, match=r"pip install 'luthier\[endpoint\]'"):
         Endpoint(TeacherSpec(model="m", url="https://h/v1"))

@@ -1,14 +1,49 @@
-"""The tuning that is judged, as it is typed."""
+"""What to do with this data and this machine: tune, prompt, search, distil, or leave it."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.recipe import to_toml, toml_value
 from luthier.setting_names import OPTIONS
+
+if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+    from luthier.recipe import Recipe
+    from luthier.workflows.advise.facts import Wishes
+    from luthier.workflows.advise.recommend import Advice
+
+
+def advise(
+    recipe: Recipe,
+    command: str,
+    documents: Sequence[str],
+    wishes: Wishes,
+    seconds: float,
+    reporter: Reporter,
+) -> Advice:
+    """Inspect, estimate, try and judge.
+
+    Args:
+        recipe: the tuning that is compared with everything else.
+        command: how it is typed, for the recommendation.
+        documents: sources of texts that answers should be true to.
+        wishes: what is wanted, and the limits.
+        seconds: of training on trial; 0 for none.
+        reporter: hears of progress.
+
+    Raises:
+        RefusedInput: for a recipe or documents that cannot be.
+    """
+    from luthier.data.rows import load_rows
+    from luthier.workflows.advise.facts import collect
+    from luthier.workflows.advise.recommend import advise as judge
+
+    texts = [row.text or "" for source in documents for row in load_rows(source)]
+    return judge(collect(recipe, texts, wishes, seconds, reporter), command)
 
 
 def tuning_command(data: str, flags: Mapping[str, Any], settings: Sequence[str]) -> str:

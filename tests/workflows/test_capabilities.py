@@ -17,8 +17,8 @@ from luthier.models.heads import CAUSAL_LM, Head
 from luthier.models.load import catalogue_config, sketch, sketch_of
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
-from luthier.planning import capabilities as module
-from luthier.planning.capabilities import capabilities, default_objective
+from luthier.workflows import capabilities as module
+from luthier.workflows.capabilities import capabilities, default_objective
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])

@@ -14,10 +14,10 @@ from typing import Any
 
 from luthier.asking.base import Failure, Reply
 from luthier.data.prompts import messages_of
-from luthier.distillation.recipe import InsightSpec
 from luthier.errors import GradingFailed
 from luthier.graders import Answer, Grader, check_rows, graded
 from luthier.types import Row
+from luthier.workflows.distil.recipe import InsightSpec
 
 RULES: Mapping[str, str] = {
     "prompt.duplicate": "An earlier row asks the same.",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -17,11 +19,11 @@ from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.train import train
 from luthier.errors import DataError
 from luthier.files import read_json
-from luthier.planning import estimate as module
-from luthier.planning.benchmark import BATCHES
-from luthier.planning.estimate import _checkpoints, estimate, measurements
-from luthier.planning.history import LEAST, Past, correction, past, summary
 from luthier.recipe import Recipe
+from luthier.workflows.estimate import estimate as module
+from luthier.workflows.estimate.estimate import Interval, Line, _checkpoints, estimate, measurements
+from luthier.workflows.estimate.history import LEAST, Past, correction, past, summary
+from luthier.workflows.estimate.trial import BATCHES
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "my", "card"]
 
@@ -139,7 +141,7 @@ def test_another_request_has_another_key_and_a_name_is_none(
 def test_steps_and_tokens_do_not_depend_on_which_rows_are_tried(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.planning import benchmark
+    from luthier.workflows.estimate import trial as benchmark
 
     whole = estimate(recipe())
     monkeypatch.setattr(benchmark, "BATCHES", 2)
@@ -157,8 +159,8 @@ def test_only_batches_that_a_run_comes_to_are_tried(recipe: Callable[..., Recipe
     from luthier.engine.devices import choose_machine
     from luthier.engine.metrics import Reporter
     from luthier.engine.train import settled
-    from luthier.planning.workload import order_of, representative
     from luthier.store.models import find
+    from luthier.workflows.estimate.trial import order_of, representative
 
     asked = recipe(max_steps=3)
     job = settled(asked, find(asked.base), choose_machine("float32", 1), Reporter())
@@ -282,3 +284,57 @@ def test_the_command_line_refuses_what_it_cannot_plan_before_it_tries_any_step(
         [data, "--prices", "none.toml"],
     ):
         assert invoke("estimate", *wrong).exit_code == 2
+
+
+def test_errors_that_have_nothing_to_do_with_each_other_add_as_squares() -> None:
+    total = Interval(10.0, 7.0, 13.0) + Interval(20.0, 16.0, 24.0)
+    assert total == Interval(30.0, 25.0, 35.0)
+    assert Interval.exactly(5.0) + Interval(1.0, 0.0, 3.0) == Interval(6.0, 5.0, 8.0)
+    assert Interval.around(10.0, 0.1, 0.2).times(3) == Interval(30.0, 27.0, 36.0)
+    wide = Interval(10.0, 7.0, 13.0).widened(0.4, 0.4)
+    assert (wide.low, wide.high) == (5.0, 15.0)
+
+
+def test_a_line_through_exact_points_gives_the_exact_total() -> None:
+    tokens = [100.0, 200.0, 400.0, 700.0]
+    line = Line.through(tokens, [0.5 + 0.01 * x for x in tokens])
+    run = [150.0, 250.0, 1000.0]
+    total = line.total(run, 3)
+    assert total.value == pytest.approx(sum(0.5 + 0.01 * x for x in run))
+    assert total.high == pytest.approx(total.value)
+    assert line.total(run, 30).value == pytest.approx(10 * total.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds"),
+    [
+        ([100.0, 100.0, 100.0], [1.0, 1.2, 1.1]),  # no spread
+        ([100.0, 200.0, 300.0], [3.0, 2.0, 1.0]),  # faster the more there is
+        ([100.0, 200.0, 300.0], [0.5, 2.0, 3.5]),  # less than nothing without tokens
+        ([100.0], [1.0]),
+    ],
+)
+def test_no_part_of_a_line_is_negative_and_a_mean_run_takes_about_the_mean(
+    tokens: list[float], seconds: list[float]
+) -> None:
+    line = Line.through(tokens, seconds)
+    assert line.slope >= 0 and line.intercept >= 0
+    value = line.total(tokens, len(tokens))
+    assert value.value == pytest.approx(sum(seconds), rel=0.15)
+    assert 0 <= value.low < value.value < value.high
+
+
+def test_nine_of_ten_runs_are_inside_the_interval() -> None:
+    draw = np.random.default_rng(0)
+    inside = trials = 0
+    for _ in range(400):
+        tokens = draw.uniform(200, 1200, 60)
+        seconds = 0.2 + 0.002 * tokens + draw.normal(0, 0.15, 60)
+        tried = draw.choice(60, 5, replace=False)
+        total = Line.through(tokens[tried].tolist(), seconds[tried].tolist()).total(
+            tokens.tolist(), 60
+        )
+        inside += total.low <= seconds.sum() <= total.high
+        trials += 1
+    # Five points are few, and lines are kept from being negative; 4 standard errors of 400 draws.
+    assert abs(inside / trials - 0.9) < 4 * math.sqrt(0.09 / trials) + 0.02

@@ -19,29 +19,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier import __version__
-from luthier.asking.base import Answerer, Failure, Reply
+from luthier.asking.base import Answerer, Done, Failure, Reply
+from luthier.asking.spec import Asking
 from luthier.data.prompts import load_prompts, messages_of
 from luthier.data.sources import hash_of
-from luthier.distillation.base import Distilled
-from luthier.distillation.insights import (
-    Insight,
-    Summary,
-    check_grader,
-    judged,
-    repeated,
-    summary,
-    unasked,
-    weighed,
-)
-from luthier.distillation.journal import Journal, journal_path, key_of
-from luthier.distillation.recipe import DistilRecipe
-from luthier.distillation.teachers import teacher_of
-from luthier.distillation.verdicts import journaled
 from luthier.encryption.files import seal
 from luthier.encryption.memory import remove, working
 from luthier.engine.metrics import Reporter
@@ -52,6 +38,23 @@ from luthier.graders import Grader
 from luthier.objectives import OBJECTIVES
 from luthier.store.models import StoredModel, chat_format, find, room_of, short_name
 from luthier.types import Message, Row
+from luthier.workflows.distil.insights import (
+    Insight,
+    Summary,
+    check_grader,
+    judged,
+    repeated,
+    summary,
+    unasked,
+    weighed,
+)
+from luthier.workflows.distil.journal import Journal, digest_of, journal_path, journaled, key_of
+from luthier.workflows.distil.recipe import DistilRecipe, TeacherSpec
+
+if TYPE_CHECKING:
+    from luthier.engine.runs import Result
+    from luthier.store.models import StoredModel
+
 
 INSIGHTS, ANSWERS, _REQUEST = "insights.jsonl", "train.jsonl", "request.json"
 
@@ -323,3 +326,76 @@ def _interruptible(known: Mapping[int, Any], total: int) -> Iterator[None]:
             f"stopped at {len(known):,} of {total:,} answers, which are kept; the same command with "
             "--resume goes on"
         ) from None
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a finished distillation gives back."""
+
+    result: Result
+    """The run that trained the student."""
+    details: dict[str, Any]
+    """What the manifest holds under ``distillation``, ready for JSON."""
+
+
+class LocalTeacher(Answerer):
+    """A base or custom model of this machine, a batch at a time."""
+
+    def __init__(self, spec: TeacherSpec, stored: StoredModel) -> None:
+        from luthier.models.load import sketch
+        from luthier.store.models import objective_of
+
+        objective = objective_of(stored)
+        if objective.task != "causal_lm":
+            raise RecipeError(
+                f"{stored.id} cannot teach by its answers: it was trained for {objective.method} and "
+                "does not write text"
+            )
+        self.name, self.spec, self.stored = stored.id, spec, stored
+        network = sketch(stored.network_folder, objective.head())
+        self.weights = sum(weight.numel() for weight in network.parameters())
+        self._digest = digest_of(stored)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Its id, and the hash of its files: the same id may be trained anew."""
+        return {"model": self.stored.id, "sha256": self._digest}
+
+    def ask(
+        self,
+        questions: Sequence[Sequence[Message]],
+        sampling: Asking,
+        done: Done,
+        note: Callable[[str], None],
+    ) -> None:
+        """Answer in batches of like length, the longest first."""
+        from luthier.serving.generation import Generator, Sampling
+
+        generator = Generator.open(self.stored)
+        chosen = Sampling(**sampling.model_dump())
+        able = []
+        for index, messages in enumerate(questions):
+            refusal = generator.refusal(messages, chosen)
+            if refusal is None:
+                able.append(index)
+            else:
+                done(index, Failure("teacher.refused", refusal))
+        able.sort(key=lambda index: -sum(len(turn.content) for turn in questions[index]))
+        size = self.spec.batch_size
+        for start in range(0, len(able), size):
+            batch = able[start : start + size]
+            answers = generator.answers([questions[index] for index in batch], chosen, size)
+            for index, answer in zip(batch, answers, strict=True):
+                finish = "stop" if answer.finished else "length"
+                done(index, Reply(answer.text, finish, answer.tokens))
+
+
+def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> Answerer:
+    """The teacher that ``spec`` names; refused where it cannot be one."""
+    if spec.url is not None:
+        from luthier.asking.endpoint import Endpoint
+
+        return Endpoint(spec)
+    from luthier.store.models import find
+
+    return LocalTeacher(spec, find(spec.model, say))

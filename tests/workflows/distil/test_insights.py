@@ -9,7 +9,10 @@ from pydantic import ValidationError
 
 from luthier.asking.base import Failure, Reply
 from luthier.data.prompts import messages_of
-from luthier.distillation.insights import (
+from luthier.errors import DataError
+from luthier.graders import Answer, Grader
+from luthier.types import Message, Row
+from luthier.workflows.distil.insights import (
     RULES,
     Insight,
     check_grader,
@@ -19,10 +22,7 @@ from luthier.distillation.insights import (
     unasked,
     weighed,
 )
-from luthier.distillation.recipe import InsightSpec
-from luthier.errors import DataError
-from luthier.graders import Answer, Grader
-from luthier.types import Message, Row
+from luthier.workflows.distil.recipe import InsightSpec
 
 
 def row(line: int = 1, prompt: str = "p", **fields: Any) -> Row:

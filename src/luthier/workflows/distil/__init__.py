@@ -1,7 +1,9 @@
-"""Distillation by what the teacher thinks, not only by what it says: an objective does the work.
+"""A teacher's knowledge into a smaller student.
 
-The rows' own replies are what both networks read. Where rows are prompts alone, the teacher answers
-them first, as for ``responses``, and the student learns the teacher's distribution on those answers.
+By ``responses`` the student is tuned on what the teacher answers (``responses.py``). The other methods
+use what the teacher thinks, not only what it says, and an objective does the work: the rows' own
+replies are what both networks read. Where rows are prompts alone, the teacher answers them first, as
+for ``responses``, and the student learns the teacher's distribution on those answers.
 """
 
 from __future__ import annotations
@@ -10,15 +12,34 @@ from typing import TYPE_CHECKING
 
 from luthier.data.rows import load_rows
 from luthier.data.sources import hash_of
-from luthier.distillation.base import Distilled
-from luthier.distillation.recipe import OBJECTIVE_OF, DistilRecipe
-from luthier.distillation.responses import by_responses
+from luthier.engine.metrics import Reporter
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES
+from luthier.workflows.distil.recipe import OBJECTIVE_OF, DistilRecipe
+from luthier.workflows.distil.responses import Distilled, by_responses
 
 if TYPE_CHECKING:
-    from luthier.engine.metrics import Reporter
     from luthier.objectives import Objective
+
+
+METHODS = ("responses", *OBJECTIVE_OF)
+
+
+def distil(
+    recipe: DistilRecipe, resume: bool = False, reporter: Reporter | None = None
+) -> Distilled:
+    """Carry out ``recipe`` by the method it names; the student is stored and verified.
+
+    Raises:
+        RefusedInput: before the teacher is asked, for what cannot work; after, where too few of its
+            answers are accepted.
+        Interrupted: on Ctrl-C; with ``resume`` the same call goes on.
+        LuthierError: where the teacher cannot be reached any more; the same holds.
+    """
+    if recipe.method not in METHODS:
+        raise RecipeError(f"unknown method {recipe.method!r}; there are {', '.join(METHODS)}")
+    method = by_responses if recipe.method == "responses" else by_objective
+    return method(recipe, resume, reporter or Reporter())
 
 
 def by_objective(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Distilled:

@@ -20,10 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.asking.base import Reply
+from luthier.asking.base import Failure, Reply, Writer
+from luthier.asking.spec import AskedModel, Asking
 from luthier.encryption.files import open_line, place_of, seal_line
 from luthier.errors import CorruptFile, WrongState
-from luthier.files import disk_errors, lock, luthier_home, write_bytes
+from luthier.files import disk_errors, hashes_of, lock, luthier_home, write_bytes
+from luthier.store.models import StoredModel, find
 from luthier.types import Message
 
 RUN = "run"
@@ -167,3 +169,50 @@ def _read(path: Path) -> dict[str, Reply]:
                 f"{path}:{number} is no answer of a teacher. Remove that line: its prompt is asked anew"
             ) from error
     return replies
+
+
+def digest_of(stored: StoredModel) -> str:
+    """SHA-256 of all that decides what the model answers: its files, and those below its adapters."""
+    files = stored.manifest.get("files") or hashes_of(stored.folder)
+    below = digest_of(stored.parent) if stored.parent else ""
+    return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
+
+
+AT_ONCE = 64
+"""Verdicts that are asked for before they are written down; a kill loses as many at most."""
+
+
+def journaled(write: Writer, judge: AskedModel, sampling: Asking) -> Writer:
+    """``write`` with its answers in the journal of the judge, which is asked what is not there."""
+    identity, settings = _identity(judge), sampling.model_dump(mode="json")
+    path = journal_path(identity, f"judge-{judge.model}")
+
+    def asked(conversations: Sequence[Sequence[Message]]) -> list[str | Failure]:
+        keys = [key_of(identity, each, settings) for each in conversations]
+        failed: dict[str, Failure] = {}
+        with Journal.open(path) as journal:
+            new = {
+                key: each
+                for key, each in zip(keys, conversations, strict=True)
+                if key not in journal.replies
+            }
+            missing = list(new)
+            for start in range(0, len(missing), AT_ONCE):
+                chosen = missing[start : start + AT_ONCE]
+                found = write([new[key] for key in chosen])
+                for key, answer in zip(chosen, found, strict=True):
+                    if isinstance(answer, Failure):
+                        failed[key] = answer
+                    else:
+                        journal.append(key, Reply(answer, "unknown"))
+            return [failed[key] if key in failed else journal.replies[key].text for key in keys]
+
+    return asked
+
+
+def _identity(judge: AskedModel) -> Mapping[str, Any]:
+    """What tells the judge from others; of a local model its files too: it may be trained anew."""
+    told = {"role": judge.role, "model": judge.model}
+    if judge.url is not None:
+        return {**told, "url": judge.url}
+    return {**told, "sha256": digest_of(find(judge.model))}

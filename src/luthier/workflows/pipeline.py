@@ -35,10 +35,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from luthier.distillation.recipe import DistilRecipe
 from luthier.errors import RecipeError
 from luthier.pretraining import PretrainRecipe
 from luthier.recipe import NAME_PATTERN, Part, Recipe, parse, read_toml, with_paths
+from luthier.workflows.distil.recipe import DistilRecipe
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -271,7 +271,7 @@ def _pretrain(recipe: PretrainRecipe, reporter: Reporter) -> dict[str, Any]:
 
 
 def _distil(recipe: DistilRecipe, reporter: Reporter) -> dict[str, Any]:
-    from luthier.distillation import distil
+    from luthier.workflows.distil import distil
 
     found = distil(recipe, True, reporter)
     return {**asdict(found.result), "distillation": found.details}
