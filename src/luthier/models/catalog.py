@@ -424,10 +424,13 @@ def _convert_gguf(folder: Path, name: str, target: Path) -> None:
     plain model is built from the same configuration without that mark.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # Its bar has no switch, and in a log it is one line of a hundred carriage returns.
+    converter: Any = modeling_gguf_pytorch_utils
+    converter.tqdm = lambda tensors, **_: tensors
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     quantized: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.float32

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError, RefusedInput
 from luthier.types import Row
 from luthier.workflows.advise.evidence import HELD, HELD_LABELS, SEED, Evidence, gather
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.engine.metrics import Reporter
     from luthier.gate.report import Report
     from luthier.recipe import Recipe
     from luthier.store.models import StoredModel
@@ -284,7 +284,42 @@ def _tried(
             }
         )  # fmt: skip
         tried = recipe.model_copy(update={"data": data, "name": None})
-        return gather(tried, train, held, documents, seconds, reporter)
+        named = SubsetReporter(reporter, str(file), recipe.data.train)
+        try:
+            return gather(tried, train, held, documents, seconds, named)
+        except DataError as error:  # fewer rows than a run needs, for one
+            reporter.note(f"nothing was tried: {named.rename(str(error))}")
+            return None
+
+
+class SubsetReporter(Reporter):
+    """Tells of a temporary file with some of the rows by the name of the data they are from.
+
+    Settings are not told again: those chosen for the whole run stand beside its estimate.
+    """
+
+    def __init__(self, reporter: Reporter, file: str, source: str) -> None:
+        self.reporter, self.file, self.source = reporter, file, source
+
+    def rename(self, text: str) -> str:
+        """``text`` with the name of the data for that of the file."""
+        return text.replace(self.file, self.source)
+
+    def stage(self, text: str) -> None:
+        """As of a reporter."""
+        self.reporter.stage(self.rename(text))
+
+    def note(self, text: str) -> None:
+        """As of a reporter."""
+        self.reporter.note(self.rename(text))
+
+    def counted(self, done: int, total: int, what: str) -> None:
+        """As of a reporter."""
+        self.reporter.counted(done, total, what)
+
+    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        """As of a reporter."""
+        self.reporter.recorded(line, steps)
 
 
 def _parted(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:

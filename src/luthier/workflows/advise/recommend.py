@@ -6,6 +6,7 @@ measured on held-out rows goes before them. The recommendation may be not to tun
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -322,8 +323,15 @@ def _labelled(facts: Facts, fits: Mapping[str, str], command: str) -> Recommenda
     if against:
         chosen = [*dict.fromkeys([*chosen, against])]
         spent = f"takes about {facts.minutes:,.0f} min" if facts.minutes else "is the next step"
-        caution = f"if that is not enough, tuning {spent}: {command}"
-        return Recommendation(tuple(chosen), False, tuple(reasons), (caution,))
+        cautions.append(f"if that is not enough, tuning {spent}: {command}")
+        if against == "simple baselines":
+            cautions.append(
+                "no command serves this baseline: fit it yourself, with scikit-learn for example; the "
+                "nearest that is served moves a new head alone: "
+                + without_option(command, "--adaptation")
+                + " --adaptation feature_extraction"
+            )
+        return Recommendation(tuple(chosen), False, tuple(reasons), tuple(cautions))
     if facts.rows < FEW_ROWS and not facts.labels:
         cautions.append(f"{facts.rows:,} rows are few: expect the form, not the substance")
     chosen.append("fine-tuning")
@@ -388,6 +396,15 @@ def _said(each: Tried) -> str:
     parts = [] if each.score is None else [f"{each.score:.0%} right"]
     parts += [] if each.loss is None else [f"a loss of {each.loss:.2f}"]
     return ", ".join(parts)
+
+
+def without_option(command: str, option: str) -> str:
+    """A command without an option and its value."""
+    parts = shlex.split(command)
+    if option in parts:
+        place = parts.index(option)
+        del parts[place : place + 2]
+    return shlex.join(parts)
 
 
 def _distil(command: str) -> str:

@@ -268,6 +268,8 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> Trial:
     lines = loop.metrics.read()
     asked = workload_of(replace(job, steps=len(tries)))
     trainer.release(network)
+    # The copy is thrown away: that it is stored and verified is nothing to tell.
+    trainer.reporter = Reporter()
     trainer.stored(network, loop.progress, lines)
     model = folder_bytes(folder.model_folder)  # in the folder of the run, for a trial
     return Trial(
