@@ -49,7 +49,7 @@ def test_light_entry_points_load_nothing_heavy(code: str) -> None:
     [
         "import luthier.recipe; luthier.Recipe",
         "import luthier.pretraining",
-        "import luthier.sdk; luthier.tune",
+        "luthier.tune, luthier.load, luthier.inspect",
     ],
     ids=["recipe", "pretraining", "sdk"],
 )

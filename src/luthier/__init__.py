@@ -8,21 +8,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
-    from luthier.sdk import (
-        Model,
-        advise,
-        clean,
-        convert,
-        distil,
-        estimate,
-        evaluate,
-        inspect,
-        load,
-        pretrain,
-        split,
-        student,
-        tune,
-    )
+    from luthier.sdk.data import clean, convert, inspect, split
+    from luthier.sdk.model import Model, evaluate, load
+    from luthier.sdk.training import advise, distil, estimate, pretrain, student, tune
 
 __all__ = [
     "Model",
@@ -44,19 +32,19 @@ __all__ = [
 
 _HOMES = {
     "Recipe": "luthier.recipe",
-    "Model": "luthier.sdk",
-    "advise": "luthier.sdk",
-    "clean": "luthier.sdk",
-    "convert": "luthier.sdk",
-    "distil": "luthier.sdk",
-    "estimate": "luthier.sdk",
-    "evaluate": "luthier.sdk",
-    "inspect": "luthier.sdk",
-    "load": "luthier.sdk",
-    "pretrain": "luthier.sdk",
-    "split": "luthier.sdk",
-    "student": "luthier.sdk",
-    "tune": "luthier.sdk",
+    "Model": "luthier.sdk.model",
+    "load": "luthier.sdk.model",
+    "evaluate": "luthier.sdk.model",
+    "clean": "luthier.sdk.data",
+    "convert": "luthier.sdk.data",
+    "inspect": "luthier.sdk.data",
+    "split": "luthier.sdk.data",
+    "advise": "luthier.sdk.training",
+    "distil": "luthier.sdk.training",
+    "estimate": "luthier.sdk.training",
+    "pretrain": "luthier.sdk.training",
+    "student": "luthier.sdk.training",
+    "tune": "luthier.sdk.training",
 }
 
 

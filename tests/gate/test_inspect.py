@@ -13,11 +13,10 @@ from luthier.engine.dataset import prepare
 from luthier.errors import DataError, RecipeError
 from luthier.gate import inspect as gate
 from luthier.gate.checks import CHECKS
-from luthier.gate.inspect import Request, inspect
+from luthier.gate.inspect import DEFAULT_BASE, Request, inspect
 from luthier.gate.scan import Progress
 from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import Recipe
-from luthier.sdk import DEFAULT_BASE
 
 
 def written(path: Path, *rows: Any) -> Path:
@@ -37,7 +36,7 @@ def broken(report: Any) -> dict[str, int]:
 
 
 def test_the_default_base_is_the_recipe_s() -> None:
-    assert DEFAULT_BASE == gate.DEFAULT_BASE
+    assert DEFAULT_BASE == "smollm2-135m-instruct"
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,14 @@ def predict(
     rows = _read_inputs(input_) if input_ else [_row("the command line", 1, text or "")]
     with heavy_imports():
         from luthier.cli.progress import counting
+        from luthier.sdk.model import row_input
 
         predictor = Predictor.open(find(model))
     started = time.monotonic()
     with counting(len(rows), "predict", json_) as done:
         answers = predictor.answers(rows, done)
     lines = "".join(
-        json.dumps({**input_of(row), **answer}, ensure_ascii=False) + "\n"
+        json.dumps({**row_input(row), **answer}, ensure_ascii=False) + "\n"
         for row, answer in zip(rows, answers, strict=True)
     )
     if output is not None:
@@ -57,7 +58,7 @@ def predict(
         report: dict[str, Any] = {"model": model, "rows": len(rows), "seconds": seconds}
         print_json(report | ({"output": str(output)} if output else {"answers": answers}))
     elif input_ is None:
-        print_text(_render(input_of(rows[0]), answers[0]), end="")
+        print_text(_render(row_input(rows[0]), answers[0]), end="")
     elif output is None:
         sys.stdout.write(printable_json(lines))
     else:
@@ -115,13 +116,6 @@ def _row(file: str, line: int, text: str) -> Row:
     if not text.strip():
         raise RecipeError("the text is empty")
     return Row(file, line, text=text, tokens=tuple(text.split()))
-
-
-def input_of(row: Row) -> dict[str, Any]:
-    """What a row asks, as it is written beside its answer."""
-    if row.prompt is not None:
-        return {"prompt": row.prompt, "completion": row.completion}
-    return {"tokens": list(row.tokens or ())} if row.text is None else {"text": row.text}
 
 
 def _render(given: dict[str, Any], answer: dict[str, Any]) -> str:

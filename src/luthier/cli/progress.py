@@ -186,17 +186,22 @@ class LiveReporter(Reporter):
 
 
 @contextmanager
-def counting(total: int, text: str, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+def counting(total: int, text: str, quiet: bool = False) -> Iterator[Callable[..., None]]:
     """Progress of ``total`` things; yields a function that takes how many are done.
 
-    ``quiet`` is for a result that programs read: it is shown on terminals only.
+    Where their number shows itself on the way only, the function takes it beside. ``quiet`` is for a
+    result that programs read: it is shown on terminals only.
     """
     if not can_draw():
         lines = ProgressLines(text, first=SECONDS_TO_SECOND_LINE)
-        yield (lambda done: None) if quiet else lambda done: lines.update(done, total)
+        yield (
+            (lambda done, of=total: None)
+            if quiet
+            else (lambda done, of=total: lines.update(done, of))
+        )
         return
     from rich.progress import Progress
 
     with Progress(console=new_console(stderr=True), transient=True) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda done: progress.update(task, completed=done)
+        task = progress.add_task(text, total=total or None)
+        yield lambda done, of=total: progress.update(task, completed=done, total=of)

@@ -31,6 +31,7 @@ class Evaluation:
     scores: dict[str, float]
     rows: int
     answers: list[Graded]
+    """Replies with their grades; of models that read, and of raw text, there are none."""
     problems: list[Problem] = field(default_factory=list)
     """Why answers have score 0 that a grader could not grade, where that was asked for."""
 
@@ -40,11 +41,18 @@ class Evaluation:
     """Rows that were cut to the context."""
     remarks: list[str] = field(default_factory=list)
     """What the scores do not say, in sentences: how sure they are, and what is answered wrong."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """What was asked, expected and said of each row, ready for JSON."""
+    tokens: int = 0
+    """Of raw text: tokens that were predicted."""
+    seconds: float = 0.0
+    """That answering and grading took."""
 
     def plain(self) -> dict[str, Any]:
         """Scores and count, without the answers; how many were not graded, left out or cut, if any."""
         counts = {
-            "ungraded": len(self.problems), "dropped": self.dropped, "truncated": self.truncated
+            "ungraded": len(self.problems), "dropped": self.dropped, "truncated": self.truncated,
+            "tokens": self.tokens,
         }  # fmt: skip
         found: dict[str, Any] = {"rows": self.rows, "scores": self.scores}
         found |= {name: count for name, count in counts.items() if count}

@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from luthier.gate.clean import Summary
     from luthier.gate.report import Report
 
-DEFAULT_BASE = "smollm2-135m-instruct"
-"""Base model where none is named and the rows are answered; the same as in a recipe."""
-
 
 def inspect(
     data: str | Path,

@@ -14,7 +14,7 @@ from luthier.cli.options import read_recipe
 from luthier.engine.actuals import estimates_folder
 from luthier.errors import RecipeError
 from luthier.files import read_json
-from luthier.sdk.assembly import recipe_of as assembled
+from luthier.sdk.training import recipe_of as assembled
 from luthier.workflows.advise import command_of
 
 WORDS = ("fox", "dog", "card", "bank", "river", "tree", "house", "cloud", "stone", "bird")

@@ -1,0 +1,282 @@
+"""Models that are there: ``load`` and what they answer, ``evaluate`` and how good that is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from luthier.errors import RecipeError, data_errors
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from luthier.evaluation.evaluate import Evaluation
+    from luthier.graders import OnError, Spec
+    from luthier.serving.generation import Generator
+    from luthier.serving.long_rows import LongRows
+    from luthier.types import Message, Row
+
+    Conversation = Sequence[Message | Mapping[str, str]]
+
+
+class Model:
+    """A model in memory: answers prompts and conversations."""
+
+    def __init__(self, model_id: str) -> None:
+        """Open a base or custom model by id; see :func:`load`."""
+        from luthier.serving.generation import Generator
+        from luthier.serving.prediction import Predictor
+        from luthier.store.models import find, objective_of
+
+        self.stored = find(model_id)
+        self.reads = objective_of(self.stored).reads
+        """Whether it answers with labels (:meth:`predict`) or writes (:meth:`generate`)."""
+        self.opened = (Predictor if self.reads else Generator).open(self.stored)
+
+    @property
+    def generator(self) -> Generator:
+        """What writes; refuses models that read."""
+        from luthier.serving.generation import Generator
+
+        if not isinstance(self.opened, Generator):
+            use = "embeddings; use embed()" if self._embeds else "labels; use predict()"
+            raise RecipeError(f"{self.stored.id} gives {use}")
+        return self.opened
+
+    @property
+    def _embeds(self) -> bool:
+        from luthier.serving.prediction import Predictor
+
+        return isinstance(self.opened, Predictor) and self.opened.objective.task == "embedding"
+
+    @overload
+    def generate(self, prompts: str | Conversation, **sampling: Any) -> str: ...
+    @overload
+    def generate(self, prompts: Sequence[str | Conversation], **sampling: Any) -> list[str]: ...
+    def generate(
+        self, prompts: str | Conversation | Sequence[str | Conversation], **sampling: Any
+    ) -> str | list[str]:
+        """The reply to one prompt or conversation, or one to each of several.
+
+        A conversation is a list of messages, each ``{"role": ..., "content": ...}`` or a
+        :class:`~luthier.types.Message`. Keywords as :class:`luthier.serving.generation.Sampling`.
+        """
+        from luthier.serving.generation import Sampling
+
+        chosen = Sampling(**sampling)
+        if isinstance(prompts, str) or _is_conversation(prompts):
+            return self.generator.replies([_prompt(prompts)], chosen)[0]
+        return self.generator.replies([_prompt(each) for each in prompts], chosen)
+
+    def stream(self, prompt: str | Conversation, **sampling: Any) -> Iterator[str]:
+        """The reply to one prompt or conversation in pieces, as it is decoded."""
+        from luthier.serving.generation import Sampling
+
+        return self.generator.stream(_prompt(prompt), Sampling(**sampling))
+
+    # A text is a sequence of texts to a type checker; to people it is one.
+    @overload
+    def predict(self, texts: str) -> dict[str, Any]: ...  # type: ignore[overload-overlap]
+    @overload
+    def predict(self, texts: Sequence[str | Sequence[str]]) -> list[dict[str, Any]]: ...
+    def predict(
+        self, texts: str | Sequence[str | Sequence[str]]
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """For one text, or each of several: ``label`` and ``scores``, ``rating``, or ``tags``.
+
+        Among several a text may be a list of words.
+        """
+        if isinstance(texts, str):
+            return self.predict([texts])[0]
+        from luthier.serving.prediction import Predictor
+        from luthier.types import Row
+
+        if not isinstance(self.opened, Predictor):
+            raise RecipeError(f"{self.stored.id} writes text; use generate()")
+        if not isinstance(texts, Sequence):
+            raise RecipeError(f"give a text, or a list of texts, and no {type(texts).__name__}")
+        if not texts:
+            return []
+        rows = []
+        for index, text in enumerate(texts, 1):
+            words = tuple(text.split() if isinstance(text, str) else text)
+            whole = text if isinstance(text, str) else " ".join(text)
+            rows.append(Row("predict()", index, text=whole, tokens=words))
+        return self.opened.answers(rows)
+
+    @overload
+    def rewards(  # type: ignore[overload-overlap]
+        self, prompts: str, completions: str
+    ) -> float: ...
+    @overload
+    def rewards(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]: ...
+    def rewards(
+        self, prompts: str | Sequence[str], completions: str | Sequence[str]
+    ) -> float | list[float]:
+        """The reward of each completion of its prompt, from a model of objective ``reward_model``."""
+        if isinstance(prompts, str) and isinstance(completions, str):
+            return self.rewards([prompts], [completions])[0]
+        if isinstance(prompts, str) or isinstance(completions, str):
+            raise RecipeError("give one prompt and one completion, or as many of each")
+        from luthier.objectives import RewardModel
+        from luthier.serving.prediction import Predictor
+        from luthier.types import Row
+
+        opened = self.opened
+        if not isinstance(opened, Predictor) or not isinstance(opened.objective, RewardModel):
+            raise RecipeError(f"{self.stored.id} is no reward model")
+        pairs = enumerate(zip(prompts, completions, strict=True), 1)
+        rows = [Row("rewards()", n, prompt=p, completion=c) for n, (p, c) in pairs]
+        return [answer["reward"] for answer in opened.answers(rows)]
+
+    def embed(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
+        """Embeddings ``[R, H]`` of length 1, of one text ``[H]``, from a model that embeds."""
+        import numpy as np
+
+        if isinstance(texts, str):
+            return np.asarray(self.embed([texts])[0], dtype=np.float32)
+        answers = self.predict(texts)
+        if answers and "embedding" not in answers[0]:
+            raise RecipeError(f"{self.stored.id} gives labels; use predict()")
+        return np.array([answer["embedding"] for answer in answers], dtype=np.float32)
+
+
+def _is_conversation(given: Any) -> bool:
+    from luthier.types import Message
+
+    return isinstance(given, Sequence) and any(
+        isinstance(each, Mapping | Message) for each in given
+    )
+
+
+def _prompt(given: Any) -> Any:
+    """A prompt as the generator takes it: a text, or messages."""
+    from luthier.types import Message
+
+    if isinstance(given, str):
+        return given
+    if not _is_conversation(given):
+        raise RecipeError("a prompt is a text, or a list of messages with role and content")
+    found = []
+    for each in given:
+        if isinstance(each, Mapping):
+            if {*each} != {"role", "content"} or not all(isinstance(v, str) for v in each.values()):
+                raise RecipeError(
+                    f"a message has a role and a content, both texts; this one has {', '.join(each)}"
+                )
+            each = Message(each["role"], each["content"])
+        found.append(each)
+    return found
+
+
+def load(model_id: str) -> Model:
+    """Load a model by id, local directory or hub id."""
+    return Model(model_id)
+
+
+@data_errors("nothing was evaluated")
+def evaluate(
+    model: str | Model,
+    data: str | Path,
+    graders: Sequence[Spec] | Mapping[str, Spec] = ("exact",),
+    max_tokens: int = 128,
+    on_error: OnError = "fail",
+    note: Callable[[str], None] = lambda text: None,
+    long_rows: LongRows = "error",
+    *,
+    columns: Mapping[str, str] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Let a model answer the prompts of a data file and grade the replies.
+
+    Rows with judged answers (chosen and rejected, ratings, thumbs) are not answered: the scores say how
+    often the model ranks the answers as people did. Models that read are compared with the labels,
+    ratings, tags or partners of the rows. Of raw text the scores say how well each token is predicted.
+
+    Args:
+        model: an id, or a model in memory.
+        data: rows of prompt and reply, of judged answers, of raw text, or with what a model that reads
+            says.
+        graders: methods by name, tables of ``method`` and fields, or :class:`luthier.graders.Grader`
+            objects; a mapping gives them names of your own.
+        max_tokens: of a reply at most.
+        on_error: what becomes of a reply that a grader cannot grade: ``fail``, or score ``zero``.
+        note: hears what a judge will cost and whether it is one.
+        long_rows: what becomes of rows longer than the context: ``error`` names them all, ``drop``
+            leaves them out, ``truncate`` cuts them; prompts to be answered are never cut.
+        columns: the file's name for each of our keys, such as ``{"prompt": "question"}``.
+        on_progress: hears how many rows are done, and of how many.
+
+    Returns:
+        Mean scores by the graders' names, and every answer.
+
+    Raises:
+        RefusedInput: before anything is written, for rows or graders that cannot work.
+        GradingFailed: with ``fail``, naming the row.
+    """
+    from luthier.data.rows import load_rows
+    from luthier.evaluation.evaluate import Evaluation, check, check_shapes
+    from luthier.graders import graders_named
+    from luthier.serving.grading import open_graders
+    from luthier.serving.measuring import measure, perplexity
+    from luthier.serving.prediction import Predictor
+    from luthier.serving.preferring import preference_scores
+    from luthier.store.models import find, objective_of
+
+    chosen = graders_named(graders)
+    rows = load_rows(data, columns)
+    total = len(rows)
+    stored = model.stored if isinstance(model, Model) else find(model)
+    objective = objective_of(stored)
+    check_shapes(rows, objective)
+
+    def done(count: int) -> None:
+        on_progress(count, total)
+
+    started = time.monotonic()
+    if objective.reads:
+        predictor = model.opened if isinstance(model, Model) else Predictor.open(stored)
+        assert isinstance(predictor, Predictor)
+        started = time.monotonic()
+        predicted = predictor.scores(rows, done, long_rows)
+        records = predicted.answers
+        if rows[0].reply is None:
+            records = [
+                {**row_input(row), "expected": _expected(row), **answer}
+                for row, answer in zip(predicted.measured.rows, records, strict=True)
+            ]
+        found = replace(predicted.evaluation(), records=records)
+    elif rows[0].reply is not None:
+        ranked = preference_scores(stored, rows, done, long_rows)
+        found = replace(ranked.evaluation(), records=ranked.answers)
+    elif all(row.text is not None for row in rows):
+        measured = perplexity(stored, rows).plain()
+        found = Evaluation(measured["scores"], total, [], tokens=measured["tokens"])
+    else:
+        check(rows, chosen)
+        writer = model if isinstance(model, Model) else load(model)
+        chosen = open_graders(chosen, total, note)
+        started = time.monotonic()
+        found = measure(writer.generator, rows, chosen, max_tokens, done, on_error, long_rows)
+        fields = ("prompt", "reply", "expected", "scores")
+        records = [{name: getattr(each, name) for name in fields} for each in found.answers]
+        found = replace(found, records=records)
+    return replace(found, seconds=time.monotonic() - started)
+
+
+def row_input(row: Row) -> dict[str, Any]:
+    """What a row gives a model that reads, ready for JSON."""
+    if row.prompt is not None:
+        return {"prompt": row.prompt, "completion": row.completion}
+    return {"tokens": list(row.tokens or ())} if row.text is None else {"text": row.text}
+
+
+def _expected(row: Row) -> Any:
+    """What a row says that the model should have answered."""
+    tags = None if row.tags is None else list(row.tags)
+    values = (tags, row.rating, row.label, row.positive)
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,282 @@
+"""What trains (``tune``, ``distil``, ``pretrain``, ``student``), and what is asked before it does.
+
+Fields of a recipe are keywords, with ``__`` for the dot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+    from luthier.engine.runs import Result
+    from luthier.engine.student import Student
+    from luthier.recipe import Recipe
+    from luthier.workflows.advise.facts import Goal
+    from luthier.workflows.advise.recommend import Advice
+    from luthier.workflows.distil.responses import Distilled
+    from luthier.workflows.estimate.estimate import Estimate
+
+
+def tune(
+    data: str | Path | Recipe,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> Result:
+    """Tune a base model and store the custom model.
+
+    Args:
+        data: a data file, a TOML recipe, or a :class:`~luthier.recipe.Recipe`.
+        resume: go on with an interrupted run of the same name and settings.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of the recipe by dotted name with ``__`` for the dot, for example
+            ``base="..."``, ``name="..."``, ``training__evaluate_every=50``, ``adaptation__rank=8``;
+            ``epochs``, ``batch_size``, ``learning_rate`` and ``seed`` need no ``training__``.
+
+    Returns:
+        Model id, folders, losses, time and memory of the finished run.
+
+    Raises:
+        RefusedInput: before any training, for data or settings that cannot work.
+    """
+    from luthier.engine.train import train
+
+    return train(recipe_of(data, fields), resume, reporter)
+
+
+def distil(
+    prompts: str | Path,
+    *,
+    teacher: str | None = None,
+    student: str | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> Distilled:
+    """Let a teacher answer prompts, and tune a student on the answers that are accepted.
+
+    Args:
+        prompts: a file of prompts or conversations, or a TOML recipe.
+        teacher: id of a local model, or ``https://host/v1#model`` for an OpenAI-compatible endpoint.
+        student: base or custom model that learns; the default base model when not given.
+        resume: go on with an interrupted distillation of the same name and settings.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of :class:`luthier.workflows.distil.recipe.DistilRecipe` with ``__`` for the
+            dot: those of :func:`tune`, and for example ``sampling__max_tokens=256`` or
+            ``insights__minimum=50``.
+
+    Returns:
+        The finished run of the student, and what the manifest says of the distillation.
+
+    Raises:
+        RefusedInput: for prompts or settings that cannot work, or too few accepted answers.
+        LuthierError: where the teacher cannot be reached; the answers so far are kept.
+    """
+    from luthier.asking.spec import address_fields
+    from luthier.recipe import assign
+    from luthier.workflows.distil import distil as run
+    from luthier.workflows.distil.recipe import DistilRecipe
+
+    plain = fields_of(prompts)
+    if isinstance(plain.get("teacher"), str):
+        plain["teacher"] = address_fields(plain["teacher"])
+    for key, value in (address_fields(teacher) if teacher else {}).items():
+        assign(plain, ["teacher", key], value)
+    if student is not None:
+        plain["base"] = student
+    assign_fields(plain, fields)
+    return run(DistilRecipe.parse(plain), resume, reporter)
+
+
+def pretrain(
+    data: str | Path | Sequence[str | Path],
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> Result:
+    """Train a tokenizer and a network from random weights on raw text; the result is a base model.
+
+    Args:
+        data: one file of raw text, several, or a TOML recipe.
+        resume: go on with an interrupted run of the same name and settings.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of :class:`luthier.pretraining.PretrainRecipe` with ``__`` for the dot, for
+            example ``name="..."`` (which it needs), ``network__size="10m"``, ``training__epochs=1``.
+
+    Returns:
+        Model id, folders, losses, time and memory of the finished run.
+
+    Raises:
+        RefusedInput: before any training, for text or settings that cannot work.
+    """
+    from luthier.engine.pretrain import pretrain as run
+    from luthier.pretraining import PretrainRecipe
+    from luthier.recipe import read_toml
+
+    paths = [Path(data)] if isinstance(data, str | Path) else [Path(path) for path in data]
+    one = len(paths) == 1 and paths[0].suffix == ".toml"
+    plain: dict[str, Any] = read_toml(paths[0]) if one else {"data": {"train": paths}}
+    assign_fields(plain, fields)
+    return run(PretrainRecipe.parse(plain), resume, reporter)
+
+
+def student(
+    teacher: str,
+    *,
+    name: str,
+    layers: int | None = None,
+    keep: Sequence[int] | None = None,
+    heads: int | None = None,
+    intermediate: int | None = None,
+    hidden: int | None = None,
+    reporter: Reporter | None = None,
+) -> Student:
+    """Make a smaller model of a teacher's own weights and store it; it has yet to be tuned.
+
+    Args:
+        teacher: id, local directory or hub id.
+        name: of the new custom model.
+        layers: how many, spread evenly over the teacher's; or ``keep``, their numbers from 0.
+        heads, intermediate, hidden: widths; see :class:`luthier.models.student.StudentShape`.
+        reporter: receives what will be cut; nothing is printed without one.
+
+    Raises:
+        RefusedInput: before any weight is read, for sizes, family, name or disk.
+    """
+    from luthier.engine.student import make_student
+    from luthier.models.student import StudentShape
+
+    kept = None if keep is None else tuple(keep)
+    shape = StudentShape(layers, kept, heads, intermediate, hidden)
+    return make_student(teacher, name, shape, reporter)
+
+
+def estimate(
+    data: str | Path | Recipe, *, reporter: Reporter | None = None, **fields: Any
+) -> Estimate:
+    """Say how long a tuning will take, and its memory and disk, from a few real steps.
+
+    Args:
+        data: a data file, a TOML recipe, or a :class:`~luthier.recipe.Recipe`.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of the recipe, as of :func:`luthier.tune`.
+
+    Returns:
+        ``seconds``, ``memory``, ``disk`` and ``tokens``, each with ``value``, ``low`` and ``high``, the
+        parts of the time, and ``plain()`` for JSON.
+        :func:`luthier.workflows.estimate.budget.plan` says how much of it fits into a time.
+
+    Raises:
+        RefusedInput: as :func:`luthier.tune` does, for the same reasons.
+    """
+    from luthier.workflows.estimate.estimate import estimate as run
+
+    return run(recipe_of(data, fields), reporter)
+
+
+def advise(
+    data: str | Path,
+    *,
+    documents: Sequence[str | Path] = (),
+    goal: Goal = "quality",
+    max_minutes: float | None = None,
+    max_seconds: float | None = None,
+    max_megabytes: float | None = None,
+    trial: float = 60.0,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> Advice:
+    """Compare fine-tuning with prompting, search, distillation and the rest, tried on your rows.
+
+    Args:
+        data: a data file or a TOML recipe.
+        documents: sources of texts that answers should be true to.
+        goal: what matters most: ``quality``, ``cost``, ``latency``, ``knowledge`` or ``style``.
+        max_minutes: that training may take.
+        max_seconds: that an answer may take.
+        max_megabytes: that the model may have.
+        trial: seconds of training on trial; 0 trains nothing.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of the recipe, as of :func:`luthier.tune`.
+
+    Returns:
+        ``judgements`` of every technique, the ``recommendation`` with its reasons and commands, the
+        ``facts`` behind them, and ``plain()`` for JSON.
+
+    Raises:
+        RefusedInput: for a recipe or documents that cannot be.
+    """
+    from luthier.engine.metrics import Reporter
+    from luthier.workflows.advise import advise as run
+    from luthier.workflows.advise import command_of
+    from luthier.workflows.advise.facts import Wishes
+
+    recipe = recipe_of(data, fields)
+    dotted = {field_path(key): value for key, value in fields.items()}
+    command = command_of(str(data), dotted)
+    wishes = Wishes(goal, max_minutes, max_seconds, max_megabytes)
+    texts = [str(source) for source in documents]
+    return run(recipe, command, texts, wishes, trial, reporter or Reporter())
+
+
+def fields_of(data: str | Path) -> dict[str, Any]:
+    """Fields of a TOML recipe, or those of a recipe for data."""
+    from luthier.recipe import read_toml
+
+    text = str(data)
+    return read_toml(Path(text)) if text.endswith(".toml") else {"data": {"train": text}}
+
+
+def recipe_of(data: str | Path | Recipe, fields: Mapping[str, Any]) -> Recipe:
+    """The recipe of a data file, a TOML file or a recipe, with ``fields`` by dotted name (``__``).
+
+    Raises:
+        RecipeError: for a field that there is not, or fields beside a :class:`~luthier.recipe.Recipe`.
+    """
+    from luthier.recipe import Recipe
+
+    if isinstance(data, Recipe):
+        if fields:
+            raise RecipeError("a Recipe is complete; give no further fields beside it")
+        return data
+    plain = fields_of(data)
+    assign_fields(plain, fields)
+    return Recipe.parse(plain)
+
+
+SHORT_NAMES: Mapping[str, str] = {
+    "epochs": "training.epochs",
+    "batch_size": "training.batch_size",
+    "learning_rate": "training.learning_rate",
+    "seed": "training.seed",
+}
+"""Fields that may be given without their group, as on the command line."""
+
+
+def field_path(key: str) -> str:
+    """The dotted name of a field from a keyword: ``training__epochs``, or ``epochs`` for short."""
+    return SHORT_NAMES.get(key, key.replace("__", "."))
+
+
+def assign_fields(plain: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Set ``fields``, by keyword, in the plain values of a recipe.
+
+    Raises:
+        RecipeError: for a field that is given twice, in short and by its full name.
+    """
+    from luthier.recipe import assign
+
+    paths: dict[str, str] = {}
+    for key, value in fields.items():
+        path = field_path(key)
+        if path in paths:
+            raise RecipeError(f"{paths[path]} and {key} are the same field; give one")
+        paths[path] = key
+        assign(plain, path.split("."), value)
