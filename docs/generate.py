@@ -37,7 +37,7 @@ from luthier.pretraining import (
     PretrainTraining,
 )
 from luthier.recipe import DataSpec, MixSpec, Recipe, Training
-from luthier.workflows.capabilities import Verdict, family_table
+from luthier.workflows.capabilities import Capability, family_table
 from luthier.workflows.distil.insights import RULES as INSIGHT_RULES
 from luthier.workflows.distil.recipe import DistilRecipe, InsightSpec, TeacherSpec
 
@@ -313,7 +313,7 @@ def _support() -> list[str]:
     return lines
 
 
-def _cell(verdicts: list[Verdict], reasons: dict[str, None]) -> str:
+def _cell(verdicts: list[Capability], reasons: dict[str, None]) -> str:
     """All adaptations of one objective on one family."""
     refused = {v.adaptation: v.reason for v in verdicts if v.reason}
     reasons |= dict.fromkeys(refused.values())

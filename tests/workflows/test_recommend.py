@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from luthier.workflows.advise.evidence import Evidence, Technique, Tried
+from luthier.workflows.advise.evidence import Evidence, Technique, TechniqueResult
 from luthier.workflows.advise.facts import Facts, Wishes
 from luthier.workflows.advise.recommend import TECHNIQUES, Advice, advise, forgetting, overfitting
 
@@ -16,11 +16,11 @@ COMMAND = "luthier tune rows.jsonl"
 
 def tried(
     technique: Technique, name: str, score: float | None, loss: float | None, tokens: float = 50
-) -> Tried:
-    return Tried(technique, name, loss, score, tokens, 0.1)
+) -> TechniqueResult:
+    return TechniqueResult(technique, name, loss, score, tokens, 0.1)
 
 
-def evidence(*ways: Tried, steps: int = 80, held: int = 40) -> Evidence:
+def evidence(*ways: TechniqueResult, steps: int = 80, held: int = 40) -> Evidence:
     return Evidence(held, list(ways), steps, 100)
 
 

@@ -32,7 +32,7 @@ from luthier.store.object_rows import UPLOADS
 from luthier.store.objects import Objects
 from luthier.store.uploaded_files import UploadedFiles
 from luthier.store.uploads import Uploads
-from luthier.workflows.distil.journal import forget, written_for
+from luthier.workflows.distil.journal import forget, lines_of_runs
 
 Models = Literal["refuse", "keep", "delete"]
 REMOVED = "(removed with the training data)"
@@ -300,7 +300,7 @@ def _items(traces: Traces, asked: Asked) -> Iterator[Item]:
             for name in model_files(str(job.result["stored_id"])):
                 yield _file("model", luthier_home() / name)
     runs = {run_name(job.id) for job in _touched(traces, asked)}
-    for path, size, digest in written_for(asked.account, runs):
+    for path, size, digest in lines_of_runs(asked.account, runs):
         yield Item("answers", path.relative_to(luthier_home()).as_posix(), size, digest)
 
 

@@ -33,7 +33,7 @@ Config = Callable[[Head], Any]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Capability:
     """One objective with one adaptation on one network."""
 
     objective: str
@@ -55,7 +55,7 @@ class Capabilities:
     """Whether its files are on this machine; what is not here is judged by the catalogue."""
     available: int
     """Bytes of memory that are free."""
-    verdicts: list[Verdict]
+    verdicts: list[Capability]
 
 
 def capabilities(model_id: str) -> Capabilities:
@@ -83,12 +83,12 @@ def capabilities(model_id: str) -> Capabilities:
     return Capabilities(model_id, here, available, judged)
 
 
-def table(config: Config, chat: ChatFormat, size: int) -> list[Verdict]:
+def table(config: Config, chat: ChatFormat, size: int) -> list[Capability]:
     """Each objective with each adaptation on a network; ``size`` is the bytes of a number.
 
     Networks differ by the task of their head alone, so each is drawn once for all objectives of a task.
     """
-    drawn: dict[tuple[Any, ...], Verdict] = {}
+    drawn: dict[tuple[Any, ...], Capability] = {}
     found = []
     for kind in OBJECTIVES.values():
         objective = default_objective(kind)
@@ -96,11 +96,11 @@ def table(config: Config, chat: ChatFormat, size: int) -> list[Verdict]:
         for name, adaptation in ADAPTATIONS.items():
             key = (objective.task, objective.refers, name)
             if not refused and key not in drawn:
-                drawn[key] = _drawn(config, objective, adaptation.model_validate({}), size)
+                drawn[key] = _capability(config, objective, adaptation.model_validate({}), size)
             found.append(
                 replace(drawn[key], objective=objective.method)
                 if not refused
-                else Verdict(objective.method, name, refused)
+                else Capability(objective.method, name, refused)
             )
     return found
 
@@ -118,17 +118,19 @@ def _refusal(objective: Objective, chat: ChatFormat) -> str:
     return ""
 
 
-def _drawn(config: Config, objective: Objective, adaptation: Adaptation, size: int) -> Verdict:
+def _capability(
+    config: Config, objective: Objective, adaptation: Adaptation, size: int
+) -> Capability:
     plain = objective.task in ("causal_lm", "masked_lm")
     head = Head(objective.task, () if plain else ("a", "b"))
     try:
         memory = sketched(config(head), objective, adaptation, size, head).memory
     except RefusedInput as error:
-        return Verdict(objective.method, adaptation.method, str(error))
-    return Verdict(objective.method, adaptation.method, "", memory.peak(SMALLEST_BUDGET))
+        return Capability(objective.method, adaptation.method, str(error))
+    return Capability(objective.method, adaptation.method, "", memory.peak(SMALLEST_BUDGET))
 
 
-def family_table(family: str) -> list[Verdict]:
+def family_table(family: str) -> list[Capability]:
     """The same for a family of networks of transformers' default size, and ours."""
     from transformers import AutoConfig
 

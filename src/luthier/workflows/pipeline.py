@@ -59,7 +59,7 @@ class StageSpec(Part):
     @field_validator("name")
     @classmethod
     def _name(cls, name: str) -> str:
-        return _checked(name)
+        return _check_name(name)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class PipelineSpec(Part):
     @field_validator("name")
     @classmethod
     def _name(cls, name: str) -> str:
-        return _checked(name)
+        return _check_name(name)
 
     @model_validator(mode="after")
     def _distinct(self) -> PipelineSpec:
@@ -211,7 +211,7 @@ def _stage(spec: PipelineSpec, each: StageSpec, before: list[Stage]) -> Stage:
         fields[kind.start] = before[-1].model_id if before else spec.base
     needed: list[str] = []
     known = {stage.name: stage.model_id for stage in before}
-    fields = _resolved(fields, each.name, known, needed)
+    fields = _resolve_stages(fields, each.name, known, needed)
     if kind.start and fields[kind.start] in known.values():
         needed.append(str(fields[kind.start]))
     fields["name"] = name = f"{spec.name}-{each.name}"
@@ -233,12 +233,12 @@ def _root(start: str, before: list[Stage]) -> str:
     return start if start in CATALOG else short_name(find(start).root)
 
 
-def _resolved(value: Any, stage: str, known: Mapping[str, str], needed: list[str]) -> Any:
+def _resolve_stages(value: Any, stage: str, known: Mapping[str, str], needed: list[str]) -> Any:
     """``value`` with the ids of models for ``stage:NAME``; those ids join ``needed``."""
     if isinstance(value, Mapping):
-        return {key: _resolved(item, stage, known, needed) for key, item in value.items()}
+        return {key: _resolve_stages(item, stage, known, needed) for key, item in value.items()}
     if isinstance(value, list):
-        return [_resolved(item, stage, known, needed) for item in value]
+        return [_resolve_stages(item, stage, known, needed) for item in value]
     if not (isinstance(value, str) and value.startswith(REFERENCE)):
         return value
     name = value.removeprefix(REFERENCE)
@@ -346,7 +346,7 @@ def _manifest(model_id: str) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _checked(name: str) -> str:
+def _check_name(name: str) -> str:
     if not NAME_PATTERN.fullmatch(name):
         raise ValueError("use 1-63 lower-case letters, digits, '.', '_' and '-'")
     return name

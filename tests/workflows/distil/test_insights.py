@@ -16,11 +16,11 @@ from luthier.workflows.distil.insights import (
     RULES,
     Insight,
     check_grader,
-    judged,
-    repeated,
+    grade_answers,
+    judge_answer,
+    reject_prompts,
+    repetition_warning,
     summary,
-    unasked,
-    weighed,
 )
 from luthier.workflows.distil.recipe import InsightSpec
 
@@ -36,9 +36,9 @@ def rule_of(
         return "too much" if len(answer) > room else ""
 
     asked = InsightSpec(**spec)
-    found = [judged(row(expected=wanted), outcome, asked, overflow)]
+    found = [judge_answer(row(expected=wanted), outcome, asked, overflow)]
     if asked.grader is not None:
-        found = weighed(found, asked.grader, asked.threshold)
+        found = grade_answers(found, asked.grader, asked.threshold)
     return found[0].rule
 
 
@@ -132,7 +132,7 @@ def test_a_score_that_is_not_a_number_is_rejected() -> None:
 def test_copies_and_long_prompts_are_not_asked() -> None:
     talk = (Message("user", "b"), Message("assistant", "c"), Message("user", "d"))
     rows = [row(1, "a"), row(2, "b"), row(3, "a "), Row("f", 4, messages=talk), row(5, "x" * 9)]
-    found = unasked(rows, InsightSpec(longest_prompt=8))
+    found = reject_prompts(rows, InsightSpec(longest_prompt=8))
     assert {index: insight.rule for index, insight in found.items()} == {
         2: "prompt.duplicate",
         4: "prompt.too_long",
@@ -157,7 +157,7 @@ def test_the_summary_counts() -> None:
 def test_one_answer_to_many_prompts_is_only_a_warning() -> None:
     same = [Insight(row(n), "I see.") for n in range(3)]
     others = [Insight(row(n), f"answer {n}") for n in range(30)]
-    assert "3 of 13" in repeated([*same, *others[:10]])
-    assert repeated([*same, *others]) == ""
-    assert repeated([*same[:2], *others[:3]]) == ""
-    assert repeated([]) == ""
+    assert "3 of 13" in repetition_warning([*same, *others[:10]])
+    assert repetition_warning([*same, *others]) == ""
+    assert repetition_warning([*same[:2], *others[:3]]) == ""
+    assert repetition_warning([]) == ""

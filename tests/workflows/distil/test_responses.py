@@ -158,11 +158,15 @@ def test_a_judge_sorts_the_answers_many_at_once(prompts: Path, distil: Any, endp
     found = distil(prompts, reporter=told, insights__grader=judge)
     assert found.details["insights"]["rules"] == {"grader.score": 1}
     assert "the judge will be asked for 13 verdicts at most" in told.notes
-    judged = [body for body in endpoint.bodies if body["model"] == "wise"]
+    judge_answer = [body for body in endpoint.bodies if body["model"] == "wise"]
     # Another run sorts the same answers by the verdicts that are there already.
     again = distil(prompts, insights__grader=judge, name="again")
     assert again.details["insights"]["rules"] == {"grader.score": 1}
-    assert len([body for body in endpoint.bodies if body["model"] == "wise"]) == len(judged) == 13
+    assert (
+        len([body for body in endpoint.bodies if body["model"] == "wise"])
+        == len(judge_answer)
+        == 13
+    )
     assert endpoint.most_at_once > 1
     line = lines(folder_of("s") / "insights.jsonl")[7]
     assert (line["accepted"], line["reason"]) == (False, "judge 0.111111, 0.5 is needed")

@@ -21,8 +21,14 @@ from luthier.errors import DataError
 from luthier.files import read_json
 from luthier.recipe import Recipe
 from luthier.workflows.estimate import estimate as module
-from luthier.workflows.estimate.estimate import Interval, Line, _checkpoints, estimate, measurements
-from luthier.workflows.estimate.history import LEAST, Past, correction, past, summary
+from luthier.workflows.estimate.estimate import (
+    FittedLine,
+    Interval,
+    _checkpoints,
+    estimate,
+    measurements,
+)
+from luthier.workflows.estimate.history import LEAST, PastRun, correction, past, summary
 from luthier.workflows.estimate.trial import BATCHES
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "my", "card"]
@@ -211,8 +217,8 @@ def test_checkpoints_are_counted_by_the_rules_of_the_engine(
     assert abs(_checkpoints(seconds, steps, cost) - written) <= 1 + 0.05 * written
 
 
-def run(seconds: float, raw: float, estimated: float | None = None) -> Past:
-    return Past("m", "here", estimated or raw, seconds, 1e9, 1.2e9, raw, 1e9)
+def run(seconds: float, raw: float, estimated: float | None = None) -> PastRun:
+    return PastRun("m", "here", estimated or raw, seconds, 1e9, 1.2e9, raw, 1e9)
 
 
 def test_a_history_corrects_by_its_median_once_it_is_long_enough() -> None:
@@ -297,7 +303,7 @@ def test_errors_that_have_nothing_to_do_with_each_other_add_as_squares() -> None
 
 def test_a_line_through_exact_points_gives_the_exact_total() -> None:
     tokens = [100.0, 200.0, 400.0, 700.0]
-    line = Line.through(tokens, [0.5 + 0.01 * x for x in tokens])
+    line = FittedLine.through(tokens, [0.5 + 0.01 * x for x in tokens])
     run = [150.0, 250.0, 1000.0]
     total = line.total(run, 3)
     assert total.value == pytest.approx(sum(0.5 + 0.01 * x for x in run))
@@ -317,7 +323,7 @@ def test_a_line_through_exact_points_gives_the_exact_total() -> None:
 def test_no_part_of_a_line_is_negative_and_a_mean_run_takes_about_the_mean(
     tokens: list[float], seconds: list[float]
 ) -> None:
-    line = Line.through(tokens, seconds)
+    line = FittedLine.through(tokens, seconds)
     assert line.slope >= 0 and line.intercept >= 0
     value = line.total(tokens, len(tokens))
     assert value.value == pytest.approx(sum(seconds), rel=0.15)
@@ -331,7 +337,7 @@ def test_nine_of_ten_runs_are_inside_the_interval() -> None:
         tokens = draw.uniform(200, 1200, 60)
         seconds = 0.2 + 0.002 * tokens + draw.normal(0, 0.15, 60)
         tried = draw.choice(60, 5, replace=False)
-        total = Line.through(tokens[tried].tolist(), seconds[tried].tolist()).total(
+        total = FittedLine.through(tokens[tried].tolist(), seconds[tried].tolist()).total(
             tokens.tolist(), 60
         )
         inside += total.low <= seconds.sum() <= total.high

@@ -47,7 +47,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Tried:
+class TechniqueResult:
     """One way, measured."""
 
     technique: Technique
@@ -73,18 +73,18 @@ class Evidence:
     """All that was tried, on ``held`` rows."""
 
     held: int
-    tried: list[Tried]
+    tried: list[TechniqueResult]
     steps: int = 0
     """Optimizer steps of the trial of fine-tuning, of ``all_steps``."""
     all_steps: int = 0
     left_out: tuple[str, ...] = ()
     """What could not be tried, with the reason."""
 
-    def of(self, *techniques: Technique) -> list[Tried]:
+    def of(self, *techniques: Technique) -> list[TechniqueResult]:
         """What was tried of some techniques."""
         return [each for each in self.tried if each.technique in techniques]
 
-    def best(self, *techniques: Technique) -> Tried | None:
+    def best(self, *techniques: Technique) -> TechniqueResult | None:
         """The best of some techniques: by right answers where all have them, else by loss."""
         found = [each for each in self.of(*techniques) if not each.constant]
         scored = [each for each in found if each.score is not None]
@@ -183,7 +183,7 @@ class _Answers:
         self.asking = Prompting(network, job.chat, _context(job))
         self.left_out: list[str] = []
 
-    def untrained(self, note: Callable[[str], None]) -> list[Tried]:
+    def untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
         """As it is, with examples, with the nearest ones, with documents."""
         shown = few_shot(self.train, EXAMPLES, SEED)
         nearest = retrieved(self.held, self.train, EXAMPLES)
@@ -201,16 +201,16 @@ class _Answers:
             if prompted is None:
                 self.left_out.append(f"{name}: no question fits into the context with them")
                 continue
-            found.append(_tried(technique, prompted))
-            note(_said(found[-1]))
+            found.append(_attempt_of(technique, prompted))
+            note(_attempt_text(found[-1]))
         return found
 
-    def trained(self, name: str) -> Tried:
+    def trained(self, name: str) -> TechniqueResult:
         """Asked as it is, once trained."""
         found = self.asking.measure(name, self.held, [[] for _ in self.held])
         if found is None:
             raise LuthierError("no held-out row fits into the model's context")
-        return _tried("fine-tuning", found)
+        return _attempt_of("fine-tuning", found)
 
 
 class _Labels:
@@ -222,7 +222,7 @@ class _Labels:
         self.network, self.job, self.train, self.held = network, job, train, held
         self.left_out: list[str] = []
 
-    def untrained(self, note: Callable[[str], None]) -> list[Tried]:
+    def untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
         """The baselines that go with such rows; their seconds are for each row that was read."""
         from luthier.engine.comparison import fit_baselines
         from luthier.evaluation.baselines import ComparedRows
@@ -246,8 +246,10 @@ class _Labels:
             technique: Technique = "as it is" if each.constant else "simple baselines"
             seconds = each.seconds / (compared.train_rows + compared.rows)
             values = _loss_and_score(compared.measure, each.score)
-            found.append(Tried(technique, each.name, *values, self._tokens, seconds, each.constant))
-            note(_said(found[-1]))
+            found.append(
+                TechniqueResult(technique, each.name, *values, self._tokens, seconds, each.constant)
+            )
+            note(_attempt_text(found[-1]))
         return found
 
     @property
@@ -255,7 +257,7 @@ class _Labels:
         """Tokens of a row, roughly."""
         return sum(len(row.text or "") for row in self.held) / 4 / len(self.held)
 
-    def trained(self, name: str) -> Tried:
+    def trained(self, name: str) -> TechniqueResult:
         """The head's own labels."""
         from luthier.serving.prediction import Predictor
 
@@ -265,7 +267,7 @@ class _Labels:
         scores = predictor.scores(self.held).scores
         seconds = (time.perf_counter() - began) / len(self.held)
         values = _loss_and_score(*next(iter(scores.items())))
-        return Tried("fine-tuning", name, *values, self._tokens, seconds)
+        return TechniqueResult("fine-tuning", name, *values, self._tokens, seconds)
 
 
 def _context(job: Job) -> int:
@@ -275,15 +277,17 @@ def _context(job: Job) -> int:
     return room_of(job.base) - job.recipe.adaptation.added_tokens
 
 
-def _tried(technique: Technique, found: Prompted) -> Tried:
-    return Tried(technique, found.name, found.loss, found.exact, found.prompt_tokens, found.seconds)
+def _attempt_of(technique: Technique, found: Prompted) -> TechniqueResult:
+    return TechniqueResult(
+        technique, found.name, found.loss, found.exact, found.prompt_tokens, found.seconds
+    )
 
 
 def _loss_and_score(measure: str, value: float) -> tuple[float | None, float | None]:
     return (value, None) if measure == "mean_absolute_error" else (None, value)
 
 
-def _said(each: Tried) -> str:
+def _attempt_text(each: TechniqueResult) -> str:
     parts = [] if each.score is None else [f"{each.score:.0%} right"]
     parts += [] if each.loss is None else [f"loss {each.loss:.3f}"]
     return f"{each.name}: {', '.join(parts)}; {each.prompt_tokens:,.0f} tokens read for an answer"

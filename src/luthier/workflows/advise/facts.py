@@ -139,19 +139,19 @@ def collect(
     recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
     chat = store.chat_format(base)
-    report = _inspected(recipe, reporter)
+    report = _inspect(recipe, reporter)
     refused = _rules(report, "error")
     rows = _rows(recipe, refused)
     shape = shape_of(rows[0])
     if recipe.objective is None and shape != "prompt_only":
         recipe = recipe.model_copy(update={"objective": objective_for(rows[0], chat)})
-    model = _model(recipe, base, rows, chat)
+    model = _model_facts(recipe, base, rows, chat)
     estimate: Estimate | None = None
     evidence: Evidence | None = None
     if not refused and shape != "prompt_only":
         estimate = _estimate(recipe, reporter)
         if shape in TRIED:
-            evidence = _tried(recipe, rows, documents, seconds, reporter)
+            evidence = _try_techniques(recipe, rows, documents, seconds, reporter)
     learning: Any = report.summaries.get("learning", {})
     tokens = learning.get("splits", {}).get("train", {})
     learned = int(tokens.get("learned_tokens", 0))
@@ -178,7 +178,7 @@ def collect(
     )
 
 
-def _inspected(recipe: Recipe, reporter: Reporter) -> Report:
+def _inspect(recipe: Recipe, reporter: Reporter) -> Report:
     from luthier.gate import inspect as gate
 
     reporter.stage("Inspecting the data")
@@ -222,7 +222,9 @@ def _rows(recipe: Recipe, refused: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _model(recipe: Recipe, base: StoredModel, rows: Sequence[Row], chat: ChatFormat) -> _Model:
+def _model_facts(
+    recipe: Recipe, base: StoredModel, rows: Sequence[Row], chat: ChatFormat
+) -> _Model:
     """Sizes of the network with its adaptation, on the meta device."""
     import torch
 
@@ -259,7 +261,7 @@ def _estimate(recipe: Recipe, reporter: Reporter) -> Estimate | None:
         return None
 
 
-def _tried(
+def _try_techniques(
     recipe: Recipe,
     rows: Sequence[Row],
     documents: Sequence[str],
@@ -267,7 +269,7 @@ def _tried(
     reporter: Reporter,
 ) -> Evidence | None:
     """Some rows are kept for asking, the others are what everything may learn from."""
-    train, held = _parted(recipe, rows)
+    train, held = _split_rows(recipe, rows)
     if len(held) < FEWEST or len(train) < FEWEST:
         reporter.note("nothing was tried: there are too few rows to keep some apart")
         return None
@@ -322,7 +324,7 @@ class SubsetReporter(Reporter):
         self.reporter.recorded(line, steps)
 
 
-def _parted(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
+def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
     """Rows to learn from, and rows to ask: near-duplicates of these are not learned from."""
     from luthier.data.rows import read_rows
     from luthier.data.splitting import split_rows, strata_of

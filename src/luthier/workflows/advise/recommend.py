@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from luthier.evaluation.significance import differ
-from luthier.workflows.advise.evidence import Tried
+from luthier.workflows.advise.evidence import TechniqueResult
 from luthier.workflows.advise.facts import Facts
 
 Fit = Literal["yes", "perhaps", "no"]
@@ -361,11 +361,11 @@ def _without_training(facts: Facts) -> tuple[str, list[str]]:
     if best.score is not None and best.score >= SURE and not (gain > 0 and sure):
         return best.technique, [f"{best.name}: {best.score:.1%} right without training"]
     if not tuned:
-        return "", [f"without training the best is {_said(best)}"]
+        return "", [f"without training the best is {_scores_text(best)}"]
     share = evidence.steps / max(1, evidence.all_steps)
     said = (
-        f"after {evidence.steps:,} of {evidence.all_steps:,} steps {_said(tuned)}; without training "
-        f"the best is {best.name} with {_said(best)}"
+        f"after {evidence.steps:,} of {evidence.all_steps:,} steps {_scores_text(tuned)}; without "
+        f"training the best is {best.name} with {_scores_text(best)}"
     )
     if gain > 0:
         unsure = [] if sure else ["the difference is within the noise of so few rows"]
@@ -382,7 +382,7 @@ def _without_training(facts: Facts) -> tuple[str, list[str]]:
     return best.technique, [said]
 
 
-def _gain(tuned: Tried, best: Tried, held: int) -> tuple[float, bool]:
+def _gain(tuned: TechniqueResult, best: TechniqueResult, held: int) -> tuple[float, bool]:
     """How much better the tuned one is, and whether that is more than noise."""
     if tuned.score is not None and best.score is not None:
         return tuned.score - best.score, differ(tuned.score, best.score, held)
@@ -392,7 +392,7 @@ def _gain(tuned: Tried, best: Tried, held: int) -> tuple[float, bool]:
     return (gain if gain > MARGIN else 0.0), gain > MARGIN
 
 
-def _said(each: Tried) -> str:
+def _scores_text(each: TechniqueResult) -> str:
     parts = [] if each.score is None else [f"{each.score:.0%} right"]
     parts += [] if each.loss is None else [f"a loss of {each.loss:.2f}"]
     return ", ".join(parts)

@@ -46,7 +46,7 @@ def by_objective(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Dist
     """Train the student with the objective of ``recipe.method``, the teacher beside it."""
     objective = _objective(recipe)
     recipe = recipe.model_copy(update={"objective": objective})
-    if _bare(recipe, objective):
+    if _has_bare_prompts(recipe, objective):
         return by_responses(recipe, resume, reporter)
     from luthier.engine.train import train
 
@@ -77,7 +77,7 @@ def _objective(recipe: DistilRecipe) -> Objective:
     return OBJECTIVES[name].model_validate(fields)
 
 
-def _bare(recipe: DistilRecipe, objective: Objective) -> bool:
+def _has_bare_prompts(recipe: DistilRecipe, objective: Objective) -> bool:
     """Whether the rows are prompts, and what is learned are replies."""
     if "prompt" not in objective.shapes:
         return False

@@ -1,7 +1,7 @@
 """Prompt insights: which prompts and answers the student learns from, and why not from the others.
 
 The name and the idea are Amazon Bedrock's; the rules are our own. Every rule is a plain check that can
-be repeated by eye; ``answer.refusal`` is a heuristic on English phrases, and misses others.
+be repetition_warning by eye; ``answer.refusal`` is a heuristic on English phrases, and misses others.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Insight:
 
 
 @dataclass(frozen=True)
-class Summary:
+class InsightSummary:
     """Counts over all prompts."""
 
     prompts: int
@@ -104,7 +104,7 @@ def _answer(row: Row, reply: str) -> Answer:
     return Answer(messages_of(row), reply, row.expected, row)
 
 
-def unasked(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]:
+def reject_prompts(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]:
     """Rows that are rejected before anybody is asked, by their index."""
     found: dict[int, Insight] = {}
     line_of: dict[Any, int] = {}
@@ -119,7 +119,7 @@ def unasked(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]:
     return found
 
 
-def judged(
+def judge_answer(
     row: Row, outcome: Reply | Failure, spec: InsightSpec, overflow: Callable[[Row, str], str]
 ) -> Insight:
     """What an answer is worth before it is graded. ``overflow`` says what does not fit the student."""
@@ -132,7 +132,7 @@ def judged(
     return Insight(row, answer, rule, reason)
 
 
-def weighed(insights: Sequence[Insight], grader: Grader, threshold: float) -> list[Insight]:
+def grade_answers(insights: Sequence[Insight], grader: Grader, threshold: float) -> list[Insight]:
     """``insights`` in which ``grader`` rejects some of the answers that were accepted, all at once.
 
     Raises:
@@ -155,14 +155,14 @@ def weighed(insights: Sequence[Insight], grader: Grader, threshold: float) -> li
     return found
 
 
-def summary(insights: Sequence[Insight]) -> Summary:
+def summary(insights: Sequence[Insight]) -> InsightSummary:
     """Count them."""
     rules = Counter(insight.rule for insight in insights if insight.rule)
     rejected = sum(rules.values())
-    return Summary(len(insights), len(insights) - rejected, dict(rules.most_common()))
+    return InsightSummary(len(insights), len(insights) - rejected, dict(rules.most_common()))
 
 
-def repeated(insights: Sequence[Insight]) -> str:
+def repetition_warning(insights: Sequence[Insight]) -> str:
     """A warning where one answer is given to many prompts; else empty."""
     answers = Counter(each.answer for each in insights if each.rule is None)
     if not answers:

@@ -77,7 +77,7 @@ def journals(account: str | None) -> Path:
     return folder / account if account else folder
 
 
-def written_for(account: str, runs: Collection[str]) -> Iterator[tuple[Path, int, str]]:
+def lines_of_runs(account: str, runs: Collection[str]) -> Iterator[tuple[Path, int, str]]:
     """What ``runs`` of an account asked first: by journal, bytes and SHA-256 of these lines."""
     for path in sorted(journals(account).glob("*.jsonl")):
         digest, size = hashlib.sha256(), 0
@@ -182,7 +182,7 @@ AT_ONCE = 64
 """Verdicts that are asked for before they are written down; a kill loses as many at most."""
 
 
-def journaled(write: Writer, judge: AskedModel, sampling: Asking) -> Writer:
+def journal_verdicts(write: Writer, judge: AskedModel, sampling: Asking) -> Writer:
     """``write`` with its answers in the journal of the judge, which is asked what is not there."""
     identity, settings = _identity(judge), sampling.model_dump(mode="json")
     path = journal_path(identity, f"judge-{judge.model}")

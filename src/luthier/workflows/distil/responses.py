@@ -40,15 +40,21 @@ from luthier.store.models import StoredModel, chat_format, find, room_of, short_
 from luthier.types import Message, Row
 from luthier.workflows.distil.insights import (
     Insight,
-    Summary,
+    InsightSummary,
     check_grader,
-    judged,
-    repeated,
+    grade_answers,
+    judge_answer,
+    reject_prompts,
+    repetition_warning,
     summary,
-    unasked,
-    weighed,
 )
-from luthier.workflows.distil.journal import Journal, digest_of, journal_path, journaled, key_of
+from luthier.workflows.distil.journal import (
+    Journal,
+    digest_of,
+    journal_path,
+    journal_verdicts,
+    key_of,
+)
 from luthier.workflows.distil.recipe import DistilRecipe, TeacherSpec
 
 if TYPE_CHECKING:
@@ -87,27 +93,27 @@ class _Responses:
     def run(self, resume: bool) -> Distilled:
         """Everything, in the order that refuses earliest."""
         try:
-            rows, teacher = self._checked(resume)
+            rows, teacher = self._check(resume)
         except BaseException:
             if not (self.folder / _REQUEST).exists():
                 remove(self.folder)
             raise
         try:
-            return self._taught(rows, teacher, resume)
+            return self._ask_and_train(rows, teacher, resume)
         except RefusedInput:
             # The name is free for a better try; what was answered stays in the journal.
             if self.training.recorded("recipe") is None:
                 (self.folder / _REQUEST).unlink()
             raise
 
-    def _checked(self, resume: bool) -> tuple[list[Row], Answerer]:
+    def _check(self, resume: bool) -> tuple[list[Row], Answerer]:
         """All that can be refused before anybody is asked."""
         self.reporter.stage("Checking the prompts")
         rows = self._prompts()
         weights = _check_student(self.recipe, self.student)
         teacher = teacher_of(self.recipe.teacher, self.reporter.stage)
-        self.graders = self._graders(len(rows) - len(unasked(rows, self.recipe.insights)))
-        self._begin(teacher, resume)
+        self.graders = self._graders(len(rows) - len(reject_prompts(rows, self.recipe.insights)))
+        self._claim_name(teacher, resume)
         if teacher.weights is not None and weights > teacher.weights:
             self.reporter.note(
                 f"warning: the student is larger than its teacher ({weights:,} weights, and "
@@ -115,14 +121,14 @@ class _Responses:
             )
         return rows, teacher
 
-    def _taught(self, rows: Sequence[Row], teacher: Answerer, resume: bool) -> Distilled:
+    def _ask_and_train(self, rows: Sequence[Row], teacher: Answerer, resume: bool) -> Distilled:
         """Ask, sort, train."""
-        insights = self._judged(rows, self._answers(rows, teacher))
+        insights = self._judge(rows, self._answers(rows, teacher))
         found = summary(insights)
         self._write(INSIGHTS, [insight.plain() for insight in insights])
         for line in found.lines:
             self.reporter.note(line)
-        if warning := repeated(insights):
+        if warning := repetition_warning(insights):
             self.reporter.note(f"warning: {warning}")
         self._check_enough(found)
         self._write(ANSWERS, [_pair(each) for each in insights if each.rule is None])
@@ -140,7 +146,7 @@ class _Responses:
             )
         return rows
 
-    def _begin(self, teacher: Answerer, resume: bool) -> None:
+    def _claim_name(self, teacher: Answerer, resume: bool) -> None:
         """Claim the name, or see that the same was asked for before."""
         plain = self.recipe.plain()
         # How it is asked may change while it goes on; what is asked may not.
@@ -169,7 +175,7 @@ class _Responses:
     def _answers(self, rows: Sequence[Row], teacher: Answerer) -> dict[int, Reply | Failure]:
         """The outcome for each row by its index, asking only what no run has asked before."""
         sampling, reporter = self.recipe.sampling, self.reporter
-        skip = unasked(rows, self.recipe.insights)
+        skip = reject_prompts(rows, self.recipe.insights)
         settings = sampling.model_dump(mode="json")
         keys = {
             index: key_of(teacher.identity, messages_of(row), settings)
@@ -201,17 +207,17 @@ class _Responses:
                 teacher.ask(asked, sampling, done, reporter.note)
             return known
 
-    def _judged(self, rows: Sequence[Row], outcomes: dict[int, Reply | Failure]) -> list[Insight]:
+    def _judge(self, rows: Sequence[Row], outcomes: dict[int, Reply | Failure]) -> list[Insight]:
         """What becomes of each row, in the order of the file."""
         spec, overflow = self.recipe.insights, self._overflow()
-        skip = unasked(rows, spec)
+        skip = reject_prompts(rows, spec)
         found = [
-            skip[index] if index in skip else judged(row, outcomes[index], spec, overflow)
+            skip[index] if index in skip else judge_answer(row, outcomes[index], spec, overflow)
             for index, row in enumerate(rows)
         ]
         for grader in self.graders.values():
             self.reporter.stage(f"Grading {sum(each.rule is None for each in found):,} answers")
-            found = weighed(found, grader, spec.threshold)
+            found = grade_answers(found, grader, spec.threshold)
         self.graders = {}  # frees a judge of this machine before the student trains
         return found
 
@@ -221,7 +227,7 @@ class _Responses:
 
         grader = self.recipe.insights.grader
         given = {} if grader is None else {grader.method: grader}
-        return open_graders(given, answers, self.reporter.note, journaled)
+        return open_graders(given, answers, self.reporter.note, journal_verdicts)
 
     def _overflow(self) -> Callable[[Row, str], str]:
         """Says what of a prompt and its answer the student's context does not hold."""
@@ -241,7 +247,7 @@ class _Responses:
 
         return overflow
 
-    def _check_enough(self, found: Summary) -> None:
+    def _check_enough(self, found: InsightSummary) -> None:
         least = self.recipe.insights.minimum
         if found.accepted >= least:
             return
@@ -259,7 +265,7 @@ class _Responses:
             "are kept and will not be asked for again"
         )
 
-    def _lineage(self, teacher: Answerer, found: Summary) -> dict[str, Any]:
+    def _lineage(self, teacher: Answerer, found: InsightSummary) -> dict[str, Any]:
         return {
             "method": self.recipe.method,
             "teacher": dict(teacher.identity),

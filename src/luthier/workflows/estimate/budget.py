@@ -93,7 +93,7 @@ _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """What fits into ``seconds``; nine times out of ten, by the upper end of the estimate."""
 
     seconds: float
@@ -113,7 +113,7 @@ class Plan:
     """Seconds that a run of one step takes at most."""
 
 
-def plan(found: Estimate, seconds: float) -> Plan:
+def plan(found: Estimate, seconds: float) -> BudgetPlan:
     """How many steps of the job fit into ``seconds``.
 
     Reading, loading and storing take their time whatever is trained; measurements and checkpoints go
@@ -125,7 +125,7 @@ def plan(found: Estimate, seconds: float) -> Plan:
     # A hair of tolerance: the time that is needed is enough.
     steps = min(found.steps, int((seconds - fixed) / per_step + 1e-6)) if seconds > fixed else 0
     share = steps / found.steps
-    return Plan(
+    return BudgetPlan(
         seconds=seconds,
         needed=found.seconds.high,
         fits=seconds >= found.seconds.high,
@@ -137,7 +137,7 @@ def plan(found: Estimate, seconds: float) -> Plan:
     )
 
 
-def advice(planned: Plan, asked: float) -> str:
+def advice(planned: BudgetPlan, asked: float) -> str:
     """What to type for a run that fits; ``asked`` are the passes of the whole job."""
     if planned.steps < 1:
         return (

@@ -15,8 +15,8 @@ from luthier.engine.actuals import PARTS, estimates_folder
 from luthier.engine.metrics import Reporter
 from luthier.files import write_json
 from luthier.recipe import Recipe
-from luthier.workflows.estimate.history import Correction, Past, correction, past
-from luthier.workflows.estimate.trial import Measured, Trial, measure
+from luthier.workflows.estimate.history import Correction, PastRun, correction, past
+from luthier.workflows.estimate.trial import Measurement, TrialRun, measure
 
 _T90 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
 """Student's t for a two-sided interval of 90 %, for 1 to 10 degrees of freedom."""
@@ -57,7 +57,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Line:
+class FittedLine:
     """Seconds of a step by its tokens: least squares through measured steps.
 
     Neither part is negative: a step that takes less the more tokens it has is noise.
@@ -73,7 +73,7 @@ class Line:
     """Sum of squared distances of the points' tokens from their mean."""
 
     @staticmethod
-    def through(tokens: Sequence[float], seconds: Sequence[float]) -> Line:
+    def through(tokens: Sequence[float], seconds: Sequence[float]) -> FittedLine:
         """Fit at least one point; without a spread of tokens, the mean is all that is known."""
         x, y = np.array(tokens, dtype=float), np.array(seconds, dtype=float)
         mean, spread = float(x.mean()), float(((x - x.mean()) ** 2).sum())
@@ -88,7 +88,7 @@ class Line:
         left = y - intercept - slope * x
         freedom = max(1, len(x) - 2)
         noise = math.sqrt(float((left**2).sum()) / freedom) if len(x) > 2 else 0.1 * float(y.mean())
-        return Line(intercept, slope, noise, len(x), mean, spread)
+        return FittedLine(intercept, slope, noise, len(x), mean, spread)
 
     def total(self, tokens: Sequence[float], steps: int) -> Interval:
         """Seconds of ``steps`` steps, of which ``tokens`` are a fair sample."""
@@ -173,7 +173,7 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
     return found
 
 
-def estimate_from(measured: Measured, runs: Sequence[Past] = ()) -> Estimate:
+def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estimate:
     """What ``measured`` and the history of the machine say of the whole run."""
     job, work, trial = measured.job, measured.work, measured.trial
     training = job.recipe.training
@@ -213,7 +213,7 @@ def estimate_from(measured: Measured, runs: Sequence[Past] = ()) -> Estimate:
     )
 
 
-def _parts(measured: Measured) -> dict[str, Interval]:
+def _parts(measured: Measurement) -> dict[str, Interval]:
     """Seconds of each part of the run."""
     once, trial = measured.seconds, measured.trial
     found = {name: Interval.around(once[name], COUNTED, COUNTED) for name in PARTS}
@@ -230,17 +230,17 @@ def _parts(measured: Measured) -> dict[str, Interval]:
     return found
 
 
-def _steps(measured: Measured) -> Interval:
+def _steps(measured: Measurement) -> Interval:
     """Warm steps by their tokens, and what each new size of a micro-batch costs once."""
     trial = measured.trial
     warm = [each for each in trial.tries if not each.first] or trial.tries[1:] or trial.tries
     tokens = [trial.batches[each.batch].tokens for each in warm]
-    line = Line.through(tokens, [each.seconds for each in warm])
+    line = FittedLine.through(tokens, [each.seconds for each in warm])
     found = line.total([step.tokens for step in measured.steps], measured.work.steps)
     return found + Interval.around(_new_sizes(measured), 0.5, 0.5)
 
 
-def _new_sizes(measured: Measured) -> float:
+def _new_sizes(measured: Measurement) -> float:
     """Seconds that go into making matrix kernels for sizes that were not there before."""
     trial = measured.trial
     first = {each.batch: each.seconds for each in trial.tries if each.first}
@@ -257,7 +257,7 @@ def measurements(steps: int, every: int | None) -> int:
     return 1 + steps // every + (steps % every > 0)
 
 
-def _validation(measured: Measured) -> float:
+def _validation(measured: Measurement) -> float:
     trial, job = measured.trial, measured.job
     if not trial.held_tokens:
         return 0.0
@@ -265,7 +265,7 @@ def _validation(measured: Measured) -> float:
     return one * measurements(measured.work.steps, job.recipe.training.evaluate_every)
 
 
-def _baselines(measured: Measured) -> Interval:
+def _baselines(measured: Measurement) -> Interval:
     """Seconds to read the rows once, for the states of the base model, and as long again to fit."""
     trial, job = measured.trial, measured.job
     most = job.recipe.training.baseline_seconds
@@ -287,15 +287,15 @@ def _checkpoints(seconds: float, steps: int, cost: float) -> int:
     return 1 + (steps - first) // apart if steps >= first else 0
 
 
-def _memory(measured: Measured) -> Interval:
+def _memory(measured: Measurement) -> Interval:
     trial = measured.trial
     further = measured.work.row_tokens / max(1, trial.row_tokens) - 1
     value = trial.peak_memory + trial.kept_memory * max(0.0, further)
     return Interval.around(value, MEMORY_SLACK / 2, MEMORY_SLACK)
 
 
-def _disk(measured: Measured) -> Interval:
-    trial: Trial = measured.trial
+def _disk(measured: Measurement) -> Interval:
+    trial: TrialRun = measured.trial
     every = measured.work.row_tokens / max(1, trial.row_tokens)
     model = trial.model_bytes + trial.kept_disk * every + trial.run_bytes
     model += PER_STEP * measured.work.steps
@@ -307,7 +307,7 @@ def _disk(measured: Measured) -> Interval:
     return Interval(value, model, most)
 
 
-def _drift(runs: Sequence[Past], known: Correction) -> float:
+def _drift(runs: Sequence[PastRun], known: Correction) -> float:
     """Error that no trial shows: what the corrected history was off by, in nine of ten runs."""
     if not known.runs:
         return DRIFT

@@ -16,7 +16,7 @@ LEAST = 3
 
 
 @dataclass(frozen=True)
-class Past:
+class PastRun:
     """One run that had been estimated."""
 
     model_id: str
@@ -50,13 +50,13 @@ class Correction:
     """Runs it was learned from; 0 where there are too few."""
 
 
-def past(machine: str | None = None) -> list[Past]:
+def past(machine: str | None = None) -> list[PastRun]:
     """All runs that had been estimated, oldest first; those of one machine, if it is given."""
-    found = [_past(line) for line in history_file().read()]
+    found = [_past_run(line) for line in history_file().read()]
     return [each for each in found if machine in (None, each.machine)]
 
 
-def correction(runs: Sequence[Past]) -> Correction:
+def correction(runs: Sequence[PastRun]) -> Correction:
     """Medians of actual by estimated, before corrections: one run that was disturbed moves nothing."""
     if len(runs) < LEAST:
         return Correction()
@@ -72,7 +72,7 @@ def close(ratios: Sequence[float]) -> int:
     return sum(abs(ratio - 1) <= CLOSE for ratio in ratios)
 
 
-def summary(runs: Sequence[Past]) -> dict[str, Any]:
+def summary(runs: Sequence[PastRun]) -> dict[str, Any]:
     """The history as plain values: each run, and how many estimates were close."""
     return {
         "runs": [
@@ -86,9 +86,9 @@ def summary(runs: Sequence[Past]) -> dict[str, Any]:
     }
 
 
-def _past(line: Mapping[str, Any]) -> Past:
+def _past_run(line: Mapping[str, Any]) -> PastRun:
     estimate = line["estimate"]
-    return Past(
+    return PastRun(
         model_id=line["model_id"],
         machine=line["machine"],
         estimated_seconds=estimate["seconds"]["value"],

@@ -43,7 +43,7 @@ LOOKED_AT = 200
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSize:
     """What one step computes: distinct tokens, those of its largest micro-batch, and their sizes."""
 
     tokens: int
@@ -115,7 +115,7 @@ def representative(job: Job, count: int) -> list[list[int]]:
     return [chosen[middle], *chosen[:middle], *chosen[middle + 1 :]]
 
 
-def step_of(job: Job, rows: Sequence[Example], shares: bool) -> Step:
+def step_of(job: Job, rows: Sequence[Example], shares: bool) -> StepSize:
     """What a step on ``rows`` computes; ``shares`` tells whether prefixes are computed once."""
     budget = job.recipe.training.micro_batch_tokens or 1
     seen = _largest(job, rows)
@@ -124,7 +124,7 @@ def step_of(job: Job, rows: Sequence[Example], shares: bool) -> Step:
         for part in (split_to_budget(seen, budget, shares) if seen else [])
     ]
     rounded = frozenset(-(-size // SIZE_STEP) for size in sizes)
-    return Step(sum(sizes), max(sizes, default=0), rounded)
+    return StepSize(sum(sizes), max(sizes, default=0), rounded)
 
 
 def _largest(job: Job, rows: Sequence[Example]) -> list[Example]:
@@ -151,7 +151,7 @@ HELD_ROWS = 3 * PARITY_ROWS
 
 
 @dataclass(frozen=True)
-class Try:
+class TimedStep:
     """One step that was run."""
 
     batch: int
@@ -161,12 +161,12 @@ class Try:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialRun:
     """What the steps that were tried told. Seconds and bytes are those of the trial."""
 
-    batches: list[Step]
+    batches: list[StepSize]
     """What was run."""
-    tries: list[Try]
+    tries: list[TimedStep]
     row_tokens: int
     """Of the rows that were tried, validation rows among them, each once."""
     held_tokens: int
@@ -186,7 +186,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A job, what it is to compute, and what a trial of it told."""
 
     job: Job
@@ -194,16 +194,16 @@ class Measured:
     """Of the request; see :func:`luthier.engine.actuals.request_key`."""
     machine: str
     work: Workload
-    steps: list[Step]
+    steps: list[StepSize]
     """Of the whole run, evenly spread."""
-    trial: Trial
+    trial: TrialRun
     seconds: dict[str, float]
     """Of the parts of the trial, by their names in ``luthier.engine.actuals.PARTS``."""
     calibration: float
     """How many times as long calibrating takes with all rows."""
 
 
-def measure(recipe: Recipe, reporter: Reporter) -> Measured:
+def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     """Try the job of ``recipe``.
 
     Raises:
@@ -223,7 +223,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measured:
     folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=estimates_folder()))
     try:
         run = Run(base.root, "estimate", rehearsal=folder)
-        trainer = Trainer(job.sampled(rows, _held(job)), run, reporter, clock)
+        trainer = Trainer(job.sampled(rows, _validation_sample(job)), run, reporter, clock)
         network, loop = trainer.ready(resume=False)
         shares = network.shares
         trial = _try(trainer, network, loop, len(batches))
@@ -233,7 +233,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measured:
     begun = replace(job, data=replace(job.data, train=trainer.begun))
     order = order_of(begun)
     spread = [[begun.data.train[row] for row in order.batch(step)] for step in spread_steps(begun)]
-    return Measured(
+    return Measurement(
         job=job,
         key=request_key(recipe.plain(), job.data.hashes, machine),
         machine=machine_name(machine.device),
@@ -245,14 +245,14 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measured:
     )
 
 
-def _held(job: Job) -> list[int]:
+def _validation_sample(job: Job) -> list[int]:
     """Validation rows to measure on, evenly spread."""
     there = len(job.data.validation)
     count = min(there, HELD_ROWS)
     return [int(place * there / count) for place in range(count)]
 
 
-def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> Trial:
+def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun:
     """Run ``count`` batches and what belongs to a run, in the order a run does it."""
     job, folder = trainer.job, trainer.run_folder
     batches = [[job.data.train[row] for row in loop.order.batch(step)] for step in range(count)]
@@ -272,7 +272,7 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> Trial:
     trainer.reporter = Reporter()
     trainer.stored(network, loop.progress, lines)
     model = folder_bytes(folder.model_folder)  # in the folder of the run, for a trial
-    return Trial(
+    return TrialRun(
         batches=steps,
         tries=tries,
         row_tokens=asked.row_tokens,
@@ -288,12 +288,12 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> Trial:
     )
 
 
-def _tries(loop: Loop, batches: int, reporter: Reporter) -> list[Try]:
+def _tries(loop: Loop, batches: int, reporter: Reporter) -> list[TimedStep]:
     """Each batch twice, one after the other, as long as there is time."""
     reporter.stage(f"Trying {batches} batches, each twice")
-    started, tries, total = time.monotonic(), list[Try](), 2 * batches
+    started, tries, total = time.monotonic(), list[TimedStep](), 2 * batches
     for step in range(total):
-        tries.append(Try(step % batches, loop.step(), step < batches))
+        tries.append(TimedStep(step % batches, loop.step(), step < batches))
         late = time.monotonic() - started > PATIENCE and len(tries) >= LEAST_STEPS
         reporter.counted(total if late else step + 1, total, "steps tried")
         if late:
