@@ -5,7 +5,6 @@ Each change and its entry in the audit log are one transaction.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -90,6 +89,8 @@ def audited_write(
 
 def audit_details(**values: Any) -> Record:
     """Values as the audit log keeps them: documents as text, those that are too long by their hash."""
+    import hashlib
+
     from luthier.store.audit import LONGEST
 
     details: Record = {}

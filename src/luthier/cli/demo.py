@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +21,8 @@ SHOWN = 4
 
 def demo(json_: Json = False) -> None:
     """Tune the default model on the sample data and compare before and after."""
+    from importlib.resources import as_file, files
+
     from luthier.cli.progress import LiveReporter
     from luthier.cli.tune import print_result
     from luthier.engine.runs import Run
