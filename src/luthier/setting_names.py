@@ -56,8 +56,8 @@ def with_setting_names(text: str, name: SettingName) -> str:
     parts = _BOUNDARY.split(text)
     found = ""
     for sentence, gap in zip(parts[::2], [*parts[1::2], ""], strict=True):
-        said = _sentence(sentence, name)
-        found += said + gap if said or not sentence else ""
+        rendered = _sentence(sentence, name)
+        found += rendered + gap if rendered or not sentence else ""
     return found if found.endswith("\n") or text.endswith((" ", "\t")) else found.rstrip(" \t")
 
 
@@ -92,7 +92,7 @@ def option(field: str, value: str | None) -> str | None:
 
 def _sentence(sentence: str, name: SettingName) -> str:
     alternatives = sentence.split(_OR)
-    left = [each for each in alternatives if all(map(name, *_advised(each)))]
+    left = [each for each in alternatives if all(map(name, *_advised_fields(each)))]
     if not left:
         return ""
     text = _OR.join(left)
@@ -100,22 +100,22 @@ def _sentence(sentence: str, name: SettingName) -> str:
         text = text[:1].upper() + text[1:]
     if alternatives[-1] is not left[-1] and sentence[-1:] in ".;!?":
         text += sentence[-1]
-    return _REFERENCE.sub(lambda found: _said(found, name), text)
+    return _REFERENCE.sub(lambda found: _replacement(found, name), text)
 
 
-def _advised(text: str) -> tuple[list[str], list[str | None]]:
+def _advised_fields(text: str) -> tuple[list[str], list[str | None]]:
     """Fields that ``text`` advises to set, and their values."""
-    found = [_parts(each) for each in _REFERENCE.finditer(text)]
+    found = [_field_and_value(each) for each in _REFERENCE.finditer(text)]
     advised = [(field, value) for field, value in found if value is not None]
     return [field for field, _ in advised], [value for _, value in advised]
 
 
-def _parts(found: re.Match[str]) -> tuple[str, str | None]:
+def _field_and_value(found: re.Match[str]) -> tuple[str, str | None]:
     command = found["command"]
     return (found["field"], found["value"]) if command is None else ("luthier", command)
 
 
-def _said(found: re.Match[str], name: SettingName) -> str:
-    field, value = _parts(found)
+def _replacement(found: re.Match[str], name: SettingName) -> str:
+    field, value = _field_and_value(found)
     # What is wrong with a field is told in any case: by its own name where the face has none.
     return name(field, value) or field

@@ -169,18 +169,18 @@ def test_a_result_for_programs_comes_without_progress(
     reporter.note("a note")
     reporter.chosen([("a", 1, "b")])
     reporter.recorded(step(1), 10)
-    with progress.counting(10, "predict", quiet=True) as done:
+    with progress.show_progress(10, "predict", quiet=True) as done:
         clock.now += 60
         done(5)
     assert capsys.readouterr().err == ""
 
 
 def test_what_is_done_soon_is_not_counted(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.counting(10, "predict") as done:
+    with progress.show_progress(10, "predict") as done:
         for number in range(1, 11):
             done(number)
     assert capsys.readouterr().err == ""
-    with progress.counting(400, "predict") as done:
+    with progress.show_progress(400, "predict") as done:
         clock.now += 30
         done(100)
         clock.now += 30

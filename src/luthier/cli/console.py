@@ -179,7 +179,7 @@ def errors(as_json: bool) -> Iterator[None]:
         raise typer.Exit(0) from None
 
 
-def wrote(count: int, what: str, target: Path) -> None:
+def print_written(count: int, what: str, target: Path) -> None:
     """Say which file has the results."""
     print_text(f"{count:,} {what} written to {target}")
 

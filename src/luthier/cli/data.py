@@ -217,7 +217,7 @@ def clean(
     json_: Json = False,
 ) -> None:
     """Apply chosen fixes and write a new data set, with a log of what became of each row."""
-    from luthier.cli.progress import counting
+    from luthier.cli.progress import show_progress
     from luthier.gate.clean import clean as run
     from luthier.gate.clean_plan import Plan
     from luthier.recipe import parse_columns, read_toml
@@ -232,7 +232,7 @@ def clean(
     chosen = Plan.of({**(read_toml(plan) if plan else {}), **given})
     held = {"validation": validation, "test": test}
     splits = {split: each for split, each in held.items() if each is not None}
-    with counting(100, "clean", json_) as done:
+    with show_progress(100, "clean", json_) as done:
         summary = run(
             source, target, chosen, splits, parse_columns(columns or []), overwrite, dry_run,
             told=lambda read, size: done(100 * read // max(1, size)),
@@ -290,11 +290,11 @@ def convert(
     json_: Json = False,
 ) -> None:
     """Write rows in another form or container; what it cannot say is refused, never dropped."""
-    from luthier.cli.progress import counting
+    from luthier.cli.progress import show_progress
     from luthier.data.convert import convert as run
     from luthier.recipe import parse_columns
 
-    with counting(100, "convert", json_) as done:
+    with show_progress(100, "convert", json_) as done:
         found = run(
             source, target, to, format_, parse_columns(columns or []), bare, overwrite,
             lambda read, size: done(100 * read // max(1, size)),

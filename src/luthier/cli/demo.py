@@ -66,7 +66,7 @@ def demo(json_: Json = False) -> None:
 
 def _measure(model_id: str, test: Path, label: str, quiet: bool) -> Evaluation:
     """Scores of a model on unseen prompts."""
-    from luthier.cli.progress import counting
+    from luthier.cli.progress import show_progress
     from luthier.data.rows import load_rows
     from luthier.graders import Answer, FirstLine, Grader
     from luthier.serving.generation import Generator
@@ -89,7 +89,7 @@ def _measure(model_id: str, test: Path, label: str, quiet: bool) -> Evaluation:
     rows = load_rows(test)
     generator = Generator.open(find(model_id))
     graders = {"routing label": FirstLine(), "house style": HouseStyle()}
-    with counting(len(rows), f"asking the {label} model", quiet) as done:
+    with show_progress(len(rows), f"asking the {label} model", quiet) as done:
         return measure(generator, rows, graders, 80, done)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from luthier.cli.console import check_output, note, print_json, print_text, wrote
+from luthier.cli.console import check_output, note, print_json, print_text, print_written
 from luthier.cli.options import Columns, Json, LongRows
 from luthier.errors import RecipeError
 
@@ -46,14 +46,14 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Grade a model's replies to held-out rows, or its labels; perplexity where they are raw text."""
-    from luthier.cli.progress import counting
+    from luthier.cli.progress import show_progress
     from luthier.recipe import parse_columns
     from luthier.sdk.model import evaluate as run
     from luthier.serving.long_rows import long_rows_summary
 
     graders = _parse_graders(grader or ["exact"], set_ or ())
     check_output(output)
-    with counting(0, "evaluate", json_) as done:
+    with show_progress(0, "evaluate", json_) as done:
         found = run(
             model,
             data,
@@ -91,7 +91,7 @@ def evaluate(
     if found.problems:
         print_text(f"{len(found.problems)} replies could not be graded and score 0")
     if output is not None:
-        wrote(len(found.records), "answers", output)
+        print_written(len(found.records), "answers", output)
 
 
 def _parse_graders(names: Sequence[str], assignments: Sequence[str]) -> dict[str, Grader]:

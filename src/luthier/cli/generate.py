@@ -15,8 +15,8 @@ from luthier.cli.console import (
     heavy_imports,
     print_json,
     print_text,
+    print_written,
     stream_text,
-    wrote,
 )
 from luthier.cli.options import Json
 from luthier.errors import DataError, Problem, RecipeError, data_errors
@@ -60,7 +60,7 @@ def generate(
     check_output(output)
     prompts = _read_prompts(input_) if input_ else []
     with heavy_imports():
-        from luthier.cli.progress import counting
+        from luthier.cli.progress import show_progress
 
         generator = Generator.open(find(model))
     if input_ is None:
@@ -73,7 +73,7 @@ def generate(
         sys.stdout.write("\n")
         return
     started = time.monotonic()
-    with counting(len(prompts), "generate", json_) as done:
+    with show_progress(len(prompts), "generate", json_) as done:
         asked = [p if isinstance(p, str) else [Message(**turn) for turn in p] for p in prompts]
         replies = generator.replies(asked, sampling, done=done)
     text = "".join(
@@ -88,7 +88,7 @@ def generate(
         report: dict[str, Any] = {"rows": len(replies), "seconds": time.monotonic() - started}
         print_json(report | ({"output": str(output)} if output else {"completions": replies}))
     elif output is not None:
-        wrote(len(replies), "replies", output)
+        print_written(len(replies), "replies", output)
 
 
 @data_errors("nothing was answered")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, print_json, print_text, wrote
+from luthier.cli.console import check_output, heavy_imports, print_json, print_text, print_written
 from luthier.cli.options import Json
 from luthier.errors import DataError, Problem, RecipeError, data_errors
 from luthier.printable import printable_json
@@ -40,12 +40,12 @@ def predict(
     check_output(output)
     rows = _read_inputs(input_) if input_ else [_row("the command line", 1, text or "")]
     with heavy_imports():
-        from luthier.cli.progress import counting
+        from luthier.cli.progress import show_progress
         from luthier.sdk.model import row_input
 
         predictor = Predictor.open(find(model))
     started = time.monotonic()
-    with counting(len(rows), "predict", json_) as done:
+    with show_progress(len(rows), "predict", json_) as done:
         answers = predictor.answers(rows, done)
     lines = "".join(
         json.dumps({**row_input(row), **answer}, ensure_ascii=False) + "\n"
@@ -62,7 +62,7 @@ def predict(
     elif output is None:
         sys.stdout.write(printable_json(lines))
     else:
-        wrote(len(rows), "answers", output)
+        print_written(len(rows), "answers", output)
 
 
 @data_errors("nothing was predicted")

@@ -186,7 +186,7 @@ class LiveReporter(Reporter):
 
 
 @contextmanager
-def counting(total: int, text: str, quiet: bool = False) -> Iterator[Callable[..., None]]:
+def show_progress(total: int, text: str, quiet: bool = False) -> Iterator[Callable[..., None]]:
     """Progress of ``total`` things; yields a function that takes how many are done.
 
     Where their number shows itself on the way only, the function takes it beside. ``quiet`` is for a
