@@ -22,8 +22,8 @@ from luthier.setting_names import SettingName, in_all, option, with_setting_name
 FACES: dict[str, SettingName] = {"bedrock": bedrock, "openai": openai, "native": native}
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
-COMMANDS = ("cli", "workflows/advise", "workflows/estimate", "limits.py", "pretraining.py", "api/server.py",
-            "setting_names.py")  # fmt: skip
+COMMANDS = ("cli", "workflows/advise", "workflows/estimate", "limits.py", "pretraining.py",
+            "api/server.py", "setting_names.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
     "data/convert.py", "data/targets.py", "data/writers.py", "serving/export.py",
@@ -37,7 +37,8 @@ OF_COMMANDS = {
     "recipe.py": r"--(set|mix|map) takes",
     # Names of runs and what goes on: a job is its own name, goes on by itself, and has local teachers.
     "engine/runs.py": "--(resume|name)", "engine/loop.py": "--resume",
-    "workflows/distil/responses.py": "--(resume|name)", "workflows/distil/recipe.py": "--(resume|set teacher)",
+    "workflows/distil/responses.py": "--(resume|name)",
+    "workflows/distil/recipe.py": "--(resume|set teacher)",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip
 """Texts of other files that clients of the API never come to."""
