@@ -20,8 +20,9 @@ import torch
 from children import table
 from luthier.adaptations.lora import LoRA
 from luthier.engine.devices import choose_machine
+from luthier.models.decoding import sample
 from luthier.models.load import as_network, load_model
-from luthier.models.sampler import sample
+from luthier.models.sampling import Sampling
 from luthier.store.models import find
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     for count in options.rows:
 
         def ours(tokens: int, count: int = count) -> None:
-            sample(network, [prompt_T], count, max_tokens=tokens)
+            sample(network, [prompt_T], count, Sampling(temperature=1.0, max_tokens=tokens))
 
         def peer(tokens: int, count: int = count) -> None:
             theirs.generate(  # type: ignore[operator]

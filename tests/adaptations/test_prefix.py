@@ -21,11 +21,12 @@ from luthier.models.bottom import frozen_layers
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.prefix import prefix_cache, prefix_tokens
+from luthier.models.sampling import Sampling
 from luthier.models.save import load_adapter, save_adapter
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, MaskedLM
 from luthier.objectives.logprobs import weighted_nll
-from luthier.serving.generation import Generator, Sampling
+from luthier.serving.generation import Generator
 from luthier.types import Example
 
 CPU = torch.device("cpu")
@@ -139,7 +140,8 @@ def test_peft_loads_what_is_saved_and_answers_alike(
         theirs = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
-    generator = Generator(again, load_chat_format(tiny_model_folder), CPU)
+    network = as_network(again, CPU, torch.float32)
+    generator = Generator(network, load_chat_format(tiny_model_folder))
     prompts, sampling = ["Hi", "What is the capital of France?", "a"], Sampling(max_tokens=12)
     for prompt, reply in zip(prompts, generator.replies(prompts, sampling), strict=True):
         ids_T = generator._encode(prompt, sampling, 0)
@@ -151,7 +153,7 @@ def test_peft_loads_what_is_saved_and_answers_alike(
             do_sample=False,
             pad_token_id=1,
         )
-        assert reply == generator._answer(out[0, len(ids_T) :]).text
+        assert reply == text_of(generator.chat, out[0, len(ids_T) :].tolist())
 
 
 def test_answers_see_the_prefix_as_training_does(model: Any, tokenizer: Any) -> None:
@@ -161,7 +163,7 @@ def test_answers_see_the_prefix_as_training_does(model: Any, tokenizer: Any) -> 
     network = prefixed(model)
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("sdpa")
-    generator = Generator(plain, ChatFormat.of(tokenizer), CPU)
+    generator = Generator(as_network(plain, CPU, torch.float32), ChatFormat.of(tokenizer))
     prompts, sampling = ["Hi", "What is the capital of France?", "a"], Sampling(max_tokens=8)
     together = generator.replies(prompts, sampling)
     for prompt, reply in zip(prompts, together, strict=True):
@@ -174,9 +176,15 @@ def test_answers_see_the_prefix_as_training_does(model: Any, tokenizer: Any) -> 
             with torch.no_grad():
                 last = network.logits(network.hidden(batch)[batch.tree.leaf_R])
             ids.append(int(last.argmax()))
-        assert reply == generator._answer(torch.tensor(ids[before:])).text
-    bare = Generator(plain_of(model), ChatFormat.of(tokenizer), CPU)
+        assert reply == text_of(generator.chat, ids[before:])
+    bare = Generator(as_network(plain_of(model), CPU, torch.float32), ChatFormat.of(tokenizer))
     assert bare.prefix == 0 and bare.replies(prompts, sampling) != together
+
+
+def text_of(chat: Any, ids: list[int]) -> str:
+    """The whole characters before the first stop token."""
+    stops = [place for place, token in enumerate(ids) if token in chat.stop_ids]
+    return str(chat.decode(ids[: stops[0]] if stops else ids)).rstrip("\ufffd")
 
 
 def plain_of(model: Any) -> Any:

@@ -148,7 +148,7 @@ def test_the_other_families_train_too(family: str, fields: Callable[..., dict[st
         training=TRAINING,
         data__validation_share=0.1,
     )
-    model = luthier.load("mine").generator.model
+    model = luthier.load("mine").generator.network.model
     assert model.config.model_type == family and model.config.max_position_embeddings == 32
     assert result.validation_loss < math.log(512)
 
@@ -367,7 +367,7 @@ def test_its_loss_on_text_is_told_by_evaluate(
     fields: Callable[..., dict[str, Any]], text: Path
 ) -> None:
     from luthier.data.rows import load_rows
-    from luthier.serving.measuring import perplexity
+    from luthier.serving.evaluation import perplexity
 
     made(fields({"max_steps": 20}, data={"train": [str(text)], "validation": [str(text)]}))
     found = perplexity(find("mine"), load_rows(text))

@@ -70,10 +70,13 @@ def test_replies_of_an_encoder_decoder_are_learned_as_transformers_does(
 def test_an_encoder_decoder_answers_alike_one_by_one_and_in_a_batch(
     family_folder: Callable[[str], Path],
 ) -> None:
-    from luthier.serving.generation import Generator, Sampling
+    from luthier.models.load import as_network
+    from luthier.models.sampling import Sampling
+    from luthier.serving.generation import Generator
 
     folder = family_folder("t5")
-    generator = Generator(load_model(folder, torch.float32, CPU), load_chat_format(folder), CPU)
+    network = as_network(load_model(folder, torch.float32, CPU), CPU, torch.float32)
+    generator = Generator(network, load_chat_format(folder))
     prompts = [prompt for prompt, _ in PAIRS]
     sampling = Sampling(max_tokens=12)
     streamed = ["".join(generator.stream(prompt, sampling)) for prompt in prompts]

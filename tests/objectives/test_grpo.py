@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier.models.decoding import Completion
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
-from luthier.models.sampler import Completion
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GRPO, logprobs
 from luthier.objectives.rollouts import Policy, Rollout, Rollouts

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from luthier.graders import Regex
+from luthier.models.decoding import Completion
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
-from luthier.models.sampler import Completion
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import PPO
 from luthier.objectives.ppo import HEAD, advantages, whitened

@@ -6,9 +6,8 @@ import time
 from typing import Any
 
 from luthier.serving.decoder import Decoder
-from luthier.serving.inference import Chat, Request, Whole
-from luthier.serving.stream import Stream
-from luthier.serving.turns import working_for
+from luthier.serving.inference import Chat, Request, Stream, Whole
+from luthier.serving.scheduler import working_for
 from luthier.types import Message
 
 MEMORY = 1 << 28
@@ -33,6 +32,6 @@ def settled(decoder: Decoder) -> bool:
     until = time.monotonic() + 1
     while time.monotonic() < until:
         if decoder.idle and decoder.memory.taken == decoder._answers.total() == 0:
-            return not any(bank.spans for bank in decoder._stepper._banks._banks.values())  # type: ignore[attr-defined]
+            return not any(bank.spans for bank in decoder._backend._banks._banks.values())  # type: ignore[attr-defined]
         time.sleep(0.01)
     return False

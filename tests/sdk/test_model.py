@@ -11,7 +11,7 @@ import pytest
 
 import luthier
 from luthier.errors import RecipeError
-from luthier.serving.generation import Sampling
+from luthier.models.sampling import Sampling
 from luthier.types import Message
 
 

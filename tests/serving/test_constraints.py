@@ -27,7 +27,7 @@ from luthier.serving.inference import (
     Piece,
     Request,
 )
-from luthier.serving.turns import FairTurns
+from luthier.serving.scheduler import FairTurns
 from luthier.types import Message, Tool
 
 

@@ -19,14 +19,18 @@ from decoding import MEMORY, answer, asked, settled, submit
 
 from luthier.engine import devices
 from luthier.engine.devices import Machine
+from luthier.errors import RecipeError
 from luthier.limits import ModelLimits
+from luthier.models.decoding import TokenSampler, sample
+from luthier.models.load import as_network
+from luthier.models.sampling import Sampling
 from luthier.serving import decoder as module
-from luthier.serving.choosing import Chooser
 from luthier.serving.decoder import Decoder
-from luthier.serving.generation import Generator, Sampling
+from luthier.serving.generation import Generator
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Piece, Request, TooLong
 from luthier.serving.memory import CacheBudget
 from luthier.store.models import chat_format, find, load
+from luthier.types import Message
 
 CPU = torch.device("cpu")
 QUESTIONS = [
@@ -38,17 +42,50 @@ QUESTIONS = [
 ]
 
 
+def generator_of(stored: Any) -> Generator:
+    network = as_network(load(stored, torch.float32, CPU), CPU, torch.float32)
+    return Generator(network, chat_format(stored))
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_the_likeliest_answer_is_the_generator_s(
     opened: Decoder, question: str, tiny_model_folder: Path
 ) -> None:
     stored = find(str(tiny_model_folder))
-    generator = Generator(load(stored, torch.float32, CPU), chat_format(stored), CPU)
+    generator = Generator(
+        as_network(load(stored, torch.float32, CPU), CPU, torch.float32), chat_format(stored)
+    )
     expected = generator.answers([question], Sampling(max_tokens=24))[0]
     found = answer(opened, asked(question))
     assert found.text == expected.text.rstrip("\ufffd")
     assert found.tokens == expected.tokens
     assert found.reason == ("stop" if expected.finished else "length")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.9}, {"temperature": 1.3, "top_p": 0.8}, {"stop": (" ", "a")}]
+)
+def test_one_seed_gives_one_text_everywhere(
+    opened: Decoder, tiny_model_folder: Path, settings: dict[str, Any]
+) -> None:
+    """The server, streamed replies, batches, and completions of a network in training."""
+    stored = find(str(tiny_model_folder))
+    generator = generator_of(stored)
+    for seed in (0, 5):
+        sampling = Sampling(max_tokens=24, seed=seed, **settings)
+        fields = {"seed": seed, **settings}
+        served = [answer(opened, asked(question, **fields)).text for question in QUESTIONS]
+        assert generator.replies(QUESTIONS, sampling, batch_size=3) == served
+        assert ["".join(generator.stream(question, sampling)) for question in QUESTIONS] == served
+        if "stop" in settings:
+            continue
+        prompts = [generator.chat.encode_prompt([Message("user", q)]) for q in QUESTIONS]
+        drawn = sample(generator.network, prompts, 2, sampling, stop_ids=generator.chat.stop_ids)
+        several = [opened.submit(asked(q, n=2, **fields)).whole() for q in QUESTIONS]
+        for pair, two in zip(drawn, several, strict=True):
+            for completion, each in zip(pair, two, strict=True):
+                ids = completion.ids_T[: len(completion.ids_T) - completion.stopped].tolist()
+                assert generator.chat.decode(ids).rstrip("\ufffd") == each.text
 
 
 def test_streamed_pieces_are_the_whole_text(opened: Decoder) -> None:
@@ -173,7 +210,7 @@ def test_more_answers_than_step_together_take_turns(
     alone = [whole.text for whole in opened.submit(many).whole()]
     short = answer(opened, asked("My card has not arrived", max_tokens=12)).text
     steps: list[tuple[int, bool]] = []
-    step = opened._stepper.step
+    step = opened._backend.step
 
     def counted(states: Any, tokens: Any) -> Any:
         steps.append((len(states), any(a.state in states for a in briefly())))
@@ -182,8 +219,8 @@ def test_more_answers_than_step_together_take_turns(
     def briefly() -> list[Any]:
         return [a for job in opened._writing if job.client == "short" for a in job.answers]
 
-    monkeypatch.setattr(opened._stepper, "rows", 1)
-    monkeypatch.setattr(opened._stepper, "step", counted)
+    monkeypatch.setattr(opened._backend, "rows", 1)
+    monkeypatch.setattr(opened._backend, "step", counted)
     busy = submit(opened, "many", many)
     deadline = time.monotonic() + 60
     while len(steps) < 80:
@@ -242,11 +279,11 @@ class SimulatedClock:
 
     def __init__(self, opened: Decoder, patch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        stepper = opened._stepper
-        read, step = stepper.read, stepper.step
-        patch.setattr(stepper, "read", lambda state: (self.add(0.1), read(state))[1])
+        backend = opened._backend
+        read, step = backend.prefill, backend.step
+        patch.setattr(backend, "prefill", lambda state: (self.add(0.1), read(state))[1])
         patch.setattr(
-            stepper,
+            backend,
             "step",
             lambda states, tokens: (self.add(0.01 + 0.002 * len(states)), step(states, tokens))[1],
         )
@@ -332,20 +369,20 @@ def test_what_fails_in_one_answer_is_told_to_its_client_alone(
 ) -> None:
     usual = answer(opened, asked("Hi"))
     other = submit(opened, "other", asked("Hi"))
-    honest = Chooser.choose
+    honest = TokenSampler.choose
 
-    def choose(chooser: Chooser, logits_V: torch.Tensor) -> int:
-        if chooser._request.seed == 13:
+    def choose(chooser: TokenSampler, logits_V: torch.Tensor) -> int:
+        if chooser.sampling.seed == 13:
             raise IndexError
         return honest(chooser, logits_V)
 
-    monkeypatch.setattr(Chooser, "choose", choose)
+    monkeypatch.setattr(TokenSampler, "choose", choose)
     with pytest.raises(InferenceFailed, match="IndexError"):
         submit(opened, "one", asked("Hi", temperature=1, seed=13)).whole()
     assert other.whole() == [usual]
     no_numbers = torch.full((320,), torch.nan)
-    with pytest.raises(InferenceFailed, match="no probabilities"):
-        Chooser(asked("Hi", temperature=1), 0, 0, np.array([1]), None).choose(no_numbers)
+    with pytest.raises(RecipeError, match="no probabilities"):
+        TokenSampler(asked("Hi", temperature=1), 0, 0, np.array([1]), None).choose(no_numbers)
 
 
 def test_log_probabilities_have_a_limit(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,16 +420,16 @@ def test_ids_that_are_no_tokens_are_refused(opened: Decoder, ids: list[int]) -> 
 def test_what_cannot_be_given_back_stops_nobody(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drop = opened._stepper.drop
+    drop = opened._backend.free
 
     def fail(state: Any) -> None:
         drop(state)
         raise MemoryError
 
-    monkeypatch.setattr(opened._stepper, "drop", fail)
+    monkeypatch.setattr(opened._backend, "free", fail)
     with suppress(InferenceFailed):
         submit(opened, "one", asked("Hi")).whole()
-    monkeypatch.setattr(opened._stepper, "drop", drop)
+    monkeypatch.setattr(opened._backend, "free", drop)
     assert submit(opened, "two", asked("Hi")).whole()
     assert settled(opened)
     assert not opened._scheduler._at_work
@@ -410,7 +447,7 @@ def test_nobody_has_all_the_memory_or_all_answers(
     for stream in streams:
         stream.close()
     assert settled(opened)
-    one = opened._stepper.bytes_of(len(opened.encode(endless.prompt)) + 900)
+    one = opened._backend.bytes_of(len(opened.encode(endless.prompt)) + 900)
     monkeypatch.setattr(opened, "memory", CacheBudget(4 * one, 3 * one))
     single = asked("Hi", max_tokens=900, temperature=1, logit_bias={1: -100.0})
     streams = [submit(opened, "one", single) for _ in range(5)]
@@ -423,7 +460,7 @@ def test_nobody_has_all_the_memory_or_all_answers(
 
 
 def test_memory_is_bounded(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = opened._stepper.bytes_of(len(opened.encode(asked("Hi").prompt)) + 24)
+    one = opened._backend.bytes_of(len(opened.encode(asked("Hi").prompt)) + 24)
     monkeypatch.setattr(opened, "memory", CacheBudget(2 * one, one))
     seen: list[Counter[str]] = []
     write = opened._write
@@ -440,13 +477,13 @@ def test_memory_is_bounded(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_failure_is_told_and_the_next_request_is_answered(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = opened._stepper.step
+    step = opened._backend.step
 
     def fail(*arguments: Any) -> Any:
-        monkeypatch.setattr(opened._stepper, "step", step)
+        monkeypatch.setattr(opened._backend, "step", step)
         raise RuntimeError("a secret of ours")
 
-    monkeypatch.setattr(opened._stepper, "step", fail)
+    monkeypatch.setattr(opened._backend, "step", fail)
     with pytest.raises(InferenceFailed, match=r"The model failed: RuntimeError\.$") as failed:
         answer(opened, asked("Hi"))
     assert failed.value.code == "ModelError"
@@ -475,7 +512,9 @@ def test_generators_of_other_shapes(family_folder: Callable[[str], Path]) -> Non
             patch.setattr(devices, "choose_machine", lambda *arguments, m=machine: m)
             made = Decoder.open(find(str(family_folder(family))), CacheBudget(MEMORY))
         stored = find(str(family_folder(family)))
-        generator = Generator(load(stored, torch.float32, CPU), chat_format(stored), CPU)
+        generator = Generator(
+            as_network(load(stored, torch.float32, CPU), CPU, torch.float32), chat_format(stored)
+        )
         expected = "".join(generator.stream("What is it?", Sampling(max_tokens=12)))
         found = [made.submit(asked("What is it?", max_tokens=12, n=2)).whole()[1]]
         assert found[0].text == expected.rstrip("\ufffd")

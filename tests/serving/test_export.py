@@ -18,9 +18,10 @@ from luthier.engine.train import train
 from luthier.errors import LuthierError, RecipeError, RunConflict
 from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
+from luthier.models.sampling import Sampling
 from luthier.recipe import Recipe
 from luthier.serving.export import export
-from luthier.serving.generation import Generator, Sampling
+from luthier.serving.generation import Generator
 from luthier.store.models import added_tokens, chat_format, find, load
 
 CPU = torch.device("cpu")
@@ -93,6 +94,12 @@ def text(folder: Path, ids: list[int]) -> str:
     return str(AutoTokenizer.from_pretrained(folder).decode(ids, skip_special_tokens=True))
 
 
+def text_of(generator: Generator, ids: list[int]) -> str:
+    """The whole characters before the first stop token."""
+    stops = [place for place, token in enumerate(ids) if token in generator.chat.stop_ids]
+    return generator.chat.decode(ids[: stops[0]] if stops else ids).rstrip("\ufffd")
+
+
 @pytest.mark.parametrize("name", ["adapter", "stacked", "whole", "plain"])
 def test_merged_exports_give_the_same_tokens_in_transformers(name: str, tmp_path: Path) -> None:
     stored = find(f"tiny-llama:{name}")
@@ -104,7 +111,7 @@ def test_merged_exports_give_the_same_tokens_in_transformers(name: str, tmp_path
     generator = Generator.open(stored)
     for prompt in PROMPTS:
         served_text = generator.replies([prompt], Sampling(max_tokens=16))[0]
-        assert text(folder, greedy(folder, prompt)) == served_text
+        assert text(folder, greedy(folder, prompt)).rstrip("\ufffd") == served_text
     base = Generator.open(find(str(stored.root)))
     assert base.replies(PROMPTS, Sampling(max_tokens=16)) != generator.replies(
         PROMPTS, Sampling(max_tokens=16)
@@ -167,7 +174,7 @@ def test_what_stands_before_every_row_goes_into_peft(
         ids = ids[:, len(generator.prompt_ids) :]
         settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        assert reply == generator._answer(out[0, ids.shape[1] :]).text
+        assert reply == text_of(generator, out[0, ids.shape[1] :].tolist())
 
 
 @pytest.mark.parametrize("name", ["prefix", "prompt"])

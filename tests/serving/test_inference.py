@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
-from luthier.serving.inference import InferenceRefused, Request
+from luthier.serving.inference import InferenceFailed, InferenceRefused, Request, Stream
 
 WRONG: list[dict[str, Any]] = [
     {"max_tokens": 0}, {"temperature": 2.1}, {"temperature": float("nan")}, {"top_p": -0.1},
@@ -21,3 +22,12 @@ def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InferenceRefused) as refused:
         Request("x", **fields)
     assert refused.value.parameter == next(iter(fields))
+
+
+def test_whole_answers_of_a_stream_that_was_closed_before() -> None:
+    events: SimpleQueue[Any] = SimpleQueue()
+    stream = Stream(events, prompt_tokens=3, n=1)
+    stream.close()  # as by a client that hung up while its request was submitted
+    with pytest.raises(InferenceFailed, match="given up") as failed:
+        stream.whole()
+    assert failed.value.code == "ServiceUnavailable"

@@ -21,7 +21,7 @@ from luthier.errors import UnknownModel
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Request, TooLong
 from luthier.serving.pool import ModelPool
-from luthier.serving.turns import working_for
+from luthier.serving.scheduler import working_for
 
 REQUEST = Request("The quick", max_tokens=4, temperature=0)
 

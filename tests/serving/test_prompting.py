@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
-from luthier.models import sampler
+from luthier.models import decoding
+from luthier.models.decoding import Completion
 from luthier.models.load import as_network, load_model
-from luthier.models.sampler import Completion
 from luthier.models.tokenizer import load_chat_format
 from luthier.serving import prompting
 from luthier.serving.prompting import (
@@ -106,12 +106,14 @@ def test_the_loss_is_that_of_the_answer_behind_what_is_given(
 def test_answers_that_are_right_are_counted(
     asked: Prompting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sample(network: Any, prompts: Any, count: int, **settings: Any) -> list[list[Completion]]:
-        assert settings["temperature"] == 0 and settings["stop_ids"]
+    def sample(
+        network: Any, prompts: Any, count: int, sampling: Any, **settings: Any
+    ) -> list[list[Completion]]:
+        assert sampling.temperature == 0 and settings["stop_ids"]
         ids = [asked.chat.tokenizer.encode(text) for text in (" animal\n", "dog")]
         return [[Completion(np.array(each), np.zeros(0, np.float32), True)] for each in ids]
 
-    monkeypatch.setattr(sampler, "sample", sample)
+    monkeypatch.setattr(decoding, "sample", sample)
     found = asked.measure("zero-shot", [*HELD, *HELD], [[], []])
     assert found is not None and found.exact == 0.5
 

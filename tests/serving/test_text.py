@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from luthier.serving.inference import Score
-from luthier.serving.text import BROKEN, Answer, Detokenizer, StopFinder
+from luthier.serving.text import BROKEN, AnswerText, Detokenizer, StopFinder
 
 
 @settings(deadline=None, max_examples=60)
@@ -70,7 +70,7 @@ def test_no_more_is_held_back_than_may_be_a_stop() -> None:
 )
 def test_tokens_are_counted_that_begin_in_what_is_shown(stop: str, tokens: int, text: str) -> None:
     words = ["ab", "cd", "ef"]
-    answer = Answer(lambda ids: "".join(words[i] for i in ids), [stop])
+    answer = AnswerText(lambda ids: "".join(words[i] for i in ids), [stop])
     shown, scores = "", []
     for token, word in enumerate(words):
         more, found = answer.feed(token, Score(word.encode(), -1.0))

@@ -56,9 +56,9 @@ from luthier.api.wire import Answer, Caller, Face, Fault, Head, Route, Signed
 from luthier.cancellation import cancelled_by
 from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.limits import BODY_BYTES, ServerLimits
+from luthier.serving.inference import metered
 from luthier.serving.prompts import on_prompt_tokenized
-from luthier.serving.stream import metered
-from luthier.serving.turns import working_for
+from luthier.serving.scheduler import working_for
 
 OPENAI_PATHS = ("/v1/", "/openai/v1/")
 NATIVE_PATH = "/api/"

@@ -32,7 +32,7 @@ from uvicorn.server import ServerState
 from luthier.api.rate_limits import RequestPace
 from luthier.api.sending import Receive, Send
 from luthier.limits import ServerLimits
-from luthier.serving.turns import discount
+from luthier.serving.scheduler import discount
 
 PIPELINED = 16
 """Requests that may be sent ahead on a connection whose first is not answered yet."""

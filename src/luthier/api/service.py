@@ -44,7 +44,7 @@ from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.constraints import SchemaTrials
 from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
-from luthier.serving.turns import FairTurns
+from luthier.serving.scheduler import FairTurns
 from luthier.store import bootstrap, removal
 from luthier.store.accounts import quotas_of
 from luthier.store.arns import Arns

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from luthier.api.sending import Run
 from luthier.api.wire import Fault
-from luthier.serving.turns import discount
+from luthier.serving.scheduler import discount
 
 T = TypeVar("T")
 

@@ -69,8 +69,8 @@ def _measure(model_id: str, test: Path, label: str, quiet: bool) -> Evaluation:
     from luthier.cli.progress import show_progress
     from luthier.data.rows import load_rows
     from luthier.graders import Answer, FirstLine, Grader
+    from luthier.serving.evaluation import measure
     from luthier.serving.generation import Generator
-    from luthier.serving.measuring import measure
     from luthier.store.models import find
 
     class HouseStyle(Grader):

@@ -49,7 +49,7 @@ def evaluate(
     from luthier.cli.progress import show_progress
     from luthier.recipe import parse_columns
     from luthier.sdk.model import evaluate as run
-    from luthier.serving.long_rows import long_rows_summary
+    from luthier.serving.evaluation import long_rows_summary
 
     graders = _parse_graders(grader or ["exact"], set_ or ())
     check_output(output)

@@ -48,7 +48,8 @@ def generate(
 ) -> None:
     """Answer one prompt, streaming, or a file of prompts."""
     from luthier.files import write_bytes
-    from luthier.serving.generation import Generator, Sampling
+    from luthier.models.sampling import Sampling
+    from luthier.serving.generation import Generator
     from luthier.store.models import find
     from luthier.types import Message
 
@@ -145,7 +146,8 @@ def chat(
     temperature: Temperature = 0.0,
 ) -> None:
     """Talk to a model. An empty line starts anew, Ctrl-D ends."""
-    from luthier.serving.generation import Generator, Sampling
+    from luthier.models.sampling import Sampling
+    from luthier.serving.generation import Generator
     from luthier.store.models import find
     from luthier.types import Message
 

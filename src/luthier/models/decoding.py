@@ -1,18 +1,23 @@
-"""Running a network token by token behind prompts that several rows share.
+"""Decoding: choosing tokens, and writing several completions side by side.
 
-Each distinct prompt goes through the network once, as it would in training: in the token tree, so that
-what prompts have in common is computed once too. Its keys and values are kept once for all of its
-rows; a row keeps those of its own tokens. A layer's scores over both parts go through one softmax: the
-prompt's part is one product for all rows, and its memory is read once in a step (Juravsky et al. 2024,
-"Hydragen", arXiv:2402.05099, who join two softmaxes instead). Every step runs the ``R`` next tokens as
-one flat sequence through the layers that training uses, adapters and all.
+This is the one decoder of the package. Rollouts of reinforcement learning, judges and measurements
+call :func:`sample` on the network they hold; a model that is asked on the command line or through the
+SDK (:mod:`luthier.serving.generation`) and the server (:mod:`luthier.serving.decoder`) choose their
+tokens with the same :class:`TokenSampler` over the same backend (:mod:`luthier.models.backends`).
 
-Networks without the flat layout decode with the cache of their own forward.
+The draws of a completion follow from its seed and its number among those of its prompt alone. So it
+does not depend on what is written beside it, and one seed gives one text wherever it is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import random
+import secrets
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,323 +26,369 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.models import heads
-from luthier.models.attention import AttentionPlan
-from luthier.models.layouts import Flat
+from luthier.models.backends import backend_of
 from luthier.models.prefix import prefix_tokens
-from luthier.types import Example
 
 if TYPE_CHECKING:
+    from luthier.models.backends import Backend, State
     from luthier.models.network import Network
-    from luthier.types import IntArray
+    from luthier.models.sampling import Sampling
+    from luthier.types import FloatArray, IntArray
 
-GROWTH = 32
-"""Room for keys and values is made for so many tokens at once: few sizes, few kernels."""
-PREFILL_TOKENS = 8192
-"""Tokens of prompts that run at once."""
-
-
-class Decoding(Protocol):
-    """Rows that are written token by token; ``R`` of them, those of a prompt side by side."""
-
-    def step(self, ids_R: Tensor) -> Tensor:
-        """Append a token to each row; the last hidden states ``[R, H]`` there."""
-
-    def keep(self, alive_R: IntArray) -> IntArray:
-        """Let go of rows that are not ``alive_R`` (booleans); indices of those that stay, in order.
-
-        Some that ended may stay beside others of their prompt.
-        """
+COLDEST = 1e-6
+"""Temperatures below are 0: logits are divided by them, and would be infinite."""
+LIKELIEST = 1024
+"""Where a draw is narrowed, so many tokens are looked at before all of them are sorted."""
 
 
-def begin(
-    network: Network, prompts: Sequence[IntArray], copies: int, max_tokens: int
-) -> tuple[Decoding, Tensor]:
-    """``copies`` rows behind each of ``prompts``, and the hidden states ``[R, H]`` they start from.
+def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """The token at which the cumulated weights pass ``uniform_R`` (in [0, 1)) of their sum.
 
-    For a network that writes text, in eval mode and without gradients only.
-
-    Raises:
-        RecipeError: where the network's own cache is not known here.
+    One number a row, where ``torch.multinomial`` takes one for each token of the vocabulary. A token
+    of weight 0 is never drawn.
     """
-    model = network.model
-    if isinstance(network.layout, Flat):
-        return _begin_flat(network, network.layout, prompts, copies, max_tokens)
-    soft = np.array(heads.prompt_ids(model), dtype=np.int64)
-    whole = [np.concatenate([soft, prompt_T]) for prompt_T in prompts]
-    if heads.decoder_of(model) is not None:
-        return _EncoderDecoder.begin(network, whole, copies)
-    return _Cached.begin(network, whole, copies)
+    sum_RV = weight_RV.cumsum(-1)
+    total_R1 = sum_RV[:, -1:]
+    below_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
+    at_R1 = torch.minimum((uniform_R[:, None] * total_R1).to(sum_RV.dtype), below_R1)
+    return torch.searchsorted(sum_RV, at_R1, right=True)[:, 0]
 
 
-class _Recording:
-    """Attention over a tree that keeps the keys and values of each layer, ``[Hk, before + N, D]``."""
+class TokenMask(Protocol):
+    """What a grammar lets be written next."""
 
-    def __init__(self, plan: AttentionPlan) -> None:
-        self.plan, self.longest = plan, plan.longest
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
-        key, value = self.plan.with_prefix(module, key, value)
-        self.layers[module.layer_idx] = key[0], value[0]
-        return self.plan.over(query, key, value, scale)
+    def allowed(self, size: int) -> Tensor:
+        """Whether each of ``size`` tokens may follow, ``[V]``."""
+        ...
 
 
-def _begin_flat(
-    network: Network, layout: Flat, prompts: Sequence[IntArray], copies: int, max_tokens: int
-) -> tuple[Decoding, Tensor]:
-    before = prefix_tokens(network.model) + len(heads.prompt_ids(network.model))
-    length_U = np.array([before + len(prompt_T) for prompt_T in prompts])
-    rows = [
-        Example(prompt_T, np.zeros(len(prompt_T), dtype=np.float32), index)
-        for index, prompt_T in enumerate(prompts)
-    ]
-    room = -(-int(length_U.max()) // GROWTH) * GROWTH
-    shared: dict[int, tuple[Tensor, Tensor]] = {}
-    last_UH = None
-    for batch in network.batches(rows, PREFILL_TOKENS):
-        plan = _Recording(batch.plan)
-        hidden_NH = layout.run_with(network.model.base_model, batch, plan)
-        if last_UH is None:
-            last_UH = hidden_NH.new_empty(len(prompts), hidden_NH.shape[-1])
-            shared = {
-                layer: tuple(  # type: ignore[misc]
-                    part.new_zeros(len(prompts), part.shape[0], room, part.shape[-1])
-                    for part in pair
-                )
-                for layer, pair in plan.layers.items()
-            }
-        for row, leaf in zip(batch.tree.row_R, batch.tree.leaf_R, strict=True):
-            last_UH[row] = hidden_NH[leaf]
-            place_P = np.arange(batch.plan.before)
-            place_P = np.concatenate([place_P, batch.plan.before + batch.tree.path(int(leaf))])
-            index_P = torch.from_numpy(place_P).to(network.device)
-            for layer, pair in plan.layers.items():
-                for kept, part in zip(shared[layer], pair, strict=True):
-                    kept[row, :, : len(place_P)] = part[:, index_P]
-    assert last_UH is not None
-    decoding = _FlatRows(network, layout, shared, length_U, copies, max_tokens)
-    return decoding, last_UH.repeat_interleave(copies, 0)
+class TokenSampler:
+    """Chooses the tokens of one completion: penalties, grammar, temperature, draw.
 
-
-class _FlatRows:
-    """``U`` prompts of up to ``P`` tokens with ``C`` rows each, ``R = U C``, of ``T`` tokens so far.
-
-    What attention sees of a prompt is kept as ``[U, Hk, P, D]``, of a row as ``[R, Hk, T, D]``.
+    What it chooses depends on its own logits, seed and number alone.
     """
 
     def __init__(
         self,
-        network: Network,
-        layout: Flat,
-        shared: dict[int, tuple[Tensor, Tensor]],
-        length_U: IntArray,
-        copies: int,
-        max_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        index: int,
+        prompt_T: IntArray,
+        mask: TokenMask | None = None,
     ) -> None:
-        self._backbone = network.model.base_model
-        self._first, self._device = layout.first_position, network.device
-        self._shared = shared
-        self._own: dict[int, tuple[Tensor, Tensor]] = {}
-        self._prompts, self._copies = len(length_U), copies
-        self._tokens = self._room = 0
-        self.longest = int(length_U.max()) + max_tokens
-        self._length_R = torch.from_numpy(np.repeat(length_U, copies)).to(self._device)
-        width = next(iter(shared.values()))[0].shape[2]
-        sees_UP = np.arange(width) < length_U[:, None]
-        self._mask_UP = torch.zeros(sees_UP.shape, dtype=network.dtype)
-        self._mask_UP.masked_fill_(~torch.from_numpy(sees_UP), -torch.inf)
-        self._mask_UP = self._mask_UP.to(self._device)
-        self._mask: Tensor = self._mask_UP
+        """``index`` is its number among the completions of ``prompt_T``."""
+        self.sampling, self.mask = sampling, mask
+        self._random = random.Random(f"{seed}/{index}")
+        self._written: Counter[int] = Counter()
+        repeats = sampling.repetition_penalty != 1
+        self._read = torch.from_numpy(prompt_T).unique() if repeats else None
+        bias = sampling.logit_bias
+        self._biased_N = torch.tensor([*bias], dtype=torch.int64)
+        self._bias_N = torch.tensor([*bias.values()], dtype=torch.float32)
+        self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty or bias)
+        self.greedy = sampling.temperature < COLDEST
+        """Whether it takes the highest logit and draws nothing."""
+        self.plain = mask is None and not repeats and not self._penalised
+        """Whether it takes the logits as they are."""
 
-    def step(self, ids_R: Tensor) -> Tensor:
-        """One forward pass over the flat sequence of the rows' next tokens."""
-        if self._tokens == self._room:
-            self._grow()
-        self._mask[..., self._mask_UP.shape[1] + self._tokens] = 0
-        output = self._backbone(
-            input_ids=ids_R[None],
-            position_ids=self._length_R[None] + (self._first + self._tokens),
-            tree=self,
-            use_cache=False,
-        )
-        self._tokens += 1
-        hidden_RH: Tensor = output.last_hidden_state[0]
-        return hidden_RH
+    def choose(self, logits_V: Tensor) -> int:
+        """The next token.
 
-    def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
-        """Keep the new tokens' keys and values, then attend to the prompt's and the row's own."""
-        layer = module.layer_idx
-        own_k, own_v = self._own[layer]
-        own_k[:, :, self._tokens] = key[0].transpose(0, 1)
-        own_v[:, :, self._tokens] = value[0].transpose(0, 1)
-        shared_k, shared_v = (part.flatten(0, 1) for part in self._shared[layer])
-        rows, heads_k, room, _ = own_k.shape
-        prompt = shared_k.shape[1]
-        # Query heads that share a key head, and rows that share a prompt, are stacked as queries.
-        q_UCHGD = (
-            query[0]
-            .transpose(0, 1)
-            .reshape(self._prompts, self._copies, heads_k, -1, query.shape[-1])
-        )
-        groups = q_UCHGD.shape[3]
-        by_prompt = q_UCHGD.transpose(1, 2).reshape(len(shared_k), -1, query.shape[-1])
-        by_row = q_UCHGD.reshape(rows * heads_k, groups, -1)
-        far = torch.bmm(by_prompt, shared_k.mT)
-        near = torch.bmm(by_row, own_k.flatten(0, 1).mT)
-        far = far.view(self._prompts, heads_k, self._copies, groups, prompt).transpose(1, 2)
-        near = near.view(self._prompts, self._copies, heads_k, groups, room)
-        scores = torch.cat([far, near], -1).mul_(scale).add_(self._mask)
-        p_far, p_near = torch.softmax(scores, -1).split([prompt, room], -1)
-        p_far = p_far.transpose(1, 2).reshape(len(shared_k), -1, prompt)
-        from_prompt = torch.bmm(p_far, shared_v)
-        from_row = torch.bmm(p_near.reshape(rows * heads_k, groups, room), own_v.flatten(0, 1))
-        shape = (self._prompts, heads_k, self._copies, groups, -1)
-        out = from_row.view(q_UCHGD.shape).add_(from_prompt.view(shape).transpose(1, 2))
-        return out.view(1, rows, heads_k * groups, -1)
+        Raises:
+            RecipeError: where the network gave no numbers to choose by.
+        """
+        logits_V = self._changed(logits_V.float())
+        if self.greedy:
+            token = int(logits_V.argmax())
+        else:
+            token = self._draw(logits_V / self.sampling.temperature)
+        if not 0 <= token < len(logits_V):
+            raise RecipeError("The model gave no probabilities.")
+        if self._penalised or self._read is not None:
+            self._written[token] += 1
+        return token
 
-    def keep(self, alive_R: IntArray) -> IntArray:
-        """Prompts without a living row go, and as many rows of each as ended in all of them."""
-        alive_UC = alive_R.reshape(self._prompts, self._copies)
-        prompts = np.flatnonzero(alive_UC.any(1))
-        copies = int(alive_UC.sum(1).max())
-        # The living first, in their order.
-        order_UC = np.argsort(~alive_UC[prompts], axis=1, kind="stable")[:, :copies]
-        chosen_R = (prompts[:, None] * self._copies + np.sort(order_UC, axis=1)).reshape(-1)
-        if len(prompts) < self._prompts:
-            index_U = torch.from_numpy(prompts).to(self._device)
-            self._shared = {n: (k[index_U], v[index_U]) for n, (k, v) in self._shared.items()}
-            self._mask_UP, self._mask = self._mask_UP[index_U], self._mask[index_U]
-        index_R = torch.from_numpy(chosen_R).to(self._device)
-        self._own = {n: (k[index_R], v[index_R]) for n, (k, v) in self._own.items()}
-        self._length_R = self._length_R[index_R]
-        self._prompts, self._copies = len(prompts), copies
-        return chosen_R
+    def uniform(self) -> float:
+        """The next of its random numbers."""
+        return self._random.random()
 
-    def _grow(self) -> None:
-        """Room for :data:`GROWTH` more tokens. Zeros: what is masked is still multiplied."""
-        rows = self._prompts * self._copies
-        for layer, pair in self._shared.items():
-            before = self._own.get(layer)
-            grown = []
-            for index, part in enumerate(pair):
-                _, heads_k, _, size = part.shape
-                room = part.new_zeros(rows, heads_k, self._room + GROWTH, size)
-                if before is not None:
-                    room[:, :, : self._room] = before[index]
-                grown.append(room)
-            self._own[layer] = grown[0], grown[1]
-        self._room += GROWTH
-        unseen = self._mask_UP.new_full((self._prompts, self._room), -torch.inf)
-        unseen[:, : self._tokens] = 0
-        self._mask = torch.cat([self._mask_UP, unseen], 1)[:, None, None, None]
+    @property
+    def narrows(self) -> bool:
+        """Whether it draws among a part of the tokens only."""
+        sampling = self.sampling
+        return sampling.top_p < 1 or bool(sampling.top_k or sampling.min_p)
+
+    def _changed(self, logits_V: Tensor) -> Tensor:
+        if self.plain:
+            return logits_V
+        sampling, logits_V = self.sampling, logits_V.clone()
+        if len(self._biased_N):
+            at, bias = self._biased_N.to(logits_V.device), self._bias_N.to(logits_V.device)
+            logits_V.index_add_(0, at, bias)
+        written = list(self._written)
+        if self._read is not None:
+            known = torch.cat([self._read, torch.tensor(written, dtype=torch.int64)]).unique()
+            known = known.to(logits_V.device)
+            given, penalty = logits_V[known], sampling.repetition_penalty
+            logits_V[known] = torch.where(given > 0, given / penalty, given * penalty)
+        if written and (sampling.frequency_penalty or sampling.presence_penalty):
+            at = torch.tensor(written, device=logits_V.device)
+            times = torch.tensor([float(self._written[i]) for i in written], device=at.device)
+            logits_V[at] -= sampling.frequency_penalty * times + sampling.presence_penalty
+        if self.mask is not None:
+            logits_V.masked_fill_(~self.mask.allowed(len(logits_V)).to(logits_V.device), -torch.inf)
+        return logits_V
+
+    def _draw(self, logits_V: Tensor) -> int:
+        sampling = self.sampling
+        uniform = torch.tensor([self.uniform()], dtype=torch.float64, device=logits_V.device)
+        probability_V = torch.softmax(logits_V, -1)
+        if not self.narrows:
+            return int(draw(probability_V[None], uniform))
+        count = len(probability_V)
+        first = min(sampling.top_k or LIKELIEST, count)
+        kept_K, index_K = probability_V.topk(first)
+        if not sampling.top_k:
+            # Tokens beyond the likeliest ones may be drawn too.
+            enough = float(kept_K.sum()) >= sampling.top_p
+            if not enough and float(kept_K[-1]) >= sampling.min_p * float(kept_K[0]):
+                kept_K, index_K = probability_V.sort(descending=True)
+        before_K = kept_K.cumsum(-1) - kept_K
+        total = kept_K.sum() if sampling.top_k else 1.0
+        # The likeliest is always kept, also for top_p = 0.
+        out_K = (before_K >= sampling.top_p * total) | (kept_K < sampling.min_p * kept_K[0])
+        out_K[0] = False
+        at = int(draw(kept_K.masked_fill(out_K, 0.0)[None], uniform))
+        return int(index_K[at]) if at < len(index_K) else count
 
 
-class _EncoderDecoder:
-    """The decoder with transformers' own cache; each prompt is encoded once."""
+def choose_tokens(samplers: Sequence[TokenSampler], logits_RV: Tensor) -> list[int]:
+    """The next token of each row, all at once where settings allow it: the same as one by one.
 
-    def __init__(self, decoder: Any, cache: Any, states_RSH: Tensor, mask_RS: Tensor) -> None:
-        self._decoder, self._cache = decoder, cache
-        self._states_RSH, self._mask_RS = states_RSH, mask_RS
-
-    @staticmethod
-    def begin(
-        network: Network, prompts: Sequence[IntArray], copies: int
-    ) -> tuple[Decoding, Tensor]:
-        """Encode, and let the decoder read the token it starts from."""
-        backbone = network.model.base_model
-        ids_US, mask_US = _rectangle(prompts, heads.filling_id(network.model), at_end=True)
-        ids_US, mask_US = ids_US.to(network.device), mask_US.to(network.device)
-        encoded = backbone.get_encoder()(input_ids=ids_US, attention_mask=mask_US)
-        rows = _EncoderDecoder(backbone.get_decoder(), None, encoded.last_hidden_state, mask_US)
-        start = heads.decoder_start(network.model)
-        hidden_UH = rows.step(torch.full((len(prompts),), start, device=network.device))
-        rows._select(_each(len(prompts), copies, network.device))
-        return rows, hidden_UH.repeat_interleave(copies, 0)
-
-    def step(self, ids_R: Tensor) -> Tensor:
-        """One step of the decoder."""
-        output = self._decoder(
-            input_ids=ids_R[:, None],
-            encoder_hidden_states=self._states_RSH,
-            encoder_attention_mask=self._mask_RS,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._cache = output.past_key_values
-        hidden_RH: Tensor = output.last_hidden_state[:, -1]
-        return hidden_RH
-
-    def keep(self, alive_R: IntArray) -> IntArray:
-        """The living rows."""
-        chosen_R = np.flatnonzero(alive_R)
-        self._select(torch.from_numpy(chosen_R).to(self._mask_RS.device))
-        return chosen_R
-
-    def _select(self, index_R: Tensor) -> None:
-        self._cache.reorder_cache(index_R)
-        self._states_RSH, self._mask_RS = self._states_RSH[index_R], self._mask_RS[index_R]
+    The rows' settings may differ in the seed only.
+    """
+    first = samplers[0]
+    if not first.plain or (first.narrows and not first.greedy):
+        return [own.choose(row_V) for own, row_V in zip(samplers, logits_RV, strict=True)]
+    if first.greedy:
+        return logits_RV.argmax(-1).tolist()
+    probability_RV = torch.softmax(logits_RV.float() / first.sampling.temperature, -1)
+    uniforms = [own.uniform() for own in samplers]
+    uniform_R = torch.tensor(uniforms, dtype=torch.float64, device=logits_RV.device)
+    tokens = draw(probability_RV, uniform_R).tolist()
+    if max(tokens) >= logits_RV.shape[-1]:
+        raise RecipeError("The model gave no probabilities.")
+    return tokens
 
 
-class _Cached:
-    """A network whose own forward keeps what its next tokens need, as Transformer-XL does."""
+@dataclass(eq=False)
+class RunningCompletion:
+    """One completion on its way."""
 
-    def __init__(self, backbone: Any, memory: Any) -> None:
-        self._backbone, self._memory = backbone, memory
+    sampler: TokenSampler
+    state: State
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    stopped: bool = False
+    """Whether a stop token ended it, which is the last of its tokens then."""
+    done: bool = False
 
-    @staticmethod
-    def begin(
-        network: Network, prompts: Sequence[IntArray], copies: int
-    ) -> tuple[Decoding, Tensor]:
-        """Read the prompts, filled up before their first token."""
-        backbone = network.model.base_model
-        ids_UT, mask_UT = _rectangle(prompts, heads.filling_id(network.model), at_end=False)
-        output = backbone(
-            input_ids=ids_UT.to(network.device),
-            attention_mask=mask_UT.to(network.device),
-            use_cache=True,
-        )
-        memory = output.past_key_values
-        if not hasattr(memory, "select"):
-            raise RecipeError(
-                f"networks of type {network.model.config.model_type} cannot be sampled from yet: "
-                "their cache is not known here"
+
+class Decoding:
+    """Completions of a few prompts that are written side by side, a token of each in a step."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        prompts: Sequence[IntArray],
+        count: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        max_tokens: int,
+        stop_ids: Collection[int],
+        first: int = 0,
+        together: bool = True,
+        logps: bool = False,
+    ) -> None:
+        """Read the prompts; ``seeds`` has one for each, and ``first`` numbers their first completions.
+
+        ``together`` reads them as one, which is faster and rounds in other ways; ``logps`` keeps the
+        log-probability of each token (see :class:`Completion`).
+        """
+        self._backend, self._max_tokens = backend, max_tokens
+        self._stop_ids, self._logps = frozenset(stop_ids), logps
+        if together:
+            states, self._logits_RV = backend.prefill_batch(prompts, count)
+        else:
+            states, logits = [], []
+            for prompt_T in prompts:
+                state, logits_V = backend.open(prompt_T), None
+                while logits_V is None:
+                    logits_V = backend.prefill(state)
+                states += backend.fork(state, count)
+                logits += [logits_V] * count
+            self._logits_RV = torch.stack(logits)
+        self.rows = [
+            RunningCompletion(
+                TokenSampler(sampling, seed, first + index, prompt_T), states[place * count + index]
             )
-        index_R = _each(len(prompts), copies, network.device)
-        return _Cached(backbone, memory.select(index_R)), output.last_hidden_state[:, -1][index_R]
+            for place, (prompt_T, seed) in enumerate(zip(prompts, seeds, strict=True))
+            for index in range(count)
+        ]
+        """In the order of the prompts, those of one prompt side by side."""
+        self._alive = list(self.rows)
 
-    def step(self, ids_R: Tensor) -> Tensor:
-        """One step of the network's own forward."""
-        output = self._backbone(
-            input_ids=ids_R[:, None], past_key_values=self._memory, use_cache=True
+    def step(self) -> list[RunningCompletion]:
+        """Write a token to each completion that is not done; those, or none where all are done."""
+        self._alive = [row for row in self._alive if not row.done]
+        if not (rows := self._alive):
+            return []
+        if rows[0].ids:  # the first tokens follow from the prompts
+            states, last = [row.state for row in rows], [row.ids[-1] for row in rows]
+            self._logits_RV = self._backend.step(states, last)
+        tokens = choose_tokens([row.sampler for row in rows], self._logits_RV)
+        if self._logps:
+            temperature = 1.0 if rows[0].sampler.greedy else rows[0].sampler.sampling.temperature
+            logp_RV = torch.log_softmax(self._logits_RV.float() / temperature, -1)
+            chosen_R1 = torch.tensor(tokens, device=logp_RV.device)[:, None]
+            for row, logp in zip(rows, logp_RV.gather(-1, chosen_R1)[:, 0].tolist(), strict=True):
+                row.logps.append(logp)
+        for row, token in zip(rows, tokens, strict=True):
+            row.ids.append(token)
+            row.stopped = token in self._stop_ids
+            if row.stopped or len(row.ids) == self._max_tokens:
+                self.end(row)
+        return rows
+
+    def end(self, row: RunningCompletion) -> None:
+        """Write no more of ``row``, and give its memory back."""
+        if not row.done:
+            row.done = True
+            self._backend.free(row.state)
+
+    def close(self) -> None:
+        """End all rows."""
+        for row in self.rows:
+            self.end(row)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the network wrote behind a prompt."""
+
+    ids_T: IntArray
+    """Its tokens, the stop token last where there is one."""
+    logp_T: FloatArray
+    """Log-probability of each under ``softmax(logits / temperature)`` over the whole vocabulary (under
+    ``softmax(logits)`` where the temperature is 0): what a trainer that divides logits by the
+    temperature computes again. ``top_p`` narrows what is drawn, not what is told here."""
+    stopped: bool
+    """Whether a stop token ended it, and not the limit of tokens."""
+
+
+def random_seeds(count: int, generator: torch.Generator | None = None) -> list[int]:
+    """``count`` seeds from ``generator``, or from torch's global state, which checkpoints keep."""
+    device = "cpu" if generator is None else generator.device
+    seeds: list[int] = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
+    return seeds
+
+
+@torch.no_grad()
+def sample(
+    network: Network,
+    prompts: Sequence[IntArray],
+    count: int,
+    sampling: Sampling,
+    *,
+    stop_ids: Collection[int] = (),
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 64,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[list[Completion]]:
+    """``count`` completions of each of ``prompts`` (token ids), in their order.
+
+    The weights are the very ones of the next training step, adapters and soft prompts in place: nothing
+    is copied, merged or exported. Runs in eval mode, without gradients, and leaves each module in the
+    mode it found it in. ``seeds`` has one for each prompt; without them all have that of ``sampling``.
+    At most ``batch_size`` rows run at once; ``done`` hears how many are finished.
+
+    Raises:
+        RecipeError: where the network writes no text, a prompt is empty or leaves no room in the
+            context, or there is no number of tokens.
+    """
+    max_tokens = sampling.max_tokens
+    if count < 1 or max_tokens is None:
+        raise RecipeError("completions and their tokens must be at least 1")
+    context = _check(network, prompts, max_tokens)
+    if seeds is None:
+        seeds = [seed_of(sampling)] * len(prompts)
+    soft = np.array(heads.prompt_ids(network.model), dtype=np.int64)
+    found: list[list[Completion]] = [[] for _ in prompts]
+    finished = 0
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    together = max(1, batch_size // count)
+    with _eval_mode(network.model), closing(backend_of(network, context)) as backend:
+        for start, first in itertools.product(
+            range(0, len(order), together), range(0, count, batch_size)
+        ):
+            chosen, copies = order[start : start + together], min(batch_size, count - first)
+            decoding = Decoding(
+                backend,
+                [np.concatenate([soft, prompts[index]]) for index in chosen],
+                copies,
+                sampling,
+                [seeds[index] for index in chosen],
+                max_tokens,
+                stop_ids,
+                first=first,
+                logps=True,
+            )
+            while decoding.step():
+                pass
+            for place, row in enumerate(decoding.rows):
+                ids_T = np.array(row.ids, dtype=np.int64)
+                logp_T = np.array(row.logps, dtype=np.float32)
+                found[chosen[place // copies]].append(Completion(ids_T, logp_T, row.stopped))
+            finished += len(decoding.rows)
+            done(finished)
+    return found
+
+
+def seed_of(sampling: Sampling) -> int:
+    """The seed of ``sampling``, or a random one."""
+    return secrets.randbits(63) if sampling.seed is None else sampling.seed
+
+
+def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> int:
+    """The context of ``network``, which has to write text and to hold every prompt."""
+    model = network.model
+    if heads.task_of(model) != "causal_lm" or network.both_ways:
+        raise RecipeError(
+            f"networks of type {model.config.model_type} with this head do not write text, so "
+            "there is nothing to sample. Take a base model that generates."
         )
-        self._memory = output.past_key_values
-        hidden_RH: Tensor = output.last_hidden_state[:, -1]
-        return hidden_RH
-
-    def keep(self, alive_R: IntArray) -> IntArray:
-        """The living rows."""
-        chosen_R = np.flatnonzero(alive_R)
-        index_R = torch.from_numpy(chosen_R).to(self._memory.position_BK.device)
-        self._memory = self._memory.select(index_R)
-        return chosen_R
-
-
-def _each(count: int, copies: int, device: torch.device) -> Tensor:
-    """``0, 0, 1, 1, ...``: each of ``count`` rows ``copies`` times."""
-    return torch.arange(count, device=device).repeat_interleave(copies)
+    before = prefix_tokens(model) + len(heads.prompt_ids(model))
+    context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+    beside = heads.decoder_of(model) is not None  # the encoder's prompt takes no room
+    for index, prompt_T in enumerate(prompts):
+        sizes = [before + len(prompt_T), max_tokens]
+        if not len(prompt_T):
+            raise RecipeError(f"prompt {index + 1} has no tokens to go on from")
+        if (max(sizes) if beside else sum(sizes)) > context:
+            raise RecipeError(
+                f"prompt {index + 1} has {sizes[0]} tokens; with {max_tokens} for the completion that "
+                f"is more than the model's context of {context}. Shorten it, or allow fewer tokens."
+            )
+    return context
 
 
-def _rectangle(rows: Sequence[IntArray], fill: int, at_end: bool) -> tuple[Tensor, Tensor]:
-    """``rows`` filled up to the longest, and a mask that is 1 where there is a token."""
-    width = max(map(len, rows))
-    ids_RT = np.full((len(rows), width), fill, dtype=np.int64)
-    mask_RT = np.zeros_like(ids_RT)
-    for index, row_T in enumerate(rows):
-        place = slice(0, len(row_T)) if at_end else slice(width - len(row_T), width)
-        ids_RT[index, place] = row_T
-        mask_RT[index, place] = 1
-    return torch.from_numpy(ids_RT), torch.from_numpy(mask_RT)
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    """The network in eval mode; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -32,8 +32,8 @@ from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
+    from luthier.models.decoding import Completion
     from luthier.models.network import Network, TreeBatch
-    from luthier.models.sampler import Completion
     from luthier.types import IntArray
 
 
@@ -95,7 +95,8 @@ class OnPolicyDistillation(Distillation):
         return [replace(batch, extra=_written(batch, written, network.chat)) for batch in batches]
 
     def _answers(self, network: Network, examples: Sequence[Example]) -> list[Completion]:
-        from luthier.models.sampler import sample
+        from luthier.models.decoding import random_seeds, sample
+        from luthier.models.sampling import Sampling
 
         prompts = [prompt_of(example) for example in examples]
         if not prompts:
@@ -104,9 +105,12 @@ class OnPolicyDistillation(Distillation):
             network,
             prompts,
             1,
-            max_tokens=min(self.max_tokens, *(_room(network, example) for example in examples)),
-            temperature=self.sampling_temperature,
+            Sampling(
+                max_tokens=min(self.max_tokens, *(_room(network, example) for example in examples)),
+                temperature=self.sampling_temperature,
+            ),
             stop_ids=self.stop_ids or (),
+            seeds=random_seeds(len(prompts)),
         )
         return [answers[0] for answers in found]
 

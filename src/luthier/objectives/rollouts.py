@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
+    from luthier.models.decoding import Completion
     from luthier.models.network import Network, TreeBatch
-    from luthier.models.sampler import Completion
 
 MEASURED_SEED = 0
 """Seed of the draws in measurements, which are always the same."""
@@ -259,7 +259,8 @@ class Reinforcement(Objective):
         generator: torch.Generator | None = None,
     ) -> Rollouts:
         """``count`` graded completions of each prompt; the same for equal weights and ``generator``."""
-        from luthier.models.sampler import sample
+        from luthier.models.decoding import random_seeds, sample
+        from luthier.models.sampling import Sampling
 
         chat = network.chat
         assert chat is not None
@@ -268,10 +269,9 @@ class Reinforcement(Objective):
             network,
             prompts,
             count,
-            max_tokens=self.max_completion_tokens,
-            temperature=self.temperature,
+            Sampling(max_tokens=self.max_completion_tokens, temperature=self.temperature),
             stop_ids=chat.stop_ids,
-            generator=generator,
+            seeds=random_seeds(len(prompts), generator),
         )
         pairs = [(e, c) for e, row in zip(examples, found, strict=True) for c in row]
         replies = [chat.decode(c.ids_T[: len(c.ids_T) - c.stopped].tolist()) for _, c in pairs]

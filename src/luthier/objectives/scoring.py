@@ -67,13 +67,12 @@ def written(
 ) -> list[str | Failure]:
     """A network's reply to each conversation; a failure where its context does not hold one.
 
-    The same for the same conversations: the draws are seeded with each call.
+    The same for the same conversation and seed, whatever else is asked.
     """
-    import torch
-
+    from luthier.models.decoding import sample
     from luthier.models.heads import decoder_of, prompt_ids
     from luthier.models.prefix import prefix_tokens
-    from luthier.models.sampler import sample
+    from luthier.models.sampling import Sampling
 
     chat, model = network.chat, network.model
     assert chat is not None
@@ -92,11 +91,8 @@ def written(
         network,
         [prompts[place] for place in able],
         1,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
+        Sampling(**sampling.model_dump()),
         stop_ids=chat.stop_ids,
-        generator=torch.Generator().manual_seed(sampling.seed),
         batch_size=batch_size,
     )
     for place, (completion,) in zip(able, completions, strict=True):

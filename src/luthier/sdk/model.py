@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import OnError, Spec
+    from luthier.serving.evaluation import LongRows
     from luthier.serving.generation import Generator
-    from luthier.serving.long_rows import LongRows
     from luthier.types import Message, Row
 
     Conversation = Sequence[Message | Mapping[str, str]]
@@ -63,9 +63,9 @@ class Model:
         """The reply to one prompt or conversation, or one to each of several.
 
         A conversation is a list of messages, each ``{"role": ..., "content": ...}`` or a
-        :class:`~luthier.types.Message`. Keywords as :class:`luthier.serving.generation.Sampling`.
+        :class:`~luthier.types.Message`. Keywords as :class:`luthier.models.sampling.Sampling`.
         """
-        from luthier.serving.generation import Sampling
+        from luthier.models.sampling import Sampling
 
         chosen = Sampling(**sampling)
         if isinstance(prompts, str) or _is_conversation(prompts):
@@ -74,7 +74,7 @@ class Model:
 
     def stream(self, prompt: str | Conversation, **sampling: Any) -> Iterator[str]:
         """The reply to one prompt or conversation in pieces, as it is decoded."""
-        from luthier.serving.generation import Sampling
+        from luthier.models.sampling import Sampling
 
         return self.generator.stream(_prompt(prompt), Sampling(**sampling))
 
@@ -221,10 +221,8 @@ def evaluate(
     from luthier.data.rows import load_rows
     from luthier.evaluation.evaluate import Evaluation, check, check_shapes
     from luthier.graders import graders_named
-    from luthier.serving.grading import open_graders
-    from luthier.serving.measuring import measure, perplexity
+    from luthier.serving.evaluation import measure, open_graders, perplexity, preference_scores
     from luthier.serving.prediction import Predictor
-    from luthier.serving.preferring import preference_scores
     from luthier.store.models import find, objective_of
 
     chosen = graders_named(graders)

@@ -27,7 +27,7 @@ from luthier.limits import SCHEMA_CHARACTERS
 from luthier.serving.confined_process import Interrupted, TakesTooMuch
 from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.inference import InferenceFailed, InferenceRefused
-from luthier.serving.turns import FairTurns, NoTurn
+from luthier.serving.scheduler import FairTurns, NoTurn
 from luthier.types import Tool
 
 if TYPE_CHECKING:

@@ -3,45 +3,53 @@
 One thread owns the network. In each round it reads a little of the prompts that came, then every
 answer that is being written grows by one token; those of a client that is ahead of others pause
 (:mod:`luthier.serving.scheduler`). What an answer is depends on its own request alone, not on what else
-runs (:mod:`luthier.serving.stepping`): it is the same through every face, streamed or not.
+runs (:mod:`luthier.models.backends`): it is the same through every face, streamed or not.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from itertools import chain
-from typing import TYPE_CHECKING
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from luthier.errors import RecipeError
 from luthier.limits import ModelLimits
+from luthier.models.decoding import TokenSampler, seed_of
 from luthier.serving.inference import (
+    Called,
     Chat,
+    End,
     InferenceFailed,
     InferenceRefused,
+    Piece,
     Prompt,
+    Reason,
     Request,
+    Score,
+    Stream,
 )
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import PromptLimit
-from luthier.serving.scheduler import FairScheduler, StepCosts
-from luthier.serving.stream import Stream
-from luthier.serving.turns import current_client, discount
-from luthier.serving.writing import Job, Writing
+from luthier.serving.scheduler import FairScheduler, StepCosts, current_client, discount
+from luthier.serving.text import AnswerText
+from luthier.serving.toolcalls import CallSplitter
 from luthier.types import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
+    from luthier.models.backends import Backend
     from luthier.models.network import Network
     from luthier.serving.constraints import Matcher, SchemaTrials
-    from luthier.serving.stepping import Stepper
     from luthier.store.models import StoredModel
     from luthier.types import IntArray
 
@@ -54,13 +62,132 @@ RETRY_SECONDS = 0.05
 
 _log = logging.getLogger("luthier.serving")
 
+TokenBytes = Callable[[int], bytes]
+
+
+class RunningRequest:
+    """A request while it is answered."""
+
+    def __init__(
+        self,
+        request: Request,
+        client: str,
+        ids_T: IntArray,
+        prompt_tokens: int,
+        room: int,
+        memory: int,
+    ) -> None:
+        self.request, self.client = request, client
+        self.ids_T, self.prompt_tokens = ids_T, prompt_tokens
+        self.room, self.memory = room, memory
+        self.events: SimpleQueue[Any] = SimpleQueue()
+        self.answers: list[RunningAnswer] = []
+        self.state: Any = None
+        """While its prompt is read."""
+        self.cancelled = False
+        self.unread = False
+        """Whether its client reads too slowly for more to be written."""
+
+    def add(
+        self,
+        chat: ChatFormat,
+        token_bytes: TokenBytes,
+        seed: int,
+        index: int,
+        matcher: Matcher | None,
+    ) -> None:
+        """One more answer to it."""
+        self.answers.append(RunningAnswer(self, chat, token_bytes, seed, index, matcher))
+
+
+class RunningAnswer:
+    """One answer to it: token by token, from logits to what the client sees."""
+
+    def __init__(
+        self,
+        job: RunningRequest,
+        chat: ChatFormat,
+        token_bytes: TokenBytes,
+        seed: int,
+        index: int,
+        matcher: Matcher | None,
+    ) -> None:
+        request, self.job, self.index = job.request, job, index
+        self.state: Any = None
+        self.last, self.count, self.done = 0, 0, False
+        self.last_step = 0
+        """The number of the model's step that wrote its last token."""
+        self._stop_ids, self._token_bytes = frozenset(chat.stop_ids), token_bytes
+        self._sampler = TokenSampler(request, seed, index, job.ids_T, matcher)
+        self._matcher = matcher
+        self._text = AnswerText(chat.decode, request.stop)
+        tools = request.prompt.tools if isinstance(request.prompt, Chat) else ()
+        splits = bool(tools) and request.prompt.tool_choice != "none"  # type: ignore[union-attr]
+        self._splitter = CallSplitter(tools) if splits else None
+        self._scores: list[Score] = []
+
+    def advance(self, logits_V: Tensor, best: int | None) -> None:
+        """The next token, from its logits; ``best`` is their highest, where that is known."""
+        sampler, matcher = self._sampler, self._matcher
+        if best is not None and sampler.plain and sampler.greedy:
+            self.last = best
+        else:
+            self.last = sampler.choose(logits_V)
+        if self.last in self._stop_ids:
+            return self._end("stop")
+        if matcher is not None:
+            matcher.take(self.last)
+        self._show(*self._text.feed(self.last, self._score(logits_V)))
+        self.count += 1
+        if self._text.stop is not None:
+            return self._end("stop_sequence")
+        if matcher is not None and matcher.finished:
+            return self._end("stop")
+        if self.count == self.job.request.max_tokens:
+            return self._end("length")
+        if self.count == self.job.room:
+            return self._end("context")
+        return None
+
+    def _score(self, logits_V: Tensor) -> Score | None:
+        count = self.job.request.top_logprobs
+        if count is None:
+            return None
+        logp_V = torch.log_softmax(logits_V.float(), -1)
+        value_K, index_K = logp_V.topk(count)
+        top = zip(index_K.tolist(), value_K.tolist(), strict=True)
+        own = float(logp_V[self.last])
+        return Score(
+            self._token_bytes(self.last), own, tuple((self._token_bytes(i), v) for i, v in top)
+        )
+
+    def _show(self, text: str, scores: list[Score]) -> None:
+        self._scores += scores
+        if self._splitter is not None:
+            text = self._splitter.feed(text)
+        if text or (self._scores and self._splitter is None):
+            self.job.events.put(Piece(self.index, text, tuple(self._scores)))
+            self._scores = []
+
+    def _end(self, reason: Reason) -> None:
+        self.done = True
+        self._show(*self._text.end())
+        if self._splitter is not None:
+            left, calls = self._splitter.end()
+            if left:
+                self.job.events.put(Piece(self.index, left, tuple(self._scores)))
+            for call in calls:
+                self.job.events.put(Called(self.index, call))
+            reason = "tool_calls" if calls else reason
+        self.job.events.put(End(self.index, reason, self._text.tokens, self._text.stop))
+
 
 class Decoder:
     """Answers requests to one model. Safe to share between threads."""
 
     def __init__(
         self,
-        stepper: Stepper,
+        backend: Backend,
         chat: ChatFormat,
         soft: IntArray,
         vocabulary: int,
@@ -77,17 +204,17 @@ class Decoder:
         from luthier.serving.constraints import Constraints
 
         self.chat, self.memory, self.vocabulary = chat, memory, vocabulary
-        self.context = stepper.context - len(soft)
+        self.context = backend.context - len(soft)
         self.constraints = Constraints(chat, vocabulary, schemas)
         self.limits = limits or ModelLimits()
         self._limit = PromptLimit(chat, self.context, self.limits)
-        self._stepper, self._soft = stepper, soft
+        self._backend, self._soft = backend, soft
         self._wake = threading.Condition()
         self._scheduler, self._costs = scheduler or FairScheduler(), StepCosts()
         self._steps = 0
-        self._waiting: dict[str, deque[Job]] = {}
-        self._reading: deque[Job] = deque()
-        self._writing: list[Job] = []
+        self._waiting: dict[str, deque[RunningRequest]] = {}
+        self._reading: deque[RunningRequest] = deque()
+        self._writing: list[RunningRequest] = []
         self._answers: Counter[str] = Counter()
         self._arrived = self._closed = False
         self._thread = threading.Thread(target=self._run, name="luthier-decoder", daemon=True)
@@ -103,28 +230,29 @@ class Decoder:
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine."""
         from luthier.engine.devices import choose_machine
+        from luthier.models.backends import backend_of
         from luthier.models.heads import prompt_ids
         from luthier.models.load import as_network, check_folder, context_length
         from luthier.serving.confined import serving_format
-        from luthier.serving.stepping import stepper_of
         from luthier.store.models import added_tokens, load
 
         machine = choose_machine()
         network = as_network(
             load(stored, machine.dtype, machine.device), machine.device, machine.dtype
         )
+        network.model.eval()
         soft = np.array(prompt_ids(network.model), dtype=np.int64)
         added = added_tokens(stored) - len(soft)
         context = context_length(check_folder(stored.network_folder)) - added
         vocabulary = int(network.model.config.vocab_size)
-        stepper = stepper_of(network, context)
+        backend = backend_of(network, context, exact=True)
         format_ = serving_format(stored)
-        return Decoder(stepper, format_, soft, vocabulary, memory, schemas, limits, scheduler)
+        return Decoder(backend, format_, soft, vocabulary, memory, schemas, limits, scheduler)
 
     @property
     def network(self) -> Network:
         """The network, to read with beside what is written; weights do not change."""
-        return self._stepper.network
+        return self._backend.network
 
     @property
     def idle(self) -> bool:
@@ -193,7 +321,7 @@ class Decoder:
         self._thread.join()
         self.chat.close()
 
-    def _job(self, request: Request) -> Job:
+    def _job(self, request: Request) -> RunningRequest:
         # First: a schema that is refused is not tokenized as a part of the prompt.
         matcher = self._matcher(request)
         ids_T = self.encode(request.prompt)
@@ -215,7 +343,7 @@ class Decoder:
                 f"{self.limits.logprobs:,} are allowed. Ask for fewer tokens or answers.",
                 "top_logprobs",
             )
-        memory = request.n * self._stepper.bytes_of(len(self._soft) + len(ids_T) + longest)
+        memory = request.n * self._backend.bytes_of(len(self._soft) + len(ids_T) + longest)
         if memory > self.memory.total:
             raise InferenceRefused(
                 f"This request may need {memory >> 20} MiB of memory, and there are "
@@ -223,8 +351,8 @@ class Decoder:
                 "max_tokens",
             )
         ids_P = np.concatenate([self._soft, ids_T])
-        job = Job(request, current_client(), ids_P, len(ids_T), room, memory)
-        seed = secrets.randbits(63) if request.seed is None else request.seed
+        job = RunningRequest(request, current_client(), ids_P, len(ids_T), room, memory)
+        seed = seed_of(request)
         for index in range(request.n):
             own = matcher if index == 0 or matcher is None else matcher.copy()
             job.add(self.chat, self.constraints.token_bytes, seed, index, own)
@@ -244,7 +372,7 @@ class Decoder:
                 raise InferenceRefused(f"There is no tool {name!r} to choose.", "tool_choice")
         return self.constraints.calls(chosen, marks_calls(self.chat))
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, job: RunningRequest) -> None:
         with self._wake:
             job.cancelled = True
             self._wake.notify()
@@ -257,11 +385,11 @@ class Decoder:
         finally:
             # However it ends: nobody waits for an answer, or for a client that is not at work.
             self._end()
-            self._stepper.close()
+            network = self._backend.network
+            self._backend.close()
+            network.close()
 
     def _decode(self) -> None:
-        import torch
-
         with torch.inference_mode():
             while self._next():
                 try:
@@ -310,22 +438,22 @@ class Decoder:
             except Exception:
                 _log.exception("what a sequence kept cannot be given back")
 
-    def _at_work(self) -> list[Job]:
+    def _at_work(self) -> list[RunningRequest]:
         return [*self._reading, *self._writing]
 
-    def _next_queue(self) -> deque[Job] | None:
+    def _next_queue(self) -> deque[RunningRequest] | None:
         """Of the clients that wait and may have more at work, the one that had the least done."""
         able = [queue for queue in self._waiting.values() if self._may_begin(queue[0])]
         return min(able, key=lambda queue: self._scheduler.seconds(queue[0].client), default=None)
 
-    def _may_begin(self, job: Job) -> bool:
+    def _may_begin(self, job: RunningRequest) -> bool:
         """Whether the client's part of all answers and of the memory allows it."""
         answers = self._answers[job.client]
         most = self.limits.share_of(self.limits.answers)
         within = not answers or answers + job.request.n <= most
         return job.cancelled or (within and self.memory.allows(job.client, job.memory))
 
-    def _lets_in(self, job: Job) -> bool:
+    def _lets_in(self, job: RunningRequest) -> bool:
         """Begin ``job`` where there is room for it; whether it need not wait any longer."""
         if job.cancelled:
             return True
@@ -351,7 +479,7 @@ class Decoder:
             if job.cancelled:
                 self._forget(job)
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: RunningRequest) -> None:
         # First what others wait for: to give back what it keeps takes memory, and may fail.
         if job in self._reading:
             self._reading.remove(job)
@@ -363,7 +491,7 @@ class Decoder:
         discount(self._answers, job.client, job.request.n)
         state, job.state = job.state, None
         if state is not None:
-            self._stepper.drop(state)
+            self._backend.free(state)
         for answer in job.answers:
             self._end_state(answer)
 
@@ -394,24 +522,22 @@ class Decoder:
             self._scheduler.charge(job.client, time.perf_counter() - began)
             self._settle(job)
 
-    def _read_chunk(self, job: Job) -> int:
+    def _read_chunk(self, job: RunningRequest) -> int:
         """Read on in its prompt; how many tokens. With the last of them its answers begin."""
-        import torch
-
         self._reading.remove(job)
         self._reading.append(job)
         if job.state is None:
-            job.state = self._stepper.begin(job.ids_T)
+            job.state = self._backend.open(job.ids_T)
         unread = job.state.unread
-        logits_V = self._stepper.read(job.state)
+        logits_V = self._backend.prefill(job.state)
         read: int = unread - job.state.unread
         if logits_V is None:
-            device = self._stepper.network.device
+            device = self._backend.network.device
             if self._scheduler.shared and device.type != "cpu":
                 torch.accelerator.synchronize(device)  # else the next client to wait for it pays
             return read
         state, job.state = job.state, None
-        states = self._stepper.fork(state, len(job.answers))
+        states = self._backend.fork(state, len(job.answers))
         self._reading.remove(job)
         self._writing.append(job)
         for answer, own in zip(job.answers, states, strict=True):
@@ -431,11 +557,11 @@ class Decoder:
         writing = [a for job in jobs for a in job.answers if a.state is not None]
         if not writing:
             return False
-        if len(writing) > self._stepper.rows:
+        if len(writing) > self._backend.rows:
             # Who is behind goes first: one row need not wait for all those of another client.
             seconds_of = {job.client: self._scheduler.seconds(job.client) for job in jobs}
             writing.sort(key=lambda answer: (seconds_of[answer.job.client], answer.last_step))
-            del writing[self._stepper.rows :]
+            del writing[self._backend.rows :]
         self._steps += 1
         for answer in writing:
             answer.last_step = self._steps
@@ -443,7 +569,7 @@ class Decoder:
         rows: dict[str, list[int]] = {}
         for answer in writing:
             rows.setdefault(answer.job.client, []).append(len(answer.job.ids_T) + answer.count)
-        logits_RV = self._stepper.step([a.state for a in writing], [a.last for a in writing])
+        logits_RV = self._backend.step([a.state for a in writing], [a.last for a in writing])
         best = logits_RV.argmax(-1).tolist()
         for answer, logits_V, token in zip(writing, logits_RV, best, strict=True):
             self._advance(answer, logits_V, token)
@@ -453,7 +579,7 @@ class Decoder:
             self._settle(job)
         return True
 
-    def _advance(self, answer: Writing, logits_V: Tensor, best: int | None) -> None:
+    def _advance(self, answer: RunningAnswer, logits_V: Tensor, best: int | None) -> None:
         if answer.job.cancelled:  # between any two answers: one may take long
             return
         try:
@@ -472,12 +598,12 @@ class Decoder:
         if answer.done:
             self._end_state(answer)
 
-    def _end_state(self, answer: Writing) -> None:
+    def _end_state(self, answer: RunningAnswer) -> None:
         state, answer.state = answer.state, None
         if state is not None:
-            self._stepper.drop(state)
+            self._backend.free(state)
 
-    def _settle(self, job: Job) -> None:
+    def _settle(self, job: RunningRequest) -> None:
         if job in self._writing and all(answer.done for answer in job.answers):
             self._forget(job)
 

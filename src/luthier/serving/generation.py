@@ -1,29 +1,31 @@
 """Answering with a model: the same weights, template and stop tokens it was trained with.
 
-A custom model is loaded with its adapters merged, exactly as ``models export --merged`` writes it,
-so serving and the exported directory give the same tokens. Decoding is transformers' own
-``generate``; prompts of a batch are sorted by length, so that little is spent on padding.
+A custom model is loaded with its adapters merged, exactly as ``models export --merged`` writes it, and
+decoded as the server decodes it (:mod:`luthier.models.decoding`): both give the same texts. What a
+batch holds beside a prompt does not change its answer.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from luthier.errors import RecipeError
+from luthier.models.backends import FlatBackend, backend_of
+from luthier.models.decoding import Decoding, RunningCompletion, seed_of
 from luthier.models.heads import prompt_ids
-from luthier.models.prefix import prefix_cache, prefix_tokens
+from luthier.models.prefix import prefix_tokens
+from luthier.models.sampling import Sampling
+from luthier.serving.text import AnswerText
 from luthier.types import Message
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network
     from luthier.store.models import StoredModel
     from luthier.types import IntArray
 
@@ -33,37 +35,12 @@ MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_tokens: int | None = None
-    """Tokens of the reply at most; 256, or half of a smaller context, when not given."""
-    temperature: float = 0.0
-    """0 takes the most likely token; higher draws more freely."""
-    top_p: float = 1.0
-    """Draw only from the most likely tokens that together have this probability."""
-    seed: int = 0
-    """Seed of the draws."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise RecipeError("max-tokens must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise RecipeError("temperature must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise RecipeError("top-p must be above 0 and at most 1")
-        if not 0 <= self.seed < 2**63:
-            raise RecipeError("seed must be 0 or more, and below 2**63")
-
-
-@dataclass(frozen=True)
 class Answer:
     """A reply, and how it ended."""
 
     text: str
     finished: bool
-    """Whether the model ended it; else the limit of tokens cut it off."""
+    """Whether the model or a stop sequence ended it; else the limit of tokens cut it off."""
     tokens: int
     """Tokens of the text."""
 
@@ -71,22 +48,23 @@ class Answer:
 class Generator:
     """One model in memory, ready to answer."""
 
-    def __init__(self, model: Any, chat: ChatFormat, device: torch.device) -> None:
-        from transformers import GenerationConfig
-
-        self.model, self.chat, self.device = model.eval(), chat, device
-        # Penalties and the like of the base model's own file would apply to batches only.
-        self.model.generation_config = GenerationConfig()
+    def __init__(self, network: Network, chat: ChatFormat) -> None:
+        model = network.model.eval()
+        self.network, self.chat = network, chat
         self.prompt_ids = np.array(prompt_ids(model), dtype=np.int64)
         """A soft prompt that stands before every prompt."""
         self.prefix = prefix_tokens(model)
         """Keys and values that stand before both; 0 without a prefix."""
-        self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+        context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+        self.backend = backend_of(network, context)
+        self.context = self.backend.context
+        """Tokens of prompt and reply together; no more than a window of the network's attention."""
 
     @staticmethod
     def open(stored: StoredModel) -> Generator:
         """Load ``stored`` on the best device of this machine."""
         from luthier.engine.devices import choose_machine
+        from luthier.models.load import as_network
         from luthier.store.models import chat_format, load, objective_of
 
         if objective_of(stored).task != "causal_lm":
@@ -96,7 +74,8 @@ class Generator:
             )
         machine = choose_machine()
         model = load(stored, machine.dtype, machine.device)
-        return Generator(model, chat_format(stored), machine.device)
+        network = as_network(model, machine.device, machine.dtype)
+        return Generator(network, chat_format(stored))
 
     def max_tokens(self, sampling: Sampling) -> int:
         """Tokens of a reply at most; where that is not said, half of the context is the prompt's."""
@@ -141,17 +120,14 @@ class Generator:
         A piece is given out once the text before it can no longer change, so characters of more
         than one token arrive whole.
         """
-        ids: list[int] = []
-        shown = text = ""
-        for token in self._tokens(self._encode(prompt, sampling, 0), sampling):
-            ids.append(token)
-            text = self.chat.decode(ids)
-            if not text.endswith("\ufffd"):
-                if text[len(shown) :]:
-                    yield text[len(shown) :]
-                shown = text
-        if text[len(shown) :]:
-            yield text[len(shown) :]
+        with closing(self._decoding([self._encode(prompt, sampling, 0)], sampling)) as decoding:
+            text = AnswerText(self.chat.decode, sampling.stop)
+            while rows := decoding.step():
+                if piece := self._read(decoding, rows[0], text):
+                    yield piece
+            piece, _ = text.end()
+            if piece:
+                yield piece
 
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
         ids_T = self._prompt_ids(prompt)
@@ -175,83 +151,39 @@ class Generator:
         )
 
     def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[Answer]:
-        import torch
-
-        # Ids of what the cache holds are never looked at: any will do.
-        width = self.prefix + max(map(len, prompts))
-        pad = self.chat.stop_ids[0]
-        ids_BT = torch.full((len(prompts), width), pad)
-        mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
-        mask_BT[:, : self.prefix] = 1
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, width - len(prompt) :] = torch.from_numpy(prompt)
-            mask_BT[row, width - len(prompt) :] = 1
-        with torch.inference_mode():
-            torch.manual_seed(sampling.seed)
-            out_BT = self.model.generate(
-                ids_BT.to(self.device),
-                attention_mask=mask_BT.to(self.device),
-                past_key_values=prefix_cache(self.model, len(prompts)),
-                **self._settings(sampling),
+        with closing(self._decoding(prompts, sampling)) as decoding:
+            texts = {row: AnswerText(self.chat.decode, sampling.stop) for row in decoding.rows}
+            shown = dict.fromkeys(decoding.rows, "")
+            while rows := decoding.step():
+                for row in rows:
+                    shown[row] += self._read(decoding, row, texts[row])
+        return [
+            Answer(
+                shown[row] + texts[row].end()[0],
+                row.stopped or texts[row].stop is not None,
+                texts[row].tokens,
             )
-        # An encoder-decoder gives its reply alone, behind the token it starts from.
-        first = width if self.chat.start_id is None else 1
-        return [self._answer(row[first:]) for row in out_BT]
+            for row in decoding.rows
+        ]
 
-    def _answer(self, ids_T: Tensor) -> Answer:
-        """The text before the first stop token."""
-        ids: list[int] = ids_T.tolist()
-        stops = [index for index, token in enumerate(ids) if token in self.chat.stop_ids]
-        reply = ids[: stops[0]] if stops else ids
-        return Answer(self.chat.decode(reply), bool(stops), len(reply))
+    def _read(self, decoding: Decoding, row: RunningCompletion, text: AnswerText) -> str:
+        """What the token that was just written to ``row`` shows; a stop sequence ends the row."""
+        if row.stopped:
+            return ""
+        piece, _ = text.feed(row.ids[-1], None)
+        if text.stop is not None:
+            decoding.end(row)
+        return piece
 
-    def _settings(self, sampling: Sampling) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "decoder_start_token_id": self.chat.start_id,
-            "max_new_tokens": self.max_tokens(sampling),
-            "do_sample": sampling.temperature > 0,
-            "eos_token_id": list(self.chat.stop_ids),
-            "pad_token_id": self.chat.stop_ids[0],
-        }
-        if sampling.temperature > 0:
-            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        return settings
-
-    def _tokens(self, prompt_T: IntArray, sampling: Sampling) -> Iterator[int]:
-        """Decode one token at a time with a key-value cache."""
-        import torch
-
-        generator = torch.Generator().manual_seed(sampling.seed)
-        ids = torch.from_numpy(prompt_T)[None].to(self.device)
-        cache, further = prefix_cache(self.model, rows=1), dict[str, Any]()
-        if beside := self.chat.start_id is not None:
-            with torch.inference_mode():
-                further["encoder_outputs"] = self.model.get_encoder()(input_ids=ids)
-            ids = torch.tensor([[self.chat.start_id]], device=self.device)
-        else:
-            further["logits_to_keep"] = 1
-        for _ in range(self.max_tokens(sampling)):
-            if beside:
-                further["decoder_input_ids"] = ids
-            with torch.inference_mode():
-                out = self.model(
-                    None if beside else ids, past_key_values=cache, use_cache=True, **further
-                )
-            cache = out.past_key_values
-            token = _choose(out.logits[0, -1].float().cpu(), sampling, generator)
-            if token in self.chat.stop_ids:
-                return
-            yield token
-            ids = torch.tensor([[token]], device=self.device)
-
-
-def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    import torch
-
-    from luthier.models.sampler import nucleus
-
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    probability_V = torch.softmax(logits_V / sampling.temperature, -1)
-    kept_V = nucleus(probability_V[None], sampling.top_p)[0]
-    return int(torch.multinomial(kept_V, 1, generator=generator))
+    def _decoding(self, prompts: Sequence[IntArray], sampling: Sampling) -> Decoding:
+        return Decoding(
+            self.backend,
+            prompts,
+            1,
+            sampling,
+            [seed_of(sampling) for _ in prompts],
+            self.max_tokens(sampling),
+            self.chat.stop_ids,
+            # One after the other, in chunks as the server reads them: the bits are the same.
+            together=not isinstance(self.backend, FlatBackend),
+        )

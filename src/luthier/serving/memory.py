@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from luthier.serving.turns import discount
+from luthier.serving.scheduler import discount
 
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Variables that oneDNN, and PyTorch above it, read when torch is loaded."""

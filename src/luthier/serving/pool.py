@@ -16,12 +16,18 @@ from luthier.cancellation import Running, cancellable
 from luthier.engine.memory import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.limits import ModelLimits
-from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request
+from luthier.serving.inference import (
+    InferenceFailed,
+    InferenceRefused,
+    Prompt,
+    Request,
+    Stream,
+    count_tokens,
+    metered_stream,
+)
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import PromptLimit, prompt_tokenized
-from luthier.serving.scheduler import Cancelled, FairScheduler
-from luthier.serving.stream import Stream, count_tokens, metered_stream
-from luthier.serving.turns import current_client
+from luthier.serving.scheduler import Cancelled, FairScheduler, current_client
 from luthier.types import Row
 
 if TYPE_CHECKING:

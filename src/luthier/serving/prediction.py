@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import DataError, Problem, RecipeError
-from luthier.serving.long_rows import LongRows, RowScores, fit_rows
+from luthier.serving.evaluation import LongRows, RowScores, fit_rows
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:

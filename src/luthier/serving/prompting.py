@@ -158,11 +158,12 @@ class Prompting:
         longest: int,
         done: Callable[[int], None],
     ) -> float:
-        from luthier.models.sampler import sample
+        from luthier.models.decoding import sample
+        from luthier.models.sampling import Sampling
 
         prompts = [self.chat.encode_prompt(turns) for turns, _ in pairs]
         written = sample(
-            self.network, prompts, 1, max_tokens=longest + ROOM, temperature=0.0,
+            self.network, prompts, 1, Sampling(max_tokens=longest + ROOM),
             stop_ids=self.chat.stop_ids, batch_size=32, done=done,
         )  # fmt: skip
         replies = [self.chat.decode(found.ids_T.tolist()) for (found,) in written]

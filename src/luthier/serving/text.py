@@ -76,7 +76,7 @@ class StopFinder:
         return shown
 
 
-class Answer:
+class AnswerText:
     """The text of one answer, and the tokens that belong to what was shown of it."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]) -> None:

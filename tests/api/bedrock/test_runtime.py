@@ -232,8 +232,8 @@ def test_a_failure_in_mid_stream_is_an_event(
     tiny_model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stepper = runtime_pool._entries[str(tiny_model_folder)].model._stepper
-    step, count = stepper.step, 0
+    backend = runtime_pool._entries[str(tiny_model_folder)].model._backend
+    step, count = backend.step, 0
 
     def fail(*arguments: Any) -> Any:
         nonlocal count
@@ -242,7 +242,7 @@ def test_a_failure_in_mid_stream_is_an_event(
             raise InferenceFailed("ModelError", "no")
         return step(*arguments)
 
-    monkeypatch.setattr(stepper, "step", fail)
+    monkeypatch.setattr(backend, "step", fail)
     with pytest.raises(EventStreamError, match="modelStreamErrorException"):
         streamed(runtime_client, **said())
     count = 0

@@ -227,8 +227,7 @@ def test_a_stream_that_is_dropped_frees_the_model(client: openai.OpenAI, service
 def test_a_failure_in_mid_stream_is_the_last_event(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.serving.inference import InferenceFailed
-    from luthier.serving.stream import Stream
+    from luthier.serving.inference import InferenceFailed, Stream
 
     honest, count = Stream.__next__, [0]
 

@@ -205,10 +205,13 @@ def test_tokens_after_a_memory_have_the_logits_of_the_whole(network: Any) -> Non
 def test_answers_are_alike_streamed_one_by_one_and_in_a_batch(
     family_folder: Callable[[str], Path],
 ) -> None:
-    from luthier.serving.generation import Generator, Sampling
+    from luthier.models.load import as_network
+    from luthier.models.sampling import Sampling
+    from luthier.serving.generation import Generator
 
     folder = family_folder("transfo_xl")
-    generator = Generator(load_model(folder, torch.float32, CPU), load_chat_format(folder), CPU)
+    network = as_network(load_model(folder, torch.float32, CPU), CPU, torch.float32)
+    generator = Generator(network, load_chat_format(folder))
     prompts = ["Hi", "What is the capital of France?", "yes or no"]
     sampling = Sampling(max_tokens=30)
     streamed = ["".join(generator.stream(prompt, sampling)) for prompt in prompts]

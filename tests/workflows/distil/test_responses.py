@@ -274,7 +274,8 @@ def test_an_automatic_name_goes_on_by_itself(prompts: Path, distil: Any) -> None
 def test_a_local_teacher(
     prompts: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.serving.generation import Generator, Sampling
+    from luthier.models.sampling import Sampling
+    from luthier.serving.generation import Generator
 
     given = {
         **QUICK, "name": "self", "sampling__max_tokens": 5, "sampling__temperature": 1.0,

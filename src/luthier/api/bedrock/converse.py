@@ -19,9 +19,9 @@ from luthier.serving.inference import (
     End,
     Piece,
     Request,
+    Stream,
     Whole,
 )
-from luthier.serving.stream import Stream
 from luthier.types import ToolCall
 
 TEMPERATURE, TOP_P = 0.5, 0.9

@@ -28,8 +28,7 @@ from luthier.api.bedrock.converse import (
 )
 from luthier.api.bedrock.eventstream import event
 from luthier.api.wire import Fault
-from luthier.serving.inference import MOST_PENALTY, MOST_TOKENS, End, Piece, Request, Whole
-from luthier.serving.stream import Stream
+from luthier.serving.inference import MOST_PENALTY, MOST_TOKENS, End, Piece, Request, Stream, Whole
 
 LENGTH = 512
 """``max_gen_len`` where a request names none, as Llama's is on Bedrock."""

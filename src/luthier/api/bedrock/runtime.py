@@ -20,9 +20,8 @@ from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
 from luthier.api.bedrock.invoke import ChatForm, EmbeddingBody, Form, Timed, form_of
 from luthier.api.wire import Answer, Authorize, Call, Fault, Handler
 from luthier.errors import UnknownModel
-from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request
+from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request, Stream
 from luthier.serving.pool import ModelPool
-from luthier.serving.stream import Stream
 
 INVOKE, STREAM = "bedrock:InvokeModel", "bedrock:InvokeModelWithResponseStream"
 COUNT = "bedrock:CountTokens"

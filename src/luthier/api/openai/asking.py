@@ -21,10 +21,10 @@ from luthier.serving.inference import (
     Prompt,
     Request,
     Score,
+    Stream,
     TooLong,
 )
 from luthier.serving.pool import Embedded
-from luthier.serving.stream import Stream
 
 MOST_STOPS = 4
 FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}

@@ -21,9 +21,9 @@ from luthier.api.wire import Caller, Fault, parse_json
 from luthier.errors import DoesNotFit, LuthierError, QuotaExceeded
 from luthier.jobs.supervisor import Watch
 from luthier.limits import BODY_BYTES, ServerLimits
+from luthier.serving.inference import metered
 from luthier.serving.prompts import on_prompt_tokenized
-from luthier.serving.stream import metered
-from luthier.serving.turns import working_for
+from luthier.serving.scheduler import working_for
 from luthier.store import batches as store
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now

@@ -20,8 +20,7 @@ from luthier.api.openai.conversations import ChatRequest
 from luthier.api.openai.requests import body, checked
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller
-from luthier.serving.inference import Called, End, Event, Piece, Request, Whole
-from luthier.serving.stream import Stream
+from luthier.serving.inference import Called, End, Event, Piece, Request, Stream, Whole
 from luthier.types import ToolCall
 
 ACTION = "chat.completions.create"

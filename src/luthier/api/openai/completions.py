@@ -24,8 +24,7 @@ from luthier.api.openai.models import Resolved
 from luthier.api.openai.requests import body, checked
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller
-from luthier.serving.inference import MOST_TOKENS, End, Piece, Prompt, Request, Score
-from luthier.serving.stream import Stream
+from luthier.serving.inference import MOST_TOKENS, End, Piece, Prompt, Request, Score, Stream
 
 ACTION = "completions.create"
 MOST_PROMPTS = 128

@@ -15,8 +15,7 @@ from luthier.api.openai.requests import body, checked
 from luthier.api.openai.response_requests import NamedFunction, ResponseRequest
 from luthier.api.openai.routing import Operation
 from luthier.api.wire import Answer, Call, Caller, Fault
-from luthier.serving.inference import Called, End, Event, Piece
-from luthier.serving.stream import Stream
+from luthier.serving.inference import Called, End, Event, Piece, Stream
 from luthier.types import ToolCall
 
 ACTION = "responses.create"

@@ -19,7 +19,7 @@ that is longer in evaluation than in training, relearned positions beyond a larg
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -237,6 +237,9 @@ class TransfoXLPreTrainedModel(PreTrainedModel):
 
 class TransfoXLModel(TransfoXLPreTrainedModel):
     """The network without a head."""
+
+    selects_rows: ClassVar[bool] = True
+    """Prompts of several lengths can be filled up in front, and rows be taken out of the cache."""
 
     def __init__(self, config: TransfoXLConfig) -> None:
         super().__init__(config)

@@ -223,7 +223,7 @@ class _Responses:
 
     def _graders(self, answers: int) -> Mapping[str, Grader]:
         """The grader of the insights, if any, with the models it names opened and tried."""
-        from luthier.serving.grading import open_graders
+        from luthier.serving.evaluation import open_graders
 
         grader = self.recipe.insights.grader
         given = {} if grader is None else {grader.method: grader}
@@ -375,7 +375,8 @@ class LocalTeacher(Answerer):
         note: Callable[[str], None],
     ) -> None:
         """Answer in batches of like length, the longest first."""
-        from luthier.serving.generation import Generator, Sampling
+        from luthier.models.sampling import Sampling
+        from luthier.serving.generation import Generator
 
         generator = Generator.open(self.stored)
         chosen = Sampling(**sampling.model_dump())

@@ -1,4 +1,4 @@
-"""Completions are what the network being trained says: tokens, log-probabilities and draws."""
+"""Completions are what the network says: tokens, log-probabilities and draws."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from luthier.adaptations.lora import LoRA
 from luthier.adaptations.prefix import Prefix
 from luthier.adaptations.prompt import Prompt
 from luthier.errors import RecipeError
+from luthier.models.decoding import (
+    Completion,
+    TokenSampler,
+    choose_tokens,
+    draw,
+    random_seeds,
+    sample,
+)
 from luthier.models.heads import Head, decoder_of, decoder_start
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
-from luthier.models.sampler import Completion, draw, nucleus, sample
+from luthier.models.sampling import Sampling
 from luthier.types import Example
 
 CPU = torch.device("cpu")
@@ -58,6 +66,30 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def sampled(
+    network: Network,
+    prompts: Any,
+    count: int,
+    *,
+    generator: torch.Generator | None = None,
+    stop_ids: Any = (),
+    batch_size: int = 64,
+    done: Callable[[int], None] = lambda count: None,
+    **settings: Any,
+) -> list[list[Completion]]:
+    """Drawn at temperature 1 where nothing else is said, with seeds of ``generator``."""
+    return sample(
+        network,
+        prompts,
+        count,
+        Sampling(**{"temperature": 1.0, **settings}),
+        stop_ids=stop_ids,
+        seeds=random_seeds(len(prompts), generator),
+        batch_size=batch_size,
+        done=done,
+    )
+
+
 def texts(found: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
     return [[c.ids_T.tolist() for c in row] for row in found]
 
@@ -96,10 +128,10 @@ def generated(network: Network, prompt_T: Any, stop: int, count: int) -> list[in
 def test_greedy_tokens_are_those_of_generate(opened: Opened, family: str) -> None:
     """Prompts of all lengths in one batch, some of which stop before others."""
     network = opened(family)
-    found = sample(network, PROMPTS, 2, max_tokens=40, temperature=0)
+    found = sampled(network, PROMPTS, 2, max_tokens=40, temperature=0)
     # A token that ends some completions early and not all.
     stop = int(found[1][0].ids_T[6])
-    found = sample(network, PROMPTS, 2, max_tokens=40, temperature=0, stop_ids=[stop])
+    found = sampled(network, PROMPTS, 2, max_tokens=40, temperature=0, stop_ids=[stop])
     if network.layout.flat:
         network.model.set_attn_implementation("eager")
     for prompt_T, (first, second) in zip(PROMPTS, found, strict=True):
@@ -116,7 +148,7 @@ def test_log_probabilities_are_the_trainer_s(
     opened: Opened, family: str, temperature: float
 ) -> None:
     network = opened(family, LoRA(rank=4))
-    found = sample(
+    found = sampled(
         network,
         PROMPTS,
         3,
@@ -139,13 +171,13 @@ def test_log_probabilities_are_the_trainer_s(
 @pytest.mark.parametrize("adaptation", [Prompt(virtual_tokens=5), Prefix(virtual_tokens=5)])
 def test_soft_prompts_and_prefixes_stand_before_the_prompt(opened: Opened, adaptation: Any) -> None:
     network = opened("llama", adaptation)
-    found = sample(network, PROMPTS, 2, max_tokens=20, generator=seeded())
+    found = sampled(network, PROMPTS, 2, max_tokens=20, generator=seeded())
     for prompt_T, row in zip(PROMPTS, found, strict=True):
         for completion in row:
             expected = trainers_logp(network, prompt_T, completion.ids_T)
             np.testing.assert_allclose(completion.logp_T, expected, atol=1e-5, rtol=1e-5)
     assert texts(found) != texts(
-        sample(opened("llama"), PROMPTS, 2, max_tokens=20, generator=seeded())
+        sampled(opened("llama"), PROMPTS, 2, max_tokens=20, generator=seeded())
     )
 
 
@@ -154,7 +186,7 @@ def test_the_weights_being_trained_are_sampled(opened: Opened, family: str) -> N
     network = opened(family, LoRA(rank=4))
 
     def drawn() -> list[list[list[int]]]:
-        return texts(sample(network, PROMPTS, 2, max_tokens=12, generator=seeded()))
+        return texts(sampled(network, PROMPTS, 2, max_tokens=12, generator=seeded()))
 
     before = drawn()
     kept = {n: w.detach().clone() for n, w in network.model.named_parameters() if w.requires_grad}
@@ -171,7 +203,7 @@ def test_seeds_and_the_global_state_decide_the_draws(opened: Opened) -> None:
     network = opened("llama")
 
     def drawn(generator: torch.Generator | None = None) -> list[list[list[int]]]:
-        return texts(sample(network, PROMPTS, 2, max_tokens=12, generator=generator))
+        return texts(sampled(network, PROMPTS, 2, max_tokens=12, generator=generator))
 
     assert drawn(seeded(3)) == drawn(seeded(3)) != drawn(seeded(4))
     torch.manual_seed(5)
@@ -193,7 +225,7 @@ def test_what_runs_beside_a_row_does_not_matter(
     network = opened(family)
     settings: dict[str, Any] = {"max_tokens": 24, "stop_ids": range(60)}
     counts: list[int] = []
-    found = sample(
+    found = sampled(
         network,
         PROMPTS,
         3,
@@ -202,9 +234,9 @@ def test_what_runs_beside_a_row_does_not_matter(
         batch_size=batch_size,
         done=counts.append,
     )
-    assert texts(found) == texts(sample(network, PROMPTS, 3, **settings, generator=seeded()))
+    assert texts(found) == texts(sampled(network, PROMPTS, 3, **settings, generator=seeded()))
     assert counts == sorted(set(counts)) and counts[-1] == 12
-    assert sample(network, [], 3, **settings) == []
+    assert sampled(network, [], 3, **settings) == []
 
 
 def test_a_prompt_is_computed_once_and_rows_leave_when_they_end(
@@ -215,13 +247,13 @@ def test_a_prompt_is_computed_once_and_rows_leave_when_they_end(
     layer = network.model.model.layers[0].mlp
     layer.register_forward_hook(lambda _m, given, _out: sizes.append(given[0].shape[1]))
     prompts = [LONG, np.concatenate([LONG, SHORT])]
-    found = sample(network, prompts, 8, max_tokens=60, stop_ids=range(40), generator=seeded())
+    found = sampled(network, prompts, 8, max_tokens=60, stop_ids=range(40), generator=seeded())
     lengths = [len(c.ids_T) for row in found for c in row]
     shared = -(-len(prompts[1]) // 32) * 32
     assert sizes[0] == shared, "both prompts and all of their rows share one beginning"
     assert sizes[1] <= 16 and sizes[-1] < sizes[1] and sizes[1:] == sorted(sizes[1:], reverse=True)
     assert len(sizes) == max(lengths) and max(lengths) < 60
-    assert sum(sizes[1:]) < 2 * sum(length - 1 for length in lengths)
+    assert sum(sizes[1:]) < 2 * sum(length - 1 for length in lengths) + 4 * len(sizes)
 
 
 def test_modes_and_gradients_are_left_as_they_were(opened: Opened) -> None:
@@ -229,10 +261,10 @@ def test_modes_and_gradients_are_left_as_they_were(opened: Opened) -> None:
     network.model.train()
     network.model.model.layers[1].eval()
     modes = [module.training for module in network.model.modules()]
-    found = sample(network, [SHORT], 2, max_tokens=5, generator=seeded())
+    found = sampled(network, [SHORT], 2, max_tokens=5, generator=seeded())
     assert [module.training for module in network.model.modules()] == modes
     network.model.eval()
-    assert texts(found) == texts(sample(network, [SHORT], 2, max_tokens=5, generator=seeded()))
+    assert texts(found) == texts(sampled(network, [SHORT], 2, max_tokens=5, generator=seeded()))
     ids_T = np.concatenate([SHORT, found[0][0].ids_T])
     (batch,) = network.batches(
         [Example(ids_T, np.ones(len(ids_T), dtype=np.float32) * (np.arange(len(ids_T)) > 0), 0)],
@@ -243,25 +275,46 @@ def test_modes_and_gradients_are_left_as_they_were(opened: Opened) -> None:
 
 
 def test_draws_follow_the_weights() -> None:
-    weight_RV = torch.tensor([0.1, 0.5, 0.0, 0.3, 0.1, 0.0]).expand(20_000, -1)
-    uniform_R = torch.rand(20_000, dtype=torch.float64, generator=seeded())
+    logits_V = torch.tensor([0.1, 0.5, 0.0, 0.3, 0.1, 0.0]).log()
 
-    def frequencies(top_p: float) -> list[float]:
-        token_R = draw(nucleus(weight_RV, top_p), uniform_R)
-        return [float((token_R == token).float().mean()) for token in range(6)]
+    def frequencies(**settings: float) -> list[float]:
+        sampling = Sampling(temperature=1.0, **settings)  # type: ignore[arg-type]
+        sampler = TokenSampler(sampling, 0, 0, SHORT)
+        drawn = [sampler.choose(logits_V) for _ in range(8_000)]
+        return [drawn.count(token) / 8_000 for token in range(6)]
 
-    assert frequencies(1.0) == pytest.approx([0.1, 0.5, 0, 0.3, 0.1, 0], abs=0.02)
-    assert frequencies(0.75) == pytest.approx([0, 0.625, 0, 0.375, 0, 0], abs=0.02)
-    assert frequencies(0.4) == [0, 1, 0, 0, 0, 0]
+    assert frequencies() == pytest.approx([0.1, 0.5, 0, 0.3, 0.1, 0], abs=0.02)
+    assert frequencies(top_p=0.75) == pytest.approx([0, 0.625, 0, 0.375, 0, 0], abs=0.02)
+    assert frequencies(top_p=0.4) == [0, 1, 0, 0, 0, 0]
+    assert frequencies(top_k=2) == pytest.approx([0, 0.625, 0, 0.375, 0, 0], abs=0.02)
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     weights = torch.tensor([[0.0, 0.25, 0.75, 0.0]]).expand(2, -1)
     assert draw(weights, edges).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.0}, {"temperature": 0.6}, {"top_p": 0.8}, {"top_k": 5}]
+)
+def test_rows_choose_together_what_each_chooses_alone(settings: dict[str, float]) -> None:
+    sampling = Sampling(**{"temperature": 1.0, **settings})  # type: ignore[arg-type]
+    logits_RV = torch.randn(7, 5000, generator=seeded())
+
+    def samplers() -> list[TokenSampler]:
+        return [TokenSampler(sampling, 3, index, SHORT) for index in range(7)]
+
+    alone = [own.choose(row_V) for own, row_V in zip(samplers(), logits_RV, strict=True)]
+    assert choose_tokens(samplers(), logits_RV) == alone
+    if sampling.temperature == 0:
+        return
+    with pytest.raises(RecipeError, match="no probabilities"):
+        choose_tokens(samplers()[:1], torch.full((1, 5000), float("nan")))
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"max_tokens": 0}, "at least 1"),
+        ({"max_tokens": None}, "at least 1"),
         ({"count": 0}, "at least 1"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
@@ -276,7 +329,7 @@ def test_what_cannot_be_sampled_is_refused(
 ) -> None:
     chosen = {"prompts": [SHORT], "count": 1, "max_tokens": 4, **settings}
     with pytest.raises(RecipeError, match=message):
-        sample(opened("llama"), **chosen)
+        sampled(opened("llama"), **chosen)
 
 
 @pytest.mark.parametrize("family", ["bert", "xlnet", "elmo"])
@@ -286,4 +339,4 @@ def test_networks_that_write_nothing_are_refused(
     head = Head("masked_lm" if family == "bert" else "embedding")
     model = load_model(family_folder(family), torch.float32, CPU, head)
     with pytest.raises(RecipeError, match="do not write text"):
-        sample(as_network(model, CPU, torch.float32), [SHORT], 1, max_tokens=2)
+        sampled(as_network(model, CPU, torch.float32), [SHORT], 1, max_tokens=2)

@@ -12,11 +12,19 @@ import torch
 
 from luthier.adaptations.prefix import Prefix
 from luthier.adaptations.prompt import Prompt
+from luthier.models.backends import (
+    CHUNK,
+    SIZES,
+    Backend,
+    FlatBackend,
+    ForwardBackend,
+    backend_of,
+)
+from luthier.models.decoding import sample
 from luthier.models.heads import prompt_ids
+from luthier.models.kv_cache import STEP, Bank, room_for
 from luthier.models.load import as_network, load_model
-from luthier.models.sampler import sample
-from luthier.serving.cache import STEP, Bank, room_for
-from luthier.serving.stepping import CHUNK, SIZES, Alone, Stepper, Together, stepper_of
+from luthier.models.sampling import Sampling
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gpt2", "palm", "t5", "transfo_xl")
@@ -32,7 +40,7 @@ def without_gradients() -> Any:
 def network(folder: Path, adaptation: Any = None, dtype: torch.dtype = torch.float32) -> Any:
     with torch.inference_mode(False):
         torch.manual_seed(0)
-        model = load_model(folder, dtype, CPU)
+        model = load_model(folder, dtype, CPU).eval()
         made = as_network(model, CPU, dtype)
         if adaptation is not None:
             adaptation.attach(model)
@@ -43,23 +51,23 @@ def network(folder: Path, adaptation: Any = None, dtype: torch.dtype = torch.flo
     return made
 
 
-def begin(stepper: Stepper, ids: Any) -> tuple[Any, int]:
-    state, logits = stepper.begin(ids), None
+def begin(backend: Backend, ids: Any) -> tuple[Any, int]:
+    state, logits = backend.open(ids), None
     while logits is None:
-        logits = stepper.read(state)
-    return stepper.fork(state, 1)[0], int(logits.argmax())
+        logits = backend.prefill(state)
+    return backend.fork(state, 1)[0], int(logits.argmax())
 
 
-def written(stepper: Stepper, prompts: list[Any], count: int) -> list[list[int]]:
+def written(backend: Backend, prompts: list[Any], count: int) -> list[list[int]]:
     """The likeliest tokens behind each prompt, all of them stepping together."""
-    begun = [begin(stepper, ids) for ids in prompts]
+    begun = [begin(backend, ids) for ids in prompts]
     found = [[token] for _, token in begun]
     for _ in range(count - 1):
-        logits = stepper.step([state for state, _ in begun], [ids[-1] for ids in found])
+        logits = backend.step([state for state, _ in begun], [ids[-1] for ids in found])
         for ids, row in zip(found, logits, strict=True):
             ids.append(int(row.argmax()))
     for state, _ in begun:
-        stepper.drop(state)
+        backend.free(state)
     return found
 
 
@@ -69,10 +77,12 @@ def test_what_is_written_is_what_training_samples(
 ) -> None:
     made = network(family_folder(family))
     prompts = [ids % 250 + 3 for ids in PROMPTS[:4]]
-    expected = sample(made, prompts, 1, max_tokens=12, temperature=0.0)
-    stepper = stepper_of(made, 512)
-    assert isinstance(stepper, Together if family in ("llama", "gpt2", "palm") else Alone)
-    assert written(stepper, prompts, 12) == [row.ids_T.tolist() for (row,) in expected]
+    expected = sample(made, prompts, 1, Sampling(max_tokens=12))
+    backend = backend_of(made, 512, exact=True)
+    assert isinstance(
+        backend, FlatBackend if family in ("llama", "gpt2", "palm") else ForwardBackend
+    )
+    assert written(backend, prompts, 12) == [row.ids_T.tolist() for (row,) in expected]
 
 
 @pytest.mark.parametrize("adaptation", [Prefix(virtual_tokens=5), Prompt(virtual_tokens=5)])
@@ -80,10 +90,10 @@ def test_a_prefix_and_a_soft_prompt_stand_before(
     adaptation: Any, family_folder: Callable[[str], Path]
 ) -> None:
     made = network(family_folder("llama"), adaptation)
-    expected = sample(made, PROMPTS[:3], 1, max_tokens=12, temperature=0.0)
+    expected = sample(made, PROMPTS[:3], 1, Sampling(max_tokens=12))
     soft = np.array(prompt_ids(made.model), dtype=np.int64)
-    stepper = stepper_of(made, 512)
-    found = written(stepper, [np.concatenate([soft, ids]) for ids in PROMPTS[:3]], 12)
+    backend = backend_of(made, 512, exact=True)
+    found = written(backend, [np.concatenate([soft, ids]) for ids in PROMPTS[:3]], 12)
     assert found == [row.ids_T.tolist() for (row,) in expected]
 
 
@@ -93,35 +103,35 @@ def test_logits_have_the_same_bits_whatever_runs_beside(
 ) -> None:
     with torch.inference_mode(False):
         model = tiny_llama(hidden_size=128).to(dtype).eval()
-        stepper = Together(as_network(model, CPU, dtype), 1024)
-    assert stepper.sizes[-1] == SIZES[-1]
+        backend = FlatBackend(as_network(model, CPU, dtype), 1024, exact=True)
+    assert backend.sizes[-1] == SIZES[-1]
     tokens = [list(range(10 + 7 * i, 90 + 7 * i)) for i in range(70)]
 
     def run(which: list[int]) -> dict[int, list[Any]]:
-        states = {i: begin(stepper, PROMPTS[i % len(PROMPTS)])[0] for i in which}
+        states = {i: begin(backend, PROMPTS[i % len(PROMPTS)])[0] for i in which}
         kept: dict[int, list[Any]] = {i: [] for i in which}
         for at in range(70):
-            logits = stepper.step(list(states.values()), [tokens[i][at] % 300 for i in states])
+            logits = backend.step(list(states.values()), [tokens[i][at] % 300 for i in states])
             for i, row in zip(states, logits, strict=True):
                 kept[i].append(row.clone())
             if at == 30 and len(states) > 3:  # others leave, and the banks move together
                 for i in list(states)[::3]:
-                    stepper.drop(states.pop(i))
+                    backend.free(states.pop(i))
         for state in states.values():
-            stepper.drop(state)
+            backend.free(state)
         return kept
 
     together = run(list(range(70)))
     for i in (1, 5, 8, 65):
         for one, other in zip(run([i])[i], together[i], strict=True):
             assert torch.equal(one, other)
-    assert not any(bank.spans for bank in stepper._banks._banks.values())
-    assert not any(bank.capacity for bank in stepper._banks._banks.values())
+    assert not any(bank.spans for bank in backend._banks._banks.values())
+    assert not any(bank.capacity for bank in backend._banks._banks.values())
 
 
 def test_networks_of_very_small_products_step_alone(family_folder: Callable[[str], Path]) -> None:
     small = network(family_folder("llama"), dtype=torch.bfloat16)
-    assert Together(small, 1024).sizes == (1,)
+    assert FlatBackend(small, 1024, exact=True).sizes == (1,)
 
 
 def test_a_long_prompt_is_read_in_chunks(family_folder: Callable[[str], Path]) -> None:
@@ -130,11 +140,11 @@ def test_a_long_prompt_is_read_in_chunks(family_folder: Callable[[str], Path]) -
     made.model.set_attn_implementation("sdpa")
     whole = made.model(torch.from_numpy(ids)[None]).logits[0, -1]
     made.model.set_attn_implementation("luthier_tree")
-    stepper = Together(made, 1024)
-    state, counts, logits = stepper.begin(ids), [], None
+    backend = FlatBackend(made, 1024, exact=True)
+    state, counts, logits = backend.open(ids), [], None
     while logits is None:
         counts.append(state.unread)
-        logits = stepper.read(state)
+        logits = backend.prefill(state)
     assert counts == [2 * CHUNK + 45, CHUNK + 45, 45]
     assert torch.allclose(logits, whole, atol=1e-4)
 
@@ -143,40 +153,42 @@ def test_sizes_that_give_other_bits_are_not_used(
     family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = network(family_folder("llama"))
-    assert Together(made, 1024).sizes[-1] == SIZES[-1]
-    honest = Together._probed
+    assert FlatBackend(made, 1024, exact=True).sizes[-1] == SIZES[-1]
+    honest = FlatBackend._probed
 
     def but_small(self: Any, ids: Any) -> Any:
         found = honest(self, ids)
         return found if len(ids) > 8 else found + 1e-3
 
-    monkeypatch.setattr(Together, "_probed", but_small)
-    assert Together(made, 1024).sizes == (16, 32, 64)
+    monkeypatch.setattr(FlatBackend, "_probed", but_small)
+    assert FlatBackend(made, 1024, exact=True).sizes == (16, 32, 64)
 
     def by_neighbours(self: Any, ids: Any) -> Any:
         return honest(self, ids) + ids.sum()
 
-    monkeypatch.setattr(Together, "_probed", by_neighbours)
-    alone = Together(made, 1024)
+    monkeypatch.setattr(FlatBackend, "_probed", by_neighbours)
+    alone = FlatBackend(made, 1024, exact=True)
     assert alone.sizes == (1,)
-    assert written(alone, PROMPTS[:2], 4) == written(stepper_of(made, 1024), PROMPTS[:2], 4)
+    assert written(alone, PROMPTS[:2], 4) == written(
+        backend_of(made, 1024, exact=True), PROMPTS[:2], 4
+    )
 
 
 def test_forks_of_one_prompt_go_their_own_ways(family_folder: Callable[[str], Path]) -> None:
-    stepper = Together(network(family_folder("llama")), 1024)
-    state = stepper.begin(PROMPTS[2])
-    stepper.read(state)
-    one, two = stepper.fork(state, 2)
-    first = stepper.step([one, two], [7, 9])
-    other, _ = begin(stepper, PROMPTS[2])
-    assert torch.equal(stepper.step([other], [9])[0], first[1])
+    backend = FlatBackend(network(family_folder("llama")), 1024, exact=True)
+    state = backend.open(PROMPTS[2])
+    backend.prefill(state)
+    one, two = backend.fork(state, 2)
+    first = backend.step([one, two], [7, 9])
+    other, _ = begin(backend, PROMPTS[2])
+    assert torch.equal(backend.step([other], [9])[0], first[1])
     assert not torch.equal(first[0], first[1])
 
 
 def test_a_window_ends_the_context(family_folder: Callable[[str], Path]) -> None:
     made = network(family_folder("llama"))
     made.model.config.sliding_window = 40
-    assert Together(made, 1024).context == 40
+    assert FlatBackend(made, 1024, exact=True).context == 40
 
 
 def test_rooms_and_what_they_take(family_folder: Callable[[str], Path]) -> None:
@@ -184,12 +196,12 @@ def test_rooms_and_what_they_take(family_folder: Callable[[str], Path]) -> None:
     assert all(room >= tokens for tokens, room in enumerate(rooms, 1))
     assert all(room <= max(STEP, 2 * tokens) for tokens, room in enumerate(rooms, 1))
     assert len(set(rooms)) < 15
-    stepper = Together(network(family_folder("llama")), 1024)
-    state, _ = begin(stepper, PROMPTS[0])
+    backend = FlatBackend(network(family_folder("llama")), 1024, exact=True)
+    state, _ = begin(backend, PROMPTS[0])
     real = sum(
         p.numel() * p.element_size() for pair in state.span.bank.layers.values() for p in pair
     )
-    assert real <= stepper.bytes_of(1)
+    assert real <= backend.bytes_of(1)
 
 
 def test_a_bank_gives_memory_back() -> None:

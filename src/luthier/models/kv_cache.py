@@ -122,7 +122,7 @@ class Banks:
         return larger
 
 
-class Chunk:
+class ChunkAttention:
     """Attention of the next ``count`` tokens of a prompt to those before them and each other.
 
     ``N`` tokens run, of which those beyond ``count`` only fill up; nothing looks at them.
@@ -158,7 +158,7 @@ class Chunk:
         return out.view(-1, size, value.shape[-1]).transpose(0, 1)[None]
 
 
-class Step:
+class StepAttention:
     """Attention of one further token of each of several sequences.
 
     ``spans`` are in the order of :func:`in_order`; those that are neighbours in a bank run as one.

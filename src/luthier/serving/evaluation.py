@@ -1,0 +1,327 @@
+"""How good a stored model is on held-out rows, by what the rows say.
+
+Replies are graded, raw text is predicted (perplexity), and judged answers are told apart: beside the
+plain log-probability stands the implicit reward of DPO, the log-probability less that of the model it
+was trained from (Rafailov et al. 2023, section 4), whose accuracy is the held-out win rate. Adapters
+are merged in float32 where memory allows, as rounding merged weights moves small rewards.
+
+Rows longer than the context are refused, left out, or cut; what training does with them is for
+``data.long_rows``, and the choices have the same names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.evaluation.evaluate import Evaluation, grade, questions
+from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
+from luthier.objectives.base import cut_end
+from luthier.types import Example, Row
+
+if TYPE_CHECKING:
+    from luthier.graders import Grader, OnError
+    from luthier.objectives.scoring import Remember
+    from luthier.serving.generation import Generator
+    from luthier.store.models import StoredModel
+
+BUDGET = 2048
+"""Tokens computed at once."""
+
+LongRows = Literal["error", "drop", "truncate"]
+"""Refuse them all at once, leave them out, or cut them to the context."""
+
+
+@dataclass(frozen=True)
+class FittingRows:
+    """Rows that a model can read, each as the texts it consists of."""
+
+    rows: list[Row]
+    examples: list[list[Example]]
+    """The texts of each row: one, or two where a row compares or pairs two."""
+    dropped: int = 0
+    """Rows left out as too long."""
+    truncated: int = 0
+    """Rows cut to the context."""
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """How good what a model says of rows is, by what the rows say."""
+
+    scores: dict[str, float]
+    measured: FittingRows
+    """The rows that were read, and how many were not or not whole."""
+    answers: list[dict[str, Any]]
+    """What the model says of each of them."""
+    remarks: list[str] = field(default_factory=list)
+    """What the scores do not say."""
+
+    def evaluation(self) -> Evaluation:
+        """The scores and the counts."""
+        rows = self.measured
+        count, dropped, truncated = len(rows.rows), rows.dropped, rows.truncated
+        return Evaluation(
+            self.scores, count, [], dropped=dropped, truncated=truncated, remarks=self.remarks
+        )
+
+
+def fit_rows(
+    rows: Sequence[Row],
+    examples: Sequence[list[Example]],
+    context: int,
+    long_rows: LongRows,
+    cut: Callable[[Example, int], Example],
+) -> FittingRows:
+    """``rows`` with texts of at most ``context`` tokens; ``cut`` shortens a text.
+
+    Raises:
+        DataError: with ``error``, naming every row that is too long; or where none is left.
+    """
+    problems: list[Problem] = []
+    kept: list[tuple[Row, list[Example]]] = []
+    dropped = truncated = 0
+    for row, texts in zip(rows, examples, strict=True):
+        longest = max(len(text) for text in texts)
+        if longest <= context:
+            kept.append((row, texts))
+        elif long_rows == "truncate":
+            truncated += 1
+            kept.append((row, [cut(t, context) if len(t) > context else t for t in texts]))
+        elif long_rows == "drop":
+            dropped += 1
+        else:
+            message = f"{longest} tokens are more than the model's context of {context}."
+            problems.append(too_long(row, message))
+    refuse_long_rows(problems, left=len(kept), dropped=dropped)
+    return FittingRows([r for r, _ in kept], [texts for _, texts in kept], dropped, truncated)
+
+
+def too_long(row: Row, message: str, cure: str = ", or `long_rows=truncate`") -> Problem:
+    """What is wrong with a row that is too long; ``cure`` is what else would make it fit."""
+    fix = f"Shorten the row, or choose `long_rows=drop`{cure}."
+    return Problem(row.file, row.line, "row.too_long", message, fix)
+
+
+def refuse_long_rows(problems: Sequence[Problem], left: int, dropped: int) -> None:
+    """Refuse ``problems``, and data of which no row is ``left``.
+
+    Raises:
+        DataError: with each row that is too long.
+        RecipeError: where all rows were dropped.
+    """
+    if problems:
+        raise DataError(problems, "nothing was evaluated")
+    if dropped and not left:
+        raise RecipeError(f"all {dropped} rows are longer than the model's context; none is left")
+
+
+def long_rows_summary(found: Evaluation) -> str:
+    """What became of rows longer than the context, for people; empty where there were none."""
+    if found.dropped:
+        count = found.rows + found.dropped
+        return f"{found.dropped} of {count} rows are longer than the context and were left out"
+    cut = found.truncated
+    return f"{cut} of {found.rows} rows were cut to the context" if cut else ""
+
+
+def open_graders(
+    graders: Mapping[str, Grader],
+    answers: int,
+    note: Callable[[str], None],
+    remember: Remember | None = None,
+) -> dict[str, Grader]:
+    """``graders`` ready for ``answers`` answers, each model tried and what it will cost told.
+
+    ``remember`` keeps verdicts elsewhere than in memory.
+
+    Raises:
+        UnknownModel, RecipeError: for a model that is not there or is for something else, a key that
+            is refused.
+        LuthierError: for an endpoint that does not answer.
+    """
+    judgements = sum(grader.judgements for grader in graders.values())
+    if judgements:
+        note(f"the judge will be asked for {judgements * (answers + 1):,} verdicts at most")
+    if not judgements and not any(grader.models for grader in graders.values()):
+        return dict(graders)
+    from luthier.engine.devices import choose_machine
+    from luthier.engine.job import opened
+    from luthier.engine.metrics import Reporter
+    from luthier.objectives.scoring import Beside, check_judge
+    from luthier.store.models import find, objective_of
+
+    stored = {name: find(name, note) for each in graders.values() for name in each.models}
+    for grader in graders.values():
+        for name in grader.writers:
+            check_judge(name, objective_of(stored[name]))
+    machine = choose_machine()
+    models = Beside({n: opened(s, machine, Reporter()) for n, s in stored.items()}, note)
+    if remember is not None:
+        models = replace(models, remember=remember)
+    ready = {name: grader.with_models(models) for name, grader in graders.items()}
+    for name, grader in ready.items():
+        if warning := grader.rehearse():
+            note(f"warning: grader {name}: {warning}")
+    return ready
+
+
+def measure(
+    generator: Generator,
+    rows: Sequence[Row],
+    graders: Mapping[str, Grader],
+    max_tokens: int,
+    done: Callable[[int], None] = lambda count: None,
+    on_error: OnError = "fail",
+    long_rows: LongRows = "error",
+) -> Evaluation:
+    """Greedy replies to ``rows``, graded; ``done`` hears how many are finished.
+
+    ``on_error`` says what becomes of replies that a grader cannot grade, and ``long_rows`` of prompts
+    that leave no room for a reply; they are never cut, as their end is what is asked.
+
+    Raises:
+        DataError: with ``error``, naming every prompt that is too long.
+        RecipeError: for ``truncate``.
+    """
+    from luthier.models.sampling import Sampling
+
+    if long_rows == "truncate":
+        raise RecipeError(
+            "a prompt that is cut loses what it asks, so prompts are not truncated; choose "
+            "`long_rows=drop`"
+        )
+    asked, _ = questions(rows)
+    sampling = Sampling(max_tokens=max_tokens)
+    refusals = [generator.refusal(prompt, sampling) for prompt in asked]
+    kept = [index for index, refusal in enumerate(refusals) if refusal is None]
+    dropped = len(rows) - len(kept)
+    problems = [
+        too_long(row, refusal, cure=", or lower max_tokens")
+        for row, refusal in zip(rows, refusals, strict=True)
+        if refusal is not None and long_rows == "error"
+    ]
+    refuse_long_rows(problems, len(kept), dropped)
+    replies = generator.replies([asked[index] for index in kept], sampling, done=done)
+    graded = grade([rows[index] for index in kept], replies, graders, on_error)
+    return replace(graded, dropped=dropped)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts raw text."""
+
+    loss: float
+    """Nats a token, the first of each sequence left out."""
+    tokens: int
+    """Tokens predicted."""
+    characters: int
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, with what compares models of different tokenizers: bits for each character."""
+        bits = self.loss * self.tokens / math.log(2) / max(1, self.characters)
+        scores = {"perplexity": math.exp(self.loss), "loss": self.loss, "bits_per_character": bits}
+        return {"scores": scores, "tokens": self.tokens}
+
+
+def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
+    """Loss of a causal language model on raw text, packed as it was trained (512 tokens elsewhere)."""
+    from luthier.engine.devices import choose_machine
+    from luthier.models.load import as_network
+    from luthier.objectives import CausalLM
+    from luthier.store import models as store
+
+    trained = store.objective_of(stored)
+    objective = trained if isinstance(trained, CausalLM) else CausalLM()
+    if trained.task != "causal_lm":
+        raise RecipeError(f"{stored.id} is no causal language model, so raw text has no perplexity")
+    chat = store.chat_format(stored)
+    context = store.room_of(stored)
+    encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
+    sequences = objective.arrange(encoded, context)
+    machine = choose_machine()
+    model = store.load(stored, machine.dtype, machine.device)
+    network = as_network(model, machine.device, machine.dtype)
+    groups: list[list[Example]] = [sequences[i : i + 64] for i in range(0, len(sequences), 64)]
+    weights = [sum(example.weight for example in group) for group in groups]
+    losses = [objective.mean_loss(network, group, BUDGET) for group in groups]
+    total = math.fsum(loss * weight for loss, weight in zip(losses, weights, strict=True))
+    characters = sum(len(row.text or "") for row in rows)
+    return Perplexity(total / sum(weights), int(sum(weights)), characters)
+
+
+def preference_scores(
+    stored: StoredModel,
+    rows: Sequence[Row],
+    done: Callable[[int], None] = lambda count: None,
+    long_rows: LongRows = "error",
+) -> RowScores:
+    """Scores of ``stored`` on pairs, ratings or thumbs, and what it says of each row.
+
+    Raises:
+        DataError: with ``error``, naming every row that is longer than the context.
+    """
+    from luthier.objectives import DPO, KTO
+    from luthier.store import models as store
+
+    if store.objective_of(stored).task != "causal_lm":
+        raise RecipeError(f"{stored.id} does not write, so answers have no probability under it")
+    thumbs = rows[0].desirable is not None
+    objective = KTO() if thumbs else DPO()
+    rows = objective.gather(rows)
+    chat = store.chat_format(stored)
+    texts = [_texts(objective.encode(row, index, chat)) for index, row in enumerate(rows)]
+    measured = fit_rows(rows, texts, store.room_of(stored), long_rows, cut_end)
+    rows, sides = measured.rows, [side for each in measured.examples for side in each]
+    found = _logps(stored, sides)
+    done(len(rows))
+    parent = stored.manifest.get("parent")
+    reference = _logps(store.find(str(parent)), sides) if parent else [None] * len(sides)
+    answers = [
+        Likelihood(logp, int(np.count_nonzero(side.weight_T)), other)
+        for logp, side, other in zip(found, sides, reference, strict=True)
+    ]
+    lines: list[dict[str, Any]]
+    if thumbs:
+        scores = thumb_scores(answers, [bool(row.desirable) for row in rows])
+        lines = [{"line": r.line, **a.plain()} for r, a in zip(rows, answers, strict=True)]
+        return RowScores(scores, measured, lines)
+    pairs = list(zip(answers[::2], answers[1::2], strict=True))
+    lines = [
+        {"line": row.line, "chosen": chosen.plain(), "rejected": rejected.plain()}
+        for row, (chosen, rejected) in zip(rows, pairs, strict=True)
+    ]
+    return RowScores(pair_scores(pairs), measured, lines)
+
+
+def _texts(example: Example) -> list[Example]:
+    """The sides of a row, each alone."""
+    sides = (example, example.partner)
+    return [replace(side, partner=None) for side in sides if side is not None]
+
+
+def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
+    """Log-probability of the learned tokens of each text under ``stored``."""
+    import torch
+
+    from luthier.engine.devices import choose_machine
+    from luthier.engine.memory import available_memory
+    from luthier.models.load import as_network
+    from luthier.objectives.references import referred
+    from luthier.store import models as store
+
+    machine = choose_machine()
+    size = sum(path.stat().st_size for path in stored.network_folder.glob("*.safetensors"))
+    dtype = torch.float32 if 4 * size < available_memory() else machine.dtype
+    model = store.load(stored, dtype, machine.device)
+    model.eval()
+    network = as_network(model, machine.device, dtype)
+    with torch.no_grad():
+        found = [each.reference for each in referred(network, texts, BUDGET)]
+    network.close()
+    return [float(logp or 0.0) for logp in found]
