@@ -79,7 +79,8 @@ def list_models(json_: Json = False) -> None:
             continue
         measured = validation_result(model.get("measure", ""), model.get("validation", {}))
         names = (model["objective"], model["adaptation"])
-        table.add_row(model["id"], *names, measured, model["created"])
+        created = model["created"][:16].replace("T", " ")
+        table.add_row(model["id"], *names, measured, created)
     out.print()
     out.print(table)
 

@@ -30,6 +30,8 @@ from luthier.types import Message
 
 RUN = "run"
 """Of a line: the run that asked, where a service did."""
+AT_ONCE = 64
+"""Verdicts that are asked for before they are written down; a kill loses as many at most."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +178,6 @@ def digest_of(stored: StoredModel) -> str:
     files = stored.manifest.get("files") or hashes_of(stored.folder)
     below = digest_of(stored.parent) if stored.parent else ""
     return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
-
-
-AT_ONCE = 64
-"""Verdicts that are asked for before they are written down; a kill loses as many at most."""
 
 
 def journal_verdicts(write: Writer, judge: AskedModel, sampling: Asking) -> Writer:
