@@ -29,7 +29,7 @@ from luthier.limits import ServerLimits
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import SHAPES
 from luthier.objectives import OBJECTIVES
-from luthier.pretraining import (
+from luthier.pretrain_recipe import (
     Corpus,
     NewNetwork,
     NewTokenizer,

@@ -48,10 +48,10 @@ def test_light_entry_points_load_nothing_heavy(code: str) -> None:
     "code",
     [
         "import luthier.recipe; luthier.Recipe",
-        "import luthier.pretraining",
+        "import luthier.pretrain_recipe",
         "luthier.tune, luthier.load, luthier.inspect",
     ],
-    ids=["recipe", "pretraining", "sdk"],
+    ids=["recipe", "pretrain-recipe", "sdk"],
 )
 def test_recipes_and_the_sdk_load_no_torch(code: str) -> None:
     assert not loaded_after(f"import luthier\n{code}") & set(HEAVY)

@@ -22,7 +22,7 @@ from luthier.setting_names import SettingName, in_all, option, with_setting_name
 FACES: dict[str, SettingName] = {"bedrock": bedrock, "openai": openai, "native": native}
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
-COMMANDS = ("cli", "workflows/advise", "workflows/estimate", "limits.py", "pretraining.py",
+COMMANDS = ("cli", "workflows/advise", "workflows/estimate", "limits.py", "pretrain_recipe.py",
             "api/server.py", "setting_names.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (

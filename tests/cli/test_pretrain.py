@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from luthier.cli.app import app
 from luthier.cli.options import recipe_fields, recipe_options
-from luthier.pretraining import PretrainRecipe
+from luthier.pretrain_recipe import PretrainRecipe
 
 TEXT = "The quick brown fox jumps over the lazy dog. My card has not arrived yet. " * 80
 SHORT = ["--size", "tiny", "--context", "32", "--vocabulary", "300", "--batch-size", "2",

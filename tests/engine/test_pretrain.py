@@ -27,7 +27,7 @@ from luthier.engine.metrics import Reporter
 from luthier.engine.pretrain_defaults import NetworkFacts
 from luthier.errors import DataError, LuthierError, RecipeError, RunConflict, UnknownModel
 from luthier.files import read_json
-from luthier.pretraining import PretrainRecipe
+from luthier.pretrain_recipe import PretrainRecipe
 from luthier.store.models import find, objective_of
 
 SENTENCES = [
@@ -186,7 +186,7 @@ def test_what_was_cut_short_ends_at_the_same_bits(
 KILLED = """
 import os, signal, sys
 from luthier.engine import checkpoints, pretrain, storing
-from luthier.pretraining import PretrainRecipe
+from luthier.pretrain_recipe import PretrainRecipe
 import json
 where, fields = sys.argv[1], json.loads(sys.argv[2])
 def die(*_, **__):

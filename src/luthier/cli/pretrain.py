@@ -45,7 +45,7 @@ def pretrain(
 ) -> None:
     """Train a new base model from random weights on raw text, with a tokenizer of its own."""
     options = recipe_options(locals())
-    from luthier.pretraining import PretrainRecipe
+    from luthier.pretrain_recipe import PretrainRecipe
 
     recipe = PretrainRecipe.parse(recipe_fields(data, options, set_))
     # Loads torch, which takes seconds: only for a recipe that parses.

@@ -43,7 +43,7 @@ from luthier.models import bpe
 from luthier.models.build import build, read_configuration
 from luthier.models.load import check_folder, context_length, sketch
 from luthier.models.presets import SHAPES, configuration
-from luthier.pretraining import PretrainRecipe
+from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import DataSpec, Recipe
 from luthier.store import models as store
 from luthier.types import Example

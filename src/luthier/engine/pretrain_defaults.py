@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from luthier.data.corpus import Survey
 from luthier.engine.defaults import Choice
 from luthier.models.presets import SHAPES, Size
-from luthier.pretraining import PretrainRecipe
+from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import Training
 
 CHARACTERS_PER_TOKEN = 4

@@ -107,7 +107,7 @@ def pretrain(
         data: one file of raw text, several, or a TOML recipe.
         resume: go on with an interrupted run of the same name and settings.
         reporter: receives progress; nothing is printed without one.
-        **fields: fields of :class:`luthier.pretraining.PretrainRecipe` with ``__`` for the dot, for
+        **fields: fields of :class:`luthier.pretrain_recipe.PretrainRecipe` with ``__`` for the dot, for
             example ``name="..."`` (which it needs), ``network__size="10m"``, ``training__epochs=1``.
 
     Returns:
@@ -117,7 +117,7 @@ def pretrain(
         RefusedInput: before any training, for text or settings that cannot work.
     """
     from luthier.engine.pretrain import pretrain as run
-    from luthier.pretraining import PretrainRecipe
+    from luthier.pretrain_recipe import PretrainRecipe
     from luthier.recipe import read_toml
 
     paths = [Path(data)] if isinstance(data, str | Path) else [Path(path) for path in data]

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from luthier.errors import RecipeError
-from luthier.pretraining import PretrainRecipe
+from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import NAME_PATTERN, Part, Recipe, parse, read_toml, with_paths
 from luthier.workflows.distil.recipe import DistilRecipe
 
