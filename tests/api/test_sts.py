@@ -34,7 +34,7 @@ from signing import clock
 from sqlalchemy.orm import Session
 
 from luthier.files import write_json
-from luthier.store import accounts, iam_roles, principals
+from luthier.store import accounts, principals
 from luthier.store.database import Database
 
 AWS = Path(sys.executable).with_name("aws")
@@ -566,7 +566,7 @@ def test_sessions_end_with_what_they_stand_on(tmp_path: Path, tiny_model_folder:
     # Whose role it is, is asked too; and with the first role of a chain the second ends.
     assert after(account(ONE)(True)) == [True, False, False, False]
     assert after(account(ONE)(False)) == both
-    gone = after(lambda s: iam_roles.remove_role(s, iam_roles.role_of(s, ONE, "all")))
+    gone = after(lambda s: principals.remove_role(s, principals.role_of(s, ONE, "all")))
     assert gone == [True, True, False, False]
     database.close()
     server.end()

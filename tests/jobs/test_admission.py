@@ -11,18 +11,19 @@ import pytest
 
 from luthier.errors import Interrupted, ModelRefused
 from luthier.jobs import processes
-from luthier.jobs.admission import Capacity, free
+from luthier.jobs.admission import Capacity
 from luthier.jobs.import_worker import ImportWorker
-from luthier.jobs.imports import Importer, submit_import
-from luthier.jobs.scheduler import Scheduler
-from luthier.store import imports, leases
-from luthier.store.arns import Arns
+from luthier.jobs.kinds import IMPORT, TRAINING
+from luthier.jobs.scheduler import Scheduler, free
+from luthier.jobs.submit import submit_import
+from luthier.store import imports, jobs
+from luthier.store import queue as leased_work
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import now
-from luthier.store.imports import UNKNOWN, ModelImport
+from luthier.store.imports import ModelImport
 from luthier.store.jobs import Job
-from luthier.store.leases import PATIENCE
 from luthier.store.locations import Locations
+from luthier.store.queue import PATIENCE
 
 ACCOUNT = "000000000000"
 GIB = 1 << 30
@@ -30,13 +31,14 @@ LONG_AGO = PATIENCE + timedelta(seconds=10)
 
 
 class Machine:
-    """A scheduler and an importer that share a capacity of 4 GiB, and whom they start."""
+    """Two schedulers, of jobs and of imports, that share a capacity of 4 GiB, and whom they start."""
 
     def __init__(self, queue: Any) -> None:
         self.queue, self.database = queue, queue.database
         capacity = Capacity(memory=4 * GIB, cores=8)
-        self.scheduler = Scheduler(self.database, capacity, command=["/bin/sh", "-c", "sleep 60"])
-        self.importer = Importer(self.database, capacity, command=["/bin/sh", "-c", "sleep 60"])
+        sleep = ["/bin/sh", "-c", "sleep 60"]
+        self.scheduler = Scheduler(self.database, capacity, kinds=[TRAINING], command=sleep)
+        self.importer = Scheduler(self.database, capacity, kinds=[IMPORT], command=sleep)
 
     def job(self, name: str, memory: int, waited: timedelta = timedelta()) -> str:
         job_id: str = self.queue.submit(name)
@@ -49,8 +51,9 @@ class Machine:
     def model(self, name: str, memory: int = 0, waited: timedelta = timedelta()) -> str:
         with self.database.write() as session:
             model = submit_import(session, ACCOUNT, name, "s3://x/y", {})
-            session.query(ModelImport).filter_by(model_id=model.id).update({"memory": memory})
-            model.created = now() - waited
+            session.query(ModelImport).filter_by(id=model.id).update(
+                {"memory": memory, "since": now() - waited}
+            )
             return model.id
 
     def tick(self) -> None:
@@ -59,20 +62,20 @@ class Machine:
 
     def at_work(self) -> set[str]:
         with self.database.read() as session:
-            jobs = {job.name for job in leases.held(session)}
-            ids = [each.model_id for each in imports.held(session)]
+            names = {job.name for job in leased_work.leased_rows(session, Job)}
+            ids = [each.id for each in leased_work.leased_rows(session, ModelImport)]
             models = session.query(CustomModel.name).filter(CustomModel.id.in_(ids))
-            return jobs | {name for (name,) in models}
+            return names | {name for (name,) in models}
 
     def end(self, name: str) -> None:
         """Whoever worked on ``name`` is done."""
         with self.database.write() as session:
-            for job in leases.held(session):
+            for job in leased_work.leased_rows(session, Job):
                 if job.name == name:
-                    leases.fail(session, job.id, str(job.lease), "x")
-            for each in imports.held(session):
-                if session.query(CustomModel).filter_by(id=each.model_id).one().name == name:
-                    imports.fail(session, each.model_id, str(each.lease), "x")
+                    jobs.fail(session, job.id, str(job.lease), "x")
+            for each in leased_work.leased_rows(session, ModelImport):
+                if session.query(CustomModel).filter_by(id=each.id).one().name == name:
+                    imports.fail(session, each.id, str(each.lease), "x")
 
 
 @pytest.fixture
@@ -117,7 +120,8 @@ def test_an_import_whose_files_are_not_known_counts_for_its_process(machine: Mac
     machine.importer.tick()
     with machine.database.write() as session:
         left = free(session, machine.importer.capacity)
-    assert (left.memory, left.cores, left.imports, left.idle) == (4 * GIB - UNKNOWN, 8, 1, False)
+    assert (left.memory, left.cores, left.idle) == (4 * GIB - ModelImport.unknown_memory, 8, False)
+    assert left.at_work == {ModelImport: 1}
     machine.job("large", memory=4 * GIB)
     machine.tick()
     assert machine.at_work() == {"model"}
@@ -173,11 +177,11 @@ def test_two_that_wait_for_each_other_go_by_age(machine: Machine) -> None:
 def worker_of(machine: Machine, model_id: str) -> tuple[ImportWorker, ModelImport]:
     """The process of an import that was claimed."""
     with machine.database.write() as session:
-        found = imports.claim(session, processes.this_process(), 10**15)
-    assert found is not None and found.model_id == model_id
+        found = leased_work.claim(session, ModelImport, processes.this_process(), 10**15)
+    assert found is not None and found.id == model_id
     made = ImportWorker(
-        machine.database, Locations(machine.database), Arns(), model_id, str(found.lease),
-        machine.importer.capacity,
+        machine.database, Locations(machine.database), model_id, str(found.lease),
+        capacity=machine.importer.capacity,
     )  # fmt: skip
     return made, found
 
@@ -197,7 +201,7 @@ def test_an_import_says_what_it_takes_and_waits_where_others_have_it(machine: Ma
         worker._have_memory(found, 3 * GIB)
     assert noted(machine) == 3 * GIB
     with machine.database.write() as session:
-        imports.release(session, found.model_id, str(found.lease))
+        leased_work.release(session, ModelImport, found.id, str(found.lease))
     machine.tick()
     assert machine.at_work() == {"job"}
     machine.end("job")

@@ -18,7 +18,7 @@ from luthier.encryption import keys, memory
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import verify
 from luthier.jobs import deletion
-from luthier.jobs.deletion import REMOVED, Asked, Deletions
+from luthier.jobs.deletion import REMOVED, DeletionRequest, Deletions
 from luthier.store import audit
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
@@ -27,10 +27,9 @@ from luthier.store.endpoints import DEPLOYMENT, READY, Endpoint
 from luthier.store.jobs import Job, JobEvent, stop
 from luthier.store.listing import page
 from luthier.store.models import find
-from luthier.store.object_rows import Described
-from luthier.store.objects import Objects
+from luthier.store.multipart import MultipartUploads
+from luthier.store.objects import Described, Objects
 from luthier.store.uploaded_files import UploadedFiles
-from luthier.store.uploads import Uploads
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
 CANARY = "zanzibar-canary-7731"
@@ -74,7 +73,7 @@ class Store:
         return [each.key for each in page(self.database, account, "data").objects]
 
     def delete(self, *data: str, account: str = ACCOUNT, **more: Any) -> dict[str, Any]:
-        return self.deletions.delete(Asked(account, "anna", data or (DATA,), **more))
+        return self.deletions.delete(DeletionRequest(account, "anna", data or (DATA,), **more))
 
     def rows(self, kind: Any) -> list[Any]:
         with self.database.read() as session:
@@ -119,7 +118,7 @@ def test_every_copy_of_the_data_goes(
     teacher = taught(queue, store)
     store.put(body())
     store.objects.copy(ACCOUNT, ("data", "rows.jsonl"), ("data", "copy"), lambda found: Described())
-    uploads = Uploads(store.objects)
+    uploads = MultipartUploads(store.objects)
     upload = uploads.create(ACCOUNT, "data", "big", Described(), ("", ""))
     with store.objects.files.begin(ACCOUNT) as writing:
         writing.write(body())
@@ -267,7 +266,7 @@ def test_a_folder_a_job_and_addresses_elsewhere(queue: Any, store: Store) -> Non
     completed(
         queue, training=["s3://data/set/"], validators=[queue.file("held.jsonl", queue.pairs(2))]
     )
-    asked = Asked(ACCOUNT, "anna", (), "one", "delete")
+    asked = DeletionRequest(ACCOUNT, "anna", (), "one", "delete")
     certificate = store.deletions.delete(asked)
     assert store.keys() == ["set", "setting.jsonl"]
     assert certificate["outside"] and certificate["outside"][0].startswith("file:///")
@@ -284,7 +283,7 @@ def test_with_another_endpoint_objects_here_are_not_meant(queue: Any, store: Sto
     store.put(body())
     elsewhere = Deletions(store.database, Arns(), store.objects, external=True)
     with pytest.raises(RefusedInput, match="nothing of"):
-        elsewhere.delete(Asked(ACCOUNT, "anna", (DATA,)))
+        elsewhere.delete(DeletionRequest(ACCOUNT, "anna", (DATA,)))
     assert store.keys() == ["rows.jsonl"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +16,12 @@ from luthier.encryption.files import is_sealed, read_data
 from luthier.errors import LuthierError
 from luthier.files import verify
 from luthier.jobs import import_worker
-from luthier.jobs.admission import Capacity
-from luthier.jobs.heart import LOST
 from luthier.jobs.import_worker import ImportWorker
-from luthier.jobs.imports import submit_import
-from luthier.jobs.processes import this_process
+from luthier.jobs.processes import LOST, this_process
+from luthier.jobs.submit import submit_import
+from luthier.jobs.worker import Heartbeat
 from luthier.serving.acceptance import Accepted, accept_network
-from luthier.store import imports
-from luthier.store.arns import Arns
+from luthier.store import queue
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
@@ -34,23 +32,23 @@ class _Ended(BaseException):
     pass
 
 
-def test_work_that_no_signal_reaches_ends_by_the_heart(
+def test_work_that_no_signal_reaches_ends_by_the_heartbeat(
     luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A library that stays in native code hears no alarm; the lease would be kept for ever."""
     database = Database()
-    worker = ImportWorker(database, Locations(database), Arns(), "m", "lease", Capacity())
+    worker = ImportWorker(database, Locations(database), "m", "lease")
+    worker._began = time.monotonic()
     status: list[int] = []
 
     def leave(code: int) -> None:
         status.append(code)
         raise _Ended
 
-    monkeypatch.setattr(import_worker, "RENEWAL", 0.01)
     monkeypatch.setattr(import_worker, "SECONDS", -import_worker.GRACE)
     monkeypatch.setattr(import_worker.os, "_exit", leave)
     with pytest.raises(_Ended):
-        worker._beat(threading.Event())
+        Heartbeat(worker.beat, 0.01).run()
     assert status == [LOST]
 
 
@@ -62,11 +60,11 @@ def begun(database: Database, folder: Path) -> tuple[ImportWorker, ModelImport]:
     """A worker that is to take the model in ``folder``."""
     with database.write() as session:
         submit_import(session, "000000000000", "model", folder.as_uri(), {})
-        found = imports.claim(session, this_process(), 10**15)
+        found = queue.claim(session, ModelImport, this_process(), 10**15)
     assert found is not None
     locations = Locations(database, file_roots=[folder])
     lease = str(found.lease)
-    return ImportWorker(database, locations, Arns(), found.model_id, lease, Capacity()), found
+    return ImportWorker(database, locations, found.id, lease), found
 
 
 def test_memory_is_asked_for_before_any_weights_come(
@@ -82,7 +80,7 @@ def test_memory_is_asked_for_before_any_weights_come(
 
     monkeypatch.setattr(ImportWorker, "_have_memory", asked)
     with pytest.raises(_Asked):
-        worker._taken(found)
+        worker._store(found)
     assert "config.json" in there and "tokenizer.json" in there
     assert not any(name.endswith(".safetensors") for name in there)
     assert not list(luthier_home.rglob(".tmp-*"))
@@ -121,15 +119,15 @@ def test_weights_are_never_on_the_disk_of_an_encrypted_store(
         return accepted
 
     monkeypatch.setattr(import_worker, "accept_network", tried)
-    worker._taken(found)
+    worker._store(found)
     assert len(looked) == 1 and looked[0].is_relative_to(memory.memory())
     assert weights_in(luthier_home) == weights_in(memory.memory()) == []
-    model = find(f"imported:model-{found.model_id}")
+    model = find(f"imported:model-{found.id}")
     verify(model.folder, model.manifest["files"])
     (stored,) = model.folder.glob("*.safetensors")
     assert read_data(stored) == (tiny_model_folder / "model.safetensors").read_bytes()
     network = load(model, torch.float32, torch.device("cpu"))
     assert sum(weight.numel() for weight in network.parameters()) == model.manifest["parameters"]
     # What is said of it names no place of ours.
-    told = worker._explained(LuthierError(f"{looked[0]} is odd"), found.source)
+    told = worker._explain(LuthierError(f"{looked[0]} is odd"), found.source)
     assert told == f"{found.source}/model.safetensors is odd"

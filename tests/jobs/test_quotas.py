@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 
-from luthier.jobs.admission import Capacity
 from luthier.jobs.import_worker import ImportWorker
-from luthier.jobs.imports import submit_import
 from luthier.jobs.processes import this_process
-from luthier.store import imports
+from luthier.jobs.submit import submit_import
+from luthier.store import queue as leased_work
 from luthier.store.accounts import create_account, set_quota
-from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database, now
+from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
 from luthier.store.objects import Objects
-from luthier.store.recount import recount
+from luthier.store.quota_usage import recount
 from luthier.store.removal import remove
 from luthier.store.storage import stored_by
 from luthier.store.usage import report
@@ -81,10 +80,10 @@ def test_an_import_without_room_fails_before_it_is_copied(
         quota(database, stored_bytes=room)
         with database.write() as session:
             submit_import(session, ACCOUNT, name, tiny_model_folder.as_uri(), {})
-            found = imports.claim(session, this_process(), 10**15)
+            found = leased_work.claim(session, ModelImport, this_process(), 10**15)
         assert found is not None
         places = Locations(database, file_roots=[tiny_model_folder])
-        ImportWorker(database, places, Arns(), found.model_id, str(found.lease), Capacity())._run()
+        ImportWorker(database, places, found.id, str(found.lease)).work(found)
         with database.read() as session:
             models.append(session.query(CustomModel).filter_by(name=name).one())
         if name == "small":

@@ -16,9 +16,9 @@ from luthier.jobs import processes
 from luthier.jobs.admission import Capacity, memory_of
 from luthier.jobs.folders import LONGEST_LOG, JobFolders
 from luthier.jobs.scheduler import DiskWaits, Scheduler
-from luthier.jobs.supervisor import Watch
-from luthier.store import leases
+from luthier.store import queue as leased_work
 from luthier.store.jobs import Job
+from luthier.store.queue import LeaseWatch
 
 sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 ONCE = Capacity(memory=10**12, cores=2)
@@ -28,7 +28,7 @@ def claimed(queue: Any, worker: dict[str, Any]) -> Job:
     queue.submit()
     with queue.database.write() as session:
         session.query(Job).update({"memory": 1})
-        job = leases.claim(session, worker, 10**12, 9)
+        job = leased_work.claim(session, Job, worker, 10**12, 9)
         assert job is not None
         return job
 
@@ -51,11 +51,11 @@ def test_a_worker_that_is_gone_is_noticed_at_once(queue: Any) -> None:
     child, worker = sleeper()
     job = claimed(queue, worker)
     scheduler = nobody(queue)
-    scheduler._bury()
+    scheduler.expire_dead()
     assert queue.job(job.id).lease == job.lease
     child.kill()
     child.wait()
-    scheduler._bury()
+    scheduler.expire_dead()
     left = queue.job(job.id)
     assert (left.state, left.lease, left.crashes) == ("Queued", None, 1)
 
@@ -78,10 +78,10 @@ def test_a_worker_that_answers_no_more_is_ended(queue: Any, monkeypatch: Any) ->
     child, worker = sleeper()
     job = claimed(queue, worker)
     scheduler = nobody(queue)
-    monkeypatch.setattr(scheduler, "_watch", Watch(0.05))
-    scheduler._bury()
+    monkeypatch.setattr(scheduler, "watch", LeaseWatch(0.05))
+    scheduler.expire_dead()
     time.sleep(0.1)
-    scheduler._bury()
+    scheduler.expire_dead()
     assert child.wait(10) == -9
     assert queue.job(job.id).state == "Queued"
 
@@ -93,10 +93,10 @@ def test_a_server_that_is_starting_a_worker_is_not_ended_for_it(
     child, worker = sleeper()
     job = claimed(queue, {**worker, "starting": True})
     scheduler = nobody(queue)
-    monkeypatch.setattr(scheduler, "_watch", Watch(0.05))
-    scheduler._bury()
+    monkeypatch.setattr(scheduler, "watch", LeaseWatch(0.05))
+    scheduler.expire_dead()
     time.sleep(0.1)
-    scheduler._bury()
+    scheduler.expire_dead()
     assert queue.job(job.id).state == "Queued"
     assert child.poll() is None
     child.kill()
@@ -105,7 +105,7 @@ def test_a_server_that_is_starting_a_worker_is_not_ended_for_it(
 
 def test_a_clock_that_jumps_makes_nobody_look_dead() -> None:
     clock = [100.0]
-    watch = Watch(30, lambda: clock[0])
+    watch = LeaseWatch(30, lambda: clock[0])
     assert not watch.silent("a", "12:00")
     clock[0] += 29
     # Renewed by a worker whose clock says tomorrow, then yesterday.
@@ -114,7 +114,7 @@ def test_a_clock_that_jumps_makes_nobody_look_dead() -> None:
     assert not watch.silent("a", "yesterday")
     clock[0] += 31
     assert watch.silent("a", "yesterday")
-    watch.forget(set())
+    watch.forget_others(set())
     assert not watch.silent("a", "yesterday")
 
 
@@ -141,7 +141,7 @@ def test_a_worker_that_ends_before_it_begins_is_noticed(queue: Any) -> None:
     (child,) = scheduler.children.values()
     assert child.wait(20) == 3
     scheduler.capacity = Capacity(memory=0, cores=0)
-    scheduler._bury()
+    scheduler.expire_dead()
     job = queue.job(job_id)
     assert (job.state, job.crashes, scheduler.children) == ("Queued", 1, {})
 
@@ -195,16 +195,16 @@ def test_a_job_that_finds_no_room_waits_longer_each_time() -> None:
     waits = DiskWaits(lambda: clock[0])
     seconds = []
     for lease in ("a", "b", "c"):
-        waits.started(lease, "job")
-        waits.ended(lease, no_disk=True)
+        waits.begin(lease, "job")
+        waits.end(lease, no_disk=True)
         began = clock[0]
         while waits.waiting() == {"job"}:
             clock[0] += 1
         seconds.append(clock[0] - began)
     assert seconds == [5, 10, 20]
-    waits.started("d", "job")
-    waits.ended("d", no_disk=False)
-    waits.ended("of another server", no_disk=True)
+    waits.begin("d", "job")
+    waits.end("d", no_disk=False)
+    waits.end("of another server", no_disk=True)
     assert waits.waiting() == set()
 
 

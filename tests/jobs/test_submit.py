@@ -12,7 +12,8 @@ from luthier.errors import NameInUse, QuotaExceeded, RecipeError
 from luthier.jobs.submit import submit
 from luthier.limits import AccountQuotas
 from luthier.recipe import parse
-from luthier.store import leases
+from luthier.store import jobs
+from luthier.store import queue as leased_work
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import new_id, now
@@ -183,9 +184,9 @@ def taken(queue: Any) -> list[str]:
     with queue.database.write() as session:
         session.execute(update(Job).values(memory=1))
         while (
-            job := leases.claim(session, {"host": "here", "pid": 1, "born": 0.0}, 10, 10)
+            job := leased_work.claim(session, Job, {"host": "here", "pid": 1, "born": 0.0}, 10, 10)
         ) is not None:
-            leases.fail(session, job.id, str(job.lease), "why")
+            jobs.fail(session, job.id, str(job.lease), "why")
             names.append(job.name)
     return names
 
@@ -209,7 +210,7 @@ def test_who_comes_late_comes_in_where_the_others_are(queue: Any) -> None:
         assert paused is not None
         move(session, paused, "Paused", "a job that rests holds no turn back")
         session.execute(update(Job).values(memory=1))
-        job = leases.claim(session, {"host": "here", "pid": 1, "born": 0.0}, 10, 10)
+        job = leased_work.claim(session, Job, {"host": "here", "pid": 1, "born": 0.0}, 10, 10)
         assert job is not None and job.name == "mine-1"
     for number in range(2):
         put(queue, f"theirs-{number}", account=OTHER)

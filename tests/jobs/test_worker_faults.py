@@ -79,7 +79,7 @@ def test_a_worker_that_comes_after_the_end_leaves_nothing(queue: Any, luthier_ho
     queue.ended(job_id)
     address = queue.database.engine.url.render_as_string(hide_password=False)
     late = subprocess.run(
-        [*queue.command, "--job", job_id, "--lease", "an older one"],
+        [*queue.command, "--kind", "training", "--id", job_id, "--lease", "an older one"],
         env={**os.environ, "LUTHIER_DATABASE": address}, capture_output=True, check=False,
     )  # fmt: skip
     assert late.returncode == 75

@@ -25,7 +25,6 @@ from luthier.api.wire import Answer, Caller, Fault, Head, Signed
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.limits import AccountQuotas
 from luthier.store import jobs as queue
-from luthier.store import leases
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Base, Database
@@ -131,7 +130,7 @@ class Service:
             queue.move(session, claimed, queue.RUNNING, "started", lease="token", lease_ends=None)
         told = {"stored_id": f"smollm2:job-{job.id}", "train_loss": 1.5, "validation_losses": []}
         with self.database.write() as session:
-            leases.complete(session, job.id, "token", {**told, **result})
+            queue.complete(session, job.id, "token", {**told, **result})
         with self.database.read() as session:
             return session.query(CustomModel).filter_by(job_id=job.id).one()
 

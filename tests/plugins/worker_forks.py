@@ -1,9 +1,9 @@
 """Workers for tests: real processes that begin with everything imported.
 
 Importing torch and transformers takes seconds. One process does it, computes nothing, and forks for
-each worker that a scheduler starts. ``python worker_forks.py SOCKET --job … --lease …`` is the command
-of the scheduler: it asks for a fork, and ends as the fork does. What a worker reads and writes is
-``file://``, below a folder for each account.
+each worker that a scheduler starts. ``python worker_forks.py SOCKET --kind … --id … --lease …`` is the
+command of the scheduler: it asks for a fork, and ends as the fork does. What a worker reads and writes
+is ``file://``, below a folder for each account.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HEAVY = (
-    "luthier.workflows.distil", "luthier.engine.train", "luthier.jobs.measuring", "luthier.jobs.worker",
+    "luthier.workflows.distil", "luthier.engine.train", "luthier.jobs.training",
     "luthier.serving.generation", "matplotlib.pyplot", "peft",
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip
@@ -101,17 +101,18 @@ def _work(job: dict[str, Any]) -> None:
         from luthier.cli.worker import configure_logging
         from luthier.encryption import keys as encryption
         from luthier.encryption import memory
-        from luthier.jobs.worker import Worker
+        from luthier.jobs.folders import JobFolders
+        from luthier.jobs.training import TrainingWorker
         from luthier.store.database import Database
         from luthier.store.locations import Locations
 
         options = dict(zip(job["options"][::2], job["options"][1::2], strict=True))
         encryption.taken_over()
         memory.hold_temporary_files()
-        configure_logging(options["--job"])
+        configure_logging(JobFolders(options["--id"]))
         database = Database(os.environ["LUTHIER_DATABASE"])
         folders = Folders(Locations(database))
-        code = Worker(database, folders, options["--job"], options["--lease"]).run()
+        code = TrainingWorker(database, folders, options["--id"], options["--lease"]).run()
     except BaseException:
         import traceback
 

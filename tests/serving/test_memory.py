@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from luthier.jobs.supervisor import inherited
+from luthier.jobs.processes import worker_environment
 from luthier.serving.memory import KERNEL_CACHES, bound_kernels
 
 SIZES = """
@@ -46,7 +46,7 @@ def test_limits_hold_for_the_server_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(KERNEL_CACHES[1], "77")
     bound_kernels()
     assert os.environ[KERNEL_CACHES[0]] == "128"
-    passed_on = inherited()
+    passed_on = worker_environment()
     assert KERNEL_CACHES[0] not in passed_on and passed_on[KERNEL_CACHES[1]] == "77"
 
 

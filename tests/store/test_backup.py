@@ -32,10 +32,9 @@ from luthier.store.backup import backup, restore
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, now
 from luthier.store.jobs import COMPLETED, RUNNING, Job
-from luthier.store.object_rows import Described, Piece
-from luthier.store.objects import Objects
+from luthier.store.objects import Described, Objects, Piece
 from luthier.store.sealing import Sealing, server_key
-from luthier.store.snapshot import remove_leftovers, snapshot
+from luthier.store.snapshot import remove_orphaned_snapshots, snapshot
 
 
 @pytest.fixture
@@ -607,7 +606,7 @@ def test_a_backup_that_is_killed_blocks_nobody(
         writer.join(20)
         assert written.is_set()
         assert bool(list(luthier_home.glob(".tmp-backup~*"))) == (stage == "snapshot")
-        remove_leftovers(luthier_home)
+        remove_orphaned_snapshots(luthier_home)
         assert not list(luthier_home.glob(".tmp-*"))
         backup(database, luthier_home, tmp_path / "backup")
 

@@ -23,8 +23,7 @@ from luthier.store.database import Database
 from luthier.store.jobs import COMPLETED, Job
 from luthier.store.models import find
 from luthier.store.object_files import ObjectFiles
-from luthier.store.object_rows import Bucket, Piece, StoredObject
-from luthier.store.objects import Objects
+from luthier.store.objects import Bucket, Objects, Piece, StoredObject
 from luthier.store.uploaded_files import UploadedFile
 
 ROWS = "".join(
@@ -123,7 +122,7 @@ def check_files(home: Path) -> dict[str, int]:
     with database.read() as session:
         for bucket in session.scalars(select(Bucket)):
             for row in session.scalars(select(StoredObject).filter_by(bucket_seq=bucket.seq)):
-                _, pieces = objects.reading(
+                _, pieces = objects.open_range(
                     row.account, bucket.name, row.key, lambda o: (0, o.size)
                 )
                 content = b"".join(pieces)
@@ -136,7 +135,7 @@ def check_files(home: Path) -> dict[str, int]:
             assert hashlib.sha256(content).hexdigest() == piece.sha256
             counts["parts"] += piece.upload_id is not None
         for file in session.scalars(select(UploadedFile).where(UploadedFile.deleted.is_(None))):
-            _, pieces = objects.reading(
+            _, pieces = objects.open_range(
                 file.account, "luthier-files", file.id, lambda o: (0, o.size)
             )
             assert hashlib.sha256(b"".join(pieces)).hexdigest() == file.sha256

@@ -16,7 +16,7 @@ import pytest
 from principals_of import ALLOW_ALL, FIRST, KEY, OTHER, made_at
 
 from luthier.errors import CorruptFile, LuthierError, RefusedInput
-from luthier.store import iam_roles, principals
+from luthier.store import principals
 from luthier.store.accounts import version
 from luthier.store.audit import entries
 from luthier.store.bootstrap import prepare
@@ -237,7 +237,7 @@ def test_iam_roles_are_brought_up_to_date(
 ) -> None:
     def roles() -> dict[str, tuple[str, int]]:
         with database.read() as session:
-            found = iam_roles.roles(session)
+            found = principals.iam_roles(session)
             return {role.name: (role.id, role.max_session_seconds) for role in found}
 
     def again(*given: Any) -> None:
@@ -246,7 +246,7 @@ def test_iam_roles_are_brought_up_to_date(
     again(TUNER, {**TUNER, "name": "other", "account": OTHER})
     first = roles()
     with database.write() as session:
-        iam_roles.create_role(session, FIRST, "by-hand", TUNER["trust"])
+        principals.create_role(session, FIRST, "by-hand", TUNER["trust"])
         before = version(session)
     again(TUNER, {**TUNER, "name": "other", "account": OTHER})
     with database.read() as session:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from luthier.errors import LeaseLost, NameInUse, QuotaExceeded
-from luthier.jobs.imports import submit_import
+from luthier.jobs.submit import submit_import
 from luthier.limits import AccountQuotas
-from luthier.store import imports
+from luthier.store import imports, queue
 from luthier.store.custom_models import ACTIVE, CREATING, FAILED, CustomModel
 from luthier.store.database import Base, Database
+from luthier.store.imports import ModelImport
 from luthier.store.removal import ModelInUse, remove
 
 ACCOUNT, OTHER, THIRD = "000000000000", "111111111111", "222222222222"
@@ -41,22 +42,25 @@ def model(database: Database, name: str) -> CustomModel:
         return session.query(CustomModel).filter_by(name=name).one()
 
 
-def claimed(database: Database, memory: int = 10**12, **how: Any) -> imports.ModelImport | None:
+def claimed(database: Database, memory: int = 10**12, **how: Any) -> ModelImport | None:
     with database.write() as session:
-        return imports.claim(session, WORKER, memory, **how)
+        return queue.claim(session, ModelImport, WORKER, memory, **how)
 
 
 def test_each_is_claimed_once_in_the_order_they_came(database: Database) -> None:
     first, second, third = (claimed(database) for _ in range(3))
     assert first and second and third is None
-    assert [first.model_id, second.model_id] == [model(database, n).id for n in ("first", "second")]
+    assert [first.id, second.id] == [model(database, n).id for n in ("first", "second")]
     with database.write() as session:
-        imports.release(session, first.model_id, str(first.lease))
+        queue.release(session, ModelImport, first.id, str(first.lease))
     again = claimed(database)
-    assert again and again.model_id == first.model_id and again.lease != first.lease
-    for write in (imports.renew, lambda s, i, lease: imports.complete(s, i, lease, {}, {})):
+    assert again and again.id == first.id and again.lease != first.lease
+    for write in (
+        lambda s, i, lease: queue.renew(s, ModelImport, i, lease),
+        lambda s, i, lease: imports.complete(s, i, lease, {}, {}),
+    ):
         with pytest.raises(LeaseLost), database.write() as session:
-            write(session, first.model_id, str(first.lease))
+            write(session, first.id, str(first.lease))
     assert model(database, "first").status == CREATING
 
 
@@ -65,15 +69,15 @@ def test_how_an_import_ends(database: Database) -> None:
     assert first and second
     with database.write() as session:
         changes = {"stored_id": "imported:x", "root": "luthier.imported-x"}
-        imports.complete(session, first.model_id, str(first.lease), changes, {"kind": "encoder"})
-        imports.fail(session, second.model_id, str(second.lease), "x" * 5000)
+        imports.complete(session, first.id, str(first.lease), changes, {"kind": "encoder"})
+        imports.fail(session, second.id, str(second.lease), "x" * 5000)
     done, failed = model(database, "first"), model(database, "second")
     assert (done.status, done.stored_id, done.details["kind"]) == (ACTIVE, "imported:x", "encoder")
     assert done.details["request"] == {"roleArn": "r"} and done.bottom == "luthier.imported-x"
     assert (failed.status, len(str(failed.failure))) == (FAILED, 2048)
     with database.read() as session:
-        assert not any(imports.unfinished(session, m.id) for m in (done, failed))
-        assert imports.held(session) == []
+        assert not any(imports.is_unfinished(session, m.id) for m in (done, failed))
+        assert queue.leased_rows(session, ModelImport) == []
 
 
 def names_in_turn(database: Database, count: int) -> list[str]:
@@ -83,8 +87,8 @@ def names_in_turn(database: Database, count: int) -> list[str]:
         found = claimed(database)
         assert found is not None
         with database.write() as session:
-            imports.fail(session, found.model_id, str(found.lease), "x")
-            names.append(session.query(CustomModel).filter_by(id=found.model_id).one().name)
+            imports.fail(session, found.id, str(found.lease), "x")
+            names.append(session.query(CustomModel).filter_by(id=found.id).one().name)
     return names
 
 
@@ -96,7 +100,7 @@ def test_an_account_with_many_imports_does_not_keep_the_others_waiting(database:
         submit(database, f"theirs-{number}", OTHER)
     assert running
     with database.write() as session:
-        imports.fail(session, running.model_id, str(running.lease), "x")
+        imports.fail(session, running.id, str(running.lease), "x")
     assert names_in_turn(database, 4) == ["theirs-0", "second", "theirs-1", "mine-0"]
     # Who comes late comes in where the others are, before none of them and behind none twice.
     submit(database, "late", THIRD)
@@ -118,9 +122,9 @@ def test_who_asks_again_each_time_gains_nothing(database: Database) -> None:
 def test_an_import_that_is_given_back_keeps_its_turn(database: Database) -> None:
     submit(database, "theirs", OTHER)
     first = claimed(database)
-    assert first and first.model_id == model(database, "first").id
+    assert first and first.id == model(database, "first").id
     with database.write() as session:
-        imports.expire(session, first.model_id, str(first.lease), "by signal 9")
+        queue.expire(session, ModelImport, first.id, str(first.lease), "by signal 9")
     assert names_in_turn(database, 3) == ["first", "theirs", "second"]
 
 
@@ -135,9 +139,10 @@ def test_so_many_imports_of_an_account_wait(database: Database) -> None:
 def test_a_model_that_kills_its_processes_fails(database: Database) -> None:
     for number in range(imports.MOST_CRASHES):
         found = claimed(database)
-        assert found and found.model_id == model(database, "first").id
+        assert found and found.id == model(database, "first").id
         with database.write() as session:
-            again = imports.expire(session, found.model_id, str(found.lease), "by signal 9")
+            queue.expire(session, ModelImport, found.id, str(found.lease), "by signal 9")
+            again = imports.is_unfinished(session, found.id)
         assert again is (number + 1 < imports.MOST_CRASHES)
     failed = model(database, "first")
     assert failed.status == FAILED and "signal 9" in str(failed.failure)

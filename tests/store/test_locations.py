@@ -9,8 +9,7 @@ import pytest
 
 from luthier.errors import CorruptFile, LocationRefused
 from luthier.store.locations import Locations
-from luthier.store.object_rows import Described
-from luthier.store.objects import Objects
+from luthier.store.objects import Described, Objects
 
 ONE, TWO = "000000000001", "000000000002"
 

@@ -18,11 +18,10 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import DiskFull
 from luthier.store.database import Database
+from luthier.store.multipart import CompletedPart, MultipartUploads
 from luthier.store.object_files import ObjectFiles, Written
-from luthier.store.object_rows import Described
-from luthier.store.objects import Objects
+from luthier.store.objects import Described, Objects
 from luthier.store.uploaded_files import UploadedFiles
-from luthier.store.uploads import Chosen, Uploads
 
 ONE = "000000000001"
 GONE = OperationalError("COMMIT", {}, Exception("the database is away"))
@@ -49,7 +48,7 @@ def put(data: Objects) -> Callable[[], Any]:
 
 
 def put_part(data: Objects) -> Callable[[], Any]:
-    uploads = Uploads(data)
+    uploads = MultipartUploads(data)
     upload = uploads.create(ONE, "data", "k", Described(), ("", "")).id
     return lambda: uploads.put_part(ONE, "data", "k", upload, 1, written(data), {})
 
@@ -173,19 +172,21 @@ def test_a_file_whose_row_is_not_written_is_no_object_either(data: Objects) -> N
     store = UploadedFiles(data.database, data)
     with failing(data.database, "uploaded_files"), pytest.raises(OperationalError):
         store.add(ONE, [b"bytes"], "name", "batch")
-    assert files(data) == [] and store.listed(ONE, 10) == []
+    assert files(data) == [] and store.list(ONE, 10) == []
     data.delete_bucket(ONE, "luthier-files")
 
 
 def test_a_copy_that_finds_no_room_leaves_none_of_its_files(
     data: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uploads, real = Uploads(data), ObjectFiles.link
+    uploads, real = MultipartUploads(data), ObjectFiles.link
     upload = uploads.create(ONE, "data", "k", Described(), ("", "")).id
     for number in (1, 2):
         body = b"x" * (5 << 20)
         uploads.put_part(ONE, "data", "k", upload, number, written(data, body), {})
-    chosen = [Chosen(part.number, part.md5, {}) for part in uploads.parts(ONE, "data", "k", upload)]
+    chosen = [
+        CompletedPart(part.number, part.md5, {}) for part in uploads.parts(ONE, "data", "k", upload)
+    ]
     uploads.complete(ONE, "data", "k", upload, chosen, lambda *told: {})
     links: list[str] = []
 

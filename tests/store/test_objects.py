@@ -16,10 +16,9 @@ import pytest
 from luthier.errors import CorruptFile, DoesNotFit, ObjectRefused
 from luthier.store.listing import beyond, page
 from luthier.store.locations import Locations
+from luthier.store.multipart import CompletedPart, MultipartUploads
 from luthier.store.object_files import Written
-from luthier.store.object_rows import Described
-from luthier.store.objects import Content, Objects
-from luthier.store.uploads import Chosen, Uploads
+from luthier.store.objects import Content, Described, Objects
 
 ONE, TWO = "000000000001", "000000000002"
 
@@ -35,7 +34,7 @@ def put(objects: Objects, key: str, body: bytes) -> None:
 
 
 def read(objects: Objects, key: str) -> bytes:
-    _, pieces = objects.reading(ONE, "data", key, lambda found: (0, found.size))
+    _, pieces = objects.open_range(ONE, "data", key, lambda found: (0, found.size))
     return b"".join(pieces)
 
 
@@ -76,7 +75,7 @@ def test_a_file_without_a_row_is_swept(data: Objects) -> None:
 KILLED = """
 import os, signal, sys
 from luthier.store.database import Database
-from luthier.store.object_rows import Described
+from luthier.store.objects import Described
 from luthier.store.locations import Locations
 from luthier.store.objects import Content, Objects
 
@@ -137,7 +136,7 @@ def test_a_disk_that_is_full(data: Objects, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_reader_keeps_what_it_opened(data: Objects) -> None:
     body = os.urandom(3 << 20)
     put(data, "k", body)
-    _, pieces = data.reading(ONE, "data", "k", lambda found: (0, found.size))
+    _, pieces = data.open_range(ONE, "data", "k", lambda found: (0, found.size))
     first = next(pieces)
     put(data, "k", b"new")
     assert first + b"".join(pieces) == body and read(data, "k") == b"new"
@@ -153,7 +152,7 @@ def test_an_object_that_is_replaced_while_it_is_looked_up(data: Objects) -> None
         calls.append(found)
         return 0, calls[-1].size  # type: ignore[attr-defined]
 
-    found, pieces = data.reading(ONE, "data", "k", span)
+    found, pieces = data.open_range(ONE, "data", "k", span)
     assert b"".join(pieces) == b"newer" and found.size == 5 and len(calls) == 2
 
 
@@ -231,7 +230,7 @@ def test_a_bucket_is_made_once(objects: Objects) -> None:
 
 def test_accounts_do_not_see_each_other(data: Objects) -> None:
     put(data, "k", b"secret")
-    uploads = Uploads(data)
+    uploads = MultipartUploads(data)
     upload = uploads.create(ONE, "data", "k", Described(), ("", ""))
     calls = [
         lambda: data.bucket(TWO, "data"),
@@ -257,13 +256,13 @@ def test_accounts_do_not_see_each_other(data: Objects) -> None:
 
 
 def test_parts_leave_the_disk_unless_they_are_chosen(data: Objects) -> None:
-    uploads = Uploads(data)
+    uploads = MultipartUploads(data)
     upload = uploads.create(ONE, "data", "k", Described(), ("", ""))
     for number in (1, 2, 2):
         part = written(data, b"x" * number)
         piece = uploads.put_part(ONE, "data", "k", upload.id, number, part, {})
     assert len(files(data)) == 2 and data.sweep(older_than=0) == 0
-    chosen = [Chosen(2, piece.md5, {})]
+    chosen = [CompletedPart(2, piece.md5, {})]
     uploads.complete(ONE, "data", "k", upload.id, chosen, lambda upload, pieces: {})
     assert read(data, "k") == b"xx" and len(files(data)) == 1
     other = uploads.create(ONE, "data", "l", Described(), ("", ""))

@@ -116,9 +116,9 @@ def test_a_deletion_that_was_killed_behind_its_record_is_finished(
         with pytest.raises(Killed):
             removal.delete(database, Arns(), model)
     assert left() == {"parent", "other"}
-    removal.finish(database)
+    removal.finish_deletions(database)
     assert left() == {"other"}
-    removal.finish(database)
+    removal.finish_deletions(database)
     assert left() == {"other"}
 
 
@@ -139,7 +139,7 @@ def test_one_that_failed_with_its_record_never_was(
         event.remove(Session, "before_commit", fails)
     # A child that goes takes no parent along that is still there.
     remove_files(stored("child", parent))
-    removal.finish(database)
+    removal.finish_deletions(database)
     assert left() == {"parent"}
 
 
@@ -147,6 +147,6 @@ def test_one_that_was_killed_before_its_record_went_never_was(database: Database
     parent = stored("parent", "tiny")
     recorded(database, parent)
     (custom_folder("tiny", "parent") / ".removed").write_bytes(b"")
-    removal.finish(database)
+    removal.finish_deletions(database)
     remove_files(stored("child", parent))
     assert left() == {"parent"}

@@ -10,7 +10,7 @@ import pytest
 from principals_of import ALLOW_ALL, FIRST, KEY, OTHER, made_at
 
 from luthier.errors import RefusedInput
-from luthier.store import accounts, iam_roles, principals
+from luthier.store import accounts, principals
 from luthier.store.database import Database, now
 from luthier.store.sealing import Sealing
 from luthier.store.sessions import (
@@ -36,7 +36,7 @@ def database(database_url: str) -> Iterator[Database]:
                 accounts.create_account(session, account)
             ann = principals.create_user(session, FIRST, "ann", [ALLOW_ALL])
             principals.create_access_key(session, ann, SEALING, "AKIAANN", "secret")
-            iam_roles.create_role(session, OTHER, "tuner", TRUST, [ALLOW_ALL])
+            principals.create_role(session, OTHER, "tuner", TRUST, [ALLOW_ALL])
         yield made
 
 
@@ -44,7 +44,7 @@ def begun(database: Database, *roles: str, **more: Any) -> TemporarySession:
     with database.read() as session:
         key = session.get(principals.AccessKey, "AKIAANN")
         assert key is not None
-        ids = tuple(iam_roles.role_of(session, OTHER, role).id for role in roles)
+        ids = tuple(principals.role_of(session, OTHER, role).id for role in roles)
         return TemporarySession(
             account=FIRST, user="ann", access_key=key.id, key_created=key.created, roles=ids,
             expires=now() + timedelta(hours=1), **more,
@@ -88,16 +88,16 @@ def test_who_acts_in_a_session(database: Database) -> None:
     assert (acting.account, acting.user) == (OTHER, "assumed-role/tuner/work")
     assert acting.id == f"{temporary.roles[0]}:work" and acting.policies == (ALLOW_ALL,)
     with database.write() as session:
-        iam_roles.update_role(session, iam_roles.role_of(session, OTHER, "tuner"), policies=[])
+        principals.update_role(session, principals.role_of(session, OTHER, "tuner"), policies=[])
     assert (found := signer(database, temporary)) is not None and found.policies == ()
 
 
 def test_what_is_made_anew_under_an_old_name_opens_no_old_session(database: Database) -> None:
     own, role = begun(database), begun(database, "tuner", name="work")
     with database.write() as session:
-        iam_roles.remove_role(session, iam_roles.role_of(session, OTHER, "tuner"))
+        principals.remove_role(session, principals.role_of(session, OTHER, "tuner"))
         session.flush()
-        iam_roles.create_role(session, OTHER, "tuner", TRUST, [ALLOW_ALL])
+        principals.create_role(session, OTHER, "tuner", TRUST, [ALLOW_ALL])
     assert signer(database, own) is not None and signer(database, role) is None
     with database.write() as session:
         principals.remove_user(session, principals.user_of(session, FIRST, "ann"))
@@ -146,7 +146,7 @@ def test_a_session_ends_with_its_key_and_not_at_its_time(database: Database, cha
 def test_trust_policies_name_whom_they_trust(principal: Any, word: str) -> None:
     statement = {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": principal}
     with pytest.raises(RefusedInput, match=word):
-        iam_roles.check_trust({"Statement": statement})
+        principals.check_trust({"Statement": statement})
 
 
 @pytest.mark.parametrize(
@@ -156,12 +156,12 @@ def test_trust_policies_name_whom_they_trust(principal: Any, word: str) -> None:
 )  # fmt: skip
 def test_trust_policies_that_cannot_be_evaluated(change: dict[str, Any]) -> None:
     with pytest.raises(RefusedInput):
-        iam_roles.check_trust({"Statement": [{**TRUST["Statement"][0], **change}]})
+        principals.check_trust({"Statement": [{**TRUST["Statement"][0], **change}]})
 
 
 def test_roles_are_checked_and_named_once(database: Database) -> None:
     with database.write() as session:
-        create = iam_roles.create_role
+        create = principals.create_role
         for name, more in (
             ("tuner", {}), ("a/b", {}), ("", {}), ("x", {"max_session_seconds": 3599}),
             ("x", {"max_session_seconds": 43201}), ("x", {"policies": [TRUST]}),

@@ -13,13 +13,12 @@ from luthier.limits import AccountQuotas
 from luthier.store import accounts, storage
 from luthier.store.accounts import create_account, set_quota
 from luthier.store.database import Database
-from luthier.store.object_rows import Described
-from luthier.store.objects import Objects
-from luthier.store.recount import recount
+from luthier.store.multipart import CompletedPart, MultipartUploads
+from luthier.store.objects import Described, Objects
+from luthier.store.quota_usage import recount
 from luthier.store.schema import upgrade
 from luthier.store.storage import Storage, stored_by
 from luthier.store.uploaded_files import UploadedFiles
-from luthier.store.uploads import Chosen, Uploads
 
 ONE, OTHER = "111111111111", "222222222222"
 PART = 5 << 20
@@ -31,7 +30,10 @@ class Store:
 
     def __init__(self, database: Database, quotas: AccountQuotas) -> None:
         self.database, self.objects = database, Objects(database, quotas=quotas)
-        self.uploads, self.files = Uploads(self.objects), UploadedFiles(database, self.objects)
+        self.uploads, self.files = (
+            MultipartUploads(self.objects),
+            UploadedFiles(database, self.objects),
+        )
 
     def put(self, key: str, size: int, account: str = ONE, bucket: str = "rows") -> None:
         with self.objects.files.begin(account) as writing:
@@ -41,13 +43,13 @@ class Store:
     def begin(self, key: str) -> str:
         return self.uploads.create(ONE, "rows", key, Described(), ("", "")).id
 
-    def part(self, key: str, upload: str, number: int, size: int) -> Chosen:
+    def part(self, key: str, upload: str, number: int, size: int) -> CompletedPart:
         with self.objects.files.begin(ONE) as writing:
             writing.write(b"x" * size)
             piece = self.uploads.put_part(ONE, "rows", key, upload, number, writing.finish(), {})
-        return Chosen(number, piece.md5, {})
+        return CompletedPart(number, piece.md5, {})
 
-    def complete(self, key: str, upload: str, *parts: Chosen) -> None:
+    def complete(self, key: str, upload: str, *parts: CompletedPart) -> None:
         self.uploads.complete(ONE, "rows", key, upload, parts, lambda upload, pieces: {})
 
     def counts(self, account: str = ONE) -> dict[str, int]:

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 from luthier.api.settings import Settings
 from luthier.api.sigv4 import Credential, check_claim, claim_of, verify
 from luthier.api.wire import Caller, Fault, Head, Signed
-from luthier.store.accounts import Watch
+from luthier.store.accounts import PrincipalsWatch
 from luthier.store.database import Database, now
 from luthier.store.principals import SHORT_TERM, Principal, bearer, digest_of, signer
 from luthier.store.sealing import Sealing, server_key
@@ -48,7 +48,7 @@ class Authenticator:
         self._key = key or server_key()
         self._sealing = Sealing(self._key)
         self._longest_token = settings.limits.session_token_bytes
-        self._watch = Watch(database)
+        self._watch = PrincipalsWatch(database)
         self._lock = threading.Lock()
         # By kind and name: an access key may be called what another kind's name looks like.
         self._known: dict[tuple[str, str], _Entry] = {}

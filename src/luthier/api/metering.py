@@ -1,7 +1,7 @@
 """Counts what each account uses, in memory, and writes it to the database once a minute.
 
 A process that is killed loses the counts of its last minute. Seconds of training are written by the
-workers themselves, with their leases (``luthier.store.leases``).
+workers themselves, as they renew their leases (``luthier.store.jobs``).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from luthier.api.wire import Caller, Fault
-from luthier.store.iam_roles import role_arn
 from luthier.store.policy_documents import listed, statements_of
+from luthier.store.principals import role_arn
 from luthier.store.sessions import ASSUMED
 
 BEARER = "bedrock:CallWithBearerToken"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from luthier.api.wire import Caller, Fault
-from luthier.store.accounts import Watch, quota_of
+from luthier.store.accounts import PrincipalsWatch, quota_of
 from luthier.store.database import Database
 
 WINDOW_SECONDS = 60.0
@@ -57,7 +57,7 @@ class RateLimits:
     ) -> None:
         """``requests_per_second`` is the default; ``None`` for no limit."""
         self._database, self._default, self._clock = database, requests_per_second, clock
-        self._watch = Watch(database)
+        self._watch = PrincipalsWatch(database)
         self._lock = threading.Lock()
         self._buckets: dict[str, _Bucket] = {}
 

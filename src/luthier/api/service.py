@@ -35,9 +35,8 @@ from luthier.api.sts import STSFace
 from luthier.api.wire import Fault
 from luthier.encryption.keys import begin
 from luthier.encryption.memory import hold_temporary_files
-from luthier.jobs import leftovers
-from luthier.jobs.deletion import Deletions
-from luthier.jobs.imports import Importer
+from luthier.jobs.admission import Capacity
+from luthier.jobs.deletion import Deletions, remove_orphans
 from luthier.jobs.scheduler import Scheduler
 from luthier.limits import AccountQuotas
 from luthier.serving.confined_work import ConfinedWork
@@ -55,7 +54,7 @@ from luthier.store.locations import Locations
 from luthier.store.object_files import UNNAMED_SECONDS
 from luthier.store.objects import Objects
 from luthier.store.principals import matching_server_key
-from luthier.store.recount import measure_models, recount
+from luthier.store.quota_usage import measure_models, recount
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key
 
@@ -103,10 +102,9 @@ class Service:
             self.database, settings.s3_endpoint, settings.file_roots, quotas=limits
         )
         self.activation = Activation(self.database)
-        options = _worker_options(settings)
-        self.scheduler = Scheduler(self.database, options=options)
-        self.importer = Importer(
-            self.database, self.scheduler.capacity, options=[*options, "--region", settings.region]
+        capacity = Capacity()
+        self.scheduler = Scheduler(
+            self.database, capacity, options=_worker_options(settings, capacity)
         )
         self.trail = Trail(self.database)
         self.connections = Connections(settings.limits)
@@ -132,8 +130,8 @@ class Service:
 
     def start(self, work: bool = True) -> None:
         """Go on with what an earlier server left; ``work`` on the queue, too."""
-        leftovers.finish(self.database, self.objects)
-        removal.finish(self.database)
+        remove_orphans(self.database, self.objects)
+        removal.finish_deletions(self.database)
         self._recount()
         self._sweep()
         # And what is too young now to be told from the files of requests that are not done.
@@ -143,7 +141,6 @@ class Service:
         self.memory.start()
         if work:
             self.scheduler.start()
-            self.importer.start()
 
     def close(self, give_back: bool = False) -> None:
         """End what works in the background.
@@ -152,7 +149,6 @@ class Service:
         """
         self._later.cancel()
         self.scheduler.stop(give_back)
-        self.importer.stop(give_back)
         self.openai.close()
         self.activation.close()
         self.trail.close()
@@ -198,7 +194,7 @@ class Service:
             self._grader,
             quotas=self._quotas,
             submitted=self.scheduler.wake,
-            import_asked=self.importer.wake,
+            import_asked=self.scheduler.wake,
         )
         # A policy names the ARN of a base model, whatever the client calls it by.
         ids = ModelIds(self.database, self.arns)
@@ -283,8 +279,8 @@ class Service:
         }
 
 
-def _worker_options(settings: Settings) -> list[str]:
-    options: list[str] = []
+def _worker_options(settings: Settings, capacity: Capacity) -> list[str]:
+    options = ["--region", settings.region, "--memory", str(capacity.memory)]
     if settings.s3_endpoint:
         options += ["--s3-endpoint", settings.s3_endpoint]
     for root in settings.file_roots:

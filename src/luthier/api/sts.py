@@ -26,9 +26,8 @@ from luthier.api.wire import Answer, Call, Caller, Fault, Route
 from luthier.errors import RefusedInput
 from luthier.limits import ServerLimits
 from luthier.store.database import Database
-from luthier.store.iam_roles import IamRole, find_role
 from luthier.store.policy_documents import check_document
-from luthier.store.principals import AccessKey
+from luthier.store.principals import AccessKey, IamRole, find_role
 from luthier.store.sessions import ASSUMED, TemporaryKey, TemporarySession, issue
 
 NAMESPACE = "https://sts.amazonaws.com/doc/2011-06-15/"

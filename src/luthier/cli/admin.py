@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from luthier.store import backup as backups
-    from luthier.store import iam_roles, principals
+    from luthier.store import principals
 
 Record = dict[str, Any]
 RATE = "requests_per_second"
@@ -607,10 +607,10 @@ def list_iam_roles(
     account: OnlyAccount = None, database: ServiceDatabase = None, json_: Json = False
 ) -> None:
     """List IAM roles."""
-    from luthier.store import iam_roles
+    from luthier.store import principals
 
     with open_database(database) as service, service.read() as session:
-        found = [_role_record(role) for role in iam_roles.roles(session, account)]
+        found = [_role_record(role) for role in principals.iam_roles(session, account)]
     if not json_:
         for record in found:
             record["policies"] = len(record["policies"])
@@ -629,14 +629,14 @@ def create_iam_role(
     json_: Json = False,
 ) -> None:
     """Add an IAM role; its policies say what its sessions may do."""
-    from luthier.store import iam_roles
+    from luthier.store import principals
 
     documents = [read_document(path) for path in policy or ()]
-    seconds = iam_roles.SHORTEST_MAXIMUM if max_session_seconds is None else max_session_seconds
+    seconds = principals.SHORTEST_MAXIMUM if max_session_seconds is None else max_session_seconds
     trusted = read_document(trust)
     details = audit_details(trust=trusted, policies=documents, max_session_seconds=seconds)
     with audited_write(database, "iam-roles.create", account, role, details) as session:
-        made = iam_roles.create_role(session, account, role, trusted, documents, seconds)
+        made = principals.create_role(session, account, role, trusted, documents, seconds)
         record = _role_record(made)
     if not documents:
         note("  its sessions may do nothing yet: luthier admin iam-roles update --policy")
@@ -654,7 +654,7 @@ def update_iam_role(
     json_: Json = False,
 ) -> None:
     """Replace trust policy, policies or longest session of an IAM role, as far as they are given."""
-    from luthier.store import iam_roles
+    from luthier.store import principals
 
     trusted = read_document(trust) if trust else None
     documents = [read_document(path) for path in policy] if policy else None
@@ -662,8 +662,8 @@ def update_iam_role(
         trust=trusted, policies=documents, max_session_seconds=max_session_seconds
     )
     with audited_write(database, "iam-roles.update", account, role, details) as session:
-        found = iam_roles.role_of(session, account, role)
-        iam_roles.update_role(session, found, trusted, documents, max_session_seconds)
+        found = principals.role_of(session, account, role)
+        principals.update_role(session, found, trusted, documents, max_session_seconds)
         record = _role_record(found)
     print_outcome(json_, **record)
 
@@ -673,14 +673,14 @@ def remove_iam_role(
     role: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
 ) -> None:
     """Remove an IAM role; its sessions end at once."""
-    from luthier.store import iam_roles
+    from luthier.store import principals
 
     with audited_write(database, "iam-roles.remove", account, role) as session:
-        iam_roles.remove_role(session, iam_roles.role_of(session, account, role))
+        principals.remove_role(session, principals.role_of(session, account, role))
     print_outcome(json_, account=account, role=role, action="remove")
 
 
-def _role_record(role: iam_roles.IamRole) -> Record:
+def _role_record(role: principals.IamRole) -> Record:
     return {
         "account": role.account,
         "name": role.name,

@@ -32,7 +32,7 @@ from luthier.cli.samples import samples
 from luthier.cli.search import search
 from luthier.cli.serve import serve
 from luthier.cli.tune import tune
-from luthier.cli.worker import import_worker, worker
+from luthier.cli.worker import worker
 
 app = CommandGroup(
     "Turn a base model and your own data into a custom model you own.",
@@ -49,9 +49,8 @@ for command in (
     convert, generate, samples, chat, predict, evaluate, serve, demo, plugins,
 ):  # fmt: skip
     app.command()(command)
-# What ends these two by surprise goes into their logs with its traceback.
+# What ends it by surprise goes into its log with its traceback.
 typer.Typer.command(app, "worker", hidden=True)(worker)
-typer.Typer.command(app, "import-worker", hidden=True)(import_worker)
 
 
 def _print_version(value: bool) -> None:

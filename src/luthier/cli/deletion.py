@@ -41,10 +41,10 @@ def find_data(
     json_: Json = False,
 ) -> None:
     """Say what there is of training data: objects, copies, jobs, models. Changes nothing."""
-    from luthier.jobs.deletion import Asked
+    from luthier.jobs.deletion import DeletionRequest
 
     with open_database(database) as service:
-        asked = Asked(account, operator(), tuple(data or ()), job, "delete")
+        asked = DeletionRequest(account, operator(), tuple(data or ()), job, "delete")
         traces, items = _deletions(service, "us-east-1", external).find(asked)
         rows = [asdict(item) for item in items]
         names = {
@@ -81,12 +81,12 @@ def delete_data(
 
     Models that a running server has in memory answer until it lets go of them.
     """
-    from luthier.jobs.deletion import Asked
+    from luthier.jobs.deletion import DeletionRequest
 
     if models not in ("refuse", "keep", "delete"):
         raise RefusedInput(f"--models {models}: write refuse, keep or delete")
     chosen: Any = models
-    asked = Asked(account, operator(), tuple(data or ()), job, chosen, address="local")
+    asked = DeletionRequest(account, operator(), tuple(data or ()), job, chosen, address="local")
     with open_database(database) as service:
         _print_certificate(_deletions(service, region, external).delete(asked), json_)
 

@@ -1,17 +1,19 @@
-"""``luthier worker`` and ``import-worker``: processes that a server starts. People do not call them."""
+"""``luthier worker``: the process that a server starts for a piece of work. People do not call it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luthier.cli.console import heavy_imports
+
+if TYPE_CHECKING:
+    from luthier.jobs.folders import JobFolders
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 DATABASE = "LUTHIER_DATABASE"
@@ -24,36 +26,11 @@ Quotas = Annotated[
 
 
 def worker(
-    job: Annotated[str, typer.Option(help="Id of the job.")],
+    kind: Annotated[str, typer.Option(help="Of the work: training or import.")],
+    row_id: Annotated[str, typer.Option("--id", help="Of the job, or of the model.")],
     lease: Annotated[str, typer.Option(help="Token by which the worker holds it.")],
-    s3_endpoint: Annotated[str | None, typer.Option(help="Where s3:// addresses are.")] = None,
-    file_root: Annotated[
-        list[Path] | None, typer.Option(help="Folder that file:// may name; may be repeated.")
-    ] = None,
-    limit: Quotas = None,
-) -> None:
-    """Train one job of the service."""
-    _prepare_process()
-    configure_logging(job)
-    with heavy_imports():
-        from luthier.jobs.worker import Worker
-        from luthier.limits import parse_limits
-        from luthier.store.database import Database
-        from luthier.store.locations import Locations
-        from luthier.store.schema import METADATA
-
-    assert METADATA.tables  # importing it has declared every table
-    database = Database(os.environ.get(DATABASE) or None)
-    quotas = parse_limits(limit or ())
-    locations = Locations(database, s3_endpoint, file_root or (), quotas=quotas)
-    raise typer.Exit(Worker(database, locations, job, lease, quotas).run())
-
-
-def import_worker(
-    model: Annotated[str, typer.Option(help="Id of the custom model.")],
-    lease: Annotated[str, typer.Option(help="Token by which the process holds it.")],
     memory: Annotated[
-        int | None, typer.Option(help="Bytes that jobs and imports may take together.")
+        int | None, typer.Option(help="Bytes that all workers may take together.")
     ] = None,
     region: Annotated[str, typer.Option(help="Region that ARNs name.")] = "us-east-1",
     s3_endpoint: Annotated[str | None, typer.Option(help="Where s3:// addresses are.")] = None,
@@ -62,28 +39,30 @@ def import_worker(
     ] = None,
     limit: Quotas = None,
 ) -> None:
-    """Take one model from outside into the store."""
+    """Do one piece of the work that a server has queued."""
     _prepare_process()
-    configure_logging(f"import-{model}")
-    # Where memory ends, this process is the one to go.
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    from luthier.jobs.kinds import KINDS
+
+    configure_logging(KINDS[kind].folders(row_id))
     with heavy_imports():
         from luthier.jobs.admission import Capacity
-        from luthier.jobs.import_worker import ImportWorker
         from luthier.limits import parse_limits
         from luthier.store.arns import Arns
         from luthier.store.database import Database
         from luthier.store.locations import Locations
         from luthier.store.schema import METADATA
 
+        worker_class = KINDS[kind].worker_class()
+
     assert METADATA.tables  # importing it has declared every table
     database = Database(os.environ.get(DATABASE) or None)
     quotas = parse_limits(limit or ())
     locations = Locations(database, s3_endpoint, file_root or (), quotas=quotas)
     capacity = Capacity() if memory is None else Capacity(memory)
-    worker = ImportWorker(database, locations, Arns(region), model, lease, capacity, quotas)
-    raise typer.Exit(worker.run())
+    made = worker_class(
+        database, locations, row_id, lease, arns=Arns(region), capacity=capacity, quotas=quotas
+    )
+    raise typer.Exit(made.run())
 
 
 def _prepare_process() -> None:
@@ -96,19 +75,16 @@ def _prepare_process() -> None:
     memory.hold_temporary_files()
 
 
-def configure_logging(job: str) -> None:
-    """Where a worker's messages go: standard error, or line by line into an encrypted log.
-
-    ``job`` is its id, or ``import-`` and a model's.
-    """
+def configure_logging(folders: JobFolders) -> None:
+    """Where a worker's messages go: standard error, or line by line into an encrypted log."""
     from luthier.encryption.keys import keyring
 
     if keyring() is None:
         logging.basicConfig(level=logging.INFO, format=FORMAT)
         return
-    from luthier.jobs.folders import JobFolders, SealedLog
+    from luthier.jobs.folders import SealedLog
 
-    logging.basicConfig(level=logging.INFO, format=FORMAT, handlers=[SealedLog(JobFolders(job))])
+    logging.basicConfig(level=logging.INFO, format=FORMAT, handlers=[SealedLog(folders)])
     # What nobody catches would be written to standard error, which leads nowhere.
     sys.excepthook = lambda kind, error, trace: logging.critical(
         "the worker ends", exc_info=(kind, error, trace)

@@ -1,23 +1,14 @@
-"""One account of a machine's memory and cores, for all that a server starts: jobs and imports.
-
-What a job will take is told from its recipe before its rows are read; what an import will take, from
-the sizes of its files (``luthier.serving.acceptance``).
-"""
+"""What a machine can take, and what a job will take of it, by its recipe, before its rows are read."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy.orm import Session
-
 from luthier.engine.memory import total_memory
-from luthier.jobs import processes
-from luthier.store import imports, leases
 
 SHARE = 0.9
 """Part of the machine's memory that workers may take together."""
@@ -35,40 +26,6 @@ class Capacity:
     """Threads of jobs."""
     per_account: int | None = None
     """Jobs of one account at once; ``None`` for no limit."""
-
-
-@dataclass(frozen=True)
-class Free:
-    """What is left of a capacity."""
-
-    memory: int
-    cores: int
-    imports: int
-    """How many imports go on here."""
-    idle: bool
-    """Whether nothing goes on here."""
-
-
-def free(session: Session, capacity: Capacity, but: str | None = None) -> Free:
-    """What jobs and imports at work on this machine leave of ``capacity``.
-
-    No other server claims a job or an import before the transaction ends, so that what is claimed in it
-    was free. ``but`` is the id of a model whose import is not counted.
-    """
-    leases.alone(session)
-    jobs = [job for job in leases.held(session) if _is_here(job.worker)]
-    models = [
-        each for each in imports.held(session) if each.model_id != but and _is_here(each.worker)
-    ]
-    memory = capacity.memory - sum(job.memory for job in jobs)
-    memory -= sum(each.memory or imports.UNKNOWN for each in models)
-    cores = capacity.cores - sum(job.cores for job in jobs)
-    return Free(memory, cores, len(models), not (jobs or models))
-
-
-def _is_here(worker: Mapping[str, Any] | None) -> bool:
-    # Of one without a worker nothing is known: it may be here.
-    return worker is None or processes.is_here(worker)
 
 
 def memory_of(command: str, recipe: dict[str, Any]) -> int:

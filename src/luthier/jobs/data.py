@@ -59,7 +59,7 @@ class JobData:
         """The rows of one validator, counted from 0."""
         return self._source(f"held/{number + 1:02d}", self.validators[number])
 
-    def told(self, text: str) -> str:
+    def show_addresses(self, text: str) -> str:
         """``text`` with what the owner of the job calls files for where they lie here."""
         for name, address in self.addresses.items():
             text = text.replace(str(self.folder / name), address)
@@ -73,7 +73,7 @@ class JobData:
         return str(self.folder / (names[0] if len(names) == 1 else part))
 
 
-def fetched(job: Job, folders: JobFolders, locations: Locations) -> JobData:
+def fetch_data(job: Job, folders: JobFolders, locations: Locations) -> JobData:
     """The data of ``job``, fetched unless they are here: a job never sees other rows when it goes on.
 
     Raises:

@@ -20,7 +20,6 @@ from luthier.encryption import memory
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import luthier_home, sha256_of
 from luthier.jobs.folders import JobFolders, run_name
-from luthier.jobs.leftovers import BEGUN, DONE, FILES, finish
 from luthier.jobs.traces import Traces, files_of, find_traces, model_files
 from luthier.store import removal
 from luthier.store.arns import Arns, object_arn
@@ -28,15 +27,18 @@ from luthier.store.audit import AuditEntry, Event, append
 from luthier.store.database import Database
 from luthier.store.ids import SMALL, random_id
 from luthier.store.jobs import Job, JobEvent
-from luthier.store.object_rows import UPLOADS
-from luthier.store.objects import Objects
+from luthier.store.multipart import MultipartUploads
+from luthier.store.objects import UPLOADS, Objects
+from luthier.store.snapshot import remove_orphaned_snapshots
 from luthier.store.uploaded_files import UploadedFiles
-from luthier.store.uploads import Uploads
 from luthier.workflows.distil.journal import forget, lines_of_runs
 
 Models = Literal["refuse", "keep", "delete"]
 REMOVED = "(removed with the training data)"
 """Stands in place of messages, which may quote rows."""
+BEGUN, DONE = "luthier:DeleteData.begun", "luthier:DeleteData.done"
+FILES = "files"
+"""Of an entry with :data:`BEGUN`: names of files in the object store."""
 _AT_ONCE = 200
 """Items of one entry of the audit log."""
 
@@ -56,7 +58,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DeletionRequest:
     """What is to be deleted, and who asks."""
 
     account: str
@@ -88,7 +90,7 @@ class Deletions:
         self.database, self.arns, self.objects = database, arns, objects
         self.external, self.forget_model = external, forget_model
 
-    def find(self, asked: Asked) -> tuple[Traces, list[Item]]:
+    def find(self, asked: DeletionRequest) -> tuple[Traces, list[Item]]:
         """What there is of the data, and each thing that would go; nothing is changed.
 
         Raises:
@@ -99,7 +101,9 @@ class Deletions:
         return traces, list(_items(traces, asked))
 
     def delete(
-        self, asked: Asked, permit: Callable[[str, str], None] = lambda action, resource: None
+        self,
+        asked: DeletionRequest,
+        permit: Callable[[str, str], None] = lambda action, resource: None,
     ) -> dict[str, Any]:
         """Delete the data and look for them again; the certificate.
 
@@ -112,7 +116,7 @@ class Deletions:
                 is not to go learned from them.
             LuthierError: where something is still there afterwards; what is gone is in the log.
         """
-        finish(self.database, self.objects, asked.account)
+        remove_orphans(self.database, self.objects, asked.account)
         traces, items = self.find(asked)
         for action, resource in self._actions(traces, asked):
             permit(action, resource)
@@ -176,7 +180,7 @@ class Deletions:
             "audit": [{"seq": entry.seq, "hash": entry.hash} for entry in entries],
         }
 
-    def _actions(self, traces: Traces, asked: Asked) -> Iterator[tuple[str, str]]:
+    def _actions(self, traces: Traces, asked: DeletionRequest) -> Iterator[tuple[str, str]]:
         """Actions and ARNs by which the other faces delete what goes here."""
         for each in traces.objects:
             action = "s3:DeleteObject" if each.upload is None else "s3:AbortMultipartUpload"
@@ -187,7 +191,7 @@ class Deletions:
         for model in traces.models if asked.models == "delete" else ():
             yield "bedrock:DeleteCustomModel", model.arn(self.arns)
 
-    def _check(self, traces: Traces, items: Sequence[Item], asked: Asked) -> None:
+    def _check(self, traces: Traces, items: Sequence[Item], asked: DeletionRequest) -> None:
         if not (items or traces.jobs or traces.objects):
             raise RefusedInput(f"there is nothing of {', '.join(traces.addresses)} here")
         reading = [job for job in traces.unfinished if job in _touched(traces, asked)]
@@ -205,7 +209,7 @@ class Deletions:
         self,
         number: str,
         action: str,
-        asked: Asked,
+        asked: DeletionRequest,
         items: Sequence[Item],
         about: Mapping[str, Any],
         left: Sequence[str] = (),
@@ -231,7 +235,7 @@ class Deletions:
 
     def _delete_models(self, traces: Traces) -> None:
         """The models, those that stand on others first: all of them, or none where one is in use."""
-        with removal.marked() as mark, self.database.write() as session:
+        with removal.mark_for_removal() as mark, self.database.write() as session:
             # All are locked before the first is counted out: see luthier.store.storage.
             held = [session.get(type(m), m.seq, with_for_update=True) for m in traces.models]
             for found in held:
@@ -253,14 +257,14 @@ class Deletions:
             session.execute(update(Job).where(*failed).values(failure=REMOVED))
 
     def _delete_objects(self, traces: Traces, account: str) -> None:
-        files, uploads = UploadedFiles(self.database, self.objects), Uploads(self.objects)
+        files, uploads = UploadedFiles(self.database, self.objects), MultipartUploads(self.objects)
         for each in traces.objects:
             if each.upload is not None:
                 uploads.abort(account, each.bucket, each.key, each.upload)
             elif not (each.bucket == UPLOADS and files.delete(account, each.key)):
                 self.objects.delete(account, each.bucket, [each.key])
 
-    def _left(self, asked: Asked, items: Sequence[Item], traces: Traces) -> list[str]:
+    def _left(self, asked: DeletionRequest, items: Sequence[Item], traces: Traces) -> list[str]:
         """Names of what is still there: looked for in the database, and on the disk."""
         with self.database.read() as session:
             again = find_traces(session, asked.account, asked.addresses, asked.job, self.external)
@@ -279,16 +283,16 @@ class Deletions:
         return sorted(set(left))
 
 
-def _touched(traces: Traces, asked: Asked) -> tuple[Job, ...]:
+def _touched(traces: Traces, asked: DeletionRequest) -> tuple[Job, ...]:
     """Jobs whose files go: also of those that learned through a model, where the models go."""
     return (*traces.jobs, *(traces.further if asked.models == "delete" else ()))
 
 
-def _kept(traces: Traces, asked: Asked) -> tuple[Any, ...]:
+def _kept(traces: Traces, asked: DeletionRequest) -> tuple[Any, ...]:
     return () if asked.models == "delete" else traces.models
 
 
-def _items(traces: Traces, asked: Asked) -> Iterator[Item]:
+def _items(traces: Traces, asked: DeletionRequest) -> Iterator[Item]:
     for each in traces.objects:
         for piece in each.pieces:
             part = f"#part-{piece.number}" if len(each.pieces) > 1 else ""
@@ -318,3 +322,25 @@ def _delete_files(job: Job) -> None:
         for folder in folders.below("runs"):
             memory.remove(folder)
         folders.log.unlink(missing_ok=True)
+
+
+def remove_orphans(database: Database, objects: Objects, account: str | None = None) -> None:
+    """Remove the files of deletions that a crash cut short: at each start, and before the next one.
+
+    No row names such files any more, so that nobody finds them who looks for the data; the audit log
+    has their names, from before the first row went. What a killed backup left goes as well.
+
+    Those that a row names stay: the deletion died before it, or is at work in another server. With an
+    ``account``, only of its deletions.
+    """
+    remove_orphaned_snapshots(luthier_home())
+    ended = select(AuditEntry.resource).where(AuditEntry.action == DONE, AuditEntry.outcome == "ok")
+    begun = select(AuditEntry.account, AuditEntry.details).where(
+        AuditEntry.action == BEGUN, AuditEntry.resource.not_in(ended)
+    )
+    if account is not None:
+        begun = begun.where(AuditEntry.account == account)
+    with database.read() as session:
+        found = session.execute(begun).all()
+    for owner, details in found:
+        objects.remove_unnamed(owner, details.get(FILES, []))

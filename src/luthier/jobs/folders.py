@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,8 +23,10 @@ from luthier.encryption.files import place_of, seal_line
 from luthier.encryption.memory import remove, working
 from luthier.engine.runs import SAMPLES
 from luthier.files import disk_errors, lock, luthier_home, sweep
+from luthier.store.custom_models import IMPORTED
 from luthier.store.database import Database
 from luthier.store.jobs import COMPLETED, Job
+from luthier.store.models import custom_folder
 
 LONGEST_LOG = 4_000_000
 """Bytes of a log; of a longer one the first half is cut."""
@@ -88,6 +91,27 @@ class JobFolders:
     def below(self, place: str) -> Iterator[Path]:
         """The folders of the job in one part of the store."""
         return (luthier_home() / place).glob(f"*/{run_name(self.job_id)}")
+
+
+class ImportFolders(JobFolders):
+    """The places of one import: lock and log, and the model that comes of it."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"import-{model_id}")
+        # No tenant's names ever meet in the store.
+        name = f"model-{model_id}"
+        self.model = custom_folder(IMPORTED, name)
+        self.stored_id = f"{IMPORTED}:{name}"
+
+    def drop(self, *, model: bool) -> None:
+        """Remove what only the import needed; the ``model``, too, where none came of it.
+
+        Whoever calls holds the lock, which goes last: where it is, there may be something to remove.
+        """
+        sweep(self.model.parent, self.model.name)
+        if model:
+            shutil.rmtree(self.model, ignore_errors=True)
+        self.drop_working_files()
 
 
 class SealedLog(logging.Handler):

@@ -1,4 +1,6 @@
-"""Which process does what: told apart by machine, number and time of birth, as numbers come again."""
+"""Processes of workers: told apart by machine, number and time of birth, as numbers come again; what
+they inherit of the server, and how they ended.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,18 @@ from typing import Any
 
 import psutil
 
+from luthier.encryption import keys
+from luthier.serving.memory import KERNEL_CACHES, KERNELS
+from luthier.serving.prompts import OWN_THREAD
+from luthier.store.database import Database
+
 NO_DISK = 73
 """Exit status of a worker that gave its job back because the disk is full or read-only."""
+LOST = 75
+"""Exit status of a worker that lost its lease."""
+_SECRETS = (
+    "LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP", keys.ENVIRONMENT, keys.FILE, keys.HANDED,
+)  # fmt: skip
 
 
 def this_process() -> dict[str, Any]:
@@ -55,3 +67,25 @@ def _boot() -> str:
             return file.read().strip()
     except OSError:
         return ""
+
+
+def database_environment(database: Database) -> dict[str, str]:
+    """The database for a worker: not in its command line, which everybody on the machine can read."""
+    return {"LUTHIER_DATABASE": database.engine.url.render_as_string(hide_password=False)}
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables of this process that workers have, too: not those that open the service.
+
+    Nor the limits that a server gives itself: training has more sizes in turn, and many texts at once.
+    """
+    limits = {*dict.fromkeys(KERNEL_CACHES, str(KERNELS)).items(), OWN_THREAD}
+    kept = os.environ.items() - limits
+    return {name: value for name, value in kept if name not in _SECRETS}
+
+
+def how_it_ended(status: int | None) -> str:
+    """An exit status in words."""
+    if status is not None and status < 0:
+        return f"by signal {-status} ({signal.strsignal(-status)})"
+    return f"with status {status}"

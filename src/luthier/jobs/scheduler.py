@@ -1,46 +1,95 @@
-"""Starts a worker for each job that fits, and notices those that die (``luthier.jobs.supervisor``)."""
+"""Starts a process for each piece of work that fits, and notices those that die.
+
+A scheduler keeps nothing that matters in memory: what it has to know is in the database. A server that
+is killed leaves its workers at work; the next one finds them by their leases, and starts no second one
+beside a living one.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.errors import LuthierError
+from luthier.encryption import keys
+from luthier.errors import LeaseLost, LuthierError
 from luthier.files import luthier_home, room
 from luthier.jobs import processes
-from luthier.jobs.admission import Capacity, free, memory_of
-from luthier.jobs.folders import JobFolders, tidy
-from luthier.jobs.supervisor import Supervisor
-from luthier.store import imports, leases
+from luthier.jobs.admission import Capacity
+from luthier.jobs.folders import JobFolders
+from luthier.jobs.kinds import KINDS, Kind
+from luthier.store import queue
 from luthier.store.database import Database
-from luthier.store.jobs import ENDED, QUEUED, Job
+from luthier.store.queue import LEASE, LeaseWatch, QueuedWork, Waiting
 
-ESTIMATES = 20
-"""New jobs that are estimated at one look: those that are started next come first."""
+TICK = 1.0
+"""Seconds between two looks at what waits, where nobody asks for one."""
+RETURN = 60.0
+"""Seconds that workers are given to come to an end when the server ends."""
 LATER = 10.0
 """Seconds until the next try, where the machine cannot start a process."""
 ROOM = 16_000_000
 """Bytes that are free on the disk of the store where a worker is started."""
 FULL_LATER = (5.0, 300.0)
-"""Seconds until a job that found the disk full is started again: at first, and at most."""
+"""Seconds until work that found the disk full is started again: at first, and at most."""
 
 _log = logging.getLogger(__name__)
 
 
-class Scheduler(Supervisor[Job]):
-    """The thread of a server that turns the queue into work."""
+@dataclass(frozen=True)
+class Free:
+    """What is left of a capacity."""
+
+    memory: int
+    cores: int
+    at_work: Counter[type[QueuedWork]]
+    """How much of each kind goes on here."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing goes on here."""
+        return not self.at_work
+
+
+def free(session: Session, capacity: Capacity, but: str | None = None) -> Free:
+    """What work of all kinds on this machine leaves of ``capacity``.
+
+    No other server claims anything before the transaction ends, so that what is claimed in it was free.
+    ``but`` is the id of work that is not counted.
+    """
+    queue.lock_claims(session)
+    rows = [
+        row
+        for kind in KINDS.values()
+        for row in queue.leased_rows(session, kind.table)
+        # Of one without a worker nothing is known: it may be here.
+        if row.id != but and (row.worker is None or processes.is_here(row.worker))
+    ]
+    memory = capacity.memory - sum(row.needed_memory for row in rows)
+    cores = capacity.cores - sum(row.cores for row in rows)
+    return Free(memory, cores, Counter(type(row) for row in rows))
+
+
+class Scheduler:
+    """The thread of a server that turns the queue into work, each by a process that holds its lease."""
 
     def __init__(
         self,
         database: Database,
         capacity: Capacity | None = None,
         *,
+        kinds: Sequence[Kind] = tuple(KINDS.values()),
         command: Sequence[str] = (sys.executable, "-m", "luthier", "worker"),
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
@@ -50,79 +99,113 @@ class Scheduler(Supervisor[Job]):
         Args:
             database: where the queue is.
             capacity: what workers may take; the machine's when not given.
-            command: what starts a worker; ``--job ID --lease TOKEN`` follows.
+            kinds: of work that is done here, first come first.
+            command: what starts a worker; ``--kind NAME --id ID --lease TOKEN`` follows.
             options: what every worker is told beside that, such as ``--file-root DIR``.
             environment: variables that workers have beside this process's own.
         """
-        super().__init__(database, [*command, *options], "scheduler")
+        self.database, self.kinds = database, kinds
         self.capacity = capacity or Capacity()
-        self.environment |= environment or {}
+        self.command = [*command, *options]
+        self.environment = {**processes.database_environment(database), **(environment or {})}
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
+        """Workers that were started here and not seen to end, by their leases."""
+        self.watch = LeaseWatch(LEASE.total_seconds())
         self._disk = DiskWaits()
         self._not_before = 0.0
         """When workers may be started again, after one could not."""
+        self._thread: threading.Thread | None = None
+        self._wanted = threading.Event()
+        self._ending = False
 
-    def drain(self, seconds: float) -> bool:
-        """Wait until no job is queued or worked on; whether that came to be in time."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            with self.database.read() as session:
-                waiting = select(Job.id).where((Job.state == QUEUED) | Job.lease.is_not(None))
-                if session.scalar(waiting.limit(1)) is None:
-                    return True
+    def start(self) -> None:
+        """Begin to look at what waits, in a thread."""
+        self._thread = threading.Thread(target=self._loop, name="scheduler", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look now: something was asked for."""
+        self._wanted.set()
+
+    def stop(self, give_back: bool = False) -> None:
+        """End the thread. Workers go on, and the next server finds them.
+
+        ``give_back`` makes those of this machine give back what they hold first, training at a
+        checkpoint: for where all processes end with the server, as in a container.
+        """
+        self._ending = True
+        self.wake()
+        if self._thread is not None:
+            self._thread.join()
+        if not give_back:
+            return
+        with self.database.read() as session:
+            workers = [row.worker for row in self._held(session) if row.worker]
+        here = [worker for worker in workers if processes.is_here(worker)]
+        for worker in here:
+            processes.send(worker, signal.SIGTERM)
+        deadline = time.monotonic() + RETURN
+        while time.monotonic() < deadline and any(map(processes.is_alive, here)):
+            for child in self.children.values():
+                child.poll()
             time.sleep(0.05)
-        return False
+
+    def _loop(self) -> None:
+        while not self._ending:
+            try:
+                self.tick()
+            except Exception:
+                # The database or the disk is away: whatever is missed is found at the next look.
+                _log.exception("nothing can be scheduled now")
+            self._wanted.wait(TICK)
+            self._wanted.clear()
 
     def tick(self) -> None:
         """One look: who died, what is left to tidy, what can be started."""
-        self._bury()
-        self._tidy()
-        self._estimate()
-        while not self._ending and self._start_next():
-            pass
-
-    def _held(self, session: Session) -> list[Job]:
-        return leases.held(session)
-
-    def _lapse(self, session: Session, found: Job, why: str) -> str:
-        left = leases.expire(session, found.id, str(found.lease), why)
-        return f"job {found.id}: {why}; it is {left.state}"
-
-    def _ended(self, lease: str, status: int) -> None:
-        self._disk.ended(lease, status == processes.NO_DISK)
-
-    def _tidy(self) -> None:
-        """Remove what workers left that died as their jobs ended."""
-        with self.database.read() as session:
-            left = select(Job).where(Job.littered, Job.state.in_(ENDED), Job.lease.is_(None))
-            jobs = list(session.scalars(left))
-        for job in jobs:
-            folders = JobFolders(job.id)
-            with folders.locked() as free:
-                if free:
-                    tidy(self.database, job, folders)
-
-    def _estimate(self) -> None:
-        """Estimate the memory of jobs that are new."""
-        with self.database.read() as session:
-            new = select(Job).where(Job.state == QUEUED, Job.memory == 0)
-            jobs = list(
-                session.scalars(
-                    new.order_by(Job.priority.desc(), Job.turn, Job.seq).limit(ESTIMATES)
-                )
-            )
-        for job in jobs:
+        self.expire_dead()
+        for kind in self.kinds:
             try:
-                memory = memory_of(job.command, job.recipe)
-            except Exception as error:
-                _log.info("job %s has no estimate: %s", job.id, error)
-                memory = 1  # its worker finds the same, and says it to whoever asked
-            with self.database.write() as session:
-                found = session.get(Job, job.seq, with_for_update=True)
-                if found is not None:
-                    found.memory = memory
+                kind.prepare(self.database)
+            except Exception:
+                # What is wrong with one kind of work keeps no other from going on.
+                _log.exception("%s cannot be prepared now", kind.name)
+            while not self._ending and self._start_next(kind):
+                pass
 
-    def _start_next(self) -> bool:
-        """Start a worker for the next job that fits; whether there was one."""
+    def _held(self, session: Session) -> list[QueuedWork]:
+        return [row for kind in self.kinds for row in queue.leased_rows(session, kind.table)]
+
+    def expire_dead(self) -> None:
+        """Take the leases of workers that died, and end those that no longer answer."""
+        with self.database.read() as session:
+            held = self._held(session)
+        ended = {lease: child.poll() for lease, child in self.children.items()}
+        for row in held:
+            lease, worker = str(row.lease), row.worker or {}
+            if ended.get(lease) is not None:
+                why = f"its worker ended {processes.how_it_ended(ended[lease])}"
+            elif worker and processes.is_here(worker) and not processes.is_alive(worker):
+                why = "its worker is gone"
+            elif self.watch.silent(lease, row.lease_ends):
+                if worker and not worker.get("starting"):
+                    processes.send(worker, signal.SIGKILL)
+                why = "its worker was not heard from any more"
+            else:
+                continue
+            try:
+                with self.database.write() as session:
+                    text = queue.expire(session, type(row), row.id, lease, why)
+                _log.warning("%s %s: %s; %s", row.noun, row.id, why, text)
+            except LeaseLost:
+                pass  # it gave the lease back meanwhile
+        self.watch.forget_others({str(row.lease) for row in held})
+        for lease, status in ended.items():
+            if status is not None:
+                del self.children[lease]
+                self._disk.end(lease, status == processes.NO_DISK)
+
+    def _start_next(self, kind: Kind) -> bool:
+        """Start a worker for the next work of a kind that fits; whether there was one."""
         if time.monotonic() < self._not_before:
             return False
         if room(luthier_home()) < ROOM:
@@ -131,60 +214,95 @@ class Scheduler(Supervisor[Job]):
             return False
         # Until the worker is there, the server stands for it.
         process = {**processes.this_process(), "starting": True}
+        per_account = self.capacity.per_account if kind.limited_by_account else None
         with self.database.write() as session:
             left = free(session, self.capacity)
-            job = leases.claim(
+            if kind.at_once is not None and left.at_work[kind.table] >= kind.at_once:
+                return False
+            row = queue.claim(
                 session,
+                kind.table,
                 process,
                 left.memory,
                 left.cores,
                 idle=left.idle,
-                per_account=self.capacity.per_account,
+                per_account=per_account,
                 passed_over=self._disk.waiting(),
-                # With one at work here, the next import waits for its turn, and not for memory.
-                before=None if left.imports else imports.overdue(session),
+                before=self._overdue_beside(session, kind, left),
             )
-        if job is None:
+        if row is None:
             return False
+        lease = str(row.lease)
         try:
-            self.children[str(job.lease)] = self._spawn(job)
-            self._disk.started(str(job.lease), job.id)
+            self.children[lease] = self._spawn(kind, row.id, lease)
+            self._disk.begin(lease, row.id)
         except (OSError, LuthierError) as error:
-            _log.error("no worker could be started for job %s: %s", job.id, error)
+            _log.error("no worker could be started for %s %s: %s", kind.name, row.id, error)
             self._not_before = time.monotonic() + LATER
             with self.database.write() as session:
-                leases.release(session, job.id, str(job.lease), f"No worker could start: {error}")
+                queue.release(session, kind.table, row.id, lease, f"No worker could start: {error}")
             return False
         return True
 
-    def _spawn(self, job: Job) -> subprocess.Popen[bytes]:
-        return self._run(["--job", job.id, "--lease", str(job.lease)], JobFolders(job.id))
+    def _overdue_beside(self, session: Session, kind: Kind, left: Free) -> Waiting | None:
+        """The work of other kinds that has waited too long, and longest."""
+        found = []
+        for other in KINDS.values():
+            # With as many at work as may be, the next one waits for its turn, and not for memory.
+            full = other.at_once is not None and left.at_work[other.table] >= other.at_once
+            if other is not kind and not full:
+                per_account = self.capacity.per_account if other.limited_by_account else None
+                found.append(queue.overdue(session, other.table, per_account))
+        return min((each for each in found if each), key=lambda each: each.since, default=None)
+
+    def _spawn(self, kind: Kind, row_id: str, lease: str) -> subprocess.Popen[bytes]:
+        with ExitStack() as opened:
+            handed, files = opened.enter_context(keys.handed_over())
+            # With keys, it writes the log itself, encrypted.
+            folders: JobFolders = kind.folders(row_id)
+            log = os.open(os.devnull, os.O_WRONLY) if handed else folders.open_log()
+            opened.callback(os.close, log)
+            work = ["--kind", kind.name, "--id", row_id, "--lease", lease]
+            environment: dict[str, Any] = {
+                **processes.worker_environment(),
+                **self.environment,
+                **handed,
+            }
+            return subprocess.Popen(
+                [*self.command, *work],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=files,
+                env=environment,
+                start_new_session=True,
+            )
 
 
 class DiskWaits:
-    """Which jobs found no room on the disk, and when each is tried again: later each time."""
+    """Which work found no room on the disk, and when each is tried again: later each time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self._of_lease: dict[str, str] = {}
         self._waits: dict[str, tuple[float, float]] = {}
-        """By job: seconds of its last wait, and when that ends."""
+        """By id: seconds of its last wait, and when that ends."""
 
-    def started(self, lease: str, job_id: str) -> None:
+    def begin(self, lease: str, row_id: str) -> None:
         """A worker began with this lease."""
-        self._of_lease[lease] = job_id
+        self._of_lease[lease] = row_id
 
-    def ended(self, lease: str, no_disk: bool) -> None:
+    def end(self, lease: str, no_disk: bool) -> None:
         """It ended, for want of room or otherwise."""
-        job_id = self._of_lease.pop(lease, None)
-        if job_id is None:
+        row_id = self._of_lease.pop(lease, None)
+        if row_id is None:
             return
-        before, _ = self._waits.pop(job_id, (0.0, 0.0))
+        before, _ = self._waits.pop(row_id, (0.0, 0.0))
         if no_disk:
             first, most = FULL_LATER
             seconds = min(most, max(first, 2 * before))
-            self._waits[job_id] = seconds, self.clock() + seconds
+            self._waits[row_id] = seconds, self.clock() + seconds
 
     def waiting(self) -> set[str]:
-        """Ids of jobs that are not to be started yet."""
-        return {job_id for job_id, (_, until) in self._waits.items() if until > self.clock()}
+        """Ids of work that is not to be started yet."""
+        return {row_id for row_id, (_, until) in self._waits.items() if until > self.clock()}

@@ -1,4 +1,6 @@
-"""From what a face was asked to a job in the queue: names, quota, recipe, one transaction."""
+"""From what a face was asked to work in the queue, a job or an import: names, quota, recipe, one
+transaction.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ from sqlalchemy.orm import Session
 from luthier.errors import NameInUse, QuotaExceeded, RecipeError
 from luthier.jobs.folders import run_name
 from luthier.limits import AccountQuotas
-from luthier.store import storage
+from luthier.store import imports, storage
 from luthier.store.arns import Arns
-from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
+from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, CustomModel
 from luthier.store.database import lock_by_name, new_id, now
 from luthier.store.foundation import FoundationModel, writes
 from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record
-from luthier.store.turns import next_turn
+from luthier.store.queue import next_turn
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
@@ -38,6 +40,15 @@ SETTABLE_DATA = ("long_rows", "validation_share", "columns", "augmentation", "se
 _TEACHER = ("batch_size",)
 _NAMING = ("grader", "graders", "teacher", "judge", "reward", "model", "url")
 """Fields that name a model, an address or what grades."""
+_GRADER_PARTS = {"mix": "parts", "multi": "graders"}
+"""Graders made of others, and the field that holds them by name."""
+CLIENT_GRADERS = (
+    "exact", "first_line", "number", "regex", "similarity", "json_schema", "string_check",
+    "text_similarity", "python", *_GRADER_PARTS,
+)  # fmt: skip
+"""Graders that clients of the service may write themselves: they score texts alone, in the sandbox
+where they hold code. Others ask any model with the server's keys, or read files. Models that judge are
+named through a face, which finds them for the account; whoever runs the server can register others."""
 MOST_CORES = 16
 """Threads of one job where nothing is said; more hardly help networks of the sizes tuned here."""
 
@@ -111,7 +122,7 @@ def submit(
         state=QUEUED,
         details={"sources": list(asked.training)},
         priority=asked.priority,
-        turn=next_turn(session, Job.turn, Job.account, asked.account, Job.state.in_(GOING_ON)),
+        turn=next_turn(session, Job, asked.account, Job.state.in_(GOING_ON)),
         cores=recipe.training.threads,
         time_limit=asked.time_limit,
         created=moment,
@@ -125,6 +136,79 @@ def submit(
     for text in asked.without_effect:
         record(session, job.id, "warning", text)
     return job
+
+
+def check_client_grader(fields: Any) -> dict[str, Any]:
+    """``fields`` of a grader, where a client may write them.
+
+    Raises:
+        RecipeError: for one that asks models or addresses, or reads files.
+    """
+    if isinstance(fields, str):
+        fields = {"method": fields}
+    method = fields.get("method") if isinstance(fields, Mapping) else None
+    if method not in CLIENT_GRADERS:
+        raise RecipeError(
+            f"grader {method!r} cannot be used here; there are {', '.join(CLIENT_GRADERS)}"
+        )
+    checked = dict(fields)
+    if method == "json_schema" and not isinstance(checked.get("against"), Mapping):
+        raise RecipeError("grader json_schema: `against` is the schema itself, an object")
+    if part := _GRADER_PARTS.get(method):
+        inner = checked.get(part)
+        if not isinstance(inner, Mapping):
+            raise RecipeError(f"grader {method}: `{part}` holds graders by name")
+        checked[part] = {name: check_client_grader(each) for name, each in inner.items()}
+    return checked
+
+
+def submit_import(
+    session: Session,
+    account: str,
+    name: str,
+    source: str,
+    request: Mapping[str, Any],
+    limits: AccountQuotas | None = None,
+) -> CustomModel:
+    """Have a model copied from the folder ``source``, in the caller's transaction.
+
+    ``request`` is what the face shows again.
+
+    Raises:
+        NameInUse: where the account has a model of that name.
+        QuotaExceeded: where it has all the models that it may have, or too many imports under way.
+    """
+    limits = limits or AccountQuotas()
+    lock_by_name(session, f"submit {account}")
+    taken = select(CustomModel.id).where(CustomModel.account == account, CustomModel.name == name)
+    if session.scalar(taken) is not None:
+        raise NameInUse("model")
+    check_model_quota(session, account, limits)
+    if imports.count_imports(session, account) >= limits.imports_in_flight:
+        raise QuotaExceeded(
+            f"the account has {limits.imports_in_flight} models that are being taken from outside, "
+            "which is its quota. Wait until some of them are no longer Creating"
+        )
+    if imports.count_imported_models(session, account) >= limits.imported_models:
+        raise QuotaExceeded(
+            f"the account has {limits.imported_models} models from outside, which is its quota. Delete "
+            "some of them"
+        )
+    model = CustomModel(
+        id=new_id(),
+        account=account,
+        name=name,
+        foundation=IMPORTED,
+        root="",
+        base_model="",
+        status=CREATING,
+        details={"request": dict(request)},
+        created=now(),
+    )
+    session.add(model)
+    session.flush()
+    imports.create_import(session, model, source)
+    return model
 
 
 def recipe_of(asked: Submission, job_id: str) -> Recipe:

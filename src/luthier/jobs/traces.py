@@ -22,15 +22,14 @@ from luthier.jobs.folders import JobFolders
 from luthier.store import jobs as queue
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import ENDED, Job
-from luthier.store.object_rows import UPLOADS, Bucket, Piece, StoredObject, Upload
-from luthier.store.objects import BUCKET
+from luthier.store.objects import BUCKET, UPLOADS, Bucket, Piece, StoredObject, Upload
 
 OUTPUTS = ("synthetic_data.jsonl", "prompt_insights.jsonl")
 """What a distillation writes of its rows, below the address of its job."""
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundObject:
     """An object, or a part of an upload that was not completed."""
 
     address: str
@@ -46,7 +45,7 @@ class Traces:
 
     addresses: tuple[str, ...]
     """Of the data, as they were asked for and as the job named them."""
-    objects: tuple[Found, ...]
+    objects: tuple[FoundObject, ...]
     jobs: tuple[Job, ...]
     """Those that read the data."""
     further: tuple[Job, ...]
@@ -158,7 +157,7 @@ def _is_here(address: str, external: bool) -> bool:
     return address.startswith("s3://") and (not external or _split(address)[0] == UPLOADS)
 
 
-def _named(session: Session, account: str, address: str) -> list[Found]:
+def _named(session: Session, account: str, address: str) -> list[FoundObject]:
     """The objects that an address names; of one that ends with ``/``, all below it."""
     bucket, key = _split(address)
     mine = Bucket.account == account, Bucket.name == bucket
@@ -169,13 +168,13 @@ def _named(session: Session, account: str, address: str) -> list[Found]:
     return [_found(session, bucket, each) for each in found]
 
 
-def _found(session: Session, bucket: str, stored: StoredObject) -> Found:
+def _found(session: Session, bucket: str, stored: StoredObject) -> FoundObject:
     pieces = select(Piece).where(Piece.object_seq == stored.seq).order_by(Piece.number)
     address = f"s3://{bucket}/{stored.key}"
-    return Found(address, bucket, stored.key, tuple(session.scalars(pieces)))
+    return FoundObject(address, bucket, stored.key, tuple(session.scalars(pieces)))
 
 
-def _copies(session: Session, account: str, of: Iterable[Found]) -> Iterator[Found]:
+def _copies(session: Session, account: str, of: Iterable[FoundObject]) -> Iterator[FoundObject]:
     """Objects and parts of uploads of the account that hold a file of the same bytes."""
     hashes = {piece.sha256 for each in of for piece in each.pieces if piece.size}
     known = {piece.id for each in of for piece in each.pieces}
@@ -194,7 +193,7 @@ def _copies(session: Session, account: str, of: Iterable[Found]) -> Iterator[Fou
                 parts = select(Piece).where(Piece.upload_id == upload.id).order_by(Piece.number)
                 address = f"s3://{bucket.name}/{upload.key}?uploadId={upload.id}"
                 pieces = tuple(session.scalars(parts))
-                yield Found(address, bucket.name, upload.key, pieces, upload.id)
+                yield FoundObject(address, bucket.name, upload.key, pieces, upload.id)
 
 
 def _reads(job: Job, addresses: Sequence[str]) -> bool:
@@ -236,7 +235,7 @@ def _models_in(value: Any) -> Iterator[str]:
         yield value
 
 
-def _outputs(session: Session, job: Job, external: bool) -> Iterator[Found]:
+def _outputs(session: Session, job: Job, external: bool) -> Iterator[FoundObject]:
     if job.output is None or not _is_here(job.output, external):
         return
     for name in OUTPUTS:

@@ -1,10 +1,8 @@
-"""The process that trains one job: from its lease to its model, or to the reason why there is none.
+"""The process that does one piece of leased work, of any kind (``luthier.jobs.kinds``).
 
-    lock, lease → data → training → verification → outputs → Completed, in one transaction
+    lock of the files → lease → the work of the kind → its end, in one transaction
 
-It may be killed anywhere: the next worker goes on from the last checkpoint, to the same bits. What it
-is asked meanwhile (stop, pause) it hears from its :class:`~luthier.jobs.heart.Heart`. SIGTERM makes it
-give the job back to the queue at a checkpoint.
+It may be killed anywhere: the next worker goes on. SIGTERM makes it give its work back to the queue.
 """
 
 from __future__ import annotations
@@ -12,76 +10,124 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from sqlalchemy import select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
-from luthier.engine.metrics import MetricsFile
-from luthier.engine.runs import METRICS, Run
-from luthier.errors import (
-    Interrupted,
-    LeaseLost,
-    LuthierError,
-    QuotaExceeded,
-    RefusedInput,
-    UnknownModel,
-    WrongState,
-)
-from luthier.files import folder_size, verify, waits_for_disk
-from luthier.jobs import outputs
-from luthier.jobs.data import JobData, Locations, fetched
-from luthier.jobs.folders import JobFolders, run_name, tidy
-from luthier.jobs.heart import LOST, SILENCE, Heart
-from luthier.jobs.journal import Journal, copied
-from luthier.jobs.processes import NO_DISK, this_process
+from luthier.errors import Interrupted, LeaseLost, LuthierError, RefusedInput
+from luthier.files import waits_for_disk
+from luthier.jobs.admission import Capacity
+from luthier.jobs.folders import JobFolders
+from luthier.jobs.processes import LOST, NO_DISK, this_process
 from luthier.limits import AccountQuotas
-from luthier.recipe import parse
-from luthier.store import leases, storage
-from luthier.store.accounts import quotas_of
+from luthier.store import queue
+from luthier.store.arns import Arns
 from luthier.store.database import Database
-from luthier.store.jobs import ENDED, Job
-from luthier.store.models import StoredModel, find
-from luthier.workflows.distil.journal import asking_for
-from luthier.workflows.pipeline import KINDS
+from luthier.store.queue import QueuedWork
 
+Work = TypeVar("Work", bound=QueuedWork)
+Places = TypeVar("Places")
+"""What reads and writes data by address."""
 Done = TypeVar("Done")
-GIVEN_BACK = "The worker made a checkpoint and gave the job back."
-TRIES = 5
-"""How often reading and writing addresses is tried where that failed in passing."""
+
+RENEWAL = 5.0
+"""Seconds between two renewals of a lease, where nothing else is to be written."""
+SILENCE = 20.0
+"""A worker that could not renew its lease for so many seconds takes it for lost: sooner than others."""
 FILES_FREE = 30.0
 """Seconds that a worker waits for the one before it to be gone."""
+TRIES = 5
+"""How often reading and writing addresses is tried where that failed in passing."""
 
 _log = logging.getLogger(__name__)
 
 
-class Worker:
-    """One worker and its job."""
+class Heartbeat(threading.Thread):
+    """Keeps the lease of a worker, in a thread; when it is lost, the process ends where it stands."""
+
+    def __init__(self, beat: Callable[[], None], seconds: float = RENEWAL) -> None:
+        """``beat`` renews the lease, or sees that it is still held, each so many ``seconds``."""
+        super().__init__(name="heartbeat", daemon=True)
+        self._beat, self._seconds = beat, seconds
+        self._finished = threading.Event()
+
+    def run(self) -> None:
+        """Beat until :meth:`finish`."""
+        heard = time.monotonic()
+        while not self._finished.wait(self._seconds):
+            try:
+                self._beat()
+            except LeaseLost:
+                _log.error("the lease is lost; nothing more is written")
+                os._exit(LOST)
+            except SQLAlchemyError as error:
+                _log.warning("the database does not answer: %s", error)
+                if time.monotonic() - heard > SILENCE:
+                    os._exit(LOST)
+            else:
+                heard = time.monotonic()
+
+    def finish(self) -> None:
+        """Stop beating, before the transaction that gives the lease back: it would look lost."""
+        self._finished.set()
+        self.join()
+
+
+class Worker(ABC, Generic[Work, Places]):
+    """One worker and the row that it holds. A kind of work says what is done."""
+
+    table: type[Work]
+    folders_type: type[JobFolders] = JobFolders
+    folders: JobFolders
+    """The places of the work on disk."""
+    given_back = "The worker gave it back."
+    """Why it is in the queue again, where the worker was told to end."""
 
     def __init__(
         self,
         database: Database,
-        locations: Locations,
-        job_id: str,
+        locations: Places,
+        row_id: str,
         lease: str,
+        *,
+        arns: Arns | None = None,
+        capacity: Capacity | None = None,
         quotas: AccountQuotas | None = None,
     ) -> None:
-        """``quotas`` are those of accounts without quotas of their own."""
+        """Prepare.
+
+        Args:
+            database: where the queue is.
+            locations: reads and writes what addresses name.
+            row_id: of the work.
+            lease: token by which it is held.
+            arns: those of the server.
+            capacity: what all workers of the machine may take together.
+            quotas: of accounts without quotas of their own.
+        """
         self.database, self.locations = database, locations
-        self.job_id, self.lease = job_id, lease
+        self.row_id, self.lease = row_id, lease
+        self.arns, self.capacity = arns or Arns(), capacity or Capacity()
         self.quotas = quotas or AccountQuotas()
-        self._outputs: list[str] = []
-        """Addresses of what was written for the job's owner."""
-        self._model_bytes = 0
-        self.folders = JobFolders(job_id)
-        self._deaf = False
+        self.folders = self.folders_type(row_id)
+        self.ending = False
         """Whether the work is past being interrupted."""
 
+    @abstractmethod
+    def work(self, row: Work) -> int:
+        """Do it, to its last transaction; the exit status."""
+
+    def remove_ended(self) -> None:
+        """Take away what was made here after the work had ended and was tidied."""
+
     def run(self) -> int:
-        """Do the job; the exit status: 0 where it ended or was given back, else what happened.
+        """Do the work; the exit status: 0 where it ended or was given back, else what happened.
 
         Call it from the main thread, whose signals it takes over.
         """
@@ -90,12 +136,12 @@ class Worker:
         try:
             with ExitStack() as files:
                 if not self._wait_for_files(files):
-                    _log.error("another process still works on the files of job %s", self.job_id)
+                    _log.error("another process still works on the files of %s", self.row_id)
                     return LOST
                 try:
-                    return self._run()
+                    return self.work(self._begin())
                 except LeaseLost:
-                    self._leave_ended()
+                    self.remove_ended()
                     raise
         except LeaseLost as error:
             _log.error("%s", error)
@@ -103,179 +149,60 @@ class Worker:
         except (Interrupted, KeyboardInterrupt):
             # Before there was anything to give back but the lease.
             with suppress(LeaseLost):
-                self._write(lambda s: leases.release(s, self.job_id, self.lease, GIVEN_BACK))
+                self.write(lambda session: self.give_back(session, self.given_back))
             return 0
         except Exception as error:
             if not waits_for_disk(error):
                 raise
-            _log.exception("the disk of job %s cannot be written", self.job_id)
-            message = _waits(error)
+            _log.exception("the disk of %s cannot be written", self.row_id)
+            message = explain_full_disk(error)
             with suppress(LeaseLost):
-                self._write(lambda s: leases.release(s, self.job_id, self.lease, message))
+                self.write(lambda session: self.give_back(session, message))
             return NO_DISK
 
-    def _leave_ended(self) -> None:
-        """Take away the lock that was made here after the job had ended and was tidied."""
-        with self.database.read() as session:
-            job = session.scalars(select(Job).where(Job.id == self.job_id)).first()
-        if job is None or (job.state in ENDED and not job.littered):
-            self.folders.drop_working_files()
+    def give_back(self, session: Session, message: str) -> None:
+        """Let another worker go on, and say why."""
+        queue.release(session, self.table, self.row_id, self.lease, message)
+
+    def _begin(self) -> Work:
+        process = this_process()
+
+        def begin(session: Session) -> Work:
+            row = queue.renew(session, self.table, self.row_id, self.lease)
+            row.worker = process
+            return row
+
+        return self.write(begin)
 
     def _wait_for_files(self, files: ExitStack) -> bool:
-        """Hold the lock of the job until ``files`` is closed."""
+        """Hold the lock of the work until ``files`` is closed."""
         deadline = time.monotonic() + FILES_FREE
         while time.monotonic() < deadline:
-            with ExitStack() as tried:
-                if tried.enter_context(self.folders.locked()):
-                    files.push(tried.pop_all())
+            with ExitStack() as attempt:
+                if attempt.enter_context(self.folders.locked()):
+                    files.push(attempt.pop_all())
                     return True
             time.sleep(0.2)
         return False
 
-    def _run(self) -> int:
-        process = this_process()
-        job = self._write(
-            lambda session: leases.renew(session, self.job_id, self.lease, worker=process)
-        )
-        self.data: JobData | None = None
-        journal = Journal(job, self._told)
-        with self.database.read() as session:
-            journal.remember(session)
-        heart = Heart(self.database, job, self.lease, journal, _ask_to_stop)
-        heart.start()
-        try:
-            result = self._result(job, journal)
-            self._deaf = True
-            return self._end(
-                heart,
-                lambda s: leases.complete(
-                    s, job.id, self.lease, result, self._model_bytes, self.quotas
-                ),
-            )
-        except (Interrupted, KeyboardInterrupt) as error:
-            self._deaf = True
-            return self._interrupted(heart, error)
-        except OperationalError:
-            _log.exception("the database is away; another worker will go on")
-            return 1
-        except Exception as error:
-            self._deaf = True
-            return self._failed(job, heart, error)
-
-    def _result(self, job: Job, journal: Journal) -> dict[str, Any]:
-        """Everything up to the last transaction."""
-        journal.part("validation", "InProgress")
-        self.data = data = self._patiently(lambda: fetched(job, self.folders, self.locations))
-        # Loads what trains, which takes seconds: the lease is renewed meanwhile.
-        from luthier.jobs import measuring
-
-        kind = KINDS[job.command]
-        recipe = parse(kind.recipe, recipe_fields(job, data))
-        base = self._patiently(lambda: find(job.recipe["base"], journal.stage))
-        metrics = MetricsFile(Run(base.root, run_name(job.id)).folder / METRICS)
-        if "progress" in journal.details:
-            journal.catch_up(metrics.read(), int(journal.details["progress"]["steps"]))
-        with asking_for(job.account, run_name(job.id)):
-            result = kind.run(recipe, journal)
-        journal.catch_up(metrics.read(), int(result["steps"]))
-        if verdict := result["verdict"]:
-            journal.note(f"{verdict['text']}. {verdict['advice']}".strip())
-        if (comparison := result.get("comparison")) and comparison["verdict"]:
-            journal.note(comparison["verdict"])
-        journal.part("training", "Completed")
-        model = find(result["model_id"])
-        verify(model.folder, model.manifest["files"])
-        self._model_bytes = folder_size(model.folder)
-        with self.database.read() as session:
-            quotas = quotas_of(session, job.account, self.quotas)
-            # Before its outputs are written: of a job that fails there is nothing.
-            storage.check(session, job.account, quotas, stored_bytes=self._model_bytes)
-        result["stored_id"] = model.id
-        result["validation_losses"] = measuring.losses(model, job, data, result["validation_loss"])
-        self._write_outputs(job, model, metrics.read(), result, data)
-        return {key: value for key, value in result.items() if not key.endswith("_dir")}
-
-    def _write_outputs(
-        self,
-        job: Job,
-        model: StoredModel,
-        lines: list[dict[str, Any]],
-        result: dict[str, Any],
-        data: JobData,
-    ) -> None:
-        if job.output is None:
-            return
-        address = job.output
-        for name, content in outputs.files(job, model, lines, result, data):
-
-            def write(name: str = name, content: bytes = content) -> None:
-                self._outputs.append(self.locations.write(job.account, address, name, content))
-
-            self._patiently(write)
-
-    def _interrupted(self, heart: Heart, error: BaseException) -> int:
-        if heart.reason == "time":
-            failure = (
-                f"the time limit of {heart.limit} seconds was reached ({error}). Ask for fewer "
-                "epochs or for more time."
-            )
-            return self._end(heart, lambda s: leases.fail(s, self.job_id, self.lease, failure))
-        return self._end(heart, lambda s: leases.release(s, self.job_id, self.lease, GIVEN_BACK))
-
-    def _failed(self, job: Job, heart: Heart, error: Exception) -> int:
-        if isinstance(error, WrongState):
-            # Stopped or paused in the last moment: its model waits in the store, or goes.
-            return self._interrupted(heart, error)
-        if waits_for_disk(error):
-            _log.exception("the disk of job %s cannot be written", self.job_id)
-            message = self._told(_waits(error))
-            self._end(heart, lambda s: leases.release(s, self.job_id, self.lease, message))
-            return NO_DISK
-        if isinstance(error, QuotaExceeded):
-            self.locations.remove(job.account, self._outputs)
-        _log.exception("job %s failed", self.job_id)
-        failure = self._told(explained(error))
-        return self._end(heart, lambda s: leases.fail(s, self.job_id, self.lease, failure))
-
-    def _end(self, heart: Heart, change: Callable[[Any], Job]) -> int:
-        """The last transaction, with what is pending; then the files that are of no more use go."""
-        # A heart that finds the lease given back would take it for lost.
-        heart.finish()
-        taken = heart.journal.take()
-
-        def write(session: Any) -> Job:
-            leases.renew(session, self.job_id, self.lease, worked=heart.worked, **taken.details)
-            session.add_all(copied(event) for event in taken.events)
-            session.flush()
-            return change(session)
-
-        try:
-            job = self._write(write)
-        except (QuotaExceeded, WrongState):
-            heart.journal.give_back(taken)
-            raise
-        if job.state in ENDED:
-            tidy(self.database, job, self.folders)
-        return 0
-
-    def _write(self, change: Callable[[Any], Done]) -> Done:
+    def write(self, change: Callable[[Session], Done]) -> Done:
         """One transaction, tried again for a while where the database is away."""
         deadline = time.monotonic() + SILENCE
         while True:
             try:
                 with self.database.write() as session:
                     return change(session)
-            except OperationalError as error:
+            except (OperationalError, InterfaceError) as error:
                 if time.monotonic() > deadline:
                     raise
                 _log.warning("the database does not answer: %s", error)
                 time.sleep(1)
 
-    def _patiently(self, work: Callable[[], Done]) -> Done:
-        """``work``, tried again where it failed for a reason that may pass."""
+    def retry(self, action: Callable[[], Done]) -> Done:
+        """``action``, tried again where it failed for a reason that may pass."""
         for number in range(1, TRIES + 1):
             try:
-                return work()
+                return action()
             except (RefusedInput, Interrupted):
                 raise
             except (LuthierError, OSError) as error:
@@ -285,38 +212,15 @@ class Worker:
                 time.sleep(0.2 * 2**number)
         raise AssertionError
 
-    def _told(self, text: str) -> str:
-        return self.data.told(text) if self.data else text
-
     def _on_signal(self, number: int, frame: Any) -> None:
-        # Between steps the loop has a handler of its own, which makes a checkpoint first.
-        if not self._deaf:
+        # A training loop has a handler of its own between steps, which makes a checkpoint first.
+        if not self.ending:
             raise Interrupted("stopped before the next step")
 
 
-def _waits(error: Exception) -> str:
-    """Why a job is back in the queue, and what lets it go on."""
+def explain_full_disk(error: Exception) -> str:
+    """Why work is back in the queue, and what lets it go on."""
     return (
         f"The server's disk cannot take what the job writes ({str(error).rstrip('.')}). "
         "The job goes on from its last checkpoint when it can."
     )
-
-
-def explained(error: Exception) -> str:
-    """Why a job failed, in words for whoever asked for it."""
-    if isinstance(error, UnknownModel):
-        # The store would name what there is, and with it the models of others.
-        return "a model that the job starts from, or learns from, is no longer there."
-    return str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
-
-
-def recipe_fields(job: Job, data: JobData) -> dict[str, Any]:
-    """The job's recipe with its rows where they were fetched to."""
-    rows = {**job.recipe["data"], "train": data.source}
-    if data.validation is not None:
-        rows["validation"] = data.validation
-    return {**job.recipe, "data": rows}
-
-
-def _ask_to_stop() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)

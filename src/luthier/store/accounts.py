@@ -77,7 +77,7 @@ _commits = count(1)
 _last_commit = 0
 
 
-def changed(session: Session) -> None:
+def invalidate_caches(session: Session) -> None:
     """Tell caches: other processes by the row, this one as soon as ``session`` is committed."""
     session.merge(PrincipalsVersion(id=1, token=new_id()))
     event.listen(session, "after_commit", _committed, once=True)
@@ -93,7 +93,7 @@ def version(session: Session) -> str:
     return session.scalar(select(PrincipalsVersion.token)) or ""
 
 
-class Watch:
+class PrincipalsWatch:
     """The version of the principals as a cache needs it: no query for most looks.
 
     What :meth:`token` gives is at most ``FRESH_SECONDS`` old where another process made the change,
@@ -126,7 +126,7 @@ def create_account(session: Session, account: str, name: str = "") -> Account:
     made = Account(id=account, name=name, disabled=False, created=now())
     session.add(made)
     session.flush()
-    changed(session)
+    invalidate_caches(session)
     return made
 
 
@@ -147,7 +147,7 @@ def disable_account(session: Session, account: str, disabled: bool = True) -> Ac
     """Let no key of the account in any more, or let them in again."""
     found = account_of(session, account)
     found.disabled = disabled
-    changed(session)
+    invalidate_caches(session)
     return found
 
 
@@ -167,7 +167,7 @@ def remove_account(session: Session, account: str) -> None:
         session.flush()
     session.execute(delete(Storage).where(Storage.account == account))
     session.delete(found)
-    changed(session)
+    invalidate_caches(session)
 
 
 def set_quota(session: Session, account: str, **values: float | None) -> Quota:
@@ -183,7 +183,7 @@ def set_quota(session: Session, account: str, **values: float | None) -> Quota:
             raise RefusedInput(f"{name} is {most:,} at most")
         setattr(quota, name, value)
     session.add(quota)
-    changed(session)
+    invalidate_caches(session)
     return quota
 
 

@@ -49,7 +49,7 @@ from luthier.models.catalog import MANIFEST as MODEL
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, now
 from luthier.store.object_files import SEALED, ObjectFiles
-from luthier.store.object_rows import Bucket, Piece, StoredObject, Upload
+from luthier.store.objects import Bucket, Piece, StoredObject, Upload
 from luthier.store.snapshot import OBJECTS, snapshot
 
 MANIFEST = "backup.json"

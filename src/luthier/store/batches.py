@@ -11,12 +11,13 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ForeignKey, UniqueConstraint, and_, delete, func, or_, select, update
+from sqlalchemy import ForeignKey, UniqueConstraint, and_, delete, func, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.encryption.files import open_value, seal_value
 from luthier.store.database import Base, now
 from luthier.store.ids import SMALL, random_id
+from luthier.store.queue import Leased
 
 VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
     "validating",
@@ -26,15 +27,16 @@ VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
 )
 FAILED, EXPIRED, CANCELLING, CANCELLED = "failed", "expired", "cancelling", "cancelled"
 ENDED = (COMPLETED, FAILED, EXPIRED, CANCELLED)
-LEASE = timedelta(seconds=60)
-"""How long a server may be silent before another one goes on with its batch."""
 _LINE = "line"
 
 
-class Batch(Base):
+class Batch(Leased, Base):
     """One batch."""
 
     __tablename__ = "batches"
+    noun = "batch"
+    lease_time = timedelta(seconds=60)
+    """How long a server may be silent before another one goes on with its batch."""
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
@@ -63,9 +65,6 @@ class Batch(Base):
     """Unix time of each status that it had."""
     created: Mapped[datetime]
     expires: Mapped[datetime]
-    lease: Mapped[str | None]
-    """Token of the server that works on it."""
-    lease_ends: Mapped[datetime | None]
 
 
 class BatchLine(Base):
@@ -124,7 +123,7 @@ def get(session: Session, account: str, batch_id: str, *, lock: bool = False) ->
     return session.scalar(found.with_for_update() if lock else found)
 
 
-def listed(session: Session, account: str, limit: int, position: int | None) -> list[Batch]:
+def list_batches(session: Session, account: str, limit: int, position: int | None) -> list[Batch]:
     """``limit`` batches, the newest first, those older than the one whose ``seq`` is ``position``."""
     found = select(Batch).where(Batch.account == account)
     if position is not None:
@@ -153,7 +152,7 @@ def cancel(batch: Batch) -> bool:
     return True
 
 
-def held(session: Session) -> list[tuple[str, datetime | None]]:
+def leased_batches(session: Session) -> list[tuple[str, datetime | None]]:
     """Ids of the batches that servers work on, each with what its lease says of its end."""
     wanted = select(Batch.id, Batch.lease_ends).where(
         Batch.status.not_in(ENDED), Batch.lease.is_not(None)
@@ -174,21 +173,8 @@ def claim(
     oldest = select(Batch).where(Batch.status.not_in(ENDED), free).order_by(Batch.seq).limit(1)
     batch = session.scalar(oldest.with_for_update(skip_locked=True))
     if batch is not None:
-        batch.lease, batch.lease_ends = token, now() + LEASE
+        batch.lease, batch.lease_ends = token, now() + batch.lease_time
     return batch
-
-
-def renew(session: Session, batch_id: str, token: str) -> bool:
-    """Go on holding a batch; whether ``token`` still does."""
-    mine = Batch.id == batch_id, Batch.lease == token
-    held = update(Batch).where(*mine).values(lease_ends=now() + LEASE).returning(Batch.seq)
-    return session.execute(held).first() is not None
-
-
-def release(session: Session, batch_id: str, token: str) -> None:
-    """Let others go on with a batch at once."""
-    mine = Batch.id == batch_id, Batch.lease == token
-    session.execute(update(Batch).where(*mine).values(lease=None, lease_ends=None))
 
 
 def done_lines(session: Session, batch_id: str) -> set[int]:

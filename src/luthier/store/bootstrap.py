@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from luthier.errors import RefusedInput
-from luthier.store import iam_roles
+from luthier.store import principals
 from luthier.store.accounts import Account, create_account, version
 from luthier.store.audit import Event, append
 from luthier.store.database import Database
@@ -147,23 +147,23 @@ def apply(session: Session, principals: list[Mapping[str, Any]], sealing: Sealin
 def apply_roles(session: Session, entries: list[Mapping[str, Any]]) -> None:
     """Create or update IAM roles; those that an earlier file gave and this one does not are removed."""
     named = {(entry["account"], entry["name"]) for entry in entries}
-    for role in iam_roles.roles(session):
+    for role in principals.iam_roles(session):
         if role.origin == BOOTSTRAP and (role.account, role.name) not in named:
-            iam_roles.remove_role(session, role)
+            principals.remove_role(session, role)
     for entry in entries:
         account, name = entry["account"], entry["name"]
         given = {
             "trust": entry["trust"],
             "policies": entry.get("policies", []),
-            "max_session_seconds": entry.get("max_session_seconds", iam_roles.SHORTEST_MAXIMUM),
+            "max_session_seconds": entry.get("max_session_seconds", principals.SHORTEST_MAXIMUM),
         }
         if session.get(Account, account) is None:
             create_account(session, account)
-        found = iam_roles.find_role(session, account, name)
+        found = principals.find_role(session, account, name)
         if found is None:
-            iam_roles.create_role(session, account, name, **given, origin=BOOTSTRAP)
+            principals.create_role(session, account, name, **given, origin=BOOTSTRAP)
         elif any(getattr(found, field) != value for field, value in given.items()):
-            iam_roles.update_role(session, found, **given)
+            principals.update_role(session, found, **given)
     session.flush()
 
 

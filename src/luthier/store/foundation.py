@@ -42,7 +42,7 @@ def foundation_models() -> list[FoundationModel]:
 
     Models of the hub join once they were pulled: no request sets a server to fetching them.
     """
-    return [*_catalogued(), *_made()]
+    return [*_catalog_models(), *_pretrained_here()]
 
 
 def foundation_model(identifier: str) -> FoundationModel | None:
@@ -51,7 +51,7 @@ def foundation_model(identifier: str) -> FoundationModel | None:
     if arn is not None and (arn.kind, arn.account) != ("foundation-model", ""):
         return None
     # Those of the catalogue first: each request asks, and the others stand on the disk.
-    for models in (_catalogued, _made):
+    for models in (_catalog_models, _pretrained_here):
         for model in models():
             # An alias is no part of an ARN.
             if identifier in (model.id, model.base) if arn is None else arn.path == model.id:
@@ -72,7 +72,7 @@ def writes(model: FoundationModel | CustomModel) -> bool:
     return isinstance(model, CustomModel) and model.details.get("kind") != "encoder"
 
 
-def _catalogued() -> list[FoundationModel]:
+def _catalog_models() -> list[FoundationModel]:
     return [
         FoundationModel(f"{prefix}.{base}", base, provider, name, CATALOG[base].kind == "causal_lm")
         for base, (prefix, provider, name) in _PROVIDERS.items()
@@ -81,7 +81,7 @@ def _catalogued() -> list[FoundationModel]:
     ]
 
 
-def _made() -> list[FoundationModel]:
+def _pretrained_here() -> list[FoundationModel]:
     return [_made_here(model.id, model.manifest) for model in pretrained_models()]
 
 

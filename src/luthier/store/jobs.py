@@ -1,8 +1,8 @@
 """Customization jobs as the database keeps them: what was asked, where each stands, what happened.
 
 A job's state changes in :func:`move` and nowhere else: one conditional update, one event, one look
-into ``TRANSITIONS``. What people ask of a job (stop, pause, resume) is here; what its worker writes is
-in ``luthier.store.leases``.
+into ``TRANSITIONS``. What people ask of a job (stop, pause, resume) comes first, then what its worker
+writes by its lease (``luthier.store.queue``).
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint, delete, func, select, update
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, delete, func, select, update
+from sqlalchemy.orm import Mapped, Session, mapped_column, synonym
 
 from luthier.errors import LeaseLost, WrongState
-from luthier.store.custom_models import RESERVED, CustomModel
+from luthier.limits import AccountQuotas
+from luthier.store import storage
+from luthier.store.accounts import quotas_of
+from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import Base, QuotingText, now
+from luthier.store.queue import QueuedWork, hold
+from luthier.store.queue import renew as renew_lease
+from luthier.store.usage import Used, add_usage
 
 QUEUED, RUNNING, PAUSED, STOPPING = "Queued", "Running", "Paused", "Stopping"
 COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
@@ -38,17 +44,21 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
 """Where a job may go from each state; every change of a state is looked up here."""
 
 
-class Job(Base):
+MOST_CRASHES = 25
+"""So many workers may die one after the other without a step between them."""
+
+
+class Job(QueuedWork, Base):
     """One customization job. It is made by ``luthier.jobs.submit`` and by nobody else."""
 
     __tablename__ = "jobs"
     __table_args__ = (UniqueConstraint("account", "name"),)
+    noun = "job"
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     """Order of creation."""
     id: Mapped[str] = mapped_column(unique=True)
     """Twelve letters and digits."""
-    account: Mapped[str] = mapped_column(index=True)
     name: Mapped[str]
     """Of the job; stays taken when the job has ended."""
     model_name: Mapped[str]
@@ -80,35 +90,84 @@ class Job(Base):
     details: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """``chosen``: settings by name; ``parts``: state and times of each part of the work; ``progress``:
     step, steps, loss, seconds of a step; ``crashed_at``: the step of the last crash."""
-    priority: Mapped[int] = mapped_column(default=0)
-    """Higher is started first."""
-    turn: Mapped[int] = mapped_column(default=0)
-    """Of one priority, lower ones are first; those of an account have turns one after the other."""
     attempts: Mapped[int] = mapped_column(default=0)
     """Workers that were started for it."""
-    memory: Mapped[int] = mapped_column(BigInteger, default=0)
-    """Estimated peak in bytes, for admission; 0 while unknown."""
     cores: Mapped[int] = mapped_column(default=1)
-    """Threads it computes with, for admission; part of what its bits depend on."""
-    crashes: Mapped[int] = mapped_column(default=0)
-    """Workers that died one after the other with no step between them."""
+    """Threads that it computes with; part of what its bits depend on."""
     worked: Mapped[float] = mapped_column(default=0.0)
     """Seconds that workers spent on it."""
     time_limit: Mapped[int | None]
     """Seconds of work after which it is stopped and failed."""
-    lease: Mapped[str | None]
-    """Token of the worker that holds it; what any other worker writes is refused."""
-    lease_ends: Mapped[datetime | None]
-    """The holder is taken for dead after this moment, unless it has been heard from."""
-    worker: Mapped[dict[str, Any] | None]
-    """The process that holds the lease: ``host``, ``pid``, and when it was ``born``."""
     littered: Mapped[bool] = mapped_column(default=False)
     """Whether working files of it may be on disk."""
     created: Mapped[datetime]
     modified: Mapped[datetime]
+    since: Mapped[datetime] = synonym("modified")
+    """A job that waits is changed by nothing but what ends its waiting."""
     started: Mapped[datetime | None]
     """When the first worker began."""
     ended: Mapped[datetime | None]
+
+    @classmethod
+    def ready(cls) -> tuple[ColumnElement[bool], ...]:
+        """Queued, and its memory is estimated."""
+        return cls.state == QUEUED, cls.memory > 0
+
+    def start(self, session: Session, lease: str, worker: Mapping[str, Any]) -> None:
+        """Let ``worker`` hold it by ``lease``, and say so in an event."""
+        again = " to go on with it" if self.attempts else ""
+        moment = now()
+        move(
+            session,
+            self,
+            RUNNING,
+            f"A worker is started{again}.",
+            attempts=self.attempts + 1,
+            lease=lease,
+            lease_ends=moment + self.lease_time,
+            littered=True,
+            started=self.started or moment,
+            worker=dict(worker),
+        )
+
+    def give_back(self, session: Session, message: str) -> None:
+        """Back after a checkpoint: to the queue, or to where people wanted it meanwhile."""
+        nobody: dict[str, Any] = {"lease": None, "lease_ends": None, "worker": None}
+        token = self.lease
+        if self.state == STOPPING:
+            move(session, self, STOPPED, "The job was stopped.", holder=token)
+        elif self.state == RUNNING:
+            move(session, self, QUEUED, message, holder=token, **nobody)
+        else:
+            # Paused, or paused and resumed: only its worker was still there.
+            mine = Job.id == self.id, Job.lease == token
+            session.execute(update(Job).where(*mine).values(**nobody))
+            session.refresh(self)
+
+    def expire(self, session: Session, why: str) -> str:
+        """Take it from a worker that died; it goes on with another one.
+
+        It fails instead where too many died without a step between them.
+        """
+        if self.state != RUNNING:
+            self.give_back(session, why)
+            return f"it is {self.state}"
+        step = int(self.details.get("progress", {}).get("step", 0))
+        self.crashes = 1 if step > int(self.details.get("crashed_at", -1)) else self.crashes + 1
+        self.details = {**self.details, "crashed_at": step}
+        session.flush()
+        if self.crashes < MOST_CRASHES:
+            text = f"{why}; the job goes on from its last checkpoint."
+            record(session, self.id, "warning", text)
+            self.give_back(session, "The job is queued again.")
+            return f"it is {self.state}"
+        failure = (
+            f"{self.crashes} workers died one after the other at step {step} (the last one: {why}). "
+            "Where this is the system's way to end what takes too much memory, choose a smaller "
+            "batch, shorter rows or a smaller model."
+        )
+        move(session, self, FAILED, failure, holder=self.lease, failure=failure)
+        return f"it is {self.state}"
 
 
 class JobEvent(Base):
@@ -225,6 +284,75 @@ def resume(session: Session, job: Job) -> Job:
     return move(session, job, QUEUED, "The job was resumed.")
 
 
+def renew(
+    session: Session,
+    job_id: str,
+    lease: str,
+    *,
+    worked: float | None = None,
+    worker: Mapping[str, Any] | None = None,
+    **details: Any,
+) -> Job:
+    """Hear from the worker: the lease is longer, ``details`` are noted. The job, for its state.
+
+    Raises:
+        LeaseLost: where ``lease`` does not hold it.
+    """
+    job = renew_lease(session, Job, job_id, lease)
+    if worked is not None:
+        seconds = max(0.0, worked - job.worked)
+        used = Used(training_seconds=seconds)
+        add_usage(session, {(now().date(), job.account, ""): used})
+        job.worked = worked
+    if worker is not None:
+        job.worker = dict(worker)
+    if details:
+        job.details = {**job.details, **details}
+        job.modified = now()
+    session.flush()
+    return job
+
+
+def complete(
+    session: Session,
+    job_id: str,
+    lease: str,
+    result: Mapping[str, Any],
+    stored_bytes: int = 0,
+    defaults: AccountQuotas | None = None,
+) -> Job:
+    """End a job whose model is stored and verified: in one transaction the model is there, too.
+
+    ``result["stored_id"]`` is the id under which the store opens it; it takes ``stored_bytes`` of the
+    account's quota, which is that of ``defaults`` where it has none of its own.
+
+    Raises:
+        QuotaExceeded: where the account has no room for it.
+        LeaseLost: where ``lease`` does not hold it.
+        WrongState: where it was stopped or paused meanwhile.
+    """
+    job = hold(session, Job, job_id, lease)
+    move(session, job, COMPLETED, "The job is completed.", holder=lease, result=dict(result))
+    made = update(CustomModel).where(CustomModel.job_id == job_id, CustomModel.status == RESERVED)
+    stored = {"status": ACTIVE, "stored_id": result["stored_id"], "created": job.ended}
+    session.execute(made.values(**stored, stored_bytes=stored_bytes))
+    quotas = quotas_of(session, job.account, defaults or AccountQuotas())
+    storage.charge(session, job.account, quotas, stored_bytes=stored_bytes)
+    return job
+
+
+def fail(session: Session, job_id: str, lease: str, failure: str) -> Job:
+    """End a job that cannot be done; one that was being stopped is stopped.
+
+    Raises:
+        LeaseLost: where ``lease`` does not hold it.
+    """
+    job = hold(session, Job, job_id, lease)
+    if job.state == STOPPING:
+        return move(session, job, STOPPED, "The job was stopped.", holder=lease)
+    return move(session, job, FAILED, failure, holder=lease, failure=failure)
+
+
 @dataclass(frozen=True)
 class Wanted:
     """Which jobs a list holds; everything that is said has to hold."""
@@ -246,7 +374,7 @@ class Wanted:
         return wanted
 
 
-def listed(
+def list_jobs(
     session: Session,
     account: str,
     wanted: Wanted,

@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.store.database import Database
-from luthier.store.object_rows import StoredObject, owned
+from luthier.store.objects import StoredObject, get_bucket
 
 _BATCH = 1000
 
@@ -59,7 +59,7 @@ def page(
         ObjectRefused: ``NoSuchBucket``.
     """
     with database.read() as session:
-        seq = owned(session, account, bucket).seq
+        seq = get_bucket(session, account, bucket).seq
         entries: list[StoredObject | str] = []
         for entry, at in _walk(session, seq, prefix, delimiter, max(start, prefix), limit):
             if len(entries) == limit:

@@ -6,25 +6,26 @@ An account reads and writes with its own rights: a bucket of another account is 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
+from urllib.parse import unquote
 
-from luthier.data.s3 import local_name
-from luthier.errors import CorruptFile, LocationRefused, ObjectRefused, QuotaExceeded
+from luthier.data.s3 import local_name, settings
+from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import new_file
 from luthier.limits import AccountQuotas
 from luthier.store.database import Database
-from luthier.store.external import ExternalBuckets
-from luthier.store.file_roots import FileRoots
 from luthier.store.listing import page
 from luthier.store.object_files import READ_SIZE, ObjectFiles
-from luthier.store.object_rows import UPLOADS, Described, Piece, check_key
-from luthier.store.objects import BUCKET, Objects
+from luthier.store.objects import BUCKET, UPLOADS, Described, Objects, Piece, check_key
 
 ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
@@ -86,7 +87,7 @@ class Locations:
     def check(self, account: str, uri: str) -> None:
         """Refuse an address that is malformed, names nothing, or that the account cannot read."""
         if _is_file(uri):
-            for path in self._roots.named(uri, ROWS):
+            for path in self._roots.files_at(uri, ROWS):
                 self._roots.open(path, uri).close()
         else:
             self._keys(account, _address(uri))
@@ -111,7 +112,7 @@ class Locations:
         """
         fetched: list[Path] = []
         if _is_file(uri):
-            for path in self._roots.named(uri, ROWS):
+            for path in self._roots.files_at(uri, ROWS):
                 target = _free(folder, path.name, len(fetched))
                 with self._roots.open(path, uri) as source, new_file(target) as file:
                     shutil.copyfileobj(source, file, READ_SIZE)
@@ -329,3 +330,161 @@ def _pieces(content: bytes | Path) -> Iterator[bytes]:
     with content.open("rb") as file:
         while data := file.read(READ_SIZE):
             yield data
+
+
+class ExternalBuckets:
+    """What ``s3://`` means where the service was given an endpoint. Accounts share what it holds."""
+
+    def __init__(self, endpoint: str) -> None:
+        try:
+            import obstore.store  # noqa: F401
+        except ImportError:
+            text = "An S3 endpoint needs the package obstore: pip install 'luthier[s3]'."
+            raise LocationRefused(text) from None
+        self._endpoint = endpoint
+
+    def check_bucket(self, account: str, bucket: str) -> None:
+        """Refuse a bucket that cannot be listed."""
+        import obstore
+
+        with _translate_errors(f"s3://{bucket}"):
+            next(iter(obstore.list(self._store(bucket), chunk_size=1)), None)
+
+    def holds(self, account: str, bucket: str, key: str) -> bool:
+        """Whether the key names an object."""
+        import obstore
+
+        with _translate_errors(f"s3://{bucket}/{key}"):
+            try:
+                obstore.head(self._store(bucket), key)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def below(
+        self, account: str, bucket: str, prefix: str, most: int | None = None
+    ) -> list[tuple[str, int]]:
+        """The keys that begin with ``prefix``, which is empty or ends with ``/``, and their sizes.
+
+        With ``most``, no further ones are asked for as soon as there are so many.
+        """
+        import obstore
+
+        with _translate_errors(f"s3://{bucket}/{prefix}"):
+            batches = obstore.list(self._store(bucket), prefix=prefix.rstrip("/") or None)
+            every = (each for batch in batches for each in batch)
+            found = [(str(each["path"]), int(each["size"])) for each in islice(every, most)]
+            return sorted(found, key=lambda each: each[0].encode())
+
+    def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
+        """Copy one version of an object to a file."""
+        import obstore
+
+        with _translate_errors(f"s3://{bucket}/{key}"), new_file(target) as file:
+            answer = obstore.get(self._store(bucket), key)
+            done = sum(file.write(piece) for piece in answer.stream(min_chunk_size=1 << 23))
+            if done != answer.meta["size"]:
+                raise OSError(f"{answer.meta['size']} bytes were to come, and {done} came")
+
+    def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
+        """Let the key name these bytes."""
+        import obstore
+
+        with _translate_errors(f"s3://{bucket}/{key}"):
+            obstore.put(self._store(bucket), key, content)
+
+    def remove(self, account: str, bucket: str, key: str) -> None:
+        """Nothing: what lies elsewhere is its owner's."""
+
+    def _store(self, bucket: str) -> Any:
+        from obstore.store import S3Store
+
+        return S3Store(bucket, **settings(self._endpoint))
+
+
+@contextmanager
+def _translate_errors(what: str) -> Iterator[None]:
+    """Turn what the endpoint says into an error of ours, without its address and our keys."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        # Some operations have no error of their own for a status, and say it in their text alone.
+        status = re.search(r"status code: (4[0-9]{2})\b", str(error))
+        if isinstance(error, FileNotFoundError) or (status and status[1] == "404"):
+            raise LocationRefused(f"There is nothing at {what}.") from None
+        if isinstance(error, PermissionError) or (status and status[1] in ("401", "403")):
+            raise LocationRefused(f"The service may not read or write {what}.") from None
+        raise DownloadError(f"{what} could not be reached ({type(error).__name__}).") from error
+
+
+_SCHEME = "file://"
+
+
+class FileRoots:
+    """The folders, resolved once."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = [root.resolve() for root in roots]
+
+    def path(self, uri: str, name: str = "") -> Path:
+        """The path of ``file:///…``, or of ``name`` below it, without ``..`` and symbolic links."""
+        text = unquote(uri.removeprefix(_SCHEME)) if uri.startswith(_SCHEME) else ""
+        if not text.startswith("/"):
+            raise LocationRefused("A file:// location is a path from the root: file:///folder/file")
+        try:
+            resolved = (Path(text) / name).resolve()
+        except (OSError, RuntimeError, ValueError):
+            resolved = Path("/")  # a loop, a NUL, a name that is too long: nothing that is inside
+        if not any(resolved.is_relative_to(root) for root in self._roots):
+            text = (
+                "Files are read and written only in the folders that the server was started with."
+            )
+            raise LocationRefused(text)
+        return resolved
+
+    def files_at(self, uri: str, ending: str) -> list[Path]:
+        """The file of an address; of one that ends with ``/``, all below it with that ending."""
+        path = self.path(uri)
+        if not uri.endswith("/"):
+            return [path]
+        # What is a link there may lead outside, and is looked at again.
+        below = [each for each in sorted(path.rglob(f"*{ending}")) if each.is_file()]
+        if not below:
+            raise LocationRefused(f"There is no file below {uri} that ends with {ending}.")
+        return [self.path(each.as_uri()) for each in below]
+
+    def folder(self, uri: str, most: int) -> list[tuple[str, Path]]:
+        """Names and paths of the files right below an address, in order.
+
+        Raises:
+            LocationRefused: where there is no such folder, or more than ``most`` entries in it.
+        """
+        path = self.path(uri)
+        try:
+            with os.scandir(path) as entries:
+                names = [each.name for each in islice(entries, most + 1)]
+            if len(names) > most:
+                raise LocationRefused(f"There are more than {most:,} entries in {uri}.")
+            # What is a link there may lead outside, and is looked at again.
+            found = [(name, self.path((path / name).as_uri())) for name in sorted(names)]
+        except OSError as error:
+            raise LocationRefused(f"{uri} cannot be read: {error.strerror}") from None
+        return [(name, each) for name, each in found if each.is_file()]
+
+    def open(self, path: Path, uri: str) -> BinaryIO:
+        """A plain file, for reading."""
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise LocationRefused(f"{uri} is not a file.")
+            return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+        except OSError as error:
+            raise LocationRefused(f"{uri} cannot be read: {error.strerror}") from None
+
+    def check_writable(self, uri: str) -> None:
+        """Refuse an address below which no file can be made."""
+        path = self.path(uri)
+        existing = next(each for each in (path, *path.parents) if each.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise LocationRefused(f"Nothing can be written below {uri}.")

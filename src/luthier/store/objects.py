@@ -9,36 +9,213 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, TypeVar
 
-from sqlalchemy import select
+from sqlalchemy import BigInteger, ForeignKey, Index, Text, UniqueConstraint, delete, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import CorruptFile, ObjectRefused
 from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
-from luthier.store.database import Database, now
+from luthier.store.database import Base, Database, now
 from luthier.store.object_files import UNNAMED_SECONDS, ObjectFiles, Room, Writing, Written
-from luthier.store.object_rows import (
-    UPLOADS,
-    Bucket,
-    Check,
-    Described,
-    Piece,
-    StoredObject,
-    check_key,
-    forget_uploads,
-    new_object,
-    owned,
-    pieces_of,
-    replace,
-)
 from luthier.store.storage import Removed
+
+Key = Text().with_variant(Text(collation="C"), "postgresql")
+"""Names that are ordered by their UTF-8 bytes."""
+UPLOADS = "luthier-files"
+"""Bucket of each account with what was uploaded through the OpenAI API."""
+KEY_BYTES = 1024
+"""Of a key in UTF-8, at most."""
+
+
+class Bucket(Base):
+    """A bucket of one account."""
+
+    __tablename__ = "buckets"
+    __table_args__ = (UniqueConstraint("account", "name"),)
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    account: Mapped[str]
+    name: Mapped[str] = mapped_column(Key)
+    created: Mapped[datetime]
+
+
+class StoredObject(Base):
+    """An object: what a key of a bucket names."""
+
+    __tablename__ = "objects"
+    __table_args__ = (UniqueConstraint("bucket_seq", "key"),)
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    account: Mapped[str]
+    bucket_seq: Mapped[int] = mapped_column(ForeignKey("buckets.seq"))
+    key: Mapped[str] = mapped_column(Key)
+    size: Mapped[int] = mapped_column(BigInteger)
+    """Bytes."""
+    etag: Mapped[str]
+    """MD5 in hexadecimal; of an object made of parts, the MD5 of their MD5s, ``-`` and their number."""
+    parts: Mapped[int] = mapped_column(default=0)
+    """Parts that it was uploaded in; 0 for one that came as a whole."""
+    headers: Mapped[dict[str, Any]]
+    """``Content-Type`` and the like, to be given back as they came."""
+    user_metadata: Mapped[dict[str, Any]]
+    """Values of ``x-amz-meta-*`` by the rest of the name."""
+    checksums: Mapped[dict[str, Any]]
+    """Base64 by algorithm, such as ``crc32``; of parts, with ``-`` and their number."""
+    modified: Mapped[datetime]
+
+
+class Piece(Base):
+    """A file of bytes: of an object, or of a part whose upload is not complete."""
+
+    __tablename__ = "object_pieces"
+    __table_args__ = (
+        UniqueConstraint("upload_id", "number"),
+        Index("object_pieces_of", "object_seq", "number"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """Name of the file."""
+    account: Mapped[str]
+    object_seq: Mapped[int | None] = mapped_column(ForeignKey("objects.seq"))
+    upload_id: Mapped[str | None] = mapped_column(ForeignKey("object_uploads.id"))
+    number: Mapped[int]
+    """1 to 10,000: the order of the parts, which may leave numbers out."""
+    size: Mapped[int] = mapped_column(BigInteger)
+    md5: Mapped[str]
+    sha256: Mapped[str]
+    checksums: Mapped[dict[str, Any]]
+    modified: Mapped[datetime]
+
+    @staticmethod
+    def of(account: str, number: int, written: Written, checksums: Mapping[str, str]) -> Piece:
+        """A piece that nothing owns yet."""
+        return Piece(
+            id=written.id, account=account, number=number, size=written.size, md5=written.md5,
+            sha256=written.sha256, checksums=dict(checksums), modified=now(),
+        )  # fmt: skip
+
+
+class Upload(Base):
+    """A multipart upload that was neither completed nor aborted."""
+
+    __tablename__ = "object_uploads"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str]
+    bucket_seq: Mapped[int] = mapped_column(ForeignKey("buckets.seq"), index=True)
+    key: Mapped[str] = mapped_column(Key)
+    headers: Mapped[dict[str, Any]]
+    user_metadata: Mapped[dict[str, Any]]
+    checksum: Mapped[str]
+    """Algorithm of its parts' checksums, such as ``crc32``; empty for none."""
+    checksum_type: Mapped[str]
+    """``COMPOSITE`` or ``FULL_OBJECT``; empty for none."""
+    created: Mapped[datetime]
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a client says of an object beside its bytes."""
+
+    headers: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    """Verified."""
+
+
+Check = Callable[[StoredObject | None], None]
+"""Given what a key names now; raises where the caller's condition does not hold."""
+
+
+def get_bucket(session: Session, account: str, name: str, *, lock: bool = False) -> Bucket:
+    """The account's bucket; with ``lock``, nobody else changes what is in it meanwhile.
+
+    Raises:
+        ObjectRefused: ``NoSuchBucket``.
+    """
+    bucket = _bucket(session, account, name, lock)
+    if bucket is None:
+        raise ObjectRefused("NoSuchBucket", "The specified bucket does not exist")
+    return bucket
+
+
+def remove_object(session: Session, bucket: Bucket, key: str, check: Check | None) -> Removed:
+    """Remove the rows of what ``key`` names, if anything."""
+    found = session.scalar(
+        select(StoredObject).where(StoredObject.bucket_seq == bucket.seq, StoredObject.key == key)
+    )
+    if check is not None:
+        check(found)
+    if found is None:
+        return Removed()
+    gone = list(session.scalars(select(Piece.id).where(Piece.object_seq == found.seq)))
+    session.execute(delete(Piece).where(Piece.object_seq == found.seq))
+    session.delete(found)
+    session.flush()
+    return Removed(gone, found.size, objects=1)
+
+
+def new_object(
+    bucket: Bucket,
+    key: str,
+    pieces: Sequence[Piece],
+    etag: str,
+    parts: int,
+    described: Described,
+) -> StoredObject:
+    """The row of an object, not yet in the database."""
+    return StoredObject(
+        account=bucket.account, bucket_seq=bucket.seq, key=key,
+        size=sum(piece.size for piece in pieces), etag=etag, parts=parts,
+        headers=dict(described.headers), user_metadata=dict(described.metadata),
+        checksums=dict(described.checksums), modified=now(),
+    )  # fmt: skip
+
+
+def pieces_of(session: Session, found: StoredObject) -> list[Piece]:
+    """The files of an object, in order."""
+    wanted = select(Piece).where(Piece.object_seq == found.seq).order_by(Piece.number)
+    return list(session.scalars(wanted))
+
+
+def check_key(key: str) -> None:
+    """Refuse what cannot be a key: ``KeyTooLongError``, ``InvalidArgument``."""
+    if len(key.encode()) > KEY_BYTES:
+        raise ObjectRefused("KeyTooLongError", "Your key is too long")
+    if not key or "\0" in key:
+        raise ObjectRefused("InvalidArgument", "A key is not empty and holds no NUL.")
+
+
+def remove_uploads(session: Session, bucket: Bucket) -> Removed:
+    """Remove the uploads of a bucket that is to go."""
+    gone = Removed()
+    for upload in session.scalars(select(Upload).where(Upload.bucket_seq == bucket.seq)).all():
+        gone.add(remove_upload(session, upload))
+    return gone
+
+
+def remove_upload(session: Session, upload: Upload) -> Removed:
+    """Remove an upload and its parts."""
+    pieces = session.execute(select(Piece.id, Piece.size).where(Piece.upload_id == upload.id)).all()
+    session.execute(delete(Piece).where(Piece.upload_id == upload.id))
+    session.delete(upload)
+    session.flush()
+    ids, sizes = [piece.id for piece in pieces], sum(piece.size for piece in pieces)
+    return Removed(ids, sizes, uploads_in_progress=1)
+
+
+def _bucket(session: Session, account: str, name: str, lock: bool = False) -> Bucket | None:
+    wanted = select(Bucket).where(Bucket.account == account, Bucket.name == name)
+    return session.scalar(wanted.with_for_update() if lock else wanted)
+
 
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
 """Names that are paths of the other faces on the same port."""
@@ -141,7 +318,7 @@ class Objects:
     def bucket(self, account: str, name: str) -> Bucket:
         """The bucket; ``NoSuchBucket`` for one that is not there or is another account's."""
         with self.database.read() as session:
-            return owned(session, account, name)
+            return get_bucket(session, account, name)
 
     def delete_bucket(self, account: str, name: str) -> None:
         """Remove an empty bucket, with the uploads in it that were never completed.
@@ -150,12 +327,12 @@ class Objects:
             ObjectRefused: ``NoSuchBucket``, ``BucketNotEmpty``.
         """
         with self.database.write() as session:
-            bucket = owned(session, account, name, lock=True)
+            bucket = get_bucket(session, account, name, lock=True)
             held = select(StoredObject.seq).where(StoredObject.bucket_seq == bucket.seq).limit(1)
             if session.scalar(held) is not None:
                 text = "The bucket you tried to delete is not empty."
                 raise ObjectRefused("BucketNotEmpty", text)
-            gone = forget_uploads(session, bucket)
+            gone = remove_uploads(session, bucket)
             session.delete(bucket)
             session.flush()
             storage.release(session, account, gone, buckets=int(name != UPLOADS))
@@ -200,11 +377,11 @@ class Objects:
         """As :meth:`put`, for new pieces that are to stand one after the other."""
 
         def lock(session: Session) -> Bucket:
-            return owned(session, account, bucket, lock=True)
+            return get_bucket(session, account, bucket, lock=True)
 
-        with self.naming(account, [piece.id for piece in pieces], lock) as (session, found):
+        with self.name_files(account, [piece.id for piece in pieces], lock) as (session, found):
             check_key(key)
-            gone = replace(session, found, key, check)
+            gone = remove_object(session, found, key, check)
             made = new_object(found, key, pieces, etag, parts, described)
             session.add(made)
             session.flush()
@@ -221,7 +398,7 @@ class Objects:
         return made
 
     @contextmanager
-    def naming(
+    def name_files(
         self, account: str, ids: Sequence[str], lock: Callable[[Session], Row]
     ) -> Iterator[tuple[Session, Row]]:
         """A transaction whose rows name new files; after an error these are gone, unless they do.
@@ -235,11 +412,11 @@ class Objects:
                 session.flush()
                 committing = True
         except Exception:
-            if not committing or self._unnamed(ids, lock):
+            if not committing or self._was_rolled_back(ids, lock):
                 self.files.remove(account, ids)
             raise
 
-    def _unnamed(self, ids: Sequence[str], lock: Callable[[Session], Row]) -> bool:
+    def _was_rolled_back(self, ids: Sequence[str], lock: Callable[[Session], Row]) -> bool:
         """Whether a commit that failed wrote nothing; not so where that cannot be found out."""
         try:
             with self.database.write() as session:
@@ -254,17 +431,17 @@ class Objects:
     def head(self, account: str, bucket: str, key: str) -> StoredObject:
         """What a key names; ``NoSuchBucket`` or ``NoSuchKey`` where it names nothing."""
         with self.database.read() as session:
-            return _named(session, account, bucket, key)
+            return _get_object(session, account, bucket, key)
 
     def open(self, account: str, bucket: str, key: str) -> Content:
         """What a key names, with its bytes, in one consistent state; raises as :meth:`head`."""
         with self.database.read() as session:
-            found = _named(session, account, bucket, key)
+            found = _get_object(session, account, bucket, key)
             pieces = pieces_of(session, found)
         files = [(piece.id, piece.size) for piece in pieces]
         return Content(found, pieces, lambda s, n: self.files.read(account, files, s, n))
 
-    def reading(
+    def open_range(
         self, account: str, bucket: str, key: str, span: Callable[[StoredObject], tuple[int, int]]
     ) -> tuple[StoredObject, Iterator[bytes]]:
         """An object and some of its bytes: the first piece is read, so that the rest will come too.
@@ -285,7 +462,7 @@ class Objects:
                 if last == _FOUND_AGAIN - 1:
                     raise
                 continue
-            return content.found, _joined(first, pieces)
+            return content.found, _chain(first, pieces)
         raise AssertionError("not reached")
 
     def copy(
@@ -332,9 +509,9 @@ class Objects:
         """
         gone = Removed()
         with self.database.write() as session:
-            found = owned(session, account, bucket, lock=True)
+            found = get_bucket(session, account, bucket, lock=True)
             for key in keys:
-                gone.add(replace(session, found, key, None))
+                gone.add(remove_object(session, found, key, None))
             storage.release(session, account, gone)
             if also is not None:
                 also(session)
@@ -348,15 +525,15 @@ class Objects:
 
     def sweep(self, older_than: float = UNNAMED_SECONDS) -> int:
         """Remove the files that a killed process left; how many there were. Done at each start."""
-        return self.files.sweep(self._named_files, older_than)
+        return self.files.sweep(self._files_of_rows, older_than)
 
-    def _named_files(self, start: str) -> set[str]:
+    def _files_of_rows(self, start: str) -> set[str]:
         with self.database.read() as session:
             return set(session.scalars(select(Piece.id).where(Piece.id.startswith(start))))
 
 
-def _named(session: Session, account: str, bucket: str, key: str) -> StoredObject:
-    seq = owned(session, account, bucket).seq
+def _get_object(session: Session, account: str, bucket: str, key: str) -> StoredObject:
+    seq = get_bucket(session, account, bucket).seq
     found = session.scalar(
         select(StoredObject).where(StoredObject.bucket_seq == seq, StoredObject.key == key)
     )
@@ -375,7 +552,7 @@ def _bucket_name(name: str) -> bool:
     return False
 
 
-def _joined(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     if first:
         yield first
     yield from rest

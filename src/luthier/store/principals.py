@@ -1,7 +1,8 @@
-"""Who may use the service: users of accounts with their policies, access keys and API keys.
+"""Who may use the service: users of accounts with their policies and keys, and IAM roles to assume.
 
 The secret of an access key is kept sealed, because signatures need it; of an API key only the hash is
-kept. Both are told once, when they are made.
+kept. Both are told once, when they are made. An IAM role is not to be taken for the built-in roles of
+users (``policy_documents.ROLES``), which only name policies.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.files import luthier_home
-from luthier.store.accounts import Account, account_of, changed
+from luthier.store.accounts import Account, account_of, invalidate_caches
 from luthier.store.database import Base, new_id, now
-from luthier.store.policy_documents import ROLES, Document, check_document, check_role
+from luthier.store.policy_documents import ROLES, Document, check_document, check_role, check_trust
 from luthier.store.sealing import ENVIRONMENT, Sealing, has_server_key, server_key
 
 ISSUED, BOOTSTRAP = "issued", "bootstrap"
@@ -190,7 +191,7 @@ def _usable(
     return row[0], row[1]
 
 
-def standing(session: Session, account: str, name: str) -> tuple[Document, ...] | None:
+def active_policies(session: Session, account: str, name: str) -> tuple[Document, ...] | None:
     """What a user may do now; ``None`` where user or account is disabled, or gone."""
     row = session.execute(
         select(User, Account)
@@ -248,13 +249,13 @@ def set_policies(
     """Replace what a user may do."""
     checked = [check_document(each, f"policies[{number}]") for number, each in enumerate(policies)]
     user.policies, user.role = [dict(each) for each in checked], role and check_role(role)
-    changed(session)
+    invalidate_caches(session)
 
 
 def disable_user(session: Session, user: User, disabled: bool = True) -> None:
     """Let no key of the user in any more, or let them in again."""
     user.disabled = disabled
-    changed(session)
+    invalidate_caches(session)
 
 
 def remove_user(session: Session, user: User) -> None:
@@ -263,7 +264,7 @@ def remove_user(session: Session, user: User) -> None:
         session.delete(key)
     session.flush()
     session.delete(user)
-    changed(session)
+    invalidate_caches(session)
 
 
 def create_access_key(
@@ -293,7 +294,7 @@ def create_access_key(
         created=now(),
     )
     session.add(key)
-    changed(session)
+    invalidate_caches(session)
     return key, secret
 
 
@@ -324,7 +325,7 @@ def create_api_key(
         created=now(),
     )
     session.add(made)
-    changed(session)
+    invalidate_caches(session)
     return made, text
 
 
@@ -351,14 +352,125 @@ def key_of(session: Session, identifier: str) -> AccessKey | ApiKey:
 def disable_key(session: Session, key: AccessKey | ApiKey, disabled: bool = True) -> None:
     """Let the key in no more, or again."""
     key.disabled = disabled
-    changed(session)
+    invalidate_caches(session)
 
 
 def remove_key(session: Session, key: AccessKey | ApiKey) -> None:
     """Forget the key."""
     session.delete(key)
-    changed(session)
+    invalidate_caches(session)
 
 
 def _user(session: Session, account: str, name: str) -> User | None:
     return session.scalar(select(User).where(User.account == account, User.name == name))
+
+
+SHORTEST_MAXIMUM, LONGEST_MAXIMUM = 3600, 43_200
+"""Seconds: between these AWS lets a role's longest session be."""
+
+
+class IamRole(Base):
+    """A role of an account. It has no keys: who its trust policy names may assume it."""
+
+    __tablename__ = "iam_roles"
+    __table_args__ = (UniqueConstraint("account", "name"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """``AROA…``: another one where a role is made again, so that old sessions do not return."""
+    account: Mapped[str] = mapped_column(ForeignKey("accounts.id"), index=True)
+    name: Mapped[str]
+    trust: Mapped[dict[str, Any]]
+    """The trust policy: who may assume it."""
+    policies: Mapped[list[Any]]
+    """IAM policy documents: what its sessions may do."""
+    max_session_seconds: Mapped[int]
+    origin: Mapped[str]
+    created: Mapped[datetime]
+
+    @property
+    def arn(self) -> str:
+        """As clients name it."""
+        return role_arn(self.account, self.name)
+
+
+def role_arn(account: str, name: str) -> str:
+    """ARN of a role."""
+    return f"arn:aws:iam::{account}:role/{name}"
+
+
+def create_role(
+    session: Session,
+    account: str,
+    name: str,
+    trust: Any,
+    policies: Sequence[Any] = (),
+    max_session_seconds: int = SHORTEST_MAXIMUM,
+    origin: str = ISSUED,
+) -> IamRole:
+    """Add a role; without policies its sessions may do nothing."""
+    account_of(session, account)
+    if not _NAME.fullmatch(name):
+        raise RefusedInput(f"{name!r} is no role name: 1 to 64 of A-Z a-z 0-9 _ + = , . @ -")
+    if find_role(session, account, name) is not None:
+        raise RefusedInput(f"account {account} has an IAM role {name} already")
+    role = IamRole(
+        id="AROA" + base64.b32encode(secrets.token_bytes(11)).decode()[:17],
+        account=account,
+        name=name,
+        origin=origin,
+        created=now(),
+    )
+    update_role(session, role, trust, policies, max_session_seconds)
+    session.add(role)
+    session.flush()
+    return role
+
+
+def update_role(
+    session: Session,
+    role: IamRole,
+    trust: Any | None = None,
+    policies: Sequence[Any] | None = None,
+    max_session_seconds: int | None = None,
+) -> None:
+    """Replace what is given; sessions that there are have the new policies at once."""
+    if trust is not None:
+        role.trust = dict(check_trust(trust))
+    if policies is not None:
+        documents = [check_document(each, f"policies[{n}]") for n, each in enumerate(policies)]
+        role.policies = [dict(each) for each in documents]
+    if max_session_seconds is not None:
+        if not SHORTEST_MAXIMUM <= max_session_seconds <= LONGEST_MAXIMUM:
+            raise RefusedInput(
+                f"the longest session of a role takes {SHORTEST_MAXIMUM} to {LONGEST_MAXIMUM} "
+                f"seconds, not {max_session_seconds}"
+            )
+        role.max_session_seconds = max_session_seconds
+    invalidate_caches(session)
+
+
+def remove_role(session: Session, role: IamRole) -> None:
+    """Remove a role; its sessions end at once."""
+    session.delete(role)
+    invalidate_caches(session)
+
+
+def iam_roles(session: Session, account: str | None = None) -> list[IamRole]:
+    """IAM roles of one account, or of all."""
+    query = select(IamRole).order_by(IamRole.account, IamRole.name)
+    if account is not None:
+        query = query.where(IamRole.account == account)
+    return list(session.scalars(query))
+
+
+def role_of(session: Session, account: str, name: str) -> IamRole:
+    """An IAM role; raises :class:`RefusedInput` where there is none."""
+    found = find_role(session, account, name)
+    if found is None:
+        raise RefusedInput(f"account {account} has no IAM role {name}")
+    return found
+
+
+def find_role(session: Session, account: str, name: str) -> IamRole | None:
+    """An IAM role; ``None`` where there is none."""
+    return session.scalar(select(IamRole).where(IamRole.account == account, IamRole.name == name))

@@ -1,7 +1,7 @@
 """Deletion of custom models: refused while somebody answers with one or learns from it.
 
 The record goes first, then the files. So that a process that dies between the two leaves nothing, the
-folder is marked before: :func:`finish` removes what is marked and has no record.
+folder is marked before: :func:`finish_deletions` removes what is marked and has no record.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def delete(database: Database, arns: Arns, model: CustomModel) -> None:
     Raises:
         ModelInUse: see :func:`remove`.
     """
-    with marked() as mark, database.write() as session:
+    with mark_for_removal() as mark, database.write() as session:
         found = session.get(CustomModel, model.seq, with_for_update=True)
         if found is not None:
             remove(session, found, found.arn(arns))
@@ -77,7 +77,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
 
 
 @contextmanager
-def marked() -> Iterator[Callable[[str | None], None]]:
+def mark_for_removal() -> Iterator[Callable[[str | None], None]]:
     """Around a transaction that deletes records: what is called for each model, behind its record.
 
     Where the transaction fails the models are as they were.
@@ -99,7 +99,7 @@ def marked() -> Iterator[Callable[[str | None], None]]:
         raise
 
 
-def finish(database: Database) -> None:
+def finish_deletions(database: Database) -> None:
     """Remove the files of models whose deletion a crash cut short; where it never began, they stay."""
     for path in (luthier_home() / "models" / "custom").glob(f"*/*/{_REMOVED}"):
         stored_id = f"{path.parent.parent.name}:{path.parent.name}"
@@ -124,7 +124,7 @@ def remove_files(stored_id: str | None) -> None:
     base, name = found.folder.parent.name, found.folder.name
     shutil.rmtree(luthier_home() / "runs" / base / name, ignore_errors=True)
     (luthier_home() / "jobs" / f"{name.removeprefix('job-')}.log").unlink(missing_ok=True)
-    if _needed(found, stored):
+    if _is_needed(found, stored):
         write_bytes(found.folder / _REMOVED, b"")
         return
     shutil.rmtree(found.folder, ignore_errors=True)
@@ -139,5 +139,5 @@ def remove_unneeded(stored_id: str | None) -> None:
         remove_files(stored_id)
 
 
-def _needed(model: StoredModel, stored: Mapping[str, StoredModel]) -> bool:
+def _is_needed(model: StoredModel, stored: Mapping[str, StoredModel]) -> bool:
     return any(each.manifest.get("parent") == model.id for each in stored.values())

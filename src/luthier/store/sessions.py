@@ -20,8 +20,7 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import CorruptFile
 from luthier.store.accounts import Account
-from luthier.store.iam_roles import IamRole
-from luthier.store.principals import Principal, usable_access_key
+from luthier.store.principals import IamRole, Principal, usable_access_key
 from luthier.store.sealing import Sealing, purpose_key
 
 ASSUMED = "assumed-role"

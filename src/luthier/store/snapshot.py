@@ -34,7 +34,7 @@ from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, Job
 from luthier.store.object_files import ObjectFiles
-from luthier.store.object_rows import Piece
+from luthier.store.objects import Piece
 
 OBJECTS = "objects"
 _NAME = "backup"
@@ -96,7 +96,7 @@ def snapshot(database: Database, home: Path) -> Iterator[Snapshot]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_leftovers(home: Path) -> None:
+def remove_orphaned_snapshots(home: Path) -> None:
     """Remove the second names that a killed process left, unless a snapshot is being taken now."""
     if any(home.glob(f"{_TEMPORARY}{_NAME}~*")):
         with lock(home / _LOCK) as free:

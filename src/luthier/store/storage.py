@@ -2,7 +2,7 @@
 
 One row for each account: to count anew at each PUT would cost as much as the account is large. Whoever
 changes it holds its lock until the transaction ends, after all other locks, so two transactions cannot
-both take the last byte. ``luthier.store.recount`` makes the rows right at each start of a server.
+both take the last byte. ``luthier.store.quota_usage`` makes the rows right at each start of a server.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ def _check(used: Mapping[str, int], quotas: AccountQuotas, adds: Mapping[str, in
     for name, by in adds.items():
         quota = getattr(quotas, name)
         if by > 0 and used[name] + by > quota:
-            raise exceeded(name, quota, used[name])
+            raise quota_exceeded(name, quota, used[name])
 
 
-def exceeded(name: str, quota: int, used: int) -> QuotaExceeded:
+def quota_exceeded(name: str, quota: int, used: int) -> QuotaExceeded:
     """The refusal of what would be more of ``name`` than ``quota``."""
     return QuotaExceeded(
         f"The account may have {quota:,} {COUNTED[name]} (quota {name}) and has {used:,}. Delete some "

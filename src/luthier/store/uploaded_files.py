@@ -21,8 +21,7 @@ from luthier.store import storage
 from luthier.store.database import Base, Database, now
 from luthier.store.ids import random_id
 from luthier.store.object_files import Writing, Written
-from luthier.store.object_rows import UPLOADS, Described
-from luthier.store.objects import Objects
+from luthier.store.objects import UPLOADS, Described, Objects
 
 
 class UploadedFile(Base):
@@ -45,7 +44,7 @@ class UploadedFile(Base):
     deleted: Mapped[datetime | None]
 
 
-def address_of(file_id: str) -> str:
+def file_address(file_id: str) -> str:
     """How jobs name the bytes of a file."""
     return f"s3://{UPLOADS}/{file_id}"
 
@@ -140,7 +139,7 @@ class UploadedFiles:
         with self.database.read() as session:
             return _place(session, account, file_id) is not None
 
-    def listed(
+    def list(
         self,
         account: str,
         limit: int,
@@ -165,7 +164,7 @@ class UploadedFiles:
 
     def read(self, row: UploadedFile) -> Iterator[bytes]:
         """The bytes of a file, in pieces."""
-        _, pieces = self.objects.reading(
+        _, pieces = self.objects.open_range(
             row.account, UPLOADS, row.id, lambda found: (0, found.size)
         )
         return pieces

@@ -26,11 +26,10 @@ from luthier.store.database import Database
 from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job
 from luthier.store.models import custom_folder
-from luthier.store.object_rows import Described, StoredObject, Upload
-from luthier.store.objects import Objects
+from luthier.store.multipart import MultipartUploads
+from luthier.store.objects import Described, Objects, StoredObject, Upload
 from luthier.store.schema import upgrade
 from luthier.store.uploaded_files import UploadedFiles
-from luthier.store.uploads import Uploads
 
 ACCOUNT = "000000000000"
 
@@ -115,7 +114,7 @@ class Kept:
         self.file = UploadedFiles(context.database, self.objects).add(
             ACCOUNT, [b"rows"], "a.jsonl", "fine-tune"
         )
-        uploads = Uploads(self.objects)
+        uploads = MultipartUploads(self.objects)
         self.upload = uploads.create(ACCOUNT, "data", "big", Described(), ("", ""))
         uploads.put_part(ACCOUNT, "data", "big", self.upload.id, 1, self.written(), {})
         with context.database.write() as session:

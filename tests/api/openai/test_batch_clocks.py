@@ -32,7 +32,7 @@ from luthier.store.database import Database
 from luthier.store.objects import Objects
 from luthier.store.uploaded_files import UploadedFiles
 url, told = json.loads(sys.argv[1])
-batches.LEASE = timedelta(seconds=2)
+batches.Batch.lease_time = timedelta(seconds=2)
 batch_runner.RENEWED, batch_runner.IDLE = 0.3, 0.1
 database = Database(url)
 files = UploadedFiles(database, Objects(database))

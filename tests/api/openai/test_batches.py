@@ -14,12 +14,12 @@ import pytest
 from luthier.api.openai import batch_runner
 from luthier.api.openai.batch_runner import AT_ONCE, BatchRunner
 from luthier.errors import DoesNotFit
-from luthier.jobs.supervisor import Watch
 from luthier.limits import ServerLimits
 from luthier.store import batches as store
-from luthier.store import principals
+from luthier.store import principals, queue
 from luthier.store.accounts import account_of
 from luthier.store.database import now
+from luthier.store.queue import LeaseWatch
 from luthier.store.sealing import Sealing
 from luthier.store.sessions import TemporarySession
 
@@ -184,7 +184,7 @@ def test_a_clock_that_jumps_takes_no_batch_away_and_leaves_none(
     made = created(client, [line(1)])
     runner = BatchRunner(service.database, service.face.files, {CHAT: lambda caller, body: {}})
     clock = [100.0]
-    runner.watch = Watch(60, lambda: clock[0])
+    runner.watch = LeaseWatch(60, lambda: clock[0])
     with service.database.write() as session:
         assert store.claim(session, "another server") is not None
     before = store.now()
@@ -192,8 +192,8 @@ def test_a_clock_that_jumps_takes_no_batch_away_and_leaves_none(
     assert not runner.run_once()
     clock[0] += 59
     with service.database.write() as session:
-        seen = store.held(session)
-        assert store.renew(session, made.id, "another server")
+        seen = store.leased_batches(session)
+        assert queue.renew(session, store.Batch, made.id, "another server")
         # What was taken for silent and is heard from in the same moment stays where it is.
         assert store.claim(session, "a third", seen) is None
     for _ in range(2):
@@ -213,14 +213,14 @@ def test_who_lost_a_batch_does_not_end_it(
 
     def taken(*given: Any) -> Any:
         with service.database.write() as session:
-            assert store.claim(session, "another server", store.held(session)) is not None
+            assert store.claim(session, "another server", store.leased_batches(session)) is not None
         return 1 / 0
 
     monkeypatch.setattr(runner, "_problems", taken)
     assert runner.run_once()
     assert client.batches.retrieve(made.id).status == "validating"
     with service.database.write() as session:
-        assert store.renew(session, made.id, "another server")
+        assert queue.renew(session, store.Batch, made.id, "another server")
 
 
 def test_a_cancelled_batch_keeps_what_was_answered(client: openai.OpenAI, service: Any) -> None:
@@ -395,7 +395,7 @@ def test_a_failure_of_ours_fails_one_batch_only(
 def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "LEASE", timedelta(seconds=0.4))
+    monkeypatch.setattr(store.Batch, "lease_time", timedelta(seconds=0.4))
     monkeypatch.setattr(batch_runner, "RENEWED", 0.05)
     made = created(client, [line(number) for number in range(AT_ONCE + 1)])
     seen: list[Any] = []

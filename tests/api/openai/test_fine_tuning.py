@@ -14,8 +14,8 @@ import pytest
 from sqlalchemy import update
 
 from luthier.jobs.processes import this_process
-from luthier.jobs.worker import Worker
-from luthier.store import jobs, leases
+from luthier.jobs.training import TrainingWorker
+from luthier.store import jobs, queue
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.jobs import Job
@@ -88,12 +88,12 @@ def work(service: Any, **objective: Any) -> None:
     with database.write() as session:
         # The scheduler estimates the memory of jobs; there is none here.
         session.execute(update(Job).where(Job.memory == 0).values(memory=1))
-        job = leases.claim(session, this_process(), 1 << 40, 64, idle=True)
+        job = queue.claim(session, jobs.Job, this_process(), 1 << 40, 64, idle=True)
         assert job is not None and job.lease is not None
         if objective:
             job.recipe = {**job.recipe, "objective": {**job.recipe["objective"], **objective}}
         job_id, lease = job.id, job.lease
-    Worker(database, Locations(service.objects.database), job_id, lease).run()
+    TrainingWorker(database, Locations(service.objects.database), job_id, lease).run()
 
 
 @pytest.mark.usefixtures("handlers")
@@ -284,7 +284,7 @@ def test_a_job_that_is_being_stopped_is_not_cancelled_yet(
     made = created(client)
     with service.database.write() as session:
         session.execute(update(Job).values(memory=1))
-        held = leases.claim(session, this_process(), 1 << 40, 64, idle=True)
+        held = queue.claim(session, jobs.Job, this_process(), 1 << 40, 64, idle=True)
         assert held is not None and held.lease is not None and held.name == made.id
         job_id, lease = held.id, held.lease
     for _ in range(2):  # who asks again is told the same
@@ -295,7 +295,7 @@ def test_a_job_that_is_being_stopped_is_not_cancelled_yet(
         with pytest.raises(openai.BadRequestError, match="is being cancelled; you cannot"):
             attempt(made.id)
     with service.database.write() as session:
-        leases.release(session, job_id, lease, "The worker let go of it.")
+        queue.release(session, jobs.Job, job_id, lease, "The worker let go of it.")
     ended = client.fine_tuning.jobs.retrieve(made.id)
     assert ended.status == "cancelled" and ended.finished_at
 

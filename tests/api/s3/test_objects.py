@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 import pytest
 from botocore.exceptions import ClientError
 
-from luthier.store.object_rows import Described
+from luthier.store.objects import Described
 
 ODD = [
     "../../x", "a//b", "//", "a/./b/../c", "sp ace+plus%25", "ünïcödé/日本/🎻", "q?a=b&c#d",

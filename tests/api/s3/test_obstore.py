@@ -11,7 +11,7 @@ import pytest
 from luthier.data.rows import load_rows
 from luthier.errors import DownloadError, LocationRefused
 from luthier.store.locations import Locations
-from luthier.store.object_rows import UPLOADS
+from luthier.store.objects import UPLOADS
 
 pytest.importorskip("obstore")
 SECRET = "a secret of thirty letters, or so"

@@ -18,7 +18,7 @@ from luthier.api.bedrock.identifiers import (
 from luthier.api.bedrock.jobs import learned
 from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
 from luthier.api.wire import Fault
-from luthier.jobs.imports import submit_import
+from luthier.jobs.submit import submit_import
 from luthier.store import tags
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import Job

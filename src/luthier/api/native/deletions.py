@@ -13,7 +13,7 @@ from luthier.api.native.operations import Operation, Part, Request, Told
 from luthier.api.policies import refuse_denied
 from luthier.api.wire import Fault
 from luthier.errors import RefusedInput
-from luthier.jobs.deletion import Asked, Deletions
+from luthier.jobs.deletion import DeletionRequest, Deletions
 
 SHOWN = 1000
 """Things that are listed of what would go."""
@@ -83,7 +83,7 @@ class _Deletions:
         if not named.data and named.job is None:
             raise Fault("Validation", "Name data or a job.", parameter="data")
         call = request.call
-        asked = Asked(
+        asked = DeletionRequest(
             request.account,
             call.caller.user,
             named.data,
@@ -105,7 +105,7 @@ class _Deletions:
         except RefusedInput as refused:
             raise Fault("ResourceNotFound", str(refused)) from None
 
-    def _found(self, asked: Asked) -> DeletionTold:
+    def _found(self, asked: DeletionRequest) -> DeletionTold:
         traces, items = self.deletions.find(asked)
         return DeletionTold(
             deletion=None,

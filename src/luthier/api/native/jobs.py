@@ -14,8 +14,7 @@ from luthier.api.native.context import Context
 from luthier.api.native.operations import Operation, Part, Request, Told, setting_name
 from luthier.api.wire import Answer, Fault
 from luthier.graders import graders_named
-from luthier.jobs.rewards import clients_grader
-from luthier.jobs.submit import Submission, submit
+from luthier.jobs.submit import Submission, check_client_grader, submit
 from luthier.setting_names import with_setting_names
 from luthier.store import jobs as queue
 from luthier.store.jobs import ENDED, Job
@@ -153,7 +152,7 @@ class _Jobs:
             context.locations.check(request.account, address)
         if asked.output is not None:
             context.locations.check_writable(request.account, asked.output)
-        grader = clients_grader(asked.grader) if asked.grader else None
+        grader = check_client_grader(asked.grader) if asked.grader else None
         if grader is not None:
             graders_named({"grader": grader})  # its patterns and schemas, outside of a transaction
         with context.database.write() as session:
@@ -190,7 +189,7 @@ class _Jobs:
         self.context.allow(request, "ListJobs", "*")
         wanted = queue.Wanted(states=(page.state,) if page.state else ())
         with self.context.database.read() as session:
-            found = queue.listed(
+            found = queue.list_jobs(
                 session, request.account, wanted, limit=page.limit + 1, position=page.position
             )
         following = found[page.limit - 1].seq if len(found) > page.limit else None

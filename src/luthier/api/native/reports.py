@@ -23,8 +23,8 @@ from luthier.api.native.jobs import CustomizationType
 from luthier.api.native.operations import Operation, Part, Request, Told, setting_name
 from luthier.api.wire import Fault
 from luthier.encryption.keys import handed_over
+from luthier.jobs.processes import worker_environment
 from luthier.jobs.submit import Submission, recipe_of
-from luthier.jobs.supervisor import inherited
 from luthier.setting_names import SettingName, in_all, with_setting_names
 from luthier.store.custom_models import CustomModel
 
@@ -201,7 +201,7 @@ def _answered(
         with handed_over() as (handed, files):
             done = subprocess.run(
                 whole, capture_output=True, text=True, check=False, timeout=SECONDS,
-                env={**inherited(), **handed}, pass_fds=files,
+                env={**worker_environment(), **handed}, pass_fds=files,
             )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         text = f"It was not done after {SECONDS:.0f} seconds; take a part of the rows."

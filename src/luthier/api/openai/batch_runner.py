@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,16 +18,17 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from luthier.api.openai.errors import error_of, status_of
 from luthier.api.wire import Caller, Fault, parse_json
-from luthier.errors import DoesNotFit, LuthierError, QuotaExceeded
-from luthier.jobs.supervisor import Watch
+from luthier.errors import DoesNotFit, LeaseLost, LuthierError, QuotaExceeded
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.serving.inference import metered
 from luthier.serving.prompts import on_prompt_tokenized
 from luthier.serving.scheduler import working_for
 from luthier.store import batches as store
+from luthier.store import queue
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now
-from luthier.store.principals import standing
+from luthier.store.principals import active_policies
+from luthier.store.queue import LeaseWatch
 from luthier.store.sessions import TemporarySession, session_principal
 from luthier.store.uploaded_files import UploadedFiles
 from luthier.store.usage import CountUsage, Used
@@ -43,7 +44,7 @@ MOST_LINES = 50_000
 LONGEST_LINE = BODY_BYTES
 MOST_ERRORS = 50
 """What is wrong with more lines is not told."""
-RENEWED = store.LEASE.total_seconds() / 3
+RENEWED = Batch.lease_time.total_seconds() / 3
 """Seconds after which the lease is renewed where no line is done."""
 IDLE = 2.0
 """Seconds between two looks for batches of other servers that fell silent."""
@@ -69,7 +70,7 @@ class BatchRunner:
         # A large line is parsed and tokenized when no other one is, of any batch of this server.
         self._large_line = threading.Lock()
         self._token = secrets.token_hex(8)
-        self.watch = Watch(store.LEASE.total_seconds())
+        self.watch = LeaseWatch(Batch.lease_time.total_seconds())
         """Tells which servers fell silent."""
         self._wake, self._closed = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -112,8 +113,8 @@ class BatchRunner:
             text = f"The batch failed: {type(error).__name__}."
             self._fail(batch, [_error("server_error", text, None)])
         finally:
-            with self.database.write() as session:
-                store.release(session, batch.id, self._token)
+            with suppress(LeaseLost), self.database.write() as session:
+                queue.release(session, Batch, batch.id, self._token)
         return True
 
     def _run(self) -> None:
@@ -133,9 +134,9 @@ class BatchRunner:
 
     def _claim(self) -> Batch | None:
         with self.database.write() as session:
-            held = store.held(session)
+            held = store.leased_batches(session)
             silent = [each for each in held if self.watch.silent(*each)]
-            self.watch.forget({batch_id for batch_id, _ in held})
+            self.watch.forget_others({batch_id for batch_id, _ in held})
             return store.claim(session, self._token, silent)
 
     def _work(self, batch: Batch) -> None:
@@ -218,13 +219,12 @@ class BatchRunner:
         """
         with self.database.write() as session:
             # Written only by who still holds the batch: no line is answered twice.
-            if not store.renew(session, batch.id, self._token):
+            try:
+                held = queue.renew(session, Batch, batch.id, self._token)
+            except LeaseLost:
                 return None
             for number, answer in answered.items():
                 store.record(session, batch.id, number, *answer.result())
-            held = store.get(session, batch.account, batch.id)
-            if held is None:
-                return None
             return store.EXPIRED if now() > held.expires else held.status
 
     def _caller(self, batch: Batch) -> Caller:
@@ -233,7 +233,7 @@ class BatchRunner:
         fields, temporary = batch.caller.get("session"), None
         with self.database.read() as session:
             if fields is None:
-                policies = standing(session, account, user)
+                policies = active_policies(session, account, user)
             else:
                 # Its credentials may have expired since: the batch was let in before. With the access
                 # key that they were begun with it ends, as every session does.

@@ -115,7 +115,7 @@ class Batches:
                 if place is None:
                     raise invalid(f"No such batch: {after}.", "after")
                 position = place.seq
-            found = store.listed(session, account, limit + 1, position)
+            found = store.list_batches(session, account, limit + 1, position)
             seen = [_seen(session, batch) for batch in found]
         return page(seen, limit, dict)
 

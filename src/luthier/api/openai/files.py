@@ -72,7 +72,7 @@ class Files:
         self.access.to(call, "files.list")
         limit, after = number_of(call, "limit", MOST, MOST), text_of(call, "after")
         order = one_of("order", text_of(call, "order") or "desc", ("asc", "desc"))
-        found = self.store.listed(
+        found = self.store.list(
             call.caller.account,
             limit + 1,
             after=after,

@@ -30,7 +30,7 @@ from luthier.store.database import Database, new_id
 from luthier.store.foundation import FoundationModel, root_of, writes
 from luthier.store.ids import random_id
 from luthier.store.jobs import Job
-from luthier.store.uploaded_files import UploadedFiles, address_of
+from luthier.store.uploaded_files import UploadedFiles, file_address
 
 FACE = "openai"
 MOST = 100
@@ -126,8 +126,8 @@ class FineTuning:
             model_name=job_name,
             customization_type=REINFORCEMENT if grader is not None else FINE_TUNING,
             base=base,
-            training=[address_of(asked.training_file)],
-            validators=[address_of(asked.validation_file)] if asked.validation_file else [],
+            training=[file_address(asked.training_file)],
+            validators=[file_address(asked.validation_file)] if asked.validation_file else [],
             settings=settings_of(asked, seed, writes(base)),
             grader=grader,
             request={**request, "seed": seed, "metadata": asked.metadata or {}},
@@ -160,7 +160,7 @@ class FineTuning:
                 if place is None:
                     raise invalid(f"No such job: {after}.", "after")
                 position = place.seq
-            found = jobs.listed(
+            found = jobs.list_jobs(
                 session, call.caller.account, wanted, limit=limit + 1, position=position
             )
             seen = [_seen(session, job) for job in found]

@@ -13,7 +13,7 @@ from luthier.setting_names import with_setting_names
 from luthier.store import jobs
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.jobs import Job
-from luthier.store.uploaded_files import address_of
+from luthier.store.uploaded_files import file_address
 
 STATUSES = {
     jobs.QUEUED: "queued",
@@ -115,7 +115,7 @@ def _error(job: Job) -> dict[str, Any] | None:
     if job.state != jobs.FAILED:
         return None
     failure = with_setting_names(job.failure or "", setting_name) or "The job failed."
-    message = failure.replace(address_of(""), "")
+    message = failure.replace(file_address(""), "")
     if not _RULE.search(message):
         return {"code": "job_failed", "message": message, "param": None}
     held = job.request.get("validation_file")

@@ -11,7 +11,7 @@ from luthier.api.s3.documents import Element, document, iso
 from luthier.api.s3.request import Request, Stores
 from luthier.api.wire import Answer, Fault
 from luthier.store.listing import Page, after, beyond, page, rolled_up
-from luthier.store.object_rows import StoredObject
+from luthier.store.objects import StoredObject
 from luthier.store.text import check_storable
 
 MOST_KEYS = 1000

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 
 from luthier.api.wire import Fault
-from luthier.store.object_rows import StoredObject
+from luthier.store.objects import StoredObject
 
 
 def http_date(moment: datetime) -> str:

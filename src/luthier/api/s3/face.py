@@ -15,9 +15,8 @@ from luthier.api.sending import ClientGone, Receive, Run, Send, send_answer
 from luthier.api.wire import Answer, Authorize, Fault, Head, Signed
 from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded
 from luthier.limits import ServerLimits
-from luthier.store.object_rows import UPLOADS
-from luthier.store.objects import Objects
-from luthier.store.uploads import Uploads
+from luthier.store.multipart import MultipartUploads
+from luthier.store.objects import UPLOADS, Objects
 
 _log = logging.getLogger("luthier.api")
 
@@ -34,7 +33,7 @@ class S3Face:
     ) -> None:
         """``authorize`` is given caller, action and ARN, and raises :class:`Fault`."""
         self._limits = limits or ServerLimits()
-        self.stores = Stores(objects, Uploads(objects), authorize, region)
+        self.stores = Stores(objects, MultipartUploads(objects), authorize, region)
 
     async def handle(
         self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str, run: Run

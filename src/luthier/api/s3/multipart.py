@@ -23,9 +23,9 @@ from luthier.api.s3.documents import Element, document, iso
 from luthier.api.s3.objects import copied
 from luthier.api.s3.request import Incoming, Request, Stores, arn, copy_source, described
 from luthier.api.wire import Answer, Fault
+from luthier.store.multipart import MOST_PARTS, CompletedPart
 from luthier.store.object_files import Written
-from luthier.store.object_rows import Piece, Upload
-from luthier.store.uploads import MOST_PARTS, Chosen
+from luthier.store.objects import Piece, Upload
 
 _PAGE = 1000
 
@@ -140,7 +140,7 @@ def list_uploads(stores: Stores, request: Request, body: bytes) -> Answer:
     """The uploads of a bucket that are not done."""
     asked, encode = request.query, encoding(request)
     if asked.get("delimiter"):
-        raise Fault("NotImplemented", "Uploads are listed without delimiter.")
+        raise Fault("NotImplemented", "MultipartUploads are listed without delimiter.")
     most, prefix = request.number("max-uploads", _PAGE, _PAGE, least=1), asked.get("prefix", "")
     marker, of_key = asked.get("key-marker", ""), asked.get("upload-id-marker", "")
     every = stores.uploads.of_bucket(request.account, request.bucket)
@@ -199,7 +199,7 @@ def _number(request: Request) -> int:
     return int(text)
 
 
-def _chosen(body: bytes) -> list[Chosen]:
+def _chosen(body: bytes) -> list[CompletedPart]:
     parts = documents.parse(body, "CompleteMultipartUpload").all("Part")
     if not 1 <= len(parts) <= MOST_PARTS:
         raise documents.malformed()
@@ -209,7 +209,7 @@ def _chosen(body: bytes) -> list[Chosen]:
         number, etag = values.get("PartNumber", ""), values.get("ETag", "").strip('"')
         if not re.fullmatch(r"[0-9]{1,9}", number) or not etag:
             raise documents.malformed()
-        chosen.append(Chosen(int(number), etag, from_elements(values)))
+        chosen.append(CompletedPart(int(number), etag, from_elements(values)))
     return chosen
 
 

@@ -13,7 +13,7 @@ from luthier.api.s3.request import Incoming, Request, Stores, arn, copy_source, 
 from luthier.api.wire import Answer, Fault
 from luthier.errors import ObjectRefused
 from luthier.store.object_files import Written
-from luthier.store.object_rows import Described, StoredObject, check_key
+from luthier.store.objects import Described, StoredObject, check_key
 
 MOST_DELETED = 1000
 _RESPONSE = "response-"
@@ -55,7 +55,7 @@ def get_object(stores: Stores, request: Request, body: bytes) -> Answer:
         check_read(request.headers, found)
         return span(asked, found.size) or (0, found.size)
 
-    found, pieces = stores.objects.reading(request.account, request.bucket, request.key, wanted)
+    found, pieces = stores.objects.open_range(request.account, request.bucket, request.key, wanted)
     status, headers = _told(request, found)
     return Answer(status, pieces, headers)
 

@@ -9,10 +9,9 @@ from urllib.parse import parse_qsl, unquote
 
 from luthier.api.wire import Authorize, Caller, Fault, Head
 from luthier.store.arns import object_arn
-from luthier.store.object_rows import Described
-from luthier.store.objects import Objects
+from luthier.store.multipart import MultipartUploads
+from luthier.store.objects import Described, Objects
 from luthier.store.text import check_storable
-from luthier.store.uploads import Uploads
 
 DESCRIBING = (
     "cache-control", "content-disposition", "content-encoding", "content-language", "content-type",
@@ -31,7 +30,7 @@ class Stores:
     """What operations work on."""
 
     objects: Objects
-    uploads: Uploads
+    uploads: MultipartUploads
     authorize: Authorize
     region: str
 

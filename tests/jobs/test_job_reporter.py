@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from luthier.jobs.journal import Journal
+from luthier.jobs.job_reporter import JobReporter
 from luthier.store.jobs import Job
 
 
 def events(*lines: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Message and data of what a journal makes of ``lines`` of the metrics."""
-    journal = Journal(Job(id="j", details={}), str)
+    """Message and data of what a reporter makes of ``lines`` of the metrics."""
+    reporter = JobReporter(Job(id="j", details={}), str)
     for line in lines:
-        journal.recorded(line, 10)
-    return [(event.message, event.data) for event in journal.take().events]
+        reporter.recorded(line, 10)
+    return [(event.message, event.data) for event in reporter.take().events]
 
 
 def test_scores_of_validation_rows_stand_beside_those_of_training() -> None:

@@ -1,7 +1,7 @@
 """What a run reports, on its way into the events of its job: each thing once, however often it ran.
 
 A worker that goes on after a crash hears of the steps since the last checkpoint again, with the same
-numbers. The journal knows what was written before, and leaves it out.
+numbers. The reporter knows what was written before, and leaves it out.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Pending:
         return bool(self.events or self.details)
 
 
-class Journal(Reporter):
+class JobReporter(Reporter):
     """Keeps what a run says until it is written. Two threads may use it."""
 
-    def __init__(self, job: Job, told: Callable[[str], str]) -> None:
-        """``told`` puts the names that the owner knows into a text."""
-        self.job_id, self.told = job.id, told
+    def __init__(self, job: Job, rename: Callable[[str], str]) -> None:
+        """``rename`` puts the names that the owner knows into a text."""
+        self.job_id, self.rename = job.id, rename
         self.details: dict[str, Any] = dict(job.details)
         self._pending = Pending()
         self._lock = threading.Lock()
@@ -72,7 +72,7 @@ class Journal(Reporter):
     def note(self, text: str) -> None:
         """A message, once."""
         # Its owner has no command line.
-        text = without_commands(self.told(text))
+        text = without_commands(self.rename(text))
         if not text or text in self._messages:
             return
         self._messages.add(text)
@@ -136,7 +136,7 @@ class Journal(Reporter):
 
     def give_back(self, taken: Pending) -> None:
         """Keep ``taken`` for the next time, before what came since."""
-        copies = [copied(event) for event in taken.events]
+        copies = [copy_event(event) for event in taken.events]
         with self._lock:
             self._pending.events[:0] = copies
             self._pending.details = {**taken.details, **self._pending.details}
@@ -162,7 +162,7 @@ class Journal(Reporter):
             self._pending.events.append(event)
 
 
-def copied(event: JobEvent) -> JobEvent:
+def copy_event(event: JobEvent) -> JobEvent:
     """The same event, unknown to any session."""
     names = ("job_id", "at", "kind", "message", "data")
     return JobEvent(**{name: getattr(event, name) for name in names})

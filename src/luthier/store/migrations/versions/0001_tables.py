@@ -1,4 +1,4 @@
-"""The first tables."""
+"""All tables. Until the first release they are changed here; afterwards by a migration of their own."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -106,6 +106,7 @@ def upgrade() -> None:
         sa.Column("status", sa.String(), nullable=False),
         sa.Column("failure", sa.String(), nullable=True),
         sa.Column("details", Plain, nullable=False),
+        sa.Column("stored_bytes", sa.BigInteger(), nullable=True),
         sa.Column("created", Moment(), nullable=False),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("account", "name"),
@@ -143,7 +144,6 @@ def upgrade() -> None:
         "jobs",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(), nullable=False),
-        sa.Column("account", sa.String(), nullable=False),
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("model_name", sa.String(), nullable=False),
         sa.Column("face", sa.String(), nullable=False),
@@ -159,21 +159,23 @@ def upgrade() -> None:
         sa.Column("failure", sa.String(), nullable=True),
         sa.Column("result", Plain, nullable=True),
         sa.Column("details", Plain, nullable=False),
-        sa.Column("priority", sa.Integer(), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
-        sa.Column("memory", sa.BigInteger(), nullable=False),
         sa.Column("cores", sa.Integer(), nullable=False),
-        sa.Column("crashes", sa.Integer(), nullable=False),
         sa.Column("worked", sa.Double(), nullable=False),
         sa.Column("time_limit", sa.Integer(), nullable=True),
-        sa.Column("lease", sa.String(), nullable=True),
-        sa.Column("lease_ends", Moment(), nullable=True),
-        sa.Column("worker", Plain, nullable=True),
         sa.Column("littered", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
         sa.Column("modified", Moment(), nullable=False),
         sa.Column("started", Moment(), nullable=True),
         sa.Column("ended", Moment(), nullable=True),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("priority", sa.Integer(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
+        sa.Column("memory", sa.BigInteger(), nullable=False),
+        sa.Column("crashes", sa.Integer(), nullable=False),
+        sa.Column("worker", Plain, nullable=True),
+        sa.Column("lease", sa.String(), nullable=True),
+        sa.Column("lease_ends", Moment(), nullable=True),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("account", "name"),
         sa.UniqueConstraint("id"),
@@ -181,10 +183,39 @@ def upgrade() -> None:
     op.create_index("ix_jobs_account", "jobs", ["account"])
     op.create_index("ix_jobs_state", "jobs", ["state"])
     op.create_table(
+        "model_imports",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("seq", sa.Integer(), nullable=False),
+        sa.Column("source", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("priority", sa.Integer(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
+        sa.Column("since", Moment(), nullable=False),
+        sa.Column("memory", sa.BigInteger(), nullable=False),
+        sa.Column("cores", sa.Integer(), nullable=False),
+        sa.Column("crashes", sa.Integer(), nullable=False),
+        sa.Column("worker", Plain, nullable=True),
+        sa.Column("lease", sa.String(), nullable=True),
+        sa.Column("lease_ends", Moment(), nullable=True),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("ix_model_imports_account", "model_imports", ["account"])
+    op.create_index("ix_model_imports_seq", "model_imports", ["seq"])
+    op.create_table(
         "principals_version",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("token", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_table(
+        "storage",
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("stored_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("objects", sa.Integer(), nullable=False),
+        sa.Column("files", sa.Integer(), nullable=False),
+        sa.Column("buckets", sa.Integer(), nullable=False),
+        sa.Column("uploads_in_progress", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("account"),
     )
     op.create_table(
         "tags",
@@ -210,17 +241,52 @@ def upgrade() -> None:
     )
     op.create_index("ix_uploaded_files_account", "uploaded_files", ["account"])
     op.create_table(
+        "usage",
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False),
+        sa.Column("model", sa.String(), nullable=False),
+        sa.Column("requests", sa.BigInteger(), nullable=False),
+        sa.Column("prompt_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("generated_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("training_seconds", sa.Double(), nullable=False),
+        sa.Column("bytes_in", sa.BigInteger(), nullable=False),
+        sa.Column("bytes_out", sa.BigInteger(), nullable=False),
+        sa.Column("stored_bytes", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("account", "day", "model"),
+    )
+    op.create_table(
         "batch_lines",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("batch_id", sa.String(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
         sa.Column("failed", sa.Boolean(), nullable=False),
         sa.Column("result", Plain, nullable=False),
-        sa.ForeignKeyConstraint(["batch_id"], ["batches.id"]),
+        sa.ForeignKeyConstraint(
+            ["batch_id"],
+            ["batches.id"],
+        ),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("batch_id", "number"),
     )
     op.create_index("ix_batch_lines_batch_id", "batch_lines", ["batch_id"])
+    op.create_table(
+        "iam_roles",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("trust", Plain, nullable=False),
+        sa.Column("policies", Plain, nullable=False),
+        sa.Column("max_session_seconds", sa.Integer(), nullable=False),
+        sa.Column("origin", sa.String(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["account"],
+            ["accounts.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+        sa.UniqueConstraint("account", "name"),
+    )
+    op.create_index("ix_iam_roles_account", "iam_roles", ["account"])
     op.create_table(
         "job_events",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
@@ -229,7 +295,10 @@ def upgrade() -> None:
         sa.Column("kind", sa.String(), nullable=False),
         sa.Column("message", sa.String(), nullable=False),
         sa.Column("data", Plain, nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"]),
+        sa.ForeignKeyConstraint(
+            ["job_id"],
+            ["jobs.id"],
+        ),
         sa.PrimaryKeyConstraint("seq"),
     )
     op.create_index("ix_job_events_job_id", "job_events", ["job_id"])
@@ -246,7 +315,10 @@ def upgrade() -> None:
         sa.Column("checksum", sa.String(), nullable=False),
         sa.Column("checksum_type", sa.String(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(["bucket_seq"], ["buckets.seq"]),
+        sa.ForeignKeyConstraint(
+            ["bucket_seq"],
+            ["buckets.seq"],
+        ),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("ix_object_uploads_bucket_seq", "object_uploads", ["bucket_seq"])
@@ -265,7 +337,10 @@ def upgrade() -> None:
         sa.Column("user_metadata", Plain, nullable=False),
         sa.Column("checksums", Plain, nullable=False),
         sa.Column("modified", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(["bucket_seq"], ["buckets.seq"]),
+        sa.ForeignKeyConstraint(
+            ["bucket_seq"],
+            ["buckets.seq"],
+        ),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("bucket_seq", "key"),
     )
@@ -276,7 +351,19 @@ def upgrade() -> None:
         sa.Column("custom_models", sa.Integer(), nullable=True),
         sa.Column("deployments", sa.Integer(), nullable=True),
         sa.Column("requests_per_second", sa.Double(), nullable=True),
-        sa.ForeignKeyConstraint(["account"], ["accounts.id"]),
+        sa.Column("stored_bytes", sa.BigInteger(), nullable=True),
+        sa.Column("objects", sa.Integer(), nullable=True),
+        sa.Column("files", sa.Integer(), nullable=True),
+        sa.Column("buckets", sa.Integer(), nullable=True),
+        sa.Column("uploads_in_progress", sa.Integer(), nullable=True),
+        sa.Column("imported_models", sa.Integer(), nullable=True),
+        sa.Column("imports_in_flight", sa.Integer(), nullable=True),
+        sa.Column("batches_in_flight", sa.Integer(), nullable=True),
+        sa.Column("provisioned_throughputs", sa.Integer(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["account"],
+            ["accounts.id"],
+        ),
         sa.PrimaryKeyConstraint("account"),
     )
     op.create_table(
@@ -288,7 +375,10 @@ def upgrade() -> None:
         sa.Column("policies", Plain, nullable=False),
         sa.Column("disabled", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(["account"], ["accounts.id"]),
+        sa.ForeignKeyConstraint(
+            ["account"],
+            ["accounts.id"],
+        ),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("account", "name"),
     )
@@ -302,7 +392,10 @@ def upgrade() -> None:
         sa.Column("origin", sa.String(), nullable=False),
         sa.Column("disabled", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(["user"], ["users.seq"]),
+        sa.ForeignKeyConstraint(
+            ["user"],
+            ["users.seq"],
+        ),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("ix_access_keys_account", "access_keys", ["account"])
@@ -319,7 +412,10 @@ def upgrade() -> None:
         sa.Column("expires", Moment(), nullable=True),
         sa.Column("disabled", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(["user"], ["users.seq"]),
+        sa.ForeignKeyConstraint(
+            ["user"],
+            ["users.seq"],
+        ),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("digest"),
     )
@@ -337,38 +433,15 @@ def upgrade() -> None:
         sa.Column("sha256", sa.String(), nullable=False),
         sa.Column("checksums", Plain, nullable=False),
         sa.Column("modified", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(["object_seq"], ["objects.seq"]),
-        sa.ForeignKeyConstraint(["upload_id"], ["object_uploads.id"]),
+        sa.ForeignKeyConstraint(
+            ["object_seq"],
+            ["objects.seq"],
+        ),
+        sa.ForeignKeyConstraint(
+            ["upload_id"],
+            ["object_uploads.id"],
+        ),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("upload_id", "number"),
     )
     op.create_index("object_pieces_of", "object_pieces", ["object_seq", "number"])
-
-
-def downgrade() -> None:
-    """Go back."""
-    for table in (
-        "object_pieces",
-        "api_keys",
-        "access_keys",
-        "users",
-        "quotas",
-        "objects",
-        "object_uploads",
-        "job_events",
-        "batch_lines",
-        "uploaded_files",
-        "tags",
-        "provisioned",
-        "principals_version",
-        "jobs",
-        "deployments",
-        "custom_models",
-        "buckets",
-        "batches",
-        "audit_log",
-        "audit_head",
-        "answered_requests",
-        "accounts",
-    ):
-        op.drop_table(table)

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import RecipeError
-from luthier.jobs.rewards import ALLOWED, clients_grader
-from luthier.jobs.submit import Submission, recipe_of
+from luthier.jobs.submit import CLIENT_GRADERS, Submission, check_client_grader, recipe_of
 from luthier.store.foundation import foundation_model
 
 JUDGE = {"method": "judge", "url": "http://127.0.0.1:1/v1", "model": "x", "key_env": "HOME"}
@@ -32,14 +31,14 @@ REFUSED: list[Any] = [
 @pytest.mark.parametrize("fields", REFUSED, ids=str)
 def test_graders_that_reach_beyond_the_texts_are_refused(fields: Any) -> None:
     with pytest.raises(RecipeError):
-        clients_grader(fields)
+        check_client_grader(fields)
 
 
 def test_graders_of_texts_are_taken_as_they_are() -> None:
     mixed = {"method": "mix", "parts": {"a": {"method": "exact"}, "b": {"method": "number"}}}
-    assert clients_grader(mixed) == mixed
-    assert clients_grader("exact") == {"method": "exact"}
-    assert not {"judge", "reward", "code", "score_model"} & set(ALLOWED)
+    assert check_client_grader(mixed) == mixed
+    assert check_client_grader("exact") == {"method": "exact"}
+    assert not {"judge", "reward", "code", "score_model"} & set(CLIENT_GRADERS)
 
 
 @pytest.mark.parametrize(

@@ -14,25 +14,23 @@ import pytest
 from sqlalchemy import select
 
 from luthier.errors import RefusedInput
-from luthier.jobs import leftovers
-from luthier.jobs.deletion import Asked, Deletions
+from luthier.jobs.deletion import DeletionRequest, Deletions, remove_orphans
 from luthier.store.arns import Arns
 from luthier.store.audit import AuditEntry
 from luthier.store.database import Database
-from luthier.store.object_rows import Described
-from luthier.store.objects import Objects
+from luthier.store.objects import Described, Objects
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
 KILLED = """
 import os, signal, sys
-from luthier.jobs.deletion import Asked, Deletions
+from luthier.jobs.deletion import DeletionRequest, Deletions
 from luthier.store.arns import Arns
 from luthier.store.database import Database
 from luthier.store.objects import Objects
 
 objects = Objects(Database(sys.argv[1]))
 objects.files.remove = lambda *given: given[1] and os.kill(os.getpid(), signal.SIGKILL)
-asked = Asked("000000000000", "anna", ("s3://data/rows.jsonl",))
+asked = DeletionRequest("000000000000", "anna", ("s3://data/rows.jsonl",))
 Deletions(objects.database, Arns(), objects).delete(asked)
 """
 
@@ -60,7 +58,7 @@ def files(objects: Objects, account: str) -> list[Path]:
 
 def delete(objects: Objects, key: str = "rows.jsonl") -> dict[str, Any]:
     deletions = Deletions(objects.database, Arns(), objects)
-    return deletions.delete(Asked(ACCOUNT, "anna", (f"s3://data/{key}",)))
+    return deletions.delete(DeletionRequest(ACCOUNT, "anna", (f"s3://data/{key}",)))
 
 
 @pytest.fixture
@@ -80,9 +78,9 @@ def test_the_next_start_removes_what_was_left(objects: Objects, left: Path) -> N
     number = begun.resource.rpartition("/")[2]
     # It is young: the sweep cannot tell it from those of requests that are not done.
     assert objects.sweep() == 0
-    leftovers.finish(objects.database, objects, OTHER)
+    remove_orphans(objects.database, objects, OTHER)
     assert left.exists()
-    leftovers.finish(objects.database, objects)
+    remove_orphans(objects.database, objects)
     assert not left.exists() and len(files(objects, OTHER)) == 1
     with pytest.raises(RefusedInput, match="there is no deletion"):
         Deletions(objects.database, Arns(), objects).certificate(ACCOUNT, number)
@@ -101,8 +99,8 @@ def test_files_of_a_deletion_that_died_before_their_rows_stay(
         patch.setattr(Deletions, "_delete_objects", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             delete(objects)
-    leftovers.finish(objects.database, objects)
-    _, pieces = objects.reading(ACCOUNT, "data", "rows.jsonl", lambda found: (0, found.size))
+    remove_orphans(objects.database, objects)
+    _, pieces = objects.open_range(ACCOUNT, "data", "rows.jsonl", lambda found: (0, found.size))
     assert b"rows.jsonl" in b"".join(pieces)
     assert delete(objects)["verified"] and files(objects, ACCOUNT) == []
 

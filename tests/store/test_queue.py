@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import LeaseLost, WrongState
-from luthier.store import leases
+from luthier.store import jobs, queue
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Base, Database, new_id, now
 from luthier.store.jobs import (
@@ -32,12 +32,13 @@ ACCOUNT, OTHER = "000000000000", "111111111111"
 WORKER = {"host": "here", "pid": 1, "born": 0.0}
 CLAIM_ALL = """
 import sys
-from luthier.store import leases
+from luthier.store import queue
 from luthier.store.database import Database
+from luthier.store.jobs import Job
 database = Database(sys.argv[1])
 while True:
     with database.write() as session:
-        job = leases.claim(session, {"host": "x", "pid": 1, "born": 0.0}, 10**12, 10**6)
+        job = queue.claim(session, Job, {"host": "x", "pid": 1, "born": 0.0}, 10**12, 10**6)
         if job is None:
             break
         print(job.id, job.lease)
@@ -77,7 +78,7 @@ def claim(
     database: Database, memory: int = 100, cores: int = 9, **how: Any
 ) -> tuple[str, str] | None:
     with database.write() as session:
-        job = leases.claim(session, WORKER, memory, cores, **how)
+        job = queue.claim(session, Job, WORKER, memory, cores, **how)
         return None if job is None else (job.id, str(job.lease))
 
 
@@ -115,7 +116,7 @@ def test_only_what_fits_is_started(database: Database) -> None:
 
 
 def test_a_large_job_is_not_overtaken_for_ever(database: Database) -> None:
-    add(database, "large", memory=500, modified=now() - leases.PATIENCE - timedelta(seconds=1))
+    add(database, "large", memory=500, modified=now() - queue.PATIENCE - timedelta(seconds=1))
     add(database, "small", memory=50)
     assert claim(database) is None
     assert claim(database, memory=500) is not None
@@ -175,16 +176,16 @@ def test_the_holder_is_heard_and_nobody_else(database: Database) -> None:
     _, lease = claim(database)  # type: ignore[misc]
     before = job_of(database, job_id)
     with database.write() as session:
-        leases.renew(session, job_id, lease, worked=3.5, progress={"step": 2})
+        jobs.renew(session, job_id, lease, worked=3.5, progress={"step": 2})
     after = job_of(database, job_id)
     assert after.lease_ends > before.lease_ends  # type: ignore[operator]
     assert (after.worked, after.details) == (3.5, {"progress": {"step": 2}})
     writes = (
-        lambda s: leases.renew(s, job_id, "old", worked=9.0),
-        lambda s: leases.release(s, job_id, "old", "x"),
-        lambda s: leases.complete(s, job_id, "old", {"stored_id": "x"}),
-        lambda s: leases.fail(s, job_id, "old", "x"),
-        lambda s: leases.expire(s, job_id, "old", "x"),
+        lambda s: jobs.renew(s, job_id, "old", worked=9.0),
+        lambda s: queue.release(s, Job, job_id, "old", "x"),
+        lambda s: jobs.complete(s, job_id, "old", {"stored_id": "x"}),
+        lambda s: jobs.fail(s, job_id, "old", "x"),
+        lambda s: queue.expire(s, Job, job_id, "old", "x"),
     )
     for write in writes:
         with pytest.raises(LeaseLost), database.write() as session:
@@ -197,13 +198,13 @@ def test_the_model_is_there_with_the_end_of_its_job(database: Database) -> None:
     job_id = add(database, "one")
     _, lease = claim(database)  # type: ignore[misc]
     with database.write() as session:
-        leases.complete(session, job_id, lease, {"stored_id": "tiny:job-x"})
+        jobs.complete(session, job_id, lease, {"stored_id": "tiny:job-x"})
         session.rollback()  # as when the process is killed before its end
     with database.read() as session:
         assert session.query(CustomModel).one().status == "Reserved"
     assert job_of(database, job_id).state == RUNNING
     with database.write() as session:
-        leases.complete(session, job_id, lease, {"stored_id": "tiny:job-x"})
+        jobs.complete(session, job_id, lease, {"stored_id": "tiny:job-x"})
     with database.read() as session:
         model = session.query(CustomModel).one()
     assert (model.status, model.stored_id) == (ACTIVE, "tiny:job-x")
@@ -224,10 +225,10 @@ def test_a_worker_lets_go(
     database: Database, state: str, released: str, failed: str, expired: str
 ) -> None:
     ways = {
-        released: lambda s, job: leases.release(s, job, "token", "why"),
-        failed: lambda s, job: leases.fail(s, job, "token", "why"),
+        released: lambda s, job: queue.release(s, Job, job, "token", "why"),
+        failed: lambda s, job: jobs.fail(s, job, "token", "why"),
     }
-    last = lambda s, job: leases.expire(s, job, "token", "why")  # noqa: E731
+    last = lambda s, job: queue.expire(s, Job, job, "token", "why")  # noqa: E731
     for number, (left, way) in enumerate([*ways.items(), (expired, last)]):
         job_id = add(database, f"job-{number}", state=state, lease="token", worker=WORKER)
         with database.write() as session:
@@ -237,7 +238,7 @@ def test_a_worker_lets_go(
     if state in (PAUSED, STOPPING):
         job_id = add(database, "ready", state=state, lease="token")
         with pytest.raises(WrongState), database.write() as session:
-            leases.complete(session, job_id, "token", {"stored_id": "x"})
+            jobs.complete(session, job_id, "token", {"stored_id": "x"})
 
 
 def test_a_job_whose_workers_keep_dying_fails_and_says_why(database: Database) -> None:
@@ -246,15 +247,15 @@ def test_a_job_whose_workers_keep_dying_fails_and_says_why(database: Database) -
     def die(step: int) -> Job:
         _, lease = claim(database)  # type: ignore[misc]
         with database.write() as session:
-            leases.renew(session, job_id, lease, progress={"step": step})
-            leases.expire(session, job_id, lease, "its worker ended by signal 9")
+            jobs.renew(session, job_id, lease, progress={"step": step})
+            queue.expire(session, Job, job_id, lease, "its worker ended by signal 9")
         return job_of(database, job_id)
 
-    for crash in range(leases.MOST_CRASHES - 1):
+    for crash in range(jobs.MOST_CRASHES - 1):
         assert die(4).crashes == crash + 1
     # One that came further begins to count anew.
     assert (die(5).crashes, die(5).crashes) == (1, 2)
-    for _ in range(leases.MOST_CRASHES - 2):
+    for _ in range(jobs.MOST_CRASHES - 2):
         job = die(5)
     assert job.state == FAILED
     assert job.failure is not None
@@ -263,4 +264,4 @@ def test_a_job_whose_workers_keep_dying_fails_and_says_why(database: Database) -
     with database.read() as session:
         warned = session.query(JobEvent).filter_by(job_id=job_id, kind="warning").count()
         assert session.query(CustomModel).count() == 0
-    assert warned == 2 * leases.MOST_CRASHES - 2
+    assert warned == 2 * jobs.MOST_CRASHES - 2

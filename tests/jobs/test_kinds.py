@@ -10,11 +10,15 @@ import pytest
 
 from luthier.files import lock
 from luthier.jobs.admission import Capacity
-from luthier.jobs.imports import Importer, ImportFolders, submit_import
-from luthier.store import imports
+from luthier.jobs.folders import ImportFolders
+from luthier.jobs.kinds import IMPORT
+from luthier.jobs.scheduler import Scheduler
+from luthier.jobs.submit import submit_import
+from luthier.store import imports, queue
 from luthier.store.arns import Arns
 from luthier.store.custom_models import FAILED, CustomModel
 from luthier.store.database import Database
+from luthier.store.imports import ModelImport
 from luthier.store.removal import delete
 
 ACCOUNT = "000000000000"
@@ -41,7 +45,9 @@ def test_processes_that_die_leave_nothing_when_the_import_is_given_up(
     (luthier_home / "jobs").mkdir(parents=True)
     locked = str(luthier_home / "jobs" / f"import-{model.id}.lock")
     command = [sys.executable, "-c", DIES.format(before=before), locked]
-    importer = Importer(database, Capacity(memory=10**12, cores=2), command=command)
+    importer = Scheduler(
+        database, Capacity(memory=10**12, cores=2), kinds=[IMPORT], command=command
+    )
     for _ in range(imports.MOST_CRASHES):
         importer.tick()
         (child,) = importer.children.values()
@@ -62,10 +68,10 @@ def test_the_log_of_what_nobody_thought_of_goes_with_its_model(
     os.write(log, b"Traceback")
     os.close(log)
     with database.write() as session:
-        found = imports.claim(session, {"host": "x", "pid": 1, "born": 0.0}, 10**15)
+        found = queue.claim(session, ModelImport, {"host": "x", "pid": 1, "born": 0.0}, 10**15)
         assert found is not None
         imports.fail(session, model.id, str(found.lease), "x")
-    Importer(database, Capacity(), command=["/no/such/program"]).tick()
+    Scheduler(database, Capacity(), command=["/no/such/program"]).tick()
     assert left(luthier_home) == {f"import-{model.id}.log"}
     with database.read() as session:
         failed = session.query(CustomModel).one()
@@ -78,12 +84,12 @@ def test_what_somebody_still_works_on_is_left_alone(
     database: Database, model: CustomModel, luthier_home: Path
 ) -> None:
     with database.write() as session:
-        found = imports.claim(session, {"host": "x", "pid": 1, "born": 0.0}, 10**15)
+        found = queue.claim(session, ModelImport, {"host": "x", "pid": 1, "born": 0.0}, 10**15)
         assert found is not None
         imports.fail(session, model.id, str(found.lease), "x")
     folders = ImportFolders(model.id)
     folders.model.mkdir(parents=True)
-    importer = Importer(database, Capacity(), command=["/no/such/program"])
+    importer = Scheduler(database, Capacity(), command=["/no/such/program"])
     with lock(folders.parent / f"import-{model.id}.lock"):
         importer.tick()
         assert folders.model.is_dir()

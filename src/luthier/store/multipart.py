@@ -13,20 +13,20 @@ from luthier.errors import ObjectRefused
 from luthier.store import storage
 from luthier.store.database import new_id, now
 from luthier.store.object_files import Written
-from luthier.store.object_rows import (
+from luthier.store.objects import (
     Bucket,
     Check,
     Described,
+    Objects,
     Piece,
     StoredObject,
     Upload,
     check_key,
-    forget_upload,
+    get_bucket,
     new_object,
-    owned,
-    replace,
+    remove_object,
+    remove_upload,
 )
-from luthier.store.objects import Objects
 from luthier.store.storage import Removed
 
 LEAST_PART = 5 << 20
@@ -35,7 +35,7 @@ MOST_PARTS = 10_000
 
 
 @dataclass(frozen=True)
-class Chosen:
+class CompletedPart:
     """A part as the client names it when it completes an upload."""
 
     number: int
@@ -43,7 +43,7 @@ class Chosen:
     checksums: dict[str, str]
 
 
-class Uploads:
+class MultipartUploads:
     """Multipart uploads of an object store."""
 
     def __init__(self, objects: Objects) -> None:
@@ -55,7 +55,7 @@ class Uploads:
         """Begin; ``checksum`` is the algorithm and the type, both empty for none."""
         check_key(key)
         with self.database.write() as session:
-            found = owned(session, account, bucket, lock=True)
+            found = get_bucket(session, account, bucket, lock=True)
             made = Upload(
                 id=new_id() + new_id(), account=account, bucket_seq=found.seq, key=key,
                 headers=dict(described.headers), user_metadata=dict(described.metadata),
@@ -89,7 +89,7 @@ class Uploads:
         def lock(session: Session) -> Upload:
             return _upload(session, account, bucket, key, upload_id, lock=True)
 
-        with self.objects.naming(account, [written.id], lock) as (session, _):
+        with self.objects.name_files(account, [written.id], lock) as (session, _):
             before = select(Piece).where(Piece.upload_id == upload_id, Piece.number == number)
             old = session.scalar(before)
             if old is not None:
@@ -121,9 +121,9 @@ class Uploads:
             return _parts(session, upload_id)
 
     def of_bucket(self, account: str, bucket: str) -> list[Upload]:
-        """Uploads that are not done, by key and then by age."""
+        """MultipartUploads that are not done, by key and then by age."""
         with self.database.read() as session:
-            seq = owned(session, account, bucket).seq
+            seq = get_bucket(session, account, bucket).seq
             wanted = select(Upload).where(Upload.bucket_seq == seq)
             return list(session.scalars(wanted.order_by(Upload.key, Upload.created, Upload.id)))
 
@@ -133,7 +133,7 @@ class Uploads:
         bucket: str,
         key: str,
         upload_id: str,
-        chosen: Sequence[Chosen],
+        chosen: Sequence[CompletedPart],
         checksum: Callable[[Upload, Sequence[Piece]], dict[str, str]],
         check: Check | None = None,
     ) -> StoredObject:
@@ -146,7 +146,7 @@ class Uploads:
             ObjectRefused: ``NoSuchUpload``, ``InvalidPart``, ``InvalidPartOrder``, ``EntityTooSmall``.
         """
         with self.database.write() as session:
-            found = owned(session, account, bucket, lock=True)
+            found = get_bucket(session, account, bucket, lock=True)
             try:
                 upload = _upload(session, account, bucket, key, upload_id, lock=True)
             except ObjectRefused:
@@ -157,7 +157,7 @@ class Uploads:
             there = _parts(session, upload_id)
             pieces = _picked(there, chosen)
             taken = {piece.id for piece in pieces}
-            gone = replace(session, found, key, check)
+            gone = remove_object(session, found, key, check)
             left = [piece for piece in there if piece.id not in taken]
             gone.add(Removed([piece.id for piece in left], sum(piece.size for piece in left)))
             described = Described(upload.headers, upload.user_metadata, checksum(upload, pieces))
@@ -181,7 +181,7 @@ class Uploads:
         """Give up an upload and its parts."""
         with self.database.write() as session:
             upload = _upload(session, account, bucket, key, upload_id, lock=True)
-            gone = forget_upload(session, upload)
+            gone = remove_upload(session, upload)
             storage.release(session, account, gone)
         self.files.remove(account, gone.files)
 
@@ -189,7 +189,7 @@ class Uploads:
 def _upload(
     session: Session, account: str, bucket: str, key: str, upload_id: str, *, lock: bool = False
 ) -> Upload:
-    seq = owned(session, account, bucket).seq
+    seq = get_bucket(session, account, bucket).seq
     wanted = select(Upload).where(
         Upload.id == upload_id, Upload.bucket_seq == seq, Upload.key == key
     )
@@ -208,7 +208,7 @@ def _parts(session: Session, upload_id: str) -> list[Piece]:
     return list(session.scalars(wanted))
 
 
-def _picked(there: Sequence[Piece], chosen: Sequence[Chosen]) -> list[Piece]:
+def _picked(there: Sequence[Piece], chosen: Sequence[CompletedPart]) -> list[Piece]:
     """The parts that the client names, which have to be as it says."""
     numbers = [each.number for each in chosen]
     if numbers != sorted(set(numbers)):
@@ -233,7 +233,7 @@ def _picked(there: Sequence[Piece], chosen: Sequence[Chosen]) -> list[Piece]:
 
 
 def _made_before(
-    session: Session, bucket: Bucket, key: str, chosen: Sequence[Chosen]
+    session: Session, bucket: Bucket, key: str, chosen: Sequence[CompletedPart]
 ) -> StoredObject | None:
     """The object, if it is already what the chosen parts make."""
     try:

@@ -1,0 +1,117 @@
+"""The kinds of leased work.
+
+A further one is a table with the columns of :class:`luthier.store.queue.QueuedWork`, a
+:class:`luthier.jobs.worker.Worker` that says what is done, and an entry here. Turns, memory, leases,
+heartbeats, crashes and the end of a server are those of all kinds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select
+
+from luthier.files import luthier_home
+from luthier.jobs.admission import memory_of
+from luthier.jobs.folders import ImportFolders, JobFolders, tidy
+from luthier.store import imports
+from luthier.store.custom_models import ACTIVE, CustomModel
+from luthier.store.database import Database
+from luthier.store.imports import ModelImport
+from luthier.store.jobs import ENDED, QUEUED, Job
+from luthier.store.queue import QueuedWork
+
+ESTIMATES = 20
+"""New jobs that are estimated at one look: those that are started next come first."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a scheduler has to know of one kind of work."""
+
+    name: str
+    """``luthier worker --kind NAME`` does it."""
+    table: type[QueuedWork]
+    worker: str
+    """Module and class of its worker, which is imported where it works."""
+    folders: Callable[[str], JobFolders] = JobFolders
+    """Of its id: lock and log."""
+    prepare: Callable[[Database], None] = lambda database: None
+    """Done at each look, before any is started: what dead workers left goes, memory is estimated."""
+    at_once: int | None = None
+    """How many one machine does at a time; ``None`` for as many as it has memory and cores for."""
+    limited_by_account: bool = False
+    """Whether ``Capacity.per_account`` holds."""
+
+    def worker_class(self) -> Any:
+        """The class of its worker, a :class:`luthier.jobs.worker.Worker`."""
+        module, _, name = self.worker.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def _prepare_jobs(database: Database) -> None:
+    """Tidy what workers left that died as their jobs ended, and estimate the memory of new jobs."""
+    with database.read() as session:
+        left = select(Job).where(Job.littered, Job.state.in_(ENDED), Job.lease.is_(None))
+        littered = list(session.scalars(left))
+        new = select(Job).where(Job.state == QUEUED, Job.memory == 0)
+        new = new.order_by(Job.priority.desc(), Job.turn, Job.seq).limit(ESTIMATES)
+        unknown = list(session.scalars(new))
+    for job in littered:
+        folders = JobFolders(job.id)
+        with folders.locked() as free:
+            if free:
+                tidy(database, job, folders)
+    for job in unknown:
+        try:
+            memory = memory_of(job.command, job.recipe)
+        except Exception as error:
+            _log.info("job %s has no estimate: %s", job.id, error)
+            memory = 1  # its worker finds the same, and says it to whoever asked
+        with database.write() as session:
+            found = session.get(Job, job.seq, with_for_update=True)
+            if found is not None:
+                found.memory = memory
+
+
+def _prepare_imports(database: Database) -> None:
+    """Remove what processes left that died as their imports ended."""
+    for lock in sorted((luthier_home() / "jobs").glob("import-*.lock")):
+        model_id = lock.stem.removeprefix("import-")
+        folders = ImportFolders(model_id)
+        with folders.locked() as free:
+            if not free:
+                continue
+            with database.read() as session:
+                if imports.is_unfinished(session, model_id):
+                    continue
+                made = select(CustomModel.id).filter_by(id=model_id, status=ACTIVE)
+                has_model = session.scalar(made) is not None
+            folders.drop(model=not has_model)
+            # Its process died: the model's failure says more.
+            folders.log.unlink(missing_ok=True)
+
+
+IMPORT = Kind(
+    "import",
+    ModelImport,
+    "luthier.jobs.import_worker:ImportWorker",
+    ImportFolders,
+    _prepare_imports,
+    at_once=1,  # each may need much of the machine's memory
+)
+TRAINING = Kind(
+    "training",
+    Job,
+    "luthier.jobs.training:TrainingWorker",
+    prepare=_prepare_jobs,
+    limited_by_account=True,
+)
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (IMPORT, TRAINING)}
+"""By name, in the order in which a scheduler looks at them: imports are few, and short."""

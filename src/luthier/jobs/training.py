@@ -1,0 +1,291 @@
+"""The worker of customization jobs: from rows to a model, or to the reason why there is none.
+
+    data → training → verification → outputs → Completed, in one transaction
+
+The next worker goes on from the last checkpoint, to the same bits. What is asked of a job meanwhile
+(stop, pause) its worker hears from its heartbeat. SIGTERM makes it give the job back at a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from luthier.engine.metrics import MetricsFile
+from luthier.engine.runs import METRICS, Run
+from luthier.errors import (
+    Interrupted,
+    LeaseLost,
+    LuthierError,
+    QuotaExceeded,
+    UnknownModel,
+    WrongState,
+)
+from luthier.files import folder_size, verify, waits_for_disk
+from luthier.jobs import outputs
+from luthier.jobs.data import JobData, Locations, fetch_data
+from luthier.jobs.folders import JobFolders, run_name, tidy
+from luthier.jobs.job_reporter import JobReporter, copy_event
+from luthier.jobs.processes import NO_DISK
+from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, explain_full_disk
+from luthier.recipe import DataSpec, parse
+from luthier.store import jobs, models, storage
+from luthier.store.accounts import quotas_of
+from luthier.store.database import Database
+from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPING, Job
+from luthier.store.models import StoredModel, find
+from luthier.workflows.distil.journal import asking_for
+from luthier.workflows.pipeline import KINDS
+
+BEAT = 1.0
+"""Seconds between two looks at the job."""
+AGAIN = 60.0
+"""Seconds after which a worker that did not stop is asked again."""
+VALIDATION_TOKENS = 2048
+"""Computed at once, where validators are measured one by one."""
+
+_log = logging.getLogger(__name__)
+
+
+class JobHeartbeat(Heartbeat):
+    """Writes what the run reports, and stops the main thread at the next step where that is wanted."""
+
+    def __init__(self, database: Database, job: Job, lease: str, reporter: JobReporter) -> None:
+        super().__init__(self.beat, BEAT)
+        self.database, self.reporter = database, reporter
+        self.job_id, self.lease = job.id, lease
+        self.limit, self.before = job.time_limit, job.worked
+        self.started = self._renewed = time.monotonic()
+        self.reason: str | None = None
+        """Why the work is interrupted: ``stop``, ``pause`` or ``time``; ``None`` while it is not."""
+        self._asked = 0.0
+
+    @property
+    def worked(self) -> float:
+        """Seconds of work on the job, those of earlier workers included."""
+        return self.before + time.monotonic() - self.started
+
+    def beat(self) -> None:
+        """Write what is pending, renew the lease, and do what is wanted."""
+        pending = self.reporter.take()
+        try:
+            if pending or time.monotonic() - self._renewed > RENEWAL:
+                with self.database.write() as session:
+                    job: Job | None = jobs.renew(
+                        session, self.job_id, self.lease, worked=self.worked, **pending.details
+                    )
+                    session.add_all(pending.events)
+                self._renewed = time.monotonic()
+            else:
+                wanted = select(Job).where(Job.id == self.job_id, Job.lease == self.lease)
+                with self.database.read() as session:
+                    job = session.scalars(wanted).first()
+        except SQLAlchemyError:
+            self.reporter.give_back(pending)
+            raise
+        if job is None:
+            raise LeaseLost(f"the lease of job {self.job_id} is lost")
+        self._obey(job)
+        JobFolders(self.job_id).trim_log()
+
+    def _obey(self, job: Job) -> None:
+        wanted = {STOPPING: "stop", PAUSED: "pause"}.get(job.state)
+        if wanted is None and job.state != RUNNING:
+            wanted = "pause"  # resumed already, while this worker was still letting go
+        if wanted is None and self.limit is not None and self.worked > self.limit:
+            wanted = "time"
+        if wanted is None:
+            return
+        self.reason = wanted
+        if time.monotonic() - self._asked > AGAIN:
+            self._asked = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class TrainingWorker(Worker[Job, Locations]):
+    """Trains one customization job."""
+
+    table = Job
+    given_back = "The worker made a checkpoint and gave the job back."
+
+    _outputs: list[str]
+    """Addresses of what was written for the job's owner."""
+    _model_bytes = 0
+    data: JobData | None = None
+
+    def remove_ended(self) -> None:
+        """Take away the lock that was made here after the job had ended and was tidied."""
+        with self.database.read() as session:
+            job = session.scalars(select(Job).where(Job.id == self.row_id)).first()
+        if job is None or (job.state in ENDED and not job.littered):
+            self.folders.drop_working_files()
+
+    def work(self, row: Job) -> int:
+        """Train, verify, write the outputs; the exit status."""
+        self._outputs = []
+        reporter = JobReporter(row, self._rename)
+        with self.database.read() as session:
+            reporter.remember(session)
+        heartbeat = JobHeartbeat(self.database, row, self.lease, reporter)
+        heartbeat.start()
+        try:
+            result = self._train(row, reporter)
+            self.ending = True
+            return self._end(
+                heartbeat,
+                lambda s: jobs.complete(
+                    s, row.id, self.lease, result, self._model_bytes, self.quotas
+                ),
+            )
+        except (Interrupted, KeyboardInterrupt) as error:
+            self.ending = True
+            return self._interrupted(heartbeat, error)
+        except OperationalError:
+            _log.exception("the database is away; another worker will go on")
+            return 1
+        except Exception as error:
+            self.ending = True
+            return self._failed(row, heartbeat, error)
+
+    def _train(self, job: Job, reporter: JobReporter) -> dict[str, Any]:
+        """Everything up to the last transaction; the result of the job."""
+        reporter.part("validation", "InProgress")
+        self.data = data = self.retry(lambda: fetch_data(job, self.folders, self.locations))
+        kind = KINDS[job.command]
+        recipe = parse(kind.recipe, recipe_fields(job, data))
+        base = self.retry(lambda: find(job.recipe["base"], reporter.stage))
+        metrics = MetricsFile(Run(base.root, run_name(job.id)).folder / METRICS)
+        if "progress" in reporter.details:
+            reporter.catch_up(metrics.read(), int(reporter.details["progress"]["steps"]))
+        with asking_for(job.account, run_name(job.id)):
+            result = kind.run(recipe, reporter)
+        reporter.catch_up(metrics.read(), int(result["steps"]))
+        if verdict := result["verdict"]:
+            reporter.note(f"{verdict['text']}. {verdict['advice']}".strip())
+        if (comparison := result.get("comparison")) and comparison["verdict"]:
+            reporter.note(comparison["verdict"])
+        reporter.part("training", "Completed")
+        model = find(result["model_id"])
+        verify(model.folder, model.manifest["files"])
+        self._model_bytes = folder_size(model.folder)
+        with self.database.read() as session:
+            quotas = quotas_of(session, job.account, self.quotas)
+            # Before its outputs are written: of a job that fails there is nothing.
+            storage.check(session, job.account, quotas, stored_bytes=self._model_bytes)
+        result["stored_id"] = model.id
+        result["validation_losses"] = _validation_losses(
+            model, job, data, result["validation_loss"]
+        )
+        if job.output is not None:
+            address = job.output
+            for name, content in outputs.files(job, model, metrics.read(), result, data):
+
+                def write(name: str = name, content: bytes = content) -> None:
+                    self._outputs.append(self.locations.write(job.account, address, name, content))
+
+                self.retry(write)
+        return {key: value for key, value in result.items() if not key.endswith("_dir")}
+
+    def _interrupted(self, heartbeat: JobHeartbeat, error: BaseException) -> int:
+        if heartbeat.reason == "time":
+            failure = (
+                f"the time limit of {heartbeat.limit} seconds was reached ({error}). Ask for fewer "
+                "epochs or for more time."
+            )
+            return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
+        return self._end(heartbeat, lambda s: self.give_back(s, self.given_back))
+
+    def _failed(self, job: Job, heartbeat: JobHeartbeat, error: Exception) -> int:
+        if isinstance(error, WrongState):
+            # Stopped or paused in the last moment: its model waits in the store, or goes.
+            return self._interrupted(heartbeat, error)
+        if waits_for_disk(error):
+            _log.exception("the disk of job %s cannot be written", self.row_id)
+            message = self._rename(explain_full_disk(error))
+            self._end(heartbeat, lambda s: self.give_back(s, message))
+            return NO_DISK
+        if isinstance(error, QuotaExceeded):
+            self.locations.remove(job.account, self._outputs)
+        _log.exception("job %s failed", self.row_id)
+        failure = self._rename(explain(error))
+        return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
+
+    def _end(self, heartbeat: JobHeartbeat, change: Callable[[Session], object]) -> int:
+        """The last transaction, with what is pending; then the files that are of no more use go."""
+        heartbeat.finish()
+        pending = heartbeat.reporter.take()
+
+        def write(session: Session) -> Job:
+            ended = jobs.renew(
+                session, self.row_id, self.lease, worked=heartbeat.worked, **pending.details
+            )
+            session.add_all(copy_event(event) for event in pending.events)
+            session.flush()
+            change(session)
+            return ended
+
+        try:
+            job = self.write(write)
+        except (QuotaExceeded, WrongState):
+            heartbeat.reporter.give_back(pending)
+            raise
+        if job.state in ENDED:
+            tidy(self.database, job, self.folders)
+        return 0
+
+    def _rename(self, text: str) -> str:
+        """``text`` with the names that the owner of the job knows."""
+        return self.data.show_addresses(text) if self.data else text
+
+
+def explain(error: Exception) -> str:
+    """Why a job failed, in words for whoever asked for it."""
+    if isinstance(error, UnknownModel):
+        # The store would name what there is, and with it the models of others.
+        return "a model that the job starts from, or learns from, is no longer there."
+    return str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
+
+
+def recipe_fields(job: Job, data: JobData) -> dict[str, Any]:
+    """The job's recipe with its rows where they were fetched to."""
+    rows = {**job.recipe["data"], "train": data.source}
+    if data.validation is not None:
+        rows["validation"] = data.validation
+    return {**job.recipe, "data": rows}
+
+
+def _validation_losses(
+    model: StoredModel, job: Job, data: JobData, together: float | None
+) -> list[float]:
+    """One for each validator, in their order; ``together`` is what the run measured on all of them."""
+    if len(data.validators) < 2:
+        return [together] if data.validators and together is not None else []
+    # They take seconds to load, and most jobs have one validator at most.
+    from luthier.engine.dataset import prepare
+    from luthier.engine.devices import choose_machine
+    from luthier.models.load import as_network, check_folder, context_length
+
+    objective, chat = models.objective_of(model), models.chat_format(model)
+    context = context_length(check_folder(model.network_folder)) - models.added_tokens(model)
+    training = job.recipe.get("training", {})
+    machine = choose_machine(training.get("precision", "auto"), training.get("threads"))
+    loaded = models.load(model, machine.dtype, machine.device, objective.head())
+    network = as_network(loaded, machine.device, machine.dtype)
+    network.chat = chat
+    shared = ("long_rows", "columns", "severity")
+    fields = {key: value for key, value in job.recipe["data"].items() if key in shared}
+    fields |= {"validation_share": 0.0, "test_share": 0.0}
+    losses = []
+    for number in range(len(data.validators)):
+        rows = DataSpec.model_validate({**fields, "train": data.validator(number)})
+        examples = prepare(rows, objective, chat, context, 0).train
+        losses.append(objective.validation_metrics(network, examples, VALIDATION_TOKENS)["loss"])
+    return losses

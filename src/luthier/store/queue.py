@@ -1,0 +1,276 @@
+"""The queue of leased work: what waits, and who works on what.
+
+Each kind of work is a table with the columns of :class:`QueuedWork`. A worker holds a row by the token
+of its lease, and writes only with it. One that is not heard from is taken for dead: its lease is taken
+away, and another one goes on. Whatever the old one still writes is refused
+(:class:`~luthier.errors.LeaseLost`).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, ClassVar, TypeVar
+
+from sqlalchemy import BigInteger, ColumnElement, func, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.errors import LeaseLost
+from luthier.store.database import lock_by_name, now
+
+LEASE = timedelta(seconds=30)
+"""How long a worker is believed alive after it was last heard from."""
+PATIENCE = timedelta(minutes=10)
+"""How long work that does not fit now is overtaken by smaller work."""
+
+
+class Leased:
+    """Columns of a row that one process at a time works on."""
+
+    noun: ClassVar[str]
+    """What a row is called in messages."""
+    lease_time: ClassVar[timedelta] = LEASE
+
+    seq: Mapped[int]
+    id: Mapped[str]
+    lease: Mapped[str | None]
+    """Token of who holds it; what anybody else writes is refused."""
+    lease_ends: Mapped[datetime | None]
+    """The holder is taken for dead after this moment, unless it has been heard from."""
+
+    def give_back(self, session: Session, message: str) -> None:
+        """Let somebody else go on with it; ``message`` says why."""
+        self.lease = self.lease_ends = None
+        session.flush()
+
+
+class QueuedWork(Leased):
+    """Columns of work that a scheduler starts a process for."""
+
+    unknown_memory: ClassVar[int] = 0
+    """Bytes that it counts for as long as its memory is 0."""
+
+    account: Mapped[str] = mapped_column(index=True)
+    priority: Mapped[int] = mapped_column(default=0)
+    """Higher is started first."""
+    turn: Mapped[int] = mapped_column(default=0)
+    """Of one priority, lower ones are first; those of an account have turns one after the other."""
+    since: Mapped[datetime]
+    """Since when it waits."""
+    memory: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Bytes that it takes at its peak, for admission; 0 while that is unknown."""
+    cores: Mapped[int] = mapped_column(default=0)
+    """Threads that it computes with, for admission."""
+    crashes: Mapped[int] = mapped_column(default=0)
+    """Workers that died over it."""
+    worker: Mapped[dict[str, Any] | None]
+    """The process that holds the lease: ``host``, ``pid``, and when it was ``born``."""
+
+    @classmethod
+    def ready(cls) -> tuple[ColumnElement[bool], ...]:
+        """What has to hold, beside that nobody holds it, for a row to be started."""
+        return ()
+
+    def start(self, session: Session, lease: str, worker: Mapping[str, Any]) -> None:
+        """Let ``worker`` hold it by ``lease``."""
+        self.lease, self.lease_ends, self.worker = lease, now() + self.lease_time, dict(worker)
+        session.flush()
+
+    def give_back(self, session: Session, message: str) -> None:
+        """Let somebody else go on with it; ``message`` says why."""
+        self.worker = None
+        super().give_back(session, message)
+
+    def expire(self, session: Session, why: str) -> str:
+        """Take it from a worker that died; what became of it, for the log of the server.
+
+        Kinds that give up at some time say so, here.
+        """
+        self.crashes += 1
+        self.give_back(session, why)
+        return "another worker goes on"
+
+    @property
+    def needed_memory(self) -> int:
+        """Bytes that it counts for."""
+        return self.memory or self.unknown_memory
+
+
+Row = TypeVar("Row", bound=Leased)
+Work = TypeVar("Work", bound=QueuedWork)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Work that has waited for memory for longer than ``PATIENCE``."""
+
+    since: datetime
+    memory: int
+    """Bytes that those who came later have to leave it."""
+
+
+def lock_claims(session: Session) -> None:
+    """Keep every other server from claiming until the transaction ends, on PostgreSQL; SQLite does."""
+    lock_by_name(session, "claim")
+
+
+def claim(
+    session: Session,
+    kind: type[Work],
+    worker: Mapping[str, Any],
+    free_memory: int,
+    free_cores: int = 0,
+    *,
+    idle: bool = False,
+    per_account: int | None = None,
+    passed_over: Collection[str] = (),
+    before: Waiting | None = None,
+) -> Work | None:
+    """Take the next work of a kind that fits: by priority, then by turns of the accounts.
+
+    Args:
+        session: one that writes.
+        kind: its table.
+        worker: the process that holds the lease until the worker itself is there.
+        free_memory: bytes that it may take.
+        free_cores: threads that it may run.
+        idle: nothing else runs on this machine: what does not fit is not going to fit later, and
+            says so itself.
+        per_account: how many of one account may be worked on at once.
+        passed_over: ids that are not to be started now.
+        before: work of another kind that waits for memory; what came later leaves it what it needs.
+    """
+    lock_claims(session)
+    for row in _in_turn(session, kind, per_account):
+        if row.id in passed_over:
+            continue
+        need = row.memory or kind.unknown_memory
+        if before is not None and before.since < row.since:
+            fits = need <= free_memory - before.memory
+        else:
+            fits = idle or need <= free_memory
+        if not (fits and (idle or row.cores <= max(free_cores, 0))):
+            if now() - row.since > PATIENCE:
+                return None
+            continue
+        taken = select(kind).where(kind.seq == row.seq, kind.lease.is_(None), *kind.ready())
+        # A row that somebody changes now, such as by stopping a job, is passed over.
+        found: Work | None = session.scalars(taken.with_for_update(skip_locked=True)).first()
+        if found is not None:
+            found.start(session, secrets.token_hex(16), worker)
+            return found
+    return None
+
+
+def overdue(
+    session: Session, kind: type[QueuedWork], per_account: int | None = None
+) -> Waiting | None:
+    """The next work of known memory, where it has waited for longer than ``PATIENCE``."""
+    for row in _in_turn(session, kind, per_account):
+        if row.memory and now() - row.since > PATIENCE:
+            return Waiting(row.since, row.memory)
+    return None
+
+
+def _in_turn(session: Session, kind: type[QueuedWork], per_account: int | None) -> Iterator[Any]:
+    """What may be started, in its order: of accounts that have not as much as they may have."""
+    busy: dict[str, int] = {}
+    if per_account is not None:
+        counted = select(kind.account, func.count()).where(kind.lease.is_not(None))
+        busy = {row[0]: row[1] for row in session.execute(counted.group_by(kind.account))}
+    waiting = select(kind.seq, kind.id, kind.account, kind.memory, kind.cores, kind.since)
+    waiting = waiting.where(kind.lease.is_(None), *kind.ready())
+    for row in session.execute(waiting.order_by(kind.priority.desc(), kind.turn, kind.seq)):
+        if per_account is None or busy.get(row.account, 0) < per_account:
+            yield row
+
+
+def next_turn(
+    session: Session, kind: type[QueuedWork], account: str, *going_on: ColumnElement[bool]
+) -> int:
+    """The turn after the last one of ``account``; where it has none, the one the others are at.
+
+    So an account that asks for one thing waits for one of each other account at most, however many
+    those asked for before (start-time fair queueing, Goyal, Vin and Cheng 1996, with equal shares).
+    ``going_on`` says what has not ended, and does not rest.
+    """
+    lowest = select(func.min(kind.turn)).where(*going_on)
+    last = select(func.max(kind.turn)).where(kind.account == account, *going_on)
+    own, others = session.scalar(last), session.scalar(lowest)
+    return int(others or 0) if own is None else int(own) + 1
+
+
+def leased_rows(session: Session, kind: type[Row]) -> list[Row]:
+    """Every row that somebody holds."""
+    return list(session.scalars(select(kind).where(kind.lease.is_not(None)).order_by(kind.seq)))
+
+
+def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
+    """The row, kept as it is until the transaction ends.
+
+    Raises:
+        LeaseLost: where ``lease`` does not hold it.
+    """
+    wanted = select(kind).where(kind.id == row_id, kind.lease == lease).with_for_update()
+    row = session.scalars(wanted.execution_options(populate_existing=True)).first()
+    if row is None:
+        raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
+    return row
+
+
+def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
+    """Hear from the holder: it is believed alive for longer.
+
+    Raises:
+        LeaseLost: as :func:`hold`.
+    """
+    row = hold(session, kind, row_id, lease)
+    row.lease_ends = now() + row.lease_time
+    return row
+
+
+def release(
+    session: Session, kind: type[Leased], row_id: str, lease: str, message: str = ""
+) -> None:
+    """Let somebody else go on with it; ``message`` says why.
+
+    Raises:
+        LeaseLost: as :func:`hold`.
+    """
+    hold(session, kind, row_id, lease).give_back(session, message)
+
+
+def expire(session: Session, kind: type[QueuedWork], row_id: str, lease: str, why: str) -> str:
+    """Take it from a worker that died; what became of it, for the log of the server.
+
+    Raises:
+        LeaseLost: as :func:`hold`.
+    """
+    return hold(session, kind, row_id, lease).expire(session, why)
+
+
+class LeaseWatch:
+    """Tells which leases are no longer renewed, by this process's own clock.
+
+    Whether ``lease_ends`` changes is what counts, not what it says: a clock that is set forward makes
+    no worker look dead, and one that is set back keeps no dead one alive.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.clock = seconds, clock
+        self._seen: dict[str, tuple[object, float]] = {}
+
+    def silent(self, lease: str, ends: object) -> bool:
+        """Whether ``ends`` of this lease has been the same for too long."""
+        before, since = self._seen.get(lease, (None, 0.0))
+        if before != ends:
+            self._seen[lease] = (ends, self.clock())
+            return False
+        return self.clock() - since > self.seconds
+
+    def forget_others(self, leases: Collection[str]) -> None:
+        """Drop what is known of all but these ``leases``."""
+        self._seen = {lease: seen for lease, seen in self._seen.items() if lease in leases}
