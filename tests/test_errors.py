@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from luthier.errors import DataError, Problem
+import pytest
+
+from luthier.errors import DataError, Problem, data_errors
 
 
 def problem(line: int, message: str = "m", file: str = "f") -> Problem:
@@ -24,3 +26,14 @@ def test_causes_beyond_the_first_twenty_are_counted_by_their_rows() -> None:
     found = [problem(line, f"m{line % 22}") for line in range(44)]
     lines = str(DataError(found)).splitlines()
     assert len(lines) == 22 and lines[-1] == "  … and 4 more."
+
+
+def test_a_count_at_which_reading_stopped_says_so() -> None:
+    error = DataError([problem(line) for line in range(1, 101)], "nothing was written", capped=True)
+    assert str(error).splitlines() == [
+        "100 or more problems in the data; nothing was written.",
+        "  f:1: [rule] m Fix: fix it. (also lines 2, 3, 4 and at least 96 more)",
+    ]
+    again = pytest.raises(DataError, match="100 or more problems in the data; nothing was split")
+    with again, data_errors("nothing was split"):
+        raise error

@@ -82,21 +82,30 @@ class DataError(RefusedInput):
     shown_lines = 3
     """Further lines that are named of rows with the same cause."""
 
-    def __init__(self, problems: Iterable[Problem], outcome: str = "nothing was trained") -> None:
+    def __init__(
+        self,
+        problems: Iterable[Problem],
+        outcome: str = "nothing was trained",
+        capped: bool = False,
+    ) -> None:
+        """``capped`` says that reading stopped at so many problems, and there may be more."""
         self.problems: Sequence[Problem] = tuple(problems)
-        self.outcome = outcome
+        self.outcome, self.capped = outcome, capped
         super().__init__(self._text())
 
     def _text(self) -> str:
         count = len(self.problems)
-        lines = [f"{count} problem{'s' if count != 1 else ''} in the data; {self.outcome}."]
+        counted = (
+            f"{count} or more problems" if self.capped else f"{count} problem{'s' * (count != 1)}"
+        )
+        lines = [f"{counted} in the data; {self.outcome}."]
         causes: dict[Problem, list[int]] = {}
         for problem in self.problems:
             causes.setdefault(replace(problem, line=0), []).append(problem.line)
         for cause, found in list(causes.items())[: self.shown]:
             lines.append(f"  {replace(cause, line=found[0])}{self._also(found[1:])}")
         if left := sum(len(found) for found in list(causes.values())[self.shown :]):
-            lines.append(f"  … and {left} more.")
+            lines.append(f"  … and {self._at_least(left)} more.")
         return "\n".join(lines)
 
     def _also(self, further: Sequence[int]) -> str:
@@ -106,8 +115,11 @@ class DataError(RefusedInput):
         named = ", ".join(map(str, further[: self.shown_lines]))
         more = len(further) - self.shown_lines
         return f" (also line{'s' * (len(further) > 1)} {named}" + (
-            f" and {more} more)" if more > 0 else ")"
+            f" and {self._at_least(more)} more)" if more > 0 else ")"
         )
+
+    def _at_least(self, count: int) -> str:
+        return f"{'at least ' if self.capped else ''}{count}"
 
 
 @contextmanager
@@ -116,7 +128,7 @@ def data_errors(outcome: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(error.problems, outcome) from error
+        raise DataError(error.problems, outcome, error.capped) from error
 
 
 class RecipeError(RefusedInput):

@@ -101,6 +101,7 @@ def test_reading_stops_at_a_hundred_problems(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         survey([path])
     assert len(refused.value.problems) == corpus.MOST_PROBLEMS
+    assert "100 or more problems" in str(refused.value)
 
 
 @pytest.mark.parametrize(

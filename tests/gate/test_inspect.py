@@ -192,7 +192,9 @@ def test_progress_moves_through_a_file_and_ends_with_it(
     monkeypatch.setattr("luthier.gate.scan.ROWS", 4)
     data = written(tmp_path / "a.jsonl", *({"text": "long " * 50_000} for _ in range(30)))
     size, seen = data.stat().st_size, list[Progress]()
-    inspect(Request(data, base=None), progress=seen.append)
+    report = inspect(Request(data, base=None), progress=seen.append)
     done = [each.done_bytes for each in seen]
     assert done == sorted(done) and done[-1] == size and any(0 < each < size for each in done)
     assert (seen[-1].rows, seen[-1].total_bytes) == (30, size)
+    # Copies are found after the last row, and counted all the same.
+    assert seen[-1].findings == report.findings.counts.total() >= 29

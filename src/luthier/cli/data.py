@@ -119,14 +119,15 @@ def inspect(
 
 @contextmanager
 def inspection_progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """A bar with bytes, rows, problems and time left; lines where there is no terminal, or nothing."""
+    """A bar with bytes, rows, findings and time left; lines where there is no terminal, or nothing."""
     from luthier.cli.progress import SECONDS_TO_SECOND_LINE, ProgressLines, can_draw
 
     if not can_draw():
         lines = ProgressLines("inspected", first=SECONDS_TO_SECOND_LINE, percent=True)
 
         def print_line(at: Progress) -> None:
-            text = f"{at.rows:,} rows, {at.problems:,} problems"
+            text = f"{at.rows:,} rows, {at.findings:,} finding{'s' * (at.findings != 1)}"
+            text += " so far" if at.done_bytes < at.total_bytes else ""
             lines.update(at.done_bytes, at.total_bytes, text)
 
         yield (lambda _: None) if quiet else print_line
@@ -138,11 +139,11 @@ def inspection_progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
         DownloadColumn(),
         BarColumn(bar_width=20),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[rows]:,} rows  {task.fields[problems]:,} problems"),
+        TextColumn("{task.fields[rows]:,} rows  {task.fields[findings]:,} findings"),
         console=new_console(stderr=True),
         transient=True,
     ) as bars:
-        task = bars.add_task("", total=None, rows=0, problems=0, visible=False)
+        task = bars.add_task("", total=None, rows=0, findings=0, visible=False)
 
         def move(at: Progress) -> None:
             bars.update(
@@ -150,7 +151,7 @@ def inspection_progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
                 total=at.total_bytes,
                 completed=at.done_bytes,
                 rows=at.rows,
-                problems=at.problems,
+                findings=at.findings,
                 visible=True,
             )
 

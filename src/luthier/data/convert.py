@@ -199,7 +199,7 @@ class _Conversion:
 
     def _refuse(self, reader: RowReader, count: int = 1) -> None:
         if len(reader.problems) >= count:
-            raise DataError(reader.problems)
+            raise DataError(reader.problems, capped=count > 1)
 
 
 def _refuse_lost(record: Record) -> None:

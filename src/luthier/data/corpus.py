@@ -85,7 +85,7 @@ class _Few(list[Problem]):
         """Add ``problem``, and raise where no more fit."""
         super().append(problem)
         if len(self) >= MOST_PROBLEMS:
-            raise DataError(self)
+            raise DataError(self, capped=True)
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:

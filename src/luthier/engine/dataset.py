@@ -109,8 +109,9 @@ def prepare(
     encoder = RowEncoder(objective, chat)
     encode = partial(encoder.encode_all, context=context, long_rows=spec.long_rows)
     sets, validation = [encode(each) for each in (rows, *further)], encode(held)
-    if problems := [*encoder.problems, *refusals(report)]:
-        raise DataError(problems)
+    refused, capped = refusals(report)
+    if problems := [*encoder.problems, *refused]:
+        raise DataError(problems, capped=capped)
     encoded = [*chain(*sets)]
     read = [view for example in encoded for view in objective.views(example)]
     counts = {

@@ -299,7 +299,7 @@ class _Book:
 
 def _refuse(problems: Sequence[Problem], count: int = 1) -> None:
     if len(problems) >= count:
-        raise DataError(problems, "nothing was written")
+        raise DataError(problems, "nothing was written", capped=count > 1)
 
 
 def _kind(target: Path) -> str:

@@ -125,11 +125,11 @@ def inspect(
                 raise
             missing = str(error)
     checks, left_out = checks_for(known, decided.skip)
+    place = Place(str(request.data), 0)
+    beside = [Finding(BASE_MISSING, place, missing)] if missing else []
     report = inspect_sources(
-        request.sources, checks, decided.severity, request.columns, progress, processes
+        request.sources, checks, decided.severity, request.columns, progress, processes, beside
     )
-    if missing:
-        report.findings.add(Finding(BASE_MISSING, Place(str(request.data), 0), missing))
     return replace(report, base=base if known.chat else None, left_out=left_out)
 
 

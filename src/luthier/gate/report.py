@@ -13,7 +13,7 @@ from luthier.data.sources import stem_of
 from luthier.errors import Problem
 from luthier.gate.check import Split
 from luthier.gate.pii import KINDS
-from luthier.gate.rules import READING_RULES, TOO_LONG, Finding, Findings, Place, Rule
+from luthier.gate.rules import KEPT, READING_RULES, TOO_LONG, Finding, Findings, Place, Rule
 from luthier.printable import printable
 
 
@@ -306,15 +306,16 @@ PLACES = 3
 """Places of each rule that a job names."""
 
 
-def refusals(report: Report) -> list[Problem]:
-    """What the gate refuses, as encoding would say it."""
+def refusals(report: Report) -> tuple[list[Problem], bool]:
+    """What the gate refuses, as encoding would say it, and whether there is more than is kept."""
     found = report.findings
-    return [
+    problems = [
         Problem(each.place.file, each.place.line, rule.id, each.message, each.closest_fix)
         for rule in found.rules()
         if found.severity(rule) == "error"
         for each in found.kept[rule.id]
     ]
+    return problems, any(found.counts[problem.rule] > KEPT for problem in problems)
 
 
 def warnings(report: Report, data: str) -> list[str]:

@@ -53,7 +53,7 @@ class Progress:
     rows: int
     done_bytes: int
     total_bytes: int
-    problems: int
+    findings: int
 
 
 def inspect_rows(
@@ -75,11 +75,12 @@ def inspect_sources(
     columns: Columns | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     processes: int = 1,
+    known: Sequence[Finding] = (),
 ) -> Report:
     """The gate on sources of any size; what cannot be read is found by the rules of reading.
 
     Sources of more than :data:`LARGE` bytes are measured by so many further processes; the report is
-    the same.
+    the same. ``known`` is what is wrong beside the rows.
     """
     readers: dict[Split, RowReader] = {}
     refused: list[Problem] = []
@@ -95,14 +96,15 @@ def inspect_sources(
     with Gate(checks, Findings(overrides or {}), processes, size) as gate:
         for split in sources:
             gate.begin(split)
+        gate.findings.extend(known)
         gate.note(refused)
         for split, reader in readers.items():
             for _ in gate.see_all(split, reader):
                 progress(gate.progress(done + reader.done, total))
             done += reader.size
-        progress(gate.progress(total, total))
         files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
         report = gate.report({split: [str(sources[split])] for split in sources} | files)
+        progress(gate.progress(total, total))  # with what only all rows together show
     again = (RowReader(sources[split], columns, Streaming, whole=False) for split in readers)
     quote(report.findings, again)
     return replace(report, sources={split: str(source) for split, source in sources.items()})
