@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from faults import Fault, Record, answer, with_answer
-from luthier.gate.near_duplicates import LEAST, LENGTH, normal
+from luthier.gate.near_duplicates import LEAST_SIMILARITY, LENGTH, normalize
 
 MOST = 0.97
 """Similarity down to which at least near copies are edited, where their length allows it."""
@@ -47,11 +47,11 @@ def _question(record: Record) -> str:
 def whole(record: Record) -> str:
     """All texts of a row, as the check compares them."""
     if "text" in record:
-        return normal(record["text"])
+        return normalize(record["text"])
     answers = [answer(record)]
     if "rejected" in record:
         answers += [f"not: {record['rejected']}", "None"]
-    return f"{normal(asked(record))}\n{normal(' '.join(answers))}"
+    return f"{normalize(asked(record))}\n{normalize(' '.join(answers))}"
 
 
 @lru_cache(maxsize=20_000)
@@ -94,7 +94,7 @@ def near(
     compared: Callable[[Record], str],
 ) -> Record:
     """The row with edits, down to a similarity drawn between the least and :data:`MOST`."""
-    wanted = rng.uniform(LEAST, MOST)
+    wanted = rng.uniform(LEAST_SIMILARITY, MOST)
     first = compared(record)
     read, write = texts[0]
     # One letter more is near in any but the shortest texts, where no edit of a word may be.
@@ -104,7 +104,7 @@ def near(
         read, write = rng.choice(texts)
         made = write(tried, edited(read(tried), records, rng))
         value = similarity(first, compared(made))
-        if value < LEAST or compared(made) == first:
+        if value < LEAST_SIMILARITY or compared(made) == first:
             continue
         tried = kept = made
         if value <= wanted:
@@ -130,7 +130,7 @@ def near_copy(records: list[Record], number: int, rng: random.Random) -> Record:
 def near_question(records: list[Record], number: int, rng: random.Random) -> Record:
     """Only the question edited, and compared."""
     texts = [(_question, with_asked)]
-    return near(records[number], records, rng, texts, lambda each: normal(asked(each)))
+    return near(records[number], records, rng, texts, lambda each: normalize(asked(each)))
 
 
 def copy(records: list[Record], number: int, rng: random.Random) -> str:
@@ -224,7 +224,7 @@ class Truth:
             with suppress(
                 LookupError, TypeError, AttributeError, StopIteration
             ):  # spoiled: nothing is like it
-                self.normal.append((normal(asked(row)), whole(row)))
+                self.normal.append((normalize(asked(row)), whole(row)))
                 self.rows.append((split, row))
 
     def right(self, rule: str, split: str, record: Record) -> bool:
@@ -234,7 +234,7 @@ class Truth:
             ValueError: for a rule that is not about other rows.
         """
         group, _, kind = rule.partition(".")
-        question, text = normal(asked(record)), whole(record)
+        question, text = normalize(asked(record)), whole(record)
         others = [
             (self.normal[at], row)
             for at, (where, row) in enumerate(self.rows)
@@ -242,9 +242,9 @@ class Truth:
         ]
         if group == "duplicate":
             same = [pair for pair, row in others if row.get("label") == record.get("label")]
-            return any(similarity(text, other) >= LEAST for _, other in same)
+            return any(similarity(text, other) >= LEAST_SIMILARITY for _, other in same)
         if group == "leakage":
-            return any(similarity(question, other) >= LEAST for (other, _), _ in others)
+            return any(similarity(question, other) >= LEAST_SIMILARITY for (other, _), _ in others)
         if kind in ("contradiction", "several"):
             return any(other == question for (other, _), _ in others)
         raise ValueError(rule)

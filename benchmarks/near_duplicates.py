@@ -20,8 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
-from luthier.gate.near_duplicates import LEAST, LENGTH, Groups, Near, firsts, normal, sketch
-from luthier.gate.row_keys import key, keys
+from luthier.gate.near_duplicates import (
+    LEAST_SIMILARITY,
+    LENGTH,
+    Groups,
+    NearDuplicates,
+    first_rows,
+    normalize,
+    sketch,
+)
+from luthier.gate.row_keys import hash_texts, key_column
 
 BATCH = 1024
 
@@ -68,7 +76,9 @@ def sampled_pairs(texts: dict[int, str], sample: list[int]) -> tuple[set[tuple[i
                 shared[other] += 1
         for other, count in shared.items():
             compared += 1
-            if other != row and count >= LEAST * (len(shingles) + len(sets[other]) - count):
+            if other != row and count >= LEAST_SIMILARITY * (
+                len(shingles) + len(sets[other]) - count
+            ):
                 pairs.add((min(row, other), max(row, other)))
     return pairs, compared
 
@@ -81,11 +91,11 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=500)
     given = parser.parse_args()
 
-    near, column, seconds, size = Near(), [], 0.0, 0
+    near, column, seconds, size = NearDuplicates(), [], 0.0, 0
     for batch in batches(texts_of(given.folder), given.rows, given.edits):
         began = time.perf_counter()
-        plain = [normal(text) for text in batch]
-        column.append(keys(map(key, plain), len(plain)))
+        plain = [normalize(text) for text in batch]
+        column.append(key_column(map(hash_texts, plain), len(plain)))
         near.add(sketch(plain))
         seconds += time.perf_counter() - began
         size += sum(map(len, batch))
@@ -104,7 +114,7 @@ def main() -> None:
     found_seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
-    first_N = firsts(keys_N)
+    first_N = first_rows(keys_N)
     alone = np.flatnonzero(first_N == np.arange(given.rows))
     rows = set(alone.tolist())
     print(
@@ -117,7 +127,7 @@ def main() -> None:
     for batch in batches(texts_of(given.folder), given.rows, given.edits):
         for text in batch:
             if number in rows:
-                texts[number] = normal(text)
+                texts[number] = normalize(text)
             number += 1
     sample = random.Random(1).sample(sorted(rows), min(given.sample, len(rows)))
     pairs, compared = sampled_pairs(texts, sample)
@@ -129,7 +139,7 @@ def main() -> None:
     wrong = 0
     for one, other in checked:
         a, b = grams(texts[one]), grams(texts[other])
-        wrong += len(a & b) < LEAST * len(a | b)
+        wrong += len(a & b) < LEAST_SIMILARITY * len(a | b)
     in_group = np.bincount(groups.roots_N, minlength=given.rows)[groups.roots_N[sample]] > 1
     partner = {row for pair in pairs for row in pair}
     alarms = sum(
@@ -137,7 +147,8 @@ def main() -> None:
     )
     print(
         f"recall {together / max(1, len(pairs)):.4f} of {len(pairs):,} pairs with a similarity of "
-        f"{LEAST} or more, among {compared:,} pairs of {len(sample)} sampled rows that share a shingle"
+        f"{LEAST_SIMILARITY} or more, among {compared:,} pairs of {len(sample)} sampled rows that "
+        "share a shingle"
     )
     print(
         f"false alarms: {wrong} of {len(checked):,} joined pairs are less similar than that; {alarms} "

@@ -29,7 +29,7 @@ import faults
 from copied_faults import COPIES, Truth
 from faults import Fault, Record
 from luthier.data.chat import ChatFormat
-from luthier.gate import rules as kept
+from luthier.gate import rules
 from luthier.gate.check import Check
 from luthier.gate.checks import contradictions, duplicates
 from luthier.gate.checks.contradictions import Contradictions
@@ -41,7 +41,7 @@ from luthier.gate.checks.markers import Markers
 from luthier.gate.checks.privacy import Privacy
 from luthier.gate.scan import inspect_sources
 
-kept.KEPT = contradictions.NAMED = duplicates.NAMED = 10**9  # Every place is needed here.
+rules.MOST_EXAMPLES = contradictions.NAMED = duplicates.NAMED = 10**9  # Every place is needed here.
 
 FAULTS = (*faults.FAULTS, *COPIES)
 
@@ -94,7 +94,7 @@ def inspected(folder: Path, files: dict[str, Sequence[bytes]], chat: ChatFormat 
             paths[split].write_bytes(b"".join(line + b"\n" for line in lines))
     report = inspect_sources(paths, checks(chat))
     found: Found = defaultdict(set)
-    for rule, places in report.findings.kept.items():
+    for rule, places in report.findings.examples.items():
         for each in places:
             others = each.others if rule.split(".")[0] in SHARED else ()
             for place in (each.place, *others):

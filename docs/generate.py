@@ -22,7 +22,7 @@ from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
 from luthier.data.targets import RULES as TARGET_RULES
 from luthier.gate.checks import CHECKS, all_rules
-from luthier.gate.clean_plan import Plan
+from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.rules import Rule
 from luthier.graders import GRADERS
 from luthier.limits import ServerLimits
@@ -214,7 +214,7 @@ def _cleaning() -> list[str]:
         "the rules that were to be dropped.",
         "",
     ]
-    lines += _fields([_field("", name, Plan) for name in Plan.model_fields])
+    lines += _fields([_field("", name, CleaningPlan) for name in CleaningPlan.model_fields])
     return [
         *lines,
         "`TARGET.changes.jsonl` has a line for each thing that happened to a row: `file` and `line` of",

@@ -6,7 +6,7 @@ from luthier.gate.check import Check
 from luthier.gate.checks.contradictions import Contradictions
 from luthier.gate.checks.duplicates import Duplicates
 from luthier.gate.checks.encoding import Encoding
-from luthier.gate.rules import KEPT, Blamed, Findings
+from luthier.gate.rules import MOST_EXAMPLES, BlamedRows, Findings
 from luthier.gate.scan import Gate
 from luthier.types import Row
 
@@ -16,18 +16,18 @@ def row(line: int, text: str, label: str = "a", file: str = "f") -> Row:
 
 
 def blamed(check: Check, rule: str, train: list[Row], test: list[Row] | None = None) -> Findings:
-    findings = Findings(blamed={rule: Blamed()})
+    findings = Findings(blamed={rule: BlamedRows()})
     gate = Gate([check], findings)
-    gate.see("train", train)
-    gate.see("test", test or [])
+    gate.scan_rows("train", train)
+    gate.scan_rows("test", test or [])
     gate.report({})
     return findings
 
 
 def test_copies_and_not_their_original_beyond_what_is_kept() -> None:
-    rows = [row(n + 1, "the same text again") for n in range(3 * KEPT)]
+    rows = [row(n + 1, "the same text again") for n in range(3 * MOST_EXAMPLES)]
     found = blamed(Duplicates(), "duplicate.exact", rows)
-    assert list(found.blamed["duplicate.exact"].rows) == list(range(1, 3 * KEPT))
+    assert list(found.blamed["duplicate.exact"].rows) == list(range(1, 3 * MOST_EXAMPLES))
     assert set(found.blamed["duplicate.exact"].others) == {0}
 
 

@@ -13,8 +13,8 @@ import pytest
 
 import luthier
 from luthier.errors import DataError, LuthierError, RecipeError
-from luthier.gate.clean import Summary, changes_of, clean, summary_of
-from luthier.gate.clean_plan import Plan
+from luthier.gate.clean import CleaningSummary, changes_path, clean, summary_path
+from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.selection import Selector
 
 SMS = Path("/work/shared/data/sms_spam")
@@ -32,12 +32,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def log_of(target: Path) -> list[dict[str, Any]]:
-    return read(changes_of(target))
+    return read(changes_path(target))
 
 
-def cleaned(source: Path, target: Path, **fields: Any) -> Summary:
+def cleaned(source: Path, target: Path, **fields: Any) -> CleaningSummary:
     held = {split: fields.pop(split) for split in ("validation", "test") if split in fields}
-    return clean(source, target, Plan.of(fields), held)
+    return clean(source, target, CleaningPlan.of(fields), held)
 
 
 def sentence(rng: random.Random, words: int = 14) -> str:
@@ -99,7 +99,7 @@ def test_what_was_dropped_is_not_found_again_and_nothing_else_is_gone(
     assert (done.rows_in, done.rows_out, done.kept) == (120, 109, 109)
     assert Counter(gone.values()) == Counter(done.dropped)
     assert source.read_bytes() == before
-    assert json.loads(summary_of(target).read_text()) == done.plain()
+    assert json.loads(summary_path(target).read_text()) == done.plain()
 
 
 def test_a_clean_set_stays_as_it_is_byte_for_byte(
@@ -115,10 +115,10 @@ def test_a_clean_set_stays_as_it_is_byte_for_byte(
     cleaned(source, once, **every)
     done = cleaned(once, twice, **every)
     assert (done.changed, done.dropped) == ({}, {})
-    assert changes_of(twice).read_bytes() == b""
+    assert changes_path(twice).read_bytes() == b""
     assert once.read_bytes() == twice.read_bytes()
     cleaned(source, again, **every)
-    assert changes_of(again).read_bytes() == changes_of(once).read_bytes()
+    assert changes_path(again).read_bytes() == changes_path(once).read_bytes()
     assert again.read_bytes() == once.read_bytes()
 
 
@@ -251,7 +251,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(
     faulty: tuple[Path, Path], tmp_path: Path
 ) -> None:
     source, _ = faulty
-    plan = Plan.of({"drop": ["unreadable"], "dedupe": "near"})
+    plan = CleaningPlan.of({"drop": ["unreadable"], "dedupe": "near"})
     before = sorted(tmp_path.iterdir())
     dry = clean(source, tmp_path / "b.jsonl", plan, dry_run=True)
     assert sorted(tmp_path.iterdir()) == before
@@ -262,12 +262,12 @@ def test_a_dry_run_says_the_same_and_writes_nothing(
 def test_nothing_is_changed_in_place_or_overwritten(tmp_path: Path) -> None:
     source = written(tmp_path / "a.jsonl", *labelled(3))
     with pytest.raises(RecipeError, match="in place"):
-        clean(source, source, Plan.of({"strip": True}), overwrite=True)
+        clean(source, source, CleaningPlan.of({"strip": True}), overwrite=True)
     target = written(tmp_path / "b.jsonl", "x")
     with pytest.raises(RecipeError, match="overwrite"):
         cleaned(source, target, strip=True)
     assert target.read_text() == "x\n"
-    clean(source, target, Plan.of({"strip": True}), overwrite=True)
+    clean(source, target, CleaningPlan.of({"strip": True}), overwrite=True)
     assert read(target) == labelled(3)
 
 

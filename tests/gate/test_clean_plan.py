@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from luthier.cli.app import app
 from luthier.errors import RecipeError
-from luthier.gate.clean_plan import Plan
+from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.edits import EDITS
 from luthier.gate.rules import READING_RULES
 
@@ -37,11 +37,13 @@ from luthier.gate.rules import READING_RULES
 )
 def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        Plan.of(fields)
+        CleaningPlan.of(fields)
 
 
 def test_names_stand_for_rules() -> None:
-    plan = Plan.of({"drop": ["unreadable", "leakage.*", "duplicate.near"], "dedupe": "near"})
+    plan = CleaningPlan.of(
+        {"drop": ["unreadable", "leakage.*", "duplicate.near"], "dedupe": "near"}
+    )
     assert plan.refused == {name for name, rule in READING_RULES.items() if not rule.whole}
     assert plan.dropped == (
         "leakage.exact", "leakage.input", "leakage.near", "duplicate.near", "duplicate.exact"
@@ -50,9 +52,9 @@ def test_names_stand_for_rules() -> None:
 
 
 def test_every_edit_is_a_field_of_the_plan() -> None:
-    assert set(EDITS) <= set(Plan.model_fields)
+    assert set(EDITS) <= set(CleaningPlan.model_fields)
     every = {"strip": True, "redact": ["all"], "split_long": True, "truncate": "end", "base": "m"}
-    assert Plan.of(every).edits == tuple(EDITS)
+    assert CleaningPlan.of(every).edits == tuple(EDITS)
 
 
 def test_options_have_the_last_word_over_a_plan_in_a_file(tmp_path: Path) -> None:

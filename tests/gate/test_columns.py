@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from luthier.gate.check import Places
-from luthier.gate.columns import Column, Table, parts_of
-from luthier.gate.near_duplicates import runs
+from luthier.gate.columns import Column, ColumnStore, partition
+from luthier.gate.near_duplicates import rows_by_value
 
 
 @pytest.mark.parametrize("spilled", [False, True])
@@ -29,7 +29,7 @@ def test_chunks_are_the_column(spilled: bool) -> None:
 def test_groups_of_all_parts_are_the_groups_of_all_rows(size: int) -> None:
     rng = np.random.default_rng(size)
     keys = rng.integers(0, 1 << 63, 60, np.uint64)[rng.integers(0, 60, 500)]
-    table = Table(100)
+    table = ColumnStore(100)
     for start in range(0, 500, 33):
         table.append("key", keys[start : start + 33])
         table.append("more", np.arange(start, min(500, start + 33)))
@@ -38,13 +38,13 @@ def test_groups_of_all_parts_are_the_groups_of_all_rows(size: int) -> None:
         return table.chunks("key", "more")
 
     found, seen = [], []
-    for rows, (part, more) in parts_of(chunks, 500, size):
+    for rows, (part, more) in partition(chunks, 500, size):
         assert rows.tolist() == more.tolist() == sorted(rows.tolist())
         assert (keys[rows] == part).all()
         seen += rows.tolist()
-        found += [rows[group].tolist() for group in runs(part)]
+        found += [rows[group].tolist() for group in rows_by_value(part)]
     assert sorted(seen) == list(range(500))
-    assert sorted(found) == sorted(group.tolist() for group in runs(keys))
+    assert sorted(found) == sorted(group.tolist() for group in rows_by_value(keys))
     assert found
 
 

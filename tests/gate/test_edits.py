@@ -10,7 +10,7 @@ import pytest
 
 import luthier
 from luthier.errors import DataError, RecipeError
-from luthier.gate.clean import changes_of
+from luthier.gate.clean import changes_path
 from luthier.models.load import check_folder, context_length
 from luthier.models.tokenizer import load_chat_format
 
@@ -65,7 +65,7 @@ def test_a_long_row_is_cut_on_the_side_that_was_asked_for(
         assert cut["completion"] == "answer" and long.endswith(cut["prompt"])
     report = luthier.inspect(target, base=base).summaries["learning"]["splits"]["train"]
     assert context - 4 <= report["lengths"]["max"] <= context
-    (line,) = read(changes_of(target))
+    (line,) = read(changes_path(target))
     assert (line["line"], line["action"], line["rule"]) == (2, "changed", "truncate")
     lost = done.edits["truncate"]["tokens lost"]
     before = luthier.inspect(source, base=base).summaries["learning"]["splits"]["train"]

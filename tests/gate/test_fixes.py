@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.gate.checks import all_rules
-from luthier.gate.clean_plan import Plan
-from luthier.gate.report import FIXES, Report, command, target_of
+from luthier.gate.clean_plan import CleaningPlan
+from luthier.gate.report import FIXES, Report, cleaning_command, target_of
 from luthier.gate.rules import Finding, Findings, Place, Rule
 
 
@@ -30,7 +30,7 @@ def test_every_fix_is_of_a_rule_there_is_and_makes_a_plan() -> None:
     for name, value in set(FIXES.values()):
         key = name[2:]
         given: Any = [value] if key in ("drop", "redact") else value or True
-        Plan.of({key: given, "base": "any"})
+        CleaningPlan.of({key: given, "base": "any"})
 
 
 def test_a_rule_that_no_row_can_be_dropped_for_is_not_proposed_to_be_dropped() -> None:
@@ -43,7 +43,7 @@ def test_the_command_names_each_fix_once_and_held_out_rows_where_they_are_needed
     found = Findings()
     report = Report({"train": ["a.jsonl"], "test": ["t.jsonl"]}, {"train": 2}, found, base="m")
     rules = all_rules()
-    assert command(report) == ""
+    assert cleaning_command(report) == ""
     for name in (
         "duplicate.exact",
         "duplicate.near",
@@ -56,7 +56,7 @@ def test_the_command_names_each_fix_once_and_held_out_rows_where_they_are_needed
     found.add(Finding(rules["privacy.email"], Place("t.jsonl", 1), "x"))
     found.add(Finding(rules["length.outlier"], Place("a.jsonl", 1), "x"))
     found.add(Finding(Rule("another.rule", "error", "x"), Place("a.jsonl", 1), "x"))
-    words = shlex.split(command(report))
+    words = shlex.split(cleaning_command(report))
     assert words[:4] == ["luthier", "clean", "a.jsonl", "a-clean.jsonl"]
     pairs = {tuple(words[at : at + 2]) for at in range(4, len(words), 2)}
     assert pairs == {
@@ -68,8 +68,8 @@ def test_nothing_is_dropped_where_no_row_would_be_left() -> None:
     found, rule = Findings(), all_rules()["field.missing"]
     found.add(Finding(rule, Place("a.jsonl", 1), "x"))
     files = {"train": ["a.jsonl"]}
-    assert command(Report(files, {"train": 0}, found)) == ""
-    assert "--drop unreadable" in command(Report(files, {"train": 1}, found))
+    assert cleaning_command(Report(files, {"train": 0}, found)) == ""
+    assert "--drop unreadable" in cleaning_command(Report(files, {"train": 1}, found))
 
 
 def test_targets_stand_beside_their_file(tmp_path: Path) -> None:
@@ -93,11 +93,11 @@ def test_the_command_that_inspect_proposes_runs_and_mends(tmp_path: Path) -> Non
     ]
     source = written(tmp_path / "my rows.jsonl", *rows)
     report = luthier.inspect(source, test=held, base=None)
-    typed = command(report)
+    typed = cleaning_command(report)
     done = CliRunner().invoke(app, shlex.split(typed)[1:])
     assert done.exit_code == 0, done.output
     target = tmp_path / "my rows-clean.jsonl"
     after = luthier.inspect(target, test=held, base=None)
     assert len(report.findings.rules()) > len(after.findings.rules())
     assert not {rule.id for rule in after.findings.rules()} & set(FIXES) - {"label.imbalance"}
-    assert command(after) == ""
+    assert cleaning_command(after) == ""

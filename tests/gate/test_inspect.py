@@ -13,7 +13,7 @@ from luthier.engine.dataset import prepare
 from luthier.errors import DataError, RecipeError
 from luthier.gate import inspect as gate
 from luthier.gate.checks import CHECKS
-from luthier.gate.inspect import DEFAULT_BASE, Request, inspect
+from luthier.gate.inspect import DEFAULT_BASE, InspectionRequest, inspect
 from luthier.gate.scan import Progress
 from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import Recipe
@@ -57,7 +57,7 @@ def test_where_no_base_is_named_the_rows_decide(
     row: dict[str, Any], objective: str | None, base: str, tmp_path: Path
 ) -> None:
     data = written(tmp_path / "rows.jsonl", row)
-    found, reason = gate.default_base(str(data), None, gate.objective_of(objective))
+    found, reason = gate.default_base(str(data), None, gate.parse_objective(objective))
     assert found == base
     assert ("encoder" in reason) is (base == gate.READER)
     assert gate.default_base(str(tmp_path / "missing.jsonl"))[0] == DEFAULT_BASE
@@ -164,7 +164,7 @@ def test_rated_answers_are_learned_in_pairs_wherever_they_stand(
     written(data, *rows, {"prompt": "alone", "completion": "a", "rating": 1})
     report = luthier.inspect(data, base=str(tiny_model_folder), objective=method, skip=OTHERS)
     assert broken(report) == {"rating.single": 1}
-    assert report.findings.kept["rating.single"][0].place.line == 7
+    assert report.findings.examples["rating.single"][0].place.line == 7
 
 
 def test_a_pair_is_two_answers_with_thumbs(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -192,7 +192,7 @@ def test_progress_moves_through_a_file_and_ends_with_it(
     monkeypatch.setattr("luthier.gate.scan.ROWS", 4)
     data = written(tmp_path / "a.jsonl", *({"text": "long " * 50_000} for _ in range(30)))
     size, seen = data.stat().st_size, list[Progress]()
-    report = inspect(Request(data, base=None), progress=seen.append)
+    report = inspect(InspectionRequest(data, base=None), progress=seen.append)
     done = [each.done_bytes for each in seen]
     assert done == sorted(done) and done[-1] == size and any(0 < each < size for each in done)
     assert (seen[-1].rows, seen[-1].total_bytes) == (30, size)

@@ -14,7 +14,7 @@ from luthier.errors import DataError, RecipeError
 from luthier.files import read_json
 from luthier.gate import checks as table
 from luthier.gate import policy
-from luthier.gate.check import Batch, Check, Where
+from luthier.gate.check import Batch, BatchLines, Check
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.recipe import Recipe
 from luthier.types import IntArray
@@ -31,7 +31,7 @@ class Shouting(Check):
     def measure(self, batch: Batch) -> list[int]:
         return [i for i, row in enumerate(batch.rows) if (row.prompt or "").isupper()]
 
-    def take(self, where: Where, measured: IntArray, findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: IntArray, findings: Findings) -> None:
         findings.extend(Finding(SHOUTS, where.place(i), f"row {i} shouts") for i in measured)
 
 

@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.gate.columns import Column, Table
+from luthier.gate.columns import Column, ColumnStore
 from luthier.gate.near_duplicates import (
-    KEPT,
-    LEAST,
+    LEAST_SIMILARITY,
     LENGTH,
     NEIGHBOURS,
+    SKETCH_SIZE,
     Groups,
-    Near,
+    NearDuplicates,
     common_shingles,
-    firsts,
-    normal,
-    padded,
-    runs,
+    first_rows,
+    normalize,
+    pad,
+    rows_by_value,
     similarity,
     sketch,
 )
@@ -41,7 +41,7 @@ def jaccard(one: str, other: str) -> float:
 
 def measured(texts: list[str]) -> np.ndarray:
     found = sketch(texts)
-    filled = padded(found.hashes_M, found.counts_N)
+    filled = pad(found.hashes_M, found.counts_N)
     pairs = np.array(list(combinations(range(len(texts)), 2)))
     return similarity(filled[pairs[:, 0]], filled[pairs[:, 1]], found.whole_N[pairs])
 
@@ -49,7 +49,7 @@ def measured(texts: list[str]) -> np.ndarray:
 @PROPERTY
 @given(st.lists(TEXT, min_size=2, max_size=6))
 def test_of_small_sets_the_similarity_is_exact(texts: list[str]) -> None:
-    texts = [normal(text) for text in texts]
+    texts = [normalize(text) for text in texts]
     expected = [jaccard(one, other) for one, other in combinations(texts, 2)]
     assert measured(texts).tolist() == pytest.approx(expected, abs=1e-12)
 
@@ -66,9 +66,9 @@ def test_of_large_sets_the_similarity_is_estimated_without_bias() -> None:
     errors = []
     for _ in range(60):
         words = [f"w{rng.randrange(10**6)}" for _ in range(400)]
-        pair = [normal(" ".join(words)), normal(edited(rng, words, 25))]
+        pair = [normalize(" ".join(words)), normalize(edited(rng, words, 25))]
         errors.append(measured(pair)[0] - jaccard(*pair))
-    assert len(grams(pair[0])) > 4 * KEPT
+    assert len(grams(pair[0])) > 4 * SKETCH_SIZE
     assert abs(np.mean(errors)) < 0.01 and np.std(errors) < 0.035
 
 
@@ -91,19 +91,19 @@ def test_a_sketch_does_not_depend_on_its_neighbours(texts: list[str], at: int) -
 
 
 def test_what_case_width_and_white_space_are_do_not_matter() -> None:
-    assert normal("Ｈｅｌｌｏ \u2003 WORLD\n") == "hello world"
-    assert normal("Việt") == normal("Vie\u0323\u0302t")
+    assert normalize("Ｈｅｌｌｏ \u2003 WORLD\n") == "hello world"
+    assert normalize("Việt") == normalize("Vie\u0323\u0302t")
 
 
 def texts_with_copies(rng: random.Random, count: int) -> list[str]:
     base = [
         [f"{rng.randrange(3000)}" for _ in range(rng.randint(4, 40))] for _ in range(count // 4)
     ]
-    return [normal(edited(rng, rng.choice(base), rng.randint(0, 3))) for _ in range(count)]
+    return [normalize(edited(rng, rng.choice(base), rng.randint(0, 3))) for _ in range(count)]
 
 
 def grouped(texts: list[str], limit: int = 1 << 30, batch: int = 100) -> Groups:
-    near, groups = Near(limit), Groups(len(texts))
+    near, groups = NearDuplicates(limit), Groups(len(texts))
     for start in range(0, len(texts), batch):
         near.add(sketch(texts[start : start + batch]))
     known = {text: number for number, text in enumerate(sorted(set(texts)))}
@@ -119,7 +119,7 @@ def test_pairs_are_found_and_others_are_not() -> None:
     alike = [
         (i, j)
         for (i, one), (j, other) in combinations(enumerate(sets), 2)
-        if len(one & other) >= LEAST * len(one | other)
+        if len(one & other) >= LEAST_SIMILARITY * len(one | other)
     ]
     assert len(alike) > 150
     assert np.mean([roots[i] == roots[j] for i, j in alike]) > 0.98
@@ -141,8 +141,8 @@ def test_memory_batches_and_order_change_nothing(limit: int, batch: int) -> None
 
 def test_a_crowded_bucket_is_one_group_in_linear_time() -> None:
     words = " ".join(f"word{i}" for i in range(40))
-    texts = [normal(f"{words} {i}") for i in range(5000)]
-    near, groups, asked = Near(), Groups(len(texts)), [0]
+    texts = [normalize(f"{words} {i}") for i in range(5000)]
+    near, groups, asked = NearDuplicates(), Groups(len(texts)), [0]
     near.add(sketch(texts))
 
     def wanted(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -158,14 +158,14 @@ def test_what_all_texts_are_written_in_is_left_out() -> None:
     frame = "Tell the intent of the customer's message, one of: " + ", ".join("abcdefghij" * 3)
     rng = random.Random(0)
     inside = [" ".join(f"{rng.random():.4f}" for _ in range(4)) for _ in range(50)]
-    texts = [normal(f"{frame} {each} Answer:") for each in inside]
+    texts = [normalize(f"{frame} {each} Answer:") for each in inside]
     assert measured(texts[:5]).min() > 0.5
     common = common_shingles(texts)
     found = sketch(texts, common)
-    filled = padded(found.hashes_M, found.counts_N)
+    filled = pad(found.hashes_M, found.counts_N)
     assert similarity(filled[:-1], filled[1:], np.ones((49, 2), bool)).max() < 0.4
     assert not len(common_shingles(inside))
-    bare = sketch([normal(frame)], common)
+    bare = sketch([normalize(frame)], common)
     assert bare.counts_N[0] > 50  # a text of common shingles only keeps them
 
 
@@ -186,15 +186,15 @@ def test_groups_are_connected_components(rows: int, pairs: list[tuple[int, int]]
 @given(st.lists(st.integers(0, 5), max_size=20))
 def test_runs_and_firsts_of_keys(keys: list[int]) -> None:
     expected = [[i for i, k in enumerate(keys) if k == key] for key in dict.fromkeys(keys)]
-    assert [run.tolist() for run in runs(np.array(keys, int))] == [
+    assert [run.tolist() for run in rows_by_value(np.array(keys, int))] == [
         e for e in expected if len(e) > 1
     ]
-    assert firsts(np.array(keys, int)).tolist() == [keys.index(key) for key in keys]
+    assert first_rows(np.array(keys, int)).tolist() == [keys.index(key) for key in keys]
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 20])
 def test_columns_from_memory_and_from_disk(limit: int) -> None:
-    table = Table(limit)
+    table = ColumnStore(limit)
     for start in range(0, 100, 10):
         table.append("a", np.arange(start, start + 10, dtype=np.uint32))
         table.append("b", np.full(1, start, np.int64))

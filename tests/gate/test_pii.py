@@ -18,18 +18,18 @@ from luthier.gate.pii import (
     SECRETS,
     Finder,
     Span,
-    checked,
-    disjoint,
+    can_check_ids,
     entropy,
     is_cccd,
     issuer,
     luhn,
     mask,
-    masked,
+    mask_all,
+    resolve_overlaps,
 )
 
 FINDER = Finder()
-needs_stdnum = pytest.mark.skipif(not checked(), reason="python-stdnum is not installed")
+needs_stdnum = pytest.mark.skipif(not can_check_ids(), reason="python-stdnum is not installed")
 
 
 def found(text: str) -> list[tuple[str, str]]:
@@ -284,14 +284,14 @@ def test_items_are_in_order_apart_and_masked(parts: list[str], between: str) -> 
         assert item[2:] not in seen and (span.kind not in SECRETS or item[:2] not in seen)
         parts += [text[done : span.start], seen]
         done = span.end
-    assert masked(text, spans) == "".join([*parts, text[done:]])
+    assert mask_all(text, spans) == "".join([*parts, text[done:]])
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9), st.integers(0, 3)), max_size=12))
 def test_of_overlapping_items_the_more_serious_is_kept(given: list[tuple[int, int, int]]) -> None:
     kinds = ("private_key", "email", "card", "phone")
     spans = [Span(start, start + size, kinds[kind], "", "") for start, size, kind in given]
-    kept = disjoint(spans)
+    kept = resolve_overlaps(spans)
     assert all(a.end <= b.start for a, b in pairwise(kept))
     taken = {place for span in kept for place in range(span.start, span.end)}
     for span in spans:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import RecipeError
-from luthier.gate.policy import Policy, parse_severity, policy_of, read_policy
+from luthier.gate.policy import Policy, parse_policy, parse_severity, read_policy
 
 
 def test_names_may_be_nested_as_toml_nests_them(tmp_path: Path) -> None:
@@ -19,12 +19,12 @@ def test_names_may_be_nested_as_toml_nests_them(tmp_path: Path) -> None:
     found = read_policy(file)
     assert found.severity == {"row.too_long": "note", "base.missing": "off"}
     assert found.skip == {"learning"}
-    both = found.and_then(policy_of({"row.too_long": "error"}))
+    both = found.and_then(parse_policy({"row.too_long": "error"}))
     assert both.severity["row.too_long"] == "error" and both.skip == {"learning"}
 
 
 def test_a_star_means_every_rule_that_may_be_decided() -> None:
-    assert set(policy_of({"row.*": "off"}).severity) == {"row.too_long"}
+    assert set(parse_policy({"row.*": "off"}).severity) == {"row.too_long"}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_star_means_every_rule_that_may_be_decided() -> None:
 )
 def test_what_cannot_be_decided_is_refused(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(RecipeError, match=text):
-        policy_of(fields)
+        parse_policy(fields)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_rows_are_quoted_from_their_lines(tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", "one", TEXT, "two", TEXT, TEXT.upper(), "three")
     held = write(tmp_path / "b.jsonl", "four", "five", f"{TEXT}!")
     report = luthier.inspect(data, test=held, base=None)
-    kept = report.findings.kept
+    kept = report.findings.examples
     (copy,) = kept["duplicate.exact"]
     assert copy.place.line == 2 and copy.excerpt.startswith("please call 02")
     assert "7946 0958" not in copy.excerpt and copy.excerpt.endswith("last week")
@@ -38,5 +38,5 @@ def test_only_the_first_rows_are_read_again(
 ) -> None:
     monkeypatch.setattr(quoting, "QUOTED_ROWS", 3)
     data = write(tmp_path / "a.jsonl", "one", TEXT, "two", TEXT, "x" * 30, "y", "x" * 30)
-    found = luthier.inspect(data, base=None).findings.kept["duplicate.exact"]
+    found = luthier.inspect(data, base=None).findings.examples["duplicate.exact"]
     assert [bool(each.excerpt) for each in found] == [True, False]

@@ -11,7 +11,7 @@ import pytest
 import luthier
 from luthier.data.rows import load_rows
 from luthier.errors import DataError
-from luthier.gate.clean import changes_of
+from luthier.gate.clean import changes_path
 
 Z = "\u200b"
 
@@ -77,7 +77,7 @@ def test_a_form_that_cannot_say_it_is_refused_with_what_to_do(tmp_path: Path) ->
     row = {"instruction": "mail", "response": "b", "context": f"c{Z}"}
     with pytest.raises(DataError, match="luthier convert"):
         both(tmp_path, row, {**row, "context": "c"})
-    assert not (tmp_path / "b.jsonl").exists() and not changes_of(tmp_path / "b.jsonl").exists()
+    assert not (tmp_path / "b.jsonl").exists() and not changes_path(tmp_path / "b.jsonl").exists()
 
 
 def test_columns_of_another_name_become_ours(tmp_path: Path) -> None:

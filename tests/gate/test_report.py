@@ -17,7 +17,7 @@ from rich.console import Console
 
 import luthier
 from luthier.gate.histogram import Histogram
-from luthier.gate.report import Report, listed, next_steps, runs
+from luthier.gate.report import Report, list_places, next_steps, token_runs
 from luthier.gate.report_page import draw_histogram
 from luthier.gate.report_text import show, sparkline
 from luthier.gate.rules import Finding, Findings, Place, Rule
@@ -171,9 +171,9 @@ def test_the_last_line_is_what_to_do() -> None:
 
 
 def test_tokens_of_one_colour_come_as_one_piece_and_long_rows_are_cut() -> None:
-    found = runs(["a", "b", "c", "d\x07"], [False, False, True, True])
+    found = token_runs(["a", "b", "c", "d\x07"], [False, False, True, True])
     assert [(run.text, run.learned) for run in found] == [("ab", False), ("cd\\x07", True)]
-    found = runs(["x"] * 1000, [False] * 999 + [True])
+    found = token_runs(["x"] * 1000, [False] * 999 + [True])
     assert sum(len(run.text) for run in found) == 360
     assert sum(run.left_out for run in found) == 640
     assert found[-1] == type(found[-1])("x", True)
@@ -181,7 +181,7 @@ def test_tokens_of_one_colour_come_as_one_piece_and_long_rows_are_cut() -> None:
 
 def test_places_name_their_file_once() -> None:
     places = [Place("x/a", 1), Place("x/a", 2), Place("b", 3), Place("b", 4)]
-    assert listed(places, 3) == "a:1, 2, b:3 and 1 more"
+    assert list_places(places, 3) == "a:1, 2, b:3 and 1 more"
 
 
 def test_names_of_files_cannot_leave_their_attributes(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.gate.row_keys import Kin, alike
+from luthier.gate.row_keys import RelatedRows, group_related
 from luthier.types import Row
 
 LONG = "please tell me when the parcel that I ordered at the end of last week will be delivered"
@@ -14,18 +14,18 @@ def rows(*texts: str) -> list[Row]:
 
 def test_near_and_same_questions_are_one_group_whatever_they_teach() -> None:
     texts = [LONG, "yes", "no", LONG + " now", "Yes.", "maybe", "what else"]
-    assert alike(rows(*texts)).tolist() == [0, 1, 2, 0, 1, 5, 6]
-    kin = Kin(limit=0)
+    assert group_related(rows(*texts)).tolist() == [0, 1, 2, 0, 1, 5, 6]
+    kin = RelatedRows(limit=0)
     kin.add(rows(*texts)[:4])
     kin.add(rows(*texts)[4:])
-    assert kin.groups().tolist() == alike(rows(*texts)).tolist()
+    assert kin.groups().tolist() == group_related(rows(*texts)).tolist()
 
 
 def test_a_group_of_most_rows_is_taken_apart() -> None:
     near = [f"{LONG} {word}" for word in ("now", "soon", "today", "tomorrow", "now", "please")]
-    assert alike(rows(*near, "yes")).tolist() == [0, 1, 2, 3, 0, 5, 6]
-    assert alike(rows("yes", "yes", "yes", "no")).tolist() == [0, 1, 2, 3]
-    assert alike([]).tolist() == []
+    assert group_related(rows(*near, "yes")).tolist() == [0, 1, 2, 3, 0, 5, 6]
+    assert group_related(rows("yes", "yes", "yes", "no")).tolist() == [0, 1, 2, 3]
+    assert group_related([]).tolist() == []
 
 
 def test_pairs_with_one_partner_are_one_group() -> None:
@@ -35,4 +35,4 @@ def test_pairs_with_one_partner_are_one_group() -> None:
         Row("f", line, text=anchor, positive=positive)
         for line, (anchor, positive) in enumerate(zip(anchors, positives, strict=True), 1)
     ]
-    assert alike(pairs).tolist() == [0, 1, 2, 0]
+    assert group_related(pairs).tolist() == [0, 1, 2, 0]

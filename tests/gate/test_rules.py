@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.gate.rules import KEPT, Finding, Findings, Place, Rule
+from luthier.gate.rules import MOST_EXAMPLES, Finding, Findings, Place, Rule
 
 WARNING = Rule("a.warning", "warning", "It is odd.", fix="Look at it.")
 ERROR = Rule("an.error", "error", "It is wrong.")
@@ -14,14 +14,16 @@ def at(rule: Rule, line: int) -> Finding:
 
 def test_counts_are_exact_and_places_are_bounded() -> None:
     found = Findings()
-    found.extend(at(WARNING, line) for line in range(1, 3 * KEPT))
-    assert found.counts == {"a.warning": 3 * KEPT - 1}
-    assert [each.place.line for each in found.kept["a.warning"]] == list(range(1, KEPT + 1))
+    found.extend(at(WARNING, line) for line in range(1, 3 * MOST_EXAMPLES))
+    assert found.counts == {"a.warning": 3 * MOST_EXAMPLES - 1}
+    assert [each.place.line for each in found.examples["a.warning"]] == list(
+        range(1, MOST_EXAMPLES + 1)
+    )
     assert found.exit_code == 1
     found.add(at(ERROR, 7))
     assert [rule.id for rule in found.rules()] == ["an.error", "a.warning"]
     assert found.exit_code == 2
-    assert found.kept["a.warning"][0].plain()["fix"] == "Look at it."
+    assert found.examples["a.warning"][0].plain()["fix"] == "Look at it."
 
 
 def test_nothing_found_passes() -> None:

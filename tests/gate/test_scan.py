@@ -11,10 +11,10 @@ import pytest
 
 from luthier.gate import inspect as gate
 from luthier.gate import scan as inspect
-from luthier.gate.check import Known
+from luthier.gate.check import CheckContext
 from luthier.gate.checks import CHECKS, checks_for
 from luthier.gate.checks.duplicates import Duplicates
-from luthier.gate.inspect import Request
+from luthier.gate.inspect import InspectionRequest
 from luthier.models.tokenizer import load_chat_format
 
 
@@ -43,7 +43,7 @@ def test_the_report_does_not_depend_on_processes(
 ) -> None:
     monkeypatch.setattr(inspect, "ROWS", 32)
     monkeypatch.setattr(inspect, "LARGE", 0)
-    request = Request(str(rows), base=str(tiny_model_folder))
+    request = InspectionRequest(str(rows), base=str(tiny_model_folder))
     alone = told(gate.inspect(request))
     assert {"json.invalid", "field.empty", "duplicate.exact", "privacy.email"} <= {
         rule["rule"] for rule in alone["rules"]
@@ -56,14 +56,14 @@ def test_small_sources_start_no_process(rows: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("a process was started")
 
     monkeypatch.setattr("luthier.gate.scan.ProcessPoolExecutor", refuse)
-    assert gate.inspect(Request(str(rows), base=None), processes=2).rows == {"train": 601}
+    assert gate.inspect(InspectionRequest(str(rows), base=None), processes=2).rows == {"train": 601}
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_copy_of_a_check_has_what_it_measures_with_and_no_more(
     name: str, tiny_model_folder: Path
 ) -> None:
-    known = Known(load_chat_format(tiny_model_folder), context=64)
+    known = CheckContext(load_chat_format(tiny_model_folder), context=64)
     check = next(each for each in checks_for(known)[0] if each.name == name)
     copy = pickle.loads(pickle.dumps(check))
     assert set(vars(copy)) == set(type(check).measures_with)

@@ -23,7 +23,7 @@ from luthier.errors import RecipeError
 from luthier.printable import one_line
 
 if TYPE_CHECKING:
-    from luthier.gate.clean import Summary
+    from luthier.gate.clean import CleaningSummary
     from luthier.gate.scan import Progress
 
 Source = Annotated[str, typer.Argument(help="File, folder, 'pattern*' or s3:// to read.")]
@@ -79,7 +79,7 @@ def inspect(
     severities: dict[str, str] = {}
     for each in severity or ():
         severities |= parse_severity(each)
-    request = gate.Request(
+    request = gate.InspectionRequest(
         data,
         validation,
         test,
@@ -220,7 +220,7 @@ def clean(
     """Apply chosen fixes and write a new data set, with a log of what became of each row."""
     from luthier.cli.progress import show_progress
     from luthier.gate.clean import clean as run
-    from luthier.gate.clean_plan import Plan
+    from luthier.gate.clean_plan import CleaningPlan
     from luthier.recipe import parse_columns, read_toml
 
     fixes = {
@@ -230,13 +230,13 @@ def clean(
         "base": base, "objective": objective,
     }  # fmt: skip
     given = {name: value for name, value in fixes.items() if value is not None}
-    chosen = Plan.of({**(read_toml(plan) if plan else {}), **given})
+    chosen = CleaningPlan.of({**(read_toml(plan) if plan else {}), **given})
     held = {"validation": validation, "test": test}
     splits = {split: each for split, each in held.items() if each is not None}
     with show_progress(100, "clean", json_) as done:
         summary = run(
             source, target, chosen, splits, parse_columns(columns or []), overwrite, dry_run,
-            told=lambda read, size: done(100 * read // max(1, size)),
+            on_progress=lambda read, size: done(100 * read // max(1, size)),
         )  # fmt: skip
     if json_:
         print_json(summary.plain())
@@ -244,7 +244,7 @@ def clean(
         _print_summary(summary)
 
 
-def _print_summary(summary: Summary) -> None:
+def _print_summary(summary: CleaningSummary) -> None:
     from rich.table import Table
 
     out = new_console(highlight=False)

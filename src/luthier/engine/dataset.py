@@ -23,7 +23,7 @@ from luthier.files import sha256_of
 from luthier.gate.encode import RowEncoder, check_shapes
 from luthier.gate.inspect import inspect_job
 from luthier.gate.report import Report, refusals
-from luthier.gate.row_keys import alike
+from luthier.gate.row_keys import group_related
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.choosing import objective_for, shape_of, shapes_named
 from luthier.recipe import DataSpec
@@ -183,7 +183,7 @@ def _split(
     shares = [share, spec.test_share or 0.0]
     if not any(shares) or len(rows) < 2:
         return [list(rows), [], []]
-    parts = split_rows(strata_of(rows), alike(rows), shares, seed)
+    parts = split_rows(strata_of(rows), group_related(rows), shares, seed)
     return [[rows[i] for i in part.tolist()] for part in parts]
 
 

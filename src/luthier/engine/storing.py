@@ -22,7 +22,7 @@ from luthier.errors import LuthierError
 from luthier.evaluation.baselines import Comparison
 from luthier.evaluation.parity import Parity
 from luthier.files import hashes_of, new_folder, write_json
-from luthier.gate.report import record
+from luthier.gate.report import manifest_record
 from luthier.models.catalog import MANIFEST
 from luthier.models.load import as_network
 from luthier.models.network import Network
@@ -105,7 +105,7 @@ class Storing:
                 **job.data.counts,
                 "mix": job.data.mix_record(self.job.recipe.data),
             },
-            **({"data_report": record(job.data.report)} if job.data.report else {}),
+            **({"data_report": manifest_record(job.data.report)} if job.data.report else {}),
             "trained_weights_sha256": weights,
             "format": {
                 "template": job.chat.template,

@@ -41,7 +41,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Where:
+class BatchLines:
     """Where the rows of a measured batch stand; row ``i`` of it has the number ``first + i``."""
 
     split: Split
@@ -57,7 +57,7 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Known:
+class CheckContext:
     """What is known beside the rows; checks are made from it (:meth:`Check.of`)."""
 
     chat: ChatFormat | None = None
@@ -90,7 +90,7 @@ class Check(ABC):
     """The fields that :meth:`measure` reads; a copy in another process has only these."""
 
     @classmethod
-    def of(cls, known: Known) -> Self:
+    def of(cls, known: CheckContext) -> Self:
         """The check with its defaults, for a model and an objective where there are some."""
         return cls()
 
@@ -108,7 +108,7 @@ class Check(ABC):
         """What is to be known of a batch, without regard to any other; picklable."""
 
     @abstractmethod
-    def take(self, where: Where, measured: Any, findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: Any, findings: Findings) -> None:
         """Take in what was measured of a batch; batches come in order."""
 
     def finish(self, places: Places, findings: Findings) -> None:  # noqa: B027 - most have nothing to add
@@ -143,9 +143,9 @@ class Places:
         """Lines of each batch; the first one where they follow each other."""
         self.total = 0
 
-    def add(self, split: Split, file: str, lines_N: IntArray) -> Where:
+    def add(self, split: Split, file: str, lines_N: IntArray) -> BatchLines:
         """Number the rows of a batch."""
-        where = Where(split, file, lines_N, self.total)
+        where = BatchLines(split, file, lines_N, self.total)
         self._firsts.append(self.total)
         self._batches.append((split, file))
         follow = len(lines_N) > 0 and bool(np.all(np.diff(lines_N) == 1))

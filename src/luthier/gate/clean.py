@@ -30,11 +30,11 @@ from luthier.data.targets import TARGETS, used_keys
 from luthier.data.writers import Writer, check_columns, check_table, writer_of
 from luthier.errors import DataError, LuthierError, Problem, RecipeError, RowRefused
 from luthier.files import new_file, write_json
-from luthier.gate.check import Known, Split
+from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import all_rules
-from luthier.gate.clean_plan import Plan, key_of
-from luthier.gate.edits import Edit, Piece, Setting, edits_for, mapped
-from luthier.gate.scan import Streaming
+from luthier.gate.clean_plan import CleaningPlan, pseudonym_key
+from luthier.gate.edits import Edit, EditContext, RowDraft, edits_for, map_texts
+from luthier.gate.scan import StreamChecker
 from luthier.gate.selection import Selection, Selector
 from luthier.gate.texts import texts
 from luthier.types import Row
@@ -44,7 +44,7 @@ MOST_PROBLEMS = 100
 
 
 @dataclass
-class Summary:
+class CleaningSummary:
     """What was done."""
 
     source: str
@@ -72,12 +72,12 @@ class Summary:
         return asdict(self)
 
 
-def changes_of(target: Path) -> Path:
+def changes_path(target: Path) -> Path:
     """Where the log of ``target`` is."""
     return target.with_name(f"{target.name}.changes.jsonl")
 
 
-def summary_of(target: Path) -> Path:
+def summary_path(target: Path) -> Path:
     """Where the summary of ``target`` is."""
     return target.with_name(f"{target.name}.summary.json")
 
@@ -85,15 +85,15 @@ def summary_of(target: Path) -> Path:
 def clean(
     source: Source,
     target: Path,
-    plan: Plan,
+    plan: CleaningPlan,
     held: Mapping[Split, Source] | None = None,
     columns: Columns | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     environment: Mapping[str, str] | None = None,
-    say: Callable[[str], None] = lambda text: None,
-    told: Callable[[int, int], None] | None = None,
-) -> Summary:
+    on_stage: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CleaningSummary:
     """Apply ``plan`` to the rows of ``source`` and write ``target``, its log and its summary.
 
     Args:
@@ -105,8 +105,8 @@ def clean(
         overwrite: replace files where there are some.
         dry_run: find out all that would happen, and write nothing.
         environment: where the key of pseudonyms stands; this process's if not given.
-        say: told what takes a while.
-        told: now and then given how many bytes of how many of a pass have been read.
+        on_stage: called with what takes a while, in words.
+        on_progress: called now and then with how many bytes of how many of a pass have been read.
 
     Raises:
         RecipeError: for a plan or target that cannot be.
@@ -120,29 +120,29 @@ def clean(
         )
     kind = _kind(target)
     _check_target(target, [source, *held.values()], overwrite or dry_run)
-    key = key_of(plan, os.environ if environment is None else environment)
-    setting = Setting(plan, _known(plan, say), key)
-    work = _Cleaning(source, columns, setting, told)
-    summary = Summary(str(source), str(target), str(changes_of(target)), dry_run=dry_run)
+    key = pseudonym_key(plan, os.environ if environment is None else environment)
+    setting = EditContext(plan, _load_context(plan, on_stage), key)
+    work = _Cleaning(source, columns, setting, on_progress)
+    summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run)
     selection = Selection(())
     if plan.dropped or plan.balance:
-        splits = {split: _rows_of(each) for split, each in held.items()}
+        splits = {split: _rows_reader(each) for split, each in held.items()}
         selector = Selector(plan, setting.known, work.rows, splits)
         selection = selector.select()
         summary.passes = selector.passes
     names = work.names(selection) if kind not in ("jsonl", "text") else []
     with ExitStack() as stack:
         if dry_run:
-            work.write(_Nowhere(), None, selection, summary, names)
+            work.write(_NoWriter(), None, selection, summary, names)
             return summary
-        log = stack.enter_context(new_file(changes_of(target)))
+        log = stack.enter_context(new_file(changes_path(target)))
         writer = stack.enter_context(writer_of(kind, target, names))
         work.write(writer, log, selection, summary, names)
-    write_json(summary_of(target), summary.plain())
+    write_json(summary_path(target), summary.plain())
     return summary
 
 
-class _Nowhere:
+class _NoWriter:
     def write(self, record: Record) -> None:
         """Nothing is kept."""
 
@@ -154,10 +154,15 @@ class _Cleaning:
         self,
         source: Source,
         columns: Columns | None,
-        setting: Setting,
-        told: Callable[[int, int], None] | None,
+        setting: EditContext,
+        on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.source, self.columns, self.setting, self.told = source, columns, setting, told
+        self.source, self.columns, self.setting, self.on_progress = (
+            source,
+            columns,
+            setting,
+            on_progress,
+        )
         self.left_out = setting.plan.refused
         self.rules = all_rules()
 
@@ -179,7 +184,7 @@ class _Cleaning:
         for each in self._edited(self._pass()):
             for piece in each.pieces:
                 if not selection.why(number):
-                    _put(each, piece, seen, problems)
+                    _try_record(each, piece, seen, problems)
                 number += 1
         _refuse(problems)
         return list(found)
@@ -189,11 +194,11 @@ class _Cleaning:
         writer: Writer,
         log: BinaryIO | None,
         selection: Selection,
-        summary: Summary,
+        summary: CleaningSummary,
         names: Sequence[str],
     ) -> None:
         """The last pass."""
-        book = _Book(log)
+        book = _ChangeLog(log)
         done = self._pass()
         number = 0
         problems: list[Problem] = []
@@ -214,7 +219,7 @@ class _Cleaning:
                     book.dropped(each.row.file, each.row.line, why, about)
             number += len(reasons)
             for piece in stay:
-                _put(each, piece, put, problems)
+                _try_record(each, piece, put, problems)
             summary.rows_out += len(stay)
         _refuse(problems)
         self._check_end(number, selection, summary, book)
@@ -223,7 +228,9 @@ class _Cleaning:
         summary.changed, summary.dropped = dict(book.changes), dict(book.drops)
         summary.edits = {edit.name: dict(edit.counts) for edit in done.edits if edit.counts}
 
-    def _check_end(self, number: int, selection: Selection, summary: Summary, book: _Book) -> None:
+    def _check_end(
+        self, number: int, selection: Selection, summary: CleaningSummary, book: _ChangeLog
+    ) -> None:
         """Refuse a source that is another than before, and a cleaning that leaves nothing."""
         if len(selection) not in (0, number):
             raise LuthierError(f"{self.source} changed while it was read; nothing was written")
@@ -231,14 +238,14 @@ class _Cleaning:
             went = ", ".join(f"{rule} {count:,}" for rule, count in book.drops.items())
             raise RecipeError(f"no row would be left of {self.source} ({went}); drop less")
 
-    def _pass(self) -> Pass:
-        return Pass(self.source, self.columns, self.setting, self.told)
+    def _pass(self) -> EditPass:
+        return EditPass(self.source, self.columns, self.setting, self.on_progress)
 
-    def _edited(self, done: Pass, book: _Book | None = None) -> Iterator[Edited]:
+    def _edited(self, done: EditPass, book: _ChangeLog | None = None) -> Iterator[EditedRow]:
         """Rows that are not left out; of those that are, the log is told."""
         bad: list[Problem] = []
         for each in done:
-            if isinstance(each, Edited):
+            if isinstance(each, EditedRow):
                 if not bad:
                     yield each
                 continue
@@ -259,8 +266,8 @@ class _Cleaning:
         return self.rules[why].about + (f" See {other}." if other else "")
 
 
-def _put(
-    each: Edited, piece: Piece, action: Callable[[Record], None], problems: list[Problem]
+def _try_record(
+    each: EditedRow, piece: RowDraft, action: Callable[[Record], None], problems: list[Problem]
 ) -> None:
     """Do something with the record of a piece; where it cannot be, that is noted."""
     try:
@@ -270,7 +277,7 @@ def _put(
         _refuse(problems, MOST_PROBLEMS)
 
 
-class _Book:
+class _ChangeLog:
     """The log, and the counts of it."""
 
     def __init__(self, log: BinaryIO | None) -> None:
@@ -279,7 +286,7 @@ class _Book:
         self.changes: Counter[str] = Counter()
         self.drops: Counter[str] = Counter()
 
-    def changed(self, each: Edited) -> None:
+    def changed(self, each: EditedRow) -> None:
         """A row that stays, with what the edits did."""
         self.kept += 1
         for name, detail in each.done:
@@ -293,8 +300,8 @@ class _Book:
 
     def _line(self, file: str, line: int, action: str, rule: str, detail: str) -> None:
         if self.log is not None:
-            told = {"file": file, "line": line, "action": action, "rule": rule, "detail": detail}
-            self.log.write((json.dumps(told, ensure_ascii=False) + "\n").encode())
+            entry = {"file": file, "line": line, "action": action, "rule": rule, "detail": detail}
+            self.log.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
 
 
 def _refuse(problems: Sequence[Problem], count: int = 1) -> None:
@@ -307,7 +314,7 @@ def _kind(target: Path) -> str:
 
 
 def _check_target(target: Path, sources: Sequence[Source], overwrite: bool) -> None:
-    written = (target, changes_of(target), summary_of(target))
+    written = (target, changes_path(target), summary_path(target))
     for source in sources:
         if Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
             raise RecipeError(
@@ -323,64 +330,64 @@ def _check_target(target: Path, sources: Sequence[Source], overwrite: bool) -> N
             raise RecipeError(f"{path} is there already; --overwrite replaces it")
 
 
-def _rows_of(source: Source) -> Callable[[], Iterable[Row]]:
+def _rows_reader(source: Source) -> Callable[[], Iterable[Row]]:
     """Held-out rows; :class:`DataError` where one cannot be read."""
 
     def rows() -> Iterator[Row]:
-        reader = RowReader(source, None, Streaming)
+        reader = RowReader(source, None, StreamChecker)
         yield from reader
         _refuse(reader.problems)
 
     return rows
 
 
-def _known(plan: Plan, say: Callable[[str], None]) -> Known:
+def _load_context(plan: CleaningPlan, on_stage: Callable[[str], None]) -> CheckContext:
     if plan.base is None:
-        return Known()
+        return CheckContext()
     from dataclasses import replace
 
-    from luthier.gate.inspect import known_of
+    from luthier.gate.inspect import load_context
 
-    return replace(known_of(plan.base, plan.objective, 0, say), every=True)
+    return replace(load_context(plan.base, plan.objective, 0, on_stage), every=True)
 
 
 @dataclass(frozen=True)
-class Edited:
+class EditedRow:
     """A row that was read, and what the edits made of it."""
 
     row: Row
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RowDraft, ...]
     done: tuple[tuple[str, str], ...]
     """Edits that did something, and what, in words."""
     given: Record
     reader: RowReader
 
-    def record(self, piece: Piece) -> Record:
+    def record(self, piece: RowDraft) -> Record:
         """What is written of ``piece``; :class:`RowRefused` where its form cannot say it."""
-        return record_of(piece, self.row, self.given, self.reader.checker.form)
+        return write_back(piece, self.row, self.given, self.reader.checker.form)
 
 
-class Pass:
+class EditPass:
     """Rows of the source in order, and before each what could not be read on the way to it."""
 
     def __init__(
         self,
         source: Source,
         columns: Columns | None,
-        setting: Setting,
-        told: Callable[[int, int], None] | None = None,
+        setting: EditContext,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         # A text that is a file is one row: a telephone number may stand across any cut.
-        self.reader = RowReader(source, columns, Streaming, whole=True, told=told)
+        self.reader = RowReader(source, columns, StreamChecker, whole=True, told=on_progress)
         self.edits: list[Edit] = edits_for(setting)
         self.refused: list[Problem] = []
         """What no edit could mend."""
 
-    def __iter__(self) -> Iterator[Edited | list[Problem]]:
+    def __iter__(self) -> Iterator[EditedRow | list[Problem]]:
         for row in self.reader:
             bad: list[Problem] = []
             before: list[Problem] = []
-            for problem in self._taken():
+            for problem in self._take_problems():
                 same = (problem.file, problem.line) == (row.file, row.line)
                 (bad if same else before).append(problem)
             yield from _by_line(before)
@@ -391,16 +398,16 @@ class Pass:
                 yield self._edited(row)
             except RowRefused as error:
                 self.refused.append(error.at(row.file, row.line))
-        yield from _by_line(self._taken())
+        yield from _by_line(self._take_problems())
 
-    def _taken(self) -> list[Problem]:
+    def _take_problems(self) -> list[Problem]:
         problems = list(self.reader.problems)
         self.reader.problems.clear()
         return problems
 
-    def _edited(self, row: Row) -> Edited:
+    def _edited(self, row: Row) -> EditedRow:
         given = self.reader.checker.given
-        pieces = [Piece(row, further_of(row, given, self.reader.checker.form))]
+        pieces = [RowDraft(row, extra_keys(row, given, self.reader.checker.form))]
         done = []
         for edit in self.edits:
             results = [edit.apply(piece) for piece in pieces]
@@ -408,7 +415,7 @@ class Pass:
             if words:
                 pieces = [piece for made, _ in results for piece in made]
                 done.append((edit.name, "; ".join(words)))
-        return Edited(row, tuple(pieces), tuple(done), given, self.reader)
+        return EditedRow(row, tuple(pieces), tuple(done), given, self.reader)
 
 
 def _by_line(problems: list[Problem]) -> Iterator[list[Problem]]:
@@ -432,22 +439,22 @@ _BACK: Mapping[str, str] = {
 """The target that writes a form; others can only have their texts replaced."""
 
 
-def further_of(row: Row, given: Record, form: Form | None) -> Record:
+def extra_keys(row: Row, given: Record, form: Form | None) -> Record:
     """Keys that stand beside what the row was made of."""
     used = used_keys(row, form)
     return {key: value for key, value in given.items() if key not in used}
 
 
-def record_of(piece: Piece, row: Row, given: Record, form: Form | None) -> Record:
+def write_back(piece: RowDraft, row: Row, given: Record, form: Form | None) -> Record:
     """The record of ``piece``, which was made of ``row``, which was read from ``given``.
 
     Raises:
         RowRefused: where the form cannot say what became of the row.
     """
     if piece.row == row:
-        return _beside(given, piece)
-    for made in (_replaced(piece, row, given), _anew(piece, given, form)):
-        if made is not None and _reads(made, piece.row):
+        return _with_extra_keys(given, piece)
+    for made in (_replace_texts(piece, row, given), _rebuild(piece, given, form)):
+        if made is not None and _reads_as(made, piece.row):
             return made
     name = form.name if form else "its own"
     raise RowRefused(
@@ -457,18 +464,18 @@ def record_of(piece: Piece, row: Row, given: Record, form: Form | None) -> Recor
     )
 
 
-def _beside(given: Record, piece: Piece) -> Record:
+def _with_extra_keys(given: Record, piece: RowDraft) -> Record:
     return {key: piece.further.get(key, value) for key, value in given.items()}
 
 
-def _replaced(piece: Piece, row: Row, given: Record) -> Record:
+def _replace_texts(piece: RowDraft, row: Row, given: Record) -> Record:
     """The record as it was, with the new texts in the places of the old ones."""
     new = {text.field: text.content for text in texts(piece.row)}
     changed = {text.content: new[text.field] for text in texts(row) if text.field in new}
     made = {
         key: piece.further[key]
         if key in piece.further
-        else mapped(value, lambda text: changed.get(text, text))
+        else map_texts(value, lambda text: changed.get(text, text))
         for key, value in given.items()
     }
     if piece.row.tokens is not None:
@@ -478,7 +485,7 @@ def _replaced(piece: Piece, row: Row, given: Record) -> Record:
     return made
 
 
-def _anew(piece: Piece, given: Record, form: Form | None) -> Record | None:
+def _rebuild(piece: RowDraft, given: Record, form: Form | None) -> Record | None:
     if form is not None and form.name not in _BACK:
         return None
     target = _BACK[form.name] if form else "openai" if "preferred_output" in given else "rows"
@@ -489,7 +496,7 @@ def _anew(piece: Piece, given: Record, form: Form | None) -> Record | None:
     return made if piece.further.keys() & made.keys() else {**made, **piece.further}
 
 
-def _reads(record: Record, row: Row) -> bool:
+def _reads_as(record: Record, row: Row) -> bool:
     """Whether the record is read as the row; ids are no part of it."""
     problems: list[Problem] = []
     read = Checker(row.file, problems).row(row.line, record)

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from luthier.errors import RecipeError
-from luthier.gate.check import Known
+from luthier.gate.check import CheckContext
 from luthier.gate.checks import CHECKS, all_rules, checks_for
 from luthier.gate.pii import KINDS
 from luthier.gate.rules import READING_RULES
@@ -30,7 +30,7 @@ _COPIES: Mapping[str | None, tuple[str, ...]] = {
 LEAKAGE = "leakage."
 
 
-class Plan(Part):
+class CleaningPlan(Part):
     """Fixes; each is off until it is asked for."""
 
     strip: bool = False
@@ -59,10 +59,10 @@ class Plan(Part):
     """What is to be learned; the rows decide where it is not given."""
 
     @staticmethod
-    def of(fields: Mapping[str, Any]) -> Plan:
+    def of(fields: Mapping[str, Any]) -> CleaningPlan:
         """A plan from plain values; :class:`RecipeError` names each bad field."""
         try:
-            return Plan.model_validate(fields)
+            return CleaningPlan.model_validate(fields)
         except ValidationError as error:
             found = error.errors()
         lines = []
@@ -71,7 +71,7 @@ class Plan(Part):
             where = str(item["loc"][0]).replace("_", "-") if item["loc"] else ""
             what = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
-                what = f"there is no such field; there are {', '.join(Plan.model_fields)}"
+                what = f"there is no such field; there are {', '.join(CleaningPlan.model_fields)}"
             lines.append(f"{where}: {what}" if where else what)
         raise RecipeError("; ".join(dict.fromkeys(lines)))
 
@@ -97,7 +97,7 @@ class Plan(Part):
         for name, wanted in (("split_long", self.split_long), ("truncate", self.truncate)):
             if wanted:
                 raise ValueError(f"{name}: say for which model, with --base ID")
-        _, left_out = checks_for(Known())
+        _, left_out = checks_for(CheckContext())
         for name in left_out:
             for rule in CHECKS[name].rules:
                 if rule.id in self.dropped:
@@ -127,10 +127,10 @@ class Plan(Part):
         return any(rule.startswith(LEAKAGE) for rule in self.dropped)
 
     def _rules(self) -> list[str]:
-        return list(dict.fromkeys(rule for name in self.drop for rule in _named(name)))
+        return list(dict.fromkeys(rule for name in self.drop for rule in _rules_named(name)))
 
 
-def _named(name: str) -> list[str]:
+def _rules_named(name: str) -> list[str]:
     """The rules that ``name`` means: one, all that begin so, or all of reading."""
     rules = all_rules()
     if name == UNREADABLE:
@@ -153,7 +153,7 @@ def _named(name: str) -> list[str]:
     raise ValueError(f"drop: there is no rule {name!r}; {hint}")
 
 
-def key_of(plan: Plan, environment: Mapping[str, str]) -> bytes | None:
+def pseudonym_key(plan: CleaningPlan, environment: Mapping[str, str]) -> bytes | None:
     """The key of pseudonyms; :class:`RecipeError` where it is absent or too short."""
     if plan.redact_key_env is None:
         return None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from luthier.types import IntArray
 
-LIMIT = 4 << 20
+MEMORY_LIMIT = 4 << 20
 """Bytes of all columns of a table that stay in memory."""
 CHUNK = 1 << 20
 """Numbers of a column that are read at once."""
@@ -94,10 +94,10 @@ class Column:
             yield os.pread(handle, count, start)
 
 
-class Table:
+class ColumnStore:
     """Columns that go to disk together when they have grown beyond ``limit`` bytes."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
+    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self.limit = limit
         self._columns: dict[str, Column] = {}
         self._held = 0
@@ -129,7 +129,7 @@ Chunks = Callable[[], Iterator[tuple[NDArray[Any], ...]]]
 """Columns side by side in pieces, as often as they are asked for."""
 
 
-def parts_of(
+def partition(
     chunks: Chunks, total: int, size: int = PART
 ) -> Iterator[tuple[IntArray, list[NDArray[Any]]]]:
     """Rows in parts of about ``size``: those with the same value of the first column are in one.

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from luthier.data.chat import ChatFormat
 from luthier.data.parsing import Record
 from luthier.errors import RecipeError, RowRefused
-from luthier.gate.check import Batch, Known
-from luthier.gate.checks.encoding import hidden
+from luthier.gate.check import Batch, CheckContext
+from luthier.gate.checks.encoding import remove_hidden
 from luthier.gate.checks.learning import Learning
 from luthier.gate.pii import KINDS, Finder, Kind, Span
 from luthier.gate.rules import TOO_LONG
@@ -27,11 +27,11 @@ from luthier.gate.texts import Text, texts
 from luthier.types import Message, Row
 
 if TYPE_CHECKING:
-    from luthier.gate.clean_plan import Plan
+    from luthier.gate.clean_plan import CleaningPlan
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowDraft:
     """A row on its way, with the keys that stand beside its form."""
 
     row: Row
@@ -39,11 +39,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Setting:
+class EditContext:
     """What edits are made from."""
 
-    plan: Plan
-    known: Known
+    plan: CleaningPlan
+    known: CheckContext
     """The model that rows are to fit, where there is one."""
     key: bytes | None = field(default=None, repr=False)
     """Key of pseudonyms."""
@@ -64,11 +64,11 @@ class Edit(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, setting: Setting) -> Self:
+    def of(cls, setting: EditContext) -> Self:
         """The edit as the plan asks for it."""
 
     @abstractmethod
-    def apply(self, piece: Piece) -> tuple[list[Piece], str]:
+    def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
         """What becomes of ``piece``, and in words what was done; an empty text where nothing was.
 
         The words hold nothing of the row's texts.
@@ -96,14 +96,14 @@ def with_texts(row: Row, new: Mapping[str, str]) -> Row:
     return replace(row, **changed)
 
 
-def mapped(value: Any, change: Callable[[str], str]) -> Any:
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
     """A JSON value with every text in it changed; keys of objects stay."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
-        return [mapped(each, change) for each in value]
+        return [map_texts(each, change) for each in value]
     if isinstance(value, dict):
-        return {key: mapped(each, change) for key, each in value.items()}
+        return {key: map_texts(each, change) for key, each in value.items()}
     return value
 
 
@@ -121,30 +121,32 @@ class Strip(Edit):
     name: ClassVar[str] = "strip"
 
     @classmethod
-    def of(cls, setting: Setting) -> Self:
+    def of(cls, setting: EditContext) -> Self:
         """There is nothing to choose."""
         return cls()
 
-    def apply(self, piece: Piece) -> tuple[list[Piece], str]:
+    def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
         """Mend every text."""
         row, done = piece.row, Counter[str]()
         new = {}
         for text in texts(row):
             if text.field != "tokens":
-                mended = _mended(text.content, done)
+                mended = _strip_text(text.content, done)
                 if mended != text.content:
                     new[text.field] = mended
         changed = with_texts(row, new) if new else row
         if row.tokens is not None:
-            changed = replace(changed, tokens=tuple(_mended(token, done) for token in row.tokens))
+            changed = replace(
+                changed, tokens=tuple(_strip_text(token, done) for token in row.tokens)
+            )
         if not done:
             return [piece], ""
         self.counts += done
         words = ", ".join(f"{count} {what}" for what, count in done.items())
-        return [Piece(changed, piece.further)], words
+        return [RowDraft(changed, piece.further)], words
 
 
-def _mended(text: str, done: Counter[str]) -> str:
+def _strip_text(text: str, done: Counter[str]) -> str:
     """The text mended until nothing is left to mend: what is removed may bring marks together."""
     if text.isascii() and text.isprintable():
         return text
@@ -155,7 +157,7 @@ def _mended(text: str, done: Counter[str]) -> str:
         if lines := mended.count("\r\n"):
             mended = mended.replace("\r\n", "\n")
             found[LINE_ENDS] += lines
-        mended, removed = hidden(mended)
+        mended, removed = remove_hidden(mended)
         if removed:
             found[CHARACTERS] += removed
         if not unicodedata.is_normalized("NFC", mended):
@@ -309,17 +311,17 @@ class Redact(Edit):
         self.redactor = redactor
 
     @classmethod
-    def of(cls, setting: Setting) -> Self:
+    def of(cls, setting: EditContext) -> Self:
         """With the kinds and the key of the plan."""
         chosen = setting.plan.redact
         kinds = tuple(kind for kind in KINDS if "all" in chosen or kind in chosen)
         return cls(Redactor(Finder(kinds), setting.key))
 
-    def apply(self, piece: Piece) -> tuple[list[Piece], str]:
+    def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
         """Redact the texts, and every text under further keys: a new data set is passed on whole."""
         before = Counter(self.redactor.counts)
         row, changes = self.redactor.redact(piece.row)
-        further = mapped(piece.further, self.redactor.text)
+        further = map_texts(piece.further, self.redactor.text)
         new = self.redactor.counts - before
         if not new:
             return [piece], ""
@@ -327,7 +329,7 @@ class Redact(Edit):
         said = [f"{change.field}: {change.pseudonym}" for change in changes]
         if further != piece.further:
             said.append(f"{sum(new.values()) - len(changes)} in further keys")
-        return [Piece(row, further)], ", ".join(said)
+        return [RowDraft(row, further)], ", ".join(said)
 
 
 _MOST_CHARACTERS = 64
@@ -354,14 +356,14 @@ class Truncate(Edit):
         self.side, self.judge, self.strict = side, judge, strict
 
     @classmethod
-    def of(cls, setting: Setting) -> Self:
+    def of(cls, setting: EditContext) -> Self:
         """For the model; rows that cannot be cut are left where they will be dropped."""
         side = setting.plan.truncate
         assert side is not None
         strict = TOO_LONG.id not in setting.plan.dropped
         return cls(side, _judge(setting), strict)
 
-    def apply(self, piece: Piece) -> tuple[list[Piece], str]:
+    def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
         """Cut the row where it is too long, by as little as makes it fit."""
         row = piece.row
         if _surely_fits(row, self.judge.context):
@@ -379,7 +381,7 @@ class Truncate(Edit):
             raise RowRefused(TOO_LONG.id, message, "Cut the other side, or --drop row.too_long.")
         lost = before - self._length(cut)[1]
         self.counts[LOST] += lost
-        return [Piece(cut, piece.further)], f"{lost} tokens cut at the {self.side}"
+        return [RowDraft(cut, piece.further)], f"{lost} tokens cut at the {self.side}"
 
     def _length(self, row: Row) -> tuple[bool, int]:
         """Whether the row fits as the gate judges it, and its tokens."""
@@ -432,12 +434,12 @@ class SplitLong(Edit):
         self.chat, self.context = chat, context
 
     @classmethod
-    def of(cls, setting: Setting) -> Self:
+    def of(cls, setting: EditContext) -> Self:
         """For the model."""
         assert setting.known.chat is not None
         return cls(setting.known.chat, setting.known.context)
 
-    def apply(self, piece: Piece) -> tuple[list[Piece], str]:
+    def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
         """Split a raw text; ids of the parts get a number behind them, as ids must differ."""
         row, text = piece.row, piece.row.text
         labelled = (row.label, row.rating, row.positive, row.tags)
@@ -448,7 +450,7 @@ class SplitLong(Edit):
             return [piece], ""
         self.counts[MADE] += len(parts)
         pieces = [
-            Piece(replace(row, text=part), _numbered(piece.further, number))
+            RowDraft(replace(row, text=part), _number_id(piece.further, number))
             for number, part in enumerate(parts, 1)
         ]
         return pieces, f"split into {len(parts)} rows"
@@ -489,11 +491,11 @@ class SplitLong(Edit):
         return limit
 
 
-def _numbered(further: dict[str, Any], number: int) -> dict[str, Any]:
+def _number_id(further: dict[str, Any], number: int) -> dict[str, Any]:
     return {**further, "id": f"{further['id']}#{number}"} if "id" in further else further
 
 
-def _judge(setting: Setting) -> Learning:
+def _judge(setting: EditContext) -> Learning:
     known = setting.known
     assert known.chat is not None
     return Learning(known.objective, known.chat, known.context, 0, every=True)
@@ -525,6 +527,6 @@ EDITS: Mapping[str, type[Edit]] = {kind.name: kind for kind in _KINDS}
 """By name. Hidden characters go first, as they may stand inside an address or a number."""
 
 
-def edits_for(setting: Setting) -> list[Edit]:
+def edits_for(setting: EditContext) -> list[Edit]:
     """New edits as the plan asks for them."""
     return [kind.of(setting) for name, kind in EDITS.items() if name in setting.plan.edits]

@@ -15,9 +15,9 @@ from luthier.data.chat import ChatFormat
 from luthier.data.rows import Columns, RowReader
 from luthier.data.sources import Source, files_of
 from luthier.errors import DataError, DownloadError, RefusedInput
-from luthier.gate.check import Known, Split
+from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import BASE_MISSING, checks_for
-from luthier.gate.policy import Policy, policy_of, read_policy
+from luthier.gate.policy import Policy, parse_policy, read_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
 from luthier.gate.scan import LARGE, Progress, inspect_rows, inspect_sources
@@ -62,7 +62,7 @@ def default_base(
 
 
 @dataclass(frozen=True)
-class Request:
+class InspectionRequest:
     """What is to be inspected, and how."""
 
     data: Source
@@ -93,12 +93,12 @@ class Request:
     def decided(self) -> Policy:
         """The policy, with what was said beside it."""
         file = read_policy(self.policy) if self.policy else Policy()
-        return file.and_then(policy_of(self.severity, self.skip))
+        return file.and_then(parse_policy(self.severity, self.skip))
 
 
 def inspect(
-    request: Request,
-    say: Callable[[str], None] = lambda text: None,
+    request: InspectionRequest,
+    on_stage: Callable[[str], None] = lambda text: None,
     progress: Callable[[Progress], None] = lambda _: None,
     processes: int = 1,
 ) -> Report:
@@ -113,13 +113,13 @@ def inspect(
         UnknownModel, DownloadError: for another base model that is not here.
     """
     decided = request.decided
-    known, missing, base = Known(shown=request.shown), "", request.base
+    known, missing, base = CheckContext(shown=request.shown), "", request.base
     if base == AUTO:
-        base = default_base(request.data, request.columns, objective_of(request.objective))[0]
+        base = default_base(request.data, request.columns, parse_objective(request.objective))[0]
     if base is not None:
         try:
-            apart = processes > 1 and large(request.sources.values())
-            known = known_of(base, request.objective, request.shown, say, apart)
+            apart = processes > 1 and is_large(request.sources.values())
+            known = load_context(base, request.objective, request.shown, on_stage, apart)
         except DownloadError as error:
             if request.base not in (AUTO, DEFAULT_BASE):
                 raise
@@ -133,33 +133,33 @@ def inspect(
     return replace(report, base=base if known.chat else None, left_out=left_out)
 
 
-def objective_of(objective: str | Mapping[str, Any] | None) -> Objective | None:
+def parse_objective(objective: str | Mapping[str, Any] | None) -> Objective | None:
     """The objective of a name, or of a table of ``method`` and fields."""
     fields: dict[str, Any] = {"data": {"train": "-"}}
     return Recipe.parse(fields | ({"objective": objective} if objective else {})).objective
 
 
-def known_of(
+def load_context(
     base: str,
     objective: str | Mapping[str, Any] | None = None,
     shown: int = 5,
-    say: Callable[[str], None] = lambda text: None,
+    on_stage: Callable[[str], None] = lambda text: None,
     apart: bool = False,
-) -> Known:
+) -> CheckContext:
     """Format, room and objective of a base model, which is fetched where it is not here.
 
-    With ``apart`` another process loads the tokenizer; see :func:`format_of`.
+    With ``apart`` another process loads the tokenizer; see :func:`load_format`.
     """
-    wanted = objective_of(objective)
+    wanted = parse_objective(objective)
     from luthier.store import models as store
 
-    chat, room = format_of(store.find(base, say), apart)
+    chat, room = load_format(store.find(base, on_stage), apart)
     if wanted is not None:
         wanted.check(chat)
-    return Known(chat, wanted, room, shown)
+    return CheckContext(chat, wanted, room, shown)
 
 
-def large(sources: Iterable[Source]) -> bool:
+def is_large(sources: Iterable[Source]) -> bool:
     """Whether other processes pay for their start; what names nothing is said when it is read."""
     size = 0
     for source in sources:
@@ -168,7 +168,7 @@ def large(sources: Iterable[Source]) -> bool:
     return size > LARGE
 
 
-def format_of(model: StoredModel, apart: bool = False) -> tuple[ChatFormat, int]:
+def load_format(model: StoredModel, apart: bool = False) -> tuple[ChatFormat, int]:
     """How ``model`` reads rows, and the tokens that a row may have.
 
     With ``apart`` a process of its own loads it: the libraries that do take 300 MB, which would stay as
@@ -178,19 +178,19 @@ def format_of(model: StoredModel, apart: bool = False) -> tuple[ChatFormat, int]
         UnknownModel, RecipeError: for a model that cannot be used.
     """
     if not apart:
-        return _load(model)
+        return _load_format(model)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        packed = pool.submit(_packed, model).result()
+        packed = pool.submit(_pickle_format, model).result()
     # Only now, as both would be in memory while that process ends.
     found: tuple[ChatFormat, int] = pickle.loads(packed)  # noqa: S301 - what our own child has just made
     return found
 
 
-def _packed(model: StoredModel) -> bytes:
-    return pickle.dumps(_load(model))
+def _pickle_format(model: StoredModel) -> bytes:
+    return pickle.dumps(_load_format(model))
 
 
-def _load(model: StoredModel) -> tuple[ChatFormat, int]:
+def _load_format(model: StoredModel) -> tuple[ChatFormat, int]:
     from luthier.store import models as store
 
     return store.chat_format(model), store.room_of(model)
@@ -208,8 +208,8 @@ def inspect_job(
         RecipeError: for a policy or severity that cannot be.
     """
     file = read_policy(spec.policy) if spec.policy else Policy()
-    decided = file.and_then(policy_of(spec.severity or {}))
-    checks, left_out = checks_for(Known(chat, objective), decided.skip, in_jobs=True)
+    decided = file.and_then(parse_policy(spec.severity or {}))
+    checks, left_out = checks_for(CheckContext(chat, objective), decided.skip, in_jobs=True)
     report = inspect_rows(splits, checks, decided.severity)
     report.left_out = left_out
     return report

@@ -22,7 +22,7 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from luthier.gate.columns import LIMIT, Table
+from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.types import FloatArray, IntArray
 
 Words = NDArray[np.uint32]
@@ -32,10 +32,10 @@ LENGTH = 5
 BANDS, ROWS = 14, 6
 """Texts with a Jaccard similarity of 0.8 agree in a band with probability 1 - (1 - 0.8^6)^14 = 0.986,
 and at 0.3 with 0.01."""
-KEPT = 256
+SKETCH_SIZE = 256
 """Smallest hashes kept of a set. A set of no more is kept whole, so that similarity is exact; of a
 larger one it is estimated with a standard error of at most 0.031 (0.025 at 0.8)."""
-COMMON = 0.5
+COMMON_SHARE = 0.5
 """Share of the texts that hold a shingle of what they all are written in (a prompt's wording)."""
 
 _APOSTROPHES = regex.compile("['’ʼ]")
@@ -48,7 +48,7 @@ _FACTORS = _rng.integers(0, 1 << 32, BANDS * ROWS, dtype=np.uint32) | np.uint32(
 _FLIPS = _rng.integers(0, 1 << 32, BANDS * ROWS, dtype=np.uint32)
 
 
-def normal(text: str) -> str:
+def normalize(text: str) -> str:
     """``text`` without regard to case, width, composition of accents, punctuation and white space.
 
     Short texts lose most of their shingles to a comma: without this, 11 of the 29 test texts of
@@ -73,13 +73,13 @@ class Sketches:
     hashes_M: Words
     """The smallest hashes of each text's shingles in ascending order, one text after the other."""
     counts_N: NDArray[np.uint16]
-    """How many of ``hashes_M`` belong to each text, at most :data:`KEPT`."""
+    """How many of ``hashes_M`` belong to each text, at most :data:`SKETCH_SIZE`."""
     whole_N: NDArray[np.bool_]
     """Whether these are all shingles of the text."""
 
 
 def sketch(texts: Sequence[str], common: Words | None = None, share: float = 1.0) -> Sketches:
-    """Sketches of :func:`normal` texts, shingles in ``common`` (sorted) left out.
+    """Sketches of :func:`normalize`d texts, shingles in ``common`` (sorted) left out.
 
     A text shorter than a shingle is one shingle, so that "yes" resembles nothing but itself. A text of
     common shingles only keeps them. With a ``share`` below 1 so many of the texts are kept, drawn by
@@ -88,10 +88,10 @@ def sketch(texts: Sequence[str], common: Words | None = None, share: float = 1.0
     """
     hashes_S, counts_N = _shingles(texts)
     if common is not None and len(common):
-        hashes_S, counts_N = _without(hashes_S, counts_N, common)
+        hashes_S, counts_N = _remove_common(hashes_S, counts_N, common)
     rows_N = np.arange(len(texts))
     if share < 1 and len(texts):
-        drawn_N = _drawn(hashes_S, counts_N) < share
+        drawn_N = _draw(hashes_S, counts_N) < share
         hashes_S = hashes_S[np.repeat(drawn_N, counts_N)]
         rows_N, counts_N = rows_N[drawn_N], counts_N[drawn_N]
     starts_N = np.cumsum(counts_N) - counts_N
@@ -112,8 +112,8 @@ def common_shingles(texts: Sequence[str]) -> Words:
     hashes_S, counts_N = _shingles(different)
     distinct_S = _distinct(hashes_S, counts_N)[1]
     values, held = np.unique(distinct_S, return_counts=True)
-    found = values[held > COMMON * len(different)]
-    share = held[held > COMMON * len(different)].sum() / len(distinct_S)
+    found = values[held > COMMON_SHARE * len(different)]
+    share = held[held > COMMON_SHARE * len(different)].sum() / len(distinct_S)
     return found if share >= 0.25 else nothing
 
 
@@ -137,7 +137,7 @@ def similarity(
     return found
 
 
-def padded(hashes_M: Words, counts_N: Any) -> Words:
+def pad(hashes_M: Words, counts_N: Any) -> Words:
     """Ragged sketches as ``[N, K]``, filled with the hash that no shingle has."""
     counts_N = counts_N.astype(np.int64)
     width = int(counts_N.max(initial=1))
@@ -156,16 +156,16 @@ def _shingles(texts: Sequence[str]) -> tuple[Words, IntArray]:
     firsts_N = np.cumsum(counts_N) - counts_N
     starts_N = np.cumsum(lengths_N) - lengths_N
     at_S = np.arange(counts_N.sum()) + np.repeat(starts_N - firsts_N, counts_N)
-    rolled = _rolled(points, LENGTH)
+    rolled = _roll(points, LENGTH)
     hashes_S = rolled[at_S]
     for row in np.flatnonzero(lengths_N < LENGTH):
         start, length = int(starts_N[row]), int(lengths_N[row])
         whole = np.concatenate([points[start : start + length], np.zeros(LENGTH - length)])
-        hashes_S[firsts_N[row]] = _rolled(whole.astype(np.uint32), LENGTH)[0]
+        hashes_S[firsts_N[row]] = _roll(whole.astype(np.uint32), LENGTH)[0]
     return hashes_S, counts_N
 
 
-def _rolled(points: Words, length: int) -> Words:
+def _roll(points: Words, length: int) -> Words:
     """Hash of each run of ``length`` characters."""
     size = len(points) - length + 1
     found = points[:size].astype(np.uint64)
@@ -195,7 +195,7 @@ def _bands(hashes_S: Words, starts_N: IntArray) -> Words:
     return bands_NB
 
 
-def _drawn(hashes_S: Words, counts_N: IntArray) -> FloatArray:
+def _draw(hashes_S: Words, counts_N: IntArray) -> FloatArray:
     """Where each text is drawn, from 0 to 1, by its least shingles under two orders of their own.
 
     One alone is the same for a third of all word problems ("how many"), which would come or go as one.
@@ -220,15 +220,15 @@ def _distinct(hashes_S: Words, counts_N: IntArray) -> tuple[IntArray, Words]:
 def _smallest(
     hashes_S: Words, counts_N: IntArray
 ) -> tuple[Words, NDArray[np.uint16], NDArray[np.bool_]]:
-    """The :data:`KEPT` smallest distinct hashes of each text."""
+    """The :data:`SKETCH_SIZE` smallest distinct hashes of each text."""
     # Most hashes of a long text are too large to be among them; only the others are sorted.
-    share_N = np.minimum(3 * KEPT / np.maximum(counts_N, 1), 1.0)
+    share_N = np.minimum(3 * SKETCH_SIZE / np.maximum(counts_N, 1), 1.0)
     limits_N = (share_N * 0xFFFFFFFF).astype(np.uint32)
     near_S = hashes_S <= np.repeat(limits_N, counts_N)
     near_N = np.add.reduceat(near_S, np.cumsum(counts_N) - counts_N) if len(counts_N) else counts_N
     texts_M, hashes_M = _distinct(hashes_S[near_S], near_N)
     found_N = np.bincount(texts_M, minlength=len(counts_N))
-    short_N = (found_N <= KEPT) & (share_N < 1)  # long texts of few different shingles
+    short_N = (found_N <= SKETCH_SIZE) & (share_N < 1)  # long texts of few different shingles
     if short_N.any():
         rows = np.flatnonzero(short_N)
         mask_S = np.repeat(short_N, counts_N)
@@ -240,12 +240,12 @@ def _smallest(
         texts_M, hashes_M = texts_M[order], hashes_M[order]
         found_N = np.bincount(texts_M, minlength=len(counts_N))
     firsts_N = np.cumsum(found_N) - found_N
-    kept_M = np.arange(len(texts_M)) - firsts_N[texts_M] < KEPT
-    counts = np.minimum(found_N, KEPT).astype(np.uint16)
-    return hashes_M[kept_M], counts, found_N <= KEPT
+    kept_M = np.arange(len(texts_M)) - firsts_N[texts_M] < SKETCH_SIZE
+    counts = np.minimum(found_N, SKETCH_SIZE).astype(np.uint16)
+    return hashes_M[kept_M], counts, found_N <= SKETCH_SIZE
 
 
-def _without(hashes_S: Words, counts_N: IntArray, common: Words) -> tuple[Words, IntArray]:
+def _remove_common(hashes_S: Words, counts_N: IntArray, common: Words) -> tuple[Words, IntArray]:
     """Shingles that are not common, and all of a text that has no others."""
     low = np.zeros(1 << 16, np.bool_)
     low[common & np.uint32(0xFFFF)] = True
@@ -291,10 +291,10 @@ class Groups:
 
     def members(self) -> Iterator[IntArray]:
         """Rows of each group of two or more, in ascending order, by their first rows."""
-        return runs(self.roots_N)
+        return rows_by_value(self.roots_N)
 
 
-def runs(keys_N: Any) -> Iterator[IntArray]:
+def rows_by_value(keys_N: Any) -> Iterator[IntArray]:
     """Row numbers of each value that occurs more than once, ascending, in the order of the first."""
     order = np.argsort(keys_N, kind="stable")
     sorted_N = keys_N[order]
@@ -309,7 +309,7 @@ def runs(keys_N: Any) -> Iterator[IntArray]:
         yield order[start:end]
 
 
-def firsts(keys_N: Any) -> IntArray:
+def first_rows(keys_N: Any) -> IntArray:
     """``[N]`` number of the first row with the same key as each."""
     order = np.argsort(keys_N, kind="stable")
     sorted_N = keys_N[order]
@@ -319,7 +319,7 @@ def firsts(keys_N: Any) -> IntArray:
     return found
 
 
-LEAST = 0.8
+LEAST_SIMILARITY = 0.8
 """Jaccard similarity from which texts are near-duplicates."""
 MARGIN = 0.01
 """By how much an estimate may fall short: less than half its standard error of 0.025."""
@@ -328,14 +328,14 @@ NEIGHBOURS = 8
 CHUNK = 4096
 """Pairs compared at once."""
 
-Pairs = Callable[[Any, Any], Any]
+PairFilter = Callable[[Any, Any], Any]
 
 
-class Near:
+class NearDuplicates:
     """Sketches of rows, appended in order, and the pairs of rows that are alike."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._table = Table(limit)
+    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
+        self._table = ColumnStore(limit)
         self.rows = 0
 
     def add(self, sketches: Sketches) -> None:
@@ -348,7 +348,7 @@ class Near:
         append("whole", sketches.whole_N)
         self.rows += len(sketches.counts_N)
 
-    def find(self, keys_N: Any, wanted: Pairs, found: Callable[[Any, Any], None]) -> None:
+    def find(self, keys_N: Any, wanted: PairFilter, found: Callable[[Any, Any], None]) -> None:
         """Call ``found(first_P, second_P)`` with pairs of rows that are alike, in batches.
 
         Rows with the same key of ``keys_N`` (of the text, and of what else must differ for two rows to
@@ -361,7 +361,7 @@ class Near:
         self._counts_N = self._table.read("counts")
         self._whole_N = self._table.read("whole")
         self._starts_N = np.cumsum(self._counts_N, dtype=np.int64) - self._counts_N
-        alone = np.flatnonzero(firsts(keys_N) == np.arange(self.rows))
+        alone = np.flatnonzero(first_rows(keys_N) == np.arange(self.rows))
         # By key, so that what is found does not depend on the order of rows.
         alone = alone[np.argsort(keys_N[alone])]
         for first_P, second_P in self._proposed(alone):
@@ -401,7 +401,7 @@ class Near:
         """Whether the sizes allow it: sets of sizes a < b resemble each other by a/b at most."""
         a_P, b_P = self._counts_N[one_P].astype(np.float64), self._counts_N[other_P]
         exact_P = self._whole_N[one_P] & self._whole_N[other_P]
-        return ~exact_P | (np.minimum(a_P, b_P) >= LEAST * np.maximum(a_P, b_P))
+        return ~exact_P | (np.minimum(a_P, b_P) >= LEAST_SIMILARITY * np.maximum(a_P, b_P))
 
     def _alike(self, one_P: IntArray, other_P: IntArray) -> Any:
         """``[P]`` whether the sketches of each pair are similar enough."""
@@ -414,8 +414,10 @@ class Near:
             rows, places = np.unique(pairs_P2, return_inverse=True)
             counts = self._counts_N[rows].astype(np.int64)
             hashes = self._table["hashes"].gather(self._starts_N[rows], counts)
-            filled_RK, places = padded(hashes, counts), places.reshape(-1, 2)
+            filled_RK, places = pad(hashes, counts), places.reshape(-1, 2)
             whole_P2 = self._whole_N[pairs_P2]
             found_P = similarity(filled_RK[places[:, 0]], filled_RK[places[:, 1]], whole_P2)
-            alike_P[chunk] = found_P >= np.where(whole_P2.all(1), LEAST, LEAST - MARGIN)
+            alike_P[chunk] = found_P >= np.where(
+                whole_P2.all(1), LEAST_SIMILARITY, LEAST_SIMILARITY - MARGIN
+            )
         return alike_P

@@ -65,18 +65,18 @@ _NUMBERED = re.compile(
 )
 
 
-def numbered(text: str, start: int) -> bool:
+def is_order_number(text: str, start: int) -> bool:
     """Whether the words before ``start`` say that a number of an order or the like follows."""
     return _NUMBERED.search(text[max(0, start - 32) : start]) is not None
 
 
-def says(words: re.Pattern[str], text: str, start: int, before: int = 40) -> bool:
+def is_preceded_by(words: re.Pattern[str], text: str, start: int, before: int = 40) -> bool:
     """Whether one of ``words`` stands in the ``before`` characters before ``start``."""
     low = max(0, start - before)
     return words.search(text, max(low, text.rfind(SEPARATOR, low, start)), start) is not None
 
 
-def near(
+def matches_near(
     mark: str, pattern: re.Pattern[str], text: str, before: int, after: int
 ) -> Iterator[re.Match[str]]:
     """Matches of ``pattern`` around each ``mark``: searching a few characters only, not the text.
@@ -158,26 +158,26 @@ def secrets(text: str) -> Iterator[Span]:
     if "PRIVATE KEY" in text:
         for found in _PEM.finditer(text):
             if _BASE64.search(found["body"]):
-                yield Span(*found.span(), "private_key", _named(found["type"]), found[0])
+                yield Span(*found.span(), "private_key", _key_name(found["type"]), found[0])
     for name, mark, pattern in _API_KEYS:
-        for found in near(mark, pattern, text, 10 if mark == _BOT else 0, 512):
+        for found in matches_near(mark, pattern, text, 10 if mark == _BOT else 0, 512):
             group = "value" if "value" in pattern.groupindex else 0
             if not _MADE_UP.search(found[group]):
                 yield Span(*found.span(group), "api_key", name, found[group])
-    for found in near("eyJ", _JWT, text, 0, 8192):
+    for found in matches_near("eyJ", _JWT, text, 0, 8192):
         yield Span(*found.span(), "jwt", "JSON web token", found[0])
-    for found in near("://", _URL, text, 0, 512):
+    for found in matches_near("://", _URL, text, 0, 512):
         if not _MADE_UP.search(found["value"]) and not _is_variable(found["value"]):
             yield Span(*found.span("value"), "password", "password in a URL", found["value"])
-    yield from _assigned(text)
+    yield from _assigned_secrets(text)
 
 
-def _named(written: str) -> str:
+def _key_name(written: str) -> str:
     """``RSA PRIVATE KEY`` as people write it."""
     return written.replace("PRIVATE KEY", "private key").replace("OPENSSH", "OpenSSH")
 
 
-def _assigned(text: str) -> Iterator[Span]:
+def _assigned_secrets(text: str) -> Iterator[Span]:
     lower = text.replace("İ", "I").lower()  # The one letter that would become two.
     if not any(name in lower for name in _NAMES):
         return
@@ -317,7 +317,7 @@ def phones(text: str, low: int, high: int, regions: Sequence[str]) -> Iterator[S
         if _DATE.match(found[0].lstrip("(")):
             continue
         for start, written in _parts(found):
-            value = _judged(text, start, written, tuple(regions))
+            value = _phone_value(text, start, written, tuple(regions))
             if value:
                 yield Span(start, start + len(written), "phone", "telephone number", value)
                 break
@@ -337,19 +337,19 @@ def _parts(found: re.Match[str]) -> Iterator[tuple[int, str]]:
                 yield found.start() + start, written
 
 
-def _judged(text: str, start: int, written: str, regions: tuple[str, ...]) -> str | None:
+def _phone_value(text: str, start: int, written: str, regions: tuple[str, ...]) -> str | None:
     if written.count("(") != written.count(")"):
         return None
     if written.startswith(("+", "(+")):
         return _valid(written, None)
-    if numbered(text, start) or not _as_written(text, start, written):
+    if is_order_number(text, start) or not _as_written(text, start, written):
         return None
     return _valid(written, regions)
 
 
 def _as_written(text: str, start: int, written: str) -> bool:
     """Whether a number without a country code is written as a telephone number, or said to be one."""
-    if says(CALL, text, start, before=48) or _NORTH_AMERICAN.fullmatch(written):
+    if is_preceded_by(CALL, text, start, before=48) or _NORTH_AMERICAN.fullmatch(written):
         return True
     groups = [len(digits) for digits in re.findall(r"\d+", written)]
     return (
@@ -418,11 +418,11 @@ def cards(text: str, low: int, high: int) -> Iterator[Span]:
     for found in _CARD.finditer(text, low, high):
         digits = re.sub("[ -]", "", found[0])
         name = issuer(digits) if len(set(digits)) > 1 else None
-        if name and luhn(digits) and not numbered(text, found.start()):
+        if name and luhn(digits) and not is_order_number(text, found.start()):
             yield Span(*found.span(), "card", f"{name} card", digits)
 
 
-def checked() -> bool:
+def can_check_ids() -> bool:
     """Whether IBANs and national ids can be told from other numbers here."""
     return find_spec("stdnum") is not None
 
@@ -506,11 +506,11 @@ def national_ids(text: str, low: int, high: int) -> Iterator[Span]:
     """Numbers that a state gave to a person, of the countries in :data:`IDS`."""
     for each, pattern, words, bare in _ONE_ID:
         for found in pattern.finditer(text, low, high):
-            said = words is not None and says(words, text, found.start())
+            said = words is not None and is_preceded_by(words, text, found.start())
             plain = bare is not None and bare.fullmatch(found[0]) is not None
-            plain = plain and not numbered(text, found.start())
+            plain = plain and not is_order_number(text, found.start())
             # Numbers without a check digit of their own may as well be telephone numbers.
-            plain = plain and bool(each.module or not says(CALL, text, found.start()))
+            plain = plain and bool(each.module or not is_preceded_by(CALL, text, found.start()))
             if (said or plain) and _is_id(each, found[0]):
                 value = re.sub(r"[ .-]", "", found[0])
                 yield Span(*found.span(), "national_id", each.name, value)
@@ -592,7 +592,7 @@ class Finder:
     def find(self, text: str) -> list[Span]:
         """What is in ``text``, in its order; no two items share a character."""
         found = [span for span in self._all(text) if span.kind in self.kinds]
-        return disjoint(found) if len(found) > 1 else found
+        return resolve_overlaps(found) if len(found) > 1 else found
 
     def _all(self, text: str) -> Iterator[Span]:
         yield from secrets(text)
@@ -607,7 +607,7 @@ class Finder:
         yield from addresses(text)
 
 
-def disjoint(found: Iterable[Span]) -> list[Span]:
+def resolve_overlaps(found: Iterable[Span]) -> list[Span]:
     """Of items that overlap, the one whose kind comes first, then the longest; in their order."""
     kept: list[Span] = []
     group: list[Span] = []
@@ -631,7 +631,7 @@ def _best(group: list[Span]) -> list[Span]:
     return sorted(kept, key=lambda each: each.start)
 
 
-def masked(text: str, found: Sequence[Span]) -> str:
+def mask_all(text: str, found: Sequence[Span]) -> str:
     """``text`` with its items unreadable."""
     parts, done = [], 0
     for span in found:

@@ -56,16 +56,16 @@ def read_policy(path: Path) -> Policy:
     severity, skip = fields.get("severity", {}), fields.get("skip", [])
     if not isinstance(severity, dict) or not isinstance(skip, list):
         raise RecipeError(f"{path}: `severity` is a table, and `skip` an array of names of checks")
-    return policy_of(severity, map(str, skip))
+    return parse_policy(severity, map(str, skip))
 
 
-def policy_of(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> Policy:
+def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> Policy:
     """A policy from plain values; dotted names may also be nested, as TOML nests them."""
     chosen: dict[str, Choice] = {}
-    for name, value in _flat(severity):
+    for name, value in _flatten(severity):
         if value not in CHOICES:
             raise RecipeError(f"{name}: a severity is one of {', '.join(CHOICES)}, not {value!r}")
-        for rule in _named(name):
+        for rule in _rules_named(name):
             chosen[rule.id] = value
     left = frozenset(skip)
     for name in sorted(left - set(CHECKS)):
@@ -84,15 +84,15 @@ def parse_severity(text: str) -> dict[str, str]:
     return {name.strip(): value.strip()}
 
 
-def _flat(fields: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+def _flatten(fields: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
     for name, value in fields.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
+            yield from _flatten(value, f"{before}{name}.")
         else:
             yield f"{before}{name}", value
 
 
-def _named(name: str) -> list[Rule]:
+def _rules_named(name: str) -> list[Rule]:
     """The rules that ``name`` means, each of which may be decided about."""
     rules = all_rules()
     if name.endswith(".*"):

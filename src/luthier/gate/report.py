@@ -13,7 +13,15 @@ from luthier.data.sources import stem_of
 from luthier.errors import Problem
 from luthier.gate.check import Split
 from luthier.gate.pii import KINDS
-from luthier.gate.rules import KEPT, READING_RULES, TOO_LONG, Finding, Findings, Place, Rule
+from luthier.gate.rules import (
+    MOST_EXAMPLES,
+    READING_RULES,
+    TOO_LONG,
+    Finding,
+    Findings,
+    Place,
+    Rule,
+)
 from luthier.printable import printable
 
 
@@ -77,7 +85,7 @@ class Report:
                     "why": rule.why,
                     "fix": rule.fix,
                     "aliases": list(rule.aliases),
-                    "places": [each.plain() for each in found.kept[rule.id]],
+                    "places": [each.plain() for each in found.examples[rule.id]],
                 }
                 for rule in found.rules()
             ],
@@ -89,12 +97,12 @@ TOKENS = 360
 """Tokens of a row that are shown at most; a third from its start, the rest from its end."""
 
 
-def short(place: Place) -> str:
+def short_place(place: Place) -> str:
     """A place without the folders of its file."""
     return str(Place(Path(place.file).name, place.line))
 
 
-def number(value: Any, key: str = "") -> str:
+def format_number(value: Any, key: str = "") -> str:
     """A value of a summary for people; ``key`` is what it is called there."""
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
@@ -105,11 +113,11 @@ def number(value: Any, key: str = "") -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def listed(places: Sequence[Place], count: int) -> str:
+def list_places(places: Sequence[Place], count: int) -> str:
     """The first ``count`` places; a file is named once for lines of it that follow each other."""
     parts, file = [], ""
     for each in places[:count]:
-        parts.append(short(each) if each.file != file else str(each.line))
+        parts.append(short_place(each) if each.file != file else str(each.line))
         file = each.file
     more = f" and {len(places) - count:,} more" if len(places) > count else ""
     return ", ".join(parts) + more
@@ -125,7 +133,7 @@ class Run:
     """Tokens that stand here in the row and are not shown."""
 
 
-def runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[Run]:
+def token_runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[Run]:
     """The tokens of a row in as few pieces as they have colours, with the middle of long ones cut."""
     head, tail = (len(tokens), len(tokens)) if len(tokens) <= TOKENS else (120, len(tokens) - 240)
     found: list[Run] = []
@@ -143,7 +151,7 @@ def runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[Run]:
 def worst_rows(report: Report, count: int = 10) -> list[tuple[Place, list[Finding]]]:
     """Rows that break the most rules, of those whose places are kept."""
     rows: dict[Place, dict[str, Finding]] = {}
-    for findings in report.findings.kept.values():
+    for findings in report.findings.examples.values():
         for each in findings:
             if each.place.line:
                 rows.setdefault(each.place, {}).setdefault(each.rule.id, each)
@@ -168,7 +176,7 @@ def verdict_line(report: Report) -> str:
     return f"{', '.join(parts) or 'Nothing wrong'}; {rows:,} row{'s' * (rows != 1)} could be read."
 
 
-def learned_of(report: Report) -> Mapping[str, Mapping[str, Any]]:
+def learning_splits(report: Report) -> Mapping[str, Mapping[str, Any]]:
     """What the check of what is learned says of each split; empty where it was not run."""
     summary = report.summaries.get("learning", {})
     splits: Mapping[str, Mapping[str, Any]] = summary.get("splits", {})
@@ -187,20 +195,20 @@ def learned_share(found: Mapping[str, Any]) -> str:
 
 def next_steps(report: Report) -> list[tuple[str, str]]:
     """What to do now, one after the other: in words, and a command to type where there is one."""
-    cleaning = command(report)
+    cleaning = cleaning_command(report)
     first = [("Write a new data set in which this is mended:", cleaning)] if cleaning else []
     return [*first, _training(report)]
 
 
 def _training(report: Report) -> tuple[str, str]:
-    command = ["luthier", "tune", report.source("train")]
+    words = ["luthier", "tune", report.source("train")]
     if report.files.get("validation"):
-        command += ["--validation", report.source("validation")]
+        words += ["--validation", report.source("validation")]
     if report.base:
-        command += ["--base", report.base]
+        words += ["--base", report.base]
     if objective := report.summaries.get("learning", {}).get("objective"):
-        command += ["--objective", str(objective)]
-    typed = shlex.join(command)
+        words += ["--objective", str(objective)]
+    typed = shlex.join(words)
     found = report.findings
     errors = {rule.id for rule in found.rules() if found.severity(rule) == "error"}
     if errors == {TOO_LONG.id}:
@@ -212,10 +220,10 @@ def _training(report: Report) -> tuple[str, str]:
     return "The data can be trained on:", typed
 
 
-def says(summary: Any) -> bool:
+def has_content(summary: Any) -> bool:
     """Whether a check's summary holds any number but 0, or a table."""
     if isinstance(summary, Mapping):
-        return any(says(each) for each in summary.values())
+        return any(has_content(each) for each in summary.values())
     if isinstance(summary, list):
         return any(isinstance(each, Mapping) for each in summary)
     return isinstance(summary, int | float) and not isinstance(summary, bool) and summary > 0
@@ -248,9 +256,9 @@ FIXES: Mapping[str, tuple[str, str]] = {
 _SAME_ENDING = (".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
-def command(report: Report) -> str:
+def cleaning_command(report: Report) -> str:
     """The cleaning that mends what was found in the training rows; empty where there is none."""
-    options = _options(_mended(report))
+    options = _options(_mendable_rules(report))
     if not options:
         return ""
     source = report.source("train")
@@ -275,7 +283,7 @@ def target_of(source: str) -> str:
     return str(path.with_name(name)) if path.is_file() else name
 
 
-def _mended(report: Report) -> Iterable[Rule]:
+def _mendable_rules(report: Report) -> Iterable[Rule]:
     """Rules that a fix mends and that are worth one: notes are left to people."""
     found = report.findings
     train = set(report.files.get("train", ()))
@@ -287,7 +295,7 @@ def _mended(report: Report) -> Iterable[Rule]:
         serious = found.severity(rule) != "note"
         if rule.id in FIXES and FIXES[rule.id][1] == "unreadable" and not report.rows.get("train"):
             continue  # to leave out all rows mends nothing
-        if serious and rule.id in FIXES and any(map(ours, found.kept[rule.id])):
+        if serious and rule.id in FIXES and any(map(ours, found.examples[rule.id])):
             yield rule
 
 
@@ -313,9 +321,9 @@ def refusals(report: Report) -> tuple[list[Problem], bool]:
         Problem(each.place.file, each.place.line, rule.id, each.message, each.closest_fix)
         for rule in found.rules()
         if found.severity(rule) == "error"
-        for each in found.kept[rule.id]
+        for each in found.examples[rule.id]
     ]
-    return problems, any(found.counts[problem.rule] > KEPT for problem in problems)
+    return problems, any(found.counts[problem.rule] > MOST_EXAMPLES for problem in problems)
 
 
 def warnings(report: Report, data: str) -> list[str]:
@@ -325,25 +333,25 @@ def warnings(report: Report, data: str) -> list[str]:
     for rule in found.rules():
         if found.severity(rule) != "warning":
             continue
-        first = found.kept[rule.id][0]
+        first = found.examples[rule.id][0]
         if rule.whole:
             lines.append(f"warning: [{rule.id}] {first.message} {first.closest_fix}".rstrip())
             continue
         by_row = True
-        places = [each.place for each in found.kept[rule.id]]
+        places = [each.place for each in found.examples[rule.id]]
         count = found.counts[rule.id]
         text = f"warning: [{rule.id}] {rule.about} {f'{count:,} times' if count > 1 else 'Once'}: "
-        text += f"{listed(places, PLACES)}." if count <= PLACES else (
-            f"{listed(places[:PLACES], PLACES)}, …"
+        text += f"{list_places(places, PLACES)}." if count <= PLACES else (
+            f"{list_places(places[:PLACES], PLACES)}, …"
         )  # fmt: skip
         lines.append(f"{text} {rule.fix or first.fix}".rstrip())
     if by_row:
-        command = shlex.join(["luthier", "inspect", str(data), "--html", "report.html"])
-        lines.append(f"to see all of them, row by row, run `{command}`")
+        typed = shlex.join(["luthier", "inspect", str(data), "--html", "report.html"])
+        lines.append(f"to see all of them, row by row, run `{typed}`")
     return lines
 
 
-def record(report: Report) -> dict[str, Any]:
+def manifest_record(report: Report) -> dict[str, Any]:
     """What the manifest keeps: how often each rule was broken, and where first."""
     found = report.findings
     return {
@@ -355,7 +363,7 @@ def record(report: Report) -> dict[str, Any]:
                 "rule": rule.id,
                 "severity": found.severity(rule),
                 "count": found.counts[rule.id],
-                "first": [str(each.place) for each in found.kept[rule.id][:PLACES]],
+                "first": [str(each.place) for each in found.examples[rule.id][:PLACES]],
             }
             for rule in found.rules()
         ],

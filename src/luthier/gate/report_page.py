@@ -20,15 +20,15 @@ from luthier import __version__
 from luthier.gate.histogram import density
 from luthier.gate.report import (
     Report,
-    learned_of,
+    format_number,
+    has_content,
     learned_share,
-    listed,
+    learning_splits,
+    list_places,
     next_steps,
-    number,
-    runs,
-    says,
     severities,
-    short,
+    short_place,
+    token_runs,
     verdict_line,
     worst_rows,
 )
@@ -90,10 +90,10 @@ def page(report: Report) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"short": short, "number": "{:,}".format}
+    environment.filters |= {"short": short_place, "number": "{:,}".format}
     assert environment.loader is not None
     style = environment.loader.get_source(environment, "report.css")[0]
-    tokens = learned_of(report)
+    tokens = learning_splits(report)
     count, found = severities(report), report.findings
     return environment.get_template("report.html").render(
         report=report,
@@ -119,7 +119,7 @@ def page(report: Report) -> str:
         summaries=[
             (name, _title(name), list(_summary(each, _title(name))))
             for name, each in report.summaries.items()
-            if name != "learning" and says(each)
+            if name != "learning" and has_content(each)
         ],
         checks=", ".join(report.summaries) or "reading only",
     )  # fmt: skip
@@ -138,7 +138,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str, str]]:
     summary = report.summaries.get("learning", {})
     if objective := summary.get("objective"):
         yield "objective", str(objective), f"for {report.base}"
-    splits = learned_of(report)
+    splits = learning_splits(report)
     if tokens := sum(each["tokens"] for each in splits.values()):
         shares = dict.fromkeys(learned_share(each) for each in splits.values())
         yield "tokens", f"{tokens:,}", f"learned: {', '.join(shares)}"
@@ -148,7 +148,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str, str]]:
 
 def _rule(report: Report, rule: Rule) -> dict[str, Any]:
     found = report.findings
-    shown = found.kept[rule.id][:PLACES]
+    shown = found.examples[rule.id][:PLACES]
     columns = {"place": "place", "what is there": "text"}
     if any(each.excerpt for each in shown):
         columns["the row"] = "text"
@@ -161,7 +161,7 @@ def _rule(report: Report, rule: Rule) -> dict[str, Any]:
             "place": each.place,
             "what is there": each.message,
             "the row": each.excerpt,
-            "with": listed(each.others, 8),
+            "with": list_places(each.others, 8),
             "fix": with_setting_names(each.closest_fix, option),
         }
         for each in shown
@@ -191,15 +191,15 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "line": row["line"],
         "tokens": len(row["tokens"]) + len(source),
-        "source": runs(source, [False] * len(source)),
-        "runs": runs(row["tokens"], row["learned"]),
+        "source": token_runs(source, [False] * len(source)),
+        "runs": token_runs(row["tokens"], row["learned"]),
         "taught": row["taught"],
     }
 
 
 def _lengths(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
     context = report.summaries.get("learning", {}).get("context", 0)
-    for split, found in learned_of(report).items():
+    for split, found in learning_splits(report).items():
         lengths = found["lengths"]
         if lengths.get("bars"):
             marks = {"median": lengths["p50"], "95 %": lengths["p95"], "99 %": lengths["p99"]}
@@ -213,7 +213,7 @@ def _length_table(report: Report) -> Table:
             "95 %": "p95", "99 %": "p99", "longest": "max"}  # fmt: skip
     rows = [
         [split, *(f"{found['lengths'][key]:,}" for key in keys.values())]
-        for split, found in learned_of(report).items()
+        for split, found in learning_splits(report).items()
     ]
     return Table.of(
         "Tokens of a row by split", {"split": "name"} | dict.fromkeys(keys, "number"), rows
@@ -233,7 +233,7 @@ def _rows(report: Report) -> Iterator[tuple[str, Table]]:
         ]
         columns = {"place": "place", "rules": "code", "the row": "text"}
         yield "That break most rules", Table.of("Rows that break most rules", columns, rows)
-    longest = [row for found in learned_of(report).values() for row in found["longest"]]
+    longest = [row for found in learning_splits(report).values() for row in found["longest"]]
     if longest:
         longest.sort(key=lambda row: -row["tokens"])
         rows = [
@@ -248,12 +248,12 @@ def _rows(report: Report) -> Iterator[tuple[str, Table]]:
 def _groups(report: Report) -> Iterator[tuple[str, Table]]:
     """Rows that belong together: copies of each other, one text with two labels."""
     for rule in report.findings.rules():
-        groups = [each for each in report.findings.kept[rule.id] if each.others]
+        groups = [each for each in report.findings.examples[rule.id] if each.others]
         groups.sort(key=lambda each: -len(each.others))
         if groups:
             rows = [
                 [f"{1 + len(each.others):,}", each.excerpt or each.message,
-                 listed((each.place, *each.others), 8)]
+                 list_places((each.place, *each.others), 8)]
                 for each in groups[:GROUPS]
             ]  # fmt: skip
             columns = {"rows": "number", "text": "text", "where": "text"}
@@ -274,7 +274,8 @@ def _summary(value: Mapping[str, Any], title: str) -> Iterator[Part]:
     plain = {key: each for key, each in rest.items() if not isinstance(each, Mapping | list)}
     if plain:
         lines = [
-            [(_title(key), "name"), (number(each, key), _kind(each))] for key, each in plain.items()
+            [(_title(key), "name"), (format_number(each, key), _kind(each))]
+            for key, each in plain.items()
         ]
         yield "table", Table(title, (), lines)
     for key, each in rest.items():
@@ -337,10 +338,10 @@ def _words(value: Any, key: str) -> str:
     if isinstance(value, list):
         return ", ".join(_words(each, key) for each in value[:8]) + (" …" if len(value) > 8 else "")
     if isinstance(value, Mapping) and set(value) == {"file", "line"}:
-        return short(Place(str(value["file"]), int(value["line"])))
+        return short_place(Place(str(value["file"]), int(value["line"])))
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_words(each, str(name))}" for name, each in value.items())
-    return number(value, key)
+    return format_number(value, key)
 
 
 def draw_histogram(

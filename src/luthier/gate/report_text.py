@@ -16,14 +16,14 @@ from rich.text import Text
 from luthier.gate.histogram import density, merged
 from luthier.gate.report import (
     Report,
-    learned_of,
+    format_number,
+    has_content,
     learned_share,
-    listed,
+    learning_splits,
+    list_places,
     next_steps,
-    number,
-    runs,
-    says,
-    short,
+    short_place,
+    token_runs,
     verdict_line,
 )
 from luthier.gate.rules import Rule
@@ -51,7 +51,7 @@ def show(report: Report, console: Console, rows: int = 3) -> None:
     _rules(report, console)
     _lengths(report, console)
     for name, summary in report.summaries.items():
-        if name not in QUIET and says(summary):
+        if name not in QUIET and has_content(summary):
             _heading(name.replace("_", " ").capitalize(), console)
             _summary(summary, console, 2)
     _learned(report, console, rows)
@@ -117,17 +117,17 @@ def _rules(report: Report, console: Console) -> None:
 
 def _about(rule: Rule, report: Report) -> Text:
     """A rule in a few lines: what, the first places, the fix."""
-    places = report.findings.kept[rule.id]
+    places = report.findings.examples[rule.id]
     text = Text.assemble((rule.id, "bold"), f"  {printable(rule.about)}")
     for each in places[:PLACES]:
-        text.append(f"\n{printable(short(each.place))}", "cyan")
+        text.append(f"\n{printable(short_place(each.place))}", "cyan")
         if each.message and each.message != rule.about:
             text.append(f"  {printable(each.message)}")
         if each.excerpt:
             begins = each.excerpt if len(each.excerpt) <= 60 else f"{each.excerpt[:59]}…"
             text.append(f"  {printable(begins)}", "dim")
         if each.others and not all(str(other) in each.message for other in each.others):
-            text.append(f"  with {listed(each.others, PLACES)}", "dim")
+            text.append(f"  with {list_places(each.others, PLACES)}", "dim")
     further = report.findings.counts[rule.id] - min(len(places), PLACES)
     if further > 0:
         text.append(f"\n… and {further:,} more", "dim")
@@ -138,7 +138,7 @@ def _about(rule: Rule, report: Report) -> Text:
 
 
 def _lengths(report: Report, console: Console) -> None:
-    splits = learned_of(report)
+    splits = learning_splits(report)
     if not splits:
         return
     summary = report.summaries["learning"]
@@ -161,7 +161,7 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
     name = title.replace("_", " ")
     if not isinstance(value, Mapping):
         if not isinstance(value, list):
-            console.print(Text.assemble(pad, (f"{name}  ", "dim"), number(value, title)))
+            console.print(Text.assemble(pad, (f"{name}  ", "dim"), format_number(value, title)))
         elif value and all(isinstance(each, str) for each in value):
             console.print(Text.assemble(pad, (f"{name}  ", "dim"), printable(", ".join(value))))
         elif value:
@@ -170,7 +170,7 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
     if "bars" in value:
         line = Text.assemble(pad, (f"{name}  " if name else "", "dim"))
         line.append(sparkline(value["bars"]), "blue")
-        numbers = [f"{key} {number(n, key)}" for key, n in value.items() if key != "bars"]
+        numbers = [f"{key} {format_number(n, key)}" for key, n in value.items() if key != "bars"]
         console.print(line.append(f"  {', '.join(numbers)}"), soft_wrap=True)
         return
     if isinstance(value.get("counts"), Mapping):
@@ -207,7 +207,7 @@ def _counts(counts: Mapping[str, Any], console: Console, indent: int, name: str)
 
 
 def _learned(report: Report, console: Console, rows: int) -> None:
-    splits = {split: found["shown"][:rows] for split, found in learned_of(report).items()}
+    splits = {split: found["shown"][:rows] for split, found in learning_splits(report).items()}
     if not rows or not any(splits.values()):
         return
     coloured = console.color_system is not None and not console.no_color
@@ -225,10 +225,10 @@ def _row(row: Mapping[str, Any], coloured: bool) -> Text:
     """The tokens of a row; those that are learned are green, or in brackets."""
     text = Text()
     if row["source"]:
-        for run in runs(row["source"], [False] * len(row["source"])):
+        for run in token_runs(row["source"], [False] * len(row["source"])):
             text.append(run.text or _gap(run.left_out), "dim")
         text.append("\n→ ")
-    for run in runs(row["tokens"], row["learned"]):
+    for run in token_runs(row["tokens"], row["learned"]):
         shown = run.text or _gap(run.left_out)
         if run.learned and not coloured:
             shown = f"[[{shown}]]"

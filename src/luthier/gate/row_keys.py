@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.gate.columns import LIMIT, Table
+from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.near_duplicates import (
     Groups,
-    Near,
+    NearDuplicates,
     Words,
     common_shingles,
-    firsts,
-    normal,
+    first_rows,
+    normalize,
     sketch,
 )
 from luthier.gate.texts import input_of, target_of
@@ -32,24 +32,24 @@ Keys = NDArray[np.uint64]
 _NUMBER, _WORD = re.compile(r"\d+"), re.compile(r"\w+")
 
 
-def key(*texts: str) -> int:
+def hash_texts(*texts: str) -> int:
     """64 bits that stand for ``texts`` in this order."""
     parts = [text.encode("utf-8", "surrogatepass") for text in texts]
     data = b"".join(each for part in parts for each in (len(part).to_bytes(8, "little"), part))
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def keys(values: Iterable[int], count: int) -> Keys:
+def key_column(values: Iterable[int], count: int) -> Keys:
     """``[count]`` keys as a column."""
     return np.fromiter(values, np.uint64, count)
 
 
-def mixed(first_N: Keys, second_N: Keys) -> Keys:
+def combine_keys(first_N: Keys, second_N: Keys) -> Keys:
     """One key of two."""
     return (first_N * np.uint64(0x9E3779B97F4A7C15)) ^ (second_N + np.uint64(0x165667B19E3779F9))
 
 
-def asked(row: Row) -> str:
+def question_of(row: Row) -> str:
     """What a model is given, without the system's turns, which are often the same in all rows."""
     if row.messages is None:
         return (" " if row.tokens is not None else "\n").join(input_of(row))
@@ -57,7 +57,7 @@ def asked(row: Row) -> str:
     return "\n".join(turns or input_of(row))
 
 
-def named(row: Row) -> tuple[str, ...] | None:
+def label_texts(row: Row) -> tuple[str, ...] | None:
     """What the row says of its text where that is a name or a number: its label, tags, rating."""
     if row.reply is not None:
         return None
@@ -66,41 +66,43 @@ def named(row: Row) -> tuple[str, ...] | None:
     return None
 
 
-def written(row: Row) -> tuple[str, ...]:
+def answer_texts(row: Row) -> tuple[str, ...]:
     """The texts that a model learns to write; empty for labelled rows and raw text."""
-    return () if named(row) is not None else target_of(row)
+    return () if label_texts(row) is not None else target_of(row)
 
 
-def masked(text: str) -> str:
+def mask_numbers(text: str) -> str:
     """``text`` with a zero for each of its numbers."""
     return _NUMBER.sub("0", text)
 
 
-def compared(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+def comparable_texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """Of each row what is asked, and all of it that is text.
 
     Of a text with its partner that is the text: many have one partner, a paragraph for instance, which
     would make them alike.
     """
-    inputs = [normal(asked(row)) for row in rows]
+    inputs = [normalize(question_of(row)) for row in rows]
     wholes = []
     for row, text in zip(rows, inputs, strict=True):
-        answer = written(row) if row.positive is None else ()
-        wholes.append(f"{text}\n{normal(' '.join(answer))}" if answer else text)
+        answer = answer_texts(row) if row.positive is None else ()
+        wholes.append(f"{text}\n{normalize(' '.join(answer))}" if answer else text)
     return inputs, wholes
 
 
-def teaching(row: Row) -> int:
+def target_key(row: Row) -> int:
     """Key of what tells rows apart however alike their texts are; 0 for what is only written.
 
     That is a label, tags, a rating or the words of a partner; of judged answers, the judgement and the
     answer preferred, as rows that prefer each other's rejected answer have the same texts.
     """
-    said: Any = named(row) if row.positive is None else tuple(_WORD.findall(normal(row.positive)))
+    said: Any = (
+        label_texts(row) if row.positive is None else tuple(_WORD.findall(normalize(row.positive)))
+    )
     if said is None and row.reply is not None:
-        chosen = [normal(turn.content) for turn in row.reply] if row.rejected is not None else []
+        chosen = [normalize(turn.content) for turn in row.reply] if row.rejected is not None else []
         said = (*chosen, repr(row.rating), repr(row.desirable))
-    return 0 if said is None else key(*said)
+    return 0 if said is None else hash_texts(*said)
 
 
 BATCH = 1024
@@ -108,25 +110,25 @@ LARGEST = 0.5
 """Share of the rows beyond which a group is one of a template, and its rows are not kept together."""
 
 
-class Kin:
+class RelatedRows:
     """Collects rows, in order; texts are not kept."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._near, self._table = Near(limit), Table(limit)
+    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
+        self._near, self._table = NearDuplicates(limit), ColumnStore(limit)
         self._common: Words | None = None
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take in the next rows; the first ones show what all are written in."""
         for start in range(0, len(rows), BATCH):
-            texts = [normal(asked(row)) for row in rows[start : start + BATCH]]
+            texts = [normalize(question_of(row)) for row in rows[start : start + BATCH]]
             if self._common is None:
                 self._common = common_shingles(texts)
-            self._table.append("asked", keys(map(key, texts), len(texts)))
+            self._table.append("asked", key_column(map(hash_texts, texts), len(texts)))
             partners = [
-                text if row.positive is None else normal(row.positive)
+                text if row.positive is None else normalize(row.positive)
                 for row, text in zip(rows[start : start + BATCH], texts, strict=True)
             ]
-            self._table.append("partner", keys(map(key, partners), len(partners)))
+            self._table.append("partner", key_column(map(hash_texts, partners), len(partners)))
             self._near.add(sketch(texts, self._common))
 
     def groups(self) -> IntArray:
@@ -139,9 +141,9 @@ class Kin:
             return np.zeros(0, np.int64)
         asked_N = self._table.read("asked")
         groups = Groups(self._near.rows)
-        same_N = firsts(asked_N)
+        same_N = first_rows(asked_N)
         groups.join(np.arange(len(same_N)), same_N)
-        groups.join(np.arange(len(same_N)), firsts(self._table.read("partner")))
+        groups.join(np.arange(len(same_N)), first_rows(self._table.read("partner")))
         self._near.find(asked_N, lambda one, other: ~groups.together(one, other), groups.join)
         found_N = groups.roots_N
         for finer_N in (same_N, np.arange(len(same_N))):
@@ -150,8 +152,8 @@ class Kin:
         return found_N
 
 
-def alike(rows: Sequence[Row]) -> IntArray:
-    """``[N]`` groups of rows in memory; see :meth:`Kin.groups`."""
-    kin = Kin()
+def group_related(rows: Sequence[Row]) -> IntArray:
+    """``[N]`` groups of rows in memory; see :meth:`RelatedRows.groups`."""
+    kin = RelatedRows()
     kin.add(rows)
     return kin.groups()

@@ -18,8 +18,8 @@ from luthier.data import preferences, prompts, rows
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 
-KEPT = 100
-"""Places of one rule that are kept."""
+MOST_EXAMPLES = 100
+"""Findings of one rule that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Finding:
         return found
 
 
-class Blamed:
+class BlamedRows:
     """Rows that break one rule, however many: 16 bytes each."""
 
     def __init__(self) -> None:
@@ -113,9 +113,9 @@ class Findings:
 
     overrides: Mapping[str, Severity | Literal["off"]] = field(default_factory=dict)
     """Severities that a policy sets instead of the rules' own."""
-    kept: dict[str, list[Finding]] = field(default_factory=dict)
+    examples: dict[str, list[Finding]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    blamed: dict[str, Blamed] = field(default_factory=dict)
+    blamed: dict[str, BlamedRows] = field(default_factory=dict)
     """Rules of which every row is remembered, by its number: those that cleaning drops rows for."""
 
     def add(self, finding: Finding, times: int = 1, rows: Iterable[int] | None = None) -> None:
@@ -137,13 +137,13 @@ class Findings:
                 self.blamed[rule].add(rows, number)
             elif number >= 0:
                 self.blamed[rule].add([number], -1)
-        places = self.kept.setdefault(rule, [])
-        if len(places) < KEPT:
+        places = self.examples.setdefault(rule, [])
+        if len(places) < MOST_EXAMPLES:
             places.append(finding)
 
-    def keeps(self, rule: Rule) -> bool:
+    def has_room(self, rule: Rule) -> bool:
         """Whether a further finding of ``rule`` would be kept, and not only counted."""
-        return len(self.kept.get(rule.id, ())) < KEPT
+        return len(self.examples.get(rule.id, ())) < MOST_EXAMPLES
 
     def extend(self, findings: Iterable[Finding]) -> None:
         """Add each."""
@@ -157,7 +157,7 @@ class Findings:
 
     def rules(self) -> list[Rule]:
         """Broken rules, the most serious and then the most frequent first."""
-        broken = [places[0].rule for places in self.kept.values()]
+        broken = [places[0].rule for places in self.examples.values()]
         return sorted(
             broken,
             key=lambda rule: (

@@ -27,7 +27,7 @@ from luthier.data.rows import Columns, RowReader
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
 from luthier.gate.check import Batch, Check, Places, Split
-from luthier.gate.pii import Finder, masked
+from luthier.gate.pii import Finder, mask_all
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Findings, Place, Severity, rule_of
 from luthier.gate.texts import excerpt_of, texts
@@ -64,7 +64,7 @@ def inspect_rows(
     """The gate on rows that are in memory already, as in a job."""
     with Gate(checks, Findings(overrides or {})) as gate:
         for split, rows in splits.items():
-            gate.see(split, rows)
+            gate.scan_rows(split, rows)
         return gate.report({split: sorted(gate.files[split]) for split in splits})
 
 
@@ -86,7 +86,7 @@ def inspect_sources(
     refused: list[Problem] = []
     for split, source in sources.items():
         try:
-            readers[split] = RowReader(source, columns, Streaming, whole=False)
+            readers[split] = RowReader(source, columns, StreamChecker, whole=False)
         except DataError as error:
             refused += error.problems
     total = sum(reader.size for reader in readers.values())
@@ -95,22 +95,22 @@ def inspect_sources(
     size = sum(unpacked_size(path) for reader in readers.values() for path in reader.files)
     with Gate(checks, Findings(overrides or {}), processes, size) as gate:
         for split in sources:
-            gate.begin(split)
+            gate.start_split(split)
         gate.findings.extend(known)
-        gate.note(refused)
+        gate.add_problems(refused)
         for split, reader in readers.items():
-            for _ in gate.see_all(split, reader):
+            for _ in gate.scan_source(split, reader):
                 progress(gate.progress(done + reader.done, total))
             done += reader.size
         files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
         report = gate.report({split: [str(sources[split])] for split in sources} | files)
         progress(gate.progress(total, total))  # with what only all rows together show
-    again = (RowReader(sources[split], columns, Streaming, whole=False) for split in readers)
-    quote(report.findings, again)
+    again = (RowReader(sources[split], columns, StreamChecker, whole=False) for split in readers)
+    quote_rows(report.findings, again)
     return replace(report, sources={split: str(source) for split, source in sources.items()})
 
 
-class Streaming(Checker):
+class StreamChecker(Checker):
     """Remembers the first ids only: those of a file larger than memory would not fit either."""
 
     def check_id(self, value: object) -> None:
@@ -128,7 +128,7 @@ class Gate:
         self.checks = checks
         self.size = size
         """Bytes of all rows, about; 0 where that is not known."""
-        self.measuring = Measuring(checks, processes)
+        self.pool = BatchPool(checks, processes)
         self._begun = False
         self.findings = findings
         self.places = Places()
@@ -141,21 +141,21 @@ class Gate:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.measuring.close()
+        self.pool.close()
 
-    def begin(self, split: Split) -> None:
+    def start_split(self, split: Split) -> None:
         """A split may have no row, and is named all the same."""
         self.files.setdefault(split, set())
         self.rows.setdefault(split, 0)
 
-    def see(self, split: Split, rows: Iterable[Row]) -> None:
+    def scan_rows(self, split: Split, rows: Iterable[Row]) -> None:
         """All rows of a split."""
-        self.begin(split)
+        self.start_split(split)
         for batch in batches(split, rows):
-            self.take(batch)
+            self.submit(batch)
         self.drain()
 
-    def see_all(self, split: Split, reader: RowReader) -> Iterator[None]:
+    def scan_source(self, split: Split, reader: RowReader) -> Iterator[None]:
         """All rows of a source, with a pause after each batch."""
         problems = reader.problems
         # No check need look at a row that was refused in reading.
@@ -165,35 +165,35 @@ class Gate:
             if not (problems and (problems[-1].file, problems[-1].line) == (row.file, row.line))
         )
         for batch in batches(split, rows):
-            self.take(batch)
-            self.note(problems)
+            self.submit(batch)
+            self.add_problems(problems)
             yield
-        self.note(problems)
+        self.add_problems(problems)
         self.drain()
         if reader.rows:
-            told = reader.recognized
-            unread = f"; nothing is read from {', '.join(told.unread)}" if told.unread else ""
-            self.forms[split] = f"{'; '.join(told.containers)}, {told.form}{unread}"
+            found = reader.recognized
+            unread = f"; nothing is read from {', '.join(found.unread)}" if found.unread else ""
+            self.forms[split] = f"{'; '.join(found.containers)}, {found.form}{unread}"
 
     def progress(self, done: int, total: int) -> Progress:
         """How far the pass is, in bytes."""
         return Progress(self.places.total, done, total, sum(self.findings.counts.values()))
 
-    def take(self, batch: Batch) -> None:
+    def submit(self, batch: Batch) -> None:
         """One batch on its way through all checks."""
         if not self._begun:
             self._begun = True
             for check in self.checks:
-                check.begin(batch, rows_of(self.size, batch))
-        for each, measured in self.measuring.push(batch):
-            self._taken(each, measured)
+                check.begin(batch, estimate_rows(self.size, batch))
+        for each, measured in self.pool.measure(batch):
+            self._collect(each, measured)
 
     def drain(self) -> None:
         """Take in all that is being measured."""
-        for each, measured in self.measuring.rest():
-            self._taken(each, measured)
+        for each, measured in self.pool.wait():
+            self._collect(each, measured)
 
-    def _taken(self, batch: Batch, measured: Sequence[Any]) -> None:
+    def _collect(self, batch: Batch, measured: Sequence[Any]) -> None:
         lines_N = np.fromiter((row.line for row in batch.rows), np.int64, len(batch))
         where = self.places.add(batch.split, batch.file, lines_N)
         self.files[batch.split].add(batch.file)
@@ -202,7 +202,7 @@ class Gate:
         for check, found in zip(self.checks, measured, strict=True):
             check.take(where, found, self.findings)
 
-    def note(self, problems: list[Problem]) -> None:
+    def add_problems(self, problems: list[Problem]) -> None:
         """What reading found, as findings; the list is emptied."""
         for each in problems:
             place = Place(each.file, each.line)
@@ -211,7 +211,7 @@ class Gate:
 
     def report(self, files: Mapping[Split, Sequence[str]]) -> Report:
         """What all checks say, after the last row."""
-        self.measuring.close()
+        self.pool.close()
         for check in self.checks:
             check.finish(self.places, self.findings)
         summaries = {check.name: check.summary() for check in self.checks}
@@ -225,7 +225,7 @@ def unpacked_size(path: Path) -> int:
     return size * 4 if path.suffix in (*PACKED, ".parquet") else size
 
 
-def rows_of(size: int, batch: Batch) -> int:
+def estimate_rows(size: int, batch: Batch) -> int:
     """About how many rows ``size`` bytes hold, if all are as those of ``batch``; 0 for no size."""
     fields = [text.content for row in batch.rows for text in texts(row)]
     bytes_ = sum(len(text.encode("utf-8", "surrogatepass")) + KEY for text in fields)
@@ -249,11 +249,11 @@ def batches(split: Split, rows: Iterable[Row]) -> Iterator[Batch]:
 AHEAD = 3
 """Batches that wait for each process: enough that none is idle while rows are read."""
 
-Measured = tuple[Batch, list[Any]]
+MeasuredBatch = tuple[Batch, list[Any]]
 """A batch, and what each check measured of it."""
 
 
-class Measuring:
+class BatchPool:
     """Hands batches to the checks; with one process, at once."""
 
     def __init__(self, checks: Sequence[Check], processes: int = 1) -> None:
@@ -267,14 +267,14 @@ class Measuring:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
-    def push(self, batch: Batch) -> Iterator[Measured]:
+    def measure(self, batch: Batch) -> Iterator[MeasuredBatch]:
         """Take a batch on; those that are measured by now, in the order they came."""
         if self.processes == 1:
             yield batch, [check.measure(batch) for check in self.checks]
             return
         if self._pool is None:
             checks = pickle.dumps(self.checks)  # They have begun by now.
-            self._pool = ProcessPoolExecutor(self.processes, _context(), _hold, (checks,))
+            self._pool = ProcessPoolExecutor(self.processes, _context(), _set_checks, (checks,))
         self._waiting.append((batch, self._pool.submit(_measure, batch)))
         while self._waiting:
             crowded = len(self._waiting) > AHEAD * self.processes
@@ -282,12 +282,12 @@ class Measuring:
                 return
             yield self._next()
 
-    def rest(self) -> Iterator[Measured]:
+    def wait(self) -> Iterator[MeasuredBatch]:
         """Those that are not measured yet, in order."""
         while self._waiting:
             yield self._next()
 
-    def _next(self) -> Measured:
+    def _next(self) -> MeasuredBatch:
         batch, future = self._waiting.popleft()
         return batch, future.result()
 
@@ -302,17 +302,17 @@ def _context() -> BaseContext:
     return context
 
 
-_held: Sequence[Check] = ()
+_checks: Sequence[Check] = ()
 """The checks of a measuring process."""
 
 
-def _hold(checks: bytes) -> None:
-    global _held
-    _held = pickle.loads(checks)  # noqa: S301 - what our own parent has just made
+def _set_checks(checks: bytes) -> None:
+    global _checks
+    _checks = pickle.loads(checks)  # noqa: S301 - what our own parent has just made
 
 
 def _measure(batch: Batch) -> list[Any]:
-    return [check.measure(batch) for check in _held]
+    return [check.measure(batch) for check in _checks]
 
 
 QUOTED_RULES = (
@@ -328,10 +328,10 @@ QUOTED_ROWS = 200_000
 """Rows of each source that are read again at most."""
 
 
-def quote(findings: Findings, readers: Iterable[RowReader]) -> None:
+def quote_rows(findings: Findings, readers: Iterable[RowReader]) -> None:
     """Add the beginnings of their rows to findings of :data:`QUOTED_RULES` about single rows."""
-    rules = [rule for rule in findings.kept if rule.startswith(QUOTED_RULES)]
-    wanted = {each.place for rule in rules for each in findings.kept[rule] if each.place.line}
+    rules = [rule for rule in findings.examples if rule.startswith(QUOTED_RULES)]
+    wanted = {each.place for rule in rules for each in findings.examples[rule] if each.place.line}
     begins: dict[Place, str] = {}
     finder = Finder()
     for reader in readers:
@@ -341,12 +341,12 @@ def quote(findings: Findings, readers: Iterable[RowReader]) -> None:
             place = Place(row.file, row.line)
             if place in left:
                 text = excerpt_of(row)
-                begins[place] = masked(text, finder.find(text))
+                begins[place] = mask_all(text, finder.find(text))
                 left.discard(place)
                 if not left:
                     break
     for rule in rules:
-        findings.kept[rule] = [
+        findings.examples[rule] = [
             replace(each, excerpt=begins[each.place]) if each.place in begins else each
-            for each in findings.kept[rule]
+            for each in findings.examples[rule]
         ]

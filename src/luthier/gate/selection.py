@@ -14,15 +14,15 @@ from dataclasses import replace
 import numpy as np
 
 from luthier.errors import RecipeError
-from luthier.gate.check import Check, Known, Split
+from luthier.gate.check import Check, CheckContext, Split
 from luthier.gate.checks import CHECKS, checks_for
-from luthier.gate.clean_plan import Plan
-from luthier.gate.rules import Blamed, Findings, Place
+from luthier.gate.clean_plan import CleaningPlan
+from luthier.gate.rules import BlamedRows, Findings, Place
 from luthier.gate.scan import Gate
 from luthier.types import Row
 
 BALANCE = "balance"
-Held = Mapping[Split, Callable[[], Iterable[Row]]]
+HeldOutRows = Mapping[Split, Callable[[], Iterable[Row]]]
 """Held-out rows, which can be read again."""
 
 
@@ -78,7 +78,11 @@ class Selector:
     """
 
     def __init__(
-        self, plan: Plan, known: Known, rows: Callable[[], Iterable[Row]], held: Held
+        self,
+        plan: CleaningPlan,
+        known: CheckContext,
+        rows: Callable[[], Iterable[Row]],
+        held: HeldOutRows,
     ) -> None:
         self.plan, self.known, self.rows, self.held = plan, known, rows, held
         self.selection = Selection(plan.dropped)
@@ -94,12 +98,12 @@ class Selector:
         """One pass; whether anything was dropped."""
         self.passes += 1
         wanted = self.plan.dropped
-        blamed = {rule: Blamed() for rule in wanted}
+        blamed = {rule: BlamedRows() for rule in wanted}
         gate = Gate(self._checks(), Findings(blamed=blamed))
-        alive, classes = array("I"), _Classes(self.plan)
-        gate.see("train", self._left(alive, classes))
+        alive, classes = array("I"), _ClassSizes(self.plan)
+        gate.scan_rows("train", self._left(alive, classes))
         for split, rows in self.held.items():
-            gate.see(split, rows())
+            gate.scan_rows(split, rows())
         gate.report({})
         dropped = 0
         for rule in wanted:
@@ -112,7 +116,7 @@ class Selector:
                 dropped += self.selection.drop(alive[row], BALANCE)
         return bool(dropped)
 
-    def _left(self, alive: array[int], classes: _Classes) -> Iterator[Row]:
+    def _left(self, alive: array[int], classes: _ClassSizes) -> Iterator[Row]:
         """Rows that are not dropped yet; their numbers join ``alive``."""
         for number, row in enumerate(self.rows()):
             if number == len(self.selection):
@@ -128,10 +132,10 @@ class Selector:
         return checks_for(replace(self.known, only=frozenset(wanted)), skip)[0]
 
 
-class _Classes:
+class _ClassSizes:
     """Classes of the rows that are left, by number; what is above the limit is drawn by the seed."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: CleaningPlan) -> None:
         self.limit, self.seed = plan.balance, plan.seed
         self._numbers: dict[str, int] = {}
         self._class_N = array("l")

@@ -15,7 +15,7 @@ from luthier.data.rows import stream_rows
 from luthier.data.splitting import Strata, split_rows
 from luthier.errors import DataError, Problem, RecipeError, RunConflict, data_errors
 from luthier.files import copy_lines, new_folder, sha256_of, write_json
-from luthier.gate.row_keys import BATCH, Kin
+from luthier.gate.row_keys import BATCH, RelatedRows
 from luthier.types import IntArray, Row
 
 RECORD = "split.json"
@@ -49,7 +49,7 @@ def split_file(
         )
     if sum(shares.values()) >= 1:
         raise RecipeError("the shares leave nothing to train on; they must sum to less than 1")
-    kin, strata, lines = Kin(), Strata(), list[int]()
+    kin, strata, lines = RelatedRows(), Strata(), list[int]()
     for rows in _batches(source, problems):
         kin.add(rows)
         strata.add(rows)

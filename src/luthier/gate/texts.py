@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from luthier.gate.check import Batch, Where
+from luthier.gate.check import Batch, BatchLines
 from luthier.gate.pii import SEPARATOR, Finder, mask
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.types import Message, Row
@@ -125,16 +125,16 @@ def excerpt(text: str, start: int = 0, end: int | None = None) -> str:
             shown += [part[done : max(done, span.start)], mask(part, span)]
             done = span.end
     shown.append(part[done : max(done, high - first)])
-    line = visible("".join(shown))
+    line = escape_invisible("".join(shown))
     return f"{'…' if low else ''}{line}{'…' if high < len(text) else ''}"
 
 
-def visible(text: str) -> str:
+def escape_invisible(text: str) -> str:
     """``text`` on one line, with every character that has no shape written as its code point."""
-    return "".join(_seen(character) for character in text)
+    return "".join(_escape_character(character) for character in text)
 
 
-def _seen(character: str) -> str:
+def _escape_character(character: str) -> str:
     if character in "\n\r\t":
         return " "
     if character != "\xad" and unicodedata.category(character) not in _HIDDEN:
@@ -158,7 +158,7 @@ class Spot:
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedTexts:
     """All texts of a batch, one behind the other."""
 
     text: str
@@ -168,24 +168,24 @@ class Joined:
     """Index of its row in the batch, and the text."""
 
     @staticmethod
-    def of(batch: Batch) -> Joined:
+    def of(batch: Batch) -> JoinedTexts:
         """Join the texts of ``batch``; several checks look at one batch after the other."""
         global _last
         if _last is None or _last[0] is not batch:
             owners = [(index, text) for index, row in enumerate(batch.rows) for text in texts(row)]
-            _last = batch, Joined.join(owners)
+            _last = batch, JoinedTexts.join(owners)
         return _last[1]
 
     @staticmethod
-    def join(owners: Sequence[tuple[int, Text]]) -> Joined:
+    def join(owners: Sequence[tuple[int, Text]]) -> JoinedTexts:
         """Join texts, each with the index of its row."""
         contents = [each.content for _, each in owners]
         starts = accumulate((len(each) + len(BETWEEN) for each in contents[:-1]), initial=0)
-        return Joined(BETWEEN.join(contents), list(starts) if contents else [], owners)
+        return JoinedTexts(BETWEEN.join(contents), list(starts) if contents else [], owners)
 
-    def only(self, wanted: Callable[[str], bool]) -> Joined:
+    def only(self, wanted: Callable[[str], bool]) -> JoinedTexts:
         """The texts that are ``wanted``."""
-        return Joined.join([owner for owner in self.owners if wanted(owner[1].content)])
+        return JoinedTexts.join([owner for owner in self.owners if wanted(owner[1].content)])
 
     def at(self, position: int) -> tuple[int, Text, int]:
         """Row, text, and character in that text of a ``position``."""
@@ -213,10 +213,12 @@ class Joined:
         return spots
 
 
-_last: tuple[Batch, Joined] | None = None
+_last: tuple[Batch, JoinedTexts] | None = None
 
 
-def add(spots: Iterable[Spot], rules: Sequence[Rule], where: Where, findings: Findings) -> None:
+def add_spots(
+    spots: Iterable[Spot], rules: Sequence[Rule], where: BatchLines, findings: Findings
+) -> None:
     """Add ``spots`` of a batch to ``findings``."""
     known = {rule.id: rule for rule in rules}
     for spot in spots:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from luthier.data.convert import Conversion, Format
-    from luthier.gate.clean import Summary
+    from luthier.gate.clean import CleaningSummary
     from luthier.gate.report import Report
 
 
@@ -50,7 +50,7 @@ def inspect(
     """
     from luthier.gate import inspect as gate
 
-    request = gate.Request(
+    request = gate.InspectionRequest(
         str(data),
         None if validation is None else str(validation),
         None if test is None else str(test),
@@ -75,7 +75,7 @@ def clean(
     overwrite: bool = False,
     dry_run: bool = False,
     **fixes: Any,
-) -> Summary:
+) -> CleaningSummary:
     """Apply chosen fixes to a data set and write a new one, with a log of what became of each row.
 
     Args:
@@ -85,7 +85,7 @@ def clean(
         columns: the source's name for each of our keys.
         overwrite: replace files where there are some.
         dry_run: find out all that would happen, and write nothing.
-        **fixes: fields of :class:`luthier.gate.clean_plan.Plan`, for example ``dedupe="near"``,
+        **fixes: fields of :class:`luthier.gate.clean_plan.CleaningPlan`, for example ``dedupe="near"``,
             ``drop=["unreadable"]``, ``redact=["all"]``, ``truncate="end", base="..."``.
 
     Returns:
@@ -95,11 +95,11 @@ def clean(
         RefusedInput: for fixes that cannot be, or rows that are neither mended nor dropped.
     """
     from luthier.gate.clean import clean as run
-    from luthier.gate.clean_plan import Plan
+    from luthier.gate.clean_plan import CleaningPlan
 
     held = {"validation": validation, "test": test}
     splits = {split: str(each) for split, each in held.items() if each is not None}
-    plan = Plan.of(fixes)
+    plan = CleaningPlan.of(fixes)
     return run(str(source), Path(target), plan, splits, columns, overwrite, dry_run)
 
 

@@ -13,7 +13,7 @@ def rows(*labels: str | tuple[str, ...], file: str = "train") -> list[Row]:
 
 
 def messages(report: Report) -> dict[str, list[str]]:
-    kept = report.findings.kept.items()
+    kept = report.findings.examples.items()
     return {rule: [f"{each.place}: {each.message}" for each in places] for rule, places in kept}
 
 
@@ -38,7 +38,7 @@ def test_small_classes_say_how_many_rows_are_missing() -> None:
     assert messages(report) == {
         "label.few_rows": ['train:17: "c" has 3 rows; 5 more would make 8.']
     }
-    assert report.findings.kept["label.few_rows"][0].fix.startswith("Add 5 rows")
+    assert report.findings.examples["label.few_rows"][0].fix.startswith("Add 5 rows")
 
 
 def test_a_rare_label_may_be_a_misspelt_one() -> None:
@@ -48,7 +48,7 @@ def test_a_rare_label_may_be_a_misspelt_one() -> None:
         'train:22: "login 2" has 1 row; 7 more would make 8.',
         'train:21: "refudn" has 1 row; 7 more would make 8. "refund" has 10 rows.',
     ]
-    fixes = [each.fix for each in report.findings.kept["label.few_rows"]]
+    fixes = [each.fix for each in report.findings.examples["label.few_rows"]]
     assert fixes[1].startswith('If "refund" is meant, write it so; if not: Add 7 rows')
 
 

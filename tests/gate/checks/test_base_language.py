@@ -109,7 +109,7 @@ def gate(chat: ChatFormat, given: list[Row], objective: str | None = None) -> Re
 
 def found(report: Report) -> tuple[str, str] | None:
     """Message and fix of the one finding, or nothing."""
-    kept = report.findings.kept.get("base.language", [])
+    kept = report.findings.examples.get("base.language", [])
     assert len(kept) < 2 and report.findings.counts.total() == len(kept)
     return (kept[0].message, kept[0].fix) if kept else None
 

@@ -23,7 +23,7 @@ def report(*records: dict[str, Any], limit: int = 1 << 20) -> Report:
 def lines(found: Report) -> dict[str, list[list[int]]]:
     return {
         rule: [[each.place.line, *(other.line for other in each.others)] for each in places]
-        for rule, places in found.findings.kept.items()
+        for rule, places in found.findings.examples.items()
     }
 
 
@@ -38,7 +38,7 @@ def test_labels_tags_and_ratings(limit: int) -> None:
         limit=limit,
     )
     assert lines(found) == {"label.contradiction": [[1, 2, 3]]}
-    assert found.findings.kept["label.contradiction"][0].message.startswith("2 ways")
+    assert found.findings.examples["label.contradiction"][0].message.startswith("2 ways")
     assert found.summaries["contradictions"] == {"label.contradiction": {"inputs": 1, "rows": 3}}
     tags = report(
         {"tokens": ["Rita", "sings"], "tags": ["B-person", "O"]},

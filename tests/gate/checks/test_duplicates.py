@@ -37,7 +37,7 @@ def labelled(*pairs: tuple[str, str], file: str = "train.jsonl") -> list[Row]:
 
 def found(report: Report, rule: str) -> list[list[int]]:
     """Lines of each finding of ``rule``, the first row's before the others."""
-    places = report.findings.kept.get(rule, [])
+    places = report.findings.examples.get(rule, [])
     return [[each.place.line, *(other.line for other in each.others)] for each in places]
 
 
@@ -156,7 +156,7 @@ def test_leaks_by_the_way_they_leak() -> None:
     assert found(report, "leakage.exact") == [[1, 1]]
     assert found(report, "leakage.near") == [[2, 1], [5, 1], [6, 1]]
     assert found(report, "leakage.input") == [[3, 2]]
-    assert report.findings.kept["leakage.many"][0].place.file == "test.jsonl"
+    assert report.findings.examples["leakage.many"][0].place.file == "test.jsonl"
     assert report.findings.exit_code == 2
     leaks = report.summaries["duplicates"]["leakage"]
     assert leaks == {"test": {"leakage.exact": 1, "leakage.near": 3, "leakage.input": 1}}
@@ -203,7 +203,7 @@ def test_memory_and_batches_change_nothing() -> None:
         for split, some in (("train", train), ("test", held)):
             gate.files[split], gate.rows[split] = set(), 0
             for start in range(0, len(some), size):
-                gate.take(Batch(split, split, some[start : start + size]))
+                gate.submit(Batch(split, split, some[start : start + size]))
         said = gate.report({}).plain()
         plain.append({key: said[key] for key in ("rules", "summaries")})
     assert plain[0] == plain[1]
@@ -221,10 +221,10 @@ def test_of_very_many_rows_a_share_is_compared_and_that_is_said(
     records = [{"text": text, "label": "a"} for text in [*texts, *near, *texts[:300]]]
     size = sum(len(json.dumps(record)) for record in records)
     with Gate([Duplicates()], Findings(), size=size) as gate:
-        gate.see("train", rows(*records))
+        gate.scan_rows("train", rows(*records))
         sampled = gate.report({})
     with Gate([Duplicates(every=True)], Findings(), size=size) as gate:
-        gate.see("train", rows(*records))
+        gate.scan_rows("train", rows(*records))
         whole = gate.report({})
     assert whole.findings.counts["duplicate.exact"] == 300
     assert 980 <= whole.findings.counts["duplicate.near"] <= 1000  # banding misses a few
@@ -234,7 +234,7 @@ def test_of_very_many_rows_a_share_is_compared_and_that_is_said(
     assert told["of"] == 2300 and 400 < told["rows"] < 550
     # Pairs are drawn together: of rows drawn one by one, (500 / 2300)^2 of the pairs would be found.
     assert 150 < sampled.findings.counts["duplicate.near"] < 280
-    (note,) = sampled.findings.kept["duplicate.sampled"]
+    (note,) = sampled.findings.examples["duplicate.sampled"]
     assert note.rule.severity == "note" and f"{told['rows']:,} of 2,300 rows" in note.message
 
 
@@ -263,7 +263,7 @@ def test_what_is_known_of_real_sets() -> None:
     leaked = {
         each.place.line
         for rule in ("leakage.exact", "leakage.input", "leakage.near")
-        for each in report.findings.kept.get(rule, [])
+        for each in report.findings.examples.get(rule, [])
     }
     # Two or three words are few shingles: a mark inside them changes more than it leaves.
     assert len(leaked & set(same)) >= 26

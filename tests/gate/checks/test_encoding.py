@@ -101,7 +101,7 @@ def test_normal_forms_are_counted() -> None:
     rows.append(Row("f", 4, text=unicodedata.normalize("NFD", text)))
     report = inspect_rows({"train": rows}, [Encoding()])
     assert report.summaries["encoding"]["normal_forms"]["counts"] == {"NFC": 2, "other": 1}
-    assert [each.place.line for each in report.findings.kept["encoding.not_nfc"]] == [4]
+    assert [each.place.line for each in report.findings.examples["encoding.not_nfc"]] == [4]
 
 
 @given(st.lists(st.text(st.characters(codec="ascii", exclude_categories=["Cc"])), max_size=6))
@@ -109,5 +109,5 @@ def test_rows_are_told_apart_whatever_stands_between(texts: list[str]) -> None:
     marked = [f"{text}\x01" for text in texts]
     rows = [x for pair in zip(texts, marked, strict=True) for x in pair]
     found = gate(*rows)
-    lines = [each.place.line for each in found.kept.get("encoding.control", [])]
+    lines = [each.place.line for each in found.examples.get("encoding.control", [])]
     assert lines == [2 * n for n in range(1, len(texts) + 1)]

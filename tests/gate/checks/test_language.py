@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.gate.checks.language import ALL_UNTIL, Language, _sampled, told
+from luthier.gate.checks.language import ALL_UNTIL, Language, _is_sampled, detect_language
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows
 from luthier.types import Row
@@ -21,14 +21,21 @@ def gate(*rows: Row, **splits: list[Row]) -> Report:
 
 
 def test_languages_are_told() -> None:
-    assert [told(text.format(1)) for text in (EN, VI, FR)] == ["en", "vi", "fr"]
-    assert told("OK, yes") == "" and told("1 + 1 = 2, 2 + 2 = 4, 4 + 4 = 8, 8 + 8 = 16.") == ""
+    assert [detect_language(text.format(1)) for text in (EN, VI, FR)] == ["en", "vi", "fr"]
+    assert (
+        detect_language("OK, yes") == ""
+        and detect_language("1 + 1 = 2, 2 + 2 = 4, 4 + 4 = 8, 8 + 8 = 16.") == ""
+    )
 
 
 def test_strays() -> None:
     report = gate(*texts(EN, 200), *texts(FR, 1, 201), *texts(VI, 2, 202))
-    assert [each.place.line for each in report.findings.kept["language.other"]] == [201, 202, 203]
-    assert "'fr'; most rows are in 'en'" in report.findings.kept["language.other"][0].message
+    assert [each.place.line for each in report.findings.examples["language.other"]] == [
+        201,
+        202,
+        203,
+    ]
+    assert "'fr'; most rows are in 'en'" in report.findings.examples["language.other"][0].message
     counts = report.summaries["language"]["splits"]["train"]["target"]["counts"]
     assert counts == {"en": 200, "vi": 2, "fr": 1}
 
@@ -48,7 +55,7 @@ def pairs(one: str, two: str, count: int, first: int = 1) -> list[Row]:
 def test_answers_in_another_language_than_their_questions() -> None:
     both = [*pairs(EN, EN, 60), *pairs(VI, VI, 60, 61)]
     report = gate(*both, *pairs(VI, EN, 1, 121))
-    assert [each.place.line for each in report.findings.kept["language.answer"]] == [121]
+    assert [each.place.line for each in report.findings.examples["language.answer"]] == [121]
     assert "language.answer" not in gate(*both).findings.counts
     translations = gate(*pairs(EN, VI, 120))
     assert not translations.findings.counts
@@ -57,14 +64,14 @@ def test_answers_in_another_language_than_their_questions() -> None:
 def test_splits_in_different_languages() -> None:
     report = gate(*texts(EN, 80), validation=texts(VI, 80))
     assert "language.splits_differ" in report.findings.counts
-    found = report.findings.kept["language.splits_differ"][0]
+    found = report.findings.examples["language.splits_differ"][0]
     assert "validation is mostly in 'vi', that of train in 'en'" in found.message
     assert not gate(*texts(EN, 80), validation=texts(EN, 80)).findings.counts
 
 
 def test_long_files_are_sampled_and_the_report_says_so() -> None:
     size = 40 * ALL_UNTIL
-    taken = sum(_sampled(Row("f", line), "") for line in range(1, size + 1))
+    taken = sum(_is_sampled(Row("f", line), "") for line in range(1, size + 1))
     expected = ALL_UNTIL * 4.7  # 1 + ln 40
     assert 0.95 * expected < taken < 1.05 * expected
     report = gate(Row("f", 1, text="short"), *(Row("f", 10**7 + n, text="short") for n in range(9)))

@@ -59,7 +59,7 @@ def test_counts_are_those_of_training(chat: ChatFormat, tmp_path: Path) -> None:
 def test_a_long_row_says_how_much_of_the_answer_would_be_lost(chat: ChatFormat) -> None:
     whole = len(ROWS[-1].completion or "")
     report = found(chat, ROWS, context=20)
-    places = report.findings.kept["row.too_long"]
+    places = report.findings.examples["row.too_long"]
     assert places and places[-1].place.line == 8 and whole
     assert "of what it teaches" in places[-1].message and "context of 20" in places[-1].message
     assert report.findings.exit_code == 2
@@ -68,7 +68,7 @@ def test_a_long_row_says_how_much_of_the_answer_would_be_lost(chat: ChatFormat) 
 def test_rows_of_another_shape_are_named(chat: ChatFormat) -> None:
     odd = Row("f", 9, text="raw")
     report = found(chat, [*ROWS, odd])
-    (finding,) = report.findings.kept["row.objective"]
+    (finding,) = report.findings.examples["row.objective"]
     assert (finding.place.line, "raw text" in finding.message) == (9, True)
     assert "row.objective" in found(chat, [Row("f", 1, prompt="x")]).findings.counts
     assert found(chat, ROWS, objective=DPO()).findings.counts["row.objective"] == 8
@@ -82,7 +82,7 @@ def test_large_files_are_sampled_and_long_rows_never_missed(
     exact = len(rows) * found(chat, rows[:1]).summaries["learning"]["splits"]["train"]["tokens"]
     rows[700] = Row("f", 701, prompt="a", completion="the dog " * 40)
     report = found(chat, rows, context=60)
-    assert [f.place.line for f in report.findings.kept["row.too_long"]] == [701]
+    assert [f.place.line for f in report.findings.examples["row.too_long"]] == [701]
     summary = report.summaries["learning"]
     assert summary["sampled"]
     assert summary["splits"]["train"]["tokens"] == pytest.approx(exact, rel=0.3)

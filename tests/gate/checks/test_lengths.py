@@ -34,7 +34,7 @@ def test_lengths_that_stand_out_on_a_log_scale() -> None:
     rows[9] = (rows[9][0], "word " * 20_000)
     rows[11] = ("long " * 20_000, rows[11][1])
     report = gate(*rows)
-    places = report.findings.kept["length.outlier"]
+    places = report.findings.examples["length.outlier"]
     assert sorted(each.place.line for each in places) == [8, 10, 12]
     assert "100,000 characters" in " ".join(each.message for each in places)
     low, high = report.summaries["lengths"]["fences"]["target"]
@@ -69,7 +69,7 @@ def test_only_answers_are_judged() -> None:
     turns = (Message("user", "hi"), Message("assistant", "N/A"))
     rows.append(Row("f", 3, messages=turns))
     report = inspect_rows({"train": rows}, [Lengths()])
-    assert [each.place.line for each in report.findings.kept["target.says_nothing"]] == [3]
+    assert [each.place.line for each in report.findings.examples["target.says_nothing"]] == [3]
 
 
 def test_a_phrase_that_most_answers_begin_with() -> None:
@@ -78,7 +78,7 @@ def test_a_phrase_that_most_answers_begin_with() -> None:
             for n, (one, two) in enumerate(rows)]  # fmt: skip
     report = gate(*same)
     assert "75% of the answers begin with 'sure, i can help.'" in (
-        report.findings.kept["target.same_start"][0].message
+        report.findings.examples["target.same_start"][0].message
     )
     assert not gate(*rows).findings.counts
 

@@ -36,7 +36,7 @@ def test_a_special_token_in_a_message_ends_the_turn_so_it_is_an_error(tokenizer:
     assert (encoded.ids_T == tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == 3
     report = gate(("hi", answer), ("hi", "Yes."), chat=chat)
     assert dict(report.findings.counts) == {"marker.special_token": 1}
-    found = report.findings.kept["marker.special_token"][0]
+    found = report.findings.examples["marker.special_token"][0]
     assert found.message == "completion holds <|im_end|>, and 1 more in this row."
     assert report.findings.exit_code == 2
     assert report.summaries["markers"]["marks"]["counts"] == {"<|im_end|>": 1, "<|im_start|>": 1}

@@ -28,7 +28,7 @@ def gate(*texts: str, check: Privacy | None = None) -> Report:
 def test_counts_by_kind_and_by_row() -> None:
     report = gate("a@corp.io, b@corp.io and +84 912 345 678", "clean", "c@corp.io")
     assert report.findings.counts == {"privacy.email": 2, "privacy.phone": 1}
-    first = report.findings.kept["privacy.email"][0]
+    first = report.findings.examples["privacy.email"][0]
     assert (first.place.line, first.message) == (
         1,
         "completion holds an e-mail address, and 1 more in this row.",
@@ -52,7 +52,7 @@ def test_policy_and_kinds() -> None:
     rows = [Row("f", 1, messages=(Message("user", "hi"), Message("assistant", "a@corp.io")))]
     report = inspect_rows({"train": rows}, [Privacy()], {"privacy.email": "error"})
     assert report.findings.exit_code == 2
-    assert "messages[2].content" in report.findings.kept["privacy.email"][0].message
+    assert "messages[2].content" in report.findings.examples["privacy.email"][0].message
     assert not gate("a@corp.io", check=Privacy(Finder(kinds=("phone",)))).findings.counts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from luthier.errors import RecipeError
-from luthier.gate.check import Check, Known
+from luthier.gate.check import Check, CheckContext
 from luthier.gate.checks.balance import Balance
 from luthier.gate.checks.base_language import BaseLanguage
 from luthier.gate.checks.contradictions import Contradictions
@@ -44,7 +44,7 @@ BASE_MISSING = Rule(
 
 
 def checks_for(
-    known: Known, skip: Collection[str] = (), in_jobs: bool = False
+    known: CheckContext, skip: Collection[str] = (), in_jobs: bool = False
 ) -> tuple[list[Check], dict[str, str]]:
     """New checks for what is known, and why others of the table are left out.
 

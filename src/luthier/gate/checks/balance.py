@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
 from luthier.data.read import shown
-from luthier.gate.check import Batch, Check, Known, Places, Where
-from luthier.gate.near_duplicates import normal
+from luthier.gate.check import Batch, BatchLines, Check, CheckContext, Places
+from luthier.gate.near_duplicates import normalize
 from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule
 from luthier.types import Row
 
@@ -57,7 +57,7 @@ class Balance(Check):
     rules: ClassVar[tuple[Rule, ...]] = (ONE_CLASS, UNSEEN, SMALL, SPELLING, UNEVEN)
 
     @classmethod
-    def of(cls, known: Known) -> Self:
+    def of(cls, known: CheckContext) -> Self:
         """Where an objective is fitted to the rows, that says what it cannot learn."""
         return cls(fitted=known.chat is not None)
 
@@ -85,7 +85,7 @@ class Balance(Check):
         return counts, labelled, tagged, several
 
     def take(
-        self, where: Where, measured: tuple[_Counts, int, bool, bool], findings: Findings
+        self, where: BatchLines, measured: tuple[_Counts, int, bool, bool], findings: Findings
     ) -> None:
         """Add up, and remember where each label comes first."""
         counts, labelled, tagged, several = measured
@@ -107,7 +107,9 @@ class Balance(Check):
         self._spelling(findings)
         for split, counts in self.counts.items():
             for name in sorted(counts.keys() - train.keys()) if train and not self.fitted else ():
-                message = f"{shown(name)} has {_rows(counts[name])} in {split} and none in train."
+                message = (
+                    f"{shown(name)} has {_count_rows(counts[name])} in {split} and none in train."
+                )
                 findings.add(Finding(UNSEEN, self._places[split, name], message))
 
     def _judge(self, train: Counter[str], findings: Findings) -> None:
@@ -118,15 +120,14 @@ class Balance(Check):
             return
         for name, count in sorted(train.items()):
             if count < FEWEST:
-                message = (
-                    f"{shown(name)} has {_rows(count)}; {FEWEST - count} more would make {FEWEST}."
-                )
+                message = f"{shown(name)} has {_count_rows(count)}; "
+                message += f"{FEWEST - count} more would make {FEWEST}."
                 fix = (
                     f"Add {FEWEST - count} rows with this label, or merge it with one of nearly the "
                     "same meaning."
                 )
-                if meant := _misspelt(name, train):
-                    message += f" {shown(meant)} has {_rows(train[meant])}."
+                if meant := _likely_spelling(name, train):
+                    message += f" {shown(meant)} has {_count_rows(train[meant])}."
                     fix = f"If {shown(meant)} is meant, write it so; if not: {fix}"
                 findings.add(Finding(SMALL, self._places["train", name], message, fix))
         if len(train) < 2 or self._tagged:
@@ -134,9 +135,8 @@ class Balance(Check):
         (often, most), (rare, least) = train.most_common(1)[0], train.most_common()[-1]
         if most >= 0.9 * self._rows["train"] or most >= 100 * least:
             share = most / self._rows["train"]
-            message = (
-                f"{shown(often)} has {share:.1%} of the rows, {shown(rare)} has {_rows(least)}."
-            )
+            message = f"{shown(often)} has {share:.1%} of the rows, "
+            message += f"{shown(rare)} has {_count_rows(least)}."
             place = Place(self._places["train", often].file, 0)
             findings.add(Finding(UNEVEN, place, message))
 
@@ -144,7 +144,7 @@ class Balance(Check):
         """Names that are one to people."""
         first: dict[str, tuple[str, Place]] = {}
         for (_, name), place in self._places.items():
-            other, where = first.setdefault(normal(name.replace("_", " ")), (name, place))
+            other, where = first.setdefault(normalize(name.replace("_", " ")), (name, place))
             if other != name:
                 message = (
                     f"the label {shown(name)} differs from {shown(other)} in its spelling only."
@@ -179,11 +179,11 @@ def labels_of(row: Row) -> Iterable[str]:
     return ()
 
 
-def _rows(count: int) -> str:
+def _count_rows(count: int) -> str:
     return f"{count} row{'' if count == 1 else 's'}"
 
 
-def _misspelt(name: str, counts: Mapping[str, int]) -> str | None:
+def _likely_spelling(name: str, counts: Mapping[str, int]) -> str | None:
     """A much more frequent label that is written nearly as ``name``; numbers are no misspellings."""
     if len(counts) > MOST_COMPARED or any(character.isdigit() for character in name):
         return None

@@ -23,8 +23,8 @@ import regex
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import DataError
-from luthier.gate.check import Batch, Check, Known, Places, Where
-from luthier.gate.checks.language import CHARACTERS, told
+from luthier.gate.check import Batch, BatchLines, Check, CheckContext, Places
+from luthier.gate.checks.language import CHARACTERS, detect_language
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.gate.texts import texts
 from luthier.models.catalog import bases_for
@@ -123,7 +123,9 @@ def spelling(text: str, tokenizer: Any) -> Spelling:
     return total
 
 
-def unknown_to(tokenizer: Any, samples: Iterable[str]) -> tuple[str, float, Spelling] | None:
+def find_unknown_language(
+    tokenizer: Any, samples: Iterable[str]
+) -> tuple[str, float, Spelling] | None:
     """The most frequent language of ``samples`` that ``tokenizer`` was hardly trained on, if any.
 
     Returns:
@@ -140,7 +142,7 @@ def unknown_to(tokenizer: Any, samples: Iterable[str]) -> tuple[str, float, Spel
     by_language: dict[str, Spelling] = {}
     counts: Counter[str] = Counter()
     for text, each in counted:
-        code = told(text)
+        code = detect_language(text)
         counts[code] += bool(code)
         by_language[code] = by_language.get(code, Spelling(0, 0, 0, 0, 0)) + each
     for code, count in counts.most_common():
@@ -165,7 +167,7 @@ class BaseLanguage(Check):
     needs_model: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, known: Known) -> Self:
+    def of(cls, known: CheckContext) -> Self:
         """The check for a model; :class:`ValueError` without one."""
         if known.chat is None:
             raise ValueError("the check of the base's language needs a model's tokenizer")
@@ -188,7 +190,7 @@ class BaseLanguage(Check):
         drawn = ((zlib.crc32(t.encode("utf-8", "surrogatepass")), t) for t in _samples(batch))
         return heapq.nsmallest(SAMPLES, drawn)
 
-    def take(self, where: Where, measured: list[tuple[int, str]], findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: list[tuple[int, str]], findings: Findings) -> None:
         """Keep the sample of all batches: 60 kB at most."""
         self._samples = heapq.nsmallest(SAMPLES, [*self._samples, *measured])
 
@@ -197,7 +199,7 @@ class BaseLanguage(Check):
         tokenizer = self.chat.tokenizer
         if not self._samples or not tokenizer.is_fast:
             return
-        found = unknown_to(tokenizer, [text for _, text in self._samples])
+        found = find_unknown_language(tokenizer, [text for _, text in self._samples])
         if found is None:
             return
         code, share, written = found

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.gate.check import Batch, Check, Places, Where
-from luthier.gate.columns import LIMIT, Table, parts_of
-from luthier.gate.near_duplicates import normal, runs
-from luthier.gate.row_keys import key, keys, named
+from luthier.gate.check import Batch, BatchLines, Check, Places
+from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
+from luthier.gate.near_duplicates import normalize, rows_by_value
+from luthier.gate.row_keys import hash_texts, key_column, label_texts
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.gate.texts import input_of, target_of
 from luthier.types import IntArray, Row
@@ -52,8 +52,8 @@ class Contradictions(Check):
     name: ClassVar[str] = "contradictions"
     rules: ClassVar[tuple[Rule, ...]] = _KINDS
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._table = Table(limit)
+    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
+        self._table = ColumnStore(limit)
         self._summary: dict[str, Any] = {}
 
     def measure(self, batch: Batch) -> Mapping[str, Any]:
@@ -62,11 +62,11 @@ class Contradictions(Check):
         count = len(parts)
         return {
             "kind": np.fromiter((kind for kind, _, _ in parts), np.uint8, count),
-            "asked": keys((asked for _, asked, _ in parts), count),
-            "taught": keys((taught for _, _, taught in parts), count),
+            "asked": key_column((asked for _, asked, _ in parts), count),
+            "taught": key_column((taught for _, _, taught in parts), count),
         }
 
-    def take(self, where: Where, measured: Mapping[str, Any], findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: Mapping[str, Any], findings: Findings) -> None:
         """Keep them; nothing can be said before the last row."""
         for name, column in measured.items():
             self._table.append(name, column)
@@ -76,10 +76,10 @@ class Contradictions(Check):
         if not places.total:
             return
         columns = ("asked", "taught", "kind")
-        for rows_P, (asked_P, taught_P, kinds_P) in parts_of(
+        for rows_P, (asked_P, taught_P, kinds_P) in partition(
             lambda: self._table.chunks(*columns), places.total
         ):
-            for group in runs(asked_P):
+            for group in rows_by_value(asked_P):
                 different = len(np.unique(taught_P[group]))
                 kind = int(kinds_P[group[0]])
                 if different > 1 and kind < len(_KINDS):
@@ -93,9 +93,9 @@ class Contradictions(Check):
         count["rows"] += len(group)
         words = {LABEL: "ways of labelling one text", ANSWERS: "answers to one prompt"}
         said = f"{different} {words.get(rule, 'opposite preferences between two answers')}"
-        named = group[1 : NAMED + 1].tolist() if findings.keeps(rule) else ()
+        further = group[1 : NAMED + 1].tolist() if findings.has_room(rule) else ()
         message = f"{said}, in {len(group)} rows."
-        others = tuple(map(places.place, named))
+        others = tuple(map(places.place, further))
         finding = Finding(rule, places.place(int(group[0])), message, others=others)
         findings.add(finding, rows=group.tolist())
 
@@ -106,16 +106,16 @@ class Contradictions(Check):
 
 def _parts(row: Row) -> tuple[int, int, int]:
     """Number of the rule that applies, and keys of the input and of what must not differ."""
-    asks = [normal(text) for text in input_of(row)]
+    asks = [normalize(text) for text in input_of(row)]
     if row.reply is not None and row.rejected is not None:
         both = ["\0".join(t.content for t in turns) for turns in (row.reply, row.rejected)]
-        return 1, key("pair", *asks, "\0", *sorted(both)), key(*both)
+        return 1, hash_texts("pair", *asks, "\0", *sorted(both)), hash_texts(*both)
     if row.reply is not None:
         answer = [turn.content for turn in row.reply]
-        judgement = key(repr(row.rating), repr(row.desirable))
-        return 0, key("judged", *asks, "\0", *answer), judgement
-    if (said := named(row)) is not None:
-        return 0, key("named", *asks), key(*said)
+        judgement = hash_texts(repr(row.rating), repr(row.desirable))
+        return 0, hash_texts("judged", *asks, "\0", *answer), judgement
+    if (said := label_texts(row)) is not None:
+        return 0, hash_texts("named", *asks), hash_texts(*said)
     if not (says := target_of(row)):
-        return len(_KINDS), key("bare", *asks), 0
-    return 2, key("written", *asks), key(*says)
+        return len(_KINDS), hash_texts("bare", *asks), 0
+    return 2, hash_texts("written", *asks), hash_texts(*says)

@@ -15,19 +15,27 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from luthier.gate.check import Batch, Check, Known, Places, Where
+from luthier.gate.check import Batch, BatchLines, Check, CheckContext, Places
 from luthier.gate.checks import leakage
-from luthier.gate.columns import LIMIT, Table, parts_of
+from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
 from luthier.gate.near_duplicates import (
     Groups,
-    Near,
+    NearDuplicates,
     Sketches,
     Words,
     common_shingles,
-    runs,
+    rows_by_value,
     sketch,
 )
-from luthier.gate.row_keys import Keys, compared, key, keys, masked, mixed, teaching
+from luthier.gate.row_keys import (
+    Keys,
+    combine_keys,
+    comparable_texts,
+    hash_texts,
+    key_column,
+    mask_numbers,
+    target_key,
+)
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.gate.texts import input_of, target_of
 from luthier.types import IntArray
@@ -70,7 +78,7 @@ LARGEST = 10
 
 
 @dataclass(frozen=True)
-class Measured:
+class DuplicateKeys:
     """Keys of a batch, and of its rows that are compared for being alike also sketches."""
 
     columns: Mapping[str, Keys]
@@ -78,7 +86,7 @@ class Measured:
     inputs: Sketches
     wholes: Sketches
     """The same object where rows are all input."""
-    compared: Mapping[str, Keys]
+    sketched: Mapping[str, Keys]
     """Of the rows of ``inputs`` (``asked``) and of ``wholes`` (the others)."""
 
 
@@ -90,38 +98,38 @@ class Duplicates(Check):
     measures_with: ClassVar[tuple[str, ...]] = ("common", "share")
 
     @classmethod
-    def of(cls, known: Known) -> Self:
+    def of(cls, known: CheckContext) -> Self:
         """Every row is compared where that is asked for, and none where no near rows are wanted."""
         near = {NEAR.id, NUMBERS.id, leakage.NEAR.id, leakage.MANY.id}
         return cls(every=known.every, alike=known.only is None or bool(known.only & near))
 
-    def __init__(self, limit: int = LIMIT, every: bool = False, alike: bool = True) -> None:
+    def __init__(self, limit: int = MEMORY_LIMIT, every: bool = False, alike: bool = True) -> None:
         self.common: tuple[Words, Words] | None = None
         """Shingles that nearly all rows share, of the inputs and of whole rows."""
         self.share = 1.0 if alike else 0.0
         """Of the rows, so many are compared for being alike."""
         self._every = every
-        self._table, self._compared = Table(limit), Table(limit)
-        self._inputs, self._wholes = Near(limit), Near(limit)
+        self._table, self._compared = ColumnStore(limit), ColumnStore(limit)
+        self._inputs, self._wholes = NearDuplicates(limit), NearDuplicates(limit)
         self._apart = False
         self._summary: dict[str, Any] = {}
 
     def begin(self, batch: Batch, rows: int = 0) -> None:
         """Learn what rows are written in from the first of them, and how many can be compared."""
-        inputs, wholes = compared(batch.rows)
+        inputs, wholes = comparable_texts(batch.rows)
         self.common = (common_shingles(inputs), common_shingles(wholes))
         if self.share and not self._every and rows > COMPARED:
             self.share = COMPARED / rows
 
-    def measure(self, batch: Batch) -> Measured:
+    def measure(self, batch: Batch) -> DuplicateKeys:
         """Keys and sketches."""
         rows, count = batch.rows, len(batch)
-        inputs, wholes = compared(rows)
+        inputs, wholes = comparable_texts(rows)
         texts = [(input_of(row), target_of(row)) for row in rows]
         columns = {
-            "exact": keys((key(*asks, "\0", *says) for asks, says in texts), count),
-            "input": keys(map(key, inputs), count),
-            "target": keys((key(*says) for _, says in texts), count),
+            "exact": key_column((hash_texts(*asks, "\0", *says) for asks, says in texts), count),
+            "input": key_column(map(hash_texts, inputs), count),
+            "target": key_column((hash_texts(*says) for _, says in texts), count),
         }
         common = self.common or (None, None)
         asked = sketch(inputs if self.share else (), common[0], self.share)
@@ -130,17 +138,19 @@ class Duplicates(Check):
         chosen = whole.rows_N.tolist()
         of_chosen = {
             "asked": columns["input"][asked.rows_N],
-            "whole": keys((key(wholes[row]) for row in chosen), len(chosen)),
-            "said": keys((teaching(rows[row]) for row in chosen), len(chosen)),
-            "masked": keys((key(masked(wholes[row])) for row in chosen), len(chosen)),
+            "whole": key_column((hash_texts(wholes[row]) for row in chosen), len(chosen)),
+            "said": key_column((target_key(rows[row]) for row in chosen), len(chosen)),
+            "masked": key_column(
+                (hash_texts(mask_numbers(wholes[row])) for row in chosen), len(chosen)
+            ),
         }
-        return Measured(columns, asked, whole, of_chosen)
+        return DuplicateKeys(columns, asked, whole, of_chosen)
 
-    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: DuplicateKeys, findings: Findings) -> None:
         """Keep them; nothing can be said before the last row."""
         for name, column in measured.columns.items():
             self._table.append(name, column)
-        for name, column in measured.compared.items():
+        for name, column in measured.sketched.items():
             self._compared.append(name, column)
         self._compared.append("asked rows", measured.inputs.rows_N + where.first)
         self._compared.append("whole rows", measured.wholes.rows_N + where.first)
@@ -167,10 +177,10 @@ class Duplicates(Check):
         self._report(NUMBERS, filled, places, findings)
         del near, numbers, rows_S, copies_N
         if self._apart and leaks.possible:
-            leaks.compare(self._compared.read("asked rows"))
-            self._inputs.find(self._compared.read("asked"), leaks.wanted, leaks.found)
+            leaks.set_rows(self._compared.read("asked rows"))
+            self._inputs.find(self._compared.read("asked"), leaks.is_wanted, leaks.add_pairs)
         leaks.report(places, findings)
-        leaks.overlap(places, findings)
+        leaks.report_overlap(places, findings)
         self._summary["leakage"] = leaks.summary()
         if 0 < self.share < 1:
             self._say_sampled(places, findings)
@@ -183,10 +193,10 @@ class Duplicates(Check):
             for (keys_C,) in self._table.chunks("exact"):
                 split_C = splits_N[start : start + len(keys_C)].astype(np.uint64)
                 start += len(keys_C)
-                yield (mixed(split_C + np.uint64(1), keys_C),)
+                yield (combine_keys(split_C + np.uint64(1), keys_C),)
 
-        for rows_P, (keys_P,) in parts_of(chunks, len(splits_N)):
-            for group in runs(keys_P):
+        for rows_P, (keys_P,) in partition(chunks, len(splits_N)):
+            for group in rows_by_value(keys_P):
                 rows = rows_P[group]
                 copies_N[rows[1:]] = True
                 yield rows
@@ -195,29 +205,29 @@ class Duplicates(Check):
         """Near groups and those of numbers, among rows compared; leaks too where rows are all input."""
         rows_S = self._compared.read("whole rows")
         split_S = splits_N[rows_S].astype(np.uint64) + np.uint64(1)
-        apart_S = mixed(split_S, self._compared.read("said"))
+        apart_S = combine_keys(split_S, self._compared.read("said"))
         whole_S, masked_S = self._compared.read("whole"), self._compared.read("masked")
         near, numbers = Groups(len(rows_S)), Groups(len(rows_S))
         if not self._apart:
-            leaks.compare(rows_S)
+            leaks.set_rows(rows_S)
 
         def wanted(one_P: Any, other_P: Any) -> Any:
             same_P = apart_S[one_P] == apart_S[other_P]
             same_P &= ~(near.together(one_P, other_P) | numbers.together(one_P, other_P))
-            return same_P if self._apart else same_P | leaks.wanted(one_P, other_P)
+            return same_P if self._apart else same_P | leaks.is_wanted(one_P, other_P)
 
         def found(one_P: Any, other_P: Any) -> None:
             if not self._apart:
-                leaks.found(one_P, other_P)
+                leaks.add_pairs(one_P, other_P)
             copy_P = apart_S[one_P] == apart_S[other_P]
             one_P, other_P = one_P[copy_P], other_P[copy_P]
             filled_P = masked_S[one_P] == masked_S[other_P]
             numbers.join(one_P[filled_P], other_P[filled_P])
             near.join(one_P[~filled_P], other_P[~filled_P])
 
-        self._wholes.find(mixed(apart_S, whole_S), wanted, found)
+        self._wholes.find(combine_keys(apart_S, whole_S), wanted, found)
         # Only the first of rows with one text was compared; the others are as near as it is.
-        _follow(near, mixed(apart_S, whole_S))
+        _join_equal(near, combine_keys(apart_S, whole_S))
         return near, numbers
 
     def _report(
@@ -231,7 +241,7 @@ class Duplicates(Check):
             if len(largest) < LARGEST or len(group) > largest[-1]:
                 largest = sorted([*largest, len(group)], reverse=True)[:LARGEST]
             further = len(group) - 1
-            named = group[1 : NAMED + 1].tolist() if findings.keeps(rule) else ()
+            named = group[1 : NAMED + 1].tolist() if findings.has_room(rule) else ()
             message = (
                 f"{further} further {'rows are' if further > 1 else 'row is'} {words} this one."
             )
@@ -254,7 +264,7 @@ class Duplicates(Check):
         return self._summary
 
 
-def _follow(groups: Groups, keys_N: Keys) -> None:
+def _join_equal(groups: Groups, keys_N: Keys) -> None:
     """Join rows with the same key."""
     order = np.argsort(keys_N, kind="stable")
     same = np.flatnonzero(keys_N[order][1:] == keys_N[order][:-1])

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from luthier.gate.check import Batch, Check, Where
+from luthier.gate.check import Batch, BatchLines, Check
 from luthier.gate.pii import SEPARATOR
 from luthier.gate.rules import Findings, Rule
-from luthier.gate.texts import BETWEEN, Joined, Spot, add
+from luthier.gate.texts import BETWEEN, JoinedTexts, Spot, add_spots
 
 CONTROL = Rule(
     "encoding.control",
@@ -114,7 +114,7 @@ _BEYOND_ASCII: tuple[tuple[Rule, re.Pattern[str]], ...] = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class EncodingFaults:
     """What is wrong in a batch, and how many rows have letters with marks in each form."""
 
     spots: tuple[Spot, ...]
@@ -136,22 +136,22 @@ class Encoding(Check):
         self.rows: Counter[str] = Counter()
         self.forms: Counter[str] = Counter()
 
-    def measure(self, batch: Batch) -> Measured:
+    def measure(self, batch: Batch) -> EncodingFaults:
         """Look through a batch."""
-        joined = Joined.of(batch)
+        joined = JoinedTexts.of(batch)
         spots: list[Spot] = []
         if _may_hold_control(joined):
-            spots += joined.spots(CONTROL, _found(CONTROL, _CONTROL, joined.text))
+            spots += joined.spots(CONTROL, _find(CONTROL, _CONTROL, joined.text))
         spots += joined.spots(MARKUP, _markup(joined.text))
         forms: Counter[str] = Counter()
         if not joined.text.isascii():
             other = joined.only(lambda text: not text.isascii())
             for rule, pattern in _BEYOND_ASCII:
-                spots += other.spots(rule, _found(rule, pattern, other.text))
+                spots += other.spots(rule, _find(rule, pattern, other.text))
             spots += self._normal_forms(other, forms)
-        return Measured(tuple(spots), forms)
+        return EncodingFaults(tuple(spots), forms)
 
-    def _normal_forms(self, joined: Joined, forms: Counter[str]) -> list[Spot]:
+    def _normal_forms(self, joined: JoinedTexts, forms: Counter[str]) -> list[Spot]:
         found: list[tuple[int, int, str]] = []
         rows: dict[int, bool] = {}
         for start, (index, text) in zip(joined.starts, joined.owners, strict=True):
@@ -166,11 +166,11 @@ class Encoding(Check):
         forms["other"] += len(rows) - sum(rows.values())
         return joined.spots(FORMS, found)
 
-    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: EncodingFaults, findings: Findings) -> None:
         """Count the rows of each rule."""
         self.rows.update(spot.rule for spot in measured.spots)
         self.forms += measured.forms
-        add(measured.spots, self.rules, where, findings)
+        add_spots(measured.spots, self.rules, where, findings)
 
     def summary(self) -> Mapping[str, Any]:
         """Rows that break each rule; rows with other than ASCII letters in NFC and not."""
@@ -180,14 +180,14 @@ class Encoding(Check):
         }
 
 
-def _may_hold_control(joined: Joined) -> bool:
+def _may_hold_control(joined: JoinedTexts) -> bool:
     """Whether any control character is there beside those between the texts."""
     characters = "".join(set(joined.text)).replace(SEPARATOR, "")
     between = max(0, len(joined.starts) - 1)
     return joined.text.count(SEPARATOR) > between or _CONTROL.search(characters) is not None
 
 
-def _found(rule: Rule, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int, str]]:
+def _find(rule: Rule, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int, str]]:
     for match in pattern.finditer(text):
         start, end = match.span()
         if rule is CONTROL and text[start - 1 : end + 1] == BETWEEN:
@@ -198,22 +198,22 @@ def _found(rule: Rule, pattern: re.Pattern[str], text: str) -> Iterator[tuple[in
             and _FLAG in text[max(0, start - 7) : start]
         ):
             continue
-        yield start, end, named(rule, match[0])
+        yield start, end, describe_characters(rule, match[0])
 
 
-def hidden(text: str) -> tuple[str, int]:
+def remove_hidden(text: str) -> tuple[str, int]:
     """``text`` without what :data:`CONTROL` and :data:`INVISIBLE` find, and how much that was."""
     count = 0
     for rule, pattern in ((CONTROL, _CONTROL), (INVISIBLE, _INVISIBLE)):
         parts, at = [], 0
-        for start, end, _ in _found(rule, pattern, text):
+        for start, end, _ in _find(rule, pattern, text):
             parts.append(text[at:start])
             at, count = end, count + end - start
         text = "".join([*parts, text[at:]])
     return text, count
 
 
-def named(rule: Rule, found: str) -> str:
+def describe_characters(rule: Rule, found: str) -> str:
     """What was found, in words."""
     if rule is MOJIBAKE:
         return f"{found!r}, which looks like UTF-8 read as another encoding"

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.gate.check import Batch, Check, Places, Where
+from luthier.gate.check import Batch, BatchLines, Check, Places
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.gate.texts import texts
 from luthier.types import IntArray, Row
@@ -69,7 +69,7 @@ LEAST_ROWS = 50
 
 
 @dataclass(frozen=True)
-class Measured:
+class BatchLanguages:
     """Languages of the rows that were told."""
 
     rows_N: IntArray
@@ -92,17 +92,17 @@ class Language(Check):
         self._seen: Counter[str] = Counter()
         self._told: Counter[str] = Counter()
 
-    def measure(self, batch: Batch) -> Measured:
+    def measure(self, batch: Batch) -> BatchLanguages:
         """Tell the languages of a sample of the batch."""
         rows, codes = [], []
         for index, row in enumerate(batch.rows):
             given, learned = _texts(row)
-            if _sampled(row, given or learned):
+            if _is_sampled(row, given or learned):
                 rows.append(index)
-                codes.append((told(given), told(learned)))
-        return Measured(np.asarray(rows, np.int64), tuple(codes))
+                codes.append((detect_language(given), detect_language(learned)))
+        return BatchLanguages(np.asarray(rows, np.int64), tuple(codes))
 
-    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: BatchLanguages, findings: Findings) -> None:
         """Keep the codes of the sample."""
         self._rows.append(measured.rows_N + where.first)
         self._codes += measured.codes
@@ -129,7 +129,7 @@ class Language(Check):
         common = {code for code, count in counts.items() if count > RARE * total}
         if len(common) > 1:
             shares = ", ".join(
-                f"{code} {counts[code] / total:.0%}" for code in _ranked(counts, common)
+                f"{code} {counts[code] / total:.0%}" for code in _by_frequency(counts, common)
             )
             finding = Finding(MIX, places.place(0), f"The languages of the {part} are {shares}.")
             findings.add(finding)
@@ -198,7 +198,7 @@ class Language(Check):
         )
 
 
-def _ranked(counts: Counter[str], among: set[str]) -> list[str]:
+def _by_frequency(counts: Counter[str], among: set[str]) -> list[str]:
     return [code for code, _ in counts.most_common() if code in among]
 
 
@@ -213,7 +213,7 @@ def _texts(row: Row) -> tuple[str, str]:
     return given, learned
 
 
-def _sampled(row: Row, text: str) -> bool:
+def _is_sampled(row: Row, text: str) -> bool:
     """All rows up to a line, fewer after it; by the row alone, so that batches do not matter."""
     if row.line <= ALL_UNTIL:
         return True
@@ -221,16 +221,16 @@ def _sampled(row: Row, text: str) -> bool:
     return drawn / 2**32 < ALL_UNTIL / row.line
 
 
-def told(text: str) -> str:
+def detect_language(text: str) -> str:
     """ISO 639 code of a text, empty where it is too short or not certain."""
     if len(text) < LEAST_CHARACTERS:
         return ""
-    code, probability = identifier().classify(text)
+    code, probability = load_identifier().classify(text)
     return str(code) if probability >= CERTAIN and code != NO_LANGUAGE else ""
 
 
 @lru_cache(maxsize=1)
-def identifier() -> Any:
+def load_identifier() -> Any:
     """The model of py3langid, 70 MB, loaded once."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 

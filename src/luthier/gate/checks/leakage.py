@@ -16,8 +16,8 @@ import numpy as np
 
 from luthier.gate.check import Places
 from luthier.gate.columns import Chunks
-from luthier.gate.near_duplicates import firsts
-from luthier.gate.row_keys import Keys, mixed
+from luthier.gate.near_duplicates import first_rows
+from luthier.gate.row_keys import Keys, combine_keys
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.types import IntArray
 
@@ -79,19 +79,19 @@ class Leaks:
         self._rows_S: IntArray = np.zeros(0, np.int64)
         self._counts: dict[str, dict[str, int]] = {}
 
-    def compare(self, rows_S: IntArray) -> None:
+    def set_rows(self, rows_S: IntArray) -> None:
         """What follows is about pairs of these rows, by their place here."""
         self._rows_S, self._train_S = rows_S, self._train_N[rows_S]
         self._near_S = np.full(len(rows_S), self._none)
         """Training row that is near; ``_none`` where there is none."""
 
-    def wanted(self, one_P: Any, other_P: Any) -> Any:
+    def is_wanted(self, one_P: Any, other_P: Any) -> Any:
         """Whether a pair is of both sides, and its held-out row is not given away yet."""
         train_P = self._train_S[one_P]
         across_P = train_P != self._train_S[other_P]
         return across_P & (self._near_S[np.where(train_P, other_P, one_P)] == self._none)
 
-    def found(self, one_P: Any, other_P: Any) -> None:
+    def add_pairs(self, one_P: Any, other_P: Any) -> None:
         """Take in pairs that are near."""
         across_P = self._train_S[one_P] != self._train_S[other_P]
         one_P, other_P = one_P[across_P], other_P[across_P]
@@ -112,17 +112,17 @@ class Leaks:
         ways = [(EXACT, both_H, both_H), (INPUT, inputs_H, inputs_H),
                 (NEAR, inputs_H, self._keys_of(np.unique(partners))[0])]  # fmt: skip
         for rule, keys_H, wanted in ways:
-            giving = _Giving(self._chunks, self._train_N, wanted, both=rule is EXACT)
-            partner_H = near_H if rule is NEAR else giving.firsts(keys_H, self._none)
+            giving = _KeyIndex(self._chunks, self._train_N, wanted, both=rule is EXACT)
+            partner_H = near_H if rule is NEAR else giving.partners(keys_H, self._none)
             rows = np.flatnonzero(left & (partner_H < self._none))
             left[rows] = False
             given[held[rows]] = True
             for row in rows.tolist():
                 partner = int(partner_H[row])
-                self._add(rule, int(held[row]), partner, giving.beside(partner), places, findings)
+                self._add(rule, int(held[row]), partner, giving.same_key(partner), places, findings)
         self._judge(given, places, findings)
 
-    def overlap(self, places: Places, findings: Findings) -> None:
+    def report_overlap(self, places: Places, findings: Findings) -> None:
         """A finding for each test row whose question is a validation row's, too."""
         names = places.names()
         if not {"validation", "test"} <= set(names):
@@ -130,8 +130,8 @@ class Leaks:
         rows = np.flatnonzero(self._splits_N == names.index("test"))
         keys_R, _ = self._keys_of(rows)
         validation_N = self._splits_N == names.index("validation")
-        giving = _Giving(self._chunks, validation_N, keys_R, both=False)
-        partner_R = giving.firsts(keys_R, self._none)
+        giving = _KeyIndex(self._chunks, validation_N, keys_R, both=False)
+        partner_R = giving.partners(keys_R, self._none)
         for row in np.flatnonzero(partner_R < self._none).tolist():
             other = places.place(int(partner_R[row]))
             message = f"this test row asks the same as the validation row {other}."
@@ -149,7 +149,7 @@ class Leaks:
             low, high = np.searchsorted(rows, (start, start + len(input_C)))
             here = rows[low:high] - start
             inputs.append(input_C[here])
-            both.append(mixed(input_C[here], target_C[here]))
+            both.append(combine_keys(input_C[here], target_C[here]))
             start += len(input_C)
         return np.concatenate(inputs), np.concatenate(both)
 
@@ -161,7 +161,7 @@ class Leaks:
         mine = np.flatnonzero(self._near_S < self._none)
         at = np.searchsorted(held, self._rows_S[mine])
         np.minimum.at(near_H, at, self._near_S[mine])
-        first_H = firsts(inputs_H)
+        first_H = first_rows(inputs_H)
         best_H = np.full(len(held), self._none)
         np.minimum.at(best_H, first_H, near_H)
         return best_H[first_H]
@@ -199,14 +199,14 @@ class Leaks:
             findings.add(Finding(MANY, Place(file, 0), message))
 
 
-class _Giving:
+class _KeyIndex:
     """Training rows with certain keys, found in one pass over all rows."""
 
     def __init__(self, chunks: Chunks, train_N: Any, wanted: Keys, both: bool) -> None:
         known = np.unique(wanted)
         rows, found, start = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], 0
         for input_C, target_C in chunks() if len(known) else ():
-            keys_C = mixed(input_C, target_C) if both else input_C
+            keys_C = combine_keys(input_C, target_C) if both else input_C
             at_C = np.minimum(np.searchsorted(known, keys_C), len(known) - 1)
             here = np.flatnonzero((known[at_C] == keys_C) & train_N[start : start + len(keys_C)])
             rows.append(here + start)
@@ -216,14 +216,14 @@ class _Giving:
         order = np.argsort(self._keys, kind="stable")
         self._by_key, self._sorted = self._rows[order], self._keys[order]
 
-    def firsts(self, keys_H: Keys, none: int) -> IntArray:
+    def partners(self, keys_H: Keys, none: int) -> IntArray:
         """The first row with each key; ``none`` where there is none."""
         if not len(self._sorted):
             return np.full(len(keys_H), none)
         at_H = np.minimum(np.searchsorted(self._sorted, keys_H), len(self._sorted) - 1)
         return np.where(self._sorted[at_H] == keys_H, self._by_key[at_H], none)
 
-    def beside(self, row: int) -> list[int]:
+    def same_key(self, row: int) -> list[int]:
         """All rows with the key of one of them."""
         wanted = self._keys[np.searchsorted(self._rows, row)]
         low, high = (np.searchsorted(self._sorted, wanted, side) for side in ("left", "right"))

@@ -22,7 +22,7 @@ import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.gate.check import Batch, Check, Known, Places, Where
+from luthier.gate.check import Batch, BatchLines, Check, CheckContext, Places
 from luthier.gate.encode import RowEncoder, refuse_single
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import (
@@ -49,7 +49,7 @@ LONGEST = 10
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownRow:
     """A row as the model sees it, for people."""
 
     line: int
@@ -63,7 +63,7 @@ class Shown:
     """What is learned about the row as a whole, such as its label."""
 
 
-def stands_for(row: Row, context: int) -> int:
+def rows_represented(row: Row, context: int) -> int:
     """How many rows a row stands for in the counts of tokens; 0 where it is not encoded.
 
     No token is less than a byte, so that a row with fewer bytes than the context has tokens fits: what
@@ -83,9 +83,9 @@ class EncodedBatch:
     tokens_N: IntArray
     learned_N: IntArray
     times_N: IntArray
-    """Rows that each one stands for (:func:`stands_for`)."""
+    """Rows that each one stands for (:func:`rows_represented`)."""
     spots: tuple[Spot, ...]
-    shown: tuple[Shown, ...] = ()
+    shown: tuple[ShownRow, ...] = ()
     longest: tuple[tuple[int, int, int, str], ...] = ()
     """Tokens, learned tokens, line and beginning of its longest rows."""
     kinds: Mapping[Kind, Witness] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class Learning(Check):
     measures_with: ClassVar[tuple[str, ...]] = ("objective", "chat", "context", "kept", "every")
 
     @classmethod
-    def of(cls, known: Known) -> Self:
+    def of(cls, known: CheckContext) -> Self:
         """The check for a model; :class:`ValueError` without one."""
         if known.chat is None:
             raise ValueError("the check of what is learned needs a model's tokenizer")
@@ -136,9 +136,9 @@ class Learning(Check):
         self.lengths: dict[str, Histogram] = {}
         self.learned: dict[str, int] = {}
         self.sampled = False
-        self.shown: dict[str, list[Shown]] = {}
+        self.shown: dict[str, list[ShownRow]] = {}
         self.longest: dict[str, list[tuple[int, int, str, int, str]]] = {}
-        self.fitting = Fitting()
+        self.fitting = ObjectiveFit()
         self.waiting: dict[tuple[str, str], list[Row]] = {}
         """Kept in memory until the end, unlike other rows: their partners may come last."""
 
@@ -176,9 +176,9 @@ class Learning(Check):
                 waiting.append(row)
         fitted = self._fitted(objective, [row for _, row in gathered])
         encoder = RowEncoder(fitted, self.chat)
-        shown: list[Shown] = []
+        shown: list[ShownRow] = []
         for index, row in gathered:
-            times = 1 if self.every else stands_for(row, self.context)
+            times = 1 if self.every else rows_represented(row, self.context)
             if not times:
                 continue
             try:
@@ -210,7 +210,7 @@ class Learning(Check):
                 for i in most
                 if tokens_N[i]
             ),
-            witnesses([row for _, row in gathered]),
+            find_witnesses([row for _, row in gathered]),
             tuple(waiting),
         )
 
@@ -226,11 +226,11 @@ class Learning(Check):
                 continue
         return objective
 
-    def _show(self, objective: Objective, example: Example, row: Row) -> Shown:
+    def _show(self, objective: Objective, example: Example, row: Row) -> ShownRow:
         views = objective.views(example)
         first = views[0] if objective.fixed else (objective.seen([example]) or views)[0]
         whole = first.target is None or len(first.target) == len(first)
-        return Shown(
+        return ShownRow(
             row.line,
             tuple(self.chat.pieces(first.ids_T.tolist())),
             tuple(bool(weight) and whole for weight in first.weight_T.tolist()),
@@ -238,7 +238,7 @@ class Learning(Check):
             objective.described(example),
         )
 
-    def take(self, where: Where, measured: EncodedBatch, findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: EncodedBatch, findings: Findings) -> None:
         """Count, and add what is wrong."""
         for spot in measured.spots:
             place = where.place(spot.index)
@@ -271,7 +271,7 @@ class Learning(Check):
                 continue
             lines_N = np.array([row.line for row in pairs], np.int64)
             measured = self.measure(Batch(split, file, pairs))
-            self.take(Where(split, file, lines_N, -1), measured, findings)
+            self.take(BatchLines(split, file, lines_N, -1), measured, findings)
         for finding, count in self.fitting.judge(self.objective, self.chat):
             findings.add(finding, count)
 
@@ -322,7 +322,7 @@ class Witness:
     count: int
 
 
-def witnesses(rows: Sequence[Row]) -> dict[Kind, Witness]:
+def find_witnesses(rows: Sequence[Row]) -> dict[Kind, Witness]:
     """One row for each kind of rows in a batch."""
     found: dict[Kind, Witness] = {}
     for index, row in enumerate(rows):
@@ -330,7 +330,7 @@ def witnesses(rows: Sequence[Row]) -> dict[Kind, Witness]:
             if kind in found:
                 found[kind].count += 1
             else:
-                found[kind] = Witness(_short(row), index, 1)
+                found[kind] = Witness(_shorten(row), index, 1)
     return found
 
 
@@ -347,21 +347,21 @@ def _kinds(row: Row) -> Iterable[Kind]:
     return [("row", shape_of(row))]
 
 
-def _short(row: Row) -> Row:
+def _shorten(row: Row) -> Row:
     """The row with a text of one letter, so that any number may be kept."""
     if row.tags is not None:
         return replace(row, tokens=("a",) * len(row.tags))
     return replace(row, text="a") if row.text is not None else row
 
 
-class Fitting:
+class ObjectiveFit:
     """Takes in the witnesses of all batches, and lets the objective judge them at the end."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[Kind, tuple[Place, Witness]]] = {}
         self._lines: Counter[str] = Counter()
 
-    def take(self, where: Where, found: Mapping[Kind, Witness]) -> None:
+    def take(self, where: BatchLines, found: Mapping[Kind, Witness]) -> None:
         """Those of one batch."""
         self._lines[where.split] += len(where.lines_N)
         kept = self._kept.setdefault(where.split, {})
@@ -390,7 +390,7 @@ class Fitting:
         try:
             fitted = objective.fit(rows, chat)
         except RowRefused as bad:
-            message = bad.message if len(train) > 1 else _plainly(bad, rows[0])
+            message = bad.message if len(train) > 1 else _describe_single_class(bad, rows[0])
             return [(Finding(rule_of(bad.rule), Place(file, 0), message, bad.fix), 1)]
         except RecipeError:
             if objective.beside:  # it needs a second file, which only a job names
@@ -416,7 +416,7 @@ class Fitting:
                 continue
 
 
-def _plainly(bad: RowRefused, row: Row) -> str:
+def _describe_single_class(bad: RowRefused, row: Row) -> str:
     """The message without a count of rows, as only one of each class was looked at."""
     if row.rating is not None:
         return f"all rows have the rating {row.rating:g}."

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.gate.check import Batch, Check, Places, Where
-from luthier.gate.columns import LIMIT, Table
+from luthier.gate.check import Batch, BatchLines, Check, Places
+from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import Finding, Findings, Rule
-from luthier.gate.texts import Spot, add, excerpt, texts
+from luthier.gate.texts import Spot, add_spots, excerpt, texts
 from luthier.types import FloatArray, Row
 
 OUTLIER = Rule(
@@ -69,7 +69,7 @@ _NOTHING = re.compile(
 
 
 @dataclass(frozen=True)
-class Measured:
+class BatchLengths:
     """Log lengths and openings of a batch."""
 
     log_2N: FloatArray
@@ -86,15 +86,15 @@ class Lengths(Check):
     name: ClassVar[str] = "lengths"
     rules: ClassVar[tuple[Rule, ...]] = (OUTLIER, EMPTYISH, ECHO, SAME_START)
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._table = Table(limit)
+    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
+        self._table = ColumnStore(limit)
         self._histograms: dict[str, dict[str, Histogram]] = {}
         self._starts: Counter[str] = Counter()
         self.answers = 0
         self.rows: Counter[str] = Counter()
         self.fences: dict[str, tuple[int, int]] = {}
 
-    def measure(self, batch: Batch) -> Measured:
+    def measure(self, batch: Batch) -> BatchLengths:
         """Measure a batch."""
         sizes_2N = np.zeros((2, len(batch)), np.int64)
         words_2N = np.zeros((2, len(batch)), np.int64)
@@ -117,13 +117,13 @@ class Lengths(Check):
                 continue
             answers += 1
             starts[" ".join(answer.content[:200].split()[:WORDS]).casefold()] += 1
-            spot = _judged(index, row, asked, answer.field, answer.content)
+            spot = _find_empty_answer(index, row, asked, answer.field, answer.content)
             if spot:
                 spots.append(spot)
         logs_2N = np.log1p(sizes_2N).astype(np.float32)
-        return Measured(logs_2N, words_2N.astype(np.float32), starts, answers, tuple(spots))
+        return BatchLengths(logs_2N, words_2N.astype(np.float32), starts, answers, tuple(spots))
 
-    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: BatchLengths, findings: Findings) -> None:
         """Keep 8 bytes a row, on disk once there are many, and the most frequent openings."""
         for name, log_N in zip(_SIDES, measured.log_2N, strict=True):
             self._table.append(name, log_N)
@@ -138,7 +138,7 @@ class Lengths(Check):
         self.answers += measured.answers
         self._count(measured.starts)
         self.rows.update(spot.rule for spot in measured.spots)
-        add(measured.spots, self.rules, where, findings)
+        add_spots(measured.spots, self.rules, where, findings)
 
     def _count(self, starts: Counter[str]) -> None:
         """Count openings in bounded memory; what stays is counted too low by at most one in 512.
@@ -201,7 +201,7 @@ _SIDES = ("input", "target")
 _NAMES = ("input_characters", "input_words", "target_characters", "target_words")
 
 
-def _judged(index: int, row: Row, asked: str, field: str, answer: str) -> Spot | None:
+def _find_empty_answer(index: int, row: Row, asked: str, field: str, answer: str) -> Spot | None:
     if row.messages is None and row.prompt is None:
         return None
     stripped = answer.strip()

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from luthier.data.chat import ChatFormat
-from luthier.gate.check import Batch, Check, Known, Where
+from luthier.gate.check import Batch, BatchLines, Check, CheckContext
 from luthier.gate.rules import Findings, Rule
-from luthier.gate.texts import Joined, Spot, add
+from luthier.gate.texts import JoinedTexts, Spot, add_spots
 
 SPECIAL = Rule(
     "marker.special_token",
@@ -111,7 +111,7 @@ _OPENING = 300
 
 
 @dataclass(frozen=True)
-class Measured:
+class MarkerCounts:
     """What a batch holds."""
 
     spots: tuple[Spot, ...]
@@ -127,7 +127,7 @@ class Markers(Check):
     measures_with: ClassVar[tuple[str, ...]] = ("tokenizer", "special", "_special")
 
     @classmethod
-    def of(cls, known: Known) -> Self:
+    def of(cls, known: CheckContext) -> Self:
         """With the special tokens of the model, where there is one."""
         return cls(known.chat)
 
@@ -140,9 +140,9 @@ class Markers(Check):
         self.rows: Counter[str] = Counter()
         self.answers = 0
 
-    def measure(self, batch: Batch) -> Measured:
+    def measure(self, batch: Batch) -> MarkerCounts:
         """Look through a batch."""
-        joined = Joined.of(batch)
+        joined = JoinedTexts.of(batch)
         marks: Counter[str] = Counter()
         special = list(self._reserved(joined))
         templates = list(self._foreign(joined.text, {start for start, _, _ in special}))
@@ -163,9 +163,9 @@ class Markers(Check):
                 at = start + refusal.start()
                 refusals.append((at, start + refusal.end(), f'"{refusal[0].strip()}"'))
         spots += joined.spots(ROLE, roles) + joined.spots(REFUSAL, refusals)
-        return Measured(tuple(spots), marks, len(answers))
+        return MarkerCounts(tuple(spots), marks, len(answers))
 
-    def _reserved(self, joined: Joined) -> Iterator[tuple[int, int, str]]:
+    def _reserved(self, joined: JoinedTexts) -> Iterator[tuple[int, int, str]]:
         if self._special is None:
             return
         judged: dict[int, bool] = {}
@@ -196,12 +196,12 @@ class Markers(Check):
                 continue
             yield start, end, match[0].strip()
 
-    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: MarkerCounts, findings: Findings) -> None:
         """Count, and add what is wrong."""
         self.marks += measured.marks
         self.answers += measured.answers
         self.rows.update(spot.rule for spot in measured.spots)
-        add(measured.spots, self.rules, where, findings)
+        add_spots(measured.spots, self.rules, where, findings)
 
     def summary(self) -> Mapping[str, Any]:
         """Rows that break each rule, marks by their text, and the share of answers that refuse."""

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from luthier.gate.check import Batch, Check, Places, Where
-from luthier.gate.pii import KINDS, SECRETS, Finder, Kind, checked
+from luthier.gate.check import Batch, BatchLines, Check, Places
+from luthier.gate.pii import KINDS, SECRETS, Finder, Kind, can_check_ids
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.gate.texts import Joined, Spot, add
+from luthier.gate.texts import JoinedTexts, Spot, add_spots
 
 _WHY = "A model gives back what it has learned by heart, to whoever asks."
 _REDACT = "Redact it, or remove the row."
@@ -58,7 +58,7 @@ UNCHECKED = Rule(
 
 
 @dataclass(frozen=True)
-class Measured:
+class PrivateItems:
     """What a batch holds."""
 
     spots: tuple[Spot, ...]
@@ -83,35 +83,37 @@ class Privacy(Check):
         self.rows: Counter[str] = Counter()
         self.place: Place | None = None
 
-    def measure(self, batch: Batch) -> Measured:
+    def measure(self, batch: Batch) -> PrivateItems:
         """Find all items of a batch."""
-        joined = Joined.of(batch)
+        joined = JoinedTexts.of(batch)
         found = self.finder.find(joined.text)
         spots: list[Spot] = []
         for kind in KINDS:
             these = [
-                (each.start, each.end, _named(each.detail)) for each in found if each.kind == kind
+                (each.start, each.end, _with_article(each.detail))
+                for each in found
+                if each.kind == kind
             ]
             spots += joined.spots(RULES[kind], these) if these else []
-        return Measured(
+        return PrivateItems(
             tuple(spots),
             Counter(each.kind for each in found),
             Counter(each.detail for each in found),
         )
 
-    def take(self, where: Where, measured: Measured, findings: Findings) -> None:
+    def take(self, where: BatchLines, measured: PrivateItems, findings: Findings) -> None:
         """Count items and rows of each kind."""
         if self.place is None:
             self.place = Place(where.file, 0)
         self.items += measured.items
         self.details += measured.details
         self.rows.update(spot.rule for spot in measured.spots)
-        add(measured.spots, self.rules, where, findings)
+        add_spots(measured.spots, self.rules, where, findings)
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Say what could not be looked for."""
         wanted = {"iban", "national_id"} & set(self.finder.kinds)
-        if wanted and self.place is not None and not checked():
+        if wanted and self.place is not None and not can_check_ids():
             findings.add(Finding(UNCHECKED, self.place, "python-stdnum is not installed here."))
 
     def summary(self) -> Mapping[str, Any]:
@@ -121,10 +123,10 @@ class Privacy(Check):
             "rows": {"counts": dict(self.rows.most_common())},
             "details": {"counts": dict(self.details.most_common())},
             "regions": list(self.finder.regions),
-            "national_ids_checked": checked(),
+            "national_ids_checked": can_check_ids(),
         }
 
 
-def _named(detail: str) -> str:
+def _with_article(detail: str) -> str:
     """With its article, as it is said: an RSA key, a US number."""
     return f"{'an' if _VOWEL.match(detail) else 'a'} {detail}"

@@ -185,7 +185,7 @@ def _inspect(recipe: Recipe, reporter: Reporter) -> Report:
     given = recipe.objective.model_dump(mode="json") if recipe.objective else None
     data = recipe.data
     return gate.inspect(
-        gate.Request(
+        gate.InspectionRequest(
             data.train, data.validation, columns=data.columns, base=recipe.base,
             objective=given, severity=data.severity or {},
         )
@@ -201,7 +201,7 @@ def _cautions(report: Report) -> list[str]:
     """Warnings of the data as a whole: they bear on the choice, those of single rows do not."""
     found = report.findings
     first = [
-        found.kept[r.id][0] for r in found.rules() if found.severity(r) == "warning" and r.whole
+        found.examples[r.id][0] for r in found.rules() if found.severity(r) == "warning" and r.whole
     ]
     return [f"{each.message} {each.closest_fix}" for each in first]
 
@@ -328,11 +328,11 @@ def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Seq
     """Rows to learn from, and rows to ask: near-duplicates of these are not learned from."""
     from luthier.data.rows import read_rows
     from luthier.data.splitting import split_rows, strata_of
-    from luthier.gate.row_keys import alike
+    from luthier.gate.row_keys import group_related
 
     count = HELD_LABELS if recipe.objective and recipe.objective.reads else HELD
     if recipe.data.validation:
         return rows, read_rows(recipe.data.validation, recipe.data.columns)[0][:count]
     share = min(LARGEST_SHARE, count / len(rows))
-    kept_N, held_N = split_rows(strata_of(rows), alike(rows), [share], SEED)
+    kept_N, held_N = split_rows(strata_of(rows), group_related(rows), [share], SEED)
     return [rows[i] for i in kept_N], [rows[i] for i in held_N][: 2 * count]
