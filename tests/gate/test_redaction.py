@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from luthier.gate.edits import Redactor
 from luthier.gate.pii import Finder
-from luthier.types import Message, Row
+from luthier.types import Message, Row, ToolCall
 
 KEY = b"0123456789abcdef"
 
@@ -119,3 +119,24 @@ def test_what_was_redacted_is_clean_and_the_rest_is_there(
         at = left.rindex(change.pseudonym)
         left = left[:at] + text[change.start : change.end] + left[at + len(change.pseudonym) :]
     assert left == text
+
+
+def a_call(**arguments: object) -> Row:
+    call = ToolCall("c1", "send_mail", arguments)
+    turns = (
+        Message("user", "write to her"),
+        Message("assistant", "", calls=(call,), reasoning="her address is ann@corp-mail.com"),
+    )
+    return Row("f", 1, messages=turns)
+
+
+def test_reasoning_and_arguments_of_calls_are_redacted_and_nothing_else_of_a_turn_changes() -> None:
+    row, changes = Redactor().redact(a_call(to=["ann@corp-mail.com"], retries=3))
+    assert row.messages is not None
+    (call,) = row.messages[1].calls
+    assert call == ToolCall("c1", "send_mail", {"to": ["[EMAIL_1]"], "retries": 3})
+    assert call.arguments == {"to": ["[EMAIL_1]"], "retries": 3}
+    assert row.messages[1].reasoning == "her address is [EMAIL_1]"
+    assert [change.field for change in changes] == [
+        "messages[2].reasoning", "messages[2].tool_calls[1]"
+    ]  # fmt: skip

@@ -157,12 +157,8 @@ class _Cleaning:
         setting: EditContext,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.source, self.columns, self.setting, self.on_progress = (
-            source,
-            columns,
-            setting,
-            on_progress,
-        )
+        self.source, self.columns, self.setting = source, columns, setting
+        self.on_progress = on_progress
         self.left_out = setting.plan.refused
         self.rules = all_rules()
 

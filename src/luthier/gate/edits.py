@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.data.chat import ChatFormat
@@ -78,22 +79,35 @@ class Edit(ABC):
         """
 
 
-def with_texts(row: Row, new: Mapping[str, str]) -> Row:
-    """``row`` with other texts, by their names in ``luthier.gate.texts``; tokens stay."""
+def edit_texts(row: Row, change: Callable[[str, str], str]) -> Row:
+    """``row`` with each text as ``change(field, text)`` gives it; tokens stay.
+
+    Fields are those of ``luthier.gate.texts``; of a call, each text among its arguments is changed.
+    """
     changed: dict[str, Any] = {
-        name: new[name]
+        name: change(name, value)
         for name in ("prompt", "completion", "expected", "text", "positive")
-        if name in new
+        if (value := getattr(row, name)) is not None
     }
     reply = "reply" if row.rejected is None else "chosen"
     for name, shown in (("messages", "messages"), ("reply", reply), ("rejected", "rejected")):
         turns = getattr(row, name)
         if turns is not None:
             changed[name] = tuple(
-                Message(turn.role, new.get(f"{shown}[{number}].content", turn.content))
+                _edit_turn(turn, f"{shown}[{number}]", change)
                 for number, turn in enumerate(turns, 1)
             )
     return replace(row, **changed)
+
+
+def _edit_turn(turn: Message, name: str, change: Callable[[str, str], str]) -> Message:
+    reasoning = change(f"{name}.reasoning", turn.reasoning) if turn.reasoning else ""
+    content = change(f"{name}.content", turn.content)
+    calls = []
+    for place, call in enumerate(turn.calls, 1):
+        text = partial(change, f"{name}.tool_calls[{place}]")
+        calls.append(replace(call, arguments=map_texts(dict(call.arguments), text)))
+    return replace(turn, content=content, reasoning=reasoning, calls=tuple(calls))
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -128,13 +142,7 @@ class Strip(Edit):
     def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
         """Mend every text."""
         row, done = piece.row, Counter[str]()
-        new = {}
-        for text in texts(row):
-            if text.field != "tokens":
-                mended = _strip_text(text.content, done)
-                if mended != text.content:
-                    new[text.field] = mended
-        changed = with_texts(row, new) if new else row
+        changed = edit_texts(row, lambda field, text: _strip_text(text, done))
         if row.tokens is not None:
             changed = replace(
                 changed, tokens=tuple(_strip_text(token, done) for token in row.tokens)
@@ -213,28 +221,10 @@ class Redactor:
         Labels and tags stay. Tokens that an item covers together become one, with the first one's tag.
         """
         changes: list[Change] = []
-        single: dict[str, Any] = {
-            name: self._text(value, name, changes)
-            for name in ("prompt", "completion", "expected", "text", "positive")
-            if (value := getattr(row, name)) is not None
-        }
-        reply = "reply" if row.rejected is None else "chosen"
-        turns: dict[str, Any] = {
-            name: tuple(
-                Message(turn.role, self._text(turn.content, f"{shown}[{n}].content", changes))
-                for n, turn in enumerate(value, 1)
-            )
-            for name, shown in (
-                ("messages", "messages"),
-                ("reply", reply),
-                ("rejected", "rejected"),
-            )
-            if (value := getattr(row, name)) is not None
-        }
+        # Items are numbered as they come: in single texts, then in turns, then in tokens.
+        edited = edit_texts(row, lambda field, text: self._text(text, field, changes))
         words = self._words(row, changes)
-        if not changes:
-            return row, ()
-        return replace(row, **single, **turns, **words), tuple(changes)
+        return (replace(edited, **words) if changes else row), tuple(changes)
 
     def text(self, text: str) -> str:
         """A text that is in no row, with every item replaced."""
@@ -397,7 +387,7 @@ class Truncate(Edit):
         while high - low > 1:
             kept = (low + high) // 2
             new = {text.field: self._shortened(text.content, ends, kept) for text, ends in chosen}
-            tried = with_texts(row, new)
+            tried = edit_texts(row, partial(_replace, new))
             if all(map(str.strip, new.values())) and self._length(tried)[0]:
                 best, low = tried, kept
             elif not all(map(str.strip, new.values())):
@@ -408,7 +398,11 @@ class Truncate(Edit):
 
     def _texts(self, row: Row) -> list[Text]:
         """What may be cut: the last answer (and its rejected one), or the first thing that is asked."""
-        every = [text for text in texts(row) if text.field != "tokens"]
+        every = [
+            text
+            for text in texts(row)  # reasoning and calls are not cut: half of one is none
+            if text.field != "tokens" and not text.field.endswith((".reasoning", "]"))
+        ]
         learned = [text for text in every if text.part == "target"]
         given = [text for text in every if text.part == "input"]
         if row.messages and row.messages[0].role == "system":
@@ -489,6 +483,10 @@ class SplitLong(Edit):
             if stops and text[start : stops[-1]].strip():
                 return stops[-1]
         return limit
+
+
+def _replace(new: Mapping[str, str], field: str, text: str) -> str:
+    return new.get(field, text)
 
 
 def _number_id(further: dict[str, Any], number: int) -> dict[str, Any]:

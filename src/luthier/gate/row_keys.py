@@ -24,7 +24,7 @@ from luthier.gate.near_duplicates import (
     normalize,
     sketch,
 )
-from luthier.gate.texts import input_of, target_of
+from luthier.gate.texts import input_of, target_of, turn_text
 from luthier.types import IntArray, Row
 
 Keys = NDArray[np.uint64]
@@ -100,7 +100,9 @@ def target_key(row: Row) -> int:
         label_texts(row) if row.positive is None else tuple(_WORD.findall(normalize(row.positive)))
     )
     if said is None and row.reply is not None:
-        chosen = [normalize(turn.content) for turn in row.reply] if row.rejected is not None else []
+        chosen = (
+            [normalize(turn_text(turn)) for turn in row.reply] if row.rejected is not None else []
+        )
         said = (*chosen, repr(row.rating), repr(row.desirable))
     return 0 if said is None else hash_texts(*said)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
-from luthier.gate.check import Batch, BatchLines
+from luthier.gate.check import Batch, BatchLines, Check
 from luthier.gate.pii import SEPARATOR, Finder, mask
-from luthier.gate.rules import Finding, Findings, Rule
-from luthier.types import Message, Row
+from luthier.gate.rules import Finding, Findings, Rule, rule_of
+from luthier.types import Message, Row, ToolCall
 
 Part = Literal["input", "target", "other"]
 
@@ -54,8 +56,23 @@ def _turns(
 ) -> Iterator[Text]:
     """Turns of a conversation; those of the assistant are ``answered``."""
     for number, turn in enumerate(turns or (), 1):
-        part = answered if turn.role == "assistant" else given
-        yield Text(f"{field}[{number}].content", turn.content, part)
+        name, part = f"{field}[{number}]", answered if turn.role == "assistant" else given
+        if turn.reasoning:
+            yield Text(f"{name}.reasoning", turn.reasoning, part)
+        if turn.content or not turn.calls:
+            yield Text(f"{name}.content", turn.content, part)
+        for place, call in enumerate(turn.calls, 1):
+            yield Text(f"{name}.tool_calls[{place}]", _call_text(call), part)
+
+
+def _call_text(call: ToolCall) -> str:
+    return f"{call.name} {json.dumps(dict(call.arguments), ensure_ascii=False)}"
+
+
+def turn_text(turn: Message) -> str:
+    """All that a turn says, its reasoning and calls included; by it turns are the same or not."""
+    further = [turn.reasoning] if turn.reasoning else []
+    return "\n".join([turn.content, *further, *map(_call_text, turn.calls)])
 
 
 def input_of(row: Row) -> tuple[str, ...]:
@@ -64,7 +81,7 @@ def input_of(row: Row) -> tuple[str, ...]:
         until = len(row.messages)
         if row.reply is None and row.messages[-1].role == "assistant":
             until -= 1
-        return tuple(f"{turn.role}: {turn.content}" for turn in row.messages[:until])
+        return tuple(f"{turn.role}: {turn_text(turn)}" for turn in row.messages[:until])
     if row.prompt is not None:
         return (row.prompt,)
     if row.tokens is not None:
@@ -75,12 +92,12 @@ def input_of(row: Row) -> tuple[str, ...]:
 def target_of(row: Row) -> tuple[str, ...]:
     """All that the row teaches about :func:`input_of`; empty for raw text and bare prompts."""
     if row.reply is not None:
-        turns = [turn.content for turn in row.reply]
+        turns = [turn_text(turn) for turn in row.reply]
         judged = row.rejected if row.rejected is not None else ()
-        return (*turns, *(f"not: {turn.content}" for turn in judged), _judgement(row))
+        return (*turns, *(f"not: {turn_text(turn)}" for turn in judged), _judgement(row))
     if row.messages is not None:
         last = row.messages[-1]
-        return (last.content,) if last.role == "assistant" else ()
+        return (turn_text(last),) if last.role == "assistant" else ()
     if row.completion is not None:
         return (row.completion,)
     if row.label is not None:
@@ -216,13 +233,42 @@ class JoinedTexts:
 _last: tuple[Batch, JoinedTexts] | None = None
 
 
-def add_spots(
-    spots: Iterable[Spot], rules: Sequence[Rule], where: BatchLines, findings: Findings
-) -> None:
-    """Add ``spots`` of a batch to ``findings``."""
-    known = {rule.id: rule for rule in rules}
-    for spot in spots:
-        finding = Finding(
-            known[spot.rule], where.place(spot.index), spot.message, spot.fix, spot.excerpt
-        )
-        findings.add(finding)
+@dataclass(frozen=True)
+class Spots:
+    """What is wrong in a batch, and what was counted beside it, by name; picklable."""
+
+    spots: Sequence[Spot]
+    counts: Mapping[str, Counter[str]] = field(default_factory=dict)
+
+
+class SpotCheck(Check):
+    """A check that sees what is wrong with each row by itself."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        """Rows that break each rule."""
+        self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        """What was counted beside them, by name."""
+
+    def take(self, where: BatchLines, measured: Any, findings: Findings) -> None:
+        """Add up, and add what is wrong, of :class:`Spots`; other checks measure more."""
+        self.add_spots(where, measured.spots, findings)
+        for name, counts in measured.counts.items():
+            self.counts[name] += counts
+
+    def add_spots(self, where: BatchLines, spots: Iterable[Spot], findings: Findings) -> None:
+        """Add ``spots`` of a batch to ``findings``."""
+        known = {rule.id: rule for rule in self.rules}
+        for spot in spots:
+            self.rows[spot.rule] += 1
+            rule = known.get(spot.rule) or rule_of(spot.rule)
+            place = where.place(spot.index)
+            findings.add(Finding(rule, place, spot.message, spot.fix, spot.excerpt))
+
+    def counted(self, name: str, most: int | None = None) -> dict[str, Any]:
+        """The most frequent of what was counted, for the summary."""
+        return {"counts": dict(self.counts[name].most_common(most))}
+
+    def rows_by_rule(self) -> dict[str, Any]:
+        """Rows that break each rule, for the summary."""
+        return {"counts": dict(self.rows.most_common())}

@@ -17,7 +17,7 @@ from luthier.gate.checks.duplicates import Duplicates
 from luthier.gate.report import Report
 from luthier.gate.rules import Findings
 from luthier.gate.scan import Gate, inspect_rows
-from luthier.types import Row
+from luthier.types import Message, Row, ToolCall
 
 DATA = Path("/work/shared/data")
 LONG = "please tell me when the parcel that I ordered at the end of last week will be delivered"
@@ -268,3 +268,13 @@ def test_what_is_known_of_real_sets() -> None:
     # Two or three words are few shingles: a mark inside them changes more than it leaves.
     assert len(leaked & set(same)) >= 26
     assert report.findings.exit_code == 1
+
+
+def test_rows_that_call_with_other_arguments_are_no_copies() -> None:
+    def call(line: int, city: str) -> Row:
+        asked = Message("user", "What is the weather?")
+        calls = (ToolCall("c1", "get_weather", {"city": city}),)
+        return Row("f", line, messages=(asked, Message("assistant", calls=calls)))
+
+    report = report_of([call(1, "Hue"), call(2, "Paris"), call(3, "Hue")])
+    assert found(report, "duplicate.exact") == [[1, 3]]

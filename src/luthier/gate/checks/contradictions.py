@@ -17,7 +17,7 @@ from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
 from luthier.gate.near_duplicates import normalize, rows_by_value
 from luthier.gate.row_keys import hash_texts, key_column, label_texts
 from luthier.gate.rules import Finding, Findings, Rule
-from luthier.gate.texts import input_of, target_of
+from luthier.gate.texts import input_of, target_of, turn_text
 from luthier.types import IntArray, Row
 
 LABEL = Rule(
@@ -108,10 +108,10 @@ def _parts(row: Row) -> tuple[int, int, int]:
     """Number of the rule that applies, and keys of the input and of what must not differ."""
     asks = [normalize(text) for text in input_of(row)]
     if row.reply is not None and row.rejected is not None:
-        both = ["\0".join(t.content for t in turns) for turns in (row.reply, row.rejected)]
+        both = ["\0".join(map(turn_text, turns)) for turns in (row.reply, row.rejected)]
         return 1, hash_texts("pair", *asks, "\0", *sorted(both)), hash_texts(*both)
     if row.reply is not None:
-        answer = [turn.content for turn in row.reply]
+        answer = [turn_text(turn) for turn in row.reply]
         judgement = hash_texts(repr(row.rating), repr(row.desirable))
         return 0, hash_texts("judged", *asks, "\0", *answer), judgement
     if (said := label_texts(row)) is not None:

@@ -6,13 +6,12 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from luthier.gate.check import Batch, BatchLines, Check
+from luthier.gate.check import Batch
 from luthier.gate.pii import SEPARATOR
-from luthier.gate.rules import Findings, Rule
-from luthier.gate.texts import BETWEEN, JoinedTexts, Spot, add_spots
+from luthier.gate.rules import Rule
+from luthier.gate.texts import BETWEEN, JoinedTexts, Spot, SpotCheck, Spots
 
 CONTROL = Rule(
     "encoding.control",
@@ -113,15 +112,7 @@ _BEYOND_ASCII: tuple[tuple[Rule, re.Pattern[str]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class EncodingFaults:
-    """What is wrong in a batch, and how many rows have letters with marks in each form."""
-
-    spots: tuple[Spot, ...]
-    forms: Counter[str]
-
-
-class Encoding(Check):
+class Encoding(SpotCheck):
     """Looks for damaged and invisible characters."""
 
     name: ClassVar[str] = "encoding"
@@ -132,11 +123,7 @@ class Encoding(Check):
         MARKUP,
     )
 
-    def __init__(self) -> None:
-        self.rows: Counter[str] = Counter()
-        self.forms: Counter[str] = Counter()
-
-    def measure(self, batch: Batch) -> EncodingFaults:
+    def measure(self, batch: Batch) -> Spots:
         """Look through a batch."""
         joined = JoinedTexts.of(batch)
         spots: list[Spot] = []
@@ -149,7 +136,7 @@ class Encoding(Check):
             for rule, pattern in _BEYOND_ASCII:
                 spots += other.spots(rule, _find(rule, pattern, other.text))
             spots += self._normal_forms(other, forms)
-        return EncodingFaults(tuple(spots), forms)
+        return Spots(spots, {"normal_forms": forms})
 
     def _normal_forms(self, joined: JoinedTexts, forms: Counter[str]) -> list[Spot]:
         found: list[tuple[int, int, str]] = []
@@ -166,17 +153,11 @@ class Encoding(Check):
         forms["other"] += len(rows) - sum(rows.values())
         return joined.spots(FORMS, found)
 
-    def take(self, where: BatchLines, measured: EncodingFaults, findings: Findings) -> None:
-        """Count the rows of each rule."""
-        self.rows.update(spot.rule for spot in measured.spots)
-        self.forms += measured.forms
-        add_spots(measured.spots, self.rules, where, findings)
-
     def summary(self) -> Mapping[str, Any]:
         """Rows that break each rule; rows with other than ASCII letters in NFC and not."""
         return {
-            "rows": {"counts": dict(self.rows.most_common())},
-            "normal_forms": {"counts": dict(self.forms)},
+            "rows": self.rows_by_rule(),
+            "normal_forms": {"counts": dict(self.counts["normal_forms"])},
         }
 
 

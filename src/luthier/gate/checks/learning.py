@@ -22,7 +22,7 @@ import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.gate.check import Batch, BatchLines, Check, CheckContext, Places
+from luthier.gate.check import Batch, BatchLines, CheckContext, Places
 from luthier.gate.encode import RowEncoder, refuse_single
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import (
@@ -35,7 +35,7 @@ from luthier.gate.rules import (
     Rule,
     rule_of,
 )
-from luthier.gate.texts import Spot, excerpt_of, texts
+from luthier.gate.texts import Spot, SpotCheck, excerpt_of, texts
 from luthier.objectives import Objective
 from luthier.objectives.choosing import objective_for, shape_of
 from luthier.objectives.classification import names_of
@@ -107,7 +107,7 @@ def _neighbours(row: Row) -> list[Row]:
     return [other, replace(row, label=None)]
 
 
-class Learning(Check):
+class Learning(SpotCheck):
     """Encodes every row for a model and an objective."""
 
     name: ClassVar[str] = "learning"
@@ -131,6 +131,7 @@ class Learning(Check):
         kept: int = 5,
         every: bool = False,
     ) -> None:
+        super().__init__()
         self.objective, self.chat, self.context, self.kept = objective, chat, context, kept
         self.every = every
         self.lengths: dict[str, Histogram] = {}
@@ -240,9 +241,7 @@ class Learning(Check):
 
     def take(self, where: BatchLines, measured: EncodedBatch, findings: Findings) -> None:
         """Count, and add what is wrong."""
-        for spot in measured.spots:
-            place = where.place(spot.index)
-            findings.add(Finding(rule_of(spot.rule), place, spot.message, spot.fix, spot.excerpt))
+        self.add_spots(where, measured.spots, findings)
         self.fitting.take(where, measured.kinds)
         if measured.waiting:
             self.waiting.setdefault((where.split, where.file), []).extend(measured.waiting)

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.gate.check import Batch, BatchLines, Check, Places
+from luthier.gate.check import Batch, BatchLines, Places
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import Finding, Findings, Rule
-from luthier.gate.texts import Spot, add_spots, excerpt, texts
+from luthier.gate.texts import Spot, SpotCheck, excerpt, texts
 from luthier.types import FloatArray, Row
 
 OUTLIER = Rule(
@@ -80,18 +80,18 @@ class BatchLengths:
     spots: tuple[Spot, ...]
 
 
-class Lengths(Check):
+class Lengths(SpotCheck):
     """Looks for lengths that stand out, and for answers without content."""
 
     name: ClassVar[str] = "lengths"
     rules: ClassVar[tuple[Rule, ...]] = (OUTLIER, EMPTYISH, ECHO, SAME_START)
 
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:
+        super().__init__()
         self._table = ColumnStore(limit)
         self._histograms: dict[str, dict[str, Histogram]] = {}
         self._starts: Counter[str] = Counter()
         self.answers = 0
-        self.rows: Counter[str] = Counter()
         self.fences: dict[str, tuple[int, int]] = {}
 
     def measure(self, batch: Batch) -> BatchLengths:
@@ -137,8 +137,7 @@ class Lengths(Check):
             histograms[f"{part}_words"].add(measured.words_2N[side][there_N])
         self.answers += measured.answers
         self._count(measured.starts)
-        self.rows.update(spot.rule for spot in measured.spots)
-        add_spots(measured.spots, self.rules, where, findings)
+        self.add_spots(where, measured.spots, findings)
 
     def _count(self, starts: Counter[str]) -> None:
         """Count openings in bounded memory; what stays is counted too low by at most one in 512.
@@ -192,7 +191,7 @@ class Lengths(Check):
                 for split, names in self._histograms.items()
             },
             "fences": {part: list(pair) for part, pair in self.fences.items()},
-            "rows": {"counts": dict(self.rows.most_common())},
+            "rows": self.rows_by_rule(),
             "commonest_start": {"words": excerpt(start), "answers": count, "of": self.answers},
         }
 

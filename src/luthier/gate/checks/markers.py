@@ -12,13 +12,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from luthier.data.chat import ChatFormat
-from luthier.gate.check import Batch, BatchLines, Check, CheckContext
-from luthier.gate.rules import Findings, Rule
-from luthier.gate.texts import JoinedTexts, Spot, add_spots
+from luthier.gate.check import Batch, CheckContext
+from luthier.gate.rules import Rule
+from luthier.gate.texts import JoinedTexts, SpotCheck, Spots
 
 SPECIAL = Rule(
     "marker.special_token",
@@ -110,16 +109,7 @@ _OPENING = 300
 """Characters of an answer in which a refusal is looked for."""
 
 
-@dataclass(frozen=True)
-class MarkerCounts:
-    """What a batch holds."""
-
-    spots: tuple[Spot, ...]
-    marks: Counter[str]
-    answers: int
-
-
-class Markers(Check):
+class Markers(SpotCheck):
     """Looks for special tokens, template marks, placeholders and refusals."""
 
     name: ClassVar[str] = "markers"
@@ -132,15 +122,13 @@ class Markers(Check):
         return cls(known.chat)
 
     def __init__(self, chat: ChatFormat | None = None) -> None:
+        super().__init__()
         self.tokenizer = None if chat is None else chat.tokenizer
         self.special = {} if chat is None else special_tokens(chat.tokenizer)
         names = sorted(self.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
-        self.marks: Counter[str] = Counter()
-        self.rows: Counter[str] = Counter()
-        self.answers = 0
 
-    def measure(self, batch: Batch) -> MarkerCounts:
+    def measure(self, batch: Batch) -> Spots:
         """Look through a batch."""
         joined = JoinedTexts.of(batch)
         marks: Counter[str] = Counter()
@@ -163,7 +151,7 @@ class Markers(Check):
                 at = start + refusal.start()
                 refusals.append((at, start + refusal.end(), f'"{refusal[0].strip()}"'))
         spots += joined.spots(ROLE, roles) + joined.spots(REFUSAL, refusals)
-        return MarkerCounts(tuple(spots), marks, len(answers))
+        return Spots(spots, {"marks": marks, "answers": Counter(answers=len(answers))})
 
     def _reserved(self, joined: JoinedTexts) -> Iterator[tuple[int, int, str]]:
         if self._special is None:
@@ -196,21 +184,13 @@ class Markers(Check):
                 continue
             yield start, end, match[0].strip()
 
-    def take(self, where: BatchLines, measured: MarkerCounts, findings: Findings) -> None:
-        """Count, and add what is wrong."""
-        self.marks += measured.marks
-        self.answers += measured.answers
-        self.rows.update(spot.rule for spot in measured.spots)
-        add_spots(measured.spots, self.rules, where, findings)
-
     def summary(self) -> Mapping[str, Any]:
         """Rows that break each rule, marks by their text, and the share of answers that refuse."""
+        answers = self.counts["answers"].total()
         return {
-            "rows": {"counts": dict(self.rows.most_common())},
-            "marks": {"counts": dict(self.marks.most_common(20))},
-            "refusal_share": round(self.rows[REFUSAL.id] / self.answers, 4)
-            if self.answers
-            else 0.0,
+            "rows": self.rows_by_rule(),
+            "marks": self.counted("marks", 20),
+            "refusal_share": round(self.rows[REFUSAL.id] / answers, 4) if answers else 0.0,
             "special_tokens": sorted(self.special)[:50],
         }
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from luthier.gate.check import Batch, BatchLines, Check, Places
+from luthier.gate.check import Batch, Places
 from luthier.gate.pii import KINDS, SECRETS, Finder, Kind, can_check_ids
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.gate.texts import JoinedTexts, Spot, add_spots
+from luthier.gate.texts import JoinedTexts, Spot, SpotCheck, Spots
 
 _WHY = "A model gives back what it has learned by heart, to whoever asks."
 _REDACT = "Redact it, or remove the row."
@@ -57,19 +56,10 @@ UNCHECKED = Rule(
 )
 
 
-@dataclass(frozen=True)
-class PrivateItems:
-    """What a batch holds."""
-
-    spots: tuple[Spot, ...]
-    items: Counter[str]
-    details: Counter[str]
-
-
 _VOWEL = re.compile(r"[aeioAEIO]|[FHLMNRSX][A-Z]+\b")
 
 
-class Privacy(Check):
+class Privacy(SpotCheck):
     """Looks for personal data and secrets in every text; no finding holds one."""
 
     name: ClassVar[str] = "privacy"
@@ -77,13 +67,10 @@ class Privacy(Check):
     measures_with: ClassVar[tuple[str, ...]] = ("finder",)
 
     def __init__(self, finder: Finder | None = None) -> None:
+        super().__init__()
         self.finder = finder or Finder()
-        self.items: Counter[str] = Counter()
-        self.details: Counter[str] = Counter()
-        self.rows: Counter[str] = Counter()
-        self.place: Place | None = None
 
-    def measure(self, batch: Batch) -> PrivateItems:
+    def measure(self, batch: Batch) -> Spots:
         """Find all items of a batch."""
         joined = JoinedTexts.of(batch)
         found = self.finder.find(joined.text)
@@ -95,33 +82,23 @@ class Privacy(Check):
                 if each.kind == kind
             ]
             spots += joined.spots(RULES[kind], these) if these else []
-        return PrivateItems(
-            tuple(spots),
-            Counter(each.kind for each in found),
-            Counter(each.detail for each in found),
-        )
-
-    def take(self, where: BatchLines, measured: PrivateItems, findings: Findings) -> None:
-        """Count items and rows of each kind."""
-        if self.place is None:
-            self.place = Place(where.file, 0)
-        self.items += measured.items
-        self.details += measured.details
-        self.rows.update(spot.rule for spot in measured.spots)
-        add_spots(measured.spots, self.rules, where, findings)
+        kinds, details = (each.kind for each in found), (each.detail for each in found)
+        return Spots(spots, {"items": Counter(kinds), "details": Counter(details)})
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Say what could not be looked for."""
         wanted = {"iban", "national_id"} & set(self.finder.kinds)
-        if wanted and self.place is not None and not can_check_ids():
-            findings.add(Finding(UNCHECKED, self.place, "python-stdnum is not installed here."))
+        if wanted and places.total and not can_check_ids():
+            place = Place(places.place(0).file, 0)
+            findings.add(Finding(UNCHECKED, place, "python-stdnum is not installed here."))
 
     def summary(self) -> Mapping[str, Any]:
         """Items and rows of each kind."""
+        items = self.counts["items"]
         return {
-            "items": {"counts": {kind: self.items[kind] for kind in KINDS if self.items[kind]}},
-            "rows": {"counts": dict(self.rows.most_common())},
-            "details": {"counts": dict(self.details.most_common())},
+            "items": {"counts": {kind: items[kind] for kind in KINDS if items[kind]}},
+            "rows": self.rows_by_rule(),
+            "details": self.counted("details"),
             "regions": list(self.finder.regions),
             "national_ids_checked": can_check_ids(),
         }
