@@ -1,8 +1,14 @@
-"""Counts are exact, places are bounded, and policy has the last word on severity."""
+"""Counts are exact, places are bounded, policy has the last word, all rows that must go are blamed."""
 
 from __future__ import annotations
 
-from luthier.gate.rules import MOST_EXAMPLES, Finding, Findings, Place, Rule
+from luthier.gate.check import Check
+from luthier.gate.checks.contradictions import Contradictions
+from luthier.gate.checks.duplicates import Duplicates
+from luthier.gate.checks.encoding import Encoding
+from luthier.gate.rules import MOST_EXAMPLES, BlamedRows, Finding, Findings, Place, Rule
+from luthier.gate.scan import Gate
+from luthier.types import Row
 
 WARNING = Rule("a.warning", "warning", "It is odd.", fix="Look at it.")
 ERROR = Rule("an.error", "error", "It is wrong.")
@@ -35,3 +41,44 @@ def test_a_policy_decides_how_serious_a_rule_is() -> None:
     found.extend([at(WARNING, 1), at(ERROR, 2)])
     assert found.exit_code == 2 and "an.error" not in found.counts
     assert found.severity(WARNING) == "error"
+
+
+def row(line: int, text: str, label: str = "a", file: str = "f") -> Row:
+    return Row(file, line, text=text, label=label)
+
+
+def blamed(check: Check, rule: str, train: list[Row], test: list[Row] | None = None) -> Findings:
+    findings = Findings(blamed={rule: BlamedRows()})
+    gate = Gate([check], findings)
+    gate.scan_rows("train", train)
+    gate.scan_rows("test", test or [])
+    gate.report({})
+    return findings
+
+
+def test_copies_and_not_their_original_beyond_what_is_kept() -> None:
+    rows = [row(n + 1, "the same text again") for n in range(3 * MOST_EXAMPLES)]
+    found = blamed(Duplicates(), "duplicate.exact", rows)
+    assert list(found.blamed["duplicate.exact"].rows) == list(range(1, 3 * MOST_EXAMPLES))
+    assert set(found.blamed["duplicate.exact"].others) == {0}
+
+
+def test_all_rows_of_a_contradiction() -> None:
+    rows = [row(1, "one"), row(2, "two", "a"), row(3, "three"), row(4, "two", "b")]
+    found = blamed(Contradictions(), "label.contradiction", rows)
+    assert list(found.blamed["label.contradiction"].rows) == [1, 3]
+
+
+def test_every_training_row_of_a_leak_and_no_held_out_one() -> None:
+    rows = [row(1, "one text"), row(2, "Two texts!"), row(3, "three"), row(4, "two texts")]
+    found = blamed(Duplicates(), "leakage.exact", rows, [row(1, "two, texts", file="g")])
+    assert found.counts["leakage.exact"] == 1
+    assert sorted(found.blamed["leakage.exact"].rows) == [1, 3]
+    assert set(found.blamed["leakage.exact"].others) == {4}
+
+
+def test_a_row_by_itself_and_only_of_rules_that_are_wanted() -> None:
+    rows = [row(1, "plain"), row(2, "with\u200bit"), row(3, "also\u200b\x07")]
+    found = blamed(Encoding(), "encoding.invisible", rows)
+    assert list(found.blamed["encoding.invisible"].rows) == [1, 2]
+    assert list(found.blamed) == ["encoding.invisible"] and found.counts["encoding.control"] == 1

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from luthier.gate import inspect as gate
-from luthier.gate import scan as inspect
+import luthier
+from luthier.gate import scan
 from luthier.gate.check import CheckContext
 from luthier.gate.checks import CHECKS, checks_for
 from luthier.gate.checks.duplicates import Duplicates
-from luthier.gate.inspect import InspectionRequest
+from luthier.gate.inspect import InspectionRequest, inspect
 from luthier.models.tokenizer import load_chat_format
 
 
@@ -41,14 +41,14 @@ def rows(tmp_path: Path) -> Path:
 def test_the_report_does_not_depend_on_processes(
     rows: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspect, "ROWS", 32)
-    monkeypatch.setattr(inspect, "LARGE", 0)
+    monkeypatch.setattr(scan, "ROWS", 32)
+    monkeypatch.setattr(scan, "LARGE", 0)
     request = InspectionRequest(str(rows), base=str(tiny_model_folder))
-    alone = told(gate.inspect(request))
+    alone = told(inspect(request))
     assert {"json.invalid", "field.empty", "duplicate.exact", "privacy.email"} <= {
         rule["rule"] for rule in alone["rules"]
     }
-    assert told(gate.inspect(request, processes=2)) == alone
+    assert told(inspect(request, processes=2)) == alone
 
 
 def test_small_sources_start_no_process(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_small_sources_start_no_process(rows: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("a process was started")
 
     monkeypatch.setattr("luthier.gate.scan.ProcessPoolExecutor", refuse)
-    assert gate.inspect(InspectionRequest(str(rows), base=None), processes=2).rows == {"train": 601}
+    assert inspect(InspectionRequest(str(rows), base=None), processes=2).rows == {"train": 601}
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -72,3 +72,35 @@ def test_a_copy_of_a_check_has_what_it_measures_with_and_no_more(
 def test_what_was_collected_stays_behind() -> None:
     check = Duplicates()
     assert "_table" in vars(check) and "_table" not in vars(pickle.loads(pickle.dumps(check)))
+
+
+TEXT = "please call 020 7946 0958 about the parcel that I ordered at the end of last week"
+
+
+def write(path: Path, *texts: str) -> Path:
+    rows = [json.dumps({"text": text, "label": "ab"[n % 2]}) for n, text in enumerate(texts)]
+    path.write_text("\n".join([*rows[:2], "{", *rows[2:]]) + "\n")
+    return path
+
+
+def test_rows_are_quoted_from_their_lines(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", "one", TEXT, "two", TEXT, TEXT.upper(), "three")
+    held = write(tmp_path / "b.jsonl", "four", "five", f"{TEXT}!")
+    report = luthier.inspect(data, test=held, base=None)
+    kept = report.findings.examples
+    (copy,) = kept["duplicate.exact"]
+    assert copy.place.line == 2 and copy.excerpt.startswith("please call 02")
+    assert "7946 0958" not in copy.excerpt and copy.excerpt.endswith("last week")
+    (leak,) = kept["leakage.exact"]
+    assert (Path(leak.place.file).name, leak.place.line) == ("b.jsonl", 4)
+    assert leak.excerpt.endswith("week!") and "7946" not in leak.excerpt
+    assert "please call 02" in report.html() and "7946 0958" not in report.html()
+
+
+def test_only_the_first_rows_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "QUOTED_ROWS", 3)
+    data = write(tmp_path / "a.jsonl", "one", TEXT, "two", TEXT, "x" * 30, "y", "x" * 30)
+    found = luthier.inspect(data, base=None).findings.examples["duplicate.exact"]
+    assert [bool(each.excerpt) for each in found] == [True, False]

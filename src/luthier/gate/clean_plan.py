@@ -7,7 +7,6 @@ written: rows that break the chosen rules, copies among them, then rows of class
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -15,7 +14,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from luthier.errors import RecipeError
 from luthier.gate.check import CheckContext
-from luthier.gate.checks import CHECKS, all_rules, checks_for
+from luthier.gate.checks import CHECKS, checks_for, rules_named
 from luthier.gate.pii import KINDS
 from luthier.gate.rules import READING_RULES
 from luthier.recipe import Part
@@ -127,30 +126,23 @@ class CleaningPlan(Part):
         return any(rule.startswith(LEAKAGE) for rule in self.dropped)
 
     def _rules(self) -> list[str]:
-        return list(dict.fromkeys(rule for name in self.drop for rule in _rules_named(name)))
+        return list(dict.fromkeys(rule for name in self.drop for rule in _droppable(name)))
 
 
-def _rules_named(name: str) -> list[str]:
-    """The rules that ``name`` means: one, all that begin so, or all of reading."""
-    rules = all_rules()
+def _droppable(name: str) -> list[str]:
+    """Ids of the rules that ``name`` means and that rows can be removed for."""
     if name == UNREADABLE:
         return [rule.id for rule in READING_RULES.values() if not rule.whole]
-    if name.endswith(".*"):
-        found = [
-            rule.id for rule in rules.values() if rule.id.startswith(name[:-1]) and not rule.whole
-        ]
-        if found:
-            return found
-    elif name in rules:
-        if rules[name].whole:
-            raise ValueError(
-                f"drop: {name} is about the data as a whole, and no row can be removed for it; "
-                f"{rules[name].fix or 'mend the file'}"
-            )
-        return [name]
-    close = difflib.get_close_matches(name, [*rules, UNREADABLE], n=1)
-    hint = f"did you mean {close[0]}?" if close else "docs/reference.md lists them all"
-    raise ValueError(f"drop: there is no rule {name!r}; {hint}")
+    try:
+        rules = rules_named(name, also=[UNREADABLE])
+    except RecipeError as error:
+        raise ValueError(f"drop: {error}") from error
+    if all(rule.whole for rule in rules):
+        raise ValueError(
+            f"drop: {name} is about the data as a whole, and no row can be removed for it; "
+            f"{rules[0].fix or 'mend the file'}"
+        )
+    return [rule.id for rule in rules if not rule.whole]
 
 
 def pseudonym_key(plan: CleaningPlan, environment: Mapping[str, str]) -> bytes | None:

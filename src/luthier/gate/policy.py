@@ -14,7 +14,6 @@ top of it, and have the last word.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from luthier.errors import RecipeError
-from luthier.gate.checks import CHECKS, all_rules
-from luthier.gate.rules import ENCODING_RULES, READING_RULES, SEVERITIES, TOO_LONG, Rule, Severity
+from luthier.gate.checks import CHECKS, rules_named
+from luthier.gate.rules import ENCODING_RULES, READING_RULES, SEVERITIES, TOO_LONG, Severity
 
 Choice = Severity | Literal["off"]
 _FIXED = {*READING_RULES, *ENCODING_RULES} - {TOO_LONG.id}
@@ -65,8 +64,13 @@ def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> Polic
     for name, value in _flatten(severity):
         if value not in CHOICES:
             raise RecipeError(f"{name}: a severity is one of {', '.join(CHOICES)}, not {value!r}")
-        for rule in _rules_named(name):
-            chosen[rule.id] = value
+        rules = [rule for rule in rules_named(name) if rule.id not in _FIXED]
+        if not rules:
+            raise RecipeError(
+                f"{name}: such rows cannot be trained on, so the rule stays an error; mend them, or "
+                "remove them"
+            )
+        chosen |= dict.fromkeys((rule.id for rule in rules), value)
     left = frozenset(skip)
     for name in sorted(left - set(CHECKS)):
         raise RecipeError(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
@@ -90,23 +94,3 @@ def _flatten(fields: Mapping[str, Any], before: str = "") -> Iterable[tuple[str,
             yield from _flatten(value, f"{before}{name}.")
         else:
             yield f"{before}{name}", value
-
-
-def _rules_named(name: str) -> list[Rule]:
-    """The rules that ``name`` means, each of which may be decided about."""
-    rules = all_rules()
-    if name.endswith(".*"):
-        found = [rule for id_, rule in rules.items() if id_.startswith(name[:-1])]
-        found = [rule for rule in found if rule.id not in _FIXED]
-    else:
-        found = [rules[name]] if name in rules else []
-        if name in _FIXED:
-            raise RecipeError(
-                f"{name}: such rows cannot be trained on, so the rule stays an error; mend them, or "
-                "remove them"
-            )
-    if not found:
-        close = difflib.get_close_matches(name, rules, n=1)
-        hint = f"did you mean {close[0]}?" if close else "docs/reference.md lists them all"
-        raise RecipeError(f"there is no rule {name!r} to decide about; {hint}")
-    return found

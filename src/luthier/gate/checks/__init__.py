@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 
 from luthier.errors import RecipeError
 from luthier.gate.check import Check, CheckContext
@@ -70,6 +71,24 @@ def checks_for(
         else:
             chosen.append(kind.of(known))
     return chosen, left
+
+
+def rules_named(name: str, also: Iterable[str] = ()) -> list[Rule]:
+    """The rules that ``name`` means: one, or all that begin so where it ends in ``.*``.
+
+    Raises:
+        RecipeError: where there is none, with the nearest name, which may be one of ``also``.
+    """
+    rules = all_rules()
+    if name.endswith(".*"):
+        found = [rule for id_, rule in rules.items() if id_.startswith(name[:-1])]
+    else:
+        found = [rules[name]] if name in rules else []
+    if not found:
+        close = get_close_matches(name, [*rules, *also], n=1)
+        hint = f"did you mean {close[0]}?" if close else "docs/reference.md lists them all"
+        raise RecipeError(f"there is no rule {name!r}; {hint}")
+    return found
 
 
 def all_rules(checks: Iterable[type[Check]] = CHECKS.values()) -> dict[str, Rule]:
