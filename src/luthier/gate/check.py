@@ -75,7 +75,7 @@ class CheckContext:
 
 
 class Check(ABC):
-    """One kind of fault, looked for in all rows. To add one: a file, and a line in ``table.py``."""
+    """One kind of fault, looked for in all rows: a file in ``checks`` and a line in its table."""
 
     name: ClassVar[str]
     """Stable name, by which a check is left out."""

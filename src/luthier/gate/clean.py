@@ -121,13 +121,13 @@ def clean(
     kind = _kind(target)
     _check_target(target, [source, *held.values()], overwrite or dry_run)
     key = pseudonym_key(plan, os.environ if environment is None else environment)
-    setting = EditContext(plan, _load_context(plan, on_stage), key)
-    work = _Cleaning(source, columns, setting, on_progress)
+    context = EditContext(plan, _load_context(plan, on_stage), key)
+    work = _Cleaning(source, columns, context, on_progress)
     summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run)
     selection = Selection(())
     if plan.dropped or plan.balance:
         splits = {split: _rows_reader(each) for split, each in held.items()}
-        selector = Selector(plan, setting.known, work.rows, splits)
+        selector = Selector(plan, context.known, work.rows, splits)
         selection = selector.select()
         summary.passes = selector.passes
     names = work.names(selection) if kind not in ("jsonl", "text") else []
@@ -154,18 +154,18 @@ class _Cleaning:
         self,
         source: Source,
         columns: Columns | None,
-        setting: EditContext,
+        context: EditContext,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.source, self.columns, self.setting = source, columns, setting
+        self.source, self.columns, self.context = source, columns, context
         self.on_progress = on_progress
-        self.left_out = setting.plan.refused
+        self.left_out = context.plan.refused
         self.rules = all_rules()
 
     def rows(self) -> Iterator[Row]:
         """All rows as edited; refused where one can be neither read nor mended nor left out."""
         for each in self._edited(self._pass()):
-            yield from (piece.row for piece in each.pieces)
+            yield from (draft.row for draft in each.drafts)
 
     def names(self, selection: Selection) -> list[str]:
         """Columns of the records that will be written, in the order of appearance."""
@@ -178,9 +178,9 @@ class _Cleaning:
             found.update(dict.fromkeys(record))
 
         for each in self._edited(self._pass()):
-            for piece in each.pieces:
+            for draft in each.drafts:
                 if not selection.why(number):
-                    _try_record(each, piece, seen, problems)
+                    _try_record(each, draft, seen, problems)
                 number += 1
         _refuse(problems)
         return list(found)
@@ -205,8 +205,8 @@ class _Cleaning:
 
         for each in self._edited(done, book):
             book.rows += 1
-            reasons = [selection.why(number + at) for at in range(len(each.pieces))]
-            stay = [piece for piece, why in zip(each.pieces, reasons, strict=True) if not why]
+            reasons = [selection.why(number + at) for at in range(len(each.drafts))]
+            stay = [draft for draft, why in zip(each.drafts, reasons, strict=True) if not why]
             if stay:
                 book.changed(each)
             for at, why in enumerate(reasons):
@@ -214,8 +214,8 @@ class _Cleaning:
                     about = self._about(why, selection, number + at)
                     book.dropped(each.row.file, each.row.line, why, about)
             number += len(reasons)
-            for piece in stay:
-                _try_record(each, piece, put, problems)
+            for draft in stay:
+                _try_record(each, draft, put, problems)
             summary.rows_out += len(stay)
         _refuse(problems)
         self._check_end(number, selection, summary, book)
@@ -235,7 +235,7 @@ class _Cleaning:
             raise RecipeError(f"no row would be left of {self.source} ({went}); drop less")
 
     def _pass(self) -> EditPass:
-        return EditPass(self.source, self.columns, self.setting, self.on_progress)
+        return EditPass(self.source, self.columns, self.context, self.on_progress)
 
     def _edited(self, done: EditPass, book: _ChangeLog | None = None) -> Iterator[EditedRow]:
         """Rows that are not left out; of those that are, the log is told."""
@@ -263,11 +263,11 @@ class _Cleaning:
 
 
 def _try_record(
-    each: EditedRow, piece: RowDraft, action: Callable[[Record], None], problems: list[Problem]
+    each: EditedRow, draft: RowDraft, action: Callable[[Record], None], problems: list[Problem]
 ) -> None:
-    """Do something with the record of a piece; where it cannot be, that is noted."""
+    """Do something with the record of a draft; where it cannot be, that is noted."""
     try:
-        action(each.record(piece))
+        action(each.record(draft))
     except RowRefused as bad:
         problems.append(bad.at(each.row.file, each.row.line))
         _refuse(problems, MOST_PROBLEMS)
@@ -352,15 +352,15 @@ class EditedRow:
     """A row that was read, and what the edits made of it."""
 
     row: Row
-    pieces: tuple[RowDraft, ...]
+    drafts: tuple[RowDraft, ...]
     done: tuple[tuple[str, str], ...]
     """Edits that did something, and what, in words."""
     given: Record
     reader: RowReader
 
-    def record(self, piece: RowDraft) -> Record:
-        """What is written of ``piece``; :class:`RowRefused` where its form cannot say it."""
-        return write_back(piece, self.row, self.given, self.reader.checker.form)
+    def record(self, draft: RowDraft) -> Record:
+        """What is written of ``draft``; :class:`RowRefused` where its form cannot say it."""
+        return write_back(draft, self.row, self.given, self.reader.checker.form)
 
 
 class EditPass:
@@ -370,12 +370,12 @@ class EditPass:
         self,
         source: Source,
         columns: Columns | None,
-        setting: EditContext,
+        context: EditContext,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         # A text that is a file is one row: a telephone number may stand across any cut.
         self.reader = RowReader(source, columns, StreamChecker, whole=True, told=on_progress)
-        self.edits: list[Edit] = edits_for(setting)
+        self.edits: list[Edit] = edits_for(context)
         self.refused: list[Problem] = []
         """What no edit could mend."""
 
@@ -403,15 +403,15 @@ class EditPass:
 
     def _edited(self, row: Row) -> EditedRow:
         given = self.reader.checker.given
-        pieces = [RowDraft(row, extra_keys(row, given, self.reader.checker.form))]
+        drafts = [RowDraft(row, extra_keys(row, given, self.reader.checker.form))]
         done = []
         for edit in self.edits:
-            results = [edit.apply(piece) for piece in pieces]
+            results = [edit.apply(draft) for draft in drafts]
             words = [said for _, said in results if said]
             if words:
-                pieces = [piece for made, _ in results for piece in made]
+                drafts = [draft for made, _ in results for draft in made]
                 done.append((edit.name, "; ".join(words)))
-        return EditedRow(row, tuple(pieces), tuple(done), given, self.reader)
+        return EditedRow(row, tuple(drafts), tuple(done), given, self.reader)
 
 
 def _by_line(problems: list[Problem]) -> Iterator[list[Problem]]:
@@ -441,16 +441,16 @@ def extra_keys(row: Row, given: Record, form: Form | None) -> Record:
     return {key: value for key, value in given.items() if key not in used}
 
 
-def write_back(piece: RowDraft, row: Row, given: Record, form: Form | None) -> Record:
-    """The record of ``piece``, which was made of ``row``, which was read from ``given``.
+def write_back(draft: RowDraft, row: Row, given: Record, form: Form | None) -> Record:
+    """The record of ``draft``, which was made of ``row``, which was read from ``given``.
 
     Raises:
         RowRefused: where the form cannot say what became of the row.
     """
-    if piece.row == row:
-        return _with_extra_keys(given, piece)
-    for made in (_replace_texts(piece, row, given), _rebuild(piece, given, form)):
-        if made is not None and _reads_as(made, piece.row):
+    if draft.row == row:
+        return _with_extra_keys(given, draft)
+    for made in (_replace_texts(draft, row, given), _rebuild(draft, given, form)):
+        if made is not None and _reads_as(made, draft.row):
             return made
     name = form.name if form else "its own"
     raise RowRefused(
@@ -460,36 +460,36 @@ def write_back(piece: RowDraft, row: Row, given: Record, form: Form | None) -> R
     )
 
 
-def _with_extra_keys(given: Record, piece: RowDraft) -> Record:
-    return {key: piece.further.get(key, value) for key, value in given.items()}
+def _with_extra_keys(given: Record, draft: RowDraft) -> Record:
+    return {key: draft.further.get(key, value) for key, value in given.items()}
 
 
-def _replace_texts(piece: RowDraft, row: Row, given: Record) -> Record:
+def _replace_texts(draft: RowDraft, row: Row, given: Record) -> Record:
     """The record as it was, with the new texts in the places of the old ones."""
-    new = {text.field: text.content for text in texts(piece.row)}
+    new = {text.field: text.content for text in texts(draft.row)}
     changed = {text.content: new[text.field] for text in texts(row) if text.field in new}
     made = {
-        key: piece.further[key]
-        if key in piece.further
+        key: draft.further[key]
+        if key in draft.further
         else map_texts(value, lambda text: changed.get(text, text))
         for key, value in given.items()
     }
-    if piece.row.tokens is not None:
-        made["tokens"] = list(piece.row.tokens)
+    if draft.row.tokens is not None:
+        made["tokens"] = list(draft.row.tokens)
         if "tags" in made:
-            made["tags"] = list(piece.row.tags or ())
+            made["tags"] = list(draft.row.tags or ())
     return made
 
 
-def _rebuild(piece: RowDraft, given: Record, form: Form | None) -> Record | None:
+def _rebuild(draft: RowDraft, given: Record, form: Form | None) -> Record | None:
     if form is not None and form.name not in _BACK:
         return None
     target = _BACK[form.name] if form else "openai" if "preferred_output" in given else "rows"
     try:
-        made = TARGETS[target](piece.row)
+        made = TARGETS[target](draft.row)
     except RowRefused:
         return None
-    return made if piece.further.keys() & made.keys() else {**made, **piece.further}
+    return made if draft.further.keys() & made.keys() else {**made, **draft.further}
 
 
 def _reads_as(record: Record, row: Row) -> bool:

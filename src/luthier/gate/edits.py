@@ -51,7 +51,7 @@ class EditContext:
 
 
 class Edit(ABC):
-    """One kind of repair. To add one: a file, a field of the plan, and a line in ``edits.py``.
+    """One kind of repair. To add one: a class here, a field of the plan, and a line in :data:`EDITS`.
 
     An object serves one pass over the rows; two passes over the same rows give the same.
     """
@@ -65,12 +65,12 @@ class Edit(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, setting: EditContext) -> Self:
+    def of(cls, context: EditContext) -> Self:
         """The edit as the plan asks for it."""
 
     @abstractmethod
-    def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
-        """What becomes of ``piece``, and in words what was done; an empty text where nothing was.
+    def apply(self, draft: RowDraft) -> tuple[list[RowDraft], str]:
+        """What becomes of ``draft``, and in words what was done; an empty text where nothing was.
 
         The words hold nothing of the row's texts.
 
@@ -135,23 +135,23 @@ class Strip(Edit):
     name: ClassVar[str] = "strip"
 
     @classmethod
-    def of(cls, setting: EditContext) -> Self:
+    def of(cls, context: EditContext) -> Self:
         """There is nothing to choose."""
         return cls()
 
-    def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
+    def apply(self, draft: RowDraft) -> tuple[list[RowDraft], str]:
         """Mend every text."""
-        row, done = piece.row, Counter[str]()
+        row, done = draft.row, Counter[str]()
         changed = edit_texts(row, lambda field, text: _strip_text(text, done))
         if row.tokens is not None:
             changed = replace(
                 changed, tokens=tuple(_strip_text(token, done) for token in row.tokens)
             )
         if not done:
-            return [piece], ""
+            return [draft], ""
         self.counts += done
         words = ", ".join(f"{count} {what}" for what, count in done.items())
-        return [RowDraft(changed, piece.further)], words
+        return [RowDraft(changed, draft.further)], words
 
 
 def _strip_text(text: str, done: Counter[str]) -> str:
@@ -301,23 +301,23 @@ class Redact(Edit):
         self.redactor = redactor
 
     @classmethod
-    def of(cls, setting: EditContext) -> Self:
+    def of(cls, context: EditContext) -> Self:
         """With the kinds and the key of the plan."""
-        chosen = setting.plan.redact
+        chosen = context.plan.redact
         kinds = tuple(kind for kind in KINDS if "all" in chosen or kind in chosen)
-        return cls(Redactor(Finder(kinds), setting.key))
+        return cls(Redactor(Finder(kinds), context.key))
 
-    def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
+    def apply(self, draft: RowDraft) -> tuple[list[RowDraft], str]:
         """Redact the texts, and every text under further keys: a new data set is passed on whole."""
         before = Counter(self.redactor.counts)
-        row, changes = self.redactor.redact(piece.row)
-        further = map_texts(piece.further, self.redactor.text)
+        row, changes = self.redactor.redact(draft.row)
+        further = map_texts(draft.further, self.redactor.text)
         new = self.redactor.counts - before
         if not new:
-            return [piece], ""
+            return [draft], ""
         self.counts.update({str(kind): count for kind, count in new.items()})
         said = [f"{change.field}: {change.pseudonym}" for change in changes]
-        if further != piece.further:
+        if further != draft.further:
             said.append(f"{sum(new.values()) - len(changes)} in further keys")
         return [RowDraft(row, further)], ", ".join(said)
 
@@ -346,32 +346,32 @@ class Truncate(Edit):
         self.side, self.judge, self.strict = side, judge, strict
 
     @classmethod
-    def of(cls, setting: EditContext) -> Self:
+    def of(cls, context: EditContext) -> Self:
         """For the model; rows that cannot be cut are left where they will be dropped."""
-        side = setting.plan.truncate
+        side = context.plan.truncate
         assert side is not None
-        strict = TOO_LONG.id not in setting.plan.dropped
-        return cls(side, _judge(setting), strict)
+        strict = TOO_LONG.id not in context.plan.dropped
+        return cls(side, _judge(context), strict)
 
-    def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
+    def apply(self, draft: RowDraft) -> tuple[list[RowDraft], str]:
         """Cut the row where it is too long, by as little as makes it fit."""
-        row = piece.row
+        row = draft.row
         if _surely_fits(row, self.judge.context):
-            return [piece], ""
+            return [draft], ""
         fits, before = self._length(row)
         if fits:
-            return [piece], ""
+            return [draft], ""
         cut = self._cut(row)
         if cut is None:
             if not self.strict:
-                return [piece], ""
+                return [draft], ""
             message = (
                 f"Cutting the {self.side} cannot make the row fit; what is beside it is too long."
             )
             raise RowRefused(TOO_LONG.id, message, "Cut the other side, or --drop row.too_long.")
         lost = before - self._length(cut)[1]
         self.counts[LOST] += lost
-        return [RowDraft(cut, piece.further)], f"{lost} tokens cut at the {self.side}"
+        return [RowDraft(cut, draft.further)], f"{lost} tokens cut at the {self.side}"
 
     def _length(self, row: Row) -> tuple[bool, int]:
         """Whether the row fits as the gate judges it, and its tokens."""
@@ -428,26 +428,26 @@ class SplitLong(Edit):
         self.chat, self.context = chat, context
 
     @classmethod
-    def of(cls, setting: EditContext) -> Self:
+    def of(cls, context: EditContext) -> Self:
         """For the model."""
-        assert setting.known.chat is not None
-        return cls(setting.known.chat, setting.known.context)
+        assert context.known.chat is not None
+        return cls(context.known.chat, context.known.context)
 
-    def apply(self, piece: RowDraft) -> tuple[list[RowDraft], str]:
+    def apply(self, draft: RowDraft) -> tuple[list[RowDraft], str]:
         """Split a raw text; ids of the parts get a number behind them, as ids must differ."""
-        row, text = piece.row, piece.row.text
+        row, text = draft.row, draft.row.text
         labelled = (row.label, row.rating, row.positive, row.tags)
         if text is None or any(each is not None for each in labelled):
-            return [piece], ""
+            return [draft], ""
         parts = self._parts(text)
         if len(parts) < 2:
-            return [piece], ""
+            return [draft], ""
         self.counts[MADE] += len(parts)
-        pieces = [
-            RowDraft(replace(row, text=part), _number_id(piece.further, number))
+        drafts = [
+            RowDraft(replace(row, text=part), _number_id(draft.further, number))
             for number, part in enumerate(parts, 1)
         ]
-        return pieces, f"split into {len(parts)} rows"
+        return drafts, f"split into {len(parts)} rows"
 
     def _parts(self, text: str) -> list[str]:
         """Parts that fit and together are ``text``; the last may be all of it."""
@@ -493,8 +493,8 @@ def _number_id(further: dict[str, Any], number: int) -> dict[str, Any]:
     return {**further, "id": f"{further['id']}#{number}"} if "id" in further else further
 
 
-def _judge(setting: EditContext) -> Learning:
-    known = setting.known
+def _judge(context: EditContext) -> Learning:
+    known = context.known
     assert known.chat is not None
     return Learning(known.objective, known.chat, known.context, 0, every=True)
 
@@ -525,6 +525,6 @@ EDITS: Mapping[str, type[Edit]] = {kind.name: kind for kind in _KINDS}
 """By name. Hidden characters go first, as they may stand inside an address or a number."""
 
 
-def edits_for(setting: EditContext) -> list[Edit]:
+def edits_for(context: EditContext) -> list[Edit]:
     """New edits as the plan asks for them."""
-    return [kind.of(setting) for name, kind in EDITS.items() if name in setting.plan.edits]
+    return [kind.of(context) for name, kind in EDITS.items() if name in context.plan.edits]
