@@ -100,7 +100,8 @@ def inspect_sources(
         gate.add_problems(refused)
         for split, reader in readers.items():
             for _ in gate.scan_source(split, reader):
-                progress(gate.progress(done + reader.done, total))
+                # Not all is done before the checks have looked at all rows together.
+                progress(gate.progress(min(done + reader.done, max(0, total - 1)), total))
             done += reader.size
         files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
         report = gate.report({split: [str(sources[split])] for split in sources} | files)
