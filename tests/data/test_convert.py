@@ -109,7 +109,7 @@ def test_there_and_back(tmp_path: Path, sample: str, form: str, name: str) -> No
         assert {p.rule for p in problems_of(source, target, form)} == {"convert.container"}
         return
     found = convert(source, target, form)
-    assert (found.rows, found.examples) == (len(SAMPLES[sample]), ())
+    assert (found.rows, found.kept) == (len(SAMPLES[sample]), ())
     assert same(load_rows(target)) == same(load_rows(source))
     again = tmp_path / f"again-{name}"
     # Alpaca's rows are conversations only where there is a system prompt.
@@ -140,7 +140,7 @@ def test_further_keys_are_kept_or_left_out_as_asked(tmp_path: Path) -> None:
     source = write(tmp_path, {"question": "a", "answer": "b", **more})
     target = tmp_path / "out.jsonl"
     found = convert(source, target, "sharegpt")
-    assert found.examples == ("id", "category", "score")
+    assert found.kept == ("id", "category", "score")
     assert json.loads(target.read_text())["category"] == "x"
     found = convert(source, target, "alpaca", bare=True, overwrite=True)
     assert found.left_out == ("id", "category", "score")

@@ -66,7 +66,7 @@ def test_a_score_decides_where_it_is_what_is_measured() -> None:
     lines = [held(10 * n, loss, accuracy=score) for n, (score, loss) in enumerate(courses)]
     found = judge_run([*train, *lines], "accuracy", Training(max_steps=40), 40)
     assert (found.outcome, found.kept_step) == ("still_improving", 40)
-    assert found.examples == {"accuracy": 0.9, "loss": 1.3}
+    assert found.kept == {"accuracy": 0.9, "loss": 1.3}
     assert "validation accuracy 0.2000 (loss 2.000) before training" in found.text
     assert "`training.max_steps=80` would take 3.3 min more than this run" in found.advice
     fallen = [*lines[:4], held(40, 1.3, accuracy=0.5)]
