@@ -224,8 +224,8 @@ def test_words_beside_tools_are_streamed(opened: Decoder) -> None:
     chat = Chat((Message("user", "Hi"),), TOOLS)
     counts = []
     for seed in range(4):
-        request = Request(chat, 20, seed=seed, logit_bias={1: -100.0})
+        request = Request(chat, max_tokens=20, seed=seed, logit_bias={1: -100.0})
         counts.append(sum(isinstance(event, Piece) for event in opened.submit(request)))
     assert max(counts) > 5
-    none = Request(Chat((Message("user", "Hi"),), TOOLS, "none"), 20, 0)
+    none = Request(Chat((Message("user", "Hi"),), TOOLS, "none"), max_tokens=20, temperature=0)
     assert answer(opened, none).text == answer(opened, asked("Hi", max_tokens=20)).text
