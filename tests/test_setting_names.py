@@ -13,8 +13,8 @@ import luthier
 from luthier.api.bedrock.hyperparameters import HYPERPARAMETERS
 from luthier.api.bedrock.hyperparameters import setting_name as bedrock
 from luthier.api.native.operations import setting_name as native
-from luthier.api.openai.methods import Hyperparameters
-from luthier.api.openai.methods import setting_name as openai
+from luthier.api.openai.fine_tuning import Hyperparameters
+from luthier.api.openai.fine_tuning import setting_name as openai
 from luthier.gate.checks import all_rules
 from luthier.recipe import Recipe, Training
 from luthier.setting_names import SettingName, in_all, option, with_setting_names, without_commands

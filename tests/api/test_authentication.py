@@ -14,8 +14,8 @@ from signing import ACCESS_KEY, SECRET, presigned, short_term_key, signed
 from sqlalchemy import event
 
 from luthier.api.authentication import Authenticator
+from luthier.api.http.messages import Fault, Head
 from luthier.api.settings import Settings
-from luthier.api.wire import Fault, Head
 from luthier.store import accounts, principals
 from luthier.store.database import Database, now
 from luthier.store.sealing import Sealing

@@ -18,13 +18,15 @@ from served import served
 from signing import ACCESS_KEY, SECRET, presigned, short_term_key, signed
 from trails import Remembered
 
-from luthier.api.app import Application, Faces, Receive, Send
 from luthier.api.authentication import Authenticator
-from luthier.api.observability import Observer
+from luthier.api.http.application import Application
+from luthier.api.http.limits import RateLimits
+from luthier.api.http.messages import Fault, Head, Request, Response, Signed, service_of
+from luthier.api.http.metrics import Metrics
+from luthier.api.http.routing import Operation, Route
+from luthier.api.http.streams import RequestBody, Run
 from luthier.api.policies import authorize
-from luthier.api.rate_limits import RateLimits
 from luthier.api.settings import Settings
-from luthier.api.wire import Answer, Call, Fault, Head, Route, Signed
 from luthier.store import accounts, principals
 from luthier.store.database import Database
 from luthier.store.sealing import Sealing
@@ -37,30 +39,35 @@ STATUS = {"AccessDenied": 403, "Throttling": 429}
 class Plain:
     """A face that notes what comes, asks the policies, and answers with an empty object."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Request] = field(default_factory=list)
     objects: list[tuple[Signed, Head]] = field(default_factory=list)
+    name: str = "plain"
 
-    def route(self, method: str, path: str) -> Route:
-        return Route(f"{method}Anything", self.answer)
+    request_id_header = "x-request-id"
 
-    def answer(self, call: Call) -> Answer:
-        authorize(call.caller, f"bedrock:{call.method}", ARN)
-        self.calls.append(call)
-        return Answer.of({"data": [], "object": "list"})
+    def serves(self, head: Head, service: str) -> bool:
+        return True
 
-    def refusal(self, fault: Fault, request_id: str) -> Answer:
+    def route(self, head: Head) -> Route:
+        name = f"{head.method}Anything"
+        if service_of(head) == "s3" and not head.path.startswith("/v1/"):  # OpenAI's paths go first
+            return Route(Operation(name, head.method, "/", stream=self.handle, hashed=True))
+        return Route(Operation(name, head.method, "/", self.answer))
+
+    def answer(self, request: Request) -> Response:
+        authorize(request.caller, f"bedrock:{request.method}", ARN)
+        self.calls.append(request)
+        return Response.json({"data": [], "object": "list"})
+
+    def refusal(self, fault: Fault, request_id: str) -> Response:
         headers = {"x-amzn-ErrorType": fault.code + "Exception", "x-amzn-RequestId": request_id}
-        return Answer.of({"message": fault.message}, STATUS.get(fault.code, 403), **headers)
+        return Response.json({"message": fault.message}, STATUS.get(fault.code, 403), **headers)
 
-    async def handle(
-        self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str, run: Any
-    ) -> int:
-        while (await receive()).get("more_body"):
-            pass
-        self.objects.append((signed, head))
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-        return 200
+    async def handle(self, request: Request, body: RequestBody, run: Run) -> Response:
+        await body.read()
+        assert request.signed is not None
+        self.objects.append((request.signed, body.head))
+        return Response()
 
 
 @dataclass
@@ -98,10 +105,10 @@ class Running:
 def server(database: Database, api_key: str) -> Iterator[Running]:
     face = Plain()
     application = Application(
-        Faces(face, face, face, face, face),
+        (face,),
         Authenticator(database, Settings(), KEY),
         RateLimits(database).admit,
-        Observer(dict),
+        Metrics(dict),
         Remembered(),
         lambda: None,
     )

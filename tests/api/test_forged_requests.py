@@ -28,8 +28,8 @@ from signing import (
 )
 
 from luthier.api import sigv4
+from luthier.api.http.messages import Fault, Head
 from luthier.api.sigv4 import Credential, verify
-from luthier.api.wire import Fault, Head
 
 # --- forged, changed, ambiguous
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,8 +19,6 @@ from broken_requests import ACCOUNT, ROWS
 from served import served
 from wire_fuzz import Answered, Case, Keys, cases_of, drawn, send, wrong
 
-from luthier.api.native.operations import NativeFace
-from luthier.api.openai.routing import Routing
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.files import write_json
@@ -34,11 +33,11 @@ class Running:
     def __init__(self, url: str, service: Service) -> None:
         assert service.issued is not None
         self.place = (str(urlsplit(url).hostname), int(urlsplit(url).port or 0))
-        issued, faces = service.issued, service.application.faces
+        issued = service.issued
+        faces: dict[str, Any] = {face.name: face for face in service.application.faces}
         self.keys = Keys(issued.access_key, issued.secret, issued.api_key)
-        assert isinstance(faces.openai, Routing) and isinstance(faces.native, NativeFace)
-        openai = [(each.method, f"/v1/{each.path}") for each in faces.openai.operations]
-        native = [(each.method, each.path) for each in faces.native.operations]
+        openai = [(each.method, f"/v1/{each.path}") for each in faces["openai"].router.operations]
+        native = [(each.method, each.path) for each in faces["native"].router.operations]
         self.cases = {
             "openai": cases_of("openai", openai),
             "native": cases_of("native", native),

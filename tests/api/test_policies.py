@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from principals_of import ALLOW_ALL
 
-from luthier.api.policies import authorize, noted, refuse_denied, trusts
-from luthier.api.wire import Caller, Fault
+from luthier.api.http.messages import Caller, Fault
+from luthier.api.policies import authorize, record_actions, refuse_denied, trusts
 from luthier.errors import RefusedInput
 from luthier.store.database import now
 from luthier.store.policy_documents import ROLES, check_document, check_role, check_trust
@@ -65,7 +65,7 @@ def test_a_deny_is_looked_for_alone_where_another_action_was_allowed() -> None:
     # A statement with a condition denies as if it held.
     held = deny("s3:Delete*", "arn:aws:s3:::data/*", Condition={"Bool": {"aws:x": "true"}})
     for denied in (held, deny("s3:DeleteObject"), deny(resource="arn:aws:s3:::data/x")):
-        with noted() as asked, pytest.raises(Fault) as caught:
+        with record_actions() as asked, pytest.raises(Fault) as caught:
             refuse_denied(caller([allow(), denied]), "s3:DeleteObject", "arn:aws:s3:::data/x")
         assert caught.value.code == "AccessDenied" and "explicit deny" in caught.value.message
         assert asked == [("s3:DeleteObject", "arn:aws:s3:::data/x")]
@@ -160,7 +160,7 @@ def test_what_was_asked_for_is_noted_across_threads() -> None:
     ann = caller(allow())
 
     async def handle() -> list[tuple[str, str]]:
-        with noted() as asked:
+        with record_actions() as asked:
             await anyio.to_thread.run_sync(authorize, ann, "bedrock:GetCustomModel", MODEL)
             assert not await anyio.to_thread.run_sync(allows, caller(), "s3:GetObject", "arn:x")
         authorize(ann, "bedrock:ListCustomModels", "*")

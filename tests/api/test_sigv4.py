@@ -21,8 +21,8 @@ from signing import (
 )
 
 from luthier.api import sigv4
+from luthier.api.http.messages import Head
 from luthier.api.sigv4 import Service
-from luthier.api.wire import Head
 
 VECTORS = Path(__file__).parents[2].parent / "shared" / "data" / "aws4_testsuite"
 ARN = "arn:aws:bedrock:us-east-1:000000000000:custom-model/hf.smol/abcdefabcdef"

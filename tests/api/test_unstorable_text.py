@@ -19,7 +19,7 @@ from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from served import served
 
-from luthier.api.bedrock.operations import operations
+from luthier.api.bedrock.shapes import operation_models
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 
@@ -82,8 +82,8 @@ def server(database_url: str) -> Iterator[Server]:
 
 def paths_of_bedrock(word: str) -> Iterator[tuple[str, str]]:
     """Every operation with ``word`` in each place of its path, and with each member of its query."""
-    for each in operations().by_name.values():
-        path = each.path.replace("+}", "}")
+    for each in operation_models().values():
+        path = each.http["requestUri"].replace("+}", "}")
         names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
         fine = path
         for name in names:
@@ -92,10 +92,10 @@ def paths_of_bedrock(word: str) -> Iterator[tuple[str, str]]:
             broken = path.replace(f"{{{name}}}", word)
             for other in names:
                 broken = broken.replace(f"{{{other}}}", "name-1")
-            yield each.method, broken
-        for name, shape in getattr(each.input, "members", {}).items():
+            yield each.http["method"], broken
+        for name, shape in getattr(each.input_shape, "members", {}).items():
             if shape.serialization.get("location") == "querystring":
-                yield each.method, f"{fine}?{shape.serialization.get('name', name)}={word}"
+                yield each.http["method"], f"{fine}?{shape.serialization.get('name', name)}={word}"
 
 
 def test_bedrock_refuses_it_in_paths_and_queries(server: Server) -> None:
@@ -113,8 +113,8 @@ def test_bedrocks_clients_see_a_validation_exception(server: Server) -> None:
 
 
 def test_openai_and_native_faces_refuse_it_and_name_the_parameter(server: Server) -> None:
-    faces = server.service.openai.operations
-    known = [(each.method, f"/v1/{each.path}", each.sink is not None) for each in faces]
+    faces = server.service.openai.router.operations
+    known = [(each.method, f"/v1/{each.path}", each.stream is not None) for each in faces]
     known += [
         ("GET", "/api/v1/jobs/{job}", False), ("GET", "/api/v1/jobs/{job}/events", False),
         ("POST", "/api/v1/jobs/{job}/stop", False), ("GET", "/api/v1/models/{model}", False),

@@ -15,13 +15,13 @@ import uvicorn
 from answers import check_answer
 from botocore.config import Config
 
-from luthier.api.app import Application, Faces
-from luthier.api.auditing import Trail
+from luthier.api.audit import AuditTrail
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.control import Control
 from luthier.api.bedrock.face import BedrockFace
-from luthier.api.observability import Observer
-from luthier.api.wire import Answer, Caller, Fault, Head, Signed
+from luthier.api.http.application import Application
+from luthier.api.http.messages import Caller, Fault, Head, Signed
+from luthier.api.http.metrics import Metrics
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.limits import AccountQuotas
 from luthier.store import jobs as queue
@@ -97,7 +97,7 @@ class Service:
         self.places, self.preparation = Places(), Preparation()
         self.told_of = threading.Event()
         """Whether the scheduler was told of a job."""
-        self.trail = Trail(database)
+        self.trail = AuditTrail(database)
         self.deleted: list[str | None] = []
         """Ids in the store of models that the control plane had deleted."""
         self.denied: set[tuple[str, str]] = set()
@@ -210,12 +210,11 @@ class Server:
     ) -> Iterator[Service]:
         """The service on ``database``, as after each of its starts."""
         made = Service(self, database, quotas or AccountQuotas(), handlers or {})
-        unused = _Unused()
         self.app = Application(
-            Faces(made.face, unused, unused, unused, unused),
+            (made.face,),
             ByAccessKey(),
             lambda caller: None,
-            Observer(dict),
+            Metrics(dict),
             made.trail,
             lambda: None,
         )
@@ -247,15 +246,6 @@ def eventually(holds: Callable[[], Any], seconds: float = 20) -> None:
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
-
-
-class _Unused:
-    """A face that no test asks."""
-
-    def refusal(self, fault: Fault, request_id: str) -> Answer:
-        raise AssertionError(fault)
-
-    route = handle = refusal
 
 
 def job_members(name: str = "job-1", **members: Any) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from botocore.model import OperationModel
 from hypothesis import strategies as st
 
-from luthier.api.bedrock.operations import Operation, operations
+from luthier.api.bedrock.shapes import operation_models
 
 MODEL = "luthier.tiny"
 ACCOUNT = "000000000000"
@@ -220,15 +221,19 @@ CUSTOMIZATION = {
 
 
 def control() -> list[tuple[str, str, Any]]:
-    whole = [asked(each) for each in operations().by_name.values() if each.service == "bedrock"]
+    whole = [
+        asked(each)
+        for each in operation_models().values()
+        if each.service_model.service_name == "bedrock"
+    ]
     return [*whole, *[("POST", "/model-customization-jobs", CUSTOMIZATION)] * 10]
 
 
-def asked(operation: Operation) -> tuple[str, str, Any]:
+def asked(operation: OperationModel) -> tuple[str, str, Any]:
     """A request that has every member, each in its place."""
-    shape: Any = operation.input
+    shape: Any = operation.input_shape
     members = shape.members if shape is not None else {}
-    path, query, body = operation.path, {}, {}
+    path, query, body = operation.http["requestUri"], {}, {}
     for name, member in members.items():
         place, value = member.serialization.get("location"), shaped(member)
         if place == "uri":
@@ -239,4 +244,5 @@ def asked(operation: Operation) -> tuple[str, str, Any]:
         elif place is None:
             body[member.serialization.get("name", name)] = value
     path += f"?{urlencode(query)}" if query else ""
-    return operation.method, path, body if operation.method in ("POST", "PUT", "PATCH") else None
+    method = operation.http["method"]
+    return method, path, body if method in ("POST", "PUT", "PATCH") else None

@@ -13,10 +13,12 @@ from urllib.parse import urlsplit
 
 from trails import Remembered
 
-from luthier.api.app import Application, Faces
-from luthier.api.observability import Observer
+from luthier.api.http.application import Application
+from luthier.api.http.messages import Caller, Fault, Head, Request, Response, Signed
+from luthier.api.http.metrics import Metrics
+from luthier.api.http.routing import Operation, Route
+from luthier.api.http.streams import RequestBody, Run
 from luthier.api.policies import authorize
-from luthier.api.wire import Answer, Call, Caller, Fault, Head, Route, Signed
 from luthier.limits import ServerLimits
 
 ANNA = Caller("111111111111", "anna", ())
@@ -72,8 +74,8 @@ class Taking:
         self.seconds = 0.0
         self.closed, self.first = threading.Event(), threading.Event()
 
-    def open(self, call: Call) -> Taking:
-        authorize(ANNA if call.query else MAY, "test:Take", call.path)
+    def open(self, request: Request) -> Taking:
+        authorize(ANNA if request.query else MAY, "test:Take", request.path)
         return self
 
     def __enter__(self) -> Taking:
@@ -98,49 +100,59 @@ class Echo:
         self.sent = 0
         self.waiting = Waiting()
 
-    def route(self, method: str, path: str) -> Route:
+    name, request_id_header = "echo", "x-echo-id"
+
+    def serves(self, head: Head, service: str) -> bool:
+        return True
+
+    def route(self, head: Head) -> Route:
+        method, path = head.method, head.path
         name = path.rpartition("/")[2]
         works = {"echo": self.echo, "fail": self.fail, "stream": self.stream, "full": self.full}
         works["deny"] = self.deny
-        works["large"] = lambda call: Answer.of(len(call.body))
-        works["pour"] = lambda call: Answer(200, self.much())
+        works["large"] = lambda call: Response.json(len(call.body))
+        works["pour"] = lambda call: Response(200, self.much())
         works["nap"] = self.nap
-        works["wait"] = lambda call: Answer(200, self.waiting)
+        works["wait"] = lambda call: Response(200, self.waiting)
         if name == "take":
-            return Route("test.take", self.taken, body_limit=8_000_000, sink=self.taking.open)
+            taken = Operation("test.take", method, path, None, 8_000_000, stream=self.taken)
+            return Route(taken)
         if name not in works:
             raise Fault("UnknownOperation", "There is no such operation.")
         limit = 10_000_000 if name == "large" else 1000
-        return Route(f"test.{name}", works[name], {"name": name}, limit)
+        found = Operation(f"test.{name}", method, path, works[name], limit)
+        return Route(found, {"name": name})
 
-    def refusal(self, fault: Fault, request_id: str) -> Answer:
-        return Answer.of({"code": fault.code, "message": fault.message, "id": request_id}, 400)
+    def refusal(self, fault: Fault, request_id: str) -> Response:
+        return Response.json({"code": fault.code, "message": fault.message, "id": request_id}, 400)
 
-    def echo(self, call: Call) -> Answer:
-        authorize(MAY, "test:Echo", call.path)
-        told = {"path": call.path, "query": dict(call.query), "body": call.body.decode()}
-        return Answer.of({**told, "user": call.caller.user, "params": dict(call.params)})
+    def echo(self, request: Request) -> Response:
+        authorize(MAY, "test:Echo", request.path)
+        told = {"path": request.path, "query": dict(request.query), "body": request.body.decode()}
+        return Response.json({**told, "user": request.caller.user, "params": dict(request.params)})
 
-    def fail(self, call: Call) -> Answer:
+    def fail(self, request: Request) -> Response:
         raise RuntimeError("the password is hunter2")
 
-    def taken(self, call: Call) -> Answer:
-        assert not call.body and not self.taking.closed.is_set()
-        return Answer.of(sum(call.sink.pieces))
+    async def taken(self, request: Request, body: RequestBody, run: Run) -> Response:
+        with await run(self.taking.open, request) as taking:
+            await body.write_to(taking.write, run)
+            assert not request.body and not self.taking.closed.is_set()
+            return Response.json(sum(taking.pieces))
 
-    def nap(self, call: Call) -> Answer:
+    def nap(self, request: Request) -> Response:
         time.sleep(2.5)  # longer than a head may take, in the tests of that
-        return Answer.of("rested")
+        return Response.json("rested")
 
-    def deny(self, call: Call) -> Answer:
+    def deny(self, request: Request) -> Response:
         authorize(ANNA, "test:Deny", "*")
         raise AssertionError("it was allowed")
 
-    def full(self, call: Call) -> Answer:
+    def full(self, request: Request) -> Response:
         raise Fault("Throttling", "Slow down.", retry_after=1)
 
-    def stream(self, call: Call) -> Answer:
-        return Answer(200, self.pieces(), {"Content-Type": "text/plain"})
+    def stream(self, request: Request) -> Response:
+        return Response(200, self.pieces(), {"Content-Type": "text/plain"})
 
     def pieces(self) -> Iterator[bytes]:
         try:
@@ -163,16 +175,19 @@ class Echo:
 class Objects:
     """Stands where object storage does."""
 
-    async def handle(
-        self, head: Head, signed: Signed, receive: Any, send: Any, rid: str, run: Any
-    ) -> int:
-        start = {"type": "http.response.start", "status": 204, "headers": []}
-        await send(start)
-        await send({"type": "http.response.body", "body": b""})
-        return 204
+    name, request_id_header = "s3", "x-amz-request-id"
 
-    def refusal(self, fault: Fault, request_id: str) -> Answer:
-        return Answer(403, b"<Error/>", {"Content-Type": "application/xml"})
+    def serves(self, head: Head, service: str) -> bool:
+        return service == "s3" and not head.path.startswith(("/v1/", "/api/"))
+
+    def route(self, head: Head) -> Route:
+        return Route(Operation("s3.any", head.method, "/", stream=self.respond, hashed=True))
+
+    async def respond(self, request: Request, body: RequestBody, run: Run) -> Response:
+        return Response(204)
+
+    def refusal(self, fault: Fault, request_id: str) -> Response:
+        return Response(403, b"<Error/>", {"Content-Type": "application/xml"})
 
 
 class Server:
@@ -180,8 +195,8 @@ class Server:
         self.door, self.echo = Door(), Echo()
         self.missing: str | None = None
         self.admitted: list[str] = []
-        faces = Faces(self.echo, self.echo, self.echo, Objects(), self.echo)
-        self.observer = Observer(lambda: {"jobs": {"Queued": 3.0}, "free": {"": 1.0}})
+        faces = (Objects(), self.echo)
+        self.observer = Metrics(lambda: {"jobs": {"Queued": 3.0}, "free": {"": 1.0}})
         self.trail = Remembered()
         self.app = Application(
             faces, self.door, self.admit, self.observer, self.trail,

@@ -19,9 +19,8 @@ import uvicorn
 from botocore.config import Config
 
 from luthier.api.bedrock.runtime import runtime_handlers
-from luthier.api.heads import head_of
-from luthier.api.sending import send_answer
-from luthier.api.wire import Answer, Call, Caller, Fault
+from luthier.api.http.messages import Caller, Fault, Request, Response, head_of
+from luthier.api.http.streams import send_response
 from luthier.engine import devices
 from luthier.engine.devices import Machine
 from luthier.serving.pool import ModelPool
@@ -76,19 +75,19 @@ class Service:
             if not message.get("more_body"):
                 break
         _, _, model, operation = head.path.split("/")
-        call = Call(
+        call = Request(
             "id", CALLER, head.method, head.path, {}, dict(head.headers), body, now(),
             {"modelId": unquote(model)},
         )  # fmt: skip
         answer = await anyio.to_thread.run_sync(self.answer, OPERATIONS[operation], call)
-        await send_answer(send, receive, answer, run)
+        await send_response(send, receive, answer, run)
 
-    def answer(self, operation: str, call: Call) -> Answer:
+    def answer(self, operation: str, request: Request) -> Response:
         try:
-            return self.handlers[operation](call)
+            return self.handlers[operation](request)
         except Fault as fault:
             headers = {"x-amzn-ErrorType": f"{fault.code}Exception"}
-            return Answer.of({"message": fault.message}, STATUS.get(fault.code, 400), **headers)
+            return Response.json({"message": fault.message}, STATUS.get(fault.code, 400), **headers)
 
 
 LIMITER = anyio.CapacityLimiter(128)

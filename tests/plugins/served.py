@@ -10,8 +10,8 @@ from typing import Any
 
 import uvicorn
 
-from luthier.api.connections import Connections
-from luthier.api.server import LimitedServer
+from luthier.api.http.connections import Connections
+from luthier.api.http.server import LimitedServer
 from luthier.limits import ServerLimits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.api.wire import Caller
+from luthier.api.http.messages import Caller
 
 
 class Remembered:
@@ -22,5 +22,5 @@ class Remembered:
     ) -> None:
         self.lines.append((outcome, action, resource, caller.user))
 
-    def turned_away(self, code: str, address: str) -> None:
+    def reject_unknown(self, code: str, address: str) -> None:
         self.lines.append(("turned away", code, address))

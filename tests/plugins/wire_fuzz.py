@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 from broken_requests import NATIVE, OPENAI, RUNTIME, control, walked
 from signing import signed
 
-from luthier.api.s3.operations import OPERATIONS as OBJECTS
+from luthier.api.s3.face import OPERATIONS as OBJECTS
 
 SECONDS = 10.0
 """An answer may take so long at most, also on a machine that does other things."""

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from urllib.parse import parse_qsl
 
+from luthier.api.http.messages import Caller, Fault, Head, Signed
 from luthier.api.settings import Settings
 from luthier.api.sigv4 import Credential, check_claim, claim_of, verify
-from luthier.api.wire import Caller, Fault, Head, Signed
 from luthier.store.accounts import PrincipalsWatch
 from luthier.store.database import Database, now
 from luthier.store.principals import SHORT_TERM, Principal, bearer, digest_of, signer
@@ -73,7 +73,7 @@ class Authenticator:
         return verify(head, body, self._credential, now(), self._region)
 
     def recognize(self, head: Head) -> Signed | None:
-        """Who sends a request whose body is still to come; ``None`` for a signature, which covers it.
+        """The caller by the head alone; ``None`` for a signature, which covers the body still to come.
 
         Raises:
             Fault: as :meth:`authenticate`, as far as the head says it.
@@ -88,7 +88,12 @@ class Authenticator:
         if key.startswith(SHORT_TERM):
             return self._short_term(key.removeprefix(SHORT_TERM))
         digest = digest_of(key)
-        found = self._remembered("API key", digest, lambda: self._read_bearer(digest))
+
+        def read() -> Principal | None:
+            with self._database.read() as session:
+                return bearer(session, digest)
+
+        found = self._remembered("API key", digest, read)
         if found is None or (found.expires is not None and found.expires <= now()):
             raise _no_entry()
         return Caller(found.account, found.user, found.policies, bearer=True, id=found.id)
@@ -119,7 +124,12 @@ class Authenticator:
     def _credential(self, access_key: str, token: str | None) -> Credential | None:
         if token is not None:
             return self._temporary(access_key, token)
-        found = self._remembered("access key", access_key, lambda: self._read_signer(access_key))
+
+        def read() -> Principal | None:
+            with self._database.read() as session:
+                return signer(session, access_key, self._sealing)
+
+        found = self._remembered("access key", access_key, read)
         if found is None:
             return None
         caller = Caller(
@@ -166,14 +176,6 @@ class Authenticator:
                     self._known.clear()
                 self._known[name] = entry
         return entry.principal
-
-    def _read_signer(self, access_key: str) -> Principal | None:
-        with self._database.read() as session:
-            return signer(session, access_key, self._sealing)
-
-    def _read_bearer(self, digest: str) -> Principal | None:
-        with self._database.read() as session:
-            return bearer(session, digest)
 
 
 def _no_entry() -> Fault:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from luthier.api.wire import Caller, Fault
+from luthier.api.http.messages import Caller, Fault
 from luthier.store.policy_documents import listed, statements_of
 from luthier.store.principals import role_arn
 from luthier.store.sessions import ASSUMED
@@ -48,21 +48,21 @@ class _Statement:
         return self.actions.match(action) and self.resources.match(resource)
 
 
-_asked: ContextVar[list[tuple[str, str]] | None] = ContextVar("asked", default=None)
+_actions: ContextVar[list[tuple[str, str]] | None] = ContextVar("actions", default=None)
 
 
 @contextmanager
-def noted() -> Iterator[list[tuple[str, str]]]:
+def record_actions() -> Iterator[list[tuple[str, str]]]:
     """Actions and resources that :func:`authorize` is asked for in the block, by its threads too.
 
     The audit log names them: what a call acted on is known to who handles it, and asked for here.
     """
-    asked: list[tuple[str, str]] = []
-    token = _asked.set(asked)
+    actions: list[tuple[str, str]] = []
+    token = _actions.set(actions)
     try:
-        yield asked
+        yield actions
     finally:
-        _asked.reset(token)
+        _actions.reset(token)
 
 
 def authorize(caller: Caller, action: str, resource: str) -> None:
@@ -73,16 +73,16 @@ def authorize(caller: Caller, action: str, resource: str) -> None:
     Raises:
         Fault: ``AccessDenied``, with the words of AWS.
     """
-    note(action, resource)
+    record_action(action, resource)
     if caller.bearer:
         _decide(caller, BEARER, "*")
     _decide(caller, action, resource)
 
 
-def note(action: str, resource: str) -> None:
+def record_action(action: str, resource: str) -> None:
     """Let the audit log name what a call did where no policy is asked for it."""
-    if (asked := _asked.get()) is not None:
-        asked.append((action, resource))
+    if (actions := _actions.get()) is not None:
+        actions.append((action, resource))
 
 
 def refuse_denied(caller: Caller, action: str, resource: str) -> None:
@@ -93,7 +93,7 @@ def refuse_denied(caller: Caller, action: str, resource: str) -> None:
     """
     for kind, statements in _boundaries(caller):
         if any(each.denies and each.applies(action, resource) for each in statements):
-            note(action, resource)
+            record_action(action, resource)
             raise _denied(caller, action, resource, kind, explicit=True)
 
 

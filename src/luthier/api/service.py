@@ -5,34 +5,34 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from luthier import __version__
-from luthier.api.app import Application, Faces
-from luthier.api.auditing import Trail
+from luthier.api.audit import AuditTrail
 from luthier.api.authentication import Authenticator
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.control import Control
 from luthier.api.bedrock.face import BedrockFace
 from luthier.api.bedrock.identifiers import Invocable, ModelIds, invocable
 from luthier.api.bedrock.runtime import runtime_handlers
-from luthier.api.connections import Connections
-from luthier.api.metering import Meter
-from luthier.api.native.context import Context
+from luthier.api.http.application import Application
+from luthier.api.http.connections import Connections
+from luthier.api.http.limits import RateLimits
+from luthier.api.http.messages import Fault
+from luthier.api.http.metrics import Meter, Metrics
+from luthier.api.http.routing import Face
 from luthier.api.native.face import native_face
-from luthier.api.observability import Observer
+from luthier.api.native.operations import Context
 from luthier.api.openai import OpenAIFace
 from luthier.api.openai.chat import InvokedChat
 from luthier.api.policies import authorize
-from luthier.api.rate_limits import RateLimits
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.sts import STSFace
-from luthier.api.wire import Fault
 from luthier.encryption.keys import begin
 from luthier.encryption.memory import hold_temporary_files
 from luthier.jobs.admission import Capacity
@@ -106,14 +106,14 @@ class Service:
         self.scheduler = Scheduler(
             self.database, capacity, options=_worker_options(settings, capacity)
         )
-        self.trail = Trail(self.database)
+        self.trail = AuditTrail(self.database)
         self.connections = Connections(settings.limits)
         self.openai = self._openai()
         self.application: Callable[..., Awaitable[None]] = Application(
             self._faces(key),
             Authenticator(self.database, settings, key),
             RateLimits(self.database, settings.requests_per_second).admit,
-            Observer(
+            Metrics(
                 self._gauges,
                 self.meter.count,
                 self.meter if settings.metrics_by_account else None,
@@ -124,7 +124,7 @@ class Service:
             self.connections.pace,
         )
         if settings.cors_origins:
-            from luthier.api.cors import AllowedOrigins
+            from luthier.api.http.cors import AllowedOrigins
 
             self.application = AllowedOrigins(self.application, settings.cors_origins)
 
@@ -182,7 +182,7 @@ class Service:
             # The database or the disk is away; nothing but room depends on it.
             _log.exception("files of the object store could not be tidied")
 
-    def _faces(self, key: bytes) -> Faces:
+    def _faces(self, key: bytes) -> Sequence[Face]:
         control = Control(
             self.database,
             self.arns,
@@ -209,12 +209,12 @@ class Service:
             bool(self.settings.s3_endpoint),
             self.pool.forget,
         )
-        return Faces(
-            BedrockFace(control, runtime),
+        return (
             self.openai,
             native_face(context, __version__, deletions),
-            S3Face(self.objects, authorize, self.settings.region, self.settings.limits),
+            S3Face(self.objects, authorize, self.settings.region),
             STSFace(self.database, key, self.settings.limits),
+            BedrockFace(control, runtime),
         )
 
     def _openai(self) -> OpenAIFace:

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote
 
-from luthier.api.wire import Caller, Fault, Head, Signed
+from luthier.api.http.messages import Caller, Fault, Head, Signed, query_pairs
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 TERMINATOR = "aws4_request"
@@ -262,12 +262,6 @@ def canonical_query(query: str, presigned: bool) -> bytes:
     return "&".join(f"{name}={value}" for name, value in pairs).encode()
 
 
-def query_pairs(query: str) -> list[tuple[bytes, bytes]]:
-    """Keys and values in their order, decoded."""
-    split = [part.partition("=") for part in query.split("&") if part]
-    return [(_decoded(name), _decoded(value)) for name, _, value in split]
-
-
 def signing_key(secret: str, day: str, region: str, service: str) -> bytes:
     """The key that signs requests of one day to one service in one region."""
     key = f"AWS4{secret}".encode()
@@ -435,10 +429,6 @@ def _value(head: Head, name: str) -> str | None:
 def _joined(head: Head, name: str) -> bytes:
     values = [value.encode("latin-1") for key, value in head.headers if key == name]
     return b",".join(b" ".join(value.split()) for value in values)
-
-
-def _decoded(text: str) -> bytes:
-    return unquote_to_bytes(text.replace("+", " ").encode("latin-1"))
 
 
 def _incomplete(message: str) -> Fault:

@@ -19,10 +19,18 @@ from botocore.loaders import Loader
 from botocore.model import ServiceModel, StructureShape
 from sqlalchemy.orm import Session
 
-from luthier.api.bedrock.constraints import Checker
-from luthier.api.policies import ASSUME_ROLE, authorize, note, noted, refuse_denied, trusts
+from luthier.api.bedrock.shapes import Checker
+from luthier.api.http.messages import Caller, Fault, Head, Request, Response
+from luthier.api.http.routing import Operation, Route
+from luthier.api.policies import (
+    ASSUME_ROLE,
+    authorize,
+    record_action,
+    record_actions,
+    refuse_denied,
+    trusts,
+)
 from luthier.api.s3.documents import Content, Element, document
-from luthier.api.wire import Answer, Call, Caller, Fault, Route
 from luthier.errors import RefusedInput
 from luthier.limits import ServerLimits
 from luthier.store.database import Database
@@ -68,7 +76,9 @@ _ERRORS = {
 
 
 class STSFace:
-    """Fulfils ``luthier.api.wire.Face``."""
+    """One route: which action is meant stands in the form."""
+
+    name, request_id_header = "sts", "x-amzn-RequestId"
 
     def __init__(self, database: Database, key: bytes, limits: ServerLimits) -> None:
         """``key`` is the server's, under which session tokens are sealed."""
@@ -78,19 +88,23 @@ class STSFace:
             limits.session_policy_characters,
             limits.session_token_bytes,
         )
-        self._actions: dict[str, Callable[[Call, Mapping[str, Any]], list[Element | None]]] = {
+        self._actions: dict[str, Callable[[Request, Mapping[str, Any]], list[Element | None]]] = {
             "GetCallerIdentity": self._get_caller_identity,
             "GetSessionToken": self._get_session_token,
             "AssumeRole": self._assume_role,
         }
 
-    def route(self, method: str, path: str) -> Route:
-        """One route: which action is meant stands in the form."""
-        if method not in ("GET", "POST"):
-            raise Fault("UnknownOperation", "STS takes GET and POST.")
-        return Route("sts", self._answer, body_limit=self._body_bytes)
+    def serves(self, head: Head, service: str) -> bool:
+        """Whatever is signed for STS."""
+        return service == "sts"
 
-    def refusal(self, fault: Fault, request_id: str) -> Answer:
+    def route(self, head: Head) -> Route:
+        """One route: which action is meant stands in the form."""
+        if head.method not in ("GET", "POST"):
+            raise Fault("UnknownOperation", "STS takes GET and POST.")
+        return Route(Operation("sts", head.method, "/", self._answer, self._body_bytes))
+
+    def refusal(self, fault: Fault, request_id: str) -> Response:
         """``fault`` as botocore reads it."""
         code, status = _ERRORS.get(fault.code, (fault.code, 400))
         error: list[Element | None] = [
@@ -98,16 +112,13 @@ class STSFace:
             ("Code", code),
             ("Message", fault.message),
         ]
-        headers = {"Content-Type": "text/xml", "x-amzn-RequestId": request_id}
-        if "retry_after" in fault.details:
-            headers["Retry-After"] = str(fault.details["retry_after"])
         body = document("ErrorResponse", [("Error", error), ("RequestId", request_id)], NAMESPACE)
-        return Answer(status, body, headers)
+        return Response(status, body, {"Content-Type": "text/xml"})
 
-    def _answer(self, call: Call) -> Answer:
-        if call.caller.bearer:
+    def _answer(self, request: Request) -> Response:
+        if request.caller.bearer:
             raise Fault("IncompleteSignature", "STS takes signatures only, and no API keys.")
-        form = _form(call)
+        form = _form(request)
         action, version = form.pop("Action", ""), form.pop("Version", VERSION)
         act = self._actions.get(action)
         if act is None or version != VERSION:
@@ -116,50 +127,54 @@ class STSFace:
                 f"{', '.join(self._actions)} of {VERSION} here."
             )
             raise Fault("UnknownOperation", text)
-        result = act(call, _members(action, form))
+        result = act(request, _members(action, form))
         content: list[Element | None] = [
             (f"{action}Result", result),
-            ("ResponseMetadata", [("RequestId", call.request_id)]),
+            ("ResponseMetadata", [("RequestId", request.request_id)]),
         ]
-        headers = {"Content-Type": "text/xml", "x-amzn-RequestId": call.request_id}
-        return Answer(200, document(f"{action}Response", content, NAMESPACE), headers)
+        body = document(f"{action}Response", content, NAMESPACE)
+        return Response(200, body, {"Content-Type": "text/xml"})
 
-    def _get_caller_identity(self, call: Call, members: Mapping[str, Any]) -> list[Element | None]:
-        caller = call.caller
+    def _get_caller_identity(
+        self, request: Request, members: Mapping[str, Any]
+    ) -> list[Element | None]:
+        caller = request.caller
         # No policy is asked: with AWS even an explicit Deny does not keep anybody from it.
-        note("sts:GetCallerIdentity", "*")
+        record_action("sts:GetCallerIdentity", "*")
         return [("Arn", caller.arn), ("UserId", caller.id), ("Account", caller.account)]
 
-    def _get_session_token(self, call: Call, members: Mapping[str, Any]) -> list[Element | None]:
-        caller = call.caller
+    def _get_session_token(
+        self, request: Request, members: Mapping[str, Any]
+    ) -> list[Element | None]:
+        caller = request.caller
         # No policy is asked here either, as with AWS: the credentials can do what the key can.
-        note("sts:GetSessionToken", caller.arn)
+        record_action("sts:GetSessionToken", caller.arn)
         if caller.session is not None:
             text = "Cannot call GetSessionToken with session credentials"
             raise Fault("AccessDenied", text)
         with self._database.read() as session:
-            begun = _session_of(session, call, members.get("DurationSeconds", USER_SECONDS))
+            begun = _session_of(session, request, members.get("DurationSeconds", USER_SECONDS))
         made = self._issue(begun)
         return [_credentials(made, begun.expires), *self._token_size(made)]
 
-    def _assume_role(self, call: Call, members: Mapping[str, Any]) -> list[Element | None]:
+    def _assume_role(self, request: Request, members: Mapping[str, Any]) -> list[Element | None]:
         policy = self._session_policy(members.get("Policy"))
         name = members["RoleSessionName"]
         try:
             # The audit log names the role where it is refused, and the session where one begins.
-            with noted(), self._database.read() as session:
-                role = _assumable(session, call.caller, members["RoleArn"])
-                seconds = _role_seconds(call.caller, role, members.get("DurationSeconds"))
-                begun = _session_of(session, call, seconds)
+            with record_actions(), self._database.read() as session:
+                role = _assumable(session, request.caller, members["RoleArn"])
+                seconds = _role_seconds(request.caller, role, members.get("DurationSeconds"))
+                begun = _session_of(session, request, seconds)
         except Fault:
-            note(ASSUME_ROLE, members["RoleArn"])
+            record_action(ASSUME_ROLE, members["RoleArn"])
             raise
-        earlier = call.caller.session.roles if call.caller.session else ()
+        earlier = request.caller.session.roles if request.caller.session else ()
         roles = (*(each for each in earlier if each != role.id), role.id)
         begun = begun.model_copy(update={"roles": roles, "name": name, "policy": policy})
         made = self._issue(begun)
         arn = f"arn:aws:sts::{role.account}:{ASSUMED}/{role.name}/{name}"
-        note(ASSUME_ROLE, arn)
+        record_action(ASSUME_ROLE, arn)
         size = self._token_size(made)
         return [
             _credentials(made, begun.expires),
@@ -204,14 +219,14 @@ def _inputs() -> Mapping[str, StructureShape]:
     return {name: shape for name, shape in shapes.items() if isinstance(shape, StructureShape)}
 
 
-def _form(call: Call) -> dict[str, str]:
+def _form(request: Request) -> dict[str, str]:
     """The parameters of a call, each of which stands there once."""
-    text = call.body if call.method == "POST" else b""
+    text = request.body if request.method == "POST" else b""
     try:
         pairs = parse_qsl(text.decode(), keep_blank_values=True, errors="strict")
     except ValueError as error:
         raise Fault("MalformedQueryString", "The body is no form in UTF-8.") from error
-    pairs += [(name, value) for name, values in call.query.items() for value in values]
+    pairs += [(name, value) for name, values in request.query.items() for value in values]
     # Signatures in the query were verified; nothing else of AWS's own is a parameter.
     pairs = [pair for pair in pairs if not pair[0].startswith("X-Amz-")]
     form = dict(pairs)
@@ -291,9 +306,9 @@ def _role_seconds(caller: Caller, role: IamRole, asked: int | None) -> int:
     return ROLE_SECONDS if asked is None else asked
 
 
-def _session_of(session: Session, call: Call, seconds: int) -> TemporarySession:
+def _session_of(session: Session, request: Request, seconds: int) -> TemporarySession:
     """A session of ``seconds`` that ends with the long-term key it goes back to."""
-    caller, begun = call.caller, call.caller.session
+    caller, begun = request.caller, request.caller.session
     key = session.get(AccessKey, caller.access_key)
     if key is None:  # removed since the signature was verified
         raise Fault("UnrecognizedClient", "The security token included in the request is invalid.")
@@ -302,7 +317,7 @@ def _session_of(session: Session, call: Call, seconds: int) -> TemporarySession:
         user=begun.user if begun else caller.user,
         access_key=key.id,
         key_created=key.created,
-        expires=call.received.replace(microsecond=0) + timedelta(seconds=seconds),
+        expires=request.received.replace(microsecond=0) + timedelta(seconds=seconds),
     )
 
 

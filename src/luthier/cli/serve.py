@@ -103,9 +103,9 @@ def serve(
 ) -> None:
     """Serve the Bedrock, OpenAI, S3 and native APIs on one port."""
     with extra("server"):
-        from luthier.api import server
-        from luthier.api.cors import check_origins
-        from luthier.api.observability import log_as_json
+        from luthier.api.http import server
+        from luthier.api.http.cors import check_origins
+        from luthier.api.http.metrics import log_as_json
         from luthier.api.service import Service
         from luthier.api.settings import Settings
         from luthier.encryption import keys

@@ -1,7 +1,7 @@
 """Text as both databases keep it: PostgreSQL has no U+0000, and neither has halves of surrogate pairs.
 
-What clients send is refused where it comes in (``luthier.api.heads``, ``luthier.api.wire``); what the
-service itself writes down, such as a message that quotes a row, is made storable.
+What clients send is refused where it comes in (``luthier.api.http.messages``); what the service itself
+writes down, such as a message that quotes a row, is made storable.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from bedrock_service import ALICE, BASE, BOB, ENCODER, Service, eventually, job_
 from botocore.exceptions import ClientError
 
 from luthier.api.bedrock.identifiers import ModelIds, invocable, invoked_arn
-from luthier.api.wire import Fault
+from luthier.api.http.messages import Fault
 from luthier.limits import AccountQuotas
 
 FOUNDATION = f"arn:aws:bedrock:us-east-1::foundation-model/{BASE}"

@@ -14,8 +14,9 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from luthier.api.bedrock.face import CONTROL
-from luthier.api.bedrock.operations import operations
-from luthier.api.wire import Answer, Call, Fault
+from luthier.api.bedrock.shapes import operation_models
+from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.http.routing import Operation, Router
 
 ARN = f"arn:aws:bedrock:us-east-1:{ALICE}:custom-model/{BASE}/abcdefghij12"
 AUTHORIZATION = f"AWS4-HMAC-SHA256 Credential={ALICE}/20260131/us-east-1/bedrock/aws4_request"
@@ -32,21 +33,30 @@ def send(service: Service, method: str, path: str, body: bytes = b"") -> tuple[i
     return found
 
 
-@pytest.mark.parametrize("name", sorted(operations().by_name))
+ROUTER = Router(
+    (
+        Operation(each.name, each.http["method"], each.http["requestUri"])
+        for each in operation_models().values()
+    ),
+    empty=True,
+)
+
+
+@pytest.mark.parametrize("name", sorted(operation_models()))
 def test_every_operation_is_found_at_its_path(name: str) -> None:
-    operation = operations().by_name[name]
-    parts = operation.path.split("/")
+    operation = operation_models()[name]
+    parts = operation.http["requestUri"].split("/")
     filled = [quote(ARN, safe="") if part.startswith("{") else part for part in parts]
-    found = operations().find(operation.method, "/".join(filled))
-    assert found is not None and found[0].name == name
-    assert set(found[1].values()) <= {ARN}
-    assert len(found[1]) == sum(part.startswith("{") for part in parts)
+    found = ROUTER.routes("/".join(filled))[operation.http["method"]]
+    assert found.operation.name == name
+    assert set(found.params.values()) <= {ARN}
+    assert len(found.params) == sum(part.startswith("{") for part in parts)
 
 
 def test_a_path_is_decoded_once_and_after_it_is_split() -> None:
-    found = operations().find("GET", "/custom-models/a%252Fb%2Fc")
-    assert found is not None and found[1] == {"modelIdentifier": "a%2Fb/c"}
-    assert operations().find("GET", "/custom-models/a/b") is None
+    found = ROUTER.routes("/custom-models/a%252Fb%2Fc")["GET"]
+    assert found.params == {"modelIdentifier": "a%2Fb/c"}
+    assert "GET" not in ROUTER.routes("/custom-models/a/b")
 
 
 def test_what_is_not_there(service: Service) -> None:
@@ -65,7 +75,7 @@ def test_operations_without_a_handler_say_so(bedrock: Any) -> None:
 
 
 def test_all_of_tier_one_is_there() -> None:
-    assert len(CONTROL) >= 23 and all(name in operations().by_name for name in CONTROL)
+    assert len(CONTROL) >= 23 and all(name in operation_models() for name in CONTROL)
 
 
 @pytest.mark.parametrize(
@@ -130,16 +140,16 @@ def test_times_at_the_ends_of_the_calendar(service: Service) -> None:
 
 
 def test_operations_of_the_runtime_are_plugged_in(service: Service, database: Any) -> None:
-    seen: list[Call] = []
+    seen: list[Request] = []
 
-    def converse(call: Call) -> Answer:
-        seen.append(call)
+    def converse(request: Request) -> Response:
+        seen.append(request)
         if len(seen) > 1:
             raise Fault("ModelNotReady", "Not yet.", retry_after=7)
         message = {"message": {"role": "assistant", "content": [{"text": "hello"}]}}
         usage = {"inputTokens": 1, "outputTokens": 1, "totalTokens": 2}
         told = {"output": message, "stopReason": "end_turn", "usage": usage}
-        return Answer.of({**told, "metrics": {"latencyMs": 1}})
+        return Response.json({**told, "metrics": {"latencyMs": 1}})
 
     with service.server.serving(database, handlers={"Converse": converse}):
         client = boto3.client(
@@ -165,7 +175,7 @@ def test_operations_of_the_runtime_are_plugged_in(service: Service, database: An
 
 def test_handlers_are_of_operations_that_exist(service: Service) -> None:
     with pytest.raises(ValueError, match="Conversation"):
-        type(service.face)(service.control, {"Conversation": lambda call: Answer()})
+        type(service.face)(service.control, {"Conversation": lambda call: Response()})
 
 
 def test_statuses_and_details_of_refusals(service: Service) -> None:

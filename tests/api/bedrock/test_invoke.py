@@ -15,9 +15,9 @@ from botocore.exceptions import ClientError
 from runtime_service import CALLER, MODEL, TOOL, said, text_of
 
 from luthier.api.bedrock.runtime import runtime_handlers
+from luthier.api.http.messages import Fault, Request
 from luthier.api.openai.chat import InvokedChat
-from luthier.api.wire import Call, Fault
-from luthier.serving.inference import Request
+from luthier.serving.inference import Request as GenerationRequest
 from luthier.serving.pool import ModelPool
 from luthier.store.database import now
 
@@ -137,8 +137,8 @@ class Upper:
         if body["messages"] != "hello":
             raise Fault("Validation", "no.")
 
-    def request(self) -> Request:
-        return Request("The quick", max_tokens=4, temperature=0)
+    def request(self) -> GenerationRequest:
+        return GenerationRequest("The quick", max_tokens=4, temperature=0)
 
     def answer(self, stream: Any) -> tuple[dict[str, Any], int]:
         (whole,) = stream.whole()
@@ -154,9 +154,9 @@ def test_bodies_of_another_face_s_form(runtime_pool: ModelPool, tiny_model_folde
         runtime_pool, lambda account, name: str(tiny_model_folder), lambda *given: None, chat=Upper
     )
 
-    def call(body: Any) -> Call:
+    def call(body: Any) -> Request:
         raw = json.dumps(body).encode()
-        return Call("id", CALLER, "POST", "/", {}, {}, raw, now(), {"modelId": MODEL})
+        return Request("id", CALLER, "POST", "/", {}, {}, raw, now(), {"modelId": MODEL})
 
     answer = handlers["InvokeModel"](call({"messages": "hello"}))
     assert set(json.loads(answer.body)) == {"said"}  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ def test_a_chat_completion_names_the_model_that_was_invoked(
     )
     body = {"model": "another", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
     raw = json.dumps(body).encode()
-    asked = Call("id", CALLER, "POST", "/", {}, {}, raw, now(), {"modelId": MODEL})
+    asked = Request("id", CALLER, "POST", "/", {}, {}, raw, now(), {"modelId": MODEL})
     answer = json.loads(handlers["InvokeModel"](asked).body)  # type: ignore[arg-type]
     assert answer["model"] == MODEL
     stream: Any = handlers["InvokeModelWithResponseStream"](asked).body

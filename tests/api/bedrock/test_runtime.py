@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError, EventStreamError
 from jsonschema import validate
 from runtime_service import CALLER, MODEL, SCHEMA, TOOL, Service, said, streamed, text_of
 
-from luthier.api.wire import Call
+from luthier.api.http.messages import Request
 from luthier.serving.inference import InferenceFailed
 from luthier.serving.pool import ModelPool
 from luthier.store.database import now
@@ -147,7 +147,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"inferenceConfig": {"maxTokens": 0}}, "'inferenceConfig.maxTokens' failed"),
     ({"inferenceConfig": {"temperature": 1.01}}, "less than or equal to 1"),
     ({"inferenceConfig": {"topP": -0.1}}, "'inferenceConfig.topP' failed"),
-    ({"inferenceConfig": {"stopSequences": [""]}}, "stopSequences.0"),
+    ({"inferenceConfig": {"stopSequences": [""]}}, "stopSequences.1.member"),
     ({"toolConfig": {"tools": [TOOL, TOOL]}}, "defined more than once"),
     ({"toolConfig": {"tools": [TOOL], "toolChoice": {"tool": {"name": "b"}}}}, "is not among"),
     ({"guardrailConfig": {"guardrailIdentifier": "a", "guardrailVersion": "1"}}, "not supported"),
@@ -253,7 +253,7 @@ def test_a_failure_in_mid_stream_is_an_event(
 
 def test_streams_closed_unread_end_too(runtime_service: tuple[Service, str]) -> None:
     body = json.dumps(said()).encode()
-    call = Call("id", CALLER, "POST", "/", {}, {}, body, now(), {"modelId": MODEL})
+    call = Request("id", CALLER, "POST", "/", {}, {}, body, now(), {"modelId": MODEL})
     events: Any = runtime_service[0].handlers["ConverseStream"](call).body
     events.close()
     assert list(events) == []

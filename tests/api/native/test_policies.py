@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from luthier.api.native.context import Context
+from luthier.api.http.messages import Caller, Fault, Head, Request
 from luthier.api.native.face import native_face
+from luthier.api.native.operations import Context
 from luthier.api.policies import authorize
-from luthier.api.wire import Call, Caller, Fault
 from luthier.files import write_json
 from luthier.jobs.deletion import Deletions
 from luthier.jobs.submit import Submission, submit
@@ -64,10 +64,10 @@ def arn(context: Context) -> str:
 
 def ask(context: Context, who: Caller, method: str, path: str, body: Any = None) -> Any:
     deletions = Deletions(context.database, context.arns, Objects(context.database))
-    route = native_face(context, "1", deletions).route(method, path)
+    route = native_face(context, "1", deletions).route(Head(method, path, "", [], tls=False))
     moment, text = datetime.now(UTC), b"" if body is None else json.dumps(body).encode()
-    call = Call("r", who, method, path, {}, {}, text, moment, route.params, "192.0.2.7")
-    return route.handler(call)
+    call = Request("r", who, method, path, {}, {}, text, moment, route.params, "192.0.2.7")
+    return route.operation.handler(call)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

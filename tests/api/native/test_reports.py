@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
+from luthier.api.http.messages import Caller, Fault, Head, Request
 from luthier.api.native import reports
-from luthier.api.native.context import Context
-from luthier.api.native.operations import NativeFace
-from luthier.api.wire import Call, Caller, Fault
+from luthier.api.native.operations import Context, NativeFace
 from luthier.limits import AccountQuotas
 from luthier.store.arns import Arns
 from luthier.store.database import Database
@@ -53,13 +52,13 @@ def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
 
     monkeypatch.setattr(subprocess, "run", refuse)
     face = NativeFace(reports.operations(context))
-    route = face.route("POST", "/api/v1/estimates")
+    route = face.route(Head("POST", "/api/v1/estimates", "", [], tls=False))
     body = json.dumps({"training": training, "validation": validation}).encode()
     caller = Caller("111111111111", "anna", ())
     path = "/api/v1/estimates"
-    call = Call("r1", caller, "POST", path, {}, {}, body, datetime.now(UTC), route.params)
+    call = Request("r1", caller, "POST", path, {}, {}, body, datetime.now(UTC), route.params)
     with pytest.raises(Fault) as refused:
-        route.handler(call)
+        route.operation.handler(call)
     database.close()
     assert sorted(seen) == ["also.jsonl", "held.jsonl"]
     held, also = validation

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -18,12 +18,13 @@ import openai
 import pytest
 import uvicorn
 
+from luthier.api.http.messages import Caller, Fault, Head, Request, Response
+from luthier.api.http.streams import RequestBody
 from luthier.api.openai import OpenAIFace
 from luthier.api.settings import Settings
-from luthier.api.wire import Answer, Call, Caller, Fault, Route
 from luthier.errors import RefusedInput
 from luthier.files import write_json
-from luthier.limits import AccountQuotas
+from luthier.limits import AccountQuotas, ServerLimits
 from luthier.models.catalog import MANIFEST
 from luthier.serving.pool import ModelPool
 from luthier.store.accounts import Account
@@ -61,25 +62,32 @@ class Server:
         path = scope["raw_path"].decode()
         try:
             caller = self._caller(headers)
-            route = self.face.route(scope["method"], path)
-            body = await _body(receive, route.body_limit)
-            call = Call(
+            query = scope["query_string"].decode()
+            head = Head(scope["method"], path, query, [*headers.items()], tls=False)
+            route = self.face.route(head)
+            body = RequestBody(head, receive, route.operation.body_limit, ServerLimits())
+            stream = route.operation.stream
+            data = b"" if stream else await body.read()
+            call = Request(
                 request_id,
                 caller,
                 scope["method"],
                 path,
-                parse_qs(scope["query_string"].decode(), keep_blank_values=True),
+                parse_qs(query, keep_blank_values=True),
                 headers,
-                b"" if route.sink else body,
+                data,
                 now(),
                 route.params,
             )
-            answer = await anyio.to_thread.run_sync(_answer, route, call, body)
+            if stream is not None:
+                answer = await stream(call, body, anyio.to_thread.run_sync)
+            else:
+                answer = await anyio.to_thread.run_sync(route.operation.handler, call)
         except Fault as fault:
             answer = self.face.refusal(fault, request_id)
         except RefusedInput as refused:
             answer = self.face.refusal(Fault.of(refused), request_id)
-        await _send(send, answer)
+        await _send(send, answer, request_id)
 
     def _caller(self, headers: Mapping[str, str]) -> Caller:
         key = headers.get("authorization", "").removeprefix("Bearer ")
@@ -92,28 +100,9 @@ class Server:
         return Caller(KEYS[key], "somebody", policies, bearer=True)
 
 
-def _answer(route: Route, call: Call, body: bytes) -> Answer:
-    if route.sink is None:
-        return route.handler(call)
-    with route.sink(call) as sink:
-        for start in range(0, len(body), 100_000):
-            sink.write(body[start : start + 100_000])
-        return route.handler(replace(call, sink=sink))
-
-
-async def _body(receive: Any, limit: int) -> bytes:
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise Fault("RequestEntityTooLarge", "The body is too large.")
-        if not message.get("more_body"):
-            return body
-
-
-async def _send(send: Any, answer: Answer) -> None:
-    headers = [(k.lower().encode(), v.encode()) for k, v in answer.headers.items()]
+async def _send(send: Any, answer: Response, request_id: str) -> None:
+    sent = {"x-request-id": request_id, **answer.headers}
+    headers = [(k.lower().encode(), v.encode()) for k, v in sent.items()]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     if isinstance(answer.body, bytes):
         await send({"type": "http.response.body", "body": answer.body})

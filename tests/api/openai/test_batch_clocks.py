@@ -26,7 +26,7 @@ ACCOUNT, CHAT, LINES = "000000000000", "/v1/chat/completions", 160
 SERVER = """
 import json, sys, threading, time
 from datetime import timedelta
-from luthier.api.openai import batch_runner
+from luthier.api.openai import batches
 from luthier.store import batches
 from luthier.store.database import Database
 from luthier.store.objects import Objects

@@ -11,8 +11,8 @@ from typing import Any
 import openai
 import pytest
 
-from luthier.api.openai import batch_runner
-from luthier.api.openai.batch_runner import AT_ONCE, BatchRunner
+from luthier.api.openai import batches as batches_module
+from luthier.api.openai.batches import AT_ONCE, BatchRunner
 from luthier.errors import DoesNotFit
 from luthier.limits import ServerLimits
 from luthier.store import batches as store
@@ -396,7 +396,7 @@ def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.Batch, "lease_time", timedelta(seconds=0.4))
-    monkeypatch.setattr(batch_runner, "RENEWED", 0.05)
+    monkeypatch.setattr(batches_module, "RENEWED", 0.05)
     made = created(client, [line(number) for number in range(AT_ONCE + 1)])
     seen: list[Any] = []
     other = BatchRunner(service.database, service.face.files, {})
@@ -420,17 +420,17 @@ def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
 def test_a_line_without_end_is_not_read_to_its_end(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_runner, "LONGEST_LINE", 10_000)
+    monkeypatch.setattr(batches_module, "LONGEST_LINE", 10_000)
     made = created(client, [line(1), json.dumps({"custom_id": "a" * 1_500_000})])
     seen: list[int] = []
-    honest = batch_runner._lines
+    honest = batches_module._lines
 
     def lines(pieces: Any) -> Any:
         for number, text in honest(pieces):
             seen.append(len(text))
             yield number, text
 
-    monkeypatch.setattr(batch_runner, "_lines", lines)
+    monkeypatch.setattr(batches_module, "_lines", lines)
     assert service.face.batches.run_once()
     batch = client.batches.retrieve(made.id)
     assert batch.status == "failed" and batch.errors and batch.errors.data

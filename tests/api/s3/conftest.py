@@ -21,11 +21,11 @@ from cryptography.x509.oid import NameOID
 from served import served
 from trails import Remembered
 
-from luthier.api.app import Application, Faces
-from luthier.api.observability import Observer
+from luthier.api.http.application import Application
+from luthier.api.http.messages import Caller, Fault, Head, Signed
+from luthier.api.http.metrics import Metrics
 from luthier.api.s3.face import S3Face
 from luthier.api.sigv4 import Credential, verify
-from luthier.api.wire import Caller, Fault, Head, Signed
 from luthier.limits import ServerLimits
 from luthier.store.database import Base, Database, now
 from luthier.store.object_files import ObjectFiles
@@ -98,6 +98,13 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "cert.pem", folder / "key.pem"
 
 
+class AnyS3(S3Face):
+    """The face, for requests that nobody signed, too."""
+
+    def serves(self, head: Head, service: str) -> bool:
+        return True
+
+
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Over http."""
@@ -111,9 +118,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             if fnmatchcase(action, rule) and fnmatchcase(resource, what):
                 raise Fault("AccessDenied", f"{caller.arn} is not authorized to perform: {action}")
 
-    faces = Faces(None, None, None, S3Face(objects, authorize), None)  # type: ignore[arg-type]
     app = Application(
-        faces, Names(), lambda caller: None, Observer(dict), Remembered(), lambda: None
+        (AnyS3(objects, authorize),),
+        Names(),
+        lambda caller: None,
+        Metrics(dict),
+        Remembered(),
+        lambda: None,
     )
     # All tests are one address, and some ask as often as one account may.
     with served(app, ServerLimits(connections_per_address=512)) as url:
@@ -129,12 +140,11 @@ def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service
     certfile, keyfile = map(str, certificate)
     app = service.app  # type: ignore[attr-defined]
     # An application belongs to one loop: the second server has its own over the same store.
-    face = S3Face(service.objects, lambda *asked: None)
     other = Application(
-        replace(app.faces, objects=face),
+        (AnyS3(service.objects, lambda *asked: None),),
         app.authenticator,
         app.admit,
-        app.observer,
+        app.metrics,
         app.trail,
         app.ready,
     )

@@ -296,7 +296,7 @@ def test_what_policies_do_not_allow(service: Any, bucket: str, refused: Any) -> 
 
 
 def test_each_operation_asks_for_its_own_right(service: Any, bucket: str) -> None:
-    from luthier.api.s3.operations import OPERATIONS
+    from luthier.api.s3.face import OPERATIONS
 
     asked = {each.name: each.action for each in OPERATIONS}
     # DeleteObjects asks for each key.

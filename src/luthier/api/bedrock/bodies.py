@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from luthier.api.bodies import CheckedBody
-from luthier.api.wire import Call, Fault
+from luthier.api.http.messages import CheckedBody, Fault, Request
 
 
-class Body(CheckedBody):
-    """A part of a request. Types are strict; members that are not known are let be."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class NativeBody(Body):
-    """A body in a model's own form, whose members are all known."""
+class NativeBody(CheckedBody):
+    """A body in a model's own form, whose members are all known and of strict types."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -27,10 +19,10 @@ class NativeBody(Body):
 T = TypeVar("T", bound=BaseModel)
 
 
-def json_object(call: Call) -> dict[str, Any]:
-    """The body of ``call``, which is JSON whatever its Content-Type says."""
+def json_object(request: Request) -> dict[str, Any]:
+    """The body of ``request``, which is JSON whatever its Content-Type says."""
     try:
-        found = call.json
+        found = request.json
     except ValueError as error:
         raise Fault("Serialization", "The body of the request is not JSON in UTF-8.") from error
     if found is None:
@@ -40,7 +32,7 @@ def json_object(call: Call) -> dict[str, Any]:
     return found
 
 
-def native_object(call: Call) -> dict[str, Any]:
+def native_object(request: Request) -> dict[str, Any]:
     """The body of InvokeModel: bytes of any kind to the protocol, so that the model refuses them.
 
     Raises:
@@ -48,27 +40,13 @@ def native_object(call: Call) -> dict[str, Any]:
             Serialization.
     """
     try:
-        return json_object(call)
+        return json_object(request)
     except Fault as fault:
         raise malformed(fault.message) from fault
 
 
-def parsed(kind: type[T], given: Mapping[str, Any], at: str = "") -> T:
-    """``given`` as ``kind``; ``at`` is where it stands in the request.
-
-    Raises:
-        Fault: Validation, with every member that is wrong.
-    """
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        wrong = [_constraint(dict(each), at) for each in error.errors(include_url=False)]
-    count = f"{len(wrong)} validation error{'s' * (len(wrong) != 1)} detected: "
-    raise Fault("Validation", count + "; ".join(wrong))
-
-
 def parsed_native(kind: type[T], given: Mapping[str, Any]) -> T:
-    """The same for a body in a model's own form, in the words AWS has for those."""
+    """A body in a model's own form; raises :class:`Fault` Validation with all that is wrong."""
     try:
         return kind.model_validate(given)
     except ValidationError as error:
@@ -86,15 +64,6 @@ def malformed(text: str) -> Fault:
 
 def _place(error: Mapping[str, Any]) -> str:
     return ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
-
-
-def _constraint(error: Mapping[str, Any], at: str) -> str:
-    place = ".".join(part for part in (at, _place(error)) if part)
-    said = _said(error)
-    if error["type"] == "missing":
-        return f"Value at '{place}' failed to satisfy constraint: {said}"
-    value = json.dumps(error["input"], ensure_ascii=False, default=str)[:100].strip('"')
-    return f"Value '{value}' at '{place}' failed to satisfy constraint: {said}"
 
 
 def _malformed(error: Mapping[str, Any]) -> str:

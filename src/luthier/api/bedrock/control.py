@@ -1,40 +1,46 @@
-"""What the operations of the control plane work with, and how each of them is called."""
+"""What the operations of the control plane work with: who may, once for each token, pages of lists.
+
+A token of a list is the place of the last row, not a count: what is made or deleted between two pages
+moves nothing.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
+import hmac
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
 
+from botocore.model import OperationModel
+from sqlalchemy import ColumnElement, Select, and_, func, or_
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from luthier.api.bedrock.activation import Activation
-from luthier.api.bedrock.messages import answer_of, members_of
-from luthier.api.bedrock.operations import Operation
-from luthier.api.wire import Answer, Authorize, Call, Fault
+from luthier.api.bedrock.shapes import answer_of, members_of
+from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.http.routing import Authorize, Handler
 from luthier.limits import AccountQuotas
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.idempotency import Attempt, recall, remember
+from luthier.store.locations import Locations
 from luthier.store.tags import TooManyTags
 
 TOKEN = "clientRequestToken"  # noqa: S105  (the name of a member)
 _ATTEMPTS = 3
-
-
-class ChecksLocations(Protocol):
-    """Knows what addresses an account may name."""
-
-    def check(self, account: str, uri: str) -> None:
-        """Raise :class:`~luthier.errors.RefusedInput` unless data there can be read."""
-
-    def folder(self, account: str, uri: str) -> Sequence[tuple[str, int]]:
-        """Names and sizes of the files right below a folder; raises the same where there is none."""
-
-    def check_writable(self, account: str, uri: str) -> None:
-        """Raise the same unless files can be written below it."""
+Row = TypeVar("Row")
+DEFAULT_RESULTS = 100
+_PLACE = struct.Struct(">qq")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND, _MILLISECOND = timedelta(microseconds=1), timedelta(milliseconds=1)
+_SIGNATURE_BYTES = 16
 
 
 def no_graders(account: str, function: str) -> Mapping[str, Any] | None:
@@ -53,7 +59,7 @@ class Control:
 
     database: Database
     arns: Arns
-    locations: ChecksLocations
+    locations: Locations
     authorize: Authorize
     secret: bytes = field(repr=False)
     """Kept by the server; tokens of lists are signed with it."""
@@ -72,18 +78,18 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Request:
+class ControlRequest:
     """One request to the control plane, checked for form."""
 
     control: Control
-    operation: Operation
-    call: Call
+    operation: OperationModel
+    request: Request
     members: Mapping[str, Any]
 
     @property
     def account(self) -> str:
         """Whose resources it is about."""
-        return self.call.caller.account
+        return self.request.caller.account
 
     @property
     def arns(self) -> Arns:
@@ -103,7 +109,7 @@ class Request:
         A refusal names ``shown``: who asked by a name learns no ARN from it, nor whether there is one.
         """
         try:
-            self.control.authorize(self.call.caller, f"bedrock:{self.operation.name}", resource)
+            self.control.authorize(self.request.caller, f"bedrock:{self.operation.name}", resource)
         except Fault as fault:
             if shown is None or shown == resource:
                 raise
@@ -150,17 +156,17 @@ class Request:
         return Attempt.of(self.account, self.operation.name, token, asked)
 
 
-Operate = Callable[[Request], Mapping[str, Any]]
+Operate = Callable[[ControlRequest], Mapping[str, Any]]
 """Carries out one operation: members of its answer by name."""
 
 
-def handler(control: Control, operation: Operation, operate: Operate) -> Callable[[Call], Answer]:
+def handler(control: Control, operation: OperationModel, operate: Operate) -> Handler:
     """What the face calls for ``operation``."""
 
-    def handle(call: Call) -> Answer:
-        request = Request(control, operation, call, members_of(operation, call))
+    def handle(request: Request) -> Response:
+        checked = ControlRequest(control, operation, request, members_of(operation, request))
         try:
-            return answer_of(operation, operate(request))
+            return answer_of(operation, operate(checked))
         except TooManyTags as error:
             raise Fault("TooManyTags", str(error), resourceName=error.resource) from error
 
@@ -189,7 +195,108 @@ def not_found(kind: str, identifier: str) -> Fault:
     return Fault("ResourceNotFound", f"Could not find {kind} {identifier}.")
 
 
-def shown_as(request: Request, kind: str, identifier: str) -> str:
+def shown_as(request: ControlRequest, kind: str, identifier: str) -> str:
     """The ARN that a policy decides on for an identifier that names nothing of the account."""
     arn = Arn.parse(identifier)
     return str(arn) if arn else request.arns.of(request.account, kind, identifier)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Columns that a list is ordered by: time of creation, then order of creation."""
+
+    created: InstrumentedAttribute[datetime]
+    seq: InstrumentedAttribute[int]
+
+
+def page(
+    request: ControlRequest, session: Session, wanted: Select[Row], order: Order
+) -> tuple[Sequence[Row], str | None]:
+    """Rows of the page that is asked for, and the token of the next one.
+
+    Raises:
+        Fault: Validation, for a token that is not of this operation and account.
+    """
+    limit = request.get("maxResults", DEFAULT_RESULTS)
+    ascending = request.get("sortOrder") == "Ascending"
+    if token := request.get("nextToken"):
+        wanted = wanted.where(_beyond(order, _opened(request, token), ascending))
+    columns = (order.created, order.seq)
+    sorted_by = [each.asc() if ascending else each.desc() for each in columns]
+    rows = session.scalars(wanted.order_by(*sorted_by).limit(limit + 1)).all()
+    if len(rows) <= limit:
+        return rows, None
+    last = rows[limit - 1]
+    place = getattr(last, order.created.key), getattr(last, order.seq.key)
+    return rows[:limit], _sealed(request, place)
+
+
+def created_within(
+    order: Order, after: datetime | None, before: datetime | None
+) -> list[ColumnElement[bool]]:
+    """Conditions on the time of creation, both bounds excluded.
+
+    Clients know times to the millisecond, and compare with what they were told.
+    """
+    found: list[ColumnElement[bool]] = []
+    try:
+        if after is not None:
+            found.append(order.created >= _floor(after) + _MILLISECOND)
+        if before is not None:
+            exact = _floor(before) == before
+            found.append(order.created < (before if exact else _floor(before) + _MILLISECOND))
+    except OverflowError as error:
+        raise Fault("Validation", "The time is out of range.") from error
+    return found
+
+
+def contains(column: InstrumentedAttribute[str], text: str | None) -> list[ColumnElement[bool]]:
+    """A condition on a name: LIKE would tell small letters from capitals on one database alone."""
+    return [func.replace(column, text, "") != column] if text else []
+
+
+def _beyond(order: Order, place: tuple[datetime, int], ascending: bool) -> ColumnElement[bool]:
+    moment, seq = place
+    if ascending:
+        later = order.created > moment
+        return or_(later, and_(order.created == moment, order.seq > seq))
+    earlier = order.created < moment
+    return or_(earlier, and_(order.created == moment, order.seq < seq))
+
+
+def _floor(moment: datetime) -> datetime:
+    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+
+def _sealed(request: ControlRequest, place: tuple[datetime, int]) -> str:
+    moment, seq = place
+    packed = _PLACE.pack((moment - _EPOCH) // _MICROSECOND, seq)
+    return base64.urlsafe_b64encode(packed + _signature(request, packed)).decode()
+
+
+def _opened(request: ControlRequest, token: str) -> tuple[datetime, int]:
+    try:
+        raw = base64.b64decode(token.encode(), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _refused() from error
+    packed, signature = raw[: _PLACE.size], raw[_PLACE.size :]
+    if not hmac.compare_digest(signature, _signature(request, packed)):
+        raise _refused()
+    microseconds, seq = _PLACE.unpack(packed)
+    return _EPOCH + microseconds * _MICROSECOND, seq
+
+
+def _signature(request: ControlRequest, packed: bytes) -> bytes:
+    """Binds a token to its operation and account: elsewhere it opens nothing."""
+    bound = f"{request.operation.name} {request.account} ".encode() + packed
+    whole = hmac.digest(request.control.secret, bound, hashlib.sha256)
+    return whole[:_SIGNATURE_BYTES]
+
+
+def _refused() -> Fault:
+    return Fault("Validation", "The provided nextToken is not valid.", parameter="nextToken")
+
+
+def listed(member: str, summaries: list[dict[str, Any]], token: str | None) -> dict[str, Any]:
+    """The answer of a list; at its end there is no token."""
+    return {member: summaries, "nextToken": token}

@@ -1,28 +1,34 @@
-"""Converse and ConverseStream: what they take, and what they answer."""
+"""Converse and ConverseStream: conversations as AWS checks them and the engine reads them, and answers.
+
+What a request may hold is in botocore's service model (``luthier.api.bedrock.shapes``). Here stands
+what no shape says: how turns follow each other, and what is not done by this server.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.api.bedrock.bodies import Body, NativeBody, parsed_native
-from luthier.api.bedrock.conversations import Conversation, schema_of
+from luthier.api.bedrock.bodies import NativeBody, parsed_native
 from luthier.api.bedrock.eventstream import event
-from luthier.api.wire import Fault
+from luthier.api.http.messages import Fault
 from luthier.serving.inference import (
     MOST_PENALTY,
     MOST_TOKENS,
     Called,
+    Chat,
     End,
     Piece,
-    Request,
     Stream,
     Whole,
 )
-from luthier.types import ToolCall
+from luthier.serving.inference import Request as GenerationRequest
+from luthier.types import Message, Tool, ToolCall
 
 TEMPERATURE, TOP_P = 0.5, 0.9
 """Where a request names none: what Llama has on Bedrock."""
@@ -37,17 +43,6 @@ _FRAGMENT = 64
 """Characters of a call's arguments in one event."""
 
 
-class InferenceConfig(Body):
-    """How the answer is drawn."""
-
-    maxTokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    topP: Annotated[float, Field(ge=0, le=1)] | None = None
-    stopSequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=2500)] = (
-        Field(default_factory=list)
-    )
-
-
 class Further(NativeBody):
     """Members that only some models have: ``additionalModelRequestFields``."""
 
@@ -59,90 +54,212 @@ class Further(NativeBody):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
 
-class JsonSchemaDefinition(Body):
-    """A schema that the answer matches."""
+def generation_request(asked: Mapping[str, Any]) -> GenerationRequest:
+    """The request for the engine; ``asked`` are members of Converse, checked by their shapes.
 
-    schema_: str = Field(alias="schema")
-    name: str | None = None
-    description: str | None = None
-
-
-class Structure(Body):
-    """Where the schema stands."""
-
-    jsonSchema: JsonSchemaDefinition
-
-
-class TextFormat(Body):
-    """The form of the answer."""
-
-    type: Literal["json_schema"]
-    structure: Structure
-
-
-class OutputConfig(Body):
-    """The form of the answer."""
-
-    textFormat: TextFormat | None = None
-
-
-class PerformanceConfig(Body):
-    """Latency that is wished for."""
-
-    latency: Literal["standard", "optimized"] = "standard"
-
-
-class ServiceTier(Body):
-    """Priority that is wished for; all are treated alike."""
-
-    type: Literal["priority", "default", "flex", "reserved"]
-
-
-Metadata = Annotated[
-    dict[
-        Annotated[str, Field(min_length=1, max_length=256)], Annotated[str, Field(max_length=256)]
-    ],
-    Field(min_length=1, max_length=16),
-]
-Pointer = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^/")]
-
-
-class ConverseBody(Conversation):
-    """The body of both operations."""
-
-    inferenceConfig: InferenceConfig = Field(default_factory=InferenceConfig)
-    additionalModelRequestFields: dict[str, Any] = Field(default_factory=dict)
-    additionalModelResponseFieldPaths: Annotated[list[Pointer], Field(max_length=10)] = Field(
-        default_factory=list
+    Raises:
+        Fault: Validation.
+    """
+    if "guardrailConfig" in asked:
+        raise Fault("Validation", "guardrailConfig is not supported by this server.")
+    if asked.get("promptVariables"):
+        raise Fault("Validation", "promptVariables are for prompts of Prompt management only.")
+    config, form = asked.get("inferenceConfig", {}), asked.get("outputConfig", {}).get("textFormat")
+    fields = _object(asked.get("additionalModelRequestFields", {}), "additionalModelRequestFields")
+    further = parsed_native(Further, fields)
+    return GenerationRequest(
+        chat_of(asked),
+        max_tokens=config.get("maxTokens"),
+        temperature=config.get("temperature", TEMPERATURE),
+        top_p=config.get("topP", TOP_P),
+        stop=tuple(config.get("stopSequences", ())),
+        schema=schema_of(form["structure"]["jsonSchema"]["schema"]) if form else None,
+        **further.model_dump(exclude_none=True),
     )
-    outputConfig: OutputConfig = Field(default_factory=OutputConfig)
-    guardrailConfig: dict[str, Any] | None = None
-    promptVariables: dict[str, Any] | None = None
-    requestMetadata: Metadata | None = None
-    performanceConfig: PerformanceConfig | None = None
-    serviceTier: ServiceTier | None = None
 
-    def request(self) -> Request:
-        """The request for the engine.
 
-        Raises:
-            Fault: Validation.
-        """
-        if self.guardrailConfig is not None:
-            raise Fault("Validation", "guardrailConfig is not supported by this server.")
-        if self.promptVariables:
-            raise Fault("Validation", "promptVariables are for prompts of Prompt management only.")
-        config, form = self.inferenceConfig, self.outputConfig.textFormat
-        further = parsed_native(Further, self.additionalModelRequestFields)
-        return Request(
-            self.chat(),
-            max_tokens=config.maxTokens,
-            temperature=TEMPERATURE if config.temperature is None else config.temperature,
-            top_p=TOP_P if config.topP is None else config.topP,
-            stop=tuple(config.stopSequences),
-            schema=schema_of(form.structure.jsonSchema.schema_) if form else None,
-            **further.model_dump(exclude_none=True),
+def chat_of(asked: Mapping[str, Any]) -> Chat:
+    """The conversation for the engine, from ``messages``, ``system`` and ``toolConfig``.
+
+    Raises:
+        Fault: Validation, where turns do not follow each other as they should.
+    """
+    messages = asked.get("messages")
+    if not messages:
+        raise Fault(
+            "Validation",
+            "1 validation error detected: Value at 'messages' failed to satisfy constraint: Member "
+            "must have length greater than or equal to 1",
         )
+    _check_order(messages)
+    system = [_said(block) for block in asked.get("system", ())]
+    text = "\n".join(each for each in system if each is not None)
+    turns = [Message("system", text)] if text else []
+    for index, message in enumerate(messages):
+        turns += _turns(message, f"messages.{index}")
+    _check_calls(turns, "toolConfig" in asked)
+    tools, choice = _tools(asked["toolConfig"]) if "toolConfig" in asked else ((), "auto")
+    return Chat(tuple(turns), tools, choice)
+
+
+def _said(block: Mapping[str, Any]) -> str | None:
+    """The text of a block, ``None`` of a point to cache at; everything else is not supported."""
+    ((name, value),) = block.items()
+    if name == "guardContent":
+        ((name, value),) = value.items()
+        value = value["text"] if name == "text" else value
+    if name not in ("text", "cachePoint"):
+        raise _unsupported(name)
+    return value if name == "text" else None
+
+
+def _tools(config: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
+    """The tools, and the choice between them as the engine has it."""
+    tools = []
+    for index, item in enumerate(config["tools"]):
+        ((name, spec),) = item.items()
+        if name == "toolSpec":
+            ((_, schema),) = spec["inputSchema"].items()
+            schema = _object(schema, f"toolConfig.tools.{index}.toolSpec.inputSchema.json")
+            tools.append(Tool(spec["name"], spec.get("description", ""), schema))
+        elif name != "cachePoint":
+            raise _unsupported(name)
+    names = [tool.name for tool in tools]
+    if twice := {name for name, count in Counter(names).items() if count > 1}:
+        raise Fault("Validation", f"The tool {min(twice)} is defined more than once.")
+    ((kind, value),) = config.get("toolChoice", {"auto": {}}).items()
+    if kind != "tool":
+        return tuple(tools), {"auto": "auto", "any": "required"}[kind]
+    if value["name"] not in names:
+        text = f"The tool {value['name']} of toolChoice is not among toolConfig.tools."
+        raise Fault("Validation", text)
+    return tuple(tools), f"name:{value['name']}"
+
+
+def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
+    roles = [message["role"] for message in messages]
+    if "system" in roles:
+        raise Fault("Validation", "This model doesn't support messages of the role system.")
+    if roles[0] != "user":
+        raise Fault(
+            "Validation",
+            "A conversation must start with a user message. Try again with a conversation that "
+            "starts with a user message.",
+        )
+    if any(one == next_ for one, next_ in pairwise(roles)):
+        raise Fault(
+            "Validation",
+            "A conversation must alternate between user and assistant roles. Make sure the "
+            "conversation alternates between user and assistant roles and try again.",
+        )
+    if roles[-1] != "user":
+        raise Fault(
+            "Validation",
+            "A conversation must end with a user message. Try again with a conversation that ends "
+            "with a user message.",
+        )
+
+
+def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
+    """A message as turns: what tools gave back stands before what is said beside it."""
+    role = message["role"]
+    if not message["content"]:
+        raise Fault(
+            "Validation",
+            f"The content field in the Message object at {at} is empty. Add a ContentBlock object "
+            "to the content field and try again.",
+        )
+    texts: list[str] = []
+    calls: list[ToolCall] = []
+    results: list[Message] = []
+    for index, block in enumerate(message["content"]):
+        where = f"{at}.content.{index}"
+        ((name, value),) = block.items()
+        if name == "toolUse" and role == "assistant":
+            arguments = _object(value["input"], f"{where}.toolUse.input")
+            calls.append(ToolCall(value["toolUseId"], value["name"], arguments))
+        elif name == "toolResult" and role == "user":
+            parts = [_result(part) for part in value["content"]]
+            results.append(Message("tool", "\n".join(parts), call_id=value["toolUseId"]))
+        elif name in ("toolUse", "toolResult"):
+            text = f"The {role} role cannot have the {name} block at {where}."
+            raise Fault("Validation", text)
+        elif (said := _said(block)) is not None:
+            texts.append(_text(said, where))
+    if texts or calls or not results:
+        results.append(Message(role, "\n".join(texts), calls=tuple(calls)))
+    return results
+
+
+def _result(part: Mapping[str, Any]) -> str:
+    """A part of what a tool gave back, as text."""
+    ((name, value),) = part.items()
+    if name not in ("text", "json"):
+        raise _unsupported(name)
+    return value if name == "text" else json.dumps(value, ensure_ascii=False)
+
+
+def _object(value: Any, at: str) -> dict[str, Any]:
+    """What takes any JSON to the service model, and an object here."""
+    if not isinstance(value, dict):
+        raise Fault("Validation", f"'{at}' has to be an object.")
+    return value
+
+
+def _text(text: str, at: str) -> str:
+    if not text.strip():
+        raise Fault(
+            "Validation",
+            f"The text field in the ContentBlock object at {at} is blank. Add text to the text "
+            "field, and try again.",
+        )
+    return text
+
+
+def _check_calls(turns: Sequence[Message], tools: bool) -> None:
+    """Every call is answered in the next turn, and nothing else is."""
+    if not tools and any(turn.calls or turn.role == "tool" for turn in turns):
+        raise Fault(
+            "Validation",
+            "The toolConfig field must be defined when using toolUse and toolResult content blocks.",
+        )
+    open_calls: set[str] = set()
+    for turn in turns:
+        if turn.role == "tool":
+            if turn.call_id not in open_calls:
+                raise Fault(
+                    "Validation",
+                    f"The toolResult block {turn.call_id} answers no toolUse block of the previous "
+                    "turn.",
+                )
+            open_calls.discard(turn.call_id)
+        elif open_calls:
+            raise Fault(
+                "Validation",
+                f"Expected toolResult blocks for the following Ids: {', '.join(sorted(open_calls))}",
+            )
+        else:
+            open_calls = {call.id for call in turn.calls}
+
+
+def _unsupported(name: str) -> Fault:
+    return Fault(
+        "Validation",
+        f"This model doesn't support the {name} field. Remove {name} and try again.",
+    )
+
+
+def schema_of(text: str) -> Mapping[str, Any]:
+    """The JSON schema in ``text``."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Fault(
+            "Validation", "outputConfig.textFormat.structure.jsonSchema.schema is no JSON object."
+        )
+    return found
 
 
 def usage(read: int, written: int) -> dict[str, int]:
@@ -157,7 +274,9 @@ def message_of(answer: Whole) -> dict[str, Any]:
     return {"role": "assistant", "content": content or [{"text": ""}]}
 
 
-def answer_of(body: ConverseBody, stream: Stream, latency: Callable[[], int]) -> dict[str, Any]:
+def answer_of(
+    asked: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
+) -> dict[str, Any]:
     """The answer of Converse, once it is whole; ``latency()`` gives milliseconds."""
     (answer,) = stream.whole()
     found = {
@@ -166,19 +285,21 @@ def answer_of(body: ConverseBody, stream: Stream, latency: Callable[[], int]) ->
         "usage": usage(stream.prompt_tokens, answer.tokens),
         "metrics": {"latencyMs": latency()},
     }
-    fields = _pointed(body.additionalModelResponseFieldPaths, stream, answer)
+    fields = _pointed(asked.get("additionalModelResponseFieldPaths", ()), stream, answer)
     return {**found, "additionalModelResponseFields": fields} if fields else found
 
 
-def events_of(body: ConverseBody, stream: Stream, latency: Callable[[], int]) -> Iterator[bytes]:
+def events_of(
+    asked: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
+) -> Iterator[bytes]:
     """The events of ConverseStream on the wire."""
-    for kind, value in named_events(body.additionalModelResponseFieldPaths, stream):
+    for kind, value in named_events(asked.get("additionalModelResponseFieldPaths", ()), stream):
         if kind == "metadata":
             value = {**value, "metrics": {"latencyMs": latency()}}
         yield event(kind, value)
 
 
-def named_events(paths: list[str], stream: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
+def named_events(paths: Sequence[str], stream: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
     """The events of an answer, without the time it took; ``paths`` as the request has them."""
     answer, index, opened = Whole(), 0, False
     yield "messageStart", {"role": "assistant"}
@@ -220,7 +341,7 @@ def _use(call: ToolCall) -> dict[str, str]:
     return {"toolUseId": call.id, "name": call.name}
 
 
-def _pointed(paths: list[str], stream: Stream, answer: Whole) -> dict[str, Any]:
+def _pointed(paths: Sequence[str], stream: Stream, answer: Whole) -> dict[str, Any]:
     """The members of the model's own answer that were asked for; unknown ones are left out."""
     native = {
         "generation": answer.text,

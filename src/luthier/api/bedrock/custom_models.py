@@ -7,7 +7,18 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.api.bedrock.control import Operate, Request, not_found, shown_as, tags_of
+from luthier.api.bedrock.control import (
+    ControlRequest,
+    Operate,
+    Order,
+    contains,
+    created_within,
+    listed,
+    not_found,
+    page,
+    shown_as,
+    tags_of,
+)
 from luthier.api.bedrock.identifiers import (
     FOUNDATION,
     MODEL,
@@ -16,8 +27,7 @@ from luthier.api.bedrock.identifiers import (
     own,
 )
 from luthier.api.bedrock.jobs import learned
-from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
-from luthier.api.wire import Fault
+from luthier.api.http.messages import Fault
 from luthier.jobs.submit import submit_import
 from luthier.store import tags
 from luthier.store.custom_models import RESERVED, CustomModel
@@ -29,7 +39,7 @@ _SHOWN = ("modelSourceConfig", "roleArn", "modelKmsKeyArn", "clientRequestToken"
 """Members of a request for a model from outside that are kept with it."""
 
 
-def create_model(request: Request) -> dict[str, Any]:
+def create_model(request: ControlRequest) -> dict[str, Any]:
     """Have a model copied from outside; it is Creating until it was tried."""
     request.allow_kind(MODEL)
     answer = request.replayed()
@@ -52,7 +62,7 @@ def create_model(request: Request) -> dict[str, Any]:
     return answer
 
 
-def _source(request: Request) -> str:
+def _source(request: ControlRequest) -> str:
     """The folder that a model is to be copied from."""
     if "customModelDataSource" in request.members:
         text = "Model packages of SageMaker are not supported by this server; name an S3 folder."
@@ -64,7 +74,7 @@ def _source(request: Request) -> str:
     return str(place["s3Uri"])
 
 
-def get_model(request: Request) -> dict[str, Any]:
+def get_model(request: ControlRequest) -> dict[str, Any]:
     """One model by ARN or name."""
     with request.control.database.read() as session:
         model = asked_model(request, session, request["modelIdentifier"])
@@ -73,7 +83,7 @@ def get_model(request: Request) -> dict[str, Any]:
         return _described(request, model, job)
 
 
-def list_models(request: Request) -> dict[str, Any]:
+def list_models(request: ControlRequest) -> dict[str, Any]:
     """Models of the account by creation; nobody shares theirs."""
     request.allow("*")
     wanted = select(CustomModel).where(
@@ -100,7 +110,7 @@ def list_models(request: Request) -> dict[str, Any]:
     return listed("modelSummaries", summaries, token)
 
 
-def delete_model(request: Request) -> dict[str, Any]:
+def delete_model(request: ControlRequest) -> dict[str, Any]:
     """Delete a model that nobody answers with; its job stays."""
     with request.control.database.read() as session:
         model = asked_model(request, session, request["modelIdentifier"])
@@ -108,7 +118,7 @@ def delete_model(request: Request) -> dict[str, Any]:
     return {}
 
 
-def asked_model(request: Request, session: Session, identifier: str) -> CustomModel:
+def asked_model(request: ControlRequest, session: Session, identifier: str) -> CustomModel:
     """The model of an ARN or name, where the caller may do this to it."""
     found = find_model(session, request.arns, request.account, identifier)
     shown = shown_as(request, MODEL, identifier)
@@ -118,7 +128,7 @@ def asked_model(request: Request, session: Session, identifier: str) -> CustomMo
     return found
 
 
-def _described(request: Request, model: CustomModel, job: Job | None) -> dict[str, Any]:
+def _described(request: ControlRequest, model: CustomModel, job: Job | None) -> dict[str, Any]:
     told = learned(job) if job else {"customizationType": "IMPORTED"}
     asked = model.details.get("request", {})
     return {
@@ -136,21 +146,17 @@ def _described(request: Request, model: CustomModel, job: Job | None) -> dict[st
     }
 
 
-def _summary(request: Request, model: CustomModel, job: Job | None) -> dict[str, Any]:
+def _summary(request: ControlRequest, model: CustomModel, job: Job | None) -> dict[str, Any]:
     return {
         "modelArn": model.arn(request.arns),
         "modelName": model.name,
         "creationTime": model.created,
-        "baseModelArn": _base(request, model),
+        "baseModelArn": model.base_model or request.arns.foundation_model(model.bottom),
         "baseModelName": model.bottom,
         "customizationType": job.customization_type if job else "IMPORTED",
         "ownerAccountId": model.account,
         "modelStatus": model.status,
     }
-
-
-def _base(request: Request, model: CustomModel) -> str:
-    return model.base_model or request.arns.foundation_model(model.bottom)
 
 
 def _jobs(session: Session, models: Any) -> dict[str, Job]:

@@ -14,15 +14,25 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from luthier.api.bedrock.control import Operate, Request, not_found, shown_as, tags_of
+from luthier.api.bedrock.control import (
+    ControlRequest,
+    Operate,
+    Order,
+    contains,
+    created_within,
+    listed,
+    not_found,
+    page,
+    shown_as,
+    tags_of,
+)
 from luthier.api.bedrock.identifiers import (
     endpoint_arn,
     find_endpoint,
     find_foundation,
     find_model,
 )
-from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
-from luthier.api.wire import Fault
+from luthier.api.http.messages import Fault
 from luthier.errors import NameInUse, QuotaExceeded
 from luthier.store import custom_models, tags
 from luthier.store.custom_models import CustomModel
@@ -72,7 +82,7 @@ _PROVISIONED = _Kind(
 
 
 def _create(
-    request: Request, kind: _Kind, name: str, fields: Callable[[Session], dict[str, Any]]
+    request: ControlRequest, kind: _Kind, name: str, fields: Callable[[Session], dict[str, Any]]
 ) -> str:
     """Make an endpoint, once for each token of the client; its ARN.
 
@@ -117,7 +127,9 @@ def _create(
     return str(answer["arn"])
 
 
-def _find(request: Request, session: Session, kind: _Kind, *, lock: bool = False) -> Endpoint:
+def _find(
+    request: ControlRequest, session: Session, kind: _Kind, *, lock: bool = False
+) -> Endpoint:
     """The endpoint that a request names, where the caller may do with it what is asked."""
     identifier = request[kind.identifier]
     found = find_endpoint(session, request.arns, request.account, kind.arn, identifier, lock=lock)
@@ -129,7 +141,7 @@ def _find(request: Request, session: Session, kind: _Kind, *, lock: bool = False
 
 
 def _page(
-    request: Request, kind: _Kind, *conditions: ColumnElement[bool]
+    request: ControlRequest, kind: _Kind, *conditions: ColumnElement[bool]
 ) -> tuple[list[Endpoint], str | None]:
     """Endpoints of the account by creation, and the token of the next page."""
     request.allow("*")
@@ -141,7 +153,7 @@ def _page(
     return list(rows), token
 
 
-def _delete(request: Request, kind: _Kind) -> dict[str, Any]:
+def _delete(request: ControlRequest, kind: _Kind) -> dict[str, Any]:
     """Delete an endpoint; its model stays."""
     with request.control.database.write() as session:
         found = _find(request, session, kind, lock=True)
@@ -153,11 +165,11 @@ def _delete(request: Request, kind: _Kind) -> dict[str, Any]:
     return {}
 
 
-def _own(request: Request, kind: _Kind) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+def _own(request: ControlRequest, kind: _Kind) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     return Endpoint.account == request.account, Endpoint.kind == kind.arn
 
 
-def _check_name(request: Request, session: Session, kind: _Kind, name: str) -> None:
+def _check_name(request: ControlRequest, session: Session, kind: _Kind, name: str) -> None:
     taken = select(Endpoint.seq).where(*_own(request, kind), Endpoint.name == name)
     if session.scalar(taken) is not None:
         raise NameInUse(kind.in_use)
@@ -166,7 +178,7 @@ def _check_name(request: Request, session: Session, kind: _Kind, name: str) -> N
 # --- deployments
 
 
-def create_deployment(request: Request) -> dict[str, Any]:
+def create_deployment(request: ControlRequest) -> dict[str, Any]:
     """Deploy a model that is Active; the deployment is Creating until its files were checked."""
 
     def fields(session: Session) -> dict[str, Any]:
@@ -181,7 +193,7 @@ def create_deployment(request: Request) -> dict[str, Any]:
     return {"customModelDeploymentArn": arn}
 
 
-def get_deployment(request: Request) -> dict[str, Any]:
+def get_deployment(request: ControlRequest) -> dict[str, Any]:
     """One deployment by ARN or name."""
     with request.control.database.read() as session:
         found = _find(request, session, _DEPLOYMENT)
@@ -194,7 +206,7 @@ def get_deployment(request: Request) -> dict[str, Any]:
     }
 
 
-def list_deployments(request: Request) -> dict[str, Any]:
+def list_deployments(request: ControlRequest) -> dict[str, Any]:
     """Deployments of the account by creation."""
     wanted = created_within(_ORDER, request.get("createdAfter"), request.get("createdBefore"))
     if status := request.get("statusEquals"):
@@ -209,7 +221,7 @@ def list_deployments(request: Request) -> dict[str, Any]:
     return listed("modelDeploymentSummaries", summaries, token)
 
 
-def update_deployment(request: Request) -> dict[str, Any]:
+def update_deployment(request: ControlRequest) -> dict[str, Any]:
     """Let another model of the same base answer; until it is ready the old one does."""
     with request.control.database.write() as session:
         found = _find(request, session, _DEPLOYMENT, lock=True)
@@ -224,12 +236,12 @@ def update_deployment(request: Request) -> dict[str, Any]:
     return {"customModelDeploymentArn": endpoint_arn(request.arns, found)}
 
 
-def delete_deployment(request: Request) -> dict[str, Any]:
+def delete_deployment(request: ControlRequest) -> dict[str, Any]:
     """Delete a deployment; its model stays."""
     return _delete(request, _DEPLOYMENT)
 
 
-def _deployable(request: Request, session: Session) -> CustomModel:
+def _deployable(request: ControlRequest, session: Session) -> CustomModel:
     """The model, kept from being deleted until the transaction ends."""
     identifier = request["modelArn"]
     model = find_model(session, request.arns, request.account, identifier, lock=True)
@@ -240,7 +252,7 @@ def _deployable(request: Request, session: Session) -> CustomModel:
     return model
 
 
-def _deployment_summary(request: Request, found: Endpoint) -> dict[str, Any]:
+def _deployment_summary(request: ControlRequest, found: Endpoint) -> dict[str, Any]:
     return {
         "customModelDeploymentArn": endpoint_arn(request.arns, found),
         "modelArn": found.model,
@@ -258,7 +270,7 @@ def _invalid(text: str) -> Fault:
 # --- provisioned throughput
 
 
-def create_provisioned(request: Request) -> dict[str, Any]:
+def create_provisioned(request: ControlRequest) -> dict[str, Any]:
     """Set throughput aside for a foundation model or custom model."""
 
     def fields(session: Session) -> dict[str, Any]:
@@ -274,14 +286,14 @@ def create_provisioned(request: Request) -> dict[str, Any]:
     return {"provisionedModelArn": arn}
 
 
-def get_provisioned(request: Request) -> dict[str, Any]:
+def get_provisioned(request: ControlRequest) -> dict[str, Any]:
     """One by ARN or name."""
     with request.control.database.read() as session:
         found = _find(request, session, _PROVISIONED)
     return {**_provisioned_summary(request, found), "failureMessage": found.failure}
 
 
-def list_provisioned(request: Request) -> dict[str, Any]:
+def list_provisioned(request: ControlRequest) -> dict[str, Any]:
     """Those of the account by creation."""
     wanted = created_within(
         _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
@@ -302,7 +314,7 @@ def list_provisioned(request: Request) -> dict[str, Any]:
     return listed("provisionedModelSummaries", summaries, token)
 
 
-def update_provisioned(request: Request) -> dict[str, Any]:
+def update_provisioned(request: ControlRequest) -> dict[str, Any]:
     """Give it another name, or let another model of the same base answer."""
     with request.control.database.write() as session:
         found = _find(request, session, _PROVISIONED, lock=True)
@@ -326,12 +338,12 @@ def update_provisioned(request: Request) -> dict[str, Any]:
     return {}
 
 
-def delete_provisioned(request: Request) -> dict[str, Any]:
+def delete_provisioned(request: ControlRequest) -> dict[str, Any]:
     """Give throughput back, whatever was committed to."""
     return _delete(request, _PROVISIONED)
 
 
-def _provisionable(request: Request, session: Session, identifier: str) -> tuple[str, str]:
+def _provisionable(request: ControlRequest, session: Session, identifier: str) -> tuple[str, str]:
     """ARN of a model by any of its identifiers, and ``provider.name`` of its foundation model."""
     base = find_foundation(request.arns, identifier)
     if base is not None:
@@ -351,7 +363,7 @@ def _provisioned_status(found: Endpoint) -> str:
     return UPDATING if found.update_status == UPDATING else _PROVISIONED.ready
 
 
-def _provisioned_summary(request: Request, found: Endpoint) -> dict[str, Any]:
+def _provisioned_summary(request: ControlRequest, found: Endpoint) -> dict[str, Any]:
     commitment = found.commitment
     return {
         "provisionedModelName": found.name,

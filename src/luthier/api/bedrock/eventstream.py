@@ -19,7 +19,11 @@ _STRING = 7
 
 def frame(headers: Mapping[str, str], payload: bytes) -> bytes:
     """One message."""
-    head = b"".join(_header(name, value) for name, value in headers.items())
+    head = b""
+    for name, value in headers.items():
+        raw_name, raw = name.encode(), value.encode()
+        head += struct.pack(">B", len(raw_name)) + raw_name
+        head += struct.pack(">BH", _STRING, len(raw)) + raw
     prelude = struct.pack(">II", 16 + len(head) + len(payload), len(head))
     message = prelude + struct.pack(">I", zlib.crc32(prelude)) + head + payload
     return message + struct.pack(">I", zlib.crc32(message))
@@ -39,8 +43,3 @@ def _message(kind: str, name: str, value: str, body: Mapping[str, Any]) -> bytes
     headers = {":message-type": kind, name: value, ":content-type": "application/json"}
     payload = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
     return frame(headers, payload)
-
-
-def _header(name: str, value: str) -> bytes:
-    raw_name, raw = name.encode(), value.encode()
-    return struct.pack(">B", len(raw_name)) + raw_name + struct.pack(">BH", _STRING, len(raw)) + raw

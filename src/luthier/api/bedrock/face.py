@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
+
+from botocore.model import OperationModel
 
 from luthier.api.bedrock import custom_models, endpoints, foundation, jobs, tags
 from luthier.api.bedrock.control import Control, Operate, handler
 from luthier.api.bedrock.hyperparameters import setting_name
-from luthier.api.bedrock.operations import Operations, operations
-from luthier.api.wire import Answer, Call, Fault, Handler, Route
+from luthier.api.bedrock.shapes import error_statuses, operation_models
+from luthier.api.http.messages import Fault, Head, Request, Response
+from luthier.api.http.routing import Handler, Operation, Route, Router
 from luthier.limits import BODY_BYTES
 
 CONTROL: Mapping[str, Operate] = {
@@ -23,7 +27,6 @@ CONTROL: Mapping[str, Operate] = {
 
 CONTROL_BODY = 2_000_000
 """Bytes of a request to the control plane at most."""
-_REQUEST_ID = "x-amzn-RequestId"
 _STATUS = {
     "UnknownOperation": 404,
     "Serialization": 400,
@@ -39,61 +42,60 @@ _STATUS = {
 
 
 class BedrockFace:
-    """Fulfils ``luthier.api.wire.Face``."""
+    """What clients of ``bedrock`` and ``bedrock-runtime`` talk to."""
 
-    def __init__(self, control: Control, handlers: Mapping[str, Handler]) -> None:
-        """``handlers`` answer to the operations of the runtime, by their names."""
-        self._operations: Operations = operations()
-        self._handlers: dict[str, Handler] = {
-            name: handler(control, self._operations.by_name[name], operate)
-            for name, operate in CONTROL.items()
-        }
-        self._handlers.update(handlers)
-        unknown = self._handlers.keys() - self._operations.by_name.keys()
-        if unknown:
+    name, request_id_header = "bedrock", "x-amzn-RequestId"
+
+    def __init__(self, control: Control, runtime: Mapping[str, Handler]) -> None:
+        """``runtime`` answers to the operations of the runtime, by their names."""
+        models = operation_models()
+        handlers = {name: handler(control, models[name], act) for name, act in CONTROL.items()}
+        handlers |= runtime
+        if unknown := handlers.keys() - models.keys():
             raise ValueError(f"no operations of Bedrock: {', '.join(sorted(unknown))}")
+        self._router = Router(map(partial(_operation, handlers), models.values()), empty=True)
 
-    def route(self, method: str, path: str) -> Route:
-        """What answers to ``method`` on the raw ``path``.
+    def serves(self, head: Head, service: str) -> bool:
+        """Whatever is for no other face."""
+        return True
+
+    def route(self, head: Head) -> Route:
+        """What answers to a request.
 
         Raises:
             Fault: UnknownOperation where the service models have nothing there.
         """
-        found = self._operations.find(method, path)
-        if found is None:
+        route = self._router.routes(head.path).get(head.method)
+        if route is None:
             raise Fault("UnknownOperation", "There is no operation at this path.")
-        operation, params = found
-        runtime = operation.service == "bedrock-runtime"
-        answer = _identified(self._handlers.get(operation.name) or _refusing(operation.name))
-        limit = BODY_BYTES if runtime else CONTROL_BODY
-        return Route(operation.name, answer, params, limit, long=runtime)
+        return route
 
-    def refusal(self, fault: Fault, request_id: str) -> Answer:
+    def refusal(self, fault: Fault, request_id: str) -> Response:
         """``fault`` as botocore reads it: its code in a header, its message in the body."""
         fault = fault.named(setting_name)
-        status = self._operations.error_status.get(fault.code) or _STATUS.get(fault.code, 400)
+        status = error_statuses().get(fault.code) or _STATUS.get(fault.code, 400)
         body: dict[str, Any] = {"message": fault.message}
-        headers = {"x-amzn-ErrorType": f"{fault.code}Exception", _REQUEST_ID: request_id}
+        headers = {"x-amzn-ErrorType": f"{fault.code}Exception"}
         if fault.code in ("Throttling", "ModelNotReady", "ServiceUnavailable"):
             headers["Retry-After"] = str(fault.details.get("retry_after", 1))
         for name in ("resourceName", "originalStatusCode", "originalMessage"):
             if name in fault.details:
                 body[name] = fault.details[name]
-        return Answer.of(body, status, **headers)
+        return Response.json(body, status, **headers)
 
 
-def _identified(handle: Handler) -> Callable[[Call], Answer]:
-    """Every answer names its request."""
+def _operation(handlers: Mapping[str, Handler], model: OperationModel) -> Operation:
+    """The operation of a service model; what has no handler refuses what it is sent."""
 
-    def answer(call: Call) -> Answer:
-        given = handle(call)
-        return Answer(given.status, given.body, {_REQUEST_ID: call.request_id, **given.headers})
+    def refuse(request: Request) -> Response:
+        raise Fault("Validation", f"{model.name} is not supported by this server.")
 
-    return answer
-
-
-def _refusing(name: str) -> Handler:
-    def refuse(call: Call) -> Answer:
-        raise Fault("Validation", f"{name} is not supported by this server.")
-
-    return refuse
+    runtime = model.service_model.service_name == "bedrock-runtime"
+    return Operation(
+        model.name,
+        model.http["method"],
+        model.http["requestUri"],
+        handlers.get(model.name, refuse),
+        BODY_BYTES if runtime else CONTROL_BODY,
+        long=runtime,
+    )

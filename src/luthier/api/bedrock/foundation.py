@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from luthier.api.bedrock.control import Operate, Request, not_found
+from luthier.api.bedrock.control import ControlRequest, Operate, not_found
 from luthier.api.bedrock.identifiers import find_foundation, invoked_arn
-from luthier.api.wire import Fault
+from luthier.api.http.messages import Fault
 from luthier.jobs.submit import CONTINUED_PRE_TRAINING, DISTILLATION, FINE_TUNING
 from luthier.store.foundation import FoundationModel, foundation_models
 
@@ -15,7 +15,7 @@ ENCODER_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING)
 _INFERENCE = ["ON_DEMAND", "PROVISIONED"]
 
 
-def list_foundation_models(request: Request) -> dict[str, Any]:
+def list_foundation_models(request: ControlRequest) -> dict[str, Any]:
     """All that fit the filters; there are no pages."""
     request.allow("*")
     found = [_described(request, model) for model in foundation_models()]
@@ -31,13 +31,13 @@ def list_foundation_models(request: Request) -> dict[str, Any]:
     return {"modelSummaries": found}
 
 
-def get_foundation_model(request: Request) -> dict[str, Any]:
+def get_foundation_model(request: ControlRequest) -> dict[str, Any]:
     """One by id, alias or ARN."""
     identifier = request["modelIdentifier"]
     return {"modelDetails": _described(request, _asked(request, identifier))}
 
 
-def get_availability(request: Request) -> dict[str, Any]:
+def get_availability(request: ControlRequest) -> dict[str, Any]:
     """What is here can be used: nobody has to agree to anything first."""
     model = _asked(request, request["modelId"])
     return {
@@ -54,7 +54,7 @@ def customizations(model: FoundationModel) -> tuple[str, ...]:
     return WRITER_TYPES if model.writes else ENCODER_TYPES
 
 
-def _asked(request: Request, identifier: str) -> FoundationModel:
+def _asked(request: ControlRequest, identifier: str) -> FoundationModel:
     request.allow(invoked_arn(request.arns, identifier))
     found = find_foundation(request.arns, identifier)
     if found is None and "." not in identifier:
@@ -65,7 +65,7 @@ def _asked(request: Request, identifier: str) -> FoundationModel:
     return found
 
 
-def _described(request: Request, model: FoundationModel) -> dict[str, Any]:
+def _described(request: ControlRequest, model: FoundationModel) -> dict[str, Any]:
     return {
         "modelArn": request.arns.foundation_model(model.id),
         "modelId": model.id,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.adaptations import ADAPTATIONS
-from luthier.api.wire import Fault
+from luthier.api.http.messages import Fault
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")

@@ -13,9 +13,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.activation import stored_of
-from luthier.api.bedrock.constraints import matches
-from luthier.api.bedrock.operations import operations
-from luthier.api.wire import Fault
+from luthier.api.bedrock.shapes import matches, operation_models
+from luthier.api.http.messages import Fault
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.database import Database
@@ -59,15 +58,14 @@ def find_job(
     session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> Job | None:
     """A customization job by ARN or name."""
-    return _find(session, _Sought(arns, account, JOB, identifier, lock), Job, job_arn)
+    return _find(session, Job, job_arn, arns, account, JOB, identifier, lock)
 
 
 def find_model(
     session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> CustomModel | None:
     """A custom model by ARN or name. One of a job that has not ended is not there yet."""
-    sought = _Sought(arns, account, MODEL, identifier, lock)
-    found = _find(session, sought, CustomModel, lambda arns, model: model.arn(arns))
+    found = _find(session, CustomModel, _model_arn, arns, account, MODEL, identifier, lock)
     return found if found and found.status != RESERVED else None
 
 
@@ -75,41 +73,40 @@ def find_endpoint(
     session: Session, arns: Arns, account: str, kind: str, identifier: str, *, lock: bool = False
 ) -> Endpoint | None:
     """A deployment or provisioned throughput by ARN or name."""
-    sought = _Sought(arns, account, kind, identifier, lock)
-    return _find(session, sought, Endpoint, endpoint_arn)
+    return _find(session, Endpoint, endpoint_arn, arns, account, kind, identifier, lock)
 
 
-@dataclass(frozen=True)
-class _Sought:
-    """What one looks for, and whose."""
-
-    arns: Arns
-    account: str
-    kind: str
-    identifier: str
-    lock: bool
+def _model_arn(arns: Arns, model: CustomModel) -> str:
+    return model.arn(arns)
 
 
 def _find(
-    session: Session, sought: _Sought, table: type[Row], arn_of: Callable[[Arns, Row], str]
+    session: Session,
+    table: type[Row],
+    arn_of: Callable[[Arns, Row], str],
+    arns: Arns,
+    account: str,
+    kind: str,
+    identifier: str,
+    lock: bool,
 ) -> Row | None:
     """The row with this ARN or this name. A name may look like the end of another one's ARN."""
-    asked = select(table).where(table.account == sought.account)
+    asked = select(table).where(table.account == account)
     arn = None
-    if sought.identifier.startswith("arn:"):
-        arn = own(sought.arns, sought.account, sought.kind, sought.identifier)
+    if identifier.startswith("arn:"):
+        arn = own(arns, account, kind, identifier)
         if arn is None:
             return None
         asked = asked.where(table.id == arn.id)
     else:
-        asked = asked.where(table.name == sought.identifier)
+        asked = asked.where(table.name == identifier)
     if table is Endpoint:
-        asked = asked.where(Endpoint.kind == sought.kind)
-    if sought.lock:
+        asked = asked.where(Endpoint.kind == kind)
+    if lock:
         asked = asked.with_for_update().execution_options(populate_existing=True)
     found = session.scalars(asked).one_or_none()
     # The foundation model that an ARN names has to be right, too.
-    return None if found and arn and str(arn) != arn_of(sought.arns, found) else found
+    return None if found and arn and str(arn) != arn_of(arns, found) else found
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,7 @@ def _well_formed(model_id: str) -> bool:
     if model_id.startswith("arn:") and Arn.parse(model_id) is None:
         # The shape takes letters and colons in any order.
         return False
-    shape = operations().by_name["Converse"].input.members["modelId"]  # type: ignore[union-attr]
+    shape = operation_models()["Converse"].input_shape.members["modelId"]
     longest = shape.metadata["max"]
     return 0 < len(model_id) <= longest and matches(shape, model_id)
 

@@ -17,18 +17,20 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field
 
 from luthier.api.bedrock.bodies import NativeBody, malformed, parsed_native
-from luthier.api.bedrock.conversations import Conversation
 from luthier.api.bedrock.converse import (
     STOP_REASONS,
     TEMPERATURE,
     TOP_P,
+    chat_of,
     message_of,
     named_events,
     usage,
 )
 from luthier.api.bedrock.eventstream import event
-from luthier.api.wire import Fault
-from luthier.serving.inference import MOST_PENALTY, MOST_TOKENS, End, Piece, Request, Stream, Whole
+from luthier.api.bedrock.shapes import body_members, operation_models
+from luthier.api.http.messages import Fault
+from luthier.serving.inference import MOST_PENALTY, MOST_TOKENS, End, Piece, Stream, Whole
+from luthier.serving.inference import Request as GenerationRequest
 
 LENGTH = 512
 """``max_gen_len`` where a request names none, as Llama's is on Bedrock."""
@@ -37,7 +39,7 @@ LENGTH = 512
 class Form(Protocol):
     """One form of bodies for models that write."""
 
-    def request(self) -> Request:
+    def request(self) -> GenerationRequest:
         """The request for the engine."""
         ...
 
@@ -69,10 +71,10 @@ class PromptBody(NativeBody):
         default_factory=list
     )
 
-    def request(self) -> Request:
+    def request(self) -> GenerationRequest:
         """The text as it is."""
         further = self.model_dump(include={"temperature", "top_p", "top_k", "min_p"})
-        return Request(
+        return GenerationRequest(
             self.prompt,
             max_tokens=self.max_gen_len,
             repetition_penalty=self.repetition_penalty,
@@ -124,17 +126,22 @@ class MessagesConfig(NativeBody):
     )
 
 
-class MessagesBody(Conversation):
-    """Amazon's form."""
+class MessagesForm:
+    """Amazon's form: like Converse, with members of its own that say how the answer is drawn."""
 
-    schemaVersion: Literal["messages-v1"]
-    inferenceConfig: MessagesConfig = Field(default_factory=MessagesConfig)
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        """Check ``given``; :class:`Fault` for what is wrong in it."""
+        if given.get("schemaVersion") != "messages-v1":
+            raise malformed("#/schemaVersion: it is messages-v1")
+        self._config = parsed_native(MessagesConfig, given.get("inferenceConfig") or {})
+        conversation = {name: given.get(name) for name in ("messages", "system", "toolConfig")}
+        self._asked = body_members(operation_models()["Converse"], conversation)
 
-    def request(self) -> Request:
+    def request(self) -> GenerationRequest:
         """The conversation."""
-        config = self.inferenceConfig
-        return Request(
-            self.chat(),
+        config = self._config
+        return GenerationRequest(
+            chat_of(self._asked),
             max_tokens=config.maxTokens or config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.topP,
@@ -179,7 +186,7 @@ def form_of(model_id: str, body: Mapping[str, Any], chat: ChatForm | None) -> Fo
     if "prompt" in body:
         return parsed_native(PromptBody, body)
     if "schemaVersion" in body:
-        return parsed_native(MessagesBody, body)
+        return MessagesForm(body)
     if "messages" in body and chat is not None:
         try:
             return chat(model_id, body)

@@ -1,4 +1,4 @@
-"""Customization jobs: get, list, stop. Making one is in ``luthier.api.bedrock.customization``."""
+"""Customization jobs: create, get, list, stop."""
 
 from __future__ import annotations
 
@@ -10,16 +10,56 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.api.bedrock.control import Operate, Request, not_found, shown_as
-from luthier.api.bedrock.customization import create_job
+from luthier.api.bedrock import hyperparameters
+from luthier.api.bedrock.control import (
+    ControlRequest,
+    Operate,
+    Order,
+    contains,
+    created_within,
+    listed,
+    not_found,
+    page,
+    shown_as,
+    tags_of,
+)
+from luthier.api.bedrock.foundation import customizations
 from luthier.api.bedrock.hyperparameters import setting_name
-from luthier.api.bedrock.identifiers import JOB, find_job, job_arn
-from luthier.api.bedrock.lists import Order, contains, created_within, listed, page
+from luthier.api.bedrock.identifiers import (
+    JOB,
+    find_foundation,
+    find_job,
+    find_model,
+    job_arn,
+)
+from luthier.api.http.messages import Fault
+from luthier.jobs.submit import (
+    DISTILLATION,
+    FINE_TUNING,
+    REINFORCEMENT,
+    BaseModel,
+    Submission,
+    submit,
+)
 from luthier.setting_names import with_setting_names
 from luthier.store import jobs as queue
-from luthier.store.custom_models import RESERVED, CustomModel
+from luthier.store import tags
+from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
+from luthier.store.foundation import FoundationModel
 from luthier.store.jobs import Job
 
+_CONFIGS = {DISTILLATION: "distillationConfig", REINFORCEMENT: "rftConfig"}
+"""Which member of ``customizationConfig`` a type needs; the others take none."""
+_SHOWN = (
+    "clientRequestToken",
+    "roleArn",
+    "customModelKmsKeyId",
+    "trainingDataConfig",
+    "outputDataConfig",
+    "customizationConfig",
+    "vpcConfig",
+)
+"""Members that are told again."""
 _STATUS = {
     queue.QUEUED: "InProgress",
     queue.RUNNING: "InProgress",
@@ -40,7 +80,149 @@ _KEY_ID = re.compile("[a-zA-Z0-9-]{36}")
 _KEY_ARN = re.compile("arn:aws(-[^:]+)?:kms:[a-zA-Z0-9-]*:[0-9]{12}:key/[a-zA-Z0-9-]{36}")
 
 
-def get_job(request: Request) -> dict[str, Any]:
+def create_job(request: ControlRequest) -> dict[str, Any]:
+    """Put a job into the queue; the same token gives the same job."""
+    request.allow_kind(JOB)
+    answer = request.replayed()
+    if answer is not None:
+        return answer
+    job_tags, model_tags = tags_of(request.get("jobTags")), tags_of(request.get("customModelTags"))
+    asked = _submission(request)
+    for uri in (*asked.training, *asked.validators):
+        request.control.locations.check(request.account, uri)
+    if asked.output is not None:
+        request.control.locations.check_writable(request.account, asked.output)
+
+    limits = request.control.quotas(request.account)
+
+    def make(session: Session) -> dict[str, Any]:
+        job = submit(session, asked, request.arns, limits)
+        arn = job_arn(request.arns, job)
+        tags.put(session, arn, job_tags)
+        reserved = session.query(CustomModel).filter_by(job_id=job.id).one()
+        # The model has them from its first moment.
+        tags.put(session, reserved.arn(request.arns), model_tags)
+        return {"jobArn": arn}
+
+    answer = request.once(make)
+    request.control.submitted()
+    return answer
+
+
+def _submission(request: ControlRequest) -> Submission:
+    kind = request.get("customizationType", FINE_TUNING)
+    config = _config(kind, request.get("customizationConfig"))
+    sent = request.get("hyperParameters", {})
+    shown, settings = hyperparameters.read(sent)
+    teacher, grader, typed = None, None, {}
+    if kind == DISTILLATION:
+        teacher = _teacher(request, config["teacherModelConfig"])
+        longest = config["teacherModelConfig"].get("maxResponseLengthForInference")
+        if longest is not None:
+            settings = hyperparameters.merged(settings, _longest_answer(longest))
+    elif kind == REINFORCEMENT:
+        grader = _grader(request, config)
+        typed = config.get("hyperParameters", {})
+        settings = hyperparameters.merged(settings, hyperparameters.read_rft(typed))
+        # Defaults that the typed ones replace are not shown.
+        shown |= {name: str(typed[name]) for name in (shown.keys() & typed.keys()) - sent.keys()}
+    members = {name: request[name] for name in _SHOWN if name in request.members}
+    validation = request.get("validationDataConfig", {"validators": []})
+    return Submission(
+        account=request.account,
+        face="bedrock",
+        job_name=request["jobName"],
+        model_name=request["customModelName"],
+        customization_type=kind,
+        base=_base(request, kind),
+        training=[_training(request["trainingDataConfig"])],
+        validators=[each["s3Uri"] for each in validation["validators"]],
+        settings=settings,
+        teacher=teacher,
+        grader=grader,
+        output=request["outputDataConfig"]["s3Uri"],
+        request={**members, "hyperParameters": shown},
+        without_effect=hyperparameters.without_effect(typed),
+    )
+
+
+def _config(kind: str, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The member of ``customizationConfig`` that belongs to ``kind``; empty where it takes none."""
+    if kind == "IMPORTED":
+        raise _invalid("customizationType", "IMPORTED is of imported models; no job makes one.")
+    needed = _CONFIGS.get(kind)
+    found = next(iter(given), None) if given else None
+    if found != needed:
+        wanted = f"needs {needed}" if needed else "takes none"
+        raise _invalid("customizationConfig", f"The customization type {kind} {wanted}.")
+    config: Mapping[str, Any] = given[found] if given and found else {}
+    return config
+
+
+def _base(request: ControlRequest, kind: str) -> BaseModel:
+    identifier = request["baseModelIdentifier"]
+    base = find_foundation(request.arns, identifier)
+    if base is not None:
+        supported = customizations(base)
+        if kind not in (*supported, *[REINFORCEMENT] * base.writes):
+            known = ", ".join(supported)
+            text = f"The base model {base.id} does not support {kind}; it supports {known}."
+            raise _invalid("customizationType", text)
+        return base
+    with request.control.database.read() as session:
+        model = find_model(session, request.arns, request.account, identifier)
+    if model is None:
+        raise not_found("base model", identifier)
+    if model.status != ACTIVE:
+        text = f"The base model {identifier} is {model.status}; wait until it is Active."
+        raise _invalid("baseModelIdentifier", text)
+    return model
+
+
+def _training(config: Mapping[str, Any]) -> str:
+    if "invocationLogsConfig" in config:
+        raise _invalid(
+            "trainingDataConfig", "invocationLogsConfig is not supported by this server."
+        )
+    if "s3Uri" not in config:
+        raise _invalid("trainingDataConfig", "trainingDataConfig needs s3Uri.")
+    return str(config["s3Uri"])
+
+
+def _teacher(request: ControlRequest, config: Mapping[str, Any]) -> FoundationModel:
+    identifier = config["teacherModelIdentifier"]
+    found = find_foundation(request.arns, identifier)
+    if found is None:
+        raise not_found("teacher model", identifier)
+    if not found.writes:
+        raise _invalid("customizationConfig", f"The teacher {found.id} does not write text.")
+    return found
+
+
+def _longest_answer(tokens: int) -> dict[str, dict[str, Any]]:
+    if tokens < 1:
+        text = "maxResponseLengthForInference has to be at least 1."
+        raise _invalid("customizationConfig", text)
+    return {"sampling": {"max_tokens": tokens}}
+
+
+def _grader(request: ControlRequest, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        function = config["graderConfig"]["lambdaGrader"]["lambdaArn"]
+    except KeyError as error:
+        raise _invalid("customizationConfig", "rftConfig needs a lambdaGrader.") from error
+    found = request.control.grader(request.account, function)
+    if found is None:
+        text = f"No grader is registered with this server under {function}."
+        raise _invalid("customizationConfig", text)
+    return found
+
+
+def _invalid(parameter: str, text: str) -> Fault:
+    return Fault("Validation", text, parameter=parameter)
+
+
+def get_job(request: ControlRequest) -> dict[str, Any]:
     """One job by ARN or name."""
     with request.control.database.read() as session:
         job = asked_job(request, session)
@@ -48,7 +230,7 @@ def get_job(request: Request) -> dict[str, Any]:
         return described(request, job) | {"outputModelArn": _made(request, model)}
 
 
-def list_jobs(request: Request) -> dict[str, Any]:
+def list_jobs(request: ControlRequest) -> dict[str, Any]:
     """Jobs of the account by creation."""
     request.allow("*")
     wanted = select(Job).where(
@@ -67,7 +249,7 @@ def list_jobs(request: Request) -> dict[str, Any]:
     return listed("modelCustomizationJobSummaries", summaries, token)
 
 
-def stop_job(request: Request) -> dict[str, Any]:
+def stop_job(request: ControlRequest) -> dict[str, Any]:
     """Stop a job: nothing more happens to one that is stopping or stopped."""
     with request.control.database.write() as session:
         job = asked_job(request, session, lock=True)
@@ -75,7 +257,7 @@ def stop_job(request: Request) -> dict[str, Any]:
     return {}
 
 
-def asked_job(request: Request, session: Session, *, lock: bool = False) -> Job:
+def asked_job(request: ControlRequest, session: Session, *, lock: bool = False) -> Job:
     """The job that ``jobIdentifier`` names, where the caller may do this to it."""
     identifier = request["jobIdentifier"]
     found = find_job(session, request.arns, request.account, identifier, lock=lock)
@@ -86,7 +268,7 @@ def asked_job(request: Request, session: Session, *, lock: bool = False) -> Job:
     return found
 
 
-def described(request: Request, job: Job) -> dict[str, Any]:
+def described(request: ControlRequest, job: Job) -> dict[str, Any]:
     """What is told of a job by itself."""
     asked = job.request
     return {
@@ -129,7 +311,7 @@ def learned(job: Job) -> dict[str, Any]:
     }
 
 
-def _summary(request: Request, job: Job, model: CustomModel | None) -> dict[str, Any]:
+def _summary(request: ControlRequest, job: Job, model: CustomModel | None) -> dict[str, Any]:
     return {
         "jobArn": job_arn(request.arns, job),
         "baseModelArn": request.arns.foundation_model(job.foundation),
@@ -153,7 +335,7 @@ def _models(session: Session, found: Any) -> dict[str, CustomModel]:
     return {str(model.job_id): model for model in session.scalars(asked)}
 
 
-def _made(request: Request, model: CustomModel | None) -> str | None:
+def _made(request: ControlRequest, model: CustomModel | None) -> str | None:
     return model.arn(request.arns) if model else None
 
 
@@ -182,7 +364,7 @@ def _no_role(job: Job) -> str:
     return f"arn:aws:iam::{job.account}:role/none"
 
 
-def _key_arn(request: Request, key: str | None) -> str | None:
+def _key_arn(request: ControlRequest, key: str | None) -> str | None:
     """A key by its ARN; an alias has none that we would know."""
     if key and _KEY_ARN.fullmatch(key):
         return key

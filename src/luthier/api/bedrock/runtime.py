@@ -11,16 +11,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from luthier.api.bedrock import converse, invoke
-from luthier.api.bedrock.bodies import json_object, malformed, native_object, parsed
-from luthier.api.bedrock.conversations import Conversation
+from luthier.api.bedrock.bodies import json_object, malformed, native_object
 from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
 from luthier.api.bedrock.invoke import ChatForm, EmbeddingBody, Form, Timed, form_of
-from luthier.api.wire import Answer, Authorize, Call, Fault, Handler
+from luthier.api.bedrock.shapes import body_members, operation_models
+from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.http.routing import Authorize, Handler
+from luthier.api.http.streams import GeneratedPieces
 from luthier.errors import UnknownModel
-from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Request, Stream
+from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Stream
+from luthier.serving.inference import Request as GenerationRequest
 from luthier.serving.pool import ModelPool
 
 INVOKE, STREAM = "bedrock:InvokeModel", "bedrock:InvokeModelWithResponseStream"
@@ -81,26 +85,27 @@ class _Runtime:
     resource: Callable[[str], str]
     chat: ChatForm | None
 
-    def converse(self, call: Call) -> Answer:
+    def converse(self, request: Request) -> Response:
         """The whole answer to a conversation."""
-        timed, stored_id = _timed(), self._model(call, INVOKE)
-        body = parsed(converse.ConverseBody, json_object(call))
+        timed, stored_id = _timed(), self._model(request, INVOKE)
+        asked = body_members(operation_models()["Converse"], json_object(request))
         with faults():
-            stream = self.pool.submit(stored_id, body.request())
-            return Answer.of(converse.answer_of(body, stream, timed.latency))
+            stream = self.pool.submit(stored_id, converse.generation_request(asked))
+            return Response.json(converse.answer_of(asked, stream, timed.latency))
 
-    def converse_stream(self, call: Call) -> Answer:
+    def converse_stream(self, request: Request) -> Response:
         """The same as it is written."""
-        timed, stored_id = _timed(), self._model(call, STREAM)
-        body = parsed(converse.ConverseBody, json_object(call))
-        stream = self._begin(stored_id, body.request)
-        events = Events(converse.events_of(body, stream, timed.latency), stream)
-        return Answer(200, events, {"Content-Type": CONTENT_TYPE})
+        timed, stored_id = _timed(), self._model(request, STREAM)
+        asked = body_members(operation_models()["ConverseStream"], json_object(request))
+        stream = self._begin(stored_id, partial(converse.generation_request, asked))
+        events = _with_failure(converse.events_of(asked, stream, timed.latency))
+        pieces = GeneratedPieces(events, [stream])
+        return Response(200, pieces, {"Content-Type": CONTENT_TYPE})
 
-    def invoke(self, call: Call) -> Answer:
+    def invoke(self, request: Request) -> Response:
         """The answer to a body in the model's own form."""
-        timed, stored_id = _timed(), self._model(call, INVOKE)
-        form = self._form(call)
+        timed, stored_id = _timed(), self._model(request, INVOKE)
+        form = self._form(request)
         if isinstance(form, EmbeddingBody):
             value, read, written = *self._embedding(stored_id, form), 0
         else:
@@ -114,12 +119,12 @@ class _Runtime:
             "X-Amzn-Bedrock-Output-Token-Count": str(written),
             "X-Amzn-Bedrock-Invocation-Latency": str(timed.latency()),
         }
-        return Answer(200, json.dumps(value, ensure_ascii=False).encode(), headers)
+        return Response(200, json.dumps(value, ensure_ascii=False).encode(), headers)
 
-    def invoke_stream(self, call: Call) -> Answer:
+    def invoke_stream(self, request: Request) -> Response:
         """The same as it is written."""
-        timed, stored_id = _timed(), self._model(call, STREAM)
-        form = self._form(call)
+        timed, stored_id = _timed(), self._model(request, STREAM)
+        form = self._form(request)
         if isinstance(form, EmbeddingBody):
             raise Fault("Validation", "The model is not supported for streaming.")
         stream = self._begin(stored_id, form.request)
@@ -127,42 +132,44 @@ class _Runtime:
             "Content-Type": CONTENT_TYPE,
             "X-Amzn-Bedrock-Content-Type": "application/json",
         }
-        return Answer(200, Events(invoke.framed(form, stream, timed), stream), headers)
+        chunks = _with_failure(invoke.framed(form, stream, timed))
+        return Response(200, GeneratedPieces(chunks, [stream]), headers)
 
-    def count(self, call: Call) -> Answer:
+    def count(self, request: Request) -> Response:
         """How many tokens a request would be read as."""
-        stored_id = self._model(call, COUNT)
-        kind, value = _counted(json_object(call).get("input"))
+        stored_id = self._model(request, COUNT)
+        asked = body_members(operation_models()["CountTokens"], json_object(request))
+        ((kind, value),) = asked["input"].items()
         if kind == "converse":
-            prompt: Prompt = parsed(Conversation, value, "input.converse").chat()
+            prompt: Prompt = converse.chat_of(value)
         else:
-            inner = replace(call, body=_decoded(value.get("body")))
-            form = form_of(call.params["modelId"], native_object(inner), self.chat)
+            inner = replace(request, body=_decoded(value["body"]))
+            form = form_of(request.params["modelId"], native_object(inner), self.chat)
             if isinstance(form, EmbeddingBody):
                 _, tokens = self._embedding(stored_id, form)
-                return Answer.of({"inputTokens": tokens})
+                return Response.json({"inputTokens": tokens})
             with faults():
                 prompt = form.request().prompt
         with faults():
-            return Answer.of({"inputTokens": self.pool.count(stored_id, prompt)})
+            return Response.json({"inputTokens": self.pool.count(stored_id, prompt)})
 
-    def _model(self, call: Call, action: str) -> str:
+    def _model(self, request: Request, action: str) -> str:
         """The stored id of the model that is called, where the caller may have it answer."""
-        model_id = call.params["modelId"]
-        self.authorize(call.caller, action, self.resource(model_id))
-        return self.resolve(call.caller.account, model_id)
+        model_id = request.params["modelId"]
+        self.authorize(request.caller, action, self.resource(model_id))
+        return self.resolve(request.caller.account, model_id)
 
-    def _begin(self, stored_id: str, build: Callable[[], Request]) -> Stream:
+    def _begin(self, stored_id: str, build: Callable[[], GenerationRequest]) -> Stream:
         with faults():
             return self.pool.submit(stored_id, build())
 
-    def _form(self, call: Call) -> Form | EmbeddingBody:
-        if call.headers.get("x-amzn-bedrock-guardrailidentifier"):
+    def _form(self, request: Request) -> Form | EmbeddingBody:
+        if request.headers.get("x-amzn-bedrock-guardrailidentifier"):
             raise Fault("Validation", "Guardrails are not supported by this server.")
-        kind = call.headers.get("content-type", "").partition(";")[0].strip()
+        kind = request.headers.get("content-type", "").partition(";")[0].strip()
         if kind not in ("", "application/json"):
             raise Fault("Validation", f"The content type {kind} is not supported by the model.")
-        return form_of(call.params["modelId"], native_object(call), self.chat)
+        return form_of(request.params["modelId"], native_object(request), self.chat)
 
     def _embedding(self, stored_id: str, form: EmbeddingBody) -> tuple[dict[str, Any], int]:
         with faults():
@@ -180,60 +187,19 @@ class _Runtime:
         return {"embedding": vector, "inputTextTokenCount": found.tokens}, found.tokens
 
 
-class Events:
-    """Messages of an event stream as they come. Closing it ends the work behind it."""
-
-    def __init__(self, frames: Iterator[bytes], stream: Stream) -> None:
-        self._frames, self._stream = frames, stream
-        self._ended = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        if self._ended:
-            raise StopIteration
-        try:
-            return next(self._frames)
-        except StopIteration:
-            self._ended = True
-            raise
-        except InferenceFailed as failed:
-            kind = _MID_STREAM.get(failed.code, "internalServerException")
-            return self._fail(kind, str(failed))
-        except Exception:
-            _log.exception("a stream failed")
-            return self._fail("internalServerException", "Something failed inside the service.")
-
-    def interrupt(self) -> None:
-        """Make an exception the next message, and the last: the service ends."""
-        self._stream.interrupt()
-
-    def close(self) -> None:
-        """Let go of the answer, whether any of it was read or not."""
-        self._ended = True
-        self._stream.close()
-
-    def _fail(self, kind: str, message: str) -> bytes:
-        self.close()
-        return exception(kind, message)
+def _with_failure(frames: Iterator[bytes]) -> Iterator[bytes]:
+    """The messages of an event stream; a failure is the last one, as an exception."""
+    try:
+        yield from frames
+    except InferenceFailed as failed:
+        yield exception(_MID_STREAM.get(failed.code, "internalServerException"), str(failed))
+    except Exception:
+        _log.exception("a stream failed")
+        yield exception("internalServerException", "Something failed inside the service.")
 
 
 def _timed() -> Timed:
     return Timed(time.perf_counter, time.perf_counter())
-
-
-def _counted(given: Any) -> tuple[str, dict[str, Any]]:
-    """Which kind of request is to be counted, and its members."""
-    if isinstance(given, dict):
-        kinds = [kind for kind in ("converse", "invokeModel") if given.get(kind) is not None]
-        if len(kinds) == 1 and isinstance(given[kinds[0]], dict):
-            return kinds[0], given[kinds[0]]
-    raise Fault(
-        "Validation",
-        "1 validation error detected: Value at 'input' failed to satisfy constraint: exactly one of "
-        "converse and invokeModel is set",
-    )
 
 
 def _decoded(body: Any) -> bytes:

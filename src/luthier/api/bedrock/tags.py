@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from luthier.api.bedrock.control import Operate, Request, not_found, tags_of
+from luthier.api.bedrock.control import ControlRequest, Operate, not_found, tags_of
 from luthier.api.bedrock.identifiers import JOB, MODEL, find_endpoint, find_job, find_model
 from luthier.store import tags
 from luthier.store.arns import Arn
@@ -15,7 +15,7 @@ from luthier.store.endpoints import DEPLOYMENT, PROVISIONED
 _BY_KIND = {JOB: find_job, MODEL: find_model}
 
 
-def tag_resource(request: Request) -> dict[str, Any]:
+def tag_resource(request: ControlRequest) -> dict[str, Any]:
     """Set tags; the same key is replaced."""
     given = tags_of(request["tags"])
     request.allow(request["resourceARN"])
@@ -24,7 +24,7 @@ def tag_resource(request: Request) -> dict[str, Any]:
     return {}
 
 
-def untag_resource(request: Request) -> dict[str, Any]:
+def untag_resource(request: ControlRequest) -> dict[str, Any]:
     """Take tags away by key."""
     request.allow(request["resourceARN"])
     with request.control.database.write() as session:
@@ -32,7 +32,7 @@ def untag_resource(request: Request) -> dict[str, Any]:
     return {}
 
 
-def list_tags(request: Request) -> dict[str, Any]:
+def list_tags(request: ControlRequest) -> dict[str, Any]:
     """All tags, by key."""
     request.allow(request["resourceARN"])
     with request.control.database.read() as session:
@@ -40,7 +40,7 @@ def list_tags(request: Request) -> dict[str, Any]:
     return {"tags": [{"key": key, "value": value} for key, value in found.items()]}
 
 
-def _resource(request: Request, session: Session) -> str:
+def _resource(request: ControlRequest, session: Session) -> str:
     """The ARN of something that is there, under which its tags are kept."""
     text = request["resourceARN"]
     arn = Arn.parse(text)

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from luthier.api.native.context import Context
-from luthier.api.native.operations import Operation, Part, Request, Told
+from luthier.api.http.messages import Fault, Request
+from luthier.api.native.operations import Context, Input, NativeOperation, View
 from luthier.api.policies import refuse_denied
-from luthier.api.wire import Fault
 from luthier.errors import RefusedInput
 from luthier.jobs.deletion import DeletionRequest, Deletions
 
@@ -19,7 +18,7 @@ SHOWN = 1000
 """Things that are listed of what would go."""
 
 
-class DataNamed(Part):
+class DataNamed(Input):
     """Which data are meant."""
 
     data: tuple[str, ...] = Field(default=(), max_length=100)
@@ -32,7 +31,7 @@ class DataNamed(Part):
     """Only say what there is."""
 
 
-class DeletionTold(Told):
+class DeletionView(View):
     """What was deleted, as the audit log says it."""
 
     deletion: str | None
@@ -56,19 +55,19 @@ class DeletionTold(Told):
     """``seq`` and ``hash`` of the entries of the audit log."""
 
 
-def operations(context: Context, deletions: Deletions) -> list[Operation]:
+def operations(context: Context, deletions: Deletions) -> list[NativeOperation]:
     """Everything about deletion."""
     handlers = _Deletions(context, deletions)
     return [
-        Operation(
+        NativeOperation(
             "deleteData", "POST", "/api/v1/data/deletions", handlers.delete,
             "Delete training data, every copy that jobs made of them and, if asked for, the models "
             "that learned from them.",
-            DeletionTold, body=DataNamed,
+            DeletionView, body=DataNamed,
         ),
-        Operation(
+        NativeOperation(
             "getDataDeletion", "GET", "/api/v1/data/deletions/{deletion}", handlers.get,
-            "The certificate of a deletion, from the audit log.", DeletionTold,
+            "The certificate of a deletion, from the audit log.", DeletionView,
         ),
     ]  # fmt: skip
 
@@ -77,27 +76,25 @@ class _Deletions:
     def __init__(self, context: Context, deletions: Deletions) -> None:
         self.context, self.deletions = context, deletions
 
-    def delete(self, request: Request) -> DeletionTold:
-        named: DataNamed = request.body
+    def delete(self, request: Request, named: DataNamed) -> DeletionView:
         self.context.allow(request, "DeleteData", "data-deletion/*")
         if not named.data and named.job is None:
             raise Fault("Validation", "Name data or a job.", parameter="data")
-        call = request.call
         asked = DeletionRequest(
             request.account,
-            call.caller.user,
+            request.caller.user,
             named.data,
             named.job,
             named.models,
-            call.request_id,
-            call.address,
+            request.request_id,
+            request.address,
         )
         if named.dry_run:
             return self._found(asked)
         # Who may not delete an object or a model does not do so in this way either.
-        return _told(self.deletions.delete(asked, partial(refuse_denied, call.caller)))
+        return _told(self.deletions.delete(asked, partial(refuse_denied, request.caller)))
 
-    def get(self, request: Request) -> DeletionTold:
+    def get(self, request: Request) -> DeletionView:
         number = request.params["deletion"]
         self.context.allow(request, "GetDataDeletion", f"data-deletion/{number}")
         try:
@@ -105,9 +102,9 @@ class _Deletions:
         except RefusedInput as refused:
             raise Fault("ResourceNotFound", str(refused)) from None
 
-    def _found(self, asked: DeletionRequest) -> DeletionTold:
+    def _found(self, asked: DeletionRequest) -> DeletionView:
         traces, items = self.deletions.find(asked)
-        return DeletionTold(
+        return DeletionView(
             deletion=None,
             account=asked.account,
             user=asked.user,
@@ -123,5 +120,5 @@ class _Deletions:
         )
 
 
-def _told(certificate: dict[str, Any]) -> DeletionTold:
-    return DeletionTold(**{**certificate, "models": certificate["models_kept"]})
+def _told(certificate: dict[str, Any]) -> DeletionView:
+    return DeletionView(**{**certificate, "models": certificate["models_kept"]})

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from luthier.api.http.messages import Request, Response
 from luthier.api.native import deletions as deleting
 from luthier.api.native import jobs, models, reports, usage
-from luthier.api.native.context import Context
-from luthier.api.native.openapi import document
-from luthier.api.native.operations import NativeFace, Operation, Request, Told
-from luthier.api.wire import Answer
+from luthier.api.native.operations import Context, NativeFace, NativeOperation, View, document
 from luthier.jobs.deletion import Deletions
 
 
-class WhoTold(Told):
+class WhoView(View):
     """Who sends the call."""
 
     account: str
@@ -22,18 +20,18 @@ class WhoTold(Told):
 def native_face(context: Context, version: str, deletions: Deletions) -> NativeFace:
     """All operations, and the document of them."""
 
-    def who(request: Request) -> WhoTold:
-        caller = request.call.caller
-        return WhoTold(account=caller.account, user=caller.user, arn=caller.arn)
+    def who(request: Request) -> WhoView:
+        caller = request.caller
+        return WhoView(account=caller.account, user=caller.user, arn=caller.arn)
 
-    def described(request: Request) -> Answer:
-        return Answer.of(document(operations, version))
+    def described(request: Request) -> Response:
+        return Response.json(document(operations, version))
 
     operations = [
-        Operation(
-            "whoAmI", "GET", "/api/v1/whoami", who, "The account and user of the key.", WhoTold
+        NativeOperation(
+            "whoAmI", "GET", "/api/v1/whoami", who, "The account and user of the key.", WhoView
         ),
-        Operation(
+        NativeOperation(
             "describe", "GET", "/api/v1/openapi.json", described, "This document."
         ),
         *jobs.operations(context),

@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from luthier.api.native.context import Context
-from luthier.api.native.operations import Operation, Part, Request, Told, setting_name
-from luthier.api.wire import Answer, Fault
+from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
 from luthier.graders import graders_named
 from luthier.jobs.submit import Submission, check_client_grader, submit
 from luthier.setting_names import with_setting_names
@@ -29,7 +28,7 @@ QUIET_SECONDS = 15.0
 """After so long without an event a comment is sent, so that nothing between closes the stream."""
 
 
-class NewJob(Part):
+class NewJob(Input):
     """What is to be trained, from what, and how."""
 
     name: str = Field(min_length=1, max_length=63, pattern=f"^{_NAME}$")
@@ -58,7 +57,7 @@ class NewJob(Part):
     """Seconds of work after which it is failed."""
 
 
-class JobTold(Told):
+class JobView(View):
     """Where a job stands."""
 
     id: str
@@ -83,15 +82,15 @@ class JobTold(Told):
     result: dict[str, Any] | None = None
 
 
-class JobsTold(Told):
+class JobsView(View):
     """Jobs, the newest first."""
 
-    jobs: list[JobTold]
+    jobs: list[JobView]
     next: int | None = None
     """``position`` of the next page; none at the end."""
 
 
-class Page(Part):
+class Page(Input):
     """Which jobs are wanted."""
 
     state: State | None = None
@@ -100,7 +99,7 @@ class Page(Part):
     """``next`` of the page before."""
 
 
-class Since(Part):
+class Since(Input):
     """Which events are wanted."""
 
     after: int = Field(default=0, ge=0, le=2**62)
@@ -109,30 +108,30 @@ class Since(Part):
     """Stay until the job has ended; else only what is there now."""
 
 
-def operations(context: Context) -> list[Operation]:
+def operations(context: Context) -> list[NativeOperation]:
     """Everything about jobs."""
     jobs = _Jobs(context)
     one = "/api/v1/jobs/{job}"
     acts = {"stop": queue.stop, "pause": queue.pause, "resume": queue.resume}
     changes = [
-        Operation(
+        NativeOperation(
             f"{name}Job", "POST", f"{one}/{name}", jobs.changed(name, act),
-            f"{name.capitalize()} a job; one that has ended is a conflict.", JobTold,
+            f"{name.capitalize()} a job; one that has ended is a conflict.", JobView,
         )
         for name, act in acts.items()
     ]  # fmt: skip
     return [
-        Operation(
-            "createJob", "POST", "/api/v1/jobs", jobs.create, "Put a job into the queue.", JobTold,
+        NativeOperation(
+            "createJob", "POST", "/api/v1/jobs", jobs.create, "Put a job into the queue.", JobView,
             body=NewJob, status=201,
         ),
-        Operation(
-            "listJobs", "GET", "/api/v1/jobs", jobs.listed, "Jobs, the newest first.", JobsTold,
+        NativeOperation(
+            "listJobs", "GET", "/api/v1/jobs", jobs.listed, "Jobs, the newest first.", JobsView,
             query=Page,
         ),
-        Operation("getJob", "GET", one, jobs.get, "One job by its name or id.", JobTold),
+        NativeOperation("getJob", "GET", one, jobs.get, "One job by its name or id.", JobView),
         *changes,
-        Operation(
+        NativeOperation(
             "jobEvents", "GET", f"{one}/events", jobs.events,
             "What happens to a job, as server-sent events: states, messages, metrics of each step.",
             query=Since, media="text/event-stream",
@@ -144,8 +143,7 @@ class _Jobs:
     def __init__(self, context: Context) -> None:
         self.context = context
 
-    def create(self, request: Request) -> JobTold:
-        asked: NewJob = request.body
+    def create(self, request: Request, asked: NewJob) -> JobView:
         context = self.context
         context.allow(request, "CreateJob", "model-customization-job/*")
         for address in (*asked.training, *asked.validation):
@@ -184,8 +182,7 @@ class _Jobs:
         context.wake()
         return told
 
-    def listed(self, request: Request) -> JobsTold:
-        page: Page = request.query
+    def listed(self, request: Request, page: Page) -> JobsView:
         self.context.allow(request, "ListJobs", "*")
         wanted = queue.Wanted(states=(page.state,) if page.state else ())
         with self.context.database.read() as session:
@@ -193,15 +190,15 @@ class _Jobs:
                 session, request.account, wanted, limit=page.limit + 1, position=page.position
             )
         following = found[page.limit - 1].seq if len(found) > page.limit else None
-        return JobsTold(jobs=[_told(job) for job in found[: page.limit]], next=following)
+        return JobsView(jobs=[_told(job) for job in found[: page.limit]], next=following)
 
-    def get(self, request: Request) -> JobTold:
+    def get(self, request: Request) -> JobView:
         return _told(self._job(request, "GetJob"))
 
     def changed(self, name: str, act: Any) -> Any:
         """The handler that does ``act`` to a job."""
 
-        def run(request: Request) -> JobTold:
+        def run(request: Request) -> JobView:
             with self.context.database.write() as session:
                 job = queue.get(session, request.account, request.params["job"], lock=True)
                 job = self._allowed(request, f"{name.capitalize()}Job", job)
@@ -211,13 +208,13 @@ class _Jobs:
 
         return run
 
-    def events(self, request: Request) -> Answer:
-        job, since = self._job(request, "GetJob"), request.query
-        known = request.call.headers.get("last-event-id", "")
+    def events(self, request: Request, since: Since) -> Response:
+        job = self._job(request, "GetJob")
+        known = request.headers.get("last-event-id", "")
         # A number beyond what databases hold is nobody's event.
         after = int(known) if known.isdigit() and len(known) < 19 else since.after
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
-        return Answer(200, self._stream(job, min(after, 2**62), since.follow), headers)
+        return Response(200, self._stream(job, min(after, 2**62), since.follow), headers)
 
     def _stream(self, job: Job, after: int, follow: bool) -> Iterator[bytes]:
         quiet = time.monotonic()
@@ -256,8 +253,8 @@ class _Jobs:
         return job
 
 
-def _told(job: Job) -> JobTold:
-    fields = {name: getattr(job, name) for name in JobTold.model_fields if name != "base"}
+def _told(job: Job) -> JobView:
+    fields = {name: getattr(job, name) for name in JobView.model_fields if name != "base"}
     if job.failure is not None:
         fields["failure"] = with_setting_names(job.failure, setting_name)
-    return JobTold(**fields, base=job.base_model)
+    return JobView(**fields, base=job.base_model)

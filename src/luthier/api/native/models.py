@@ -8,14 +8,13 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.api.native.context import Context
-from luthier.api.native.operations import Operation, Request, Told
-from luthier.api.wire import Fault
+from luthier.api.http.messages import Fault, Request
+from luthier.api.native.operations import Context, NativeOperation, View
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.foundation import FoundationModel, foundation_model, foundation_models
 
 
-class ModelTold(Told):
+class ModelView(View):
     """One model."""
 
     id: str
@@ -36,13 +35,13 @@ class ModelTold(Told):
     created: datetime | None = None
 
 
-class ModelsTold(Told):
+class ModelsView(View):
     """Foundation models, then the account's own in the order they were made."""
 
-    models: list[ModelTold]
+    models: list[ModelView]
 
 
-class CertificateTold(Told):
+class CertificateView(View):
     """What was recorded when a custom model was made, and what it goes back to."""
 
     model: str
@@ -52,17 +51,17 @@ class CertificateTold(Told):
     """ARNs from this model down to the foundation model."""
 
 
-def operations(context: Context) -> list[Operation]:
+def operations(context: Context) -> list[NativeOperation]:
     """Everything about models."""
     models, one = _Models(context), "/api/v1/models/{model}"
     return [
-        Operation(
-            "listModels", "GET", "/api/v1/models", models.listed, "All models there are.", ModelsTold
+        NativeOperation(
+            "listModels", "GET", "/api/v1/models", models.listed, "All models there are.", ModelsView
         ),
-        Operation("getModel", "GET", one, models.get, "One model by id, name or ARN.", ModelTold),
-        Operation(
+        NativeOperation("getModel", "GET", one, models.get, "One model by id, name or ARN.", ModelView),
+        NativeOperation(
             "getCertificate", "GET", f"{one}/certificate", models.certificate,
-            "What is certified of a custom model, and its lineage.", CertificateTold,
+            "What is certified of a custom model, and its lineage.", CertificateView,
         ),
     ]  # fmt: skip
 
@@ -71,7 +70,7 @@ class _Models:
     def __init__(self, context: Context) -> None:
         self.context = context
 
-    def listed(self, request: Request) -> ModelsTold:
+    def listed(self, request: Request) -> ModelsView:
         self.context.allow(request, "ListModels", "*")
         own = select(CustomModel).where(
             CustomModel.account == request.account, CustomModel.status != RESERVED
@@ -79,18 +78,18 @@ class _Models:
         with self.context.database.read() as session:
             found = list(session.scalars(own.order_by(CustomModel.seq)))
         told = [self._foundation(each) for each in foundation_models()]
-        return ModelsTold(models=told + [self._custom(each) for each in found])
+        return ModelsView(models=told + [self._custom(each) for each in found])
 
-    def get(self, request: Request) -> ModelTold:
+    def get(self, request: Request) -> ModelView:
         with self.context.database.read() as session:
             found = foundation_model(request.params["model"]) or self._own(request, session)
         if isinstance(found, FoundationModel):
             arn = self.context.arns.foundation_model(found.id)
-            self.context.authorize(request.call.caller, "luthier:GetModel", arn)
+            self.context.authorize(request.caller, "luthier:GetModel", arn)
             return self._foundation(found)
         return self._custom(found)
 
-    def certificate(self, request: Request) -> CertificateTold:
+    def certificate(self, request: Request) -> CertificateView:
         from luthier.store.models import find
 
         lineage: list[str] = []
@@ -110,7 +109,7 @@ class _Models:
                     below = self.context.custom(session, request.account, lineage[-1])
                 except Fault:
                     break  # deleted since; its ARN is all that is left of it here
-        return CertificateTold(model=lineage[0], certificate=find(stored).manifest, lineage=lineage)
+        return CertificateView(model=lineage[0], certificate=find(stored).manifest, lineage=lineage)
 
     def _own(self, request: Request, session: Session) -> CustomModel:
         """The account's model, where the caller may; a policy decides on its ARN."""
@@ -125,8 +124,8 @@ class _Models:
             raise missing
         return model
 
-    def _foundation(self, model: FoundationModel) -> ModelTold:
-        return ModelTold(
+    def _foundation(self, model: FoundationModel) -> ModelView:
+        return ModelView(
             id=model.id,
             name=model.base,
             arn=self.context.arns.foundation_model(model.id),
@@ -135,8 +134,10 @@ class _Models:
             created=model.created,
         )
 
-    def _custom(self, model: CustomModel) -> ModelTold:
-        return ModelTold(
+    def _custom(self, model: CustomModel) -> ModelView:
+        asked = model.details.get("request", {}).get("modelSourceConfig", {})
+        source: str | None = asked.get("s3DataSource", {}).get("s3Uri")
+        return ModelView(
             id=model.id,
             name=model.name,
             arn=model.arn(self.context.arns),
@@ -144,13 +145,7 @@ class _Models:
             status=model.status,
             base=model.base_model or None,
             job=model.job_id,
-            source=_source(model),
+            source=source,
             failure=model.failure,
             created=model.created,
         )
-
-
-def _source(model: CustomModel) -> str | None:
-    asked = model.details.get("request", {}).get("modelSourceConfig", {})
-    source: str | None = asked.get("s3DataSource", {}).get("s3Uri")
-    return source

@@ -1,7 +1,7 @@
-"""What an operation of the native face is, and the face that finds and checks it.
+"""Operations of the native face, the face that finds and checks them, and its OpenAPI 3.1 document.
 
 An operation names its parts once: path, query, body and answer are pydantic models, from which requests
-are checked, answers written and the OpenAPI document made.
+are checked, answers written and the document made.
 """
 
 from __future__ import annotations
@@ -11,12 +11,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.json_schema import models_json_schema
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
-from luthier.api.wire import Answer, Call, Fault, Route
+from luthier.api.http.messages import Fault, Head, Request, Response
+from luthier.api.http.routing import Authorize, Operation, Route, Router
+from luthier.api.policies import refuse_denied
 from luthier.jobs.submit import SETTABLE_DATA
+from luthier.limits import AccountQuotas
+from luthier.store.arns import Arn, Arns
+from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
+from luthier.store.database import Database
+from luthier.store.foundation import FoundationModel, foundation_model
+from luthier.store.locations import Locations
 
 STATUS = {
     "Validation": 400, "Serialization": 400, "Conflict": 409, "ServiceQuotaExceeded": 400,
@@ -28,63 +38,70 @@ STATUS = {
     "ServiceUnavailable": 503,
 }  # fmt: skip
 """HTTP status of each fault; 400 for others."""
+_REFERENCE = "#/components/schemas/{model}"
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["code", "message"],
+            "properties": {
+                "code": {"type": "string"},
+                "message": {"type": "string"},
+                "parameter": {"type": "string", "description": "The field that is meant."},
+            },
+        }
+    },
+}
+_SAME = {
+    "CreateJob": "CreateModelCustomizationJob",
+    "GetJob": "GetModelCustomizationJob",
+    "StopJob": "StopModelCustomizationJob",
+    "PauseJob": "StopModelCustomizationJob",
+    "ListJobs": "ListModelCustomizationJobs",
+    "GetModel": "GetCustomModel",
+    "ListModels": "ListCustomModels",
+}
+"""Operations of Bedrock that come to the same: who is denied those is denied these."""
 
 
-class Part(BaseModel):
+class Input(BaseModel):
     """What is sent: its fields are known, others are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Told(BaseModel):
+class View(BaseModel):
     """What is answered."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
-class Empty(Part):
+class Empty(Input):
     """Nothing is sent."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """A call whose parts were checked."""
-
-    call: Call
-    params: dict[str, str]
-    query: Any
-    body: Any
-
-    @property
-    def account(self) -> str:
-        """Whose things are meant."""
-        return self.call.caller.account
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One thing that clients can ask for."""
+class NativeOperation:
+    """One thing that clients can ask for, with the models of its parts."""
 
     name: str
     method: str
     path: str
     """With names in braces: ``/api/v1/jobs/{job}``."""
-    run: Callable[[Request], Any]
-    """Gives an ``answer``, or an :class:`Answer` that is sent as it is."""
+    run: Callable[..., Any]
+    """Called with the request, and with its query or body if it has one; gives an ``answer``, or a
+    :class:`Response` that is sent as it is."""
     about: str
     """One sentence for the document."""
     answer: type[BaseModel] | None = None
-    """``None`` where an :class:`Answer` is given."""
+    """``None`` where an :class:`Response` is given."""
     query: type[BaseModel] = Empty
     body: type[BaseModel] | None = None
     status: int = 200
     media: str = "application/json"
     """Of the answer."""
-
-    @property
-    def pattern(self) -> re.Pattern[str]:
-        """Matches raw paths; a name takes one segment."""
-        return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(self.path)))
 
 
 _ABOVE = {"base": "base", "data.train": "training", "data.validation": "validation",
@@ -108,56 +125,52 @@ def setting_name(field: str, value: str | None) -> str | None:
 class NativeFace:
     """Finds operations by method and path."""
 
-    def __init__(self, operations: Sequence[Operation]) -> None:
-        self.operations = tuple(operations)
-        self._patterns = [(each.pattern, each) for each in operations]
+    name, request_id_header = "native", "x-request-id"
 
-    def route(self, method: str, path: str) -> Route:
-        """The operation of a raw path; :class:`Fault` where there is none."""
-        allowed = []
-        for pattern, operation in self._patterns:
-            found = pattern.fullmatch(path)
-            if found is None:
-                continue
-            if operation.method == method:
-                params = {name: unquote(text) for name, text in found.groupdict().items()}
-                return Route(f"native.{operation.name}", partial(_run, operation), params)
-            allowed.append(operation.method)
-        if allowed:
-            text = f"{path} takes {', '.join(sorted(allowed))}."
-            raise Fault("MethodNotAllowed", text, allow=", ".join(sorted(allowed)))
-        raise Fault("UnknownOperation", f"There is no {method} {path}; see /api/v1/openapi.json.")
+    def __init__(self, operations: Sequence[NativeOperation]) -> None:
+        self.router = Router(
+            Operation(f"native.{each.name}", each.method, each.path, partial(_run, each))
+            for each in operations
+        )
 
-    def refusal(self, fault: Fault, request_id: str) -> Answer:
+    def serves(self, head: Head, service: str) -> bool:
+        """What is below its path."""
+        return head.path.startswith("/api/")
+
+    def route(self, head: Head) -> Route:
+        """What answers to a request; :class:`Fault` where nothing does."""
+        routes = self.router.routes(head.path)
+        if head.method in routes:
+            return routes[head.method]
+        if routes:
+            methods = ", ".join(sorted(routes))
+            raise Fault("MethodNotAllowed", f"{head.path} takes {methods}.", allow=methods)
+        text = f"There is no {head.method} {head.path}; see /api/v1/openapi.json."
+        raise Fault("UnknownOperation", text)
+
+    def refusal(self, fault: Fault, request_id: str) -> Response:
         """``{"error": {"code", "message", "parameter"}}``."""
         fault = fault.named(setting_name)
         error = {"code": fault.code, "message": fault.message, "parameter": fault.parameter}
-        headers = {"x-request-id": request_id}
-        if "retry_after" in fault.details:
-            headers["Retry-After"] = str(fault.details["retry_after"])
-        if "allow" in fault.details:
-            headers["Allow"] = str(fault.details["allow"])
+        headers = {"Allow": fault.details["allow"]} if "allow" in fault.details else {}
         told = {key: value for key, value in error.items() if value is not None}
-        return Answer.of({"error": told}, STATUS.get(fault.code, 400), **headers)
+        return Response.json({"error": told}, STATUS.get(fault.code, 400), **headers)
 
 
-def _run(operation: Operation, call: Call) -> Answer:
-    query = {key: values[-1] for key, values in call.query.items()}
-    parsed = _parsed(operation.query, query)
-    body = None
+def _run(operation: NativeOperation, request: Request) -> Response:
+    query = {key: values[-1] for key, values in request.query.items()}
+    parts = [_parsed(operation.query, query)] if operation.query is not Empty or query else []
     if operation.body is not None:
-        body = _parsed(operation.body, _json(call))
-    given = operation.run(Request(call, dict(call.params), parsed, body))
-    headers = {"x-request-id": call.request_id}
-    if isinstance(given, Answer):
-        return Answer(given.status, given.body, {**headers, **given.headers})
-    plain = given.model_dump(mode="json", exclude_none=True)
-    return Answer.of(plain, operation.status, **headers)
+        parts.append(_parsed(operation.body, _json(request)))
+    given = operation.run(request, *parts)
+    if isinstance(given, Response):
+        return given
+    return Response.json(given.model_dump(mode="json", exclude_none=True), operation.status)
 
 
-def _json(call: Call) -> Any:
+def _json(request: Request) -> Any:
     try:
-        return call.json if call.body.strip() else {}
+        return request.json if request.body.strip() else {}
     except (ValueError, RecursionError) as error:
         raise Fault("Serialization", f"The body is no JSON: {error}.") from error
 
@@ -173,3 +186,136 @@ def _parsed(kind: type[BaseModel], value: Any) -> Any:
             for place, each in zip(places, first, strict=True)
         )
         raise Fault("Validation", text, parameter=places[0] or None) from error
+
+
+def document(operations: Sequence[NativeOperation], version: str) -> dict[str, Any]:
+    """The whole document, ready for JSON."""
+    bodies = [each.body for each in operations if each.body is not None]
+    answers = [each.answer for each in operations if each.answer is not None]
+    wanted: list[tuple[type[BaseModel], Any]] = [(each, "validation") for each in bodies]
+    wanted += [(each, "serialization") for each in answers]
+    references, found = models_json_schema(
+        list(dict.fromkeys(wanted)),
+        ref_template=_REFERENCE,  # each model once
+    )
+    schemas = {"Error": _ERROR, **found.get("$defs", {})}
+    paths: dict[str, dict[str, Any]] = {}
+    for each in operations:
+        paths.setdefault(each.path, {})[each.method.lower()] = _operation(each, references)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "luthier",
+            "version": version,
+            "description": "Jobs, reports, estimates, models and certificates of a luthier server.",
+        },
+        "security": [{"key": []}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(each: NativeOperation, references: Any) -> dict[str, Any]:
+    content: dict[str, Any] = {"schema": {"type": "object"}}
+    if each.answer is not None:
+        content = {"schema": references[each.answer, "serialization"]}
+    elif each.media != "application/json":
+        content = {"schema": {"type": "string"}}
+    described: dict[str, Any] = {
+        "operationId": each.name,
+        "summary": each.about,
+        "parameters": [*_path(each), *_query(each.query)],
+        "responses": {
+            str(each.status): {"description": each.about, "content": {each.media: content}},
+            **{str(status): _refused(status) for status in sorted(set(STATUS.values()))},
+        },
+    }
+    if each.body is not None:
+        schema = references[each.body, "validation"]
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema}},
+        }
+    return described
+
+
+def _refused(status: int) -> dict[str, Any]:
+    schema = {"$ref": _REFERENCE.format(model="Error")}
+    return {
+        "description": f"Refused with status {status}.",
+        "content": {"application/json": {"schema": schema}},
+    }
+
+
+def _path(each: NativeOperation) -> list[dict[str, Any]]:
+    names = re.findall(r"\{(\w+)\}", each.path)
+    schema = {"type": "string", "minLength": 1}
+    return [{"name": name, "in": "path", "required": True, "schema": schema} for name in names]
+
+
+def _query(kind: type[BaseModel]) -> list[dict[str, Any]]:
+    schema = kind.model_json_schema()
+    needed = schema.get("required", [])
+    return [
+        {"name": name, "in": "query", "required": name in needed, "schema": value}
+        for name, value in schema.get("properties", {}).items()
+    ]
+
+
+@dataclass(frozen=True)
+class Context:
+    """The service, as one face sees it."""
+
+    database: Database
+    arns: Arns
+    locations: Locations
+    authorize: Authorize
+    limits: Callable[[str], AccountQuotas]
+    """The quota of an account."""
+    wake: Callable[[], None]
+    """Tells the scheduler that there is something to do."""
+
+    def allow(self, request: Request, action: str, path: str, shown: str | None = None) -> None:
+        """Refuse a caller who may not; ``path`` is the end of an ARN, or ``*`` for everything.
+
+        A refusal names ``shown``, the end as the caller wrote it: who asked by a name learns no id.
+        """
+        resource = self._resource(request, path)
+        try:
+            self.authorize(request.caller, f"luthier:{action}", resource)
+            if action in _SAME:
+                refuse_denied(request.caller, f"bedrock:{_SAME[action]}", resource)
+        except Fault as fault:
+            told = fault.message.replace(resource, self._resource(request, shown or path))
+            raise Fault(fault.code, told) from None
+
+    def _resource(self, request: Request, path: str) -> str:
+        kind, _, rest = path.partition("/")
+        return path if path == "*" else self.arns.of(request.account, kind, rest)
+
+    def base(
+        self, session: Session, account: str, identifier: str
+    ) -> FoundationModel | CustomModel:
+        """The foundation model, or the account's custom model, of an id, alias, name or ARN."""
+        found = foundation_model(identifier)
+        return found or self.custom(session, account, identifier, active=True)
+
+    def custom(
+        self, session: Session, account: str, identifier: str, active: bool = False
+    ) -> CustomModel:
+        """The account's custom model of this name, id or ARN."""
+        arn = Arn.parse(identifier)
+        wanted = select(CustomModel).where(CustomModel.account == account)
+        if arn is None:
+            wanted = wanted.where((CustomModel.name == identifier) | (CustomModel.id == identifier))
+        elif (arn.account, arn.region, arn.kind) == (account, self.arns.region, "custom-model"):
+            wanted = wanted.where(CustomModel.id == arn.id)
+        else:
+            wanted = wanted.where(CustomModel.id == "")
+        model = session.scalars(wanted.where(CustomModel.status != RESERVED)).first()
+        if model is None or (active and model.status != ACTIVE):
+            raise Fault("ResourceNotFound", f"There is no model {identifier!r}.")
+        return model

@@ -18,10 +18,9 @@ from typing import Any
 
 from pydantic import Field
 
-from luthier.api.native.context import Context
+from luthier.api.http.messages import Fault, Request
 from luthier.api.native.jobs import CustomizationType
-from luthier.api.native.operations import Operation, Part, Request, Told, setting_name
-from luthier.api.wire import Fault
+from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
 from luthier.encryption.keys import handed_over
 from luthier.jobs.processes import worker_environment
 from luthier.jobs.submit import Submission, recipe_of
@@ -34,7 +33,7 @@ SECONDS = 600.0
 """Of one report or estimate at most."""
 
 
-class Inspection(Part):
+class Inspection(Input):
     """Rows that are to be looked at."""
 
     training: str
@@ -47,7 +46,7 @@ class Inspection(Part):
     """What is to be learned; the rows decide where it is not given."""
 
 
-class ReportTold(Told):
+class ReportView(View):
     """What the data gate says."""
 
     verdict: str
@@ -55,7 +54,7 @@ class ReportTold(Told):
     report: dict[str, Any]
 
 
-class Planned(Part):
+class Planned(Input):
     """A job that may be submitted."""
 
     training: str
@@ -67,25 +66,25 @@ class Planned(Part):
     """Fields of a recipe by group."""
 
 
-class EstimateTold(Told):
+class EstimateView(View):
     """What a job will take on this machine."""
 
     estimate: dict[str, Any]
     """Tokens, steps, seconds, memory and disk, each with its interval."""
 
 
-def operations(context: Context) -> list[Operation]:
+def operations(context: Context) -> list[NativeOperation]:
     """Reports and estimates."""
     reports = _Reports(context)
     return [
-        Operation(
+        NativeOperation(
             "inspectData", "POST", "/api/v1/inspections", reports.inspect,
-            "Say whether data can teach a model, and what is wrong row by row.", ReportTold,
+            "Say whether data can teach a model, and what is wrong row by row.", ReportView,
             body=Inspection,
         ),
-        Operation(
+        NativeOperation(
             "estimateJob", "POST", "/api/v1/estimates", reports.estimate,
-            "Say what a job will take, from a few real steps on its rows.", EstimateTold,
+            "Say what a job will take, from a few real steps on its rows.", EstimateView,
             body=Planned,
         ),
     ]  # fmt: skip
@@ -96,8 +95,7 @@ class _Reports:
         self.context = context
         self._free = threading.BoundedSemaphore(AT_ONCE)
 
-    def inspect(self, request: Request) -> ReportTold:
-        asked: Inspection = request.body
+    def inspect(self, request: Request, asked: Inspection) -> ReportView:
         self.context.allow(request, "InspectData", "*")
         base = self._model(request, asked.base)
         with self._folder() as folder:
@@ -111,12 +109,11 @@ class _Reports:
             if asked.objective is not None:
                 command += ["--objective", asked.objective]
             report = _answered(command, addresses, (0, 1, 2), _inspection_name)
-        return ReportTold(verdict=report["verdict"], report=report)
+        return ReportView(verdict=report["verdict"], report=report)
 
-    def estimate(self, request: Request) -> EstimateTold:
+    def estimate(self, request: Request, asked: Planned) -> EstimateView:
         from luthier.recipe import to_toml
 
-        asked: Planned = request.body
         self.context.allow(request, "EstimateJob", "*")
         with self.context.database.read() as session:
             base = self.context.base(session, request.account, asked.base)
@@ -141,7 +138,7 @@ class _Reports:
             recipe = folder / "recipe.toml"
             recipe.write_text(to_toml(fields), encoding="utf-8")
             found = _answered(["estimate", str(recipe)], addresses, (0,), setting_name)
-        return EstimateTold(estimate=found)
+        return EstimateView(estimate=found)
 
     def _model(self, request: Request, identifier: str) -> str:
         with self.context.database.read() as session:

@@ -6,8 +6,8 @@ from datetime import date, timedelta
 
 from pydantic import Field
 
-from luthier.api.native.context import Context
-from luthier.api.native.operations import Operation, Part, Request, Told
+from luthier.api.http.messages import Request
+from luthier.api.native.operations import Context, Input, NativeOperation, View
 from luthier.limits import AccountQuotas
 from luthier.store.database import now
 from luthier.store.quota_usage import quota_usage
@@ -17,7 +17,7 @@ DAYS = 30
 """Of a report whose first day is not named."""
 
 
-class QuotaTold(Told):
+class QuotaView(View):
     """One quota."""
 
     used: int
@@ -26,15 +26,15 @@ class QuotaTold(Told):
     """What there may be; what it counts is in ``name``."""
 
 
-class UsageTold(Told):
+class UsageView(View):
     """Quotas of the account."""
 
     account: str
-    quotas: dict[str, QuotaTold]
+    quotas: dict[str, QuotaView]
     """By name: ``stored_bytes``, ``objects``, ``files``, ``buckets``, ``custom_models`` and others."""
 
 
-class Days(Part):
+class Days(Input):
     """Which days are meant, in UTC."""
 
     first: date | None = Field(default=None, alias="from")
@@ -43,7 +43,7 @@ class Days(Part):
     """Today when not given."""
 
 
-class DayTold(Told):
+class DayView(View):
     """What was used on one day, of one model or beside models."""
 
     day: date
@@ -62,24 +62,24 @@ class DayTold(Told):
     """The most that was stored that day, looked at once a minute."""
 
 
-class DaysTold(Told):
+class DaysView(View):
     """A report by day and model; counts of the last minute may be missing."""
 
     account: str
-    days: list[DayTold]
+    days: list[DayView]
 
 
-def operations(context: Context) -> list[Operation]:
+def operations(context: Context) -> list[NativeOperation]:
     """Everything about quotas and usage."""
     handlers = _Usage(context)
     return [
-        Operation(
+        NativeOperation(
             "getUsage", "GET", "/api/v1/usage", handlers.quotas,
-            "What the account stores and has in hand, beside its quotas.", UsageTold,
+            "What the account stores and has in hand, beside its quotas.", UsageView,
         ),
-        Operation(
+        NativeOperation(
             "getDailyUsage", "GET", "/api/v1/usage/days", handlers.days,
-            "What the account used, by day and model.", DaysTold, query=Days,
+            "What the account used, by day and model.", DaysView, query=Days,
         ),
     ]  # fmt: skip
 
@@ -88,21 +88,20 @@ class _Usage:
     def __init__(self, context: Context) -> None:
         self.context = context
 
-    def quotas(self, request: Request) -> UsageTold:
+    def quotas(self, request: Request) -> UsageView:
         self.context.allow(request, "GetUsage", "*")
         quotas: AccountQuotas = self.context.limits(request.account)
         with self.context.database.read() as session:
             found = quota_usage(session, request.account)
         told = {
-            name: QuotaTold(used=used, quota=getattr(quotas, name)) for name, used in found.items()
+            name: QuotaView(used=used, quota=getattr(quotas, name)) for name, used in found.items()
         }
-        return UsageTold(account=request.account, quotas=told)
+        return UsageView(account=request.account, quotas=told)
 
-    def days(self, request: Request) -> DaysTold:
+    def days(self, request: Request, asked: Days) -> DaysView:
         self.context.allow(request, "GetUsage", "*")
-        asked: Days = request.query
         last = asked.last or now().date()
         first = asked.first or last - timedelta(days=DAYS)
         with self.context.database.read() as session:
             found = report(session, first, last, request.account)
-        return DaysTold(account=request.account, days=[DayTold(**each) for each in found])
+        return DaysView(account=request.account, days=[DayView(**each) for each in found])

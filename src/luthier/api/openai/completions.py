@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.api.openai.asking import (
+from luthier.api.http.messages import Caller, Response
+from luthier.api.openai.generation import (
     FINISH,
-    Asker,
+    GenerationResource,
     Sampling,
-    events_of,
     refusals,
+    stream_events,
     token_text,
     usage,
 )
-from luthier.api.openai.errors import invalid
 from luthier.api.openai.models import Resolved
-from luthier.api.openai.requests import body, checked
-from luthier.api.openai.routing import Operation
-from luthier.api.wire import Answer, Call, Caller
-from luthier.serving.inference import MOST_TOKENS, End, Piece, Prompt, Request, Score, Stream
+from luthier.api.openai.protocol import invalid
+from luthier.serving.inference import MOST_TOKENS, End, Piece, Prompt, Score, Stream
+from luthier.serving.inference import Request as GenerationRequest
 
-ACTION = "completions.create"
 MOST_PROMPTS = 128
 DEFAULT_TOKENS = 16
 
@@ -65,45 +63,38 @@ class CompletionRequest(Sampling):
             return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
 
-    def built(self, prompt: Prompt) -> Request:
+    def generation_request(self, prompt: Prompt) -> GenerationRequest:
         """The request for the engine."""
         tokens = self.max_tokens or DEFAULT_TOKENS
         return self.request(prompt, max_tokens=tokens, top_logprobs=self.logprobs)
 
 
-class Completions:
-    """The resource."""
+class Completions(GenerationResource[CompletionRequest]):
+    """Continues texts."""
 
-    def __init__(self, asker: Asker) -> None:
-        self.asker = asker
+    path, action, body = "completions", "completions.create", CompletionRequest
 
-    def operations(self) -> Iterable[Operation]:
-        """What can be done."""
-        return (Operation("POST", "completions", ACTION, self.create, long=True),)
-
-    def create(self, call: Call) -> Answer:
-        """Continue texts, at once or as it is written."""
-        asked = body(call, CompletionRequest)
-        streams, echoes = self._begin(call.caller, asked)
-        if asked.stream:
-            return events_of(_chunks(asked, streams, echoes), streams, asked.model)
-        return Answer.of(_completion(asked, streams, echoes))
-
-    def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a body that came another way; never a stream."""
-        asked = checked({**given, "stream": False}, CompletionRequest)
+    def whole(self, caller: Caller, asked: CompletionRequest) -> dict[str, Any]:
+        """The whole completion."""
         return _completion(asked, *self._begin(caller, asked))
+
+    def stream(self, caller: Caller, asked: CompletionRequest) -> Response:
+        """Its chunks as they are written."""
+        streams, echoes = self._begin(caller, asked)
+        return stream_events(_chunks(asked, streams, echoes), streams, asked.model)
 
     def _begin(self, caller: Caller, asked: CompletionRequest) -> tuple[list[Stream], list[str]]:
         """A stream for each prompt, and the text that stands before its answers."""
-        target = self.asker.target(caller, ACTION, asked.model)
+        target = self.inference.target(caller, self.action, asked.model)
         asked.check()
         echoes = [self._echo(target, asked, prompt) for prompt in asked.prompts]
         streams: list[Stream] = []
         try:
             for prompt in asked.prompts:
                 streams.append(
-                    self.asker.submit(target, asked.model, partial(asked.built, prompt), "prompt")
+                    self.inference.submit(
+                        target, asked.model, partial(asked.generation_request, prompt), "prompt"
+                    )
                 )
         except BaseException:
             for stream in streams:
@@ -117,7 +108,7 @@ class Completions:
         if isinstance(prompt, str):
             return prompt
         with refusals(asked.model, "prompt"):
-            return token_text(b"".join(self.asker.pool.token_bytes(target.stored_id, prompt)))
+            return token_text(b"".join(self.inference.pool.token_bytes(target.stored_id, prompt)))
 
 
 def _completion(

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from luthier.api.openai.asking import Asker, refusals
-from luthier.api.openai.errors import invalid
-from luthier.api.openai.requests import Body, body, checked
-from luthier.api.openai.routing import Operation
-from luthier.api.wire import Answer, Call, Caller
+from luthier.api.http.messages import Caller
+from luthier.api.openai.generation import GenerationResource, refusals
+from luthier.api.openai.protocol import Body, invalid
 from luthier.serving.inference import MOST_TOKENS
 from luthier.types import FloatArray
 
-ACTION = "embeddings.create"
 MOST_INPUTS = 2048
 
 
@@ -46,29 +42,17 @@ class EmbeddingRequest(Body):
             raise invalid(f"At most {MOST_INPUTS} texts are taken.", "input")
 
 
-class Embeddings:
-    """The resource."""
+class Embeddings(GenerationResource[EmbeddingRequest]):
+    """Vectors of texts."""
 
-    def __init__(self, asker: Asker) -> None:
-        self.asker = asker
+    path, action, body = "embeddings", "embeddings.create", EmbeddingRequest
 
-    def operations(self) -> Iterable[Operation]:
-        """What can be done."""
-        return (Operation("POST", "embeddings", ACTION, self.create, long=True),)
-
-    def create(self, call: Call) -> Answer:
-        """Vectors of texts."""
-        return Answer.of(self._vectors(call.caller, body(call, EmbeddingRequest)))
-
-    def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a body that came another way."""
-        return self._vectors(caller, checked(given, EmbeddingRequest))
-
-    def _vectors(self, caller: Caller, asked: EmbeddingRequest) -> dict[str, Any]:
-        target = self.asker.target(caller, ACTION, asked.model)
+    def whole(self, caller: Caller, asked: EmbeddingRequest) -> dict[str, Any]:
+        """A vector for each text."""
+        target = self.inference.target(caller, self.action, asked.model)
         asked.check()
         with refusals(asked.model, "input"):
-            found = self.asker.pool.embed(target.stored_id, asked.texts)
+            found = self.inference.pool.embed(target.stored_id, asked.texts)
         tokens = sum(each.tokens for each in found)
         data = [
             {

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Protocol
 
-from luthier.api.openai.asking import Asker, Pool
-from luthier.api.openai.batch_runner import BatchRunner
-from luthier.api.openai.batches import Batches
+from luthier.api.http.messages import Fault, Head, Response
+from luthier.api.http.routing import Authorize, Operation, Route, Router
+from luthier.api.openai import protocol
+from luthier.api.openai.batches import Batches, BatchRunner
 from luthier.api.openai.chat import Chats
 from luthier.api.openai.completions import Completions
 from luthier.api.openai.embeddings import Embeddings
 from luthier.api.openai.files import Files
-from luthier.api.openai.fine_tuning import FineTuning
-from luthier.api.openai.graders import Graders
-from luthier.api.openai.grading import PooledModels
+from luthier.api.openai.fine_tuning import FineTuning, setting_name
+from luthier.api.openai.generation import Inference
+from luthier.api.openai.graders import Graders, PooledModels
 from luthier.api.openai.models import Catalogue, DeleteModel, Models, Resolve
-from luthier.api.openai.requests import Access
+from luthier.api.openai.protocol import Access
 from luthier.api.openai.responses import Responses
-from luthier.api.openai.routing import Routing
 from luthier.api.settings import Settings
-from luthier.api.wire import Authorize
 from luthier.limits import AccountQuotas
 from luthier.serving.confined_work import ConfinedWork
+from luthier.serving.pool import ModelPool
 from luthier.store.arns import Arns
 from luthier.store.database import Database
 from luthier.store.objects import Objects
 from luthier.store.uploaded_files import UploadedFiles
 from luthier.store.usage import CountUsage
 
+PREFIXES = ("/openai/v1/", "/v1/")
 FILE_LIMIT = 512_000_000
 """Bytes of an uploaded file at most."""
 
 
-class OpenAIFace(Routing):
-    """What the ``openai`` client talks to; fulfils :class:`luthier.api.wire.Face`."""
+class Resource(Protocol):
+    """A part of the API."""
+
+    def operations(self) -> Iterable[Operation]:
+        """What it can do, by paths below the prefix."""
+
+
+class OpenAIFace:
+    """What the ``openai`` client talks to."""
+
+    name, request_id_header = "openai", "x-request-id"
 
     def __init__(
         self,
         database: Database,
         settings: Settings,
-        pool: Pool,
+        pool: ModelPool,
         resolve: Resolve,
         authorize: Authorize,
         objects: Objects,
@@ -69,13 +81,17 @@ class OpenAIFace(Routing):
         access = Access(authorize, settings.region)
         self.files = UploadedFiles(database, objects)
         catalogue = Catalogue(database, arns, resolve)
-        asker = Asker(catalogue, access, pool)
+        inference = Inference(catalogue, access, pool)
         limited = settings.limits
         self._grading = ConfinedWork(
             limited.grading_seconds, limited.grading_memory_bytes, "the grader"
         )
-        chats, completions, embeddings = Chats(asker), Completions(asker), Embeddings(asker)
-        responses = Responses(asker)
+        chats, completions, embeddings = (
+            Chats(inference),
+            Completions(inference),
+            Embeddings(inference),
+        )
+        responses = Responses(inference)
         self.batches = BatchRunner(
             database,
             self.files,
@@ -88,19 +104,36 @@ class OpenAIFace(Routing):
             count,
             settings.limits,
         )
-        super().__init__(
-            (
-                Files(self.files, access, file_limit),
-                FineTuning(database, self.files, asker, arns, limits, submitted),
-                Graders(access, asker.judge, PooledModels(pool), self._grading, limited),
-                Models(catalogue, access, delete_model),
-                chats,
-                responses,
-                completions,
-                embeddings,
-                Batches(database, self.files, access, self.batches),
-            )
+        resources: Sequence[Resource] = (
+            Files(self.files, access, file_limit),
+            FineTuning(database, self.files, inference, arns, limits, submitted),
+            Graders(access, inference.judge, PooledModels(pool), self._grading, limited),
+            Models(catalogue, access, delete_model),
+            chats,
+            responses,
+            completions,
+            embeddings,
+            Batches(database, self.files, access, self.batches),
         )
+        operations = (each for resource in resources for each in resource.operations())
+        self.router = Router(replace(each, name=f"openai.{each.name}") for each in operations)
+
+    def serves(self, head: Head, service: str) -> bool:
+        """What is below its paths."""
+        return head.path.startswith(PREFIXES)
+
+    def route(self, head: Head) -> Route:
+        """What answers to a request; raises :class:`Fault` where nothing does."""
+        rest = next((head.path[len(p) :] for p in PREFIXES if head.path.startswith(p)), "")
+        route = self.router.routes(rest.rstrip("/")).get(head.method)
+        if route is None:
+            text = f"Unknown request URL: {head.method} {head.path}."
+            raise Fault("UnknownOperation", text)
+        return route
+
+    def refusal(self, fault: Fault, request_id: str) -> Response:
+        """``fault`` in OpenAI's envelope."""
+        return protocol.refusal(fault.named(setting_name))
 
     def start(self) -> None:
         """Begin to work on batches, those of an earlier server first."""

@@ -1,20 +1,43 @@
-"""``/files``: what clients upload, and what jobs and batches wrote for them."""
+"""``/files``: what clients upload, and what jobs and batches wrote for them.
+
+The file of a form goes straight to where the store keeps it, encrypted where that is: it is never held
+in memory, and written once.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from types import TracebackType
 from typing import Any
 
-from luthier.api.openai.errors import absent, invalid
-from luthier.api.openai.forms import Form
-from luthier.api.openai.requests import Access, number_of, one_of, page, seconds, text_of
-from luthier.api.openai.routing import Operation
-from luthier.api.wire import Answer, Call
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+
+from luthier.api.http.messages import Request, Response
+from luthier.api.http.routing import Operation
+from luthier.api.http.streams import RequestBody, Run
+from luthier.api.openai.protocol import (
+    Access,
+    absent,
+    invalid,
+    number_of,
+    one_of,
+    page,
+    seconds,
+    text_of,
+)
 from luthier.errors import ObjectRefused
+from luthier.store.object_files import Writing
+from luthier.store.text import check_storable
 from luthier.store.uploaded_files import UploadedFile, UploadedFiles
 
+FILE = "file"
+"""Name of the part that is kept as a file; other files in a form are passed over."""
+MOST_FIELDS = 64
+MOST_FIELD_BYTES = 1 << 16
 PURPOSES = ("fine-tune", "batch", "evals", "user_data", "assistants", "vision")
 """What clients may upload for."""
 SHORTEST, LONGEST = 3600, 30 * 86400
@@ -22,6 +45,155 @@ SHORTEST, LONGEST = 3600, 30 * 86400
 MOST = 10_000
 _FORM_BYTES = 1 << 20
 """Room for the form around a file."""
+
+
+class Form:
+    """A form with one file; use it in a ``with``, at whose end a file that nobody took is gone."""
+
+    def __init__(self, content_type: str, begin: Callable[[], Writing], limit: int) -> None:
+        """``begin`` makes a place for the file, which has ``limit`` bytes at most.
+
+        Raises:
+            Fault: 400 for a body that is no form.
+        """
+        kind, options = parse_options_header(content_type)
+        if kind != b"multipart/form-data" or b"boundary" not in options:
+            raise invalid("The body of an upload must be multipart/form-data.")
+        self.fields: dict[str, str] = {}
+        self.name: str | None = None
+        """Of the file, as the client calls it; ``None`` where the form has none."""
+        self.size = 0
+        """Bytes of the file that have come."""
+        self._begin, self._limit = begin, limit
+        self._writing: Writing | None = None
+        self._header, self._value = b"", b""
+        self._headers: dict[bytes, bytes] = {}
+        self._part, self._is_file, self._parts = "", False, 0
+        self._text = bytearray()
+        self._ended = False
+        try:
+            self._parser = MultipartParser(
+                options[b"boundary"],
+                {
+                    "on_part_begin": self._on_part,
+                    "on_header_field": self._on_header,
+                    "on_header_value": self._on_value,
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers,
+                    "on_part_data": self._on_data,
+                    "on_part_end": self._on_part_end,
+                    "on_end": self._on_end,
+                },
+            )
+        except FormParserError as error:
+            raise _unreadable(error) from error
+
+    def __enter__(self) -> Form:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._writing is not None:
+            self._writing.__exit__(kind, error, trace)
+
+    def write(self, data: bytes) -> int:
+        """Take the next bytes of the body.
+
+        Raises:
+            Fault: 400 for what is no form, or has a file that is too large.
+            DoesNotFit: where the disk is full.
+        """
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise _unreadable(error) from error
+        return len(data)
+
+    def file(self) -> Writing:
+        """Where the file is, once the body has come to its end: whole, and not finished yet.
+
+        Raises:
+            Fault: 400 where the form was cut, or has no file.
+        """
+        if not self._ended:
+            raise invalid("The form cannot be read: it does not come to its end.")
+        if self._writing is None:
+            raise invalid("'file' is a required property.", FILE)
+        return self._writing
+
+    def _on_part(self) -> None:
+        self._headers, self._text = {}, bytearray()
+        self._parts += 1
+        if self._parts > MOST_FIELDS:
+            raise invalid(f"A form has at most {MOST_FIELDS} parts.")
+
+    def _on_header(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _on_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        self._headers[self._header.lower()] = self._value
+        self._header = self._value = b""
+
+    def _on_headers(self) -> None:
+        """What kind of part begins (RFC 7578, section 4.2)."""
+        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        if b"name" not in options:
+            raise invalid("A part of the form has no name.")
+        coding = self._headers.get(b"content-transfer-encoding", b"binary").strip().lower()
+        if coding not in (b"binary", b"8bit", b"7bit"):
+            # Section 4.7: forms no longer have any. To pass over it would be to keep other bytes.
+            raise invalid(
+                "Parts of a form are sent as they are, without a Content-Transfer-Encoding."
+            )
+        self._part = _text(options[b"name"])
+        self._is_file = b"filename" in options
+        if self._is_file and self._part == FILE:
+            if self._writing is not None:
+                raise invalid("A form has one file.", FILE)
+            self.name = _text(options[b"filename"], FILE)
+            self._writing = self._begin()
+
+    def _on_data(self, data: bytes, start: int, end: int) -> None:
+        if not self._is_file:
+            if len(self._text) + end - start > MOST_FIELD_BYTES:
+                raise invalid(f"A field has at most {MOST_FIELD_BYTES} bytes.", self._part)
+            self._text += data[start:end]
+        elif self._part == FILE and self._writing is not None:
+            self.size += end - start
+            if self.size > self._limit:
+                raise invalid(f"The file has more than {self._limit:,} bytes.", FILE)
+            self._writing.write(data[start:end])
+
+    def _on_part_end(self) -> None:
+        if not self._is_file:
+            self.fields[self._part] = _text(self._text, self._part)
+
+    def _on_end(self) -> None:
+        self._ended = True
+
+
+def _text(data: bytes | bytearray, parameter: str | None = None) -> str:
+    """A name or a value of the form; 400 where it is no text that can be kept."""
+    try:
+        text = data.decode()
+        check_storable(text)
+    except ValueError as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise invalid(
+            f"The form cannot be read, one of its names or values: {why}.", parameter
+        ) from None
+    return text
+
+
+def _unreadable(error: Exception) -> Exception:
+    return invalid(f"The form cannot be read: {error}.")
 
 
 class Files:
@@ -35,26 +207,31 @@ class Files:
         """What can be done with files."""
         limit = self.limit + _FORM_BYTES
         return (
-            Operation("POST", "files", "files.create", self.create, limit, sink=self.form),
-            Operation("GET", "files", "files.list", self.list),
-            Operation("GET", "files/{file}", "files.retrieve", self.retrieve),
-            Operation("DELETE", "files/{file}", "files.delete", self.delete),
-            Operation("GET", "files/{file}/content", "files.content", self.content),
+            Operation("files.create", "POST", "files", body_limit=limit, stream=self.create),
+            Operation("files.list", "GET", "files", self.list),
+            Operation("files.retrieve", "GET", "files/{file}", self.retrieve),
+            Operation("files.delete", "DELETE", "files/{file}", self.delete),
+            Operation("files.content", "GET", "files/{file}/content", self.content),
         )
 
-    def form(self, call: Call) -> Form:
-        """What takes an upload as it comes: nothing of one is read that is not allowed."""
-        self.access.to(call, "files.create", "file")
-        kind, account = call.headers.get("content-type", ""), call.caller.account
-        told = call.headers.get("content-length", "")
+    async def create(self, request: Request, body: RequestBody, run: Run) -> Response:
+        """Keep what is uploaded as it comes: on disk first, then known."""
+        with await run(self._form, request) as form:
+            await body.write_to(form.write, run)
+            made: Response = await run(self._keep, request, form)
+            return made
+
+    def _form(self, request: Request) -> Form:
+        """What takes an upload: nothing of one is read that is not allowed."""
+        self.access.to(request, "files.create", "file")
+        kind, account = request.headers.get("content-type", ""), request.caller.account
+        told = request.headers.get("content-length", "")
         # The form around the file is small: what is told of the body is nearly told of the file.
         least = int(told) - _FORM_BYTES if told.isascii() and told.isdigit() else 1
         self.store.objects.check(account, stored_bytes=max(1, least), objects=1, files=1)
         return Form(kind, lambda: self.store.begin(account), self.limit)
 
-    def create(self, call: Call) -> Answer:
-        """Keep what was uploaded: on disk first, then known."""
-        form: Form = call.sink
+    def _keep(self, request: Request, form: Form) -> Response:
         file = form.file()
         purpose = form.fields.get("purpose")
         if purpose is None:
@@ -64,40 +241,40 @@ class Files:
         if form.size == 0:
             raise invalid("The file is empty.", "file", "empty_file")
         name = form.name or "upload"
-        row = self.store.keep(call.caller.account, file.finish(), name, purpose, lives)
-        return Answer.of(shown(row))
+        row = self.store.keep(request.caller.account, file.finish(), name, purpose, lives)
+        return Response.json(file_object(row))
 
-    def list(self, call: Call) -> Answer:
+    def list(self, request: Request) -> Response:
         """A page of files, the newest first unless asked otherwise."""
-        self.access.to(call, "files.list")
-        limit, after = number_of(call, "limit", MOST, MOST), text_of(call, "after")
-        order = one_of("order", text_of(call, "order") or "desc", ("asc", "desc"))
+        self.access.to(request, "files.list")
+        limit, after = number_of(request, "limit", MOST, MOST), text_of(request, "after")
+        order = one_of("order", text_of(request, "order") or "desc", ("asc", "desc"))
         found = self.store.list(
-            call.caller.account,
+            request.caller.account,
             limit + 1,
             after=after,
-            purpose=text_of(call, "purpose"),
+            purpose=text_of(request, "purpose"),
             ascending=order == "asc",
         )
         if found is None:
             raise invalid(f"No such file: {after}.", "after")
-        return page(found, limit, shown)
+        return page(found, limit, file_object)
 
-    def retrieve(self, call: Call) -> Answer:
+    def retrieve(self, request: Request) -> Response:
         """One file."""
-        return Answer.of(shown(self._found(call, "files.retrieve")))
+        return Response.json(file_object(self._found(request, "files.retrieve")))
 
-    def delete(self, call: Call) -> Answer:
+    def delete(self, request: Request) -> Response:
         """Forget a file and its bytes; jobs that have read it go on."""
-        file_id = call.params["file"]
-        self.access.to(call, "files.delete", "file", file_id)
-        if not self.store.delete(call.caller.account, file_id):
+        file_id = request.params["file"]
+        self.access.to(request, "files.delete", "file", file_id)
+        if not self.store.delete(request.caller.account, file_id):
             raise absent("File object", file_id, "id")
-        return Answer.of({"id": file_id, "object": "file", "deleted": True})
+        return Response.json({"id": file_id, "object": "file", "deleted": True})
 
-    def content(self, call: Call) -> Answer:
+    def content(self, request: Request) -> Response:
         """The exact bytes."""
-        row = self._found(call, "files.content")
+        row = self._found(request, "files.content")
         try:
             pieces = self.store.read(row)
         except ObjectRefused as gone:  # deleted as an object of the account's bucket
@@ -108,18 +285,18 @@ class Files:
             "Content-Length": str(row.size),
             "Content-Disposition": f'attachment; filename="{name}"',
         }
-        return Answer(200, pieces, headers)
+        return Response(200, pieces, headers)
 
-    def _found(self, call: Call, action: str) -> UploadedFile:
-        file_id = call.params["file"]
-        self.access.to(call, action, "file", file_id)
-        row = self.store.get(call.caller.account, file_id)
+    def _found(self, request: Request, action: str) -> UploadedFile:
+        file_id = request.params["file"]
+        self.access.to(request, action, "file", file_id)
+        row = self.store.get(request.caller.account, file_id)
         if row is None:
             raise absent("File object", file_id, "id")
         return row
 
 
-def shown(row: UploadedFile) -> dict[str, Any]:
+def file_object(row: UploadedFile) -> dict[str, Any]:
     """A file as clients see it."""
     return {
         "id": row.id,

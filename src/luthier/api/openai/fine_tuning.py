@@ -2,39 +2,442 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.api.openai import progress
-from luthier.api.openai.asking import Asker
-from luthier.api.openai.errors import absent, invalid
-from luthier.api.openai.fine_tuning_jobs import organization, shown
+from luthier.api.http.messages import Request, Response
+from luthier.api.http.routing import Operation
+from luthier.api.openai.generation import Inference
 from luthier.api.openai.graders import grader_fields
-from luthier.api.openai.methods import CreateJob, settings_of, without_effect
-from luthier.api.openai.requests import body, number_of, page, text_of
-from luthier.api.openai.routing import Operation
-from luthier.api.wire import Answer, Call
+from luthier.api.openai.protocol import (
+    Body,
+    Metadata,
+    absent,
+    body,
+    invalid,
+    number_of,
+    page,
+    seconds,
+    text_of,
+)
 from luthier.errors import WrongState
 from luthier.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
 from luthier.limits import AccountQuotas
+from luthier.setting_names import with_setting_names
 from luthier.store import jobs
 from luthier.store.arns import Arns
-from luthier.store.custom_models import CustomModel
+from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, new_id
 from luthier.store.foundation import FoundationModel, root_of, writes
 from luthier.store.ids import random_id
-from luthier.store.jobs import Job
+from luthier.store.jobs import Job, JobEvent
 from luthier.store.uploaded_files import UploadedFiles, file_address
 
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Rate = Annotated[float, Field(gt=0, le=100)]
+MOST_EPOCHS = 100
+ARMS = ("supervised", "dpo", "reinforcement")
+STATUSES = {
+    jobs.QUEUED: "queued",
+    jobs.RUNNING: "running",
+    jobs.PAUSED: "paused",
+    # Its worker still has it: who waits for the end waits until it has let go.
+    jobs.STOPPING: "running",
+    jobs.STOPPED: "cancelled",
+    jobs.COMPLETED: "succeeded",
+    jobs.FAILED: "failed",
+}
+_RULE = re.compile(r"\[[a-z_]+\.[a-z_]+\]")
+"""What the data gate names in each of its refusals."""
+_LEVELS = {"warning": "warn", "error": "error"}
+_COLUMNS = ("step", "train_loss", "valid_loss")
 FACE = "openai"
 MOST = 100
 _EVERYTHING = 1_000_000
+
+
+class Hyperparameters(Body):
+    """Those that every method has."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = "auto"
+    """Passes over the training rows."""
+    batch_size: Auto | Annotated[int, Field(ge=1, le=512)] = "auto"
+    """Rows in one step."""
+    learning_rate_multiplier: Auto | Rate = "auto"
+    """Factor of the learning rate that fits the data and the model."""
+
+
+class DpoHyperparameters(Hyperparameters):
+    """Those of preferences."""
+
+    beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
+    """How far the model may go from where it starts; higher is less."""
+
+
+class ReinforcementHyperparameters(Hyperparameters):
+    """Those of rewards."""
+
+    compute_multiplier: Auto | Annotated[float, Field(gt=0, le=16)] = "auto"
+    """Factor of the completions that are drawn for each prompt."""
+    eval_interval: Auto | Count = "auto"
+    """Steps between measurements."""
+    eval_samples: Auto | Count = "auto"
+    """Shown again, without effect: measurements draw one completion of each held-out prompt."""
+    reasoning_effort: Literal["default", "low", "medium", "high"] = "default"
+    """Shown again, without effect: no model here reasons by levels."""
+
+
+class Supervised(Body):
+    """Answers that are to be learned."""
+
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Dpo(Body):
+    """Answers that are preferred to others."""
+
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
+
+
+class ReinforcementMethod(Body):
+    """Answers of the model's own, with rewards."""
+
+    grader: dict[str, Any]
+    hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
+
+
+class Method(Body):
+    """What is learned from the rows."""
+
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
+    reinforcement: ReinforcementMethod | None = None
+
+
+class CreateJob(Body):
+    """The body of a new job."""
+
+    model: Annotated[str, Field(min_length=1)]
+    training_file: Annotated[str, Field(min_length=1)]
+    validation_file: str | None = None
+    suffix: Annotated[str, Field(max_length=64)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    metadata: Metadata = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    """Where supervised jobs had them before there were methods."""
+
+    @property
+    def kind(self) -> str:
+        """The method's type."""
+        return self.method.type if self.method else "supervised"
+
+    @property
+    def chosen(self) -> Hyperparameters:
+        """The hyperparameters of the method."""
+        arm = getattr(self.method, self.kind) if self.method else None
+        if arm is not None:
+            found: Hyperparameters = arm.hyperparameters
+            return found
+        return self.hyperparameters or Hyperparameters()
+
+    def check(self) -> None:
+        """Refuse a method whose parts do not belong together."""
+        if self.method is None:
+            return
+        for arm in ARMS:
+            if arm != self.kind and getattr(self.method, arm) is not None:
+                text = f"A job of type '{self.kind}' takes no settings of '{arm}'."
+                raise invalid(text, f"method.{arm}")
+        if self.kind == "reinforcement" and self.method.reinforcement is None:
+            text = "Reinforcement fine-tuning needs a grader."
+            raise invalid(text, "method.reinforcement.grader", "missing_required_parameter")
+
+
+_NAMES = {
+    "base": "model",
+    "training.epochs": "n_epochs",
+    "training.batch_size": "batch_size",
+    "training.rate_factor": "learning_rate_multiplier",
+    "training.evaluate_every": "eval_interval",
+    "training.seed": "seed",
+    "objective.beta": "beta",
+    "objective.num_generations": "compute_multiplier",
+    "objective.grader": "method.reinforcement.grader",
+    "data.train": "training_file",
+    "data.validation": "validation_file",
+}
+_TYPES = {"sft": "supervised", "dpo": "dpo", "grpo": "reinforcement"}
+"""Types of ``method`` by the objective that they come to."""
+
+
+def setting_name(field: str, value: str | None) -> str | None:
+    """What OpenAI calls a field of the recipe (:mod:`luthier.setting_names`)."""
+    if field == "training.learning_rate" and value is not None:
+        return "another learning_rate_multiplier"  # a rate itself cannot be asked for
+    if field == "objective.method" and value is not None:
+        return f"method.type={_TYPES[value]}" if value in _TYPES else None
+    if field not in _NAMES:
+        return None
+    return _NAMES[field] + ("" if value is None else f"={value}")
+
+
+def without_effect(asked: CreateJob) -> list[str]:
+    """What was asked and changes nothing, for the events of the job."""
+    chosen, found = asked.chosen, []
+    if isinstance(chosen, ReinforcementHyperparameters):
+        if chosen.reasoning_effort != "default":
+            effort = chosen.reasoning_effort
+            found.append(
+                f"reasoning_effort is {effort} and has no effect: no model here reasons by levels."
+            )
+        if chosen.eval_samples != "auto":
+            found.append(
+                f"eval_samples is {chosen.eval_samples} and has no effect: measurements draw one "
+                "completion of each held-out prompt."
+            )
+    return found
+
+
+def settings_of(asked: CreateJob, seed: int, writes: bool) -> dict[str, Any]:
+    """Fields of the recipe by group; what is ``auto`` is left for the recipe to choose.
+
+    ``writes`` says whether the model writes text; for an encoder its rows say what is learned.
+    """
+    chosen = asked.chosen
+    training: dict[str, Any] = {"seed": seed}
+    objective: dict[str, Any] = {}
+    if chosen.n_epochs != "auto":
+        training["epochs"] = chosen.n_epochs
+    if chosen.batch_size != "auto":
+        training["batch_size"] = chosen.batch_size
+    if chosen.learning_rate_multiplier != "auto":
+        training["rate_factor"] = chosen.learning_rate_multiplier
+    if asked.kind == "dpo":
+        objective["method"] = "dpo"
+    elif asked.kind == "supervised" and writes:
+        objective["method"] = "sft"
+    if isinstance(chosen, DpoHyperparameters) and chosen.beta != "auto":
+        objective["beta"] = chosen.beta
+    if isinstance(chosen, ReinforcementHyperparameters):
+        if chosen.eval_interval != "auto":
+            training["evaluate_every"] = chosen.eval_interval
+        if chosen.compute_multiplier != "auto":
+            objective["num_generations"] = max(2, round(8 * chosen.compute_multiplier))
+    return {"training": training} | ({"objective": objective} if objective else {})
+
+
+def organization(account: str) -> str:
+    """The account, as OpenAI writes organizations."""
+    return f"org-{account}"
+
+
+def job_object(
+    job: Job, model: CustomModel | None = None, results: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The object of the API."""
+    status = STATUSES[job.state]
+    asked = job.request
+    resolved = _resolved(job, _given(asked))
+    made = model.openai_id if model is not None and model.status == ACTIVE else None
+    return {
+        "id": job.name,
+        "object": "fine_tuning.job",
+        "created_at": seconds(job.created),
+        "finished_at": seconds(job.ended),
+        "model": asked.get("model"),
+        "fine_tuned_model": made if status == "succeeded" else None,
+        "organization_id": organization(job.account),
+        "status": status,
+        "error": _error(job),
+        "hyperparameters": {
+            name: resolved.get(name, "auto")
+            for name in ("n_epochs", "batch_size", "learning_rate_multiplier")
+        },
+        "method": _method(asked, resolved),
+        "training_file": asked.get("training_file"),
+        "validation_file": asked.get("validation_file"),
+        "result_files": list(results),
+        "trained_tokens": (job.result or {}).get("tokens"),
+        "seed": asked.get("seed"),
+        "metadata": asked.get("metadata") or {},
+        "integrations": [],
+        "estimated_finish": _estimated_finish(job),
+    }
+
+
+def _kind(asked: dict[str, Any]) -> str:
+    return str(asked.get("method", {}).get("type", "supervised"))
+
+
+def _given(asked: dict[str, Any]) -> dict[str, Any]:
+    """The hyperparameters as they were sent."""
+    arm = asked.get("method", {}).get(_kind(asked), {})
+    found: dict[str, Any] = arm.get("hyperparameters") or asked.get("hyperparameters") or {}
+    return found
+
+
+def _resolved(job: Job, given: dict[str, Any]) -> dict[str, Any]:
+    """The same with what was chosen for the data and the model, once it has been."""
+    chosen = job.details.get("chosen")
+    found: dict[str, Any] = {}
+    if chosen is not None:
+        training = job.recipe.get("training", {})
+        epochs = chosen.get("training.epochs", training.get("epochs"))
+        objective = job.recipe.get("objective") or {}
+        found = {
+            "n_epochs": None if epochs is None else max(1, round(epochs)),
+            "batch_size": chosen.get("training.batch_size", training.get("batch_size")),
+            "learning_rate_multiplier": training.get("rate_factor", 1.0),
+            "beta": objective.get("beta"),
+            "compute_multiplier": objective.get("num_generations", 8) / 8,
+            "eval_interval": chosen.get("training.evaluate_every", training.get("evaluate_every")),
+        }
+    known = {name: value for name, value in found.items() if value is not None}
+    asked = {name: value for name, value in given.items() if value != "auto"}
+    return {**dict.fromkeys(given, "auto"), **known, **asked}
+
+
+def _method(asked: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+    kind = _kind(asked)
+    arm = asked.get("method", {}).get(kind, {})
+    names = arm.get("hyperparameters") or ("n_epochs", "batch_size", "learning_rate_multiplier")
+    shown_arm = {"hyperparameters": {name: resolved.get(name, "auto") for name in names}}
+    if "grader" in arm:
+        shown_arm["grader"] = arm["grader"]
+    return {"type": kind, kind: shown_arm}
+
+
+def _error(job: Job) -> dict[str, Any] | None:
+    """Why it failed; the training file's problems are told from others by the rules they name."""
+    if job.state != jobs.FAILED:
+        return None
+    failure = with_setting_names(job.failure or "", setting_name) or "The job failed."
+    message = failure.replace(file_address(""), "")
+    if not _RULE.search(message):
+        return {"code": "job_failed", "message": message, "param": None}
+    held = job.request.get("validation_file")
+    first = _RULE.split(message, maxsplit=1)[0]
+    param = "validation_file" if held and held in first else "training_file"
+    return {"code": f"invalid_{param}", "message": message, "param": param}
+
+
+def _estimated_finish(job: Job) -> int | None:
+    """Unix time; ``None`` while nothing is known."""
+    moment = (job.details.get("progress") or {}).get("estimated_finish")
+    if job.state != jobs.RUNNING or not moment:
+        return None
+    return seconds(datetime.fromisoformat(moment))
+
+
+def event_id(event: JobEvent) -> str:
+    """Under which a list goes on."""
+    return f"ftevent-{event.seq}"
+
+
+def position_of(identifier: str) -> int | None:
+    """Where an event stands; ``None`` for what is no id of one."""
+    text = identifier.removeprefix("ftevent-")
+    known = identifier.startswith("ftevent-") and text.isascii() and text.isdigit()
+    return int(text) if known and len(text) < 19 else None
+
+
+def event_object(event: JobEvent) -> dict[str, Any]:
+    """An event as clients see it.
+
+    What is measured before the first step has no training loss, and clients read that of every event
+    with metrics: it is told as a message.
+    """
+    metrics = event.kind == "metrics" and "train_loss" in event.data
+    return {
+        "id": event_id(event),
+        "object": "fine_tuning.job.event",
+        "created_at": seconds(event.at),
+        "level": _LEVELS.get(event.kind, "info"),
+        "message": with_setting_names(event.message, setting_name),
+        "type": "metrics" if metrics else "message",
+        "data": dict(event.data) if metrics else None,
+    }
+
+
+def checkpoints(job: Job, metrics: Sequence[JobEvent], model: str) -> list[dict[str, Any]]:
+    """The end of each epoch, the newest first, of a job that made ``model``.
+
+    The weights of the last one are the model's own. Those of earlier epochs are not kept, and their
+    names answer to nothing; what was measured there is shown.
+    """
+    steps = _steps(metrics)
+    total = max(steps, default=0)
+    epochs = _epochs(job)
+    ends = sorted({round(total * number / epochs) for number in range(1, epochs + 1)} - {0})
+    found = []
+    for end in reversed(ends):
+        name = model if end == total else f"{model}:ckpt-step-{end}"
+        at = max((step for step in steps if step <= end), default=0)
+        found.append(
+            {
+                "id": f"ftckpt-{job.id}-{end}",
+                "object": "fine_tuning.job.checkpoint",
+                "created_at": seconds(_moment(metrics, at) or job.modified),
+                "fine_tuned_model_checkpoint": name,
+                "fine_tuning_job_id": job.name,
+                "step_number": end,
+                "metrics": {"step": end, **_named(steps.get(at, {}))},
+            }
+        )
+    return found
+
+
+def result_file(metrics: Sequence[JobEvent]) -> Iterator[bytes]:
+    """CSV: ``step,train_loss,valid_loss``, and what else the run recorded; a step is one line."""
+    steps = _steps(metrics)
+    further = sorted(
+        {key for values in steps.values() for key in values if key not in (*_COLUMNS, "epoch")}
+    )
+    columns = (*_COLUMNS, *further)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for step, values in sorted(steps.items()):
+        writer.writerow({**values, "step": step})
+    yield text.getvalue().encode()
+
+
+def _steps(metrics: Sequence[JobEvent]) -> dict[int, dict[str, Any]]:
+    """What was measured, by step; of a step that ran again after a crash, the last time."""
+    steps: dict[int, dict[str, Any]] = {}
+    for event in metrics:
+        step = event.data.get("step")
+        if isinstance(step, int):
+            steps.setdefault(step, {}).update(event.data)
+    return steps
+
+
+def _epochs(job: Job) -> int:
+    """Whole passes over the rows."""
+    asked = job.recipe.get("training", {}).get("epochs")
+    epochs = job.details.get("chosen", {}).get("training.epochs", asked)
+    return max(1, round(float(epochs or 1)))
+
+
+def _moment(metrics: Sequence[JobEvent], step: int) -> Any:
+    return next((each.at for each in reversed(metrics) if each.data.get("step") == step), None)
+
+
+def _named(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in ("train_loss", "valid_loss")}
 
 
 @dataclass(frozen=True)
@@ -53,14 +456,14 @@ class FineTuning:
         self,
         database: Database,
         files: UploadedFiles,
-        asker: Asker,
+        inference: Inference,
         arns: Arns,
         limits: Callable[[str], AccountQuotas],
         submitted: Callable[[], None] = lambda: None,
     ) -> None:
         """``submitted`` is called after a job was put into the queue."""
-        self.database, self.files, self.asker = database, files, asker
-        self.catalogue, self.access = asker.catalogue, asker.access
+        self.database, self.files, self.inference = database, files, inference
+        self.catalogue, self.access = inference.catalogue, inference.access
         self.arns, self.limits = arns, limits
         self._submitted = submitted
 
@@ -69,24 +472,24 @@ class FineTuning:
         root, one = "fine_tuning/jobs", "fine_tuning/jobs/{job}"
         name = "fine_tuning.jobs"
         return (
-            Operation("POST", root, f"{name}.create", self.create),
-            Operation("GET", root, f"{name}.list", self.list),
-            Operation("GET", one, f"{name}.retrieve", self.retrieve),
-            Operation("POST", f"{one}/cancel", f"{name}.cancel", self.cancel),
-            Operation("POST", f"{one}/pause", f"{name}.pause", self.pause),
-            Operation("POST", f"{one}/resume", f"{name}.resume", self.resume),
-            Operation("GET", f"{one}/events", f"{name}.list_events", self.events),
-            Operation("GET", f"{one}/checkpoints", f"{name}.list_checkpoints", self.checkpoints),
+            Operation(f"{name}.create", "POST", root, self.create),
+            Operation(f"{name}.list", "GET", root, self.list),
+            Operation(f"{name}.retrieve", "GET", one, self.retrieve),
+            Operation(f"{name}.cancel", "POST", f"{one}/cancel", self.cancel),
+            Operation(f"{name}.pause", "POST", f"{one}/pause", self.pause),
+            Operation(f"{name}.resume", "POST", f"{one}/resume", self.resume),
+            Operation(f"{name}.list_events", "GET", f"{one}/events", self.events),
+            Operation(f"{name}.list_checkpoints", "GET", f"{one}/checkpoints", self.checkpoints),
         )
 
-    def create(self, call: Call) -> Answer:
+    def create(self, request: Request) -> Response:
         """Put a job into the queue."""
-        asked = body(call, CreateJob)
-        self.access.to(call, "fine_tuning.jobs.create", "fine-tuning-job")
-        every = self.arns.of(call.caller.account, "model-customization-job", "*")
-        self.access.same_as(call, "CreateModelCustomizationJob", every)
+        asked = body(request, CreateJob)
+        self.access.to(request, "fine_tuning.jobs.create", "fine-tuning-job")
+        every = self.arns.of(request.caller.account, "model-customization-job", "*")
+        self.access.same_as(request, "CreateModelCustomizationJob", every)
         asked.check()
-        account = call.caller.account
+        account = request.caller.account
         base = self.catalogue.base(account, asked.model)
         self._check_file(account, asked.training_file, "training_file")
         if asked.validation_file is not None:
@@ -96,7 +499,7 @@ class FineTuning:
             grader = grader_fields(
                 asked.method.reinforcement.grader,
                 "method.reinforcement.grader",
-                self.asker.judge(call.caller),
+                self.inference.judge(request.caller),
             )
         seed = asked.seed if asked.seed is not None else secrets.randbelow(2**31)
         submission = self._submission(account, asked, base, seed, grader)
@@ -104,7 +507,7 @@ class FineTuning:
             job = submit(session, submission, self.arns, self.limits(account))
             seen = _seen(session, job)
         self._submitted()
-        return Answer.of(_shown(seen))
+        return Response.json(_job_object(seen))
 
     def _submission(
         self,
@@ -143,87 +546,89 @@ class FineTuning:
             text = f"File {file_id} was uploaded for '{found.purpose}' and not for 'fine-tune'."
             raise invalid(text, parameter, "invalid_file_purpose")
 
-    def list(self, call: Call) -> Answer:
+    def list(self, request: Request) -> Response:
         """A page of jobs, the newest first."""
-        self.access.to(call, "fine_tuning.jobs.list")
-        limit, after = number_of(call, "limit", 20, MOST), text_of(call, "after")
+        self.access.to(request, "fine_tuning.jobs.list")
+        limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
         metadata = {
             key[len("metadata[") : -1]: values[-1]
-            for key, values in call.query.items()
+            for key, values in request.query.items()
             if key.startswith("metadata[") and key.endswith("]")
         }
         wanted = jobs.Wanted(face=FACE, metadata=metadata)
         with self.database.read() as session:
             position = None
             if after is not None:
-                place = _job(session, call.caller.account, after)
+                place = _job(session, request.caller.account, after)
                 if place is None:
                     raise invalid(f"No such job: {after}.", "after")
                 position = place.seq
             found = jobs.list_jobs(
-                session, call.caller.account, wanted, limit=limit + 1, position=position
+                session, request.caller.account, wanted, limit=limit + 1, position=position
             )
             seen = [_seen(session, job) for job in found]
-        return page([self._with_results(each) for each in seen], limit, _shown)
+        return page([self._with_results(each) for each in seen], limit, _job_object)
 
-    def retrieve(self, call: Call) -> Answer:
+    def retrieve(self, request: Request) -> Response:
         """One job."""
-        return Answer.of(_shown(self._with_results(self._found(call, "retrieve"))))
+        return Response.json(_job_object(self._with_results(self._found(request, "retrieve"))))
 
-    def cancel(self, call: Call) -> Answer:
+    def cancel(self, request: Request) -> Response:
         """Stop a job: no model is made. It is ``running`` until its worker has let go of it."""
-        return self._change(call, "cancel", jobs.stop)
+        return self._change(request, "cancel", jobs.stop)
 
-    def pause(self, call: Call) -> Answer:
+    def pause(self, request: Request) -> Response:
         """Let a job wait; its worker makes a checkpoint first."""
-        return self._change(call, "pause", jobs.pause)
+        return self._change(request, "pause", jobs.pause)
 
-    def resume(self, call: Call) -> Answer:
+    def resume(self, request: Request) -> Response:
         """Let a paused job go on."""
-        return self._change(call, "resume", jobs.resume)
+        return self._change(request, "resume", jobs.resume)
 
-    def _change(self, call: Call, verb: str, change: Callable[[Session, Job], Job]) -> Answer:
-        job_id = call.params["job"]
-        self.access.to(call, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
+    def _change(
+        self, request: Request, verb: str, change: Callable[[Session, Job], Job]
+    ) -> Response:
+        job_id = request.params["job"]
+        self.access.to(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
         with self.database.write() as session:
-            job = _job(session, call.caller.account, job_id, lock=True)
+            job = _job(session, request.caller.account, job_id, lock=True)
             if job is None:
                 raise absent("fine-tuning job", job_id, "id")
             if verb != "resume":
                 arn = self.arns.job(job.account, job.foundation, job.id)
-                self.access.same_as(call, "StopModelCustomizationJob", arn)
+                self.access.same_as(request, "StopModelCustomizationJob", arn)
             stopping = job.state == jobs.STOPPING
             if job.state in jobs.ENDED or (stopping and verb != "cancel"):
-                status = "being cancelled" if stopping else shown(job)["status"]
+                status = "being cancelled" if stopping else job_object(job)["status"]
                 text = f"The job {job_id} is {status}; you cannot {verb} it any more."
                 raise invalid(text, reason="invalid_state")
             try:
                 job = change(session, job)
             except WrongState as refused:
                 raise invalid(str(refused), reason="invalid_state") from refused
-            return Answer.of(_shown(_seen(session, job)))
+            return Response.json(_job_object(_seen(session, job)))
 
-    def events(self, call: Call) -> Answer:
+    def events(self, request: Request) -> Response:
         """A page of what happened, the newest first."""
-        limit, after = number_of(call, "limit", 20, MOST), text_of(call, "after")
-        seen = self._found(call, "list_events")
+        limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
+        seen = self._found(request, "list_events")
         position = None
         if after is not None:
-            position = progress.position_of(after)
+            position = position_of(after)
             if position is None:
                 raise invalid(f"No such event: {after}.", "after")
         with self.database.read() as session:
             found = jobs.events(session, seen.job, limit=limit + 1, position=position)
-        return page(found, limit, progress.shown_event)
+        return page(found, limit, event_object)
 
-    def checkpoints(self, call: Call) -> Answer:
+    def checkpoints(self, request: Request) -> Response:
         """A page of the ends of epochs, the newest first; none before there is a model."""
-        limit, after = number_of(call, "limit", 10, MOST), text_of(call, "after")
-        seen = self._found(call, "list_checkpoints")
+        limit, after = number_of(request, "limit", 10, MOST), text_of(request, "after")
+        seen = self._found(request, "list_checkpoints")
         found: Sequence[dict[str, Any]] = ()
         if seen.job.state == jobs.COMPLETED and seen.model is not None:
             name = seen.model.openai_id or seen.model.name
-            found = progress.checkpoints(seen.job, self._metrics(seen.job), name)
+            found = checkpoints(seen.job, self._metrics(seen.job), name)
         if after is not None:
             places = [number for number, each in enumerate(found, 1) if each["id"] == after]
             if not places:
@@ -231,11 +636,11 @@ class FineTuning:
             found = found[places[0] :]
         return page(found, limit, dict)
 
-    def _found(self, call: Call, verb: str) -> Seen:
-        job_id = call.params["job"]
-        self.access.to(call, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
+    def _found(self, request: Request, verb: str) -> Seen:
+        job_id = request.params["job"]
+        self.access.to(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
         with self.database.read() as session:
-            job = _job(session, call.caller.account, job_id)
+            job = _job(session, request.caller.account, job_id)
             if job is None:
                 raise absent("fine-tuning job", job_id, "id")
             return _seen(session, job)
@@ -255,7 +660,7 @@ class FineTuning:
             return seen
         file_id = f"file-results{job.id}"
         if not self.files.ever(job.account, file_id):
-            pieces = progress.result_file(self._metrics(job))
+            pieces = result_file(self._metrics(job))
             name = f"{job.name}_results.csv"
             self.files.add(job.account, pieces, name, "fine-tune-results", file_id=file_id)
         there = self.files.get(job.account, file_id)
@@ -275,5 +680,5 @@ def _seen(session: Session, job: Job) -> Seen:
     return Seen(job, session.scalar(made), [])
 
 
-def _shown(seen: Seen) -> dict[str, Any]:
-    return shown(seen.job, seen.model, seen.results)
+def _job_object(seen: Seen) -> dict[str, Any]:
+    return job_object(seen.job, seen.model, seen.results)

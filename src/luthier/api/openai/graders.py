@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from luthier.api.openai.errors import invalid
-from luthier.api.openai.requests import Access, Body, body
-from luthier.api.openai.routing import Operation
-from luthier.api.wire import Answer as HttpAnswer
-from luthier.api.wire import Call, Caller, Fault
+from luthier.api.http.messages import Caller, Fault, Request, Response
+from luthier.api.http.routing import Operation
+from luthier.api.openai.generation import Judge
+from luthier.api.openai.protocol import Access, Body, body, invalid
+from luthier.asking.base import Failure, Remembering, Writer
+from luthier.asking.spec import AskedModel, Asking
 from luthier.errors import LuthierError, RecipeError
 from luthier.graders import (
     Answer,
     Grader,
     Models,
     Multi,
+    Scorer,
     Trouble,
     Ungraded,
     grader_from,
@@ -28,10 +30,10 @@ from luthier.graders.running import attempt
 from luthier.limits import ServerLimits
 from luthier.serving.confined_process import Interrupted, TakesTooMuch
 from luthier.serving.confined_work import ConfinedWork, confined
-from luthier.types import Row
-
-Judge = Callable[[str, str], str]
-"""Given a model's name and the member that holds it: its id in the store; raises where it has none."""
+from luthier.serving.inference import Chat
+from luthier.serving.inference import Request as GenerationRequest
+from luthier.serving.pool import ModelPool
+from luthier.types import Message, Row
 
 _MEMBERS = {
     "string_check": ("input", "reference", "operation"),
@@ -89,29 +91,28 @@ class Graders:
         """What can be done with graders."""
         root, name = "fine_tuning/alpha/graders", "fine_tuning.alpha.graders"
         return tuple(
-            Operation(
-                "POST", f"{root}/{each}", f"{name}.{each}", handler,
+            Operation(f"{name}.{each}", "POST", f"{root}/{each}", handler,
                 body_limit=self.limits.grading_body_bytes, grading=True,
             )
             for each, handler in (("run", self.run), ("validate", self.validate))
         )  # fmt: skip
 
-    def validate(self, call: Call) -> HttpAnswer:
+    def validate(self, request: Request) -> Response:
         """Give a grader back that can be used; 400 for one that cannot."""
-        self.access.to(call, "fine_tuning.alpha.graders.validate")
-        given = body(call, ValidateGrader).grader
-        grader_fields(given, "grader", self.judges(call.caller))
-        return HttpAnswer.of({"grader": given})
+        self.access.to(request, "fine_tuning.alpha.graders.validate")
+        given = body(request, ValidateGrader).grader
+        grader_fields(given, "grader", self.judges(request.caller))
+        return Response.json({"grader": given})
 
-    def run(self, call: Call) -> HttpAnswer:
+    def run(self, request: Request) -> Response:
         """Grade one reply. What goes wrong in the grader is told in the answer, with reward 0.
 
         Raises:
             Fault: 400 for texts that are too long, and for what takes too much time or memory.
         """
-        self.access.to(call, "fine_tuning.alpha.graders.run")
-        asked = body(call, RunGrader)
-        fields = grader_fields(asked.grader, "grader", self.judges(call.caller))
+        self.access.to(request, "fine_tuning.alpha.graders.run")
+        asked = body(request, RunGrader)
+        fields = grader_fields(asked.grader, "grader", self.judges(request.caller))
         grader = grader_from(fields)
         if grader.models:
             grader = grader.with_models(self.models)
@@ -129,7 +130,7 @@ class Graders:
             raise Fault("ServiceUnavailable", text, retry_after=5) from interrupted
         if trouble is not None and trouble.rule == TOO_LONG:
             raise invalid(f"The grader refuses this: {trouble.message}", "grader", "invalid_grader")
-        return HttpAnswer.of(
+        return Response.json(
             {
                 "reward": score,
                 "sub_rewards": parts,
@@ -274,3 +275,36 @@ def _errors(kind: str, trouble: Trouble | None) -> dict[str, Any]:
 
 def _finite(score: float) -> float:
     return score if math.isfinite(score) else 0.0
+
+
+class PooledModels:
+    """Opens the models that graders name."""
+
+    def __init__(self, pool: ModelPool) -> None:
+        self.pool = pool
+
+    def scorer(self, model: str) -> Scorer:
+        """Reward models are none of the graders of this API."""
+        raise RecipeError("a reward model cannot be asked here")
+
+    def writer(self, judge: AskedModel, sampling: Asking) -> Writer:
+        """The model that writes scores."""
+
+        def write(asked: Sequence[Sequence[Message]]) -> list[str | Failure]:
+            return [self._reply(judge.model, turns, sampling) for turns in asked]
+
+        return Remembering(write)
+
+    def _reply(self, model: str, turns: Sequence[Message], sampling: Asking) -> str | Failure:
+        chat = Chat(tuple(turns))
+        request = GenerationRequest(
+            chat,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+        try:
+            return self.pool.submit(model, request).whole()[0].text
+        except LuthierError as error:
+            return Failure("judge.failed", str(error))

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 from sqlalchemy import select
 
-from luthier.api.openai.errors import model_not_found
-from luthier.api.openai.requests import Access, page, seconds
-from luthier.api.openai.routing import Operation
-from luthier.api.wire import Answer, Call, Fault
+from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.http.routing import Operation
+from luthier.api.openai.protocol import Access, model_not_found, page, seconds
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
@@ -121,44 +120,44 @@ class Models:
     def operations(self) -> Iterable[Operation]:
         """What can be done with models."""
         return (
-            Operation("GET", "models", "models.list", self.list),
-            Operation("GET", "models/{model}", "models.retrieve", self.retrieve),
-            Operation("DELETE", "models/{model}", "models.delete", self.delete),
+            Operation("models.list", "GET", "models", self.list),
+            Operation("models.retrieve", "GET", "models/{model}", self.retrieve),
+            Operation("models.delete", "DELETE", "models/{model}", self.delete),
         )
 
-    def list(self, call: Call) -> Answer:
+    def list(self, request: Request) -> Response:
         """Every base model by its alias, and the account's own."""
-        self.access.to(call, "models.list")
+        self.access.to(request, "models.list")
         named: list[tuple[FoundationModel | CustomModel, str]]
         named = [(each, each.base) for each in foundation_models()]
-        for model in self.catalogue.own(call.caller.account):
+        for model in self.catalogue.own(request.caller.account):
             named.append((model, model.openai_id or model.name))
-        return page(named, len(named), lambda each: shown(*each))
+        return page(named, len(named), lambda each: model_object(*each))
 
-    def retrieve(self, call: Call) -> Answer:
+    def retrieve(self, request: Request) -> Response:
         """One of them, by any of its names."""
-        name = call.params["model"]
-        self.access.to(call, "models.retrieve", "model", name)
-        found = self.catalogue.find(call.caller.account, name)
+        name = request.params["model"]
+        self.access.to(request, "models.retrieve", "model", name)
+        found = self.catalogue.find(request.caller.account, name)
         if found is None:
             raise model_not_found(name)
-        return Answer.of(shown(found, name))
+        return Response.json(model_object(found, name))
 
-    def delete(self, call: Call) -> Answer:
+    def delete(self, request: Request) -> Response:
         """Delete an own model; base models belong to everybody."""
-        name = call.params["model"]
-        self.access.to(call, "models.delete", "model", name)
-        found = self.catalogue.find(call.caller.account, name)
+        name = request.params["model"]
+        self.access.to(request, "models.delete", "model", name)
+        found = self.catalogue.find(request.caller.account, name)
         if found is None:
             raise model_not_found(name)
         if isinstance(found, FoundationModel):
             raise Fault("AccessDenied", f"The base model `{name}` cannot be deleted.")
-        self.access.same_as(call, "DeleteCustomModel", found.arn(self.catalogue.arns))
-        self._delete(call.caller.account, found)
-        return Answer.of({"id": name, "object": "model", "deleted": True})
+        self.access.same_as(request, "DeleteCustomModel", found.arn(self.catalogue.arns))
+        self._delete(request.caller.account, found)
+        return Response.json({"id": name, "object": "model", "deleted": True})
 
 
-def shown(model: FoundationModel | CustomModel, name: str) -> dict[str, Any]:
+def model_object(model: FoundationModel | CustomModel, name: str) -> dict[str, Any]:
     """A model as clients see it; those of the catalogue were made before all time."""
     owner = OWNER if isinstance(model, FoundationModel) else f"org-{model.account}"
     return {

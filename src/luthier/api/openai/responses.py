@@ -1,4 +1,9 @@
-"""``/responses``: an answer as items, at once or as events. Nothing of it is kept."""
+"""``/responses``: an answer as items, at once or as events. Nothing of it is kept.
+
+Each request stands for itself: what was said before is sent along as items. Refused are members that
+would change the answer and mean nothing here: earlier responses by id, stored prompts and
+conversations, work in the background, tools that the server would have to run.
+"""
 
 from __future__ import annotations
 
@@ -6,58 +11,232 @@ import json
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
-from luthier.api.openai.asking import Asker, Streamed, chat_logprobs, refusals
-from luthier.api.openai.chat import call_id
-from luthier.api.openai.errors import error_of
-from luthier.api.openai.requests import body, checked
-from luthier.api.openai.response_requests import NamedFunction, ResponseRequest
-from luthier.api.openai.routing import Operation
-from luthier.api.wire import Answer, Call, Caller, Fault
-from luthier.serving.inference import Called, End, Event, Piece, Stream
-from luthier.types import ToolCall
+from pydantic import Field
 
-ACTION = "responses.create"
-Told = dict[str, Any]
+from luthier.api.http.messages import Caller, Fault, Response
+from luthier.api.http.streams import GeneratedPieces
+from luthier.api.openai.chat import MOST_TOOLS, NAME, Part, arguments, call_id, joined
+from luthier.api.openai.generation import GenerationResource, chat_logprobs, refusals
+from luthier.api.openai.protocol import Body, Metadata, error_of, invalid
+from luthier.serving.inference import MOST_TOKENS, TURNS, Called, Chat, End, Event, Piece, Stream
+from luthier.serving.inference import Request as GenerationRequest
+from luthier.types import Message, Tool, ToolCall
+
+LOGPROBS = "message.output_text.logprobs"
+_TEXTS = ("input_text", "output_text", "text")
+_ELSEWHERE = {
+    "previous_response_id": "Responses are not kept here: send the earlier items in 'input'",
+    "conversation": "Conversations are not kept here: send the earlier items in 'input'",
+    "prompt": "Prompts are not kept here: send the text in 'instructions' and 'input'",
+    "background": "Responses are written while you wait: use /v1/batches for work in the background",
+}
+JsonObject = dict[str, Any]
 
 
-class Responses:
-    """The resource."""
+class Item(Body):
+    """One item: a message, a call, or what came of one."""
 
-    def __init__(self, asker: Asker) -> None:
-        self.asker = asker
+    type: str = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | Annotated[list[Part], Field(max_length=TURNS)] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | Annotated[list[Part], Field(max_length=TURNS)] | None = None
 
-    def operations(self) -> Iterable[Operation]:
-        """What can be done."""
-        return (Operation("POST", "responses", ACTION, self.create, long=True),)
 
-    def create(self, call: Call) -> Answer:
-        """Answer, at once or as it is written."""
-        asked = body(call, ResponseRequest)
-        stream = self._begin(call.caller, asked)
-        if not asked.stream:
-            return Answer.of(_whole(asked, stream))
-        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-        return Answer(200, Streamed(_pieces(asked, stream), [stream]), headers)
+class FunctionTool(Body):
+    """A function that may be called."""
 
-    def answer(self, caller: Caller, given: Mapping[str, Any]) -> Told:
-        """The answer to a body that came another way; never a stream."""
-        asked = checked({**given, "stream": False}, ResponseRequest)
+    type: str
+    name: Annotated[str, Field(pattern=NAME)] | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedFunction(Body):
+    """The one tool that has to be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(Body):
+    """The form of the text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(pattern=NAME)] | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class Text(Body):
+    """How the text is written."""
+
+    format: TextFormat | None = None
+
+
+class ResponseRequest(Body):
+    """The body of a response."""
+
+    model: Annotated[str, Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[str] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    parallel_tool_calls: bool | None = None
+    text: Text | None = None
+    metadata: Metadata = None
+    stream: bool | None = None
+    truncation: Literal["disabled"] | None = None
+    user: str | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    prompt: Any = None
+    background: bool | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether each token is told with its probability."""
+        return LOGPROBS in (self.include or ())
+
+    def check(self) -> None:
+        """Refuse what means nothing here, and what does not belong together."""
+        for name, text in _ELSEWHERE.items():
+            if getattr(self, name):
+                raise invalid(f"{text}.", name, "unsupported_parameter")
+        for index, tool in enumerate(self.tools or ()):
+            if tool.type != "function":
+                where = f"tools[{index}].type"
+                raise invalid(f"Tools are functions of yours, and no '{tool.type}'.", where)
+            if tool.name is None:
+                where = f"tools[{index}].name"
+                raise invalid(f"Missing required parameter: '{where}'.", where)
+        names = [tool.name for tool in self.tools or ()]
+        if len(set(names)) != len(names):
+            raise invalid("Two tools have the same name.", "tools")
+        if self.tool_choice not in (None, "none", "auto") and not names:
+            raise invalid("'tool_choice' needs 'tools'.", "tool_choice")
+        if isinstance(self.tool_choice, NamedFunction) and self.tool_choice.name not in names:
+            raise invalid(
+                f"There is no tool '{self.tool_choice.name}' to choose.", "tool_choice.name"
+            )
+        if self.top_logprobs is not None and not self.wants_logprobs:
+            raise invalid(f"'top_logprobs' needs 'include' to name {LOGPROBS}.", "top_logprobs")
+        form = self.text.format if self.text else None
+        if form is not None and form.type == "json_schema" and form.json_schema is None:
+            where = "text.format.schema"
+            raise invalid(f"Missing required parameter: '{where}'.", where)
+
+    def generation_request(self) -> GenerationRequest:
+        """The request for the engine."""
+        tools = tuple(
+            Tool(each.name or "", each.description or "", each.parameters or _ANYTHING)
+            for each in self.tools or ()
+        )
+        choice = self.tool_choice or "auto"
+        named = f"name:{choice.name}" if isinstance(choice, NamedFunction) else choice
+        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
+        return GenerationRequest(
+            Chat(self._turns(), tools, named),
+            max_tokens=self.max_output_tokens,
+            top_logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+            schema=self._schema(),
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+    def _turns(self) -> tuple[Message, ...]:
+        turns = [Message("system", self.instructions)] if self.instructions else []
+        if isinstance(self.input, str):
+            return (*turns, Message("user", self.input))
+        for index, item in enumerate(self.input):
+            _add(turns, item, f"input[{index}]")
+        return tuple(turns)
+
+    def _schema(self) -> Mapping[str, Any] | bool | None:
+        form = self.text.format if self.text else None
+        if form is None or form.type == "text":
+            return None
+        return form.json_schema or True
+
+
+_ANYTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
+
+
+def _add(turns: list[Message], item: Item, where: str) -> None:
+    """Put ``item`` behind ``turns``; calls belong to the turn of the assistant before them."""
+    if item.type == "message":
+        role = _required(item.role, f"{where}.role")
+        content = _text(_required(item.content, f"{where}.content"), f"{where}.content")
+        turns.append(Message("system" if role == "developer" else role, content))
+    elif item.type == "function_call":
+        call = ToolCall(
+            _required(item.call_id, f"{where}.call_id"),
+            _required(item.name, f"{where}.name"),
+            arguments(item.arguments, f"{where}.arguments"),
+        )
+        if not turns or turns[-1].role != "assistant":
+            turns.append(Message("assistant"))
+        turns[-1] = replace(turns[-1], calls=(*turns[-1].calls, call))
+    elif item.type == "function_call_output":
+        call_id = _required(item.call_id, f"{where}.call_id")
+        if not any(call.id == call_id for turn in turns for call in turn.calls):
+            text = f"No tool call found for function call output with call_id {call_id}."
+            raise invalid(text, "input")
+        output = _text(_required(item.output, f"{where}.output"), f"{where}.output")
+        turns.append(Message("tool", output, call_id=call_id))
+    elif item.type != "reasoning":  # of a model that thinks aloud elsewhere; nothing to go on from
+        raise invalid(f"Items of the type '{item.type}' are not taken.", f"{where}.type")
+
+
+def _required(value: Any, where: str) -> Any:
+    if value is None:
+        text = f"Missing required parameter: '{where}'."
+        raise invalid(text, where, "missing_required_parameter")
+    return value
+
+
+def _text(content: str | list[Part], where: str) -> str:
+    return content if isinstance(content, str) else joined(content, _TEXTS, where)
+
+
+class Responses(GenerationResource[ResponseRequest]):
+    """Answers with items."""
+
+    path, action, body = "responses", "responses.create", ResponseRequest
+
+    def whole(self, caller: Caller, asked: ResponseRequest) -> JsonObject:
+        """The whole response."""
         return _whole(asked, self._begin(caller, asked))
 
+    def stream(self, caller: Caller, asked: ResponseRequest) -> Response:
+        """Its events as they happen."""
+        stream = self._begin(caller, asked)
+        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+        return Response(200, GeneratedPieces(_pieces(asked, stream), [stream]), headers)
+
     def _begin(self, caller: Caller, asked: ResponseRequest) -> Stream:
-        target = self.asker.target(caller, ACTION, asked.model)
+        target = self.inference.target(caller, self.action, asked.model)
         asked.check()
-        return self.asker.submit(target, asked.model, asked.built, "input")
+        return self.inference.submit(target, asked.model, asked.generation_request, "input")
 
 
-def _whole(asked: ResponseRequest, stream: Stream) -> Told:
+def _whole(asked: ResponseRequest, stream: Stream) -> JsonObject:
     response = _Response(asked, stream.prompt_tokens)
     with refusals(asked.model, "input"):
         for _ in response.events(stream):
             pass
-    return response.told()
+    return response.to_dict()
 
 
 def _pieces(asked: ResponseRequest, stream: Stream) -> Iterator[bytes]:
@@ -87,13 +266,13 @@ class _Response:
         self._id, self._created = f"resp_{secrets.token_hex(24)}", int(time.time())
         self._status, self._number = "in_progress", 0
         self._end: End | None = None
-        self._error: Told | None = None
-        self._items: list[Told] = []
+        self._error: JsonObject | None = None
+        self._items: list[JsonObject] = []
 
-    def events(self, stream: Iterable[Event]) -> Iterator[Told]:
+    def events(self, stream: Iterable[Event]) -> Iterator[JsonObject]:
         """Every event, in the order of the specification."""
-        yield self._event("response.created", response=self.told())
-        yield self._event("response.in_progress", response=self.told())
+        yield self._event("response.created", response=self.to_dict())
+        yield self._event("response.in_progress", response=self.to_dict())
         for event in stream:
             if isinstance(event, Piece):
                 yield from self._piece(event)
@@ -107,16 +286,16 @@ class _Response:
         if not self._items:
             yield from self._open()
         yield from self._finish(self._status)
-        yield self._event(f"response.{self._status}", response=self.told())
+        yield self._event(f"response.{self._status}", response=self.to_dict())
 
-    def failed(self, fault: Fault) -> Told:
+    def failed(self, fault: Fault) -> JsonObject:
         """The event for ``fault``, behind which nothing follows."""
         self._status = "failed"
         told = error_of(fault)
         self._error = {"code": told["code"] or "server_error", "message": told["message"]}
-        return self._event("response.failed", response=self.told())
+        return self._event("response.failed", response=self.to_dict())
 
-    def told(self) -> Told:
+    def to_dict(self) -> JsonObject:
         """The response as an object."""
         asked, ended = self._asked, self._status not in ("in_progress", "failed")
         reason = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
@@ -153,7 +332,7 @@ class _Response:
             "metadata": asked.metadata or {},
         }
 
-    def _usage(self) -> Told:
+    def _usage(self) -> JsonObject:
         written = self._end.tokens if self._end else 0
         return {
             "input_tokens": self._prompt_tokens,
@@ -163,29 +342,33 @@ class _Response:
             "total_tokens": self._prompt_tokens + written,
         }
 
-    def _event(self, kind: str, **members: Any) -> Told:
+    def _event(self, kind: str, **members: Any) -> JsonObject:
         self._number += 1
         return {"type": kind, "sequence_number": self._number - 1, **members}
 
     @property
-    def _message(self) -> Told | None:
+    def _message(self) -> JsonObject | None:
         """The message that is being written."""
         last = self._items[-1] if self._items else None
         return last if last and last["type"] == "message" else None
 
-    def _open(self) -> Iterator[Told]:
+    def _open(self) -> Iterator[JsonObject]:
         """Begin a message."""
-        item: Told = {"type": "message", "id": f"msg_{secrets.token_hex(24)}", "role": "assistant"}
+        item: JsonObject = {
+            "type": "message",
+            "id": f"msg_{secrets.token_hex(24)}",
+            "role": "assistant",
+        }
         item |= {"status": "in_progress", "content": []}
         self._items.append(item)
         index = len(self._items) - 1
         yield self._event("response.output_item.added", output_index=index, item={**item})
-        part: Told = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
+        part: JsonObject = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
         item["content"] = [part]
         where = self._where(item, content_index=0)
         yield self._event("response.content_part.added", **where, part={**part, "logprobs": []})
 
-    def _piece(self, piece: Piece) -> Iterator[Told]:
+    def _piece(self, piece: Piece) -> Iterator[JsonObject]:
         if self._message is None:
             yield from self._open()
         message = self._message
@@ -197,7 +380,7 @@ class _Response:
         where = self._where(message, content_index=0)
         yield self._event("response.output_text.delta", **where, delta=piece.text, logprobs=scores)
 
-    def _finish(self, status: str) -> Iterator[Told]:
+    def _finish(self, status: str) -> Iterator[JsonObject]:
         """End the message that is being written, if one is."""
         message = self._message
         if message is None or message["status"] != "in_progress":
@@ -213,9 +396,9 @@ class _Response:
             "response.output_item.done", output_index=where["output_index"], item=message
         )
 
-    def _called(self, call: ToolCall) -> Iterator[Told]:
+    def _called(self, call: ToolCall) -> Iterator[JsonObject]:
         arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
-        item: Told = {"type": "function_call", "id": f"fc_{secrets.token_hex(24)}"}
+        item: JsonObject = {"type": "function_call", "id": f"fc_{secrets.token_hex(24)}"}
         item |= {"call_id": call_id(call), "name": call.name}
         self._items.append({**item, "arguments": arguments, "status": "completed"})
         index = len(self._items) - 1
@@ -227,15 +410,15 @@ class _Response:
         yield self._event(f"{kind}.done", **where, name=call.name, arguments=arguments)
         yield self._event("response.output_item.done", output_index=index, item=self._items[-1])
 
-    def _where(self, item: Told, **further: int) -> Told:
+    def _where(self, item: JsonObject, **further: int) -> JsonObject:
         return {"item_id": item["id"], "output_index": len(self._items) - 1, **further}
 
 
-def _tool(tool: Any) -> Told:
+def _tool(tool: Any) -> JsonObject:
     # Clients read all members, given or not.
     return {"description": None, "strict": True, **_without_none(tool)}
 
 
-def _without_none(given: Any) -> Told:
-    found: Told = given.model_dump(by_alias=True, exclude_none=True)
+def _without_none(given: Any) -> JsonObject:
+    found: JsonObject = given.model_dump(by_alias=True, exclude_none=True)
     return found

@@ -6,10 +6,10 @@ import base64
 from collections.abc import Callable
 from urllib.parse import quote
 
+from luthier.api.http.messages import Fault, Response
 from luthier.api.s3 import documents
 from luthier.api.s3.documents import Element, document, iso
-from luthier.api.s3.request import Request, Stores
-from luthier.api.wire import Answer, Fault
+from luthier.api.s3.request import S3Request, Stores
 from luthier.store.listing import Page, after, beyond, page, rolled_up
 from luthier.store.objects import StoredObject
 from luthier.store.text import check_storable
@@ -17,12 +17,12 @@ from luthier.store.text import check_storable
 MOST_KEYS = 1000
 
 
-def xml(body: bytes, **headers: str) -> Answer:
+def xml(body: bytes, **headers: str) -> Response:
     """A document as an answer."""
-    return Answer(200, body, {"Content-Type": "application/xml", **headers})
+    return Response(200, body, {"Content-Type": "application/xml", **headers})
 
 
-def list_buckets(stores: Stores, request: Request, body: bytes) -> Answer:
+def list_buckets(stores: Stores, request: S3Request, body: bytes) -> Response:
     """The account's buckets by name."""
     most = request.number("max-buckets", 10_000, 10_000, least=1)
     start = decoded_token(request.query.get("continuation-token", ""))
@@ -40,27 +40,27 @@ def list_buckets(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(document("ListAllMyBucketsResult", [owner(request), ("Buckets", shown), *rest]))
 
 
-def create_bucket(stores: Stores, request: Request, body: bytes) -> Answer:
+def create_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
     """A new bucket; where it should be is read and passed over: there is one region."""
     if body.strip():
         documents.parse(body, "CreateBucketConfiguration")
     stores.objects.create_bucket(request.account, request.bucket)
-    return Answer(200, b"", {"Location": f"/{request.bucket}"})
+    return Response(200, b"", {"Location": f"/{request.bucket}"})
 
 
-def head_bucket(stores: Stores, request: Request, body: bytes) -> Answer:
+def head_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Whether it is there."""
     stores.objects.bucket(request.account, request.bucket)
-    return Answer(200, b"", {"x-amz-bucket-region": stores.region})
+    return Response(200, b"", {"x-amz-bucket-region": stores.region})
 
 
-def delete_bucket(stores: Stores, request: Request, body: bytes) -> Answer:
+def delete_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Remove an empty one."""
     stores.objects.delete_bucket(request.account, request.bucket)
-    return Answer(204)
+    return Response(204)
 
 
-def bucket_location(stores: Stores, request: Request, body: bytes) -> Answer:
+def bucket_location(stores: Stores, request: S3Request, body: bytes) -> Response:
     """The region; empty for ``us-east-1``, as ever."""
     stores.objects.bucket(request.account, request.bucket)
     region = "" if stores.region == "us-east-1" else stores.region
@@ -68,7 +68,7 @@ def bucket_location(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(f'<?xml version="1.0" encoding="UTF-8"?>\n{root}'.encode())
 
 
-def list_objects_v2(stores: Stores, request: Request, body: bytes) -> Answer:
+def list_objects_v2(stores: Stores, request: S3Request, body: bytes) -> Response:
     """A page of keys; goes on from a token, or after ``start-after``."""
     asked, encode = request.query, encoding(request)
     token, most = asked.get("continuation-token"), request.number("max-keys", MOST_KEYS, MOST_KEYS)
@@ -91,7 +91,7 @@ def list_objects_v2(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(document("ListBucketResult", [*content, *_entries(found, encode, whose)]))
 
 
-def list_objects(stores: Stores, request: Request, body: bytes) -> Answer:
+def list_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
     """A page of keys as it was before: goes on after ``marker``."""
     asked, encode = request.query, encoding(request)
     most, marker = request.number("max-keys", MOST_KEYS, MOST_KEYS), asked.get("marker", "")
@@ -112,16 +112,16 @@ def list_objects(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(document("ListBucketResult", [*content, *entries]))
 
 
-def owner(request: Request, name: str = "Owner") -> Element:
+def owner(request: S3Request, name: str = "Owner") -> Element:
     """The account, as documents name it."""
     return (name, [("ID", request.account), ("DisplayName", request.account)])
 
 
-def encoding(request: Request) -> Callable[[str], str]:
+def encoding(request: S3Request) -> Callable[[str], str]:
     """How keys are written: percent-encoded, where the client asks for it."""
     kind = request.query.get("encoding-type", "")
     if kind not in ("", "url"):
-        raise Fault("InvalidArgument", "Invalid Encoding Method specified in Request")
+        raise Fault("InvalidArgument", "Invalid Encoding Method specified in S3Request")
     return quote if kind else str
 
 
@@ -141,7 +141,7 @@ def decoded_token(token: str) -> str:
         raise Fault("InvalidArgument", text) from None
 
 
-def _start(request: Request, marker: str) -> str:
+def _start(request: S3Request, marker: str) -> str:
     """The first key that may come after ``marker``, which may be a common prefix."""
     if not marker:
         return ""
@@ -151,7 +151,7 @@ def _start(request: Request, marker: str) -> str:
     return after(marker)
 
 
-def _page(stores: Stores, request: Request, start: str, most: int) -> Page:
+def _page(stores: Stores, request: S3Request, start: str, most: int) -> Page:
     if not most:
         stores.objects.bucket(request.account, request.bucket)
         return Page((), None)

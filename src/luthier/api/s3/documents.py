@@ -1,5 +1,6 @@
-"""XML as S3 writes and reads it, and as STS writes it: small trees of elements, no attributes, no
-entities.
+"""XML as S3 writes and reads it, and as STS writes it; errors among it.
+
+Small trees of elements: no attributes, no entities.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from datetime import datetime
 from xml.parsers import expat
 from xml.sax.saxutils import escape
 
-from luthier.api.wire import Fault
+from luthier.api.http.messages import Fault, Response
+from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded
 
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 DOCUMENT_LIMIT = 4 << 20
@@ -22,6 +24,39 @@ _CONTROLS = {chr(code): f"&#{code};" for code in (*range(1, 9), 11, 12, 13, *ran
 
 Content = str | int | bool | Iterable["Element | None"]
 Element = tuple[str, "Content"]
+_STATUS = {
+    "AccessDenied": 403,
+    "BucketAlreadyOwnedByYou": 409,
+    "BucketNotEmpty": 409,
+    "InternalError": 500,
+    "InvalidAccessKeyId": 403,
+    "InvalidRange": 416,
+    "MethodNotAllowed": 405,
+    "MissingContentLength": 411,
+    "NoSuchBucket": 404,
+    "NoSuchKey": 404,
+    "NoSuchUpload": 404,
+    "NotImplemented": 501,
+    "NotModified": 304,
+    "PreconditionFailed": 412,
+    "QuotaExceeded": 403,
+    "RequestTimeTooSkewed": 403,
+    "ServiceUnavailable": 503,
+    "SignatureDoesNotMatch": 403,
+    "SlowDown": 503,
+}
+"""Of all others 400."""
+_NAMES = {
+    "IncompleteSignature": "AuthorizationHeaderMalformed",
+    "InternalServer": "InternalError",
+    "InvalidSignature": "SignatureDoesNotMatch",
+    "MissingAuthenticationToken": "AccessDenied",
+    "RequestEntityTooLarge": "EntityTooLarge",
+    "Throttling": "SlowDown",
+    "UnrecognizedClient": "InvalidAccessKeyId",
+    "Validation": "InvalidRequest",
+}
+"""By the names that the rest of the service has for the same."""
 
 
 def document(name: str, content: Sequence[Element | None], namespace: str = NAMESPACE) -> bytes:
@@ -128,3 +163,34 @@ class _Reader:
 
     def refuse(self, *declared: object) -> None:
         raise malformed()
+
+
+def refusal(fault: Fault, request_id: str) -> Response:
+    """``fault`` as clients of S3 expect it.
+
+    Of its details, ``headers`` are sent with it, and ``fields`` stand in the document.
+    """
+    code = _NAMES.get(fault.code.removesuffix("Exception"), fault.code)
+    code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(
+        str(fault.details.get("place")), code
+    )
+    headers = fault.details.get("headers", {})
+    status = _STATUS.get(code, 400)
+    if status == 304:
+        return Response(status, b"", headers)
+    told = [("Code", code), ("Message", fault.message)]
+    told += fault.details.get("fields", {}).items()
+    body = error_document([*told, ("RequestId", request_id)])
+    return Response(status, body, {"Content-Type": "application/xml", **headers})
+
+
+def as_fault(error: ObjectRefused | DoesNotFit | QuotaExceeded) -> Fault:
+    """A refusal of the store as a fault of this face.
+
+    AWS has a code for too many buckets alone; the others are told as Ceph's gateway tells them.
+    """
+    if isinstance(error, QuotaExceeded):
+        return Fault("TooManyBuckets" if error.quota == "buckets" else "QuotaExceeded", str(error))
+    if isinstance(error, ObjectRefused):
+        return Fault(error.code, error.message)
+    return Fault.of(error)

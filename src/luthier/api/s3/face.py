@@ -2,96 +2,187 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
-from luthier.api.app import TROUBLES
-from luthier.api.s3 import errors
-from luthier.api.s3.body import OBJECT_LIMIT, Body
-from luthier.api.s3.documents import DOCUMENT_LIMIT
-from luthier.api.s3.operations import Operation, operation_of
-from luthier.api.s3.request import Request, Stores, read_request
-from luthier.api.sending import ClientGone, Receive, Run, Send, send_answer
-from luthier.api.wire import Answer, Authorize, Fault, Head, Signed
+from luthier.api.http.messages import Fault, Head, Request, Response
+from luthier.api.http.routing import Authorize, Operation, Route
+from luthier.api.http.streams import RequestBody, Run
+from luthier.api.s3 import buckets, documents, multipart, objects
+from luthier.api.s3.body import OBJECT_LIMIT, SignedBody
+from luthier.api.s3.documents import DOCUMENT_LIMIT, as_fault
+from luthier.api.s3.request import Incoming, S3Request, Stores, read_request
 from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded
-from luthier.limits import ServerLimits
 from luthier.store.multipart import MultipartUploads
+from luthier.store.object_files import Written
 from luthier.store.objects import UPLOADS, Objects
 
-_log = logging.getLogger("luthier.api")
+Works = Callable[[Stores, S3Request, bytes], Response]
+Keeps = Callable[[Stores, S3Request, Written, Mapping[str, str]], Response]
+
+
+@dataclass(frozen=True)
+class S3Operation:
+    """One operation, and how it is asked for."""
+
+    name: str
+    """As botocore has it."""
+    method: str
+    level: str
+    """``service``, ``bucket`` or ``object``."""
+    action: str
+    """Of IAM; empty where the operation asks for each of the things it acts on."""
+    works: Works | None = None
+    keeps: Keeps | None = None
+    """Of an operation whose body is kept as a file."""
+    before: Callable[[Stores, S3Request], Incoming] = lambda stores, request: Incoming()
+    """Refuses what can be refused before such a body is read, and says what it will take."""
+    needs: frozenset[str] = frozenset()
+    """Keys of the query that are there."""
+    may: frozenset[str] = frozenset()
+    """Keys of the query that may be there too."""
+    whole: bool = False
+    """Whether checksums in its headers are those of the object, and not of the body it has."""
+    copies: bool = False
+    """Whether another object is named in place of a body."""
+
+
+def _keys(text: str = "") -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_V1 = _keys("prefix delimiter marker max-keys encoding-type")
+_V2 = _keys("prefix delimiter start-after continuation-token max-keys encoding-type fetch-owner")
+_BUCKETS = _keys("max-buckets continuation-token prefix bucket-region")
+_RESPONSE = _keys(
+    "response-cache-control response-content-disposition response-content-encoding "
+    "response-content-language response-content-type response-expires"
+)
+_UPLOADS = _keys("prefix delimiter key-marker upload-id-marker max-uploads encoding-type")
+_PART, _OF_PART = _keys("uploadId partNumber"), _keys("max-parts part-number-marker")
+_UPLOAD, _NEW = _keys("uploadId"), _keys("uploads")
+_LIST_UPLOADS, _LIST_PARTS = "s3:ListBucketMultipartUploads", "s3:ListMultipartUploadParts"
+
+OPERATIONS = (
+    S3Operation("ListBuckets", "GET", "service", "s3:ListAllMyBuckets", buckets.list_buckets,
+              may=_BUCKETS),
+    S3Operation("CreateBucket", "PUT", "bucket", "s3:CreateBucket", buckets.create_bucket),
+    S3Operation("HeadBucket", "HEAD", "bucket", "s3:ListBucket", buckets.head_bucket),
+    S3Operation("DeleteBucket", "DELETE", "bucket", "s3:DeleteBucket", buckets.delete_bucket),
+    S3Operation("GetBucketLocation", "GET", "bucket", "s3:GetBucketLocation", buckets.bucket_location,
+              needs=_keys("location")),
+    S3Operation("ListObjectsV2", "GET", "bucket", "s3:ListBucket", buckets.list_objects_v2,
+              needs=_keys("list-type"), may=_V2),
+    S3Operation("ListObjects", "GET", "bucket", "s3:ListBucket", buckets.list_objects, may=_V1),
+    S3Operation("ListMultipartUploads", "GET", "bucket", _LIST_UPLOADS, multipart.list_uploads,
+              needs=_NEW, may=_UPLOADS),
+    S3Operation("DeleteObjects", "POST", "bucket", "", objects.delete_objects,
+              needs=_keys("delete")),
+    S3Operation("PutObject", "PUT", "object", "s3:PutObject", keeps=objects.put_object,
+              before=objects.before_put),
+    S3Operation("CopyObject", "PUT", "object", "s3:PutObject", objects.copy_object, copies=True),
+    S3Operation("GetObject", "GET", "object", "s3:GetObject", objects.get_object, may=_RESPONSE),
+    S3Operation("HeadObject", "HEAD", "object", "s3:GetObject", objects.head_object, may=_RESPONSE),
+    S3Operation("DeleteObject", "DELETE", "object", "s3:DeleteObject", objects.delete_object),
+    S3Operation("CreateMultipartUpload", "POST", "object", "s3:PutObject", multipart.create_upload,
+              needs=_NEW),
+    S3Operation("UploadPart", "PUT", "object", "s3:PutObject", keeps=multipart.upload_part,
+              before=multipart.before_part, needs=_PART),
+    S3Operation("UploadPartCopy", "PUT", "object", "s3:PutObject", multipart.copy_part,
+              needs=_PART, copies=True),
+    S3Operation("CompleteMultipartUpload", "POST", "object", "s3:PutObject",
+              multipart.complete_upload, needs=_UPLOAD, whole=True),
+    S3Operation("AbortMultipartUpload", "DELETE", "object", "s3:AbortMultipartUpload",
+              multipart.abort_upload, needs=_UPLOAD),
+    S3Operation("ListParts", "GET", "object", _LIST_PARTS, multipart.list_parts,
+              needs=_UPLOAD, may=_OF_PART),
+)  # fmt: skip
+
+
+def operation_of(request: S3Request) -> S3Operation:
+    """The operation that is asked for.
+
+    Raises:
+        Fault: ``MethodNotAllowed``; ``NotImplemented`` where the query asks for what is not done here,
+            such as ``?acl``, which must not be taken for the operation without it.
+    """
+    level = "object" if request.key else "bucket" if request.bucket else "service"
+    there = [each for each in OPERATIONS if (each.method, each.level) == (request.method, level)]
+    if not there:
+        text = "The specified method is not allowed against this resource."
+        raise Fault("MethodNotAllowed", text)
+    # Signatures in the query were verified, and x-id only names the operation for logs.
+    asked = {key for key in request.query if not key.lower().startswith("x-amz-")} - {"x-id"}
+    copies = "x-amz-copy-source" in request.headers
+    for each in there:
+        if each.needs <= asked <= each.needs | each.may and each.copies == copies:
+            return each
+    text = "A query you provided implies functionality that is not implemented"
+    raise Fault("NotImplemented", text)
 
 
 class S3Face:
     """Path-style S3 on the built-in object store."""
 
-    def __init__(
-        self,
-        objects: Objects,
-        authorize: Authorize,
-        region: str = "us-east-1",
-        limits: ServerLimits | None = None,
-    ) -> None:
+    name, request_id_header = "s3", "x-amz-request-id"
+
+    def __init__(self, objects: Objects, authorize: Authorize, region: str = "us-east-1") -> None:
         """``authorize`` is given caller, action and ARN, and raises :class:`Fault`."""
-        self._limits = limits or ServerLimits()
         self.stores = Stores(objects, MultipartUploads(objects), authorize, region)
 
-    async def handle(
-        self, head: Head, signed: Signed, receive: Receive, send: Send, request_id: str, run: Run
-    ) -> int:
-        """Answer a request that was let in, all work by ``run``; the status that was sent.
+    def serves(self, head: Head, service: str) -> bool:
+        """Whatever is signed for S3."""
+        return service == "s3"
+
+    def route(self, head: Head) -> Route:
+        """One route: keys may be called anything, and the query says what is asked."""
+        # In the coding of chunks a body is longer than what it stands for.
+        limit, name = 2 * OBJECT_LIMIT, f"s3.{head.method}"
+        return Route(
+            Operation(name, head.method, "", None, limit, stream=self.respond, hashed=True)
+        )
+
+    async def respond(self, request: Request, body: RequestBody, run: Run) -> Response:
+        """Answer a request that was let in, all work by ``run``.
 
         Raises:
             Fault: what the caller is to be told with :meth:`refusal`; nothing was changed.
-            ClientGone: where the client hung up.
         """
         try:
-            request = read_request(head, signed.caller, request_id)
-            operation = operation_of(request)
-            if operation.action:
-                await run(self.stores.authorize, request.caller, operation.action, request.resource)
-            if request.bucket == UPLOADS and request.method not in ("GET", "HEAD"):
-                # Their other half is a row that this face does not know.
-                text = f"{UPLOADS} holds OpenAI files: write and delete them through that API."
-                raise Fault("AccessDenied", text)
-            answer = await self._answer(operation, request, signed, receive, run)
+            return await self._respond(request, body, run)
         except (ObjectRefused, DoesNotFit, QuotaExceeded) as refused:
-            raise errors.as_fault(refused) from refused
-        except (Fault, ClientGone, *TROUBLES):
-            raise
-        except Exception:
-            _log.exception("request failed", extra={"request_id": request_id})
-            text = "We encountered an internal error. Please try again."
-            raise Fault("InternalServer", text) from None
-        headers = {**answer.headers, "x-amz-request-id": request_id}
-        return await send_answer(send, receive, Answer(answer.status, answer.body, headers), run)
+            raise as_fault(refused) from refused
 
-    def refusal(self, fault: Fault, request_id: str) -> Answer:
+    def refusal(self, fault: Fault, request_id: str) -> Response:
         """``fault`` as clients of S3 expect it."""
-        return errors.refusal(fault, request_id)
+        return documents.refusal(fault, request_id)
 
-    async def _answer(
-        self,
-        operation: Operation,
-        request: Request,
-        signed: Signed,
-        receive: Receive,
-        run: Run,
-    ) -> Answer:
+    async def _respond(self, sent: Request, received: RequestBody, run: Run) -> Response:
+        request = read_request(received.head, sent.caller)
+        operation = operation_of(request)
+        if operation.action:
+            await run(self.stores.authorize, request.caller, operation.action, request.resource)
+        if request.bucket == UPLOADS and request.method not in ("GET", "HEAD"):
+            # Their other half is a row that this face does not know.
+            text = f"{UPLOADS} holds OpenAI files: write and delete them through that API."
+            raise Fault("AccessDenied", text)
         limit = OBJECT_LIMIT if operation.keeps else DOCUMENT_LIMIT
-        body = Body(request.headers, signed, limit, not operation.whole)
+        assert sent.signed is not None
+        body = SignedBody(request.headers, sent.signed, limit, not operation.whole)
         if operation.works is not None:
-            text = bytearray()
-            await body.receive(receive, self._limits, text.extend, run)
-            made: Answer = await run(operation.works, self.stores, request, bytes(text))
+            text_of_it = bytearray()
+            await body.receive(received, text_of_it.extend, run)
+            made: Response = await run(operation.works, self.stores, request, bytes(text_of_it))
             return made
         assert operation.keeps is not None
         incoming = await run(operation.before, self.stores, request)
         if not body.has_length:
-            text_of_it = "You must provide the Content-Length HTTP header."
-            raise Fault("MissingContentLength", text_of_it)
+            text = "You must provide the Content-Length HTTP header."
+            raise Fault("MissingContentLength", text)
         begin = partial(self.stores.objects.begin, freed=incoming.freed, objects=incoming.objects)
         with await run(begin, request.account, body.length) as writing:
-            checksums = await body.receive(receive, self._limits, writing.write, run)
+            checksums = await body.receive(received, writing.write, run)
             written = await run(writing.finish)
-            kept: Answer = await run(operation.keeps, self.stores, request, written, checksums)
+            kept: Response = await run(operation.keeps, self.stores, request, written, checksums)
             return kept

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from luthier.api.http.messages import Fault, Response
 from luthier.api.s3 import documents
-from luthier.api.s3.buckets import encoding, owner, xml
-from luthier.api.s3.checksums import (
+from luthier.api.s3.body import (
     COMPOSITE,
     FULL_OBJECT,
     as_elements,
@@ -16,13 +16,12 @@ from luthier.api.s3.checksums import (
     composite,
     from_elements,
     full,
-    told,
+    sent_checksums,
 )
-from luthier.api.s3.conditions import check_read, check_write, span
+from luthier.api.s3.buckets import encoding, owner, xml
 from luthier.api.s3.documents import Element, document, iso
-from luthier.api.s3.objects import copied
-from luthier.api.s3.request import Incoming, Request, Stores, arn, copy_source, described
-from luthier.api.wire import Answer, Fault
+from luthier.api.s3.objects import check_read, check_write, copied, span
+from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, described
 from luthier.store.multipart import MOST_PARTS, CompletedPart
 from luthier.store.object_files import Written
 from luthier.store.objects import Piece, Upload
@@ -30,7 +29,7 @@ from luthier.store.objects import Piece, Upload
 _PAGE = 1000
 
 
-def create_upload(stores: Stores, request: Request, body: bytes) -> Answer:
+def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Begin an upload."""
     algorithm = request.headers.get("x-amz-checksum-algorithm", "").lower()
     kind = request.headers.get("x-amz-checksum-type", "").upper()
@@ -48,7 +47,7 @@ def create_upload(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(document("InitiateMultipartUploadResult", [*_named(request), _id(made)]), **headers)
 
 
-def before_part(stores: Stores, request: Request) -> Incoming:
+def before_part(stores: Stores, request: S3Request) -> Incoming:
     """Refuse what can be refused before the bytes have come."""
     number, upload_id = _number(request), request.query["uploadId"]
     part = stores.uploads.part(request.account, request.bucket, request.key, upload_id, number)
@@ -56,14 +55,14 @@ def before_part(stores: Stores, request: Request) -> Incoming:
 
 
 def upload_part(
-    stores: Stores, request: Request, written: Written, checksums: Mapping[str, str]
-) -> Answer:
+    stores: Stores, request: S3Request, written: Written, checksums: Mapping[str, str]
+) -> Response:
     """Keep a part."""
     piece = _put(stores, request, written, checksums)
-    return Answer(200, b"", {"ETag": f'"{piece.md5}"', **_without_type(piece.checksums)})
+    return Response(200, b"", {"ETag": f'"{piece.md5}"', **_without_type(piece.checksums)})
 
 
-def copy_part(stores: Stores, request: Request, body: bytes) -> Answer:
+def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Keep bytes of another object as a part."""
     source = copy_source(request)
     stores.authorize(request.caller, "s3:GetObject", arn(*source))
@@ -82,10 +81,10 @@ def copy_part(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(document("CopyPartResult", copied(piece.md5, piece, {})))
 
 
-def complete_upload(stores: Stores, request: Request, body: bytes) -> Answer:
+def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Make the object from the parts that a document names."""
     chosen = _chosen(body)
-    expected = told(request.headers)
+    expected = sent_checksums(request.headers)
 
     def checksum(upload: Upload, pieces: Sequence[Piece]) -> dict[str, str]:
         return _of_whole(upload, pieces, expected)
@@ -108,13 +107,13 @@ def complete_upload(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(document("CompleteMultipartUploadResult", content))
 
 
-def abort_upload(stores: Stores, request: Request, body: bytes) -> Answer:
+def abort_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Give an upload up."""
     stores.uploads.abort(request.account, request.bucket, request.key, request.query["uploadId"])
-    return Answer(204)
+    return Response(204)
 
 
-def list_parts(stores: Stores, request: Request, body: bytes) -> Answer:
+def list_parts(stores: Stores, request: S3Request, body: bytes) -> Response:
     """The parts that have come."""
     upload_id = request.query["uploadId"]
     most = request.number("max-parts", _PAGE, _PAGE)
@@ -136,11 +135,11 @@ def list_parts(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(document("ListPartsResult", [*content, *map(_part, shown)]))
 
 
-def list_uploads(stores: Stores, request: Request, body: bytes) -> Answer:
+def list_uploads(stores: Stores, request: S3Request, body: bytes) -> Response:
     """The uploads of a bucket that are not done."""
     asked, encode = request.query, encoding(request)
     if asked.get("delimiter"):
-        raise Fault("NotImplemented", "MultipartUploads are listed without delimiter.")
+        raise Fault("NotImplemented", "Uploads are listed without delimiter.")
     most, prefix = request.number("max-uploads", _PAGE, _PAGE, least=1), asked.get("prefix", "")
     marker, of_key = asked.get("key-marker", ""), asked.get("upload-id-marker", "")
     every = stores.uploads.of_bucket(request.account, request.bucket)
@@ -179,7 +178,9 @@ def list_uploads(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(document("ListMultipartUploadsResult", [*content, *uploads]))
 
 
-def _put(stores: Stores, request: Request, written: Written, checksums: Mapping[str, str]) -> Piece:
+def _put(
+    stores: Stores, request: S3Request, written: Written, checksums: Mapping[str, str]
+) -> Piece:
     return stores.uploads.put_part(
         request.account,
         request.bucket,
@@ -191,7 +192,7 @@ def _put(stores: Stores, request: Request, written: Written, checksums: Mapping[
     )
 
 
-def _number(request: Request) -> int:
+def _number(request: S3Request) -> int:
     text = request.query["partNumber"]
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= MOST_PARTS:
         said = f"Part number must be an integer between 1 and {MOST_PARTS}, inclusive"
@@ -249,7 +250,7 @@ def _part(piece: Piece) -> Element:
     )
 
 
-def _named(request: Request) -> list[Element]:
+def _named(request: S3Request) -> list[Element]:
     return [("Bucket", request.bucket), ("Key", request.key)]
 
 

@@ -1,16 +1,18 @@
-"""Operations on objects."""
+"""Operations on objects, their ranges of bytes, and conditions on what an object is now (RFC 9110)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import format_datetime, parsedate_to_datetime
 
+from luthier.api.http.messages import Fault, Response
 from luthier.api.s3 import documents
+from luthier.api.s3.body import as_elements, as_headers
 from luthier.api.s3.buckets import xml
-from luthier.api.s3.checksums import as_elements, as_headers
-from luthier.api.s3.conditions import check_read, check_write, http_date, span
 from luthier.api.s3.documents import Element, document, iso
-from luthier.api.s3.request import Incoming, Request, Stores, arn, copy_source, described
-from luthier.api.wire import Answer, Fault
+from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, described
 from luthier.errors import ObjectRefused
 from luthier.store.object_files import Written
 from luthier.store.objects import Described, StoredObject, check_key
@@ -19,7 +21,93 @@ MOST_DELETED = 1000
 _RESPONSE = "response-"
 
 
-def before_put(stores: Stores, request: Request) -> Incoming:
+def http_date(moment: datetime) -> str:
+    """A time as headers have it, to the second."""
+    return format_datetime(moment.astimezone(UTC), usegmt=True)
+
+
+def span(header: str | None, size: int) -> tuple[int, int] | None:
+    """First byte and number of bytes of a ``Range``; ``None`` where the whole is meant.
+
+    Raises:
+        Fault: ``InvalidRange`` where nothing of the object is in it.
+    """
+    found = re.fullmatch(r"\s*bytes=([0-9]{0,18})-([0-9]{0,18})\s*", header or "")
+    if found is None or not (found[1] or found[2]):
+        return None  # several ranges, or another unit: passed over, as the RFC allows
+    if found[1]:
+        first, last = int(found[1]), int(found[2] or size - 1)
+        if found[2] and int(found[2]) < first:
+            return None
+    else:
+        first, last = max(0, size - int(found[2])), size - 1
+    if first >= size or (not found[1] and not int(found[2])):
+        text = "The requested range is not satisfiable"
+        raise Fault("InvalidRange", text, headers={"Content-Range": f"bytes */{size}"})
+    return first, min(last, size - 1) - first + 1
+
+
+def check_read(headers: Mapping[str, str], found: StoredObject, start: str = "if-") -> None:
+    """Compare an object with the conditions of a read, whose names begin with ``start``.
+
+    Raises:
+        Fault: ``PreconditionFailed``, or ``NotModified`` where the client has it already.
+    """
+    match, none_match = headers.get(f"{start}match"), headers.get(f"{start}none-match")
+    changed = headers.get(f"{start}modified-since")
+    unchanged = headers.get(f"{start}unmodified-since")
+    moment = found.modified.replace(microsecond=0)
+    if match is not None:
+        if not _matches(match, found):
+            raise _failed("If-Match")
+    elif unchanged is not None and (limit := _moment(unchanged)) and moment > limit:
+        raise _failed("If-Unmodified-Since")
+    if none_match is not None:
+        same = _matches(none_match, found)
+    else:
+        limit = _moment(changed) if changed is not None else None
+        same = limit is not None and moment <= limit
+    if same and start == "if-":
+        told = {"ETag": f'"{found.etag}"', "Last-Modified": http_date(found.modified)}
+        raise Fault("NotModified", "Not Modified", headers=told)
+    if same:
+        raise _failed("If-None-Match")
+
+
+def check_write(headers: Mapping[str, str], found: StoredObject | None) -> None:
+    """Compare what a key names now with the conditions of a write.
+
+    Raises:
+        Fault: ``PreconditionFailed``; ``NoSuchKey`` where ``If-Match`` has nothing to match.
+    """
+    match, none_match = headers.get("if-match"), headers.get("if-none-match")
+    if match is not None and found is None:
+        raise Fault("NoSuchKey", "The specified key does not exist.")
+    if match is not None and found is not None and not _matches(match, found):
+        raise _failed("If-Match")
+    if none_match is not None and found is not None and _matches(none_match, found):
+        raise _failed("If-None-Match")
+
+
+def _matches(header: str, found: StoredObject) -> bool:
+    tags = [each.strip().removeprefix("W/").strip('"') for each in header.split(",")]
+    return "*" in tags or found.etag in tags
+
+
+def _moment(text: str) -> datetime | None:
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None  # passed over, as the RFC asks
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _failed(condition: str) -> Fault:
+    text = "At least one of the pre-conditions you specified did not hold"
+    return Fault("PreconditionFailed", text, fields={"Condition": condition})
+
+
+def before_put(stores: Stores, request: S3Request) -> Incoming:
     """Refuse what can be refused before the bytes have come."""
     check_key(request.key)
     described(request, {})
@@ -33,8 +121,8 @@ def before_put(stores: Stores, request: Request) -> Incoming:
 
 
 def put_object(
-    stores: Stores, request: Request, written: Written, checksums: Mapping[str, str]
-) -> Answer:
+    stores: Stores, request: S3Request, written: Written, checksums: Mapping[str, str]
+) -> Response:
     """Let the key name what came."""
     made = stores.objects.put(
         request.account,
@@ -44,10 +132,10 @@ def put_object(
         described(request, checksums),
         lambda now: check_write(request.headers, now),
     )
-    return Answer(200, b"", {"ETag": f'"{made.etag}"', **as_headers(made.checksums)})
+    return Response(200, b"", {"ETag": f'"{made.etag}"', **as_headers(made.checksums)})
 
 
-def get_object(stores: Stores, request: Request, body: bytes) -> Answer:
+def get_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     """An object, or a range of it."""
     asked = request.headers.get("range")
 
@@ -57,24 +145,24 @@ def get_object(stores: Stores, request: Request, body: bytes) -> Answer:
 
     found, pieces = stores.objects.open_range(request.account, request.bucket, request.key, wanted)
     status, headers = _told(request, found)
-    return Answer(status, pieces, headers)
+    return Response(status, pieces, headers)
 
 
-def head_object(stores: Stores, request: Request, body: bytes) -> Answer:
+def head_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     """What is told of an object."""
     found = stores.objects.head(request.account, request.bucket, request.key)
     check_read(request.headers, found)
     status, headers = _told(request, found)
-    return Answer(status, b"", headers)
+    return Response(status, b"", headers)
 
 
-def delete_object(stores: Stores, request: Request, body: bytes) -> Answer:
+def delete_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Remove an object; one that is not there is no error."""
     stores.objects.delete(request.account, request.bucket, [request.key])
-    return Answer(204)
+    return Response(204)
 
 
-def delete_objects(stores: Stores, request: Request, body: bytes) -> Answer:
+def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Remove the objects that a document names, each if the caller may."""
     tree = documents.parse(body, "Delete")
     named = tree.all("Object")
@@ -101,7 +189,7 @@ def delete_objects(stores: Stores, request: Request, body: bytes) -> Answer:
     return xml(document("DeleteResult", told))
 
 
-def copy_object(stores: Stores, request: Request, body: bytes) -> Answer:
+def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Let the key name the bytes of another object."""
     source, target = copy_source(request), (request.bucket, request.key)
     stores.authorize(request.caller, "s3:GetObject", arn(*source))
@@ -131,7 +219,7 @@ def copied(etag: str, made: object, checksums: Mapping[str, str]) -> list[Elemen
     return [("ETag", f'"{etag}"'), ("LastModified", moment), *as_elements(checksums)]
 
 
-def _told(request: Request, found: StoredObject) -> tuple[int, dict[str, str]]:
+def _told(request: S3Request, found: StoredObject) -> tuple[int, dict[str, str]]:
     part = span(request.headers.get("range"), found.size)
     headers = {
         "ETag": f'"{found.etag}"',
@@ -154,7 +242,7 @@ def _told(request: Request, found: StoredObject) -> tuple[int, dict[str, str]]:
     return 206, {**headers, "Content-Length": str(length)}
 
 
-def _overrides(request: Request) -> dict[str, str]:
+def _overrides(request: S3Request) -> dict[str, str]:
     """Headers that the query of a request sets, as links to downloads do."""
     told = {
         name[len(_RESPONSE) :]: value

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
 
-from luthier.api.wire import Authorize, Caller, Fault, Head
+from luthier.api.http.messages import Caller, Fault, Head
+from luthier.api.http.routing import Authorize
 from luthier.store.arns import object_arn
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import Described, Objects
@@ -46,10 +47,9 @@ class Incoming:
 
 
 @dataclass(frozen=True)
-class Request:
+class S3Request:
     """One request that was let in."""
 
-    id: str
     caller: Caller
     method: str
     bucket: str
@@ -89,7 +89,7 @@ def arn(bucket: str, key: str = "") -> str:
     return object_arn(bucket, key) if key else f"arn:aws:s3:::{bucket}"
 
 
-def read_request(head: Head, caller: Caller, request_id: str) -> Request:
+def read_request(head: Head, caller: Caller) -> S3Request:
     """The request of a head; raises :class:`Fault` for a path or query that is not UTF-8."""
     bucket, _, key = head.path.removeprefix("/").partition("/")
     try:
@@ -100,12 +100,12 @@ def read_request(head: Head, caller: Caller, request_id: str) -> Request:
     headers: dict[str, str] = {}
     for name, value in head.headers:
         headers[name] = f"{headers[name]},{value}" if name in headers else value
-    request = Request(request_id, caller, head.method, *named, dict(pairs), headers)
+    request = S3Request(caller, head.method, *named, dict(pairs), headers)
     _check(request)
     return request
 
 
-def copy_source(request: Request) -> tuple[str, str]:
+def copy_source(request: S3Request) -> tuple[str, str]:
     """Bucket and key that ``x-amz-copy-source`` names."""
     text, _, query = request.headers["x-amz-copy-source"].partition("?")
     try:
@@ -122,7 +122,7 @@ def copy_source(request: Request) -> tuple[str, str]:
     return bucket, key
 
 
-def described(request: Request, checksums: Mapping[str, str]) -> Described:
+def described(request: S3Request, checksums: Mapping[str, str]) -> Described:
     """What the headers of a request say of the object that it makes."""
     given = request.headers
     headers = {name: given[name] for name in DESCRIBING if name in given}
@@ -139,7 +139,7 @@ def described(request: Request, checksums: Mapping[str, str]) -> Described:
     return Described(headers, metadata, checksums)
 
 
-def _check(request: Request) -> None:
+def _check(request: S3Request) -> None:
     owner = request.headers.get("x-amz-expected-bucket-owner", request.account)
     if owner != request.account:
         raise Fault("AccessDenied", "Access Denied")

@@ -1,0 +1,371 @@
+"""What faces receive and give: a head, who signed it, a request that is let in, and its response.
+
+A face never sees a socket. The application (``luthier.api.http.application``) reads the request, finds
+out who sent it, and hands a :class:`Request` to the face whose routes match; what comes back is a
+:class:`Response`, or a :class:`Fault` that the face writes in its own way. Nothing that a head tells is
+verified here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+from urllib.parse import parse_qs, unquote_to_bytes
+
+from pydantic import BaseModel, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
+from sqlalchemy.exc import OperationalError
+
+from luthier.errors import (
+    DiskFull,
+    DoesNotFit,
+    LuthierError,
+    QuotaExceeded,
+    ReadOnlyDisk,
+    RecipeError,
+    RefusedInput,
+    UnknownModel,
+    WrongState,
+)
+from luthier.graders.json_schema import depth_of
+from luthier.limits import ServerLimits
+from luthier.setting_names import SettingName, with_setting_names
+from luthier.store.sessions import ASSUMED, TemporarySession
+from luthier.store.text import check_storable
+
+JSON_DEPTH = 200
+"""Levels of objects and lists in a body."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sends a call, as its signature or key proved."""
+
+    account: str
+    """Twelve digits; what one account owns does not exist for another."""
+    user: str
+    """A user's name; ``assumed-role/ROLE/NAME`` in a session of a role, which no user is called."""
+    policies: tuple[Mapping[str, Any], ...]
+    """IAM policy documents."""
+    bearer: bool = False
+    """Whether a bearer key was shown, and not a signature."""
+    id: str = ""
+    """``AIDA…`` of a user, ``AROA…:NAME`` of a session of a role."""
+    access_key: str = ""
+    """Long-term access key that signed, or that the session was begun with; empty for an API key."""
+    session: TemporarySession | None = None
+    """What temporary credentials stand for, where such were used."""
+
+    @property
+    def arn(self) -> str:
+        """The ARN of the user or session, as refusals name it."""
+        if self.user.startswith(f"{ASSUMED}/"):
+            return f"arn:aws:sts::{self.account}:{self.user}"
+        return f"arn:aws:iam::{self.account}:user/{self.user}"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A request before its body, as it came over the wire."""
+
+    method: str
+    path: str
+    """Raw: percent-encoded as sent."""
+    query: str
+    """Raw, without the question mark."""
+    headers: Sequence[tuple[str, str]]
+    """Names in lower case, in their order; a name that was sent twice stands here twice."""
+    tls: bool
+
+    @property
+    def body_length(self) -> int | None:
+        """Bytes of the body by what the head says of it; ``None`` where it does not say."""
+        if any(name == "transfer-encoding" for name, _ in self.headers):
+            return None
+        lengths = [value for name, value in self.headers if name == "content-length"]
+        return int(lengths[0]) if lengths and lengths[0].isdigit() else 0
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A caller who was let in, and what a body that is still to come has to match."""
+
+    caller: Caller
+    service: str = ""
+    """Of the credential scope: ``bedrock``, ``bedrock-mantle``, ``s3`` or ``sts``; empty for a bearer
+    key."""
+    payload: str = ""
+    """``X-Amz-Content-SHA256`` as it was signed: hexadecimal, ``UNSIGNED-PAYLOAD``, ``STREAMING-…``."""
+    signature: str = ""
+    """Hexadecimal: what the signatures of chunks go on from."""
+    signing_key: bytes = field(default=b"", repr=False)
+    scope: str = ""
+    """``yyyymmdd/region/service/aws4_request``."""
+    moment: str = ""
+    """``X-Amz-Date`` as it was sent."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request that was let in."""
+
+    request_id: str
+    caller: Caller
+    method: str
+    path: str
+    """As it was sent: segments still percent-encoded, without the query."""
+    query: Mapping[str, list[str]]
+    """Decoded; a key without a value has an empty one."""
+    headers: Mapping[str, str]
+    """By names in lower case."""
+    body: bytes
+    received: datetime
+    params: Mapping[str, str] = field(default_factory=dict)
+    """Segments of the path by the names that the route gives them, each decoded once."""
+    address: str = ""
+    """Of the client; empty where it is not known."""
+    json_values: int = ServerLimits().json_values
+    """Values that JSON in the body may have."""
+    signed: Signed | None = None
+    """What was signed of a body that is read as it comes; ``body`` is empty then."""
+
+    @property
+    def account(self) -> str:
+        """Whose things are meant."""
+        return self.caller.account
+
+    @cached_property
+    def json(self) -> Any:
+        """The body as JSON; ``None`` where there is none.
+
+        Raises:
+            ValueError: for what is not JSON in UTF-8, is nested too deeply, or holds numbers that are
+                not finite.
+            Fault: RequestEntityTooLarge for more than ``json_values`` values.
+        """
+        return parse_json(self.body, self.json_values) if self.body.strip() else None
+
+
+def _check_texts(value: Any) -> None:
+    """Refuse text that no database keeps."""
+    # In Python, so that others run meanwhile: to write 24 MB as JSON again takes seconds at a stretch.
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            check_storable(part)
+        elif isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            left += part
+            left += part.values()
+
+
+def parse_json(data: bytes, most_values: int) -> Any:
+    """What a client sent as JSON, with at most ``most_values`` values; raises as :attr:`Request.json`.
+
+    Refused is, too, text that no database keeps: U+0000, and halves of surrogate pairs.
+    """
+    # Counted as they would be outside of texts: to tell them apart takes as long as parsing.
+    if sum(map(data.count, (b",", b"[", b"{"))) > most_values:
+        raise Fault("RequestEntityTooLarge", f"The body has more than {most_values:,} JSON values.")
+    try:
+        # Given bytes, json would take UTF-16 and halves of pairs as well.
+        found = json.loads(data.decode("utf-8-sig"), parse_constant=_not_finite)
+        if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(found) > JSON_DEPTH:
+            # It can be read, and not written again by code that calls itself for each level.
+            raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
+        if b"\\u" in data:
+            # Read first: only so are pairs whole, and backslashes told from escapes.
+            _check_texts(found)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return found
+
+
+def _not_finite(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a face gives back: a whole body, or pieces as they come."""
+
+    status: int = 200
+    body: bytes | Iterator[bytes] = b""
+    """Pieces are sent one by one; the iterator is closed as soon as the client has hung up."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def json(value: Any, status: int = 200, **headers: str) -> Response:
+        """``value`` as JSON."""
+        body = json.dumps(value, separators=(",", ":")).encode()
+        return Response(status, body, {"Content-Type": "application/json", **headers})
+
+
+_TROUBLES = {
+    "is full": "has no room: its operator frees some of its disk",
+    "No space left": "has no room: its operator frees some of its disk",
+    "readonly": "takes no writes now",
+    "read-only": "takes no writes now",
+    "locked": "is busy",
+}
+"""What databases say, and what it means."""
+
+
+class Fault(LuthierError):
+    """A refusal or failure that the client is told of; each face has its own shape for it.
+
+    ``code`` is the name of Bedrock's exception without the word Exception, such as ``Validation``,
+    ``ResourceNotFound``, ``Conflict``, ``AccessDenied``, ``Throttling``; ``parameter`` is the member of
+    the request that is meant, where it is one.
+    """
+
+    def __init__(
+        self, code: str, message: str, *, parameter: str | None = None, **details: Any
+    ) -> None:
+        super().__init__(message)
+        self.code, self.message, self.parameter, self.details = code, message, parameter, details
+
+    @staticmethod
+    def unavailable(error: OperationalError | ReadOnlyDisk) -> Fault:
+        """What a database that is away, full or read-only becomes, or such a disk."""
+        if isinstance(error, ReadOnlyDisk):
+            text = "The service's disk takes no writes now: its operator mends that."
+            return Fault("ServiceUnavailable", text, retry_after=30)
+        said = str(error.orig)
+        why = next((text for word, text in _TROUBLES.items() if word in said), "does not answer")
+        text = f"The service's database {why}. Ask again; what was asked may have been done."
+        return Fault("ServiceUnavailable", text, retry_after=5)
+
+    @staticmethod
+    def of(error: RefusedInput) -> Fault:
+        """What a refusal of the parts below becomes, where a face says nothing closer."""
+        if isinstance(error, DoesNotFit):
+            # Names of the server's folders are not for clients.
+            why = (
+                "Its disk is full: its operator frees some." if isinstance(error, DiskFull) else ""
+            )
+            text = f"The server has no room for it now. {why}".rstrip()
+            return Fault("ServiceUnavailable", text, retry_after=30)
+        if isinstance(error, UnknownModel):
+            return Fault("ResourceNotFound", "The files of the model are not there.")
+        kinds = ((QuotaExceeded, "ServiceQuotaExceeded"), (WrongState, "Conflict"))
+        code = next((name for kind, name in kinds if isinstance(error, kind)), "Validation")
+        field = error.field if isinstance(error, RecipeError) else None
+        return Fault(code, str(error), parameter=field, refused=True)
+
+    def named(self, name: SettingName) -> Fault:
+        """The same in the words of a face, where it is a refusal of the parts below."""
+        if not self.details.get("refused"):
+            return self
+        text = with_setting_names(self.message, name) or self.message
+        parameter = self.parameter and (name(self.parameter, None) or self.parameter)
+        return Fault(self.code, text, parameter=parameter, **{**self.details, "refused": False})
+
+
+Scope = MutableMapping[str, Any]
+
+
+def head_of(scope: Scope) -> Head:
+    """The request of an ASGI scope as it came over the wire."""
+    raw = scope.get("raw_path") or scope["path"].encode()
+    headers = [(k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in scope["headers"]]
+    path, query = raw.decode("latin-1"), scope["query_string"].decode("latin-1")
+    return Head(scope["method"], path, query, headers, scope.get("scheme") == "https")
+
+
+def query_pairs(query: str) -> list[tuple[bytes, bytes]]:
+    """Keys and values in their order, decoded."""
+    split = [part.partition("=") for part in query.split("&") if part]
+    return [(_decoded(name), _decoded(value)) for name, _, value in split]
+
+
+def _decoded(text: str) -> bytes:
+    return unquote_to_bytes(text.replace("+", " ").encode("latin-1"))
+
+
+def check_text(head: Head) -> None:
+    """Refuse a path or a query that is not UTF-8 or holds U+0000: no database keeps such names.
+
+    Raises:
+        Fault: Validation, with ``path`` or ``query`` as ``place`` in its details.
+    """
+    if "%" not in head.path + head.query and (head.path + head.query).isascii():
+        return
+    try:
+        check_storable(unquote_to_bytes(head.path.encode("latin-1")).decode())
+    except ValueError as error:
+        text = f"The path cannot be used: {_reason(error)}."
+        raise Fault("Validation", text, place="path") from None
+    for name, value in query_pairs(head.query):
+        try:
+            check_storable(name.decode())
+            check_storable(value.decode())
+        except ValueError as error:
+            shown = name.decode(errors="replace").replace("\0", "\ufffd")[:64]
+            text = f"The query parameter '{shown}' cannot be used: {_reason(error)}."
+            raise Fault("Validation", text, parameter=shown, place="query") from None
+
+
+def _reason(error: ValueError) -> str:
+    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+_FORM = "application/x-www-form-urlencoded"
+
+
+def service_of(head: Head) -> str:
+    """The service of the credential scope, in the header or in a presigned query; unverified.
+
+    A form that nobody signed is one of STS: only its clients send such, and they read XML alone.
+    """
+    form = False
+    for name, value in head.headers:
+        form = form or (name == "content-type" and value.startswith(_FORM))
+        if name == "authorization":
+            _, _, after = value.partition("Credential=")
+            parts = after.partition(",")[0].strip().split("/")
+            return parts[3] if len(parts) > 3 else ""
+    presigned = parse_qs(head.query).get("X-Amz-Credential", [""])[0].split("/")
+    if len(presigned) > 3:
+        return presigned[3]
+    return "sts" if form and (head.method, head.path) == ("POST", "/") else ""
+
+
+def address_of(scope: Scope) -> str:
+    """Where the request comes from; empty where that is not known."""
+    client = scope.get("client")
+    return client[0] if client else ""
+
+
+def _stop_at_first(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "tuple", "dict"):
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _stop_at_first(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            _stop_at_first(part)
+
+
+class CheckedBody(BaseModel):
+    """A model whose lists and objects are refused at their first wrong item.
+
+    Else pydantic collects an error of about a kilobyte for every item, in each alternative: a body of
+    25 MB can hold ten million of them.
+    """
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """The schema, with all lists and objects in it changed."""
+        schema = handler(source)
+        _stop_at_first(schema)
+        return schema

@@ -1,0 +1,306 @@
+"""What the people who run the service see: a line of JSON for each request, Prometheus metrics, usage.
+
+None of it holds headers, queries or bodies: keys, signatures and data never reach a log. What each
+account uses is counted in memory and written to the database once a minute: a process that is killed
+loses the counts of its last minute. Seconds of training are written by the workers themselves, as they
+renew their leases (``luthier.store.jobs``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from luthier.api.http.streams import Receive, Send
+from luthier.store.usage import CountUsage, Used
+
+if TYPE_CHECKING:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.registry import Collector
+
+import threading
+from collections.abc import Iterator
+from datetime import date
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+
+from luthier.store.database import Database, now
+from luthier.store.storage import Storage
+from luthier.store.usage import add_usage, training_seconds
+
+if TYPE_CHECKING:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+"""Seconds: from a read of the control plane to a long answer of a model."""
+
+_NOT_LOGGED = ("actions", "tokens")
+"""Of :class:`RequestRecord`, what is not in the log."""
+Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
+"""Gives values by label, by the name of the gauge; one without labels has its value under ``""``."""
+
+log = logging.getLogger("luthier.api")
+
+
+@dataclass
+class RequestRecord:
+    """What is told of one request."""
+
+    request_id: str
+    method: str
+    address: str
+    """Of the client."""
+    face: str = ""
+    operation: str = ""
+    """Empty where nothing answers to the path: paths are chosen by clients, and would fill memory."""
+    account: str = ""
+    user: str = ""
+    status: int = 0
+    """499 for a client that hung up, as nginx logs it."""
+    error: str = ""
+    bytes_in: int = 0
+    """Of the body of the request, as far as it was read."""
+    bytes_out: int = 0
+    """Of the body of the answer."""
+    tokens: list[tuple[str, int, int]] = field(default_factory=list)
+    """Models that answered, by their stored ids, with tokens that they read and wrote."""
+    actions: list[tuple[str, str]] = field(default_factory=list)
+    """Actions and resources that the policies were asked for: what the audit log names."""
+
+    def add_tokens(self, model: str, read: int, written: int) -> None:
+        """A model read and wrote so many tokens for it."""
+        self.tokens.append((model, read, written))
+
+    def count_bytes(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
+        """The same, with the bytes of both bodies counted here."""
+
+        async def receiving() -> MutableMapping[str, Any]:
+            message = await receive()
+            self.bytes_in += len(message.get("body", b""))
+            return message
+
+        async def sending(message: MutableMapping[str, Any]) -> None:
+            self.bytes_out += len(message.get("body", b""))
+            await send(message)
+
+        return receiving, sending
+
+
+class Metrics:
+    """Counts and logs requests; ``gauges`` are read when somebody looks."""
+
+    def __init__(
+        self, gauges: Gauges, count: CountUsage | None = None, collector: Collector | None = None
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            gauges: gives values by label, by the name of the gauge: ``jobs`` by state, ...
+            count: told what each account used.
+            collector: further metrics.
+        """
+        from prometheus_client import CollectorRegistry, Counter, Histogram
+
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "luthier_requests", "Requests that were answered.", ["face", "operation", "status"],
+            registry=self._registry,
+        )  # fmt: skip
+        self._seconds = Histogram(
+            "luthier_request_seconds", "From the first byte of a request to the last of its answer.",
+            ["face", "operation"], buckets=_BUCKETS, registry=self._registry,
+        )  # fmt: skip
+        self._registry.register(_Gauges(gauges))
+        self._count = count
+        if collector is not None:
+            self._registry.register(collector)
+
+    def count_request(self, record: RequestRecord, seconds: float) -> None:
+        """Count and log a request that was answered."""
+        self._requests.labels(record.face, record.operation, str(record.status)).inc()
+        self._seconds.labels(record.face, record.operation).observe(seconds)
+        if self._count is not None and record.account:
+            # A request stands beside the first model that answered it.
+            for model, read, written in record.tokens:
+                self._count(
+                    record.account, model, Used(prompt_tokens=read, generated_tokens=written)
+                )
+            first = record.tokens[0][0] if record.tokens else ""
+            size = {"bytes_in": record.bytes_in, "bytes_out": record.bytes_out}
+            self._count(record.account, first, Used(requests=1, **size))
+        fields = {**vars(record), "milliseconds": round(seconds * 1000, 2)}
+        fields = {
+            key: value for key, value in fields.items() if key not in _NOT_LOGGED and value != ""
+        }
+        log.info("request", extra={"fields": fields})
+
+    def exposition(self) -> tuple[bytes, dict[str, str]]:
+        """The metrics as Prometheus reads them, and their content type."""
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+        return generate_latest(self._registry), {"Content-Type": CONTENT_TYPE_LATEST}
+
+
+class _Gauges:
+    """What is there now, asked for when it is read."""
+
+    def __init__(self, read: Gauges) -> None:
+        self._read = read
+
+    def collect(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
+        """Families of prometheus_client, one for each name."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        families: list[GaugeMetricFamily | CounterMetricFamily] = []
+        for name, values in self._read().items():
+            labels = ["kind"] if any(values) else []
+            family = GaugeMetricFamily(f"luthier_{name}", name.replace("_", " "), labels=labels)
+            for label, value in values.items():
+                family.add_metric([label] if labels else [], value)
+            families.append(family)
+        return families
+
+
+class JsonLines(logging.Formatter):
+    """One line of JSON for each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time (UTC), level and message, then the record's own fields."""
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if request_id := getattr(record, "request_id", None):
+            line["request_id"] = request_id
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def log_as_json(level: int = logging.INFO) -> None:
+    """Let the service's own loggers and uvicorn's write lines of JSON to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for name, least in (("luthier", level), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(least)
+
+
+WRITE_SECONDS = 60.0
+"""How often counts are written."""
+MOST_ACCOUNTS = 1000
+"""Accounts that metrics tell apart; all others are one, so that no scrape grows without end."""
+OTHER = "other"
+
+_log = logging.getLogger("luthier.api")
+
+
+class Meter:
+    """What accounts use of this server. Close it, or the counts of its last minute are lost."""
+
+    def __init__(self, database: Database, write_seconds: float = WRITE_SECONDS) -> None:
+        """``write_seconds`` is how often counts are written."""
+        self._database, self._write_seconds = database, write_seconds
+        self._lock = threading.Lock()
+        self._used: dict[tuple[date, str, str], Used] = {}
+        self._totals: dict[str, Used] = {}
+        """By account, since the start."""
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="meter", daemon=True)
+        self._thread.start()
+
+    def count(self, account: str, model: str, used: Used) -> None:
+        """Add what ``account`` used, of the model with this stored id; empty for none.
+
+        It is called in the event loop, and so never writes.
+        """
+        with self._lock:
+            self._used.setdefault((now().date(), account, model), Used()).add(used)
+            known = account in self._totals or len(self._totals) < MOST_ACCOUNTS
+            self._totals.setdefault(account if known else OTHER, Used()).add(used)
+
+    def write(self) -> None:
+        """Write what was counted; where that fails it is written with the next."""
+        with self._lock:
+            used, self._used = self._used, {}
+        try:
+            with self._database.write() as session:
+                stored = session.execute(select(Storage.account, Storage.stored_bytes)).all()
+                today = now().date()
+                for account, size in stored:
+                    if size:
+                        peak = Used(stored_bytes=size)
+                        used.setdefault((today, account, ""), Used()).add(peak)
+                add_usage(session, used)
+        except Exception:
+            _log.exception("usage could not be written; it is tried again")
+            with self._lock:
+                for key, each in used.items():
+                    self._used.setdefault(key, Used()).add(each)
+
+    def close(self) -> None:
+        """Write all that is left."""
+        self._closing.set()
+        self._thread.join()
+        self.write()
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Metrics by account for Prometheus: of this process since its start, but for what is stored
+        and trained, which all processes share.
+        """
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        with self._lock:
+            totals = {account: Used(**vars(used)) for account, used in self._totals.items()}
+        for name, about in _COUNTERS.items():
+            family = CounterMetricFamily(f"luthier_account_{name}", about, labels=["account"])
+            for account, used in totals.items():
+                family.add_metric([account], getattr(used, name))
+            yield family
+        with self._database.read() as session:
+            largest = select(Storage.account, Storage.stored_bytes)
+            ordered = largest.order_by(Storage.stored_bytes.desc())
+            stored = {account: float(size) for account, size in session.execute(ordered)}
+            trained = training_seconds(session)
+        family = CounterMetricFamily(
+            "luthier_account_training_seconds", "Seconds of work on jobs.", labels=["account"]
+        )
+        for account, seconds in _bounded(trained):
+            family.add_metric([account], seconds)
+        yield family
+        gauge = GaugeMetricFamily(
+            "luthier_account_stored_bytes", "Bytes that are stored now.", labels=["account"]
+        )
+        for account, size in _bounded(stored):
+            gauge.add_metric([account], size)
+        yield gauge
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._write_seconds):
+            self.write()
+
+
+_COUNTERS = {
+    "requests": "Requests of the account's keys, and lines of its batches.",
+    "prompt_tokens": "Tokens that models read for the account.",
+    "generated_tokens": "Tokens that models wrote for the account.",
+    "bytes_in": "Bytes of the bodies of its requests.",
+    "bytes_out": "Bytes of the bodies of its answers.",
+}
+
+
+def _bounded(values: dict[str, float]) -> Iterator[tuple[str, float]]:
+    """The largest ``MOST_ACCOUNTS`` by name, all others as one."""
+    ordered = sorted(values.items(), key=lambda pair: -pair[1])
+    yield from ordered[:MOST_ACCOUNTS]
+    if ordered[MOST_ACCOUNTS:]:
+        yield OTHER, sum(value for _, value in ordered[MOST_ACCOUNTS:])

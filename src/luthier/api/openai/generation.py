@@ -1,0 +1,291 @@
+"""Having a model answer: what chat, completions, responses and embeddings have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from luthier.api.http.messages import Caller, Fault, Request, Response
+from luthier.api.http.routing import Operation
+from luthier.api.http.streams import GeneratedPieces
+from luthier.api.openai.models import Catalogue, Resolved
+from luthier.api.openai.protocol import (
+    Access,
+    Body,
+    body,
+    checked,
+    error_of,
+    invalid,
+    model_not_found,
+)
+from luthier.errors import UnknownModel
+from luthier.serving.inference import (
+    InferenceFailed,
+    InferenceRefused,
+    Prompt,
+    Score,
+    Stream,
+    TooLong,
+)
+from luthier.serving.inference import (
+    Request as GenerationRequest,
+)
+from luthier.serving.pool import ModelPool
+
+Asked = TypeVar("Asked", bound=Body)
+Judge = Callable[[str, str], str]
+"""Given a model's name and the member that holds it: its id in the store; raises where it has none."""
+MOST_STOPS = 4
+FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
+"""What ended an answer, in OpenAI's words; all else is ``stop``."""
+_SCHEMA = {"messages": "response_format", "input": "text.format.schema"}
+"""Where a schema stands, by the member that holds the prompt."""
+_PROMPTS = ("messages", "prompt", "input")
+
+
+def _stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _some(value: list[str] | None) -> list[str] | None:
+    if value is not None and (len(value) > MOST_STOPS or not all(value)):
+        raise ValueError(f"at most {MOST_STOPS} texts are taken, none of them empty")
+    return value
+
+
+class StreamOptions(Body):
+    """What a stream tells beside the text."""
+
+    include_usage: bool = False
+
+
+class Sampling(Body):
+    """Members that chat and text completions share."""
+
+    model: Annotated[str, Field(min_length=1)]
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, float] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stops), AfterValidator(_some)] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    def check(self) -> None:
+        """Refuse what does not belong together."""
+        if self.stream_options is not None and not self.stream:
+            text = "'stream_options' is only taken with 'stream'."
+            raise invalid(text, "stream_options", "invalid_value")
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the stream ends with what was used."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def request(self, prompt: Prompt, **further: Any) -> GenerationRequest:
+        """The same for the engine; what was not said has its default."""
+        bias = {}
+        for key, value in (self.logit_bias or {}).items():
+            if not key.isascii() or not key.isdigit() or len(key) > 9:
+                raise invalid(f"{key!r} is no id of a token.", "logit_bias", "invalid_value")
+            bias[int(key)] = value
+        given: dict[str, Any] = {
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "n": self.n,
+            # Any whole number is a seed; the engine's have 63 bits.
+            "seed": None if self.seed is None else self.seed % 2**63,
+        }
+        return GenerationRequest(
+            prompt,
+            logit_bias=bias,
+            stop=tuple(self.stop or ()),
+            **{name: value for name, value in given.items() if value is not None},
+            **further,
+        )
+
+
+class Inference:
+    """Finds models, asks whether the caller may have them answer, and has them do so."""
+
+    def __init__(self, catalogue: Catalogue, access: Access, pool: ModelPool) -> None:
+        self.catalogue, self.access, self.pool = catalogue, access, pool
+
+    def target(self, caller: Caller, action: str, name: str) -> Resolved:
+        """The model that ``name`` means.
+
+        Raises:
+            Fault: ``AccessDenied``, which is decided first; 404 ``model_not_found``.
+        """
+        found = self._found(caller, name, lambda arn: self.access.to_model(caller, action, arn))
+        if found is None:
+            raise model_not_found(name)
+        return found
+
+    def judge(self, caller: Caller) -> Judge:
+        """Finds models that grade, where the caller may have them answer."""
+
+        def find(name: str, where: str) -> str:
+            found = self._found(caller, name, lambda arn: self.access.to_invoke(caller, arn))
+            if found is None:
+                text = f"The model `{name}` does not exist."
+                raise Fault("Validation", text, parameter=where, reason="model_not_found")
+            return found.stored_id
+
+        return find
+
+    def _found(self, caller: Caller, name: str, ask: Callable[[str], None]) -> Resolved | None:
+        """What ``name`` means, after ``ask`` let the caller to its ARN; ``None`` for nothing."""
+        named = name.startswith("arn:")
+        if named:
+            # Before the look: that it is there, or not ready yet, is for those who may ask it.
+            ask(name)
+        found = self.catalogue.target(caller.account, name)
+        if found is not None:
+            arn = found.arn
+        else:
+            arn = name if named else self.catalogue.arns.foundation_model(name)
+        if arn != name:
+            ask(arn)
+        return found
+
+    def submit(
+        self,
+        target: Resolved,
+        name: str,
+        build: Callable[[], GenerationRequest],
+        member: str = "messages",
+    ) -> Stream:
+        """Begin to answer; refusals of the engine become OpenAI's, the prompt's those of ``member``."""
+        with refusals(name, member):
+            return self.pool.submit(target.stored_id, build())
+
+
+class GenerationResource(Generic[Asked]):
+    """A resource whose one operation has a model answer: at once, as it is written, or in a batch."""
+
+    path: str
+    action: str
+    """What policies call it, behind ``openai.``."""
+    body: type[Asked]
+
+    def __init__(self, inference: Inference) -> None:
+        self.inference = inference
+
+    def operations(self) -> Iterable[Operation]:
+        """What can be done."""
+        return (Operation(self.action, "POST", self.path, self.create, long=True),)
+
+    def create(self, request: Request) -> Response:
+        """Answer a request."""
+        asked = body(request, self.body)
+        if getattr(asked, "stream", False):
+            return self.stream(request.caller, asked)
+        return Response.json(self.whole(request.caller, asked))
+
+    def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a body that came another way; never a stream."""
+        return self.whole(caller, checked({**given, "stream": False}, self.body))
+
+    def whole(self, caller: Caller, asked: Asked) -> dict[str, Any]:
+        """The whole answer."""
+        raise NotImplementedError
+
+    def stream(self, caller: Caller, asked: Asked) -> Response:
+        """The answer as it is written."""
+        raise NotImplementedError
+
+
+@contextmanager
+def refusals(model: str, member: str = "messages") -> Iterator[None]:
+    """What the engine refuses, as faults; ``member`` is what the client calls the prompt."""
+    try:
+        yield
+    except TooLong as refused:
+        raise invalid(str(refused), member, "context_length_exceeded") from refused
+    except InferenceRefused as refused:
+        parameter = refused.parameter
+        if parameter in _PROMPTS:
+            parameter = member
+        elif parameter == "schema":
+            parameter = _SCHEMA.get(member, parameter)
+        raise invalid(str(refused), parameter, "invalid_value") from refused
+    except UnknownModel as refused:
+        raise model_not_found(model) from refused
+    except InferenceFailed as failed:
+        raise Fault(failed.code, str(failed)) from failed
+
+
+def stream_events(
+    chunks: Iterator[Mapping[str, Any]], streams: Sequence[Stream], model: str
+) -> Response:
+    """Server-sent events: a chunk each, then ``[DONE]``; a failure is the last one, as an error."""
+
+    def pieces() -> Iterator[bytes]:
+        try:
+            with refusals(model):
+                for chunk in chunks:
+                    yield event(chunk)
+            yield b"data: [DONE]\n\n"
+        except Fault as fault:
+            yield event({"error": error_of(fault)})
+        finally:
+            for stream in streams:
+                stream.close()
+
+    headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+    return Response(200, GeneratedPieces(pieces(), streams), headers)
+
+
+def event(value: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+def usage(prompt: int, completion: int) -> dict[str, Any]:
+    """Tokens that were read and written."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def token_text(token: bytes) -> str:
+    """A token as text; parts of a character are shown as a replacement."""
+    return token.decode("utf-8", "replace")
+
+
+def chat_logprobs(scores: Sequence[Score]) -> dict[str, Any]:
+    """How likely each token was, as chat completions tell it."""
+    return {
+        "content": [
+            {
+                **_token(score.text, score.logprob),
+                "top_logprobs": [_token(text, value) for text, value in score.top],
+            }
+            for score in scores
+        ],
+        "refusal": None,
+    }
+
+
+def _token(text: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token_text(text), "logprob": logprob, "bytes": list(text)}

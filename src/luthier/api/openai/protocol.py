@@ -1,0 +1,258 @@
+"""OpenAI's protocol: bodies checked, queries, permissions, pages of lists, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from luthier.api.http.messages import Caller, CheckedBody, Fault, Request, Response
+from luthier.api.http.routing import Authorize
+from luthier.api.policies import refuse_denied
+from luthier.store.arns import Arns
+
+INVALID, SERVER = "invalid_request_error", "server_error"
+METADATA_KEYS = 16
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a kind of fault is told."""
+
+    status: int
+    type: str
+    code: str | None = None
+    retry: bool | None = None
+    """Whether the client is told to try again; ``None`` leaves that to its own rules."""
+
+
+_UNKNOWN_KEY = _Shape(401, INVALID, "invalid_api_key")
+_SHAPES = {
+    "Validation": _Shape(400, INVALID),
+    "Serialization": _Shape(400, INVALID),
+    "MissingAuthenticationToken": _UNKNOWN_KEY,
+    "IncompleteSignature": _UNKNOWN_KEY,
+    "UnrecognizedClient": _UNKNOWN_KEY,
+    "InvalidSignature": _UNKNOWN_KEY,
+    "ExpiredToken": _Shape(401, INVALID, "expired_token"),
+    "AccessDenied": _Shape(403, "permission_error", "permission_denied"),
+    "ResourceNotFound": _Shape(404, INVALID, "not_found"),
+    "UnknownOperation": _Shape(404, INVALID, "unknown_url"),
+    # The client repeats a 409 by itself; what is in use stays so for longer than that.
+    "Conflict": _Shape(409, INVALID, "conflict", retry=False),
+    "RequestEntityTooLarge": _Shape(413, INVALID, "request_too_large"),
+    "RequestTimeout": _Shape(408, INVALID, "request_timeout"),
+    "Throttling": _Shape(429, "requests", "rate_limit_exceeded"),
+    "ServiceQuotaExceeded": _Shape(429, "insufficient_quota", "insufficient_quota", retry=False),
+    "ModelNotReady": _Shape(503, SERVER, "model_not_ready"),
+    "ServiceUnavailable": _Shape(503, SERVER, "service_unavailable"),
+    "ModelTimeout": _Shape(504, SERVER, "timeout"),
+}
+_UNEXPECTED = _Shape(500, SERVER, "server_error")
+_LATER = (429, 503)
+
+
+def refusal(fault: Fault) -> Response:
+    """``fault`` as an answer. Details: ``reason`` is OpenAI's code, ``retry_after`` seconds."""
+    shape = shape_of(fault)
+    headers = {}
+    if shape.status in _LATER and shape.retry is not False:
+        headers["Retry-After"] = str(fault.details.get("retry_after", 1))
+    if shape.retry is not None:
+        headers["x-should-retry"] = str(shape.retry).lower()
+    return Response.json({"error": error_of(fault)}, shape.status, **headers)
+
+
+def error_of(fault: Fault) -> dict[str, Any]:
+    """The inner object of a refusal, as streams and batches hold it too."""
+    shape = shape_of(fault)
+    return {
+        "message": fault.message,
+        "type": shape.type,
+        "param": fault.parameter,
+        "code": fault.details.get("reason", shape.code),
+    }
+
+
+def status_of(fault: Fault) -> int:
+    """The status of the refusal."""
+    return shape_of(fault).status
+
+
+def shape_of(fault: Fault) -> _Shape:
+    """How ``fault`` is told; an unknown key is an access denied that names no action."""
+    if fault.code == "AccessDenied" and fault.details.get("credentials"):
+        return _UNKNOWN_KEY
+    return _SHAPES.get(fault.code, _UNEXPECTED)
+
+
+def invalid(message: str, parameter: str | None = None, reason: str | None = None) -> Fault:
+    """A request that cannot be carried out: 400."""
+    return Fault("Validation", message, parameter=parameter, reason=reason)
+
+
+def absent(kind: str, identifier: str, parameter: str | None = None) -> Fault:
+    """Nothing of this account has this id: 404, the same for what is gone and what never was."""
+    return Fault("ResourceNotFound", f"No such {kind}: {identifier}", parameter=parameter)
+
+
+def model_not_found(model: str) -> Fault:
+    """No model answers to this name: 404."""
+    text = f"The model `{model}` does not exist or you do not have access to it."
+    return Fault("ResourceNotFound", text, parameter="model", reason="model_not_found")
+
+
+class Body(CheckedBody):
+    """A JSON body. Types are as sent, nothing is guessed; members we do not know are passed over."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+def body(request: Request, kind: type[Parsed]) -> Parsed:
+    """The body of ``request`` as ``kind``.
+
+    Raises:
+        Fault: 400, for what is no JSON object and for the first member that is missing or wrong.
+    """
+    try:
+        given = request.json
+    except ValueError as error:
+        raise invalid(f"The body of the request is not valid JSON: {error}.") from error
+    if not isinstance(given, dict):
+        raise invalid("The body of the request must be a JSON object.")
+    return checked(given, kind)
+
+
+def checked(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> Parsed:
+    """``given`` as ``kind``; ``under`` is where it stands in the request."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        first = _first_error(error)
+        where = _named([part for part in (under, *first["loc"]) if part != ""])
+        if first["type"] == "missing":
+            text = f"Missing required parameter: '{where}'."
+            raise invalid(text, where, "missing_required_parameter") from error
+        message = first["msg"].removeprefix("Value error, ")
+        text = f"Invalid value for '{where}': {message[:1].lower()}{message[1:]}."
+        raise invalid(text, where or None, "invalid_value") from error
+
+
+def _first_error(error: ValidationError) -> Any:
+    """The first error; of a member with alternatives, the one about its value and not its type."""
+    found = error.errors(include_url=False)
+    same = [each for each in found if each["loc"][:1] == found[0]["loc"][:1]]
+    value = [each for each in same if each["type"] not in _ABOUT_TYPES]
+    return (value or same)[0]
+
+
+_ABOUT_TYPES = {"literal_error", "string_type", "int_type", "list_type", "model_type", "dict_type"}
+
+
+def _named(location: Sequence[str | int]) -> str:
+    """``messages[0].content``; names of alternatives that pydantic puts between are left out."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part.isidentifier() or not text:
+            # The arms of a union are called after types: they are none of the client's members.
+            if part in _ARMS or part[:1].isupper():
+                continue
+            text += f".{part}" if text else part
+    return text
+
+
+_ARMS = {"str", "int", "float", "bool", "list", "dict", "none", "constrained"}
+
+
+def one_of(name: str, value: str, known: Sequence[str]) -> str:
+    """``value``, when it is one of ``known``."""
+    if value not in known:
+        raise invalid(f"'{value}' is not one of {', '.join(known)}.", name, "invalid_value")
+    return value
+
+
+def _metadata(value: dict[str, str] | None) -> dict[str, str] | None:
+    if value is not None and len(value) > METADATA_KEYS:
+        raise ValueError(f"at most {METADATA_KEYS} keys are taken")
+    for key, text in (value or {}).items():
+        if len(key) > 64 or len(text) > 512:
+            raise ValueError("keys have at most 64 letters, values 512")
+    return value
+
+
+Metadata = Annotated[dict[str, str] | None, AfterValidator(_metadata)]
+
+
+def text_of(request: Request, name: str) -> str | None:
+    """A member of the query; ``None`` where it is not there."""
+    values = request.query.get(name)
+    return values[-1] if values else None
+
+
+def number_of(request: Request, name: str, default: int, most: int) -> int:
+    """A whole number of the query, from 1 to ``most``."""
+    text = text_of(request, name)
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= most:
+        raise invalid(f"'{name}' must be a whole number from 1 to {most}.", name, "invalid_value")
+    return int(text)
+
+
+def page(found: Sequence[Any], limit: int, shown: Callable[[Any], dict[str, Any]]) -> Response:
+    """A list of at most ``limit``, from rows of which one more was asked for."""
+    data = [shown(each) for each in found[:limit]]
+    return Response.json(
+        {
+            "object": "list",
+            "data": data,
+            "has_more": len(found) > limit,
+            "first_id": data[0]["id"] if data else None,
+            "last_id": data[-1]["id"] if data else None,
+        }
+    )
+
+
+def seconds(moment: datetime | None) -> int | None:
+    """Unix time."""
+    return None if moment is None else int(moment.timestamp())
+
+
+class Access:
+    """Asks the policies, by the names of this face."""
+
+    def __init__(self, authorize: Authorize, region: str) -> None:
+        self._authorize, self._arns = authorize, Arns(region)
+
+    def to(self, request: Request, action: str, kind: str = "", identifier: str = "") -> None:
+        """Whether the caller may do ``openai.<action>``, to one thing or in general.
+
+        Raises:
+            Fault: ``AccessDenied``, before anybody looked whether the thing is there.
+        """
+        resource = "*"
+        if kind:
+            account = request.caller.account
+            resource = self._arns.openai(account, kind, identifier or "*")
+        self._authorize(request.caller, f"luthier:openai.{action}", resource)
+
+    def same_as(self, request: Request, operation: str, arn: str) -> None:
+        """Refuse who is denied the ``operation`` of Bedrock that comes to the same."""
+        refuse_denied(request.caller, f"bedrock:{operation}", arn)
+
+    def to_model(self, caller: Caller, action: str, arn: str) -> None:
+        """Whether the caller may have a model answer through this face."""
+        self._authorize(caller, f"luthier:openai.{action}", arn)
+        self.to_invoke(caller, arn)
+
+    def to_invoke(self, caller: Caller, arn: str) -> None:
+        """Whether the caller may have a model answer at all."""
+        self._authorize(caller, "bedrock:InvokeModel", arn)

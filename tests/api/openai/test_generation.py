@@ -1,0 +1,51 @@
+"""Who may have which model answer, decided before anybody looks whether it is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from luthier.api.http.messages import Caller, Fault
+from luthier.api.openai.generation import Inference
+from luthier.api.openai.models import Catalogue, Resolved
+from luthier.api.openai.protocol import Access
+from luthier.store.arns import Arns
+
+ARN = "arn:aws:bedrock:us-east-1:000000000000:custom-model-deployment/abcdefghijkl"
+ACTION = "chat.completions.create"
+
+
+def inference(service: Any, allowed: str, asked: list[str]) -> Inference:
+    """Over a deployment that is still being made; only the ARN ``allowed`` may be asked."""
+
+    def resolve(account: str, arn: str) -> Resolved | None:
+        asked.append("looked")
+        raise Fault("ModelNotReady", "The deployment is being created.")
+
+    def authorize(caller: Caller, action: str, resource: str) -> None:
+        asked.append(resource)
+        if resource != allowed:
+            raise Fault("AccessDenied", f"not authorized to perform {action} on {resource}")
+
+    catalogue = Catalogue(service.database, Arns("us-east-1"), resolve)
+    return Inference(catalogue, Access(authorize, "us-east-1"), service.pool)
+
+
+def test_the_policy_is_asked_before_anybody_looks(service: Any) -> None:
+    caller, asked = Caller("000000000000", "anna", ()), list[str]()
+    for allowed, code in (("another", "AccessDenied"), (ARN, "ModelNotReady")):
+        with pytest.raises(Fault) as refused:
+            inference(service, allowed, asked).target(caller, ACTION, ARN)
+        assert refused.value.code == code
+    assert asked == [ARN, ARN, ARN, "looked"]
+
+
+def test_a_name_is_decided_on_by_the_arn_it_stands_for(service: Any) -> None:
+    caller, asked = Caller("000000000000", "anna", ()), list[str]()
+    unknown = Arns("us-east-1").foundation_model("no-such")
+    for allowed, code in (("another", "AccessDenied"), (unknown, "ResourceNotFound")):
+        with pytest.raises(Fault) as refused:
+            inference(service, allowed, asked).target(caller, ACTION, "no-such")
+        assert refused.value.code == code
+    assert set(asked) == {unknown}
