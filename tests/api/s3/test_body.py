@@ -143,7 +143,7 @@ def test_the_signed_hash_is_that_of_the_body(raw: Raw) -> None:
     assert raw.put(b"abd", sha256(b"abc")) == (400, "XAmzContentSHA256Mismatch")
     assert raw.stored() == b"abc"
     files = [path for path in raw.service.objects.files.folder.rglob("*") if path.is_file()]
-    assert len(files) == len(raw.service.objects._named_files(""))
+    assert len(files) == len(raw.service.objects._files_of_rows(""))
 
 
 def test_bodies_that_are_not_signed_need_tls(raw: Raw, tls: Raw) -> None:

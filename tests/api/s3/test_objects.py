@@ -275,7 +275,7 @@ def test_deleting_many(service: Any, bucket: str) -> None:
     quiet = {"Objects": [{"Key": "k007"}], "Quiet": True}
     assert "Deleted" not in client.delete_objects(Bucket=bucket, Delete=quiet)
     left = list(service.objects.files.folder.rglob("*"))
-    known = service.objects._named_files("")
+    known = service.objects._files_of_rows("")
     assert {path.name for path in left if path.is_file()} <= known
 
 
