@@ -23,14 +23,14 @@ FACES: dict[str, SettingName] = {"bedrock": bedrock, "openai": openai, "native":
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
 COMMANDS = ("cli", "workflows/advise", "workflows/estimate", "limits.py", "pretrain_recipe.py",
-            "api/server.py", "setting_names.py")  # fmt: skip
+            "api/http/server.py", "setting_names.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
     "data/convert.py", "data/targets.py", "data/writers.py", "serving/export.py",
     "engine/pretrain.py", "engine/search.py", "engine/space.py", "engine/trials.py",
     "models/build.py", "models/student.py", "models/width.py", "models/width_bert.py",
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",
-    "gate/selection.py", "gate/splits.py", "api/cors.py", "store/audit.py", "store/backup.py",
+    "gate/selection.py", "gate/splits.py", "api/http/cors.py", "store/audit.py", "store/backup.py",
 )  # fmt: skip
 """The same, file by file."""
 OF_COMMANDS = {
