@@ -19,9 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from luthier.data import parsing
-from luthier.data.checker import Checker
 from luthier.data.read import Chunk, chunks_of, read_records
-from luthier.data.rows import RowReader
+from luthier.data.rows import Checker, RowReader
 
 BYTES = 20_000_000
 

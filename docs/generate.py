@@ -20,7 +20,7 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.asking.spec import Asking
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
-from luthier.data.targets import RULES as TARGET_RULES
+from luthier.data.rules import CONVERT_RULES
 from luthier.gate.checks import CHECKS, all_rules
 from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.rules import Rule
@@ -356,7 +356,7 @@ def _models() -> list[str]:
 def _rules() -> list[str]:
     """Every rule of the data gate, those of checks behind those of reading."""
     known = all_rules()
-    further = {name: text for name, text in TARGET_RULES.items() if name not in known}
+    further = {name: text for name, text in CONVERT_RULES.items() if name not in known}
     known |= {name: Rule(name, "error", about) for name, about in further.items()}
     lines = [
         "## Rules of the data gate",

@@ -16,6 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
+from luthier.data.shapes import (
+    Conversation,
+    LabelledText,
+    Preference,
+    PromptCompletion,
+    PromptOnly,
+    RatedText,
+    RawText,
+    TaggedWords,
+    TextPair,
+    ThumbedReply,
+)
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter
@@ -37,29 +49,37 @@ FAMILIES = (*DECODERS, *ENCODERS, "t5", "xlnet", "elmo")
 WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
 TEXTS = [f"One word, please: {word}" for word in WORDS]
 ROWS = {
-    "prompt": [Row("f", n, prompt="One word, please:", completion=w) for n, w in enumerate(WORDS)],
+    "prompt": [
+        PromptCompletion("f", n, prompt="One word, please:", completion=w)
+        for n, w in enumerate(WORDS)
+    ],
     "messages": [
-        Row("f", n, messages=(Message("user", "One word, please:"), Message("assistant", word)))
+        Conversation(
+            "f", n, messages=(Message("user", "One word, please:"), Message("assistant", word))
+        )
         for n, word in enumerate(WORDS)
     ],
-    "text": [Row("f", n, text=text) for n, text in enumerate(TEXTS)],
-    "label": [Row("f", n, text=text, label=f"class {n % 2}") for n, text in enumerate(TEXTS)],
-    "rating": [Row("f", n, text=text, rating=1.5 * n) for n, text in enumerate(TEXTS)],
+    "text": [RawText("f", n, text=text) for n, text in enumerate(TEXTS)],
+    "label": [
+        LabelledText("f", n, text=text, label=f"class {n % 2}") for n, text in enumerate(TEXTS)
+    ],
+    "rating": [RatedText("f", n, text=text, rating=1.5 * n) for n, text in enumerate(TEXTS)],
     "pair": [
-        Row("f", n, text=text, positive=f"{WORDS[n]} is the word") for n, text in enumerate(TEXTS)
+        TextPair("f", n, text=text, positive=f"{WORDS[n]} is the word")
+        for n, text in enumerate(TEXTS)
     ],
     "preference": [
-        Row(
+        Preference(
             "f",
             n,
             messages=(Message("user", "One word, please:"),),
-            reply=(Message("assistant", word),),
+            chosen=(Message("assistant", word),),
             rejected=(Message("assistant", "I will not answer the question."),),
         )
         for n, word in enumerate(WORDS)
     ],
     "thumb": [
-        Row(
+        ThumbedReply(
             "f",
             n,
             messages=(Message("user", "One word, please:"),),
@@ -69,12 +89,14 @@ ROWS = {
         for n, word in enumerate(WORDS)
     ],
     "tags": [
-        Row("f", n, tokens=tuple(t.split()), tags=("B-x", "I-x", *"O" * (len(t.split()) - 2)))
+        TaggedWords(
+            "f", n, tokens=tuple(t.split()), tags=("B-x", "I-x", *"O" * (len(t.split()) - 2))
+        )
         for n, t in enumerate(TEXTS)
     ],
 }
 DISTILLED = ("logit_distillation", "on_policy_distillation")
-ROWS["prompt_only"] = [Row("f", n, prompt=text) for n, text in enumerate(TEXTS)]
+ROWS["prompt_only"] = [PromptOnly("f", n, prompt=text) for n, text in enumerate(TEXTS)]
 WRITTEN = {"max_completion_tokens": 5, "grader": {"method": "regex", "pattern": "[a-l]"}}
 """Of completions that are drawn at random, about half have such a letter."""
 SETTINGS: dict[str, dict[str, Any]] = {

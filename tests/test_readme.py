@@ -190,7 +190,7 @@ def test_rows_in_the_documents_are_rows(document: str, tmp_path: Path) -> None:
 def test_the_demo_s_data_is_what_its_page_says() -> None:
     folder = ROOT / "src" / "luthier" / "demo"
     judged = load_rows(folder / "preferences.jsonl")
-    assert len(judged) == 160 and all(row.reply != row.rejected for row in judged)
+    assert len(judged) == 160 and all(row.chosen != row.rejected for row in judged)
     prompts: dict[str, set[str | None]] = {}
     for name in ("train", "validation", "test"):
         rows = load_rows(folder / f"{name}.jsonl")

@@ -1,11 +1,12 @@
-"""Plain data that crosses seams. No logic, no heavy imports."""
+"""Plain data that crosses seams. No heavy imports."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +25,32 @@ class Tool:
     """JSON schema of its arguments."""
 
 
+Part = Literal["input", "target", "other"]
+"""What a text is to a model: ``input`` is given, ``target`` is learned or preferred, ``other`` is only
+graded against, or was rejected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text of a row."""
+
+    field: str
+    """As people know it: ``prompt``, ``messages[2].content``, ``tokens``."""
+    content: str
+    part: Part
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed; keys of objects stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [map_texts(each, change) for each in value]
+    if isinstance(value, dict):
+        return {key: map_texts(each, change) for key, each in value.items()}
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call that an assistant asks for."""
@@ -31,6 +58,11 @@ class ToolCall:
     id: str
     name: str
     arguments: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def text(self) -> str:
+        """The call as one text, for people and for comparing."""
+        return f"{self.name} {json.dumps(dict(self.arguments), ensure_ascii=False)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +80,31 @@ class Message:
     """Which call a tool's turn answers."""
     reasoning: str = ""
     """What an assistant thought before it answered or called."""
+
+    @property
+    def whole_text(self) -> str:
+        """All that the turn says, its reasoning and calls included; by it turns are the same or not."""
+        further = [self.reasoning] if self.reasoning else []
+        return "\n".join([self.content, *further, *(call.text for call in self.calls)])
+
+    def texts(self, name: str, part: Part) -> Iterator[Text]:
+        """Every text of the turn, which people know as ``name``."""
+        if self.reasoning:
+            yield Text(f"{name}.reasoning", self.reasoning, part)
+        if self.content or not self.calls:
+            yield Text(f"{name}.content", self.content, part)
+        for place, call in enumerate(self.calls, 1):
+            yield Text(f"{name}.tool_calls[{place}]", call.text, part)
+
+    def edit_texts(self, name: str, change: Callable[[str, str], str]) -> Message:
+        """The turn with each text as ``change(field, text)`` gives it; of a call, its arguments."""
+        reasoning = change(f"{name}.reasoning", self.reasoning) if self.reasoning else ""
+        content = change(f"{name}.content", self.content)
+        calls = []
+        for place, call in enumerate(self.calls, 1):
+            text = partial(change, f"{name}.tool_calls[{place}]")
+            calls.append(replace(call, arguments=map_texts(dict(call.arguments), text)))
+        return replace(self, content=content, reasoning=reasoning, calls=tuple(calls))
 
     def to_dict(self) -> dict[str, Any]:
         """The turn in OpenAI's form, ready for JSON."""
@@ -73,37 +130,103 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a data set, checked and in one of the shapes of ``luthier.data.rows``.
+    """One row of a data set, checked, and what everybody may ask of it whatever its shape.
 
-    The fields of its shape are set; the others are ``None``.
+    Each shape is a class of ``luthier.data.shapes`` with fields of its own.
     """
+
+    shape: ClassVar[str] = ""
+    """Name of the shape, as objectives give it in ``shapes``."""
+    parts: ClassVar[Mapping[str, Part]] = {}
+    """Fields that hold texts, in the order a model reads them."""
+    annotated: ClassVar[bool] = False
+    """Whether what it teaches is a name or a number and not a text."""
 
     file: str
     line: int
     """1-based line in ``file``; 1 for a plain-text file, which is one row."""
-    messages: tuple[Message, ...] | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    text: str | None = None
-    label: str | tuple[str, ...] | None = None
-    """Class of ``text``; several where it may have more than one, also none at all."""
-    positive: str | None = None
-    """Partner of ``text`` in a pair."""
-    rating: float | None = None
-    """Number that belongs to ``text``, or that people gave to ``reply``."""
-    tokens: tuple[str, ...] | None = None
-    """Words of a sentence, each with one of ``tags``."""
-    tags: tuple[str, ...] | None = None
-    expected: str | None = None
-    """Answer that a reply to what is only asked is graded by; it is never learned."""
-    reply: tuple[Message, ...] | None = None
-    """The answer to ``messages`` that people judged, or that they chose beside ``rejected``."""
-    rejected: tuple[Message, ...] | None = None
-    """The answer to ``messages`` that was not chosen."""
-    desirable: bool | None = None
-    """Thumb up or down for ``reply``."""
-    members: Mapping[str, Any] | None = None
-    """Whatever else a row says of itself whose answer is not learned; graders may look at it."""
+
+    @property
+    def members(self) -> Mapping[str, Any] | None:
+        """Whatever else a row says of itself whose answer is not learned; graders may look at it."""
+        return None
+
+    def texts(self) -> Iterator[Text]:
+        """Every text of the row, in the order a model reads them.
+
+        A field of :attr:`parts` is a text, words that are one, or turns, of which those of the
+        assistant are what the field is, and the others what it is given.
+        """
+        for name, part in self.parts.items():
+            value = getattr(self, name)
+            if isinstance(value, str):
+                yield Text(name, value, part)
+            elif value and isinstance(value[0], str):
+                yield Text(name, " ".join(value), part)
+            elif value is not None:
+                given: Part = "other" if part == "other" else "input"
+                for number, turn in enumerate(value, 1):
+                    side = part if turn.role == "assistant" else given
+                    yield from turn.texts(f"{name}[{number}]", side)
+
+    def edit_texts(self, change: Callable[[str, str], str]) -> Self:
+        """The row with each text as ``change(field, text)`` gives it, by their names in :meth:`texts`.
+
+        Words stay; of a call, each text among its arguments is changed.
+        """
+        changed: dict[str, Any] = {}
+        for name in self.parts:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                changed[name] = change(name, value)
+            elif value and isinstance(value[0], Message):
+                changed[name] = tuple(
+                    turn.edit_texts(f"{name}[{number}]", change)
+                    for number, turn in enumerate(value, 1)
+                )
+        return replace(self, **changed)
+
+    def inputs(self) -> tuple[str, ...]:
+        """All that the model is given before it first answers; what makes two rows ask the same."""
+        return ()
+
+    def targets(self) -> tuple[str, ...]:
+        """All that the row teaches about :meth:`inputs`; empty for raw text and bare prompts."""
+        return ()
+
+    def turns(self) -> tuple[Message, ...]:
+        """The row as a conversation, the preferred answer at its end; empty where it is none."""
+        return ()
+
+    def prompt_turns(self) -> tuple[Message, ...]:
+        """The turns that a reply follows; empty where the row asks nothing."""
+        turns = self.turns()
+        return turns[:-1] if turns and turns[-1].role == "assistant" else turns
+
+    def expected_reply(self) -> str | None:
+        """The text that a reply to :meth:`prompt_turns` is compared with, where the row has one."""
+        turns = self.turns()
+        return turns[-1].content if turns and turns[-1].role == "assistant" else None
+
+    def plain_text(self) -> str:
+        """What a network reads that knows no turns: all of it as one text."""
+        return "\n\n".join(turn.content for turn in self.turns())
+
+    def classes(self) -> tuple[str, ...]:
+        """What the row counts as where rows are split in proportion: its labels, its judgement."""
+        return ()
+
+    def bare(self) -> Row:
+        """The row without what is to be found out about it: its label, rating, tags or partner."""
+        return self
+
+    def sides(self) -> list[Row]:
+        """Bare rows that a network reads for this one: itself, both texts of a pair, each answer."""
+        return [self.bare()]
+
+    def record(self) -> dict[str, object]:
+        """The row in the keys of its shape, as it is written to a file."""
+        raise TypeError("a row of no shape cannot be written")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ import pytest
 from luthier.data.containers import Container, container_of
 from luthier.data.parsing import Unreadable
 from luthier.data.read import read_records
-from luthier.data.rows import RULES, load_rows
+from luthier.data.rows import load_rows
+from luthier.data.rules import RULES
 from luthier.errors import DataError, Problem
 
 zstandard = pytest.importorskip("zstandard")

@@ -12,10 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from luthier.data.convert import FORMATS, Conversion, convert, format_of
+from luthier.data.forms import TARGETS
 from luthier.data.rows import load_rows
-from luthier.data.targets import RULES, TARGETS
+from luthier.data.rules import CONVERT_RULES as RULES
+from luthier.data.shapes import Conversation, PromptCompletion
 from luthier.errors import DataError, Problem, RecipeError
-from luthier.types import Message, Row
+from luthier.types import Row
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("zstandard")
@@ -34,13 +36,10 @@ def write(folder: Path, *records: dict[str, Any], name: str = "in.jsonl") -> Pat
 def same(rows: list[Row]) -> list[Row]:
     """Rows without their places, a prompt with its completion as a conversation."""
     made = [replace(row, file="", line=0) for row in rows]
-    pairs = [row.prompt is not None and row.completion is not None for row in made]
-    return [as_chat(row) if pair else row for row, pair in zip(made, pairs, strict=True)]
-
-
-def as_chat(row: Row) -> Row:
-    messages = (Message("user", row.prompt or ""), Message("assistant", row.completion or ""))
-    return replace(row, prompt=None, completion=None, messages=messages)
+    return [
+        Conversation("", 0, row.turns()) if isinstance(row, PromptCompletion) else row
+        for row in made
+    ]
 
 
 def problems_of(*args: Any, **options: Any) -> list[Problem]:

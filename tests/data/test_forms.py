@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from written_rows import row_of
 
 from luthier.data.forms import FORMS, forms_of
-from luthier.data.prompts import load_prompts
-from luthier.data.rows import RULES, load_rows, read_rows
+from luthier.data.rows import load_prompts, load_rows, read_rows
+from luthier.data.rules import RULES
+from luthier.data.shapes import Conversation, PromptCompletion
 from luthier.errors import DataError, Problem
-from luthier.types import Message, Row
+from luthier.types import Message
 
 AWKWARD = " a\u2028b\r\n\x85 \\ud800 "
 CHAT = (Message("user", "q"), Message("assistant", AWKWARD))
@@ -140,7 +142,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         },
         {
             "messages": (Message("user", "q"),),
-            "reply": (Message("assistant", "a"),),
+            "chosen": (Message("assistant", "a"),),
             "rejected": (Message("assistant", "b"),),
         },
     ),
@@ -151,7 +153,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def test_form(tmp_path: Path, form: str, record: dict[str, Any], fields: dict[str, Any]) -> None:
     path = write(tmp_path, record, {**record, "id": "other"})
     rows, recognized = read_rows(path)
-    assert rows == [Row(str(path), line, **fields) for line in (1, 2)]
+    assert rows == [row_of(str(path), line, **fields) for line in (1, 2)]
     assert recognized.form == form
     assert str(recognized) == f"jsonl, {form}, 2 rows"
 
@@ -221,7 +223,7 @@ def test_a_form_may_have_a_system_prompt_in_some_rows_only(tmp_path: Path) -> No
         {"instruction": "a", "output": "b", "system": ""},
         {"instruction": "a", "output": "b", "system": "be kind"},
     )
-    assert [row.messages is None for row in load_rows(path)] == [True, False]
+    assert [type(row) for row in load_rows(path)] == [PromptCompletion, Conversation]
 
 
 def test_judgements_stay_beside_a_form(tmp_path: Path) -> None:
@@ -236,7 +238,7 @@ def test_columns_are_renamed_before_anything_is_recognized(tmp_path: Path) -> No
     path = write(tmp_path, {"q": "x", "text": "whole", "a": "y", "id": 1})
     columns = {"prompt": "q", "completion": "a", "text": ""}
     (row,) = load_rows(path, columns)
-    assert (row.prompt, row.completion, row.text) == ("x", "y", None)
+    assert row == PromptCompletion(str(path), 1, "x", "y")
     (row,) = load_rows(path, {"text": "q"})
     assert row.text == "x"
     (row,) = load_prompts(path, columns)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from luthier.data.prompts import RULES, load_prompts, messages_of
-from luthier.data.rows import load_rows
+from luthier.data.rows import load_prompts, load_rows
+from luthier.data.rules import PROMPT_RULES as RULES
+from luthier.data.shapes import PromptOnly
 from luthier.errors import DataError
-from luthier.types import Message, Row
+from luthier.types import Message
 
 USER, REPLY = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -35,8 +36,8 @@ def test_prompts_are_a_shape_of_rows(path: Path) -> None:
         {"prompt": "a", "expected": "b", "topic": "x"}, {"prompt": " c"}
     ]  # fmt: skip
     assert load_rows(path) == [replace(row, members=None) for row in prompts] == [
-        Row(str(path), 1, prompt="a", expected="b"),
-        Row(str(path), 2, prompt=" c"),
+        PromptOnly(str(path), 1, prompt="a", expected="b"),
+        PromptOnly(str(path), 2, prompt=" c"),
     ]  # fmt: skip
 
 
@@ -44,8 +45,8 @@ def test_a_row_s_own_reply_stands_aside(path: Path) -> None:
     write(
         path, {"prompt": "a", "completion": "b"}, {"prompt": "c"}, {"prompt": "d", "response": "e"}
     )
-    assert [(r.prompt, r.completion, r.expected) for r in load_prompts(path)] == [
-        ("a", None, "b"), ("c", None, None), ("d", None, None),
+    assert [(type(r), r.prompt, r.expected) for r in load_prompts(path)] == [
+        (PromptOnly, "a", "b"), (PromptOnly, "c", None), (PromptOnly, "d", None),
     ]  # fmt: skip
     write(path, {"prompt": "a", "completion": "b", "expected": "x"})
     assert load_prompts(path)[0].expected == "x"
@@ -80,7 +81,7 @@ def test_each_line_of_a_text_file_is_a_prompt(tmp_path: Path) -> None:
 
 
 def test_a_prompt_as_messages() -> None:
-    assert messages_of(Row("f", 1, prompt="a")) == (Message("user", "a"),)
+    assert PromptOnly("f", 1, prompt="a").turns() == (Message("user", "a"),)
 
 
 @pytest.mark.parametrize(

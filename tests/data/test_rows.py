@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from written_rows import CHAT, PAIR, TEXT, chat, problems_of, write
+from written_rows import CHAT, PAIR, TEXT, chat, problems_of, row_of, write
 
-from luthier.data.rows import RULES, RowReader, load_rows
+from luthier.data.rows import RowReader, load_rows
+from luthier.data.rules import RULES
+from luthier.data.shapes import Conversation, PromptCompletion, RawText
 from luthier.errors import DataError
 from luthier.types import Message, Row
 
@@ -40,21 +42,21 @@ AWKWARD = [
 
 def test_three_shapes(folder: Path) -> None:
     path = write(folder, PAIR)
-    assert load_rows(path) == [Row(str(path), 1, prompt="2+2", completion="4")]
+    assert load_rows(path) == [PromptCompletion(str(path), 1, prompt="2+2", completion="4")]
     path = write(folder, chat("system: be kind", "user: hi", "assistant: hello"), CHAT)
     hi = (Message("user", "hi"), Message("assistant", "hello"))
     assert load_rows(path) == [
-        Row(str(path), 1, messages=(Message("system", "be kind"), *hi)),
-        Row(str(path), 2, messages=hi),
+        Conversation(str(path), 1, messages=(Message("system", "be kind"), *hi)),
+        Conversation(str(path), 2, messages=hi),
     ]
     path = write(folder, TEXT)
-    assert load_rows(path) == [Row(str(path), 1, text="once")]
+    assert load_rows(path) == [RawText(str(path), 1, text="once")]
 
 
 def test_plain_text_file_is_one_row(folder: Path) -> None:
     path = folder / "book.md"
     path.write_bytes(b" a\r\nb \n")
-    assert load_rows(path) == [Row(str(path), 1, text=" a\r\nb \n")]
+    assert load_rows(path) == [RawText(str(path), 1, text=" a\r\nb \n")]
 
 
 def test_extra_keys_are_ignored_and_ids_kept_apart_by_type(folder: Path) -> None:
@@ -86,7 +88,7 @@ def test_blank_lines_do_not_shift_the_numbers(folder: Path) -> None:
 )
 def test_annotated_rows(folder: Path, record: dict[str, Any], fields: dict[str, Any]) -> None:
     (row,) = load_rows(write(folder, record))
-    assert row == Row(row.file, 1, **fields)
+    assert row == row_of(row.file, 1, **fields)
 
 
 # --- several problems at once --------------------------------------------------------------------
@@ -165,10 +167,11 @@ files = st.one_of(
 
 
 def as_record(row: Row) -> dict[str, object]:
-    if row.messages is not None:
+    if isinstance(row, Conversation):
         return {"messages": [{"role": m.role, "content": m.content} for m in row.messages]}
-    if row.text is not None:
+    if isinstance(row, RawText):
         return {"text": row.text}
+    assert isinstance(row, PromptCompletion)
     return {"prompt": row.prompt, "completion": row.completion}
 
 
@@ -291,7 +294,7 @@ def test_a_misspelt_label_is_not_left_out_without_a_word(tmp_path: Path, key: st
     with pytest.raises(DataError, match=rf"close to .*data\.columns\.\w+={key}"):
         load_rows(path)
     meant = get_close_matches(key, ("label", "rating", "tags"), 1)[0]
-    assert load_rows(path, {meant: ""})[0].label is None
+    assert load_rows(path, {meant: ""}) == [RawText(str(path), 1, "Hello there")]
 
 
 @pytest.mark.parametrize("key", ["grading", "lab", "label_id", "heating", "stars", "title"])

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.rows import RULES, load_rows
+from luthier.data.rows import load_rows
+from luthier.data.rules import RULES
 from luthier.data.sources import absolute, files_of, hash_of, is_data, stem_of
 from luthier.errors import DataError, Problem
 from luthier.files import sha256_of

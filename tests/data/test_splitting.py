@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from luthier.data.shapes import LabelledText, PromptCompletion, RawText
 from luthier.data.splitting import split_rows, strata_of
 from luthier.errors import RecipeError
-from luthier.types import Row
 
 PROPERTY = settings(max_examples=150, deadline=None)
 seed = st.integers(0, 2**63 - 1)
@@ -83,9 +83,15 @@ def test_what_cannot_be_split_is_not_split_and_shares_leave_something() -> None:
 
 
 def test_what_rows_are_stratified_by() -> None:
-    several = [Row("f", 1, text="t", label=names) for names in (("x", "y"), ("x",), ("x", "z"), ())]
+    several = [
+        LabelledText("f", 1, text="t", label=names)
+        for names in (("x", "y"), ("x",), ("x", "z"), ())
+    ]
     assert strata_of(several) == ["y", "x", "z", ""]
-    assert strata_of([Row("f", 1, text="t", label="x"), Row("f", 2, text="t")]) == ["x", ""]
-    classes = [Row("f", n, prompt=str(n), completion="ab"[n % 2]) for n in range(16)]
+    assert strata_of([LabelledText("f", 1, text="t", label="x"), RawText("f", 2, text="t")]) == [
+        "x",
+        "",
+    ]
+    classes = [PromptCompletion("f", n, prompt=str(n), completion="ab"[n % 2]) for n in range(16)]
     assert strata_of(classes) == ["a", "b"] * 8
     assert strata_of(classes[:8]) == [""] * 8

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from luthier.data import parsing
 from luthier.data.read import read_records
-from luthier.data.rows import RULES, load_rows
+from luthier.data.rows import load_rows
+from luthier.data.rules import RULES
+from luthier.data.shapes import Conversation
 from luthier.errors import DataError, Problem
-from luthier.types import Message, Row
+from luthier.types import Message
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -113,7 +115,9 @@ def test_messages_in_a_cell(tmp_path: Path) -> None:
     cell = '[{"role": "user", "content": "a ""b"""}, {"role": "assistant", "content": "c\u2028"}]'
     path.write_text('messages\n"' + cell.replace('""', '\\"').replace('"', '""') + '"\n')
     assert load_rows(path) == [
-        Row(str(path), 2, messages=(Message("user", 'a "b"'), Message("assistant", "c\u2028")))
+        Conversation(
+            str(path), 2, messages=(Message("user", 'a "b"'), Message("assistant", "c\u2028"))
+        )
     ]
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from written_rows import row_of
 
 from luthier.evaluation.baselines import (
     Baseline,
@@ -23,7 +24,7 @@ ALWAYS = math.inf
 
 
 def row(**fields: object) -> Row:
-    return Row("rows.jsonl", 1, **fields)  # type: ignore[arg-type]
+    return row_of("rows.jsonl", 1, **fields)
 
 
 def labelled(count: int) -> list[Row]:

@@ -10,14 +10,15 @@ import pytest
 
 import luthier
 from luthier.data.rows import load_rows
+from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly, RawText
 from luthier.errors import DataError, GradingFailed, RecipeError, UnknownModel
 from luthier.evaluation.evaluate import check, grade, questions
 from luthier.evaluation.parity import Parity
 from luthier.graders import Answer, Exact, FirstLine, Grader, Number, Regex
-from luthier.types import Message, Row
+from luthier.types import Message
 
-PAIR = Row("f", 1, prompt="What?", completion="That.")
-CHAT = Row(
+PAIR = PromptCompletion("f", 1, prompt="What?", completion="That.")
+CHAT = Conversation(
     "f",
     2,
     messages=(
@@ -28,7 +29,7 @@ CHAT = Row(
         Message("assistant", "2"),
     ),
 )
-TEXT = Row("data.jsonl", 3, text="raw")
+TEXT = RawText("data.jsonl", 3, text="raw")
 
 
 def test_everything_before_the_last_reply_is_asked() -> None:
@@ -44,7 +45,10 @@ def test_raw_text_has_no_reply() -> None:
 
 
 def test_bare_prompts_are_graded_as_rewards_are() -> None:
-    asks, bare = Row("f", 1, prompt="1+1?", expected="2"), Row("f", 2, prompt="Write.")
+    asks, bare = (
+        PromptOnly("f", 1, prompt="1+1?", expected="2"),
+        PromptOnly("f", 2, prompt="Write."),
+    )
     assert questions([asks, bare])[1] == ["2", None]
     assert grade([asks], ["= 2"], {"number": Number()}).scores == {"number": 1.0}
     found = grade([bare], ["Dear"], {"regex": Regex(pattern="^Dear$")})
@@ -54,7 +58,7 @@ def test_bare_prompts_are_graded_as_rewards_are() -> None:
 
 
 def test_scores_are_means_and_every_answer_is_kept() -> None:
-    rows = [PAIR, CHAT, Row("f", 3, prompt="x", completion="A\nB")]
+    rows = [PAIR, CHAT, PromptCompletion("f", 3, prompt="x", completion="A\nB")]
     result = grade(rows, ["That.", "3", "A\nC"], {"exact": Exact(), "first_line": FirstLine()})
     assert result.rows == 3
     assert result.scores == {"exact": pytest.approx(1 / 3), "first_line": pytest.approx(2 / 3)}

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from luthier.data.shapes import LabelledText, RatedText, RawText, TaggedWords
 from luthier.errors import DataError
 from luthier.evaluation.labels import entities, label_remarks, scores
 from luthier.evaluation.significance import standard_error
-from luthier.types import Row
 
 
 def test_accuracy_and_f1_are_scikit_learn_s() -> None:
@@ -17,7 +17,7 @@ def test_accuracy_and_f1_are_scikit_learn_s() -> None:
     draw = random.Random(0)
     truth = [draw.choice("abcd") for _ in range(200)]
     given = [t if draw.random() < 0.6 else draw.choice("abcde") for t in truth]
-    rows = [Row("f", n, text="x", label=t) for n, t in enumerate(truth)]
+    rows = [LabelledText("f", n, text="x", label=t) for n, t in enumerate(truth)]
     found = scores(rows, [{"label": g} for g in given])
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(truth, given))
     macro = metrics.f1_score(truth, given, average="macro", zero_division=0)
@@ -25,7 +25,10 @@ def test_accuracy_and_f1_are_scikit_learn_s() -> None:
 
 
 def test_several_labels_a_row() -> None:
-    rows = [Row("f", 1, text="x", label=("a", "b")), Row("f", 2, text="y", label=())]
+    rows = [
+        LabelledText("f", 1, text="x", label=("a", "b")),
+        LabelledText("f", 2, text="y", label=()),
+    ]
     found = scores(rows, [{"label": ["a"]}, {"label": []}])
     assert found["accuracy"] == 0.5
     assert found["micro_f1"] == pytest.approx(2 / 3)
@@ -38,7 +41,7 @@ def test_entities_are_seqeval_s() -> None:
     tags = ["O", "B-a", "I-a", "B-b", "I-b"]
     truth = [[draw.choice(tags) for _ in range(draw.randint(1, 12))] for _ in range(100)]
     given = [[t if draw.random() < 0.7 else draw.choice(tags) for t in row] for row in truth]
-    rows = [Row("f", n, tokens=("w",) * len(t), tags=tuple(t)) for n, t in enumerate(truth)]
+    rows = [TaggedWords("f", n, tokens=("w",) * len(t), tags=tuple(t)) for n, t in enumerate(truth)]
     found = scores(rows, [{"tags": g} for g in given])
     assert found["entity_f1"] == pytest.approx(sequence.f1_score(truth, given))
     assert found["entity_precision"] == pytest.approx(sequence.precision_score(truth, given))
@@ -63,7 +66,7 @@ def test_where_entities_begin_and_end(tags: list[str], expected: set[tuple[str, 
 
 
 def test_ratings() -> None:
-    rows = [Row("f", n, text="x", rating=float(n)) for n in range(4)]
+    rows = [RatedText("f", n, text="x", rating=float(n)) for n in range(4)]
     found = scores(rows, [{"rating": 2.0 * n + 1} for n in range(4)])
     assert found["mean_absolute_error"] == pytest.approx(2.5)
     assert found["pearson"] == pytest.approx(1.0)
@@ -72,13 +75,13 @@ def test_ratings() -> None:
 
 def test_rows_without_the_truth_are_refused() -> None:
     with pytest.raises(DataError, match="nothing to compare"):
-        scores([Row("f", 3, text="x")], [{"label": "a"}])
+        scores([RawText("f", 3, text="x")], [{"label": "a"}])
 
 
 def test_remarks_name_unknown_labels_and_mistakes() -> None:
     truth = ["a", "a", "a", "b", "c", "c"]
     given = ["a", "b", "b", "b", "a", "b"]
-    rows = [Row("f", n, text="x", label=t) for n, t in enumerate(truth)]
+    rows = [LabelledText("f", n, text="x", label=t) for n, t in enumerate(truth)]
     scores_of = {"a": 0.5, "b": 0.5}
     found = label_remarks(rows, [{"label": g, "scores": scores_of} for g in given])
     error = standard_error(2 / 6, 6)
@@ -88,5 +91,5 @@ def test_remarks_name_unknown_labels_and_mistakes() -> None:
         "answered wrong most often: b for a (2 of 3)",
     ]
     # Several labels a row have no single mistake.
-    several = [Row("f", 0, text="x", label=("a", "b"))]
+    several = [LabelledText("f", 0, text="x", label=("a", "b"))]
     assert label_remarks(several, [{"label": ["a"]}]) == []

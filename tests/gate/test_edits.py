@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from written_rows import row_of
 
 import luthier
+from luthier.data.shapes import Conversation
 from luthier.errors import DataError, RecipeError
 from luthier.gate.clean import changes_path
 from luthier.gate.edits import Redactor
@@ -152,7 +154,7 @@ KEY = b"0123456789abcdef"
 
 
 def row(**fields: object) -> Row:
-    return Row("f", 1, **fields)  # type: ignore[arg-type]
+    return row_of("f", 1, **fields)
 
 
 def test_equal_items_have_equal_pseudonyms_in_every_spelling() -> None:
@@ -160,12 +162,10 @@ def test_equal_items_have_equal_pseudonyms_in_every_spelling() -> None:
     given_row = row(
         prompt="Call +84 912 345 678 or write to A@corp.io.",
         completion="I called 0912.345.678, wrote to a@corp.io and b@corp.io.",
-        label="spam",
     )
     changed, changes = redactor.redact(given_row)
     assert changed.prompt == "Call [PHONE_1] or write to [EMAIL_1]."
     assert changed.completion == "I called [PHONE_1], wrote to [EMAIL_1] and [EMAIL_2]."
-    assert changed.label == "spam"
     assert redactor.counts == {"phone": 2, "email": 3}
     first = changes[0]
     assert (first.field, first.kind, first.pseudonym) == ("prompt", "phone", "[PHONE_1]")
@@ -178,13 +178,12 @@ def test_all_texts_of_a_row() -> None:
     turn = Message("user", "I am a@corp.io")
     answer = Message("assistant", "Hello a@corp.io")
     changed, changes = Redactor().redact(
-        row(messages=(turn,), reply=(answer,), rejected=(answer,), expected="a@corp.io")
+        row(messages=(turn,), chosen=(answer,), rejected=(answer,))
     )
     assert changed.messages == (Message("user", "I am [EMAIL_1]"),)
-    assert changed.reply == changed.rejected == (Message("assistant", "Hello [EMAIL_1]"),)
-    assert changed.expected == "[EMAIL_1]"
+    assert changed.chosen == changed.rejected == (Message("assistant", "Hello [EMAIL_1]"),)
     assert [each.field for each in changes] == [
-        "expected", "messages[1].content", "chosen[1].content", "rejected[1].content",
+        "messages[1].content", "chosen[1].content", "rejected[1].content",
     ]  # fmt: skip
 
 
@@ -265,7 +264,7 @@ def a_call(**arguments: object) -> Row:
         Message("user", "write to her"),
         Message("assistant", "", calls=(call,), reasoning="her address is ann@corp-mail.com"),
     )
-    return Row("f", 1, messages=turns)
+    return Conversation("f", 1, messages=turns)
 
 
 def test_reasoning_and_arguments_of_calls_are_redacted_and_nothing_else_of_a_turn_changes() -> None:

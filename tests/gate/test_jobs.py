@@ -29,7 +29,7 @@ class Shouting(Check):
     rules: ClassVar[tuple[Rule, ...]] = (SHOUTS,)
 
     def measure(self, batch: Batch) -> list[int]:
-        return [i for i, row in enumerate(batch.rows) if (row.prompt or "").isupper()]
+        return [i for i, row in enumerate(batch.rows) if "".join(row.inputs()).isupper()]
 
     def take(self, where: BatchLines, measured: IntArray, findings: Findings) -> None:
         findings.extend(Finding(SHOUTS, where.place(i), f"row {i} shouts") for i in measured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from luthier.data.shapes import LabelledText, TextPair
 from luthier.gate.row_keys import RelatedRows, group_related
 from luthier.types import Row
 
@@ -9,7 +10,9 @@ LONG = "please tell me when the parcel that I ordered at the end of last week wi
 
 
 def rows(*texts: str) -> list[Row]:
-    return [Row("f", line, text=text, label=str(line)) for line, text in enumerate(texts, 1)]
+    return [
+        LabelledText("f", line, text=text, label=str(line)) for line, text in enumerate(texts, 1)
+    ]
 
 
 def test_near_and_same_questions_are_one_group_whatever_they_teach() -> None:
@@ -32,7 +35,7 @@ def test_pairs_with_one_partner_are_one_group() -> None:
     anchors = ["where is it", "who wrote this", "how much does that cost", "when was it"]
     positives = ["In Rome.", "Ann did.", "Ten euros.", "In  rome."]
     pairs = [
-        Row("f", line, text=anchor, positive=positive)
+        TextPair("f", line, text=anchor, positive=positive)
         for line, (anchor, positive) in enumerate(zip(anchors, positives, strict=True), 1)
     ]
     assert group_related(pairs).tolist() == [0, 1, 2, 0]

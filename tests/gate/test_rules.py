@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from luthier.data.shapes import LabelledText
 from luthier.gate.check import Check
 from luthier.gate.checks.contradictions import Contradictions
 from luthier.gate.checks.duplicates import Duplicates
@@ -44,7 +45,7 @@ def test_a_policy_decides_how_serious_a_rule_is() -> None:
 
 
 def row(line: int, text: str, label: str = "a", file: str = "f") -> Row:
-    return Row(file, line, text=text, label=label)
+    return LabelledText(file, line, text=text, label=label)
 
 
 def blamed(check: Check, rule: str, train: list[Row], test: list[Row] | None = None) -> Findings:

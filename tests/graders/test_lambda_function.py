@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from luthier.data.shapes import PromptOnly
 from luthier.errors import GradingFailed
 from luthier.graders import Answer, LambdaFunction, graded
-from luthier.types import Message, Row
+from luthier.types import Message
 
 LENGTHS = """
 def lambda_handler(event, context):
@@ -33,7 +34,7 @@ def lambda_handler(event, context):
 
 
 def answer(reply: str, line: int = 1, **members: Any) -> Answer:
-    row = Row("rows.jsonl", line, members={"id": "mine", "factor": 2, **members})
+    row = PromptOnly("rows.jsonl", line, prompt="", members={"id": "mine", "factor": 2, **members})
     return Answer((Message("user", "How long?"),), reply, None, row)
 
 

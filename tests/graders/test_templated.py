@@ -15,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from luthier.asking.base import Failure
+from luthier.data.shapes import PromptOnly
 from luthier.errors import GradingFailed, RecipeError, RowRefused
 from luthier.graders import (
     Answer,
@@ -27,13 +28,13 @@ from luthier.graders import (
 )
 from luthier.graders.formula import names_in, parsed, value_of
 from luthier.graders.score_model import number_in
-from luthier.types import Message, Row
+from luthier.types import Message
 
 MEMBERS = {"answer": "Paris", "tags": ["a", "b"], "deep": {"list": [{"x": "é"}]}, "size": 3}
 
 
 def answer(reply: str, **members: Any) -> Answer:
-    row = Row("rows.jsonl", 4, members={**MEMBERS, **members})
+    row = PromptOnly("rows.jsonl", 4, prompt="", members={**MEMBERS, **members})
     return Answer((Message("user", "Capital of France?"),), reply, None, row)
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from luthier.adaptations import FeatureExtraction, Freeze, Full, LoRA
+from luthier.data.shapes import LabelledText
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
-from luthier.types import Example, Row
+from luthier.types import Example
 
 CPU = torch.device("cpu")
 TEXTS = ("The quick brown fox", "My card has not arrived yet.", "yes", "The quick brown dog jumps")
@@ -32,7 +33,7 @@ def objective_and_examples(
     family: str, family_folder: Callable[[str], Path]
 ) -> tuple[Classification, list[Example]]:
     chat = load_chat_format(family_folder(family))
-    rows = [Row("f", n, text=text, label=str(n % 2)) for n, text in enumerate(TEXTS)]
+    rows = [LabelledText("f", n, text=text, label=str(n % 2)) for n, text in enumerate(TEXTS)]
     objective = Classification().fit(rows, chat)
     return objective, [objective.encode(row, n, chat) for n, row in enumerate(rows)]
 

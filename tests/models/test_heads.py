@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from luthier.data.shapes import LabelledText, RatedText, RawText, TaggedWords
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, head_modules, head_weights
 from luthier.models.load import as_network, load_model, sketch
@@ -38,14 +39,17 @@ def fresh(folder: Path, objective: Objective) -> Any:
 
 def labelled(name: str) -> list[Row]:
     if name == "classification":
-        return [Row("f", n, text=t, label="even" if n % 2 else "odd") for n, t in enumerate(TEXTS)]
+        return [
+            LabelledText("f", n, text=t, label="even" if n % 2 else "odd")
+            for n, t in enumerate(TEXTS)
+        ]
     if name == "several":
         labels: list[tuple[str, ...]] = [("a", "b"), (), ("b",), ("a", "c")]
-        return [Row("f", n, text=t, label=labels[n]) for n, t in enumerate(TEXTS)]
+        return [LabelledText("f", n, text=t, label=labels[n]) for n, t in enumerate(TEXTS)]
     if name == "regression":
-        return [Row("f", n, text=t, rating=n * n / 3) for n, t in enumerate(TEXTS)]
+        return [RatedText("f", n, text=t, rating=n * n / 3) for n, t in enumerate(TEXTS)]
     words = [tuple(text.split()) for text in TEXTS]
-    return [Row("f", n, tokens=w, tags=TAGS[: len(w)]) for n, w in enumerate(words)]
+    return [TaggedWords("f", n, tokens=w, tags=TAGS[: len(w)]) for n, w in enumerate(words)]
 
 
 def ready(name: str, folder: Path) -> tuple[Objective, list[Example]]:
@@ -121,7 +125,7 @@ def test_a_masked_language_model_is_transformers_own(
 ) -> None:
     folder = family_folder(family)
     chat = load_chat_format(folder)
-    rows = [Row("f", n, text=text) for n, text in enumerate(TEXTS)]
+    rows = [RawText("f", n, text=text) for n, text in enumerate(TEXTS)]
     objective = OBJECTIVES["masked_lm"].model_validate({"mask_share": 0.4}).fit(rows, chat)
     encoded = [objective.encode(row, n, chat) for n, row in enumerate(rows)]
     examples = objective.arrange(encoded, 64)

@@ -13,13 +13,14 @@ import torch
 from torch.nn import functional as F
 
 from luthier.adaptations import ADAPTATIONS
+from luthier.data.shapes import PromptCompletion
 from luthier.data.tree import build_tree
 from luthier.models.layers import layer_names, layer_positions
 from luthier.models.layouts import _rectangle
 from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
-from luthier.types import Example, Row
+from luthier.types import Example
 
 CPU = torch.device("cpu")
 PAIRS = [
@@ -27,7 +28,10 @@ PAIRS = [
     ("one word, please:", "yes or no"),
     ("x", "y"),
 ]
-ROWS = [Row("f", n, prompt=prompt, completion=reply) for n, (prompt, reply) in enumerate(PAIRS)]
+ROWS = [
+    PromptCompletion("f", n, prompt=prompt, completion=reply)
+    for n, (prompt, reply) in enumerate(PAIRS)
+]
 
 
 def test_rows_of_a_rectangle_hold_the_nodes_of_their_row() -> None:

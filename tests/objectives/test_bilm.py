@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import RawText
 from luthier.errors import RecipeError
 from luthier.models.build import build_elmo
 from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.bilm import BiLM
-from luthier.types import Row
 
 CPU = torch.device("cpu")
 TEXTS = ("The dog sees the cat.", "The cat, the dog!", "dog")
-ROWS = [Row("f", n, text=text) for n, text in enumerate(TEXTS)]
+ROWS = [RawText("f", n, text=text) for n, text in enumerate(TEXTS)]
 SENTENCES = (
     ("[S]", "The", "dog", "sees", "the", "cat", ".", "[/S]"),
     ("[S]", "The", "cat", ",", "the", "dog", "!", "[/S]"),
@@ -69,7 +69,7 @@ def test_pieces_begin_with_words_and_lose_nothing(chat: ChatFormat) -> None:
                           np.concatenate([example.ids_T for example in examples]))  # fmt: skip
     assert all((np.asarray(piece.target)[0] >= 0).any() for piece in pieces)
     assert sum(piece.weight for piece in pieces) == sum(example.weight for example in examples)
-    long = objective.encode(Row("f", 0, text="x" * 50 + " y"), 0, chat)
+    long = objective.encode(RawText("f", 0, text="x" * 50 + " y"), 0, chat)
     assert sum(len(piece) for piece in objective.arrange([long], 100)) < len(long)
 
 

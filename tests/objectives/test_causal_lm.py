@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import RawText
 from luthier.data.tree import build_tree
 from luthier.models.load import as_network
 from luthier.objectives import CausalLM
-from luthier.types import Example, Row
+from luthier.types import Example
 
 PROPERTY = settings(max_examples=80, deadline=None, database=None)
 
@@ -29,7 +30,7 @@ def document(ids: list[int], row: int = 0) -> Example:
 
 def test_a_document_ends_with_the_end_of_text(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer)
-    found = CausalLM().encode(Row("f", 1, text="The dog."), 4, chat)
+    found = CausalLM().encode(RawText("f", 1, text="The dog."), 4, chat)
     assert tokenizer.decode(found.ids_T) == "The dog.<|im_end|>"
     assert found.weight_T.tolist() == [0.0] + [1.0] * (len(found) - 1)
     assert found.row == 4
@@ -86,7 +87,7 @@ def test_the_loss_is_the_sum_over_all_tokens_but_the_first(
     chat = ChatFormat.of(tokenizer)
     texts = ["The quick brown fox jumps over the lazy dog.", "The quick brown fox is lazy.", "Yes"]
     objective = CausalLM(sequence_length=9)
-    rows = [objective.encode(Row("f", i, text=text), i, chat) for i, text in enumerate(texts)]
+    rows = [objective.encode(RawText("f", i, text=text), i, chat) for i, text in enumerate(texts)]
     packed = objective.arrange(rows, context=1024)
     assert len(packed) > 2
     model = tiny_llama(tied=True)

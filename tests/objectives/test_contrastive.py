@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import luthier
+from luthier.data.shapes import TextPair
 from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import partner_ranks
 from luthier.models.load import as_network, load_model
@@ -33,7 +34,7 @@ PAIRS = (
 
 
 def rows() -> list[Row]:
-    return [Row("f", n, text=a, positive=b) for n, (a, b) in enumerate(PAIRS)]
+    return [TextPair("f", n, text=a, positive=b) for n, (a, b) in enumerate(PAIRS)]
 
 
 def ready(folder: Path, objective: Contrastive) -> tuple[Network, list[Example]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import luthier
+from luthier.data.shapes import RawText
 from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_model
@@ -21,7 +22,6 @@ from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, Contrastive, EmbeddingDistillation
 from luthier.objectives.embedding_distillation import project, turn
 from luthier.recipe import Recipe
-from luthier.types import Row
 
 CPU = torch.device("cpu")
 TEXTS = (
@@ -50,7 +50,9 @@ def test_the_loss_is_the_angle_to_the_teachers_embedding(
     folder = family_folder("bert")
     chat = load_chat_format(folder)
     objective = EmbeddingDistillation(teacher="t")
-    examples = [objective.encode(Row("f", n, text=text), n, chat) for n, text in enumerate(TEXTS)]
+    examples = [
+        objective.encode(RawText("f", n, text=text), n, chat) for n, text in enumerate(TEXTS)
+    ]
     (network, student_model), (teacher, teacher_model) = encoder(folder, 1), encoder(folder, 2)
     places = []
     for one in (student_model, teacher_model):

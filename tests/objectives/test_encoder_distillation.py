@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import luthier
+from luthier.data.shapes import LabelledText, RawText
 from luthier.engine.train import Result, train
 from luthier.errors import DataError, RecipeError
 from luthier.models.load import as_network, load_model
@@ -32,8 +33,8 @@ LABELLED = (
 )
 BARE = ("a brown dog and a quick fox", "the capital of France is Paris")
 ROWS = [
-    *(Row("f", n, text=text, label=label) for n, (text, label) in enumerate(LABELLED)),
-    *(Row("g", n, text=text) for n, text in enumerate(BARE)),
+    *(LabelledText("f", n, text=text, label=label) for n, (text, label) in enumerate(LABELLED)),
+    *(RawText("g", n, text=text) for n, text in enumerate(BARE)),
 ]
 
 
@@ -84,7 +85,7 @@ def test_the_triple_loss_row_by_row(
             )
         p, q = (theirs.logits[0] / 3).softmax(-1), (ours.logits[0] / 3).softmax(-1)
         expected += 0.7 * 9 * float((p * (p / q).log()).sum())
-        if row.label is not None:
+        if isinstance(row, LabelledText):
             expected -= 0.2 * float(ours.logits[0].log_softmax(-1)[int(row.label == "bank")])
         states = ours.hidden_states[-1][0]
         if student == "narrow":
@@ -108,12 +109,15 @@ def test_a_text_without_a_label_has_a_row_and_a_wrong_one_has_none(
     assert objective.described(bare) == "without a label"
     assert objective.described(objective.encode(ROWS[1], 0, chat)) == "bank"
     with pytest.raises(Exception, match=r"'fish' is none of the teacher's: animal, bank"):
-        objective.encode(Row("f", 1, text="a fish", label="fish"), 0, chat)
+        objective.encode(LabelledText("f", 1, text="a fish", label="fish"), 0, chat)
 
 
 def tuned(base: Path | str, name: str, rows: list[Row], tmp_path: Path, **objective: Any) -> Result:
     data = tmp_path / f"{name}.jsonl"
-    lines = [{"text": row.text, **({"label": row.label} if row.label else {})} for row in rows]
+    lines = [
+        {"text": row.text, **({"label": row.label} if isinstance(row, LabelledText) else {})}
+        for row in rows
+    ]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return train(
         Recipe.parse(
@@ -134,7 +138,7 @@ def test_a_narrow_student_learns_from_bare_texts_what_its_teacher_knows(
 ) -> None:
     wide, small = family_folder("bert"), narrow(family_folder, tmp_path / "narrow")
     teacher = tuned(wide, "teacher", ROWS[:4], tmp_path, method="classification")
-    bare = [Row("f", n, text=row.text) for n, row in enumerate(ROWS)]
+    bare = [RawText("f", n, text=row.text) for n, row in enumerate(ROWS)]
     student = tuned(
         small, "pupil", bare, tmp_path, method="encoder_distillation", teacher=teacher.model_id
     )
@@ -152,7 +156,7 @@ def test_a_narrow_student_learns_from_bare_texts_what_its_teacher_knows(
         tuned(
             small,
             "odd",
-            [*ROWS[:4], Row("f", 9, text="a fish", label="fish")],
+            [*ROWS[:4], LabelledText("f", 9, text="a fish", label="fish")],
             tmp_path,
             method="encoder_distillation",
             teacher=teacher.model_id,

@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier.data.shapes import PromptCompletion
 from luthier.models.decoding import Completion
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GRPO, logprobs
 from luthier.objectives.rollouts import Policy, Rollout, Rollouts
-from luthier.types import Example, Row
+from luthier.types import Example
 
 CPU = torch.device("cpu")
 TRL = Path(__file__).parents[2] / ".venv-trl" / "bin" / "python"
@@ -42,7 +43,10 @@ def network(family_folder: Callable[[str], Path]) -> Network:
 
 
 def prompts(objective: GRPO, network: Network) -> list[Example]:
-    rows = [Row("f", n + 1, prompt=text, completion="yes") for n, text in enumerate(PROMPTS)]
+    rows = [
+        PromptCompletion("f", n + 1, prompt=text, completion="yes")
+        for n, text in enumerate(PROMPTS)
+    ]
     assert network.chat is not None
     return [objective.encode(row, n, network.chat) for n, row in enumerate(rows)]
 

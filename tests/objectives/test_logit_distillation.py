@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from luthier.adaptations import Prompt
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import Conversation, PromptCompletion
 from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
 from luthier.errors import RecipeError
@@ -22,7 +23,7 @@ from luthier.objectives import LogitDistillation
 from luthier.objectives.distillation import note_sizes
 from luthier.objectives.teacher_cache import TopK
 from luthier.recipe import Recipe
-from luthier.types import Example, Message, Row
+from luthier.types import Example, Message
 
 CPU = torch.device("cpu")
 PAIRS = (
@@ -40,9 +41,12 @@ def chat(tokenizer: Any) -> ChatFormat:
 
 @pytest.fixture
 def examples(chat: ChatFormat) -> list[Example]:
-    rows = [Row("f", i, prompt=prompt, completion=reply) for i, (prompt, reply) in enumerate(PAIRS)]
+    rows = [
+        PromptCompletion("f", i, prompt=prompt, completion=reply)
+        for i, (prompt, reply) in enumerate(PAIRS)
+    ]
     turns = (("user", "a"), ("assistant", "the fox"), ("user", "c"), ("assistant", "the dog"))
-    rows.append(Row("f", 9, messages=tuple(Message(role, text) for role, text in turns)))
+    rows.append(Conversation("f", 9, messages=tuple(Message(role, text) for role, text in turns)))
     return [objective().encode(row, index, chat) for index, row in enumerate(rows)]
 
 

@@ -14,20 +14,21 @@ from typer.testing import CliRunner
 
 from luthier.cli.app import app
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import Conversation, PromptCompletion
 from luthier.engine.train import train
 from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.objectives import LogitDistillation, OnPolicyDistillation
 from luthier.objectives.on_policy_distillation import prompt_of, with_answer
 from luthier.recipe import Recipe
-from luthier.types import Example, Message, Row
+from luthier.types import Example, Message
 
 CPU = torch.device("cpu")
 TURNS = (("user", "a"), ("assistant", "the fox"), ("user", "c"), ("assistant", "the dog"))
 ROWS = [
-    Row("f", 0, prompt="What is the capital of France?", completion="Paris."),
-    Row("f", 1, prompt="What is the question?", completion="yes"),
-    Row("f", 2, messages=tuple(Message(role, text) for role, text in TURNS)),
+    PromptCompletion("f", 0, prompt="What is the capital of France?", completion="Paris."),
+    PromptCompletion("f", 1, prompt="What is the question?", completion="yes"),
+    Conversation("f", 2, messages=tuple(Message(role, text) for role, text in TURNS)),
 ]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier.data.shapes import PromptOnly
 from luthier.graders import Regex
 from luthier.models.decoding import Completion
 from luthier.models.load import as_network, load_model
@@ -20,7 +21,7 @@ from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import PPO
 from luthier.objectives.ppo import HEAD, advantages, whitened
 from luthier.objectives.rollouts import Rollout, Rollouts
-from luthier.types import Example, Row
+from luthier.types import Example
 
 CPU = torch.device("cpu")
 LETTER = Regex(pattern="e")
@@ -37,7 +38,9 @@ def network(family_folder: Callable[[str], Path]) -> Network:
 
 def prompts(objective: PPO, network: Network) -> list[Example]:
     assert network.chat is not None
-    rows = [Row("f", n + 1, prompt=text) for n, text in enumerate(("yes", "my card", "the fox"))]
+    rows = [
+        PromptOnly("f", n + 1, prompt=text) for n, text in enumerate(("yes", "my card", "the fox"))
+    ]
     return [objective.encode(row, n, network.chat) for n, row in enumerate(rows)]
 
 

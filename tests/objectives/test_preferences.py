@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import Preference
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
@@ -37,7 +38,9 @@ SIDE = Path(__file__).parents[2] / "benchmarks" / "preference_losses_side.py"
 
 def row_of(line: int, prompt: str, chosen: str, rejected: str) -> Row:
     turns = [(Message("assistant", text),) for text in (chosen, rejected)]
-    return Row("f", line, messages=(Message("user", prompt),), reply=turns[0], rejected=turns[1])
+    return Preference(
+        "f", line, messages=(Message("user", prompt),), chosen=turns[0], rejected=turns[1]
+    )
 
 
 ROWS = [row_of(line, *texts) for line, texts in enumerate(TEXTS)]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
+from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly
 from luthier.engine.dataset import prepare
 from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
@@ -27,7 +28,7 @@ from luthier.objectives import GRPO, PPO, logprobs
 from luthier.objectives.rollouts import Reinforcement, seeded
 from luthier.objectives.watching import advice, precheck
 from luthier.recipe import DataSpec, Recipe
-from luthier.types import Example, Message, Row
+from luthier.types import Example, Message
 
 CPU = torch.device("cpu")
 WORDS = ("yes", "no", "fox", "dog", "card", "Paris", "lazy", "quick")
@@ -112,7 +113,10 @@ def network_of(folder: Path) -> Network:
 
 def prompts(objective: Reinforcement, network: Network, count: int = 4) -> list[Example]:
     assert network.chat is not None
-    rows = [Row("f.jsonl", n + 1, prompt=f"Say {WORDS[n]}", completion="e") for n in range(count)]
+    rows = [
+        PromptCompletion("f.jsonl", n + 1, prompt=f"Say {WORDS[n]}", completion="e")
+        for n in range(count)
+    ]
     return [objective.encode(row, n, network.chat) for n, row in enumerate(rows)]
 
 
@@ -299,9 +303,9 @@ def test_what_a_reply_is_compared_with_is_never_learned(tiny_model_folder: Path)
     objective = GRPO(grader=Number())
     turns = (Message("user", "2 + 2?"), Message("assistant", "4"))
     shapes = [
-        Row("f", 1, prompt="2 + 2?", completion="4"),
-        Row("f", 2, prompt="2 + 2?", expected="4"),
-        Row("f", 3, messages=turns),
+        PromptCompletion("f", 1, prompt="2 + 2?", completion="4"),
+        PromptOnly("f", 2, prompt="2 + 2?", expected="4"),
+        Conversation("f", 3, messages=turns),
     ]
     encoded = [objective.encode(row, n, chat) for n, row in enumerate(shapes)]
     for example in encoded:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import luthier
+from luthier.data.shapes import LabelledText, RawText
 from luthier.errors import DataError, RecipeError
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
@@ -31,8 +32,10 @@ TEXTS = (
 
 
 def rows() -> list[Row]:
-    labelled = [Row("f", n, text=text, label=label) for n, (text, label) in enumerate(LABELLED)]
-    return [*labelled, *(Row("g", n, text=text) for n, text in enumerate(TEXTS))]
+    labelled = [
+        LabelledText("f", n, text=text, label=label) for n, (text, label) in enumerate(LABELLED)
+    ]
+    return [*labelled, *(RawText("g", n, text=text) for n, text in enumerate(TEXTS))]
 
 
 def ready(folder: Path, objective: SemiSupervised) -> tuple[Network, SemiSupervised, list[Example]]:

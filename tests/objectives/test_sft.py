@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from luthier.adaptations import Full
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import Conversation, PromptCompletion
 from luthier.data.tree import build_tree
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
@@ -21,7 +22,7 @@ from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.models.load import as_network
 from luthier.objectives import SFT
 from luthier.recipe import Training
-from luthier.types import Example, Message, Row
+from luthier.types import Example, Message
 
 CPU = torch.device("cpu")
 PAIRS = [
@@ -40,7 +41,10 @@ def chat(tokenizer: Any) -> ChatFormat:
 
 @pytest.fixture
 def examples(chat: ChatFormat) -> list[Example]:
-    rows = [Row("f", i, prompt=prompt, completion=reply) for i, (prompt, reply) in enumerate(PAIRS)]
+    rows = [
+        PromptCompletion("f", i, prompt=prompt, completion=reply)
+        for i, (prompt, reply) in enumerate(PAIRS)
+    ]
     return [SFT().encode(row, index, chat) for index, row in enumerate(rows)]
 
 
@@ -49,7 +53,7 @@ def learned_text(example: Example, tokenizer: Any) -> str:
 
 
 def test_a_pair_learns_its_completion_and_its_end(chat: ChatFormat) -> None:
-    example = SFT().encode(Row("f", 1, prompt="Yes or no?", completion="yes"), 7, chat)
+    example = SFT().encode(PromptCompletion("f", 1, prompt="Yes or no?", completion="yes"), 7, chat)
     assert learned_text(example, chat.tokenizer) == "yes<|im_end|>"
     assert set(example.weight_T.tolist()) == {0.0, 1.0} and example.weight_T.dtype == np.float32
     assert example.row == 7
@@ -57,7 +61,7 @@ def test_a_pair_learns_its_completion_and_its_end(chat: ChatFormat) -> None:
 
 def test_a_conversation_learns_each_reply(chat: ChatFormat) -> None:
     turns = (("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    row = Row("f", 1, messages=tuple(Message(role, text) for role, text in turns))
+    row = Conversation("f", 1, messages=tuple(Message(role, text) for role, text in turns))
     example = SFT().encode(row, 0, chat)
     assert learned_text(example, chat.tokenizer) == "b<|im_end|>d<|im_end|>"
 
@@ -67,7 +71,7 @@ def test_the_template_can_be_chosen(chat: ChatFormat) -> None:
     assert SFT(template="chat").format(chat).template == "chat"
     plain = SFT(template="plain").format(chat)
     assert plain.template == "plain" and plain.stop_ids == chat.stop_ids
-    example = SFT().encode(Row("f", 1, prompt="a b", completion=" c"), 0, plain)
+    example = SFT().encode(PromptCompletion("f", 1, prompt="a b", completion=" c"), 0, plain)
     assert chat.tokenizer.decode(example.ids_T) == "a b c<|im_end|>"
 
 

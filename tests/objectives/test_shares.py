@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.data.shapes import LabelledText, TaggedWords
 from luthier.models.heads import Head, head_weights
 from luthier.models.load import load_model
 from luthier.models.tokenizer import load_chat_format
@@ -20,11 +21,11 @@ CPU = torch.device("cpu")
 FAMILIES = ("llama", "gpt2", "bert", "roberta", "albert", "t5", "xlnet")
 WORDS = ("a", "b", "c", "d", "e", "f", "g", "h")
 TAGS = ("O", "O", "B-x", "O", "O", "O", "O", "O")
-SENTENCE = Row("f", 1, tokens=WORDS, tags=TAGS)
+SENTENCE = TaggedWords("f", 1, tokens=WORDS, tags=TAGS)
 
 
 def one_label(label: str | tuple[str, ...] | None) -> Row:
-    return Row("f", 1, text="the fox", label=label)
+    return LabelledText("f", 1, text="the fox", label=label)
 
 
 def test_shares_count_each_class_once_more() -> None:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from luthier.data.shapes import RawText
 from luthier.errors import RecipeError
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import SpanCorruption
-from luthier.types import Example, Row
+from luthier.types import Example
 
 SENTINELS = tuple(range(900, 940))
 START, END = 0, 1
@@ -105,7 +106,7 @@ def test_sentinels_come_from_the_tokenizer_and_other_networks_are_refused(
     family_folder: Callable[[str], Path],
 ) -> None:
     chat = load_chat_format(family_folder("t5"))
-    fitted = SpanCorruption().fit([Row("f", 1, text="a")], chat)
+    fitted = SpanCorruption().fit([RawText("f", 1, text="a")], chat)
     names = chat.tokenizer.convert_ids_to_tokens(list(fitted.sentinels or ()))
     assert names == [f"<extra_id_{n}>" for n in range(20)]
     assert fitted.start_id == chat.tokenizer.pad_token_id

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import luthier
+from luthier.data.shapes import LabelledText, RawText
 from luthier.evaluation.significance import RowScores
 from luthier.models.heads import score_layer
 from luthier.models.load import as_network, load_model
@@ -29,7 +30,7 @@ def rows(several: bool) -> list[Row]:
     for number, word in enumerate(WORDS * 3):
         name = ("animal", "thing", "manner")[WORDS.index(word) // 2 % 3]
         label = (name, "early") if several and number < 12 else (name,) if several else name
-        made.append(Row("f", number + 1, text=f"the {word} over my {word}", label=label))
+        made.append(LabelledText("f", number + 1, text=f"the {word} over my {word}", label=label))
     return made
 
 
@@ -90,7 +91,7 @@ def test_rows_without_a_label_are_left_out(
     chat = load_chat_format(folder)
     given = [
         *rows(several=False),
-        *(Row("g", n, text=f"the {word}") for n, word in enumerate(WORDS)),
+        *(RawText("g", n, text=f"the {word}") for n, word in enumerate(WORDS)),
     ]
     network, plain, _, _ = started(folder)
     objective = kind(probe=True).fit(given, chat)

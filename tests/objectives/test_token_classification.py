@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from luthier.data.shapes import TaggedWords
 from luthier.errors import RowRefused
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import TokenClassification
-from luthier.types import Row
 
 WORDS = ("the", "\ufe0f", "lazy", "dog")
 TAGS = ("O", "O", "B-kind", "I-kind")
-ROW = Row("f", 1, tokens=WORDS, tags=TAGS)
+ROW = TaggedWords("f", 1, tokens=WORDS, tags=TAGS)
 
 
 def test_a_word_that_the_tokenizer_drops_is_unknown_and_tags_stay_in_place(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from luthier.data.rows import load_rows
+from luthier.data.shapes import SHAPES
 from luthier.errors import DataError, Problem
+from luthier.types import Row
 
 
 def write(folder: Path, *records: object, name: str = "data.jsonl") -> Path:
@@ -19,6 +23,18 @@ def write(folder: Path, *records: object, name: str = "data.jsonl") -> Path:
 
 def as_line(record: object) -> bytes:
     return record if isinstance(record, bytes) else json.dumps(record).encode()
+
+
+def row_of(file: str, line: int, **fields: Any) -> Row:
+    """A row of the only shape that has just these fields, those with a default aside."""
+    (row,) = (
+        kind(file, line, **fields)
+        for kind in SHAPES.values()
+        if fields.keys() <= {each.name for each in dataclasses.fields(kind)}
+        and {e.name for e in dataclasses.fields(kind) if e.default is dataclasses.MISSING}
+        <= {"file", "line", *fields}
+    )
+    return row
 
 
 def problems_of(path: Path) -> list[Problem]:

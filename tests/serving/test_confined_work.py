@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from luthier.cancellation import Cancellable, cancelled_by
+from luthier.data.shapes import PromptOnly
 from luthier.graders import (
     Answer,
     Multi,
@@ -23,7 +24,6 @@ from luthier.graders import (
 from luthier.serving import confined_process, confined_work
 from luthier.serving.confined_process import Interrupted, TakesTooMuch
 from luthier.serving.confined_work import ConfinedGrader, ConfinedWork, confined
-from luthier.types import Row
 
 GRADERS = [
     *(TextSimilarity(reference="{{item.a}}", evaluation_metric=metric)
@@ -41,7 +41,9 @@ def work() -> Iterator[ConfinedWork]:
 
 
 def answer(reply: str, expected: str, characters: int = 10**7) -> Answer:
-    return Answer((), reply, None, Row("item", 1, members={"a": expected}), characters)
+    return Answer(
+        (), reply, None, PromptOnly("item", 1, prompt="", members={"a": expected}), characters
+    )
 
 
 def workers() -> list[psutil.Process]:

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import Conversation, LabelledText, RawText
 from luthier.errors import RecipeError
 from luthier.models import decoding
 from luthier.models.decoding import Completion
@@ -27,18 +28,20 @@ from luthier.serving.prompting import (
     questions_of,
     retrieved,
 )
-from luthier.types import Message, Row
+from luthier.types import Message
 
 TRAIN = questions_of(
     [
-        Row("f", 1, text="the quick brown fox", label="animal"),
-        Row("f", 2, text="my card has not arrived", label="bank"),
-        Row("f", 3, text="the lazy dog jumps", label="animal"),
-        Row("f", 4, text="when will my new card be delivered", label="bank"),
+        LabelledText("f", 1, text="the quick brown fox", label="animal"),
+        LabelledText("f", 2, text="my card has not arrived", label="bank"),
+        LabelledText("f", 3, text="the lazy dog jumps", label="animal"),
+        LabelledText("f", 4, text="when will my new card be delivered", label="bank"),
     ],
     ("animal", "bank"),
 )
-HELD = questions_of([Row("f", 5, text="the quick fox", label="animal")], ("animal", "bank"))
+HELD = questions_of(
+    [LabelledText("f", 5, text="the quick fox", label="animal")], ("animal", "bank")
+)
 
 
 @pytest.fixture
@@ -51,9 +54,9 @@ def asked(tiny_model_folder: Path) -> Prompting:
 def test_rows_become_questions() -> None:
     assert "animal, bank" in TRAIN[0].asked[0].content and TRAIN[0].answer == "animal"
     chat = (Message("system", "Be brief."), Message("user", "1?"), Message("assistant", "2"))
-    assert questions_of([Row("f", 1, messages=chat)])[0] == Question(chat[:2], "2")
+    assert questions_of([Conversation("f", 1, messages=chat)])[0] == Question(chat[:2], "2")
     with pytest.raises(RecipeError, match="ask nothing"):
-        questions_of([Row("f", 1, text="raw")])
+        questions_of([RawText("f", 1, text="raw")])
 
 
 def test_examples_show_every_answer_and_are_drawn_by_seed() -> None:

@@ -72,7 +72,7 @@ def _read_inputs(source: Path) -> list[Row]:
     Labels and other keys are passed over. Of plain text (``.txt``) each line is one text.
     """
     from luthier.data.read import read_records
-    from luthier.types import Row
+    from luthier.data.shapes import PromptCompletion, TaggedWords
 
     problems: list[Problem] = []
     rows: list[Row] = []
@@ -86,13 +86,13 @@ def _read_inputs(source: Path) -> list[Row]:
         if isinstance(text, str) and text.strip():
             rows.append(_row(str(source), line, text))
         elif isinstance(prompt, str) and prompt.strip() and isinstance(reply, str):
-            rows.append(Row(str(source), line, prompt=prompt, completion=reply))
+            rows.append(PromptCompletion(str(source), line, prompt, reply))
         elif (
             isinstance(tokens, list)
             and tokens
             and all(isinstance(t, str) and t.strip() for t in tokens)
         ):
-            rows.append(Row(str(source), line, text=" ".join(tokens), tokens=tuple(tokens)))
+            rows.append(TaggedWords(str(source), line, tuple(tokens), None))
         else:
             problems.append(
                 Problem(
@@ -110,12 +110,12 @@ def _read_inputs(source: Path) -> list[Row]:
 
 
 def _row(file: str, line: int, text: str) -> Row:
-    """A text, also as words for models that tag them."""
-    from luthier.types import Row
+    """A text that is not empty."""
+    from luthier.data.shapes import RawText
 
     if not text.strip():
         raise RecipeError("the text is empty")
-    return Row(file, line, text=text, tokens=tuple(text.split()))
+    return RawText(file, line, text)
 
 
 def _render(given: dict[str, Any], answer: dict[str, Any]) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from luthier.data.containers import JSON_LINES, PACKED
+from luthier.data.forms import TARGETS, source_keys
 from luthier.data.parsing import Record, shown
 from luthier.data.rows import Columns, Recognized, RowReader
 from luthier.data.sources import Source
-from luthier.data.targets import TARGETS, used_keys
 from luthier.data.writers import Writer, check_columns, check_table, writer_of
 from luthier.errors import DataError, RecipeError, RowRefused, data_errors
 from luthier.types import Row
@@ -159,7 +159,7 @@ class _Conversion:
 
     def _record(self, row: Row, reader: RowReader) -> Record:
         given, form = reader.checker.given, reader.checker.form
-        used = used_keys(row, form)
+        used = source_keys(row, form)
         if not self.bare:
             _refuse_lost(given)
         made = self.record_of(row)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from luthier.data.read import last_cut
 from luthier.data.rows import stream_rows
+from luthier.data.shapes import RawText
 from luthier.data.sources import files_of
 from luthier.errors import DataError, Problem
 from luthier.types import Row
@@ -53,19 +54,15 @@ def pieces(paths: Sequence[Path]) -> Iterator[Piece]:
     document = start = 0
     for path in (file for source in paths for file in files_of(source)):
         for row, ends in stream_rows(path, problems):
-            if not _is_raw(row):
+            if not isinstance(row, RawText):
                 problems.append(_not_raw(row))
-            for part, last in _parts(row.text or ""):
+                continue
+            for part, last in _parts(row.text):
                 yield Piece(part, document, start, ends and last)
                 start += len(part)
             document += ends
     if problems:
         raise DataError(problems)
-
-
-def _is_raw(row: Row) -> bool:
-    others = (row.messages, row.prompt, row.completion, row.label, row.rating, row.tokens)
-    return row.positive is None and all(other is None for other in others)
 
 
 def _not_raw(row: Row) -> Problem:

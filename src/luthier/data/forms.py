@@ -1,9 +1,10 @@
-"""The forms in which people keep rows, told by their keys, and how each becomes one of our shapes.
+"""The forms in which other tools keep rows: how each becomes one of our shapes, and the way back.
 
-``FORMS`` is the table: a name, the keys that tell the form, and a function that gives the record in the
-shapes of ``luthier.data.rows``. No text is altered; an Alpaca instruction and its input are joined
-with a blank line between (the fields that the Stanford Alpaca recipe puts under its two headings,
-without the headings). To add a form, write one function and one line of the table.
+``FORMS`` is the table of what is read: a name, the keys that tell the form, and a function that gives
+the record in the shapes of ``luthier.data.shapes``. No text is altered; an Alpaca instruction and its
+input are joined with a blank line between (the fields that the Stanford Alpaca recipe puts under its
+two headings, without the headings). ``TARGETS`` is the table of what is written; what a form has no
+place for is refused, never left out. To add a form, write one function and one line of a table.
 
 Considered and left out: ShareGPT with preferences, ``query`` with lists of passages, SQuAD's nested
 answers, triplets with hard negatives, tables of sentence pairs with a score or label (they are no
@@ -12,13 +13,22 @@ pairs that belong together). ``--map`` takes those whose columns only have other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from luthier.data.fields import Names, Turns
 from luthier.data.parsing import Record
+from luthier.data.shapes import (
+    SHAPES,
+    Conversation,
+    JudgedAnswers,
+    Preference,
+    PromptCompletion,
+    RawText,
+)
+from luthier.errors import RowRefused
+from luthier.types import Row
 
-Names = Mapping[str, str]
-"""What the file calls a key of ours, for messages."""
 Converted = tuple[Record, Names]
 
 
@@ -48,19 +58,7 @@ _ROLES: Mapping[object, str] = {
     "bot": "assistant",
     "system": "system",
 }
-_OWN = frozenset(
-    (
-        "prompt",
-        "completion",
-        "messages",
-        "text",
-        "tokens",
-        "anchor",
-        "positive",
-        "chosen",
-        "rejected",
-    )
-)
+_OWN = frozenset(key for kind in SHAPES.values() for key in kind.keys) - {"label", "rating"}
 _JUDGED = frozenset(("label", "labels", "score", "rating", "similarity", "chosen", "rejected"))
 
 
@@ -229,29 +227,121 @@ KEYS = _OWN | _JUDGED | frozenset().union(*(form.keys | form.used for form in FO
 def forms_of(record: Record) -> list[Form]:
     """Forms whose keys the record has; none where it is a complete shape of our own."""
     keys = record.keys()
-    if _is_own(keys):
+    own = any(needed <= keys for kind in SHAPES.values() for needed in kind.complete)
+    if own and "schemaVersion" not in keys:
         return []
     found = [form for form in FORMS if form.keys <= keys and not form.without & keys]
     # Texts that were compared or classified are no pair that belongs together.
-    return [form for form in found if not (form.keys & _PAIRED and keys & _JUDGED)]
+    paired = ("positive", "sentence1", "premise")
+    return [form for form in found if not (form.keys & {*paired} and keys & _JUDGED)]
 
 
-_PAIRED = frozenset(("positive", "sentence1", "premise"))
-_WHOLE = (
-    "prompt completion",
-    "messages",
-    "tokens tags",
-    "anchor positive",
-    "chosen",
-    "rejected",
-    "preferred_output",
-    "non_preferred_output",
-    "text label",
-    "text rating",
-)
+def source_keys(row: Row, form: Form | None) -> frozenset[str]:
+    """Keys of the record that the row was made of; others stand beside it."""
+    kind = SHAPES[row.shape]
+    return kind.source_keys if form is None else form.keys | form.used | kind.beside
 
 
-def _is_own(keys: Set[str]) -> bool:
-    if "schemaVersion" in keys:
-        return False
-    return any(frozenset(shape.split()) <= keys for shape in _WHOLE)
+def _to_pair(row: Row) -> Record:
+    prompt, completion = _one_turn(row, "prompt-completion")
+    return {"prompt": prompt, "completion": completion}
+
+
+def _to_chat(row: Row) -> Record:
+    return {"messages": _said(_conversation_of(row, "chat"))}
+
+
+def _to_openai(row: Row) -> Record:
+    if not isinstance(row, Preference):
+        return {"messages": _said(_conversation_of(row, "openai"))}
+    return {
+        "input": {"messages": _said(row.messages)},
+        "preferred_output": _said(row.chosen),
+        "non_preferred_output": _said(row.rejected),
+    }
+
+
+def _to_bedrock(row: Row) -> Record:
+    if isinstance(row, RawText):
+        return {"input": row.text}
+    prompt, completion = _one_turn(row, "bedrock")
+    return {"prompt": prompt, "completion": completion}
+
+
+def _to_bedrock_conversation(row: Row) -> Record:
+    turns = _conversation_of(row, "bedrock-conversation")
+    blocks = [
+        {"role": t.role, "content": [{"text": t.content}]} for t in turns if t.role != "system"
+    ]
+    system = [{"text": turn.content} for turn in turns if turn.role == "system"]
+    beside: Record = {"system": system} if system else {}
+    return {"schemaVersion": "bedrock-conversation-2024", **beside, "messages": blocks}
+
+
+def _to_sharegpt(row: Row) -> Record:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    turns = _conversation_of(row, "sharegpt")
+    return {"conversations": [{"from": names[t.role], "value": t.content} for t in turns]}
+
+
+def _to_alpaca(row: Row) -> Record:
+    turns = list(_conversation_of(row, "alpaca"))
+    system = turns.pop(0).content if turns[0].role == "system" else None
+    *earlier, asked, answered = turns
+    made: Record = {"instruction": asked.content, "input": "", "output": answered.content}
+    if system is not None:
+        made["system"] = system
+    if earlier:
+        pairs = zip(earlier[::2], earlier[1::2], strict=True)
+        made["history"] = [[one.content, other.content] for one, other in pairs]
+    return made
+
+
+def _to_text(row: Row) -> Record:
+    if not isinstance(row, RawText):
+        raise _no_place("text", "is more than a text")
+    return {"text": row.text}
+
+
+TARGETS: Mapping[str, Callable[[Row], Record]] = {
+    "rows": lambda row: row.record(),
+    "prompt-completion": _to_pair,
+    "chat": _to_chat,
+    "openai": _to_openai,
+    "bedrock": _to_bedrock,
+    "bedrock-conversation": _to_bedrock_conversation,
+    "sharegpt": _to_sharegpt,
+    "alpaca": _to_alpaca,
+    "text": _to_text,
+}
+"""Forms that rows can be written in; ``rows`` is our own shape of each. A record that is written and
+read again gives the same texts."""
+
+
+def _conversation_of(row: Row, form: str) -> Turns:
+    """The row as a conversation that the assistant ends."""
+    if isinstance(row, Conversation | PromptCompletion):
+        return row.turns()
+    if isinstance(row, JudgedAnswers):
+        raise _no_place(form, "is a judgement of answers")
+    raise _no_place(form, "is a prompt without a reply" if row.turns() else "is no conversation")
+
+
+def _one_turn(row: Row, form: str) -> tuple[str, str]:
+    turns = _conversation_of(row, form)
+    if [turn.role for turn in turns] != ["user", "assistant"]:
+        what = "a system prompt" if turns[0].role == "system" else f"{len(turns)} turns"
+        raise _no_place(form, f"has {what}")
+    return turns[0].content, turns[1].content
+
+
+def _no_place(form: str, what: str) -> RowRefused:
+    return RowRefused(
+        "convert.form",
+        f"The row {what}, and {form} has no place for it.",
+        "Choose another form with --to (rows keeps everything), or remove the row.",
+    )
+
+
+def _said(turns: Turns) -> list[dict[str, str]]:
+    return [turn.to_dict() for turn in turns]

@@ -1,37 +1,351 @@
-"""Sources to checked rows: shapes told apart by their keys.
+"""Sources to checked rows: shapes told apart by their keys, every mistake named.
 
-``{"prompt", "completion"}``, ``{"messages": [{"role", "content"}, ...]}``, ``{"text"}``, text with
-what it means: ``{"text", "label"}``, ``{"text", "rating"}``, ``{"tokens", "tags"}``,
-``{"anchor", "positive"}``; what is only asked: ``{"prompt"}``, with the ``expected`` answer where there
-is one; what people prefer (``luthier.data.preferences``); and the forms of other tools, which become
-one of these (``luthier.data.forms``). Text is never altered. A source with anything wrong in it is
-refused as a whole, with every problem.
+The shapes are those of ``luthier.data.shapes``; the forms of other tools become one of them
+(``luthier.data.forms``). Text is never altered. A source with anything wrong in it is refused as a
+whole, with every problem.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
-from luthier.data.checker import Checker
 from luthier.data.containers import Container, container_of
-from luthier.data.parsing import Record, Unreadable
+from luthier.data.fields import RENAMES, FieldChecker, list_keys, rename_fix
+from luthier.data.forms import Form, forms_of, source_keys
+from luthier.data.parsing import Record, Unreadable, shown
 from luthier.data.read import read_records
-from luthier.data.renames import listed, rename_fix
-from luthier.data.rules import RULES
+from luthier.data.shapes import (
+    SHAPES,
+    Conversation,
+    JudgedAnswers,
+    Preference,
+    PromptCompletion,
+    PromptOnly,
+    RawText,
+    Shape,
+)
 from luthier.data.sources import Source, files_of
-from luthier.data.targets import used_keys
-from luthier.errors import DataError, Problem
+from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Row
-
-__all__ = ["RULES", "Checker", "listed", "rename_fix"]  # for who checks rows another way
 
 Columns = Mapping[str, str]
 """The file's name for each of our keys; an empty one sets the key aside."""
 
 ROWS_CHECKED = 1000
 """Rows that are looked at for columns that nothing is read from."""
+
+_ALL_SHAPES = ", ".join(
+    title
+    for kind in SHAPES.values()
+    for title in ([kind.title, kind.openai_title] if kind is Preference else [kind.title])
+)
+_BESIDE_TEXT = ("label", "rating", "tags")
+"""What makes another shape of a text: misspelt, it would be left out without a word."""
+_ASKED = (PromptCompletion, PromptOnly, Conversation)
+_VALUES_TELL = frozenset(("label", "thumb", "rating", "score"))
+"""Keys whose values tell whether an answer was judged."""
+_MOST_KNOWN = 100
+
+
+class Checker(FieldChecker):
+    """Checks the rows of a source in order; what it has seen is its state.
+
+    Args:
+        file: the file in hand.
+        problems: what is wrong is appended here.
+        columns: the file's names of our keys, by ours; an empty one sets the key aside.
+    """
+
+    other_keys = frozenset(
+        ("id", "expected", "tags", *(key for kind in SHAPES.values() for key in kind.keys))
+    ) - {"text"}
+
+    def __init__(self, file: str, problems: list[Problem], columns: Columns | None = None) -> None:
+        super().__init__(file, problems)
+        self.columns = columns or {}
+        self.first: tuple[str, int] | None = None
+        self.first_file = file
+        self.form: Form | None = None
+        """Of the first row, where it is none of our own shapes."""
+        self.names = self._names_of({})
+        self.known: dict[tuple[str, ...], type[Shape]] = {}
+        """Shapes by the keys of rows of our own shapes, in their order."""
+        self.given: Record = {}
+        """The record in hand, its columns renamed."""
+        self.line_of_id: dict[str | int, int] = {}
+
+    def begin(self, file: str) -> None:
+        """Go on with another file of the same source: its rows are like those before."""
+        self.file = file
+        self.line_of_id = {}
+
+    @property
+    def recognized(self) -> str | None:
+        """What the rows are, for people; ``None`` before the first one."""
+        if self.form is not None:
+            return self.form.name
+        return self.first[0] if self.first else None
+
+    def row(self, line: int, record: Record) -> Row | None:
+        """Return the row; None only when a problem was reported."""
+        self.line = line
+        keys = tuple(record)
+        known = self.known.get(keys)
+        if known is not None:
+            self.given = record
+            if "id" in record:
+                self.check_id(record["id"])
+            return self._read(known, record)
+        own = self.own_record(record)
+        if own is None:
+            return None
+        kind = self.shape_of(own)
+        if kind is None:
+            return None
+        # Where the keys alone tell the shape, the next row with the same ones need not be asked. Of an
+        # answer with a label or a rating it is the value that tells whether it is a judgement.
+        values_tell = "completion" in own and _VALUES_TELL & own.keys()
+        if own is record and not values_tell and len(self.known) < _MOST_KNOWN:
+            self.known[keys] = kind
+        return self._read(kind, own)
+
+    def _read(self, kind: type[Shape], record: Record) -> Row | None:
+        try:
+            return kind.read(record, self)
+        except RowRefused as bad:
+            self.report(bad.rule, bad.message, bad.fix)
+            return None
+
+    def own_record(self, record: Record) -> Record | None:
+        """The record in our own keys, its id checked; None only when a problem was reported."""
+        own = self._from_form(record)
+        if own is not None and "id" in own:
+            self.check_id(own["id"])
+        return own
+
+    def _from_form(self, record: Record) -> Record | None:
+        """The record in one of our shapes, from its form; None when a problem was reported."""
+        columns = self._columns_beside_form(record) if self.columns else {}
+        mapped = self._renamed(record, columns) if columns else record
+        if mapped is None:
+            return None
+        self.given = mapped
+        found = forms_of(mapped)
+        generic = [f'"{key}"' for key in ("text", "prompt") if key in mapped]
+        if len(found) > 1 or (found and generic):
+            names = [*(form.name for form in found), *generic]
+            message = f"The row can be read as {' or as '.join(names)}."
+            fix = "Set aside the columns that are not meant, as with `data.columns.text=` (empty)."
+            self.report("row.ambiguous", message, fix)
+            return None
+        form = found[0] if found else None
+        if form is None and self.form is not None and self.form.keys & mapped.keys():
+            form = self.form if not any(key in mapped for key in ("prompt", "messages")) else None
+        if self.first is None:
+            self.form = form
+        elif form is not self.form:
+            self._report_mixed(form.name if form else "of another form")
+            return None
+        if form is None:
+            return mapped
+        made, theirs = form.convert(mapped)
+        self.names = self._names_of(theirs)
+        return made
+
+    def _columns_beside_form(self, record: Record) -> Columns:
+        """The mapping without what a form gives anyhow.
+
+        A form reads more columns than a mapping names (an Alpaca row's ``input``): where a mapping says
+        of an instruction and its output what their form says too, the row stays in its form.
+        """
+        left = {key: value for key, value in record.items() if self.columns.get(key) != ""}
+        found = forms_of(left)
+        if len(found) != 1:
+            return self.columns
+        _, names = found[0].convert(dict(left))
+        beside = {
+            ours: theirs
+            for ours, theirs in self.columns.items()
+            if not theirs or names.get(ours) != theirs
+        }
+        keys = found[0].keys | found[0].used
+        clash = any(theirs in keys or ours in names for ours, theirs in beside.items() if theirs)
+        return self.columns if clash or len(beside) == len(self.columns) else beside
+
+    def _renamed(self, record: Record, columns: Columns) -> Record | None:
+        """The record with ``columns`` renamed as asked; None when one is not there."""
+        taken = {*columns.values(), *columns}
+        made = {key: value for key, value in record.items() if key not in taken}
+        for ours, theirs in columns.items():
+            # A validation file may have our names already.
+            source = ours if theirs and theirs not in record else theirs
+            if source and source not in record:
+                message = (
+                    f"The column {shown(theirs)} is not there; the keys are {list_keys(record)}."
+                )
+                self.report(
+                    "column.missing",
+                    message,
+                    f"Mend `data.columns.{ours}={theirs}`, or mend the row.",
+                )
+                return None
+            if source:
+                made[ours] = record[source]
+        return made
+
+    def _names_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
+        """What the file calls our keys, through form and mapping."""
+        return {
+            **self.columns,
+            **{ours: self.columns.get(own) or own for ours, own in names.items()},
+        }
+
+    def _report_mixed(self, what: str) -> None:
+        """Report a row that is not what the first row was."""
+        assert self.first is not None
+        first = self.form.name if self.form else self.first[0]
+        line = self.first[1]
+        where = f"line {line}" if self.first_file == self.file else f"{self.first_file}:{line}"
+        message = f"The row is {what}, but the first row ({where}) is {first}."
+        fix = f"Rewrite the row as {first}, or move it to a file of its own shape."
+        self.report("row.mixed_shapes", message, fix)
+
+    def check_id(self, value: object) -> None:
+        """Report an id that an earlier row has."""
+        # By exact type: True is an int in Python and would collide with 1.
+        if type(value) is not str and type(value) is not int:
+            return
+        first = self.line_of_id.setdefault(value, self.line)
+        if first != self.line:
+            name = shown(str(value))
+            message = f"The id {name} was already used on line {first}."
+            self.report("id.duplicate", message, "Give each row its own id, or remove the copy.")
+
+    def shape_of(self, record: Record) -> type[Shape] | None:
+        """The shape by the record's keys, or report why there is not exactly one."""
+        found: list[type[Shape]] = [k for k in SHAPES.values() if k.told_by(record)]
+        if judged := next((kind for kind in found if issubclass(kind, JudgedAnswers)), None):
+            found = [judged]  # what people judged is more than what they wrote
+        if PromptOnly in found:
+            found.remove(PromptCompletion if self._only_asks(record) else PromptOnly)
+        if any(kind in found for kind in _ASKED):
+            # What else the row says of itself, its tags or rating, is no shape of its own.
+            found = [kind for kind in found if kind in (*_ASKED, RawText)]
+        elif len(found) > 1 and RawText in found:
+            found.remove(RawText)  # the text of what is labelled
+        if not found:
+            self._report_unknown(record)
+            return None
+        if len(found) > 1:
+            keys = list_keys(key for kind in found for key in kind.keys if key in record)
+            message = f"The row mixes {len(found)} shapes: it has the keys {keys}."
+            fix = f"Keep the keys of one shape and remove or rename the others: {_ALL_SHAPES}."
+            self.report("row.ambiguous", message, fix)
+            return None
+        kind = found[0]
+        if kind is RawText and (misspelt := self._misspelt(record)):
+            key, meant = misspelt
+            message = f"The row has a text and {shown(key)}, which is close to {shown(meant)}."
+            fix = (
+                f"Say `data.columns.{meant}={key}` (`--map {meant}={key}`) if that is meant, and "
+                f"`data.columns.{meant}=` (empty) to learn the text alone."
+            )
+            self.report("row.ambiguous", message, fix)
+            return None
+        title = kind.title_of(record)
+        if self.first is None:
+            self.first, self.first_file = (title, self.line), self.file
+        # A form may give rows with a system prompt as messages, and others as prompt and completion.
+        if self.form is None and title != self.first[0]:
+            self._report_mixed(title)
+            return None
+        return kind
+
+    def _misspelt(self, record: Record) -> tuple[str, str] | None:
+        """A key beside a text that looks like one of ours, and that one, unless it was set aside."""
+        for key in record:
+            # "grading" is close to "rating" as well, but starts otherwise.
+            able = [each for each in _BESIDE_TEXT if each[0] == key.strip()[:1].lower()]
+            close = get_close_matches(key.strip().lower(), able, 1, cutoff=0.8)
+            if close and close[0] not in (key, *self.columns):
+                return key, close[0]
+        return None
+
+    def _only_asks(self, record: Record) -> bool:
+        """Whether a row with a prompt is meant without a reply: none is there, misnamed or lost."""
+        if "completion" in record or (self.first and self.first[0] == PromptCompletion.title):
+            return False
+        misnamed = any(RENAMES.get(key.strip().lower()) == "completion" for key in record)
+        return "expected" in record or not misnamed
+
+    def _report_unknown(self, record: Record) -> None:
+        """Report keys that make no shape, with what to rename."""
+        has = f"it has the keys {list_keys(record)}" if record else "it has no keys"
+        message = f"The row has none of the shapes {_ALL_SHAPES}: {has}."
+        fix = rename_fix(record, ("messages",)) or rename_fix(record, ("prompt", "completion"))
+        fix = fix or rename_fix(record, ("text",))
+        fix = fix or f"Rename the keys so that the row has one of the shapes {_ALL_SHAPES}."
+        fix += (
+            " Or say which column is what: `data.columns.text=COLUMN` and `data.columns.label=COLUMN` "
+            "to classify, `data.columns.prompt=COLUMN` and `data.columns.completion=COLUMN` to write."
+        )
+        self.report("row.unknown_shape", message, fix)
+
+
+class PromptChecker(Checker):
+    """Checks rows for what they ask."""
+
+    def row(self, line: int, record: Record) -> Row | None:
+        """Return what is asked; None only when a problem was reported."""
+        self.line = line
+        own = self.own_record(record)
+        if own is None:
+            return None
+        record = own
+        if "prompt" not in record and "messages" not in record:
+            fix = rename_fix(record, ("prompt",)) or 'Write {"prompt": "..."} on each line.'
+            message = (
+                f"The row has neither a prompt nor messages: its keys are {list_keys(record)}."
+            )
+            self.report("prompt.shape", message, fix)
+            return None
+        key = "prompt" if "prompt" in record else "messages"
+        self.first = self.first or (key, line)
+        if self.form is None and self.first[0] != key:
+            message = f'The row has "{key}", but the first row (line {self.first[1]}) has not.'
+            self.report("prompt.mixed", message, "Move the row to a file of its own kind.")
+            return None
+        row: Conversation | PromptOnly | None
+        if key == "messages":
+            row = self._conversation(record)
+        else:
+            reply = record.get("completion")
+            asked = {"expected": reply, **record} if isinstance(reply, str) else record
+            row = PromptOnly.read(asked, self)
+        members = {key: value for key, value in self.given.items() if key != "messages"}
+        return row and replace(row, members=members)
+
+    def _conversation(self, record: Record) -> Conversation | None:
+        """The turns of a conversation up to the last of the user."""
+        messages = self.messages(record["messages"], answered=False)
+        if not messages:
+            return None
+        expected: str | None = None
+        if messages[-1].role == "assistant":
+            messages, expected = messages[:-1], messages[-1].content
+        # What Bedrock's rows for reinforcement fine-tuning call it; there it may be of any type.
+        reference = record.get("reference_answer")
+        if isinstance(reference, str):
+            expected = reference
+        if "expected" in record:
+            expected = self.text(record, "expected")
+        if not messages or messages[-1].role != "user":
+            fix = "Add the user's message, or remove the row."
+            self.report("prompt.unasked", "The messages hold no turn of the user to answer.", fix)
+        return Conversation(self.file, self.line, messages, expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +428,7 @@ class RowReader:
                     self.rows += 1
                     looked_at = not self.problems and self.rows <= ROWS_CHECKED
                     if row.members is None and (self.checker.columns or looked_at):
-                        beside = self.checker.given.keys() - used_keys(row, self.checker.form)
+                        beside = self.checker.given.keys() - source_keys(row, self.checker.form)
                         self._unread |= dict.fromkeys(sorted(beside - {"id", "schemaVersion"}))
                     yield row
             if pieces and rows == self.rows:
@@ -144,7 +458,7 @@ class RowReader:
 def _piece(path: Path, record: Record) -> Row | None:
     """A part of a plain text; white space alone is none."""
     text = str(record["text"])
-    return None if text.isspace() else Row(str(path), 1, text=text)
+    return None if text.isspace() else RawText(str(path), 1, text)
 
 
 def load_rows(
@@ -183,7 +497,7 @@ def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool
         if in_pieces:
             text = str(record["text"])
             blank = blank and text.isspace()
-            yield Row(str(path), line, text=text), False
+            yield RawText(str(path), line, text), False
             continue
         record.pop("id", None)
         row = checker.row(line, record)
@@ -193,7 +507,7 @@ def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool
         checker.line = 1
         checker.text({"text": " "}, "text", target=True)
     if in_pieces:
-        yield Row(str(path), 1, text=""), True
+        yield RawText(str(path), 1, ""), True
 
 
 def is_text(path: Path) -> bool:
@@ -202,3 +516,34 @@ def is_text(path: Path) -> bool:
         return container_of(path).kind == "text"
     except (Unreadable, OSError):
         return False
+
+
+def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
+    """Read a whole source for what it asks; raise ``DataError`` with every problem if there is any.
+
+    Rows are of the shape ``{"prompt"}``, or ``messages`` that end with the user's turn, or of a form
+    that becomes one of these. A row's own reply, its ``completion`` or the assistant's turn at the end
+    of ``messages``, is no part of what is asked: it becomes ``expected``, unless the row has that key
+    itself. In a plain-text file each line that is not blank is a prompt.
+    """
+    problems: list[Problem] = []
+    files = files_of(source)
+    checker = PromptChecker(str(files[0]), problems, columns)
+    rows: list[Row | None] = []
+    for path in files:
+        checker.begin(str(path))
+        text = is_text(path)
+        for line, record in read_records(path, problems):
+            if text:
+                lines = enumerate(str(record["text"]).split("\n"), 1)
+                rows += [
+                    PromptOnly(str(path), n, each.strip()) for n, each in lines if each.strip()
+                ]
+            else:
+                rows.append(checker.row(line, record))
+    if not rows and not problems:
+        fix = "Write one prompt on each line."
+        problems.append(Problem(str(source), 0, "file.empty", "The file holds no prompts.", fix))
+    if problems:
+        raise DataError(problems)
+    return [row for row in rows if row is not None]

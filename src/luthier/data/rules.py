@@ -1,4 +1,4 @@
-"""What can be wrong with files and rows, by stable id."""
+"""What can be wrong with files and rows, by stable id; the reference is generated from it."""
 
 from __future__ import annotations
 
@@ -49,4 +49,34 @@ RULES: Mapping[str, str] = {
     "message.weight": "Every turn of the assistant has the weight 0.",
     "message.tool_calls": "A message calls a tool, which cannot be learned yet.",
 }
-"""Every rule of reading and checking, with what it refuses; the reference is generated from it."""
+"""Every rule of reading and checking, with what it refuses."""
+
+PREFERENCE_RULES: Mapping[str, str] = {
+    "preference.missing": "One of chosen and rejected, or of OpenAI's three fields, is not there.",
+    "preference.type": "A prompt or an answer is neither a text, a message nor a list of messages.",
+    "preference.empty": "The prompt, a message or the chosen answer is empty or only white space.",
+    "preference.equal": "The chosen and the rejected answer are the same, white space aside.",
+    "preference.no_beginning": "Chosen and rejected are conversations that do not begin alike.",
+    "preference.order": "Prompt and answer are no conversation in turns that an assistant ends.",
+    "rating.single": "The answer is the only one to its prompt, so nothing can be compared.",
+    "rating.tied": "All answers to one prompt have the same rating.",
+    "thumb.type": 'A thumb is neither true nor false, "up" nor "down".',
+    "thumb.one_kind": "All thumbs point the same way.",
+}
+"""Every rule of preferences, with what it refuses."""
+
+PROMPT_RULES: Mapping[str, str] = {
+    "prompt.shape": "Prompts are asked for, and the row has neither a prompt nor messages.",
+    "prompt.mixed": "Some rows are prompts and others conversations.",
+    "grader.no_reference": "A grader is to compare with the row's own reply, and there is none.",
+    "prompt.unasked": "Without its last assistant turn, a conversation asks nothing.",
+}
+"""Rules of prompts; those of the texts themselves are the same as of other rows."""
+
+CONVERT_RULES: Mapping[str, str] = {
+    "convert.form": "The form asked for has no place for something in the row.",
+    "convert.container": "A table has no place for something in the row.",
+    "convert.key": "A further key of the row has the name of one that is written.",
+    "convert.message": "A message has a key beside its role and its text, which would be lost.",
+}
+"""Rules of ``luthier convert``."""

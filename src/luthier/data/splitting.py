@@ -10,11 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from luthier.data.shapes import PromptCompletion
 from luthier.errors import RecipeError
 from luthier.types import IntArray, Row
-
-LONGEST = 64
-"""Characters of a completion that may be the name of a class."""
 
 
 def split_rows(
@@ -98,19 +96,19 @@ class Strata:
     def __init__(self) -> None:
         self._names: list[tuple[str, ...]] = []
         self._counts = Counter[str]()
-        self._classes = True
+        self._completions = True
 
     def add(self, rows: Iterable[Row]) -> None:
         """Take in the next rows."""
         for row in rows:
-            names = _names(row)
+            names = row.classes()
             self._counts.update(names)
             self._names.append(names)
-            self._classes &= row.completion is not None
+            self._completions &= row.shape == PromptCompletion.shape
 
     def names(self) -> list[str]:
         """``[N]`` stratum of each row; empty where there is nothing to tell rows apart by."""
-        if self._classes and 8 * len(self._counts) > len(self._names):
+        if self._completions and 8 * len(self._counts) > len(self._names):
             return [""] * len(self._names)
         return [
             min(names, key=lambda name: (self._counts[name], name), default="")
@@ -123,14 +121,3 @@ def strata_of(rows: Sequence[Row]) -> list[str]:
     strata = Strata()
     strata.add(rows)
     return strata.names()
-
-
-def _names(row: Row) -> tuple[str, ...]:
-    if row.label is not None:
-        return (row.label,) if isinstance(row.label, str) else row.label
-    if row.desirable is not None:
-        return (str(row.desirable),)
-    # A longer completion is no name of a class.
-    if row.completion is not None and len(row.completion) <= LONGEST:
-        return (row.completion,)
-    return ()

@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 from luthier.data import parsing
 from luthier.data.containers import needs
 from luthier.data.parsing import Record, Unreadable, decode, loads, shown
+from luthier.data.shapes import SHAPES
 from luthier.errors import Problem
 
-JSON_COLUMNS = frozenset(("messages", "conversations", "tokens", "tags"))
-NUMBER_COLUMNS = frozenset(("rating", "score"))
+JSON_COLUMNS = frozenset(("conversations",)).union(*(kind.json_keys for kind in SHAPES.values()))
+NUMBER_COLUMNS = frozenset[str]().union(*(kind.number_keys for kind in SHAPES.values()))
 OPTIONAL_COLUMNS = frozenset(("id", "expected", "system"))
 
 NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")

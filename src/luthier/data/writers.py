@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Protocol
 
 from luthier.data.containers import needs
 from luthier.data.parsing import Record, json_kind, shown
+from luthier.data.shapes import SHAPES
 from luthier.data.tables import JSON_COLUMNS, NUMBER, NUMBER_COLUMNS, OPTIONAL_COLUMNS
 from luthier.errors import RecipeError, RowRefused
 from luthier.files import new_file
@@ -144,8 +145,7 @@ def check_columns(record: Record, names: Sequence[str]) -> None:
             )
 
 
-_OWN_OBJECTS = ("chosen", "rejected", "prompt", "input", "preferred_output", "non_preferred_output",
-                "system")  # fmt: skip
+_OWN_OBJECTS = frozenset(("system",)).union(*(kind.object_keys for kind in SHAPES.values()))
 
 
 def _holds_object(value: object) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.data.shapes import TaggedWords, TextPair, of_shape
 from luthier.evaluation.baselines import (
     ComparedRows,
     Comparison,
@@ -85,8 +86,8 @@ def base_states(
         counts = [int(np.count_nonzero(each.weight_T)) for each in batch.tree.examples]
         return list(network.hidden(batch)[nodes_K].split(counts))
 
-    read = partial(_states, network, words if held.rows[0].tags is not None else texts)
-    if held.rows[0].positive is not None:
+    read = partial(_states, network, words if isinstance(held.rows[0], TaggedWords) else texts)
+    if isinstance(held.rows[0], TextPair):
         views = [view for example in held.examples for view in encoder.views(example)]
         both = read(views, budget, began + seconds)
         if len(both) < len(views):
@@ -144,9 +145,9 @@ def measure_tuned(
             batch.tree.examples, objective.answers(network, batch), strict=True
         ):
             answers[example.row] = answer
-    if held.rows[0].positive is not None:
+    if pairs := of_shape(TextPair, held.rows):
         embeddings = [answer["embedding"] for answer in answers]
-        partners = [row.positive or "" for row in held.rows]
+        partners = [row.positive for row in pairs]
         ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners)
         return baselines.beside(recall_at_1(ranks))
     return baselines.beside(row_scores(held.rows, answers))

@@ -13,8 +13,8 @@ import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, total_tokens
-from luthier.data.prompts import PromptChecker
-from luthier.data.rows import Checker, Recognized, RowReader, read_rows
+from luthier.data.rows import Checker, PromptChecker, Recognized, RowReader, read_rows
+from luthier.data.shapes import shapes_named
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
@@ -25,7 +25,7 @@ from luthier.gate.inspect import inspect_job
 from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.choosing import objective_for, shape_of, shapes_named
+from luthier.objectives.choosing import objective_for
 from luthier.recipe import DataSpec
 from luthier.types import Example, Row
 
@@ -88,7 +88,7 @@ def prepare(
     if objective is None:
         objective = objective_for(rows[0], chat)
         choices.append(
-            ("objective", objective.method, f"the rows are {shapes_named([shape_of(rows[0])])}")
+            ("objective", objective.method, f"the rows are {shapes_named([rows[0].shape])}")
         )
     objective.check(chat)
     check_shapes(rows, held, [*chain(*further)], objective, chat)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.data.shapes import LabelledText, RatedText, TaggedWords, TextPair, of_shape
 from luthier.evaluation.labels import row_scores, scores
 from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic, fit_ridge
 from luthier.evaluation.retrieval import (
@@ -195,10 +196,9 @@ class _Method:
 
 def is_comparable(row: Row, example: Example) -> bool:
     """Whether a row says what it should be answered with; one with tags must not have been cut."""
-    if row.tags is not None:
-        return int(np.count_nonzero(example.weight_T)) == len(row.tags)
-    said = (row.label, row.rating, row.positive)
-    return row.text is not None and said != (None, None, None)
+    if isinstance(row, TaggedWords):
+        return int(np.count_nonzero(example.weight_T)) == len(row.tags or ())
+    return isinstance(row, LabelledText | RatedText | TextPair)
 
 
 @dataclass(frozen=True)
@@ -251,20 +251,22 @@ def compare(
 
 def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
     """Names and ways to answer ``held``, the quickest first."""
-    rows = (*train, *held)
-    if all(isinstance(row.label, str) for row in rows):
-        yield from _label_methods(train, held)
-    elif all(row.label is not None for row in rows):
-        yield from _label_set_methods(train, held)
-    elif all(row.rating is not None and row.text is not None for row in rows):
-        yield from _rating_methods(train, held)
-    elif all(row.tags is not None for row in rows):
-        yield from _tag_methods(train, held)
-    elif all(row.positive is not None for row in rows):
-        yield from _pair_methods(held)
+    rows, learned = (*train, *held), len(train)
+    if labelled := of_shape(LabelledText, rows):
+        single = all(isinstance(row.label, str) for row in labelled)
+        methods = _label_methods if single else _label_set_methods
+        yield from methods(labelled[:learned], labelled[learned:])
+    elif rated := of_shape(RatedText, rows):
+        yield from _rating_methods(rated[:learned], rated[learned:])
+    elif tagged := of_shape(TaggedWords, rows):
+        yield from _tag_methods(tagged[:learned], tagged[learned:])
+    elif pairs := of_shape(TextPair, rows):
+        yield from _pair_methods(pairs[learned:])
 
 
-def _label_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
+def _label_methods(
+    train: Sequence[LabelledText], held: Sequence[LabelledText]
+) -> Iterator[_Method]:
     labels = [str(row.label) for row in train]
     names = sorted(set(labels))
     frequent = Counter(labels).most_common(1)[0][0]
@@ -277,7 +279,7 @@ def _label_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Metho
 
     places = {name: place for place, name in enumerate(names)}
     classes = [places[label] for label in labels]
-    texts, asked = [row.text or "" for row in train], [row.text or "" for row in held]
+    texts, asked = [row.text for row in train], [row.text for row in held]
     yield _Method(
         "naive Bayes on words", lambda _: named(naive_bayes(texts, classes, len(names), asked))
     )
@@ -298,9 +300,11 @@ def _label_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Metho
         yield _Method(name, answers, reads_states=True)
 
 
-def _label_set_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
+def _label_set_methods(
+    train: Sequence[LabelledText], held: Sequence[LabelledText]
+) -> Iterator[_Method]:
     """Rows that may have several labels."""
-    sets = [_label_set(row) for row in train]
+    sets = [row.targets() for row in train]
     frequent = list(Counter(sets).most_common(1)[0][0])
     yield _Method(
         "always the most frequent labels",
@@ -324,13 +328,8 @@ def _label_set_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_M
     yield _Method("logistic regression on the base model", by_regression, reads_states=True)
 
 
-def _label_set(row: Row) -> tuple[str, ...]:
-    label = row.label
-    return (label,) if isinstance(label, str) else tuple(sorted(label or ()))
-
-
-def _rating_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
-    ratings = [row.rating or 0.0 for row in train]
+def _rating_methods(train: Sequence[RatedText], held: Sequence[RatedText]) -> Iterator[_Method]:
+    ratings = [row.rating for row in train]
     # The median has the least absolute error of all constants.
     median = statistics.median(ratings)
     yield _Method(
@@ -345,7 +344,7 @@ def _rating_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Meth
     yield _Method("ridge regression on the base model", by_regression, reads_states=True)
 
 
-def _tag_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
+def _tag_methods(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) -> Iterator[_Method]:
     yield _Method("the most frequent tag of each word", lambda _: _frequent_tags(train, held))
     names = sorted({tag for row in train for tag in row.tags or ()})
     places = {name: place for place, name in enumerate(names)}
@@ -360,8 +359,8 @@ def _tag_methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]
     yield _Method("logistic regression on the base model", by_regression, reads_states=True)
 
 
-def _pair_methods(held: Sequence[Row]) -> Iterator[_Method]:
-    asked, partners = [row.text or "" for row in held], [row.positive or "" for row in held]
+def _pair_methods(held: Sequence[TextPair]) -> Iterator[_Method]:
+    asked, partners = [row.text for row in held], [row.positive for row in held]
     yield _Method("BM25 on words", lambda _: bm25_ranks(asked, partners))
 
     def as_it_is(states: States) -> NDArray[np.int64]:
@@ -371,14 +370,14 @@ def _pair_methods(held: Sequence[Row]) -> Iterator[_Method]:
     yield _Method("the base model as it is", as_it_is, reads_states=True)
 
 
-def _frequent_tags(train: Sequence[Row], held: Sequence[Row]) -> Answers:
+def _frequent_tags(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) -> Answers:
     """Each word has the tag it most often has; O where it was never seen (CoNLL-2003's baseline)."""
     seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
-        for word, tag in zip(row.tokens or (), row.tags or (), strict=True):
+        for word, tag in zip(row.tokens, row.tags or (), strict=True):
             seen[word][tag] += 1
     tags = {word: counts.most_common(1)[0][0] for word, counts in seen.items()}
-    return [{"tags": [tags.get(word, "O") for word in row.tokens or ()]} for row in held]
+    return [{"tags": [tags.get(word, "O") for word in row.tokens]} for row in held]
 
 
 def nearest_labels(states: States, labels: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.shapes import shapes_named
 from luthier.errors import DataError, Problem
 from luthier.graders import Answer, Grader, OnError, check_rows, graded
 from luthier.types import Message, Row
@@ -65,8 +66,6 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
     Raises:
         DataError: with each such row.
     """
-    from luthier.objectives.choosing import shape_of, shapes_named
-
     wanted = shapes_named(objective.evaluated_on)
     problems = [
         Problem(
@@ -74,11 +73,11 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
             row.line,
             "row.objective",
             f"models of objective {objective.method} are evaluated on {wanted}, and this row is "
-            f"{shapes_named([shape_of(row)])}.",
+            f"{shapes_named([row.shape])}.",
             "Bring the rows into the other form, or name a model that was trained for such rows.",
         )
         for row in rows
-        if shape_of(row) not in objective.evaluated_on
+        if row.shape not in objective.evaluated_on
     ]
     if problems:
         raise DataError(problems, "nothing was evaluated")
@@ -93,16 +92,9 @@ def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str | 
     asked: list[Sequence[Message]] = []
     expected: list[str | None] = []
     for row in rows:
-        if row.reply is not None:
-            asked.append((*(row.messages or ()), *row.reply[:-1]))
-            expected.append(row.reply[-1].content)
-        elif row.messages:
-            asked.append(row.messages[:-1])
-            expected.append(row.messages[-1].content)
-        elif row.prompt is not None:
-            asked.append((Message("user", row.prompt),))
-            expected.append(row.expected if row.completion is None else row.completion)
-        else:
+        asked.append(row.prompt_turns())
+        expected.append(row.expected_reply())
+        if not asked[-1]:
             raise DataError(
                 [
                     Problem(

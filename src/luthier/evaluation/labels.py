@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from luthier.data.shapes import LabelledText, RatedText, TaggedWords, of_shape
 from luthier.errors import DataError, Problem
 from luthier.evaluation.significance import RowScores, standard_error
 from luthier.types import Row
@@ -24,7 +25,7 @@ def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[st
     """Scores of ``answers`` to ``rows`` that hold the truth, each from 0 to 1 but for errors."""
     if not rows:
         return {}
-    missing = [row for row in rows if (row.label, row.rating, row.tags) == (None, None, None)]
+    missing = [row for row in rows if not row.annotated]
     if missing:
         fix = "Give rows of text and label, text and rating, or tokens and tags."
         raise DataError(
@@ -36,27 +37,26 @@ def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[st
             ],
             "nothing was evaluated",
         )
-    if rows[0].rating is not None:
-        pairs = [(row.rating or 0.0, a["rating"]) for row, a in zip(rows, answers, strict=True)]
-        return _ratings(pairs)
-    if rows[0].tags is not None:
+    if rated := of_shape(RatedText, rows):
+        return _ratings([(r.rating, a["rating"]) for r, a in zip(rated, answers, strict=True)])
+    if tagged := of_shape(TaggedWords, rows):
         return _entities(
-            [(row.tags or (), a["tags"]) for row, a in zip(rows, answers, strict=True)]
+            [(row.tags or (), a["tags"]) for row, a in zip(tagged, answers, strict=True)]
         )
     return _labels(
-        [(_set(row.label), _set(a["label"])) for row, a in zip(rows, answers, strict=True)]
+        [(frozenset(row.classes()), _set(a["label"])) for row, a in zip(rows, answers, strict=True)]
     )
 
 
 def row_scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> RowScores:
     """Row by row, the score that :func:`scores` names first."""
-    both = [*zip(rows, answers, strict=True)]
-    if rows[0].rating is not None:
-        errors = [abs((row.rating or 0.0) - answer["rating"]) for row, answer in both]
+    if rated := of_shape(RatedText, rows):
+        errors = [abs(r.rating - a["rating"]) for r, a in zip(rated, answers, strict=True)]
         return RowScores.of(errors, is_share=False)
-    if rows[0].tags is not None:
-        return tag_scores((answer["tags"], row.tags or ()) for row, answer in both)
-    return RowScores.of([_set(row.label) == _set(answer["label"]) for row, answer in both])
+    if tagged := of_shape(TaggedWords, rows):
+        return tag_scores((a["tags"], r.tags or ()) for r, a in zip(tagged, answers, strict=True))
+    both = zip(rows, answers, strict=True)
+    return RowScores.of([frozenset(row.classes()) == _set(a["label"]) for row, a in both])
 
 
 def tag_scores(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> RowScores:
@@ -75,7 +75,7 @@ def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> 
     pairs = [
         (row.label, answer["label"])
         for row, answer in zip(rows, answers, strict=True)
-        if isinstance(row.label, str)
+        if isinstance(row, LabelledText) and isinstance(row.label, str)
     ]
     if not pairs or len(pairs) < len(rows):
         return []
@@ -101,8 +101,8 @@ def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> 
     return remarks
 
 
-def _set(label: str | Iterable[str] | None) -> frozenset[str]:
-    return frozenset([label] if isinstance(label, str) else label or ())
+def _set(label: str | Iterable[str]) -> frozenset[str]:
+    return frozenset([label] if isinstance(label, str) else label)
 
 
 def _labels(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> dict[str, float]:

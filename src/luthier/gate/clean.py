@@ -20,24 +20,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from luthier.data.checker import Checker
 from luthier.data.convert import format_of
-from luthier.data.forms import Form
+from luthier.data.forms import TARGETS, Form, source_keys
 from luthier.data.parsing import Record
-from luthier.data.rows import Columns, RowReader
+from luthier.data.rows import Checker, Columns, RowReader
+from luthier.data.shapes import TaggedWords
 from luthier.data.sources import Source, files_of
-from luthier.data.targets import TARGETS, used_keys
 from luthier.data.writers import Writer, check_columns, check_table, writer_of
 from luthier.errors import DataError, LuthierError, Problem, RecipeError, RowRefused
 from luthier.files import new_file, write_json
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import all_rules
 from luthier.gate.clean_plan import CleaningPlan, pseudonym_key
-from luthier.gate.edits import Edit, EditContext, RowDraft, edits_for, map_texts
+from luthier.gate.edits import Edit, EditContext, RowDraft, edits_for
 from luthier.gate.scan import StreamChecker
 from luthier.gate.selection import Selection, Selector
-from luthier.gate.texts import texts
-from luthier.types import Row
+from luthier.types import Row, map_texts
 
 MOST_PROBLEMS = 100
 """Refused rows that are named."""
@@ -437,7 +435,7 @@ _BACK: Mapping[str, str] = {
 
 def extra_keys(row: Row, given: Record, form: Form | None) -> Record:
     """Keys that stand beside what the row was made of."""
-    used = used_keys(row, form)
+    used = source_keys(row, form)
     return {key: value for key, value in given.items() if key not in used}
 
 
@@ -466,15 +464,15 @@ def _with_extra_keys(given: Record, draft: RowDraft) -> Record:
 
 def _replace_texts(draft: RowDraft, row: Row, given: Record) -> Record:
     """The record as it was, with the new texts in the places of the old ones."""
-    new = {text.field: text.content for text in texts(draft.row)}
-    changed = {text.content: new[text.field] for text in texts(row) if text.field in new}
+    new = {text.field: text.content for text in draft.row.texts()}
+    changed = {text.content: new[text.field] for text in row.texts() if text.field in new}
     made = {
         key: draft.further[key]
         if key in draft.further
         else map_texts(value, lambda text: changed.get(text, text))
         for key, value in given.items()
     }
-    if draft.row.tokens is not None:
+    if isinstance(draft.row, TaggedWords):
         made["tokens"] = list(draft.row.tokens)
         if "tags" in made:
             made["tags"] = list(draft.row.tags or ())

@@ -11,21 +11,21 @@ from abc import ABC, abstractmethod
 from base64 import b32encode
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.data.chat import ChatFormat
 from luthier.data.parsing import Record
+from luthier.data.shapes import JudgedAnswers, RawText, TaggedWords
 from luthier.errors import RecipeError, RowRefused
 from luthier.gate.check import Batch, CheckContext
 from luthier.gate.checks.encoding import remove_hidden
 from luthier.gate.checks.learning import Learning
 from luthier.gate.pii import KINDS, Finder, Kind, Span
 from luthier.gate.rules import TOO_LONG
-from luthier.gate.texts import Text, texts
-from luthier.types import Message, Row
+from luthier.types import Row, Text, map_texts
 
 if TYPE_CHECKING:
     from luthier.gate.clean_plan import CleaningPlan
@@ -79,48 +79,6 @@ class Edit(ABC):
         """
 
 
-def edit_texts(row: Row, change: Callable[[str, str], str]) -> Row:
-    """``row`` with each text as ``change(field, text)`` gives it; tokens stay.
-
-    Fields are those of ``luthier.gate.texts``; of a call, each text among its arguments is changed.
-    """
-    changed: dict[str, Any] = {
-        name: change(name, value)
-        for name in ("prompt", "completion", "expected", "text", "positive")
-        if (value := getattr(row, name)) is not None
-    }
-    reply = "reply" if row.rejected is None else "chosen"
-    for name, shown in (("messages", "messages"), ("reply", reply), ("rejected", "rejected")):
-        turns = getattr(row, name)
-        if turns is not None:
-            changed[name] = tuple(
-                _edit_turn(turn, f"{shown}[{number}]", change)
-                for number, turn in enumerate(turns, 1)
-            )
-    return replace(row, **changed)
-
-
-def _edit_turn(turn: Message, name: str, change: Callable[[str, str], str]) -> Message:
-    reasoning = change(f"{name}.reasoning", turn.reasoning) if turn.reasoning else ""
-    content = change(f"{name}.content", turn.content)
-    calls = []
-    for place, call in enumerate(turn.calls, 1):
-        text = partial(change, f"{name}.tool_calls[{place}]")
-        calls.append(replace(call, arguments=map_texts(dict(call.arguments), text)))
-    return replace(turn, content=content, reasoning=reasoning, calls=tuple(calls))
-
-
-def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every text in it changed; keys of objects stay."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, list):
-        return [map_texts(each, change) for each in value]
-    if isinstance(value, dict):
-        return {key: map_texts(each, change) for key, each in value.items()}
-    return value
-
-
 CHARACTERS, LINE_ENDS, FORM = "characters removed", "CRLF written as LF", "texts put into NFC"
 
 
@@ -142,11 +100,9 @@ class Strip(Edit):
     def apply(self, draft: RowDraft) -> tuple[list[RowDraft], str]:
         """Mend every text."""
         row, done = draft.row, Counter[str]()
-        changed = edit_texts(row, lambda field, text: _strip_text(text, done))
-        if row.tokens is not None:
-            changed = replace(
-                changed, tokens=tuple(_strip_text(token, done) for token in row.tokens)
-            )
+        changed = row.edit_texts(lambda field, text: _strip_text(text, done))
+        if isinstance(row, TaggedWords):
+            changed = replace(row, tokens=tuple(_strip_text(token, done) for token in row.tokens))
         if not done:
             return [draft], ""
         self.counts += done
@@ -221,10 +177,12 @@ class Redactor:
         Labels and tags stay. Tokens that an item covers together become one, with the first one's tag.
         """
         changes: list[Change] = []
-        # Items are numbered as they come: in single texts, then in turns, then in tokens.
-        edited = edit_texts(row, lambda field, text: self._text(text, field, changes))
-        words = self._words(row, changes)
-        return (replace(edited, **words) if changes else row), tuple(changes)
+        edited: Row
+        if isinstance(row, TaggedWords):
+            edited = self._words(row, changes)
+        else:
+            edited = row.edit_texts(lambda field, text: self._text(text, field, changes))
+        return (edited if changes else row), tuple(changes)
 
     def text(self, text: str) -> str:
         """A text that is in no row, with every item replaced."""
@@ -238,12 +196,8 @@ class Redactor:
             done = span.end
         return "".join([*parts, text[done:]]) if parts else text
 
-    def _words(self, row: Row, changes: list[Change]) -> dict[str, Any]:
-        if row.tokens is None:
-            return {}
+    def _words(self, row: TaggedWords, changes: list[Change]) -> TaggedWords:
         found = self.finder.find(" ".join(row.tokens))
-        if not found:
-            return {}
         tokens: list[str] = []
         tags: list[str] = []
         at, done = 0, 0
@@ -265,7 +219,7 @@ class Redactor:
                 tags += [row.tags[number]] if row.tags is not None else []
             else:
                 tokens[-1] += kept
-        return {"tokens": tuple(tokens)} | ({"tags": tuple(tags)} if row.tags is not None else {})
+        return replace(row, tokens=tuple(tokens), tags=None if row.tags is None else tuple(tags))
 
     def _replaced(self, span: Span, name: str, changes: list[Change]) -> str:
         pseudonym = self.pseudonym(span)
@@ -387,7 +341,7 @@ class Truncate(Edit):
         while high - low > 1:
             kept = (low + high) // 2
             new = {text.field: self._shortened(text.content, ends, kept) for text, ends in chosen}
-            tried = edit_texts(row, partial(_replace, new))
+            tried = row.edit_texts(partial(_replace, new))
             if all(map(str.strip, new.values())) and self._length(tried)[0]:
                 best, low = tried, kept
             elif not all(map(str.strip, new.values())):
@@ -400,17 +354,19 @@ class Truncate(Edit):
         """What may be cut: the last answer (and its rejected one), or the first thing that is asked."""
         every = [
             text
-            for text in texts(row)  # reasoning and calls are not cut: half of one is none
+            for text in row.texts()  # reasoning and calls are not cut: half of one is none
             if text.field != "tokens" and not text.field.endswith((".reasoning", "]"))
         ]
         learned = [text for text in every if text.part == "target"]
         given = [text for text in every if text.part == "input"]
-        if row.messages and row.messages[0].role == "system":
+        if (turns := row.turns()) and turns[0].role == "system":
             given = given[1:]
         if self.side == "start":
             return (given or learned)[:1]
-        rejected = [text for text in every if text.field.startswith("rejected")]
-        return [*(learned or given)[-1:], *rejected[-1:]]
+        others: dict[str, Text] = {}
+        if isinstance(row, JudgedAnswers):  # the last turn of each other answer
+            others = {t.field.rpartition("[")[0]: t for t in every if t.part == "other"}
+        return [*(learned or given)[-1:], *others.values()]
 
     def _shortened(self, text: str, ends: Sequence[int], kept: int) -> str:
         if kept >= len(ends):
@@ -435,11 +391,10 @@ class SplitLong(Edit):
 
     def apply(self, draft: RowDraft) -> tuple[list[RowDraft], str]:
         """Split a raw text; ids of the parts get a number behind them, as ids must differ."""
-        row, text = draft.row, draft.row.text
-        labelled = (row.label, row.rating, row.positive, row.tags)
-        if text is None or any(each is not None for each in labelled):
+        row = draft.row
+        if not isinstance(row, RawText):
             return [draft], ""
-        parts = self._parts(text)
+        parts = self._parts(row.text)
         if len(parts) < 2:
             return [draft], ""
         self.counts[MADE] += len(parts)
@@ -501,7 +456,7 @@ def _judge(context: EditContext) -> Learning:
 
 def _surely_fits(row: Row, context: int) -> bool:
     """Whether the row is so short that it need not be encoded: no token is less than a byte."""
-    size = sum(len(text.content.encode()) + _TURN for text in texts(row))
+    size = sum(len(text.content.encode()) + _TURN for text in row.texts())
     return size < context // 2
 
 

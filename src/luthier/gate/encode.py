@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import shapes_named
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.rules import NOTHING_LEARNED, SHAPE, TEMPLATE, TOO_FEW
 from luthier.objectives import Objective
-from luthier.objectives.choosing import objective_for, shape_of, shapes_named
+from luthier.objectives.choosing import objective_for
 from luthier.types import Example, Row
 
 
@@ -38,7 +39,7 @@ class RowEncoder:
 
     def check_shape(self, row: Row) -> None:
         """Refuse a row of a shape that is not learned from."""
-        shape = shape_of(row)
+        shape = row.shape
         if shape in self.shapes:
             return
         if shape not in self._refusals:  # to look for another objective takes a while
@@ -109,7 +110,7 @@ class RowEncoder:
 def refuse_single(row: Row) -> RowRefused | None:
     """Why one row is too few to learn from; ``None`` for raw text, which may be one."""
     message = "this is the only row; one example cannot show what is to be learned."
-    return None if shape_of(row) == "text" else RowRefused(TOO_FEW.id, message, TOO_FEW.fix)
+    return None if row.shape == "text" else RowRefused(TOO_FEW.id, message, TOO_FEW.fix)
 
 
 def check_shapes(

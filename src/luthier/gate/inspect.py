@@ -13,6 +13,7 @@ from typing import Any
 
 from luthier.data.chat import ChatFormat
 from luthier.data.rows import Columns, RowReader
+from luthier.data.shapes import SHAPES
 from luthier.data.sources import Source, files_of
 from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split
@@ -48,17 +49,10 @@ def default_base(
         row = next(iter(RowReader(source, columns)), None)
     except RefusedInput:
         return plain
-    if row is not None:
-        text = row.text is not None
-        for named, what in (
-            (text and row.label is not None, "labels"),
-            (text and row.rating is not None, "ratings"),
-            (row.tags is not None, "tags"),
-            (row.positive is not None, "partners"),
-        ):
-            if named:
-                return READER, f"the rows are texts with {what}, which an encoder reads best"
-    return plain
+    what = row and SHAPES[row.shape].reader_text
+    return (
+        (READER, f"the rows are texts with {what}, which an encoder reads best") if what else plain
+    )
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.data.shapes import JudgedAnswers, JudgedReply, TaggedWords, TextPair
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.near_duplicates import (
     Groups,
@@ -24,7 +24,6 @@ from luthier.gate.near_duplicates import (
     normalize,
     sketch,
 )
-from luthier.gate.texts import input_of, target_of, turn_text
 from luthier.types import IntArray, Row
 
 Keys = NDArray[np.uint64]
@@ -51,24 +50,12 @@ def combine_keys(first_N: Keys, second_N: Keys) -> Keys:
 
 def question_of(row: Row) -> str:
     """What a model is given, without the system's turns, which are often the same in all rows."""
-    if row.messages is None:
-        return (" " if row.tokens is not None else "\n").join(input_of(row))
-    turns = [text for text in input_of(row) if not text.startswith("system: ")]
-    return "\n".join(turns or input_of(row))
-
-
-def label_texts(row: Row) -> tuple[str, ...] | None:
-    """What the row says of its text where that is a name or a number: its label, tags, rating."""
-    if row.reply is not None:
-        return None
-    if row.label is not None or row.rating is not None or row.tags is not None:
-        return target_of(row)
-    return None
-
-
-def answer_texts(row: Row) -> tuple[str, ...]:
-    """The texts that a model learns to write; empty for labelled rows and raw text."""
-    return () if label_texts(row) is not None else target_of(row)
+    inputs = row.inputs()
+    if isinstance(row, TaggedWords):
+        return " ".join(inputs)
+    if row.turns():
+        inputs = tuple(text for text in inputs if not text.startswith("system: ")) or inputs
+    return "\n".join(inputs)
 
 
 def mask_numbers(text: str) -> str:
@@ -85,7 +72,7 @@ def comparable_texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     inputs = [normalize(question_of(row)) for row in rows]
     wholes = []
     for row, text in zip(rows, inputs, strict=True):
-        answer = answer_texts(row) if row.positive is None else ()
+        answer = () if row.annotated or isinstance(row, TextPair) else row.targets()
         wholes.append(f"{text}\n{normalize(' '.join(answer))}" if answer else text)
     return inputs, wholes
 
@@ -96,15 +83,15 @@ def target_key(row: Row) -> int:
     That is a label, tags, a rating or the words of a partner; of judged answers, the judgement and the
     answer preferred, as rows that prefer each other's rejected answer have the same texts.
     """
-    said: Any = (
-        label_texts(row) if row.positive is None else tuple(_WORD.findall(normalize(row.positive)))
-    )
-    if said is None and row.reply is not None:
-        chosen = (
-            [normalize(turn_text(turn)) for turn in row.reply] if row.rejected is not None else []
-        )
-        said = (*chosen, repr(row.rating), repr(row.desirable))
-    return 0 if said is None else hash_texts(*said)
+    if row.annotated:
+        return hash_texts(*row.targets())
+    if isinstance(row, TextPair):
+        return hash_texts(*_WORD.findall(normalize(row.positive)))
+    if isinstance(row, JudgedReply):
+        return hash_texts(*row.judgement())
+    if isinstance(row, JudgedAnswers):
+        return hash_texts(*map(normalize, row.judgement()))
+    return 0
 
 
 BATCH = 1024
@@ -127,7 +114,7 @@ class RelatedRows:
                 self._common = common_shingles(texts)
             self._table.append("asked", key_column(map(hash_texts, texts), len(texts)))
             partners = [
-                text if row.positive is None else normalize(row.positive)
+                normalize(row.positive) if isinstance(row, TextPair) else text
                 for row, text in zip(rows[start : start + BATCH], texts, strict=True)
             ]
             self._table.append("partner", key_column(map(hash_texts, partners), len(partners)))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from luthier.data import preferences, prompts, rows
+from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
 
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
@@ -224,7 +224,7 @@ READING_RULES: Mapping[str, Rule] = {
         aliases=ALIASES.get(id_, ()),
         whole=id_.startswith("file."),
     )
-    for id_, about in {**rows.RULES, **preferences.RULES}.items()
+    for id_, about in {**RULES, **PREFERENCE_RULES}.items()
 }
 """Rules of reading and of row shapes, by id; all of them refuse the data."""
 
@@ -293,7 +293,7 @@ ENCODING_RULES: Mapping[str, Rule] = {
             whole=True,
         ),
         Rule("rating.constant", "error", "All rows have the same rating.", whole=True),
-        *(Rule(id_, "error", about) for id_, about in prompts.RULES.items()),
+        *(Rule(id_, "error", about) for id_, about in PROMPT_RULES.items()),
     )
 }
 """Rules of objectives, which take in the rows and encode them, by id; all of them refuse the data."""

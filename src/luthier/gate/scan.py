@@ -21,17 +21,16 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from luthier.data.checker import Checker
 from luthier.data.containers import PACKED
-from luthier.data.rows import Columns, RowReader
+from luthier.data.rows import Checker, Columns, RowReader
+from luthier.data.shapes import shapes_named
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
 from luthier.gate.check import Batch, Check, Places, Split
 from luthier.gate.pii import Finder, mask_all
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Findings, Place, Severity, rule_of
-from luthier.gate.texts import excerpt_of, texts
-from luthier.objectives.choosing import shape_of, shapes_named
+from luthier.gate.texts import excerpt_of
 from luthier.types import Row
 
 ROWS = 1024
@@ -199,7 +198,7 @@ class Gate:
         where = self.places.add(batch.split, batch.file, lines_N)
         self.files[batch.split].add(batch.file)
         self.rows[batch.split] += len(batch)
-        self.forms.setdefault(batch.split, shapes_named([shape_of(batch.rows[0])]))
+        self.forms.setdefault(batch.split, shapes_named([batch.rows[0].shape]))
         for check, found in zip(self.checks, measured, strict=True):
             check.take(where, found, self.findings)
 
@@ -228,7 +227,7 @@ def unpacked_size(path: Path) -> int:
 
 def estimate_rows(size: int, batch: Batch) -> int:
     """About how many rows ``size`` bytes hold, if all are as those of ``batch``; 0 for no size."""
-    fields = [text.content for row in batch.rows for text in texts(row)]
+    fields = [text.content for row in batch.rows for text in row.texts()]
     bytes_ = sum(len(text.encode("utf-8", "surrogatepass")) + KEY for text in fields)
     return size * len(batch) // max(1, bytes_)
 
@@ -242,7 +241,7 @@ def batches(split: Split, rows: Iterable[Row]) -> Iterator[Batch]:
             yield Batch(split, held[0].file, held)
             held, size = [], 0
         held.append(row)
-        size += len(row.text or row.completion or "") + len(row.prompt or "")
+        size += sum(len(text.content) for text in row.texts())
     if held:
         yield Batch(split, held[0].file, held)
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from luthier.data.shapes import LabelledText, ThumbedReply
 from luthier.errors import RecipeError
 from luthier.gate.check import Check, CheckContext, Split
 from luthier.gate.checks import CHECKS, checks_for
@@ -144,9 +145,11 @@ class _ClassSizes:
         """Take in the next row."""
         if self.limit is None:
             return
-        name = row.label if row.desirable is None else str(row.desirable)
+        name = row.label if isinstance(row, LabelledText) else None
+        if isinstance(row, ThumbedReply):
+            name = str(row.desirable)
         if not isinstance(name, str):
-            what = "several labels" if isinstance(name, tuple) else "no label"
+            what = "no label" if name is None else "several labels"
             raise RecipeError(
                 f"--balance counts rows by their label, and {row.file}:{row.line} has {what}"
             )

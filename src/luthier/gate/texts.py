@@ -1,121 +1,24 @@
-"""The texts of a row, by what they are to a model; those of a batch as one; excerpts for people."""
+"""The texts of a batch as one, and excerpts for people."""
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 from luthier.gate.check import Batch, BatchLines, Check
 from luthier.gate.pii import SEPARATOR, Finder, mask
 from luthier.gate.rules import Finding, Findings, Rule, rule_of
-from luthier.types import Message, Row, ToolCall
-
-Part = Literal["input", "target", "other"]
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One text of a row."""
-
-    field: str
-    """As people know it: ``prompt``, ``messages[2].content``, ``tokens``."""
-    content: str
-    part: Part
-    """``input`` is what is given, ``target`` what is learned or preferred, ``other`` is graded
-    against, or was rejected."""
-
-
-def texts(row: Row) -> Iterator[Text]:
-    """Every text of ``row``, in the order a model reads them."""
-    yield from _turns("messages", row.messages, "target" if row.reply is None else "input")
-    yield from _turns("reply" if row.rejected is None else "chosen", row.reply, "target")
-    yield from _turns("rejected", row.rejected, "other", "other")
-    if row.prompt is not None:
-        yield Text("prompt", row.prompt, "input")
-    if row.completion is not None:
-        yield Text("completion", row.completion, "target")
-    if row.expected is not None:
-        yield Text("expected", row.expected, "other")
-    if row.text is not None:
-        labelled = row.label is not None or row.rating is not None or row.positive is not None
-        yield Text("text", row.text, "input" if labelled else "target")
-    if row.positive is not None:
-        yield Text("positive", row.positive, "target")
-    if row.tokens is not None:
-        yield Text("tokens", " ".join(row.tokens), "input")
-
-
-def _turns(
-    field: str, turns: tuple[Message, ...] | None, answered: Part, given: Part = "input"
-) -> Iterator[Text]:
-    """Turns of a conversation; those of the assistant are ``answered``."""
-    for number, turn in enumerate(turns or (), 1):
-        name, part = f"{field}[{number}]", answered if turn.role == "assistant" else given
-        if turn.reasoning:
-            yield Text(f"{name}.reasoning", turn.reasoning, part)
-        if turn.content or not turn.calls:
-            yield Text(f"{name}.content", turn.content, part)
-        for place, call in enumerate(turn.calls, 1):
-            yield Text(f"{name}.tool_calls[{place}]", _call_text(call), part)
-
-
-def _call_text(call: ToolCall) -> str:
-    return f"{call.name} {json.dumps(dict(call.arguments), ensure_ascii=False)}"
-
-
-def turn_text(turn: Message) -> str:
-    """All that a turn says, its reasoning and calls included; by it turns are the same or not."""
-    further = [turn.reasoning] if turn.reasoning else []
-    return "\n".join([turn.content, *further, *map(_call_text, turn.calls)])
-
-
-def input_of(row: Row) -> tuple[str, ...]:
-    """All that the model is given before it first answers; what makes two rows ask the same."""
-    if row.messages is not None:
-        until = len(row.messages)
-        if row.reply is None and row.messages[-1].role == "assistant":
-            until -= 1
-        return tuple(f"{turn.role}: {turn_text(turn)}" for turn in row.messages[:until])
-    if row.prompt is not None:
-        return (row.prompt,)
-    if row.tokens is not None:
-        return tuple(row.tokens)
-    return (row.text or "",)
-
-
-def target_of(row: Row) -> tuple[str, ...]:
-    """All that the row teaches about :func:`input_of`; empty for raw text and bare prompts."""
-    if row.reply is not None:
-        turns = [turn_text(turn) for turn in row.reply]
-        judged = row.rejected if row.rejected is not None else ()
-        return (*turns, *(f"not: {turn_text(turn)}" for turn in judged), _judgement(row))
-    if row.messages is not None:
-        last = row.messages[-1]
-        return (turn_text(last),) if last.role == "assistant" else ()
-    if row.completion is not None:
-        return (row.completion,)
-    if row.label is not None:
-        return tuple(sorted((row.label,) if isinstance(row.label, str) else row.label))
-    if row.rating is not None:
-        return (repr(row.rating),)
-    if row.positive is not None:
-        return (row.positive,)
-    return row.tags or ()
-
-
-def _judgement(row: Row) -> str:
-    return repr(row.rating) if row.rating is not None else repr(row.desirable)
+from luthier.types import Row, Text
 
 
 def excerpt_of(row: Row, width: int = 100) -> str:
     """How a row begins, on one line, for people to recognise it by."""
-    text = " ".join(" ".join(each.content[: 4 * width] for each in texts(row)).split())
+    text = " ".join(" ".join(each.content[: 4 * width] for each in row.texts()).split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -189,7 +92,7 @@ class JoinedTexts:
         """Join the texts of ``batch``; several checks look at one batch after the other."""
         global _last
         if _last is None or _last[0] is not batch:
-            owners = [(index, text) for index, row in enumerate(batch.rows) for text in texts(row)]
+            owners = [(index, text) for index, row in enumerate(batch.rows) for text in row.texts()]
             _last = batch, JoinedTexts.join(owners)
         return _last[1]
 

@@ -66,7 +66,7 @@ class Objective(BaseModel):
     task: ClassVar[Task] = "causal_lm"
     """What the head of the network is for."""
     shapes: ClassVar[frozenset[str]]
-    """Row shapes it can learn from, by the names of ``luthier.engine.dataset``."""
+    """Row shapes it can learn from, by their names in ``luthier.data.shapes``."""
     also: ClassVar[frozenset[str]] = frozenset()
     """Further shapes it learns from when it is asked for by name; another is chosen for these."""
     beside: ClassVar[frozenset[str]] = frozenset()

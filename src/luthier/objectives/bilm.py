@@ -64,7 +64,7 @@ class BiLM(Objective):
             return self
         counts: Counter[str] = Counter()
         for row in rows:
-            words = _words(chat.tokenizer(row.text or "").tokens())
+            words = _words(chat.tokenizer(row.plain_text()).tokens())
             counts.update(word for word in words if word not in SPECIAL)
         always = (UNKNOWN, *SPECIAL[1:3])
         # Of words that are equally frequent the first in the alphabet, whatever the rows' order.
@@ -78,7 +78,7 @@ class BiLM(Objective):
 
         First the one behind, which is predicted forwards, then the one before; -1 where there is none.
         """
-        encoded = chat.tokenizer(row.text or "", add_special_tokens=True, truncation=False)
+        encoded = chat.tokenizer(row.plain_text(), add_special_tokens=True, truncation=False)
         tokens = encoded.tokens()
         starts = word_starts(tokens)
         place = {word: number for number, word in enumerate(self.words or ())}

@@ -43,7 +43,7 @@ class CausalLM(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The document and its end-of-text token, all of weight 1 but the first."""
-        ids_T = chat.encode_text(row.text or "")
+        ids_T = chat.encode_text(row.plain_text())
         return Example(ids_T, _all_but_first(len(ids_T)), index)
 
     def arrange(self, examples: Sequence[Example], context: int) -> list[Example]:

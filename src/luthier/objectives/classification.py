@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError, RowRefused
 from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
@@ -112,9 +113,10 @@ class Classification(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Count the classes, and see whether rows have several."""
-        several = any(isinstance(row.label, tuple) for row in rows)
+        labelled = [row for row in rows if isinstance(row, LabelledText)]
+        several = any(isinstance(row.label, tuple) for row in labelled)
         multi = several if self.multi_label is None else self.multi_label
-        seen = Counter(name for row in rows for name in names_of(row.label))
+        seen = Counter(name for row in labelled for name in row.labels)
         found = self.labels or tuple(sorted(seen))
         if len(found) < (1 if multi else 2):
             raise RowRefused(
@@ -127,8 +129,8 @@ class Classification(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text; the row's weight stands at its last token."""
-        example = encode_text(row.text or "", index, chat)
-        if row.label is None:
+        example = encode_text(row.plain_text(), index, chat)
+        if not isinstance(row, LabelledText):
             return example
         if isinstance(row.label, tuple) and not self.multi_label:
             raise RowRefused(
@@ -136,7 +138,7 @@ class Classification(Objective):
                 "the row has an array of labels, and the objective takes one label a row.",
                 "Write one label, or use `objective.multi_label=true`.",
             )
-        return replace(example, target=self._target(names_of(row.label)))
+        return replace(example, target=self._target(row.labels))
 
     def _target(self, names: Sequence[str]) -> np.ndarray[Any, Any]:
         """The class as ``[1]``, or a 0/1 for each class as ``[C]``."""
@@ -233,11 +235,6 @@ class Classification(Objective):
 
 def _accuracy(right_R: Tensor) -> dict[str, tuple[ArrayLike, ArrayLike]]:
     return {"accuracy": (right_R.tolist(), [1] * len(right_R))}
-
-
-def names_of(label: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Labels of one row as a tuple."""
-    return () if label is None else (label,) if isinstance(label, str) else label
 
 
 def encode_text(text: str, index: int, chat: ChatFormat) -> Example:

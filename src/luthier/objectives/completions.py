@@ -5,32 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from luthier.graders import Answer
-from luthier.types import Example, Message, Row
-
-
-def asked(row: Row) -> tuple[tuple[Message, ...], str | None]:
-    """The turns that a completion answers, and the text it is compared with where the row has one."""
-    if row.messages is None:
-        return (Message("user", row.prompt or ""),), row.expected or row.completion
-    if row.messages[-1].role == "assistant":
-        return row.messages[:-1], row.expected or row.messages[-1].content
-    return row.messages, row.expected
+from luthier.types import Example, Row
 
 
 def answer(example: Example, reply: str) -> Answer:
     """``reply`` to the prompt of an example, for a grader."""
     assert example.given is not None
-    messages, expected = asked(example.given)
-    return Answer(messages, reply, expected, example.given)
+    row = example.given
+    return Answer(row.prompt_turns(), reply, row.expected_reply(), row)
 
 
 def record(row: Row, reply: str, tokens: int, stopped: bool) -> dict[str, Any]:
     """A text that the network wrote in training, as ``samples.jsonl`` keeps it."""
-    messages, expected = asked(row)
     return {
         "line": row.line,
-        "prompt": messages[-1].content,
-        "expected": expected,
+        "prompt": row.prompt_turns()[-1].content,
+        "expected": row.expected_reply(),
         "completion": reply,
         "tokens": tokens,
         "stopped": stopped,

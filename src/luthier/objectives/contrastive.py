@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
+from luthier.data.shapes import TextPair
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
 from luthier.objectives.base import Objective
@@ -65,7 +66,10 @@ class Contrastive(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Check that single texts can have two views."""
-        if any(row.positive is None for row in rows) and chat.tokenizer.mask_token_id is None:
+        if (
+            not all(isinstance(row, TextPair) for row in rows)
+            and chat.tokenizer.mask_token_id is None
+        ):
             raise RecipeError(
                 "single texts are learned from two views under dropout, which this kind of network "
                 'has none of. Give pairs: {"anchor": "...", "positive": "..."}.'
@@ -74,9 +78,9 @@ class Contrastive(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The anchor; ``target`` holds the ids of its partner."""
-        example = encode_text(row.text or "", index, chat)
-        partner = row.text if row.positive is None else row.positive
-        return replace(example, target=encode_text(partner or "", index, chat).ids_T)
+        example = encode_text(row.plain_text(), index, chat)
+        partner = row.positive if isinstance(row, TextPair) else row.plain_text()
+        return replace(example, target=encode_text(partner, index, chat).ids_T)
 
     def cut(self, example: Example, context: int) -> Example:
         """Keep start and closing token of both sides."""

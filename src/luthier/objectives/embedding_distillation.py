@@ -66,7 +66,7 @@ class EmbeddingDistillation(Taught):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text, of weight 1."""
-        return encode_text(row.text or "", index, chat)
+        return encode_text(row.plain_text(), index, chat)
 
     def cut(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token, and the weight."""

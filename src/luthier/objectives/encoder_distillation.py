@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
+from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError, RowRefused
 from luthier.objectives.base import Objective
-from luthier.objectives.classification import NO_LABEL, Classification, encode_text, names_of
+from luthier.objectives.classification import NO_LABEL, Classification, encode_text
 from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
 
@@ -89,20 +90,21 @@ class EncoderDistillation(Taught, Classification):
         """Read the classes of the rows, where no teacher has told them."""
         if self.labels is not None:
             return self
-        return super().fit([row for row in rows if row.label is not None], chat)
+        return super().fit([row for row in rows if isinstance(row, LabelledText)], chat)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text; the class, or -100, is its target."""
-        unknown = [label for label in names_of(row.label) if label not in (self.labels or ())]
+        labels = row.labels if isinstance(row, LabelledText) else ()
+        unknown = [label for label in labels if label not in (self.labels or ())]
         if unknown:
             raise RowRefused(
                 "label.unseen",
                 f"the label {unknown[0]!r} is none of the teacher's: {', '.join(self.labels or ())}.",
                 "Correct it, remove the row, or leave its label out.",
             )
-        if row.label is not None:
+        if isinstance(row, LabelledText):
             return super().encode(row, index, chat)
-        example = encode_text(row.text or "", index, chat)
+        example = encode_text(row.plain_text(), index, chat)
         return replace(example, target=np.array([NO_LABEL]))
 
     def extend(self, model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
+from luthier.data.shapes import Preference, ThumbedReply
 from luthier.errors import RowRefused
 from luthier.objectives.pairs import Judged, encode_answer
 from luthier.types import Example, Loss, Row
@@ -48,14 +49,18 @@ class KTO(Judged):
         """A pair becomes two rows: its chosen answer with a thumb up, the other with one down."""
         singles: list[Row] = []
         for row in rows:
-            singles.append(replace(row, rejected=None, desirable=row.desirable is not False))
-            if row.rejected is not None:
-                singles.append(replace(row, reply=row.rejected, rejected=None, desirable=False))
+            if not isinstance(row, Preference):
+                singles.append(row)
+                continue
+            singles += [
+                ThumbedReply(row.file, row.line, row.messages, answer, answer is row.chosen)
+                for answer in row.answers()
+            ]
         return singles
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Check that there are thumbs of both kinds."""
-        kinds = {row.desirable for row in rows}
+        kinds = {row.desirable for row in rows if isinstance(row, ThumbedReply)}
         if len(kinds) < 2:
             kind = "up" if True in kinds else "down"
             raise RowRefused(
@@ -67,7 +72,8 @@ class KTO(Judged):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight on each token of the answer, 1 in all."""
-        example = encode_answer(row, row.reply or (), index, chat)
+        assert isinstance(row, ThumbedReply)
+        example = encode_answer(row.messages, row.reply, index, chat)
         return replace(example, desirable=row.desirable)
 
     def refer(

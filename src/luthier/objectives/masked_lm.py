@@ -65,7 +65,7 @@ class MaskedLM(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The document; ``target`` is the number of each token's word, -1 for special tokens."""
-        encoded = chat.tokenizer(row.text or "", add_special_tokens=True, truncation=False)
+        encoded = chat.tokenizer(row.plain_text(), add_special_tokens=True, truncation=False)
         ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
         words = [-1 if word is None else word for word in encoded.word_ids()]
         word_T = np.asarray(words, dtype=np.int64)

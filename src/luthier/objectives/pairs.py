@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.preferences import paired
+from luthier.data.shapes import Preference, paired
 from luthier.errors import RowRefused
 from luthier.objectives.base import Objective, check_writes, cut_end
 from luthier.types import Example, FloatArray, Message, Row
@@ -72,8 +72,9 @@ class Pairwise(Judged):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight on each token of both answers, one half in all on each side."""
-        chosen = encode_answer(row, row.reply or (), index, chat, share=0.5)
-        rejected = encode_answer(row, row.rejected or (), index, chat, share=0.5)
+        assert isinstance(row, Preference)
+        chosen = encode_answer(row.messages, row.chosen, index, chat, share=0.5)
+        rejected = encode_answer(row.messages, row.rejected, index, chat, share=0.5)
         check_different(chosen, rejected)
         return replace(chosen, partner=rejected)
 
@@ -142,11 +143,14 @@ def answer_lengths(batch: TreeBatch) -> Tensor:
 
 
 def encode_answer(
-    row: Row, answer: Sequence[Message], index: int, chat: ChatFormat, share: float = 1.0
+    prompt: Sequence[Message],
+    answer: Sequence[Message],
+    index: int,
+    chat: ChatFormat,
+    share: float = 1.0,
 ) -> Example:
-    """The prompt of ``row`` with one answer, whose tokens weigh ``share`` in all."""
-    given = row.messages or ()
-    encoded = chat.encode_reply((*given, *answer), len(given))
+    """``prompt`` with one answer, whose tokens weigh ``share`` in all."""
+    encoded = chat.encode_reply((*prompt, *answer), len(prompt))
     weight_T = _spread(encoded.learned_T, share)
     return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
+from luthier.data.shapes import RatedText
 from luthier.errors import RowRefused
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
@@ -47,7 +48,7 @@ class Regression(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Measure mean and spread of the ratings."""
-        ratings = [row.rating for row in rows if row.rating is not None]
+        ratings = [row.rating for row in rows if isinstance(row, RatedText)]
         center = statistics.fmean(ratings) if self.center is None else self.center
         scale = statistics.pstdev(ratings) if self.scale is None else self.scale
         if not (scale > 0 and math.isfinite(scale)):
@@ -60,8 +61,8 @@ class Regression(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text; the row's weight stands at its last token."""
-        example = encode_text(row.text or "", index, chat)
-        if row.rating is None:
+        example = encode_text(row.plain_text(), index, chat)
+        if not isinstance(row, RatedText):
             return example
         standard = (row.rating - (self.center or 0.0)) / (self.scale or 1.0)
         return replace(example, target=np.array([standard], dtype=np.float32))

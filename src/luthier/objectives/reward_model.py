@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.data.preferences import paired
+from luthier.data.shapes import Preference, paired
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
 from luthier.objectives.classification import cut_text, encode_text
 from luthier.objectives.pairs import Sides, check_different, sides_of
-from luthier.types import Example, Loss, Message, Row
+from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -58,10 +58,9 @@ class RewardModel(Objective):
 
         A row with one answer, a conversation, or a bare text is read as it is, for its reward.
         """
-        chosen = _read(row, row.reply or (), index, chat)
-        if row.rejected is None:
-            return chosen
-        rejected = _read(row, row.rejected, index, chat)
+        if not isinstance(row, Preference):
+            return _read(row, index, chat)
+        chosen, rejected = (_read(side, index, chat) for side in row.sides())
         check_different(chosen, rejected)
         half = np.float32(0.5)
         rejected = replace(rejected, weight_T=rejected.weight_T * half)
@@ -97,11 +96,9 @@ class RewardModel(Objective):
         return [{"reward": float(r)} for r in network.row_scores(batch).float()[:, 0]]
 
 
-def _read(row: Row, answer: Sequence[Message], index: int, chat: ChatFormat) -> Example:
+def _read(row: Row, index: int, chat: ChatFormat) -> Example:
     """The whole of prompt and answer, of weight 1 at its last token."""
-    turns = (*(row.messages or ()), *answer)
-    if not turns and row.prompt is not None:
-        turns = (Message("user", row.prompt), Message("assistant", row.completion or ""))
+    turns = row.turns()
     if turns and chat.template == "chat":
         ids_T = chat.encode_reply(turns).ids_T
         if ids_T[-1] == chat.tokenizer.pad_token_id:
@@ -110,8 +107,7 @@ def _read(row: Row, answer: Sequence[Message], index: int, chat: ChatFormat) -> 
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = 1.0
         return Example(ids_T, weight_T, index, target=np.zeros(0))
-    text = "\n\n".join(turn.content for turn in turns) if turns else row.text or ""
-    return replace(encode_text(text, index, chat), word_T=None)
+    return replace(encode_text(row.plain_text(), index, chat), word_T=None)
 
 
 def _cut(example: Example, context: int) -> Example:

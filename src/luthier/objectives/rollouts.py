@@ -27,7 +27,7 @@ from luthier.errors import RecipeError
 from luthier.graders import AnyGrader, Exact, Grader, OnError, graded
 from luthier.objectives import watching
 from luthier.objectives.base import Objective, check_writes
-from luthier.objectives.completions import answer, asked, record
+from luthier.objectives.completions import answer, record
 from luthier.objectives.scoring import Beside, check_judge, silent
 from luthier.types import Example, FloatArray, IntArray, Row
 
@@ -225,9 +225,8 @@ class Reinforcement(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The prompt, of no weight; refuses a row that the grader cannot compare with."""
-        messages, expected = asked(row)
-        self.grader.check_expected(expected)
-        ids_T = chat.encode_prompt(messages)
+        self.grader.check_expected(row.expected_reply())
+        ids_T = chat.encode_prompt(row.prompt_turns())
         source_T = None
         if chat.start_id is not None:
             ids_T, source_T = np.array([chat.start_id], dtype=np.int64), ids_T

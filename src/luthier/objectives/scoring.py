@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from luthier.asking.base import Failure, Remembering, Writer, writer_of
 from luthier.asking.spec import AskedModel, Asking
+from luthier.data.shapes import Conversation
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Scorer
 from luthier.models.heads import task_of
 from luthier.objectives.reward_model import RewardModel
-from luthier.types import Message, Row
+from luthier.types import Message
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -138,7 +139,7 @@ def rewards(network: Network, answers: Sequence[Answer]) -> list[float]:
     examples = []
     for place, answer in enumerate(answers):
         turns = (*answer.prompt, Message("assistant", answer.reply))
-        row = Row(answer.row.file, answer.row.line, messages=turns)
+        row = Conversation(answer.row.file, answer.row.line, turns)
         examples.append(objective.cut(objective.encode(row, place, chat), context))
     found = [0.0] * len(answers)
     network.model.eval()

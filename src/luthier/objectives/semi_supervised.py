@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
+from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError
 from luthier.objectives.base import Objective
 from luthier.objectives.classification import NO_LABEL, Classification, encode_text
@@ -68,7 +69,7 @@ class SemiSupervised(Classification):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the classes of the labelled rows, and check that there are others."""
-        labelled = [row for row in rows if row.label is not None]
+        labelled = [row for row in rows if isinstance(row, LabelledText)]
         if len(labelled) == len(rows):
             raise RecipeError(
                 f"all {len(rows)} rows have labels, and semi_supervised learns from texts without one "
@@ -79,9 +80,9 @@ class SemiSupervised(Classification):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text; a row without a label has the target -100 and the weight of such rows."""
-        if row.label is not None:
+        if isinstance(row, LabelledText):
             return super().encode(row, index, chat)
-        example = encode_text(row.text or "", index, chat)
+        example = encode_text(row.plain_text(), index, chat)
         weight_T = example.weight_T * np.float32(self.unlabelled_weight)
         return replace(example, weight_T=weight_T, target=np.array([NO_LABEL]))
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from luthier.data.shapes import JudgedAnswers
 from luthier.objectives.base import Objective, check_writes
-from luthier.types import Example, Loss, Message, Row
+from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -39,15 +40,8 @@ class SFT(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight 1 on each token of each reply, 0 on the rest."""
-        given, messages = 0, row.messages
-        if messages is None:
-            messages = (
-                Message("user", row.prompt or ""),
-                Message("assistant", row.completion or ""),
-            )
-        elif row.reply is not None:
-            given, messages = len(messages), (*messages, *row.reply)
-        encoded = chat.encode_reply(messages, given)
+        given = len(row.messages) if isinstance(row, JudgedAnswers) else 0
+        encoded = chat.encode_reply(row.turns(), given)
         weight_T = encoded.learned_T.astype(np.float32)
         return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
 

@@ -74,7 +74,7 @@ class SpanCorruption(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The document, closed by the end-of-text token."""
-        ids_T = chat.encode_text(row.text or "")
+        ids_T = chat.encode_text(row.plain_text())
         if len(ids_T) < 2:
             raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
         return Example(ids_T, np.ones(len(ids_T), dtype=np.float32), index)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import model_validator
 
+from luthier.data.shapes import TaggedWords
 from luthier.errors import RowRefused
 from luthier.evaluation.labels import tag_scores
 from luthier.models.heads import Head, Task
@@ -56,7 +57,9 @@ class TokenClassification(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Count the tags; both B- and I- of each entity get a place, also where one never occurs."""
-        seen = Counter(tag for row in rows for tag in row.tags or ())
+        seen = Counter(
+            tag for row in rows if isinstance(row, TaggedWords) for tag in row.tags or ()
+        )
         kinds = sorted({tag[2:] for tag in seen if tag != "O"})
         if self.labels is None and not kinds:
             raise RowRefused(
@@ -74,7 +77,9 @@ class TokenClassification(Objective):
         A word of characters that the tokenizer drops (a lone variation selector, say) is an unknown
         token: without it, every tag behind would shift.
         """
-        words = list(row.tokens or ())
+        tagged = row if isinstance(row, TaggedWords) else None
+        words = list(tagged.tokens if tagged else row.plain_text().split())
+        tags = tagged.tags if tagged else None
         encoded = _encoded(words, chat.tokenizer)
         read = set(encoded.word_ids())
         if chat.tokenizer.unk_token and not read.issuperset(range(len(words))):
@@ -88,7 +93,7 @@ class TokenClassification(Objective):
         for position, word in enumerate(encoded.word_ids()):
             if word is not None and word != seen:
                 first_T[position], seen = True, word
-                target_T[position] = 0 if row.tags is None else self._index(row.tags[word])
+                target_T[position] = 0 if tags is None else self._index(tags[word])
         if first_T.sum() != len(words):
             missing = sorted(set(range(len(words))) - set(encoded.word_ids()))
             raise RowRefused(

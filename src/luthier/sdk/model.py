@@ -92,8 +92,8 @@ class Model:
         """
         if isinstance(texts, str):
             return self.predict([texts])[0]
+        from luthier.data.shapes import RawText, TaggedWords
         from luthier.serving.prediction import Predictor
-        from luthier.types import Row
 
         if not isinstance(self.opened, Predictor):
             raise RecipeError(f"{self.stored.id} writes text; use generate()")
@@ -101,11 +101,12 @@ class Model:
             raise RecipeError(f"give a text, or a list of texts, and no {type(texts).__name__}")
         if not texts:
             return []
-        rows = []
+        rows: list[Row] = []
         for index, text in enumerate(texts, 1):
-            words = tuple(text.split() if isinstance(text, str) else text)
-            whole = text if isinstance(text, str) else " ".join(text)
-            rows.append(Row("predict()", index, text=whole, tokens=words))
+            if isinstance(text, str):
+                rows.append(RawText("predict()", index, text))
+            else:
+                rows.append(TaggedWords("predict()", index, tuple(text), None))
         return self.opened.answers(rows)
 
     @overload
@@ -122,15 +123,15 @@ class Model:
             return self.rewards([prompts], [completions])[0]
         if isinstance(prompts, str) or isinstance(completions, str):
             raise RecipeError("give one prompt and one completion, or as many of each")
+        from luthier.data.shapes import PromptCompletion
         from luthier.objectives import RewardModel
         from luthier.serving.prediction import Predictor
-        from luthier.types import Row
 
         opened = self.opened
         if not isinstance(opened, Predictor) or not isinstance(opened.objective, RewardModel):
             raise RecipeError(f"{self.stored.id} is no reward model")
         pairs = enumerate(zip(prompts, completions, strict=True), 1)
-        rows = [Row("rewards()", n, prompt=p, completion=c) for n, (p, c) in pairs]
+        rows = [PromptCompletion("rewards()", n, p, c) for n, (p, c) in pairs]
         return [answer["reward"] for answer in opened.answers(rows)]
 
     def embed(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
@@ -219,6 +220,7 @@ def evaluate(
         GradingFailed: with ``fail``, naming the row.
     """
     from luthier.data.rows import load_rows
+    from luthier.data.shapes import JudgedAnswers, RawText, of_shape
     from luthier.evaluation.evaluate import Evaluation, check, check_shapes
     from luthier.graders import graders_named
     from luthier.serving.evaluation import measure, open_graders, perplexity, preference_scores
@@ -242,16 +244,16 @@ def evaluate(
         started = time.monotonic()
         predicted = predictor.scores(rows, done, long_rows)
         records = predicted.answers
-        if rows[0].reply is None:
+        if not of_shape(JudgedAnswers, rows):
             records = [
                 {**row_input(row), "expected": _expected(row), **answer}
                 for row, answer in zip(predicted.measured.rows, records, strict=True)
             ]
         found = replace(predicted.evaluation(), records=records)
-    elif rows[0].reply is not None:
+    elif of_shape(JudgedAnswers, rows):
         ranked = preference_scores(stored, rows, done, long_rows)
         found = replace(ranked.evaluation(), records=ranked.answers)
-    elif all(row.text is not None for row in rows):
+    elif of_shape(RawText, rows):
         measured = perplexity(stored, rows).plain()
         found = Evaluation(measured["scores"], total, [], tokens=measured["tokens"])
     else:
@@ -268,13 +270,26 @@ def evaluate(
 
 def row_input(row: Row) -> dict[str, Any]:
     """What a row gives a model that reads, ready for JSON."""
-    if row.prompt is not None:
-        return {"prompt": row.prompt, "completion": row.completion}
-    return {"tokens": list(row.tokens or ())} if row.text is None else {"text": row.text}
+    from luthier.data.shapes import PromptCompletion, TaggedWords
+
+    if isinstance(row, PromptCompletion):
+        return row.record()
+    if isinstance(row, TaggedWords) and row.tags is not None:
+        return {"tokens": list(row.tokens)}
+    return {"text": row.plain_text()}
 
 
 def _expected(row: Row) -> Any:
     """What a row says that the model should have answered."""
-    tags = None if row.tags is None else list(row.tags)
-    values = (tags, row.rating, row.label, row.positive)
-    return next((value for value in values if value is not None), None)
+    from luthier.data.shapes import LabelledText, RatedText, TaggedWords, TextPair
+
+    match row:
+        case TaggedWords():
+            return list(row.tags or ())
+        case RatedText():
+            return row.rating
+        case LabelledText():
+            return row.label
+        case TextPair():
+            return row.positive
+    return None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from luthier.data.shapes import ThumbedReply, of_shape
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.evaluate import Evaluation, grade, questions
 from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
@@ -251,7 +252,7 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
     weights = [sum(example.weight for example in group) for group in groups]
     losses = [objective.mean_loss(network, group, BUDGET) for group in groups]
     total = math.fsum(loss * weight for loss, weight in zip(losses, weights, strict=True))
-    characters = sum(len(row.text or "") for row in rows)
+    characters = sum(len(row.plain_text()) for row in rows)
     return Perplexity(total / sum(weights), int(sum(weights)), characters)
 
 
@@ -271,7 +272,7 @@ def preference_scores(
 
     if store.objective_of(stored).task != "causal_lm":
         raise RecipeError(f"{stored.id} does not write, so answers have no probability under it")
-    thumbs = rows[0].desirable is not None
+    thumbs = isinstance(rows[0], ThumbedReply)
     objective = KTO() if thumbs else DPO()
     rows = objective.gather(rows)
     chat = store.chat_format(stored)
@@ -287,8 +288,8 @@ def preference_scores(
         for logp, side, other in zip(found, sides, reference, strict=True)
     ]
     lines: list[dict[str, Any]]
-    if thumbs:
-        scores = thumb_scores(answers, [bool(row.desirable) for row in rows])
+    if thumbed := of_shape(ThumbedReply, rows):
+        scores = thumb_scores(answers, [row.desirable for row in thumbed])
         lines = [{"line": r.line, **a.plain()} for r, a in zip(rows, answers, strict=True)]
         return RowScores(scores, measured, lines)
     pairs = list(zip(answers[::2], answers[1::2], strict=True))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.cancellation import Running, cancellable
+from luthier.data.shapes import RawText
 from luthier.engine.memory import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.limits import ModelLimits
@@ -28,7 +29,6 @@ from luthier.serving.inference import (
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import PromptLimit, prompt_tokenized
 from luthier.serving.scheduler import Cancelled, FairScheduler, current_client
-from luthier.types import Row
 
 if TYPE_CHECKING:
     from luthier.serving.constraints import SchemaTrials
@@ -358,7 +358,7 @@ class Embedder:
             with self._scheduler.work(current_client(), self, cancelled), self._lock:
                 if self._closed:
                     raise gone
-                answer = self._predictor.answers([Row("", 1, text=text)])[0]
+                answer = self._predictor.answers([RawText("", 1, text)])[0]
         except Cancelled:
             raise gone from None
         vector = np.asarray(answer["embedding"], dtype=np.float32)

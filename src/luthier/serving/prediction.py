@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.shapes import JudgedAnswers, TaggedWords, TextPair, of_shape
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.serving.evaluation import LongRows, RowScores, fit_rows
 from luthier.types import Example, Row
@@ -88,7 +89,7 @@ class Predictor:
         check_shapes(rows, self.objective)
         rows = self.objective.gather(rows)
         examples = [
-            [self._encode(text, index) for text in _texts(row)] for index, row in enumerate(rows)
+            [self._encode(side, index) for side in row.sides()] for index, row in enumerate(rows)
         ]
         measured = fit_rows(rows, examples, self.context, long_rows, self.objective.cut)
         rows = measured.rows
@@ -97,23 +98,23 @@ class Predictor:
         numbered = [replace(text, row=index) for index, text in enumerate(flat)]
         found = self._read(numbered, lambda finished: done(finished // count))
         first, second = found[::count], found[count - 1 :: count]
-        if rows and rows[0].reply is not None:
+        if rows and isinstance(rows[0], JudgedAnswers):
             pairs = [(c["reward"], r["reward"]) for c, r in zip(first, second, strict=True)]
             lines = [
                 {"line": row.line, "chosen": c, "rejected": r}
                 for row, (c, r) in zip(rows, pairs, strict=True)
             ]
             return RowScores(ranking_scores(pairs, "reward"), measured, lines)
-        if rows and rows[0].positive is not None:
+        if texts := of_shape(TextPair, rows):
             anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
-            ranks = partner_ranks(anchors, partners, [row.positive or "" for row in rows])
-            pool = len({row.positive for row in rows})
+            ranks = partner_ranks(anchors, partners, [row.positive for row in texts])
+            pool = len({row.positive for row in texts})
             remark = f"each partner is looked for among the {pool:,} different ones of the rows"
             return RowScores(retrieval_scores(ranks), measured, first, [remark])
         for row, answer in zip(rows, first, strict=True):
-            if row.tags is not None:
+            if isinstance(row, TaggedWords):
                 # Words behind the cut were not read, so nothing was found in them.
-                answer["tags"] += ["O"] * (len(row.tags) - len(answer["tags"]))
+                answer["tags"] += ["O"] * (len(row.tokens) - len(answer["tags"]))
         return RowScores(scores(rows, first), measured, first, label_remarks(rows, first))
 
     def _read(
@@ -134,18 +135,8 @@ class Predictor:
         return answers
 
     def _encode(self, row: Row, index: int) -> Example:
-        if row.text is None and row.tokens is None and "preference" not in self.objective.shapes:
+        if row.turns() and "preference" not in self.objective.shapes:
             raise RecipeError(
                 f"row {index + 1} is an answer to a prompt, and this model reads texts"
             )
-        plain = replace(row, label=None, rating=None, tags=None, positive=None)
-        return self.objective.encode(plain, index, self.chat)
-
-
-def _texts(row: Row) -> list[Row]:
-    """What is read of a row: one text, both of a pair, or a prompt with each of two answers."""
-    if row.reply is not None:
-        return [replace(row, rejected=None), replace(row, reply=row.rejected, rejected=None)]
-    if row.positive is not None:
-        return [row, replace(row, text=row.positive)]
-    return [row]
+        return self.objective.encode(row.bare(), index, self.chat)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import BM25Index
 from luthier.types import Example, Message, Row
@@ -76,13 +77,9 @@ def questions_of(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Questi
 
 
 def _question(row: Row, labels: Sequence[str]) -> Question:
-    if row.reply is not None:
-        return Question((*(row.messages or ()), *row.reply[:-1]), row.reply[-1].content)
-    if row.messages is not None:
-        return Question(row.messages[:-1], row.messages[-1].content)
-    if row.prompt is not None and row.completion is not None:
-        return Question((Message("user", row.prompt),), row.completion)
-    if row.text is not None and isinstance(row.label, str):
+    if (turns := row.turns()) and turns[-1].role == "assistant":
+        return Question(turns[:-1], turns[-1].content)
+    if isinstance(row, LabelledText) and isinstance(row.label, str):
         names = ", ".join(labels)
         ask = f"{row.text}\n\nWhich one of these is it: {names}? Answer with the name alone."
         return Question((Message("user", ask),), row.label)

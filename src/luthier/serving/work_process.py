@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from luthier.data.shapes import PromptOnly
 from luthier.serving.confined_child import be_killed_first, limit_memory, serve
 from luthier.serving.memory import allocated_bytes
 
@@ -67,7 +68,6 @@ def _grade(grader: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> d
 
     from luthier.graders import Answer, Grader, grader_from
     from luthier.graders.running import attempt
-    from luthier.types import Row
 
     made: Grader = grader_from(grader)
     several = [
@@ -75,7 +75,7 @@ def _grade(grader: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> d
             (),
             each["reply"],
             None,
-            Row("item", 1, members=each["members"]),
+            PromptOnly("item", 1, "", members=each["members"]),
             each["text_characters"],
         )
         for each in answers

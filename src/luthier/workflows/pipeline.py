@@ -304,8 +304,7 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
     The base model of a stage that is made by another one is not there yet. What a teacher has to be
     asked for is checked when its stage begins; here only that its rows can be read.
     """
-    from luthier.data.prompts import load_prompts
-    from luthier.data.rows import load_rows
+    from luthier.data.rows import load_prompts, load_rows
     from luthier.engine.dataset import prepare
     from luthier.store.models import chat_format, find, room_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from luthier.data.shapes import LabelledText, RawText, TaggedWords
 from luthier.gate.checks.balance import Balance
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows
@@ -9,7 +10,7 @@ from luthier.types import Row
 
 
 def rows(*labels: str | tuple[str, ...], file: str = "train") -> list[Row]:
-    return [Row(file, n, text=f"t{n}", label=label) for n, label in enumerate(labels, 1)]
+    return [LabelledText(file, n, text=f"t{n}", label=label) for n, label in enumerate(labels, 1)]
 
 
 def messages(report: Report) -> dict[str, list[str]]:
@@ -81,7 +82,9 @@ def test_several_labels_tags_and_rows_without_any() -> None:
     report = inspect_rows({"train": rows(*[("a", "b"), ("a",), ()] * 8)}, [Balance()])
     assert not report.findings.counts
     assert report.summaries["balance"]["splits"] == {"train": {"counts": {"a": 16, "b": 8}}}
-    tags = [Row("f", n, tokens=("x", "y"), tags=("B-person", "I-person")) for n in range(1, 9)]
+    tags = [
+        TaggedWords("f", n, tokens=("x", "y"), tags=("B-person", "I-person")) for n in range(1, 9)
+    ]
     assert inspect_rows({"train": tags}, [Balance()]).summaries["balance"]["kind"] == "tags"
-    plain = inspect_rows({"train": [Row("f", 1, text="x")]}, [Balance()])
+    plain = inspect_rows({"train": [RawText("f", 1, text="x")]}, [Balance()])
     assert not plain.findings.counts

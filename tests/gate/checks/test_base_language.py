@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import LabelledText, PromptCompletion, RawText
 from luthier.gate.checks.base_language import (
     ENGLISH,
     SAMPLES,
@@ -97,7 +98,9 @@ def multilingual_base() -> ChatFormat:
 
 def rows(*sentences: str, count: int = 60) -> list[Row]:
     return [
-        Row("f.jsonl", n + 1, text=f"{sentences[n % len(sentences)]} ({n})", label=f"{n % 2}")
+        LabelledText(
+            "f.jsonl", n + 1, text=f"{sentences[n % len(sentences)]} ({n})", label=f"{n % 2}"
+        )
         for n in range(count)
     ]
 
@@ -140,7 +143,10 @@ def test_a_language_without_spaces_is_judged_by_its_characters(
 
 
 def test_the_fix_is_a_base_for_what_is_learned(english_base: ChatFormat) -> None:
-    asked = [Row("f", n + 1, prompt=VI[n % 3], completion=VI[(n + 1) % 3]) for n in range(30)]
+    asked = [
+        PromptCompletion("f", n + 1, prompt=VI[n % 3], completion=VI[(n + 1) % 3])
+        for n in range(30)
+    ]
     for given, objective in ((asked, None), (rows(*VI), "masked_lm")):
         told = found(gate(english_base, given, objective))
         assert told is not None and "multilingual-e5-small" not in told[1]
@@ -228,5 +234,5 @@ def test_a_tokenizer_of_two_languages_knows_both() -> None:
     both = trained_on(texts("d2l_vi", "d2l_en", "wiki_en"), 8000)
     assert spelling(ENGLISH, both).per_word < 1.5
     for name in ("sib200_vi", "sib200_en"):
-        given = [Row("f", n + 1, text=text) for n, text in enumerate(texts(name))]
+        given = [RawText("f", n + 1, text=text) for n, text in enumerate(texts(name))]
         assert found(gate(ChatFormat.of(both), given)) is None

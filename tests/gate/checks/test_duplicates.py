@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from luthier.data.rows import Checker
+from luthier.data.shapes import Conversation
 from luthier.gate.check import Batch
 from luthier.gate.checks import duplicates
 from luthier.gate.checks.duplicates import Duplicates
@@ -274,7 +275,7 @@ def test_rows_that_call_with_other_arguments_are_no_copies() -> None:
     def call(line: int, city: str) -> Row:
         asked = Message("user", "What is the weather?")
         calls = (ToolCall("c1", "get_weather", {"city": city}),)
-        return Row("f", line, messages=(asked, Message("assistant", calls=calls)))
+        return Conversation("f", line, messages=(asked, Message("assistant", calls=calls)))
 
     report = report_of([call(1, "Hue"), call(2, "Paris"), call(3, "Hue")])
     assert found(report, "duplicate.exact") == [[1, 3]]

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from luthier.data.shapes import RawText
 from luthier.gate.checks.encoding import Encoding
 from luthier.gate.rules import Findings
 from luthier.gate.scan import inspect_rows
-from luthier.types import Row
 
 
 def gate(*texts: str) -> Findings:
-    rows = [Row("f", line, text=text) for line, text in enumerate(texts, 1)]
+    rows = [RawText("f", line, text=text) for line, text in enumerate(texts, 1)]
     return inspect_rows({"train": rows}, [Encoding()]).findings
 
 
@@ -97,8 +97,8 @@ def test_messages_name_the_character_and_excerpts_show_it() -> None:
 
 def test_normal_forms_are_counted() -> None:
     text = SENTENCES[0]
-    rows = [Row("f", n, text=each) for n, each in enumerate([text, text, "plain"], 1)]
-    rows.append(Row("f", 4, text=unicodedata.normalize("NFD", text)))
+    rows = [RawText("f", n, text=each) for n, each in enumerate([text, text, "plain"], 1)]
+    rows.append(RawText("f", 4, text=unicodedata.normalize("NFD", text)))
     report = inspect_rows({"train": rows}, [Encoding()])
     assert report.summaries["encoding"]["normal_forms"]["counts"] == {"NFC": 2, "other": 1}
     assert [each.place.line for each in report.findings.examples["encoding.not_nfc"]] == [4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from luthier.data.shapes import PromptCompletion, RawText
 from luthier.gate.checks.language import ALL_UNTIL, Language, _is_sampled, detect_language
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows
@@ -13,7 +14,7 @@ FR = "Le colis que j'ai commandé la semaine dernière n'est pas encore arrivé,
 
 
 def texts(text: str, count: int, first: int = 1) -> list[Row]:
-    return [Row("f", first + n, text=text.format(n)) for n in range(count)]
+    return [RawText("f", first + n, text=text.format(n)) for n in range(count)]
 
 
 def gate(*rows: Row, **splits: list[Row]) -> Report:
@@ -48,7 +49,8 @@ def test_two_languages_on_purpose_are_a_note() -> None:
 
 def pairs(one: str, two: str, count: int, first: int = 1) -> list[Row]:
     return [
-        Row("f", first + n, prompt=one.format(n), completion=two.format(n)) for n in range(count)
+        PromptCompletion("f", first + n, prompt=one.format(n), completion=two.format(n))
+        for n in range(count)
     ]
 
 
@@ -74,7 +76,9 @@ def test_long_files_are_sampled_and_the_report_says_so() -> None:
     taken = sum(_is_sampled(Row("f", line), "") for line in range(1, size + 1))
     expected = ALL_UNTIL * 4.7  # 1 + ln 40
     assert 0.95 * expected < taken < 1.05 * expected
-    report = gate(Row("f", 1, text="short"), *(Row("f", 10**7 + n, text="short") for n in range(9)))
+    report = gate(
+        RawText("f", 1, text="short"), *(RawText("f", 10**7 + n, text="short") for n in range(9))
+    )
     summary = report.summaries["language"]
     assert summary["sampled"] and summary["rows"] == {"train": 10}
     assert summary["rows_told"]["train"] < 10

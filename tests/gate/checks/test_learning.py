@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import PromptCompletion, PromptOnly, RawText
 from luthier.engine.dataset import prepare
 from luthier.gate.check import Batch
 from luthier.gate.checks import learning
@@ -22,7 +23,10 @@ from luthier.objectives import DPO, Objective
 from luthier.recipe import Recipe
 from luthier.types import Row
 
-ROWS = [Row("f", n, prompt=f"what is {n}?", completion="the lazy dog " * n) for n in range(1, 9)]
+ROWS = [
+    PromptCompletion("f", n, prompt=f"what is {n}?", completion="the lazy dog " * n)
+    for n in range(1, 9)
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +70,11 @@ def test_a_long_row_says_how_much_of_the_answer_would_be_lost(chat: ChatFormat) 
 
 
 def test_rows_of_another_shape_are_named(chat: ChatFormat) -> None:
-    odd = Row("f", 9, text="raw")
+    odd = RawText("f", 9, text="raw")
     report = found(chat, [*ROWS, odd])
     (finding,) = report.findings.examples["row.objective"]
     assert (finding.place.line, "raw text" in finding.message) == (9, True)
-    assert "row.objective" in found(chat, [Row("f", 1, prompt="x")]).findings.counts
+    assert "row.objective" in found(chat, [PromptOnly("f", 1, prompt="x")]).findings.counts
     assert found(chat, ROWS, objective=DPO()).findings.counts["row.objective"] == 8
 
 
@@ -78,9 +82,9 @@ def test_large_files_are_sampled_and_long_rows_never_missed(
     chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learning, "WHOLE", 10)
-    rows = [Row("f", n, prompt="a", completion="the dog") for n in range(1, 801)]
+    rows = [PromptCompletion("f", n, prompt="a", completion="the dog") for n in range(1, 801)]
     exact = len(rows) * found(chat, rows[:1]).summaries["learning"]["splits"]["train"]["tokens"]
-    rows[700] = Row("f", 701, prompt="a", completion="the dog " * 40)
+    rows[700] = PromptCompletion("f", 701, prompt="a", completion="the dog " * 40)
     report = found(chat, rows, context=60)
     assert [f.place.line for f in report.findings.examples["row.too_long"]] == [701]
     summary = report.summaries["learning"]

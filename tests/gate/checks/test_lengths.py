@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from luthier.data.shapes import Conversation, LabelledText, PromptCompletion, RawText
 from luthier.gate.checks.lengths import Lengths
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows
-from luthier.types import Message, Row
+from luthier.types import Message
 
 
 def gate(*rows: tuple[str, str]) -> Report:
     pairs = [
-        Row("f", n, prompt=prompt, completion=completion)
+        PromptCompletion("f", n, prompt=prompt, completion=completion)
         for n, (prompt, completion) in enumerate(rows, 1)
     ]
     return inspect_rows({"train": pairs}, [Lengths()])
@@ -65,9 +66,9 @@ def test_answers_that_repeat_the_prompt() -> None:
 
 
 def test_only_answers_are_judged() -> None:
-    rows = [Row("f", 1, text="N/A", label="none"), Row("f", 2, text="-")]
+    rows = [LabelledText("f", 1, text="N/A", label="none"), RawText("f", 2, text="-")]
     turns = (Message("user", "hi"), Message("assistant", "N/A"))
-    rows.append(Row("f", 3, messages=turns))
+    rows.append(Conversation("f", 3, messages=turns))
     report = inspect_rows({"train": rows}, [Lengths()])
     assert [each.place.line for each in report.findings.examples["target.says_nothing"]] == [3]
 
@@ -86,7 +87,7 @@ def test_a_phrase_that_most_answers_begin_with() -> None:
 def test_frequent_openings_are_counted_in_bounded_memory() -> None:
     check = Lengths()
     rows = [
-        Row(
+        PromptCompletion(
             "f",
             n,
             prompt="q",

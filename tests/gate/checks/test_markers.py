@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import PromptCompletion
 from luthier.gate.check import Batch
 from luthier.gate.checks.markers import Markers, special_tokens
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows
-from luthier.types import Message, Row
+from luthier.types import Message
 
 
 def gate(*rows: tuple[str, str], chat: ChatFormat | None = None) -> Report:
     pairs = [
-        Row("f", n, prompt=prompt, completion=completion)
+        PromptCompletion("f", n, prompt=prompt, completion=completion)
         for n, (prompt, completion) in enumerate(rows, 1)
     ]
     return inspect_rows({"train": pairs}, [Markers(chat)])
@@ -132,5 +133,5 @@ def test_refusals_are_notes_with_a_share(text: str) -> None:
 
 def test_a_check_of_a_model_is_picklable(tokenizer: Any) -> None:
     check = pickle.loads(pickle.dumps(Markers(ChatFormat.of(tokenizer))))
-    batch = Batch("train", "f", [Row("f", 1, prompt="a", completion="b<|im_end|>")])
+    batch = Batch("train", "f", [PromptCompletion("f", 1, prompt="a", completion="b<|im_end|>")])
     assert [spot.rule for spot in check.measure(batch).spots] == ["marker.special_token"]

@@ -9,19 +9,23 @@ import string
 
 import pytest
 
+from luthier.data.shapes import Conversation, PromptCompletion, RawText
 from luthier.gate.check import Batch
 from luthier.gate.checks import privacy
 from luthier.gate.checks.privacy import Privacy
 from luthier.gate.pii import Finder
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows
-from luthier.types import Message, Row
+from luthier.types import Message
 
 KEY = "ghp" + "_" + "".join(random.Random(0).choices(string.ascii_letters, k=36))
 
 
 def gate(*texts: str, check: Privacy | None = None) -> Report:
-    rows = [Row("f", line, prompt="Hello.", completion=text) for line, text in enumerate(texts, 1)]
+    rows = [
+        PromptCompletion("f", line, prompt="Hello.", completion=text)
+        for line, text in enumerate(texts, 1)
+    ]
     return inspect_rows({"train": rows}, [check or Privacy()])
 
 
@@ -49,7 +53,9 @@ def test_keys_refuse_the_data_and_are_never_shown() -> None:
 
 
 def test_policy_and_kinds() -> None:
-    rows = [Row("f", 1, messages=(Message("user", "hi"), Message("assistant", "a@corp.io")))]
+    rows = [
+        Conversation("f", 1, messages=(Message("user", "hi"), Message("assistant", "a@corp.io")))
+    ]
     report = inspect_rows({"train": rows}, [Privacy()], {"privacy.email": "error"})
     assert report.findings.exit_code == 2
     assert "messages[2].content" in report.findings.examples["privacy.email"][0].message
@@ -65,7 +71,7 @@ def test_what_could_not_be_looked_for_is_said(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_measures_are_picklable_and_know_the_batch_only() -> None:
-    rows = [Row("f", n, text=text) for n, text in enumerate(["a@corp.io", "x"], 1)]
+    rows = [RawText("f", n, text=text) for n, text in enumerate(["a@corp.io", "x"], 1)]
     check = Privacy()
     measured = check.measure(Batch("train", "f", rows))
     assert pickle.loads(pickle.dumps(measured)) == measured

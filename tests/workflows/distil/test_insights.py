@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from luthier.asking.base import Failure, Reply
-from luthier.data.prompts import messages_of
+from luthier.data.shapes import Conversation, PromptOnly
 from luthier.errors import DataError
 from luthier.graders import Answer, Grader
 from luthier.types import Message, Row
@@ -26,7 +26,7 @@ from luthier.workflows.distil.recipe import InsightSpec
 
 
 def row(line: int = 1, prompt: str = "p", **fields: Any) -> Row:
-    return Row("f.jsonl", line, prompt=prompt, **fields)
+    return PromptOnly("f.jsonl", line, prompt, **fields)
 
 
 def rule_of(
@@ -131,14 +131,20 @@ def test_a_score_that_is_not_a_number_is_rejected() -> None:
 
 def test_copies_and_long_prompts_are_not_asked() -> None:
     talk = (Message("user", "b"), Message("assistant", "c"), Message("user", "d"))
-    rows = [row(1, "a"), row(2, "b"), row(3, "a "), Row("f", 4, messages=talk), row(5, "x" * 9)]
+    rows = [
+        row(1, "a"),
+        row(2, "b"),
+        row(3, "a "),
+        Conversation("f", 4, messages=talk),
+        row(5, "x" * 9),
+    ]
     found = reject_prompts(rows, InsightSpec(longest_prompt=8))
     assert {index: insight.rule for index, insight in found.items()} == {
         2: "prompt.duplicate",
         4: "prompt.too_long",
     }
     assert found[2].reason == "the same as line 1"
-    assert messages_of(rows[3]) == talk
+    assert rows[3].turns() == talk
 
 
 def test_the_summary_counts() -> None:

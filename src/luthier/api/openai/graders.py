@@ -13,6 +13,7 @@ from luthier.api.openai.generation import Judge
 from luthier.api.openai.protocol import Access, Body, body, invalid
 from luthier.asking.base import Failure, Remembering, Writer
 from luthier.asking.spec import AskedModel, Asking
+from luthier.data.shapes import PromptOnly
 from luthier.errors import LuthierError, RecipeError
 from luthier.graders import (
     Answer,
@@ -33,7 +34,7 @@ from luthier.serving.confined_work import ConfinedWork, confined
 from luthier.serving.inference import Chat
 from luthier.serving.inference import Request as GenerationRequest
 from luthier.serving.pool import ModelPool
-from luthier.types import Message, Row
+from luthier.types import Message
 
 _MEMBERS = {
     "string_check": ("input", "reference", "operation"),
@@ -118,7 +119,7 @@ class Graders:
             grader = grader.with_models(self.models)
         grader = confined(grader, self.work)
         began = time.perf_counter()
-        row = Row("item", 1, members=asked.item or {})
+        row = PromptOnly("item", 1, "", members=asked.item or {})
         longest = self.limits.grading_text_characters
         sample = Answer((), asked.model_sample, None, row, longest)
         try:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
 from luthier.data.read import shown
+from luthier.data.shapes import LabelledText, TaggedWords
 from luthier.gate.check import Batch, BatchLines, Check, CheckContext, Places
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule
@@ -76,12 +77,14 @@ class Balance(Check):
         labelled = 0
         for index, row in enumerate(batch.rows):
             names = set(labels_of(row))
-            labelled += row.label is not None or row.tags is not None
+            labelled += isinstance(row, LabelledText | TaggedWords)
             for name in names:
                 count, first = counts.get(name, (0, index))
                 counts[name] = (count + 1, first)
-        tagged = any(row.tags is not None for row in batch.rows)
-        several = any(isinstance(row.label, tuple) for row in batch.rows)
+        tagged = any(isinstance(row, TaggedWords) for row in batch.rows)
+        several = any(
+            isinstance(row, LabelledText) and not isinstance(row.label, str) for row in batch.rows
+        )
         return counts, labelled, tagged, several
 
     def take(
@@ -172,10 +175,10 @@ class Balance(Check):
 
 def labels_of(row: Row) -> Iterable[str]:
     """Labels of a text, or names of the entities among its words."""
-    if row.label is not None:
-        return (row.label,) if isinstance(row.label, str) else row.label
-    if row.tags is not None:
-        return (tag[2:] for tag in row.tags if tag != "O")
+    if isinstance(row, LabelledText):
+        return row.labels
+    if isinstance(row, TaggedWords):
+        return (tag[2:] for tag in row.tags or () if tag != "O")
     return ()
 
 

@@ -26,7 +26,6 @@ from luthier.errors import DataError
 from luthier.gate.check import Batch, BatchLines, Check, CheckContext, Places
 from luthier.gate.checks.language import CHARACTERS, detect_language
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.gate.texts import texts
 from luthier.models.catalog import bases_for
 from luthier.objectives import Objective
 from luthier.objectives.choosing import objective_for
@@ -246,7 +245,7 @@ def _samples(batch: Batch) -> Iterator[str]:
     """The beginnings of the texts of a batch, short ones joined with those that follow."""
     joined = ""
     for row in batch.rows:
-        for text in texts(row):
+        for text in row.texts():
             if text.part == "other":
                 continue
             joined = f"{joined} {text.content[:CHARACTERS]}".strip()

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from luthier.data.shapes import JudgedAnswers
 from luthier.gate.check import Batch, BatchLines, Check, Places
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
 from luthier.gate.near_duplicates import normalize, rows_by_value
-from luthier.gate.row_keys import hash_texts, key_column, label_texts
+from luthier.gate.row_keys import hash_texts, key_column
 from luthier.gate.rules import Finding, Findings, Rule
-from luthier.gate.texts import input_of, target_of, turn_text
 from luthier.types import IntArray, Row
 
 LABEL = Rule(
@@ -106,16 +106,15 @@ class Contradictions(Check):
 
 def _parts(row: Row) -> tuple[int, int, int]:
     """Number of the rule that applies, and keys of the input and of what must not differ."""
-    asks = [normalize(text) for text in input_of(row)]
-    if row.reply is not None and row.rejected is not None:
-        both = ["\0".join(map(turn_text, turns)) for turns in (row.reply, row.rejected)]
-        return 1, hash_texts("pair", *asks, "\0", *sorted(both)), hash_texts(*both)
-    if row.reply is not None:
-        answer = [turn_text(turn) for turn in row.reply]
-        judgement = hash_texts(repr(row.rating), repr(row.desirable))
-        return 0, hash_texts("judged", *asks, "\0", *answer), judgement
-    if (said := label_texts(row)) is not None:
-        return 0, hash_texts("named", *asks), hash_texts(*said)
-    if not (says := target_of(row)):
+    asks = [normalize(text) for text in row.inputs()]
+    if isinstance(row, JudgedAnswers):
+        answers = ["\0".join(turn.whole_text for turn in answer) for answer in row.answers()]
+        if len(answers) > 1:
+            return 1, hash_texts("ranking", *asks, "\0", *sorted(answers)), hash_texts(*answers)
+        return 0, hash_texts("judged", *asks, "\0", *answers), hash_texts(*row.judgement())
+    says = row.targets()
+    if row.annotated:
+        return 0, hash_texts("named", *asks), hash_texts(*says)
+    if not says:
         return len(_KINDS), hash_texts("bare", *asks), 0
     return 2, hash_texts("written", *asks), hash_texts(*says)

@@ -37,7 +37,6 @@ from luthier.gate.row_keys import (
     target_key,
 )
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.gate.texts import input_of, target_of
 from luthier.types import IntArray
 
 EXACT = Rule(
@@ -125,7 +124,7 @@ class Duplicates(Check):
         """Keys and sketches."""
         rows, count = batch.rows, len(batch)
         inputs, wholes = comparable_texts(rows)
-        texts = [(input_of(row), target_of(row)) for row in rows]
+        texts = [(row.inputs(), row.targets()) for row in rows]
         columns = {
             "exact": key_column((hash_texts(*asks, "\0", *says) for asks, says in texts), count),
             "input": key_column(map(hash_texts, inputs), count),

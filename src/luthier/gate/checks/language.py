@@ -20,7 +20,6 @@ import numpy as np
 
 from luthier.gate.check import Batch, BatchLines, Check, Places
 from luthier.gate.rules import Finding, Findings, Rule
-from luthier.gate.texts import texts
 from luthier.types import IntArray, Row
 
 MIX = Rule(
@@ -205,7 +204,7 @@ def _by_frequency(counts: Counter[str], among: set[str]) -> list[str]:
 def _texts(row: Row) -> tuple[str, str]:
     """The beginning of the last input, and of the first target."""
     given = learned = ""
-    for text in texts(row):
+    for text in row.texts():
         if text.part == "input" and not learned:
             given = text.content[:CHARACTERS]
         elif text.part == "target" and not learned:

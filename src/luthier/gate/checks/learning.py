@@ -21,6 +21,15 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import (
+    LabelledText,
+    RatedReply,
+    RatedText,
+    RawText,
+    TaggedWords,
+    TextRow,
+    ThumbedReply,
+)
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.check import Batch, BatchLines, CheckContext, Places
 from luthier.gate.encode import RowEncoder, refuse_single
@@ -35,10 +44,9 @@ from luthier.gate.rules import (
     Rule,
     rule_of,
 )
-from luthier.gate.texts import Spot, SpotCheck, excerpt_of, texts
+from luthier.gate.texts import Spot, SpotCheck, excerpt_of
 from luthier.objectives import Objective
-from luthier.objectives.choosing import objective_for, shape_of
-from luthier.objectives.classification import names_of
+from luthier.objectives.choosing import objective_for
 from luthier.types import Example, IntArray, Row
 
 WHOLE = 20_000
@@ -73,7 +81,7 @@ def rows_represented(row: Row, context: int) -> int:
         return 1
     if zlib.crc32(b"%d" % row.line) % EVERY == 0:
         return EVERY
-    return int(sum(len(text.content.encode()) for text in texts(row)) > 0.75 * context)
+    return int(sum(len(text.content.encode()) for text in row.texts()) > 0.75 * context)
 
 
 @dataclass(frozen=True)
@@ -96,15 +104,19 @@ class EncodedBatch:
 
 def _neighbours(row: Row) -> list[Row]:
     """Rows of the same shape with other labels, ratings, thumbs or tags than ``row``."""
-    if row.tags is not None:
-        return [replace(row, tokens=("a", "b"), tags=("O", "B-another"))]
-    if row.rating is not None:
-        return [replace(row, rating=row.rating + 1)]
-    if row.desirable is not None:
-        return [replace(row, desirable=not row.desirable)]
-    several = isinstance(row.label, tuple)
-    other = replace(row, label=("another", "more") if several else "another")
-    return [other, replace(row, label=None)]
+    match row:
+        case TaggedWords():
+            return [replace(row, tokens=("a", "b"), tags=("O", "B-another"))]
+        case RatedText() | RatedReply():
+            return [replace(row, rating=row.rating + 1)]
+        case ThumbedReply():
+            return [replace(row, desirable=not row.desirable)]
+        case LabelledText():
+            other = "another" if isinstance(row.label, str) else ("another", "more")
+            return [replace(row, label=other), row.bare()]
+        case RawText():
+            return [LabelledText(row.file, row.line, row.text, "another"), row]
+    return [row]
 
 
 class Learning(SpotCheck):
@@ -334,23 +346,24 @@ def find_witnesses(rows: Sequence[Row]) -> dict[Kind, Witness]:
 
 
 def _kinds(row: Row) -> Iterable[Kind]:
-    if row.tags is not None:
-        return {("tag", tag) for tag in row.tags}
-    if row.label is not None:
-        several = "labels" if isinstance(row.label, tuple) else "label"
-        return [(several, name) for name in dict.fromkeys(names_of(row.label))]
-    if row.rating is not None and row.reply is None:
-        return [("rating", repr(row.rating))]
-    if row.desirable is not None:
-        return [("thumb", repr(row.desirable))]
-    return [("row", shape_of(row))]
+    match row:
+        case TaggedWords():
+            return {("tag", tag) for tag in row.tags or ()}
+        case LabelledText():
+            several = "label" if isinstance(row.label, str) else "labels"
+            return [(several, name) for name in dict.fromkeys(row.labels)]
+        case RatedText():
+            return [("rating", repr(row.rating))]
+        case ThumbedReply():
+            return [("thumb", repr(row.desirable))]
+    return [("row", row.shape)]
 
 
 def _shorten(row: Row) -> Row:
     """The row with a text of one letter, so that any number may be kept."""
-    if row.tags is not None:
-        return replace(row, tokens=("a",) * len(row.tags))
-    return replace(row, text="a") if row.text is not None else row
+    if isinstance(row, TaggedWords):
+        return replace(row, tokens=("a",) * len(row.tokens))
+    return replace(row, text="a") if isinstance(row, TextRow) else row
 
 
 class ObjectiveFit:
@@ -380,7 +393,7 @@ class ObjectiveFit:
         """
         train = self._kept.get("train", {})
         allowed = objective.shapes | objective.also
-        rows = [w.row for _, w in train.values() if shape_of(w.row) in allowed]
+        rows = [w.row for _, w in train.values() if w.row.shape in allowed]
         if not rows:
             return []
         file = next(iter(train.values()))[0].file
@@ -417,11 +430,13 @@ class ObjectiveFit:
 
 def _describe_single_class(bad: RowRefused, row: Row) -> str:
     """The message without a count of rows, as only one of each class was looked at."""
-    if row.rating is not None:
-        return f"all rows have the rating {row.rating:g}."
-    if row.tags is not None:
-        return "all words have the tag O."
-    if row.desirable is not None:
-        return f"all answers have a thumb {'up' if row.desirable else 'down'}."
-    names = names_of(row.label)
-    return f"all rows have the label {names[0]!r}." if names else "no row has a label."
+    match row:
+        case RatedText() | RatedReply():
+            return f"all rows have the rating {row.rating:g}."
+        case TaggedWords():
+            return "all words have the tag O."
+        case ThumbedReply():
+            return f"all answers have a thumb {'up' if row.desirable else 'down'}."
+        case LabelledText() if row.labels:
+            return f"all rows have the label {row.labels[0]!r}."
+    return "no row has a label."

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from luthier.data.shapes import TextPair
 from luthier.gate.check import Batch, BatchLines, Places
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import Finding, Findings, Rule
-from luthier.gate.texts import Spot, SpotCheck, excerpt, texts
+from luthier.gate.texts import Spot, SpotCheck, excerpt
 from luthier.types import FloatArray, Row
 
 OUTLIER = Rule(
@@ -103,13 +104,13 @@ class Lengths(SpotCheck):
         answers = 0
         for index, row in enumerate(batch.rows):
             asked, answer = "", None
-            for text in texts(row):
+            for text in row.texts():
                 if text.part == "other":
                     continue
                 side = int(text.part == "target")
                 sizes_2N[side, index] += len(text.content)
                 words_2N[side, index] += text.content.count(" ") + 1
-                if side and text.field != "text" and row.positive is None:
+                if side and text.field != "text" and not isinstance(row, TextPair):
                     answer = text
                 elif not side:
                     asked = text.content
@@ -201,7 +202,7 @@ _NAMES = ("input_characters", "input_words", "target_characters", "target_words"
 
 
 def _find_empty_answer(index: int, row: Row, asked: str, field: str, answer: str) -> Spot | None:
-    if row.messages is None and row.prompt is None:
+    if not row.turns():
         return None
     stripped = answer.strip()
     if _NOTHING.fullmatch(stripped[:64]) and len(stripped) < 64 and stripped:

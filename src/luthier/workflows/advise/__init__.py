@@ -42,7 +42,7 @@ def advise(
     from luthier.workflows.advise.facts import collect
     from luthier.workflows.advise.recommend import advise as judge
 
-    texts = [row.text or "" for source in documents for row in load_rows(source)]
+    texts = [row.plain_text() for source in documents for row in load_rows(source)]
     return judge(collect(recipe, texts, wishes, seconds, reporter), command)
 
 

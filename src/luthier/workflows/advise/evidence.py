@@ -12,10 +12,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from luthier.data.shapes import LabelledText
 from luthier.errors import LuthierError
 from luthier.serving.prompting import (
     EXAMPLES,
@@ -176,7 +177,13 @@ class _Answers:
         held: Sequence[Row],
         documents: Sequence[str],
     ) -> None:
-        labels = sorted({row.label for row in train if isinstance(row.label, str)})
+        labels = sorted(
+            {
+                row.label
+                for row in train
+                if isinstance(row, LabelledText) and isinstance(row.label, str)
+            }
+        )
         self.train = questions_of(train, labels)
         self.held = questions_of(held, labels)
         self.documents = documents
@@ -230,7 +237,7 @@ class _Labels:
 
         objective, context = self.job.data.objective, _context(self.job)
         # A label that no training row has is a wrong answer here, not a refusal.
-        asked = [replace(row, label=None) for row in self.held]
+        asked = [row.bare() for row in self.held]
         whole = [objective.encode(row, index, self.job.chat) for index, row in enumerate(asked)]
         examples = [objective.cut(e, context) if len(e) > context else e for e in whole]
         held = ComparedRows(self.held, examples)
@@ -255,7 +262,7 @@ class _Labels:
     @property
     def _tokens(self) -> float:
         """Tokens of a row, roughly."""
-        return sum(len(row.text or "") for row in self.held) / 4 / len(self.held)
+        return sum(len(row.plain_text()) for row in self.held) / 4 / len(self.held)
 
     def trained(self, name: str) -> TechniqueResult:
         """The head's own labels."""

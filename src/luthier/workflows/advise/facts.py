@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from luthier.data.shapes import LabelledText
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError, RefusedInput
 from luthier.types import Row
@@ -133,7 +134,7 @@ def collect(
             gate refuses raises nothing where any row can be read: that is the advice.
     """
     from luthier.engine.train import with_base
-    from luthier.objectives.choosing import objective_for, shape_of
+    from luthier.objectives.choosing import objective_for
     from luthier.store import models as store
 
     recipe = with_base(recipe, reporter)
@@ -142,7 +143,7 @@ def collect(
     report = _inspect(recipe, reporter)
     refused = _rules(report, "error")
     rows = _rows(recipe, refused)
-    shape = shape_of(rows[0])
+    shape = rows[0].shape
     if recipe.objective is None and shape != "prompt_only":
         recipe = recipe.model_copy(update={"objective": objective_for(rows[0], chat)})
     model = _model_facts(recipe, base, rows, chat)
@@ -155,7 +156,7 @@ def collect(
     learning: Any = report.summaries.get("learning", {})
     tokens = learning.get("splits", {}).get("train", {})
     learned = int(tokens.get("learned_tokens", 0))
-    labels = Counter(str(row.label) for row in rows if row.label is not None)
+    labels = Counter(str(row.label) for row in rows if isinstance(row, LabelledText))
     return Facts(
         wishes=wishes,
         rows=len(rows),
@@ -273,11 +274,9 @@ def _try_techniques(
     if len(held) < FEWEST or len(train) < FEWEST:
         reporter.note("nothing was tried: there are too few rows to keep some apart")
         return None
-    from luthier.data.targets import TARGETS
-
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        lines = [json.dumps(TARGETS["rows"](row), ensure_ascii=False) for row in train]
+        lines = [json.dumps(row.record(), ensure_ascii=False) for row in train]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         data = recipe.data.model_copy(
             update={

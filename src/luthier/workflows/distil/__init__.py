@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from luthier.data.rows import load_rows
+from luthier.data.shapes import Conversation, PromptCompletion
 from luthier.data.sources import hash_of
 from luthier.engine.metrics import Reporter
 from luthier.errors import RecipeError
@@ -82,4 +83,4 @@ def _has_bare_prompts(recipe: DistilRecipe, objective: Objective) -> bool:
     if "prompt" not in objective.shapes:
         return False
     first = load_rows(recipe.data.train, recipe.data.columns)[0]
-    return first.completion is None and first.messages is None
+    return not isinstance(first, PromptCompletion | Conversation)

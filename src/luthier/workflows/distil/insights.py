@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.asking.base import Failure, Reply
-from luthier.data.prompts import messages_of
+from luthier.data.shapes import PromptOnly
 from luthier.errors import GradingFailed
 from luthier.graders import Answer, Grader, check_rows, graded
 from luthier.types import Row
@@ -66,9 +66,9 @@ class Insight:
 
     def plain(self) -> dict[str, Any]:
         """One line of ``insights.jsonl``."""
-        asked: Any = self.row.prompt
-        if self.row.messages:
-            asked = [{"role": turn.role, "content": turn.content} for turn in self.row.messages]
+        asked: Any = [turn.to_dict() for turn in self.row.turns()]
+        if isinstance(self.row, PromptOnly):
+            asked = self.row.prompt
         line: dict[str, Any] = {
             "line": self.row.line,
             "accepted": self.rule is None,
@@ -101,7 +101,7 @@ def check_grader(rows: Sequence[Row], spec: InsightSpec) -> None:
 
 
 def _answer(row: Row, reply: str) -> Answer:
-    return Answer(messages_of(row), reply, row.expected, row)
+    return Answer(row.turns(), reply, row.expected_reply(), row)
 
 
 def reject_prompts(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]:
@@ -109,7 +109,7 @@ def reject_prompts(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]
     found: dict[int, Insight] = {}
     line_of: dict[Any, int] = {}
     for index, row in enumerate(rows):
-        turns = messages_of(row)
+        turns = row.turns()
         first = line_of.setdefault(tuple((t.role, t.content.strip()) for t in turns), row.line)
         size = sum(len(turn.content) for turn in turns)
         if first != row.line:

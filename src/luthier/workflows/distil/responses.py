@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from luthier import __version__
 from luthier.asking.base import Answerer, Done, Failure, Reply
 from luthier.asking.spec import Asking
-from luthier.data.prompts import load_prompts, messages_of
+from luthier.data.rows import load_prompts
+from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly
 from luthier.data.sources import hash_of
 from luthier.encryption.files import seal
 from luthier.encryption.memory import remove, working
@@ -178,7 +179,7 @@ class _Responses:
         skip = reject_prompts(rows, self.recipe.insights)
         settings = sampling.model_dump(mode="json")
         keys = {
-            index: key_of(teacher.identity, messages_of(row), settings)
+            index: key_of(teacher.identity, row.turns(), settings)
             for index, row in enumerate(rows)
             if index not in skip
         }
@@ -203,7 +204,7 @@ class _Responses:
             if teacher.terms:
                 reporter.note(teacher.terms)
             with _interruptible(known, len(keys)):
-                asked = [messages_of(rows[index]) for index in missing]
+                asked = [rows[index].turns() for index in missing]
                 teacher.ask(asked, sampling, done, reporter.note)
             return known
 
@@ -238,11 +239,7 @@ class _Responses:
         objective = self.recipe.objective or OBJECTIVES["sft"].model_validate({})
 
         def overflow(row: Row, answer: str) -> str:
-            taught = Row(row.file, row.line, prompt=row.prompt, completion=answer)
-            if row.messages:
-                turns = (*row.messages, Message("assistant", answer))
-                taught = Row(row.file, row.line, messages=turns)
-            size = objective.encode(taught, 0, objective.format(chat)).longest
+            size = objective.encode(_with_reply(row, answer), 0, objective.format(chat)).longest
             return f"{size:,} tokens of {context:,}" if size > context else ""
 
         return overflow
@@ -315,11 +312,14 @@ def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
 
 def _pair(insight: Insight) -> dict[str, Any]:
     """The row that an accepted answer makes."""
-    row, answer = insight.row, insight.answer or ""
-    if row.messages is None:
-        return {"prompt": row.prompt, "completion": answer}
-    turns = (*row.messages, Message("assistant", answer))
-    return {"messages": [turn.to_dict() for turn in turns]}
+    return _with_reply(insight.row, insight.answer or "").record()
+
+
+def _with_reply(row: Row, reply: str) -> PromptCompletion | Conversation:
+    """What is asked in ``row`` with a reply to learn."""
+    if isinstance(row, PromptOnly):
+        return PromptCompletion(row.file, row.line, row.prompt, reply)
+    return Conversation(row.file, row.line, (*row.turns(), Message("assistant", reply)))
 
 
 @contextmanager

@@ -1,0 +1,399 @@
+"""The values under the keys of a record, checked: texts, labels, ratings, tags, turns.
+
+What is wrong with one value alone is raised as ``RowRefused``. Where a row may have several faults
+at once (both texts of a pair, any turn of a conversation) the :class:`FieldChecker` notes each and
+goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import ClassVar
+
+from luthier.data.parsing import Record, json_kind, shown
+from luthier.errors import Problem, RowRefused
+from luthier.types import Message
+
+Turns = tuple[Message, ...]
+Names = Mapping[str, str]
+"""What the file calls a key of ours, for messages."""
+
+_ROLES = ("system", "user", "assistant")
+_ROLE_NAMES = "system, user and assistant"
+_ROLE_RENAMES: Mapping[str, str] = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+} | {role: role for role in _ROLES}
+_BIO = re.compile(r"O|[BI]-\S+")
+
+RENAMES: Mapping[str, str] = {
+    "instruction": "prompt",
+    "question": "prompt",
+    "input": "prompt",
+    "response": "completion",
+    "output": "completion",
+    "answer": "completion",
+    "conversations": "messages",
+    "from": "role",
+    "value": "content",
+} | {key: key for key in ("prompt", "completion", "messages", "text", "role", "content")}
+"""Names that people give to our keys."""
+
+
+def list_keys(keys: Iterable[str]) -> str:
+    """The first ten keys, for messages."""
+    names = [shown(key) for key in keys]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
+    """Say which near-misses to rename to the wanted keys; empty when there is none."""
+    steps, absent = [], []
+    for target in wanted:
+        found = [key for key in holder if RENAMES.get(key.strip().lower()) == target]
+        if len(found) == 1:
+            steps.append(f'rename {shown(found[0])} to "{target}"')
+        elif found:
+            steps.append(f'join {list_keys(found)} into "{target}"')
+        else:
+            absent.append(f'add "{target}"')
+    if not steps:
+        return ""
+    fix = " and ".join(steps + absent)
+    hint = ', as an array of {"role", "content"}' if wanted == ("messages",) else ""
+    return f"{fix[:1].upper()}{fix[1:]}{hint}."
+
+
+def join_parts(value: object) -> object:
+    """The text of parts, one behind the other; whatever is no list of parts comes back as it is.
+
+    Raises:
+        RowRefused: for a part that is no text, as an image.
+    """
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        return value
+    return "".join(_part_text(part) for part in value)
+
+
+def _part_text(part: dict[str, object]) -> str:
+    text = part.get("text")
+    if (
+        isinstance(text, str)
+        and part.get("type", "text") == "text"
+        and part.keys() <= {"type", "text"}
+    ):
+        return text
+    kind = part.get("type") or next(iter(part), "nothing")
+    raise RowRefused(
+        "message.part",
+        f"a part of the content is {shown(str(kind))}, and only text can be learned.",
+        'Keep the parts {"type": "text", "text": "..."}, or remove the row.',
+    )
+
+
+def read_label(value: object) -> str | tuple[str, ...]:
+    """One label, or all labels of the row where it may have several. Whole numbers become text."""
+    if not isinstance(value, list):
+        return _label_name(value)
+    names = tuple(_label_name(item) for item in value)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RowRefused(
+            "label.duplicate", f"The label {shown(twice[0])} is named twice.", "Keep one."
+        )
+    return names
+
+
+def _label_name(value: object) -> str:
+    if type(value) is int:
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        return value
+    kind = "empty" if isinstance(value, str) else json_kind(value)
+    raise RowRefused(
+        "label.type",
+        f'"label" must be a text or a whole number, or an array of them, but is {kind}.',
+        'Write {"text": "...", "label": "name"}, or ["a", "b"] where a text has several.',
+    )
+
+
+def read_rating(value: object) -> float:
+    """A finite number."""
+    if type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
+        return float(value)  # type: ignore[arg-type]
+    raise RowRefused(
+        "rating.type",
+        f'"rating" must be a finite number, but is {json_kind(value)}.',
+        "Write the number without quotes, or remove the row.",
+    )
+
+
+def read_tagged(tokens: object, tags: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Words and their tags in the BIO scheme, as many of the one as of the other."""
+    words, names = _texts(tokens, "tokens"), _texts(tags, "tags")
+    if len(words) != len(names):
+        raise RowRefused(
+            "tags.length",
+            f"The row has {len(words)} tokens and {len(names)} tags.",
+            "Give each token one tag; O for what is no entity.",
+        )
+    for number, name in enumerate(names, 1):
+        if not _BIO.fullmatch(name):
+            raise RowRefused(
+                "tags.bio",
+                f"Tag {number} is {shown(name)}.",
+                "Tags are O, B-name for the first word of an entity and I-name for the others.",
+            )
+    return words, names
+
+
+def _texts(value: object, key: str) -> tuple[str, ...]:
+    if isinstance(value, list) and value and all(isinstance(i, str) and i.strip() for i in value):
+        return tuple(value)
+    if value is None:
+        kind = "missing"
+    elif not isinstance(value, list):
+        kind = json_kind(value)
+    else:
+        kind = "an array with something else in it, or an empty one"
+    raise RowRefused(
+        "tags.type",
+        f'"{key}" must be an array of texts, but is {kind}.',
+        'Write {"tokens": ["Rita", "sings"], "tags": ["B-person", "O"]}.',
+    )
+
+
+class FieldChecker:
+    """Checks the values of the record in hand; what is wrong is noted with its file and line.
+
+    Args:
+        file: the file in hand.
+        problems: what is wrong is appended here.
+    """
+
+    other_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys that are something else than a text whose column has another name."""
+
+    def __init__(self, file: str, problems: list[Problem]) -> None:
+        self.file = file
+        self.problems = problems
+        self.line = 0
+        self.names: Names = {}
+
+    def report(self, rule: str, message: str, fix: str) -> None:
+        """Note what is wrong with the row in hand."""
+        self.problems.append(Problem(self.file, self.line, rule, message, fix))
+
+    def text(
+        self, holder: Record, key: str, number: int = 0, *, target: bool = False
+    ) -> str | None:
+        """Return a text that is there and not blank; ``number`` is that of the message, if any."""
+        value = holder.get(key)
+        if isinstance(value, str) and value and not value.isspace():
+            return value
+        called = self.names.get(key) or key
+        name = f'"{called}" of message {number}' if number else f'"{called}"'
+        if key not in holder:
+            keys = list_keys(holder) if holder else "none"
+            fix = rename_fix(holder, (key,)) or ("" if number else self._column_fix(holder, key))
+            fix = fix or f'Add "{called}", or remove the row.'
+            self.report("field.missing", f"{name} is missing; the keys are {keys}.", fix)
+        elif not isinstance(value, str):
+            fix = f"Write {name} as one string in double quotes."
+            self.report("field.type", f"{name} must be a string, but is {json_kind(value)}.", fix)
+        else:
+            blank = "holds only white space" if value else "is empty"
+            reason = ": there would be nothing to learn" if target else ""
+            fix = f"Write the text of {name}, or remove the row."
+            self.report("field.empty", f"{name} {blank}{reason}.", fix)
+        return None
+
+    def _column_fix(self, record: Record, key: str) -> str:
+        """Name the column that may be what is missing: one of text that is nothing else of ours."""
+        able = [
+            name for name in record if name not in self.other_keys and isinstance(record[name], str)
+        ]
+        close = get_close_matches(key, able, 1) or (able if len(able) == 1 else [])
+        return (
+            f"If {shown(close[0])} is meant, say `data.columns.{key}={close[0]}`." if close else ""
+        )
+
+    def messages(self, value: object, answered: bool = True) -> Turns | None:
+        """A conversation; ``answered`` wants the assistant's turn at its end."""
+        if not isinstance(value, list):
+            called = self.names.get("messages") or "messages"
+            message = f'"{called}" must be an array of objects, but is {json_kind(value)}.'
+            fix = 'Write "messages": [{"role": "user", "content": "..."}, ...].'
+            self.report("messages.type", message, fix)
+            return None
+        if not value:
+            message = f'"{self.names.get("messages") or "messages"}" is an empty array.'
+            fix = "Add at least one user and one assistant message, or remove the row."
+            self.report("messages.empty", message, fix)
+            return None
+        turns = [self._message(number, item) for number, item in enumerate(value, 1)]
+        messages = tuple(turn for turn in turns if turn is not None)
+        # With a message missing or a role unknown, the order cannot be judged.
+        if len(messages) == len(turns):
+            self._check_order([message.role for message in messages], answered)
+            spoken = [turn for turn in messages if turn.role == "assistant"]
+            if answered and spoken and not any(turn.learned for turn in spoken):
+                message = "Every turn of the assistant has the weight 0: nothing would be learned."
+                fix = "Remove the weight of a turn that is to be learned, or remove the row."
+                self.report("message.weight", message, fix)
+        return messages
+
+    def _message(self, number: int, item: object) -> Message | None:
+        """One turn; ``None`` when a problem was reported."""
+        if not isinstance(item, dict):
+            message = f"Message {number} must be an object, but is {json_kind(item)}."
+            fix = 'Write each message as {"role": "...", "content": "..."}.'
+            self.report("messages.type", message, fix)
+            return None
+        if item.get("tool_calls") or item.get("function_call"):
+            message = f"Message {number} calls a tool; tool calls cannot be learned yet."
+            fix = "Write the call as text in the content, or remove the row."
+            self.report("message.tool_calls", message, fix)
+            return None
+        role = self._role(number, item)
+        weight = item.get("weight")
+        # As OpenAI has it: 1 or 0; what else stands there says something else.
+        learned = not (role == "assistant" and type(weight) in (int, float) and not weight)
+        try:
+            item = {**item, "content": join_parts(item["content"])} if "content" in item else item
+        except RowRefused as bad:
+            self.report(bad.rule, f"Message {number}: {bad.message}", bad.fix)
+            return None
+        content = self.text(item, "content", number, target=role == "assistant")
+        return None if role is None or content is None else Message(role, content, learned)
+
+    def _role(self, number: int, item: Record) -> str | None:
+        """Who speaks; ``None`` when a problem was reported."""
+        if item.get("role") in _ROLES:
+            return str(item["role"])
+        if item.get("role") == "developer":  # what newer models of OpenAI call system
+            return "system"
+        role = self.text(item, "role", number)
+        if role is None:
+            return None
+        reason = "tool messages cannot be learned yet; " if role in ("tool", "function") else ""
+        message = f"Message {number} has the role {shown(role)}; {reason}allowed are {_ROLE_NAMES}."
+        better = _ROLE_RENAMES.get(role.strip().lower())
+        fix = f"Change the role to one of {_ROLE_NAMES}."
+        if reason:
+            fix = "Remove the row, or write the tool's result into a user message."
+        elif better is not None:
+            fix = f'Change the role {shown(role)} to "{better}".'
+        self.report("message.role", message, fix)
+        return None
+
+    def _check_order(self, roles: Sequence[str], answered: bool) -> None:
+        """Report the first turn that is not where it belongs."""
+        start = 1 if roles[0] == "system" else 0
+        for index in range(start, len(roles)):
+            if roles[index] != ("user", "assistant")[(index - start) % 2]:
+                self._report_order(index + 1, roles)
+                break
+        if answered and roles[-1] != "assistant":
+            number = len(roles)
+            message = (
+                f"The last message (message {number}) has the role {roles[-1]}; it must be"
+                " assistant, as there is nothing to learn after it."
+            )
+            fix = "Add the assistant message that answers it, or remove the row."
+            if number > 2 and roles[-2] == "assistant":
+                fix = f"Add the assistant message that answers it, or remove message {number}."
+            self.report("message.last", message, fix)
+
+    def _report_order(self, number: int, roles: Sequence[str]) -> None:
+        """Report turn ``number``, and how to mend the order."""
+        role = roles[number - 1]
+        if role == "system":
+            message = f"Message {number} has the role system, which may only come first."
+            fix = "Join its text to the first message, or change its role."
+        elif number == 1 or roles[number - 2] == "system":
+            message = f"Message {number} has the role {role}; the first turn must be from the user."
+            fix = f"Add the user message that comes before message {number}, or remove it."
+        else:
+            message = (
+                f"Messages {number - 1} and {number} both have the role {role};"
+                " user and assistant must take turns."
+            )
+            fix = "Join the two into one message, or add the turn that is missing between them."
+        self.report("message.order", message, fix)
+
+
+def read_prompt(value: object, key: str) -> Turns:
+    """The same as :func:`read_turns` of the user, with an answer of the assistant to come."""
+    turns = read_turns(value, key, "user")
+    if turns[-1].role == "assistant":
+        raise RowRefused(
+            "preference.order",
+            "the prompt ends with a turn of the assistant, which is to answer it.",
+            "Move that turn to the beginning of both answers, or add the user's next turn.",
+        )
+    return turns
+
+
+def read_turns(value: object, key: str, role: str) -> Turns:
+    """A text (of ``role``), a message, or a list of at least one message."""
+    if isinstance(value, str):
+        return (Message(role, value),)
+    items = value if isinstance(value, list) and value else [value]
+    found = []
+    for each in items:
+        item = each
+        if isinstance(each, dict) and "content" in each:
+            item = {**each, "content": join_parts(each["content"])}
+        if not isinstance(item, dict) or not isinstance(item.get("content"), str):
+            raise RowRefused(
+                "preference.type",
+                f'"{key}" must be a text, a message or a list of messages, but holds '
+                f"{json_kind(item)}{' without a text as content' * isinstance(item, dict)}.",
+                f'Write "{key}": "text", or {{"role": "{role}", "content": "text"}}.',
+            )
+        if item.get("role") not in _ROLES:
+            raise RowRefused(
+                "preference.order",
+                f"a message of {key} has the role {shown(str(item.get('role')))}.",
+                "Roles are system, user and assistant.",
+            )
+        if item.get("tool_calls") or item.get("function_call"):
+            raise RowRefused(
+                "preference.type",
+                f"a message of {key} calls a tool; tool calls cannot be learned yet.",
+                "Write the call as text in the content, or remove the row.",
+            )
+        found.append(Message(item["role"], item["content"]))
+    return tuple(found)
+
+
+def check_written(turns: Turns) -> None:
+    """Refuse turns of white space alone."""
+    for turn in turns:
+        if not turn.content.strip():
+            raise RowRefused(
+                "preference.empty",
+                f"a turn of the {turn.role} is empty, and only a rejected answer may be.",
+                "Write its text, or remove the row.",
+            )
+
+
+def check_turn_order(turns: Turns) -> None:
+    """System may come first, then user and assistant in turns, the assistant last."""
+    start = 1 if turns[0].role == "system" else 0
+    wanted = [("user", "assistant")[place % 2] for place in range(len(turns) - start)]
+    roles = [turn.role for turn in turns[start:]]
+    if roles != wanted or roles[-1:] != ["assistant"]:
+        raise RowRefused(
+            "preference.order",
+            f"prompt and answer are the turns {', '.join(turn.role for turn in turns)}.",
+            "After an optional system message, user and assistant take turns; the assistant ends.",
+        )
