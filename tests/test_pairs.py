@@ -22,6 +22,7 @@ from luthier.data.shapes import (
     Preference,
     PromptCompletion,
     PromptOnly,
+    RankedReplies,
     RatedText,
     RawText,
     TaggedWords,
@@ -44,7 +45,7 @@ from luthier.types import Example, Message, Row
 CPU = torch.device("cpu")
 DECODERS, ENCODERS = ("llama", "gpt2", "palm", "transfo_xl"), ("bert", "roberta", "albert")
 READERS, MASKLESS = (*ENCODERS, "xlnet", "elmo"), (*DECODERS, "t5", "xlnet", "elmo")
-JUDGED = ("dpo", "kto", "orpo")
+JUDGED = ("dpo", "listwise_dpo", "kto", "orpo")
 FAMILIES = (*DECODERS, *ENCODERS, "t5", "xlnet", "elmo")
 WORDS = ("yes", "no", "Paris", "The lazy dog jumps over the quick brown fox.")
 TEXTS = [f"One word, please: {word}" for word in WORDS]
@@ -77,6 +78,15 @@ ROWS = {
             rejected=(Message("assistant", "I will not answer the question."),),
         )
         for n, word in enumerate(WORDS)
+    ],
+    "ranking": [
+        RankedReplies(
+            "f",
+            n,
+            messages=(Message("user", "One word, please:"),),
+            ranked=tuple((Message("assistant", WORDS[(n + k) % 4]),) for k in range(3)),
+        )
+        for n in range(4)
     ],
     "thumb": [
         ThumbedReply(

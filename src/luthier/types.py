@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -249,7 +249,7 @@ class Example:
     word_T: IntArray | None = None
     """Number of the word each token belongs to, -1 for tokens around the text; where it is known."""
     partner: Example | None = None
-    """The other text of the row, where a row is two: what was rejected, beside what was chosen."""
+    """The next text of the row, where a row is several: what was rejected, beside what was chosen."""
     given: Row | None = None
     """The row itself, where its texts are needed in training: to grade what the network answers."""
     group: int | None = None
@@ -261,6 +261,23 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.ids_T)
+
+    @property
+    def sides(self) -> list[Example]:
+        """The texts of the row, each alone: itself, its partner, the partner of that, and so on."""
+        chain: list[Example] = []
+        side = self
+        while side.partner is not None:
+            chain, side = [*chain, replace(side, partner=None)], side.partner
+        return [*chain, side]
+
+    @staticmethod
+    def of_sides(sides: Sequence[Example]) -> Example:
+        """A row of several texts, the way back from :attr:`sides`."""
+        *others, example = sides
+        for side in reversed(others):
+            example = replace(side, partner=example)
+        return example
 
     @property
     def tokens(self) -> int:

@@ -10,7 +10,14 @@ import pytest
 
 from luthier.data.rows import load_rows
 from luthier.data.rules import PREFERENCE_RULES as RULES
-from luthier.data.shapes import Preference, PromptCompletion, RatedReply, ThumbedReply, paired
+from luthier.data.shapes import (
+    Preference,
+    PromptCompletion,
+    RankedReplies,
+    RatedReply,
+    ThumbedReply,
+    paired,
+)
 from luthier.errors import DataError, RowRefused
 from luthier.objectives import DPO, KTO
 from luthier.types import Message, Row
@@ -19,6 +26,7 @@ REAL = Path("/work/shared/data")
 USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "S"}
 YES, NO = {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "No."}
 AGAIN = {"role": "user", "content": "Again?"}
+AGAIN_OF_ASSISTANT = {"role": "assistant", "content": "Again?"}
 
 
 def load(folder: Path, *records: object) -> list[Row]:
@@ -177,6 +185,45 @@ def test_each_rule(
 def test_a_disliked_answer_may_be_empty(tmp_path: Path) -> None:
     (row,) = load(tmp_path, {"prompt": "Hi", "completion": "", "label": False})
     assert row.reply == (Message("assistant", ""),)
+
+
+def test_ranked_answers(tmp_path: Path) -> None:
+    (row,) = load(tmp_path, {"prompt": "Hi", "ranked": ["Yes.", NO, [AGAIN_OF_ASSISTANT]]})
+    best, second, third = turns(YES), turns(NO), turns(AGAIN_OF_ASSISTANT)
+    assert row == RankedReplies(row.file, 1, turns(USER), (best, second, third))
+    assert row.record() == {"prompt": "Hi", "ranked": ["Yes.", "No.", "Again?"]}
+    named = [(text.field, text.part) for text in row.texts()]
+    assert named == [
+        ("messages[1].content", "input"), ("ranked[1][1].content", "target"),
+        ("ranked[2][1].content", "other"), ("ranked[3][1].content", "other"),
+    ]  # fmt: skip
+    other = row.edit_texts(
+        lambda field, text: "Never." if field == "ranked[2][1].content" else text
+    )
+    assert other.answers() == (best, (Message("assistant", "Never."),), third)
+    found = [(pair.chosen, pair.rejected) for pair in paired([row])]
+    assert found == [(best, second), (best, third), (second, third)]
+
+
+@pytest.mark.parametrize(
+    ("record", "rule", "message"),
+    [
+        ({"ranked": ["a", "b"]}, "preference.missing", '"prompt" is missing'),
+        ({"prompt": "Hi", "ranked": "a"}, "preference.type", "is a string"),
+        ({"prompt": "Hi", "ranked": ["a"]}, "preference.type", "one answer or none"),
+        ({"prompt": "Hi", "ranked": ["a", 4]}, "preference.type", "a number"),
+        ({"prompt": "Hi", "ranked": ["a", "b", " a "]}, "preference.equal", "are the same"),
+        ({"prompt": "Hi", "ranked": ["", "a"]}, "preference.empty", "is empty"),
+        ({"prompt": [USER, YES], "ranked": ["a", "b"]}, "preference.order", "ends with a turn"),
+    ],
+)
+def test_rankings_that_say_nothing(
+    record: dict[str, Any], rule: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, record)
+    (problem,) = caught.value.problems
+    assert problem.rule == rule and message in problem.message
 
 
 def test_shapes_do_not_mix_in_a_file(tmp_path: Path) -> None:

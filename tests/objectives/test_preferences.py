@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import subprocess
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import Preference
+from luthier.data.shapes import Preference, RankedReplies
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives import DPO, KTO, ORPO, Objective, RewardModel
+from luthier.objectives import DPO, KTO, ORPO, ListwiseDPO, Objective, RewardModel
 from luthier.objectives.kto import mismatched
 from luthier.objectives.orpo import _log_one_minus_exp
 from luthier.types import Example, Message, Row
@@ -380,3 +381,83 @@ def _no_gradient(
     count = len(examples)
     metrics = {key: value / count for key, value in loss.metrics.items()}
     return float(loss.total) / count, None, metrics, None
+
+
+# --- rankings ------------------------------------------------------------------------------------
+
+RANKED = [
+    RankedReplies(
+        "f",
+        line,
+        messages=(Message("user", prompt),),
+        ranked=tuple((Message("assistant", text),) for text in answers),
+    )
+    for line, (prompt, *answers) in enumerate(
+        [
+            ("What is the capital of France?", "Paris.", "The capital of France is Paris.", "no"),
+            ("My card has not arrived yet.", "When was it sent to you?", "no"),
+            ("The lazy dog", "jumps", "jumps over the quick brown fox", "over", ""),
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize("budget", [1000, 40])
+def test_listwise_dpo_is_the_chance_of_the_order(
+    budget: int, family_folder: Callable[[str], Path]
+) -> None:
+    objective = ListwiseDPO(beta=0.3)
+    setup = Setup(family_folder("llama"), objective)
+    examples = [objective.encode(row, index, setup.chat) for index, row in enumerate(RANKED)]
+    assert [example.weight for example in examples] == pytest.approx([1 / 3, 1 / 2, 1 / 4])
+    expected, right, known = torch.zeros((), dtype=torch.float64), 0.0, []
+    for example in examples:
+        with torch.no_grad():
+            reference_K = logps(setup.reference, example.sides)[0]
+        reward_K = 0.3 * (logps(setup.policy, example.sides)[0] - reference_K)
+        # Plackett-Luce: the best is drawn first, then the best of the others, without replacement.
+        chance = torch.ones((), dtype=torch.float64)
+        for place in range(len(reward_K)):
+            chance = chance * (reward_K[place:] - reward_K[place:].max()).softmax(0)[0]
+        expected = expected - chance.log()
+        pairs = [one > other for one, other in itertools.combinations(reward_K.tolist(), 2)]
+        right += sum(pairs) / len(pairs)
+        known.append(reward_K)
+    expected = expected / len(examples)
+    expected.backward()
+    loss, gradients, metrics, count = measured(setup.network, objective, examples, budget)
+    assert (count == 1) == (budget == 1000)
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx(right / len(examples), abs=1e-6)
+    margins = [float((each[0] - each[1:].mean()).detach()) for each in known]
+    assert metrics["margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-4)
+    for name, weight in setup.policy.named_parameters():
+        difference = (gradients[name] - weight.grad).norm()
+        assert difference <= 1e-4 * weight.grad.norm() + 1e-7, name
+
+
+def test_two_ranked_answers_are_learned_as_by_dpo(family_folder: Callable[[str], Path]) -> None:
+    ranked, paired_ = ListwiseDPO(), DPO()
+    setup = Setup(family_folder("llama"), ranked)
+    losses = []
+    for objective in (ranked, paired_):
+        examples = encoded(objective, setup.chat)
+        with torch.no_grad():
+            examples = list(objective.refer(setup.network, examples, 1000))
+        loss, gradients, _, _ = measured(setup.network, objective, examples, 1000)
+        losses.append((loss, torch.cat([each.flatten() for each in gradients.values()])))
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+    torch.testing.assert_close(losses[0][1], losses[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_cut_ranking_keeps_all_its_answers_or_weighs_nothing(
+    family_folder: Callable[[str], Path],
+) -> None:
+    objective = ListwiseDPO()
+    chat = load_chat_format(family_folder("llama"))
+    example = objective.encode(RANKED[0], 0, chat)
+    shortest = min(len(side) for side in example.sides)
+    cut = objective.cut(example, shortest)
+    assert len(cut.sides) == 3 and max(map(len, cut.sides)) == shortest
+    assert cut.weight == pytest.approx(1 / 3)
+    assert not objective.cut(example, 2).weight

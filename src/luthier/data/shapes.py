@@ -14,7 +14,7 @@ rejected answer may be empty: not to stop at once is a lesson. An empty chosen o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, ClassVar, Self, TypeVar, cast
@@ -32,7 +32,7 @@ from luthier.data.fields import (
 )
 from luthier.data.parsing import Record, json_kind, shown
 from luthier.errors import DataError, Problem, RowRefused
-from luthier.types import Message, Part, Row
+from luthier.types import Message, Part, Row, Text
 
 LONGEST_CLASS = 64
 """Characters of a completion that may be the name of a class."""
@@ -589,6 +589,88 @@ def _short(turns: Turns, role: str) -> object:
 
 
 @dataclass(frozen=True, slots=True)
+class RankedReplies(JudgedAnswers):
+    """Answers to a prompt in the order in which people like them, the best first."""
+
+    shape: ClassVar[str] = "ranking"
+    title: ClassVar[str] = '{"prompt", "ranked"}'
+    words: ClassVar[str] = "ranked answers"
+    keys: ClassVar[tuple[str, ...]] = ("ranked",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "ranked")),)
+    source_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "ranked"))
+    json_keys: ClassVar[frozenset[str]] = frozenset(("ranked",))
+    object_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "ranked"))
+    parts: ClassVar[Mapping[str, Part]] = {"messages": "input"}
+
+    ranked: tuple[Turns, ...]
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """Two or more different answers; all but the best may be empty."""
+        ranked = record["ranked"]
+        if "prompt" not in record:
+            raise RowRefused("preference.missing", '"prompt" is missing.', 'Add "prompt".')
+        if not isinstance(ranked, list) or len(ranked) < 2:
+            what = (
+                "holds one answer or none"
+                if isinstance(ranked, list)
+                else f"is {json_kind(ranked)}"
+            )
+            raise RowRefused(
+                "preference.type",
+                f'"ranked" must be an array of two answers at least, but {what}.',
+                'Write "ranked": ["the best", "...", "the worst"].',
+            )
+        prompt = read_prompt(record["prompt"], "prompt")
+        answers = tuple(read_turns(each, "ranked", "assistant") for each in ranked)
+        if any(_stripped(one) == _stripped(other) for one, other in combinations(answers, 2)):
+            raise RowRefused(
+                "preference.equal",
+                "two of the ranked answers are the same, so there is nothing to prefer.",
+                "Remove one of the two.",
+            )
+        for answer in answers:
+            check_turn_order((*prompt, *answer))
+        best, *others = answers
+        check_written((*prompt, *best, *(turn for other in others for turn in other[:-1])))
+        return cls(fields.file, fields.line, prompt, answers)
+
+    def texts(self) -> Iterator[Text]:
+        """The turns of the prompt, and of each answer from the best to the worst."""
+        yield from JudgedAnswers.texts(self)
+        for place, answer in enumerate(self.ranked, 1):
+            part: Part = "target" if place == 1 else "other"
+            for number, turn in enumerate(answer, 1):
+                yield from turn.texts(f"ranked[{place}][{number}]", part)
+
+    def edit_texts(self, change: Callable[[str, str], str]) -> Self:
+        """The row with each text as ``change(field, text)`` gives it."""
+        answers = tuple(
+            tuple(
+                turn.edit_texts(f"ranked[{place}][{number}]", change)
+                for number, turn in enumerate(answer, 1)
+            )
+            for place, answer in enumerate(self.ranked, 1)
+        )
+        return replace(JudgedAnswers.edit_texts(self, change), ranked=answers)
+
+    def answers(self) -> tuple[Turns, ...]:
+        """All, the best first."""
+        return self.ranked
+
+    def judgement(self) -> tuple[str, ...]:
+        """The answers in their order."""
+        return tuple(turn.whole_text for answer in self.ranked for turn in answer)
+
+    def record(self) -> Record:
+        """The prompt and the answers, each a text where that says all."""
+        return {
+            "prompt": _short(self.messages, "user"),
+            "ranked": [_short(answer, "assistant") for answer in self.ranked],
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class JudgedReply(JudgedAnswers):
     """Base of the shapes in which people judged a single answer."""
 
@@ -745,6 +827,7 @@ SHAPES: Mapping[str, type[Shape]] = {
         TextPair,
         PromptOnly,
         Preference,
+        RankedReplies,
         ThumbedReply,  # before the rating, which is then a remark beside it
         RatedReply,
     )
@@ -767,7 +850,7 @@ def of_shape(kind: type[Kind], rows: Sequence[Row]) -> Sequence[Kind] | None:
 
 
 def paired(rows: Sequence[Row]) -> list[Preference]:
-    """Rows with one judged answer each to pairs; rows that are pairs stay as they are.
+    """Judged answers as pairs; rows that are pairs stay as they are, ranked ones become all of theirs.
 
     Every two answers to one prompt with different ratings are a pair (Ouyang et al. 2022, section
     3.5); a thumb is a rating of 1 or 0. Pairs stand at the place of the better answer.
@@ -784,14 +867,13 @@ def paired(rows: Sequence[Row]) -> list[Preference]:
         raise DataError(problems)
     pairs: list[Preference] = []
     for row in rows:
-        if isinstance(row, Preference):
-            pairs.append(row)
-        elif isinstance(row, JudgedReply):
-            worse = [other for other in groups[row.messages] if other.worth < row.worth]
-            pairs += [
-                Preference(row.file, row.line, row.messages, row.reply, other.reply)
-                for other in worse
-            ]
+        if not isinstance(row, JudgedAnswers):
+            continue
+        sides = list(combinations(row.answers(), 2))
+        if isinstance(row, JudgedReply):
+            group = groups[row.messages]
+            sides = [(row.reply, other.reply) for other in group if other.worth < row.worth]
+        pairs += [Preference(row.file, row.line, row.messages, *both) for both in sides]
     problems = [
         Problem(
             pair.file,

@@ -10,6 +10,7 @@ from luthier.objectives.embedding_distillation import EmbeddingDistillation
 from luthier.objectives.encoder_distillation import EncoderDistillation
 from luthier.objectives.grpo import GRPO
 from luthier.objectives.kto import KTO
+from luthier.objectives.listwise_dpo import ListwiseDPO
 from luthier.objectives.logit_distillation import LogitDistillation
 from luthier.objectives.masked_lm import MaskedLM
 from luthier.objectives.on_policy_distillation import OnPolicyDistillation
@@ -42,6 +43,7 @@ OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
         "encoder_distillation": EncoderDistillation,
         "embedding_distillation": EmbeddingDistillation,
         "dpo": DPO,
+        "listwise_dpo": ListwiseDPO,
         "kto": KTO,
         "orpo": ORPO,
         "reward_model": RewardModel,
@@ -64,6 +66,7 @@ __all__ = [
     "Contrastive",
     "EmbeddingDistillation",
     "EncoderDistillation",
+    "ListwiseDPO",
     "LogitDistillation",
     "MaskedLM",
     "Objective",

@@ -48,10 +48,10 @@ class Judged(Objective):
 
     def cut(self, example: Example, context: int) -> Example:
         """Cut the end of each text off; a row with nothing learned left on one side weighs nothing."""
-        sides = [_cut(side, context) for side in (example, example.partner) if side is not None]
+        sides = [_cut(side, context) for side in example.sides]
         if not all(side.weight for side in sides):
-            return replace(sides[0], weight_T=np.zeros_like(sides[0].weight_T), partner=None)
-        return replace(sides[0], partner=sides[1] if len(sides) > 1 else None)
+            return replace(sides[0], weight_T=np.zeros_like(sides[0].weight_T))
+        return Example.of_sides(sides)
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """Negative log-likelihood of the answers: no reference, and no other row, enters."""

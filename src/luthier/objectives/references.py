@@ -35,24 +35,18 @@ def reference_logps(network: Network, batch: TreeBatch) -> Tensor:
 
 
 def referred(network: Network, examples: Sequence[Example], budget: int) -> list[Example]:
-    """``examples`` and their partners with :attr:`Example.reference` filled in.
+    """``examples``, all sides of them, with :attr:`Example.reference` filled in.
 
     Rows are computed in the same micro-batches at each start of a run, so a resumed one sees the same
     bits.
     """
-    texts = [text for row in examples for text in (row, row.partner) if text is not None]
-    placed = [replace(text, row=place, partner=None) for place, text in enumerate(texts)]
+    texts = [side for example in examples for side in example.sides]
+    placed = [replace(text, row=place) for place, text in enumerate(texts)]
     logp = [0.0] * len(placed)
     for start in range(0, len(placed), AT_ONCE):
         for batch in network.batches(placed[start : start + AT_ONCE], budget):
             found_R = reference_logps(network, batch).tolist()
             for row, value in zip(batch.tree.examples, found_R, strict=True):
                 logp[row.row] = value
-    values = iter(logp)
-    done = []
-    for example in examples:
-        own, partner = next(values), example.partner
-        if partner is not None:
-            partner = replace(partner, reference=next(values))
-        done.append(replace(example, reference=own, partner=partner))
-    return done
+    known = (replace(text, reference=value) for text, value in zip(texts, logp, strict=True))
+    return [Example.of_sides([next(known) for _ in example.sides]) for example in examples]

@@ -276,7 +276,7 @@ def preference_scores(
     objective = KTO() if thumbs else DPO()
     rows = objective.gather(rows)
     chat = store.chat_format(stored)
-    texts = [_texts(objective.encode(row, index, chat)) for index, row in enumerate(rows)]
+    texts = [objective.encode(row, index, chat).sides for index, row in enumerate(rows)]
     measured = fit_rows(rows, texts, store.room_of(stored), long_rows, cut_end)
     rows, sides = measured.rows, [side for each in measured.examples for side in each]
     found = _logps(stored, sides)
@@ -298,12 +298,6 @@ def preference_scores(
         for row, (chosen, rejected) in zip(rows, pairs, strict=True)
     ]
     return RowScores(pair_scores(pairs), measured, lines)
-
-
-def _texts(example: Example) -> list[Example]:
-    """The sides of a row, each alone."""
-    sides = (example, example.partner)
-    return [replace(side, partner=None) for side in sides if side is not None]
 
 
 def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:

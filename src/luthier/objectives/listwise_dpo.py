@@ -1,0 +1,118 @@
+"""Listwise direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, appendix A.3).
+
+People rank several answers to a prompt. Under the Plackett-Luce model the best wins among all, the
+second among the others, and so on, each with the softmax of DPO's rewards,
+``r_k = beta (log p_k - log p_ref,k)``. The loss of a row is minus the logarithm of the chance of its
+order, ``sum_k logsumexp(r_k, ..., r_K) - r_k``: with two answers it is DPO's. The paper has no
+experiment with it. Left out: ties, which the model cannot say.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from luthier.data.shapes import JudgedAnswers
+from luthier.errors import RowRefused
+from luthier.objectives.pairs import Judged, check_different, encode_answer
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+
+MOST_ANSWERS = 64
+"""Answers of a row; they are computed in one micro-batch."""
+
+
+class ListwiseDPO(Judged):
+    """Learn the order in which people like several answers, without a reward model."""
+
+    method: Literal["listwise_dpo"] = "listwise_dpo"
+    beta: float = Field(default=0.1, gt=0, le=1000)
+    """How near to the reference the model stays: more is nearer. The paper's for DPO (appendix B)."""
+
+    shapes: ClassVar[frozenset[str]] = frozenset({"ranking"})
+    also: ClassVar[frozenset[str]] = frozenset({"preference"})
+    evaluated_on: ClassVar[frozenset[str]] = Judged.evaluated_on | {"ranking"}
+    refers: ClassVar[bool] = True
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """Weight on each token of all answers, the same share of 1 on each."""
+        assert isinstance(row, JudgedAnswers)
+        answers = row.answers()
+        if len(answers) > MOST_ANSWERS:
+            raise RowRefused(
+                "preference.type",
+                f"the row has {len(answers)} answers, and {MOST_ANSWERS} can be compared at once.",
+                "Leave some of them out.",
+            )
+        share = 1 / len(answers)
+        sides = [encode_answer(row.messages, each, index, chat, share) for each in answers]
+        for one, other in combinations(sides, 2):
+            check_different(one, other)
+        return Example.of_sides(sides)
+
+    def views(self, example: Example) -> list[Example]:
+        """The answers as rows of their own that are never parted, in their order by number."""
+        first = MOST_ANSWERS * example.row
+        return [
+            replace(side, row=first + place, group=example.row)
+            for place, side in enumerate(example.sides)
+        ]
+
+    def refer(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> Sequence[Example]:
+        """The rows with the reference log-probability of every answer."""
+        from luthier.objectives.references import referred
+
+        return referred(network, examples, budget)
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """Micro-batches with the reference log-probability ``[R]`` of each answer as ``extra``."""
+        from luthier.objectives.references import reference_logps
+
+        batches = super().annotate(network, examples, budget)
+        return [replace(batch, extra=reference_logps(network, batch)) for batch in batches]
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed loss over the rankings.
+
+        ``accuracy`` is the share of pairs of answers the right way round, one number for each row, and
+        ``margin`` the reward of the best answer above the mean of the others.
+        """
+        import torch
+
+        from luthier.objectives.logprobs import row_sums, token_logps
+
+        logp_R = row_sums(batch, token_logps(network, batch))
+        reward_R = self.beta * (logp_R - batch.extra)
+        places: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for place, row in enumerate(batch.tree.examples):
+            assert row.group is not None
+            places[row.group].append((row.row, place))
+        losses, accuracy, margin = [], 0.0, 0.0
+        for group in sorted(places):
+            reward_K = reward_R[[place for _, place in sorted(places[group])]]
+            # The chance of the last answer among itself alone is 1.
+            behind_K = reward_K.flip(0).logcumsumexp(0).flip(0)
+            losses.append((behind_K - reward_K)[:-1].sum())
+            known_K = reward_K.detach()
+            above_KK = torch.sign(known_K[:, None] - known_K[None])
+            pairs = len(known_K) * (len(known_K) - 1) / 2
+            # Of equal rewards, as all are before training, either may be the higher one.
+            accuracy += 0.5 + float(above_KK.triu(1).sum()) / (2 * pairs)
+            margin += float(known_K[0] - known_K[1:].mean())
+        return Loss.of_rows(torch.stack(losses), {"accuracy": accuracy, "margin": margin})
+
+    def described(self, example: Example) -> str:
+        """How many answers are worse; their texts are in the file."""
+        return f"rather than {len(example.sides) - 1} other answers"
