@@ -1,0 +1,252 @@
+"""Tools, calls, results and thoughts as the logs of agents keep them, in one form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from luthier.errors import RowRefused
+from luthier.types import Tool, ToolCall
+
+_CALL_ROLES = ("tool_call", "function_call")
+_RESULT_ROLES = ("function", "observation")
+_TOOL_ROLES = frozenset(("tool", *_CALL_ROLES, *_RESULT_ROLES))
+_TURN_KEYS = frozenset(
+    ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+)
+
+
+def read_tools(value: object) -> tuple[Tool, ...]:
+    """The tools of a row: OpenAI's list, functions, Bedrock's ``toolConfig``, or JSON text of one.
+
+    Raises:
+        RowRefused: for anything else, and for two tools of one name.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except (ValueError, RecursionError):
+            raise _refusal("tools.type", "its tools are a text that is no JSON") from None
+    if isinstance(value, Mapping) and isinstance(value.get("tools"), list):
+        value = value["tools"]
+    if not isinstance(value, list):
+        raise _refusal("tools.type", f"its tools must be an array, but are {type(value).__name__}")
+    tools = tuple(_read_tool(each, number) for number, each in enumerate(value, 1))
+    names = [tool.name for tool in tools]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise _refusal("tools.type", f'two of its tools are called "{twice}"')
+    return tools
+
+
+def _read_tool(item: object, number: int) -> Tool:
+    if isinstance(item, Mapping):
+        spec = item.get("function", item.get("toolSpec", item))
+        if isinstance(spec, Mapping):
+            schema = spec.get("parameters", spec.get("inputSchema", spec.get("input_schema")))
+            if isinstance(schema, Mapping) and isinstance(schema.get("json"), Mapping):
+                schema = schema["json"]
+            name, description = spec.get("name"), spec.get("description") or ""
+            schema = {"type": "object"} if schema is None else schema
+            if (
+                isinstance(name, str)
+                and name.strip()
+                and isinstance(description, str)
+                and isinstance(schema, Mapping)
+            ):
+                return Tool(name, description, schema)
+    raise _refusal("tools.type", f"tool {number} has no name, or a description or schema of no use")
+
+
+def _refusal(rule: str, text: str) -> RowRefused:
+    fix = (
+        'Write "tools": [{"type": "function", "function": {"name": "...", "description": "...", '
+        '"parameters": {...}}}], or remove the row.'
+    )
+    return RowRefused(rule, f"{text[0].upper()}{text[1:]}.", fix)
+
+
+def unify_turns(items: Sequence[object]) -> list[object]:
+    """Turns with calls, results and thoughts in OpenAI's form, from the forms they are kept in.
+
+    Those are OpenAI's own (arguments as JSON text or as an object, the older ``function_call``),
+    content blocks of Bedrock's Converse and of Anthropic (``toolUse``, ``tool_use``, ``toolResult``,
+    ``reasoningContent``, ``thinking``), and turns of their own (``tool_call`` or ``function_call``,
+    then ``tool``, ``function`` or ``observation``) as LLaMA-Factory and ShareGPT have them. A call
+    that follows words of the assistant joins their turn. Anything else comes back as it is.
+
+    Calls come as :class:`~luthier.types.ToolCall`, numbered where they have no id; a result that names
+    no call is that of the next one without a result.
+
+    Raises:
+        RowRefused: for a call without a name, or with arguments that are no JSON object.
+    """
+    if not any(_is_agents(item) for item in items):
+        return list(items)
+    turns: list[object] = []
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, Mapping):
+            turns.append(item)
+            continue
+        for turn in _split_blocks(dict(item)):
+            _join_turn(turns, _with_calls(turn, number))
+    return _link_results(turns)
+
+
+def _is_agents(item: object) -> bool:
+    """Whether a turn has anything to do with tools or thoughts."""
+    if not isinstance(item, Mapping):
+        return False
+    content = item.get("content")
+    return (
+        (isinstance(item.get("role"), str) and item["role"] in _TOOL_ROLES)
+        or not _TURN_KEYS.isdisjoint(item)
+        or (isinstance(content, list) and any(_is_tool_block(block) for block in content))
+    )
+
+
+def _split_blocks(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """A turn of content blocks as turns of OpenAI's: results of tools become turns of their own."""
+    blocks = turn.get("content")
+    if not isinstance(blocks, list) or not any(_is_tool_block(block) for block in blocks):
+        return [turn]
+    results: list[dict[str, Any]] = []
+    texts: list[object] = []
+    for block in blocks:
+        if not _is_tool_block(block):
+            texts.append(block)
+            continue
+        kind = block.get("type")
+        if "toolUse" in block or kind == "tool_use":
+            use = block.get("toolUse", block)
+            use = use if isinstance(use, Mapping) else {}
+            function = {"name": use.get("name"), "arguments": use.get("input")}
+            call = {"id": use.get("toolUseId", use.get("id")), "function": function}
+            turn["tool_calls"] = [*(turn.get("tool_calls") or ()), call]
+        elif "toolResult" in block or kind == "tool_result":
+            result = block.get("toolResult", block)
+            result = result if isinstance(result, Mapping) else {}
+            call_id = result.get("toolUseId", result.get("tool_use_id"))
+            content = _result_text(result.get("content"))
+            results.append({"role": "tool", "tool_call_id": call_id, "content": content})
+        else:
+            inner = block.get("reasoningContent", block)
+            inner = inner.get("reasoningText", inner) if isinstance(inner, Mapping) else {}
+            thought = inner.get("text", inner.get("thinking")) if isinstance(inner, Mapping) else ""
+            turn["reasoning_content"] = f"{turn.get('reasoning_content') or ''}{thought or ''}"
+    if texts or turn.get("tool_calls") or not results:
+        turn["content"] = texts or ""
+        return [*results, turn]
+    return results
+
+
+def _is_tool_block(block: object) -> bool:
+    return isinstance(block, Mapping) and (
+        bool(block.keys() & {"toolUse", "toolResult", "reasoningContent"})
+        or block.get("type") in ("tool_use", "tool_result", "thinking")
+    )
+
+
+def _result_text(content: object) -> object:
+    """What a tool gave back, as text."""
+    if isinstance(content, list):
+        parts = [
+            each["text"]
+            if isinstance(each, Mapping) and isinstance(each.get("text"), str)
+            else json.dumps(each.get("json", each) if isinstance(each, Mapping) else each)
+            for each in content
+        ]
+        return "\n".join(parts)
+    return content
+
+
+def _with_calls(turn: dict[str, Any], number: int) -> dict[str, Any]:
+    """A turn whose calls are those of ``tool_calls``, and whose thoughts ``reasoning_content``."""
+    role, content = turn.get("role"), turn.get("content")
+    calls = turn.pop("tool_calls", None) or []
+    old = turn.pop("function_call", None)
+    if role in _CALL_ROLES:
+        calls, turn = [content], {"role": "assistant", "content": ""}
+        try:
+            calls = json.loads(content) if isinstance(content, str) else calls
+        except (ValueError, RecursionError):
+            raise _bad_call(number, "is no JSON") from None
+        calls = calls if isinstance(calls, list) else [calls]
+    elif role in _RESULT_ROLES:
+        turn["role"] = "tool"
+    if old:
+        calls = [*calls, old]
+    if not isinstance(calls, list):
+        raise _bad_call(number, "must be in an array")
+    thought = turn.pop("reasoning", None) or turn.pop("thinking", None)
+    if thought and not turn.get("reasoning_content"):
+        turn["reasoning_content"] = thought
+    if calls:
+        turn["tool_calls"] = [_read_call(each, number) for each in calls]
+        turn["content"] = turn.get("content") or ""
+    return turn
+
+
+def _read_call(item: object, number: int) -> ToolCall:
+    spec = item.get("function", item) if isinstance(item, Mapping) else None
+    if not isinstance(item, Mapping) or not isinstance(spec, Mapping):
+        raise _bad_call(number, "is no object")
+    name, arguments = spec.get("name"), spec.get("arguments", spec.get("parameters"))
+    if not isinstance(name, str) or not name.strip():
+        raise _bad_call(number, "has no name")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            raise _bad_call(number, f'of "{name}" has arguments that are no JSON') from None
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise _bad_call(number, f'of "{name}" has arguments that are no object')
+    return ToolCall(str(item.get("id") or ""), name, arguments)
+
+
+def _bad_call(number: int, what: str) -> RowRefused:
+    return RowRefused(
+        "message.tool_calls",
+        f"A tool call of message {number} {what}.",
+        'Write {"type": "function", "function": {"name": "...", "arguments": "{...}"}}, or remove '
+        "the row.",
+    )
+
+
+def _join_turn(turns: list[object], turn: dict[str, Any]) -> None:
+    last = turns[-1] if turns else None
+    if (
+        isinstance(last, dict)
+        and last.get("role") == turn.get("role") == "assistant"
+        and turn.get("tool_calls")
+        and not turn.get("content")
+    ):
+        last["tool_calls"] = [*last.get("tool_calls", ()), *turn["tool_calls"]]
+    else:
+        turns.append(turn)
+
+
+def _link_results(turns: list[object]) -> list[object]:
+    """Number calls that have no id, and give results that name no call that of the next one."""
+    waiting: list[str] = []
+    count = 0
+    for turn in turns:
+        if not isinstance(turn, dict):
+            continue
+        if turn.get("tool_calls"):
+            calls = []
+            for call in turn["tool_calls"]:
+                calls.append(call if call.id else replace(call, id=f"call{count:05}"))
+                count += 1
+            turn["tool_calls"] = calls
+            waiting = [call.id for call in calls]
+        elif turn.get("role") == "tool":
+            if not turn.get("tool_call_id") and waiting:
+                turn["tool_call_id"] = waiting[0]
+            if turn.get("tool_call_id") in waiting:
+                waiting.remove(turn["tool_call_id"])
+    return turns

@@ -1,0 +1,210 @@
+"""Tools, calls, results and thoughts in the forms that people keep them in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.data.tool_forms import read_tools, unify_turns
+from luthier.errors import RowRefused
+from luthier.types import Tool, ToolCall
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+WEATHER = Tool("weather", "Tells it.", SCHEMA)
+PLAIN = {"name": "weather", "description": "Tells it.", "parameters": SCHEMA}
+ASK = {"role": "user", "content": "Rome?"}
+ROME = {"city": "Rome"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [{"type": "function", "function": PLAIN}],
+        [PLAIN],
+        json.dumps([PLAIN]),
+        [{"name": "weather", "description": "Tells it.", "input_schema": SCHEMA}],
+        {
+            "tools": [
+                {
+                    "toolSpec": {
+                        "name": "weather",
+                        "description": "Tells it.",
+                        "inputSchema": {"json": SCHEMA},
+                    }
+                }
+            ]
+        },
+    ],
+)
+def test_every_form_of_tools(value: object) -> None:
+    assert read_tools(value) == (WEATHER,)
+    assert dict(read_tools(value)[0].parameters) == SCHEMA
+
+
+def test_tools_that_say_little_and_none() -> None:
+    assert read_tools([{"name": "now"}]) == (Tool("now"),)
+    assert read_tools([]) == read_tools("") == read_tools("[]") == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("weather", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        (7, "must be an array"),
+        ([7], "tool 1"),
+        ([PLAIN, {"description": "x"}], "tool 2"),
+        ([{"name": "a", "parameters": "none"}], "tool 1"),
+        ([PLAIN, PLAIN], 'called "weather"'),
+    ],
+)
+def test_wrong_tools_are_refused(value: object, said: str) -> None:
+    with pytest.raises(RowRefused, match="(?i)" + said) as refused:
+        read_tools(value)
+    assert refused.value.rule == "tools.type"
+
+
+def openai(arguments: object, **fields: object) -> dict[str, Any]:
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return {"role": "assistant", "tool_calls": [call], **fields}
+
+
+def assistant(*blocks: object) -> dict[str, Any]:
+    return {"role": "assistant", "content": [*blocks]}
+
+
+def user(*blocks: object) -> dict[str, Any]:
+    return {"role": "user", "content": [*blocks]}
+
+
+WRITTEN = json.dumps(ROME)
+OLD_CALL = {"name": "weather", "arguments": WRITTEN}
+CONVERSE_CALL = {"toolUse": {"toolUseId": "a", "name": "weather", "input": ROME}}
+CONVERSE_RESULT = {"toolResult": {"toolUseId": "a", "content": [{"text": "sun"}]}}
+BLOCK_CALL = {"type": "tool_use", "id": "a", "name": "weather", "input": ROME}
+BLOCK_RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "sun"}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [openai(WRITTEN, content=None), {"role": "tool", "tool_call_id": "a", "content": "sun"}],
+        [openai(ROME), {"role": "tool", "content": "sun"}],
+        [
+            {"role": "assistant", "content": None, "function_call": OLD_CALL},
+            {"role": "function", "name": "weather", "content": "sun"},
+        ],
+        [assistant(CONVERSE_CALL), user(CONVERSE_RESULT)],
+        [assistant(BLOCK_CALL), user(BLOCK_RESULT)],
+        [
+            {"role": "tool_call", "content": json.dumps({"name": "weather", "arguments": ROME})},
+            {"role": "tool", "content": "sun"},
+        ],
+        [
+            {"role": "function_call", "content": json.dumps([OLD_CALL])},
+            {"role": "observation", "content": "sun"},
+        ],
+    ],
+)
+def test_every_form_of_a_call_and_its_result(turns: list[object]) -> None:
+    asked, called, result = unify_turns([ASK, *turns])
+    assert asked == ASK and isinstance(called, dict) and isinstance(result, dict)
+    (call,) = called["tool_calls"]
+    assert (call.name, dict(call.arguments), called["content"]) == ("weather", ROME, "")
+    assert called["role"] == "assistant"
+    assert (result["role"], result["content"], result["tool_call_id"]) == ("tool", "sun", call.id)
+
+
+def test_a_call_joins_the_words_before_it_and_results_go_by_their_order() -> None:
+    turns = unify_turns(
+        [
+            ASK,
+            {"role": "assistant", "content": "Let me look."},
+            {"role": "tool_call", "content": '{"name": "a", "arguments": {}}'},
+            {"role": "tool_call", "content": '{"name": "b", "arguments": {}}'},
+            {"role": "tool", "content": "1"},
+            {"role": "tool", "content": "2"},
+        ]
+    )
+    called, first, second = turns[1:]
+    assert isinstance(called, dict) and isinstance(first, dict) and isinstance(second, dict)
+    assert called["content"] == "Let me look."
+    assert called["tool_calls"] == [ToolCall("call00000", "a", {}), ToolCall("call00001", "b", {})]
+    assert [first["tool_call_id"], second["tool_call_id"]] == ["call00000", "call00001"]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": "Sun.", "reasoning_content": "May."},
+        {"role": "assistant", "content": "Sun.", "reasoning": "May."},
+        {"role": "assistant", "content": "Sun.", "thinking": "May."},
+        {
+            "role": "assistant",
+            "content": [
+                {"reasoningContent": {"reasoningText": {"text": "May."}}},
+                {"text": "Sun."},
+            ],
+        },
+        {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": "May."}, {"type": "text", "text": "Sun."}],
+        },
+    ],
+)
+def test_every_form_of_thoughts(turn: object) -> None:
+    (found,) = unify_turns([turn])
+    assert isinstance(found, dict) and found["reasoning_content"] == "May."
+    assert found["content"] in ("Sun.", [{"text": "Sun."}], [{"type": "text", "text": "Sun."}])
+
+
+def test_what_has_nothing_to_do_with_tools_stays() -> None:
+    turns: list[object] = [ASK, {"role": "assistant", "content": [{"text": "Hi"}]}, 7, {"role": []}]
+    assert unify_turns(turns) == turns
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        (openai("{"), "no JSON"),
+        (openai("[1]"), "no object"),
+        ({"role": "assistant", "tool_calls": [7]}, "no object"),
+        ({"role": "assistant", "tool_calls": 7}, "array"),
+        ({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}, "no name"),
+        ({"role": "tool_call", "content": "weather(Rome)"}, "no JSON"),
+        ({"role": "assistant", "content": [{"toolUse": None}]}, "no name"),
+    ],
+)
+def test_wrong_calls_are_refused_with_their_message(turn: object, said: str) -> None:
+    with pytest.raises(RowRefused, match=rf"message 2 .*{said}") as refused:
+        unify_turns([ASK, turn])
+    assert refused.value.rule == "message.tool_calls"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(
+            ["role", "content", "tool_calls", "function", "name", "arguments", "toolUse", "toolResult",
+             "type", "reasoningContent", "function_call", "thinking", "input"]
+        ),
+        inner,
+        max_size=4,
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.lists(JSON, max_size=4))
+def test_no_turn_breaks_it(turns: list[object]) -> None:
+    before = json.dumps(turns)
+    with contextlib.suppress(RowRefused):
+        unify_turns(turns)
+    assert json.dumps(turns) == before
