@@ -15,6 +15,10 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
 
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+"""What most models that call put around a call."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A function that a model may ask to be called."""
@@ -106,6 +110,21 @@ class Message:
             calls.append(replace(call, arguments=map_texts(dict(call.arguments), text)))
         return replace(self, content=content, reasoning=reasoning, calls=tuple(calls))
 
+    @property
+    def reply_text(self) -> str:
+        """What is said, and calls as JSON: what a model writes that has no other way to call."""
+        calls = [
+            json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
+            for call in self.calls
+        ]
+        if not calls:
+            return self.content
+        if len(calls) == 1 and not self.content:
+            return calls[0]
+        # Tags tell where each call begins and ends.
+        marked = [f"{CALL_OPEN}\n{call}\n{CALL_CLOSE}" for call in calls]
+        return "\n".join([*([self.content] if self.content else []), *marked])
+
     def to_dict(self) -> dict[str, Any]:
         """The turn in OpenAI's form, ready for JSON."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
@@ -150,6 +169,11 @@ class Row:
     def members(self) -> Mapping[str, Any] | None:
         """Whatever else a row says of itself whose answer is not learned; graders may look at it."""
         return None
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """The functions that an assistant of the row may ask to be called."""
+        return ()
 
     def texts(self) -> Iterator[Text]:
         """Every text of the row, in the order a model reads them.
@@ -206,11 +230,11 @@ class Row:
     def expected_reply(self) -> str | None:
         """The text that a reply to :meth:`prompt_turns` is compared with, where the row has one."""
         turns = self.turns()
-        return turns[-1].content if turns and turns[-1].role == "assistant" else None
+        return turns[-1].reply_text if turns and turns[-1].role == "assistant" else None
 
     def plain_text(self) -> str:
         """What a network reads that knows no turns: all of it as one text."""
-        return "\n\n".join(turn.content for turn in self.turns())
+        return "\n\n".join(turn.reply_text for turn in self.turns())
 
     def classes(self) -> tuple[str, ...]:
         """What the row counts as where rows are split in proportion: its labels, its judgement."""

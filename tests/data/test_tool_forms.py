@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from luthier.data.rows import load_rows
+from luthier.data.shapes import Conversation
 from luthier.data.tool_forms import read_tools, unify_turns
-from luthier.errors import RowRefused
-from luthier.types import Tool, ToolCall
+from luthier.errors import DataError, RowRefused
+from luthier.types import Row, Tool, ToolCall
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER = Tool("weather", "Tells it.", SCHEMA)
@@ -208,3 +211,86 @@ def test_no_turn_breaks_it(turns: list[object]) -> None:
     with contextlib.suppress(RowRefused):
         unify_turns(turns)
     assert json.dumps(turns) == before
+
+
+def load(tmp_path: Path, *records: object) -> list[Row]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return list(load_rows(path))
+
+
+CALLED = openai(WRITTEN, content=None)
+RESULT = {"role": "tool", "tool_call_id": "a", "content": ""}
+SAID = {"role": "assistant", "content": "Sun.", "reasoning_content": "It says so.\n"}
+
+
+def test_a_row_keeps_tools_calls_results_and_thoughts(tmp_path: Path) -> None:
+    record = {"messages": [ASK, CALLED, RESULT, SAID], "tools": [PLAIN]}
+    (row,) = load(tmp_path, record)
+    assert isinstance(row, Conversation)
+    _, called, result, said = row.messages
+    assert called.calls == (ToolCall("a", "weather", ROME),)
+    assert called.calls[0].arguments == ROME
+    assert (result.role, result.content, result.call_id) == ("tool", "", "a")
+    assert said.reasoning == "It says so."
+    assert row.tools == (WEATHER,)
+    (again,) = load(tmp_path, row.record())
+    assert isinstance(again, Conversation)
+    assert (again.messages, again.tools) == (row.messages, row.tools)
+    ends = load(tmp_path, {"messages": [ASK, CALLED]})[0]
+    assert ends.expected_reply() == '{"name": "weather", "arguments": {"city": "Rome"}}'
+
+
+def test_bedrocks_and_sharegpts_rows_with_tools(tmp_path: Path) -> None:
+    spec = {"name": "weather", "description": "Tells it.", "inputSchema": {"json": SCHEMA}}
+    (bedrock,) = load(
+        tmp_path,
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "toolConfig": {"tools": [{"toolSpec": spec}]},
+            "messages": [user({"text": "Rome?"}), assistant(CONVERSE_CALL)],
+        },
+    )
+    (sharegpt,) = load(
+        tmp_path,
+        {
+            "conversations": [
+                {"from": "human", "value": "Rome?"},
+                {
+                    "from": "function_call",
+                    "value": json.dumps({"name": "weather", "arguments": ROME}),
+                },
+                {"from": "observation", "value": "sun"},
+                {"from": "gpt", "value": "Sun."},
+            ],
+            "tools": json.dumps([PLAIN]),
+        },
+    )
+    for row in (bedrock, sharegpt):
+        assert row.tools == (WEATHER,)
+        assert row.turns()[1].calls[0].arguments == ROME
+    assert [turn.role for turn in sharegpt.turns()] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        ([ASK, SAID, RESULT, SAID], r"message 3 is the result of a tool, and no call"),
+        ([ASK, CALLED, SAID], r"Message 2 calls a tool, and message 3 .* result of the tool"),
+        ([ASK, CALLED, RESULT, ASK, SAID], r"message 4 has the role user, and no answer follows"),
+        ([ASK, CALLED, RESULT], r"last message \(message 3\) has the role tool"),
+        ([RESULT, SAID], r"message 1 is the result of a tool"),
+    ],
+)
+def test_turns_that_are_out_of_order_are_named(
+    tmp_path: Path, turns: list[object], said: str
+) -> None:
+    with pytest.raises(DataError, match="(?i)" + said):
+        load(tmp_path, {"messages": turns, "tools": [PLAIN]})
+
+
+def test_a_call_of_a_function_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r'calls "weather", which is not among .*"clock"'):
+        load(tmp_path, {"messages": [ASK, CALLED], "tools": [{"name": "clock"}]})
+    with pytest.raises(DataError, match=r"message 2 is no object"):
+        load(tmp_path, {"messages": [ASK, {"role": "assistant", "tool_calls": ["weather"]}]})

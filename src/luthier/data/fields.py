@@ -14,15 +14,25 @@ from difflib import get_close_matches
 from typing import ClassVar
 
 from luthier.data.parsing import Record, json_kind, shown
+from luthier.data.tool_forms import read_tools, unify_turns
 from luthier.errors import Problem, RowRefused
-from luthier.types import Message
+from luthier.types import Message, Tool, ToolCall
 
 Turns = tuple[Message, ...]
 Names = Mapping[str, str]
 """What the file calls a key of ours, for messages."""
 
-_ROLES = ("system", "user", "assistant")
-_ROLE_NAMES = "system, user and assistant"
+_ROLES = ("system", "user", "assistant", "tool")
+_ROLE_NAMES = "system, user, assistant and tool"
+_FOLLOWS: Mapping[str, tuple[str, ...]] = {
+    "start": ("user",),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+"""Roles that may come behind each, where ``call`` is an assistant that calls a tool."""
 _ROLE_RENAMES: Mapping[str, str] = {
     "human": "user",
     "gpt": "assistant",
@@ -238,11 +248,11 @@ class FieldChecker:
             fix = "Add at least one user and one assistant message, or remove the row."
             self.report("messages.empty", message, fix)
             return None
-        turns = [self._message(number, item) for number, item in enumerate(value, 1)]
+        turns = [self._message(number, item) for number, item in enumerate(unify_turns(value), 1)]
         messages = tuple(turn for turn in turns if turn is not None)
         # With a message missing or a role unknown, the order cannot be judged.
         if len(messages) == len(turns):
-            self._check_order([message.role for message in messages], answered)
+            self._check_order(messages, answered)
             spoken = [turn for turn in messages if turn.role == "assistant"]
             if answered and spoken and not any(turn.learned for turn in spoken):
                 message = "Every turn of the assistant has the weight 0: nothing would be learned."
@@ -257,11 +267,6 @@ class FieldChecker:
             fix = 'Write each message as {"role": "...", "content": "..."}.'
             self.report("messages.type", message, fix)
             return None
-        if item.get("tool_calls") or item.get("function_call"):
-            message = f"Message {number} calls a tool; tool calls cannot be learned yet."
-            fix = "Write the call as text in the content, or remove the row."
-            self.report("message.tool_calls", message, fix)
-            return None
         role = self._role(number, item)
         weight = item.get("weight")
         # As OpenAI has it: 1 or 0; what else stands there says something else.
@@ -271,8 +276,18 @@ class FieldChecker:
         except RowRefused as bad:
             self.report(bad.rule, f"Message {number}: {bad.message}", bad.fix)
             return None
-        content = self.text(item, "content", number, target=role == "assistant")
-        return None if role is None or content is None else Message(role, content, learned)
+        calls: tuple[ToolCall, ...] = tuple(item.get("tool_calls") or ())
+        if calls or role == "tool":  # what a tool gives back may be nothing
+            content = item.get("content")
+            content = content if isinstance(content, str) else self.text(item, "content", number)
+        else:
+            content = self.text(item, "content", number, target=role == "assistant")
+        if role is None or content is None:
+            return None
+        call_id, reasoning = item.get("tool_call_id"), item.get("reasoning_content")
+        if role != "assistant" or not isinstance(reasoning, str):
+            reasoning = ""
+        return Message(role, content, learned, calls, str(call_id or ""), reasoning.strip())
 
     def _role(self, number: int, item: Record) -> str | None:
         """Who speaks; ``None`` when a problem was reported."""
@@ -283,51 +298,86 @@ class FieldChecker:
         role = self.text(item, "role", number)
         if role is None:
             return None
-        reason = "tool messages cannot be learned yet; " if role in ("tool", "function") else ""
-        message = f"Message {number} has the role {shown(role)}; {reason}allowed are {_ROLE_NAMES}."
+        message = f"Message {number} has the role {shown(role)}; allowed are {_ROLE_NAMES}."
         better = _ROLE_RENAMES.get(role.strip().lower())
         fix = f"Change the role to one of {_ROLE_NAMES}."
-        if reason:
-            fix = "Remove the row, or write the tool's result into a user message."
-        elif better is not None:
+        if better is not None:
             fix = f'Change the role {shown(role)} to "{better}".'
         self.report("message.role", message, fix)
         return None
 
-    def _check_order(self, roles: Sequence[str], answered: bool) -> None:
+    def tools(self, record: Record) -> tuple[Tool, ...]:
+        """The tools of a conversation; none where the record names none.
+
+        Raises:
+            RowRefused: for tools that cannot be read.
+        """
+        value = record.get("tools")
+        return read_tools(record.get("toolConfig") or [] if value is None else value)
+
+    def _check_order(self, messages: Sequence[Message], answered: bool) -> None:
         """Report the first turn that is not where it belongs."""
-        start = 1 if roles[0] == "system" else 0
-        for index in range(start, len(roles)):
-            if roles[index] != ("user", "assistant")[(index - start) % 2]:
-                self._report_order(index + 1, roles)
+        before = "start"
+        for number, message in enumerate(messages, 1):
+            if message.role not in _FOLLOWS[before] and not (
+                number == 1 and message.role == "system"
+            ):
+                self._report_order(number, messages)
                 break
-        if answered and roles[-1] != "assistant":
-            number = len(roles)
-            message = (
-                f"The last message (message {number}) has the role {roles[-1]}; it must be"
+            before = "call" if message.calls else message.role
+        last = messages[-1].role
+        if answered and last != "assistant":
+            number = len(messages)
+            message_text = (
+                f"The last message (message {number}) has the role {last}; it must be"
                 " assistant, as there is nothing to learn after it."
             )
             fix = "Add the assistant message that answers it, or remove the row."
-            if number > 2 and roles[-2] == "assistant":
+            if number > 2 and messages[-2].role == "assistant":
                 fix = f"Add the assistant message that answers it, or remove message {number}."
-            self.report("message.last", message, fix)
+            self.report("message.last", message_text, fix)
 
-    def _report_order(self, number: int, roles: Sequence[str]) -> None:
+    def _report_order(self, number: int, messages: Sequence[Message]) -> None:
         """Report turn ``number``, and how to mend the order."""
-        role = roles[number - 1]
+        role, before = messages[number - 1].role, messages[number - 2]
         if role == "system":
-            message = f"Message {number} has the role system, which may only come first."
+            text = f"Message {number} has the role system, which may only come first."
             fix = "Join its text to the first message, or change its role."
-        elif number == 1 or roles[number - 2] == "system":
-            message = f"Message {number} has the role {role}; the first turn must be from the user."
+        elif role == "tool":
+            text = f"Message {number} is the result of a tool, and no call is before it."
+            fix = "Put it behind the assistant message that calls the tool, or remove it."
+        elif number > 1 and before.calls:
+            text = (
+                f"Message {number - 1} calls a tool, and message {number} has the role {role}; "
+                "the result of the tool must come first."
+            )
+            fix = f'Add {{"role": "tool", "content": "..."}} behind message {number - 1}.'
+        elif number == 1 or before.role == "system":
+            text = f"Message {number} has the role {role}; the first turn must be from the user."
             fix = f"Add the user message that comes before message {number}, or remove it."
+        elif before.role == "tool":
+            text = f"Message {number} has the role {role}, and no answer follows the tool's result."
+            fix = f"Add the assistant message that comes before message {number}."
         else:
-            message = (
+            text = (
                 f"Messages {number - 1} and {number} both have the role {role};"
                 " user and assistant must take turns."
             )
             fix = "Join the two into one message, or add the turn that is missing between them."
-        self.report("message.order", message, fix)
+        self.report("message.order", text, fix)
+
+
+def check_calls(messages: Turns, tools: Sequence[Tool]) -> None:
+    """Refuse calls of functions that are not among the tools of the row, where it has any."""
+    names = {tool.name for tool in tools}
+    for number, message in enumerate(messages, 1):
+        for call in message.calls if names else ():
+            if call.name not in names:
+                raise RowRefused(
+                    "message.tool_calls",
+                    f"Message {number} calls {shown(call.name)}, which is not among the row's tools.",
+                    f"Add it to the tools ({list_keys(sorted(names))}), or mend the name.",
+                )
 
 
 def read_prompt(value: object, key: str) -> Turns:
@@ -359,7 +409,7 @@ def read_turns(value: object, key: str, role: str) -> Turns:
                 f"{json_kind(item)}{' without a text as content' * isinstance(item, dict)}.",
                 f'Write "{key}": "text", or {{"role": "{role}", "content": "text"}}.',
             )
-        if item.get("role") not in _ROLES:
+        if item.get("role") not in ("system", "user", "assistant"):
             raise RowRefused(
                 "preference.order",
                 f"a message of {key} has the role {shown(str(item.get('role')))}.",

@@ -87,7 +87,7 @@ def _asked(question: str, answer: str, *more: str) -> Callable[[Record], Convert
     return convert
 
 
-_BESIDE_ANY = ("id", "expected", "rating", "score", "thumb", "label")
+_BESIDE_ANY = ("id", "expected", "rating", "score", "thumb", "label", "tools", "toolConfig")
 _SYSTEM_KEYS = ("system", "system_prompt")
 
 
@@ -175,8 +175,10 @@ def _form(
 _ELSE = "instruction question query system_prompt"
 _NO_TEXT = " ".join(sorted(_OWN | _JUDGED))
 FORMS: tuple[Form, ...] = (
-    _form("Bedrock conversation", "schemaVersion messages", _conversation, used="system"),
-    _form("ShareGPT", "conversations", _sharegpt, used="system"),
+    _form(
+        "Bedrock conversation", "schemaVersion messages", _conversation, used="system toolConfig"
+    ),
+    _form("ShareGPT", "conversations", _sharegpt, used="system tools"),
     _form(
         "Alpaca",
         "instruction output",

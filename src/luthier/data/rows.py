@@ -330,22 +330,22 @@ class PromptChecker(Checker):
 
     def _conversation(self, record: Record) -> Conversation | None:
         """The turns of a conversation up to the last of the user."""
-        messages = self.messages(record["messages"], answered=False)
+        messages, tools = self.messages(record["messages"], answered=False), self.tools(record)
         if not messages:
             return None
         expected: str | None = None
         if messages[-1].role == "assistant":
-            messages, expected = messages[:-1], messages[-1].content
+            messages, expected = messages[:-1], messages[-1].reply_text
         # What Bedrock's rows for reinforcement fine-tuning call it; there it may be of any type.
         reference = record.get("reference_answer")
         if isinstance(reference, str):
             expected = reference
         if "expected" in record:
             expected = self.text(record, "expected")
-        if not messages or messages[-1].role != "user":
+        if not messages or messages[-1].role not in ("user", "tool"):
             fix = "Add the user's message, or remove the row."
             self.report("prompt.unasked", "The messages hold no turn of the user to answer.", fix)
-        return Conversation(self.file, self.line, messages, expected)
+        return Conversation(self.file, self.line, messages, expected, tools=tools)
 
 
 @dataclass(frozen=True, slots=True)

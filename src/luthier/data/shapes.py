@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 from luthier.data.fields import (
     FieldChecker,
     Turns,
+    check_calls,
     check_turn_order,
     check_written,
     read_label,
@@ -31,8 +32,9 @@ from luthier.data.fields import (
     read_turns,
 )
 from luthier.data.parsing import Record, json_kind, shown
+from luthier.data.tools import describe_tool
 from luthier.errors import DataError, Problem, RowRefused
-from luthier.types import Message, Part, Row, Text
+from luthier.types import Message, Part, Row, Text, Tool
 
 LONGEST_CLASS = 64
 """Characters of a completion that may be the name of a class."""
@@ -138,20 +140,26 @@ class Conversation(Shape):
     words: ClassVar[str] = "messages"
     keys: ClassVar[tuple[str, ...]] = ("messages",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("messages",)),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("messages", "prompt", "input"))
-    json_keys: ClassVar[frozenset[str]] = frozenset(("messages",))
+    source_keys: ClassVar[frozenset[str]] = frozenset(
+        ("messages", "tools", "toolConfig", "prompt", "input")
+    )
+    json_keys: ClassVar[frozenset[str]] = frozenset(("messages", "tools"))
     parts: ClassVar[Mapping[str, Part]] = {"messages": "target", "expected": "other"}
 
     messages: Turns
     expected: str | None = None
     """Answer that a reply to what is only asked is graded by; it is never learned."""
     members: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    tools: tuple[Tool, ...] = field(default=(), kw_only=True)
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """Turns in their order, the assistant's at the end."""
-        messages = fields.messages(record["messages"])
-        return None if messages is None else cls(fields.file, fields.line, messages)
+        """Turns in their order, the assistant's at the end, and the tools that it may call."""
+        messages, tools = fields.messages(record["messages"]), fields.tools(record)
+        if messages is None:
+            return None
+        check_calls(messages, tools)
+        return cls(fields.file, fields.line, messages, tools=tools)
 
     def inputs(self) -> tuple[str, ...]:
         """The turns before the last of the assistant, with who speaks."""
@@ -169,11 +177,14 @@ class Conversation(Shape):
     def expected_reply(self) -> str | None:
         """What is expected, or else the last turn of the assistant."""
         last = self.messages[-1]
-        return self.expected or (last.content if last.role == "assistant" else None)
+        return self.expected or (last.reply_text if last.role == "assistant" else None)
 
     def record(self) -> Record:
-        """Who says what."""
-        return {"messages": [turn.to_dict() for turn in self.messages]}
+        """Who says what, and the tools."""
+        record: Record = {"messages": [turn.to_dict() for turn in self.messages]}
+        if self.tools:
+            record["tools"] = [describe_tool(tool) for tool in self.tools]
+        return record
 
 
 @dataclass(frozen=True, slots=True)

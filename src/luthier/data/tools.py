@@ -13,9 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from luthier.types import Message, Tool, ToolCall
-
-CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+from luthier.types import CALL_CLOSE, CALL_OPEN, Message, Tool, ToolCall
 
 LISTED = """You can call these functions, each described in JSON:
 
@@ -82,16 +80,7 @@ def in_words(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message
     names = {call.id: call.name for message in messages for call in message.calls}
     parts: list[tuple[Message, list[str]]] = []
     for message in messages:
-        content, role = message.content, message.role
-        calls = [
-            json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
-            for call in message.calls
-        ]
-        if len(calls) == 1 and not content:
-            (content,) = calls
-        elif calls:  # tags tell where a call begins and ends
-            marked = [f"{CALL_OPEN}\n{call}\n{CALL_CLOSE}" for call in calls]
-            content = "\n".join([*([content] if content else []), *marked])
+        content, role = message.reply_text, message.role
         if role == "tool":
             name = names.get(message.call_id, "function")
             role, content = "user", f"Result of {name}: {content}"

@@ -226,7 +226,7 @@ class Reinforcement(Objective):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The prompt, of no weight; refuses a row that the grader cannot compare with."""
         self.grader.check_expected(row.expected_reply())
-        ids_T = chat.encode_prompt(row.prompt_turns())
+        ids_T = chat.encode_prompt(row.prompt_turns(), row.tools)
         source_T = None
         if chat.start_id is not None:
             ids_T, source_T = np.array([chat.start_id], dtype=np.int64), ids_T

@@ -41,7 +41,7 @@ class SFT(Objective):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight 1 on each token of each reply, 0 on the rest."""
         given = len(row.messages) if isinstance(row, JudgedAnswers) else 0
-        encoded = chat.encode_reply(row.turns(), given)
+        encoded = chat.encode_reply(row.turns(), given, row.tools)
         weight_T = encoded.learned_T.astype(np.float32)
         return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
 

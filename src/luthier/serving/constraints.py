@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from luthier.data.chat import panics_refused
-from luthier.data.tools import CALL_CLOSE, CALL_OPEN
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import depth_of
 from luthier.limits import SCHEMA_CHARACTERS
@@ -28,7 +27,7 @@ from luthier.serving.confined_process import Interrupted, TakesTooMuch
 from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.inference import InferenceFailed, InferenceRefused
 from luthier.serving.scheduler import FairTurns, NoTurn
-from luthier.types import Tool
+from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat

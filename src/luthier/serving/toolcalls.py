@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from luthier.data.tools import CALL_OPEN, parse_calls, takes_tools
+from luthier.data.tools import parse_calls, takes_tools
 from luthier.errors import RecipeError
 from luthier.serving.constraints import check_depth
 from luthier.serving.inference import Chat, InferenceRefused
 from luthier.store.ids import random_id
-from luthier.types import Tool, ToolCall
+from luthier.types import CALL_OPEN, Tool, ToolCall
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
