@@ -26,7 +26,7 @@ COMMANDS = ("cli", "workflows/advise", "workflows/estimate", "limits.py", "pretr
             "api/http/server.py", "setting_names.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
-    "data/convert.py", "data/targets.py", "data/writers.py", "serving/export.py",
+    "data/convert.py", "data/writers.py", "serving/export.py",
     "engine/pretrain.py", "engine/search.py", "engine/space.py", "engine/trials.py",
     "models/build.py", "models/student.py", "models/width.py", "models/width_bert.py",
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",
@@ -37,7 +37,7 @@ OF_COMMANDS = {
     "recipe.py": r"--(set|mix|map) takes",
     # Names of runs and what goes on: a job is its own name, goes on by itself, and has local teachers.
     "engine/runs.py": "--(resume|name)", "engine/loop.py": "--resume",
-    "workflows/distil/responses.py": "--(resume|name)",
+    "workflows/distil/responses.py": "--(resume|name)", "data/forms.py": "--to",
     "workflows/distil/recipe.py": "--(resume|set teacher)",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip

@@ -21,6 +21,7 @@ from luthier.data import (
     shapes,
     sources,
     tables,
+    tool_forms,
 )
 from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
 
@@ -60,6 +61,7 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         shapes,
         sources,
         tables,
+        tool_forms,
     )
     for module in modules:
         assert module.__file__ is not None

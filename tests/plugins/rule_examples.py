@@ -178,12 +178,19 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
         "Message 1 must be an object, but is a string",
         "role",
     ),
+    (
+        "tools.type",
+        [{**chat("user: a", "assistant: b"), "tools": [{"description": "c"}]}],
+        1,
+        "Tool 1 has no name",
+        '"tools": [{"type": "function"',
+    ),
     ("messages.empty", [{"messages": []}], 1, "empty array", "at least one user"),
     (
         "message.role",
         [chat("user: a", "bot: b")],
         1,
-        'role "bot"; allowed are system, user and assistant',
+        'role "bot"; allowed are system, user, assistant and tool',
         'to "assistant"',
     ),
     (
@@ -193,20 +200,26 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
         "Message 1",
         'Change the role "Human" to "user".',
     ),
-    ("message.role", [chat("narrator: a")], 1, '"narrator"', "one of system, user and assistant"),
     (
         "message.role",
+        [chat("narrator: a")],
+        1,
+        '"narrator"',
+        "one of system, user, assistant and tool",
+    ),
+    (
+        "message.order",
         [chat("user: a", "assistant: b", "tool: c", "assistant: d")],
         1,
-        'Message 3 has the role "tool"; tool messages cannot be learned yet; allowed are',
-        "user message",
+        "Message 3 is the result of a tool, and no call is before it",
+        "behind the assistant message that calls",
     ),
     (
         "message.tool_calls",
         [{"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}],
         1,
-        "Message 2 calls a tool",
-        "as text",
+        "A tool call of message 2 has no name",
+        '"function": {"name"',
     ),
     (
         "message.tool_calls",
@@ -214,12 +227,16 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
             {
                 "messages": [
                     USER,
-                    {"role": "assistant", "content": "b", "function_call": {"name": "f"}},
+                    {
+                        "role": "assistant",
+                        "content": "b",
+                        "function_call": {"name": "f", "arguments": "["},
+                    },
                 ]
             }
         ],
         1,
-        "Message 2 calls a tool",
+        'A tool call of message 2 of "f" has arguments that are no JSON',
         "remove the row",
     ),
     (

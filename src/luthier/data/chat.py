@@ -133,7 +133,7 @@ class ChatFormat:
         learned_T = np.concatenate(learned)
         if not learned_T.any():
             raise RowRefused(
-                "template.incomplete",
+                "row.template",
                 "The model's chat template writes no turn that is learned as the row has it.",
                 "Give each such turn a row of its own, in which it is the last one.",
             )
@@ -383,7 +383,7 @@ def _check_template(tokenizer: Any) -> None:
 
 def _cannot_write(missing: str, index: int) -> RowRefused:
     return RowRefused(
-        "template.incomplete",
+        "row.template",
         f"The model's chat template leaves out {missing} (message {index + 1}).",
         "Write it into the content as the model is to write it, use a base model whose template has "
         "a place for it, or remove the row.",

@@ -418,7 +418,7 @@ def read_turns(value: object, key: str, role: str) -> Turns:
         if item.get("tool_calls") or item.get("function_call"):
             raise RowRefused(
                 "preference.type",
-                f"a message of {key} calls a tool; tool calls cannot be learned yet.",
+                f"a message of {key} calls a tool, which cannot be learned in preferences yet.",
                 "Write the call as text in the content, or remove the row.",
             )
         found.append(Message(item["role"], item["content"]))

@@ -36,8 +36,8 @@ RULES: Mapping[str, str] = {
     "id.duplicate": "Two rows of one file have the same id.",
     "messages.type": "The messages are not an array of objects.",
     "messages.empty": "The array of messages is empty.",
-    "message.role": "A role is none of system, user and assistant.",
-    "message.order": "Messages do not alternate: system (optional), user, assistant, user, ...",
+    "message.role": "A role is none of system, user, assistant and tool.",
+    "message.order": "Messages are out of order: system (optional), user, assistant, user, ...",
     "message.last": "The last message is not from the assistant, so its turn has no target.",
     "label.type": "A label is neither a string, a whole number, nor an array of them.",
     "label.duplicate": "One row names the same label twice.",
@@ -46,8 +46,9 @@ RULES: Mapping[str, str] = {
     "tags.type": "The tokens or tags are not an array of strings, or a token is empty.",
     "tags.bio": "A tag is none of O, B-name and I-name.",
     "message.part": "The content of a message has a part that is no text.",
+    "tools.type": "The tools are no array of functions with a name, a description and a schema.",
     "message.weight": "Every turn of the assistant has the weight 0.",
-    "message.tool_calls": "A message calls a tool, which cannot be learned yet.",
+    "message.tool_calls": "A call has no name or no object of arguments, or names no tool of the row.",
 }
 """Every rule of reading and checking, with what it refuses."""
 
