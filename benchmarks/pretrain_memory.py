@@ -21,7 +21,7 @@ from pathlib import Path
 ONE = """
 import json, sys, time
 import luthier
-from luthier.engine.devices import peak_memory
+from luthier.engine.machine import peak_memory
 from luthier.engine.metrics import Reporter
 class Stages(Reporter):
     def __init__(self):

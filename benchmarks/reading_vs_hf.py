@@ -59,7 +59,7 @@ def luthier(folder: Path, train: Path, test: Path, epochs: int) -> tuple[list[fl
 
     import luthier
     from luthier.data.rows import load_rows
-    from luthier.engine.devices import Machine
+    from luthier.engine.machine import Machine
     from luthier.models.load import as_network, load_model
     from luthier.serving.prediction import Predictor
     from luthier.store.models import chat_format, find, objective_of

@@ -19,7 +19,7 @@ import torch
 
 from children import table
 from luthier.adaptations.lora import LoRA
-from luthier.engine.devices import choose_machine
+from luthier.engine.machine import choose_machine
 from luthier.models.decoding import sample
 from luthier.models.load import as_network, load_model
 from luthier.models.sampling import Sampling

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 import luthier
 from luthier.adaptations import ADAPTATIONS
-from luthier.asking.spec import Asking
+from luthier.chat_models.base import SamplingSpec
 from luthier.cli.app import app
 from luthier.data.augmentation import Augmentation
 from luthier.data.rules import CONVERT_RULES
@@ -194,7 +194,7 @@ def _distillation() -> list[str]:
     rows = [_field("", "method", DistilRecipe)]
     groups: tuple[tuple[str, type[BaseModel]], ...] = (
         ("teacher.", TeacherSpec),
-        ("sampling.", Asking),
+        ("sampling.", SamplingSpec),
         ("insights.", InsightSpec),
     )
     for prefix, cls in groups:

@@ -34,6 +34,7 @@ from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_model, sketch
+from luthier.models.manifest import Manifest
 from luthier.models.network import Network
 from luthier.models.save import save_adapter, save_format, save_network, stored_bytes
 from luthier.models.tokenizer import load_chat_format
@@ -123,7 +124,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def rows_of(objective: Objective) -> list[Row]:
     """Rows it learns from, those that come from further files included."""
-    further = objective.beside - objective.shapes
+    further = objective.mixed_shapes - objective.shapes
     return [row for shape in [min(objective.shapes), *sorted(further)] for row in ROWS[shape]]
 
 
@@ -237,8 +238,9 @@ def reload(adaptation: Adaptation, objective: Objective, base: Path, folder: Pat
     """As serving does: the base with the adapter merged in, or the whole network."""
     whole = (folder / "config.json").is_file()
     recipe = {"adaptation": adaptation.model_dump(), "objective": objective.model_dump()}
-    parent = None if whole else store.StoredModel("base", base, {})
-    stored = store.StoredModel("base:custom", folder, {"recipe": recipe}, parent)
+    parent = None if whole else store.StoredModel("base", base, Manifest(id="base"))
+    manifest = Manifest(id="base:custom", recipe=recipe)
+    stored = store.StoredModel("base:custom", folder, manifest, parent)
     return as_network(store.load(stored, torch.float32, CPU), CPU, torch.float32)
 
 
@@ -246,7 +248,7 @@ def join_others(
     network: Network, objective: Objective, folder: Path, examples: list[Example], kept: Path
 ) -> None:
     """Give the network the further models it asks for: of its own family, and of other weights."""
-    for name in objective.others:
+    for name in objective.other_models:
         torch.manual_seed(7)
         other = load_model(folder, torch.float32, CPU, objective.head())
         for weight in other.parameters():
@@ -254,7 +256,7 @@ def join_others(
         other.requires_grad_(False).eval()
         network.others[name] = as_network(other, CPU, torch.float32)
     with torch.no_grad():
-        objective.keep(network, examples, 1000, kept, lambda text: None)
+        objective.precompute(network, examples, 1000, kept, lambda text: None)
 
 
 def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
@@ -287,7 +289,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     rows = rows_of(objective)
     objective = objective.fit(rows, chat)
     encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
-    examples = objective.arrange(encoded, context=30)
+    examples = objective.pack(encoded, context=30)
     torch.manual_seed(0)
     model = load_model(folder, torch.float32, CPU, objective.head())
     network = as_network(model, CPU, torch.float32)
@@ -295,7 +297,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     adaptation.attach(model)
     promised = stored_bytes(model, adaptation)
     join_others(network, objective, folder, examples, tmp_path / "kept")
-    objective.extend(model)
+    objective.add_weights(model)
 
     def loss_of(network: Network) -> float:
         # With a reference model the loss depends on where the network began.
@@ -324,7 +326,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     trained = loss_of(network)
     assert abs(trained - untrained) > 2e-5 * untrained  # twice what the comparisons below allow
 
-    objective.strip(model)
+    objective.remove_weights(model)
     save(model, adaptation, chat, folder, tmp_path / "custom")
     stored = load_file(next((tmp_path / "custom").glob("*.safetensors")))
     assert sum(tensor.nbytes for tensor in stored.values()) == promised
@@ -354,4 +356,4 @@ def test_an_objective_names_itself_and_what_it_learns_from(name: str) -> None:
     objective = OBJECTIVES[name]()
     assert objective.method == name
     assert objective.shapes and objective.shapes <= {*ROWS, "rated"}
-    assert not objective.also & objective.shapes
+    assert not objective.further_shapes & objective.shapes

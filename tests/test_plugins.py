@@ -88,7 +88,7 @@ def test_a_run_with_everything_from_a_package(tmp_path: Path) -> None:
     manifest = manifest_of(result)
     assert manifest["recipe"]["objective"]["gamma"] == 1.5
     assert manifest["saved"] == "adapter" and manifest["root"] == "sample-tiny"
-    assert find("sample-tiny").manifest["source"] == "folder:SAMPLE_MODEL"
+    assert find("sample-tiny").manifest.source == "folder:SAMPLE_MODEL"
     model = find("sample-tiny:focused")
     assert type(objective_of(model)) is OBJECTIVES["focal"]
     # Without its package the model says what is missing.

@@ -19,7 +19,7 @@ import typer
 import luthier
 from luthier.cli.app import app
 from luthier.data.rows import load_rows
-from luthier.graders import graders_named
+from luthier.graders import parse_graders
 from luthier.recipe import Recipe, set_field
 from luthier.workflows.distil.recipe import DistilRecipe
 
@@ -62,7 +62,7 @@ def all_commands(program: str) -> list[Any]:
 
 def check_graders(fields: dict[str, Any]) -> None:
     for method, own in fields.items():
-        graders_named([{"method": method, **own}])
+        parse_graders([{"method": method, **own}])
 
 
 KINDS = {"evaluate": check_graders, "distil": DistilRecipe.parse}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from luthier.adaptations import ADAPTATIONS
-from luthier.asking.spec import Asking
+from luthier.chat_models.base import SamplingSpec
 from luthier.data.augmentation import Augmentation
 from luthier.errors import RecipeError
 from luthier.graders import GRADERS
@@ -163,7 +163,7 @@ def test_no_number_is_without_an_upper_bound() -> None:
         DataSpec,
         MixSpec,
         Augmentation,
-        Asking,
+        SamplingSpec,
         *OBJECTIVES.values(),
         *ADAPTATIONS.values(),
     ]

@@ -27,7 +27,7 @@ COMMANDS = ("cli", "workflows/advise", "workflows/estimate", "limits.py", "pretr
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
     "data/convert.py", "data/writers.py", "serving/export.py",
-    "engine/pretrain.py", "engine/search.py", "engine/space.py", "engine/trials.py",
+    "workflows/pretrain.py", "workflows/search.py", "workflows/space.py", "workflows/trials.py",
     "models/build.py", "models/student.py", "models/width.py", "models/width_bert.py",
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",
     "gate/selection.py", "gate/splits.py", "api/http/cors.py", "store/audit.py", "store/backup.py",

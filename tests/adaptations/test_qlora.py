@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from luthier.adaptations import LoRA, QLoRA
 from luthier.adaptations.lora_layer import LoRALinear
 from luthier.adaptations.qlora_layer import Packing, QLoRALinear, QuantizedLinear
-from luthier.engine.estimate import PROCESS, estimate_memory, weight_bytes
+from luthier.engine.memory import PROCESS, estimate_memory, weight_bytes
 from luthier.errors import RecipeError
 from luthier.models.heads import CAUSAL_LM
 from luthier.models.load import as_network, load_model, sketch

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from luthier.adaptations import Sparse
 from luthier.adaptations.sparse_layer import SparseLinear
-from luthier.engine.estimate import estimate_memory
 from luthier.engine.loop import row_gradients
+from luthier.engine.memory import estimate_memory
 from luthier.engine.metrics import Reporter
 from luthier.errors import CorruptFile
 from luthier.models.load import as_network

@@ -22,7 +22,7 @@ from wire_fuzz import Answered, Case, Keys, cases_of, drawn, send, wrong
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.files import write_json
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 
 FACES = ("bedrock", "openai", "native", "s3")
 SHORT, LONG = 120, int(os.environ.get("LUTHIER_TEST_EXAMPLES", "4000"))

@@ -86,7 +86,7 @@ def test_a_model_from_outside_answers(
     turns = [{"role": "user", "content": QUESTION[0]["content"][0]["text"]}]  # type: ignore[index]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
     ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
-    from luthier.engine.devices import choose_machine
+    from luthier.engine.machine import choose_machine
 
     network = network.to(choose_machine().dtype)
     written = network.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]

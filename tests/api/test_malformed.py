@@ -33,7 +33,7 @@ from served import served
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.files import write_json
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 
 EXAMPLES = int(os.environ.get("LUTHIER_TEST_EXAMPLES", "150"))
 

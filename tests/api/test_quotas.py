@@ -25,7 +25,7 @@ from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.files import write_json
 from luthier.limits import AccountQuotas, ServerLimits
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 from luthier.store import usage
 from luthier.store.accounts import set_quota
 from luthier.store.database import now

@@ -137,10 +137,10 @@ def test_without_a_terminal_a_run_is_a_line_now_and_then(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reporter = progress.LiveReporter(quiet=False)
-    reporter.recorded({"event": "validation", "step": 0, "loss": 0.7, "best_step": 0}, 100)
+    reporter.metrics({"event": "validation", "step": 0, "loss": 0.7, "best_step": 0}, 100)
     told = []
     for number in range(1, 101):
-        reporter.recorded(step(number), 100)
+        reporter.metrics(step(number), 100)
         told.append(len(capsys.readouterr().err.splitlines()))
         clock.now += 1
     places = [number for number, lines in enumerate(told, 1) if lines]
@@ -152,10 +152,10 @@ def test_a_line_of_progress_has_the_time_left_and_both_losses(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reporter = progress.LiveReporter(quiet=False)
-    reporter.recorded(step(1), 101)
+    reporter.metrics(step(1), 101)
     clock.now += 30
-    reporter.recorded({"event": "validation", "step": 10, "loss": 0.7, "best_step": 10}, 101)
-    reporter.recorded(step(11), 101)
+    reporter.metrics({"event": "validation", "step": 10, "loss": 0.7, "best_step": 10}, 101)
+    reporter.metrics(step(11), 101)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "  step 1 of 101: loss 0.500  120 tok/s  0.6 GB"
     assert second == "  step 11 of 101, 4.5 min left: loss 0.500  val 0.700  120 tok/s  0.6 GB"
@@ -167,8 +167,8 @@ def test_a_result_for_programs_comes_without_progress(
     reporter = progress.LiveReporter(quiet=True)
     reporter.stage("Loading")
     reporter.note("a note")
-    reporter.chosen([("a", 1, "b")])
-    reporter.recorded(step(1), 10)
+    reporter.settings([("a", 1, "b")])
+    reporter.metrics(step(1), 10)
     with progress.show_progress(10, "predict", quiet=True) as done:
         clock.now += 60
         done(5)
@@ -197,9 +197,9 @@ def test_no_bar_is_drawn_into_a_file_that_wants_colours(
 ) -> None:
     monkeypatch.setenv(variable, "1")
     reporter = progress.LiveReporter(quiet=False)
-    reporter.chosen([("training.epochs", 2.0, "as [asked]")])
-    reporter.recorded(step(1), 10)
-    reporter.recorded(step(10), 10)
+    reporter.settings([("training.epochs", 2.0, "as [asked]")])
+    reporter.metrics(step(1), 10)
+    reporter.metrics(step(10), 10)
     reporter.close()
     lines = capsys.readouterr().err.splitlines()
     assert "training.epochs=2  as [asked]" in lines[1]
@@ -208,6 +208,6 @@ def test_no_bar_is_drawn_into_a_file_that_wants_colours(
 
 def test_chosen_settings_are_not_wrapped_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = progress.LiveReporter(quiet=False)
-    reporter.chosen([("training.learning_rate", 0.0018, "a reason " * 30)])
+    reporter.settings([("training.learning_rate", 0.0018, "a reason " * 30)])
     reporter.note("a note " * 40)
     assert len(capsys.readouterr().err.splitlines()) == 3

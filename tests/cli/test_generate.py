@@ -11,7 +11,7 @@ import pytest
 from command_line import COLOURS, MODEL, ROWS, Answer, jsonl, start
 
 from luthier.files import read_json
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 
 
 def test_generate_answers_one_prompt(home: Path) -> None:

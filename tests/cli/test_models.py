@@ -13,7 +13,8 @@ from command_line import MODEL, Answer, memorise
 from stored_files import files_in
 
 from luthier.files import sha256_of, write_json
-from luthier.models.catalog import CATALOG, MANIFEST, PackageSource
+from luthier.models.catalog import CATALOG, PackageSource
+from luthier.models.manifest import MANIFEST
 
 
 def test_list_names_bases_and_custom_models(

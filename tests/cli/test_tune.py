@@ -19,7 +19,7 @@ from luthier.cli.tune import print_comparison, print_result
 from luthier.engine.runs import Result
 from luthier.evaluation.baselines import Baseline, Comparison
 from luthier.files import read_json, sha256_of
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 
 
 def test_tune_prints_one_object_and_nothing_else(
@@ -220,12 +220,12 @@ def test_a_store_that_cannot_be_written_is_an_error(
 def test_control_c_before_training_leaves_nothing(
     data: Path, tiny_model_folder: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.engine import train
+    from luthier.engine import job
 
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "prepare", interrupt)
+    monkeypatch.setattr(job, "prepare", interrupt)
     answer = Answer("tune", str(data), "--base", str(tiny_model_folder), "--json")
     assert "stopped" in answer.refused(130)
     assert answer.out == ""

@@ -254,14 +254,14 @@ def test_every_two_answers_of_different_rating_are_a_pair(tmp_path: Path) -> Non
 
 def test_thumbs_become_pairs_and_pairs_become_thumbs(tmp_path: Path) -> None:
     rows = load(tmp_path, {**A, "label": True}, {**B, "label": False})
-    (pair,) = DPO().gather(rows)
+    (pair,) = DPO().regroup(rows)
     assert (pair.chosen, pair.rejected) == (turns(YES), turns(NO))
-    singles = KTO().gather([pair])
+    singles = KTO().regroup([pair])
     assert [(row.reply, row.desirable) for row in singles] == [
         (turns(YES), True),
         (turns(NO), False),
     ]
-    assert list(KTO().gather(rows)) == rows
+    assert list(KTO().regroup(rows)) == rows
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_sequences_are_those_of_the_objective(count: int, tmp_path: Path) -> Non
     ids = list(range(100, 100 + count))
     found = TokenFile.open(tmp_path / "t", written(tmp_path / "t", ids), length=4)
     rows = [Example(np.array(ids), np.ones(count, np.float32), 0)]
-    expected = CausalLM(sequence_length=4).arrange(rows, 99)
+    expected = CausalLM(sequence_length=4).pack(rows, 99)
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.ids_T.tolist() == theirs.ids_T.tolist() and ours.row == theirs.row

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.asking.base import Reply
+from luthier.chat_models.base import Reply
 from luthier.encryption.files import opened_lines
 from luthier.encryption.keys import Keyring
 from luthier.engine.metrics import MetricsFile

@@ -13,7 +13,7 @@ from short_runs import Notes, manifest_of
 
 from luthier.engine import train
 from luthier.engine.defaults import Facts, choose, steps_of, token_budget, validation_share
-from luthier.engine.estimate import MemoryEstimate
+from luthier.engine.memory import MemoryEstimate
 from luthier.recipe import Recipe, Training
 from luthier.types import Example
 

@@ -54,8 +54,8 @@ def test_further_rows_are_learned_and_none_is_held_out(
     assert (data.main, len(data.validation)) == (18, 6)
     assert data.mixed == (Mixed(10, 9), Mixed(4, 36))
     assert data.objective.labels == ("ancient0", "ancient1", "new0", "new1", "old0", "old1")
-    assert all(data.objective.described(row).startswith("new") for row in data.validation)
-    kinds = [data.objective.described(row)[:3] for row in data.train]
+    assert all(data.objective.describe(row).startswith("new") for row in data.validation)
+    kinds = [data.objective.describe(row)[:3] for row in data.train]
     assert kinds == ["new"] * 18 + ["old"] * 10 + ["anc"] * 4
     assert len({row.row for row in data.train}) == 32
     assert data.counts["rows"] == 32

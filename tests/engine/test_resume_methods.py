@@ -19,7 +19,7 @@ from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
-from luthier.objectives.teacher_cache import TopK
+from luthier.objectives.teacher import TopK
 from luthier.recipe import Recipe
 
 TEXTS = [f"the {word} is {place}" for word in ("fox", "dog", "card") for place in ("here", "lazy")]
@@ -76,7 +76,7 @@ class BreakingReporter(Reporter):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """Break after the line of the step was written, before its checkpoint."""
         if line["event"] == "train" and line["step"] == self.step:
             raise Broken
@@ -157,7 +157,7 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
         train(recipe("broken"), reporter=BreakingReporter(8))
     run = luthier_home / "runs" / family / "broken"
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    kept = list(run.glob("kept/*"))
+    kept = list(run.glob("precomputed/*"))
     assert bool(kept) == ("cache_top_k" in fields)
     monkeypatch.setattr(TopK, "_write", None)  # what was kept is there, and not asked for again
     known: list[Mapping[str, Any]] = []
@@ -172,7 +172,7 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
     # What decides which weights are kept is known as if nothing had happened.
     assert known
     assert all("rows" in line for line in known) or objective not in ("dpo", "semi_supervised")
-    assert not (run / "kept").exists()
+    assert not (run / "precomputed").exists()
     assert (whole.steps, again.steps) == (11, 11)
     assert again.validation_loss == whole.validation_loss
     for path in Path(whole.model_dir).glob("*.safetensors"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.engine.schedules import rate_factor
+from luthier.engine.optimizers import rate_factor
 
 PROPERTY = settings(max_examples=80, deadline=None, database=None)
 NAMES = ("cosine", "linear", "constant", "step")

@@ -160,7 +160,7 @@ def test_what_is_all_right_before_training_needs_no_more_rows() -> None:
 
 
 def test_labels_that_the_rows_do_not_tell_are_said_to_be_so() -> None:
-    found = scored([[1, 0] * 20, [1, 0] * 20], fitted_head=True, untold=True)
+    found = scored([[1, 0] * 20, [1, 0] * 20], fitted_head=True, uninformative=True)
     assert "check what they are labelled with" in found.advice
 
 

@@ -202,14 +202,14 @@ def test_held_out_rows_of_one_label_say_nothing() -> None:
     made = [Baseline("always the most frequent label", 1.0, {}, 0.0, constant=True)]
     found = Comparison("accuracy", 40, 400, made, 1.0)
     assert found.judge().startswith("all 40 held-out rows have the same label")
-    assert found.untold
+    assert found.uninformative
 
 
 @pytest.mark.parametrize(
-    ("tuned", "rows", "untold"),
+    ("tuned", "rows", "uninformative"),
     [(0.5, 200, True), (0.9, 200, False), (0.62, 20, False), (0.55, 20, True)],
 )
-def test_a_constant_answer_that_is_no_worse(tuned: float, rows: int, untold: bool) -> None:
+def test_a_constant_answer_that_is_no_worse(tuned: float, rows: int, uninformative: bool) -> None:
     made = [Baseline("always the most frequent label", 0.6, {}, 0.0, constant=True, error=0.05)]
     made.append(Baseline("naive Bayes", 0.1, {}, 0.0, error=0.05))
-    assert Comparison("accuracy", rows, 400, made, tuned).untold is untold
+    assert Comparison("accuracy", rows, 400, made, tuned).uninformative is uninformative

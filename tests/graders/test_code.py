@@ -14,7 +14,7 @@ import pytest
 
 from luthier.cancellation import Cancellable, cancelled_by
 from luthier.errors import GradingFailed, RecipeError, RowRefused
-from luthier.graders import Answer, Code, graded, sandbox, sandbox_child
+from luthier.graders import Answer, Code, grade_answers, sandbox, sandbox_child
 from luthier.graders.code import code_of
 from luthier.graders.sandbox import Limits, SandboxError, check_sandbox, passes
 from luthier.types import Message, Row
@@ -75,7 +75,7 @@ def test_code_that_passes_its_tests_scores_1() -> None:
         "Sure.\n```python\nimport math\n\ndef add(a, b):\n    return math.fsum((a, b))\n```"
     )
     replies = [good, answer("def add(a, b): return a - b"), answer("I cannot."), answer("")]
-    assert graded(Code(allow_code=True), replies).scores == [1.0, 0.0, 0.0, 0.0]
+    assert grade_answers(Code(allow_code=True), replies).scores == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_it_is_off_unless_allowed() -> None:
@@ -282,7 +282,7 @@ def test_without_namespaces_it_is_refused_unless_that_is_waived(
         ):
             Code(allow_code=True).check()
         with pytest.raises(GradingFailed, match=r"data\.jsonl:5.*not here"):
-            graded(Code(allow_code=True), [answer("def add(a, b): return a + b")])
+            grade_answers(Code(allow_code=True), [answer("def add(a, b): return a + b")])
         if os.geteuid() == 0 and not _readable_by_all():
             pytest.skip("the interpreter is root's own, and code does not run as root")
         waived = Limits(seconds=3, memory_mb=256, isolated=False)

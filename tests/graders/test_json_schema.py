@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import GradingFailed, RecipeError
-from luthier.graders import Answer, JsonSchema, graded, graders_named
+from luthier.graders import Answer, JsonSchema, grade_answers, parse_graders
 from luthier.types import Message, Row
 
 ORDER: dict[str, Any] = {
@@ -78,20 +78,20 @@ def test_a_schema_from_a_file_of_an_older_draft(tmp_path: Path) -> None:
 )
 def test_a_bad_schema_is_refused_before_anything_is_written(schema: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        graders_named([{"method": "json_schema", "against": schema}])
+        parse_graders([{"method": "json_schema", "against": schema}])
 
 
 def test_a_schema_fetches_nothing() -> None:
     grader = JsonSchema(against={"$ref": "http://127.0.0.1:1/schema.json"})
     with pytest.raises(GradingFailed, match=r"data\.jsonl:4.*Unresolvable"):
-        graded(grader, [answer("1")])
+        grade_answers(grader, [answer("1")])
 
 
 def test_patterns_are_bounded_in_time() -> None:
     grader = JsonSchema(against={"type": "string", "pattern": r"^(a|aa)+$"})
     started = time.monotonic()
     with pytest.raises(GradingFailed, match="more than 1 s"):
-        graded(grader, [answer(json.dumps("a" * 60 + "!"))])
+        grade_answers(grader, [answer(json.dumps("a" * 60 + "!"))])
     assert time.monotonic() - started < 20
 
 
@@ -109,14 +109,14 @@ class TestHostileSchemas:
         grader.check()
         started = time.monotonic()
         with pytest.raises(GradingFailed, match=r"more than 0\.5 s on this reply"):
-            graded(grader, [answer("1")])
+            grade_answers(grader, [answer("1")])
         assert time.monotonic() - started < 10
         assert grader.score(answer('"a"')) == 1.0
         assert JsonSchema(against=alternatives(5)).score(answer("1")) == 0.0
 
     def test_circles_are_told(self) -> None:
         with pytest.raises(GradingFailed, match="references go round in a circle"):
-            graded(JsonSchema(against={"$ref": "#"}), [answer("1")])
+            grade_answers(JsonSchema(against={"$ref": "#"}), [answer("1")])
 
     @pytest.mark.parametrize(
         ("schema", "reason"),

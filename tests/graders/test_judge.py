@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from luthier.asking.base import Failure
-from luthier.asking.spec import AskedModel, Asking
+from luthier.chat_models.base import Failure, ModelSpec, SamplingSpec
 from luthier.errors import GradingFailed, LuthierError, RecipeError
-from luthier.graders import Answer, Judge, Mix, Scorer, Writer, graded, graders_named
+from luthier.graders import Answer, Judge, Mix, Scorer, Writer, grade_answers, parse_graders
 from luthier.graders.judge import parse_verdict
 from luthier.types import Message, Row
 
@@ -46,7 +45,7 @@ def test_all_answers_are_asked_at_once_and_1_to_10_becomes_0_to_1() -> None:
         calls.append(asked)
         return ["Score: 10", "Wrong.\nScore: 1", "Score: 4"]
 
-    scores = graded(
+    scores = grade_answers(
         Judge(rubric="Only Paris.", writer=writer), answers("Paris", "Rome", "P")
     ).scores
     assert scores == [1.0, 0.0, pytest.approx(1 / 3)]
@@ -76,9 +75,9 @@ def test_a_verdict_without_a_score_is_an_error_that_names_the_row() -> None:
     with pytest.raises(
         GradingFailed, match=r"data\.jsonl:2: \[grader\.verdict\].*I cannot say"
     ) as e:
-        graded(Judge(writer=writer), answers("a", "b"))
+        grade_answers(Judge(writer=writer), answers("a", "b"))
     assert len(e.value.problems) == 1
-    found = graded(Judge(writer=writer), answers("a", "b"), on_error="zero")
+    found = grade_answers(Judge(writer=writer), answers("a", "b"), on_error="zero")
     assert (found.scores, len(found.problems)) == ([1.0, 0.0], 1)
     assert calls == [2, 2]  # nothing was asked twice
 
@@ -88,10 +87,12 @@ def test_a_judge_that_is_down_is_an_error_for_every_row() -> None:
         raise ConnectionError("refused")
 
     with pytest.raises(GradingFailed, match="ConnectionError: refused") as caught:
-        graded(Judge(writer=writer), answers("a", "b"))
+        grade_answers(Judge(writer=writer), answers("a", "b"))
     assert [problem.line for problem in caught.value.problems] == [1, 2]
     with pytest.raises(GradingFailed, match="gave 0 verdicts for 1 answers"):
-        graded(Judge(writer=lambda asked: ["Score: 1"] * (len(asked) - 1)), answers("a", "b"))
+        grade_answers(
+            Judge(writer=lambda asked: ["Score: 1"] * (len(asked) - 1)), answers("a", "b")
+        )
 
 
 class Opener:
@@ -103,7 +104,7 @@ class Opener:
     def scorer(self, model: str) -> Scorer:
         raise AssertionError
 
-    def writer(self, judge: AskedModel, sampling: Asking) -> Writer:
+    def writer(self, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
         self.opened.append((judge.model, judge.url))
         return lambda asked: [self.verdicts.pop(0) for _ in asked]
 
@@ -113,23 +114,23 @@ def test_a_model_is_named_and_opened_by_whoever_grades() -> None:
     local = Judge(model="base:mine")
     assert (local.models, local.writers, local.limited) == ({"base:mine"}, {"base:mine"}, False)
     far = {"method": "judge", "model": "https://h/v1#org/big", "sampling": {"max_tokens": 9}}
-    mix = graders_named({"m": {"method": "mix", "parts": {"near": local, "far": far}}})["m"]
+    mix = parse_graders({"m": {"method": "mix", "parts": {"near": local, "far": far}}})["m"]
     assert isinstance(mix, Mix) and mix.models == {"base:mine"} and mix.judgements == 2
     assert mix.parts["far"].model_dump()["url"] == "https://h/v1"
     ready = mix.with_models(opener)
     assert opener.opened == [("base:mine", None), ("org/big", "https://h/v1")]
-    assert graded(ready, answers("a")).scores == [0.5]
+    assert grade_answers(ready, answers("a")).scores == [0.5]
     with pytest.raises(RecipeError, match="is not open"):
-        graded(local, answers("a"), on_error="zero")
+        grade_answers(local, answers("a"), on_error="zero")
 
 
 def test_a_judge_with_a_mistake_in_its_address_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"needs the name of its model"):
-        graders_named([{"method": "judge", "model": "https://h/v1"}])
+        parse_graders([{"method": "judge", "model": "https://h/v1"}])
     with pytest.raises(RecipeError, match=r"not encrypted.*the judge's plain_http=true"):
-        graders_named([{"method": "judge", "model": "m", "url": "http://example.com/v1"}])
+        parse_graders([{"method": "judge", "model": "m", "url": "http://example.com/v1"}])
     with pytest.raises(RecipeError, match="name of an environment variable") as caught:
-        graders_named([{"method": "judge", "model": "m", "key_env": "sk-secret"}])
+        parse_graders([{"method": "judge", "model": "m", "key_env": "sk-secret"}])
     assert "sk-secret" not in str(caught.value)
 
 
@@ -139,8 +140,10 @@ def test_an_answer_without_a_verdict_is_named_with_the_reason() -> None:
     with pytest.raises(
         GradingFailed, match=r"data\.jsonl:2: \[judge\.failed\].*it is down.*when the judge answers"
     ):
-        graded(judge.with_models(Opener(*found)), answers("a", "b", "c"))
-    grades = graded(judge.with_models(Opener(*found)), answers("a", "b", "c"), on_error="zero")
+        grade_answers(judge.with_models(Opener(*found)), answers("a", "b", "c"))
+    grades = grade_answers(
+        judge.with_models(Opener(*found)), answers("a", "b", "c"), on_error="zero"
+    )
     assert (grades.scores, grades.places) == ([1.0, 0.0, 0.0], [1])
 
 
@@ -156,7 +159,7 @@ def test_a_trial_tells_what_is_no_judge() -> None:
 
 def test_without_a_model_it_is_refused() -> None:
     with pytest.raises(RecipeError, match="needs a model that judges"):
-        graders_named(["judge"])
+        parse_graders(["judge"])
     with pytest.raises(RecipeError, match="writer: Input should be callable"):
-        graders_named([{"method": "judge", "writer": "gpt"}])
+        parse_graders([{"method": "judge", "writer": "gpt"}])
     assert "writer" not in Judge(writer=lambda asked: []).model_dump()

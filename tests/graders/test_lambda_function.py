@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from luthier.data.shapes import PromptOnly
 from luthier.errors import GradingFailed
-from luthier.graders import Answer, LambdaFunction, graded
+from luthier.graders import Answer, LambdaFunction, grade_answers
 from luthier.types import Message
 
 LENGTHS = """
@@ -44,7 +44,7 @@ def failed(body: str, *replies: str, **fields: Any) -> list[Any]:
     grader = LambdaFunction(source=source, name="reward", **fields)
     answers = [answer(reply, line) for line, reply in enumerate(replies or ("a",), 1)]
     with pytest.raises(GradingFailed) as error:
-        graded(grader, answers)
+        grade_answers(grader, answers)
     return list(error.value.problems)
 
 
@@ -59,18 +59,18 @@ def strict_umask() -> Iterator[None]:
 def test_answers_go_in_as_events_and_scores_come_back_by_id() -> None:
     grader = LambdaFunction(source=LENGTHS, name="reward")
     answers = [answer("x" * n, factor=n % 3) for n in range(35)]
-    assert graded(grader, answers).scores == [n * (n % 3) for n in range(35)]
+    assert grade_answers(grader, answers).scores == [n * (n % 3) for n in range(35)]
 
 
 def test_the_row_that_a_handler_raises_at_is_named() -> None:
     grader = LambdaFunction(source=LENGTHS, name="reward")
     answers = [answer(text, line) for line, text in enumerate(("a", "bad", "ccc", "bad"), 1)]
     with pytest.raises(GradingFailed) as error:
-        graded(grader, answers)
+        grade_answers(grader, answers)
     found = [(each.line, each.rule) for each in error.value.problems]
     assert found == [(2, "grader.raised"), (4, "grader.raised")]
     assert "grader `reward` raised KeyError: 'no such word'" in str(error.value)
-    assert graded(grader, answers, on_error="zero").scores == [2, 0, 6, 0]
+    assert grade_answers(grader, answers, on_error="zero").scores == [2, 0, 6, 0]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_same_trouble_of_a_row_is_told_once() -> None:
     source = "def lambda_handler(event, context):\n    return 1 / 0\n"
     answers = [answer("a", line) for line in (7, 7, 7, 8)]
     with pytest.raises(GradingFailed) as error:
-        graded(LambdaFunction(source=source), answers)
+        grade_answers(LambdaFunction(source=source), answers)
     lines = str(error.value).splitlines()
     assert (len(lines), lines[0]) == (3, "4 answers could not be graded.")
     assert "rows.jsonl:7" in lines[1] and lines[1].endswith("(3 times)")

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from luthier.errors import GradingFailed, RecipeError, RowRefused
-from luthier.graders import Answer, Exact, Grader, Mix, Number, graded, graders_named
+from luthier.graders import Answer, Exact, Grader, Mix, Number, grade_answers, parse_graders
 from luthier.types import Message, Row
 
 FORM = {"method": "regex", "pattern": "####"}
@@ -36,7 +36,7 @@ def test_the_weighted_mean() -> None:
     )
     assert mix.parts["result"] == Number()
     replies = [answer("#### 42"), answer("42"), answer("#### 41"), answer("none")]
-    assert graded(mix, replies).scores == [1.0, 0.75, 0.25, 0.0]
+    assert grade_answers(mix, replies).scores == [1.0, 0.75, 0.25, 0.0]
     assert mix.bounded
     assert Mix.model_validate({"parts": {"a": "number", "b": FORM}}).grade(replies)[1] == 0.5
 
@@ -45,8 +45,8 @@ def test_weights_as_given_and_penalties() -> None:
     fields = {"parts": {"result": Number(), "length": Length()}, "weights": {"length": -0.01}}
     mix = Mix.model_validate({**fields, "normalize": False})
     assert not mix.bounded
-    assert graded(mix, [answer("42")]).scores == [pytest.approx(1 - 0.02)]
-    assert graded(Mix.model_validate(fields), [answer("42")]).scores[0] == pytest.approx(
+    assert grade_answers(mix, [answer("42")]).scores == [pytest.approx(1 - 0.02)]
+    assert grade_answers(Mix.model_validate(fields), [answer("42")]).scores[0] == pytest.approx(
         0.98 / 1.01
     )
 
@@ -54,15 +54,15 @@ def test_weights_as_given_and_penalties() -> None:
 def test_rounding_does_not_leave_the_bounds() -> None:
     weights = {str(i): 0.1 for i in range(1, 12)}
     mix = Mix.model_validate({"parts": dict.fromkeys(weights, "number"), "weights": weights})
-    assert graded(mix, [answer("42")]).scores == [pytest.approx(1.0)]
+    assert grade_answers(mix, [answer("42")]).scores == [pytest.approx(1.0)]
 
 
 def test_mixes_may_be_nested_and_survive_storing() -> None:
     inner = {"method": "mix", "parts": {"form": FORM}}
-    mix = graders_named([{"method": "mix", "parts": {"inner": inner, "result": "number"}}])["mix"]
+    mix = parse_graders([{"method": "mix", "parts": {"inner": inner, "result": "number"}}])["mix"]
     stored = mix.model_dump(mode="json", exclude_none=True)
     assert stored["parts"]["inner"]["parts"]["form"]["pattern"] == "####"
-    assert graders_named([stored])["mix"] == mix
+    assert parse_graders([stored])["mix"] == mix
 
 
 def test_a_part_that_fails_is_named_and_the_others_are_kept() -> None:
@@ -70,8 +70,8 @@ def test_a_part_that_fails_is_named_and_the_others_are_kept() -> None:
     with pytest.raises(
         GradingFailed, match=r"data\.jsonl:9.*part `size`: grader `length` gave nan"
     ):
-        graded(mix, [answer("42"), answer("")])
-    assert graded(mix, [answer("42"), answer("")], on_error="zero").scores == [3.0, 0.0]
+        grade_answers(mix, [answer("42"), answer("")])
+    assert grade_answers(mix, [answer("42"), answer("")], on_error="zero").scores == [3.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,6 @@ def test_what_cannot_be_mixed_is_refused(fields: dict[str, object], message: str
 
 def test_what_a_part_lacks_is_refused() -> None:
     with pytest.raises(RecipeError, match="needs a model that judges"):
-        graders_named([{"method": "mix", "parts": {"a": "exact", "b": "judge"}}])
+        parse_graders([{"method": "mix", "parts": {"a": "exact", "b": "judge"}}])
     with pytest.raises(RowRefused, match=r"grader\.no_number"):
         Mix(parts={"a": Exact(), "b": Number()}).check_expected("twelve")

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from luthier.errors import GradingFailed
-from luthier.graders import Answer, Regex, graded
+from luthier.graders import Answer, Regex, grade_answers
 from luthier.types import Message, Row
 
 THINK = r"(?s)\s*<think>.+</think>\s*<answer>.+</answer>\s*"
@@ -54,7 +54,10 @@ def test_a_pattern_that_would_run_for_ever_is_stopped() -> None:
     with pytest.raises(
         GradingFailed, match=r"data\.jsonl:7: \[grader\.raised\].*more than 1 s"
     ) as e:
-        graded(grader, [answer("a" * 60 + "!")])
+        grade_answers(grader, [answer("a" * 60 + "!")])
     assert time.monotonic() - started < 20
     assert "grader `regex`" in str(e.value)
-    assert graded(grader, [answer("aa"), answer("a" * 60 + "!")], "zero").scores == [1.0, 0.0]
+    assert grade_answers(grader, [answer("aa"), answer("a" * 60 + "!")], "zero").scores == [
+        1.0,
+        0.0,
+    ]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from luthier.asking.base import Failure
+from luthier.chat_models.base import Failure
 from luthier.errors import GradingFailed, LuthierError
-from luthier.graders import Answer, Ruler, graded, graders_named
+from luthier.graders import Answer, Ruler, grade_answers, parse_graders
 from luthier.graders.ruler import parse_scores
 from luthier.types import Message, Row
 
@@ -45,7 +45,7 @@ def test_one_verdict_sees_all_different_replies_to_a_row() -> None:
 
     # Rows come mixed, as rollouts do; the second "Paris" is the first one again.
     batch = answers(1, "Paris", "Rome", "Paris") + answers(2, "Lyon") + answers(1, "Rome")
-    scores = graded(Ruler(rubric="Only Paris.", writer=writer), batch).scores
+    scores = grade_answers(Ruler(rubric="Only Paris.", writer=writer), batch).scores
     assert scores == [1.0, 0.25, 1.0, 0.5, 0.25]
     assert len(asked) == 2
     system, user = asked[0]
@@ -64,11 +64,11 @@ def test_a_reply_without_a_score_is_named_and_the_others_keep_theirs() -> None:
         return ["Reply 2: 40", Failure("judge.down", "it is down")][: len(conversations)]
 
     batch = answers(1, "a", "b") + answers(2, "c")
-    found = graded(Ruler(writer=writer), batch, on_error="zero")
+    found = grade_answers(Ruler(writer=writer), batch, on_error="zero")
     assert found.scores == [0.0, 0.4, 0.0] and found.places == [0, 2]
     assert [problem.rule for problem in found.problems] == ["grader.verdict", "judge.down"]
     with pytest.raises(GradingFailed, match=r"data\.jsonl:1: \[grader\.verdict\] grader `ruler`"):
-        graded(Ruler(writer=writer), batch[:2])
+        grade_answers(Ruler(writer=writer), batch[:2])
 
 
 @pytest.mark.parametrize(
@@ -91,5 +91,5 @@ def test_a_judge_that_is_down() -> None:
 
 
 def test_it_is_named_in_recipes() -> None:
-    grader = graders_named({"r": {"method": "ruler", "model": "base:mine"}})["r"]
+    grader = parse_graders({"r": {"method": "ruler", "model": "base:mine"}})["r"]
     assert isinstance(grader, Ruler) and grader.models == {"base:mine"}

@@ -18,7 +18,7 @@ from luthier.graders import (
     Judge,
     Number,
     Regex,
-    graders_named,
+    parse_graders,
     read_graders,
 )
 
@@ -52,10 +52,10 @@ def test_every_grader_is_its_own_frozen_configuration(name: str) -> None:
 
 
 def test_names_tables_and_objects() -> None:
-    found = graders_named(["exact", {"method": "number", "tolerance": 0.1}, Regex(pattern="a")])
+    found = parse_graders(["exact", {"method": "number", "tolerance": 0.1}, Regex(pattern="a")])
     assert found == {"exact": Exact(), "number": Number(tolerance=0.1), "regex": Regex(pattern="a")}
-    assert graders_named(["exact", "exact"]) == {"exact": Exact()}
-    named = graders_named({"a": Regex(pattern="a"), "b": {"method": "regex", "pattern": "b"}})
+    assert parse_graders(["exact", "exact"]) == {"exact": Exact()}
+    named = parse_graders({"a": Regex(pattern="a"), "b": {"method": "regex", "pattern": "b"}})
     assert named == {"a": Regex(pattern="a"), "b": Regex(pattern="b")}
 
 
@@ -75,7 +75,7 @@ def test_names_tables_and_objects() -> None:
 )
 def test_what_is_no_grader_is_refused(specs: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        graders_named(specs)
+        parse_graders(specs)
 
 
 def test_a_file_of_graders(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_file_of_graders(tmp_path: Path) -> None:
         '[both.parts]\na = "exact"\nb = { method = "json_schema", against = "schema.json" }\n'
         '[both]\nmethod = "mix"\nweights = { a = 2.0 }\n'
     )
-    found = graders_named(read_graders(file))
+    found = parse_graders(read_graders(file))
     assert list(found) == ["result", "form", "both"]
     assert found["form"].against == tmp_path / "schema.json"  # type: ignore[attr-defined]
     assert found["both"].parts["b"] == found["form"]  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ def test_a_file_of_graders(tmp_path: Path) -> None:
         read_graders(tmp_path / "none.toml")
     file.write_text('exact = "exact"\nform = 3')
     with pytest.raises(RecipeError, match="3 is no grader"):
-        graders_named(read_graders(file))
+        parse_graders(read_graders(file))
 
 
 def test_importing_graders_loads_nothing_heavy() -> None:

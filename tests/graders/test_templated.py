@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from luthier.asking.base import Failure
+from luthier.chat_models.base import Failure
 from luthier.data.shapes import PromptOnly
 from luthier.errors import GradingFailed, RecipeError, RowRefused
 from luthier.graders import (
@@ -24,9 +24,9 @@ from luthier.graders import (
     ScoreModel,
     StringCheck,
     TextSimilarity,
-    graded,
+    grade_answers,
 )
-from luthier.graders.formula import names_in, parsed, value_of
+from luthier.graders.formula import names_in, parse_formula, value_of
 from luthier.graders.score_model import number_in
 from luthier.types import Message
 
@@ -39,7 +39,7 @@ def answer(reply: str, **members: Any) -> Answer:
 
 
 def one(grader: Any, reply: str, **members: Any) -> float:
-    return graded(grader, [answer(reply, **members)]).scores[0]
+    return grade_answers(grader, [answer(reply, **members)]).scores[0]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_python_function() -> None:
         "    return len(sample['output_text']) + item['size'] / 10\n"
     )
     grader = PythonSource(source=source)
-    assert graded(grader, [answer("four"), answer("")]).scores == [4.3, 0.3]
+    assert grade_answers(grader, [answer("four"), answer("")]).scores == [4.3, 0.3]
     with pytest.raises(GradingFailed, match="ValueError: no such thing"):
         one(grader, "raise")
     with pytest.raises(GradingFailed, match="did not end"):
@@ -209,7 +209,7 @@ def test_a_model_that_scores() -> None:
         one(grader, "Rome")
     judge = Opens("I think: 4.5", "5 of 10, so 3")
     opened = grader.with_models(judge)
-    assert graded(opened, [answer("Rome"), answer("Oslo")]).scores == [4.5, 3.0]
+    assert grade_answers(opened, [answer("Rome"), answer("Oslo")]).scores == [4.5, 3.0]
     assert judge.asked[0][0] == Message("system", "Grade.")
     assert judge.asked[0][1].content.startswith("Paris or Rome?")
     assert judge.asked[0][1].content.endswith("number from 0 to 5: the score.")
@@ -233,7 +233,9 @@ def test_a_formula_of_graders() -> None:
         "near": TextSimilarity(reference="{{item.answer}}"),
     }
     grader = Multi(graders=parts, calculate_output="max(same, near) - 2 ^ (1 - same) / 4")
-    assert graded(grader, [answer("Paris"), answer("Pxris")]).scores == pytest.approx([0.75, 0.3])
+    assert grade_answers(grader, [answer("Paris"), answer("Pxris")]).scores == pytest.approx(
+        [0.75, 0.3]
+    )
     again = Multi.model_validate(grader.model_dump(mode="json"))
     assert again == grader
     with pytest.raises(GradingFailed, match="no value"):
@@ -248,7 +250,7 @@ def test_a_formula_of_graders() -> None:
     + [("sqrt(abs(-4))", 2), ("floor(1.9) + ceil(1.1)", 3), ("exp(log(2))", 2), ("a / b", 0.5)],
 )
 def test_formulas(formula: str, value: float) -> None:
-    assert value_of(parsed(formula), {"a": 1.0, "b": 2.0}) == pytest.approx(value)
+    assert value_of(parse_formula(formula), {"a": 1.0, "b": 2.0}) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -258,15 +260,15 @@ def test_formulas(formula: str, value: float) -> None:
 )
 def test_what_is_no_formula(formula: str) -> None:
     if formula == "abs":  # a name like any other
-        assert names_in(parsed(formula)) == {"abs"}
+        assert names_in(parse_formula(formula)) == {"abs"}
         return
     with pytest.raises(ValueError, match="formula"):
-        parsed(formula)
+        parse_formula(formula)
 
 
 def test_a_formula_that_is_too_large_has_no_value() -> None:
     with pytest.raises(OverflowError):
-        value_of(parsed("9 ^ 9 ^ 9 ^ 9"), {})
+        value_of(parse_formula("9 ^ 9 ^ 9 ^ 9"), {})
 
 
 def test_a_formula_names_its_graders() -> None:
@@ -320,5 +322,5 @@ class TestWhatATemplateStandsFor:
 def test_formulas_have_a_depth() -> None:
     for formula in ("-" * 998 + "a", "^".join("a" * 400)):
         with pytest.raises(ValueError, match="nested 200 deep"):
-            parsed(formula)
-    assert value_of(parsed("+".join("a" * 150)), {"a": 1.0}) == 150.0
+            parse_formula(formula)
+    assert value_of(parse_formula("+".join("a" * 150)), {"a": 1.0}) == 150.0

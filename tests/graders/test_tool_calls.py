@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from luthier.errors import GradingFailed
-from luthier.graders import Answer, ToolCalls, graded
+from luthier.graders import Answer, ToolCalls, grade_answers
 from luthier.types import Message, Row
 
 ROME = '{"name": "weather", "arguments": {"city": "Rome", "days": 2}}'
@@ -14,7 +14,7 @@ OSLO = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 
 def score(reply: str, expected: str | None) -> float:
     answer = Answer((Message("user", "Weather?"),), reply, expected, Row("data.jsonl", 1))
-    return graded(ToolCalls(), [answer]).scores[0]
+    return grade_answers(ToolCalls(), [answer]).scores[0]
 
 
 def marked(*calls: str) -> str:

@@ -19,7 +19,7 @@ from luthier.files import write_json
 from luthier.jobs.admission import Capacity
 from luthier.jobs.scheduler import Scheduler
 from luthier.jobs.submit import Submission, submit
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 from luthier.store.arns import Arns
 from luthier.store.database import Base, Database
 from luthier.store.foundation import foundation_model

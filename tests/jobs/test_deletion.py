@@ -231,7 +231,7 @@ def test_a_model_that_is_kept_still_opens(queue: Any, store: Store) -> None:
     job = completed(queue)
     store.delete(models="keep")
     model = find(job.result["stored_id"])
-    verify(model.folder, model.manifest["files"])
+    verify(model.folder, model.manifest.files)
 
 
 @sqlite

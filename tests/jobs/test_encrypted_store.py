@@ -74,9 +74,7 @@ def test_a_killed_job_goes_on_to_the_same_bits_also_when_the_memory_was_lost(
     job = queue.ended(broken)
     assert job.state == "Completed", job.failure
     assert job.attempts == 2
-    bits = [
-        find(each.result["stored_id"]).manifest["trained_weights_sha256"] for each in (whole, job)
-    ]
+    bits = [find(each.result["stored_id"]).manifest.trained_weights_sha256 for each in (whole, job)]
     assert bits[0] == bits[1]
     assert holding(luthier_home) == [] and holding(memory.memory()) == []
 

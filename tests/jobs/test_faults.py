@@ -106,7 +106,7 @@ class Observer:
             model = active.get(job.id)
             if job.state == "Completed":
                 assert model is not None and model.status == "Active"
-                assert find(model.stored_id).manifest["files"]
+                assert find(model.stored_id).manifest.files
             elif job.state in ENDED:
                 assert model is None
             else:

@@ -123,11 +123,11 @@ def test_weights_are_never_on_the_disk_of_an_encrypted_store(
     assert len(looked) == 1 and looked[0].is_relative_to(memory.memory())
     assert weights_in(luthier_home) == weights_in(memory.memory()) == []
     model = find(f"imported:model-{found.id}")
-    verify(model.folder, model.manifest["files"])
+    verify(model.folder, model.manifest.files)
     (stored,) = model.folder.glob("*.safetensors")
     assert read_data(stored) == (tiny_model_folder / "model.safetensors").read_bytes()
     network = load(model, torch.float32, torch.device("cpu"))
-    assert sum(weight.numel() for weight in network.parameters()) == model.manifest["parameters"]
+    assert sum(weight.numel() for weight in network.parameters()) == model.manifest.parameters
     # What is said of it names no place of ours.
     told = worker._explain(LuthierError(f"{looked[0]} is odd"), found.source)
     assert told == f"{found.source}/model.safetensors is odd"

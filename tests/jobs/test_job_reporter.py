@@ -12,7 +12,7 @@ def events(*lines: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Message and data of what a reporter makes of ``lines`` of the metrics."""
     reporter = JobReporter(Job(id="j", details={}), str)
     for line in lines:
-        reporter.recorded(line, 10)
+        reporter.metrics(line, 10)
     return [(event.message, event.data) for event in reporter.take().events]
 
 

@@ -170,7 +170,7 @@ def test_pause_and_resume_give_the_bits_of_an_unbroken_run(queue: Any) -> None:
     jobs = [queue.ended(each) for each in (whole, broken)]
     assert [job.state for job in jobs] == ["Completed", "Completed"]
     assert jobs[1].attempts == 2
-    bits = [find(job.result["stored_id"]).manifest["trained_weights_sha256"] for job in jobs]
+    bits = [find(job.result["stored_id"]).manifest.trained_weights_sha256 for job in jobs]
     assert bits[0] == bits[1]
     check_events_once(queue, broken, 30)
 
@@ -198,7 +198,7 @@ def test_workers_that_are_killed_again_and_again_make_the_same_model(
     jobs = [queue.ended(each) for each in (whole, broken)]
     assert [job.state for job in jobs] == ["Completed", "Completed"]
     assert jobs[1].attempts == 4 and len(killed) == 3
-    bits = [find(job.result["stored_id"]).manifest["trained_weights_sha256"] for job in jobs]
+    bits = [find(job.result["stored_id"]).manifest.trained_weights_sha256 for job in jobs]
     assert bits[0] == bits[1]
     assert len(models(queue)) == 2 and not temporary(luthier_home)
     check_events_once(queue, broken, 40)
@@ -262,7 +262,7 @@ def test_each_type_of_customization(queue: Any, command: str) -> None:
     queue.scheduler()
     job = queue.ended(queue.submit(**of_type(queue, command)))
     assert job.state == "Completed", job.failure
-    recipe = find(job.result["stored_id"]).manifest["recipe"]
+    recipe = find(job.result["stored_id"]).manifest.recipe
     wanted = {"grpo": "grpo", "dpo": "dpo", "text": "causal_lm"}
     assert recipe["objective"]["method"] == wanted[command]
 
@@ -297,7 +297,7 @@ def test_a_model_made_here_teaches_and_is_tuned_further(queue: Any, luthier_home
     job = queue.ended(job_id)
     assert job.state == "Completed", job.failure
     found = find(job.result["stored_id"])
-    assert (found.root, found.manifest["parent"]) == ("tiny", teacher.stored_id)
+    assert (found.root, found.manifest.parent) == ("tiny", teacher.stored_id)
     assert job.base_model.endswith(f"custom-model/luthier.tiny/{teacher.id}")
     assert job.foundation == "luthier.tiny"
     written = queue.folder / "out" / f"model-customization-job-{job_id}" / "training_artifacts"

@@ -31,16 +31,9 @@ from transformers import AutoModelForMaskedLM
 from luthier.errors import DoesNotFit, DownloadError
 from luthier.files import lock, read_json, sha256_of, verify
 from luthier.models import catalog
-from luthier.models.catalog import (
-    CATALOG,
-    MANIFEST,
-    CatalogEntry,
-    HubSource,
-    PackageSource,
-    bases_for,
-    pull,
-)
+from luthier.models.catalog import CATALOG, CatalogEntry, HubSource, PackageSource, bases_for, pull
 from luthier.models.heads import Head
+from luthier.models.manifest import MANIFEST
 from luthier.store.models import find, load
 
 FILES = {
@@ -337,7 +330,7 @@ def test_a_model_of_the_hub_is_fetched_from_a_mirror_without_its_code(
         assert code == 1 and f"{endpoint} refused it: " in err
         assert pulled(source.repository, endpoint, luthier_home)[0] == 0  # by its id on the hub
     found = find("bert-base-uncased")  # from the disk: no hub answers any more
-    manifest = found.manifest
+    manifest = found.manifest.plain()
     assert manifest["source"] == f"hub:{source.repository}" and manifest["revision"] == COMMIT
     assert (manifest["kind"], manifest["licence"]) == ("masked_lm", "Apache-2.0")
     assert set(manifest["files"]) == set(everything(found.folder)) - {MANIFEST}

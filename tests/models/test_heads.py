@@ -128,7 +128,7 @@ def test_a_masked_language_model_is_transformers_own(
     rows = [RawText("f", n, text=text) for n, text in enumerate(TEXTS)]
     objective = OBJECTIVES["masked_lm"].model_validate({"mask_share": 0.4}).fit(rows, chat)
     encoded = [objective.encode(row, n, chat) for n, row in enumerate(rows)]
-    examples = objective.arrange(encoded, 64)
+    examples = objective.pack(encoded, 64)
     model = fresh(folder, objective)
     ours = copy.deepcopy(model)
     network = as_network(ours, CPU, torch.float32)

@@ -61,7 +61,7 @@ def test_targets_are_the_words_beside_each_word(chat: ChatFormat) -> None:
 def test_pieces_begin_with_words_and_lose_nothing(chat: ChatFormat) -> None:
     objective = BiLM(sequence_length=10).fit(ROWS, chat)
     examples = [objective.encode(row, row.line, chat) for row in ROWS]
-    pieces = objective.arrange(examples, 100)
+    pieces = objective.pack(examples, 100)
     assert max(map(len, pieces)) <= 10 and [piece.row for piece in pieces] == list(
         range(len(pieces))
     )
@@ -70,7 +70,7 @@ def test_pieces_begin_with_words_and_lose_nothing(chat: ChatFormat) -> None:
     assert all((np.asarray(piece.target)[0] >= 0).any() for piece in pieces)
     assert sum(piece.weight for piece in pieces) == sum(example.weight for example in examples)
     long = objective.encode(RawText("f", 0, text="x" * 50 + " y"), 0, chat)
-    assert sum(len(piece) for piece in objective.arrange([long], 100)) < len(long)
+    assert sum(len(piece) for piece in objective.pack([long], 100)) < len(long)
 
 
 def test_loss_and_gradients_are_those_of_the_network_s_own_logits(

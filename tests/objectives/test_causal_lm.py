@@ -38,7 +38,7 @@ def test_a_document_ends_with_the_end_of_text(tokenizer: Any) -> None:
 
 def test_documents_are_joined_and_cut() -> None:
     documents = [document([1, 2, 3, 0]), document([4, 0]), document([5, 6, 7, 8, 0])]
-    packed = CausalLM(sequence_length=4).arrange(documents, context=100)
+    packed = CausalLM(sequence_length=4).pack(documents, context=100)
     assert [piece.ids_T.tolist() for piece in packed] == [[1, 2, 3, 0], [4, 0, 5, 6], [7, 8, 0]]
     assert [piece.weight_T.tolist() for piece in packed] == [
         [0, 1, 1, 1],
@@ -49,12 +49,12 @@ def test_documents_are_joined_and_cut() -> None:
 
 
 def test_one_token_left_over_takes_its_neighbour() -> None:
-    packed = CausalLM(sequence_length=4).arrange([document(list(range(9)))], context=100)
+    packed = CausalLM(sequence_length=4).pack([document(list(range(9)))], context=100)
     assert [piece.ids_T.tolist() for piece in packed] == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
 
 
 def test_sequences_are_never_longer_than_the_context() -> None:
-    packed = CausalLM(sequence_length=512).arrange([document(list(range(20)))], context=8)
+    packed = CausalLM(sequence_length=512).pack([document(list(range(20)))], context=8)
     assert [len(piece) for piece in packed] == [8, 8, 4]
 
 
@@ -68,7 +68,7 @@ def test_sequences_are_never_longer_than_the_context() -> None:
 def test_every_token_is_kept_in_order_and_learned_from_something(
     texts: list[list[int]], size: int
 ) -> None:
-    packed = CausalLM(sequence_length=size).arrange([document(ids) for ids in texts], 1000)
+    packed = CausalLM(sequence_length=size).pack([document(ids) for ids in texts], 1000)
     stream = [token for ids in texts for token in ids]
     assert [token for piece in packed for token in piece.ids_T.tolist()] == stream
     assert all(2 <= len(piece) <= size for piece in packed)
@@ -88,7 +88,7 @@ def test_the_loss_is_the_sum_over_all_tokens_but_the_first(
     texts = ["The quick brown fox jumps over the lazy dog.", "The quick brown fox is lazy.", "Yes"]
     objective = CausalLM(sequence_length=9)
     rows = [objective.encode(RawText("f", i, text=text), i, chat) for i, text in enumerate(texts)]
-    packed = objective.arrange(rows, context=1024)
+    packed = objective.pack(rows, context=1024)
     assert len(packed) > 2
     model = tiny_llama(tied=True)
     network = as_network(copy.deepcopy(model), torch.device("cpu"), torch.float32)

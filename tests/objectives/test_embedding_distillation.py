@@ -66,7 +66,7 @@ def test_the_loss_is_the_angle_to_the_teachers_embedding(
     network.others["teacher"] = teacher
     notes: list[str] = []
     with torch.no_grad():
-        objective.keep(network, [*examples, examples[0]], 20, tmp_path, notes.append)
+        objective.precompute(network, [*examples, examples[0]], 20, tmp_path, notes.append)
     assert not network.others and notes == []
     assert objective.mean_loss(network, examples, 15) == pytest.approx(expected, rel=1e-4)
 
@@ -136,5 +136,7 @@ def test_a_narrow_student_has_its_teachers_cosines(
 def test_the_teacher_must_embed() -> None:
     objective = EmbeddingDistillation(teacher="base:router")
     with pytest.raises(RecipeError, match=r"base:router is for classification.*encoder_distill"):
-        objective.meet("teacher", Classification(labels=("a", "b")), 32)
-    assert objective.meet("teacher", Contrastive(pooling="first"), 32).teacher_pooling == "first"
+        objective.bind_model("teacher", Classification(labels=("a", "b")), 32)
+    assert (
+        objective.bind_model("teacher", Contrastive(pooling="first"), 32).teacher_pooling == "first"
+    )

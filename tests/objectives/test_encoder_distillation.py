@@ -70,9 +70,9 @@ def test_the_triple_loss_row_by_row(
     network.others["teacher"], teacher_model = classifier(wide, 2)
     chat = load_chat_format(folder)
     objective = EncoderDistillation(teacher="t", temperature=3.0, soft=0.7, hard=0.2, hidden=0.4)
-    objective = objective.meet("teacher", Classification(labels=("animal", "bank")), 32)
+    objective = objective.bind_model("teacher", Classification(labels=("animal", "bank")), 32)
     objective = objective.fit(ROWS, chat)
-    objective.extend(network.model)
+    objective.add_weights(network.model)
     assert hasattr(network.model, "teacher_map") == (student == "narrow")
     examples = [objective.encode(row, n, chat) for n, row in enumerate(ROWS)]
     expected = 0.0
@@ -94,7 +94,7 @@ def test_the_triple_loss_row_by_row(
         expected += 0.4 * float((1 - cosines).mean())
     found = objective.mean_loss(network, examples, budget)
     assert found == pytest.approx(expected / len(ROWS), rel=1e-5)
-    objective.strip(network.model)
+    objective.remove_weights(network.model)
     assert not hasattr(network.model, "teacher_map")
     network.others = {}
     assert objective.parity_loss(network, examples, budget) > 0
@@ -106,8 +106,8 @@ def test_a_text_without_a_label_has_a_row_and_a_wrong_one_has_none(
     chat = load_chat_format(family_folder("bert"))
     objective = EncoderDistillation(teacher="t", labels=("animal", "bank")).fit([], chat)
     bare: Example = objective.encode(ROWS[-1], 0, chat)
-    assert objective.described(bare) == "without a label"
-    assert objective.described(objective.encode(ROWS[1], 0, chat)) == "bank"
+    assert objective.describe(bare) == "without a label"
+    assert objective.describe(objective.encode(ROWS[1], 0, chat)) == "bank"
     with pytest.raises(Exception, match=r"'fish' is none of the teacher's: animal, bank"):
         objective.encode(LabelledText("f", 1, text="a fish", label="fish"), 0, chat)
 

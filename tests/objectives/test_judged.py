@@ -16,7 +16,7 @@ from luthier.engine.metrics import Reporter
 from luthier.errors import GradingFailed, LuthierError, RecipeError, UnknownModel
 from luthier.graders import Judge
 from luthier.objectives import GRPO, PPO
-from luthier.objectives.watching import PROMPTS
+from luthier.objectives.rollout_checks import PROMPTS
 
 WORDS = ("yes", "no", "fox", "dog", "card", "Paris", "lazy", "quick")
 FIELDS: dict[str, Any] = {
@@ -36,7 +36,7 @@ class Notes(Reporter):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         self.lines.append(dict(line))
 
 
@@ -159,8 +159,10 @@ def test_what_cannot_judge_is_refused_before_training(
 def test_costs_are_counted_for_every_judge_and_every_row() -> None:
     judge = Judge(model="m")
     one = GRPO(grader=judge, num_generations=8)
-    numbers = [re.findall(r"\d[\d,]*", each.cost(100, 30, 5)) for each in (one, PPO(grader=judge))]
+    numbers = [
+        re.findall(r"\d[\d,]*", each.describe_cost(100, 30, 5)) for each in (one, PPO(grader=judge))
+    ]
     assert numbers == [[f"{105 * 8 + 30 + 65:,}", "65"], [f"{105 + 30 + 33:,}", "33"]]
     mix = {"method": "mix", "parts": {"a": judge, "b": judge, "c": "exact"}}
-    assert re.findall(r"\d[\d,]*", GRPO(grader=mix).cost(100, 30, 5)) == ["1,870", "130"]
-    assert GRPO().cost(100, 30, 5) == ""
+    assert re.findall(r"\d[\d,]*", GRPO(grader=mix).describe_cost(100, 30, 5)) == ["1,870", "130"]
+    assert GRPO().describe_cost(100, 30, 5) == ""

@@ -21,7 +21,7 @@ from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.objectives import LogitDistillation
 from luthier.objectives.distillation import note_sizes
-from luthier.objectives.teacher_cache import TopK
+from luthier.objectives.teacher import TopK
 from luthier.recipe import Recipe
 from luthier.types import Example, Message
 
@@ -128,7 +128,7 @@ def test_a_soft_prompt_of_the_student_is_not_read_by_the_teacher(
 
 def keep(network: Network, learner: LogitDistillation, rows: list[Example], folder: Path) -> str:
     notes: list[str] = []
-    learner.keep(network, rows, 40, folder, notes.append)
+    learner.precompute(network, rows, 40, folder, notes.append)
     assert not network.others
     return notes[0]
 
@@ -229,13 +229,13 @@ def test_a_student_comes_nearer_to_its_teacher(
     assert held[-1] < 0.8 * held[0]
     manifest = json.loads(Path(result.model_dir, "luthier.json").read_text())
     assert manifest["others"] == {"teacher": str(teacher)}
-    assert not Path(result.run_dir, "kept").exists()
+    assert not Path(result.run_dir, "precomputed").exists()
 
 
 class Silent(Reporter):
     """Fails where training begins."""
 
-    def recorded(self, line: Any, steps: int) -> None:
+    def metrics(self, line: Any, steps: int) -> None:
         raise AssertionError("training began")
 
 
@@ -254,11 +254,11 @@ def test_what_cannot_teach_is_refused_before_training(
     ):
         train(recipe(tiny_model_folder, data, teacher=str(swapped)), reporter=Silent())
     with pytest.raises(RecipeError, match="an encoder-decoder and"):
-        objective().check_other(
+        objective().check_model(
             "teacher", ChatFormat.of(tokens, start_id=0), ChatFormat.of(tokens, start_id=None)
         )
     plain = ChatFormat.of(tokens, "plain")
     with pytest.raises(RecipeError, match=r"objective\.template=plain"):
-        objective().check_other("teacher", plain, ChatFormat.of(tokens))
+        objective().check_model("teacher", plain, ChatFormat.of(tokens))
     with pytest.raises(RecipeError, match=r"no teacher.*objective.teacher=ID"):
         train(recipe(tiny_model_folder, data), reporter=Silent())

@@ -19,7 +19,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import PPO
-from luthier.objectives.ppo import HEAD, advantages, whitened
+from luthier.objectives.ppo import HEAD, advantages, whiten
 from luthier.objectives.rollouts import Rollout, Rollouts
 from luthier.types import Example
 
@@ -97,10 +97,10 @@ def test_advantages_are_the_sums_of_the_paper(gamma: float, lam: float) -> None:
 
 def test_whitening_gives_mean_0_and_deviation_1() -> None:
     given = torch.tensor([1.0, 4.0, -2.0, 0.5])
-    assert float(whitened(given).mean()) == pytest.approx(0, abs=1e-6)
-    assert float(whitened(given).std()) == pytest.approx(1, rel=1e-5)
-    assert float(whitened(given, shift=False).mean()) == pytest.approx(float(given.mean()))
-    assert whitened(torch.tensor([3.0])).tolist() == [3.0]
+    assert float(whiten(given).mean()) == pytest.approx(0, abs=1e-6)
+    assert float(whiten(given).std()) == pytest.approx(1, rel=1e-5)
+    assert float(whiten(given, shift=False).mean()) == pytest.approx(float(given.mean()))
+    assert whiten(torch.tensor([3.0])).tolist() == [3.0]
 
 
 CASES: list[dict[str, Any]] = [
@@ -123,7 +123,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     plain: Any = load_model(family_folder("llama"), torch.float32, CPU)
     objective = PPO(**fields, grader=LETTER)
     for model in (network.model, plain):
-        objective.extend(model)
+        objective.add_weights(model)
     prompted = prompts(objective, network)
     rollouts = written(prompted)
     monkeypatch.setattr(PPO, "roll_out", lambda *a, **k: rollouts)
@@ -174,14 +174,14 @@ def test_loss_and_gradient_are_those_of_the_formula(
         torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=3e-5)
     if objective.kl_coef:
         kl = sum(float((one - other).sum()) for one, other in zip(old, start, strict=True))
-        assert objective.report(batches)["kl"] == pytest.approx(kl / sum(SIZES), abs=1e-5)
+        assert objective.step_metrics(batches)["kl"] == pytest.approx(kl / sum(SIZES), abs=1e-5)
 
 
 def test_steps_are_epochs_times_minibatches(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objective = PPO(num_ppo_epochs=3, num_mini_batches=2, grader=LETTER)
-    objective.extend(network.model)
+    objective.add_weights(network.model)
     prompted = prompts(objective, network)
     monkeypatch.setattr(PPO, "roll_out", lambda *a, **k: written(prompted))
     with torch.no_grad():
@@ -193,8 +193,8 @@ def test_steps_are_epochs_times_minibatches(
 def test_the_value_head_comes_and_goes(network: Network) -> None:
     names = network.model.state_dict().keys()
     objective = PPO()
-    objective.extend(network.model)
+    objective.add_weights(network.model)
     added = network.model.state_dict().keys() - names
     assert added == {f"{HEAD}.weight", f"{HEAD}.bias"}
-    objective.strip(network.model)
+    objective.remove_weights(network.model)
     assert network.model.state_dict().keys() == names

@@ -22,7 +22,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import DPO, KTO, ORPO, ListwiseDPO, Objective, RewardModel
-from luthier.objectives.kto import mismatched
+from luthier.objectives.kto import mismatch_answers
 from luthier.objectives.orpo import _log_one_minus_exp
 from luthier.types import Example, Message, Row
 
@@ -177,7 +177,7 @@ def test_rewards_known_ahead_change_nothing(
     plain, gradients, _, _ = measured(setup.network, objective, examples, 60)
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
     with torch.no_grad():
-        ahead = objective.refer(setup.network, examples, 1000)
+        ahead = objective.with_reference_logps(setup.network, examples, 1000)
     assert all(e.reference is not None and e.partner is not None for e in ahead)
     calls: list[int] = []
     at_start = setup.network.at_start
@@ -263,11 +263,11 @@ def test_kto_is_its_formula_on_padded_rows(
     objective = KTO(desirable_weight=1.2, undesirable_weight=0.7, beta=0.3)
     setup = Setup(family_folder("llama"), objective)
     # One length for all, so that no mismatched answer is cut.
-    rows = objective.gather(ROWS)
+    rows = objective.regroup(ROWS)
     examples = [objective.encode(row, n, setup.chat) for n, row in enumerate(rows)]
     room = max(len(example) for example in examples)
     examples = [e for e in examples if len(e) <= room]
-    made = mismatched(examples)
+    made = mismatch_answers(examples)
     assert len(made) == len(examples)
     expected = kto_expected(setup, examples, objective)
     whole = all(
@@ -290,11 +290,11 @@ def test_mismatched_answers_are_never_longer_than_the_batch() -> None:
         return Example(ids, weight, row, reference=-1.0)
 
     one, two, full = example(2, 9, 0), example(8, 2, 1), example(11, 1, 2)
-    made = mismatched([one, two])
+    made = mismatch_answers([one, two])
     assert made[0].ids_T.tolist() == [0, 1, 108, 109]
     assert len(made[1]) == 11 and made[1].ids_T[8:].tolist() == [2, 3, 4]
     assert all(row.reference is None for row in made)
-    assert len(mismatched([one, full])) == 2 and mismatched([one]) == []
+    assert len(mismatch_answers([one, full])) == 2 and mismatch_answers([one]) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
@@ -348,7 +348,7 @@ def test_losses_are_those_of_trl(family_folder: Callable[[str], Path], tmp_path:
     ).stdout
     theirs = json.loads(answer.splitlines()[-1])
     kto = KTO(undesirable_weight=1.5)
-    thumbs = [r for rows in zip(*[iter(kto.gather(ROWS))] * 2, strict=True) for r in rows]
+    thumbs = [r for rows in zip(*[iter(kto.regroup(ROWS))] * 2, strict=True) for r in rows]
     thumbs = thumbs[::2] + thumbs[1::2]
     judged = [kto.encode(row, index, chat) for index, row in enumerate(thumbs)]
     ours = {
@@ -443,7 +443,7 @@ def test_two_ranked_answers_are_learned_as_by_dpo(family_folder: Callable[[str],
     for objective in (ranked, paired_):
         examples = encoded(objective, setup.chat)
         with torch.no_grad():
-            examples = list(objective.refer(setup.network, examples, 1000))
+            examples = list(objective.with_reference_logps(setup.network, examples, 1000))
         loss, gradients, _, _ = measured(setup.network, objective, examples, 1000)
         losses.append((loss, torch.cat([each.flatten() for each in gradients.values()])))
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
@@ -457,7 +457,7 @@ def test_a_cut_ranking_keeps_all_its_answers_or_weighs_nothing(
     chat = load_chat_format(family_folder("llama"))
     example = objective.encode(RANKED[0], 0, chat)
     shortest = min(len(side) for side in example.sides)
-    cut = objective.cut(example, shortest)
+    cut = objective.truncate(example, shortest)
     assert len(cut.sides) == 3 and max(map(len, cut.sides)) == shortest
     assert cut.weight == pytest.approx(1 / 3)
-    assert not objective.cut(example, 2).weight
+    assert not objective.truncate(example, 2).weight

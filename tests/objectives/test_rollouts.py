@@ -25,8 +25,8 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GRPO, PPO, logprobs
-from luthier.objectives.rollouts import Reinforcement, seeded
-from luthier.objectives.watching import advice, precheck
+from luthier.objectives.rollout_checks import advice, precheck
+from luthier.objectives.rollouts import Reinforcement, fixed_generator
 from luthier.recipe import DataSpec, Recipe
 from luthier.types import Example, Message
 
@@ -73,7 +73,7 @@ class Notes(Reporter):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         self.lines.append(dict(line))
 
 
@@ -179,7 +179,7 @@ def test_samples_change_with_the_weights_and_only_with_them(tiny_model_folder: P
     examples = prompts(objective, network)
 
     def replies() -> list[str]:
-        return [r.reply for r in objective.roll_out(network, examples, 2, seeded()).each]
+        return [r.reply for r in objective.roll_out(network, examples, 2, fixed_generator()).each]
 
     before = replies()
     assert replies() == before
@@ -194,13 +194,17 @@ def test_training_draws_anew_and_measuring_does_not(tiny_model_folder: Path) -> 
     network, objective = network_of(tiny_model_folder), GRPO(grader=Share())
     examples = prompts(objective, network)
     network.model.train()
-    one, other = (objective.drawn(network, examples) for _ in range(2))
+    one, other = (objective.sample_step(network, examples) for _ in range(2))
     assert [r.reply for r in one.each] != [r.reply for r in other.each]
     assert network.model.training
     state = torch.get_rng_state()
     one, other = (objective.validation_metrics(network, examples, 100) for _ in range(2))
     assert one == other and torch.equal(torch.get_rng_state(), state)
-    score_P = objective.roll_out(network, examples, 1, seeded()).score_PG[:, 0].astype(np.float64)
+    score_P = (
+        objective.roll_out(network, examples, 1, fixed_generator())
+        .score_PG[:, 0]
+        .astype(np.float64)
+    )
     assert one["reward"] == pytest.approx(score_P.mean())
     assert one["loss"] == -one["reward"]
     assert one["reward_error"] == pytest.approx(score_P.std(ddof=1) / len(score_P) ** 0.5)
@@ -215,7 +219,7 @@ def test_log_probabilities_of_both_sides_agree_at_any_temperature(tiny_model_fol
             logp_M = logprobs.token_logps(network, batch, 0.6)
             torch.testing.assert_close(logp_M, batch.extra.sampler_M, rtol=1e-4, atol=1e-4)
             objective.loss(network, batch)
-    assert 0 < objective.report(batches)["sampler_difference"] < 1e-5
+    assert 0 < objective.step_metrics(batches)["sampler_difference"] < 1e-5
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
@@ -281,7 +285,7 @@ def test_a_note_about_a_plateau_comes_once(
     tiny_model_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Notes()
-    monkeypatch.setattr(GRPO, "advice", lambda self, lines: "flat" if len(lines) >= 20 else "")
+    monkeypatch.setattr(GRPO, "advise", lambda self, lines: "flat" if len(lines) >= 20 else "")
     fields = {"method": "grpo", "num_generations": 2, "max_completion_tokens": 1, "force": True}
     train(recipe_of(tiny_model_folder, rows_file, fields, max_steps=40), reporter=told)
     assert told.notes.count("flat") == 1

@@ -55,7 +55,7 @@ def begun(
     """The label of each row after the network has read all of them, and what was said."""
     notes: list[str] = []
     with torch.no_grad():
-        after = objective.begin(network, examples, budget, notes.append)
+        after = objective.prepare(network, examples, budget, notes.append)
     assert [(e.row, e.weight) for e in after] == [(e.row, e.weight) for e in examples]
     return [int(example.target[0]) for example in after if example.target is not None], notes
 
@@ -127,7 +127,7 @@ def total_and_gradients(
     network: Network, objective: SemiSupervised, examples: list[Example], budget: int
 ) -> tuple[float, float, dict[str, torch.Tensor], int]:
     network.model.zero_grad(set_to_none=True)
-    batches = network.batches(objective.seen(examples, training=True), budget)
+    batches = network.batches(objective.augment(examples, training=True), budget)
     total = 0.0
     for batch in batches:
         loss = objective.loss(network, batch).total
@@ -176,14 +176,14 @@ def test_a_step_without_any_label_moves_nothing(family_folder: Callable[[str], P
     total, weight, gradients, _ = total_and_gradients(network, objective, bare, 40)
     assert (total, weight) == (0.0, 1.0)
     assert all(not gradient.any() for gradient in gradients.values())
-    assert objective.seen(bare) == []
+    assert objective.augment(bare) == []
 
 
 def test_only_labelled_rows_are_measured(family_folder: Callable[[str], Path]) -> None:
     _, objective, examples = ready(family_folder("bert"), SemiSupervised())
-    assert [example.row for example in objective.seen(examples)] == [0, 1]
-    assert objective.described(examples[0]) == "animal"
-    assert objective.described(examples[3]) == "without a label"
+    assert [example.row for example in objective.augment(examples)] == [0, 1]
+    assert objective.describe(examples[0]) == "animal"
+    assert objective.describe(examples[3]) == "without a label"
 
 
 def write(path: Path, lines: list[dict[str, str]]) -> Path:

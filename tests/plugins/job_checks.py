@@ -21,7 +21,7 @@ MetricsFile.append = slow_append
 
 def bits(job: Job) -> Any:
     assert job.result is not None, (job.state, job.failure)
-    return find(job.result["stored_id"]).manifest["trained_weights_sha256"]
+    return find(job.result["stored_id"]).manifest.trained_weights_sha256
 
 
 def check_history(job: Job, found: list[JobEvent]) -> None:

@@ -58,7 +58,7 @@ for line in sys.stdin:
     os._exit(code)
 """
 OFTEN = """
-from luthier.engine import checkpoints, storing, train
+from luthier.engine import checkpoints, model_writer, train
 from luthier.engine.metrics import MetricsFile
 checkpoints.Checkpoints.due = lambda self, step: step % 5 == 0
 """
@@ -106,15 +106,15 @@ checkpoints.save_tensors = half
 import shutil
 shutil.rmtree = die
 """,
-    "before the curve is drawn": "storing.draw_curves = die",
+    "before the curve is drawn": "model_writer.draw_curves = die",
     "in the middle of storing": """
-save = storing.save_adapter
+save = model_writer.save_adapter
 def half(*arguments):
     save(*arguments)
     die()
-storing.save_adapter = half
+model_writer.save_adapter = half
 """,
-    "in the parity gate": "storing.Parity = die",
+    "in the parity gate": "model_writer.Parity = die",
     "after storing, before the result is recorded": "train.Run.finish = die",
     "after the result is recorded": """
 from luthier.engine import runs
@@ -228,7 +228,7 @@ def same(one: Outcome, other: Outcome) -> None:
     assert one.weights == other.weights
     assert one.files == other.files
     assert one.result == other.result
-    assert one.manifest["parity"] == other.manifest["parity"]
+    assert one.manifest.parity == other.manifest.parity
 
 
 def leftovers(home: Path) -> list[str]:

@@ -19,7 +19,7 @@ import boto3
 from botocore.config import Config
 
 from luthier.files import write_json
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 
 BASE = "luthier.tiny"
 KEYS = {

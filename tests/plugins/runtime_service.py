@@ -21,8 +21,8 @@ from botocore.config import Config
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.http.messages import Caller, Fault, Request, Response, head_of
 from luthier.api.http.streams import send_response
-from luthier.engine import devices
-from luthier.engine.devices import Machine
+from luthier.engine import machine as machines
+from luthier.engine.machine import Machine
 from luthier.serving.pool import ModelPool
 from luthier.store.database import now
 
@@ -105,7 +105,7 @@ def model_id_of(resource: str) -> str:
 def runtime_pool() -> Iterator[ModelPool]:
     with pytest.MonkeyPatch.context() as patch:
         machine = Machine(torch.device("cpu"), torch.float32, 1, "a test")
-        patch.setattr(devices, "choose_machine", lambda *arguments: machine)
+        patch.setattr(machines, "choose_machine", lambda *arguments: machine)
         made = ModelPool(1 << 30)
         yield made
         made.close()

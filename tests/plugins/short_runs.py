@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from luthier.engine.dataset import prepare
@@ -48,6 +49,30 @@ def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
     return made
 
 
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pairs."""
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", pairs(24))
+
+
+@pytest.fixture
+def recipe(rows: Path, tiny_model_folder: Path) -> Callable[..., Recipe]:
+    """``recipe(name="y", training={...})``: a short run in float32."""
+
+    def build(training: Mapping[str, Any] | None = None, **fields: Any) -> Recipe:
+        settings = {"max_steps": 4, "batch_size": 8, "precision": "float32", "threads": 1}
+        plain = {
+            "base": str(tiny_model_folder),
+            "name": "x",
+            "data": {"train": str(rows), "validation_share": 0.2},
+            "adaptation": {"method": "lora", "rank": 4},
+            "training": {**settings, **(training or {})},
+        }
+        return Recipe.parse({**plain, **fields})
+
+    return build
+
+
 def metrics_of(result: Result) -> list[dict[str, Any]]:
     text = (Path(result.run_dir) / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
@@ -75,8 +100,8 @@ class Notes(Reporter):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def chosen(self, choices: Sequence[tuple[str, Any, str]]) -> None:
+    def settings(self, choices: Sequence[tuple[str, Any, str]]) -> None:
         self.choices = {name: (value, reason) for name, value, reason in choices}
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         self.lines.append(line)

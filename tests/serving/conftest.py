@@ -9,8 +9,8 @@ import pytest
 import torch
 from decoding import MEMORY
 
-from luthier.engine import devices
-from luthier.engine.devices import Machine
+from luthier.engine import machine as machines
+from luthier.engine.machine import Machine
 from luthier.serving.decoder import Decoder
 from luthier.serving.memory import CacheBudget
 from luthier.store.models import find
@@ -23,7 +23,7 @@ def opened(tiny_model_folder: Path) -> Iterator[Decoder]:
     """In float32, until the tests of the module are done."""
     with pytest.MonkeyPatch.context() as patch:
         machine = Machine(CPU, torch.float32, 1, "a test")
-        patch.setattr(devices, "choose_machine", lambda *arguments: machine)
+        patch.setattr(machines, "choose_machine", lambda *arguments: machine)
         made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
     yield made
     made.close()

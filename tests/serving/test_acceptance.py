@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from luthier.errors import ModelRefused
+from luthier.models.manifest import Manifest
 from luthier.models.outside import Chosen, choose
 from luthier.serving.acceptance import accept_network, memory_needed
 from luthier.store.models import StoredModel
@@ -28,7 +29,7 @@ def adapter(folder: Path, base: str) -> Chosen:
 
 
 def test_memory_is_told_by_the_sizes_of_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
-    base = StoredModel("tiny", tiny_model_folder, {"kind": "causal_lm"})
+    base = StoredModel("tiny", tiny_model_folder, Manifest(id="tiny", kind="causal_lm"))
     entries = [("config.json", 10), ("tokenizer.json", 10), ("model.safetensors", 2 * GIB)]
     assert memory_needed(tmp_path, choose(entries), lambda name: None) == 6 * GIB + PROCESS
     # All of the adapter's file is read, whatever stands in it; its base is there twice.
@@ -47,7 +48,7 @@ def test_memory_is_told_by_the_sizes_of_weights(tmp_path: Path, tiny_model_folde
 def test_an_adapter_on_nothing_is_refused_before_its_weights_come(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match=r"adapter\.base"):
         memory_needed(tmp_path, adapter(tmp_path, "nobody/knows"), lambda name: None)
-    encoder = StoredModel("bert", tmp_path, {"kind": "encoder"})
+    encoder = StoredModel("bert", tmp_path, Manifest(id="bert", kind="encoder"))
     with pytest.raises(ModelRefused, match=r"adapter\.base"):
         memory_needed(tmp_path, adapter(tmp_path, "a/bert"), lambda name: encoder)
 

@@ -19,7 +19,7 @@ from luthier.graders import (
     StringCheck,
     TextSimilarity,
     Ungraded,
-    graded,
+    grade_answers,
 )
 from luthier.serving import confined_process, confined_work
 from luthier.serving.confined_process import Interrupted, TakesTooMuch
@@ -54,7 +54,10 @@ def workers() -> list[psutil.Process]:
 @pytest.mark.parametrize("grader", GRADERS, ids=lambda each: str(each))
 def test_scores_are_the_same(work: ConfinedWork, grader: Any) -> None:
     answers = [answer(*each) for each in TEXTS]
-    assert graded(confined(grader, work), answers).scores == graded(grader, answers).scores
+    assert (
+        grade_answers(confined(grader, work), answers).scores
+        == grade_answers(grader, answers).scores
+    )
     assert len(workers()) == 1
 
 
@@ -62,7 +65,7 @@ def test_refusals_are_the_same(work: ConfinedWork) -> None:
     grader = StringCheck(reference="{{item.b}}")
     found = []
     for each in (grader, confined(grader, work)):
-        found.append(graded(each, [answer("a", "a"), answer("a" * 11, "b", 10)], "zero"))
+        found.append(grade_answers(each, [answer("a", "a"), answer("a" * 11, "b", 10)], "zero"))
     assert found[0] == found[1]
     with pytest.raises(Ungraded, match="names something that is not there"):
         confined(grader, work).grade([answer("a", "a")])
@@ -143,4 +146,4 @@ def test_only_what_compares_texts_goes_there(work: ConfinedWork) -> None:
     assert isinstance(made, Multi)
     assert isinstance(made.graders["a"], ConfinedGrader)
     assert made.graders["b"] is source
-    assert graded(made, [answer("Paris", "Paris")]).scores == [2.0]
+    assert grade_answers(made, [answer("Paris", "Paris")]).scores == [2.0]

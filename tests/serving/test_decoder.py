@@ -17,8 +17,8 @@ import pytest
 import torch
 from decoding import MEMORY, answer, asked, settled, submit
 
-from luthier.engine import devices
-from luthier.engine.devices import Machine
+from luthier.engine import machine as machines
+from luthier.engine.machine import Machine
 from luthier.errors import RecipeError
 from luthier.limits import ModelLimits
 from luthier.models.decoding import TokenSampler, sample
@@ -493,7 +493,7 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
 
 def test_a_closed_decoder_says_so(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(CPU, torch.float32, 1, "a test")
-    monkeypatch.setattr(devices, "choose_machine", lambda *arguments: machine)
+    monkeypatch.setattr(machines, "choose_machine", lambda *arguments: machine)
     made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
     stream = made.submit(asked("Hi", max_tokens=900, logit_bias={1: -100.0}))
     next(stream)
@@ -509,7 +509,7 @@ def test_generators_of_other_shapes(family_folder: Callable[[str], Path]) -> Non
     for family in ("t5", "transfo_xl"):
         with pytest.MonkeyPatch.context() as patch:
             machine = Machine(CPU, torch.float32, 1, "a test")
-            patch.setattr(devices, "choose_machine", lambda *arguments, m=machine: m)
+            patch.setattr(machines, "choose_machine", lambda *arguments, m=machine: m)
             made = Decoder.open(find(str(family_folder(family))), CacheBudget(MEMORY))
         stored = find(str(family_folder(family)))
         generator = Generator(

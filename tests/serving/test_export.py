@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from luthier.cli.models import remove_model
-from luthier.engine import devices
-from luthier.engine.devices import Machine
+from luthier.engine import machine as machines
+from luthier.engine.machine import Machine
 from luthier.engine.train import train
 from luthier.errors import LuthierError, RecipeError, RunConflict
 from luthier.models.heads import prompt_ids
@@ -68,7 +68,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> I
 def store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_HOME", str(home))
     machine = Machine(CPU, torch.float32, 1, "a test")
-    monkeypatch.setattr(devices, "choose_machine", lambda *arguments: machine)
+    monkeypatch.setattr(machines, "choose_machine", lambda *arguments: machine)
 
 
 def greedy(folder: Path, prompt: str, tokens: int = 16) -> list[int]:

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from luthier.cancellation import cancelled_by
-from luthier.engine import devices
-from luthier.engine.devices import Machine
+from luthier.engine import machine as machines
+from luthier.engine.machine import Machine
 from luthier.errors import UnknownModel
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import InferenceFailed, InferenceRefused, Request, TooLong
@@ -29,7 +29,7 @@ REQUEST = Request("The quick", max_tokens=4, temperature=0)
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(torch.device("cpu"), torch.float32, 1, "a test")
-    monkeypatch.setattr(devices, "choose_machine", lambda *arguments: machine)
+    monkeypatch.setattr(machines, "choose_machine", lambda *arguments: machine)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_embeddings_do_not_depend_on_their_batch(
     family_folder: Callable[[str], Path], tmp_path: Path, pool: ModelPool
 ) -> None:
     from luthier.files import write_json
-    from luthier.models.catalog import MANIFEST
+    from luthier.models.manifest import MANIFEST
 
     encoder = tmp_path / "luthier-home" / "models" / "base" / "reader"
     shutil.copytree(family_folder("bert"), encoder)

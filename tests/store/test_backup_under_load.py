@@ -145,7 +145,7 @@ def check_files(home: Path) -> dict[str, int]:
         }
         for model in session.scalars(select(CustomModel).filter_by(status=ACTIVE)):
             stored = find(str(model.stored_id))
-            verify(stored.folder, stored.manifest["files"])
+            verify(stored.folder, stored.manifest.files)
             assert (
                 home / "runs" / str(model.stored_id).replace(":", "/") / "result.json"
             ).is_file()
@@ -156,7 +156,7 @@ def check_files(home: Path) -> dict[str, int]:
     # No model is there in part, and none that nobody knows.
     for folder in (home / "models" / "custom").glob("*/*"):
         stored = find(f"{folder.parent.name}:{folder.name}")
-        verify(stored.folder, stored.manifest["files"])
+        verify(stored.folder, stored.manifest.files)
         assert stored.id in named | running
     assert not list(home.rglob(".tmp-*"))
     database.close()

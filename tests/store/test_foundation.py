@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from luthier.files import write_json
-from luthier.models.catalog import CATALOG, MANIFEST
+from luthier.models.catalog import CATALOG
+from luthier.models.manifest import MANIFEST
 from luthier.store.foundation import foundation_model, foundation_models
 from luthier.store.models import base_folder, find, objective_of
 

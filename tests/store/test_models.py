@@ -15,8 +15,9 @@ import torch
 
 from luthier.errors import CorruptFile, DownloadError, RecipeError, UnknownModel
 from luthier.files import write_json
-from luthier.models.catalog import CATALOG, MANIFEST
+from luthier.models.catalog import CATALOG
 from luthier.models.load import check_folder, context_length
+from luthier.models.manifest import MANIFEST
 from luthier.store import models as store
 from luthier.store.models import custom_folder, custom_models, find, load, short_name
 
@@ -125,7 +126,7 @@ def test_a_catalogue_model_that_is_not_here_is_fetched(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(store, "pull", pull)
     assert find(BASE).folder == store.base_folder(BASE)
-    assert find(BASE).manifest == {"id": BASE}
+    assert find(BASE).manifest.id == BASE
     assert fetched == [BASE]
 
 

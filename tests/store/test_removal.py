@@ -10,7 +10,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from luthier.files import luthier_home, write_json
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 from luthier.store import removal
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CustomModel

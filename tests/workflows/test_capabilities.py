@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from luthier.adaptations import ADAPTATIONS
-from luthier.engine import fitting
+from luthier.engine import memory as fit
 from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
 from luthier.models.catalog import CATALOG
 from luthier.models.heads import CAUSAL_LM, Head
@@ -74,28 +74,28 @@ def test_each_way_to_fit_that_is_named_fits() -> None:
     objective = default_objective(OBJECTIVES["sft"])
     config = catalogue_config(CATALOG["smollm2-135m-instruct"], CAUSAL_LM)
     full, lora = (ADAPTATIONS[name].model_validate({}) for name in ("full", "lora"))
-    asked = fitting.Asked(config, objective, full, 2, 0, 2000, 100)
-    needs = {a.method: fitting.sketched(config, objective, a, 2).memory for a in (full, lora)}
+    asked = fit.MemoryRequest(config, objective, full, 2, 0, 2000, 100)
+    needs = {a.method: fit.sketch_training(config, objective, a, 2).memory for a in (full, lora)}
     assert needs["lora"].peak(2000) < needs["full"].peak(100)
 
     def refusal(free: int) -> str:
         with pytest.raises(DoesNotFit) as caught:
-            fitting.check_memory(asked, needs["full"], free)
+            fit.check_memory(asked, needs["full"], free)
         return str(caught.value)
 
-    fitting.check_memory(asked, needs["full"], needs["full"].peak(2000) - fitting.PROCESS)
-    told = refusal(needs["full"].peak(1000) - fitting.PROCESS)
+    fit.check_memory(asked, needs["full"], needs["full"].peak(2000) - fit.PROCESS)
+    told = refusal(needs["full"].peak(1000) - fit.PROCESS)
     assert "`training.micro_batch_tokens=1000` (" in told
     assert "`adaptation.method=lora` (" in told  # with micro-batches as large as was asked for
-    told = refusal(needs["lora"].peak(300) - fitting.PROCESS)
+    told = refusal(needs["lora"].peak(300) - fit.PROCESS)
     assert "`adaptation.method=lora` `training.micro_batch_tokens=300` (" in told
-    assert told.count("`adaptation.method=") == fitting.SHOWN and "full" not in told
+    assert told.count("`adaptation.method=") == fit.SHOWN and "full" not in told
     for way in told.splitlines()[1:]:
         name, tokens = re.match(
             r"  `adaptation.method=(\w+)`.*?(?:tokens=(\d+)`)? \(", way
         ).groups()  # type: ignore[union-attr]
         other = ADAPTATIONS[name].model_validate({})
-        memory = fitting.sketched(config, objective, other, 2).memory
+        memory = fit.sketch_training(config, objective, other, 2).memory
         assert memory.peak(int(tokens or 2000)) <= needs["lora"].peak(300)
     assert "Nothing that is known here would fit" in refusal(1000)
 
@@ -104,7 +104,7 @@ def test_rows_that_are_too_long_for_any_way_are_named() -> None:
     objective = default_objective(OBJECTIVES["sft"])
     config = catalogue_config(CATALOG["smollm2-135m-instruct"], CAUSAL_LM)
     lora = ADAPTATIONS["lora"].model_validate({})
-    memory = fitting.sketched(config, objective, lora, 2).memory
-    asked = fitting.Asked(config, objective, lora, 2, 0, 8000, 8000)
+    memory = fit.sketch_training(config, objective, lora, 2).memory
+    asked = fit.MemoryRequest(config, objective, lora, 2, 0, 8000, 8000)
     with pytest.raises(DoesNotFit, match=r"rows of at most 5,000 tokens \(the longest has 8,000\)"):
-        fitting.check_memory(asked, memory, memory.peak(5000) - fitting.PROCESS)
+        fit.check_memory(asked, memory, memory.peak(5000) - fit.PROCESS)

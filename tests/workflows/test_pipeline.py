@@ -43,7 +43,7 @@ class Counting(Reporter):
         self.steps = 0
         self.notes: list[str] = []
 
-    def recorded(self, line: Any, steps: int) -> None:
+    def metrics(self, line: Any, steps: int) -> None:
         self.steps += line["event"] == "train"
 
     def note(self, text: str) -> None:
@@ -66,7 +66,7 @@ def test_each_stage_starts_from_the_one_it_names_and_is_done_once(
     outcomes = pipeline.run(first)
     assert [each.model_id for each in outcomes] == [read, answer, other]
     assert first.steps == 6
-    parents = [find(model).manifest["parent"] for model in (answer, other)]
+    parents = [find(model).manifest.parent for model in (answer, other)]
     assert parents == [read, read]
 
     again = Counting()
@@ -97,7 +97,7 @@ def test_a_teacher_its_student_and_what_it_learns(folder: Path, tiny_model_folde
     ]  # fmt: skip
     outcomes = pipeline.run(Counting())
     assert [each.model_id for each in outcomes] == [large, small, taught, more]
-    manifest = find(taught).manifest
+    manifest = find(taught).manifest.plain()
     assert (manifest["parent"], manifest["others"]) == (small, {"teacher": large})
     again = Counting()
     assert [each.model_id for each in pipeline.run(again)] == [large, small, taught, more]

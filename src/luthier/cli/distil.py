@@ -53,7 +53,7 @@ def distil(
 ) -> None:
     """Teach a student what a teacher answers, or what it thinks of every token."""
     options = recipe_options(locals())
-    from luthier.asking.spec import address_fields
+    from luthier.chat_models.base import address_fields
     from luthier.workflows.distil.recipe import DistilRecipe
 
     address = address_fields(teacher) if teacher else {}
@@ -103,7 +103,7 @@ def student(
     shape.check()
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
-        from luthier.engine.student import make_student
+        from luthier.workflows.student import make_student
 
     with LiveReporter(quiet=json_) as reporter:
         made = make_student(teacher, name, shape, reporter)

@@ -96,7 +96,7 @@ def evaluate(
 
 def _parse_graders(names: Sequence[str], assignments: Sequence[str]) -> dict[str, Grader]:
     """Graders by name or from TOML files, with fields from ``NAME.FIELD=VALUE``."""
-    from luthier.graders import Spec, graders_named, read_graders
+    from luthier.graders import Spec, parse_graders, read_graders
     from luthier.recipe import set_field
 
     specs: dict[str, Spec] = {}
@@ -108,4 +108,4 @@ def _parse_graders(names: Sequence[str], assignments: Sequence[str]) -> dict[str
                 f"--set takes GRADER.FIELD=VALUE of one of {', '.join(specs)}; got {assignment!r}"
             )
         set_field(specs, assignment)
-    return graders_named(specs)
+    return parse_graders(specs)

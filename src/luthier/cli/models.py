@@ -31,7 +31,8 @@ models_app = CommandGroup("Base models and custom models.")
 def list_models(json_: Json = False) -> None:
     """List base models and custom models."""
     from luthier.cli.tune import validation_result
-    from luthier.models.catalog import CATALOG, MANIFEST
+    from luthier.models.catalog import CATALOG
+    from luthier.models.manifest import MANIFEST
     from luthier.store.models import base_folder, custom_models, pretrained_models
 
     bases: list[dict[str, Any]] = [
@@ -87,79 +88,78 @@ def list_models(json_: Json = False) -> None:
 
 def _base_record(model: StoredModel) -> dict[str, Any]:
     """One entry of the list of base models, for one that was pre-trained in this store."""
-    from luthier.models.catalog import MANIFEST
-
     manifest = model.manifest
-    try:
-        return {
-            "id": model.id,
-            "kind": manifest["kind"],
-            "parameters": manifest["parameters"],
-            "context": manifest["context"],
-            "licence": "your own",
-            "here": True,
-            "about": f"pre-trained here: {manifest['recipe']['network']['family']}",
-        }
-    except (AttributeError, KeyError, TypeError) as error:
-        reason = manifest.get("damaged") or f"{MANIFEST} has no {error}"
+    if model.damaged or "network" not in (manifest.recipe or {}):
+        reason = model.damaged or "its record lacks the recipe of its pre-training"
         return {"id": model.id, "here": True, "damaged": reason}
+    return {
+        "id": model.id,
+        "kind": manifest.kind,
+        "parameters": manifest.parameters,
+        "context": manifest.context,
+        "licence": "your own",
+        "here": True,
+        "about": f"pre-trained here: {(manifest.recipe or {})['network']['family']}",
+    }
 
 
 def _custom_record(model: StoredModel) -> dict[str, Any]:
     """One entry of the list of custom models."""
-    from luthier.models.catalog import MANIFEST
     from luthier.objectives import OBJECTIVES
 
     manifest = model.manifest
-    try:
-        record = {
-            "id": model.id,
-            "parent": manifest["parent"],
-            "created": manifest["created"],
-            "objective": manifest.get("recipe", {}).get("objective", {}).get("method", ""),
-            "validation_loss": None,
-        }
-        if cut := manifest.get("student"):
-            kept = f"student, {cut['layers']} of {cut['teacher_layers']} layers"
-            return record | {"adaptation": kept, "parameters": manifest["parameters"]}
-        if "source" in manifest:
-            imported = f"imported {manifest['saved']}"
-            return record | {"adaptation": imported, "source": manifest["source"]}
-        return record | {
-            "adaptation": manifest["recipe"]["adaptation"]["method"],
-            "validation_loss": manifest["metrics"]["validation_loss"],
-            "measure": OBJECTIVES[manifest["recipe"]["objective"]["method"]].measure,
-            "validation": (manifest["metrics"].get("verdict") or {}).get("kept", {}),
-        }
-    except (AttributeError, KeyError, TypeError) as error:
-        reason = manifest.get("damaged") or f"{MANIFEST} has no {error}"
-        return {"id": model.id, "damaged": reason}
+    if model.damaged:
+        return {"id": model.id, "damaged": model.damaged}
+    method = (manifest.objective or {}).get("method", "")
+    record = {
+        "id": model.id,
+        "parent": manifest.parent,
+        "created": manifest.created,
+        "objective": method,
+        "validation_loss": None,
+    }
+    if cut := manifest.student:
+        kept = f"student, {cut['layers']} of {cut['teacher_layers']} layers"
+        return record | {"adaptation": kept, "parameters": manifest.parameters}
+    if manifest.source is not None:
+        return record | {"adaptation": f"imported {manifest.saved}", "source": manifest.source}
+    if manifest.recipe is None or manifest.metrics is None:
+        return {"id": model.id, "damaged": "its record lacks the recipe or the metrics of its run"}
+    return record | {
+        "adaptation": manifest.recipe["adaptation"]["method"],
+        "validation_loss": manifest.metrics["validation_loss"],
+        # The package that brought the objective may be gone.
+        "measure": OBJECTIVES[method].measure if method in OBJECTIVES else "",
+        "validation": (manifest.metrics.get("verdict") or {}).get("kept", {}),
+    }
 
 
 @models_app.command("show")
 def show_model(model: str, json_: Json = False) -> None:
     """Show what a model is, where its files are, and that they are intact."""
-    from luthier.models.catalog import CATALOG, MANIFEST
+    from luthier.models.catalog import CATALOG
+    from luthier.models.manifest import MANIFEST, Manifest
     from luthier.store.models import StoredModel, base_folder, find
 
     entry = CATALOG.get(model)
     if entry is None or (base_folder(model) / MANIFEST).is_file():
         stored = find(model)
     else:  # described without fetching it
-        manifest = {
-            "kind": entry.kind,
+        manifest = Manifest(
+            id=entry.id,
+            kind=entry.kind,
+            licence=entry.licence,
+            parameters=entry.parameters,
+            context=entry.context,
             **entry.source.provenance,
-            "licence": entry.licence,
-            "parameters": entry.parameters,
-            "context": entry.context,
-            "here": False,
-        }
+        )
         stored = StoredModel(entry.id, base_folder(model), manifest)
     details = {
         "id": stored.id,
         "folder": str(stored.folder),
         "lineage": lineage(stored),
-        **{key: value for key, value in stored.manifest.items() if key != "files"},
+        **stored.manifest.plain(),
+        **({} if stored.folder.is_dir() else {"here": False}),
         "files": _files(stored),
     }
     if json_:
@@ -173,11 +173,11 @@ def lineage(model: StoredModel) -> list[str]:
     from luthier.store.models import find
 
     ids = [model.id]
-    while model.manifest.get("parent"):
+    while parent := model.manifest.parent:
         try:
-            model = find(model.manifest["parent"])
+            model = find(parent)
         except Exception:
-            ids.append(f"{model.manifest['parent']} (not here)")
+            ids.append(f"{parent} (not here)")
             break
         ids.append(model.id)
     return ids
@@ -186,11 +186,11 @@ def lineage(model: StoredModel) -> list[str]:
 def _files(model: StoredModel) -> dict[str, dict[str, Any]]:
     """Path, size, hash and state of each file."""
     from luthier.files import hashes_of
-    from luthier.models.catalog import MANIFEST
+    from luthier.models.manifest import MANIFEST
 
     if not model.folder.is_dir():
         return {}
-    recorded = model.manifest.get("files", {})
+    recorded = model.manifest.files
     found = hashes_of(model.folder, skip=(MANIFEST,))
     return {
         name: {
@@ -300,7 +300,7 @@ def pull_model(model: str, json_: Json = False) -> None:
     with LiveReporter(quiet=json_) as reporter:
         stored = find(model, reporter.stage)
         try:
-            verify(stored.folder, stored.manifest.get("files", {}))
+            verify(stored.folder, stored.manifest.files)
         except CorruptFile:
             if model not in CATALOG:
                 raise
@@ -369,12 +369,10 @@ def remove_model(model: str, json_: Json = False) -> None:
         raise RecipeError(
             f"{model!r} is no model that was made here, and no run; see `luthier models list`"
         )
-    children = [
-        m.id for m in custom_models() if model in (m.manifest.get("parent"), made_here and m.root)
-    ]
+    children = [m.id for m in custom_models() if model in (m.manifest.parent, made_here and m.root)]
     if children:
         raise RecipeError(f"{', '.join(children)} was made from {model}; remove it first")
-    parents = [m.manifest.get("parent") for m in custom_models() if m.id == model]
+    parents = [m.manifest.parent for m in custom_models() if m.id == model]
     with run.lock():
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

@@ -51,7 +51,7 @@ def pretrain(
     # Loads torch, which takes seconds: only for a recipe that parses.
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
-        from luthier.engine.pretrain import pretrain as train
+        from luthier.workflows.pretrain import pretrain as train
 
     with LiveReporter(quiet=json_) as reporter:
         result = train(recipe, resume, reporter)

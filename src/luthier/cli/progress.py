@@ -91,7 +91,7 @@ class LiveReporter(Reporter):
         if not self.silent:
             self._print(f"  {with_setting_names(text, option)}")
 
-    def chosen(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Print each setting that was chosen, and why."""
         if self.silent:
             return
@@ -111,13 +111,13 @@ class LiveReporter(Reporter):
             table.add_row(f"  {name}", f"[bold]{shown}[/bold]", f"[dim]{reason}[/dim]")
         self.console.print(table)
 
-    def counted(self, done: int, total: int, what: str) -> None:
+    def progress(self, done: int, total: int, what: str) -> None:
         """Move a bar with the time left; the last one takes it down."""
         self._move(done, total, what)
         if done >= total:
             self.close()
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """Move the bar."""
         name = line.get("measure", "loss")
         if line["event"] == "validation":

@@ -26,8 +26,8 @@ from luthier.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from luthier.engine.search import Found
     from luthier.recipe import Recipe
+    from luthier.workflows.search import Found
 
 
 def search(
@@ -58,7 +58,7 @@ def search(
     json_: Json = False,
 ) -> None:
     """Try settings, stop hopeless trials early, and store the best as a custom model."""
-    from luthier.engine.space import parse_space
+    from luthier.workflows.space import parse_space
 
     recipe = read_recipe(data, recipe_options(locals()), set_)
     if range_test:
@@ -68,7 +68,7 @@ def search(
     parse_space(ranges, recipe)  # a wrong space is refused before torch is loaded
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
-        from luthier.engine.search import search as find_settings
+        from luthier.workflows.search import search as find_settings
 
     with LiveReporter(quiet=json_) as reporter:
         found = find_settings(recipe, trials, ranges, resume, reporter, parallel)
@@ -82,7 +82,7 @@ def _range_test(data: str, recipe: Recipe, as_json: bool) -> None:
     """Print which learning rate a range test suggests."""
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
-        from luthier.engine.range_test import range_test as find_rate
+        from luthier.workflows.range_test import range_test as find_rate
 
     with LiveReporter(quiet=as_json) as reporter:
         found = find_rate(recipe, reporter)

@@ -93,6 +93,7 @@ def tune(
 
 def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
+    from luthier.objectives.capabilities import SupportsPrediction
     from luthier.store.models import find, objective_of
 
     objective = objective_of(find(result.model_id))
@@ -118,7 +119,7 @@ def print_result(result: Result) -> None:
     print_verdict(result)
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
     use = f"chat {result.model_id}"
-    if objective.reads:
+    if isinstance(objective, SupportsPrediction):
         use = f'predict {result.model_id} "some text"'
     elif objective.task != "causal_lm":
         use = f"tune DATA --base {result.model_id}"

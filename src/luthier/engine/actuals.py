@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from luthier.engine.devices import Machine, machine_name
+from luthier.engine.machine import Machine, machine_name
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import Result, Run
 from luthier.errors import CorruptFile
@@ -103,7 +103,7 @@ def record_actual(
 
     A run that went on after a stop knows only the time since then: it says so, and joins no history.
     """
-    recipe, hashes = run.recorded("recipe"), run.recorded("data")
+    recipe, hashes = run.request_value("recipe"), run.request_value("data")
     key = request_key(recipe, hashes, machine) if isinstance(hashes, dict) else ""
     actual = {
         "model_id": result.model_id,

@@ -22,7 +22,7 @@ from luthier.encryption.tensors import load_tensors, save_tensors
 from luthier.errors import CorruptFile
 from luthier.files import new_folder, read_json, sha256_of, sweep, write_json
 
-KEPT = 2
+RETAINED = 2
 FIRST_STEP = 10
 """The first checkpoint is written no later than after this step, or after ``FIRST_SECONDS``."""
 FIRST_SECONDS = 45.0
@@ -89,7 +89,7 @@ class Checkpoints:
             self._read(path)
         # What is newer was damaged, or this run would have gone on from it.
         present = sorted(self.folder.glob("step-*"))
-        kept = [other for other in present if other <= path][-KEPT:]
+        kept = [other for other in present if other <= path][-RETAINED:]
         for other in present:
             if other not in kept:
                 _remove(other)

@@ -24,6 +24,7 @@ from luthier.evaluation.labels import row_scores
 from luthier.evaluation.retrieval import partner_ranks, recall_at_1
 from luthier.models.network import Network, TreeBatch
 from luthier.objectives import Contrastive, Objective
+from luthier.objectives.capabilities import SupportsPrediction
 from luthier.types import Example
 
 LARGEST_STATES = 20_000_000
@@ -88,7 +89,7 @@ def base_states(
 
     read = partial(_states, network, words if isinstance(held.rows[0], TaggedWords) else texts)
     if isinstance(held.rows[0], TextPair):
-        views = [view for example in held.examples for view in encoder.views(example)]
+        views = [view for example in held.examples for view in encoder.sequences(example)]
         both = read(views, budget, began + seconds)
         if len(both) < len(views):
             return None
@@ -136,13 +137,14 @@ def measure_tuned(
     budget: int,
 ) -> Comparison:
     """The tuned network beside the baselines, on the same rows."""
+    assert isinstance(objective, SupportsPrediction)
     network.model.eval()
-    views = [view for example in held.examples for view in objective.views(example)]
+    views = [view for example in held.examples for view in objective.sequences(example)]
     examples = [replace(view, row=index) for index, view in enumerate(views)]
     answers: list[Mapping[str, Any]] = [{} for _ in examples]
     for batch in network.batches(examples, budget):
         for example, answer in zip(
-            batch.tree.examples, objective.answers(network, batch), strict=True
+            batch.tree.examples, objective.predict(network, batch), strict=True
         ):
             answers[example.row] = answer
     if pairs := of_shape(TextPair, held.rows):

@@ -25,6 +25,7 @@ from luthier.gate.inspect import inspect_job
 from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.objectives.capabilities import SupportsPacking, SupportsPrediction, with_completions
 from luthier.objectives.choosing import objective_for
 from luthier.recipe import DataSpec
 from luthier.types import Example, Row
@@ -74,14 +75,14 @@ def prepare(
     chat: ChatFormat,
     context: int,
     seed: int,
-    told: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Read, check, split and encode the data of a recipe; :class:`DataError` lists what is wrong.
 
-    ``told`` is now and then given how many bytes of how many have been read.
+    ``on_progress`` is now and then given how many bytes of how many have been read.
     """
     rows_of = partial(read_rows, columns=spec.columns, checker=_checker(objective))
-    rows, recognized = rows_of(spec.train, told=told)
+    rows, recognized = rows_of(spec.train, told=on_progress)
     held = rows_of(spec.validation)[0] if spec.validation else []
     further = [rows_of(each.train)[0] for each in spec.mix]
     choices: list[Choice] = []
@@ -98,7 +99,7 @@ def prepare(
     report = inspect_job(
         spec, {name: each for name, each in splits.items() if each}, objective, chat
     )
-    rows, held, *further = [list(objective.gather(each)) for each in (rows, held, *further)]
+    rows, held, *further = [list(objective.regroup(each)) for each in (rows, held, *further)]
     rows, chosen, tested = _split(spec, rows, seed, choices)
     held_out = {"validation": _lines(chosen), "test": _lines(tested)}
     held = held if spec.validation else chosen
@@ -113,7 +114,7 @@ def prepare(
     if problems := [*encoder.problems, *refused]:
         raise DataError(problems, capped=capped)
     encoded = [*chain(*sets)]
-    read = [view for example in encoded for view in objective.views(example)]
+    read = [view for example in encoded for view in objective.sequences(example)]
     counts = {
         "rows": len(encoded),
         "validation_rows": len(validation),
@@ -122,17 +123,21 @@ def prepare(
     }
     learned = [(own[e.row], e) for own, es in zip((rows, *further), sets, strict=True) for e in es]
     compared = (
-        ComparedRows.of(learned if objective.reads else (), seed),
+        ComparedRows.of(learned if isinstance(objective, SupportsPrediction) else (), seed),
         ComparedRows.of([(held[e.row], e) for e in validation], seed, MOST_ROWS // 5),
     )
-    train, mixed = _mix(spec, [objective.arrange(each, context) if each else [] for each in sets])
+    if isinstance(objective, SupportsPacking):
+        sets = [objective.pack(each, context) if each else [] for each in sets]
+        validation = objective.pack(validation, context) if validation else []
+    train, mixed = _mix(spec, sets)
     choices += _shares(spec, mixed, len(train) - sum(each.rows for each in mixed))
-    validation = objective.arrange(validation, context) if validation else []
     return Dataset(
         objective=objective,
         train=train,
         validation=validation,
-        longest=max(v.tokens for e in train for v in _largest(objective, e)),
+        longest=max(
+            row.tokens for e in train for row in with_completions(objective, objective.sequences(e))
+        ),
         hashes={str(path): sha256_of(path) for path in spec.files},
         choices=choices,
         dropped=encoder.dropped,
@@ -229,8 +234,8 @@ def _shares(spec: DataSpec, mixed: Sequence[Mixed], main: int) -> list[Choice]:
 
 
 def _check_augmentation(spec: DataSpec, objective: Objective, chat: ChatFormat) -> None:
-    if spec.augmentation and not objective.augments:
-        able = [name for name, kind in OBJECTIVES.items() if kind.augments]
+    if spec.augmentation and not objective.allows_augmentation:
+        able = [name for name, kind in OBJECTIVES.items() if kind.allows_augmentation]
         raise RecipeError(
             f"data.augmentation changes the words of a row, and {objective.method} learns the words "
             f"themselves. It goes with {', '.join(able)}; leave it out here"
@@ -245,8 +250,3 @@ def _check_augmentation(spec: DataSpec, objective: Objective, chat: ChatFormat) 
 def _checker(objective: Objective | None) -> type[Checker]:
     """What reads rows: those that the network answers itself are read for what they ask."""
     return PromptChecker if objective and "prompt_only" in objective.shapes else Checker
-
-
-def _largest(objective: Objective, example: Example) -> list[Example]:
-    """All that an example may become in a step."""
-    return [row for view in objective.views(example) for row in objective.room(view)]

@@ -8,8 +8,9 @@ from typing import Any
 
 from luthier.data.loader import Mixed, RowOrder
 from luthier.data.tree import build_tree, split_to_budget
-from luthier.engine.estimate import MemoryEstimate
+from luthier.engine.memory import MemoryEstimate
 from luthier.objectives import Objective
+from luthier.objectives.capabilities import SupportsHeadStart
 from luthier.recipe import Recipe
 from luthier.types import Example
 
@@ -64,24 +65,25 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
             training = training.model_copy(update={field: value})
             choices.append((f"training.{field}", value, reason))
 
-    if objective.together:
+    if objective.contrasts_rows:
         reason = "each row is told from the others of its batch, so more of them teach more"
         fill("batch_size", *_with_mixed(min(64, max(2, facts.rows)), reason, facts))
-    if objective.batch_rows:
+    if objective.defaults.batch_rows:
         reason = "each row is many texts: the network writes its own answers"
-        size = min(objective.batch_rows, max(1, facts.rows))
+        size = min(objective.defaults.batch_rows, max(1, facts.rows))
         fill("batch_size", *_with_mixed(size, reason, facts))
     fill("batch_size", *_with_mixed(*_batch_size(facts.rows), facts))
     if training.max_steps is None:
         batch = max(1, round((training.batch_size or 1) / facts.drawn))
         fill("epochs", *_epochs(objective, facts.rows, batch))
     # A rate that was given is meant for all weights.
-    apart = facts.new_head and not objective.starts_head and training.learning_rate is None
+    starts_head = isinstance(objective, SupportsHeadStart) and objective.starts_head
+    apart = facts.new_head and not starts_head and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
-    factor = objective.rate_factor
+    factor = objective.defaults.rate_factor
     if factor != 1:
         reason += f"; {objective.method} takes {factor:g} of it"
-    if objective.starts_head:
+    if starts_head:
         factor *= FITTED_HEAD_RATE
         known = "the regression of the new head" if facts.new_head else "what the head has learned"
         reason += f"; {FITTED_HEAD_RATE:g} of it, as more would undo {known}"
@@ -150,11 +152,11 @@ def _with_mixed(size: int, reason: str, facts: Facts) -> tuple[int, str]:
 
 
 def _epochs(objective: Objective, rows: int, batch: int) -> tuple[float, str]:
-    least, most = objective.least_steps, objective.most_epochs
+    least, most = objective.min_steps, objective.defaults.max_epochs
     per_epoch = -(-rows // batch)
     epochs = min(most, max(1, -(-least // per_epoch)))
     # Further passes still help many classes; a set of a million rows teaches all it can in one.
-    repeated = min(objective.least_epochs, LONGEST_REPEATED // per_epoch)
+    repeated = min(objective.defaults.min_epochs, LONGEST_REPEATED // per_epoch)
     if repeated > epochs:
         reason = f"{per_epoch} steps in a pass: {repeated} passes teach more than one"
         return float(repeated), f"{reason}, and stop early where they do not"

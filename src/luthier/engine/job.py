@@ -12,22 +12,41 @@ from luthier import __version__
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import RowOrder
 from luthier.engine import defaults
-from luthier.engine.dataset import Dataset
-from luthier.engine.devices import Machine
-from luthier.engine.estimate import disk_needed, weight_bytes
-from luthier.engine.fitting import Asked, check_memory, sketched
-from luthier.engine.memory import available_memory
+from luthier.engine.dataset import Dataset, prepare
+from luthier.engine.machine import Machine, available_memory
+from luthier.engine.memory import (
+    MemoryRequest,
+    check_memory,
+    disk_needed,
+    sketch_training,
+    weight_bytes,
+)
 from luthier.engine.metrics import Reporter
+from luthier.errors import RecipeError
 from luthier.files import need_disk
+from luthier.gate.inspect import default_base
+from luthier.gate.report import warnings
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
-from luthier.models.load import as_network, read_config, sketch
+from luthier.models.load import as_network, check_folder, context_length, read_config, sketch
 from luthier.models.network import Network
+from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import Objective
+from luthier.objectives.capabilities import (
+    SupportsModelCheck,
+    SupportsOtherModels,
+    SupportsReferenceCache,
+    SupportsRollouts,
+    other_models,
+    with_completions,
+)
 from luthier.recipe import Recipe
 from luthier.store import models as store
 from luthier.types import Example
+
+LARGE = 50_000_000
+"""Bytes of rows from which on reading shows how far it is."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +92,7 @@ class Job:
         sample = Sample(tuple(train), tuple(validation), len(self.data.train))
         return replace(self, recipe=recipe, sample=sample)
 
-    def begun(self, train: Sequence[Example]) -> Job:
+    def with_rows(self, train: Sequence[Example]) -> Job:
         """This job with what the objective made of its training rows, or of those it is tried on."""
         data = replace(self.data, train=train)
         if self.sample is not None:
@@ -95,7 +114,80 @@ class Job:
         }
 
 
-def settle(
+def with_base(recipe: Recipe, reporter: Reporter) -> Recipe:
+    """The recipe with the base model that goes with its rows, where none is named."""
+    if "base" in recipe.model_fields_set:
+        return recipe
+    base, reason = default_base(recipe.data.train, recipe.data.columns, recipe.objective)
+    reporter.settings([("base", base, reason)])
+    return recipe.model_copy(update={"base": base})
+
+
+def prepare_job(
+    recipe: Recipe,
+    base: store.StoredModel,
+    machine: Machine,
+    reporter: Reporter,
+    began_with: int | None = None,
+) -> Job:
+    """The job of ``recipe``: the data checked against the model, then the rest.
+
+    ``began_with`` is the token budget of the run that is resumed.
+    """
+    reporter.stage("Checking the data")
+    config = check_folder(base.network_folder)
+    chat = store.chat_format(base)
+    check_vocabulary(chat, config, base.id)
+    context = context_length(config)
+    added = recipe.adaptation.added_tokens + store.added_tokens(base)
+    room = context - added
+    if room < 1:
+        raise RecipeError(
+            f"{added} added tokens leave no room in the model's context of {context}; use fewer"
+        )
+    objective = bind_models(recipe.objective, reporter.stage)
+
+    def on_progress(done: int, size: int) -> None:
+        if size >= LARGE:
+            reporter.progress(done // 1_000_000, size // 1_000_000, "MB read")
+
+    data = prepare(recipe.data, objective, chat, room, recipe.training.seed, on_progress)
+    reporter.note(f"recognized: {data.recognized}")
+    if data.recognized and data.recognized.unread:
+        reporter.note(f"columns that nothing is read from: {', '.join(data.recognized.unread)}")
+    for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
+        if count:
+            reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
+    for line in warnings(data.report, recipe.data.train) if data.report else ():
+        reporter.note(line)
+    if seen := rows_learned_by(base, data):
+        reporter.note(
+            f"{seen:,} of the {len(data.validation):,} held-out rows are rows that {base.id} learned "
+            "from, so what is measured on them is too good. Give rows that it has not seen as "
+            "`data.validation=FILE`, or hold out those that it held out, by its `training.seed`"
+        )
+    job = resolve_job(recipe, base, chat, data, machine, reporter, began_with)
+    origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
+    origin |= store.tokenizer_origin(base)
+    if job.others:
+        origin["others"] = {name: other.id for name, other in job.others.items()}
+    return replace(job, origin=origin)
+
+
+def rows_learned_by(base: store.StoredModel, data: Dataset) -> int:
+    """How many held-out rows the model was itself trained on: those of a file that it knows."""
+    known = base.manifest.data
+    if known is None:
+        return 0
+    own = {sha256: path for path, sha256 in known.sha256.items()}
+    seen = 0
+    for path, lines in data.held_out.get("validation", {}).items():
+        if (before := own.get(data.hashes.get(path, ""))) is not None:
+            seen += len({*lines} - {*known.held_out.get(before, ())})
+    return seen
+
+
+def resolve_job(
     recipe: Recipe,
     base: store.StoredModel,
     chat: ChatFormat,
@@ -110,11 +202,11 @@ def settle(
     """
     size = machine.dtype.itemsize
     own = store.objective_of(base)
-    learned = own if base.manifest.get("recipe") else None
+    learned = own if base.manifest.recipe else None
     bound = data.objective.bind_base(base.network_folder, learned)
     data = replace(data, objective=bound)
     config = read_config(base.network_folder, data.objective.head())
-    drawn = sketched(config, data.objective, recipe.adaptation, size)
+    drawn = sketch_training(config, data.objective, recipe.adaptation, size)
     model = drawn.model
     others = _others(data.objective, chat, reporter)
     if recipe.training.dropout is not None:
@@ -123,7 +215,7 @@ def settle(
         layer_names(model)  # refuses a network without layers to tell apart
     width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
     # A custom model of the same task and classes brings its head along.
-    brings = base.manifest.get("kind") == data.objective.task
+    brings = base.manifest.kind == data.objective.task
     one, other = own.head(), bound.head()
     brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
     new = bool(head_weights(model)) and not brings
@@ -146,14 +238,18 @@ def settle(
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
     tokens = recipe.training.micro_batch_tokens or 0
-    asked = Asked(config, data.objective, recipe.adaptation, size, beside, tokens, data.longest)
+    asked = MemoryRequest(
+        config, data.objective, recipe.adaptation, size, beside, tokens, data.longest
+    )
     check_memory(asked, estimate, available)
     need_disk(store.base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
-    reporter.chosen([("precision", number, machine.reason), *data.choices, *choices])
+    reporter.settings([("precision", number, machine.reason), *data.choices, *choices])
     steps = defaults.steps_of(recipe, data.main, data.mixed)
-    if cost := data.objective.cost(*_readings(recipe, data, steps)):
-        reporter.note(cost)
+    if isinstance(data.objective, SupportsRollouts):
+        cost = data.objective.describe_cost(*_readings(recipe, data, steps))
+        if cost:
+            reporter.note(cost)
     chat = data.objective.format(chat)
     expected = estimate.peak(tokens)
     return Job(
@@ -179,15 +275,14 @@ def _readings(recipe: Recipe, data: Dataset, steps: int) -> tuple[int, int, int]
     return steps * (training.batch_size or 1), times * len(data.validation), calibrated
 
 
-def acquainted(objective: Objective | None, say: Callable[[str], None]) -> Objective | None:
+def bind_models(objective: Objective | None, say: Callable[[str], None]) -> Objective | None:
     """``objective`` with what the further models it asks for were trained for taken in."""
-    if objective is None:
-        return None
-    for name, each in objective.others.items():
+    for name, each in other_models(objective).items():
+        assert isinstance(objective, SupportsOtherModels)
         found = store.find(each, say)
         learned = store.objective_of(found)
         config = read_config(found.network_folder, learned.head())
-        objective = objective.meet(name, learned, int(config.hidden_size))
+        objective = objective.bind_model(name, learned, int(config.hidden_size))
     return objective
 
 
@@ -195,13 +290,16 @@ def _others(
     objective: Objective, chat: ChatFormat, reporter: Reporter
 ) -> dict[str, store.StoredModel]:
     """The further models of the objective, each checked against the format of the one that trains."""
-    found = {name: store.find(each, reporter.stage) for name, each in objective.others.items()}
-    for name, other in found.items():
-        objective.check_other(name, store.chat_format(other), objective.format(chat))
+    found = {
+        name: store.find(each, reporter.stage) for name, each in other_models(objective).items()
+    }
+    if isinstance(objective, SupportsModelCheck):
+        for name, other in found.items():
+            objective.check_model(name, store.chat_format(other), objective.format(chat))
     return found
 
 
-def opened(stored: store.StoredModel, machine: Machine, reporter: Reporter) -> Network:
+def load_frozen(stored: store.StoredModel, machine: Machine, reporter: Reporter) -> Network:
     """A model that helps to train: as it is served, frozen."""
     reporter.stage(f"Loading {stored.id}")
     model = store.load(stored, machine.dtype, machine.device)
@@ -219,14 +317,11 @@ def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[E
     steps = range(min(count, order.steps_per_epoch))
     chosen = [[data.train[index] for index in order.batch(step)] for step in steps]
     objective = data.objective
-    return [
-        [row for view in objective.seen(batch) or batch for row in objective.room(view)]
-        for batch in chosen
-    ]
+    return [with_completions(objective, objective.augment(batch) or batch) for batch in chosen]
 
 
 @torch.no_grad()
-def refer(job: Job, network: Network, reporter: Reporter) -> Job:
+def add_reference_logps(job: Job, network: Network, reporter: Reporter) -> Job:
     """``job`` with what the reference model says of the rows that are read more than once.
 
     Training rows that come once are asked about in their step, with no delay before the first.
@@ -234,11 +329,12 @@ def refer(job: Job, network: Network, reporter: Reporter) -> Job:
     data, training = job.data, job.recipe.training
     # The last batch of a pass may be smaller.
     again = job.steps > -(-job.rows // (training.batch_size or 1))
-    if not data.objective.refers or not (again or data.validation):
+    objective = data.objective
+    if not isinstance(objective, SupportsReferenceCache) or not (again or data.validation):
         return job
     network.model.eval()
     reporter.stage("Asking the reference model")
     budget = max(training.micro_batch_tokens or 1, 2048)
-    held = data.objective.refer(network, data.validation, budget)
-    train = data.objective.refer(network, data.train, budget) if again else data.train
+    held = objective.with_reference_logps(network, data.validation, budget)
+    train = objective.with_reference_logps(network, data.train, budget) if again else data.train
     return replace(job, data=replace(data, train=train, validation=held))

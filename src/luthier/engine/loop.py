@@ -23,7 +23,7 @@ from luthier.data.augmentation import Augmentation
 from luthier.data.loader import Mixed, RowOrder
 from luthier.engine.actuals import Clock
 from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
-from luthier.engine.devices import peak_memory
+from luthier.engine.machine import peak_memory
 from luthier.engine.metrics import (
     SCORES,
     MetricsFile,
@@ -32,18 +32,18 @@ from luthier.engine.metrics import (
     cost_of,
     without_rows,
 )
-from luthier.engine.optimizers import MasterAdamW
-from luthier.engine.schedules import rate_factor
+from luthier.engine.optimizers import MasterAdamW, rate_factor
 from luthier.errors import Diverged, Interrupted
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
 from luthier.models.network import Network, TreeBatch
 from luthier.models.save import adapter_buffers
 from luthier.objectives.base import Means, Objective
+from luthier.objectives.capabilities import SupportsRollouts, SupportsStepReport
 from luthier.recipe import Training
 from luthier.types import Example
 
-_BEST, _KEPT = "best.", "kept."
+_BEST, _BUFFER = "best.", "buffer."
 ADVICE_EVERY = 10
 """Steps between looks at the course of a run."""
 ADVICE_LINES = 200
@@ -90,7 +90,7 @@ class Loop:
         self.optimizer = MasterAdamW(
             model.named_parameters(), training, layers, head_weights(model)
         )
-        if self.objective.refers:
+        if self.objective.uses_reference:
             self.network.remember_start()
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
@@ -104,7 +104,7 @@ class Loop:
         self.progress = progress
         self.optimizer.restore(tensors)
         for name, kept in adapter_buffers(self.network.model).items():
-            kept.copy_(tensors[f"{_KEPT}{name}"])
+            kept.copy_(tensors[f"{_BUFFER}{name}"])
         self.best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
         restore_random_state(progress.rng)
         self.cut_lines()
@@ -187,6 +187,7 @@ class Loop:
         progress.rows += len(chosen)
         progress.last_loss = loss
         progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+        report = self.objective if isinstance(self.objective, SupportsStepReport) else None
         self.record(
             "train",
             loss=loss,
@@ -196,15 +197,12 @@ class Loop:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             **further,
-            **self.objective.report(batches),
+            **(report.step_metrics(batches) if report else {}),
         )
-        self._keep_samples(batches)
-
-    def _keep_samples(self, batches: Sequence[TreeBatch]) -> None:
-        if self.samples is not None:
-            for record in self.objective.samples(batches):
-                line = {"step": self.progress.step, **record}
-                self.progress.sample_lines = self.samples.append(line)
+        if report and self.samples is not None:
+            for record in report.step_samples(batches):
+                line = {"step": progress.step, **record}
+                progress.sample_lines = self.samples.append(line)
 
     def _rows(self) -> list[Example]:
         """The rows of the step to come, changed as asked for: a function of seed and step alone."""
@@ -260,11 +258,11 @@ class Loop:
 
     def _advise(self) -> None:
         """Tell people what the objective makes of the course so far, where that is something new."""
-        if self.progress.step % ADVICE_EVERY:
+        if self.progress.step % ADVICE_EVERY or not isinstance(self.objective, SupportsRollouts):
             return
         lines = [*self.train_lines]
         parts = lines[-ADVICE_LINES:], lines[:-ADVICE_EVERY]
-        advice, before = map(self.objective.advice, parts)
+        advice, before = map(self.objective.advise, parts)
         if advice and not before:
             self.reporter.note(advice)
 
@@ -277,14 +275,14 @@ class Loop:
         self.progress.metrics_lines = self.metrics.append(line)
         if event == "train":
             self.train_lines.append(line)
-        self.reporter.recorded(without_rows(line), self.steps)
+        self.reporter.metrics(without_rows(line), self.steps)
 
     def _checkpoint(self) -> None:
         self.progress.rng = random_state()
         tensors = self.optimizer.state()
         tensors |= {f"{_BEST}{name}": value for name, value in self.best.items()}
         kept = adapter_buffers(self.network.model)
-        tensors |= {f"{_KEPT}{name}": value for name, value in kept.items()}
+        tensors |= {f"{_BUFFER}{name}": value for name, value in kept.items()}
         self.checkpoints.write(self.progress, tensors)
 
     def _patience_spent(self) -> bool:
@@ -316,7 +314,8 @@ def row_gradients(
     """
 
     assert training.batch_size and training.micro_batch_tokens
-    budget, size = training.micro_batch_tokens, training.batch_size if objective.together else 1
+    budget = training.micro_batch_tokens
+    size = training.batch_size if objective.contrasts_rows else 1
     order = RowOrder(len(examples), training.batch_size, training.seed, training.shuffle)
 
     def gradients(rows: int) -> Iterator[None]:
@@ -324,7 +323,7 @@ def row_gradients(
         steps = range(order.steps_per_epoch)
         whole = (examples[index] for step in steps for index in order.batch(step))
         # A row may teach nothing by itself: a text whose label nobody knows.
-        chosen = list(islice((row for row in whole if objective.seen([row])), rows))
+        chosen = list(islice((row for row in whole if objective.augment([row])), rows))
         reporter.stage(
             f"Reading gradients of {len(chosen):,} rows, to choose the weights that train"
         )

@@ -1,44 +1,227 @@
-"""How much memory there is. Nothing heavy is imported here: a server asks before it loads anything."""
+"""How much memory and disk a run takes, before anything is loaded for it, and what would make it fit.
+
+Memory = the process itself + frozen weights + trained weights with their masters, moments and sums
++ activations of one micro-batch + one chunk of logits. It is never less than the plain network takes,
+which is loaded first, and again to check what was saved. The constants were fitted on this code's own
+runs (``docs/log/estimates.md``); the estimate errs upwards.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-GROUP = Path("/sys/fs/cgroup")
-"""What the kernel tells of this process's control group, as a container's (cgroup v2)."""
+from luthier.adaptations import ADAPTATIONS, Adaptation
+from luthier.errors import DoesNotFit, RefusedInput
+from luthier.models.catalog import CATALOG
+from luthier.models.heads import Head
+from luthier.objectives import Objective
+from luthier.objectives.capabilities import SupportsExtraWeights
+from luthier.recipe import Recipe
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def total_memory() -> int:
-    """Bytes of the machine, or of its control group if that has less."""
-    import psutil
-
-    total = int(psutil.virtual_memory().total)
-    limit = _limit()
-    return total if limit is None else min(total, limit)
-
-
-def available_memory() -> int:
-    """Bytes this process may still take: the machine's, or its control group's if that is less."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    limit = _limit()
-    return free if limit is None else max(0, min(free, limit - _used()))
+PROCESS = 480_000_000
+"""Resident bytes of Python with PyTorch and transformers loaded."""
 
 
-def _limit() -> int | None:
+SHOWN = 3
+"""Ways out that are named."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes a run takes: ``fixed``, and ``per_token`` for each token of a micro-batch."""
+
+    fixed: int
+    per_token: int
+    least: int = 0
+    """What loading and checking take, whatever is trained."""
+
+    def beside(self, further: int) -> MemoryEstimate:
+        """The same with ``further`` bytes that are held from the first step to the last."""
+        return replace(self, fixed=self.fixed + further)
+
+    def peak(self, tokens: int) -> int:
+        """Estimated peak in bytes with micro-batches of ``tokens`` tokens."""
+        return max(self.least, self.fixed + self.per_token * tokens)
+
+
+def weight_bytes(model: Any, bytes_per_number: int) -> int:
+    """Bytes of a network: weights in the working type, buffers in their own.
+
+    Buffers are what no precision applies to: tables of positions, and weights that are quantized.
+    """
+    weights = sum(weight.numel() for weight in model.parameters()) * bytes_per_number
+    return int(weights + sum(buffer.nbytes for buffer in model.buffers()))
+
+
+def trained_numbers(model: Any) -> int:
+    """How many numbers of a network train."""
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def estimate_memory(
+    model: Any, bytes_per_number: int, plain: int = 0, calibration: int = 0
+) -> MemoryEstimate:
+    """Estimate for a network whose trained weights are marked (it may live on the meta device).
+
+    ``plain`` is what :func:`weight_bytes` gave for it before anything was attached, ``calibration``
+    what the adaptation takes beside the network before the optimizer is made.
+    """
+    trained = trained_numbers(model)
+    config = model.config
+    hidden = int(config.hidden_size)
+    layers = int(config.num_hidden_layers) + int(getattr(config, "num_decoder_layers", None) or 0)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    vocabulary = int(config.vocab_size)
+    # master, two moments, sum of gradients in float32; gradient and best copy in the working type
+    optimizer = trained * (16 + 2 * bytes_per_number)
+    logits = 128 * vocabulary * (8 + 2 * bytes_per_number)
+    weights = weight_bytes(model, bytes_per_number)
+    activations = layers * (11 * hidden + 4 * inner) * bytes_per_number
+    least = PROCESS + max(plain, weights + calibration if calibration else 0)
+    return MemoryEstimate(PROCESS + weights + optimizer + logits, activations, least)
+
+
+def disk_needed(model: Any, bytes_per_number: int, adaptation: Adaptation) -> int:
+    """Bytes of two checkpoints and the custom model, with a tenth to spare."""
+    trained = trained_numbers(model)
+    total = sum(w.numel() for w in model.parameters())
+    saved = total if adaptation.stores_network else trained
+    checkpoint = trained * (12 + bytes_per_number)
+    return int(1.1 * (3 * checkpoint + saved * bytes_per_number)) + 20_000_000
+
+
+@dataclass(frozen=True)
+class TrainingSketch:
+    """A network without its numbers, as it will train, and the memory that takes."""
+
+    model: nn.Module
+    memory: MemoryEstimate
+
+
+def sketch_training(
+    config: Any, objective: Objective, adaptation: Adaptation, size: int, head: Head | None = None
+) -> TrainingSketch:
+    """The network of ``config`` with the head of ``objective`` and ``adaptation`` attached.
+
+    ``size`` is the bytes of a number in the working type. ``head`` stands in where the objective has
+    seen no rows yet.
+
+    Raises:
+        RefusedInput: where network, objective and adaptation do not go together.
+    """
+    # Rows are refused by what stands here before torch is imported.
+    import torch
+
+    from luthier.models.load import sketch_of
+
+    model = sketch_of(config, head or objective.head())
+    plain = weight_bytes(model, size)
+    with torch.device("meta"):
+        adaptation.attach(model)
+        if isinstance(objective, SupportsExtraWeights):
+            objective.add_weights(model)
+    memory = estimate_memory(model, size, plain, adaptation.calibration_bytes(model))
+    start = trained_numbers(model) * size if objective.uses_reference else 0
+    return TrainingSketch(model, memory.beside(start))
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """What a job is to hold in memory."""
+
+    config: Any
+    """transformers' configuration of the network."""
+    objective: Objective
+    adaptation: Adaptation
+    size: int
+    """Bytes of a number in the working type."""
+    beside: int
+    """Bytes of the further networks it holds."""
+    tokens: int
+    """Distinct tokens in a micro-batch."""
+    longest: int
+    """Tokens of the longest row: no micro-batch can be smaller."""
+
+
+def check_memory(request: MemoryRequest, memory: MemoryEstimate, available: int) -> None:
+    """Refuse a run whose estimated peak is more than what is free, and name what would fit.
+
+    Raises:
+        DoesNotFit: each way out it names was estimated too, and fits.
+    """
+    peak = memory.peak(request.tokens)
+    if _fits(peak, available):
+        return
+    ways = [way for _, way in zip(range(SHOWN), _ways(request, memory, available), strict=False)]
+    advice = "\n".join(f"  {way}" for way in ways)
+    raise DoesNotFit(
+        f"this run needs about {peak / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "
+        f"free ({max(memory.fixed, memory.least) / 1e9:.1f} GB whatever the batch, "
+        f"{memory.per_token * request.tokens / 1e9:.1f} GB for micro-batches of {request.tokens} "
+        "tokens). "
+        + (
+            f"What would fit:\n{advice}"
+            if ways
+            else "Nothing that is known here would fit: free some memory, or use a larger machine."
+        )
+    )
+
+
+def _fits(peak: int, available: int) -> bool:
+    # What the process holds already is part of the estimate, not of what it may still take.
+    return peak - PROCESS <= available
+
+
+def _ways(request: MemoryRequest, memory: MemoryEstimate, available: int) -> Iterator[str]:
+    """Changes that make it fit, the smallest first; each is estimated as the job itself is."""
+    from luthier.models.load import catalogue_config
+
+    if (tokens := _tokens(memory, request, available)) is not None:
+        yield f"`training.micro_batch_tokens={tokens}` ({memory.peak(tokens) / 1e9:.1f} GB)"
+    elif (room := _room(memory, available)) >= 32:
+        yield f"rows of at most {room:,} tokens (the longest has {request.longest:,})"
+    usual = Recipe.model_fields["adaptation"].get_default(call_default_factory=True).method
+    for name in dict.fromkeys([usual, *ADAPTATIONS]):
+        if name != request.adaptation.method:
+            other = ADAPTATIONS[name].model_validate({})
+            yield from _changed(
+                f"`adaptation.method={name}`", request, request.config, other, available
+            )
+    for entry in CATALOG.values():
+        config = catalogue_config(entry, request.objective.head())
+        change = f"`base={entry.id}`"
+        if config.hidden_size < request.config.hidden_size:
+            yield from _changed(change, request, config, request.adaptation, available)
+
+
+def _changed(
+    change: str, request: MemoryRequest, config: Any, adaptation: Adaptation, available: int
+) -> Iterator[str]:
+    """The change, where the job fits with it."""
     try:
-        text = (GROUP / "memory.max").read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+        memory = sketch_training(config, request.objective, adaptation, request.size).memory
+    except RefusedInput:
+        return
+    memory = memory.beside(request.beside)
+    tokens = _tokens(memory, request, available)
+    if tokens is not None:
+        smaller = f" `training.micro_batch_tokens={tokens}`" * (tokens < request.tokens)
+        yield f"{change}{smaller} ({memory.peak(tokens) / 1e9:.1f} GB)"
 
 
-def _used() -> int:
-    """Bytes in use that the kernel cannot take back at once: files that were read are given up."""
-    used = int((GROUP / "memory.current").read_text())
-    for line in (GROUP / "memory.stat").read_text().splitlines():
-        name, _, value = line.partition(" ")
-        if name == "inactive_file":
-            used -= int(value)
-    return used
+def _room(memory: MemoryEstimate, available: int) -> int:
+    """Tokens of a micro-batch that fit beside what is held whatever the batch."""
+    if not _fits(memory.least, available):
+        return 0
+    return max(0, (available + PROCESS - memory.fixed) // max(1, memory.per_token))
+
+
+def _tokens(memory: MemoryEstimate, request: MemoryRequest, available: int) -> int | None:
+    """The largest micro-batch that fits, at most what was asked for; ``None`` where none does."""
+    tokens = min(request.tokens, _room(memory, available))
+    return tokens if tokens >= min(request.longest, request.tokens) else None

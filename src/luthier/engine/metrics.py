@@ -110,16 +110,16 @@ class Reporter:
     def stage(self, text: str) -> None:
         """A part of the work begins."""
 
-    def chosen(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Settings chosen from the data and the model: name, value, reason."""
 
     def note(self, text: str) -> None:
         """Something worth knowing that is not an error."""
 
-    def counted(self, done: int, total: int, what: str) -> None:
+    def progress(self, done: int, total: int, what: str) -> None:
         """``done`` of ``total`` things called ``what`` are finished, in work that is no training."""
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """A line went to the metrics file; ``steps`` is the length of the run."""
 
 

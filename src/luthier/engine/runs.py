@@ -19,7 +19,7 @@ from luthier.engine.verdict import RunVerdict
 from luthier.errors import RunConflict
 from luthier.evaluation.baselines import Comparison
 from luthier.files import copy_lines, disk_errors, lock, luthier_home, read_json, sweep, write_json
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 from luthier.recipe import NAME_PATTERN
 from luthier.store.models import base_folder, custom_folder, short_name
 
@@ -28,7 +28,7 @@ SAMPLES = "samples.jsonl"
 """Texts that the network wrote in training, with what they were worth."""
 HELD_OUT, TEST = "held_out.json", "test.jsonl"
 """Lines of the training file that were not learned from; the lines kept for a test, as they are."""
-ACTIVATIONS, KEPT = "activations.bin", "kept"
+ACTIVATIONS, PRECOMPUTED = "activations.bin", "precomputed"
 """What was computed ahead for the rows: by the frozen layers, by the objective."""
 START, TOKENS = "start", "tokens"
 """Of a pre-training: the network before its first step, and the text as token ids."""
@@ -103,7 +103,7 @@ class Run:
         if stored:
             raise RunConflict(f"there is a model {self.model_id} already; choose another --name")
 
-    def recorded(self, field: str) -> Any:
+    def request_value(self, field: str) -> Any:
         """A field of the request this run began with; ``None`` where it has not begun."""
         path = self.folder / _REQUEST
         return read_json(path).get(field) if path.is_file() else None
@@ -126,7 +126,7 @@ class Run:
 
     def drop_working_files(self) -> None:
         """Free the disk of what only a resume would need."""
-        for name in ("checkpoints", KEPT):
+        for name in ("checkpoints", PRECOMPUTED):
             remove(self.folder / name)
         for folder in (self.folder, working(self.folder)):
             (folder / ACTIVATIONS).unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -14,38 +14,45 @@ import torch
 from luthier.engine.actuals import Clock, folder_bytes, record_actual
 from luthier.engine.checkpoints import Checkpoints, Progress
 from luthier.engine.comparison import fit_baselines, measure_tuned
-from luthier.engine.dataset import Dataset, prepare
-from luthier.engine.devices import (
-    Machine,
+from luthier.engine.job import Job, add_reference_logps, load_frozen, prepare_job, with_base
+from luthier.engine.loop import Loop, row_gradients
+from luthier.engine.machine import (
+    available_memory,
     choose_machine,
     keep_freed_memory,
     return_freed_memory,
 )
-from luthier.engine.job import Job, acquainted, opened, refer, settle
-from luthier.engine.loop import Loop, row_gradients
-from luthier.engine.memory import available_memory
 from luthier.engine.metrics import MetricsFile, Reporter
-from luthier.engine.runs import ACTIVATIONS, KEPT, METRICS, SAMPLES, Result, Run, automatic_name
-from luthier.engine.storing import Storing
+from luthier.engine.model_writer import ModelWriter
+from luthier.engine.runs import (
+    ACTIVATIONS,
+    METRICS,
+    PRECOMPUTED,
+    SAMPLES,
+    Result,
+    Run,
+    automatic_name,
+)
 from luthier.errors import RecipeError, RefusedInput
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import need_disk
-from luthier.gate.inspect import default_base
-from luthier.gate.report import warnings
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.dropout import set_dropout
 from luthier.models.heads import new_weights
-from luthier.models.load import as_network, check_folder, context_length
+from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.models.save import (
     stored_bytes,
     trained_weights,
 )
-from luthier.models.tokenizer import check_vocabulary
+from luthier.objectives.capabilities import (
+    SupportsExtraWeights,
+    SupportsHeadStart,
+    SupportsPrecomputation,
+    SupportsPreparation,
+)
 from luthier.recipe import Recipe
 from luthier.store import models as store
-
-_LARGE = 50_000_000
 
 
 def train(
@@ -75,9 +82,9 @@ def train(
             if not resume:
                 run.check_free()  # before the rows are read, which can take minutes
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
-            budget = run.recorded("micro_batch_tokens") if resume else None
+            budget = run.request_value("micro_batch_tokens") if resume else None
             with clock.part("data"):
-                job = settled(recipe, base, machine, reporter, budget)
+                job = prepare_job(recipe, base, machine, reporter, budget)
             job = replace(job, origin={**job.origin, **(lineage or {})})
             done = run.begin(job.request(recipe), resume)
             if done is None:
@@ -93,15 +100,6 @@ def train(
         except RefusedInput:
             run.drop_if_untrained()
             raise
-
-
-def with_base(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """The recipe with the base model that goes with its rows, where none is named."""
-    if "base" in recipe.model_fields_set:
-        return recipe
-    base, reason = default_base(recipe.data.train, recipe.data.columns, recipe.objective)
-    reporter.chosen([("base", base, reason)])
-    return recipe.model_copy(update={"base": base})
 
 
 def rehearse(
@@ -120,7 +118,7 @@ def rehearse(
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
     run = Run(base.root, folder.name, rehearsal=folder)
-    job = settled(recipe, base, machine, reporter, run.recorded("micro_batch_tokens"))
+    job = prepare_job(recipe, base, machine, reporter, run.request_value("micro_batch_tokens"))
     if measured and not job.data.validation:
         raise RecipeError(
             "trials are compared on validation rows, and there are none; give --validation FILE, or "
@@ -128,73 +126,6 @@ def rehearse(
         )
     run.begin(job.request(recipe), resume=True)
     return Trainer(job, run, reporter).learn(resume=True)[1]
-
-
-def settled(
-    recipe: Recipe,
-    base: store.StoredModel,
-    machine: Machine,
-    reporter: Reporter,
-    began_with: int | None = None,
-) -> Job:
-    """The job of ``recipe``: the data checked against the model, then the rest.
-
-    ``began_with`` is the token budget of the run that is resumed.
-    """
-    reporter.stage("Checking the data")
-    config = check_folder(base.network_folder)
-    chat = store.chat_format(base)
-    check_vocabulary(chat, config, base.id)
-    context = context_length(config)
-    added = recipe.adaptation.added_tokens + store.added_tokens(base)
-    room = context - added
-    if room < 1:
-        raise RecipeError(
-            f"{added} added tokens leave no room in the model's context of {context}; use fewer"
-        )
-    objective = acquainted(recipe.objective, reporter.stage)
-    data = prepare(recipe.data, objective, chat, room, recipe.training.seed, _bar(reporter))
-    reporter.note(f"recognized: {data.recognized}")
-    if data.recognized and data.recognized.unread:
-        reporter.note(f"columns that nothing is read from: {', '.join(data.recognized.unread)}")
-    for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
-        if count:
-            reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
-    for line in warnings(data.report, recipe.data.train) if data.report else ():
-        reporter.note(line)
-    if seen := rows_learned_by(base, data):
-        reporter.note(
-            f"{seen:,} of the {len(data.validation):,} held-out rows are rows that {base.id} learned "
-            "from, so what is measured on them is too good. Give rows that it has not seen as "
-            "`data.validation=FILE`, or hold out those that it held out, by its `training.seed`"
-        )
-    job = settle(recipe, base, chat, data, machine, reporter, began_with)
-    origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
-    origin |= store.tokenizer_origin(base)
-    if job.others:
-        origin["others"] = {name: other.id for name, other in job.others.items()}
-    return replace(job, origin=origin)
-
-
-def rows_learned_by(base: store.StoredModel, data: Dataset) -> int:
-    """How many held-out rows the model was itself trained on: those of a file that it knows."""
-    known = base.manifest.get("data", {})
-    own = {sha256: path for path, sha256 in known.get("sha256", {}).items()}
-    seen = 0
-    for path, lines in data.held_out.get("validation", {}).items():
-        if (before := own.get(data.hashes.get(path, ""))) is not None:
-            seen += len({*lines} - {*known.get("held_out", {}).get(before, ())})
-    return seen
-
-
-def _bar(reporter: Reporter) -> Callable[[int, int], None]:
-    """Shows how far reading is, where that takes long enough to ask."""
-
-    def told(done: int, size: int) -> None:
-        if size >= _LARGE:
-            reporter.counted(done // 1_000_000, size // 1_000_000, "MB read")
-
-    return told
 
 
 class Trainer:
@@ -212,7 +143,7 @@ class Trainer:
         """What simple baselines are worth, where they are compared with."""
         self.comparison: Comparison | None = None
         """The trained model beside them."""
-        self.begun = job.data.train
+        self.prepared_rows = job.data.train
         """All training rows, with what the objective made of them before the first step."""
 
     def run(self, resume: bool) -> Result:
@@ -224,16 +155,16 @@ class Trainer:
             objective = self.job.data.objective
             with self.clock.part("baselines"):
                 self.comparison = measure_tuned(network, objective, held, self.baselines, budget)
-        result = self.stored(network, progress, lines)
+        result = self.store(network, progress, lines)
         disk = folder_bytes(self.run_folder.folder) + folder_bytes(self.run_folder.model_folder)
         self.run_folder.finish(result)
         record_actual(self.run_folder, self.machine, self.clock, result, disk, resumed)
         return result
 
-    def stored(self, network: Network, progress: Progress, lines: list[dict[str, Any]]) -> Result:
+    def store(self, network: Network, progress: Progress, lines: list[dict[str, Any]]) -> Result:
         """Write what was trained, and compare what comes back from disk."""
         self.reporter.stage("Storing and verifying the model")
-        storing = Storing(
+        writer = ModelWriter(
             self.job,
             self.run_folder,
             progress,
@@ -244,7 +175,7 @@ class Trainer:
             self.fitted_head,
         )
         with self.clock.part("store"):
-            return storing.store(network)
+            return writer.write(network)
 
     def learn(
         self, resume: bool, compare: bool = False
@@ -254,28 +185,28 @@ class Trainer:
         ``compare`` fits baselines to compare with before.
         The memory of the optimizer is free again after, which a second copy of the network needs.
         """
-        network, loop = self.ready(resume, compare)
+        network, loop = self.start(resume, compare)
         progress = loop.run()
         self.release(network)
         return network, progress, loop.metrics.read(rows=True)
 
-    def ready(self, resume: bool, compare: bool = False) -> tuple[Network, Loop]:
+    def start(self, resume: bool, compare: bool = False) -> tuple[Network, Loop]:
         """The network and the loop, right before the first step, or the next."""
         with self.clock.part("load"):
             network = self._network()
-        self._begin(network)
+        self._prepare_rows(network)
         if compare:
             self._compare(network)
         checkpoints = Checkpoints(self.run_folder.folder / "checkpoints")
         found = checkpoints.latest() if resume else None
         # What is calibrated comes with a checkpoint, but the starting weights do not.
-        if found is None or self.job.data.objective.refers:
+        if found is None or self.job.data.objective.uses_reference:
             with self.clock.part("calibrate"):
                 self._calibrate(network)
         started = time.monotonic()
         with self.clock.part("ahead"):
-            ahead = self._remember(network)
-            self.job = refer(self.job, network, self.reporter)
+            ahead = self._cache_frozen_layers(network)
+            self.job = add_reference_logps(self.job, network, self.reporter)
         loop = self._loop(network, checkpoints)
         if found is not None:
             loop.resume(*found)
@@ -290,8 +221,9 @@ class Trainer:
 
     def release(self, network: Network) -> None:
         """Let go of what only training needed."""
-        network.bottom, network.others, network.kept = None, {}, None
-        self.job.data.objective.strip(network.model)
+        network.bottom, network.others, network.cache = None, {}, None
+        if isinstance(self.job.data.objective, SupportsExtraWeights):
+            self.job.data.objective.remove_weights(network.model)
         self._activations.unlink(missing_ok=True)
 
     def _calibrate(self, network: Network) -> None:
@@ -333,7 +265,8 @@ class Trainer:
         before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
         size = stored_bytes(model, self.recipe.adaptation)
-        self.job.data.objective.extend(model)
+        if isinstance(self.job.data.objective, SupportsExtraWeights):
+            self.job.data.objective.add_weights(model)
         return_freed_memory()  # of what loading and attaching made on the way
         self.trained = sum(p.numel() for p in trained_weights(model).values())
         # Weights that were quantized are parameters no longer.
@@ -343,26 +276,33 @@ class Trainer:
             f"the model will be stored in {size / 1e6:,.2f} MB"
         )
         others = self.job.others.items()
-        network.others = {name: opened(o, machine, self.reporter) for name, o in others}
+        network.others = {name: load_frozen(o, machine, self.reporter) for name, o in others}
         return network
 
     @torch.no_grad()
-    def _begin(self, network: Network) -> None:
+    def _prepare_rows(self, network: Network) -> None:
         """Let the objective add to the rows what the network says of them before it is trained."""
         objective, budget = self.job.data.objective, self._reading_budget
         network.model.eval()
         note = self.reporter.note
+        train = self.job.data.train
         with self.clock.part("begin"):
-            if self.job.new_head and (said := objective.start_head(network, self.begun, budget)):
-                self.fitted_head = True
-                note(said)
-            train = objective.begin(network, self.job.data.train, budget, note)
-        self.begun = train
-        self.job = self.job.begun(train)
-        with self.clock.part("ahead"):
-            # rows of a pre-training are read from disk
-            rows = chain(self.job.data.train, self.job.data.validation)
-            objective.keep(network, rows, budget, self.run_folder.working / KEPT, note)
+            if self.job.new_head and isinstance(objective, SupportsHeadStart):
+                done = objective.start_head(network, self.prepared_rows, budget)
+                self.fitted_head = bool(done)
+                if done:
+                    note(done)
+            if isinstance(objective, SupportsPreparation):
+                train = objective.prepare(network, train, budget, note)
+        self.prepared_rows = train
+        self.job = self.job.with_rows(train)
+        if isinstance(objective, SupportsPrecomputation):
+            with self.clock.part("ahead"):
+                # rows of a pre-training are read from disk
+                rows = chain(self.job.data.train, self.job.data.validation)
+                objective.precompute(
+                    network, rows, budget, self.run_folder.working / PRECOMPUTED, note
+                )
         return_freed_memory()  # a teacher may have been let go
 
     def _compare(self, network: Network) -> None:
@@ -383,7 +323,7 @@ class Trainer:
         """Tokens read at once where nothing is learned."""
         return max(self.recipe.training.micro_batch_tokens or 1, 2048)
 
-    def _remember(self, network: Network) -> int:
+    def _cache_frozen_layers(self, network: Network) -> int:
         """Where the bottom is frozen and rows come more than once, compute it ahead for all rows.
 
         Returns how many layers that are.
@@ -391,10 +331,10 @@ class Trainer:
         data = self.job.data
         count = frozen_layers(network.model) if network.layout.flat else 0
         seen = self.job.steps * (self.recipe.training.batch_size or 1)
-        fixed = data.objective.fixed and not self.recipe.data.augmentation
+        fixed = data.objective.same_each_epoch and not self.recipe.data.augmentation
         if not count or not fixed or seen < 2 * self.job.rows:
             return 0
-        rows = data.objective.seen([*data.train, *data.validation])
+        rows = data.objective.augment([*data.train, *data.validation])
         size = sum(map(len, rows)) * network.width * network.dtype.itemsize
         file = None
         if size > available_memory() // 4:

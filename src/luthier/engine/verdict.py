@@ -101,7 +101,7 @@ def judge_run(
     steps: int,
     rows: int = 0,
     fitted_head: bool = False,
-    untold: bool = False,
+    uninformative: bool = False,
 ) -> RunVerdict:
     """The verdict on a run.
 
@@ -114,8 +114,8 @@ def judge_run(
         rows: how many validation rows there are; 0 where that is not known.
         fitted_head: whether the head started from logistic regression: what was measured before the
             first step is that, and to be no better is no failure to learn.
-        untold: whether answering all rows alike is no worse, so that nothing shows that the rows tell
-            what they are answered with.
+        uninformative: whether answering all rows alike is no worse, so that nothing shows that the
+            rows tell what they are answered with.
     """
     train = [line for line in lines if line["event"] == "train"]
     held = [line for line in lines if line["event"] == "validation"]
@@ -145,7 +145,7 @@ def judge_run(
             "the logistic regression that it started from" if fitted_head else "before training"
         )
         headline, advice = f"as right as {started}", ""
-    if untold and outcome not in ("still_improving", "worse"):
+    if uninformative and outcome not in ("still_improving", "worse"):
         advice = (
             "To answer every row alike is no worse, so nothing shows that the rows tell their answers: "
             "check what they are labelled with"

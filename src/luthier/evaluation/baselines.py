@@ -94,7 +94,7 @@ class Comparison:
         return min(self.baselines, key=self.gain, default=None)
 
     @property
-    def untold(self) -> bool:
+    def uninformative(self) -> bool:
         """Whether a baseline that answers all rows alike is no worse; of many rows, beyond chance."""
         chance = CHANCE if self.rows >= FEW_ROWS else 0.0
         gains = [self.gain(each) - chance * each.error for each in self.baselines if each.constant]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.shapes import shapes_named
 from luthier.errors import DataError, Problem
-from luthier.graders import Answer, Grader, OnError, check_rows, graded
+from luthier.graders import Answer, Grader, OnError, check_rows, grade_answers
 from luthier.types import Message, Row
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
     Raises:
         DataError: with each such row.
     """
-    wanted = shapes_named(objective.evaluated_on)
+    wanted = shapes_named(objective.evaluation_shapes)
     problems = [
         Problem(
             row.file,
@@ -77,7 +77,7 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
             "Bring the rows into the other form, or name a model that was trained for such rows.",
         )
         for row in rows
-        if row.shape not in objective.evaluated_on
+        if row.shape not in objective.evaluation_shapes
     ]
     if problems:
         raise DataError(problems, "nothing was evaluated")
@@ -134,7 +134,7 @@ def grade(
     """
     asked, expected = questions(rows)
     answers = _answers(rows, asked, replies, expected)
-    found = {name: graded(grader, answers, on_error) for name, grader in graders.items()}
+    found = {name: grade_answers(grader, answers, on_error) for name, grader in graders.items()}
     told = [
         Graded(
             answer.prompt[-1].content,

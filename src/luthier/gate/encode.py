@@ -31,8 +31,8 @@ class RowEncoder:
     def __init__(self, objective: Objective, chat: ChatFormat, beside: bool = False) -> None:
         self.objective, self.chat, self.beside = objective, chat, beside
         self.format = objective.format(chat)
-        more = objective.beside if beside else frozenset()
-        self.shapes = objective.shapes | objective.also | more
+        more = objective.mixed_shapes if beside else frozenset()
+        self.shapes = objective.shapes | objective.further_shapes | more
         self._refusals: dict[str, RowRefused] = {}
         self.problems: list[Problem] = []
         self.dropped = self.truncated = 0
@@ -54,7 +54,7 @@ class RowEncoder:
         )
         if self.beside:
             fix = f"Bring the rows into the form of {learned}, or leave the file out."
-        elif shape in objective.beside:
+        elif shape in objective.mixed_shapes:
             here = shapes_named(objective.shapes)
             fix = f"Such rows are for a file of `data.mix`; {here} goes here."
         else:
@@ -81,7 +81,7 @@ class RowEncoder:
         for index, row in enumerate(rows):
             try:
                 example = self.encode(row, index)
-                too_long = self.objective.refused_length(example, context)
+                too_long = self.objective.length_problem(example, context)
                 if too_long is None:
                     examples.append(example)
                 elif long_rows == "error":
@@ -97,7 +97,7 @@ class RowEncoder:
 
     def _cut(self, example: Example, context: int) -> Example:
         """Cut from the end; a row that loses all its learned tokens is a problem, not a row."""
-        shorter = self.objective.cut(example, context)
+        shorter = self.objective.truncate(example, context)
         if not np.any(shorter.weight_T):
             raise RowRefused(
                 NOTHING_LEARNED.id,

@@ -23,6 +23,7 @@ from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
 from luthier.gate.scan import LARGE, Progress, inspect_rows, inspect_sources
 from luthier.objectives import Objective
+from luthier.objectives.capabilities import SupportsPrediction
 from luthier.recipe import DataSpec, Recipe
 from luthier.store.models import StoredModel
 from luthier.types import Row
@@ -43,7 +44,7 @@ def default_base(
     the default decoder on 65 % after fourteen (docs/log/defaults.md). Bad rows are refused later.
     """
     plain = DEFAULT_BASE, "the default"
-    if objective is not None and not objective.reads:
+    if objective is not None and not isinstance(objective, SupportsPrediction):
         return plain
     try:
         row = next(iter(RowReader(source, columns)), None)

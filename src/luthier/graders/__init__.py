@@ -5,11 +5,12 @@ One file for each way to score; this table is the map of the package.
 
 from __future__ import annotations
 
-from luthier.asking.base import Writer
+from luthier.chat_models.base import Writer
 from luthier.graders.base import Answer, Grader, Models, Scorer, Trouble, Ungraded
 from luthier.graders.code import Code
 from luthier.graders.exact import Exact, FirstLine
 from luthier.graders.formula import Multi
+from luthier.graders.grade import Grades, OnError, check_rows, grade_answers
 from luthier.graders.json_schema import JsonSchema
 from luthier.graders.judge import Judge
 from luthier.graders.lambda_function import LambdaFunction
@@ -19,10 +20,9 @@ from luthier.graders.python_source import PythonSource
 from luthier.graders.regex import Regex
 from luthier.graders.reward import Reward
 from luthier.graders.ruler import Ruler
-from luthier.graders.running import Grades, OnError, check_rows, graded
 from luthier.graders.score_model import ScoreModel
 from luthier.graders.similarity import Similarity
-from luthier.graders.specs import AnyGrader, Spec, grader_from, graders_named, read_graders
+from luthier.graders.specs import AnyGrader, Spec, grader_from, parse_graders, read_graders
 from luthier.graders.string_check import StringCheck
 from luthier.graders.text_similarity import TextSimilarity
 from luthier.graders.tool_calls import ToolCalls
@@ -85,8 +85,8 @@ __all__ = [
     "Ungraded",
     "Writer",
     "check_rows",
-    "graded",
+    "grade_answers",
     "grader_from",
-    "graders_named",
+    "parse_graders",
     "read_graders",
 ]

@@ -10,7 +10,7 @@ object measures a model (``luthier evaluate``) and rewards one in training:
     grade           a score for each answer of a batch
     score           the same for one answer, for graders that look at one at a time
 
-Whoever grades calls :func:`luthier.graders.running.graded`, which guards all of this.
+Whoever grades calls :func:`luthier.graders.grade.grade_answers`, which guards all of this.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from typing import ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from luthier.asking.base import Writer
-from luthier.asking.spec import AskedModel, Asking
+from luthier.chat_models.base import ModelSpec, SamplingSpec, Writer
 from luthier.errors import LuthierError, RowRefused
 from luthier.limits import TEXT_CHARACTERS
 from luthier.types import Message, Row
@@ -84,14 +83,14 @@ class Models(Protocol):
     def scorer(self, model: str) -> Scorer:
         """The reward model of this id."""
 
-    def writer(self, judge: AskedModel, sampling: Asking) -> Writer:
+    def writer(self, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
         """The model that writes verdicts. It asks nothing twice."""
 
 
 class Ungraded(LuthierError):
     """Some answers of a batch have no score; those of the others are not lost.
 
-    Raised by :meth:`Grader.grade` on its way to :func:`~luthier.graders.running.graded`.
+    Raised by :meth:`Grader.grade` on its way to :func:`~luthier.graders.grade.grade_answers`.
     """
 
     def __init__(self, scores: Sequence[float], troubles: Mapping[int, Trouble]) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from luthier.errors import RowRefused
 from luthier.graders.base import Answer, Grader
-from luthier.graders.fences import fenced
+from luthier.graders.fences import code_blocks
 from luthier.graders.sandbox import Limits, check_sandbox, passes
 
 
@@ -85,5 +85,5 @@ class Code(Grader):
 
 def code_of(reply: str) -> str:
     """The program in a reply."""
-    blocks = [block.text for block in fenced(reply) if block.language in ("python", "py", "")]
+    blocks = [block.text for block in code_blocks(reply) if block.language in ("python", "py", "")]
     return blocks[-1] if blocks else reply

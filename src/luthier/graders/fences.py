@@ -13,7 +13,7 @@ class Block(NamedTuple):
     text: str
 
 
-def fenced(reply: str) -> list[Block]:
+def code_blocks(reply: str) -> list[Block]:
     """The blocks of ``reply``; one that is never closed goes on to the end."""
     blocks: list[Block] = []
     language: str | None = None

@@ -47,7 +47,7 @@ class Multi(Grader):
 
     @model_validator(mode="after")
     def _computable(self) -> Self:
-        tree = parsed(self.calculate_output)
+        tree = parse_formula(self.calculate_output)
         unknown = names_in(tree) - self.graders.keys()
         if unknown:
             raise ValueError(
@@ -111,7 +111,7 @@ class Multi(Grader):
         self, scores: Mapping[str, Sequence[float]], count: int, troubles: dict[int, Trouble]
     ) -> list[float]:
         """The formula of ``scores``."""
-        tree, totals = parsed(self.calculate_output), []
+        tree, totals = parse_formula(self.calculate_output), []
         for index in range(count):
             total = math.nan
             if index not in troubles:
@@ -132,7 +132,7 @@ class Multi(Grader):
         return Mix(parts=self.graders)
 
 
-def parsed(formula: str) -> ast.expr:
+def parse_formula(formula: str) -> ast.expr:
     """The formula as a tree; :class:`ValueError` for what is none."""
     try:
         tree = ast.parse(formula.strip().replace("^", "**"), mode="eval").body

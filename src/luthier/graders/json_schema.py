@@ -12,8 +12,8 @@ from typing import Any, Literal, NoReturn
 
 from luthier.errors import RecipeError
 from luthier.graders.base import Answer, Grader
-from luthier.graders.fences import fenced
-from luthier.graders.patterns import check_pattern, found
+from luthier.graders.fences import code_blocks
+from luthier.graders.regex import check_pattern, matches
 
 SCHEMA_CHARACTERS, SCHEMA_DEPTH = 65_536, 100
 """Of a schema as JSON, and levels of objects and lists in it."""
@@ -79,7 +79,7 @@ class JsonSchema(Grader):
         Raises:
             TimeoutError: after :data:`TIME_LIMIT_S`.
         """
-        blocks = fenced(answer.check_length(answer.reply, "the reply"))
+        blocks = code_blocks(answer.check_length(answer.reply, "the reply"))
         text = blocks[0].text if len(blocks) == 1 else answer.reply
         try:
             value = json.loads(text, parse_constant=_no_constant)
@@ -179,7 +179,7 @@ def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterat
     """The keyword ``pattern``, under a time limit."""
     from jsonschema import ValidationError
 
-    if validator.is_type(instance, "string") and not found(pattern, instance):
+    if validator.is_type(instance, "string") and not matches(pattern, instance):
         yield ValidationError(f"{instance!r} does not match {pattern!r}")
 
 

@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from luthier.asking.base import Failure, Writer
-from luthier.asking.spec import AskedModel, Asking, with_address
+from luthier.chat_models.base import Failure, ModelSpec, SamplingSpec, Writer, with_address
 from luthier.errors import LuthierError, RecipeError
 from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded
 from luthier.types import Message, Row
@@ -30,7 +29,7 @@ SYSTEM = (
 _VERDICT = re.compile(r"\bscore\W{0,6}(10|[1-9])(?:\s*/\s*10)?(?![\w/]|\.\d)", re.IGNORECASE)
 
 
-class Judge(AskedModel, Grader):
+class Judge(ModelSpec, Grader):
     """How good a language model finds the reply by a rubric: from 1 to 10, here from 0 to 1.
 
     Single-answer grading, with the expected text as a reference where there is one (Zheng et al. 2023,
@@ -47,7 +46,7 @@ class Judge(AskedModel, Grader):
     method: Literal["judge"] = "judge"
     model: str = ""
     """Id of a local model that judges; with ``url``, the name the endpoint knows it by."""
-    sampling: Asking = Asking()
+    sampling: SamplingSpec = SamplingSpec()
     """How it chooses its words: ``max_tokens``, ``temperature``, ``top_p`` and ``seed``."""
     rubric: str = Field(default=RUBRIC, min_length=1)
     """What a good reply is, in words for the judge."""
@@ -153,16 +152,16 @@ class Judge(AskedModel, Grader):
 
     def asked(self, answer: Answer) -> list[Message]:
         """What the judge reads."""
-        parts = [*self.context(answer), quoted("reply", answer.reply)]
+        parts = [*self.context(answer), quote_text("reply", answer.reply)]
         system = SYSTEM.format(rubric=self.rubric.strip())
         return [Message("system", system), Message("user", "\n\n".join(parts))]
 
     def context(self, answer: Answer) -> list[str]:
         """What a reply is graded by: the conversation, and the expected text where it is shown."""
         turns = "\n\n".join(f"{turn.role}: {turn.content}" for turn in answer.prompt)
-        parts = [quoted("conversation", turns)]
+        parts = [quote_text("conversation", turns)]
         if self.use_expected and answer.expected is not None:
-            parts.append(quoted("reference", answer.expected))
+            parts.append(quote_text("reference", answer.expected))
         return parts
 
 
@@ -188,7 +187,7 @@ def _end(verdict: str) -> str:
     return repr(verdict[-200:])
 
 
-def quoted(name: str, text: str) -> str:
+def quote_text(name: str, text: str) -> str:
     """``text`` between tags that it cannot close itself."""
     kind = name.partition(" ")[0]
     text = re.sub(rf"</(?=\s*{kind}\b)", "<\u200b/", text, flags=re.IGNORECASE)

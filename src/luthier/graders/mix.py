@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded
-from luthier.graders.running import attempt
+from luthier.graders.grade import attempt
 from luthier.graders.specs import AnyGrader
 
 

@@ -1,4 +1,7 @@
-"""Grading the form of a reply."""
+"""Grading the form of a reply, and regular expressions under a time limit.
+
+Some patterns take exponential time on some texts.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,46 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from luthier.graders.base import Answer, Grader
-from luthier.graders.patterns import check_pattern, found
+
+TIME_LIMIT_S = 1.0
+"""Seconds for one search; a sane pattern takes less than a millisecond on a long reply."""
+PATTERN_CHARACTERS = 4096
+"""Characters of a pattern: to compile one takes time too, and knows no limit."""
+
+
+def check_pattern(pattern: str) -> str:
+    """``pattern``, when it is one; :class:`ValueError` with the reason when it is not."""
+    import regex
+
+    if len(pattern) > PATTERN_CHARACTERS:
+        raise ValueError(
+            f"the pattern has {len(pattern):,} characters, and may have {PATTERN_CHARACTERS:,}"
+        )
+    try:
+        regex.compile(pattern)
+    except RecursionError as error:
+        raise ValueError("the pattern is nested too deeply") from error
+    except regex.error as error:
+        raise ValueError(f"{pattern[:200]!r} is no regular expression: {error}") from error
+    return pattern
+
+
+def matches(pattern: str, text: str, whole: bool = False) -> bool:
+    """Whether ``pattern`` matches somewhere in ``text``, or all of it with ``whole``.
+
+    Raises:
+        TimeoutError: after :data:`TIME_LIMIT_S`, which the standard library's ``re`` cannot.
+    """
+    import regex
+
+    search = regex.fullmatch if whole else regex.search
+    try:
+        return search(pattern, text, timeout=TIME_LIMIT_S) is not None
+    except TimeoutError:
+        raise TimeoutError(
+            f"the pattern {pattern!r} took more than {TIME_LIMIT_S:g} s on a text of {len(text)} "
+            "characters; nested repeats such as (a+)+ do that"
+        ) from None
 
 
 class Regex(Grader):
@@ -30,4 +72,4 @@ class Regex(Grader):
     def score(self, answer: Answer) -> float:
         """1 or 0."""
         reply = answer.check_length(answer.reply, "the reply")
-        return float(found(self.pattern, reply, whole=self.match == "whole"))
+        return float(matches(self.pattern, reply, whole=self.match == "whole"))

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from luthier.asking.base import Failure
+from luthier.chat_models.base import Failure
 from luthier.errors import LuthierError
 from luthier.graders.base import Answer, Trouble, Ungraded
-from luthier.graders.judge import Judge, quoted, verdict_trouble
+from luthier.graders.judge import Judge, quote_text, verdict_trouble
 from luthier.types import Message, Row
 
 SYSTEM = (
@@ -80,7 +80,7 @@ class Ruler(Judge):
     def compared(self, answers: Sequence[Answer]) -> list[Message]:
         """What the judge reads of the different replies to one row."""
         parts = self.context(answers[0])
-        parts += [quoted(f"reply {n}", answer.reply) for n, answer in enumerate(answers, 1)]
+        parts += [quote_text(f"reply {n}", answer.reply) for n, answer in enumerate(answers, 1)]
         system = SYSTEM.format(rubric=self.rubric.strip())
         return [Message("system", system), Message("user", "\n\n".join(parts))]
 

@@ -10,12 +10,11 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from luthier.asking.base import Failure, Writer
-from luthier.asking.spec import AskedModel, Asking
+from luthier.chat_models.base import Failure, ModelSpec, SamplingSpec, Writer
 from luthier.errors import RecipeError
 from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded, too_long
 from luthier.graders.string_check import Template
-from luthier.graders.templates import filled, scope_of
+from luthier.graders.templates import fill_template, scope_of
 from luthier.types import Message
 
 Bound = Annotated[float, Field(ge=-1e9, le=1e9)]
@@ -25,7 +24,7 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
 class Turn(BaseModel):
     """One message to the model that grades."""
 
-    model_config = AskedModel.model_config
+    model_config = ModelSpec.model_config
 
     role: Literal["system", "developer", "user", "assistant"]
     """Who speaks."""
@@ -33,7 +32,7 @@ class Turn(BaseModel):
     """What is said; may hold places."""
 
 
-class ScoreModel(AskedModel, Grader):
+class ScoreModel(ModelSpec, Grader):
     """The last number of what a model answers to ``input``.
 
     The messages say what is to be graded and how; a line that asks for a number in ``range`` is put
@@ -45,7 +44,7 @@ class ScoreModel(AskedModel, Grader):
     """What the model is asked."""
     range: tuple[Bound, Bound] = (0.0, 1.0)
     """Lowest and highest score."""
-    sampling: Asking = Asking()
+    sampling: SamplingSpec = SamplingSpec()
     """How it chooses its words."""
     writer: SkipJsonSchema[Writer | None] = Field(default=None, exclude=True, repr=False)
     """The model: conversations to replies. Not stored."""
@@ -117,7 +116,7 @@ class ScoreModel(AskedModel, Grader):
         scope, low_high, characters = scope_of(answer), self.range, 0
         turns = []
         for turn in self.input:
-            text = filled(turn.content, scope, answer)
+            text = fill_template(turn.content, scope, answer)
             characters += len(text)
             if characters > answer.text_characters:
                 raise too_long("the prompt", characters, answer.text_characters)

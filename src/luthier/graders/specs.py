@@ -37,7 +37,7 @@ AnyGrader = Annotated[SerializeAsAny[Grader], BeforeValidator(grader_from)]
 """Type of a field that holds a grader: any of the table, from a name or a table of fields."""
 
 
-def graders_named(specs: Sequence[Spec] | Mapping[str, Spec]) -> dict[str, Grader]:
+def parse_graders(specs: Sequence[Spec] | Mapping[str, Spec]) -> dict[str, Grader]:
     """Graders by name: those given, or their methods.
 
     Raises:

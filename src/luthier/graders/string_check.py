@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from luthier.graders.base import Answer, Grader
-from luthier.graders.templates import check_template, filled, scope_of
+from luthier.graders.templates import check_template, fill_template, scope_of
 
 Template = Annotated[str, AfterValidator(check_template)]
 
@@ -33,7 +33,7 @@ class StringCheck(Grader):
     def score(self, answer: Answer) -> float:
         """1 or 0."""
         scope = scope_of(answer)
-        text, wanted = (filled(each, scope, answer) for each in (self.input, self.reference))
+        text, wanted = (fill_template(each, scope, answer) for each in (self.input, self.reference))
         if self.operation == "ilike":
             return float(wanted.casefold() in text.casefold())
         if self.operation == "like":

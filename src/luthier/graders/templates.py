@@ -59,7 +59,7 @@ def scope_of(answer: Answer) -> Scope:
     return {"item": item, "sample": sample}
 
 
-def filled(template: str, scope: Scope, answer: Answer) -> str:
+def fill_template(template: str, scope: Scope, answer: Answer) -> str:
     """``template`` with its places filled from the ``scope`` of ``answer``.
 
     Raises:

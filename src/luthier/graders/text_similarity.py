@@ -11,7 +11,7 @@ from typing import Literal
 from luthier.graders.base import Answer, Grader
 from luthier.graders.similarity import common_subsequence
 from luthier.graders.string_check import Template
-from luthier.graders.templates import filled, scope_of
+from luthier.graders.templates import fill_template, scope_of
 
 Metric = Literal[
     "fuzzy_match", "bleu", "gleu", "meteor",
@@ -46,7 +46,10 @@ class TextSimilarity(Grader):
     def score(self, answer: Answer) -> float:
         """The similarity."""
         scope = scope_of(answer)
-        texts = filled(self.input, scope, answer), filled(self.reference, scope, answer)
+        texts = (
+            fill_template(self.input, scope, answer),
+            fill_template(self.reference, scope, answer),
+        )
         if self.evaluation_metric == "fuzzy_match":
             return _f(common_subsequence(*texts), len(texts[0]), len(texts[1]))
         given, wanted = (re.findall(r"\w+", text.lower()) for text in texts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from luthier.engine.memory import total_memory
+from luthier.engine.machine import total_memory
 
 SHARE = 0.9
 """Part of the machine's memory that workers may take together."""
@@ -45,17 +45,18 @@ def memory_of(command: str, recipe: dict[str, Any]) -> int:
 def _memory_of(command: str, fields: str) -> int:
     import torch
 
-    from luthier.engine.devices import choose_machine
-    from luthier.engine.estimate import weight_bytes
-    from luthier.engine.fitting import sketched
+    from luthier.engine.machine import choose_machine
+    from luthier.engine.memory import sketch_training, weight_bytes
     from luthier.models.load import catalogue_config, read_config, sketch_of
     from luthier.objectives import OBJECTIVES
+    from luthier.objectives.capabilities import other_models
     from luthier.recipe import Recipe, parse
     from luthier.store.models import base_folder, find, objective_of
     from luthier.workflows.pipeline import KINDS
 
     def config(model_id: str, head: Any) -> Any:
-        from luthier.models.catalog import CATALOG, MANIFEST
+        from luthier.models.catalog import CATALOG
+        from luthier.models.manifest import MANIFEST
 
         if model_id in CATALOG and not (base_folder(model_id) / MANIFEST).is_file():
             return catalogue_config(CATALOG[model_id], head)
@@ -69,9 +70,9 @@ def _memory_of(command: str, fields: str) -> int:
     size = machine.dtype.itemsize
     objective = parsed.objective or OBJECTIVES["sft"].model_validate({})
     network = config(parsed.base, objective.head())
-    memory = sketched(network, objective, parsed.adaptation, size).memory
+    memory = sketch_training(network, objective, parsed.adaptation, size).memory
     teacher = recipe.get("teacher", {})
-    others = list(objective.others.values())
+    others = list(other_models(objective).values())
     if teacher and not teacher.get("url"):
         others.append(teacher["model"])
     for other in others:

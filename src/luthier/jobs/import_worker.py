@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 from luthier import __version__
 from luthier.encryption.keys import keys_for
 from luthier.encryption.memory import new_plain_folder
-from luthier.engine.memory import available_memory, total_memory
+from luthier.engine.machine import available_memory, total_memory
 from luthier.errors import (
     DoesNotFit,
     Interrupted,
@@ -44,13 +44,12 @@ from luthier.files import (
     need_disk,
     new_folder,
     sweep,
-    write_json,
 )
 from luthier.jobs.folders import ImportFolders
 from luthier.jobs.processes import LOST
 from luthier.jobs.scheduler import free
 from luthier.jobs.worker import Heartbeat, Worker
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import Manifest
 from luthier.models.outside import Chosen, choose, is_weights
 from luthier.models.save import save_plain
 from luthier.serving.acceptance import (
@@ -159,7 +158,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
             accepted = self._try(found, chosen, plain)
             if plain != fresh:
                 save_plain(plain, fresh)
-            write_json(fresh / MANIFEST, self._manifest(fresh, found, chosen, accepted))
+            self._manifest(fresh, found, chosen, accepted).write(fresh)
         size = folder_size(self.folders.model)
         changes: dict[str, Any] = {"stored_id": self.folders.stored_id, "stored_bytes": size}
         if accepted.parent is not None:
@@ -168,7 +167,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
             changes |= {"root": base.id, "base_model": self.arns.foundation_model(base.id)}
         else:
             changes["root"] = f"luthier.{IMPORTED}-{self.row_id}"
-        return changes, {"kind": accepted.fields["kind"]}
+        return changes, {"kind": accepted.manifest.kind}
 
     @contextmanager
     def _working(self, fresh: Path) -> Iterator[Path]:
@@ -221,20 +220,20 @@ class ImportWorker(Worker[ModelImport, Locations]):
 
     def _manifest(
         self, fresh: Path, found: ModelImport, chosen: Chosen, accepted: Accepted
-    ) -> dict[str, Any]:
+    ) -> Manifest:
         import torch
 
-        return {
-            "id": self.folders.stored_id,
-            "parent": None,
-            **accepted.fields,
-            "source": found.source,
-            "left_out": list(chosen.left),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "luthier": __version__,
-            "torch": torch.__version__,
-            "files": hashes_of(fresh),
-        }
+        return accepted.manifest.model_copy(
+            update={
+                "id": self.folders.stored_id,
+                "source": found.source,
+                "left_out": list(chosen.left),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "luthier": __version__,
+                "torch": torch.__version__,
+                "files": hashes_of(fresh),
+            }
+        )
 
     def _copy(self, found: ModelImport, files: Iterable[tuple[str, int]], folder: Path) -> None:
         for name, size in files:

@@ -79,18 +79,18 @@ class JobReporter(Reporter):
         kind = "warning" if text.startswith("warning") else "message"
         self._add(kind, text, {})
 
-    def chosen(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Settings that were left open are part of what the job shows; its data are fine."""
         self._detail(chosen={name: _plain(value) for name, value, _ in defaults})
         self.part("validation", "Completed")
         self.part("data_processing", "Completed")
         self.part("training", "InProgress")
 
-    def counted(self, done: int, total: int, what: str) -> None:
+    def progress(self, done: int, total: int, what: str) -> None:
         """How far something is that is no training: a teacher's answers."""
         self._detail(counted={"done": done, "total": total, "what": what})
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """A line of the metrics becomes an event; the progress of the job is that of its last step."""
         event, step = line["event"], int(line["step"])
         if event not in _NAMES:
@@ -126,7 +126,7 @@ class JobReporter(Reporter):
     def catch_up(self, lines: Sequence[Mapping[str, Any]], steps: int) -> None:
         """Record what is in the metrics of the run and was lost on its way here."""
         for line in lines:
-            self.recorded(line, steps)
+            self.metrics(line, steps)
 
     def take(self) -> Pending:
         """What is to be written now; :meth:`give_back` it where that failed."""

@@ -43,7 +43,7 @@ def files(
         last = {"event": "validation", "step": result["steps"], "loss": loss}
         name = f"{top}/{_VALIDATION}/validation-{number}/validation_metrics.csv"
         yield name, validation_csv([last], epoch)
-    manifest = data.show_addresses(json.dumps(model.manifest, indent=2, ensure_ascii=False))
+    manifest = data.show_addresses(json.dumps(model.manifest.plain(), indent=2, ensure_ascii=False))
     yield f"{top}/{_TRAINING}/manifest.json", (manifest + "\n").encode()
     for name, shown in (("train", "synthetic_data"), ("insights", "prompt_insights")):
         for path in _distillation(job.id, f"{name}.jsonl"):
@@ -54,7 +54,7 @@ class _Epochs:
     """Which pass over the rows a step belongs to, counted from 0."""
 
     def __init__(self, model: StoredModel, rows: int) -> None:
-        self.batch = int(model.manifest["recipe"]["training"]["batch_size"])
+        self.batch = int((model.manifest.recipe or {})["training"]["batch_size"])
         self.rows = max(1, rows)
 
     def of(self, step: int) -> int:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from luthier.errors import NameInUse, QuotaExceeded, RecipeError
 from luthier.jobs.folders import run_name
 from luthier.limits import AccountQuotas
+from luthier.objectives.capabilities import other_models
 from luthier.store import imports, storage
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, CustomModel
@@ -256,7 +257,7 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
     if objective:
         fields["objective"] = objective
     recipe = parse(DistilRecipe if kind == DISTILLATION else Recipe, fields)
-    if kind != DISTILLATION and recipe.objective is not None and recipe.objective.others:
+    if kind != DISTILLATION and recipe.objective is not None and other_models(recipe.objective):
         raise RecipeError(f"objective {recipe.objective.method} needs DISTILLATION and a teacher")
     return recipe
 

@@ -132,7 +132,7 @@ def model_files(stored_id: str) -> dict[str, str]:
         model = find(stored_id)
     except UnknownModel:
         return {}
-    files: Mapping[str, str] = model.manifest.get("files", {})
+    files: Mapping[str, str] = model.manifest.files
     place = model.folder.relative_to(luthier_home())
     return {(place / name).as_posix(): digest for name, digest in files.items()}
 

@@ -174,7 +174,7 @@ class TrainingWorker(Worker[Job, Locations]):
             reporter.note(comparison["verdict"])
         reporter.part("training", "Completed")
         model = find(result["model_id"])
-        verify(model.folder, model.manifest["files"])
+        verify(model.folder, model.manifest.files)
         self._model_bytes = folder_size(model.folder)
         with self.database.read() as session:
             quotas = quotas_of(session, job.account, self.quotas)
@@ -270,7 +270,7 @@ def _validation_losses(
         return [together] if data.validators and together is not None else []
     # They take seconds to load, and most jobs have one validator at most.
     from luthier.engine.dataset import prepare
-    from luthier.engine.devices import choose_machine
+    from luthier.engine.machine import choose_machine
     from luthier.models.load import as_network, check_folder, context_length
 
     objective, chat = models.objective_of(model), models.chat_format(model)

@@ -27,11 +27,10 @@ from luthier.files import (
     new_folder,
     sha256_of,
     sweep,
-    write_json,
 )
+from luthier.models.manifest import MANIFEST, Manifest
 from luthier.plugins import PluginTable
 
-MANIFEST = "luthier.json"
 CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
 """The hub must be reached, and give its first answer, within so many seconds: its client waits
 without limit where nobody says so."""
@@ -299,19 +298,16 @@ def _fetch(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> Non
         address = entry.source.provenance["source"].partition(":")[2]
         say(f"Downloading {address} ({entry.download_bytes / 1e6:.0f} MB)")
         provenance = entry.source.fetch(fresh, say)
-        write_json(
-            fresh / MANIFEST,
-            {
-                "id": entry.id,
-                "kind": entry.kind,
-                **provenance,
-                "licence": entry.licence,
-                "parameters": entry.parameters,
-                "context": entry.context,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "files": hashes_of(fresh, skip=(MANIFEST,)),
-            },
-        )
+        Manifest(
+            id=entry.id,
+            kind=entry.kind,
+            licence=entry.licence,
+            parameters=entry.parameters,
+            context=entry.context,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            files=hashes_of(fresh, skip=(MANIFEST,)),
+            **provenance,
+        ).write(fresh)
 
 
 def download_from_hub(repository: str, folder: Path | None = None) -> tuple[Path, str]:

@@ -128,7 +128,7 @@ class Network:
         """What the frozen bottom gives for each row, where that was computed ahead."""
         self.others: dict[str, Network] = {}
         """Further networks the objective asked for, by the name it gave them: a teacher, a judge."""
-        self.kept: Any = None
+        self.cache: Any = None
         """What the objective computed ahead for the rows."""
         self.chat: ChatFormat | None = None
         """How texts become its tokens; objectives that let it write or read texts need it."""
@@ -227,7 +227,7 @@ class Network:
     def close(self) -> None:
         """Let go of the weights, so that their memory can be used again."""
         self.model = None
-        self._start, self.others, self.kept = [], {}, None
+        self._start, self.others, self.cache = [], {}, None
         self.__dict__.pop("_backbone", None)
 
     @property

@@ -1,35 +1,25 @@
 """The seam between what is learned and how it is trained.
 
-An objective is one frozen object: its fields are the hyper-parameters of its paper, with the
-vetted setting as default. The engine calls these methods and knows nothing else:
+An objective is one frozen object: its fields are the hyper-parameters of its paper, with the vetted
+setting as default. Four methods say what is learned:
 
-    check     whether it suits the network at all
-    meet      what the further models it asks for were trained for
-    cost      what it asks of others in a run, for people to know before
-    gather    rows that are learned together: judged answers to one prompt are pairs
-    fit       what it must know of all rows: the classes there are
     encode    rows to token ids with a loss weight for each token
-    start_head  where a new head starts, by the training rows
-    bind_base   what it must know of the base model: how its states are read
-    begin     what the network, as it is before the first step, adds to the rows
-    refer     what it says of rows as the reference model, where they are read more than once
-    keep      what is computed ahead for all rows, held-out ones included, and kept in files
     annotate  all that takes no gradient: sampling, rewards, teacher or reference scores, noise
     turns     the optimizer steps of one batch; one, unless the method says otherwise
     loss      a **sum** over a micro-batch; only the engine divides, once, by the global weight
 
-Methods that need more than the network that trains say so: ``refers`` for its starting weights
-(the reference model), ``others`` for further models (a teacher), ``extend`` for weights that only
-training needs (a value head). What is measured on held-out rows and compared after saving is the
-loss, unless ``validation_metrics`` and ``parity_loss`` say otherwise.
+The others have defaults that most keep. Around them, before any row is encoded: ``check`` (whether it
+suits the network), ``bind_base`` (how the base model is read), ``regroup`` (rows learned together) and
+``fit`` (what it must know of all rows). What more a method needs, it has as a capability: see
+``luthier.objectives.capabilities``.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -38,12 +28,11 @@ from pydantic import BaseModel, ConfigDict
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.significance import RowScores
 from luthier.models.heads import Head, Task
+from luthier.objectives.capabilities import SupportsPacking, with_completions
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from torch import nn
 
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
@@ -51,6 +40,20 @@ if TYPE_CHECKING:
 
 MOST_ROW_SCORES = 2_000
 """Held-out rows whose single scores are noted; the scores of more are known well enough."""
+
+
+@dataclass(frozen=True)
+class TrainingDefaults:
+    """What suits an objective where the recipe leaves the training open."""
+
+    rate_factor: float = 1.0
+    """Share of the adaptation's learning rate."""
+    batch_rows: int | None = None
+    """Rows in a step, where the rows themselves say nothing."""
+    min_epochs: int = 1
+    """Passes over the rows where they are not too many."""
+    max_epochs: int = 5
+    """Passes over few rows, to come to :attr:`Objective.min_steps`."""
 
 
 class Objective(BaseModel):
@@ -67,52 +70,37 @@ class Objective(BaseModel):
     """What the head of the network is for."""
     shapes: ClassVar[frozenset[str]]
     """Row shapes it can learn from, by their names in ``luthier.data.shapes``."""
-    also: ClassVar[frozenset[str]] = frozenset()
-    """Further shapes it learns from when it is asked for by name; another is chosen for these."""
-    beside: ClassVar[frozenset[str]] = frozenset()
+    further_shapes: ClassVar[frozenset[str]] = frozenset()
+    """Shapes it also learns from when it is asked for by name; another is chosen for these."""
+    mixed_shapes: ClassVar[frozenset[str]] = frozenset()
     """Further row shapes that the sets of ``data.mix`` may have."""
-    evaluated_on: ClassVar[frozenset[str]] = frozenset(
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
         {"messages", "preference", "prompt", "prompt_only", "rated", "text", "thumb"}
     )
     """Row shapes that its models are measured on."""
-    reads: ClassVar[bool] = False
-    """Whether its models answer with labels (:meth:`answers`); the others write text."""
-    fixed: ClassVar[bool] = True
+    same_each_epoch: ClassVar[bool] = True
     """Whether the network sees the same tokens of a row in every epoch."""
-    together: ClassVar[bool] = False
+    contrasts_rows: ClassVar[bool] = False
     """Whether the rows of a batch are learned against each other, so that its size matters."""
-    augments: ClassVar[bool] = False
+    allows_augmentation: ClassVar[bool] = False
     """Whether words of a row may move or fall away without changing what it teaches."""
-    packs: ClassVar[bool] = False
-    """Whether ``arrange`` cuts rows to size, so that no row is too long."""
-    by_itself: ClassVar[bool] = True
+    chosen_by_shape: ClassVar[bool] = True
     """Whether it may be chosen by the shape of the rows alone, where no objective was asked for."""
     measure: ClassVar[str] = "loss"
     """Which of :meth:`validation_metrics` decides what weights are kept: ``loss``, or a score, of which
     more is better (where it is ``reward``, the loss is minus it)."""
-    rate_factor: ClassVar[float] = 1.0
-    """Share of the adaptation's learning rate that suits it, where no rate is given."""
-    batch_rows: ClassVar[int | None] = None
-    """Rows in a step, where no batch size is given and the rows themselves say nothing."""
-    least_epochs: ClassVar[int] = 1
-    """Passes over the rows where they are not too many, if no number of passes is given."""
-    most_epochs: ClassVar[int] = 5
-    """Passes over few rows, to come to :attr:`least_steps`."""
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults()
+    """What suits it where the recipe leaves the training open."""
 
     @property
-    def least_steps(self) -> int:
+    def min_steps(self) -> int:
         """Optimizer steps to come to by passes over few rows, if no number of passes is given."""
         return 150
 
     @property
-    def refers(self) -> bool:
+    def uses_reference(self) -> bool:
         """Whether it runs the network at its starting weights, ``network.at_start()``."""
         return False
-
-    @property
-    def others(self) -> Mapping[str, str]:
-        """Ids of further models it needs, by the name they have in ``network.others``."""
-        return {}
 
     def head(self) -> Head:
         """The head the network needs; complete after :meth:`fit`."""
@@ -125,42 +113,7 @@ class Objective(BaseModel):
             RecipeError: with the reason, and what to use.
         """
 
-    def meet(self, name: str, other: Objective, width: int) -> Self:
-        """This objective with what a model of :attr:`others` was trained for taken in.
-
-        Called before :meth:`fit` with the objective of the model ``name`` (a teacher has classes) and
-        the width of its hidden states.
-
-        Raises:
-            RecipeError: where the model is for something else, with what to use.
-        """
-        return self
-
-    def cost(self, rows: int, measured: int, calibrated: int) -> str:
-        """What a run asks of others at most (verdicts of a judge), for people; empty for nothing.
-
-        ``rows`` is how many the steps read in all, ``measured`` those of all measurements, and
-        ``calibrated`` those that the adaptation reads before.
-        """
-        return ""
-
-    def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
-        """Refuse a model of :attr:`others` that does not go with the network of format ``chat``.
-
-        Raises:
-            RecipeError: with the reason, and what to use.
-        """
-
-    def extend(self, model: nn.Module) -> None:
-        """Add weights to the network that are trained with it and not part of the custom model.
-
-        Called after the adaptation was attached; ``model`` may be on the meta device.
-        """
-
-    def strip(self, model: nn.Module) -> None:
-        """Take away what :meth:`extend` added, before the model is stored."""
-
-    def gather(self, rows: Sequence[Row]) -> Sequence[Row]:
+    def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The rows of one file as they are learned from: judged answers become pairs.
 
         Raises:
@@ -184,25 +137,6 @@ class Objective(BaseModel):
         """Token ids and loss weights of one row; ``index`` becomes ``Example.row``."""
         raise NotImplementedError
 
-    def arrange(self, examples: Sequence[Example], context: int) -> list[Example]:
-        """Regroup encoded rows, for objectives that pack them. ``context`` is the model's limit."""
-        return list(examples)
-
-    def begin(
-        self,
-        network: Network,
-        examples: Sequence[Example],
-        budget: int,
-        note: Callable[[str], None],
-    ) -> Sequence[Example]:
-        """The training rows, with what the network at its starting weights adds to them.
-
-        Called without a gradient or dropout, once for each start of a run. A run that goes on calls it
-        again before its weights are restored, so it must draw nothing at random and keep the number
-        and order of the rows. ``budget`` is the tokens read at once; ``note`` tells people something.
-        """
-        return examples
-
     def bind_base(self, folder: Path, learned: Objective | None) -> Self:
         """This objective with what follows from the base model.
 
@@ -215,61 +149,17 @@ class Objective(BaseModel):
         """
         return self
 
-    @property
-    def starts_head(self) -> bool:
-        """Whether :meth:`start_head` sets a new head, which then does not start at random."""
-        return False
-
-    def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
-        """Set a head that would start at random by what the network says of the training rows.
-
-        Called as :meth:`begin` is and right before it, where the base model has no such head. Returns
-        what was done, for people; empty for nothing.
-        """
-        return ""
-
-    def keep(
-        self,
-        network: Network,
-        rows: Iterable[Example],
-        budget: int,
-        folder: Path,
-        note: Callable[[str], None],
-    ) -> None:
-        """Compute ahead what is needed of all ``rows``, training and held-out ones, in every epoch.
-
-        Called after :meth:`begin`, likewise without a gradient and once for each start. What is left in
-        ``network.kept`` stays there while it trains. Files belong into ``folder`` (not made yet): a run
-        that goes on finds them again, and they go when it is done.
-        """
-
-    def refer(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> Sequence[Example]:
-        """Rows that are read more than once, with what the reference model says of each.
-
-        Called as :meth:`begin` is, right before the first step, for training and for validation rows.
-        """
-        return examples
-
-    def views(self, example: Example) -> list[Example]:
+    def sequences(self, example: Example) -> list[Example]:
         """The rows the network is to see for one example: itself, unless the method says otherwise."""
         return [example]
 
-    def room(self, view: Example) -> list[Example]:
-        """What a row may have become by the time the network learns from it: its largest.
-
-        Itself, unless the network writes something behind it in the step.
-        """
-        return [view]
-
-    def seen(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
+    def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
         """All rows the network is to see for ``examples`` in one step.
 
         A method that draws them anew each time (noise, augmentation) draws from torch's global
         generator while ``training``, as checkpoints keep its state, and else always the same.
         """
-        return [view for example in examples for view in self.views(example)]
+        return [view for example in examples for view in self.sequences(example)]
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -279,36 +169,21 @@ class Objective(BaseModel):
         Each holds at most ``budget`` tokens. ``network.model.training`` tells whether it is for a step
         or for a measurement.
         """
-        return network.batches(self.seen(examples, network.model.training), budget)
+        return network.batches(self.augment(examples, network.model.training), budget)
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
         """Yield the micro-batches of each optimizer step that one batch of rows gives."""
         yield batches
 
-    def report(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
-        """What :meth:`annotate` found out about a batch, for the metrics: means, by name."""
-        return {}
-
-    def advice(self, lines: Sequence[Mapping[str, Any]]) -> str:
-        """What people should know of the course of a run so far, from its metrics; empty for nothing.
-
-        Asked for from time to time; ``lines`` are the records of the last training steps, 200 at most.
-        """
-        return ""
-
-    def samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
-        """What the network wrote in a step, one record for each text, to be looked at later."""
-        return []
-
-    def cut(self, example: Example, context: int) -> Example:
+    def truncate(self, example: Example, context: int) -> Example:
         """``example`` with at most ``context`` tokens, its end cut off."""
         return cut_end(example, context)
 
-    def refused_length(self, example: Example, context: int) -> RowRefused | None:
+    def length_problem(self, example: Example, context: int) -> RowRefused | None:
         """Why a row has no room in ``context`` tokens; ``None`` where it has, or needs none."""
-        views = self.views(example)
-        longest = max(room.longest for view in views for room in self.room(view))
-        if longest <= context or self.packs:
+        views = self.sequences(example)
+        longest = max(row.longest for row in with_completions(self, views))
+        if longest <= context or isinstance(self, SupportsPacking):
             return None
         text = f"{longest} tokens are more than the model's context of {context}; "
         if written := longest - max(view.longest for view in views):
@@ -368,13 +243,9 @@ class Objective(BaseModel):
         """What must be the same before and after saving: a function of network and rows alone."""
         return self.mean_loss(network, examples, budget)
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """What one row teaches beside its tokens, for people; empty where tokens are all."""
         return ""
-
-    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """What a trained network says of each row of the batch, in the order of its tree."""
-        raise NotImplementedError
 
 
 class Means:

@@ -43,7 +43,6 @@ class BiLM(Objective):
 
     task: ClassVar[Task] = "bidirectional_lm"
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
-    packs: ClassVar[bool] = True
 
     def head(self) -> Head:
         """One score for each word."""
@@ -90,7 +89,7 @@ class BiLM(Objective):
         ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
         return Example(ids_T, weight_T, index, target=target_T2)
 
-    def arrange(self, examples: Sequence[Example], context: int) -> list[Example]:
+    def pack(self, examples: Sequence[Example], context: int) -> list[Example]:
         """Cut documents between words; a word that is longer than a piece is cut itself."""
         size = min(self.sequence_length, context)
         pieces = [piece for example in examples for piece in _pieces(example, size)]

@@ -30,7 +30,6 @@ class CausalLM(Objective):
     """Tokens in a packed sequence; at most the model's context."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
-    packs: ClassVar[bool] = True
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse encoder-decoders, whose decoder would have nothing to read."""
@@ -46,7 +45,7 @@ class CausalLM(Objective):
         ids_T = chat.encode_text(row.plain_text())
         return Example(ids_T, _all_but_first(len(ids_T)), index)
 
-    def arrange(self, examples: Sequence[Example], context: int) -> list[Example]:
+    def pack(self, examples: Sequence[Example], context: int) -> list[Example]:
         """Join the documents and cut them; ``row`` becomes the number of the sequence."""
         size = min(self.sequence_length, context)
         stream = np.concatenate([example.ids_T for example in examples])

@@ -17,10 +17,12 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
     """
     masks = chat.tokenizer.mask_token_id is not None
     tasks = ("masked_lm", "causal_lm") if masks else ("causal_lm", "masked_lm")
-    kinds = [kind for kind in OBJECTIVES.values() if row.shape in kind.shapes and kind.by_itself]
+    kinds = [
+        kind for kind in OBJECTIVES.values() if row.shape in kind.shapes and kind.chosen_by_shape
+    ]
     if not kinds:
         raise DataError(
-            [unlearned(row, f"there is nothing to learn in {shapes_named([row.shape])}.")]
+            [unlearned_row(row, f"there is nothing to learn in {shapes_named([row.shape])}.")]
         )
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
     able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]
@@ -35,7 +37,7 @@ def _suits(objective: Objective, chat: ChatFormat) -> bool:
     return True
 
 
-def unlearned(row: Row, message: str) -> Problem:
+def unlearned_row(row: Row, message: str) -> Problem:
     """A row that holds nothing to learn by itself: a prompt without a reply."""
     fix = (
         "Add the replies as `completion`, or let a teacher write them with `luthier distil`, or "

@@ -20,7 +20,7 @@ from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError, RowRefused
 from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.shares import check_shares, shares_of, sigmoid_bias, softmax_bias
 from luthier.types import Example, Loss, Row
 
@@ -58,16 +58,14 @@ class Classification(Objective):
     """Start a new head from logistic regression on the base model; done where it reads means."""
 
     task: ClassVar[Task] = "sequence_classification"
-    evaluated_on: ClassVar[frozenset[str]] = frozenset({"label"})
-    reads: ClassVar[bool] = True
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"label"})
     measure: ClassVar[str] = "accuracy"
     shapes: ClassVar[frozenset[str]] = frozenset({"label"})
-    augments: ClassVar[bool] = True
-    least_epochs: ClassVar[int] = 3
-    most_epochs: ClassVar[int] = 20
+    allows_augmentation: ClassVar[bool] = True
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(min_epochs=3, max_epochs=20)
 
     @property
-    def least_steps(self) -> int:
+    def min_steps(self) -> int:
         """More for many classes: a head that starts at random sees few rows of each in a step."""
         return 300 + 6 * len(self.labels or ())
 
@@ -154,7 +152,7 @@ class Classification(Objective):
             return np.array([labels.index(names[0])])
         return np.array([float(label in names) for label in labels], dtype=np.float32)
 
-    def cut(self, example: Example, context: int) -> Example:
+    def truncate(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token, and the weight."""
         return cut_text(example, context)
 
@@ -213,13 +211,13 @@ class Classification(Objective):
             layer.bias.copy_(found.bias_C)
         return f"the new head starts from logistic regression on {len(chosen):,} rows"
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """The labels of the row."""
         target = np.asarray(example.target)
         chosen = np.flatnonzero(target) if self.multi_label else target
         return ", ".join((self.labels or ())[int(index)] for index in chosen)
 
-    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """For each row in the order of the tree: label (or labels) and a probability for each class."""
         scores_RC = network.row_scores(batch).float()
         return [self._answer(scores_C) for scores_C in scores_RC]

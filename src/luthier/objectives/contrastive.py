@@ -59,10 +59,9 @@ class Contrastive(Objective):
 
     task: ClassVar[Task] = "embedding"
     shapes: ClassVar[frozenset[str]] = frozenset({"pair", "text"})
-    evaluated_on: ClassVar[frozenset[str]] = frozenset({"pair"})
-    reads: ClassVar[bool] = True
-    together: ClassVar[bool] = True
-    augments: ClassVar[bool] = True
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair"})
+    contrasts_rows: ClassVar[bool] = True
+    allows_augmentation: ClassVar[bool] = True
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Check that single texts can have two views."""
@@ -82,14 +81,15 @@ class Contrastive(Objective):
         partner = row.positive if isinstance(row, TextPair) else row.plain_text()
         return replace(example, target=encode_text(partner, index, chat).ids_T)
 
-    def cut(self, example: Example, context: int) -> Example:
+    def truncate(self, example: Example, context: int) -> Example:
         """Keep start and closing token of both sides."""
         anchor, partner = (
-            cut_text(side, context) if len(side) > context else side for side in self.views(example)
+            cut_text(side, context) if len(side) > context else side
+            for side in self.sequences(example)
         )
         return replace(anchor, row=example.row, target=partner.ids_T)
 
-    def views(self, example: Example) -> list[Example]:
+    def sequences(self, example: Example) -> list[Example]:
         """Both sides as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
         assert example.target is not None
         ids_T, empty = np.asarray(example.target, dtype=np.int64), np.zeros(0)
@@ -182,11 +182,11 @@ class Contrastive(Objective):
         ratios = {"accuracy": (right_P, [1] * len(right_P))}
         return Loss.of_rows(each_P, {"chance_loss": chance}, ratios)
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """How long the partner is; its text is in the file."""
         return f"with a partner of {len(np.asarray(example.target))} tokens"
 
-    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """For each row in the order of the tree: its embedding."""
         return [{"embedding": row.tolist()} for row in self.embed(network, batch)]
 

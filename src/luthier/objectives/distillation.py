@@ -31,7 +31,7 @@ class Taught(Objective):
     """Id of the model to learn from; it has the student's tokenizer."""
 
     @property
-    def others(self) -> Mapping[str, str]:
+    def other_models(self) -> Mapping[str, str]:
         """The teacher."""
         return {"teacher": self.teacher} if self.teacher else {}
 
@@ -40,11 +40,11 @@ class Taught(Objective):
         if not self.teacher:
             raise RecipeError("there is no teacher; give one with `objective.teacher=ID`")
 
-    def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
+    def check_model(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
         """The teacher must read the same tokens, as it is asked about each of them."""
         check_same_tokens(other, chat)
 
-    def begin(
+    def prepare(
         self,
         network: Network,
         examples: Sequence[Example],
@@ -82,7 +82,7 @@ class Distillation(Taught):
         """Rows become tokens as in supervised fine-tuning."""
         return SFT(template=self.template)
 
-    def meet(self, name: str, other: Objective, width: int) -> Self:
+    def bind_model(self, name: str, other: Objective, width: int) -> Self:
         """The teacher must write text."""
         if other.task != "causal_lm":
             raise RecipeError(
@@ -92,9 +92,9 @@ class Distillation(Taught):
             )
         return self
 
-    def check_other(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
+    def check_model(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
         """The teacher must read the same tokens, in the same form."""
-        super().check_other(name, other, chat)
+        super().check_model(name, other, chat)
         if (other.start_id is None) != (chat.start_id is None):
             raise RecipeError(
                 "one of teacher and student is an encoder-decoder and the other is not, so they do not "

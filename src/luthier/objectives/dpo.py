@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from luthier.objectives.pairs import Pairwise, Sides, answer_lengths
+from luthier.objectives.references import ReferenceCache, reference_logps
 from luthier.types import Example, Loss
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
-class DPO(Pairwise):
+class DPO(ReferenceCache, Pairwise):
     """Raise what people chose above what they rejected, without a reward model."""
 
     method: Literal["dpo"] = "dpo"
@@ -45,7 +46,7 @@ class DPO(Pairwise):
     sft_weight: float = Field(default=0.0, ge=0, le=1e6)
     """Weight of the chosen answer's mean negative log-likelihood; 1 in its paper."""
 
-    refers: ClassVar[bool] = True
+    uses_reference: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -53,19 +54,10 @@ class DPO(Pairwise):
             raise ValueError(f"label_smoothing goes with loss_type sigmoid, not {self.loss_type}")
         return self
 
-    def refer(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> Sequence[Example]:
-        """The pairs with the reference log-probability of both answers."""
-        from luthier.objectives.references import referred
-
-        return referred(network, examples, budget)
-
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
         """Micro-batches with the reference log-probability ``[R]`` of each row as ``extra``."""
-        from luthier.objectives.references import reference_logps
 
         batches = super().annotate(network, examples, budget)
         return [replace(batch, extra=reference_logps(network, batch)) for batch in batches]

@@ -50,11 +50,10 @@ class EmbeddingDistillation(Taught):
     """The same of the teacher; read from it."""
 
     task: ClassVar[Task] = "embedding"
-    evaluated_on: ClassVar[frozenset[str]] = frozenset({"pair"})
-    reads: ClassVar[bool] = True
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair"})
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
-    def meet(self, name: str, other: Objective, width: int) -> Self:
+    def bind_model(self, name: str, other: Objective, width: int) -> Self:
         """The teacher must be an encoder; its pooling is taken over."""
         if other.task != self.task:
             raise RecipeError(
@@ -68,11 +67,11 @@ class EmbeddingDistillation(Taught):
         """The whole text, of weight 1."""
         return encode_text(row.plain_text(), index, chat)
 
-    def cut(self, example: Example, context: int) -> Example:
+    def truncate(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token, and the weight."""
         return cut_text(example, context)
 
-    def keep(
+    def precompute(
         self,
         network: Network,
         rows: Iterable[Example],
@@ -94,12 +93,12 @@ class EmbeddingDistillation(Taught):
                 f"the teacher's {teacher.width} numbers a text are projected on the student's "
                 f"{network.width}, which keeps {share:.1%} of their squares"
             )
-        network.kept = (place, pad(found_NH, (0, network.width - found_NH.shape[-1])))
+        network.cache = (place, pad(found_NH, (0, network.width - found_NH.shape[-1])))
         teacher.close()
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed ``1 - cos`` between the student's embeddings and the teacher's."""
-        place, placed_NH = network.kept
+        place, placed_NH = network.cache
         target_RH = placed_NH[[place[row.ids_T.tobytes()] for row in batch.tree.examples]]
         cosine_R = (self._encoder.embed(network, batch) * target_RH).sum(-1)
         return Loss((1 - cosine_R).sum(), {"cosine": float(cosine_R.detach().sum())})
@@ -120,9 +119,9 @@ class EmbeddingDistillation(Taught):
             ]
         return sum(sums) / len(examples)
 
-    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """For each row in the order of the tree: its embedding."""
-        return self._encoder.answers(network, batch)
+        return self._encoder.predict(network, batch)
 
 
 def _embeddings(

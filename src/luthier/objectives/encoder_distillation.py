@@ -62,14 +62,14 @@ class EncoderDistillation(Taught, Classification):
 
     measure: ClassVar[str] = Objective.measure
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
-    augments: ClassVar[bool] = False
+    allows_augmentation: ClassVar[bool] = False
 
     def bind_base(self, folder: Path, learned: Objective | None) -> Self:
         """Read texts as the student was trained to be read; rows may have no label to start from."""
         bound = super().bind_base(folder, learned)
         return bound.model_copy(update={"probe": bool(self.probe)})
 
-    def meet(self, name: str, other: Objective, width: int) -> Self:
+    def bind_model(self, name: str, other: Objective, width: int) -> Self:
         """The teacher must be a classifier of one label a text; its classes are learned."""
         head = other.head()
         single = head.problem == "single_label_classification" and head.labels
@@ -107,7 +107,7 @@ class EncoderDistillation(Taught, Classification):
         example = encode_text(row.plain_text(), index, chat)
         return replace(example, target=np.array([NO_LABEL]))
 
-    def extend(self, model: nn.Module) -> None:
+    def add_weights(self, model: nn.Module) -> None:
         """Where the widths differ, a linear map from the student's hidden states to the teacher's."""
         from torch import nn
 
@@ -122,7 +122,7 @@ class EncoderDistillation(Taught, Classification):
                 dtype=like.dtype,
             )
 
-    def strip(self, model: nn.Module) -> None:
+    def remove_weights(self, model: nn.Module) -> None:
         """Take the map away."""
         if hasattr(model, "teacher_map"):
             del model.teacher_map
@@ -158,11 +158,11 @@ class EncoderDistillation(Taught, Classification):
         known = [replace(e, target=np.maximum(np.asarray(e.target), 0)) for e in examples]
         return Classification(labels=self.labels).mean_loss(network, known, budget)
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """The label of the row, where it has one."""
         if int(np.asarray(example.target)[0]) == NO_LABEL:
             return "without a label"
-        return super().described(example)
+        return super().describe(example)
 
 
 def _apart(network: Network, batch: TreeBatch, ours_NH: Tensor, theirs_MH: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class GRPO(Reinforcement):
         return self.num_generations
 
     @property
-    def refers(self) -> bool:
+    def uses_reference(self) -> bool:
         """Only a divergence needs the reference model."""
         return self.beta > 0
 
@@ -80,7 +80,7 @@ class GRPO(Reinforcement):
         """Sample, grade and compare the completions of ``examples``."""
         from luthier.objectives.logprobs import token_logps
 
-        rollouts = self.drawn(network, examples)
+        rollouts = self.sample_step(network, examples)
         advantage_R = self.advantages(rollouts.score_PG).reshape(-1)
         counted, divisor = self._counted(rollouts)
         # Without a divergence, an advantage of 0 has no gradient: it is counted and not computed.
@@ -94,7 +94,7 @@ class GRPO(Reinforcement):
             np.full(len(rollout), advantage)
             for rollout, advantage in zip(rollouts.each, advantage_R, strict=True)
         ]
-        batches = self.laid_out(network, rollouts, rows, advantages, budget)
+        batches = self.make_batches(network, rollouts, rows, advantages, budget)
         batches = [replace(batch, weight=divisor / len(batches)) for batch in batches]
         if self.beta and taught:
             with network.at_start():

@@ -20,6 +20,7 @@ from pydantic import Field
 from luthier.data.shapes import Preference, ThumbedReply
 from luthier.errors import RowRefused
 from luthier.objectives.pairs import Judged, encode_answer
+from luthier.objectives.references import ReferenceCache, reference_logps
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
-class KTO(Judged):
+class KTO(ReferenceCache, Judged):
     """Learn from thumbs up and down, answer by answer."""
 
     method: Literal["kto"] = "kto"
@@ -41,11 +42,11 @@ class KTO(Judged):
     """Weight of the others. The paper has desirable rows weigh 1 to 4/3 of the others, in sum."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
-    also: ClassVar[frozenset[str]] = frozenset({"preference"})
-    refers: ClassVar[bool] = True
-    fixed: ClassVar[bool] = False
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"preference"})
+    uses_reference: ClassVar[bool] = True
+    same_each_epoch: ClassVar[bool] = False
 
-    def gather(self, rows: Sequence[Row]) -> Sequence[Row]:
+    def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """A pair becomes two rows: its chosen answer with a thumb up, the other with one down."""
         singles: list[Row] = []
         for row in rows:
@@ -76,19 +77,10 @@ class KTO(Judged):
         example = encode_answer(row.messages, row.reply, index, chat)
         return replace(example, desirable=row.desirable)
 
-    def refer(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> Sequence[Example]:
-        """The rows with the reference log-probability of their answers."""
-        from luthier.objectives.references import referred
-
-        return referred(network, examples, budget)
-
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
         """Micro-batches with the reference log-probabilities ``[R]`` and ``z`` as ``extra``."""
-        from luthier.objectives.references import reference_logps
 
         point = self._reference_point(network, examples, budget)
         batches = super().annotate(network, examples, budget)
@@ -97,9 +89,8 @@ class KTO(Judged):
     def _reference_point(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """``z``: the mean reward of mismatched answers before ``beta``, at least 0."""
         from luthier.objectives.logprobs import row_sums, token_logps
-        from luthier.objectives.references import reference_logps
 
-        rows = mismatched(examples)
+        rows = mismatch_answers(examples)
         if not rows:
             return 0.0
         total = 0.0
@@ -136,12 +127,12 @@ class KTO(Judged):
         weight_R = torch.where(wanted_R, self.desirable_weight, self.undesirable_weight)
         return weight_R * (1 - torch.sigmoid(self.beta * sign_R * (ratio_R - point)))
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """The thumb of the row."""
         return "thumb up" if example.desirable else "thumb down"
 
 
-def mismatched(examples: Sequence[Example]) -> list[Example]:
+def mismatch_answers(examples: Sequence[Example]) -> list[Example]:
     """Each prompt of a batch with the answer of the row before it; none for a single row.
 
     No row is longer than the longest of the batch: answers are cut to it, and left out where their

@@ -20,6 +20,7 @@ from pydantic import Field
 from luthier.data.shapes import JudgedAnswers
 from luthier.errors import RowRefused
 from luthier.objectives.pairs import Judged, check_different, encode_answer
+from luthier.objectives.references import ReferenceCache, reference_logps
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ MOST_ANSWERS = 64
 """Answers of a row; they are computed in one micro-batch."""
 
 
-class ListwiseDPO(Judged):
+class ListwiseDPO(ReferenceCache, Judged):
     """Learn the order in which people like several answers, without a reward model."""
 
     method: Literal["listwise_dpo"] = "listwise_dpo"
@@ -38,9 +39,9 @@ class ListwiseDPO(Judged):
     """How near to the reference the model stays: more is nearer. The paper's for DPO (appendix B)."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"ranking"})
-    also: ClassVar[frozenset[str]] = frozenset({"preference"})
-    evaluated_on: ClassVar[frozenset[str]] = Judged.evaluated_on | {"ranking"}
-    refers: ClassVar[bool] = True
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"preference"})
+    evaluation_shapes: ClassVar[frozenset[str]] = Judged.evaluation_shapes | {"ranking"}
+    uses_reference: ClassVar[bool] = True
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight on each token of all answers, the same share of 1 on each."""
@@ -58,7 +59,7 @@ class ListwiseDPO(Judged):
             check_different(one, other)
         return Example.of_sides(sides)
 
-    def views(self, example: Example) -> list[Example]:
+    def sequences(self, example: Example) -> list[Example]:
         """The answers as rows of their own that are never parted, in their order by number."""
         first = MOST_ANSWERS * example.row
         return [
@@ -66,20 +67,10 @@ class ListwiseDPO(Judged):
             for place, side in enumerate(example.sides)
         ]
 
-    def refer(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> Sequence[Example]:
-        """The rows with the reference log-probability of every answer."""
-        from luthier.objectives.references import referred
-
-        return referred(network, examples, budget)
-
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
         """Micro-batches with the reference log-probability ``[R]`` of each answer as ``extra``."""
-        from luthier.objectives.references import reference_logps
-
         batches = super().annotate(network, examples, budget)
         return [replace(batch, extra=reference_logps(network, batch)) for batch in batches]
 
@@ -113,6 +104,6 @@ class ListwiseDPO(Judged):
             margin += float(known_K[0] - known_K[1:].mean())
         return Loss.of_rows(torch.stack(losses), {"accuracy": accuracy, "margin": margin})
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """How many answers are worse; their texts are in the file."""
         return f"rather than {len(example.sides) - 1} other answers"

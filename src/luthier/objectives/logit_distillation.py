@@ -37,7 +37,7 @@ class LogitDistillation(Distillation):
     cache_top_k: int | None = Field(default=None, ge=1, le=1_000_000)
     """Ask the teacher once, before the first step, and keep its so many likeliest tokens on disk."""
 
-    def keep(
+    def precompute(
         self,
         network: Network,
         rows: Iterable[Example],
@@ -46,7 +46,7 @@ class LogitDistillation(Distillation):
         note: Callable[[str], None],
     ) -> None:
         """Let the teacher read all rows, where that was asked for, and let it go."""
-        from luthier.objectives.teacher_cache import TopK
+        from luthier.objectives.teacher import TopK
 
         if self.cache_top_k is None:
             return
@@ -55,7 +55,7 @@ class LogitDistillation(Distillation):
         kept = TopK.of(
             teacher, list(rows), budget, self.cache_top_k, self.temperature, shared, folder
         )
-        network.kept = kept
+        network.cache = kept
         network.others.pop("teacher").close()
         note(
             f"the teacher's {kept.k} likeliest tokens at each learned token are kept on disk, "
@@ -73,7 +73,7 @@ class LogitDistillation(Distillation):
     def _given(self, network: Network, batch: TreeBatch) -> Given:
         from luthier.objectives.teacher import whole_distribution
 
-        if network.kept is not None:
-            found: Given = network.kept.given(batch)
+        if network.cache is not None:
+            found: Given = network.cache.given(batch)
             return found
         return whole_distribution(network, network.others["teacher"], batch, self.temperature)

@@ -47,8 +47,7 @@ class MaskedLM(Objective):
 
     task: ClassVar[Task] = "masked_lm"
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
-    packs: ClassVar[bool] = True
-    fixed: ClassVar[bool] = False
+    same_each_epoch: ClassVar[bool] = False
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse tokenizers without a mask token."""
@@ -71,7 +70,7 @@ class MaskedLM(Objective):
         word_T = np.asarray(words, dtype=np.int64)
         return Example(ids_T, (word_T >= 0).astype(np.float32), index, target=word_T)
 
-    def arrange(self, examples: Sequence[Example], context: int) -> list[Example]:
+    def pack(self, examples: Sequence[Example], context: int) -> list[Example]:
         """Cut each document into pieces, each between the special tokens the tokenizer puts around."""
         size = min(self.sequence_length, context)
         pieces = [piece for example in examples for piece in _pieces(example, size)]

@@ -27,7 +27,7 @@ from pydantic import Field
 
 from luthier.objectives.completions import record
 from luthier.objectives.distillation import Distillation, Kind
-from luthier.objectives.watching import KEPT
+from luthier.objectives.rollout_checks import SAMPLES_PER_STEP
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class OnPolicyDistillation(Distillation):
     stop_ids: tuple[int, ...] | None = None
     """Tokens that end an answer; those of the model when not given."""
 
-    fixed: ClassVar[bool] = False
+    same_each_epoch: ClassVar[bool] = False
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read what ends an answer of this model."""
@@ -124,12 +124,12 @@ class OnPolicyDistillation(Distillation):
         given = whole_distribution(network, teacher, batch, self.temperature)
         return Loss(chunked_loss(network, batch, self.distance.compare(batch, given), CHUNK))
 
-    def samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
+    def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
         """The first answers of the step."""
         texts = [text for batch in batches if batch.extra is not None for text in batch.extra.texts]
-        return texts[:KEPT]
+        return texts[:SAMPLES_PER_STEP]
 
-    def report(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
+    def step_metrics(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
         """Tokens of an answer, and how many of the answers ended by themselves, as means."""
         written = [batch.extra for batch in batches if batch.extra is not None]
         answers = sum(each.answers for each in written)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from luthier.data.shapes import Preference, paired
 from luthier.errors import RowRefused
-from luthier.objectives.base import Objective, check_writes, cut_end
+from luthier.objectives.base import Objective, TrainingDefaults, check_writes, cut_end
 from luthier.types import Example, FloatArray, Message, Row
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Judged(Objective):
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a row becomes text: the model's chat template, or prompt and answer as they are."""
 
-    rate_factor: ClassVar[float] = 0.1
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(rate_factor=0.1)
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks that do not write; most encoders' tokenizers know no end of a text."""
@@ -46,7 +46,7 @@ class Judged(Objective):
         """Apply ``template``, keeping the base model's own choice for ``auto``."""
         return chat.with_template(self.template)
 
-    def cut(self, example: Example, context: int) -> Example:
+    def truncate(self, example: Example, context: int) -> Example:
         """Cut the end of each text off; a row with nothing learned left on one side weighs nothing."""
         sides = [_cut(side, context) for side in example.sides]
         if not all(side.weight for side in sides):
@@ -57,16 +57,16 @@ class Judged(Objective):
         """Negative log-likelihood of the answers: no reference, and no other row, enters."""
         from luthier.objectives.logprobs import mean_nll
 
-        return mean_nll(network, self.seen(examples), budget)
+        return mean_nll(network, self.augment(examples), budget)
 
 
 class Pairwise(Judged):
     """Base of the objectives that compare two answers to a prompt."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated"})
-    also: ClassVar[frozenset[str]] = frozenset({"thumb"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
 
-    def gather(self, rows: Sequence[Row]) -> Sequence[Row]:
+    def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Rated answers to one prompt become pairs."""
         return paired(rows)
 
@@ -78,11 +78,11 @@ class Pairwise(Judged):
         check_different(chosen, rejected)
         return replace(chosen, partner=rejected)
 
-    def views(self, example: Example) -> list[Example]:
+    def sequences(self, example: Example) -> list[Example]:
         """Both answers as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
         return sides_of(example)
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """How long the other answer is; its text is in the file."""
         assert example.partner is not None
         return f"rather than an answer of {np.count_nonzero(example.partner.weight_T)} tokens"

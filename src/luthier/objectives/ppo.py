@@ -23,11 +23,13 @@ own that starts from a reward model and the mix-in of pre-training text (Instruc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from luthier.objectives.base import TrainingDefaults
 from luthier.objectives.rollouts import Policy, Reinforcement, Rollouts
 from luthier.types import Example, Loss
 
@@ -65,14 +67,14 @@ class PPO(Reinforcement):
     missing_eos_penalty: float = Field(default=0.0, ge=0, le=1e6)
     """Taken from the score of a completion that reached the limit of tokens."""
 
-    batch_rows: ClassVar[int | None] = 32
+    defaults: ClassVar[TrainingDefaults] = replace(Reinforcement.defaults, batch_rows=32)
 
     @property
-    def refers(self) -> bool:
+    def uses_reference(self) -> bool:
         """Only a divergence needs the reference model."""
         return self.kl_coef > 0
 
-    def extend(self, model: nn.Module) -> None:
+    def add_weights(self, model: nn.Module) -> None:
         """Add the value's layer, at 0."""
         import torch
         from torch import nn
@@ -84,7 +86,7 @@ class PPO(Reinforcement):
         nn.init.zeros_(head.bias)
         model.add_module(HEAD, head)
 
-    def strip(self, model: nn.Module) -> None:
+    def remove_weights(self, model: nn.Module) -> None:
         """Take the value's layer away: the custom model only writes."""
         delattr(model, HEAD)
 
@@ -92,13 +94,13 @@ class PPO(Reinforcement):
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
         """Sample and grade a completion of each row, and estimate the advantage of each token."""
-        rollouts = self.drawn(network, examples)
+        rollouts = self.sample_step(network, examples)
         rows = [rollout.row(place, 1.0) for place, rollout in enumerate(rollouts.each)]
         parts = min(self.num_mini_batches, len(rows))
         nothing = [np.zeros(len(rollout), dtype=np.float32) for rollout in rollouts.each]
         batches = []
         for part in range(parts):
-            for batch in self.laid_out(network, rollouts, rows[part::parts], nothing, budget):
+            for batch in self.make_batches(network, rollouts, rows[part::parts], nothing, budget):
                 batch.extra.part = part
                 batches.append(batch)
         training = network.model.training
@@ -130,7 +132,7 @@ class PPO(Reinforcement):
         reward_M = torch.cat([self._rewards(rollouts, batch) for batch in batches])
         value_M = torch.cat([_known(policy.value_M) for policy in policies])
         if self.whiten_rewards:
-            reward_M = whitened(reward_M, shift=False)
+            reward_M = whiten(reward_M, shift=False)
         lengths = [len(rollouts.each[r.row]) for b in batches for r in b.tree.examples]
         advantage_M = torch.cat(
             [
@@ -141,7 +143,7 @@ class PPO(Reinforcement):
             ]
         )
         sizes = [len(policy.weight_M) for policy in policies]
-        white = whitened(advantage_M).split(sizes)
+        white = whiten(advantage_M).split(sizes)
         for policy, advantage, back in zip(
             policies, white, (advantage_M + value_M).split(sizes), strict=True
         ):
@@ -203,7 +205,7 @@ def advantages(reward_T: Tensor, value_T: Tensor, gamma: float, lam: float) -> T
     return reward_T.new_tensor(found)
 
 
-def whitened(value_M: Tensor, shift: bool = True) -> Tensor:
+def whiten(value_M: Tensor, shift: bool = True) -> Tensor:
     """Deviation 1, and mean 0 where ``shift``; a single number is left as it is."""
     if len(value_M) < 2:
         return value_M

@@ -1,7 +1,8 @@
 """The reference model's view of rows: log-probabilities at the weights a run starts from.
 
 No second network is held: ``network.at_start()`` runs the one that trains at its starting values. What
-it says of a row is asked once (:func:`referred`) where rows come again, and else in the step itself.
+it says of a row is asked once (:class:`ReferenceCache`) where rows
+come again, and else in the step itself.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def reference_logps(network: Network, batch: TreeBatch) -> Tensor:
         return row_sums(batch, token_logps(network, batch))
 
 
-def referred(network: Network, examples: Sequence[Example], budget: int) -> list[Example]:
+def with_reference_logps(
+    network: Network, examples: Sequence[Example], budget: int
+) -> list[Example]:
     """``examples``, all sides of them, with :attr:`Example.reference` filled in.
 
     Rows are computed in the same micro-batches at each start of a run, so a resumed one sees the same
@@ -50,3 +53,13 @@ def referred(network: Network, examples: Sequence[Example], budget: int) -> list
                 logp[row.row] = value
     known = (replace(text, reference=value) for text, value in zip(texts, logp, strict=True))
     return [Example.of_sides([next(known) for _ in example.sides]) for example in examples]
+
+
+class ReferenceCache:
+    """Rows keep what the reference model says of them, where they are read more than once."""
+
+    def with_reference_logps(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> Sequence[Example]:
+        """The rows, all sides of them, with the reference log-probability of the answers."""
+        return with_reference_logps(network, examples, budget)

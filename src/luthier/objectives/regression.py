@@ -37,10 +37,9 @@ class Regression(Objective):
     """Standard deviation of the ratings, from the training rows when not given."""
 
     task: ClassVar[Task] = "sequence_classification"
-    evaluated_on: ClassVar[frozenset[str]] = frozenset({"rating"})
-    reads: ClassVar[bool] = True
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
     shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
-    augments: ClassVar[bool] = True
+    allows_augmentation: ClassVar[bool] = True
 
     def head(self) -> Head:
         """One output."""
@@ -67,7 +66,7 @@ class Regression(Objective):
         standard = (row.rating - (self.center or 0.0)) / (self.scale or 1.0)
         return replace(example, target=np.array([standard], dtype=np.float32))
 
-    def cut(self, example: Example, context: int) -> Example:
+    def truncate(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token, and the weight."""
         return cut_text(example, context)
 
@@ -82,11 +81,11 @@ class Regression(Objective):
         absolute = float(error_R.detach().abs().sum()) * (self.scale or 1.0)
         return Loss.of_rows(error_R.square(), {"absolute_error": absolute})
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """The rating of the row."""
         return f"{float(np.asarray(example.target)[0]) * (self.scale or 1) + (self.center or 0):g}"
 
-    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """For each row in the order of the tree: the rating, in the scale of the data."""
         scores = network.row_scores(batch).float()[:, 0].tolist()
         return [{"rating": s * (self.scale or 1.0) + (self.center or 0.0)} for s in scores]

@@ -40,16 +40,15 @@ class RewardModel(Objective):
     """Pulls the rewards of a pair to a mean of 0 (Eisenstein et al. 2023, section 2, who take 0.01)."""
 
     task: ClassVar[Task] = "sequence_classification"
-    evaluated_on: ClassVar[frozenset[str]] = frozenset({"preference", "rated", "thumb"})
-    reads: ClassVar[bool] = True
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated", "thumb"})
     shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated"})
-    also: ClassVar[frozenset[str]] = frozenset({"thumb"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
 
     def head(self) -> Head:
         """One output."""
         return Head(self.task, ("reward",), "regression")
 
-    def gather(self, rows: Sequence[Row]) -> Sequence[Row]:
+    def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Rated answers to one prompt become pairs."""
         return paired(rows)
 
@@ -66,13 +65,13 @@ class RewardModel(Objective):
         rejected = replace(rejected, weight_T=rejected.weight_T * half)
         return replace(chosen, weight_T=chosen.weight_T * half, partner=rejected)
 
-    def cut(self, example: Example, context: int) -> Example:
+    def truncate(self, example: Example, context: int) -> Example:
         """Keep start and closing token of both sides."""
         partner = example.partner
         partner = None if partner is None else _cut(partner, context)
         return replace(_cut(example, context), partner=partner)
 
-    def views(self, example: Example) -> list[Example]:
+    def sequences(self, example: Example) -> list[Example]:
         """Both answers as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
         return [example] if example.partner is None else sides_of(example)
 
@@ -87,11 +86,11 @@ class RewardModel(Objective):
             each_P = each_P + self.centering * (chosen_P + rejected_P).square()
         return Loss.of_rows(each_P, sides.measures(reward_R))
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """How long the other answer is; its text is in the file."""
         return "" if example.partner is None else f"rather than {len(example.partner)} other tokens"
 
-    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """For each row in the order of the tree: its reward."""
         return [{"reward": float(r)} for r in network.row_scores(batch).float()[:, 0]]
 

@@ -24,9 +24,9 @@ import numpy as np
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.graders import AnyGrader, Exact, Grader, OnError, graded
-from luthier.objectives import watching
-from luthier.objectives.base import Objective, check_writes
+from luthier.graders import AnyGrader, Exact, Grader, OnError, grade_answers
+from luthier.objectives import rollout_checks
+from luthier.objectives.base import Objective, TrainingDefaults, check_writes
 from luthier.objectives.completions import answer, record
 from luthier.objectives.scoring import Beside, check_judge, silent
 from luthier.types import Example, FloatArray, IntArray, Row
@@ -146,7 +146,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _OpenGrader:
     """A grader as it was named, and with its models opened."""
 
     named: Grader
@@ -172,11 +172,10 @@ class Reinforcement(Objective):
     """Train although the samples before the first step advise against it."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "prompt_only", "messages"})
-    fixed: ClassVar[bool] = False
-    by_itself: ClassVar[bool] = False
+    same_each_epoch: ClassVar[bool] = False
+    chosen_by_shape: ClassVar[bool] = False
     measure: ClassVar[str] = "reward"
-    batch_rows: ClassVar[int | None] = 4
-    rate_factor: ClassVar[float] = 0.1
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(rate_factor=0.1, batch_rows=4)
 
     @property
     def generations(self) -> int:
@@ -184,7 +183,7 @@ class Reinforcement(Objective):
         return 1
 
     @property
-    def others(self) -> Mapping[str, str]:
+    def other_models(self) -> Mapping[str, str]:
         """The models that grade, by their ids."""
         return {name: name for name in sorted(self.grader.models)}
 
@@ -196,18 +195,18 @@ class Reinforcement(Objective):
         self.grader.check()
         check_writes(self, chat)
 
-    def meet(self, name: str, other: Objective, width: int) -> Self:
+    def bind_model(self, name: str, other: Objective, width: int) -> Self:
         """Refuse a judge that writes no text."""
         if name in self.grader.writers:
             check_judge(name, other)
         return self
 
-    def cost(self, rows: int, measured: int, calibrated: int) -> str:
+    def describe_cost(self, rows: int, measured: int, calibrated: int) -> str:
         """How many verdicts a judge is asked for."""
         each = self.grader.judgements
         if not each:
             return ""
-        first = watching.PROMPTS * self._tries + 1
+        first = rollout_checks.PROMPTS * self._tries + 1
         count = (rows + calibrated) * self.generations + measured + first
         return (
             f"the judge will be asked for {count * each:,} verdicts at most; {first * each:,} of them "
@@ -233,7 +232,7 @@ class Reinforcement(Objective):
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         return Example(ids_T, weight_T, index, source_T=source_T, given=row)
 
-    def room(self, view: Example) -> list[Example]:
+    def with_longest_completions(self, view: Example) -> list[Example]:
         """The prompt with the longest completions there may be, all of them different."""
         numbers = np.arange(self.generations)[:, None].repeat(self.max_completion_tokens, 1)
         return [
@@ -246,7 +245,7 @@ class Reinforcement(Objective):
             for written_T in numbers
         ]
 
-    def cut(self, example: Example, context: int) -> Example:
+    def truncate(self, example: Example, context: int) -> Example:
         """A prompt without its end asks something else: what comes back has nothing to learn."""
         return example
 
@@ -274,8 +273,8 @@ class Reinforcement(Objective):
         )
         pairs = [(e, c) for e, row in zip(examples, found, strict=True) for c in row]
         replies = [chat.decode(c.ids_T[: len(c.ids_T) - c.stopped].tolist()) for _, c in pairs]
-        grades = graded(
-            self._opened(network),
+        grades = grade_answers(
+            self._open_grader(network),
             [answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)],
             self.on_error,
             self.time_limit_s,
@@ -288,20 +287,20 @@ class Reinforcement(Objective):
         ]
         return Rollouts(each, count, len(grades.problems))
 
-    def _opened(self, network: Network, note: Callable[[str], None] = silent) -> Grader:
+    def _open_grader(self, network: Network, note: Callable[[str], None] = silent) -> Grader:
         """The grader with its models opened; it stays with the network, and knows what it was told."""
-        kept = network.kept
-        if not isinstance(kept, _Opened) or kept.named is not self.grader:
-            kept = _Opened(self.grader, self.grader.with_models(Beside(network.others, note)))
-            network.kept = kept
+        kept = network.cache
+        if not isinstance(kept, _OpenGrader) or kept.named is not self.grader:
+            kept = _OpenGrader(self.grader, self.grader.with_models(Beside(network.others, note)))
+            network.cache = kept
         return kept.grader
 
-    def drawn(self, network: Network, examples: Sequence[Example]) -> Rollouts:
+    def sample_step(self, network: Network, examples: Sequence[Example]) -> Rollouts:
         """The rollouts of a step: anew in training, by the generator that checkpoints keep."""
-        generator = None if network.model.training else seeded()
+        generator = None if network.model.training else fixed_generator()
         return self.roll_out(network, examples, self.generations, generator)
 
-    def laid_out(
+    def make_batches(
         self,
         network: Network,
         rollouts: Rollouts,
@@ -328,7 +327,7 @@ class Reinforcement(Objective):
             batches.append(replace(batch, extra=policy))
         return batches
 
-    def begin(
+    def prepare(
         self,
         network: Network,
         examples: Sequence[Example],
@@ -336,11 +335,11 @@ class Reinforcement(Objective):
         note: Callable[[str], None],
     ) -> Sequence[Example]:
         """Sample a few prompts first: rewards of 0, or near 1, say that training is not due."""
-        if warning := self._opened(network, note).rehearse():
+        if warning := self._open_grader(network, note).rehearse():
             note(f"warning: {warning}")
-        chosen = watching.spread(examples)
-        rollouts = self.roll_out(network, chosen, self._tries, seeded())
-        verdict = watching.precheck(rollouts.score_PG, self.grader.bounded)
+        chosen = rollout_checks.sample_evenly(examples)
+        rollouts = self.roll_out(network, chosen, self._tries, fixed_generator())
+        verdict = rollout_checks.precheck(rollouts.score_PG, self.grader.bounded)
         if verdict.refused and not self.force:
             raise RecipeError(verdict.text + " To train all the same, set `objective.force=true`")
         note(verdict.text)
@@ -353,7 +352,7 @@ class Reinforcement(Objective):
 
         ``reward_error`` is the standard error of that mean.
         """
-        score_P = self.roll_out(network, examples, 1, seeded()).score_PG.astype(np.float64)
+        score_P = self.roll_out(network, examples, 1, fixed_generator()).score_PG.astype(np.float64)
         reward = float(score_P.mean())
         error = float(score_P.std()) / math.sqrt(max(1, score_P.size - 1))
         return {"loss": -reward, "reward": reward, "reward_error": error}
@@ -364,7 +363,7 @@ class Reinforcement(Objective):
 
         return mean_nll(network, [_read(example) for example in examples], budget)
 
-    def report(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
+    def step_metrics(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
         """Rewards and lengths of the rollouts, and means over the tokens that were learned from."""
         policies: list[Policy] = [batch.extra for batch in batches]
         tokens = sum(len(policy.weight_M) for policy in policies)
@@ -372,20 +371,20 @@ class Reinforcement(Objective):
         means = {name: sum(p.sums.get(name, 0.0) for p in policies) / tokens for name in names}
         return policies[0].rollouts.report() | means
 
-    def advice(self, lines: Sequence[Mapping[str, Any]]) -> str:
+    def advise(self, lines: Sequence[Mapping[str, Any]]) -> str:
         """Whether the reward has stopped rising, or nothing is left to tell completions apart by."""
-        return watching.advice(lines)
+        return rollout_checks.advice(lines)
 
-    def samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
+    def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
         """The best and the worst completions of the step."""
         policies: list[Policy] = [batch.extra for batch in batches]
         kl = {place: value for policy in policies for place, value in policy.kl_R.items()}
         each = policies[0].rollouts.each
         order = sorted(range(len(each)), key=lambda place: (-each[place].score, place))
-        return [_record(each[place], kl.get(place)) for place in watching.extremes(order)]
+        return [_record(each[place], kl.get(place)) for place in rollout_checks.extremes(order)]
 
 
-def seeded() -> torch.Generator:
+def fixed_generator() -> torch.Generator:
     """The draws of a measurement."""
     import torch
 

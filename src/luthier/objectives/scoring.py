@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from luthier.asking.base import Failure, Remembering, Writer, writer_of
-from luthier.asking.spec import AskedModel, Asking
+from luthier.chat_models.base import (
+    CachedWriter,
+    Failure,
+    ModelSpec,
+    SamplingSpec,
+    Writer,
+    writer_of,
+)
 from luthier.data.shapes import Conversation
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Scorer
@@ -26,7 +32,7 @@ READ_AT_ONCE = 2048
 """Tokens that a reward model reads at once."""
 
 
-Remember = Callable[[Writer, AskedModel, Asking], Writer]
+Remember = Callable[[Writer, ModelSpec, SamplingSpec], Writer]
 
 
 def silent(text: str) -> None:
@@ -41,7 +47,7 @@ class Beside:
     """Frozen networks by their ids."""
     note: Callable[[str], None] = field(default=silent)
     """Tells people what an endpoint makes of it."""
-    remember: Remember = field(default=lambda write, judge, sampling: Remembering(write))
+    remember: Remember = field(default=lambda write, judge, sampling: CachedWriter(write))
     """Wraps a writer so that it asks nothing twice: in memory, unless it says otherwise."""
 
     def scorer(self, model: str) -> Scorer:
@@ -49,13 +55,13 @@ class Beside:
         check_reward_model(model, self.networks[model])
         return partial(rewards, self.networks[model])
 
-    def writer(self, judge: AskedModel, sampling: Asking) -> Writer:
+    def writer(self, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
         """The judge, who is asked nothing twice."""
         if judge.url is None:
             network = self.networks[judge.model]
             write: Writer = partial(written, network, sampling, judge.batch_size)
             return self.remember(write, judge, sampling)
-        from luthier.asking.endpoint import Endpoint
+        from luthier.chat_models.endpoint import Endpoint
 
         endpoint = Endpoint(judge)
         self.note(endpoint.terms)
@@ -64,7 +70,7 @@ class Beside:
 
 
 def written(
-    network: Network, sampling: Asking, batch_size: int, asked: Sequence[Sequence[Message]]
+    network: Network, sampling: SamplingSpec, batch_size: int, asked: Sequence[Sequence[Message]]
 ) -> list[str | Failure]:
     """A network's reply to each conversation; a failure where its context does not hold one.
 
@@ -140,7 +146,7 @@ def rewards(network: Network, answers: Sequence[Answer]) -> list[float]:
     for place, answer in enumerate(answers):
         turns = (*answer.prompt, Message("assistant", answer.reply))
         row = Conversation(answer.row.file, answer.row.line, turns)
-        examples.append(objective.cut(objective.encode(row, place, chat), context))
+        examples.append(objective.truncate(objective.encode(row, place, chat), context))
     found = [0.0] * len(answers)
     network.model.eval()
     with torch.no_grad():

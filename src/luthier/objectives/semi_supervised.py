@@ -29,7 +29,7 @@ from pydantic import Field
 
 from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.classification import NO_LABEL, Classification, encode_text
 from luthier.types import Example, Loss, Row
 
@@ -58,14 +58,13 @@ class SemiSupervised(Classification):
     alpha: float = Field(default=0.9, gt=0, lt=1)
     """How far labels spread: what a text takes from its neighbours; 0.99 in the paper."""
 
-    beside: ClassVar[frozenset[str]] = frozenset({"label", "text"})
-    least_epochs: ClassVar[int] = Objective.least_epochs
-    most_epochs: ClassVar[int] = Objective.most_epochs
+    mixed_shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
+    defaults: ClassVar[TrainingDefaults] = Objective.defaults
 
     @property
-    def least_steps(self) -> int:
+    def min_steps(self) -> int:
         """No more for many classes: a pass over the labelled rows brings many texts along."""
-        return super(Classification, self).least_steps
+        return super(Classification, self).min_steps
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the classes of the labelled rows, and check that there are others."""
@@ -86,7 +85,7 @@ class SemiSupervised(Classification):
         weight_T = example.weight_T * np.float32(self.unlabelled_weight)
         return replace(example, weight_T=weight_T, target=np.array([NO_LABEL]))
 
-    def begin(
+    def prepare(
         self,
         network: Network,
         examples: Sequence[Example],
@@ -125,7 +124,7 @@ class SemiSupervised(Classification):
             for example, label in zip(examples, labels, strict=True)
         ]
 
-    def seen(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
+    def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
         """The rows that have a label by now; in a training step at least one row."""
         found = [example for example in examples if _label(example) != NO_LABEL]
         return found or list(examples[:1] if training else ())
@@ -148,11 +147,11 @@ class SemiSupervised(Classification):
             (each_R * weight_R).sum(), ratios={"accuracy": (parts_R.tolist(), known_R.tolist())}
         )
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """The label of the row, where it has one."""
         if _label(example) == NO_LABEL:
             return "without a label"
-        return super().described(example)
+        return super().describe(example)
 
 
 def _label(example: Example) -> int:

@@ -28,7 +28,7 @@ class SFT(Objective):
     """How a row becomes text: the model's chat template, or prompt and completion as they are."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
-    also: ClassVar[frozenset[str]] = frozenset({"rated"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"rated"})
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks that do not write."""

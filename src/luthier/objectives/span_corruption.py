@@ -47,8 +47,7 @@ class SpanCorruption(Objective):
     """The token that closes both sides; found when not given."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
-    packs: ClassVar[bool] = True
-    fixed: ClassVar[bool] = False
+    same_each_epoch: ClassVar[bool] = False
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks without an encoder and tokenizers without sentinels."""
@@ -79,7 +78,7 @@ class SpanCorruption(Objective):
             raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
         return Example(ids_T, np.ones(len(ids_T), dtype=np.float32), index)
 
-    def arrange(self, examples: Sequence[Example], context: int) -> list[Example]:
+    def pack(self, examples: Sequence[Example], context: int) -> list[Example]:
         """Join the documents and cut them into pieces; ``row`` becomes the number of the piece."""
         size = min(self.sequence_length, context - 2)
         most = len(self.sentinels or ())
@@ -106,7 +105,7 @@ class SpanCorruption(Objective):
         spans = max(round(noise / self.mean_span_length), 1)
         return noise, min(spans, max(size - noise, 1))
 
-    def seen(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
+    def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
         """Each piece with its spans taken out: anew in training, else always the same."""
         import torch
 

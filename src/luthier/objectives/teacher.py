@@ -1,21 +1,39 @@
-"""What a teacher says of the tokens a student learns from.
+"""What a teacher says of the tokens a student learns: asked in each step, or once and kept in files.
 
 Both see the same rows, but not the same nodes: one may have a soft prompt, or not share prefixes. They
 meet at the learned tokens, whose order is that of the rows.
+
+Kept (:class:`TopK`) are the likeliest tokens at every learned token of all rows: the teacher reads each
+row once, however many epochs there are, and its memory is free after. For each learned token ``k`` ids
+and ``k + 1`` log-probabilities are kept, the last that of all other tokens together: ``8 k + 4`` bytes.
+Log-probabilities are those at the temperature of the run.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from luthier.files import need_disk, read_json, write_json
+from luthier.objectives.divergence import CHUNK, FLOOR
 from luthier.objectives.logprobs import scores
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from luthier.models.network import Network, TreeBatch
     from luthier.objectives.divergence import Given
+    from luthier.types import Example, IntArray
+
+_IDS, _LOGP, _DONE = "teacher-ids.bin", "teacher-logp.bin", "teacher.json"
 
 
 @torch.no_grad()
@@ -39,3 +57,115 @@ def whole_distribution(
         return None, logits_CV[:, :shared].log_softmax(-1)
 
     return given
+
+
+class TopK:
+    """What the teacher said of each row, found again by the row's tokens."""
+
+    def __init__(self, rows: Sequence[Example], k: int, folder: Path, key: str) -> None:
+        self.k, self._folder, self._key = k, folder, key
+        self._start: dict[bytes, int] = {}
+        size = 0
+        for row in rows:
+            if _key(row) not in self._start:
+                self._start[_key(row)] = size
+                size += int(np.count_nonzero(row.weight_T))
+        self._shapes = {_IDS: (size, k), _LOGP: (size, k + 1)}
+        self.bytes = size * (8 * k + 4)
+
+    @staticmethod
+    def of(
+        teacher: Network,
+        rows: Sequence[Example],
+        budget: int,
+        k: int,
+        temperature: float,
+        vocabulary: int,
+        folder: Path,
+    ) -> TopK:
+        """Let the teacher read ``rows``, at most ``budget`` tokens at once, or open what was kept.
+
+        Of the teacher's tokens the first ``vocabulary`` are looked at.
+        """
+        digest = hashlib.sha256(repr((k, temperature, vocabulary)).encode())
+        for row in rows:
+            digest.update(_key(row))
+        kept = TopK(rows, min(k, vocabulary), folder, digest.hexdigest())
+        if not kept.complete():
+            kept._write(teacher, rows, budget, temperature, vocabulary)
+        return kept
+
+    def complete(self) -> bool:
+        """Whether the files are there, for these rows and settings."""
+        done = self._folder / _DONE
+        return done.is_file() and read_json(done).get("key") == self._key
+
+    @torch.no_grad()
+    def _write(
+        self,
+        teacher: Network,
+        rows: Sequence[Example],
+        budget: int,
+        temperature: float,
+        vocabulary: int,
+    ) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        need_disk(self._folder, self.bytes, "keeping what the teacher says of the rows")
+        ids_MK, logp_MB = self._open("w+")
+        for batch in teacher.batches(list({_key(row): row for row in rows}.values()), budget):
+            states_SH = teacher.before_vocabulary(teacher.hidden(batch)[batch.source_S])
+            parts = []
+            for chunk_CH in states_SH.split(CHUNK):
+                logits_CV = scores(chunk_CH, teacher.head_VH, teacher.head_bias_V, temperature)
+                parts.append(likeliest(logits_CV[:, :vocabulary].log_softmax(-1), self.k))
+            source_M = batch.edge_source_E[batch.learned[1]]
+            slot_M = self._slots(batch)
+            ids_MK[slot_M] = torch.cat([ids for ids, _ in parts])[source_M].cpu().numpy()
+            logp_MB[slot_M] = torch.cat([logp for _, logp in parts])[source_M].cpu().numpy()
+        ids_MK.flush()
+        logp_MB.flush()
+        write_json(self._folder / _DONE, {"key": self._key, "k": self.k, "bytes": self.bytes})
+
+    def given(self, batch: TreeBatch) -> Given:
+        """What was kept, at the positions of ``batch``."""
+        ids_MK, logp_MB = self._open("r")
+        slot_M, device = self._slots(batch), batch.source_S.device
+        source_M = batch.edge_source_E[batch.learned[1]]
+        positions = len(batch.source_S)
+        # Positions that only fill up the batch have no weight, so that any numbers do there.
+        ids_SK = torch.zeros(positions, self.k, dtype=torch.int64, device=device)
+        logp_SB = torch.zeros(positions, self.k + 1, device=device)
+        ids_SK[source_M] = torch.from_numpy(ids_MK[slot_M].astype(np.int64)).to(device)
+        logp_SB[source_M] = torch.from_numpy(logp_MB[slot_M]).to(device)
+        return lambda rows: (ids_SK[rows], logp_SB[rows].clone())
+
+    def _slots(self, batch: TreeBatch) -> IntArray:
+        """Places in the files of the learned tokens of ``batch``, in the order of ``learned``."""
+        return np.concatenate(
+            [
+                self._start[_key(row)] + np.arange(np.count_nonzero(row.weight_T))
+                for row in batch.tree.examples
+            ]
+        )
+
+    def _open(self, mode: Any) -> tuple[Any, Any]:
+        kinds = {_IDS: np.int32, _LOGP: np.float32}
+        ids_MK, logp_MB = (
+            np.memmap(self._folder / name, dtype=kind, mode=mode, shape=self._shapes[name])
+            for name, kind in kinds.items()
+        )
+        return ids_MK, logp_MB
+
+
+def likeliest(logp_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids ``[C, k]`` of the likeliest tokens; their log-probabilities and that of the others."""
+    best_CK, ids_CK = logp_CV.topk(k)
+    rest_C1 = logp_CV.scatter(-1, ids_CK, -math.inf).logsumexp(-1, keepdim=True)
+    return ids_CK, torch.cat([best_CK, rest_C1.clamp_min(FLOOR)], -1)
+
+
+def _key(row: Example) -> bytes:
+    """Rows of the same tokens, the same ones learned, are one to the teacher."""
+    source = b"" if row.source_T is None else row.source_T.tobytes()
+    learned = np.flatnonzero(row.weight_T)
+    return b"/".join([source, row.ids_T.tobytes(), learned.tobytes()])

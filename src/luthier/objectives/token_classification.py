@@ -19,7 +19,7 @@ from luthier.data.shapes import TaggedWords
 from luthier.errors import RowRefused
 from luthier.evaluation.labels import tag_scores
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.shares import check_shares, shares_of, softmax_bias
 from luthier.types import Example, Loss, Row
 
@@ -40,11 +40,10 @@ class TokenClassification(Objective):
     """How frequent each tag is, in the order of ``labels``; from the training rows when not given."""
 
     task: ClassVar[Task] = "token_classification"
-    evaluated_on: ClassVar[frozenset[str]] = frozenset({"tags"})
-    reads: ClassVar[bool] = True
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
     measure: ClassVar[str] = "entity_f1"
     shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
-    least_epochs: ClassVar[int] = 3
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(min_epochs=3)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -112,7 +111,7 @@ class TokenClassification(Objective):
             )
         return (self.labels or ()).index(tag)
 
-    def cut(self, example: Example, context: int) -> Example:
+    def truncate(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token; the words behind lose their tags."""
         kept = np.r_[0 : context - 1, len(example) - 1]
         target = None if example.target is None else example.target[kept]
@@ -139,12 +138,12 @@ class TokenClassification(Objective):
         found = tag_scores(rows)
         return Loss(total, {"accuracy": right}, {"entity_f1": (found.parts_R, found.wholes_R)})
 
-    def described(self, example: Example) -> str:
+    def describe(self, example: Example) -> str:
         """The tags of the words, in order."""
         target_T = np.asarray(example.target)
         return " ".join((self.labels or ())[int(index)] for index in target_T[target_T >= 0])
 
-    def answers(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """For each row in the order of the tree: the tags of its words."""
         best_K = self._scores(network, batch).argmax(-1)
         return [{"tags": tags} for tags in self._tags(best_K, batch)]

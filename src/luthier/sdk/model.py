@@ -28,12 +28,13 @@ class Model:
 
     def __init__(self, model_id: str) -> None:
         """Open a base or custom model by id; see :func:`load`."""
+        from luthier.objectives.capabilities import SupportsPrediction
         from luthier.serving.generation import Generator
         from luthier.serving.prediction import Predictor
         from luthier.store.models import find, objective_of
 
         self.stored = find(model_id)
-        self.reads = objective_of(self.stored).reads
+        self.reads = isinstance(objective_of(self.stored), SupportsPrediction)
         """Whether it answers with labels (:meth:`predict`) or writes (:meth:`generate`)."""
         self.opened = (Predictor if self.reads else Generator).open(self.stored)
 
@@ -222,12 +223,13 @@ def evaluate(
     from luthier.data.rows import load_rows
     from luthier.data.shapes import JudgedAnswers, RawText, of_shape
     from luthier.evaluation.evaluate import Evaluation, check, check_shapes
-    from luthier.graders import graders_named
+    from luthier.graders import parse_graders
+    from luthier.objectives.capabilities import SupportsPrediction
     from luthier.serving.evaluation import measure, open_graders, perplexity, preference_scores
     from luthier.serving.prediction import Predictor
     from luthier.store.models import find, objective_of
 
-    chosen = graders_named(graders)
+    chosen = parse_graders(graders)
     rows = load_rows(data, columns)
     total = len(rows)
     stored = model.stored if isinstance(model, Model) else find(model)
@@ -238,7 +240,7 @@ def evaluate(
         on_progress(count, total)
 
     started = time.monotonic()
-    if objective.reads:
+    if isinstance(objective, SupportsPrediction):
         predictor = model.opened if isinstance(model, Model) else Predictor.open(stored)
         assert isinstance(predictor, Predictor)
         started = time.monotonic()

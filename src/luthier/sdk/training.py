@@ -14,12 +14,12 @@ from luthier.errors import RecipeError
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
-    from luthier.engine.student import Student
     from luthier.recipe import Recipe
     from luthier.workflows.advise.facts import Goal
     from luthier.workflows.advise.recommend import Advice
     from luthier.workflows.distil.responses import Distilled
     from luthier.workflows.estimate.estimate import Estimate
+    from luthier.workflows.student import Student
 
 
 def tune(
@@ -78,7 +78,7 @@ def distil(
         RefusedInput: for prompts or settings that cannot work, or too few accepted answers.
         LuthierError: where the teacher cannot be reached; the answers so far are kept.
     """
-    from luthier.asking.spec import address_fields
+    from luthier.chat_models.base import address_fields
     from luthier.recipe import assign
     from luthier.workflows.distil import distil as run
     from luthier.workflows.distil.recipe import DistilRecipe
@@ -116,9 +116,9 @@ def pretrain(
     Raises:
         RefusedInput: before any training, for text or settings that cannot work.
     """
-    from luthier.engine.pretrain import pretrain as run
     from luthier.pretrain_recipe import PretrainRecipe
     from luthier.recipe import read_toml
+    from luthier.workflows.pretrain import pretrain as run
 
     paths = [Path(data)] if isinstance(data, str | Path) else [Path(path) for path in data]
     one = len(paths) == 1 and paths[0].suffix == ".toml"
@@ -150,8 +150,8 @@ def student(
     Raises:
         RefusedInput: before any weight is read, for sizes, family, name or disk.
     """
-    from luthier.engine.student import make_student
     from luthier.models.student import StudentShape
+    from luthier.workflows.student import make_student
 
     kept = None if keep is None else tuple(keep)
     shape = StudentShape(layers, kept, heads, intermediate, hidden)

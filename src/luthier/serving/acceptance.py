@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
+from luthier.models.manifest import Manifest, TextFormat
 from luthier.models.outside import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -57,8 +58,8 @@ _PROCESS = _GIB // 2
 class Accepted:
     """A model that was tried."""
 
-    fields: dict[str, Any]
-    """What its manifest says of it, beside where it came from."""
+    manifest: Manifest
+    """Its record, but for where it came from."""
     parent: StoredModel | None
     """The base model of an adapter."""
 
@@ -110,10 +111,16 @@ def accept_network(folder: Path, model_id: str) -> Accepted:
         )  # fmt: skip
     with _format(folder, None, "Save the model's own tokenizer into the folder.") as chat:
         check_vocabulary(chat, config, "the model")
-    fields = {"kind": kind, "saved": "network", "parameters": numbers, "context": context}
-    fields |= {"tokenizer_from": model_id}
-    candidate = StoredModel(model_id, folder, fields)
-    return Accepted({**fields, "checks": _tried(candidate)}, None)
+    manifest = Manifest(
+        id=model_id,
+        kind=kind,
+        saved="network",
+        parameters=numbers,
+        context=context,
+        tokenizer_from=model_id,
+    )
+    checks = _tried(StoredModel(model_id, folder, manifest))
+    return Accepted(manifest.model_copy(update={"checks": checks}), None)
 
 
 def drawn(folder: Path) -> tuple[str, int, int]:
@@ -175,15 +182,19 @@ def accept_adapter(
     asked = _asked_format(folder, base)
     with _format(folder, asked, "Save the base model's tokenizer into the folder.") as chat:
         check_vocabulary(chat, check_folder(base.network_folder), "the adapter")
-    manifest = {
-        "kind": "causal_lm",
-        "saved": "adapter",
-        "parent": base.id,
-        "root": base.root,
-        "tokenizer_from": model_id,
-        "recipe": {"base": base.id, "adaptation": lora.model_dump(mode="json")},
-        "format": {**asked, "template": chat.template, "stop_ids": list(chat.stop_ids)},
-    }
+    manifest = Manifest(
+        id=model_id,
+        kind="causal_lm",
+        saved="adapter",
+        parent=base.id,
+        root=base.root,
+        tokenizer_from=model_id,
+        recipe={"base": base.id, "adaptation": lora.model_dump(mode="json")},
+        format=TextFormat(
+            template=chat.template, stop_ids=chat.stop_ids, start_id=asked["start_id"]
+        ),
+        adapter_of=_named(fields),
+    )
     candidate = StoredModel(model_id, folder, manifest, base)
     config = read_config(base.network_folder, head)
     with _as(ADAPTER, "adapter.weights", "Save the adapter anew with PEFT's save_pretrained."):
@@ -198,7 +209,7 @@ def accept_adapter(
                 "Merge it into its model (merge_and_unload), save that and name its folder.",
             )  # fmt: skip
     checks = {"peft": "same numbers as PEFT", "peft_error": error, **_tried(candidate)}
-    return Accepted({**candidate.manifest, "adapter_of": _named(fields), "checks": checks}, base)
+    return Accepted(manifest.model_copy(update={"checks": checks}), base)
 
 
 def _base_for(
@@ -207,7 +218,7 @@ def _base_for(
     """The base model that an adapter names."""
     named = _named(fields)
     base = base_of(short_name(named)) if named else None
-    if base is None or base.manifest.get("kind") == "encoder":
+    if base is None or base.manifest.kind == "encoder":
         raise ModelRefused(
             ADAPTER_CONFIG, "adapter.base",
             f"The adapter belongs to {named[:200]!r}, which is no base model of this server.",
@@ -228,13 +239,13 @@ def _weights(folder: Path) -> int:
 def _tried(candidate: StoredModel) -> dict[str, Any]:
     """Load it as it is served, compare the layout, and let it answer."""
     with _as("*.safetensors", "model.load", "Save the whole model anew with save_pretrained."):
-        if candidate.manifest["kind"] == "encoder":
+        if candidate.manifest.kind == "encoder":
             return _embeds(candidate)
         return _answers(candidate)
 
 
 def _answers(candidate: StoredModel) -> dict[str, Any]:
-    from luthier.engine.memory import available_memory
+    from luthier.engine.machine import available_memory
     from luthier.serving.decoder import Decoder
     from luthier.serving.memory import CacheBudget
 

@@ -36,7 +36,8 @@ def serving_format(stored: StoredModel) -> ChatFormat:
 
     if stored.tokenizer_from is None:
         return chat_format(stored)
-    return confined_format(stored.folder, stored.manifest.get("format"))
+    stored_format = stored.manifest.format
+    return confined_format(stored.folder, stored_format.model_dump() if stored_format else None)
 
 
 def confined_format(folder: Path, fields: Mapping[str, Any] | None = None) -> ConfinedFormat:

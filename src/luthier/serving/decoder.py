@@ -229,7 +229,7 @@ class Decoder:
         scheduler: FairScheduler | None = None,
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine."""
-        from luthier.engine.devices import choose_machine
+        from luthier.engine.machine import choose_machine
         from luthier.models.backends import backend_of
         from luthier.models.heads import prompt_ids
         from luthier.models.load import as_network, check_folder, context_length

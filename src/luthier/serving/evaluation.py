@@ -151,8 +151,8 @@ def open_graders(
         note(f"the judge will be asked for {judgements * (answers + 1):,} verdicts at most")
     if not judgements and not any(grader.models for grader in graders.values()):
         return dict(graders)
-    from luthier.engine.devices import choose_machine
-    from luthier.engine.job import opened
+    from luthier.engine.job import load_frozen
+    from luthier.engine.machine import choose_machine
     from luthier.engine.metrics import Reporter
     from luthier.objectives.scoring import Beside, check_judge
     from luthier.store.models import find, objective_of
@@ -162,7 +162,7 @@ def open_graders(
         for name in grader.writers:
             check_judge(name, objective_of(stored[name]))
     machine = choose_machine()
-    models = Beside({n: opened(s, machine, Reporter()) for n, s in stored.items()}, note)
+    models = Beside({n: load_frozen(s, machine, Reporter()) for n, s in stored.items()}, note)
     if remember is not None:
         models = replace(models, remember=remember)
     ready = {name: grader.with_models(models) for name, grader in graders.items()}
@@ -232,7 +232,7 @@ class Perplexity:
 
 def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
     """Loss of a causal language model on raw text, packed as it was trained (512 tokens elsewhere)."""
-    from luthier.engine.devices import choose_machine
+    from luthier.engine.machine import choose_machine
     from luthier.models.load import as_network
     from luthier.objectives import CausalLM
     from luthier.store import models as store
@@ -244,7 +244,7 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
     chat = store.chat_format(stored)
     context = store.room_of(stored)
     encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
-    sequences = objective.arrange(encoded, context)
+    sequences = objective.pack(encoded, context)
     machine = choose_machine()
     model = store.load(stored, machine.dtype, machine.device)
     network = as_network(model, machine.device, machine.dtype)
@@ -274,14 +274,14 @@ def preference_scores(
         raise RecipeError(f"{stored.id} does not write, so answers have no probability under it")
     thumbs = isinstance(rows[0], ThumbedReply)
     objective = KTO() if thumbs else DPO()
-    rows = objective.gather(rows)
+    rows = objective.regroup(rows)
     chat = store.chat_format(stored)
     texts = [objective.encode(row, index, chat).sides for index, row in enumerate(rows)]
     measured = fit_rows(rows, texts, store.room_of(stored), long_rows, cut_end)
     rows, sides = measured.rows, [side for each in measured.examples for side in each]
     found = _logps(stored, sides)
     done(len(rows))
-    parent = stored.manifest.get("parent")
+    parent = stored.manifest.parent
     reference = _logps(store.find(str(parent)), sides) if parent else [None] * len(sides)
     answers = [
         Likelihood(logp, int(np.count_nonzero(side.weight_T)), other)
@@ -304,10 +304,9 @@ def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
     """Log-probability of the learned tokens of each text under ``stored``."""
     import torch
 
-    from luthier.engine.devices import choose_machine
-    from luthier.engine.memory import available_memory
+    from luthier.engine.machine import available_memory, choose_machine
     from luthier.models.load import as_network
-    from luthier.objectives.references import referred
+    from luthier.objectives.references import with_reference_logps
     from luthier.store import models as store
 
     machine = choose_machine()
@@ -317,6 +316,6 @@ def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
     model.eval()
     network = as_network(model, machine.device, dtype)
     with torch.no_grad():
-        found = [each.reference for each in referred(network, texts, BUDGET)]
+        found = [each.reference for each in with_reference_logps(network, texts, BUDGET)]
     network.close()
     return [float(logp or 0.0) for logp in found]

@@ -8,7 +8,7 @@ from pathlib import Path
 from luthier.encryption.files import copy_plain
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 from luthier.models.save import ADAPTER, save_network
 from luthier.store.models import StoredModel, adaptation_of, chat_format, load
 
@@ -37,7 +37,7 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
                     f"{adaptation_of(stored).method} cannot be merged into the network's own weights; "
                     "export it without --merged"
                 )
-            from luthier.engine.devices import choose_machine
+            from luthier.engine.machine import choose_machine
 
             machine = choose_machine()
             model = load(stored, machine.dtype, machine.device)

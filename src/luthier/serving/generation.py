@@ -63,7 +63,7 @@ class Generator:
     @staticmethod
     def open(stored: StoredModel) -> Generator:
         """Load ``stored`` on the best device of this machine."""
-        from luthier.engine.devices import choose_machine
+        from luthier.engine.machine import choose_machine
         from luthier.models.load import as_network
         from luthier.store.models import chat_format, load, objective_of
 

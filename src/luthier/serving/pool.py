@@ -14,7 +14,7 @@ import numpy as np
 
 from luthier.cancellation import Running, cancellable
 from luthier.data.shapes import RawText
-from luthier.engine.memory import available_memory
+from luthier.engine.machine import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.limits import ModelLimits
 from luthier.serving.inference import (

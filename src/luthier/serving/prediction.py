@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.shapes import JudgedAnswers, TaggedWords, TextPair, of_shape
 from luthier.errors import DataError, Problem, RecipeError
+from luthier.objectives.capabilities import SupportsPrediction
 from luthier.serving.evaluation import LongRows, RowScores, fit_rows
 from luthier.types import Example, Row
 
@@ -33,12 +34,12 @@ class Predictor:
     @staticmethod
     def open(stored: StoredModel, chat: ChatFormat | None = None) -> Predictor:
         """Load ``stored`` on the best device of this machine; ``chat`` stands for its own format."""
-        from luthier.engine.devices import choose_machine
+        from luthier.engine.machine import choose_machine
         from luthier.models.load import as_network
         from luthier.store.models import chat_format, load, objective_of, room_of
 
         objective = objective_of(stored)
-        if not objective.reads:
+        if not isinstance(objective, SupportsPrediction):
             raise RecipeError(
                 f"{stored.id} writes text, it was not trained to give labels. Use luthier generate."
             )
@@ -87,11 +88,11 @@ class Predictor:
         from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
 
         check_shapes(rows, self.objective)
-        rows = self.objective.gather(rows)
+        rows = self.objective.regroup(rows)
         examples = [
             [self._encode(side, index) for side in row.sides()] for index, row in enumerate(rows)
         ]
-        measured = fit_rows(rows, examples, self.context, long_rows, self.objective.cut)
+        measured = fit_rows(rows, examples, self.context, long_rows, self.objective.truncate)
         rows = measured.rows
         count = len(measured.examples[0]) if rows else 1
         flat = [text for texts in measured.examples for text in texts]
@@ -123,11 +124,12 @@ class Predictor:
         """Answers to ``examples``, which are numbered in their order."""
         import torch
 
+        assert isinstance(self.objective, SupportsPrediction)
         answers: list[dict[str, Any]] = [{} for _ in examples]
         finished = 0
         with torch.inference_mode():
             for batch in self.network.batches(list(examples), BUDGET):
-                found = self.objective.answers(self.network, batch)
+                found = self.objective.predict(self.network, batch)
                 for example, answer in zip(batch.tree.examples, found, strict=True):
                     answers[example.row] = answer
                 finished += len(found)

@@ -67,7 +67,7 @@ def _grade(grader: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> d
     from dataclasses import astuple
 
     from luthier.graders import Answer, Grader, grader_from
-    from luthier.graders.running import attempt
+    from luthier.graders.grade import attempt
 
     made: Grader = grader_from(grader)
     several = [

@@ -45,7 +45,8 @@ from luthier.files import (
     write_json,
 )
 from luthier.models.catalog import CATALOG
-from luthier.models.catalog import MANIFEST as MODEL
+from luthier.models.manifest import MANIFEST as MODEL
+from luthier.models.manifest import Manifest
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, now
 from luthier.store.object_files import SEALED, ObjectFiles
@@ -365,18 +366,15 @@ def _damaged_models(
             yield "", f"custom model {model} of account {account} lacks its folder {place}"
     for name, place in sorted(manifests.items()):
         try:
-            manifest = read_json(folder / name)
+            manifest = Manifest.read((folder / name).parent)
         except CorruptFile:
-            manifest = None
-        files = manifest.get("files", {}) if isinstance(manifest, dict) else None
-        if not isinstance(manifest, dict) or not isinstance(files, dict):
             yield name, f"{name} is not the manifest of a model"
             continue
-        for file, digest in files.items():
+        for file, digest in manifest.files.items():
             path = (place / file).as_posix()
             if hashes.get(path) != digest:
                 yield path, f"{path} is missing, or has another SHA-256 than {name} says"
-        parent = _place_of(str(manifest.get("parent") or ""))
+        parent = _place_of(manifest.parent or "")
         if parent is not None and parent not in there:
             yield "", f"{place} lacks the model that it was made from, {parent}"
 

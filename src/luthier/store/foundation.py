@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
-from luthier.models.catalog import CATALOG, MANIFEST, PackageSource
+from luthier.models.catalog import CATALOG, PackageSource
+from luthier.models.manifest import MANIFEST, Manifest
 from luthier.store.arns import Arn
 from luthier.store.custom_models import CustomModel
 from luthier.store.models import base_folder, pretrained_models, short_name
@@ -85,11 +85,10 @@ def _pretrained_here() -> list[FoundationModel]:
     return [_made_here(model.id, model.manifest) for model in pretrained_models()]
 
 
-def _made_here(base: str, manifest: dict[str, Any]) -> FoundationModel:
+def _made_here(base: str, manifest: Manifest) -> FoundationModel:
     # Names of models made here may hold dots and underscores, which the ids must not.
     name = short_name(base).replace(".", "-").replace("_", "-")
-    created = manifest.get("created")
-    moment = datetime.fromisoformat(created) if created else None
+    moment = datetime.fromisoformat(manifest.created) if manifest.created else None
     # Its task: a masked or a bidirectional language model writes nothing.
-    writes = manifest.get("kind", "causal_lm") == "causal_lm"
+    writes = (manifest.kind or "causal_lm") == "causal_lm"
     return FoundationModel(f"luthier.{name}", base, "luthier", name[:20], writes, moment)

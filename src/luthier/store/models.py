@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
-from luthier.files import luthier_home, read_json
-from luthier.models.catalog import CATALOG, MANIFEST, download_from_hub, pull
+from luthier.files import luthier_home
+from luthier.models.catalog import CATALOG, download_from_hub, pull
+from luthier.models.manifest import MANIFEST, Manifest, TextFormat
 from luthier.plugins import PluginTable
 
 if TYPE_CHECKING:
@@ -37,10 +38,12 @@ class StoredModel:
 
     id: str
     folder: Path
-    manifest: dict[str, Any]
-    """``luthier.json``; empty for a directory that luthier did not write."""
+    manifest: Manifest
+    """Its record; nothing but the id for a directory that luthier did not write."""
     parent: StoredModel | None = None
     """What an adapter was trained on; ``None`` where the folder holds a whole network."""
+    damaged: str = ""
+    """Why its record cannot be read, where it cannot."""
 
     @property
     def network_folder(self) -> Path:
@@ -50,12 +53,12 @@ class StoredModel:
     @property
     def tokenizer_from(self) -> str | None:
         """Id of the model from outside that its tokenizer and template come from, if they do."""
-        return self.manifest.get("tokenizer_from")
+        return self.manifest.tokenizer_from
 
     @property
     def root(self) -> str:
         """Id of the base model at the bottom of the lineage."""
-        return str(self.manifest.get("root") or self.id)
+        return self.manifest.root or self.id
 
 
 def base_folder(model_id: str) -> Path:
@@ -87,17 +90,16 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
         folder = base_folder(model_id)
         if not (folder / MANIFEST).is_file():
             pull(CATALOG[model_id], folder, say)
-        return StoredModel(model_id, folder, read_json(folder / MANIFEST))
+        return StoredModel(model_id, folder, Manifest.read(folder))
     if re.fullmatch(r"[\w.-]+", model_id) and (base_folder(model_id) / MANIFEST).is_file():
-        return StoredModel(
-            model_id, base_folder(model_id), read_json(base_folder(model_id) / MANIFEST)
-        )
+        return StoredModel(model_id, base_folder(model_id), Manifest.read(base_folder(model_id)))
     path = Path(model_id).expanduser()
     if model_id and path.is_dir():
-        return StoredModel(str(path.absolute()), path.absolute(), {})
+        whole = path.absolute()
+        return StoredModel(str(whole), whole, Manifest(id=str(whole)))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not model_id.startswith("."):
         say(f"Looking up {model_id} on the hub")
-        return StoredModel(model_id, download_from_hub(model_id)[0], {})
+        return StoredModel(model_id, download_from_hub(model_id)[0], Manifest(id=model_id))
     known = [*CATALOG, *(m.id for m in (*pretrained_models(), *custom_models()))]
     raise UnknownModel(
         f"there is no model {model_id!r}. {_nearest(model_id, known)} A local Hugging Face directory "
@@ -129,7 +131,7 @@ def pretrained_models() -> list[StoredModel]:
 def custom_models() -> list[StoredModel]:
     """All custom models of this store, oldest first.
 
-    One whose manifest cannot be read has the reason under ``damaged``, and nothing else.
+    One whose record cannot be read has the reason in ``damaged``, and an empty record.
     """
     return _manifests("custom/*/*")
 
@@ -142,12 +144,12 @@ def _manifests(pattern: str) -> list[StoredModel]:
         base, name = path.parent.parent.name, path.parent.name
         model_id = f"{base}:{name}" if pattern.startswith("custom") else name
         try:
-            manifest = read_json(path)
-            model_id = manifest["id"]
-        except (CorruptFile, KeyError, TypeError) as error:
-            manifest = {"damaged": str(error)}
-        found.append(StoredModel(model_id, path.parent, manifest))
-    return sorted(found, key=lambda model: (model.manifest.get("created", ""), model.id))
+            manifest = Manifest.read(path.parent)
+            found.append(StoredModel(manifest.id, path.parent, manifest))
+        except CorruptFile as error:
+            empty = Manifest(id=model_id)
+            found.append(StoredModel(model_id, path.parent, empty, damaged=str(error)))
+    return sorted(found, key=lambda model: (model.manifest.created, model.id))
 
 
 def load(
@@ -185,7 +187,7 @@ def room_of(model: StoredModel) -> int:
 
 
 def tokenizer_origin(model: StoredModel) -> dict[str, Any]:
-    """What the manifest of a model with the tokenizer of ``model`` says of where that is from."""
+    """What the record of a model with the tokenizer of ``model`` says of where that is from."""
     return {"tokenizer_from": model.tokenizer_from} if model.tokenizer_from else {}
 
 
@@ -193,7 +195,7 @@ def adaptation_of(model: StoredModel) -> Any:
     """The adaptation a custom model was trained with."""
     from luthier.adaptations import ADAPTATIONS
 
-    fields = model.manifest["recipe"]["adaptation"]
+    fields = (model.manifest.recipe or {})["adaptation"]
     return _method(ADAPTATIONS, fields, model).model_validate(fields)
 
 
@@ -201,9 +203,9 @@ def objective_of(model: StoredModel) -> Objective:
     """The objective a custom model was trained with; for a base model, what its kind is made for."""
     from luthier.objectives import OBJECTIVES
 
-    fields = model.manifest.get("recipe", {}).get("objective")
+    fields = model.manifest.objective
     if fields is None:
-        reads = model.manifest.get("kind") in ("encoder", "masked_lm")
+        reads = model.manifest.kind in ("encoder", "masked_lm")
         return OBJECTIVES["contrastive" if reads else "causal_lm"].model_validate({})
     return _method(OBJECTIVES, fields, model).model_validate(fields)
 
@@ -224,11 +226,16 @@ def chat_format(model: StoredModel) -> ChatFormat:
     from luthier.data.chat import ChatFormat
     from luthier.models.tokenizer import load_chat_format, load_tokenizer
 
-    stored = model.manifest.get("format")
+    stored = model.manifest.format
     if stored is None:
         return load_chat_format(model.folder)
-    tokenizer, start_id = load_tokenizer(model.folder), stored.get("start_id")
-    return ChatFormat.of(tokenizer, stored["template"], stored["stop_ids"], start_id)
+    tokenizer = load_tokenizer(model.folder)
+    return ChatFormat.of(tokenizer, stored.template, stored.stop_ids, stored.start_id)
+
+
+def text_format(chat: ChatFormat) -> TextFormat:
+    """What the record of a model says of the format that it was trained and is served with."""
+    return TextFormat(template=chat.template, stop_ids=chat.stop_ids, start_id=chat.start_id)
 
 
 def _find_custom(model_id: str, base: str, name: str) -> StoredModel:
@@ -236,6 +243,6 @@ def _find_custom(model_id: str, base: str, name: str) -> StoredModel:
     if not re.fullmatch(r"[\w.-]+", name) or not (folder / MANIFEST).is_file():
         others = [model.id for model in custom_models()]
         raise UnknownModel(f"there is no custom model {model_id!r}. {_nearest(model_id, others)}")
-    manifest = read_json(folder / MANIFEST)
-    parent = find(manifest["parent"]) if manifest["saved"] == "adapter" else None
-    return StoredModel(manifest["id"], folder, manifest, parent)
+    manifest = Manifest.read(folder)
+    parent = find(str(manifest.parent)) if manifest.saved == "adapter" else None
+    return StoredModel(manifest.id, folder, manifest, parent)

@@ -128,7 +128,7 @@ def remove_files(stored_id: str | None) -> None:
         write_bytes(found.folder / _REMOVED, b"")
         return
     shutil.rmtree(found.folder, ignore_errors=True)
-    remove_unneeded(found.manifest.get("parent"))
+    remove_unneeded(found.manifest.parent)
 
 
 def remove_unneeded(stored_id: str | None) -> None:
@@ -140,4 +140,4 @@ def remove_unneeded(stored_id: str | None) -> None:
 
 
 def _is_needed(model: StoredModel, stored: Mapping[str, StoredModel]) -> bool:
-    return any(each.manifest.get("parent") == model.id for each in stored.values())
+    return any(each.manifest.parent == model.id for each in stored.values())

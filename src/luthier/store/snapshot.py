@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 from luthier.encryption.keys import STORE as ENCRYPTION
 from luthier.errors import CorruptFile, RunConflict
 from luthier.files import disk_errors, lock, read_json, sweep
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, Job

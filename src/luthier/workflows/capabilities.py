@@ -15,16 +15,15 @@ from typing import Any
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.chat import ChatFormat
 from luthier.engine.defaults import SMALLEST_BUDGET
-from luthier.engine.devices import choose_machine
-from luthier.engine.estimate import PROCESS
-from luthier.engine.fitting import sketched
-from luthier.engine.memory import available_memory
+from luthier.engine.machine import available_memory, choose_machine
+from luthier.engine.memory import PROCESS, sketch_training
 from luthier.errors import RefusedInput
 from luthier.models import nets
-from luthier.models.catalog import CATALOG, MANIFEST
+from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
 from luthier.models.heads import Head
 from luthier.models.load import catalogue_config, read_config
+from luthier.models.manifest import MANIFEST
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.store.models import base_folder, chat_format, find
 
@@ -94,7 +93,7 @@ def table(config: Config, chat: ChatFormat, size: int) -> list[Capability]:
         objective = default_objective(kind)
         refused = _refusal(objective, chat)
         for name, adaptation in ADAPTATIONS.items():
-            key = (objective.task, objective.refers, name)
+            key = (objective.task, objective.uses_reference, name)
             if not refused and key not in drawn:
                 drawn[key] = _capability(config, objective, adaptation.model_validate({}), size)
             found.append(
@@ -124,7 +123,7 @@ def _capability(
     plain = objective.task in ("causal_lm", "masked_lm")
     head = Head(objective.task, () if plain else ("a", "b"))
     try:
-        memory = sketched(config(head), objective, adaptation, size, head).memory
+        memory = sketch_training(config(head), objective, adaptation, size, head).memory
     except RefusedInput as error:
         return Capability(objective.method, adaptation.method, str(error))
     return Capability(objective.method, adaptation.method, "", memory.peak(SMALLEST_BUDGET))

@@ -36,6 +36,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from luthier.errors import RecipeError
+from luthier.models.manifest import MANIFEST, Manifest
+from luthier.objectives.capabilities import other_models
 from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import NAME_PATTERN, Part, Recipe, parse, read_toml, with_paths
 from luthier.workflows.distil.recipe import DistilRecipe
@@ -191,7 +193,8 @@ class Pipeline:
         """Refuse stages whose rows cannot be learned, or whose model is older than what it needs."""
         made: dict[str, str] = {}
         for stage in self.stages:
-            created = str(_manifest(stage.model_id).get("created", ""))
+            manifest = _manifest(stage.model_id)
+            created = manifest.created if manifest else ""
             for needed in stage.after if created else ():
                 if made[needed] == "" or made[needed] > created:
                     raise RecipeError(
@@ -265,7 +268,7 @@ def _tune(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
 
 
 def _pretrain(recipe: PretrainRecipe, reporter: Reporter) -> dict[str, Any]:
-    from luthier.engine.pretrain import pretrain
+    from luthier.workflows.pretrain import pretrain
 
     return asdict(pretrain(recipe, True, reporter))
 
@@ -278,9 +281,9 @@ def _distil(recipe: DistilRecipe, reporter: Reporter) -> dict[str, Any]:
 
 
 def _student(recipe: StudentRecipe, reporter: Reporter) -> dict[str, Any]:
-    from luthier.engine.student import make_student
     from luthier.models.student import StudentShape
     from luthier.store.models import find, short_name
+    from luthier.workflows.student import make_student
 
     model_id = f"{short_name(find(recipe.teacher).root)}:{recipe.name}"
     if _manifest(model_id):
@@ -316,7 +319,7 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
     if not isinstance(recipe, Recipe):
         return
     root = next(_roots(stage, stages), None)
-    if root is None or (recipe.objective is not None and recipe.objective.others):
+    if root is None or other_models(recipe.objective):
         load_rows(recipe.data.train, recipe.data.columns)
         return
     model = find(root)
@@ -334,15 +337,13 @@ def _roots(stage: Stage, stages: tuple[Stage, ...]) -> Iterator[str]:
         stage = made[stage.start]
 
 
-def _manifest(model_id: str) -> dict[str, Any]:
-    """What is stored of a model; empty where there is none, and there also where its parent is gone."""
-    from luthier.files import read_json
-    from luthier.models.catalog import MANIFEST
+def _manifest(model_id: str) -> Manifest | None:
+    """The record of a model; ``None`` where there is none, given also where its parent is gone."""
     from luthier.store.models import base_folder, custom_folder
 
     base, _, name = model_id.partition(":")
-    file = (custom_folder(base, name) if name else base_folder(base)) / MANIFEST
-    return read_json(file) if file.is_file() else {}
+    folder = custom_folder(base, name) if name else base_folder(base)
+    return Manifest.read(folder) if (folder / MANIFEST).is_file() else None
 
 
 def _check_name(name: str) -> str:

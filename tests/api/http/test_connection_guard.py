@@ -20,7 +20,7 @@ from served import served
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.files import write_json
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 from luthier.serving.decoder import Decoder
 from luthier.store.models import base_folder
 

@@ -25,7 +25,7 @@ from luthier.api.settings import Settings
 from luthier.errors import RefusedInput
 from luthier.files import write_json
 from luthier.limits import AccountQuotas, ServerLimits
-from luthier.models.catalog import MANIFEST
+from luthier.models.manifest import MANIFEST
 from luthier.serving.pool import ModelPool
 from luthier.store.accounts import Account
 from luthier.store.custom_models import CustomModel

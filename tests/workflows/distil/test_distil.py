@@ -46,7 +46,7 @@ def test_the_rows_own_replies_are_what_both_read(
         write(tmp_path / "rows.jsonl", rows), teacher=teacher, student=str(tiny_model_folder),
         method=method, name="pupil", **settings,
     )  # fmt: skip
-    manifest = find(found.result.model_id).manifest
+    manifest = find(found.result.model_id).manifest.plain()
     assert manifest["distillation"] == found.details
     assert found.details["teacher"] == {"model": teacher}
     assert manifest["others"] == {"teacher": teacher}
@@ -65,7 +65,7 @@ def test_bare_prompts_are_answered_by_the_teacher_first(
     )  # fmt: skip
     answers = luthier_home() / "distillations" / "tiny-llama" / "pupil" / "train.jsonl"
     assert found.result.rows == len(answers.read_text().splitlines()) >= 2
-    assert find(found.result.model_id).manifest["others"] == {"teacher": teacher}
+    assert find(found.result.model_id).manifest.others == {"teacher": teacher}
 
 
 def test_what_a_method_cannot_have_is_refused(

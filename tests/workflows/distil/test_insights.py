@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import ValidationError
 
-from luthier.asking.base import Failure, Reply
+from luthier.chat_models.base import Failure, Reply
 from luthier.data.shapes import Conversation, PromptOnly
 from luthier.errors import DataError
 from luthier.graders import Answer, Grader
@@ -16,7 +16,7 @@ from luthier.workflows.distil.insights import (
     RULES,
     Insight,
     check_grader,
-    grade_answers,
+    grade_insights,
     judge_answer,
     reject_prompts,
     repetition_warning,
@@ -38,7 +38,7 @@ def rule_of(
     asked = InsightSpec(**spec)
     found = [judge_answer(row(expected=wanted), outcome, asked, overflow)]
     if asked.grader is not None:
-        found = grade_answers(found, asked.grader, asked.threshold)
+        found = grade_insights(found, asked.grader, asked.threshold)
     return found[0].rule
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.asking.base import Reply
+from luthier.chat_models.base import Reply
 from luthier.errors import CorruptFile, WrongState
 from luthier.types import Message
 from luthier.workflows.distil.journal import Journal, asking_for, forget, journal_path, key_of

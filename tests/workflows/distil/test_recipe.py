@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from luthier.asking.spec import address_fields
+from luthier.chat_models.base import address_fields
 from luthier.errors import RecipeError
 from luthier.recipe import Recipe
 from luthier.workflows.distil import METHODS, distil

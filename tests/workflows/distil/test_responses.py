@@ -45,7 +45,7 @@ class Notes(Reporter):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def counted(self, done: int, total: int, what: str) -> None:
+    def progress(self, done: int, total: int, what: str) -> None:
         self.counts.append((done, total))
 
 
@@ -101,7 +101,7 @@ def test_the_student_learns_what_the_teacher_said(
     assert "10 of 12 prompts are accepted" in reporter.notes
     assert reporter.counts[-1] == (12, 12)
     assert found.result.model_id == "tiny-llama:s" and found.result.rows == 10
-    manifest = find("tiny-llama:s").manifest
+    manifest = find("tiny-llama:s").manifest.plain()
     told = manifest["distillation"]
     assert told == found.details
     assert told["teacher"] == {"url": endpoint.url, "model": "big"}
@@ -249,7 +249,7 @@ def test_an_outage_stops_and_resume_goes_on(prompts: Path, distil: Any, endpoint
 
 def test_a_stop_in_training_asks_nothing_again(prompts: Path, distil: Any, endpoint: Any) -> None:
     class Stops(Reporter):
-        def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+        def metrics(self, line: Mapping[str, Any], steps: int) -> None:
             if line["event"] == "train":
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -378,7 +378,7 @@ def test_after_kill_9_nothing_is_asked_twice(
 def test_a_missing_package_is_named(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    from luthier.asking.endpoint import Endpoint
+    from luthier.chat_models.endpoint import Endpoint
     from luthier.workflows.distil.recipe import TeacherSpec
 
     with pytest.raises(RecipeError, match=r"pip install 'luthier\[endpoint\]'"):

@@ -162,17 +162,17 @@ def test_fewer_rows_than_a_batch_are_estimated_too(recipe: Callable[..., Recipe]
 
 
 def test_only_batches_that_a_run_comes_to_are_tried(recipe: Callable[..., Recipe]) -> None:
-    from luthier.engine.devices import choose_machine
+    from luthier.engine.job import prepare_job
+    from luthier.engine.machine import choose_machine
     from luthier.engine.metrics import Reporter
-    from luthier.engine.train import settled
     from luthier.store.models import find
     from luthier.workflows.estimate.trial import order_of, representative
 
     asked = recipe(max_steps=3)
-    job = settled(asked, find(asked.base), choose_machine("float32", 1), Reporter())
+    job = prepare_job(asked, find(asked.base), choose_machine("float32", 1), Reporter())
     own = [order_of(job).batch(step) for step in range(3)]
     assert sorted(representative(job, BATCHES)) == sorted(own)
-    longer = settled(recipe(), find(asked.base), choose_machine("float32", 1), Reporter())
+    longer = prepare_job(recipe(), find(asked.base), choose_machine("float32", 1), Reporter())
     chosen, order = representative(longer, BATCHES), order_of(longer)
 
     def tokens(batch: list[int]) -> int:

@@ -35,7 +35,7 @@ def check_files(stored_id: str) -> None:
     """
     found: models.StoredModel | None = models.find(stored_id)
     while found is not None:
-        verify(found.folder, found.manifest.get("files", {}))
+        verify(found.folder, found.manifest.files)
         found = found.parent
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
-from luthier.graders import graders_named
+from luthier.graders import parse_graders
 from luthier.jobs.submit import Submission, check_client_grader, submit
 from luthier.setting_names import with_setting_names
 from luthier.store import jobs as queue
@@ -152,7 +152,7 @@ class _Jobs:
             context.locations.check_writable(request.account, asked.output)
         grader = check_client_grader(asked.grader) if asked.grader else None
         if grader is not None:
-            graders_named({"grader": grader})  # its patterns and schemas, outside of a transaction
+            parse_graders({"grader": grader})  # its patterns and schemas, outside of a transaction
         with context.database.write() as session:
             job = submit(
                 session,

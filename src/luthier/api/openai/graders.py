@@ -11,8 +11,7 @@ from luthier.api.http.messages import Caller, Fault, Request, Response
 from luthier.api.http.routing import Operation
 from luthier.api.openai.generation import Judge
 from luthier.api.openai.protocol import Access, Body, body, invalid
-from luthier.asking.base import Failure, Remembering, Writer
-from luthier.asking.spec import AskedModel, Asking
+from luthier.chat_models.base import CachedWriter, Failure, ModelSpec, SamplingSpec, Writer
 from luthier.data.shapes import PromptOnly
 from luthier.errors import LuthierError, RecipeError
 from luthier.graders import (
@@ -24,10 +23,10 @@ from luthier.graders import (
     Trouble,
     Ungraded,
     grader_from,
-    graders_named,
+    parse_graders,
 )
 from luthier.graders.base import TOO_LONG
-from luthier.graders.running import attempt
+from luthier.graders.grade import attempt
 from luthier.limits import ServerLimits
 from luthier.serving.confined_process import Interrupted, TakesTooMuch
 from luthier.serving.confined_work import ConfinedWork, confined
@@ -191,7 +190,7 @@ def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[st
     """
     fields = _fields(given, where, judge)
     try:
-        graders_named({"grader": fields})
+        parse_graders({"grader": fields})
     except RecipeError as error:
         raise invalid(" ".join(str(error).split()), where, "invalid_grader") from error
     return fields
@@ -288,15 +287,15 @@ class PooledModels:
         """Reward models are none of the graders of this API."""
         raise RecipeError("a reward model cannot be asked here")
 
-    def writer(self, judge: AskedModel, sampling: Asking) -> Writer:
+    def writer(self, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
         """The model that writes scores."""
 
         def write(asked: Sequence[Sequence[Message]]) -> list[str | Failure]:
             return [self._reply(judge.model, turns, sampling) for turns in asked]
 
-        return Remembering(write)
+        return CachedWriter(write)
 
-    def _reply(self, model: str, turns: Sequence[Message], sampling: Asking) -> str | Failure:
+    def _reply(self, model: str, turns: Sequence[Message], sampling: SamplingSpec) -> str | Failure:
         chat = Chat(tuple(turns))
         request = GenerationRequest(
             chat,

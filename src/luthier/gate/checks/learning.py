@@ -182,7 +182,7 @@ class Learning(SpotCheck):
         for index, row in enumerate(batch.rows):
             try:
                 encoder.check_shape(row)
-                gathered += [(index, each) for each in objective.gather([row])]
+                gathered += [(index, each) for each in objective.regroup([row])]
             except RowRefused as bad:
                 refuse(index, bad)
             except DataError:
@@ -199,11 +199,11 @@ class Learning(SpotCheck):
             except RowRefused as bad:
                 refuse(index, bad)
                 continue
-            views = fitted.views(example)
+            views = fitted.sequences(example)
             learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
-            if too_long := fitted.refused_length(example, self.context):
+            if too_long := fitted.length_problem(example, self.context):
                 refuse(index, too_long)
-            if not learned and fitted.fixed:
+            if not learned and fitted.same_each_epoch:
                 nothing = "no token of the row is learned."
                 refuse(index, RowRefused(NOTHING_LEARNED.id, nothing, NOTHING_LEARNED.fix))
             times_N[index] = times
@@ -240,15 +240,17 @@ class Learning(SpotCheck):
         return objective
 
     def _show(self, objective: Objective, example: Example, row: Row) -> ShownRow:
-        views = objective.views(example)
-        first = views[0] if objective.fixed else (objective.seen([example]) or views)[0]
+        views = objective.sequences(example)
+        first = (
+            views[0] if objective.same_each_epoch else (objective.augment([example]) or views)[0]
+        )
         whole = first.target is None or len(first.target) == len(first)
         return ShownRow(
             row.line,
             tuple(self.chat.pieces(first.ids_T.tolist())),
             tuple(bool(weight) and whole for weight in first.weight_T.tolist()),
             () if first.source_T is None else tuple(self.chat.pieces(first.source_T.tolist())),
-            objective.described(example),
+            objective.describe(example),
         )
 
     def take(self, where: BatchLines, measured: EncodedBatch, findings: Findings) -> None:
@@ -274,7 +276,7 @@ class Learning(SpotCheck):
             return
         for (split, file), rows in self.waiting.items():
             try:
-                pairs = list(self.objective.gather(rows))
+                pairs = list(self.objective.regroup(rows))
             except DataError as error:
                 for bad in error.problems:
                     place = Place(bad.file, bad.line)
@@ -392,7 +394,7 @@ class ObjectiveFit:
             RecipeError: where it cannot learn such rows whatever they say.
         """
         train = self._kept.get("train", {})
-        allowed = objective.shapes | objective.also
+        allowed = objective.shapes | objective.further_shapes
         rows = [w.row for _, w in train.values() if w.row.shape in allowed]
         if not rows:
             return []
@@ -405,7 +407,7 @@ class ObjectiveFit:
             message = bad.message if len(train) > 1 else _describe_single_class(bad, rows[0])
             return [(Finding(rule_of(bad.rule), Place(file, 0), message, bad.fix), 1)]
         except RecipeError:
-            if objective.beside:  # it needs a second file, which only a job names
+            if objective.mixed_shapes:  # it needs a second file, which only a job names
                 return []
             raise
         return [

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.shapes import LabelledText
 from luthier.errors import LuthierError
+from luthier.objectives.capabilities import SupportsPrediction
 from luthier.serving.prompting import (
     EXAMPLES,
     Prompted,
@@ -118,22 +119,23 @@ def gather(
         RefusedInput: as :func:`luthier.engine.train.train` does for the recipe.
     """
     from luthier.engine.actuals import Clock
-    from luthier.engine.devices import choose_machine
+    from luthier.engine.job import prepare_job
+    from luthier.engine.machine import choose_machine
     from luthier.engine.runs import Run
-    from luthier.engine.train import Trainer, settled
+    from luthier.engine.train import Trainer
     from luthier.files import luthier_home
     from luthier.store import models as store
 
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
-    job = settled(recipe, base, machine, reporter)
+    job = prepare_job(recipe, base, machine, reporter)
     home = luthier_home() / "advice"
     home.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
     try:
         run = Run(base.root, "advice", rehearsal=folder)
-        network, loop = Trainer(job, run, reporter, Clock()).ready(resume=False)
-        reads = job.data.objective.reads
+        network, loop = Trainer(job, run, reporter, Clock()).start(resume=False)
+        reads = isinstance(job.data.objective, SupportsPrediction)
         ways: _Labels | _Answers = (
             _Labels(network, job, train, held)
             if reads
@@ -162,7 +164,7 @@ def _steps(loop: Loop, most: int, seconds: float, reporter: Reporter) -> int:
         spent = time.monotonic() - began
         if spent + spent / done > seconds:
             break
-        reporter.counted(done, min(most, max(done, round(seconds / (spent / done)))), "steps")
+        reporter.progress(done, min(most, max(done, round(seconds / (spent / done)))), "steps")
     return done
 
 
@@ -239,7 +241,7 @@ class _Labels:
         # A label that no training row has is a wrong answer here, not a refusal.
         asked = [row.bare() for row in self.held]
         whole = [objective.encode(row, index, self.job.chat) for index, row in enumerate(asked)]
-        examples = [objective.cut(e, context) if len(e) > context else e for e in whole]
+        examples = [objective.truncate(e, context) if len(e) > context else e for e in whole]
         held = ComparedRows(self.held, examples)
         train = self.job.data.compared[0]
         fitted = fit_baselines(self.network, objective, train, held, BUDGET, BASELINE_SECONDS)

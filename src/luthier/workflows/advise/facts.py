@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from luthier.data.shapes import LabelledText
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError, RefusedInput
+from luthier.objectives.capabilities import SupportsPrediction
 from luthier.types import Row
 from luthier.workflows.advise.evidence import HELD, HELD_LABELS, SEED, Evidence, gather
 
@@ -133,7 +134,7 @@ def collect(
         RefusedInput: for a recipe that cannot be, or a base model that is not here. Data that the
             gate refuses raises nothing where any row can be read: that is the advice.
     """
-    from luthier.engine.train import with_base
+    from luthier.engine.job import with_base
     from luthier.objectives.choosing import objective_for
     from luthier.store import models as store
 
@@ -229,8 +230,8 @@ def _model_facts(
     """Sizes of the network with its adaptation, on the meta device."""
     import torch
 
-    from luthier.engine.devices import choose_machine
-    from luthier.engine.estimate import trained_numbers
+    from luthier.engine.machine import choose_machine
+    from luthier.engine.memory import trained_numbers
     from luthier.models.heads import Head
     from luthier.models.load import sketch
     from luthier.store.models import objective_of
@@ -248,7 +249,7 @@ def _model_facts(
         recipe.adaptation.attach(model)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     megabytes = weights * machine.dtype.itemsize / 1e6
-    writes = recipe.objective is None or not recipe.objective.reads
+    writes = not isinstance(recipe.objective, SupportsPrediction)
     return _Model(weights, trained_numbers(model), megabytes, writes)
 
 
@@ -314,13 +315,13 @@ class SubsetReporter(Reporter):
         """As of a reporter."""
         self.reporter.note(self.rename(text))
 
-    def counted(self, done: int, total: int, what: str) -> None:
+    def progress(self, done: int, total: int, what: str) -> None:
         """As of a reporter."""
-        self.reporter.counted(done, total, what)
+        self.reporter.progress(done, total, what)
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """As of a reporter."""
-        self.reporter.recorded(line, steps)
+        self.reporter.metrics(line, steps)
 
 
 def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
@@ -329,7 +330,7 @@ def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Seq
     from luthier.data.splitting import split_rows, strata_of
     from luthier.gate.row_keys import group_related
 
-    count = HELD_LABELS if recipe.objective and recipe.objective.reads else HELD
+    count = HELD_LABELS if isinstance(recipe.objective, SupportsPrediction) else HELD
     if recipe.data.validation:
         return rows, read_rows(recipe.data.validation, recipe.data.columns)[0][:count]
     share = min(LARGEST_SHARE, count / len(rows))

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from luthier.asking.base import Failure, Reply
+from luthier.chat_models.base import Failure, Reply
 from luthier.data.shapes import PromptOnly
 from luthier.errors import GradingFailed
-from luthier.graders import Answer, Grader, check_rows, graded
+from luthier.graders import Answer, Grader, check_rows, grade_answers
 from luthier.types import Row
 from luthier.workflows.distil.recipe import InsightSpec
 
@@ -132,7 +132,7 @@ def judge_answer(
     return Insight(row, answer, rule, reason)
 
 
-def grade_answers(insights: Sequence[Insight], grader: Grader, threshold: float) -> list[Insight]:
+def grade_insights(insights: Sequence[Insight], grader: Grader, threshold: float) -> list[Insight]:
     """``insights`` in which ``grader`` rejects some of the answers that were accepted, all at once.
 
     Raises:
@@ -140,7 +140,7 @@ def grade_answers(insights: Sequence[Insight], grader: Grader, threshold: float)
     """
     places = [place for place, each in enumerate(insights) if each.rule is None]
     answers = [_answer(insights[place].row, insights[place].answer or "") for place in places]
-    grades = graded(grader, answers, on_error="zero")
+    grades = grade_answers(grader, answers, on_error="zero")
     if lost := [problem for problem in grades.problems if problem.rule == "judge.failed"]:
         raise GradingFailed(lost)
     failed = dict(zip(grades.places, grades.problems, strict=True))

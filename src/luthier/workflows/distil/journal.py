@@ -20,8 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.asking.base import Failure, Reply, Writer
-from luthier.asking.spec import AskedModel, Asking
+from luthier.chat_models.base import Failure, ModelSpec, Reply, SamplingSpec, Writer
 from luthier.encryption.files import open_line, place_of, seal_line
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import disk_errors, hashes_of, lock, luthier_home, write_bytes
@@ -175,12 +174,12 @@ def _read(path: Path) -> dict[str, Reply]:
 
 def digest_of(stored: StoredModel) -> str:
     """SHA-256 of all that decides what the model answers: its files, and those below its adapters."""
-    files = stored.manifest.get("files") or hashes_of(stored.folder)
+    files = stored.manifest.files or hashes_of(stored.folder)
     below = digest_of(stored.parent) if stored.parent else ""
     return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
 
 
-def journal_verdicts(write: Writer, judge: AskedModel, sampling: Asking) -> Writer:
+def journal_verdicts(write: Writer, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
     """``write`` with its answers in the journal of the judge, which is asked what is not there."""
     identity, settings = _identity(judge), sampling.model_dump(mode="json")
     path = journal_path(identity, f"judge-{judge.model}")
@@ -208,7 +207,7 @@ def journal_verdicts(write: Writer, judge: AskedModel, sampling: Asking) -> Writ
     return asked
 
 
-def _identity(judge: AskedModel) -> Mapping[str, Any]:
+def _identity(judge: ModelSpec) -> Mapping[str, Any]:
     """What tells the judge from others; of a local model its files too: it may be trained anew."""
     told = {"role": judge.role, "model": judge.model}
     if judge.url is not None:

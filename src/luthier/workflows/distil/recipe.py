@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from luthier.asking.spec import AskedModel, Asking, address_fields
+from luthier.chat_models.base import ModelSpec, SamplingSpec, address_fields
 from luthier.graders import AnyGrader
 from luthier.recipe import Part, Recipe, parse
 
@@ -20,7 +20,7 @@ OBJECTIVE_OF = {
 """Objective of each method that is one."""
 
 
-class TeacherSpec(AskedModel):
+class TeacherSpec(ModelSpec):
     """Who answers: a model of this machine, or one behind an OpenAI-compatible endpoint."""
 
     role: ClassVar[str] = "teacher"
@@ -56,7 +56,7 @@ class DistilRecipe(Recipe):
     ``embedding`` are for networks that read."""
     teacher: TeacherSpec
     """Who answers."""
-    sampling: Asking = Asking()
+    sampling: SamplingSpec = SamplingSpec()
     """How the teacher chooses its words."""
     insights: InsightSpec = InsightSpec()
     """Which prompts and answers the student learns from."""

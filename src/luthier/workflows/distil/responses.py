@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import __version__
-from luthier.asking.base import Answerer, Done, Failure, Reply
-from luthier.asking.spec import Asking
+from luthier.chat_models.base import ChatModel, Done, Failure, Reply, SamplingSpec
 from luthier.data.rows import load_prompts
 from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly
 from luthier.data.sources import hash_of
@@ -43,7 +42,7 @@ from luthier.workflows.distil.insights import (
     Insight,
     InsightSummary,
     check_grader,
-    grade_answers,
+    grade_insights,
     judge_answer,
     reject_prompts,
     repetition_warning,
@@ -103,11 +102,11 @@ class _Responses:
             return self._ask_and_train(rows, teacher, resume)
         except RefusedInput:
             # The name is free for a better try; what was answered stays in the journal.
-            if self.training.recorded("recipe") is None:
+            if self.training.request_value("recipe") is None:
                 (self.folder / _REQUEST).unlink()
             raise
 
-    def _check(self, resume: bool) -> tuple[list[Row], Answerer]:
+    def _check(self, resume: bool) -> tuple[list[Row], ChatModel]:
         """All that can be refused before anybody is asked."""
         self.reporter.stage("Checking the prompts")
         rows = self._prompts()
@@ -122,7 +121,7 @@ class _Responses:
             )
         return rows, teacher
 
-    def _ask_and_train(self, rows: Sequence[Row], teacher: Answerer, resume: bool) -> Distilled:
+    def _ask_and_train(self, rows: Sequence[Row], teacher: ChatModel, resume: bool) -> Distilled:
         """Ask, sort, train."""
         insights = self._judge(rows, self._answers(rows, teacher))
         found = summary(insights)
@@ -147,7 +146,7 @@ class _Responses:
             )
         return rows
 
-    def _claim_name(self, teacher: Answerer, resume: bool) -> None:
+    def _claim_name(self, teacher: ChatModel, resume: bool) -> None:
         """Claim the name, or see that the same was asked for before."""
         plain = self.recipe.plain()
         # How it is asked may change while it goes on; what is asked may not.
@@ -173,7 +172,7 @@ class _Responses:
             )
         write_json(path, request)
 
-    def _answers(self, rows: Sequence[Row], teacher: Answerer) -> dict[int, Reply | Failure]:
+    def _answers(self, rows: Sequence[Row], teacher: ChatModel) -> dict[int, Reply | Failure]:
         """The outcome for each row by its index, asking only what no run has asked before."""
         sampling, reporter = self.recipe.sampling, self.reporter
         skip = reject_prompts(rows, self.recipe.insights)
@@ -198,7 +197,7 @@ class _Responses:
                 if isinstance(outcome, Reply):
                     journal.append(keys[index], outcome)
                 known[index] = outcome
-                reporter.counted(len(known), len(keys), "answers")
+                reporter.progress(len(known), len(keys), "answers")
 
             reporter.stage(f"Asking {teacher.name}")
             if teacher.terms:
@@ -218,7 +217,7 @@ class _Responses:
         ]
         for grader in self.graders.values():
             self.reporter.stage(f"Grading {sum(each.rule is None for each in found):,} answers")
-            found = grade_answers(found, grader, spec.threshold)
+            found = grade_insights(found, grader, spec.threshold)
         self.graders = {}  # frees a judge of this machine before the student trains
         return found
 
@@ -262,7 +261,7 @@ class _Responses:
             "are kept and will not be asked for again"
         )
 
-    def _lineage(self, teacher: Answerer, found: InsightSummary) -> dict[str, Any]:
+    def _lineage(self, teacher: ChatModel, found: InsightSummary) -> dict[str, Any]:
         return {
             "method": self.recipe.method,
             "teacher": dict(teacher.identity),
@@ -344,7 +343,7 @@ class Distilled:
     """What the manifest holds under ``distillation``, ready for JSON."""
 
 
-class LocalTeacher(Answerer):
+class LocalTeacher(ChatModel):
     """A base or custom model of this machine, a batch at a time."""
 
     def __init__(self, spec: TeacherSpec, stored: StoredModel) -> None:
@@ -370,7 +369,7 @@ class LocalTeacher(Answerer):
     def ask(
         self,
         questions: Sequence[Sequence[Message]],
-        sampling: Asking,
+        sampling: SamplingSpec,
         done: Done,
         note: Callable[[str], None],
     ) -> None:
@@ -397,10 +396,10 @@ class LocalTeacher(Answerer):
                 done(index, Reply(answer.text, finish, answer.tokens))
 
 
-def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> Answerer:
+def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> ChatModel:
     """The teacher that ``spec`` names; refused where it cannot be one."""
     if spec.url is not None:
-        from luthier.asking.endpoint import Endpoint
+        from luthier.chat_models.endpoint import Endpoint
 
         return Endpoint(spec)
     from luthier.store.models import find

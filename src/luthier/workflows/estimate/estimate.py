@@ -299,11 +299,11 @@ def _disk(measured: Measurement) -> Interval:
     every = measured.work.row_tokens / max(1, trial.row_tokens)
     model = trial.model_bytes + trial.kept_disk * every + trial.run_bytes
     model += PER_STEP * measured.work.steps
-    most = model + checkpoints.KEPT * trial.checkpoint_bytes
+    most = model + checkpoints.RETAINED * trial.checkpoint_bytes
     parts = _parts(measured)
     going = parts["steps"].value + parts["validation"].value
     written = _checkpoints(going, measured.work.steps, measured.seconds["checkpoints"])
-    value = model + min(checkpoints.KEPT, written) * trial.checkpoint_bytes
+    value = model + min(checkpoints.RETAINED, written) * trial.checkpoint_bytes
     return Interval(value, model, most)
 
 

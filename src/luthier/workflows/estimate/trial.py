@@ -20,20 +20,21 @@ import numpy as np
 from luthier.data.loader import RowOrder
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.actuals import Clock, estimates_folder, folder_bytes, request_key
-from luthier.engine.devices import (
+from luthier.engine.job import Job, prepare_job, with_base
+from luthier.engine.loop import Loop
+from luthier.engine.machine import (
     choose_machine,
     forget_peak_memory,
     keep_freed_memory,
     machine_name,
     peak_memory,
 )
-from luthier.engine.job import Job
-from luthier.engine.loop import Loop
 from luthier.engine.metrics import Reporter
-from luthier.engine.runs import KEPT, Run
-from luthier.engine.storing import PARITY_ROWS
-from luthier.engine.train import Trainer, settled, with_base
+from luthier.engine.model_writer import PARITY_ROWS
+from luthier.engine.runs import PRECOMPUTED, Run
+from luthier.engine.train import Trainer
 from luthier.models.network import SIZE_STEP, Network
+from luthier.objectives.capabilities import with_completions
 from luthier.recipe import Recipe
 from luthier.store import models as store
 from luthier.types import Example
@@ -130,7 +131,7 @@ def step_of(job: Job, rows: Sequence[Example], shares: bool) -> StepSize:
 def _largest(job: Job, rows: Sequence[Example]) -> list[Example]:
     """All that the rows may become in a step."""
     objective = job.data.objective
-    return [row for view in objective.seen(rows) or list(rows) for row in objective.room(view)]
+    return with_completions(objective, objective.augment(rows) or rows)
 
 
 def _tokens(job: Job, rows: Sequence[Example]) -> int:
@@ -138,7 +139,7 @@ def _tokens(job: Job, rows: Sequence[Example]) -> int:
 
 
 def _learned(job: Job, row: Example) -> int:
-    return sum(int(np.count_nonzero(view.weight_T)) for view in job.data.objective.views(row))
+    return sum(int(np.count_nonzero(view.weight_T)) for view in job.data.objective.sequences(row))
 
 
 BATCHES = 5
@@ -216,7 +217,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     base = store.find(recipe.base, reporter.stage)
     clock = Clock()
     with clock.part("data"):
-        job = settled(recipe, base, machine, reporter)
+        job = prepare_job(recipe, base, machine, reporter)
     work, batches = workload_of(job), representative(job, BATCHES)
     rows = [row for batch in batches for row in batch]
     estimates_folder().mkdir(parents=True, exist_ok=True)
@@ -224,13 +225,13 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     try:
         run = Run(base.root, "estimate", rehearsal=folder)
         trainer = Trainer(job.sampled(rows, _validation_sample(job)), run, reporter, clock)
-        network, loop = trainer.ready(resume=False)
+        network, loop = trainer.start(resume=False)
         shares = network.shares
         trial = _try(trainer, network, loop, len(batches))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     asked = trainer.calibration_rows
-    begun = replace(job, data=replace(job.data, train=trainer.begun))
+    begun = replace(job, data=replace(job.data, train=trainer.prepared_rows))
     order = order_of(begun)
     spread = [[begun.data.train[row] for row in order.batch(step)] for step in spread_steps(begun)]
     return Measurement(
@@ -264,13 +265,13 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun
     loop.evaluate()
     held = loop.clock.parts["validation"] - before
     loop.checkpoint()
-    sizes = folder_bytes(loop.checkpoints.folder), folder_bytes(folder.folder / KEPT)
+    sizes = folder_bytes(loop.checkpoints.folder), folder_bytes(folder.folder / PRECOMPUTED)
     lines = loop.metrics.read()
     asked = workload_of(replace(job, steps=len(tries)))
     trainer.release(network)
     # The copy is thrown away: that it is stored and verified is nothing to tell.
     trainer.reporter = Reporter()
-    trainer.stored(network, loop.progress, lines)
+    trainer.store(network, loop.progress, lines)
     model = folder_bytes(folder.model_folder)  # in the folder of the run, for a trial
     return TrialRun(
         batches=steps,
@@ -295,7 +296,7 @@ def _tries(loop: Loop, batches: int, reporter: Reporter) -> list[TimedStep]:
     for step in range(total):
         tries.append(TimedStep(step % batches, loop.step(), step < batches))
         late = time.monotonic() - started > PATIENCE and len(tries) >= LEAST_STEPS
-        reporter.counted(total if late else step + 1, total, "steps tried")
+        reporter.progress(total if late else step + 1, total, "steps tried")
         if late:
             break
     return tries

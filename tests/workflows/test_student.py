@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 import luthier
 from luthier.engine.metrics import Reporter
-from luthier.engine.student import make_student
 from luthier.errors import LuthierError, RecipeError, RunConflict
 from luthier.files import read_json, sha256_of, verify
-from luthier.models.catalog import MANIFEST
 from luthier.models.heads import task_of
+from luthier.models.manifest import MANIFEST
 from luthier.models.student import StudentShape
 from luthier.store import models as store
+from luthier.workflows.student import make_student
 
 CPU = torch.device("cpu")
 LABELLED = [
@@ -58,7 +58,7 @@ def test_a_student_is_stored_with_where_it_came_from(tiny_model_folder: Path) ->
     weights = load_file(Path(made.model_dir) / "model.safetensors")
     assert sum(weight.numel() for weight in weights.values()) == made.weights
     stored = store.find(made.model_id)
-    manifest = stored.manifest
+    manifest = stored.manifest.plain()
     assert stored.parent is None and stored.root == str(tiny_model_folder)
     assert manifest["parent"] == str(tiny_model_folder) and manifest["kind"] == "causal_lm"
     assert manifest["student"]["asked"] == {"layers": 2}
@@ -97,7 +97,7 @@ def test_a_student_is_tuned_as_any_model(
     )
     assert result.steps == 2 and result.weights >= made.weights
     found = store.find(result.model_id)
-    assert found.manifest["parent"] == made.model_id
+    assert found.manifest.parent == made.model_id
     assert found.root == str(family_folder(family))
     assert luthier.load(result.model_id).generate(["colour 1?"], max_tokens=3)
 
@@ -125,7 +125,7 @@ def test_a_tuned_teacher_is_merged_and_keeps_its_head(
     made = luthier.student(teacher.model_id, name="s", keep=[0, 2])
     found = store.find(made.model_id)
     assert found.root == str(family_folder("bert")) and found.parent is None
-    assert "adaptation" not in found.manifest["recipe"]
+    assert "adaptation" not in found.manifest.recipe
     merged = store.load(store.find(teacher.model_id), torch.float32, CPU)
     student = store.load(found, torch.float32, CPU)
     assert task_of(student) == "sequence_classification"
@@ -209,7 +209,7 @@ def test_what_cannot_be_merged_is_refused(tiny_model_folder: Path, tmp_path: Pat
 def test_a_student_that_does_not_come_back_is_not_stored(
     tiny_model_folder: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.engine import student
+    from luthier.workflows import student
 
     def damaged(model: Any, chat: Any, folder: Path) -> None:
         with torch.no_grad():

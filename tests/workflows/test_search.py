@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from luthier.engine import search as searching
-from luthier.engine import trials
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.runs import METRICS
-from luthier.engine.search import Found, search
 from luthier.engine.train import train
 from luthier.errors import DataError, Diverged, RecipeError, RefusedInput, RunConflict
 from luthier.files import lock, read_json, write_json
 from luthier.recipe import Recipe
 from luthier.store.models import custom_models
+from luthier.workflows import search as searching
+from luthier.workflows import trials
+from luthier.workflows.search import Found, search
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "my", "card"]
 RATES = "training.learning_rate=1e-6..3e-1"
@@ -66,7 +66,7 @@ class BreakingReporter(Reporter):
     def __init__(self, lines: int) -> None:
         self.lines = lines
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """Count one line down."""
         self.lines -= 1
         if not self.lines:
@@ -119,7 +119,7 @@ def test_the_best_trial_is_stored_and_hopeless_ones_are_stopped(
     assert found.result.model_id == "tiny-llama:x"
 
     assert [model.id for model in custom_models()] == ["tiny-llama:x"]
-    stored = custom_models()[0].manifest["recipe"]
+    stored = custom_models()[0].manifest.recipe
     assert stored["training"]["learning_rate"] == best.settings["training.learning_rate"]
     assert stored["adaptation"]["rank"] == best.settings["adaptation.rank"]
     assert not list((luthier_home / "searches").rglob("*.safetensors"))
@@ -372,7 +372,7 @@ def test_what_is_said_on_the_way(recipe: Callable[..., Recipe]) -> None:
         def note(self, text: str) -> None:
             said.append(text)
 
-        def chosen(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+        def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
             said.append("chosen")
 
     search(recipe(max_steps=2), 2, reporter=Listening())
@@ -406,7 +406,7 @@ def test_trials_run_side_by_side_and_a_killed_search_goes_on(
 
     script = (
         "import sys, json; from luthier.recipe import Recipe; "
-        "from luthier.engine.search import search; "
+        "from luthier.workflows.search import search; "
         "search(Recipe.parse(json.loads(sys.argv[1])), 5, sys.argv[2:], resume=True, parallel=2)"
     )
     fields = recipe("killed").model_dump(mode="json", exclude_unset=True)

@@ -6,8 +6,16 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from luthier.asking.base import Answerer, Done, Failure, Remembering, Reply, writer_of
-from luthier.asking.spec import AskedModel, Asking
+from luthier.chat_models.base import (
+    CachedWriter,
+    ChatModel,
+    Done,
+    Failure,
+    ModelSpec,
+    Reply,
+    SamplingSpec,
+    writer_of,
+)
 from luthier.errors import LuthierError, RecipeError
 from luthier.types import Message
 
@@ -25,7 +33,7 @@ def test_equal_conversations_have_one_answer_and_failures_are_asked_again() -> N
         asked.extend(texts)
         return [Failure("judge.failed", "down") if t in down else t.upper() for t in texts]
 
-    writer = Remembering(write)
+    writer = CachedWriter(write)
     lost = Failure("judge.failed", "down")
     assert writer(questions("a", "b", "a", "c", "b")) == ["A", lost, "A", "C", lost]
     assert asked == ["a", "b", "c"]
@@ -36,10 +44,10 @@ def test_equal_conversations_have_one_answer_and_failures_are_asked_again() -> N
     assert writer(other) == ["A"] and asked[-1] == "a"  # another conversation that ends alike
     assert writer([]) == []
     with pytest.raises(ValueError, match="0 answers came to 1 conversations"):
-        Remembering(lambda asked: [])(questions("a"))
+        CachedWriter(lambda asked: [])(questions("a"))
 
 
-class Stops(Answerer):
+class Stops(ChatModel):
     """Answers one question, then raises."""
 
     def __init__(self, error: Exception) -> None:
@@ -48,7 +56,7 @@ class Stops(Answerer):
     def ask(
         self,
         questions: Sequence[Sequence[Message]],
-        sampling: Asking,
+        sampling: SamplingSpec,
         done: Done,
         note: Callable[[str], None],
     ) -> None:
@@ -58,13 +66,15 @@ class Stops(Answerer):
 
 
 def test_an_outage_keeps_what_was_answered_and_names_what_was_not() -> None:
-    write = writer_of(Stops(LuthierError("it is down")), "judge", Asking(), lambda text: None)
+    write = writer_of(Stops(LuthierError("it is down")), "judge", SamplingSpec(), lambda text: None)
     lost = Failure("judge.failed", "it is down")
     assert write(questions(*"abcd")) == [lost, "yes", Failure("judge.refused", "HTTP 400"), lost]
 
 
 def test_what_no_row_could_mend_ends_it() -> None:
-    write = writer_of(Stops(RecipeError("no such model")), "judge", Asking(), lambda text: None)
+    write = writer_of(
+        Stops(RecipeError("no such model")), "judge", SamplingSpec(), lambda text: None
+    )
     with pytest.raises(RecipeError, match="no such model"):
         write(questions(*"abcd"))
 
@@ -72,6 +82,6 @@ def test_what_no_row_could_mend_ends_it() -> None:
 @pytest.mark.parametrize("key", ["sk-proj-abc", "1KEY", "MY KEY", ""])
 def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(key: str) -> None:
     with pytest.raises(ValueError, match="name of an environment variable") as caught:
-        AskedModel(model="m", url="https://h/v1", key_env=key)
+        ModelSpec(model="m", url="https://h/v1", key_env=key)
     message = caught.value.errors()[0]["msg"]  # type: ignore[attr-defined]
     assert not key or key not in message

@@ -1,7 +1,7 @@
 """Trials of a search: where they are kept, one carried out, several side by side.
 
 Side by side, each trial is a process of its own with a share of the cores (``python -m
-luthier.engine.trials FOLDER NUMBER``). It holds the lock of its folder, so that one left over by a
+luthier.workflows.trials FOLDER NUMBER``). It holds the lock of its folder, so that one left over by a
 killed search ends before the next begins there, and it stops at a checkpoint when the process that
 started it is gone. How it ended it writes to ``outcome.json``; only the search itself tells the study.
 """
@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.engine.metrics import SCORES, MetricsFile, Reporter, best_measurement, cost_of
 from luthier.engine.runs import METRICS
-from luthier.engine.space import with_settings
 from luthier.engine.train import rehearse
 from luthier.errors import Diverged, Interrupted, LuthierError, RefusedInput
 from luthier.files import lock, read_json, write_bytes, write_json
 from luthier.recipe import Recipe
+from luthier.workflows.space import with_settings
 
 if TYPE_CHECKING:
     import optuna
@@ -156,7 +156,7 @@ def side_by_side(folder: Path, recipe: Recipe, asked: Sequence[optuna.Trial]) ->
 def _start(folder: Path, asked: optuna.Trial) -> subprocess.Popen[bytes]:
     work = _folder(folder, asked)
     work.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "luthier.engine.trials", str(folder)]
+    command = [sys.executable, "-m", "luthier.workflows.trials", str(folder)]
     with (work / ERRORS).open("wb") as errors:
         return subprocess.Popen(
             [*command, str(asked.number)],
@@ -211,18 +211,18 @@ class Watch(Reporter):
     """Hands each measurement of a trial to the study, and stops the trial when that says so."""
 
     def __init__(self, outer: Reporter, trial: optuna.Trial, metrics: Path) -> None:
-        self.outer, self.trial, self.metrics = outer, trial, MetricsFile(metrics)
+        self.outer, self.trial, self.file = outer, trial, MetricsFile(metrics)
         self.told = 0
         self.value: float | None = None
         """What the weights that would be kept so far cost."""
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """Report by the number of the measurement: trials may have different numbers of steps.
 
         The metrics file has those of before a kill, too. Without them, a resumed trial would be
         judged by other measurements than one that was never cut short.
         """
-        self.outer.recorded(line, steps)
+        self.outer.metrics(line, steps)
         if line["event"] != "validation":
             return
         self.report()
@@ -233,7 +233,7 @@ class Watch(Reporter):
 
     def report(self) -> None:
         """Tell the study what it does not know yet."""
-        lines = self.metrics.read(rows=True)
+        lines = self.file.read(rows=True)
         measured = [line for line in lines if line["event"] == "validation"]
         if not measured:
             return
@@ -246,7 +246,7 @@ class Watch(Reporter):
         self.value = cost_of(best_measurement(measured, measure), measure)
 
 
-def repaired_journal(path: Path) -> Any:
+def open_journal(path: Path) -> Any:
     """Optuna's journal file; what a kill left in it is put right first.
 
     Only for who holds the lock of the search: then a lock on the journal is a dead process's, which
@@ -262,7 +262,7 @@ def repaired_journal(path: Path) -> Any:
     return JournalFileBackend(str(path))
 
 
-def ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+def ended_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """Trials that hold a place, in order; those cut short do not."""
     from optuna.trial import TrialState
 
@@ -270,7 +270,7 @@ def ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return sorted(found, key=lambda trial: int(trial.user_attrs[PLACE]))
 
 
-def finished(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
+def trial_of(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
     """What the study knows of a trial that ended."""
     reason = frozen.user_attrs.get("reason", "")
     complete = frozen.state.name == "COMPLETE"
@@ -279,7 +279,7 @@ def finished(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
     return Trial(number, dict(frozen.params), value, state, reason, measure)
 
 
-def said(trial: Trial) -> str:
+def describe_trial(trial: Trial) -> str:
     """The settings of a trial, for people."""
     shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in trial.settings.items()}
     return ", ".join(f"{key}={value}" for key, value in shown.items())

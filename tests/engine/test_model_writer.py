@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from short_runs import manifest_of
 from stored_files import files_in
 
-from luthier.engine import storing, train
+from luthier.engine import model_writer, train
 from luthier.errors import DoesNotFit, LuthierError, UnknownModel
 from luthier.files import read_json, write_json
+from luthier.models import manifest
 from luthier.recipe import Recipe
 from luthier.store.models import find
 
@@ -40,7 +41,8 @@ def test_a_disk_that_fills_while_storing_leaves_no_half_model(
     where: str,
     kind: str,
 ) -> None:
-    real = getattr(storing, where)
+    module = manifest if where == "write_json" else model_writer
+    real = getattr(module, where)
 
     def full(*arguments: Any) -> Any:
         if where != "draw_curves":
@@ -51,7 +53,7 @@ def test_a_disk_that_fills_while_storing_leaves_no_half_model(
         with disk_errors(luthier_home):
             raise no_space(kind)
 
-    monkeypatch.setattr(storing, where, full)
+    monkeypatch.setattr(module, where, full)
     with pytest.raises(DoesNotFit, match="is full; nothing was left half-written") as caught:
         train.train(recipe())
     assert caught.value.exit_code == 1
@@ -114,14 +116,14 @@ def test_what_is_stored_must_be_what_was_trained(
     damage: Callable[[Path], None],
 ) -> None:
     last = "save_format" if adaptation == "lora" else "save_network"
-    real = getattr(storing, last)
+    real = getattr(model_writer, last)
 
     def save(*arguments: Any) -> None:
         real(*arguments)
         damage(arguments[-1])
 
     spec = recipe({"learning_rate": 0.02, "max_steps": 6}, adaptation=adaptation)
-    monkeypatch.setattr(storing, last, save)
+    monkeypatch.setattr(model_writer, last, save)
     changed = {
         "lora": "the saved adapter has not the bits of the trained one",
         "full": {not_numbers: "not finite"}.get(damage, "the saved model is not the trained one"),
@@ -135,5 +137,5 @@ def test_what_is_stored_must_be_what_was_trained(
     with pytest.raises(UnknownModel):
         find("tiny-llama:x")
     # The run is kept: with the cause mended, it stores without beginning again.
-    monkeypatch.setattr(storing, last, real)
+    monkeypatch.setattr(model_writer, last, real)
     assert train.train(spec, resume=True).steps == 6

@@ -14,10 +14,10 @@ from luthier import __version__
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Run
 from luthier.errors import LuthierError, RecipeError
-from luthier.files import hashes_of, need_disk, new_folder, sha256_of, write_json
-from luthier.models.catalog import MANIFEST
+from luthier.files import hashes_of, need_disk, new_folder, sha256_of
 from luthier.models.heads import Head, head_in
 from luthier.models.load import check_folder, context_length, read_config, sketch_of, stored_dtype
+from luthier.models.manifest import Manifest
 from luthier.models.save import save_network
 from luthier.models.student import StudentPlan, StudentShape, plan, shrink
 from luthier.models.tokenizer import check_vocabulary
@@ -77,14 +77,14 @@ def make_student(
         try:
             run.check_free()
             draft = _draft(teacher, shape)
-            for line in described(draft):
+            for line in describe_draft(draft):
                 reporter.note(line)
             return _store(draft, run, reporter.stage)
         finally:
             run.drop_if_empty()
 
 
-def described(draft: _Draft) -> list[str]:
+def describe_draft(draft: _Draft) -> list[str]:
     """What a draft comes to, for a person."""
     planned, share = draft.planned, draft.weights / draft.teacher_weights
     before, after = planned.depth
@@ -116,7 +116,7 @@ def _draft(teacher: store.StoredModel, shape: StudentShape) -> _Draft:
     folder = teacher.network_folder
     chat = store.chat_format(teacher)
     check_vocabulary(chat, check_folder(folder), teacher.id)
-    learned = teacher.manifest.get("recipe", {}).get("objective")
+    learned = teacher.manifest.objective
     bare = Head("causal_lm")  # adds nothing to the configuration
     head = store.objective_of(teacher).head() if learned else head_in(read_config(folder, bare))
     whole: Any = sketch_of(read_config(folder, head), head)
@@ -155,8 +155,7 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
         save_network(student, store.chat_format(teacher), fresh)
         manifest = _manifest(draft, run, fresh)
         _verify(student, store.StoredModel(run.model_id, fresh, manifest), draft)
-        manifest["files"] = hashes_of(fresh)
-        write_json(fresh / MANIFEST, manifest)
+        manifest.model_copy(update={"files": hashes_of(fresh)}).write(fresh)
     return Student(
         model_id=run.model_id,
         model_dir=str(run.model_folder),
@@ -169,23 +168,20 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
     )
 
 
-def _manifest(draft: _Draft, run: Run, folder: Path) -> dict[str, Any]:
+def _manifest(draft: _Draft, run: Run, folder: Path) -> Manifest:
     teacher, planned = draft.teacher, draft.planned
-    chat = store.chat_format(teacher)
-    learned = teacher.manifest.get("recipe", {}).get("objective")
     encoder = draft.head.task in ("masked_lm", "embedding")
-    kind = teacher.manifest.get("kind") or ("encoder" if encoder else draft.head.task)
-    licence = teacher.manifest.get("licence")
-    return {
-        "id": run.model_id,
-        "kind": kind,
-        "saved": "network",
-        "parent": teacher.id,
-        "root": teacher.root,
-        **store.tokenizer_origin(teacher),
-        **({"recipe": {"objective": learned}} if learned else {}),
-        **({"licence": licence} if licence else {}),
-        "student": {
+    learned = teacher.manifest.objective
+    return Manifest(
+        id=run.model_id,
+        kind=teacher.manifest.kind or ("encoder" if encoder else draft.head.task),
+        saved="network",
+        parent=teacher.id,
+        root=teacher.root,
+        tokenizer_from=teacher.tokenizer_from,
+        recipe={"objective": learned} if learned else None,
+        licence=teacher.manifest.licence,
+        student={
             "asked": {
                 key: value for key, value in asdict(planned.shape).items() if value is not None
             },
@@ -197,18 +193,14 @@ def _manifest(draft: _Draft, run: Run, folder: Path) -> dict[str, Any]:
                 path.name: sha256_of(path) for path in sorted(teacher.folder.glob("*.safetensors"))
             },
         },
-        "parameters": draft.weights,
-        "context": context_length(check_folder(folder)),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "luthier": __version__,
-        "torch": torch.__version__,
-        "precision": str(draft.dtype).removeprefix("torch."),
-        "format": {
-            "template": chat.template,
-            "stop_ids": list(chat.stop_ids),
-            "start_id": chat.start_id,
-        },
-    }
+        parameters=draft.weights,
+        context=context_length(check_folder(folder)),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        luthier=__version__,
+        torch=torch.__version__,
+        precision=str(draft.dtype).removeprefix("torch."),
+        format=store.text_format(store.chat_format(teacher)),
+    )
 
 
 def _verify(student: torch.nn.Module, stored: store.StoredModel, draft: _Draft) -> None:

@@ -21,7 +21,7 @@ ENOUGH = 0.95
 """Mean reward from which on there is too little left to gain."""
 WINDOW = 20
 """Steps that are compared with as many before them."""
-KEPT = 8
+SAMPLES_PER_STEP = 8
 """Completions of a step that are kept: the best and the worst."""
 
 
@@ -33,7 +33,7 @@ class Verdict:
     refused: bool = False
 
 
-def spread(examples: Sequence[Example], count: int = PROMPTS) -> list[Example]:
+def sample_evenly(examples: Sequence[Example], count: int = PROMPTS) -> list[Example]:
     """``count`` rows, evenly from first to last."""
     every = max(1, len(examples) // count)
     return list(examples[::every][:count])
@@ -60,7 +60,7 @@ def precheck(score_PG: FloatArray, bounded: bool) -> Verdict:
     return Verdict(f"{text}; for {differ} of the prompts the rewards differ")
 
 
-def extremes(order: Sequence[int], count: int = KEPT) -> list[int]:
+def extremes(order: Sequence[int], count: int = SAMPLES_PER_STEP) -> list[int]:
     """The first and the last of ``order``, ``count`` in all."""
     if len(order) <= count:
         return list(order)

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 
 from luthier import __version__
+from luthier.adaptations import ADAPTATIONS
 from luthier.engine.checkpoints import Progress, fingerprint
-from luthier.engine.devices import peak_memory, return_freed_memory
 from luthier.engine.job import Job
+from luthier.engine.machine import peak_memory, return_freed_memory
 from luthier.engine.metrics import draw_curves
 from luthier.engine.runs import Result, Run
 from luthier.engine.verdict import judge_run
 from luthier.errors import LuthierError
 from luthier.evaluation.baselines import Comparison
 from luthier.evaluation.parity import Parity
-from luthier.files import hashes_of, new_folder, write_json
+from luthier.files import hashes_of, new_folder
 from luthier.gate.report import manifest_record
-from luthier.models.catalog import MANIFEST
 from luthier.models.load import as_network
+from luthier.models.manifest import DataRecord, Manifest
 from luthier.models.network import Network
 from luthier.models.save import (
     adapter_tensors,
@@ -33,6 +34,7 @@ from luthier.models.save import (
     save_format,
     save_network,
 )
+from luthier.objectives import OBJECTIVES
 from luthier.store import models as store
 from luthier.types import Example
 
@@ -40,7 +42,7 @@ PARITY_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Storing:
+class ModelWriter:
     """A job that has been trained, on its way into the store."""
 
     job: Job
@@ -57,7 +59,7 @@ class Storing:
     fitted_head: bool = False
     """Whether its head started from logistic regression."""
 
-    def store(self, network: Network) -> Result:
+    def write(self, network: Network) -> Result:
         """Save, let go of the network, load what was saved, compare, and only then make it a model."""
         run = self.run
         trained = self._loss(network)
@@ -65,21 +67,25 @@ class Storing:
             manifest = self._save(network, fresh)
             network.close()
             return_freed_memory()  # of the activations, before a second network is loaded
-            manifest["parity"] = asdict(self._parity(fresh, manifest, trained))
+            parity = self._parity(fresh, manifest, trained)
             pictures = draw_curves(self.lines, fresh, run.model_id)
             result = self._result(fresh)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
-            manifest["metrics"] = metrics
-            manifest["files"] = hashes_of(fresh)
-            write_json(fresh / MANIFEST, manifest)
+            checked = {"parity": asdict(parity), "metrics": metrics, "files": hashes_of(fresh)}
+            manifest.model_copy(update=checked).write(fresh)
         for name in pictures:
             shutil.copyfile(run.model_folder / name, run.folder / name)
         return result
 
-    def _save(self, network: Network, folder: Path) -> dict[str, Any]:
-        """Write weights and tokenizer; what the manifest says of them and of where they came from."""
+    def _save(self, network: Network, folder: Path) -> Manifest:
+        """Write weights and tokenizer; the record of them and of where they came from."""
         job, model = self.job, network.model
         adaptation = self.job.recipe.adaptation
+        packages = (
+            OBJECTIVES.package_of(job.data.objective.method),
+            ADAPTATIONS.package_of(adaptation.method),
+        )
+        plugins = dict(package.rsplit(" ", 1) for package in packages if package)
         trained = adapter_tensors(model)
         weights = fingerprint({adaptation.stored_name(n): w for n, w in trained.items()})
         if adaptation.stores_network:
@@ -88,31 +94,29 @@ class Storing:
             config = adaptation.adapter_config(model, str(job.base.folder))
             save_adapter(model, adaptation, config, folder)
             save_format(job.chat, folder)
-        return {
-            "id": self.run.model_id,
-            "kind": job.data.objective.task,
-            "saved": "network" if adaptation.stores_network else "adapter",
+        data = DataRecord(
+            sha256=job.data.hashes,
+            dropped=job.data.dropped,
+            truncated=job.data.truncated,
+            held_out=job.data.held_out.get("validation", {}),
+            mix=job.data.mix_record(job.recipe.data),
+            **job.data.counts,
+        )
+        return Manifest(
+            id=self.run.model_id,
+            kind=job.data.objective.task,
+            saved="network" if adaptation.stores_network else "adapter",
             **job.origin,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "luthier": __version__,
-            "torch": torch.__version__,
-            "precision": str(self.job.machine.dtype).removeprefix("torch."),
-            "data": {
-                "sha256": job.data.hashes,
-                "dropped": job.data.dropped,
-                "truncated": job.data.truncated,
-                "held_out": job.data.held_out.get("validation", {}),
-                **job.data.counts,
-                "mix": job.data.mix_record(self.job.recipe.data),
-            },
-            **({"data_report": manifest_record(job.data.report)} if job.data.report else {}),
-            "trained_weights_sha256": weights,
-            "format": {
-                "template": job.chat.template,
-                "stop_ids": list(job.chat.stop_ids),
-                "start_id": job.chat.start_id,
-            },
-        }
+            plugins=plugins or None,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            luthier=__version__,
+            torch=torch.__version__,
+            precision=str(job.machine.dtype).removeprefix("torch."),
+            data=data,
+            data_report=manifest_record(job.data.report) if job.data.report else None,
+            trained_weights_sha256=weights,
+            format=store.text_format(job.chat),
+        )
 
     def _result(self, stored: Path) -> Result:
         run, progress = self.run, self.progress
@@ -138,7 +142,7 @@ class Storing:
                 self.job.steps,
                 len(self.job.data.validation),
                 self.fitted_head,
-                untold=self.comparison is not None and self.comparison.untold,
+                uninformative=self.comparison is not None and self.comparison.uninformative,
             ),
             comparison=self.comparison,
         )
@@ -152,12 +156,12 @@ class Storing:
         with torch.no_grad():
             return self.job.data.objective.parity_loss(network, self._sample(), budget)
 
-    def _parity(self, folder: Path, manifest: dict[str, Any], trained: float) -> Parity:
+    def _parity(self, folder: Path, manifest: Manifest, trained: float) -> Parity:
         """Load what was written as serving will, and compare."""
-        parent = self.job.base if manifest["saved"] == "adapter" else None
-        if parent and fingerprint(read_adapter(folder)) != manifest["trained_weights_sha256"]:
+        parent = self.job.base if manifest.saved == "adapter" else None
+        if parent and fingerprint(read_adapter(folder)) != manifest.trained_weights_sha256:
             raise LuthierError("the saved adapter has not the bits of the trained one")
-        stored = store.StoredModel(manifest["id"], folder, manifest, parent)
+        stored = store.StoredModel(manifest.id, folder, manifest, parent)
         head = self.job.data.objective.head()
         again = store.load(stored, self.job.machine.dtype, self.job.machine.device, head)
         network = as_network(again, self.job.machine.device, self.job.machine.dtype)

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from luthier.asking.base import Failure, Reply
-from luthier.asking.endpoint import Endpoint
-from luthier.asking.spec import Asking
+from luthier.chat_models.base import Failure, Reply, SamplingSpec
+from luthier.chat_models.endpoint import Endpoint
 from luthier.errors import LuthierError, RecipeError
 from luthier.types import Message
 from luthier.workflows.distil.recipe import TeacherSpec
@@ -18,7 +17,7 @@ from luthier.workflows.distil.recipe import TeacherSpec
 def ask(
     url: str,
     *prompts: str,
-    sampling: Asking | None = None,
+    sampling: SamplingSpec | None = None,
     notes: list[str] | None = None,
     **fields: Any,
 ) -> dict[str, Reply | Failure]:
@@ -31,7 +30,7 @@ def ask(
     spec = TeacherSpec(url=url, **{"model": "big", "retries": 2, **fields})
     questions = [[Message("system", "Be brief."), Message("user", prompt)] for prompt in prompts]
     note = (notes if notes is not None else []).append
-    Endpoint(spec).ask(questions, sampling or Asking(), done, note)
+    Endpoint(spec).ask(questions, sampling or SamplingSpec(), done, note)
     return outcomes
 
 
@@ -39,7 +38,9 @@ def test_each_prompt_is_asked_once_with_key_and_settings(endpoint: Any, key: str
     prompts = [f"question {n}" for n in range(8)]
     endpoint.delay = 0.1
     outcomes = ask(
-        endpoint.url, *prompts, sampling=Asking(max_tokens=9, temperature=0.5, top_p=0.9, seed=3)
+        endpoint.url,
+        *prompts,
+        sampling=SamplingSpec(max_tokens=9, temperature=0.5, top_p=0.9, seed=3),
     )
     assert outcomes == {p: Reply(f"the answer to {p}", "stop", 7) for p in prompts}
     assert set(endpoint.asked.values()) == {1}
@@ -87,7 +88,7 @@ def test_a_long_retry_after_is_waited_for(endpoint: Any, monkeypatch: pytest.Mon
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
-    monkeypatch.setattr("luthier.asking.endpoint.asyncio.sleep", sleep)
+    monkeypatch.setattr("luthier.chat_models.endpoint.asyncio.sleep", sleep)
     endpoint.actions["a"] = [(429, {"retry-after": "300"})]
     notes: list[str] = []
     assert ask(endpoint.url, "a", notes=notes)["a"] == Reply("the answer to a", "stop", 7)
@@ -145,7 +146,7 @@ def test_failures_in_a_row_end_the_run_and_keep_the_answers(endpoint: Any) -> No
     spec = TeacherSpec(url=endpoint.url, model="big", retries=0, concurrency=2)
     questions = [[Message("user", prompt)] for prompt in ["good", *bad]]
     with pytest.raises(LuthierError, match=r"5 prompts in a row .*HTTP 500.*--resume"):
-        Endpoint(spec).ask(questions, Asking(), lambda i, _: heard.append(i), lambda _: None)
+        Endpoint(spec).ask(questions, SamplingSpec(), lambda i, _: heard.append(i), lambda _: None)
     assert heard == [0]
     assert endpoint.asked.total() <= 8
 

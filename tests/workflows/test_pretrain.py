@@ -19,16 +19,16 @@ import torch
 import luthier
 from luthier.cli.models import remove_model
 from luthier.data.corpus import Survey
-from luthier.engine import pretrain as engine
-from luthier.engine import pretrain_defaults as defaults
-from luthier.engine import storing
+from luthier.engine import model_writer
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.metrics import Reporter
-from luthier.engine.pretrain_defaults import NetworkFacts
 from luthier.errors import DataError, LuthierError, RecipeError, RunConflict, UnknownModel
 from luthier.files import read_json
 from luthier.pretrain_recipe import PretrainRecipe
 from luthier.store.models import find, objective_of
+from luthier.workflows import pretrain as engine
+from luthier.workflows import pretrain_defaults as defaults
+from luthier.workflows.pretrain_defaults import NetworkFacts
 
 SENTENCES = [
     f"{who} {does} {what} {when}."
@@ -81,12 +81,12 @@ class Heard(Reporter):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def chosen(self, defaults: Any) -> None:
+    def settings(self, defaults: Any) -> None:
         self.choices |= {name: (value, reason) for name, value, reason in defaults}
 
 
 def weights_of(model_id: str) -> str:
-    return str(find(model_id).manifest["trained_weights_sha256"])
+    return str(find(model_id).manifest.trained_weights_sha256)
 
 
 def test_a_base_model_comes_out_that_everything_else_takes(
@@ -109,7 +109,7 @@ def test_a_base_model_comes_out_that_everything_else_takes(
 
     stored = find("mine")
     assert stored.root == "mine" and objective_of(stored).method == "causal_lm"
-    assert stored.manifest["parameters"] == 300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 64) + 32
+    assert stored.manifest.parameters == 300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 64) + 32
     reply = luthier.load("mine").generate(["The fox sees"], max_tokens=8)[0]
     assert reply.strip()
 
@@ -167,7 +167,7 @@ def test_what_was_cut_short_ends_at_the_same_bits(
     with monkeypatch.context() as patch:
         if stage == "step":
             patch.setattr(Checkpoints, "due", lambda self, step: step == 3)
-            patch.setattr(storing.Storing, "store", die)
+            patch.setattr(model_writer.ModelWriter, "write", die)
         else:
             patch.setattr(engine, stage, die)
         with pytest.raises((OSError, LuthierError)):
@@ -185,7 +185,8 @@ def test_what_was_cut_short_ends_at_the_same_bits(
 
 KILLED = """
 import os, signal, sys
-from luthier.engine import checkpoints, pretrain, storing
+from luthier.engine import checkpoints, model_writer
+from luthier.workflows import pretrain
 from luthier.pretrain_recipe import PretrainRecipe
 import json
 where, fields = sys.argv[1], json.loads(sys.argv[2])
@@ -199,7 +200,7 @@ if where == "tokens":
     pretrain.TokenWriter.close = half
 elif where == "training":
     checkpoints.Checkpoints.due = lambda self, step: step == 3
-    storing.Storing.store = die
+    model_writer.ModelWriter.write = die
 pretrain.pretrain(PretrainRecipe.parse(fields), resume=where != "tokens")
 """
 
@@ -234,7 +235,7 @@ def test_the_text_is_not_held_in_memory(
     monkeypatch.setattr(TokenFile, "__getitem__", counted)
     made(fields({"max_steps": 2, "batch_size": 2}))
     assert 0 < len(set(read)) < 60
-    assert len(find("mine").manifest["data"]) and find("mine").manifest["data"]["examples"] > 60
+    assert find("mine").manifest.plain()["data"]["examples"] > 60
 
 
 def test_everything_left_open_is_chosen_with_a_reason(
@@ -262,7 +263,7 @@ def test_validation_files_are_measured_on_and_nothing_is_held_out(
     other = tmp_path / "other.txt"
     other.write_text("\n".join(SENTENCES[:20]))
     made(fields(data={"train": [str(text)], "validation": [str(other)]}))
-    data = find("mine").manifest["data"]
+    data = find("mine").manifest.plain()["data"]
     assert set(data["sha256"]) == {str(text), str(other)}
     assert data["tokens"] > 5 * data["validation_rows"] * 64
 
@@ -306,7 +307,7 @@ def test_a_configuration_with_too_small_a_vocabulary_is_refused(
     with pytest.raises(RecipeError, match="too small: 256 bytes"):
         made(fields())
     made(fields(tokenizer={"vocabulary": 280}))
-    assert find("mine").manifest["recipe"]["tokenizer"]["vocabulary"] == 280
+    assert find("mine").manifest.plain()["recipe"]["tokenizer"]["vocabulary"] == 280
 
 
 def test_a_tokenizer_of_another_model_is_refused(

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from luthier.engine.space import (
+from luthier.errors import RecipeError
+from luthier.recipe import Recipe
+from luthier.workflows.space import (
     Dimension,
     default_space,
     parse_space,
@@ -14,8 +16,6 @@ from luthier.engine.space import (
     start_of,
     with_settings,
 )
-from luthier.errors import RecipeError
-from luthier.recipe import Recipe
 
 
 def recipe(**fields: Any) -> Recipe:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.engine import range_test as module
-from luthier.engine.range_test import BLOWN_UP, STEPS, _read_off, range_test
 from luthier.errors import DataError, LuthierError
 from luthier.recipe import Recipe
 from luthier.store.models import custom_models
+from luthier.workflows import range_test as module
+from luthier.workflows.range_test import BLOWN_UP, STEPS, _read_off, range_test
 
 
 def recipe_for(base: Path, rows: Path, adaptation: str = "full") -> Recipe:

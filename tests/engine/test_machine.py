@@ -7,15 +7,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from luthier.engine import memory
-from luthier.engine.memory import available_memory, total_memory
+from luthier.engine import machine
+from luthier.engine.machine import available_memory, total_memory
 
 GIB = 1 << 30
 
 
 @pytest.fixture
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    monkeypatch.setattr(machine, "GROUP", tmp_path)
     return tmp_path
 
 

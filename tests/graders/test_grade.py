@@ -13,7 +13,7 @@ import pytest
 from pydantic import SkipValidation
 
 from luthier.errors import DataError, GradingFailed, LuthierError
-from luthier.graders import Answer, Exact, Grader, Number, check_rows, graded
+from luthier.graders import Answer, Exact, Grader, Number, check_rows, grade_answers
 from luthier.types import Message, Row
 
 
@@ -75,13 +75,13 @@ def test_what_is_no_score_names_the_row_the_grader_and_the_fix(
     grader, given = kind(each=by_name), answers("fine", reply, "fine")
     started = time.monotonic()
     with pytest.raises(GradingFailed) as caught:
-        graded(grader, given, time_limit_s=0.2)
+        grade_answers(grader, given, time_limit_s=0.2)
     (problem,) = caught.value.problems
     assert (problem.file, problem.line, problem.rule) == ("data.jsonl", 2, rule)
     assert "grader `own`" in problem.message and text in problem.message
     assert problem.fix in str(caught.value)
     assert caught.value.exit_code == LuthierError.exit_code
-    found = graded(grader, given, on_error="zero", time_limit_s=0.2)
+    found = grade_answers(grader, given, on_error="zero", time_limit_s=0.2)
     assert found.scores == [0.5, 0.0, 0.5]
     assert [problem.line for problem in found.problems] == [2]
     assert time.monotonic() - started < 10
@@ -99,16 +99,16 @@ def test_a_wrong_number_of_scores_is_an_error() -> None:
             return [1.0]
 
     with pytest.raises(GradingFailed, match="gave 1 scores for 2 answers"):
-        graded(Short(), answers("a", "b"))
-    assert graded(Short(), answers("a", "b"), on_error="zero").scores == [0.0, 0.0]
-    assert graded(Short(), answers("a")).scores == [1.0]
+        grade_answers(Short(), answers("a", "b"))
+    assert grade_answers(Short(), answers("a", "b"), on_error="zero").scores == [0.0, 0.0]
+    assert grade_answers(Short(), answers("a")).scores == [1.0]
 
 
 def test_the_time_limit_is_for_each_answer() -> None:
     slow = Own(each=lambda reply: time.sleep(0.1) or 1.0)
-    assert graded(slow, answers(*"abcdef"), time_limit_s=0.5).scores == [1.0] * 6
+    assert grade_answers(slow, answers(*"abcdef"), time_limit_s=0.5).scores == [1.0] * 6
     at_once = AtOnce(each=lambda reply: time.sleep(0.1) or 1.0)
-    assert graded(at_once, answers(*"abcdef"), time_limit_s=0.5).scores == [1.0] * 6
+    assert grade_answers(at_once, answers(*"abcdef"), time_limit_s=0.5).scores == [1.0] * 6
 
 
 def test_a_grader_that_hung_does_not_go_on_with_the_next_answer() -> None:
@@ -121,7 +121,7 @@ def test_a_grader_that_hung_does_not_go_on_with_the_next_answer() -> None:
             go.wait(10)
         return 1.0
 
-    found = graded(Own(each=wait), answers("a", "b"), on_error="zero", time_limit_s=0.2)
+    found = grade_answers(Own(each=wait), answers("a", "b"), on_error="zero", time_limit_s=0.2)
     assert found.scores == [0.0, 1.0]
     go.set()
     time.sleep(0.1)
@@ -130,7 +130,7 @@ def test_a_grader_that_hung_does_not_go_on_with_the_next_answer() -> None:
 
 def test_many_problems_are_counted_and_the_first_are_shown() -> None:
     with pytest.raises(GradingFailed, match="9 answers could not be graded") as caught:
-        graded(Own(each=by_name), answers(*["nan"] * 9))
+        grade_answers(Own(each=by_name), answers(*["nan"] * 9))
     assert len(caught.value.problems) == 9
     assert "data.jsonl:5" in str(caught.value) and "data.jsonl:6" not in str(caught.value)
     assert "… and 4 more" in str(caught.value)
@@ -138,14 +138,14 @@ def test_many_problems_are_counted_and_the_first_are_shown() -> None:
 
 def test_no_answers_have_no_scores() -> None:
     for kind in (Own, AtOnce):
-        assert graded(kind(each=by_name), []).scores == []
+        assert grade_answers(kind(each=by_name), []).scores == []
 
 
 def test_an_answer_without_an_expected_text_is_refused() -> None:
     row = Row("data.jsonl", 3)
     bare = Answer((Message("user", "?"),), "x", None, row)
     with pytest.raises(GradingFailed, match=r"data\.jsonl:3: \[grader\.no_expected\]"):
-        graded(Exact(), [bare])
+        grade_answers(Exact(), [bare])
     with pytest.raises(DataError) as caught:
         check_rows([Exact(), Number()], [bare, *answers("x")])
     rules = [problem.rule for problem in caught.value.problems]

@@ -33,34 +33,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier import __version__
-from luthier.engine.devices import choose_machine
+from luthier.engine.job import prepare_job, with_base
+from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, same_request
-from luthier.engine.space import (
+from luthier.engine.train import train
+from luthier.errors import Diverged, RefusedInput, RunConflict
+from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
+from luthier.recipe import Recipe, portable, to_toml
+from luthier.store.models import StoredModel, find
+from luthier.workflows.space import (
     Dimension,
     default_space,
     parse_space,
     start_of,
     with_settings,
 )
-from luthier.engine.train import settled, train, with_base
-from luthier.engine.trials import (
+from luthier.workflows.trials import (
     PLACE,
     Outcome,
     Trial,
     carry_out,
-    ended,
-    finished,
+    describe_trial,
+    ended_trials,
+    open_journal,
     pruner,
-    repaired_journal,
-    said,
     side_by_side,
     trial_folder,
+    trial_of,
 )
-from luthier.errors import Diverged, RefusedInput, RunConflict
-from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
-from luthier.recipe import Recipe, portable, to_toml
-from luthier.store.models import StoredModel, find
 
 if TYPE_CHECKING:
     import optuna
@@ -93,9 +94,9 @@ def search(
 ) -> Found:
     """Try ``trials`` settings of ``recipe`` and store the best as a custom model.
 
-    ``space`` holds texts for :func:`~luthier.engine.space.parse_space`; when empty, the learning rate
-    is searched and, for LoRA, the rank. The recipe as it stands is the first trial wherever it lies in
-    the space, so what is found is at least as good on the validation rows. ``parallel`` trials run at
+    ``space`` holds texts for :func:`parse_space`; when empty, the learning rate is searched and, for
+    LoRA, the rank. The recipe as it stands is the first trial wherever it lies in the space, so what
+    is found is at least as good on the validation rows. ``parallel`` trials run at
     once, each in a process with its share of the cores; those of a round know of the rounds before.
 
     Raises:
@@ -144,7 +145,7 @@ class _Search:
         parallel: int,
     ) -> None:
         machine = choose_machine(recipe.training.precision, recipe.training.threads)
-        resolved = settled(recipe, base, machine, Reporter()).recipe
+        resolved = prepare_job(recipe, base, machine, Reporter()).recipe
         self.base, self.count, self.folder = base, count, folder
         self.dimensions = list(dimensions) or default_space(recipe, resolved)
         keys = {dimension.key for dimension in self.dimensions}
@@ -184,9 +185,9 @@ class _Search:
         for dimension in self.dimensions:
             self.reporter.note(f"search {dimension.key}: {dimension} ({dimension.reason})")
         study = self._study()
-        while len(ended(study)) < self.count:
+        while len(ended_trials(study)) < self.count:
             self._round(study)
-        trials = _table(ended(study))
+        trials = _table(ended_trials(study))
         best = trials[0]
         if best.value is None or best.state != "complete":
             raise Diverged(
@@ -195,7 +196,9 @@ class _Search:
             )
         recipe = with_settings(self.recipe, best.settings)
         file = self._write_recipe(recipe, best)
-        self.reporter.note(f"best is trial {best.number}: {best.measured} with {said(best)}")
+        self.reporter.note(
+            f"best is trial {best.number}: {best.measured} with {describe_trial(best)}"
+        )
         result = train(recipe, resume=True, reporter=self.reporter)
         return Found(str(recipe.name), str(self.folder), trials, str(file), result)
 
@@ -218,7 +221,7 @@ class _Search:
         for folder in (self.folder / "trials").glob("*"):
             with lock(folder / ".lock", wait=True):  # one left over by a kill is about to stop
                 pass
-        storage = optuna.storages.JournalStorage(repaired_journal(self.folder / "study.journal"))
+        storage = optuna.storages.JournalStorage(open_journal(self.folder / "study.journal"))
         study = optuna.create_study(
             study_name="search",
             storage=storage,
@@ -233,7 +236,7 @@ class _Search:
 
     def _round(self, study: optuna.Study) -> None:
         """The next trials that run at once. The first of all runs alone: it may be refused."""
-        first = len(ended(study))
+        first = len(ended_trials(study))
         # Rounds begin where they would have begun had the search not been cut short.
         size = self.parallel - (first - 1) % self.parallel if first else 1
         asked = [self._ask(study, first + index) for index in range(min(size, self.count - first))]
@@ -242,7 +245,7 @@ class _Search:
             for index, a in enumerate(asked)
         ]
         for trial in trials:
-            self.reporter.stage(f"Trial {trial.number} of {self.count}: {said(trial)}")
+            self.reporter.stage(f"Trial {trial.number} of {self.count}: {describe_trial(trial)}")
         if len(asked) > 1:
             outcomes = side_by_side(self.folder, self._with_threads(), asked)
         else:
@@ -290,7 +293,7 @@ class _Search:
             study.tell(asked, state=optuna.trial.TrialState.PRUNED)
         folder = trial_folder(self.folder, trial.number)
         Run(self.base.root, folder.name, rehearsal=folder).drop_working_files()
-        done = finished(trial.number, ended(study)[trial.number - 1])
+        done = trial_of(trial.number, ended_trials(study)[trial.number - 1])
         value = "" if done.value is None else f", validation {done.measured}"
         self.reporter.note(f"trial {done.number} of {self.count} {done.state}{value}")
 
@@ -322,5 +325,5 @@ def _seed(seed: int, place: int) -> int:
 
 def _table(frozen: Sequence[optuna.trial.FrozenTrial]) -> list[Trial]:
     order = ("complete", "pruned", "failed")
-    trials = [finished(number, trial) for number, trial in enumerate(frozen, start=1)]
+    trials = [trial_of(number, trial) for number, trial in enumerate(frozen, start=1)]
     return sorted(trials, key=lambda trial: (order.index(trial.state), trial.value or 0.0))

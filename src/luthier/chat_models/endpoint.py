@@ -18,8 +18,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from luthier.asking.base import Answerer, Done, Failure, Reply
-from luthier.asking.spec import AskedModel, Asking
+from luthier.chat_models.base import ChatModel, Done, Failure, ModelSpec, Reply, SamplingSpec
 from luthier.errors import LuthierError, RecipeError
 from luthier.types import Message
 
@@ -32,10 +31,10 @@ LONGEST_WAIT = 3600.0
 """Seconds of ``Retry-After`` that are waited for."""
 
 
-class Endpoint(Answerer):
+class Endpoint(ChatModel):
     """Answers over the network, several questions at once."""
 
-    def __init__(self, spec: AskedModel) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         if importlib.util.find_spec("openai") is None:
             raise RecipeError(
                 f"a {spec.role} at an endpoint needs: pip install 'luthier[endpoint]'"
@@ -51,7 +50,7 @@ class Endpoint(Answerer):
     def ask(
         self,
         questions: Sequence[Sequence[Message]],
-        sampling: Asking,
+        sampling: SamplingSpec,
         done: Done,
         note: Callable[[str], None],
     ) -> None:
@@ -75,10 +74,10 @@ class _Session:
 
     def __init__(
         self,
-        spec: AskedModel,
+        spec: ModelSpec,
         key: str,
         questions: Sequence[Sequence[Message]],
-        sampling: Asking,
+        sampling: SamplingSpec,
         done: Done,
         note: Callable[[str], None],
     ) -> None:
@@ -204,7 +203,7 @@ class _Session:
         return text.replace(self.key, "…") if self.key else text
 
 
-def _settings(spec: AskedModel, sampling: Asking) -> dict[str, Any]:
+def _settings(spec: ModelSpec, sampling: SamplingSpec) -> dict[str, Any]:
     """What is sent beside the messages. What is at its neutral value is left out: some refuse it."""
     settings = {"model": spec.model, spec.limit: sampling.max_tokens}
     if spec.limit == "max_tokens" or sampling.temperature > 0:

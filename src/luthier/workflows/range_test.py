@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from luthier.engine.job import with_base
 from luthier.engine.metrics import MetricsFile, Reporter, smooth
 from luthier.engine.runs import METRICS, automatic_name
-from luthier.engine.train import rehearse, with_base
+from luthier.engine.train import rehearse
 from luthier.errors import Diverged, LuthierError, RunConflict
 from luthier.files import lock, luthier_home, write_bytes
 from luthier.recipe import Recipe
@@ -97,9 +98,9 @@ class _UntilBlownUp(Reporter):
     def __init__(self, outer: Reporter) -> None:
         self.outer, self.losses = outer, list[float]()
 
-    def recorded(self, line: Mapping[str, Any], steps: int) -> None:
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """Compare each smoothed loss with the lowest."""
-        self.outer.recorded(line, steps)
+        self.outer.metrics(line, steps)
         if line["event"] == "train":
             self.losses.append(line["loss"])
             smoothed = smooth(self.losses)

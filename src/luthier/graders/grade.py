@@ -31,7 +31,7 @@ class Grades:
     """Which answers those are."""
 
 
-def graded(
+def grade_answers(
     grader: Grader,
     answers: Sequence[Answer],
     on_error: OnError = "fail",

@@ -18,7 +18,7 @@ LOG_FROM = 10
 """A range whose ends are this far apart is searched by orders of magnitude."""
 RATE_FACTOR = 5
 RANKS = (8, 16, 32)
-KEPT = ("seed", "evaluate_every", "micro_batch_tokens", "precision", "threads")
+FIXED_FIELDS = ("seed", "evaluate_every", "micro_batch_tokens", "precision", "threads")
 """Settings of the training that change what is compared, or only how it is computed."""
 
 
@@ -90,7 +90,7 @@ def searchable(recipe: Recipe) -> list[str]:
 
     Not those of data and objective, nor the seed: trials are compared by their loss on the same rows.
     """
-    training = [f"training.{name}" for name in Training.model_fields if name not in KEPT]
+    training = [f"training.{name}" for name in Training.model_fields if name not in FIXED_FIELDS]
     return [*training, *(f"adaptation.{name}" for name in type(recipe.adaptation).model_fields)]
 
 

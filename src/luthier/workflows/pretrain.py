@@ -25,10 +25,9 @@ from luthier.data.read import check_file
 from luthier.data.sources import files_of
 from luthier.data.tokens import TokenFile, TokenWriter, id_type
 from luthier.engine.dataset import Dataset
-from luthier.engine.devices import Machine, choose_machine, keep_freed_memory
-from luthier.engine.job import Job, settle
+from luthier.engine.job import Job, resolve_job
+from luthier.engine.machine import Machine, choose_machine, keep_freed_memory
 from luthier.engine.metrics import Reporter
-from luthier.engine.pretrain_defaults import NetworkFacts, choose, plan, shortage
 from luthier.engine.runs import START, TOKENS, BaseRun, Result
 from luthier.engine.train import Trainer
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
@@ -42,11 +41,13 @@ from luthier.files import (
 from luthier.models import bpe
 from luthier.models.build import build, read_configuration
 from luthier.models.load import check_folder, context_length, sketch
+from luthier.models.manifest import Manifest
 from luthier.models.presets import SHAPES, configuration
 from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import DataSpec, Recipe
 from luthier.store import models as store
 from luthier.types import Example
+from luthier.workflows.pretrain_defaults import NetworkFacts, choose, plan, shortage
 
 SURVEY, SETTLED = "survey.json", "settled.json"
 MOST_VALIDATION = 400
@@ -118,7 +119,7 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
         training=training,
     )
     settled = read_json(run.folder / SETTLED) if (run.folder / SETTLED).is_file() else {}
-    job = settle(
+    job = resolve_job(
         whole,
         start,
         chat,
@@ -157,7 +158,7 @@ def _dataset(
         train=train,
         validation=_spread(held),
         longest=train.longest,
-        hashes=run.recorded("data"),
+        hashes=run.request_value("data"),
         choices=[],
         counts={
             "rows": found.documents,
@@ -202,7 +203,8 @@ def _start(
         with new_folder(folder) as fresh:
             build(fields, recipe.training.seed, fresh)
             tokenizer.save_pretrained(fresh)
-    return store.StoredModel("a new network", folder, {"kind": "causal_lm"})
+    name = "a new network"
+    return store.StoredModel(name, folder, Manifest(id=name, kind="causal_lm"))
 
 
 def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:

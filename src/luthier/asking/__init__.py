@@ -1,1 +1,0 @@
-"""Asking models for texts: who is asked, how, and what comes back."""

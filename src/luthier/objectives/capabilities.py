@@ -1,0 +1,203 @@
+"""What an objective can do beyond :class:`~luthier.objectives.base.Objective`.
+
+Each capability is a protocol: an objective has it by defining its methods, and whoever uses it asks
+``isinstance(objective, SupportsPacking)`` in the one place that concerns it. In the order of a run:
+
+    SupportsOtherModels      a teacher or a judge beside the network
+    SupportsModelCheck       the same, where it reads the rows too
+    SupportsPacking          rows cut and joined to one length
+    SupportsExtraWeights     weights that only training needs (a value head)
+    SupportsHeadStart        a new head that starts from what the network says of the rows
+    SupportsPreparation      rows that the network completes before the first step
+    SupportsPrecomputation   what is computed once for all rows and kept in files
+    SupportsReferenceCache   what the reference model says of rows that are read more than once
+    SupportsRollouts         texts that the network writes in the step
+    SupportsStepReport       what a step found out, for the metrics
+    SupportsPrediction       answers that are labels, numbers or embeddings instead of text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+
+from luthier.types import Example
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+    from luthier.objectives.base import Objective
+
+
+@runtime_checkable
+class SupportsOtherModels(Protocol):
+    """Learns with the help of further models, which are found in ``network.others``."""
+
+    @property
+    def other_models(self) -> Mapping[str, str]:
+        """Their ids, by the name they have in ``network.others``; empty where this one needs none."""
+
+    def bind_model(self, name: str, learned: Objective, width: int) -> Self:
+        """This objective with what the model ``name`` was trained for taken in.
+
+        Called before ``fit`` with the objective of the model (a teacher has classes) and the width of
+        its hidden states.
+
+        Raises:
+            RecipeError: where the model is for something else, with what to use.
+        """
+
+
+@runtime_checkable
+class SupportsModelCheck(Protocol):
+    """Reads rows through the other model, too, whose tokens must be those of the network."""
+
+    def check_model(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
+        """Refuse a model that does not go with the network of format ``chat``.
+
+        Raises:
+            RecipeError: with the reason, and what to use.
+        """
+
+
+@runtime_checkable
+class SupportsPacking(Protocol):
+    """Cuts rows to size, so that no row is too long."""
+
+    def pack(self, examples: Sequence[Example], context: int) -> list[Example]:
+        """Regroup encoded rows into rows of at most ``context`` tokens, the model's limit."""
+
+
+@runtime_checkable
+class SupportsExtraWeights(Protocol):
+    """Trains weights with the network that are not part of the custom model."""
+
+    def add_weights(self, model: nn.Module) -> None:
+        """Add them, after the adaptation was attached; ``model`` may be on the meta device."""
+
+    def remove_weights(self, model: nn.Module) -> None:
+        """Take them away before the model is stored."""
+
+
+@runtime_checkable
+class SupportsHeadStart(Protocol):
+    """Can set a head that would otherwise start at random."""
+
+    @property
+    def starts_head(self) -> bool:
+        """Whether it does so with these settings."""
+
+    def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
+        """Set a new head by what the network says of the training rows.
+
+        Called as ``prepare`` is and right before it, where the base model has no such head. Returns
+        what was done, for people; empty for nothing.
+        """
+
+
+@runtime_checkable
+class SupportsPreparation(Protocol):
+    """Looks at the training rows with the network before the first step."""
+
+    def prepare(
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        budget: int,
+        note: Callable[[str], None],
+    ) -> Sequence[Example]:
+        """The training rows, with what the network at its starting weights adds to them.
+
+        Called without a gradient or dropout, once for each start of a run. A run that goes on calls it
+        again before its weights are restored, so it must draw nothing at random and keep the number
+        and order of the rows. ``budget`` is the tokens read at once; ``note`` tells people something.
+        """
+
+
+@runtime_checkable
+class SupportsPrecomputation(Protocol):
+    """Needs something of all rows in every epoch that can be computed once."""
+
+    def precompute(
+        self,
+        network: Network,
+        rows: Iterable[Example],
+        budget: int,
+        folder: Path,
+        note: Callable[[str], None],
+    ) -> None:
+        """Compute ahead what is needed of all ``rows``, training and held-out ones.
+
+        Called after ``prepare``, likewise without a gradient and once for each start. What is left in
+        ``network.cache`` stays there while it trains. Files belong into ``folder`` (not made yet): a
+        run that goes on finds them again, and they go when it is done.
+        """
+
+
+@runtime_checkable
+class SupportsReferenceCache(Protocol):
+    """Compares with the reference model's view of rows, which is the same in every epoch."""
+
+    def with_reference_logps(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> Sequence[Example]:
+        """The rows with the reference model's log-probabilities.
+
+        Called as ``prepare`` is, right before the first step, for training and for validation rows.
+        """
+
+
+@runtime_checkable
+class SupportsRollouts(Protocol):
+    """Learns from texts that the network writes in the step."""
+
+    def with_longest_completions(self, row: Example) -> list[Example]:
+        """The largest that ``row`` can have become by the time the network learns from it."""
+
+    def describe_cost(self, rows: int, measured: int, calibrated: int) -> str:
+        """What a run asks of others at most (verdicts of a judge), for people; empty for nothing.
+
+        ``rows`` is how many the steps read in all, ``measured`` those of all measurements, and
+        ``calibrated`` those that the adaptation reads before.
+        """
+
+    def advise(self, lines: Sequence[Mapping[str, Any]]) -> str:
+        """What people should know of the course of a run so far, from its metrics; empty for nothing.
+
+        Asked from time to time; ``lines`` are the records of the last training steps, 200 at most.
+        """
+
+
+@runtime_checkable
+class SupportsStepReport(Protocol):
+    """Finds out something about a batch before its loss, which people want to follow."""
+
+    def step_metrics(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
+        """What ``annotate`` found out about a batch: means, by name."""
+
+    def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
+        """What the network wrote in the step, one record for each text, to be looked at later."""
+
+
+@runtime_checkable
+class SupportsPrediction(Protocol):
+    """Its models answer with labels, numbers or embeddings; those of the others write text."""
+
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """What a trained network says of each row of the batch, in the order of its tree."""
+
+
+def with_completions(objective: Objective, rows: Sequence[Example]) -> list[Example]:
+    """``rows`` as large as they can become in a step of ``objective``."""
+    if not isinstance(objective, SupportsRollouts):
+        return list(rows)
+    return [larger for row in rows for larger in objective.with_longest_completions(row)]
+
+
+def other_models(objective: Objective | None) -> Mapping[str, str]:
+    """Ids of the models that ``objective`` needs beside the network, by their names."""
+    return objective.other_models if isinstance(objective, SupportsOtherModels) else {}
