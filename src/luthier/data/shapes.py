@@ -846,7 +846,7 @@ SHAPES: Mapping[str, type[Shape]] = {
 """Every shape by its name."""
 
 
-def shapes_named(shapes: Iterable[str]) -> str:
+def describe_shapes(shapes: Iterable[str]) -> str:
     """Shapes in words."""
     *others, last = (SHAPES[shape].words for shape in sorted(shapes))
     return f"{', '.join(others)} or {last}" if others else last

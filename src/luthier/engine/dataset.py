@@ -14,7 +14,7 @@ import numpy as np
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, total_tokens
 from luthier.data.rows import Checker, PromptChecker, Recognized, RowReader, read_rows
-from luthier.data.shapes import shapes_named
+from luthier.data.shapes import describe_shapes
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
@@ -89,7 +89,7 @@ def prepare(
     if objective is None:
         objective = objective_for(rows[0], chat)
         choices.append(
-            ("objective", objective.method, f"the rows are {shapes_named([rows[0].shape])}")
+            ("objective", objective.method, f"the rows are {describe_shapes([rows[0].shape])}")
         )
     objective.check(chat)
     check_shapes(rows, held, [*chain(*further)], objective, chat)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.shapes import shapes_named
+from luthier.data.shapes import describe_shapes
 from luthier.errors import DataError, Problem
 from luthier.graders import Answer, Grader, OnError, check_rows, grade_answers
 from luthier.types import Message, Row
@@ -66,14 +66,14 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
     Raises:
         DataError: with each such row.
     """
-    wanted = shapes_named(objective.evaluation_shapes)
+    wanted = describe_shapes(objective.evaluation_shapes)
     problems = [
         Problem(
             row.file,
             row.line,
             "row.objective",
             f"models of objective {objective.method} are evaluated on {wanted}, and this row is "
-            f"{shapes_named([row.shape])}.",
+            f"{describe_shapes([row.shape])}.",
             "Bring the rows into the other form, or name a model that was trained for such rows.",
         )
         for row in rows

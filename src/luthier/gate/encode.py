@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import shapes_named
+from luthier.data.shapes import describe_shapes
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.rules import NOTHING_LEARNED, SHAPE, TEMPLATE, TOO_FEW
 from luthier.objectives import Objective
@@ -47,15 +47,15 @@ class RowEncoder:
         raise self._refusals[shape]
 
     def _refuse_shape(self, row: Row, shape: str) -> RowRefused:
-        objective, learned = self.objective, shapes_named(self.shapes)
+        objective, learned = self.objective, describe_shapes(self.shapes)
         message = (
             f"objective {objective.method} learns from {learned}, and this row is "
-            f"{shapes_named([shape])}."
+            f"{describe_shapes([shape])}."
         )
         if self.beside:
             fix = f"Bring the rows into the form of {learned}, or leave the file out."
         elif shape in objective.mixed_shapes:
-            here = shapes_named(objective.shapes)
+            here = describe_shapes(objective.shapes)
             fix = f"Such rows are for a file of `data.mix`; {here} goes here."
         else:
             try:

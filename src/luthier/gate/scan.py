@@ -23,7 +23,7 @@ import numpy as np
 
 from luthier.data.containers import PACKED
 from luthier.data.rows import Checker, Columns, RowReader
-from luthier.data.shapes import shapes_named
+from luthier.data.shapes import describe_shapes
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
 from luthier.gate.check import Batch, Check, Places, Split
@@ -198,7 +198,7 @@ class Gate:
         where = self.places.add(batch.split, batch.file, lines_N)
         self.files[batch.split].add(batch.file)
         self.rows[batch.split] += len(batch)
-        self.forms.setdefault(batch.split, shapes_named([batch.rows[0].shape]))
+        self.forms.setdefault(batch.split, describe_shapes([batch.rows[0].shape]))
         for check, found in zip(self.checks, measured, strict=True):
             check.take(where, found, self.findings)
 

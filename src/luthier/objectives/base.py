@@ -71,7 +71,7 @@ class Objective(BaseModel):
     shapes: ClassVar[frozenset[str]]
     """Row shapes it can learn from, by their names in ``luthier.data.shapes``."""
     further_shapes: ClassVar[frozenset[str]] = frozenset()
-    """Shapes it also learns from when it is asked for by name; another is chosen for these."""
+    """Further shapes it learns from when it is asked for by name; another is chosen for these."""
     mixed_shapes: ClassVar[frozenset[str]] = frozenset()
     """Further row shapes that the sets of ``data.mix`` may have."""
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import shapes_named
+from luthier.data.shapes import describe_shapes
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.types import Row
@@ -22,7 +22,7 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
     ]
     if not kinds:
         raise DataError(
-            [unlearned_row(row, f"there is nothing to learn in {shapes_named([row.shape])}.")]
+            [unlearned_row(row, f"there is nothing to learn in {describe_shapes([row.shape])}.")]
         )
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
     able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.objectives.completions import record
 from luthier.objectives.distillation import Distillation, Kind
 from luthier.objectives.rollout_checks import SAMPLES_PER_STEP
+from luthier.objectives.rollouts import sample_record
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class OnPolicyDistillation(Distillation):
 
 def _record(row: Row, answer: Completion, chat: ChatFormat) -> dict[str, Any]:
     text = chat.decode(answer.ids_T[: len(answer.ids_T) - answer.stopped].tolist())
-    return record(row, text, len(answer.ids_T), answer.stopped)
+    return sample_record(row, text, len(answer.ids_T), answer.stopped)
 
 
 def _reply_start(example: Example) -> int:

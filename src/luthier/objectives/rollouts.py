@@ -24,10 +24,9 @@ import numpy as np
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.graders import AnyGrader, Exact, Grader, OnError, grade_answers
+from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_answers
 from luthier.objectives import rollout_checks
 from luthier.objectives.base import Objective, TrainingDefaults, check_writes
-from luthier.objectives.completions import answer, record
 from luthier.objectives.scoring import Beside, check_judge, silent
 from luthier.types import Example, FloatArray, IntArray, Row
 
@@ -41,6 +40,25 @@ if TYPE_CHECKING:
 
 MEASURED_SEED = 0
 """Seed of the draws in measurements, which are always the same."""
+
+
+def graded_answer(example: Example, reply: str) -> Answer:
+    """``reply`` to the prompt of an example, for a grader."""
+    assert example.given is not None
+    row = example.given
+    return Answer(row.prompt_turns(), reply, row.expected_reply(), row)
+
+
+def sample_record(row: Row, reply: str, tokens: int, stopped: bool) -> dict[str, Any]:
+    """A text that the network wrote in training, as ``samples.jsonl`` keeps it."""
+    return {
+        "line": row.line,
+        "prompt": row.prompt_turns()[-1].content,
+        "expected": row.expected_reply(),
+        "completion": reply,
+        "tokens": tokens,
+        "stopped": stopped,
+    }
 
 
 @dataclass(frozen=True)
@@ -275,7 +293,7 @@ class Reinforcement(Objective):
         replies = [chat.decode(c.ids_T[: len(c.ids_T) - c.stopped].tolist()) for _, c in pairs]
         grades = grade_answers(
             self._open_grader(network),
-            [answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)],
+            [graded_answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)],
             self.on_error,
             self.time_limit_s,
         )
@@ -404,5 +422,5 @@ def _read(example: Example) -> Example:
 def _record(rollout: Rollout, kl: float | None) -> dict[str, Any]:
     row, stopped = rollout.prompt.given, rollout.completion.stopped
     assert row is not None
-    told = record(row, rollout.reply, len(rollout), stopped)
+    told = sample_record(row, rollout.reply, len(rollout), stopped)
     return {**told, "reward": rollout.score, "kl": kl}
