@@ -20,8 +20,9 @@ from luthier.models.decoding import Decoding
 from luthier.models.load import as_network
 from luthier.models.sampling import Sampling
 from luthier.serving.generation import Generator
+from luthier.serving.inference import Chat
 from luthier.store.models import chat_format, find, load
-from luthier.types import Message
+from luthier.types import Message, Tool, ToolCall
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -334,3 +335,14 @@ def test_answering_needs_no_gradients_and_no_dropout(generator: Generator) -> No
     assert not generator.network.model.training
     for weight in generator.network.model.parameters():
         assert weight.grad is None
+
+
+def test_a_prompt_with_tools_is_the_one_that_was_learned(generator: Generator) -> None:
+    tools = (Tool("weather", "Tells it."),)
+    asked = (Message("user", "Rome?"),)
+    called = Message("assistant", calls=(ToolCall("a", "weather", {"city": "Rome"}),))
+    learned = generator.chat.encode_reply((*asked, called), tools=tools)
+    size = int(np.flatnonzero(learned.learned_T)[0])
+    ids_T = generator._prompt_ids(Chat(asked, tools))
+    assert ids_T.tolist() == learned.ids_T[:size].tolist()
+    assert len(ids_T) > len(generator._prompt_ids(asked))

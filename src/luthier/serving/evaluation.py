@@ -191,13 +191,15 @@ def measure(
         RecipeError: for ``truncate``.
     """
     from luthier.models.sampling import Sampling
+    from luthier.serving.inference import Chat
 
     if long_rows == "truncate":
         raise RecipeError(
             "a prompt that is cut loses what it asks, so prompts are not truncated; choose "
             "`long_rows=drop`"
         )
-    asked, _ = questions(rows)
+    turns, _ = questions(rows)
+    asked = [Chat(tuple(each), row.tools) for row, each in zip(rows, turns, strict=True)]
     sampling = Sampling(max_tokens=max_tokens)
     refusals = [generator.refusal(prompt, sampling) for prompt in asked]
     kept = [index for index, refusal in enumerate(refusals) if refusal is None]

@@ -20,6 +20,7 @@ from luthier.models.decoding import Decoding, RunningCompletion, seed_of
 from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
 from luthier.models.sampling import Sampling
+from luthier.serving.inference import Chat
 from luthier.serving.text import AnswerText
 from luthier.types import Message
 
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
     from luthier.types import IntArray
 
-Prompt = str | Sequence[Message]
+Prompt = Chat | str | Sequence[Message]
+"""A conversation, with tools where it has some, or what a user says."""
 MAX_TOKENS = 256
 """Of a reply, where nothing else is said."""
 
@@ -136,8 +138,13 @@ class Generator:
         return ids_T
 
     def _prompt_ids(self, prompt: Prompt) -> IntArray:
-        messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        return np.concatenate([self.prompt_ids, self.chat.encode_prompt(messages)])
+        if isinstance(prompt, Chat):
+            ids_T = self.chat.encode_prompt(prompt.turns, prompt.tools)
+        else:
+            ids_T = self.chat.encode_prompt(
+                [Message("user", prompt)] if isinstance(prompt, str) else prompt
+            )
+        return np.concatenate([self.prompt_ids, ids_T])
 
     def _refusal(self, ids_T: IntArray, sampling: Sampling) -> str | None:
         beside = self.chat.start_id is not None  # the encoder's prompt takes no room of the reply

@@ -138,6 +138,11 @@ class _Responses:
     def _prompts(self) -> list[Row]:
         spec, path = self.recipe.insights, self.recipe.data.train
         rows = load_prompts(path, self.recipe.data.columns)
+        if asked := next((row for row in rows if row.tools), None):
+            raise RecipeError(
+                f"{asked.file}:{asked.line} has tools, and teachers are asked without any. Leave such "
+                "rows out, or tune on the calls themselves"
+            )
         check_grader(rows, spec)
         if len(rows) < spec.minimum:
             raise RecipeError(
