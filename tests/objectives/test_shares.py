@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.data.shapes import LabelledText, TaggedWords
+from luthier.data.shapes import LabelledText, RawText, TaggedWords
 from luthier.models.heads import Head, head_weights
 from luthier.models.load import load_model
 from luthier.models.tokenizer import load_chat_format
@@ -25,6 +25,8 @@ SENTENCE = TaggedWords("f", 1, tokens=WORDS, tags=TAGS)
 
 
 def one_label(label: str | tuple[str, ...] | None) -> Row:
+    if label is None:
+        return RawText("f", 1, text="the fox")
     return LabelledText("f", 1, text="the fox", label=label)
 
 
