@@ -39,6 +39,12 @@ from luthier.models.network import Network
 from luthier.models.save import save_adapter, save_format, save_network, stored_bytes
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.objectives.capabilities import (
+    SupportsExtraWeights,
+    SupportsPacking,
+    SupportsPrecomputation,
+    other_models,
+)
 from luthier.recipe import Training
 from luthier.store import models as store
 from luthier.types import Example, Message, Row
@@ -248,15 +254,16 @@ def join_others(
     network: Network, objective: Objective, folder: Path, examples: list[Example], kept: Path
 ) -> None:
     """Give the network the further models it asks for: of its own family, and of other weights."""
-    for name in objective.other_models:
+    for name in other_models(objective):
         torch.manual_seed(7)
         other = load_model(folder, torch.float32, CPU, objective.head())
         for weight in other.parameters():
             weight.data += 0.2 * weight.abs().mean() * torch.randn_like(weight)
         other.requires_grad_(False).eval()
         network.others[name] = as_network(other, CPU, torch.float32)
-    with torch.no_grad():
-        objective.precompute(network, examples, 1000, kept, lambda text: None)
+    if isinstance(objective, SupportsPrecomputation):
+        with torch.no_grad():
+            objective.precompute(network, examples, 1000, kept, lambda text: None)
 
 
 def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
@@ -289,7 +296,9 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     rows = rows_of(objective)
     objective = objective.fit(rows, chat)
     encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
-    examples = objective.pack(encoded, context=30)
+    examples = encoded
+    if isinstance(objective, SupportsPacking):
+        examples = objective.pack(encoded, context=30)
     torch.manual_seed(0)
     model = load_model(folder, torch.float32, CPU, objective.head())
     network = as_network(model, CPU, torch.float32)
@@ -297,7 +306,8 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     adaptation.attach(model)
     promised = stored_bytes(model, adaptation)
     join_others(network, objective, folder, examples, tmp_path / "kept")
-    objective.add_weights(model)
+    if isinstance(objective, SupportsExtraWeights):
+        objective.add_weights(model)
 
     def loss_of(network: Network) -> float:
         # With a reference model the loss depends on where the network began.
@@ -326,7 +336,8 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     trained = loss_of(network)
     assert abs(trained - untrained) > 2e-5 * untrained  # twice what the comparisons below allow
 
-    objective.remove_weights(model)
+    if isinstance(objective, SupportsExtraWeights):
+        objective.remove_weights(model)
     save(model, adaptation, chat, folder, tmp_path / "custom")
     stored = load_file(next((tmp_path / "custom").glob("*.safetensors")))
     assert sum(tensor.nbytes for tensor in stored.values()) == promised
