@@ -170,8 +170,8 @@ class Gate:
             yield
         self.add_problems(problems)
         self.drain()
-        if reader.rows:
-            found = reader.recognized
+        found = reader.recognized
+        if found.form != "nothing":  # also where every row is refused
             unread = f"; nothing is read from {', '.join(found.unread)}" if found.unread else ""
             self.forms[split] = f"{'; '.join(found.containers)}, {found.form}{unread}"
 
