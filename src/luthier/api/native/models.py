@@ -109,7 +109,9 @@ class _Models:
                     below = self.context.custom(session, request.account, lineage[-1])
                 except Fault:
                     break  # deleted since; its ARN is all that is left of it here
-        return CertificateView(model=lineage[0], certificate=find(stored).manifest, lineage=lineage)
+        return CertificateView(
+            model=lineage[0], certificate=find(stored).manifest.plain(), lineage=lineage
+        )
 
     def _own(self, request: Request, session: Session) -> CustomModel:
         """The account's model, where the caller may; a policy decides on its ARN."""
