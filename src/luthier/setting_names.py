@@ -37,13 +37,14 @@ _FURTHER: Mapping[str, str] = {
     "sampling.max_tokens": "--max-tokens",
     "method": "--method",
     "long_rows": "--long-rows",
+    "turns": "--turns",
 }
 """Those of single commands, which advice is given for where they have them."""
 
 _GROUPS = "training|adaptation|objective|data|teacher|sampling|insights"
 _REFERENCE = re.compile(
     rf"`(?:luthier (?P<command>[^`\n]+)"
-    rf"|(?P<field>(?:{_GROUPS})(?:\.\w+)*|base|method|long_rows)(?:=(?P<value>[^`\n]*))?)`"
+    rf"|(?P<field>(?:{_GROUPS})(?:\.\w+)*|base|method|long_rows|turns)(?:=(?P<value>[^`\n]*))?)`"
 )
 _BOUNDARY = re.compile(r"((?<=[.;!?])[ \t]+|(?<=Fix:)[ \t]+|\n+)")
 _OR = ", or "

@@ -12,10 +12,10 @@ import luthier
 from luthier.data.rows import load_rows
 from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly, RawText
 from luthier.errors import DataError, GradingFailed, RecipeError, UnknownModel
-from luthier.evaluation.evaluate import check, grade, questions
+from luthier.evaluation.evaluate import check, choose_turns, grade, questions
 from luthier.evaluation.parity import Parity
-from luthier.graders import Answer, Exact, FirstLine, Grader, Number, Regex
-from luthier.types import Message
+from luthier.graders import Answer, Exact, FirstLine, Grader, Number, Regex, ToolCalls
+from luthier.types import Message, ToolCall
 
 PAIR = PromptCompletion("f", 1, prompt="What?", completion="That.")
 CHAT = Conversation(
@@ -37,6 +37,29 @@ def test_everything_before_the_last_reply_is_asked() -> None:
     assert list(asked[0]) == [Message("user", "What?")]
     assert [turn.content for turn in asked[1]] == ["Be brief.", "One?", "1", "Two?"]
     assert expected == ["That.", "2"]
+
+
+def test_turns_that_call_are_asked_for() -> None:
+    call = Message("assistant", calls=(ToolCall("a", "weather", {"city": "Rome"}),))
+    ask, result, answer = Message("user", "Rome?"), Message("tool", "12", call_id="a"), "Mild."
+    agent = Conversation("f", 3, messages=(ask, call, result, Message("assistant", answer)))
+    rows = [PAIR, CHAT, agent]
+    assert choose_turns(rows, "last") == rows
+    (calling,) = choose_turns(rows, "calls")
+    assert calling.turns() == (ask, call)
+    every = choose_turns([*rows, PromptOnly("f", 4, prompt="Oslo?", expected="Cold.")], "all")
+    assert questions(every)[1] == ["That.", "1", "2", calling.expected_reply(), answer, "Cold."]
+    open_end = Conversation("f", 5, messages=(*CHAT.messages, ask), expected="Warm.")
+    assert questions(choose_turns([open_end], "all"))[1] == ["1", "2", "Warm."]
+    silent = Message("assistant", "1", learned=False)
+    read_only = Conversation("f", 6, messages=(ask, silent, ask, Message("assistant", "2")))
+    assert questions(choose_turns([read_only], "all"))[1] == ["2"]
+    with pytest.raises(RecipeError, match="no turn of these rows calls"):
+        choose_turns([PAIR, CHAT], "calls")
+    check([calling], {"tool_calls": ToolCalls()})
+    check([PAIR, CHAT], {"tool_calls": ToolCalls()})  # where nothing is to be called, nothing is
+    with pytest.raises(RecipeError, match="turns=calls"):
+        check(rows, {"tool_calls": ToolCalls()})
 
 
 def test_raw_text_has_no_reply() -> None:

@@ -41,6 +41,12 @@ def evaluate(
     ] = "fail",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
+    turns: Annotated[
+        Literal["last", "calls", "all"],
+        typer.Option(
+            help="Replies of a conversation to ask for: the last, each that calls tools, or all."
+        ),
+    ] = "last",
     columns: Columns = None,
     long_rows: LongRows = "error",
     json_: Json = False,
@@ -62,6 +68,7 @@ def evaluate(
             on_grader_error,
             note,
             long_rows or "error",
+            turns=turns,
             columns=parse_columns(columns or ()),
             on_progress=done,
         )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.data.shapes import describe_shapes
-from luthier.errors import DataError, Problem
-from luthier.graders import Answer, Grader, OnError, check_rows, grade_answers
+from luthier.data.shapes import Conversation, describe_shapes
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.graders import Answer, Grader, OnError, ToolCalls, check_rows, grade_answers
 from luthier.types import Message, Row
 
 if TYPE_CHECKING:
     from luthier.objectives import Objective
+
+
+TurnChoice = Literal["last", "calls", "all"]
+"""Turns of the assistant that are asked for: the last of a conversation, each that calls, or all."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,45 @@ def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str | 
     return asked, expected
 
 
+def choose_turns(rows: Sequence[Row], turns: TurnChoice) -> list[Row]:
+    """A row for each turn that is asked for, which is its last; what comes after it is left out.
+
+    Raises:
+        RecipeError: where no turn of ``rows`` calls tools, and those are asked for.
+    """
+    if turns == "last":
+        return list(rows)
+    chosen: list[Row] = []
+    for row in rows:
+        if not isinstance(row, Conversation):
+            chosen += [row] if turns == "all" else []
+            continue
+        for size, turn in enumerate(row.messages, 1):
+            if turn.role == "assistant" and turn.learned and (turn.calls or turns == "all"):
+                chosen.append(replace(row, messages=row.messages[:size], expected=None))
+        if turns == "all" and row.messages[-1].role != "assistant":
+            chosen.append(row)
+    if not chosen:
+        raise RecipeError("no turn of these rows calls a tool; leave `turns=calls` away")
+    return chosen
+
+
 def check(rows: Sequence[Row], graders: Mapping[str, Grader]) -> None:
     """Refuse rows and graders that do not go together, before a model is loaded.
 
     Raises:
         DataError: naming each row without a reply, or with one that a grader cannot compare with.
-        RecipeError: from a grader that lacks something.
+        RecipeError: from a grader that lacks something, or for calls where no asked turn has some.
     """
+    if any(isinstance(grader, ToolCalls) for grader in graders.values()):
+        conversations = [row.turns() for row in rows]
+        if not any(turns and turns[-1].calls for turns in conversations) and any(
+            turn.calls for turns in conversations for turn in turns
+        ):
+            raise RecipeError(
+                "every row ends with words, so grader `tool_calls` would only see that nothing is "
+                "called there. Ask for the turns that call with `turns=calls`."
+            )
     asked, expected = questions(rows)
     check_rows(list(graders.values()), _answers(rows, asked, [""] * len(asked), expected))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from luthier.evaluation.evaluate import Evaluation
+    from luthier.evaluation.evaluate import Evaluation, TurnChoice
     from luthier.graders import OnError, Spec
     from luthier.serving.evaluation import LongRows
     from luthier.serving.generation import Generator
@@ -190,6 +190,7 @@ def evaluate(
     note: Callable[[str], None] = lambda text: None,
     long_rows: LongRows = "error",
     *,
+    turns: TurnChoice = "last",
     columns: Mapping[str, str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
@@ -210,6 +211,8 @@ def evaluate(
         note: hears what a judge will cost and whether it is one.
         long_rows: what becomes of rows longer than the context: ``error`` names them all, ``drop``
             leaves them out, ``truncate`` cuts them; prompts to be answered are never cut.
+        turns: of the assistant that are asked for: the ``last`` of each conversation, each that
+            ``calls`` tools, or ``all``.
         columns: the file's name for each of our keys, such as ``{"prompt": "question"}``.
         on_progress: hears how many rows are done, and of how many.
 
@@ -222,7 +225,7 @@ def evaluate(
     """
     from luthier.data.rows import load_rows
     from luthier.data.shapes import JudgedAnswers, RawText, of_shape
-    from luthier.evaluation.evaluate import Evaluation, check, check_shapes
+    from luthier.evaluation.evaluate import Evaluation, check, check_shapes, choose_turns
     from luthier.graders import parse_graders
     from luthier.objectives.capabilities import SupportsPrediction
     from luthier.serving.evaluation import measure, open_graders, perplexity, preference_scores
@@ -230,7 +233,7 @@ def evaluate(
     from luthier.store.models import find, objective_of
 
     chosen = parse_graders(graders)
-    rows = load_rows(data, columns)
+    rows = choose_turns(load_rows(data, columns), turns)
     total = len(rows)
     stored = model.stored if isinstance(model, Model) else find(model)
     objective = objective_of(stored)
